@@ -1,0 +1,207 @@
+"""The command line. Each command reads its settings, calls the function of its name, and shows the result.
+
+This is the only place that knows Typer and Rich, and it imports a command's module inside the command, so
+that `--help` loads neither torch nor transformers.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from t5tune import __version__
+from t5tune.cli import console
+from t5tune.cli.options import command_function, normalise
+from t5tune.errors import SettingsError, T5TuneError
+from t5tune.progress import Report, silent
+from t5tune.settings import (
+    COMMANDS,
+    ChatSettings,
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    Settings,
+    TrainSettings,
+    load_settings,
+)
+from t5tune.settings.loading import suggestion
+
+EPILOG = (
+    "Flags may be written with _ for -, a BOOL also as --flag and --no-flag, a list as a b, a,b or by repeating "
+    "the flag. Precedence: default < --config file < environment T5TUNE_NAME < flag."
+)
+
+
+def build_app(verb: str | None = None) -> typer.Typer:
+    """The Typer app. Only the command `verb` gets its options: building those of all five takes time."""
+    app = typer.Typer(
+        name="t5tune",
+        help="Fine-tune T5-family encoder-decoders: prepare → train → export → merge.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def root(version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True)) -> None:
+        if version:
+            print(__version__)
+            raise typer.Exit
+
+    for model in COMMANDS:
+        function = command_function(model, _run_command) if model.command == verb else _without_options(model)
+        app.command(model.command, epilog=EPILOG)(function)
+    return app
+
+
+def _without_options(model: type[Settings]) -> Callable[[], None]:
+    def command() -> None:
+        raise AssertionError("built without its options")
+
+    command.__doc__ = model.summary
+    return command
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 stopped."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return the exit code."""
+    want_json = "--json" in arguments
+    debug = "--debug" in arguments
+    try:
+        verb, prepared = _prepare_arguments(arguments)
+        code = build_app(verb)(prepared, standalone_mode=False, prog_name="t5tune")
+        return code if isinstance(code, int) else 0
+    except T5TuneError as error:
+        console.show_error(error, sys.stdout if want_json else None, debug)
+        return error.exit_code
+    except typer.TyperException as error:  # Typer's own words on what it can't parse
+        message = getattr(error, "message", None) or str(error)
+        console.show_error(SettingsError(message, hint="t5tune --help"), sys.stdout if want_json else None, debug)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        console.show_error(SettingsError("interrupted"), None, debug)
+        return 130
+
+
+def _prepare_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Find the verb, and bring the arguments into Typer's form.
+
+    The deepspeed launcher puts --local_rank before the verb: it is dropped, the environment says it too.
+    """
+    leading = 0
+    while leading < len(arguments) and arguments[leading].startswith("-"):
+        leading += 1
+    options = [option for option in arguments[:leading] if not option.startswith(("--local_rank", "--local-rank"))]
+    if leading == len(arguments):
+        return None, options
+    verb, rest = arguments[leading], arguments[leading + 1 :]
+    model = next((model for model in COMMANDS if model.command == verb), None)
+    if model is None:
+        verbs = [model.command for model in COMMANDS]
+        raise SettingsError(
+            f"{verb}: no such command{suggestion(verb, verbs)}", hint=f"the commands are {', '.join(verbs)}"
+        )
+    return verb, [*options, verb, *normalise(rest, model)]
+
+
+def _run_command(
+    model: type[Settings],
+    flags: dict[str, Any],
+    problems: list[str],
+    config: str | None,
+    json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Read the settings, run the command, show what it made, and leave with its exit code."""
+    screen = None if quiet or _rank() else console.Screen()
+    report: Report = screen or silent
+    with console.result_stream() as stream:
+        try:
+            settings, notes = load_settings(model, config, os.environ, flags, problems)
+            for note in notes:
+                report(console.Note(note))
+            result = _call(settings, report)
+        except KeyboardInterrupt:
+            _close(screen)
+            console.show_error(SettingsError("interrupted"), None, debug)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            _close(screen)
+            if not _leave_for_launcher(error):
+                console.show_error(error, stream if json else None, debug)
+            raise typer.Exit(error.exit_code if isinstance(error, T5TuneError) else 1) from None
+        _close(screen)
+        if result is None or _rank() or _is_worker():
+            return
+        if json:
+            print(console.as_json(result), file=stream, flush=True)
+        else:
+            console.show_result(result, stream, quiet)
+
+
+def _close(screen: console.Screen | None) -> None:
+    if screen is not None:
+        screen.close()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _is_worker() -> bool:
+    return "_T5TUNE_ERRORS" in os.environ
+
+
+def _leave_for_launcher(error: Exception) -> bool:
+    """In a worker that `--num-processes` started: hand the error to the launching process, which shows it."""
+    if not _is_worker() or not isinstance(error, T5TuneError):
+        return False
+    from t5tune.training.launch import write_error
+
+    write_error(error)
+    return True
+
+
+def _call(settings: Settings, report: Report) -> Any:
+    match settings:
+        case PrepareSettings():
+            from t5tune.prepare import prepare
+
+            return prepare(settings, report)
+        case TrainSettings():
+            return _train(settings, report)
+        case ExportSettings():
+            from t5tune.export import export
+
+            return export(settings, report)
+        case MergeSettings():
+            from t5tune.merge import merge
+
+            return merge(settings, report)
+        case ChatSettings():
+            from t5tune.chat import chat
+            from t5tune.cli.conversation import converse
+
+            return chat(settings, report) if settings.prompt is not None else converse(settings, report)
+        case _:
+            raise AssertionError(settings)
+
+
+def _train(settings: TrainSettings, report: Report) -> Any:
+    from t5tune.train import open_run, read_result, train
+    from t5tune.training.launch import World, launch
+
+    count = settings.num_gpus or settings.num_processes or 1
+    if World.from_environment().launched or count == 1:
+        return train(settings, report)
+    run = open_run(settings, report)
+    if not run.finished:
+        launch(run.settings_path, count, settings.num_gpus is not None)
+    return read_result(run.folder)

@@ -1,0 +1,196 @@
+"""What a user sees: progress and notes on stderr, the result on stdout, an error in a line."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from t5tune.errors import SettingsError, T5TuneError
+from t5tune.progress import Advanced, Event, Finished, Measured, Note, Started
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Screen:
+    """A report that draws: bars on a terminal, plain lines in a log."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, Started] = {}
+        self._last_line: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._start(event)
+            case Advanced():
+                self._advance(event)
+            case Finished():
+                self._finish(event)
+            case Measured():
+                self._measure(event)
+            case Note():
+                style = "yellow" if event.warning else "dim"
+                self.console.print(("warning: " if event.warning else "") + event.text, style=style, markup=False)
+
+    def close(self) -> None:
+        """Take the bars off the terminal."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _start(self, event: Started) -> None:
+        self._started[event.task] = event
+        self._last_line[event.task] = time.monotonic()
+        if not self.console.is_terminal:
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                MofNCompleteColumn(),
+                TextColumn("[dim]{task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]left"),
+                TimeRemainingColumn(),
+                TextColumn("[cyan]{task.fields[values]}"),
+                console=self.console,
+            )
+            self._progress.start()
+        self._tasks[event.task] = self._progress.add_task(
+            event.task, total=event.total, unit=event.unit, values=""
+        )
+
+    def _advance(self, event: Advanced) -> None:
+        if self._progress is not None and event.task in self._tasks:
+            self._progress.update(self._tasks[event.task], completed=event.done)
+        elif event.task in self._started:
+            self._line(event.task, f"{event.done}{self._of_total(event.task)}")
+
+    def _finish(self, event: Finished) -> None:
+        if self._progress is not None and event.task in self._tasks:
+            task = self._tasks.pop(event.task)
+            done = self._progress.tasks[[t.id for t in self._progress.tasks].index(task)].completed
+            self._progress.update(task, total=done)
+            if not self._tasks:
+                self.close()
+
+    def _measure(self, event: Measured) -> None:
+        text = "  ".join(f"{name} {format_number(value)}" for name, value in event.values.items())
+        if self._progress is not None and event.task in self._tasks:
+            self._progress.update(self._tasks[event.task], values=text)
+        else:
+            self.console.print(f"{event.task}: step {event.step}  {text}", markup=False)
+
+    def _of_total(self, task: str) -> str:
+        started = self._started[task]
+        return f" of {started.total} {started.unit}" if started.total else f" {started.unit}"
+
+    def _line(self, task: str, text: str) -> None:
+        now = time.monotonic()
+        if now - self._last_line[task] >= SECONDS_BETWEEN_LINES:
+            self._last_line[task] = now
+            self.console.print(f"{task}: {text}", markup=False)
+
+
+@contextmanager
+def result_stream() -> Iterator[TextIO]:
+    """Keep stdout for the result: until the block ends, whatever libraries print there goes to stderr."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with open(saved, "w", encoding="utf-8", closefd=False) as stream:
+            yield stream
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, without needless zeros: 0.0001, 12.35, 81920."""
+    if value == int(value) and abs(value) < 1e12:
+        return f"{int(value):,}"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def as_json(result: Any) -> str:
+    """A command's result as one JSON object on one line."""
+    return json.dumps(_plain(dataclasses.asdict(result)), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def show_result(result: Any, stream: TextIO, quiet: bool) -> None:
+    """The path that was made on `stream`, and what there is to know of it as a table on stderr."""
+    values = _plain(dataclasses.asdict(result))
+    first, *others = values.items()
+    if not quiet and others:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in others:
+            if value not in (None, {}, []):
+                table.add_row(f"[dim]{name.replace('_', ' ')}", _show(value))
+        Console(stderr=True, highlight=False).print(table)
+    print(first[1], file=stream, flush=True)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return format_number(value)
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {_show(item)}" for name, item in value.items())
+    return str(value)
+
+
+def show_error(error: BaseException, json_stream: TextIO | None, debug: bool) -> None:
+    """One line per problem on stderr; with --json the error as an object on stdout too."""
+    if debug:
+        traceback.print_exception(error)
+    known = isinstance(error, T5TuneError)
+    kind = error.kind if isinstance(error, T5TuneError) else type(error).__name__
+    message = error.message if isinstance(error, T5TuneError) else f"{kind}: {' '.join(str(error).split())}"
+    hint = error.hint if isinstance(error, T5TuneError) else "--debug shows where it came from"
+    problems = list(error.problems) if isinstance(error, SettingsError) else [message]
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for index, problem in enumerate(problems):
+        last = index == len(problems) - 1
+        tail = f"; {hint}" if hint and last else ""
+        console.print(f"[bold red]error:[/] {_escape(problem + tail)}")
+    if json_stream is not None:
+        body = {"kind": kind if known else "Unexpected", "message": message, "hint": hint}
+        print(json.dumps({"error": body}, ensure_ascii=False), file=json_stream, flush=True)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

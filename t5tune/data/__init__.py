@@ -1,0 +1,1 @@
+"""Conversation files -> examples, up to the token cache. Nothing here needs torch."""

@@ -1,0 +1,221 @@
+r"""The token cache: a folder that holds each conversation's ids once, and the spans of its answers.
+
+    tokens.bin       the ids of all conversations, one after the other: uint16 little-endian, or int32 where
+                     the vocabulary is larger than 65,536
+    examples.bin     one EXAMPLE record per answer, in the order of the data
+    tokenizer/       the tokenizer that made the ids, added tokens included
+    template.yaml    the layout
+    rejected.jsonl   the records that were refused, whole, with file, line and reason
+    manifest.json    format, hashes, settings, counts, length percentiles, and the SHA-256 of each file
+
+The same inputs give the same bytes.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from t5tune.data.encoding import Encoded
+from t5tune.errors import DataError
+from t5tune.publish import sha256
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+EXAMPLE = np.dtype(
+    [
+        ("start", "<u8"),  # where the conversation begins in tokens.bin; all below count from there
+        ("conversation", "<u4"),
+        ("turn", "<u4"),
+        ("system_end", "<u4"),
+        ("source_start", "<u4"),
+        ("source_end", "<u4"),
+        ("target_start", "<u4"),
+        ("target_end", "<u4"),
+        ("source_is_whole", "?"),
+        ("target_is_whole", "?"),
+    ]
+)
+PERCENTILES = (50, 90, 99, 100)
+
+
+class CacheWriter:
+    """Writes tokens.bin and examples.bin as encoded conversations come."""
+
+    def __init__(self, folder: Path, num_rows: int) -> None:
+        self.dtype = np.dtype("<u2" if num_rows <= 1 << 16 else "<i4")
+        self.num_conversations = 0
+        self.num_examples = 0
+        self._num_tokens = 0
+        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115: closed by __exit__
+        self._examples = open(folder / "examples.bin", "wb")  # noqa: SIM115
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tokens.close()
+        self._examples.close()
+
+    def add(self, encoded: Encoded) -> None:
+        """Append one conversation and its answers."""
+        rows = np.zeros(len(encoded.spans), EXAMPLE)
+        for row, span in zip(rows, encoded.spans, strict=True):
+            row["start"], row["conversation"] = self._num_tokens, self.num_conversations
+            for name in EXAMPLE.names[2:]:  # type: ignore[index]
+                row[name] = getattr(span, name)
+        self._examples.write(rows.tobytes())
+        self._tokens.write(np.asarray(encoded.ids, self.dtype).tobytes())
+        self.num_conversations += 1
+        self.num_examples += len(rows)
+        self._num_tokens += len(encoded.ids)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer as the model reads it: ids, end tokens included. int64, lengths S and T."""
+
+    source_S: npt.NDArray[np.int64]
+    target_T: npt.NDArray[np.int64]
+
+
+class Cache(Sequence[Example]):
+    """The examples of a cache, or those at `indices`, read from the disk as they are asked for."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], indices: npt.NDArray[np.int64] | None = None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.eos_token_id = int(manifest["eos_token_id"])
+        self._tokens = _mapped(folder / "tokens.bin", np.dtype(manifest["dtype"]))
+        rows = _mapped(folder / "examples.bin", EXAMPLE)
+        self._indices = np.arange(len(rows)) if indices is None else indices
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = self._rows[self._indices[index]]
+        ids = self._tokens[int(row["start"]) :]
+        eos = [self.eos_token_id]
+        source = np.concatenate([ids[: row["system_end"]], ids[row["source_start"] : row["source_end"]], eos])
+        target = ids[row["target_start"] : row["target_end"]]
+        if row["target_is_whole"]:
+            target = np.concatenate([target, eos])
+        return Example(source.astype(np.int64), target.astype(np.int64))
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer that made the ids."""
+        return self.folder / "tokenizer"
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that were added to the base's tokenizer, in the order of their ids."""
+        return list(self.manifest["added_tokens"])
+
+    def lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(source lengths, target lengths) in tokens, end tokens included, in the cache's order."""
+        return lengths_of(self._rows[self._indices])
+
+    def first(self, count: int) -> "Cache":
+        """The first `count` examples."""
+        return Cache(self.folder, self.manifest, self._indices[:count])
+
+    def split(self, held_out: float, seed: int) -> tuple["Cache", "Cache"]:
+        """(training, held out): the share `held_out` of the conversations, at least one, with all their answers.
+
+        Raises:
+            DataError: too few conversations to hold one out.
+        """
+        conversations = np.unique(self._rows["conversation"][self._indices])
+        count = max(1, round(held_out * len(conversations)))
+        if count >= len(conversations):
+            raise DataError(
+                f"eval_fraction: {held_out} of {len(conversations)} conversations leaves none to train on"
+            )
+        chosen = np.random.default_rng(seed).permutation(conversations)[:count]
+        is_held_out = np.isin(self._rows["conversation"][self._indices], chosen)
+        return (
+            Cache(self.folder, self.manifest, self._indices[~is_held_out]),
+            Cache(self.folder, self.manifest, self._indices[is_held_out]),
+        )
+
+
+def lengths_of(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(source lengths, target lengths) of EXAMPLE records, end tokens included."""
+    signed = {name: rows[name].astype(np.int64) for name in EXAMPLE.names[3:8]}  # type: ignore[index]
+    source = signed["system_end"] + signed["source_end"] - signed["source_start"] + 1
+    target = signed["target_end"] - signed["target_start"] + rows["target_is_whole"]
+    return source, target
+
+
+def is_cache(path: Path) -> bool:
+    """Whether a folder looks like a token cache."""
+    return (path / MANIFEST).is_file() and (path / "tokens.bin").is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache.
+
+    Raises:
+        DataError: it is missing, broken, or of another format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / MANIFEST}: not the manifest of a token cache ({error})") from error
+    if version != FORMAT:
+        raise DataError(
+            f"{folder / MANIFEST}: format {version}, this release reads {FORMAT}", hint="run t5tune prepare again"
+        )
+    return dict(manifest)
+
+
+def open_cache(folder: Path) -> Cache:
+    """Check a cache against the hashes of its manifest and map it.
+
+    Raises:
+        DataError: a file is missing or differs from what was written.
+    """
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest["files"])
+    return Cache(folder, manifest)
+
+
+def verify_files(folder: Path, files: dict[str, str]) -> None:
+    """Compare each file with its SHA-256.
+
+    Raises:
+        DataError: naming the first that is missing or differs.
+    """
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing from the token cache", hint="run t5tune prepare again")
+        if sha256(path) != expected:
+            raise DataError(f"{path}: differs from what prepare wrote", hint="run t5tune prepare again")
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file below the folder but the manifest, sorted by name."""
+    paths: Iterable[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths if path.name != MANIFEST}
+
+
+def percentiles(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
+    """p50, p90, p99 and p100 of lengths, in tokens."""
+    return {f"p{share}": int(np.percentile(lengths, share, method="higher")) for share in PERCENTILES}
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r")

@@ -1,0 +1,135 @@
+r"""A conversation and a layout -> the pieces of text that the model reads and writes.
+
+With fastchat-t5, a human "Hi" and an assistant "Hello." become
+
+    A chat between … questions.\n\n### Human: Hi\n### Assistant: |Hello.\n
+
+where | parts the source from the target of this answer. The source of a later answer holds all of it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from t5tune.data.records import Conversation
+from t5tune.errors import SettingsError
+from t5tune.presets import find_conversation_template
+from t5tune.yaml_file import read_yaml
+
+
+@dataclass(frozen=True)
+class Template:
+    """A layout. `{text}` in a pattern is replaced by what was said.
+
+    Args:
+        system_message: stands where a record brings none; empty: no system line then.
+        system, human, assistant: patterns of a system line and of the turns.
+        assistant_prefix: what the source ends with; where it ends in a space, the target begins behind it.
+        turn_separator: stands before each human turn but the first.
+    """
+
+    system_message: str
+    system: str
+    human: str
+    assistant_prefix: str
+    assistant: str
+    turn_separator: str = ""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the layout, which the cache's manifest keeps."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def prefix(self, system: str | None) -> str:
+        """The system line, or nothing."""
+        message = self.system_message if system is None else system
+        return self.system.replace("{text}", message) if message else ""
+
+    def question(self, text: str, first: bool) -> str:
+        """A human turn."""
+        return ("" if first else self.turn_separator) + self.human.replace("{text}", text)
+
+    def answer(self, text: str) -> str:
+        """An assistant turn behind its prefix, as the model is to write it."""
+        return self.assistant.removeprefix(" ").replace("{text}", text)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of text of a turn, counted from 0 (-1: the system line).
+
+    `kind` is system, human, prefix (what a source ends with), gap (a space between a source and its answer
+    that belongs to neither) or answer.
+    """
+
+    text: str
+    kind: str
+    turn: int
+
+
+def load_template(name_or_path: str) -> Template:
+    """Read a layout by name or from a YAML file.
+
+    Raises:
+        SettingsError: no such layout, a field missing or unknown, or a pattern without {text}.
+    """
+    path = find_conversation_template(name_or_path)
+    return template_from(read_yaml(path), path)
+
+
+def template_from(values: dict[str, Any], place: Path) -> Template:
+    """The layout that the values describe; `place` is the file that an error names."""
+    try:
+        template = Template(**values)
+    except TypeError as error:
+        reason = str(error).removeprefix("Template.__init__() ")
+        raise SettingsError(f"conversation_template: {place}: {reason}") from None
+    for name, value in asdict(template).items():
+        if not isinstance(value, str):
+            raise SettingsError(f"conversation_template: {place}: {name}: expected text, found {value!r}")
+        if name in {"system", "human", "assistant"} and value.count("{text}") != 1:
+            raise SettingsError(f"conversation_template: {place}: {name}: expected one {{text}} in {value!r}")
+    _check_joints(template, place)
+    return template
+
+
+def _check_joints(template: Template, place: Path) -> None:
+    """Where two pieces meet there must be white space, or the tokenizer may join their words to one token."""
+    answer, question = template.assistant, template.turn_separator + template.human
+    joints = {
+        "system, human": template.system + template.human,
+        "human, assistant_prefix": template.human + (template.assistant_prefix or answer),
+        "assistant_prefix, assistant": (template.assistant_prefix or template.human) + answer,
+        "assistant, turn_separator": answer + question,
+    }
+    for names, joined in joints.items():
+        # the text of the first pattern ends, and that of the second begins, at {text} or at a fixed end
+        first_end = joined.split("{text}")[1] if "{text}" in joined else joined
+        if not any(character.isspace() for character in first_end):
+            raise SettingsError(
+                f"conversation_template: {place}: {names}: no white space where they meet; end the first or "
+                "begin the second with a space or a newline"
+            )
+
+
+def lay_out(conversation: Conversation, template: Template) -> list[Piece]:
+    """The pieces of a conversation; joined, their texts are the whole of it."""
+    pieces = []
+    if prefix := template.prefix(conversation.system):
+        pieces.append(Piece(prefix, "system", -1))
+    for index, turn in enumerate(conversation.turns):
+        if turn.role == "human":
+            pieces.append(Piece(template.question(turn.text, first=index == 0), "human", index))
+        else:
+            pieces += question_end(template, index)
+            pieces.append(Piece(template.answer(turn.text), "answer", index))
+    return pieces
+
+
+def question_end(template: Template, turn: int) -> list[Piece]:
+    """What stands between a human turn and the answer."""
+    prefix = [Piece(template.assistant_prefix, "prefix", turn)] if template.assistant_prefix else []
+    gap = [Piece(" ", "gap", turn)] if template.assistant.startswith(" ") else []
+    return prefix + gap

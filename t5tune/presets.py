@@ -1,0 +1,54 @@
+"""Find, list and read what templates/ holds: runs, DeepSpeed configurations, conversation layouts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from t5tune.errors import SettingsError
+
+
+def templates_folder() -> Path:
+    """templates/, in the installed package or beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "templates"
+    return installed if installed.is_dir() else package.parent / "templates"
+
+
+def names(kind: str) -> list[str]:
+    """The names under templates/<kind>, sorted."""
+    return sorted(path.stem for path in (templates_folder() / kind).iterdir() if path.suffix in {".yaml", ".json"})
+
+
+def find_run(name_or_path: str) -> Path:
+    """The YAML file of `--config`: a path, or a name under templates/runs."""
+    return _find("config", "runs", name_or_path, ".yaml")
+
+
+def find_conversation_template(name_or_path: str) -> Path:
+    """The YAML file of `--conversation-template`: a path, or a name under templates/conversations."""
+    return _find("conversation_template", "conversations", name_or_path, ".yaml")
+
+
+def read_deepspeed(name_or_path: str) -> dict[str, Any]:
+    """The DeepSpeed configuration of `--deepspeed`: a JSON file, or a name under templates/deepspeed."""
+    path = _find("deepspeed", "deepspeed", name_or_path, ".json")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"deepspeed: {path}: not a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise SettingsError(f"deepspeed: {path}: expected a JSON object")
+    return value
+
+
+def _find(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    packaged = templates_folder() / kind / (name_or_path + suffix)
+    if path.name == name_or_path and packaged.is_file():
+        return packaged
+    raise SettingsError(
+        f"{setting}: {name_or_path}: no such file, and no template of that name",
+        hint=f"the templates are {', '.join(names(kind))}",
+    )

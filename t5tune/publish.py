@@ -1,0 +1,89 @@
+"""Folders and files that appear whole or not at all: written beside their place, synced, renamed.
+
+    with published_folder(Path("cache")) as folder:
+        (folder / "manifest.json").write_text(...)
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1 << 20
+
+
+@contextmanager
+def published_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target` that takes its place when the block ends without an error.
+
+    A folder that stood there is replaced as a whole. A kill at any moment leaves the old folder, the new
+    one, or (between two renames) none, never a mixture.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nonce = uuid.uuid4().hex[:8]
+    staged = target.with_name(f".{target.name}.new-{nonce}")
+    staged.mkdir()
+    try:
+        yield staged
+        sync_folder(staged)
+        if target.exists():
+            old = target.with_name(f".{target.name}.old-{nonce}")
+            target.rename(old)
+            staged.rename(target)
+            shutil.rmtree(old)
+        else:
+            staged.rename(target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` beside `path`, sync it, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_file` of the value as indented JSON with a newline at its end."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder by its path."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file and folder below `folder`, then `folder` itself."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+def sha256(path: Path) -> str:
+    """The hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

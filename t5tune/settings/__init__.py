@@ -1,0 +1,32 @@
+"""Every option of every command, and how they are read.
+
+    settings, notes = load_settings(TrainSettings, file="run.yaml", environment=os.environ, flags={"lora_r": "16"})
+
+Precedence: default < file < environment < flags. All problems are raised together.
+"""
+
+from t5tune.settings.commands import (
+    COMMANDS,
+    ChatSettings,
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    TrainSettings,
+)
+from t5tune.settings.data import ConversationSettings, DataSettings
+from t5tune.settings.fields import Settings
+from t5tune.settings.loading import dump_settings, load_settings
+
+__all__ = [
+    "COMMANDS",
+    "ChatSettings",
+    "ConversationSettings",
+    "DataSettings",
+    "ExportSettings",
+    "MergeSettings",
+    "PrepareSettings",
+    "Settings",
+    "TrainSettings",
+    "dump_settings",
+    "load_settings",
+]

@@ -1,0 +1,62 @@
+"""The base of every settings model, and the types its fields share.
+
+A setting is declared once: its name is the flag (`--lora-r`), the YAML key (`lora_r`), the environment
+variable (`T5TUNE_LORA_R`) and the attribute (`settings.lora_r`); its description is the help text.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+class Settings(BaseModel):
+    """Frozen; refuses unknown keys. A subclass is a mixin with a `panel`, or a command that joins mixins."""
+
+    # defer_build: --help needs the fields, not their validators
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True
+    )
+
+    panel: ClassVar[str] = "Options"
+    command: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    @classmethod
+    def panel_of(cls, name: str) -> str:
+        """The title of the group that a field belongs to: that of the mixin that declares it."""
+        for base in reversed(cls.__mro__):
+            if issubclass(base, Settings) and name in base.__annotations__:
+                return base.panel
+        raise KeyError(name)
+
+
+def _unset(value: Any) -> Any:
+    return None if isinstance(value, str | int) and str(value).lower() in {"", "none", "null", "-1"} else value
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list | tuple):
+        return [part for item in value for part in (_words(item) if isinstance(item, str) else [item])]
+    return value
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(r"[,\s]+", text) if word]
+
+
+def _paths(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
+Maybe = BeforeValidator(_unset)
+"""Reads `none`, an empty string and the seed's -1 as "not set"."""
+
+Words = Annotated[list[str], BeforeValidator(_split)]
+"""A list that may be written as `q v`, `q,v` or a YAML list."""
+
+Paths = Annotated[list[str], BeforeValidator(_paths)]
+"""A list of paths; a single one may stand alone. Paths may hold commas and spaces, so they aren't split."""

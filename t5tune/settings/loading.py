@@ -1,0 +1,144 @@
+"""File, environment and flags -> one validated settings model, or every problem at once."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from t5tune import presets
+from t5tune.errors import SettingsError
+from t5tune.settings.commands import COMMANDS
+from t5tune.settings.fields import Settings
+from t5tune.settings.renamed import RENAMED
+
+PREFIX = "T5TUNE_"
+Model = TypeVar("Model", bound=Settings)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A value and where the user wrote it, such as `--lora-r` or `run.yaml: lora_r`."""
+
+    value: Any
+    place: str
+
+
+def load_settings(
+    model: type[Model],
+    file: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+    problems: Iterable[str] = (),
+) -> tuple[Model, list[str]]:
+    """Read the settings of one command.
+
+    Args:
+        file: a YAML file, or the name of a run under templates/runs.
+        environment: variables; those that begin with T5TUNE_ are read.
+        flags: setting name -> value as typed.
+        problems: what the caller found wrong already, to be raised with the rest.
+
+    Returns: the settings, and notes on names that were taken for others or left out.
+
+    Raises:
+        SettingsError: with one line for each problem of all three sources.
+    """
+    problems = list(problems)
+    notes: list[str] = []
+    values: dict[str, _Value] = {}
+    for source in (_from_file(file), _from_environment(environment or {}), _from_flags(flags or {})):
+        values.update(_with_known_names(model, source, problems, notes))
+    settings = None
+    try:
+        settings = model.model_validate({name: value.value for name, value in values.items()})
+    except ValidationError as error:
+        problems += [_problem(detail, values) for detail in error.errors()]
+    if problems or settings is None:
+        raise SettingsError(*problems, hint=f"t5tune {model.command} --help lists every option")
+    if getattr(settings, "q_lora", False) and model.command == "train" and "bf16" not in values:
+        notes.append("q_lora turns bf16 on: the 4-bit base computes in it")
+    return settings, notes
+
+
+def dump_settings(settings: Settings) -> str:
+    """The settings as YAML that `--config` reads back to the same model."""
+    import yaml
+
+    header = f"# t5tune {settings.command} --config THIS_FILE does it again\n"
+    return header + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean lora_r?`, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _from_file(file: str | None) -> dict[str, _Value]:
+    if file is None:
+        return {}
+    from t5tune.yaml_file import read_yaml
+
+    path = presets.find_run(file)
+    return {name: _Value(value, f"{path}: {name}") for name, value in read_yaml(path).items()}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
+    return {
+        key.removeprefix(PREFIX).lower(): _Value(value, key)
+        for key, value in environment.items()
+        if key.startswith(PREFIX)
+    }
+
+
+def _from_flags(flags: Mapping[str, Any]) -> dict[str, _Value]:
+    return {name: _Value(value, "--" + name.replace("_", "-")) for name, value in flags.items()}
+
+
+def _with_known_names(
+    model: type[Settings], source: dict[str, _Value], problems: list[str], notes: list[str]
+) -> dict[str, _Value]:
+    """Map old names, leave out those of other commands with a note, and refuse unknown ones."""
+    elsewhere = {name for other in COMMANDS for name in other.model_fields}
+    renamed = RENAMED.get(model.command, {})
+    known: dict[str, _Value] = {}
+    unused: list[str] = []
+    for name, value in source.items():
+        if name in model.model_fields:
+            known[name] = value
+        elif name in renamed:
+            change = renamed[name]
+            new = change.convert(value.value) if change.new else None
+            if change.new and new is not None:
+                known.setdefault(change.new, _Value(new, value.place))
+                notes.append(f"{value.place}: taken as {change.new} {new} ({change.why})")
+            elif change.new is None and str(value.value).lower() not in {"", "-1", "false"}:
+                notes.append(f"{value.place}: left out ({change.why})")
+        elif name in elsewhere and not value.place.startswith("--"):
+            unused.append(name)
+        else:
+            problems.append(
+                f"{value.place}: unknown setting{suggestion(name, [*model.model_fields, *renamed])}"
+            )
+    if unused:
+        notes.append(f"{model.command} does not use {', '.join(unused)}")
+    return known
+
+
+def _problem(error: ErrorDetails, values: dict[str, _Value]) -> str:
+    """One pydantic error as `lora_r: abc (--lora-r): not a whole number`."""
+    reason = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return reason
+    name = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{name}: missing; give --{name.replace('_', '-')} or set it in a --config file"
+    given = values.get(name)
+    shown = repr(given.value if given else error["input"])
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    reason = reason[0].lower() + reason[1:]
+    return f"{name}: {shown}{f' ({given.place})' if given else ''}: {reason}"

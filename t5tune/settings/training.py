@@ -1,0 +1,92 @@
+"""Steps, batches, the optimizer, precision, evaluation and checkpoints. Names and defaults are Hugging Face's."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from t5tune.settings.fields import Maybe, Settings, Words
+
+
+class TrainingSettings(Settings):
+    panel: ClassVar[str] = "Training"
+
+    num_train_epochs: float = Field(default=3.0, gt=0, description="Passes over the data.")
+    max_steps: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Stop after this many optimizer steps; default: by num_train_epochs."
+    )
+    per_device_train_batch_size: int = Field(default=8, gt=0, description="Examples per process and micro-step.")
+    gradient_accumulation_steps: int = Field(default=1, gt=0, description="Micro-steps per optimizer step.")
+    learning_rate: float = Field(default=5e-5, ge=0, description="Highest learning rate.")
+    lr_scheduler_type: str = Field(
+        default="linear", description="Learning-rate schedule, by its transformers name (linear, cosine, …)."
+    )
+    warmup_steps: float = Field(
+        default=0, ge=0, description="Steps of linear warm-up; below 1: a share of all steps."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Clip the gradient's norm to this; 0: don't clip."
+    )
+    optim: str = Field(default="adamw_torch", description="Optimizer, by its transformers name.")
+    bf16: bool = Field(default=False, description="Compute in bfloat16; the base is kept in it too.")
+    fp16: bool = Field(default=False, description="Refused: T5's feed-forward layers overflow in fp16.")
+    tf32: bool | None = Field(default=None, description="TensorFloat-32 for fp32 products (Ampere and newer).")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations instead of keeping them: less memory, a third slower."
+    )
+    seed: int = Field(default=42, ge=0, description="Seed of the adapter's start, dropout and data order.")
+    dataloader_num_workers: int = Field(default=0, ge=0, description="Processes per rank that read the data.")
+    use_cpu: bool = Field(default=False, description="Train on the CPU even where there is a GPU.")
+    training_args: dict[str, Any] = Field(
+        default={},
+        description="Any other field of transformers' TrainingArguments; YAML only.",
+        json_schema_extra={"yaml_only": True},
+    )
+
+    @field_validator("fp16")
+    @classmethod
+    def _no_fp16(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("T5's feed-forward layers overflow in fp16 (loss 0 or NaN); use bf16")
+        return value
+
+
+class EvaluationSettings(Settings):
+    panel: ClassVar[str] = "Evaluation and checkpoints"
+
+    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        default=None,
+        description="When to evaluate; default: each epoch if there is held-out data, else never.",
+    )
+    eval_steps: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Steps between evaluations; default: logging_steps."
+    )
+    per_device_eval_batch_size: int = Field(default=8, gt=0, description="Examples per process in evaluation.")
+    save_strategy: Literal["no", "steps", "epoch"] = Field(
+        default="steps", description="When to write a checkpoint; the last step always writes one."
+    )
+    save_steps: int = Field(default=500, gt=0, description="Steps between checkpoints.")
+    save_total_limit: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Keep only the newest N checkpoints; default: all."
+    )
+    logging_steps: int = Field(default=10, gt=0, description="Steps between lines of metrics.jsonl.")
+    report_to: Words = Field(default=["none"], description="Trackers: tensorboard, wandb, mlflow, … or none.")
+
+
+class ProcessSettings(Settings):
+    panel: ClassVar[str] = "Processes"
+
+    num_gpus: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Start this many processes here, one a GPU."
+    )
+    num_processes: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Start this many processes here, on the CPU."
+    )
+    deepspeed: Annotated[str | None, Maybe] = Field(
+        default=None,
+        description="DeepSpeed configuration: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a "
+        "JSON file.",
+    )
+    process_group_timeout: int = Field(
+        default=1800, gt=0, description="Give up on a process that doesn't answer after this long (seconds)."
+    )

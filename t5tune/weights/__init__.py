@@ -1,0 +1,1 @@
+"""Checkpoints on disk, tensor by tensor. Nothing here builds a model or imports torch."""
