@@ -6,6 +6,7 @@ that `--help` loads neither torch nor transformers.
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -120,6 +121,8 @@ def _run_command(
     debug: bool,
 ) -> None:
     """Read the settings, run the command, show what it made, and leave with its exit code."""
+    if not debug:
+        _hush_libraries()
     screen = None if quiet or _rank() else console.Screen()
     report: Report = screen or silent
     with console.result_stream() as stream:
@@ -144,6 +147,16 @@ def _run_command(
             print(console.as_json(result), file=stream, flush=True)
         else:
             console.show_result(result, stream, quiet)
+
+
+def _hush_libraries() -> None:
+    """Keep back what libraries say to their developers; --debug shows it."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 
 def _close(screen: console.Screen | None) -> None:
@@ -196,12 +209,14 @@ def _call(settings: Settings, report: Report) -> Any:
 
 def _train(settings: TrainSettings, report: Report) -> Any:
     from t5tune.train import open_run, read_result, train
-    from t5tune.training.launch import World, launch
+    from t5tune.training.launch import World, die_with_parent, launch
 
+    if _is_worker():
+        die_with_parent()
     count = settings.num_gpus or settings.num_processes or 1
     if World.from_environment().launched or count == 1:
         return train(settings, report)
     run = open_run(settings, report)
     if not run.finished:
-        launch(run.settings_path, count, settings.num_gpus is not None)
+        launch(run.settings_path, count, [] if report is not silent else ["--quiet"])
     return read_result(run.folder)

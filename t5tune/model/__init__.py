@@ -1,0 +1,1 @@
+"""A base checkpoint -> a model ready to train."""

@@ -1,0 +1,164 @@
+"""Load a base exactly as its file says, in bf16, fp32 or 4 bits.
+
+`from_pretrained` of transformers 5 can't be trusted with a T5 here: it holds every T5 for tied, and under
+ZeRO-3 replaces Flan-T5's head by its embedding. So the model is built without weights, and each tensor of
+the file is put where its name says. The file decides whether the head is tied.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from t5tune.errors import DependencyError, ModelError
+from t5tune.model.family import family_of
+from t5tune.weights.base import read_config
+from t5tune.weights.streaming import Checkpoint
+from t5tune.weights.tensors import Tensor
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+EMBEDDING = "shared.weight"
+HEAD = "lm_head.weight"
+EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# T5's first release saved a bias for the first cross-attention, which has no positions; nothing ever read it
+IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+QUANTISED_STORAGE = torch.bfloat16  # ZeRO-3 gathers one dtype, so 4-bit weights are stored in the compute dtype
+
+
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantise: bool = False) -> Any:
+    """The base as a frozen transformers model in evaluation mode.
+
+    Args:
+        dtype: of every tensor that isn't quantised.
+        quantise: put the blocks' linear layers into NF4 with double quantisation (Dettmers et al. 2023).
+
+    Raises:
+        ModelError: not a T5, or tensors missing, left over, or of another shape than config.json gives.
+        DependencyError: quantise without bitsandbytes.
+    """
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
+
+    family_of(read_config(folder), folder)
+    checkpoint = Checkpoint(folder)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config.tie_word_embeddings = tied = checkpoint.is_tied()
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    if quantise:
+        _use_linear4bit(model)
+    _check_names(model, checkpoint, tied)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name in EMBEDDING_COPIES or (name == HEAD and tied):
+            continue
+        _place(model, name, _expect_shape(checkpoint, name, parameter), dtype, device)
+    for name in (*EMBEDDING_COPIES, *((HEAD,) if tied else ())):
+        _set_parameter(model, name, model.get_parameter(EMBEDDING))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; 4-bit weights count as what they stand for, sharded ones as whole."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = int(np.prod(state.shape)) if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _check_names(model: nn.Module, checkpoint: Checkpoint, tied: bool) -> None:
+    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(EMBEDDING_COPIES)
+    if tied:
+        expected.discard(HEAD)
+    held = set(checkpoint.names())
+    if missing := sorted(expected - held):
+        raise ModelError(f"{checkpoint.folder}: {missing[0]}: missing from the weights ({len(missing)} are)")
+    surplus = sorted(held - expected - set(EMBEDDING_COPIES) - {HEAD} - IGNORED)
+    if surplus:
+        raise ModelError(
+            f"{checkpoint.folder}: {surplus[0]}: the model of this config.json has no such tensor ({len(surplus)} "
+            "such)",
+            hint="an adapter is given with --adapter; a base holds only the model's own tensors",
+        )
+    for name in set(EMBEDDING_COPIES) & held:
+        if not np.array_equal(checkpoint.tensor(name).array, checkpoint.tensor(EMBEDDING).array):
+            raise ModelError(f"{checkpoint.folder}: {name}: differs from {EMBEDDING}; T5 shares the two")
+
+
+def _expect_shape(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> Tensor:
+    tensor = checkpoint.tensor(name)
+    if tensor.shape != tuple(parameter.shape):
+        raise ModelError(
+            f"{checkpoint.folder}: {name}: {list(tensor.shape)} in the file, {list(parameter.shape)} by config.json"
+        )
+    if tensor.dtype not in TORCH_DTYPES:
+        raise ModelError(f"{checkpoint.folder}: {name}: dtype {tensor.dtype} is no floating type")
+    return tensor
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    module = model.get_submodule(name.rpartition(".")[0])
+    values = to_torch(tensor).to(device, dtype)
+    if isinstance(old := module.weight, nn.Parameter) and type(old).__name__ == "Params4bit":
+        import bitsandbytes
+
+        module.weight = bitsandbytes.nn.Params4bit(
+            values,
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=QUANTISED_STORAGE,
+            module=module,
+        ).to(device)
+        return
+    _set_parameter(model, name, nn.Parameter(values, requires_grad=False))
+
+
+def to_torch(tensor: Tensor) -> torch.Tensor:
+    """A copy of a mapped tensor in torch."""
+    values = torch.frombuffer(bytearray(tensor.tobytes()), dtype=TORCH_DTYPES[tensor.dtype])
+    return values.reshape(tensor.shape)
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, parameter)
+
+
+def _use_linear4bit(model: nn.Module) -> None:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise DependencyError(
+            f"q_lora: bitsandbytes can't be imported: {error}",
+            hint="pip install bitsandbytes (Linux and Windows), or train without --q-lora",
+        ) from error
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ".block." in name:
+            parent, _, leaf = name.rpartition(".")
+            quantised = bitsandbytes.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=True,
+                quant_type="nf4",
+                quant_storage=QUANTISED_STORAGE,
+                device="meta",
+            )
+            # bitsandbytes 0.50 packs weights for inference at the first forward in evaluation mode, and
+            # never unpacks them: training after it would get no gradient through the layer
+            quantised.support_avx512bf16_for_cpu = False
+            setattr(model.get_submodule(parent), leaf, quantised)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks this before it wraps 4-bit layers

@@ -1,0 +1,460 @@
+"""`t5tune train`: a base and conversations -> a run folder with an adapter.
+
+    result = train(TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run"))
+    result.adapter
+
+It runs in whatever processes there are: alone, or as one rank under torchrun, deepspeed or `--num-gpus`.
+"""
+
+import dataclasses
+import json
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from t5tune import presets
+from t5tune.data.cache import Cache, is_cache, open_cache
+from t5tune.data.tokenizer import load_tokenizer
+from t5tune.errors import DependencyError, SettingsError, TrainingError
+from t5tune.prepare import prepare
+from t5tune.progress import Note, Report, silent
+from t5tune.publish import write_file, write_json
+from t5tune.settings import PrepareSettings, TrainSettings, dump_settings
+from t5tune.training.launch import World
+from t5tune.weights.base import find_base, read_config
+
+SETTINGS = "settings.yaml"
+RESULT = "result.json"
+OWN_ARGUMENTS = {"output_dir", "deepspeed", "report_to", "disable_tqdm", "remove_unused_columns", "fp16", "fsdp"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What train made. Times in seconds, memory in bytes; `tokens` are source and target tokens trained on."""
+
+    run: Path
+    adapter: Path
+    steps: int
+    epochs: float
+    train_loss: float | None
+    eval: dict[str, float]
+    examples: int
+    tokens: int
+    tokens_per_second: float
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory_bytes: int
+    world_size: int
+    resumed_from: Path | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that is ready to be trained in."""
+
+    folder: Path
+    settings_path: Path
+    cache: Path
+    eval_cache: Path | None
+    finished: bool
+
+
+def train(settings: TrainSettings, report: Report = silent) -> Trained:
+    """Train in this process, as the rank that the environment says.
+
+    Raises:
+        SettingsError, DataError, ModelError: the input is wrong.
+        TrainingError: the loss is no longer finite, or a checkpoint can't be written.
+    """
+    world = World.from_environment()
+    report = report if world.rank == 0 else silent
+    device = _join(world, settings)
+    try:
+        if world.rank == 0:
+            run = open_run(settings, report)
+        _barrier(world)
+        if world.rank != 0:
+            run = _existing_run(settings)
+        if run.finished:
+            return read_result(run.folder)
+        return _train(settings, run, world, device, report)
+    finally:
+        _leave(world)
+
+
+def open_run(settings: TrainSettings, report: Report = silent) -> Run:
+    """Check what can be checked without loading the model, make the cache, and save the settings."""
+    check(settings)
+    folder = settings.output_dir
+    if settings.fresh:
+        _move_aside(folder, report)
+    run = _existing_run(settings)
+    if run.finished:
+        report(Note(f"{folder}: this run is finished; --fresh trains anew"))
+        return run
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"output_dir: {folder}: a file stands there")
+    if folder.is_dir() and any(folder.iterdir()) and not run.settings_path.is_file():
+        raise SettingsError(
+            f"output_dir: {folder}: holds something that is no run of t5tune", hint="name another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.model_name_or_path == "pocket":
+        report(Note("pocket is random until a pretrained one comes with t5tune: it shows the way, not quality"))
+    for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
+        if data and cache and not is_cache(Path(data[0])):
+            prepare(_prepare_settings(settings, data, cache), report)
+    write_file(run.settings_path, dump_settings(settings).encode())
+    return run
+
+
+def check(settings: TrainSettings) -> None:
+    """Raise what is wrong with the settings before anything is made.
+
+    Raises:
+        SettingsError: an unknown field under training_args, a bad DeepSpeed configuration, missing GPUs.
+        ModelError: no such base, or one of another family.
+        DependencyError: DeepSpeed or bitsandbytes is asked for and not there.
+    """
+    from t5tune.model.family import family_of
+
+    base = find_base(settings.model_name_or_path, settings.revision, settings.cache_dir)
+    family_of(read_config(base), base)
+    problems = []
+    if settings.training_args:
+        from transformers import TrainingArguments
+
+        from t5tune.settings.loading import suggestion
+
+        fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+        for name in settings.training_args:
+            if name in TrainSettings.model_fields:
+                problems.append(f"training_args.{name}: set {name} itself")
+            elif name in OWN_ARGUMENTS:
+                problems.append(f"training_args.{name}: t5tune sets this itself")
+            elif name not in fields:
+                problems.append(f"training_args.{name}: no such field of TrainingArguments{suggestion(name, fields)}")
+    if settings.deepspeed is not None:
+        configuration = presets.read_deepspeed(settings.deepspeed)
+        if configuration.get("fp16", {}).get("enabled") is True:
+            problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16")
+        try:
+            import importlib.util
+
+            if importlib.util.find_spec("deepspeed") is None:
+                raise ImportError("not installed")
+        except ImportError as error:
+            raise DependencyError(f"deepspeed: {error}", hint="pip install deepspeed (Linux)") from error
+    if settings.num_gpus:
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < settings.num_gpus:
+            problems.append(f"num_gpus: {settings.num_gpus}: this machine has {found}; --num-processes uses the CPU")
+    if problems:
+        raise SettingsError(*problems)
+
+
+def read_result(folder: Path) -> Trained:
+    """The result of a finished run.
+
+    Raises:
+        TrainingError: the run isn't finished.
+    """
+    try:
+        values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{folder / RESULT}: missing or broken: {error}") from error
+    for name in ("run", "adapter", "resumed_from"):
+        values[name] = Path(values[name]) if values[name] is not None else None
+    return Trained(**values)
+
+
+def _existing_run(settings: TrainSettings) -> Run:
+    """The run folder's paths, whether or not they exist yet."""
+    folder = settings.output_dir
+    cache = Path(settings.data_path[0])
+    if not is_cache(cache):
+        cache = settings.preprocessed_path or folder / "data"
+    eval_cache = None
+    if settings.eval_data_path:
+        eval_cache = Path(settings.eval_data_path[0])
+        if not is_cache(eval_cache):
+            eval_cache = folder / "eval-data"
+    return Run(folder, folder / SETTINGS, cache, eval_cache, (folder / RESULT).is_file())
+
+
+def _prepare_settings(settings: TrainSettings, data: list[str], cache: Path) -> PrepareSettings:
+    values = {name: getattr(settings, name) for name in PrepareSettings.model_fields}
+    return PrepareSettings(**{**values, "data_path": data, "output_dir": cache})
+
+
+def _move_aside(folder: Path, report: Report) -> None:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    aside = folder.with_name(f"{folder.name}.{number}")
+    folder.rename(aside)
+    report(Note(f"{folder}: moved to {aside}"))
+
+
+def _train(settings: TrainSettings, run: Run, world: World, device: Any, report: Report) -> Trained:
+    import torch
+    from transformers import set_seed
+
+    from t5tune.model.load import count_parameters, load_base
+    from t5tune.model.lora import add_lora
+    from t5tune.training.batches import PaddedCollator
+    from t5tune.training.checkpoint import newest, remove_staged
+    from t5tune.training.trainer import T5Trainer
+    from t5tune.weights.adapter import TrainedWith
+
+    started = time.monotonic()
+    cache, held_out = _data(settings, run)
+    tokenizer = load_tokenizer(cache.tokenizer_folder)
+    base = find_base(settings.model_name_or_path, settings.revision, settings.cache_dir)
+    deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    # DeepSpeed keeps fp32 masters of bf16 adapters itself; alone, the adapters are their own masters
+    adapter_dtype = dtype if deepspeed is not None else torch.float32
+
+    set_seed(settings.seed)
+    model = load_base(base, dtype, device, settings.q_lora)
+    model = add_lora(model, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
+    trainable, total = count_parameters(model)
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if deepspeed is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        _shard(model, deepspeed, dtype)
+
+    report(Note(f"{trainable:,} of {total:,} parameters train; {len(cache):,} examples; {world.size} × {device.type}"))
+    peft_config = _adapter_config(model, settings)
+    resume, damaged = newest(run.folder)
+    for problem in damaged:
+        report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
+    if resume:
+        report(Note(f"resuming from {resume}"))
+    if world.rank == 0:
+        remove_staged(run.folder)
+    _barrier(world)
+    trainer = T5Trainer(
+        model=model,
+        args=_training_arguments(settings, deepspeed, held_out is not None, world, device),
+        train=cache,
+        held_out=held_out,
+        collator=PaddedCollator(tokenizer.pad_token_id, model.config.decoder_start_token_id),
+        trained_with=TrainedWith(peft_config, cache.tokenizer_folder, cache.folder / "template.yaml"),
+        keep=settings.save_total_limit,
+        report=report,
+    )
+    output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    tokens = trainer.total_tokens()
+    evaluation = {name.removeprefix("eval_"): value for name, value in _last_evaluation(trainer.state).items()}
+    result = Trained(
+        run=run.folder,
+        adapter=run.folder,
+        steps=trainer.state.global_step,
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        train_loss=output.training_loss,
+        eval=evaluation,
+        examples=len(cache),
+        tokens=tokens,
+        tokens_per_second=round(tokens / max(output.metrics["train_runtime"], 1e-9), 1),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        peak_memory_bytes=_peak_memory(device),
+        world_size=world.size,
+        resumed_from=resume,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    if world.rank == 0:
+        _finish(run, trainer.state, result)
+    _barrier(world)
+    return result
+
+
+def _data(settings: TrainSettings, run: Run) -> tuple[Cache, Cache | None]:
+    cache = open_cache(run.cache)
+    if settings.num_data is not None:
+        cache = cache.first(settings.num_data)
+    if run.eval_cache is not None:
+        return cache, open_cache(run.eval_cache)
+    if settings.eval_fraction > 0:
+        return cache.split(settings.eval_fraction, settings.seed)
+    return cache, None
+
+
+def _shard(model: Any, configuration: dict[str, Any], dtype: Any) -> None:
+    """Give each rank its part of every parameter, as ZeRO-3 keeps them.
+
+    DeepSpeed's way, inside `from_pretrained`, replaces Flan-T5's untied head by its embedding. Here the
+    model has been loaded right, and its parameters are sharded one by one.
+    """
+    import deepspeed
+    from torch import nn
+
+    zero = {k: v for k, v in configuration["zero_optimization"].items() if v != "auto"}
+    deepspeed.zero.Init(
+        module=model,
+        config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero},
+        dtype=dtype,
+        mem_efficient_linear=False,
+    )
+    for module in model.modules():
+        # no module's forward owns the rows' container, so no hook would gather them without this
+        rows = getattr(module, "trainable_tokens_delta", None)
+        if isinstance(rows, nn.ParameterDict):
+            for row in rows.values():
+                deepspeed.zero.register_external_parameter(module, row)
+
+
+def _adapter_config(model: Any, settings: TrainSettings) -> dict[str, Any]:
+    """adapter_config.json as PEFT writes it, in a fixed order."""
+    config = model.peft_config["default"].to_dict()
+    config["base_model_name_or_path"] = settings.model_name_or_path
+    config["revision"] = settings.revision
+    config["inference_mode"] = True
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    for key in ("peft_type", "task_type"):
+        plain[key] = getattr(plain[key], "value", plain[key])
+    return json.loads(json.dumps(plain, default=str))  # type: ignore[no-any-return]
+
+
+def _training_arguments(
+    settings: TrainSettings, deepspeed: dict[str, Any] | None, evaluates: bool, world: World, device: Any
+) -> Any:
+    from transformers import TrainingArguments
+
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
+
+    values = {
+        name: getattr(settings, name)
+        for name in (
+            "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+            "max_grad_norm", "optim", "bf16", "tf32", "seed", "dataloader_num_workers",
+            "save_strategy", "save_steps", "logging_steps", "eval_steps",
+        )
+    }  # fmt: skip
+    on_cpu = device.type == "cpu"
+    values |= {
+        "output_dir": str(settings.output_dir),
+        "max_steps": settings.max_steps or -1,
+        "eval_strategy": settings.eval_strategy or ("epoch" if evaluates else "no"),
+        "save_total_limit": None,  # rotation follows the seal: see training/checkpoint.py
+        "use_cpu": on_cpu,
+        "ddp_backend": "gloo" if on_cpu and world.size > 1 else None,
+        "ddp_timeout": settings.process_group_timeout,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": not on_cpu,
+        "deepspeed": deepspeed,
+        # ZeRO-3 frees a weight after its forward; only the reentrant way fetches it again when it recomputes
+        checkpointing: settings.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": _stage(deepspeed) == 3},
+        "report_to": [] if settings.report_to == ["none"] else settings.report_to,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,
+        "average_tokens_across_devices": True,
+        "prediction_loss_only": True,
+        "log_level": "error",
+        **settings.training_args,
+    }
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise SettingsError(f"training settings: {' '.join(str(error).split())}") from error
+
+
+def _stage(deepspeed: dict[str, Any] | None) -> int:
+    return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+
+
+def _last_evaluation(state: Any) -> dict[str, float]:
+    for line in reversed(state.log_history):
+        if "eval_loss" in line:
+            return {name: value for name, value in line.items() if name.startswith("eval_")}
+    return {}
+
+
+def _finish(run: Run, state: Any, result: Trained) -> None:
+    """Put the last checkpoint's adapter at the top of the run folder, then the result that says it is over."""
+    last = run.folder / f"checkpoint-{result.steps}"
+    for file in sorted(last.iterdir()):
+        if file.name.startswith(("adapter_", "non_lora_state", "tokenizer", "special_", "template", "README")):
+            shutil.copyfile(file, run.folder / file.name)
+    state.save_to_json(str(run.folder / "trainer_state.json"))
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}
+    write_json(run.folder / RESULT, values)
+
+
+def _peak_memory(device: Any) -> int:
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _join(world: World, settings: TrainSettings) -> Any:
+    """Choose the device and, where there are several processes or DeepSpeed, join the process group."""
+    import torch
+    import torch.distributed as dist
+
+    use_cpu = settings.use_cpu or settings.num_processes is not None or not torch.cuda.is_available()
+    device = torch.device("cpu") if use_cpu else torch.device("cuda", world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=settings.process_group_timeout)
+    if settings.deepspeed is not None:
+        _prepare_deepspeed(world, use_cpu)
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if use_cpu else "nccl", timeout=timeout, verbose=False)
+    elif world.launched and world.size > 1:
+        dist.init_process_group("gloo" if use_cpu else "nccl", timeout=timeout)
+    return device
+
+
+def _prepare_deepspeed(world: World, use_cpu: bool) -> None:
+    """Set what DeepSpeed reads when it is imported; alone, it still wants a rendezvous of one."""
+    import os
+    import socket
+
+    if use_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if not world.launched:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _barrier(world: World) -> None:
+    if world.size > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def _leave(world: World) -> None:
+    """Leave the process group: without this, torchrun restarts a job that has finished."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

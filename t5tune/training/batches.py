@@ -1,0 +1,55 @@
+"""Cache -> padded batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from t5tune.data.cache import Cache, Example
+from t5tune.model.loss import IGNORED_LABEL
+
+
+class ExampleDataset(Dataset[Example]):
+    """A cache as torch's Dataset."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, index: int) -> Example:
+        example: Example = self.cache[index]
+        return example
+
+
+class PaddedCollator:
+    """Pads a batch to its longest source and target.
+
+    The decoder reads the targets shifted right behind its start token; labels of padding are -100. The mask
+    comes from lengths, so that a pad token inside a text counts as text.
+    """
+
+    def __init__(self, pad_token_id: int, decoder_start_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+        self.decoder_start_token_id = decoder_start_token_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        sources = [example.source_S for example in examples]
+        targets = [example.target_T for example in examples]
+        shifted = [np.concatenate([[self.decoder_start_token_id], target[:-1]]) for target in targets]
+        return {
+            "input_ids": _pad(sources, self.pad_token_id),
+            "attention_mask": _pad([np.ones_like(source) for source in sources], 0),
+            "decoder_input_ids": _pad(shifted, self.pad_token_id),
+            "labels": _pad(targets, IGNORED_LABEL),
+        }
+
+
+def _pad(rows: list[Any], value: int) -> torch.Tensor:
+    padded_BT = np.full((len(rows), max(map(len, rows))), value, np.int64)
+    for line, row in zip(padded_BT, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(padded_BT)

@@ -1,0 +1,94 @@
+"""Sealed checkpoints: a checkpoint-N is whole, or it isn't there.
+
+All ranks write into a hidden folder beside it. When every rank has succeeded, rank 0 writes a manifest of
+sizes and SHA-256, syncs it all and renames the folder to checkpoint-N. Resuming takes the newest that verifies.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from t5tune.errors import CheckpointError
+from t5tune.publish import sha256, sync, sync_folder, write_json
+
+MANIFEST = "t5tune_manifest.json"
+FORMAT = 1
+STAGED = ".saving-"
+
+
+def seal(folder: Path, step: int, world_size: int) -> None:
+    """Write the manifest of a checkpoint's files, and sync all of it.
+
+    Raises:
+        CheckpointError: the folder holds a link, which can't be sealed.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link inside a checkpoint")
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    sync_folder(folder)
+    manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files}
+    write_json(folder / MANIFEST, manifest)
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a sealed checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder / MANIFEST}: missing or broken"
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+            return f"{path}: not a file of this folder"
+        if not path.is_file():
+            return f"{path}: missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{path}: {path.stat().st_size} bytes, sealed with {expected['bytes']}"
+        if sha256(path) != expected["sha256"]:
+            return f"{path}: differs from what was sealed"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, the newest first."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and what is wrong with the newer ones."""
+    damaged = []
+    for path in checkpoints(run):
+        problem = verify(path)
+        if problem is None:
+            return path, damaged
+        damaged.append(problem)
+    return None, damaged
+
+
+def publish(staged: Path, run: Path, step: int, world_size: int, keep: int | None) -> Path:
+    """Seal a staged checkpoint, rename it into the run, and delete those beyond the newest `keep`."""
+    seal(staged, step, world_size)
+    final = run / f"checkpoint-{step}"
+    if final.exists():  # only one that doesn't verify can stand there: the run resumed from before it
+        shutil.rmtree(final)
+    staged.rename(final)
+    sync(run)
+    for old in checkpoints(run)[keep:] if keep else []:
+        shutil.rmtree(old)
+    return final
+
+
+def remove_staged(run: Path) -> None:
+    """Delete what an interrupted save left."""
+    for path in run.glob(f"{STAGED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")

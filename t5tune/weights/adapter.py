@@ -1,0 +1,201 @@
+"""Adapter folders, in PEFT's own layout.
+
+    adapter_config.json, adapter_model.safetensors    what PeftModel.from_pretrained reads
+    non_lora_state.safetensors                        every trained tensor that is no LoRA matrix
+    tokenizer files, template.yaml                    what the adapter was trained with
+    README.md                                         the model card
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5tune.errors import CheckpointError
+from t5tune.publish import write_json
+from t5tune.weights.card import adapter_card
+from t5tune.weights.streaming import SafetensorsFile, write_safetensors
+from t5tune.weights.tensors import Tensor
+from t5tune.weights.torch_file import read_torch_file
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
+NON_LORA = "non_lora_state.safetensors"
+TEMPLATE = "template.yaml"
+PREFIX = "base_model.model."
+ROWS = ".token_adapter.trainable_tokens_delta"
+ENCODER_ROWS = f"{PREFIX}encoder.embed_tokens{ROWS}"
+DECODER_ROWS = f"{PREFIX}decoder.embed_tokens{ROWS}"
+_LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True)
+class TrainedWith:
+    """What goes into an adapter folder beside the tensors."""
+
+    config: Mapping[str, Any]
+    tokenizer_folder: Path
+    template_file: Path
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one weight: scale · B·A. A is [R, I], B is [O, R]."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+
+
+def saved_name(name: str) -> str:
+    """A parameter's name in the training model -> its name in PEFT's file."""
+    return re.sub(r"\.default(?=$|\.weight$)", "", name)
+
+
+def with_copies(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Add the decoder's rows of the embedding, which it shares with the encoder, where the config lists both."""
+    indices = config.get("trainable_token_indices")
+    result = dict(state)
+    if isinstance(indices, dict) and "decoder.embed_tokens" in indices and ENCODER_ROWS in state:
+        result.setdefault(DECODER_ROWS, state[ENCODER_ROWS])
+    return result
+
+
+def check_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], place: Path) -> None:
+    """Refuse an adapter that can't be right.
+
+    Raises:
+        CheckpointError: no LoRA pair, a half of one, wrong rank, an empty or non-finite tensor, or every
+            lora_B zero, as it is before the first step.
+    """
+    pairs: dict[str, set[str]] = {}
+    moved = False
+    for name, tensor in state.items():
+        values = tensor.to_float32()
+        if values.size == 0:
+            raise CheckpointError(f"{place}: {name}: empty tensor {list(tensor.shape)}")
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{place}: {name}: holds NaN or infinity", hint="go back to an earlier checkpoint")
+        if match := _LORA.fullmatch(name):
+            pairs.setdefault(match[1], set()).add(match[2])
+            rank = tensor.shape[0 if match[2] == "A" else 1]
+            if rank != config.get("r", rank) and not config.get("rank_pattern"):
+                raise CheckpointError(f"{place}: {name}: rank {rank}, but {CONFIG} says r {config['r']}")
+            moved |= match[2] == "B" and bool(values.any())
+    if not pairs:
+        raise CheckpointError(f"{place}: holds no LoRA matrix")
+    for module, halves in pairs.items():
+        if halves != {"A", "B"}:
+            raise CheckpointError(f"{place}: {module}: lora_{min({'A', 'B'} - halves)} is missing")
+    if not moved:
+        raise CheckpointError(
+            f"{place}: every lora_B is zero, as before the first step: nothing was learned",
+            hint="train longer, or with a larger learning rate",
+        )
+
+
+def write_adapter(
+    folder: Path, state: Mapping[str, Tensor], trained_with: TrainedWith, non_lora: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write an adapter folder's files into `folder`.
+
+    Args:
+        non_lora: more tensors for non_lora_state.safetensors beside the trained ones; None: no such file.
+    """
+    state = with_copies(state, trained_with.config)
+    write_safetensors(folder / WEIGHTS, state, {"format": "pt"})
+    if non_lora is not None:
+        extra = {name.removeprefix(PREFIX): value for name, value in state.items() if not _LORA.fullmatch(name)}
+        write_safetensors(folder / NON_LORA, {**non_lora, **extra}, {"format": "pt"})
+    write_json(folder / CONFIG, dict(trained_with.config))
+    for file in sorted(trained_with.tokenizer_folder.glob("*")):
+        if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "spiece")):
+            shutil.copyfile(file, folder / file.name)
+    if trained_with.template_file.is_file():
+        shutil.copyfile(trained_with.template_file, folder / TEMPLATE)
+    (folder / "README.md").write_text(adapter_card(trained_with.config), encoding="utf-8")
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(adapter_config.json, tensors by PEFT's names) of an adapter folder or a run folder.
+
+    Raises:
+        CheckpointError: it holds no adapter, or of a kind that can't be folded.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"adapter: {folder}: no such folder", hint="name a run folder or what export wrote")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"adapter: {folder}: no {CONFIG} in it", hint="name a run folder or what export wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: can't be read: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r}; only LORA can be folded")
+    for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "alora_invocation_tokens", "use_qalora"):
+        if config.get(key):
+            raise CheckpointError(f"{folder / CONFIG}: {key}: {config[key]!r} can't be folded yet")
+    if (folder / WEIGHTS).is_file():
+        file = SafetensorsFile(folder / WEIGHTS)
+        return config, {name: file.tensor(name) for name in file.entries}
+    if (folder / OLD_WEIGHTS).is_file():
+        state = read_torch_file(folder / OLD_WEIGHTS)
+        if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
+            return config, dict(state)
+        raise CheckpointError(f"{folder / OLD_WEIGHTS}: expected a state dict of tensors")
+    raise CheckpointError(f"adapter: {folder}: no {WEIGHTS} in it", hint="a run folder has one when its run is over")
+
+
+def low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """Base weight's name -> its update, scaled as PEFT does: alpha / r, or alpha / √r with use_rslora."""
+    updates = {}
+    for name, tensor in state.items():
+        if (match := _LORA.fullmatch(name)) and match[2] == "A":
+            module = match[1].removeprefix(PREFIX)
+            rank = tensor.shape[0]
+            alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            updates[f"{module}.weight"] = LowRank(tensor, state[f"{match[1]}.lora_B.weight"], scale)
+    return updates
+
+
+def token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> dict[str, dict[int, int]]:
+    """Base weight's name -> {row of the weight: row of the adapter's tensor}; see `rows_tensor`."""
+    indices = config.get("trainable_token_indices")
+    if not indices:
+        return {}
+    if isinstance(indices, list):
+        indices = {"shared": indices}
+    rows: dict[str, dict[int, int]] = {}
+    for module, ids in indices.items():
+        weight = "lm_head.weight" if module.endswith("lm_head") else "shared.weight"
+        if weight == "lm_head.weight" and tied:
+            weight = "shared.weight"
+        rows.setdefault(weight, {row: place for place, row in enumerate(ids)})
+    return rows
+
+
+def rows_tensor(state: Mapping[str, Tensor], weight: str) -> Tensor:
+    """The trained rows of the embedding or of the head."""
+    modules = ["lm_head"] if weight == "lm_head.weight" else ["encoder.embed_tokens", "shared", "embed_tokens"]
+    for module in modules:
+        if (name := f"{PREFIX}{module}{ROWS}") in state:
+            return state[name]
+    raise CheckpointError(f"the adapter lists trained rows of {weight}, but holds none")
+
+
+def _pattern_value(pattern: Any, module: str, default: float) -> float:
+    """PEFT's rule for alpha_pattern and rank_pattern: a key matches a module's name from a dot or as a whole."""
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return float(default)
