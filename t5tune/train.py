@@ -7,11 +7,17 @@ It runs in whatever processes there are: alone, or as one rank under torchrun, d
 """
 
 import dataclasses
+import importlib.util
+import io
 import json
+import os
 import resource
 import shutil
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +27,7 @@ from t5tune import presets
 from t5tune.data.cache import Cache, is_cache, open_cache
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DependencyError, SettingsError, TrainingError
+from t5tune.model.device import choose_device
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
 from t5tune.publish import write_file, write_json
@@ -74,18 +81,14 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
     """
     world = World.from_environment()
     report = report if world.rank == 0 else silent
-    device = _join(world, settings)
-    try:
-        if world.rank == 0:
-            run = open_run(settings, report)
+    with _process_group(world, settings) as device:
+        if world.rank == 0 and not world.run_is_open:
+            open_run(settings, report)
         _barrier(world)
-        if world.rank != 0:
-            run = _existing_run(settings)
+        run = _existing_run(settings)
         if run.finished:
             return read_result(run.folder)
         return _train(settings, run, world, device, report)
-    finally:
-        _leave(world)
 
 
 def open_run(settings: TrainSettings, report: Report = silent) -> Run:
@@ -144,13 +147,11 @@ def check(settings: TrainSettings) -> None:
         configuration = presets.read_deepspeed(settings.deepspeed)
         if configuration.get("fp16", {}).get("enabled") is True:
             problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16")
-        try:
-            import importlib.util
-
-            if importlib.util.find_spec("deepspeed") is None:
-                raise ImportError("not installed")
-        except ImportError as error:
-            raise DependencyError(f"deepspeed: {error}", hint="pip install deepspeed (Linux)") from error
+        if importlib.util.find_spec("deepspeed") is None:
+            raise DependencyError(
+                "deepspeed: the package isn't installed",
+                hint="pip install deepspeed (Linux); without it one process, or several without --deepspeed, train",
+            )
     if settings.num_gpus:
         import torch
 
@@ -407,42 +408,42 @@ def _peak_memory(device: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _join(world: World, settings: TrainSettings) -> Any:
-    """Choose the device and, where there are several processes or DeepSpeed, join the process group."""
-    import torch
+@contextmanager
+def _process_group(world: World, settings: TrainSettings) -> Iterator[Any]:
+    """Choose the device and, where there are several processes or DeepSpeed, be in their group for a while."""
+    device = choose_device(settings.use_cpu or settings.num_processes is not None, world.local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=settings.process_group_timeout)
+    environment = dict(os.environ)
     import torch.distributed as dist
 
-    use_cpu = settings.use_cpu or settings.num_processes is not None or not torch.cuda.is_available()
-    device = torch.device("cpu") if use_cpu else torch.device("cuda", world.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    timeout = timedelta(seconds=settings.process_group_timeout)
-    if settings.deepspeed is not None:
-        _prepare_deepspeed(world, use_cpu)
-        import deepspeed
+    try:
+        if settings.deepspeed is not None:
+            if not world.launched:
+                _meet_oneself()
+            # it announces the op that it compiles on stdout
+            with redirect_stdout(io.StringIO()):
+                import deepspeed
 
-        deepspeed.init_distributed(dist_backend="gloo" if use_cpu else "nccl", timeout=timeout, verbose=False)
-    elif world.launched and world.size > 1:
-        dist.init_process_group("gloo" if use_cpu else "nccl", timeout=timeout)
-    return device
+                deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        elif world.size > 1:
+            dist.init_process_group(backend, timeout=timeout)
+        yield device
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            # without this, torchrun restarts a job that has finished
+            dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
 
 
-def _prepare_deepspeed(world: World, use_cpu: bool) -> None:
-    """Set what DeepSpeed reads when it is imported; alone, it still wants a rendezvous of one."""
-    import os
-    import socket
-
-    if use_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    if not world.launched:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        os.environ.update(alone)
-    import logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+def _meet_oneself() -> None:
+    """DeepSpeed wants a rendezvous even for a process that is alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | address)
 
 
 def _barrier(world: World) -> None:
@@ -450,11 +451,3 @@ def _barrier(world: World) -> None:
         import torch.distributed as dist
 
         dist.barrier()
-
-
-def _leave(world: World) -> None:
-    """Leave the process group: without this, torchrun restarts a job that has finished."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -130,7 +130,7 @@ def _run_command(
             settings, notes = load_settings(model, config, os.environ, flags, problems)
             for note in notes:
                 report(console.Note(note))
-            result = _call(settings, report)
+            result = _call(settings, report, stream)
         except KeyboardInterrupt:
             _close(screen)
             console.show_error(SettingsError("interrupted"), None, debug)
@@ -182,7 +182,7 @@ def _leave_for_launcher(error: Exception) -> bool:
     return True
 
 
-def _call(settings: Settings, report: Report) -> Any:
+def _call(settings: Settings, report: Report, stream: TextIO) -> Any:
     match settings:
         case PrepareSettings():
             from t5tune.prepare import prepare
@@ -199,10 +199,13 @@ def _call(settings: Settings, report: Report) -> Any:
 
             return merge(settings, report)
         case ChatSettings():
-            from t5tune.chat import chat
-            from t5tune.cli.conversation import converse
+            if settings.prompt is None:
+                from t5tune.cli.conversation import converse
 
-            return chat(settings, report) if settings.prompt is not None else converse(settings, report)
+                return converse(settings, report, stream)
+            from t5tune.chat import chat
+
+            return chat(settings, report)
         case _:
             raise AssertionError(settings)
 

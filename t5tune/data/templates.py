@@ -51,6 +51,11 @@ class Template:
         """A human turn."""
         return ("" if first else self.turn_separator) + self.human.replace("{text}", text)
 
+    @property
+    def answer_end(self) -> str:
+        """What the layout puts behind an answer."""
+        return self.assistant.partition("{text}")[2]
+
     def answer(self, text: str) -> str:
         """An assistant turn behind its prefix, as the model is to write it."""
         return self.assistant.removeprefix(" ").replace("{text}", text)

@@ -29,7 +29,6 @@ HEAD = "lm_head.weight"
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # T5's first release saved a bias for the first cross-attention, which has no positions; nothing ever read it
 IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
-QUANTISED_STORAGE = torch.bfloat16  # ZeRO-3 gathers one dtype, so 4-bit weights are stored in the compute dtype
 
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantise: bool = False) -> Any:
@@ -37,7 +36,8 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantise: 
 
     Args:
         dtype: of every tensor that isn't quantised.
-        quantise: put the blocks' linear layers into NF4 with double quantisation (Dettmers et al. 2023).
+        quantise: put the blocks' linear layers into NF4 with double quantisation (Dettmers et al. 2023),
+            computing in `dtype`.
 
     Raises:
         ModelError: not a T5, or tensors missing, left over, or of another shape than config.json gives.
@@ -52,7 +52,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantise: 
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     if quantise:
-        _use_linear4bit(model)
+        _use_linear4bit(model, dtype)
     _check_names(model, checkpoint, tied)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name in EMBEDDING_COPIES or (name == HEAD and tied):
@@ -118,7 +118,7 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, devi
             requires_grad=False,
             compress_statistics=True,
             quant_type="nf4",
-            quant_storage=QUANTISED_STORAGE,
+            quant_storage=module.compute_dtype,
             module=module,
         ).to(device)
         return
@@ -136,7 +136,7 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(model.get_submodule(parent), leaf, parameter)
 
 
-def _use_linear4bit(model: nn.Module) -> None:
+def _use_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
     try:
         import bitsandbytes
     except ImportError as error:
@@ -151,10 +151,10 @@ def _use_linear4bit(model: nn.Module) -> None:
                 module.in_features,
                 module.out_features,
                 bias=False,
-                compute_dtype=torch.bfloat16,
+                compute_dtype=dtype,
                 compress_statistics=True,
                 quant_type="nf4",
-                quant_storage=QUANTISED_STORAGE,
+                quant_storage=dtype,  # ZeRO-3 gathers one dtype, so 4-bit weights lie in the one that computes
                 device="meta",
             )
             # bitsandbytes 0.50 packs weights for inference at the first forward in evaluation mode, and

@@ -34,15 +34,13 @@ class TrainSettings(
     @model_validator(mode="before")
     @classmethod
     def _q_lora_needs_bf16(cls, values: Any) -> Any:
-        # 4-bit weights are stored and multiplied in bf16; --bf16 false beside --q-lora stays an error below
+        # as the seed does; --no-bf16 computes in fp32, which is faster on a CPU that has no bf16
         if isinstance(values, dict) and str(values.get("q_lora")).lower() in {"true", "1", "yes", "on"}:
             values = {"bf16": True, **values}
         return values
 
     @model_validator(mode="after")
     def _agrees(self) -> "TrainSettings":
-        if self.q_lora and not self.bf16:
-            raise ValueError("bf16: false with q_lora: the 4-bit base computes in bf16; drop --bf16 false")
         if self.num_gpus and self.num_processes and self.num_gpus != self.num_processes:
             raise ValueError(f"num_gpus: {self.num_gpus} beside num_processes: {self.num_processes}; give one")
         evaluates = self.eval_fraction > 0 or self.eval_data_path is not None

@@ -19,12 +19,18 @@ ERRORS = "_T5TUNE_ERRORS"
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: what torchrun, deepspeed and this module's `launch` put into the environment."""
+    """This process's place: what torchrun, deepspeed and this module's `launch` put into the environment.
+
+    Args:
+        launched: a launcher started this process.
+        run_is_open: `launch` did, and the process that called it has opened the run folder.
+    """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
     launched: bool = False
+    run_is_open: bool = False
 
     @staticmethod
     def from_environment() -> "World":
@@ -35,6 +41,7 @@ class World:
             int(os.environ.get("LOCAL_RANK", "0")),
             int(os.environ["WORLD_SIZE"]),
             launched=True,
+            run_is_open=ERRORS in os.environ,
         )
 
 

@@ -59,6 +59,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.tokens_logged = 0
         self.logged_at = time.monotonic()
         self.staging: Path | None = None
+        # DeepSpeed leaves frozen weights out of a checkpoint by their first names; T5's embedding has three
+        model.register_state_dict_post_hook(_drop_frozen)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Events(report))
         self.add_callback(_SaveLastStep())
@@ -197,6 +199,13 @@ def _master(parameter: Any) -> torch.Tensor:
         if values is not None:
             return values.reshape(getattr(parameter, "ds_shape", parameter.shape))  # type: ignore[no-any-return]
     return parameter  # type: ignore[no-any-return]
+
+
+def _drop_frozen(model: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    trained = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
+    for name in list(state):
+        if name.startswith(prefix) and name.removeprefix(prefix) not in trained:
+            del state[name]
 
 
 def _is_distributed() -> bool:

@@ -49,7 +49,9 @@ INERT = {
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
-    ("argparse", "Namespace"),
+    ("torch", "Tensor"),
+    ("torch", "device"),
+    ("torch.nn.parameter", "Parameter"),
 }
 
 
@@ -112,13 +114,15 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if module == "torch._utils" and name in {"_rebuild_tensor_v2", "_rebuild_parameter"}:
             return _rebuild_tensor if name == "_rebuild_tensor_v2" else _rebuild_parameter
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _rebuild_from_type
         if module in {"torch", "torch.storage"} and name in STORAGES:
             return _StorageType(STORAGES[name])
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if (module, name) == ("torch", "Size"):
             return tuple
-        if (module, name) in {("torch.serialization", "_get_layout"), ("torch", "device")} | INERT:
+        if (module, name) in INERT:
             return Inert
         raise CheckpointError(
             f"{self._path}: its pickle asks for {module}.{name}, which no checkpoint needs",
@@ -161,6 +165,13 @@ def _rebuild_tensor(
         storage.array[offset:], shape, [stride * itemsize for stride in strides], writeable=False
     )
     return Tensor(storage.dtype, view)
+
+
+def _rebuild_from_type(rebuild: Any, _type: Any, arguments: tuple[Any, ...], _state: Any) -> Tensor:
+    """torch._tensor._rebuild_from_type_v2: a tensor with attributes of its own, which aren't needed here."""
+    if rebuild not in (_rebuild_tensor, _rebuild_parameter):
+        raise ValueError(f"{rebuild!r} rebuilds no tensor")
+    return rebuild(*arguments)  # type: ignore[no-any-return]
 
 
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
