@@ -1,7 +1,7 @@
 """`t5tune chat`: replies of a base, an adapter, a run or a merged checkpoint, in the layout of training.
 
-    chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", adapter="run"))
-    chatter.reply([Turn("human", "Hello")])
+chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", adapter="run"))
+chatter.reply([Turn("human", "Hello")])
 """
 
 import time

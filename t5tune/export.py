@@ -82,7 +82,7 @@ def export(settings: ExportSettings, report: Report = silent) -> Exported:
     with published_folder(settings.output_dir) as staged:
         write_adapter(staged, gathered.state, trained_with, non_lora)
         if settings.format == "bin":
-            _write_bin(staged / OLD_WEIGHTS, with_copies(gathered.state, gathered.config))
+            _write_bin(staged / OLD_WEIGHTS, gathered.state)
         (staged / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
         size = total_bytes(path for path in staged.iterdir())
     lora = sum(".lora_" in name for name in gathered.state)
@@ -114,8 +114,8 @@ def _find(path: Path, report: Report) -> Path:
             raise CheckpointError(f"checkpoint: {path}: none of its checkpoints is whole: {damaged[0]}")
         return found
     if (path / MANIFEST).is_file():
-        if problem := verify(path):
-            raise CheckpointError(f"checkpoint: {problem}", hint="take an earlier checkpoint of the run")
+        if damage := verify(path):
+            raise CheckpointError(f"checkpoint: {damage}", hint="take an earlier checkpoint of the run")
         return path
     if find_deepspeed_folder(path) is None and not (path / CONFIG).is_file():
         raise CheckpointError(
@@ -133,7 +133,7 @@ def _gather(folder: Path) -> _Gathered:
     if zero is not None and (zero.stage > 0 or not (folder / WEIGHTS).is_file()):
         config = _config(config_folder)
         state = {saved_name(name): value for name, value in zero.trained.items()}
-        state = {name: value for name, value in state.items() if name.startswith(PREFIX)}
+        state = with_copies({name: state[name] for name in state if name.startswith(PREFIX)}, config)
         return _Gathered(config, state, zero.frozen, zero.step, zero.stage, zero.world_size)
     config, state = read_adapter(folder)
     step, world_size = _sealed_facts(folder)
@@ -167,15 +167,15 @@ def _sealed_facts(folder: Path) -> tuple[int, int]:
 def _base_state(settings: ExportSettings, gathered: _Gathered) -> dict[str, Tensor]:
     """The base's tensors by their own names: from the checkpoint where it holds them, else from the base."""
     if gathered.frozen:
-        return {_base_name(name): value for name, value in gathered.frozen.items()}
-    name = settings.model_name_or_path or gathered.config.get("base_model_name_or_path")
-    if not name:
+        return {_base_name(key): value for key, value in gathered.frozen.items()}
+    base_name = settings.model_name_or_path or gathered.config.get("base_model_name_or_path")
+    if not base_name:
         raise CheckpointError(
             f"{settings.checkpoint}: holds no frozen weights and doesn't say which base it was trained on",
             hint="give --model-name-or-path",
         )
-    base = Checkpoint(find_base(name, settings.revision, settings.cache_dir))
-    return {tensor_name: base.tensor(tensor_name) for tensor_name in base.names()}
+    base = Checkpoint(find_base(base_name, settings.revision, settings.cache_dir))
+    return {name: base.tensor(name) for name in base.names()}
 
 
 def _base_name(name: str) -> str:
@@ -187,5 +187,3 @@ def _write_bin(path: Path, state: Mapping[str, Tensor]) -> None:
     import torch
 
     torch.save({name: torch.from_numpy(value.to_float32().copy()) for name, value in state.items()}, path)
-
-

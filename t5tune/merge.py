@@ -114,9 +114,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
 
 def _changes(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> _Changes:
     updates = low_rank_updates(config, state)
-    rows = {
-        weight: (places, rows_tensor(state, weight)) for weight, places in token_rows(config, state, tied).items()
-    }
+    rows = {weight: (places, rows_tensor(state, weight)) for weight, places in token_rows(config, state, tied).items()}
     return _Changes(updates, rows)
 
 
@@ -272,13 +270,18 @@ def _examples(tokenizer: Any, start: int, adapter: Path) -> list[dict[str, Any]]
     pairs: list[tuple[list[int], list[int]]] = []
     if is_cache(adapter / "data"):
         cache = open_cache(adapter / "data")
-        pairs = [(e.source_S.tolist(), e.target_T.tolist()) for e in (cache[i] for i in range(min(NUM_VERIFIED, len(cache))))]
+        pairs = [
+            (e.source_S.tolist(), e.target_T.tolist()) for e in (cache[i] for i in range(min(NUM_VERIFIED, len(cache))))
+        ]
     else:
-        texts = ["Summarize: the meeting was moved\nto Friday.", "Hello, how are you?", '{"a": 1}', "1 + 1 = 2"]
+        texts = [
+            "Summarize: the meeting was moved\nto Friday.",
+            "Hello, how are you?",
+            '{"a": 1}',
+            "1 + 1 = 2",
+        ]
         pairs = [(tokenizer(text)["input_ids"], tokenizer(text)["input_ids"]) for text in texts]
     return [
         {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
         for source, target in pairs
     ]
-
-

@@ -1,7 +1,7 @@
 """`t5tune prepare`: conversations -> a token cache.
 
-    result = prepare(PrepareSettings(model_name_or_path="pocket", data_path="chats.jsonl", output_dir="cache"))
-    result.cache, result.examples
+result = prepare(PrepareSettings(model_name_or_path="pocket", data_path="chats.jsonl", output_dir="cache"))
+result.cache, result.examples
 """
 
 import hashlib
@@ -147,7 +147,10 @@ def _write(
     rejected: Counter[str] = Counter()
     repaired: Counter[str] = Counter()
     unknown = 0
-    with CacheWriter(folder, num_rows) as writer, open(folder / "rejected.jsonl", "w", encoding="utf-8") as refused:
+    with (
+        CacheWriter(folder, num_rows) as writer,
+        open(folder / "rejected.jsonl", "w", encoding="utf-8") as refused,
+    ):
 
         def accepted() -> Iterator[Conversation]:
             for record in track(read_records(files), "prepare", report, unit="records"):

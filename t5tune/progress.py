@@ -1,8 +1,8 @@
 """What long work tells its caller, as plain events. The command line draws them; a test collects them.
 
-    def prepare(settings, report=silent):
-        for record in track(records, "read", report, unit="records"):
-            ...
+def prepare(settings, report=silent):
+    for record in track(records, "read", report, unit="records"):
+        ...
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -66,9 +66,7 @@ def track(
 ) -> Iterator[Item]:
     """Yield the items and report each one as done once its consumer asks for the next."""
     report(Started(task, total, unit))
-    done = 0
-    for item in items:
+    for done, item in enumerate(items, start=1):
         yield item
-        done += 1
         report(Advanced(task, done))
     report(Finished(task))

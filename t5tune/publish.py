@@ -1,7 +1,7 @@
 """Folders and files that appear whole or not at all: written beside their place, synced, renamed.
 
-    with published_folder(Path("cache")) as folder:
-        (folder / "manifest.json").write_text(...)
+with published_folder(Path("cache")) as folder:
+    (folder / "manifest.json").write_text(...)
 """
 
 import hashlib

@@ -37,7 +37,15 @@ from t5tune.weights.base import find_base, read_config
 
 SETTINGS = "settings.yaml"
 RESULT = "result.json"
-OWN_ARGUMENTS = {"output_dir", "deepspeed", "report_to", "disable_tqdm", "remove_unused_columns", "fp16", "fsdp"}
+OWN_ARGUMENTS = {
+    "output_dir",
+    "deepspeed",
+    "report_to",
+    "disable_tqdm",
+    "remove_unused_columns",
+    "fp16",
+    "fsdp",
+}
 
 
 @dataclass(frozen=True)

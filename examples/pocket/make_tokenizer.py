@@ -29,7 +29,9 @@ def sentences(seed: int, num: int) -> list[str]:
     lines = []
     for _ in range(num):
         for turn in conversation(rng):
-            lines += [line for line in turn["value"].translate({ord(c): " " for c in MISSING}).split("  ") if line.strip()]
+            lines += [
+                line for line in turn["value"].translate({ord(c): " " for c in MISSING}).split("  ") if line.strip()
+            ]
     return lines
 
 

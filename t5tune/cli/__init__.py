@@ -16,7 +16,7 @@ from t5tune import __version__
 from t5tune.cli import console
 from t5tune.cli.options import command_function, normalise
 from t5tune.errors import SettingsError, T5TuneError
-from t5tune.progress import Report, silent
+from t5tune.progress import Note, Report, silent
 from t5tune.settings import (
     COMMANDS,
     ChatSettings,
@@ -46,7 +46,9 @@ def build_app(verb: str | None = None) -> typer.Typer:
     )
 
     @app.callback()
-    def root(version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True)) -> None:
+    def root(
+        version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
+    ) -> None:
         if version:
             print(__version__)
             raise typer.Exit
@@ -129,7 +131,7 @@ def _run_command(
         try:
             settings, notes = load_settings(model, config, os.environ, flags, problems)
             for note in notes:
-                report(console.Note(note))
+                report(Note(note))
             result = _call(settings, report, stream)
         except KeyboardInterrupt:
             _close(screen)

@@ -79,9 +79,7 @@ class Screen:
                 console=self.console,
             )
             self._progress.start()
-        self._tasks[event.task] = self._progress.add_task(
-            event.task, total=event.total, unit=event.unit, values=""
-        )
+        self._tasks[event.task] = self._progress.add_task(event.task, total=event.total, unit=event.unit, values="")
 
     def _advance(self, event: Advanced) -> None:
         if self._progress is not None and event.task in self._tasks:

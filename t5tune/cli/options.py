@@ -44,12 +44,13 @@ def command_function(model: type[Settings], run: Callable[..., None]) -> Callabl
 def normalise(arguments: list[str], model: type[Settings]) -> list[str]:
     """Rewrite one command's arguments into the form that Typer reads.
 
-    `--lora_r=8` -> `--lora-r 8`; `--bf16` -> `--bf16 true`; `--no-bf16` -> `--bf16 false`; `--lora-target-modules q v` -> the flag twice.
+    `--lora_r=8` -> `--lora-r 8`; `--bf16` -> `--bf16 true`; `--no-bf16` -> `--bf16 false`;
+    `--lora-target-modules q v` -> the flag twice.
     Names that others renamed or dropped (see settings/renamed.py) travel in the hidden flag --renamed;
     an unknown flag or a missing value in --problem, to be shown with what pydantic finds.
     """
     fields = _flags(model)
-    kinds = {name: _kind(field) for name, field in fields.items()}
+    kinds: dict[str, str] = {name: _kind(field) for name, field in fields.items()}
     renamed = RENAMED.get(model.command, {}).keys() - fields.keys()
     kinds |= {"config": "one", "json": "switch", "quiet": "switch", "debug": "switch", "help": "switch"}
     positional = [name for name, field in fields.items() if _extra(field, "positional")]

@@ -51,7 +51,7 @@ class CacheWriter:
         self.num_conversations = 0
         self.num_examples = 0
         self._num_tokens = 0
-        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115: closed by __exit__
+        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
         self._examples = open(folder / "examples.bin", "wb")  # noqa: SIM115
 
     def __enter__(self) -> "CacheWriter":
@@ -137,9 +137,7 @@ class Cache(Sequence[Example]):
         conversations = np.unique(self._rows["conversation"][self._indices])
         count = max(1, round(held_out * len(conversations)))
         if count >= len(conversations):
-            raise DataError(
-                f"eval_fraction: {held_out} of {len(conversations)} conversations leaves none to train on"
-            )
+            raise DataError(f"eval_fraction: {held_out} of {len(conversations)} conversations leaves none to train on")
         chosen = np.random.default_rng(seed).permutation(conversations)[:count]
         is_held_out = np.isin(self._rows["conversation"][self._indices], chosen)
         return (
@@ -174,7 +172,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder / MANIFEST}: not the manifest of a token cache ({error})") from error
     if version != FORMAT:
         raise DataError(
-            f"{folder / MANIFEST}: format {version}, this release reads {FORMAT}", hint="run t5tune prepare again"
+            f"{folder / MANIFEST}: format {version}, this release reads {FORMAT}",
+            hint="run t5tune prepare again",
         )
     return dict(manifest)
 

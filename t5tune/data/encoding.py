@@ -5,7 +5,6 @@ anyway, so their ids, joined, are those of the whole text; a test holds that.
 """
 
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,9 +167,7 @@ def _span(
     whole_target = target_end - target_start <= room
     # a target that is cut gets no end token, so it has room for one more
     target_end = target_end if whole_target else target_start + max_length
-    return Span(
-        turn, kept_system, source_start, source_end, target_start, target_end, whole_source, whole_target
-    )
+    return Span(turn, kept_system, source_start, source_end, target_start, target_end, whole_source, whole_target)
 
 
 def _backend(tokenizer: Any) -> Any:

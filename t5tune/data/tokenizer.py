@@ -16,7 +16,8 @@ def load_tokenizer(folder: Path) -> Any:
     files = ["tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json"]
     if not any((folder / name).is_file() for name in files):
         raise ModelError(
-            f"{folder}: no tokenizer in it ({', '.join(files)})", hint="copy the base model's tokenizer files there"
+            f"{folder}: no tokenizer in it ({', '.join(files)})",
+            hint="copy the base model's tokenizer files there",
         )
     from transformers import AutoTokenizer
 

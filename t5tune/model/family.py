@@ -36,5 +36,7 @@ def family_of(config: dict[str, Any], folder: Path) -> Family:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         known = "; ".join(f"{name} ({family.members})" for name, family in FAMILIES.items())
-        raise ModelError(f"{folder / 'config.json'}: model_type {model_type!r} can't be trained", hint=f"known: {known}")
+        raise ModelError(
+            f"{folder / 'config.json'}: model_type {model_type!r} can't be trained", hint=f"known: {known}"
+        )
     return FAMILIES[model_type]

@@ -12,7 +12,9 @@ from torch.nn import functional
 IGNORED_LABEL = -100
 
 
-def step_loss(outputs: Any, labels_BT: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+def step_loss(
+    outputs: Any, labels_BT: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Trainer's `compute_loss_func`.
 
     Args:

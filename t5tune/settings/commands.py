@@ -46,8 +46,7 @@ class TrainSettings(
         evaluates = self.eval_fraction > 0 or self.eval_data_path is not None
         if self.eval_strategy in {"steps", "epoch"} and not evaluates:
             raise ValueError(
-                f"eval_strategy: {self.eval_strategy} has nothing to evaluate on; give eval_data_path or "
-                "eval_fraction"
+                f"eval_strategy: {self.eval_strategy} has nothing to evaluate on; give eval_data_path or eval_fraction"
             )
         return self
 

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -121,9 +120,7 @@ def _with_known_names(
         elif name in elsewhere and not value.place.startswith("--"):
             unused.append(name)
         else:
-            problems.append(
-                f"{value.place}: unknown setting{suggestion(name, [*model.model_fields, *renamed])}"
-            )
+            problems.append(f"{value.place}: unknown setting{suggestion(name, [*model.model_fields, *renamed])}")
     if unused:
         notes.append(f"{model.command} does not use {', '.join(unused)}")
     return known

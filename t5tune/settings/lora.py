@@ -21,8 +21,7 @@ class LoraSettings(Settings):
     )
     q_lora: bool = Field(
         default=False,
-        description="Keep the base in 4 bits (NF4, double quantisation) under the adapters; turns bf16 on unless --no-bf16.",
+        description="Keep the base in 4 bits (NF4, double quantisation) under the adapters; turns bf16 on, "
+        "unless --no-bf16.",
     )
-    train_token_rows: bool = Field(
-        default=True, description="Train the embedding and head rows of the added tokens."
-    )
+    train_token_rows: bool = Field(default=True, description="Train the embedding and head rows of the added tokens.")

@@ -24,5 +24,6 @@ class RunOutputSettings(OutputSettings):
     panel: ClassVar[str] = "Output"
 
     fresh: bool = Field(
-        default=False, description="Begin anew: move a run that stands in output_dir aside, to output_dir.1, …"
+        default=False,
+        description="Begin anew: move a run that stands in output_dir aside, to output_dir.1, …",
     )

@@ -20,19 +20,16 @@ class TrainingSettings(Settings):
     lr_scheduler_type: str = Field(
         default="linear", description="Learning-rate schedule, by its transformers name (linear, cosine, …)."
     )
-    warmup_steps: float = Field(
-        default=0, ge=0, description="Steps of linear warm-up; below 1: a share of all steps."
-    )
+    warmup_steps: float = Field(default=0, ge=0, description="Steps of linear warm-up; below 1: a share of all steps.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: float = Field(
-        default=1.0, ge=0, description="Clip the gradient's norm to this; 0: don't clip."
-    )
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Clip the gradient's norm to this; 0: don't clip.")
     optim: str = Field(default="adamw_torch", description="Optimizer, by its transformers name.")
     bf16: bool = Field(default=False, description="Compute in bfloat16; the base is kept in it too.")
     fp16: bool = Field(default=False, description="Refused: T5's feed-forward layers overflow in fp16.")
     tf32: bool | None = Field(default=None, description="TensorFloat-32 for fp32 products (Ampere and newer).")
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations instead of keeping them: less memory, a third slower."
+        default=False,
+        description="Recompute activations instead of keeping them: less memory, a third slower.",
     )
     seed: int = Field(default=42, ge=0, description="Seed of the adapter's start, dropout and data order.")
     dataloader_num_workers: int = Field(default=0, ge=0, description="Processes per rank that read the data.")

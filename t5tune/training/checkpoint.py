@@ -63,7 +63,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with the newer ones."""
-    damaged = []
+    damaged: list[str] = []
     for path in checkpoints(run):
         problem = verify(path)
         if problem is None:

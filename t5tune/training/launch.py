@@ -54,8 +54,8 @@ def launch(settings_path: Path, count: int, arguments: list[str]) -> None:
     Raises:
         T5TuneError: what a worker raised, or that one died, with its exit code.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
@@ -107,7 +107,11 @@ def _first_error(folder: Path, failure: Exception) -> T5TuneError:
         kind = getattr(errors, values["kind"])
         return kind(values["message"], hint=values["hint"])  # type: ignore[no-any-return]
     rank, first = min(failure.failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
-    ended = f"was killed by {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exited with {first.exitcode}"
+    ended = (
+        f"was killed by {signal.Signals(-first.exitcode).name}"
+        if first.exitcode < 0
+        else f"exited with {first.exitcode}"
+    )
     error = TrainingError(f"rank {rank} {ended}", hint="its own output stands above; --debug shows more")
     error.exit_code = first.exitcode if first.exitcode > 0 else 1
     return error

@@ -107,9 +107,10 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def adapter_state(self) -> dict[str, Tensor]:
         """Every trained tensor by PEFT's name, in fp32; under ZeRO the optimizer's master copy, gathered."""
         state = {}
+        masters = _unsharded_masters(self.model_wrapped)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                values = _master(parameter).detach().float().cpu().numpy()
+                values = masters.get(id(parameter), _master(parameter)).detach().float().cpu().numpy()
                 state[saved_name(name)] = Tensor("F32", np.array(values))
         return state
 
@@ -201,6 +202,17 @@ def _master(parameter: Any) -> torch.Tensor:
     return parameter  # type: ignore[no-any-return]
 
 
+def _unsharded_masters(engine: Any) -> dict[int, torch.Tensor]:
+    """id of a bf16 parameter -> its fp32 copy, in DeepSpeed's stage 0, which keeps them in lists of its own."""
+    optimizer = getattr(engine, "optimizer", None)
+    groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
+    return {
+        id(parameter): master
+        for parameters, masters in groups
+        for parameter, master in zip(parameters, masters, strict=True)
+    }
+
+
 def _drop_frozen(model: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     trained = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
     for name in list(state):
@@ -232,5 +244,3 @@ def _gather(value: bool) -> list[bool]:
     values: list[bool | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return [bool(item) for item in values]
-
-

@@ -1,9 +1,9 @@
 """Adapter folders, in PEFT's own layout.
 
-    adapter_config.json, adapter_model.safetensors    what PeftModel.from_pretrained reads
-    non_lora_state.safetensors                        every trained tensor that is no LoRA matrix
-    tokenizer files, template.yaml                    what the adapter was trained with
-    README.md                                         the model card
+adapter_config.json, adapter_model.safetensors    what PeftModel.from_pretrained reads
+non_lora_state.safetensors                        every trained tensor that is no LoRA matrix
+tokenizer files, template.yaml                    what the adapter was trained with
+README.md                                         the model card
 """
 
 import json
@@ -102,7 +102,10 @@ def check_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], place:
 
 
 def write_adapter(
-    folder: Path, state: Mapping[str, Tensor], trained_with: TrainedWith, non_lora: Mapping[str, Tensor] | None = None
+    folder: Path,
+    state: Mapping[str, Tensor],
+    trained_with: TrainedWith,
+    non_lora: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder's files into `folder`.
 

@@ -15,5 +15,6 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
         raise SettingsError(f"output_dir: {folder}: a file stands there", hint="name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise SettingsError(
-            f"output_dir: {folder}: holds files already", hint="name another folder, or --overwrite to replace it"
+            f"output_dir: {folder}: holds files already",
+            hint="name another folder, or --overwrite to replace it",
         )

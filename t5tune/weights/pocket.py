@@ -1,4 +1,4 @@
-"""The built-in model `pocket`: a small T5 of Flan's architecture (gated GELU, untied head), random from a fixed seed."""
+"""The built-in model `pocket`: a small T5 of Flan's architecture (gated GELU, untied head), random from a seed."""
 
 import hashlib
 import json
@@ -91,7 +91,10 @@ def _random_weights() -> dict[str, Tensor]:
 
     normal("shared", (ROWS, WIDTH), 1.0)
     normal("lm_head", (ROWS, WIDTH), WIDTH**-0.5)
-    for stack, attentions in (("encoder", ["SelfAttention"]), ("decoder", ["SelfAttention", "EncDecAttention"])):
+    for stack, attentions in (
+        ("encoder", ["SelfAttention"]),
+        ("decoder", ["SelfAttention", "EncDecAttention"]),
+    ):
         for block in range(LAYERS):
             for layer, attention in enumerate(attentions):
                 prefix = f"{stack}.block.{block}.layer.{layer}"

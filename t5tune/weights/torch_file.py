@@ -99,7 +99,15 @@ def read_torch_file(path: Path) -> Any:
             f"{path}: not torch's zip format: {error}",
             hint="load and save it once with a current torch, or convert it to safetensors",
         ) from error
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise CheckpointError(f"{path}: broken: {error!r}") from error
 
 
