@@ -57,7 +57,7 @@ class Chatter:
         from t5tune.model.lora import load_adapter
         from t5tune.weights.adapter import read_adapter
 
-        base = find_base(settings.model_name_or_path, settings.revision, settings.cache_dir)
+        base = find_base(settings, report)
         if settings.adapter is not None:
             read_adapter(settings.adapter)  # its errors name the file
         device = choose_device(settings.use_cpu)

@@ -17,6 +17,7 @@ from t5tune.errors import CheckpointError
 from t5tune.progress import Note, Report, silent
 from t5tune.publish import published_folder
 from t5tune.settings import ExportSettings, dump_settings
+from t5tune.settings.base_model import BaseModelSettings
 from t5tune.training.checkpoint import MANIFEST, checkpoints, newest, verify
 from t5tune.weights.adapter import (
     CONFIG,
@@ -174,7 +175,8 @@ def _base_state(settings: ExportSettings, gathered: _Gathered) -> dict[str, Tens
             f"{settings.checkpoint}: holds no frozen weights and doesn't say which base it was trained on",
             hint="give --model-name-or-path",
         )
-    base = Checkpoint(find_base(base_name, settings.revision, settings.cache_dir))
+    named = BaseModelSettings(model_name_or_path=base_name, revision=settings.revision, cache_dir=settings.cache_dir)
+    base = Checkpoint(find_base(named))
     return {name: base.tensor(name) for name in base.names()}
 
 

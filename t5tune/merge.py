@@ -78,7 +78,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     """
     started = time.monotonic()
     check_replaceable(settings.output_dir, settings.overwrite)
-    base_folder = find_base(settings.model_name_or_path, settings.revision, settings.cache_dir)
+    base_folder = find_base(settings, report)
     base = Checkpoint(base_folder)
     config, state = read_adapter(settings.adapter)
     tied = base.is_tied()

@@ -74,7 +74,7 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
     started = time.monotonic()
     template = load_template(settings.conversation_template)
     files = find_files([str(conversations_file()) if path == "pocket" else path for path in settings.data_path])
-    base = find_base(settings.model_name_or_path, settings.revision, settings.cache_dir)
+    base = find_base(settings)
     num_rows = int(read_config(base).get("vocab_size", 0))
     tokenizer, added = extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows)
     inputs = _inputs(settings, files, tokenizer, template)

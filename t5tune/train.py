@@ -101,7 +101,7 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
 
 def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     """Check what can be checked without loading the model, make the cache, and save the settings."""
-    check(settings)
+    check(settings, report)
     folder = settings.output_dir
     if settings.fresh:
         _move_aside(folder, report)
@@ -116,8 +116,6 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
             f"output_dir: {folder}: holds something that is no run of t5tune", hint="name another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if settings.model_name_or_path == "pocket":
-        report(Note("pocket is random until a pretrained one comes with t5tune: it shows the way, not quality"))
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and not is_cache(Path(data[0])):
             prepare(_prepare_settings(settings, data, cache), report)
@@ -125,7 +123,7 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     return run
 
 
-def check(settings: TrainSettings) -> None:
+def check(settings: TrainSettings, report: Report = silent) -> None:
     """Raise what is wrong with the settings before anything is made.
 
     Raises:
@@ -135,7 +133,7 @@ def check(settings: TrainSettings) -> None:
     """
     from t5tune.model.family import family_of
 
-    base = find_base(settings.model_name_or_path, settings.revision, settings.cache_dir)
+    base = find_base(settings, report)
     family_of(read_config(base), base)
     problems = []
     if settings.training_args:
@@ -229,7 +227,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
     started = time.monotonic()
     cache, held_out = _data(settings, run)
     tokenizer = load_tokenizer(cache.tokenizer_folder)
-    base = find_base(settings.model_name_or_path, settings.revision, settings.cache_dir)
+    base = find_base(settings)
     deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     # DeepSpeed keeps fp32 masters of bf16 adapters itself; alone, the adapters are their own masters
@@ -265,6 +263,8 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         report=report,
     )
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if held_out is not None and not _is_evaluated(trainer.state):
+        trainer.evaluate()
     tokens = trainer.total_tokens()
     evaluation = {name.removeprefix("eval_"): value for name, value in _last_evaluation(trainer.state).items()}
     result = Trained(
@@ -387,6 +387,10 @@ def _training_arguments(
 
 def _stage(deepspeed: dict[str, Any] | None) -> int:
     return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+
+
+def _is_evaluated(state: Any) -> bool:
+    return any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
 
 
 def _last_evaluation(state: Any) -> dict[str, float]:

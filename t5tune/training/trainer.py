@@ -76,6 +76,12 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             )
         return loss
 
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Leave the random state as it was: a data loader draws from it, and dropout would come out otherwise."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            return super().evaluate(*arguments, **options)  # type: ignore[no-any-return]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens per second to the training figures, and append the line to metrics.jsonl."""
         if "loss" in logs:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import ModelError
+from t5tune.progress import Note, Report, silent
+from t5tune.settings.base_model import BaseModelSettings
 from t5tune.weights.pocket import pocket_folder
 
 FILES = [
@@ -15,19 +17,21 @@ FILES = [
 ]
 
 
-def find_base(model_name_or_path: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+def find_base(settings: BaseModelSettings, report: Report = silent) -> Path:
     """The folder that holds the base's files; a hub model is downloaded first.
 
     Raises:
         ModelError: no such folder or model, or it holds no config.json.
     """
-    if model_name_or_path == "pocket" and not Path("pocket").is_dir():
+    name = settings.model_name_or_path
+    if name == "pocket" and not Path("pocket").is_dir():
+        report(Note("pocket is random until a pretrained one comes with t5tune: it shows the way, not quality"))
         return pocket_folder()
-    path = Path(model_name_or_path)
-    folder = path if path.is_dir() else _download(model_name_or_path, revision, cache_dir)
+    path = Path(name)
+    folder = path if path.is_dir() else _download(name, settings.revision, settings.cache_dir)
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"model_name_or_path: {model_name_or_path}: no config.json in it",
+            f"model_name_or_path: {name}: no config.json in it",
             hint="name a folder that save_pretrained wrote",
         )
     return folder

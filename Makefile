@@ -1,0 +1,39 @@
+# Everything that people and CI run. PYTHON is used once, to make .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check lint types build clean
+
+quickstart: .venv/installed
+	$(BIN)/python examples/quickstart/quickstart.py
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+build: .venv/installed-dev
+	$(BIN)/pip install --quiet build
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache runs
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("t5tune needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check --quiet -e .
+	touch $@
+
+.venv/installed-dev: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[dev]'
+	touch .venv/installed $@

@@ -1,0 +1,80 @@
+"""The whole chain on the built-in model: prepare, train with --q-lora, export, merge, one chat reply.
+
+python examples/quickstart/quickstart.py [--output-dir runs/quickstart]
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PROMPT = "Hello, three coffee and two tea for Mira please."
+
+
+def t5tune(*arguments: str | Path) -> dict[str, Any]:
+    """Show and run a command; its progress goes to the terminal, its result comes back."""
+    words = [str(argument) for argument in arguments]
+    print("\n$ t5tune " + " ".join(f'"{word}"' if " " in word else word for word in words), file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "t5tune", *words, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return dict(json.loads(done.stdout))
+
+
+def size(folder: Path) -> str:
+    """The bytes of a folder's own files, in KiB or MiB."""
+    total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return f"{total / 1024:.0f} KiB" if total < 1 << 20 else f"{total / (1 << 20):.1f} MiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--max-steps", type=int, help="train less")
+    options = parser.parse_args()
+    out = options.output_dir
+    if out.exists():
+        print(f"{out} of an earlier quickstart is replaced", file=sys.stderr)
+        shutil.rmtree(out)
+    cache, run, adapter, merged = (out / name for name in ("cache", "run", "adapter", "merged"))
+    started = time.monotonic()
+
+    base = ["--model-name-or-path", "pocket"]
+    prepared = t5tune("prepare", *base, "--data-path", HERE / "train.jsonl", "--output-dir", cache)
+    steps = ["--max-steps", str(options.max_steps)] if options.max_steps else []
+    trained = t5tune("train", "--config", "pocket", "--q-lora", "--data-path", cache, "--output-dir", run, *steps)
+    exported = t5tune("export", run, "--output-dir", adapter)
+    t5tune("merge", *base, "--adapter", adapter, "--output-dir", merged)
+    answer = t5tune("chat", "--model-name-or-path", merged, "--prompt", PROMPT, "--max-new-tokens", "60")
+
+    first, last = losses(run)
+    held_out = trained["eval"]["loss"]
+    rows = [
+        ("token cache", cache, f"{prepared['examples']} examples of {prepared['conversations']} conversations"),
+        ("run", run, f"{trained['steps']} steps, loss {first:.2f} → {last:.2f}, held out {held_out:.2f}"),
+        ("adapter", adapter, f"{exported['lora_tensors']} LoRA tensors, {size(adapter)}"),
+        ("merged model", merged, f"loads with AutoModelForSeq2SeqLM, {size(merged)}"),
+    ]
+    print(f"\nMade in {time.monotonic() - started:.0f} seconds:\n")
+    for what, where, facts in rows:
+        print(f"  {what:<14}{where!s:<28}{facts}")
+    print(f"\n  you:    {PROMPT}\n  model:  " + answer["reply"].replace("\n", "\n          "))
+    print("\npocket is a random model until a pretrained one comes with t5tune: its words show the way, not quality.")
+
+
+def losses(run: Path) -> tuple[float, float]:
+    """The first and the last training loss of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    values = [line["loss"] for line in lines if "loss" in line]
+    return values[0], values[-1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+"""Training in one process and in two: what is loaded, what moves, what is logged, sealed and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5tune.errors import ModelError, SettingsError, TrainingError
+from t5tune.progress import Event, Measured, Note
+from t5tune.settings import TrainSettings
+from t5tune.train import train
+from tests.conftest import make_base, t5tune
+
+TWO = ("--num-processes", "2")
+
+
+def settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
+    values = {
+        "model_name_or_path": str(base),
+        "data_path": str(data),
+        "output_dir": run,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "use_cpu": True,
+    }
+    return TrainSettings(**{**values, **changes})
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished_run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "one"
+    train(settings(untied_base, conversations, run, eval_fraction=0.2))
+    return run
+
+
+def test_loss_falls_and_the_result_counts_what_was_done(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    assert losses(finished_run)[-1] < losses(finished_run)[0]
+    assert result["steps"] == 6
+    assert result["world_size"] == 1
+    assert result["tokens"] > 0
+    assert result["eval"]["loss"] > 0
+    assert 0 < result["trainable_parameters"] < result["total_parameters"]
+    lines = [line for line in metrics(finished_run) if "loss" in line]
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch"} <= set(lines[0])
+
+
+def test_run_folder_loads_with_stock_peft_and_moves_only_the_adapter(finished_run: Path, untied_base: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM
+
+    weights = load_file(finished_run / "adapter_model.safetensors")
+    assert all(bool(value.any()) for name, value in weights.items() if "lora_B" in name)
+    base = AutoModelForSeq2SeqLM.from_pretrained(untied_base)
+    shared = base.shared.weight.detach().clone()
+    model = PeftModel.from_pretrained(base, str(finished_run))
+    assert torch.equal(base.shared.weight, shared)
+    loaded = {
+        name.replace(".default", ""): value for name, value in model.state_dict().items() if ".default" in name
+    }
+    for name, value in weights.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_base_is_loaded_bit_by_bit_as_its_file_says(base: Path) -> None:
+    from t5tune.model.load import load_base
+
+    file = load_file(base / "model.safetensors")
+    model = load_base(base, torch.float32, torch.device("cpu"))
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in file.items())
+    tied = "lm_head.weight" not in file
+    assert model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.shared.weight) is tied
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+
+
+def test_quantised_base_keeps_the_rest_bit_by_bit_and_answers_almost_alike(untied_base: Path) -> None:
+    from t5tune.model.load import load_base
+
+    file = load_file(untied_base / "model.safetensors")
+    plain = load_base(untied_base, torch.float32, torch.device("cpu"))
+    quantised = load_base(untied_base, torch.float32, torch.device("cpu"), quantise=True)
+    kept = [name for name, value in quantised.named_parameters() if type(value).__name__ != "Params4bit"]
+    assert {"shared.weight", "lm_head.weight"} <= set(kept)
+    assert all(torch.equal(quantised.get_parameter(name), file[name]) for name in kept)
+    assert sum(type(value).__name__ == "Params4bit" for value in quantised.parameters()) == 36
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 9, 10]])}
+    with torch.inference_mode():
+        a, b = plain(**inputs).logits, quantised(**inputs).logits
+    assert 0 < (a - b).abs().max() < 0.5 * a.abs().max()
+
+
+def test_a_file_that_does_not_fit_its_config_is_refused_by_name(untied_base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from t5tune.model.load import load_base
+
+    shutil.copytree(untied_base, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "d_ff": 48}))
+    with pytest.raises(ModelError, match=r"DenseReluDense.* in the file"):
+        load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
+    path.write_text(json.dumps({**config, "model_type": "bart"}))
+    with pytest.raises(ModelError, match="model_type 'bart'"):
+        load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_token_rows_of_embedding_and_head_are_trained(
+    kind: str, conversations: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(f"{kind}_base")
+    train(settings(base, conversations, tmp_path / "run", max_steps=2, save_steps=2))
+    file = load_file(base / "model.safetensors")
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
+    newline, brace = (manifest["added_token_ids"][manifest["added_tokens"].index(token)] for token in ("\n", "{"))
+    rows = {name: value for name, value in weights.items() if "trainable_tokens_delta" in name}
+    if kind == "tied":
+        indices = {"shared": config["trainable_token_indices"]}
+        assert len(rows) == 1
+    else:
+        indices = config["trainable_token_indices"]
+        assert set(indices) == {"encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}
+    for module, ids in indices.items():
+        name = "lm_head.weight" if module == "lm_head" else "shared.weight"
+        trained = rows[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"]
+        for token in (newline, brace):
+            assert not torch.equal(trained[ids.index(token)], file[name][token]), (module, token)
+
+
+def test_q_lora_learns_too(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    result = train(settings(untied_base, conversations, tmp_path / "run", q_lora=True, bf16=False))
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert result.total_parameters > 40_000  # 4-bit weights count as what they stand for
+
+
+def test_evaluation_between_steps_changes_nothing_of_training(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    shared = {"q_lora": True, "bf16": False, "eval_fraction": 0.2, "max_steps": 4}
+    train(settings(untied_base, conversations, tmp_path / "a", **shared, eval_strategy="no"))
+    train(settings(untied_base, conversations, tmp_path / "b", **shared, eval_strategy="steps", eval_steps=1))
+    a, b = (tmp_path / name / "adapter_model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    assert sum("eval_loss" in line for line in metrics(tmp_path / "b")) == 4
+
+
+def test_bf16_keeps_fp32_adapters(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=2, bf16=True))
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    values = torch.cat([value.flatten() for value in weights.values()])
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_gradient_checkpointing_gives_the_same_losses(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    for name, on in (("a", False), ("b", True)):
+        run = tmp_path / name
+        train(settings(untied_base, conversations, run, max_steps=2, lora_dropout=0.0, gradient_checkpointing=on))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+
+
+def test_two_runs_with_one_seed_are_equal_bit_by_bit(
+    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    train(settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2))
+    again = tmp_path / "run" / "adapter_model.safetensors"
+    assert again.read_bytes() == (finished_run / "adapter_model.safetensors").read_bytes()
+
+
+def test_resumes_from_the_newest_whole_checkpoint_to_the_same_bits(
+    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    notes: list[str] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+
+    train(settings(untied_base, conversations, run, eval_fraction=0.2))
+    for name in ("result.json", "adapter_model.safetensors"):
+        (run / name).unlink()
+    shard = run / "checkpoint-6" / "optimizer.pt"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    result = train(settings(untied_base, conversations, run, eval_fraction=0.2), report)
+    assert result.resumed_from == run / "checkpoint-3"
+    assert any("checkpoint-6/optimizer.pt: differs" in note for note in notes)
+    expected = (finished_run / "adapter_model.safetensors").read_bytes()
+    assert (run / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_finished_run_does_nothing_and_fresh_moves_it_aside(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = train(settings(untied_base, conversations, run, max_steps=1))
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train(settings(untied_base, conversations, run, max_steps=1)) == first
+    assert (run / "metrics.jsonl").read_bytes() == before
+    train(settings(untied_base, conversations, run, max_steps=1, fresh=True))
+    assert (tmp_path / "run.1" / "result.json").is_file()
+    assert (run / "result.json").is_file()
+
+
+def test_non_finite_loss_stops_before_the_update(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    broken = make_base(tmp_path / "base", tied=False)
+    weights = load_file(broken / "model.safetensors")
+    weights["encoder.final_layer_norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match="step 1: the loss is nan"):
+        train(settings(broken, conversations, tmp_path / "run"))
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_wrong_names_are_refused_before_anything_is_made(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(SettingsError, match="training_args.adam_beta: no such field.*did you mean adam_beta"):
+        train(settings(untied_base, conversations, run, training_args={"adam_beta": 0.9}))
+    with pytest.raises(SettingsError, match="training_args.learning_rate: set learning_rate itself"):
+        train(settings(untied_base, conversations, run, training_args={"learning_rate": 0.9}))
+    with pytest.raises(SettingsError, match="deepspeed: zero5"):
+        train(settings(untied_base, conversations, run, deepspeed="zero5"))
+    assert not run.exists()
+    with pytest.raises(SettingsError, match="lora_target_modules: query: no such linear layer"):
+        train(settings(untied_base, conversations, run, lora_target_modules=["query"]))
+
+
+def test_measured_events_carry_loss_rate_and_speed(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=1), events.append)
+    measured = [event for event in events if isinstance(event, Measured)]
+    assert {"loss", "lr", "grad norm", "tokens/s"} <= set(measured[0].values)
+
+
+# --- two processes ---------------------------------------------------------------------------------------------
+
+
+def command(base: Path, data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "train", "--model-name-or-path", str(base), "--data-path", str(data), "--output-dir", str(run),
+        "--learning-rate", "1e-2", "--logging-steps", "1", "--lora-dropout", "0", "--json", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory, conversations: Path) -> Path:
+    """Conversations of which exactly eight examples are taken: one global batch."""
+    return conversations
+
+
+@pytest.fixture(scope="module")
+def still_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untied base with no dropout, so that batches can be compared."""
+    folder = make_base(tmp_path_factory.mktemp("bases") / "still", tied=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_batch(still_base: Path, eight: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Loss and gradient norm of one step on eight examples, in one process."""
+    run = tmp_path_factory.mktemp("runs") / "batch"
+    train(
+        settings(
+            still_base, eight, run, num_data=8, max_steps=1, per_device_train_batch_size=8, lora_dropout=0.0
+        )
+    )
+    return metrics(run)[0]
+
+
+BATCHES = {
+    "accumulated": ("--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2", "--use-cpu"),
+    "ddp": ("--per-device-train-batch-size", "4", *TWO),
+    "zero2": ("--per-device-train-batch-size", "4", *TWO, "--deepspeed", "zero2"),
+    "zero3": ("--per-device-train-batch-size", "4", *TWO, "--deepspeed", "zero3"),
+    "zero2-accumulated": (
+        "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", *TWO, "--deepspeed", "zero2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", BATCHES)
+def test_a_batch_gives_one_loss_and_gradient_however_it_is_divided(
+    way: str, still_base: Path, eight: Path, one_batch: dict[str, float], tmp_path: Path
+) -> None:
+    done = t5tune(*command(still_base, eight, tmp_path / "run", "--num-data", "8", "--max-steps", "1", *BATCHES[way]))
+    assert done.code == 0, done.stderr
+    line = metrics(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(one_batch["loss"], rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(one_batch["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("way", [("zero3", "--q-lora", "--no-bf16"), ("zero1", "--bf16"), ("zero0", "--bf16")])
+def test_deepspeed_stages_learn_and_save_the_fp32_masters(
+    way: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    more = [*TWO, "--deepspeed", *way, "--max-steps", "3", "--per-device-train-batch-size", "4"]
+    done = t5tune(*command(untied_base, conversations, tmp_path / "run", *more))
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    values = torch.cat([v.flatten() for v in load_file(tmp_path / "run" / "adapter_model.safetensors").values()])
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_a_finished_run_of_two_processes_resumes_nothing(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    more = [*TWO, "--max-steps", "1"]
+    first = t5tune(*command(untied_base, conversations, tmp_path / "run", *more))
+    again = t5tune(*command(untied_base, conversations, tmp_path / "run", *more))
+    assert first.code == again.code == 0, first.stderr + again.stderr
+    assert first.json == again.json
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_runs_under_other_launchers(
+    launcher: str, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    arguments = command(untied_base, conversations, tmp_path / "run", "--max-steps", "1", "--use-cpu")
+    if launcher == "torchrun":
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "t5tune"]
+    else:
+        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "t5tune"]
+        arguments += ["--deepspeed", "zero2"]
+    # the deepspeed launcher asks torch how many GPUs there are; on a CPU it is told by --num_gpus and this
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *start, *arguments], capture_output=True, text=True, env=environment, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
+
+
+def test_an_error_in_the_workers_is_shown_once_with_its_exit_code(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    done = t5tune(
+        *command(untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query", "--max-steps", "1")
+    )
+    assert done.code == 2
+    assert len(done.errors) == 1, done.stderr
+    assert "lora_target_modules: query" in done.errors[0]
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["kind"] == "SettingsError"
