@@ -46,9 +46,9 @@ def t5tune(*arguments: Any, env: dict[str, str] | None = None, cwd: Path | None 
 
 
 def make_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A small random T5 of Flan's or (tied) of the first T5's form, saved by stock transformers, with pocket's tokenizer.
+    """A small random T5 of Flan's or (tied) of the first T5's form, with pocket's tokenizer.
 
-    Its config.json says the truth about the head, as the hub's files do.
+    Stock transformers saves it. Its config.json says the truth about the head, as the hub's files do.
     """
     from transformers import T5Config, T5ForConditionalGeneration
 

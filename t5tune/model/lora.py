@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from torch.nn import functional
 
@@ -29,8 +31,6 @@ def add_lora(model: Any, settings: LoraSettings, token_ids: list[int], adapter_d
     Raises:
         SettingsError: a name among lora_target_modules that no linear layer has.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
-
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear.discard(HEAD)
     if unknown := sorted(set(settings.lora_target_modules) - linear):
@@ -61,8 +61,6 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         ModelError: it doesn't fit this base.
     """
-    from peft import PeftModel
-
     try:
         return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
     except (RuntimeError, ValueError, KeyError, OSError) as error:
@@ -78,36 +76,36 @@ def _token_indices(model: Any, token_ids: list[int]) -> Any:
 
 
 def use_token_rows(peft_model: Any) -> None:
-    """Let the encoder's and the decoder's embedding share their rows, and compute them as `_TokenRows` does."""
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-
-    class _TokenRows(TrainableTokensLayer):  # type: ignore[misc]
-        """PEFT's layer copies the whole matrix in each forward, and reads it outside of the base layer.
-
-        The copy costs vocabulary × width a forward; under ZeRO-3 the matrix isn't there to read. Here the
-        base layer runs as it is, and only the trained rows' places in its output are replaced.
-        """
-
-        def forward_adapters(self, x: Any, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
-            output = self.base_layer(x, *args, **kwargs)
-            if self.disable_adapters or self.merged:
-                return output
-            for name in active_adapters:
-                rows_KD = self.trainable_tokens_delta[name]
-                ids_K = torch.as_tensor(self.token_indices[name], device=x.device)
-                if isinstance(self.base_layer, nn.Embedding):
-                    is_row_BTK = x.unsqueeze(-1) == ids_K
-                    replaced = functional.embedding(is_row_BTK.to(torch.uint8).argmax(-1), rows_KD)
-                    output = torch.where(is_row_BTK.any(-1, keepdim=True), replaced.to(output.dtype), output)
-                else:
-                    logits_BTK = functional.linear(x.to(rows_KD.dtype), rows_KD).to(output.dtype)
-                    output = output.index_copy(-1, ids_K, logits_BTK)
-            return output
-
+    """Compute token rows as `TokenRows` does, and let encoder and decoder share those of the embedding."""
     base = peft_model.base_model.model
     for module in base.modules():
         if type(module) is TrainableTokensLayer:
-            module.__class__ = _TokenRows
+            module.__class__ = TokenRows
     encoder, decoder = base.encoder.embed_tokens, base.decoder.embed_tokens
     if not base.config.tie_word_embeddings and hasattr(encoder, "token_adapter"):
         decoder.token_adapter.trainable_tokens_delta = encoder.token_adapter.trainable_tokens_delta
+
+
+class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
+    """Trained rows of an embedding or of the head, in place of PEFT's own way to compute them.
+
+    PEFT copies the whole matrix in each forward, and reads it outside of the base layer. The copy costs
+    vocabulary × width a forward; under ZeRO-3 the matrix isn't there to read. Here the base layer runs as it
+    is, and only the trained rows' places in its output are replaced. K is the number of rows.
+    """
+
+    def forward_adapters(self, x: Any, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
+        output = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return output
+        for name in active_adapters:
+            rows_KD = self.trainable_tokens_delta[name]
+            ids_K = torch.as_tensor(self.token_indices[name], device=x.device)
+            if isinstance(self.base_layer, nn.Embedding):
+                is_row_BTK = x.unsqueeze(-1) == ids_K
+                replaced_BTD = functional.embedding(is_row_BTK.to(torch.uint8).argmax(-1), rows_KD)
+                output = torch.where(is_row_BTK.any(-1, keepdim=True), replaced_BTD.to(output.dtype), output)
+            else:
+                logits_BTK = functional.linear(x.to(rows_KD.dtype), rows_KD).to(output.dtype)
+                output = output.index_copy(-1, ids_K, logits_BTK)
+        return output
