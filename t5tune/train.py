@@ -109,6 +109,11 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     if run.finished:
         report(Note(f"{folder}: this run is finished; --fresh trains anew"))
         return run
+    if settings.preprocessed_path is not None and settings.preprocessed_path.is_file():
+        raise SettingsError(
+            f"preprocessed_path: {settings.preprocessed_path}: a file; the token cache is a folder",
+            hint="name a new folder: FastChat's JSON cache can't be read, many of its labels are not the answers",
+        )
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"output_dir: {folder}: a file stands there")
     if folder.is_dir() and any(folder.iterdir()) and not run.settings_path.is_file():
@@ -119,7 +124,8 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and not is_cache(Path(data[0])):
             prepare(_prepare_settings(settings, data, cache), report)
-    write_file(run.settings_path, dump_settings(settings).encode())
+    again = settings.model_copy(update={"fresh": False})  # the saved settings are to resume, not to begin anew
+    write_file(run.settings_path, dump_settings(again).encode())
     return run
 
 
@@ -234,12 +240,15 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
     adapter_dtype = dtype if deepspeed is not None else torch.float32
 
     set_seed(settings.seed)
-    model = load_base(base, dtype, device, settings.q_lora)
+    sharded = _stage(deepspeed) == 3
+    # what ZeRO-3 will shard need not fit one GPU: it is loaded on the CPU, and goes over a parameter at a time
+    place = torch.device("cpu") if sharded and not settings.q_lora else device
+    model = load_base(base, dtype, place, settings.q_lora)
     model = add_lora(model, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
     trainable, total = count_parameters(model)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
-    if deepspeed is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+    if deepspeed is not None and sharded:
         _shard(model, deepspeed, dtype)
 
     report(Note(f"{trainable:,} of {total:,} parameters train; {len(cache):,} examples; {world.size} × {device.type}"))

@@ -72,9 +72,7 @@ def test_run_folder_loads_with_stock_peft_and_moves_only_the_adapter(finished_ru
     shared = base.shared.weight.detach().clone()
     model = PeftModel.from_pretrained(base, str(finished_run))
     assert torch.equal(base.shared.weight, shared)
-    loaded = {
-        name.replace(".default", ""): value for name, value in model.state_dict().items() if ".default" in name
-    }
+    loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items() if ".default" in name}
     for name, value in weights.items():
         assert torch.equal(loaded[name], value), name
 
@@ -289,11 +287,7 @@ def still_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_batch(still_base: Path, eight: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Loss and gradient norm of one step on eight examples, in one process."""
     run = tmp_path_factory.mktemp("runs") / "batch"
-    train(
-        settings(
-            still_base, eight, run, num_data=8, max_steps=1, per_device_train_batch_size=8, lora_dropout=0.0
-        )
-    )
+    train(settings(still_base, eight, run, num_data=8, max_steps=1, per_device_train_batch_size=8, lora_dropout=0.0))
     return metrics(run)[0]
 
 
@@ -343,9 +337,7 @@ def test_a_finished_run_of_two_processes_resumes_nothing(
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_runs_under_other_launchers(
-    launcher: str, untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_runs_under_other_launchers(launcher: str, untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     arguments = command(untied_base, conversations, tmp_path / "run", "--max-steps", "1", "--use-cpu")
     if launcher == "torchrun":
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "t5tune"]
@@ -365,7 +357,9 @@ def test_an_error_in_the_workers_is_shown_once_with_its_exit_code(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     done = t5tune(
-        *command(untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query", "--max-steps", "1")
+        *command(
+            untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query", "--max-steps", "1"
+        )
     )
     assert done.code == 2
     assert len(done.errors) == 1, done.stderr
