@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from t5tune import __version__
 from t5tune.data.cache import (
@@ -41,6 +40,7 @@ from t5tune.publish import published_folder, sha256, write_json
 from t5tune.settings import PrepareSettings
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.pocket import conversations_file
+from t5tune.yaml_file import to_yaml
 
 BATCH = 256  # conversations per call of the tokenizer
 
@@ -90,7 +90,7 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
         counts = _write(staged, files, settings, template, Encoder(tokenizer), tokenizer, num_rows, report)
         save_tokenizer(tokenizer, staged / "tokenizer")
         layout = {name: value for name, value in vars(template).items()}
-        (staged / "template.yaml").write_text(yaml.safe_dump(layout, sort_keys=False, allow_unicode=True))
+        (staged / "template.yaml").write_text(to_yaml(layout), encoding="utf-8")
         manifest = {
             "format": FORMAT,
             "made_by": f"t5tune {__version__}",

@@ -55,3 +55,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise SettingsError(f"{path}: expected lines of the form `name: value`")
     return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for a number: a folder named 1e3 must stay a name."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def to_yaml(value: dict[str, Any]) -> str:
+    """YAML that `read_yaml` reads back to the same value, keys in their order."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.progress import Advanced, Event, Finished, Measured, Note, Started
@@ -34,7 +35,7 @@ class Screen:
     """A report that draws: bars on a terminal, plain lines in a log."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = _stderr()
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, Started] = {}
@@ -156,8 +157,8 @@ def show_result(result: Any, stream: TextIO, quiet: bool) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in others:
             if value not in (None, {}, []):
-                table.add_row(f"[dim]{name.replace('_', ' ')}", _show(value))
-        Console(stderr=True, highlight=False).print(table)
+                table.add_row(Text(name.replace("_", " "), "dim"), Text(_show(value)))
+        _stderr().print(table)
     print(first[1], file=stream, flush=True)
 
 
@@ -180,15 +181,16 @@ def show_error(error: BaseException, json_stream: TextIO | None, debug: bool) ->
     message = error.message if isinstance(error, T5TuneError) else f"{kind}: {' '.join(str(error).split())}"
     hint = error.hint if isinstance(error, T5TuneError) else "--debug shows where it came from"
     problems = list(error.problems) if isinstance(error, SettingsError) else [message]
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = _stderr()
     for index, problem in enumerate(problems):
         last = index == len(problems) - 1
         tail = f"; {hint}" if hint and last else ""
-        console.print(f"[bold red]error:[/] {_escape(problem + tail)}")
+        console.print(Text.assemble(("error:", "bold red"), " ", problem + tail))
     if json_stream is not None:
         body = {"kind": kind if known else "Unexpected", "message": message, "hint": hint}
         print(json.dumps({"error": body}, ensure_ascii=False), file=json_stream, flush=True)
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+def _stderr() -> Console:
+    """Shows text as it is: no markup, emoji codes or colours are read into what a user typed."""
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)

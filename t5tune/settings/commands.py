@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.data import ConversationSettings, DataSettings, TrainingDataSettings
@@ -11,6 +11,14 @@ from t5tune.settings.fields import Maybe, Settings
 from t5tune.settings.lora import LoraSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
 from t5tune.settings.training import EvaluationSettings, ProcessSettings, TrainingSettings
+
+
+def _is_true(value: Any) -> bool:
+    """Whether pydantic will read the value as true."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
 class PrepareSettings(OutputSettings, DataSettings, BaseModelSettings):
@@ -35,7 +43,7 @@ class TrainSettings(
     @classmethod
     def _q_lora_needs_bf16(cls, values: Any) -> Any:
         # as the seed does; --no-bf16 computes in fp32, which is faster on a CPU that has no bf16
-        if isinstance(values, dict) and str(values.get("q_lora")).lower() in {"true", "1", "yes", "on"}:
+        if isinstance(values, dict) and _is_true(values.get("q_lora")):
             values = {"bf16": True, **values}
         return values
 

@@ -65,10 +65,10 @@ def load_settings(
 
 def dump_settings(settings: Settings) -> str:
     """The settings as YAML that `--config` reads back to the same model."""
-    import yaml
+    from t5tune.yaml_file import to_yaml
 
     header = f"# t5tune {settings.command} --config THIS_FILE does it again\n"
-    return header + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return header + to_yaml(settings.model_dump(mode="json"))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
