@@ -28,6 +28,7 @@ from t5tune.weights.adapter import (
     TrainedWith,
     check_adapter,
     read_adapter,
+    read_adapter_config,
     saved_name,
     with_copies,
     write_adapter,
@@ -114,6 +115,8 @@ def _find(path: Path, report: Report) -> Path:
         if found is None:
             raise CheckpointError(f"checkpoint: {path}: none of its checkpoints is whole: {damaged[0]}")
         return found
+    if find_deepspeed_folder(path) == path and find_deepspeed_folder(path.parent) == path:
+        path = path.parent  # the shards alone were named: the seal and the config stand beside them
     if (path / MANIFEST).is_file():
         if damage := verify(path):
             raise CheckpointError(f"checkpoint: {damage}", hint="take an earlier checkpoint of the run")
@@ -132,7 +135,7 @@ def _gather(folder: Path) -> _Gathered:
     zero = read_zero(shards) if shards is not None else None
     config_folder = folder if (folder / CONFIG).is_file() else folder.parent
     if zero is not None and (zero.stage > 0 or not (folder / WEIGHTS).is_file()):
-        config = _config(config_folder)
+        config = read_adapter_config(config_folder)
         state = {saved_name(name): value for name, value in zero.trained.items()}
         state = with_copies({name: state[name] for name in state if name.startswith(PREFIX)}, config)
         return _Gathered(config, state, zero.frozen, zero.step, zero.stage, zero.world_size)
@@ -141,17 +144,6 @@ def _gather(folder: Path) -> _Gathered:
     if zero is not None:
         step, world_size = zero.step, zero.world_size
     return _Gathered(config, state, {}, step, zero.stage if zero else None, world_size)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no {CONFIG} beside the shards", hint="put the one that training wrote there"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: can't be read: {error}") from error
 
 
 def _sealed_facts(folder: Path) -> tuple[int, int]:

@@ -21,7 +21,17 @@ from t5tune.errors import CheckpointError, TrainingError
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.publish import published_folder, write_json
 from t5tune.settings import MergeSettings, dump_settings
-from t5tune.weights.adapter import TEMPLATE, LowRank, low_rank_updates, read_adapter, rows_tensor, token_rows
+from t5tune.weights.adapter import (
+    LORA_NAME,
+    ROWS,
+    TEMPLATE,
+    LowRank,
+    check_adapter,
+    low_rank_updates,
+    read_adapter,
+    rows_tensor,
+    token_rows,
+)
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.card import merged_card
 from t5tune.weights.output import check_replaceable
@@ -81,6 +91,8 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     base_folder = find_base(settings, report)
     base = Checkpoint(base_folder)
     config, state = read_adapter(settings.adapter)
+    check_adapter(state, config, settings.adapter, must_have_moved=False)
+    _check_all_used(config, state, settings.adapter)
     tied = base.is_tied()
     changes = _changes(config, state, tied)
     if unknown := sorted(name for name in changes.names() if name not in base):
@@ -118,6 +130,14 @@ def _changes(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool)
     return _Changes(updates, rows)
 
 
+def _check_all_used(config: Mapping[str, Any], state: Mapping[str, Tensor], adapter: Path) -> None:
+    """Refuse tensors that would be left out: LoRA of an embedding, biases, rows that the config doesn't list."""
+    listed = bool(config.get("trainable_token_indices"))
+    for name in state:
+        if not (LORA_NAME.fullmatch(name) or (listed and name.endswith(ROWS))):
+            raise CheckpointError(f"{adapter}: {name}: merge can't fold this tensor")
+
+
 def _add_low_rank(name: str, tensor: Tensor, update: LowRank) -> Tensor:
     b_OR, a_RI = update.b_OR.to_float32(), update.a_RI.to_float32()
     if (b_OR.shape[0], a_RI.shape[1]) != tensor.shape or b_OR.shape[1] != a_RI.shape[0]:
@@ -127,7 +147,11 @@ def _add_low_rank(name: str, tensor: Tensor, update: LowRank) -> Tensor:
         )
     values_OI = tensor.to_float32()
     values_OI += low_rank_product(b_OR, a_RI) * np.float32(update.scale)
-    return from_float32(values_OI, tensor.dtype)
+    with np.errstate(over="ignore"):
+        merged = from_float32(values_OI, tensor.dtype)
+    if not np.isfinite(merged.to_float32()).all():
+        raise CheckpointError(f"{name}: W + scale · B·A holds values that {tensor.dtype} can't")
+    return merged
 
 
 def low_rank_product(b_OR: npt.NDArray[np.float32], a_RI: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -144,7 +168,8 @@ def low_rank_product(b_OR: npt.NDArray[np.float32], a_RI: npt.NDArray[np.float32
 
 
 def _set_rows(name: str, tensor: Tensor, places: dict[int, int], rows_KD: Tensor) -> Tensor:
-    if max(places) >= tensor.shape[0] or rows_KD.shape != (len(places), tensor.shape[1]):
+    fits = bool(places) and min(places) >= 0 and max(places) < tensor.shape[0]
+    if not fits or rows_KD.shape != (len(places), tensor.shape[1]):
         raise CheckpointError(
             f"{name}: {list(tensor.shape)} in the base, the adapter's {len(places)} rows are {list(rows_KD.shape)}"
         )
@@ -176,8 +201,8 @@ def _write_weights(base: Checkpoint, changes: _Changes, folder: Path, tied: bool
                 done += written
                 report(Advanced(TASK, done))
     report(Finished(TASK))
-    for index in base.folder.glob("model.safetensors.index.json"):
-        shutil.copyfile(index, folder / index.name)
+    if base.index is not None:
+        shutil.copyfile(base.index, folder / base.index.name)
 
 
 def _merge_file(file: SafetensorsFile, changes: _Changes, source: IO[bytes], target: IO[bytes]) -> Iterator[int]:

@@ -1,19 +1,18 @@
 """The command line. Each command reads its settings, calls the function of its name, and shows the result.
 
-This is the only place that knows Typer and Rich, and it imports a command's module inside the command, so
-that `--help` loads neither torch nor transformers.
+This is the only place that knows Typer and Rich. It imports a command's module inside the command, and what
+draws inside the functions that draw, so that `--help` loads neither torch nor half of Rich.
 """
 
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
 from t5tune import __version__
-from t5tune.cli import console
 from t5tune.cli.options import command_function, normalise
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.progress import Note, Report, silent
@@ -29,6 +28,9 @@ from t5tune.settings import (
 )
 from t5tune.settings.loading import suggestion
 
+if TYPE_CHECKING:
+    from t5tune.cli.console import Screen
+
 EPILOG = (
     "Flags may be written with _ for -, a BOOL also as --flag and --no-flag, a list as a b, a,b or by repeating "
     "the flag. Precedence: default < --config file < environment T5TUNE_NAME < flag."
@@ -40,23 +42,28 @@ def build_app(verb: str | None = None) -> typer.Typer:
     app = typer.Typer(
         name="t5tune",
         help="Fine-tune T5-family encoder-decoders: prepare → train → export → merge.",
-        no_args_is_help=True,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
     )
 
     @app.callback()
     def root(
-        version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
+        version: bool = typer.Option(
+            False, "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
     ) -> None:
-        if version:
-            print(__version__)
-            raise typer.Exit
+        pass
 
     for model in COMMANDS:
         function = command_function(model, _run_command) if model.command == verb else _without_options(model)
         app.command(model.command, epilog=EPILOG)(function)
     return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
 
 
 def _without_options(model: type[Settings]) -> Callable[[], None]:
@@ -76,20 +83,21 @@ def run(arguments: list[str]) -> int:
     """Run the command line and return the exit code."""
     want_json = "--json" in arguments
     debug = "--debug" in arguments
+    problem: T5TuneError
     try:
-        verb, prepared = _prepare_arguments(arguments)
+        verb, prepared = _prepare_arguments(arguments or ["--help"])
         code = build_app(verb)(prepared, standalone_mode=False, prog_name="t5tune")
         return code if isinstance(code, int) else 0
     except T5TuneError as error:
-        console.show_error(error, sys.stdout if want_json else None, debug)
-        return error.exit_code
+        problem, code = error, error.exit_code
     except typer.TyperException as error:  # Typer's own words on what it can't parse
-        message = getattr(error, "message", None) or str(error)
-        console.show_error(SettingsError(message, hint="t5tune --help"), sys.stdout if want_json else None, debug)
-        return 2
+        problem, code = SettingsError(getattr(error, "message", None) or str(error), hint="t5tune --help"), 2
     except (KeyboardInterrupt, typer.Abort):
-        console.show_error(SettingsError("interrupted"), None, debug)
-        return 130
+        problem, code = T5TuneError("interrupted"), 130
+    from t5tune.cli.console import show_error
+
+    show_error(problem, sys.stdout if want_json else None, debug)
+    return code
 
 
 def _prepare_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -123,6 +131,8 @@ def _run_command(
     debug: bool,
 ) -> None:
     """Read the settings, run the command, show what it made, and leave with its exit code."""
+    from t5tune.cli import console
+
     if not debug:
         _hush_libraries()
     screen = None if quiet or _rank() else console.Screen()
@@ -135,7 +145,7 @@ def _run_command(
             result = _call(settings, report, stream)
         except KeyboardInterrupt:
             _close(screen)
-            console.show_error(SettingsError("interrupted"), None, debug)
+            console.show_error(T5TuneError("interrupted"), stream if json else None, debug)
             raise typer.Exit(130) from None
         except Exception as error:
             _close(screen)
@@ -161,7 +171,7 @@ def _hush_libraries() -> None:
     os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 
-def _close(screen: console.Screen | None) -> None:
+def _close(screen: "Screen | None") -> None:
     if screen is not None:
         screen.close()
 

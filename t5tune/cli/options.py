@@ -70,7 +70,7 @@ def normalise(arguments: list[str], model: type[Settings]) -> list[str]:
             if not values and rest and not _is_flag(rest[0]) and (not positional or rest[0].lower() in TRUE_FALSE):
                 values = [rest.pop(0)]
             result += [f"--{name.replace('_', '-')}", values[0] if values else "true"]
-        elif kinds.get(negated) == "bool" and name != negated and not values:
+        elif kinds.get(negated) == "bool" and name != negated and not equals:
             result += [f"--{negated.replace('_', '-')}", "false"]
         elif kinds.get(name) == "switch":
             result.append(f"--{name}")

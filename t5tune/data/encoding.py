@@ -101,16 +101,16 @@ def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> lis
 
 
 def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
-    """Move the space before an answer to where the tokenizer wants it.
+    """Move the space between two pieces to where the tokenizer wants it.
 
-    Where a space is part of a word's token it goes to the answer: the source ends at the prefix's last
-    character, and the target begins with a marked word, as every text does. Elsewhere it stays where it is.
+    Where a space is part of the next word's token it goes to the next piece: a source ends at its prefix's
+    last character, and a target begins with a marked word, as every text does. Elsewhere it stays.
     """
     if not encoder.spaces_are_marks:
         return pieces
     result: list[Piece] = []
     for piece in pieces:
-        if piece.kind == "answer" and result and result[-1].text.endswith(" "):
+        if result and result[-1].text.endswith(" "):
             before = result.pop()
             if before.text != " ":
                 result.append(Piece(before.text[:-1], before.kind, before.turn))

@@ -189,17 +189,14 @@ def _conversation(file: str, line: int, record: Any) -> Conversation:
     repairs: Counter[str] = Counter()
     for key in record.keys() - USED_KEYS:
         repairs[f"ignored_field_{key}"] += 1
-    system = record.get("system") or None
-    if system is not None and not isinstance(system, str):
-        raise _Refused("not_text", f"system: expected text, found {type(system).__name__}")
+    system = None
+    if record.get("system") is not None:
+        system = _checked_text("system", record["system"], repairs) or None
     turns: list[Turn] = []
     for index, entry in enumerate(entries):
-        role, text = _entry(index, entry)
-        if "\r" in text:
-            repairs["carriage_returns"] += text.count("\r")
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        role, text = _entry(index, entry, repairs)
         if role == "system":
-            if turns or system:
+            if turns or system is not None:
                 raise _Refused("misplaced_system", f"turn {index}: a system turn that isn't the first")
             system = text
         elif role == "assistant" and not turns:
@@ -219,17 +216,25 @@ def _conversation(file: str, line: int, record: Any) -> Conversation:
     return Conversation(file, line, system, tuple(turns), tuple(sorted(repairs.items())))
 
 
-def _entry(index: int, entry: Any) -> tuple[Literal["system", "human", "assistant"], str]:
+def _entry(index: int, entry: Any, repairs: Counter[str]) -> tuple[Literal["system", "human", "assistant"], str]:
     if not isinstance(entry, dict) or "from" not in entry or "value" not in entry:
         raise _Refused("bad_turn", f"turn {index}: expected an object with `from` and `value`")
     speaker, text = entry["from"], entry["value"]
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
         raise _Refused("unknown_role", f"turn {index}: role {speaker!r}; known are {', '.join(ROLES)}")
+    return role, _checked_text(f"turn {index}", text, repairs)
+
+
+def _checked_text(place: str, text: Any, repairs: Counter[str]) -> str:
+    """The text with plain newlines."""
     if not isinstance(text, str):
-        raise _Refused("not_text", f"turn {index}: expected text, found {type(text).__name__}")
+        raise _Refused("not_text", f"{place}: expected text, found {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _Refused("lone_surrogate", f"turn {index}: half of a surrogate pair, which is no character") from None
-    return role, text
+        raise _Refused("lone_surrogate", f"{place}: half of a surrogate pair, which is no character") from None
+    if "\r" in text:
+        repairs["carriage_returns"] += text.count("\r")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text

@@ -102,17 +102,15 @@ def template_from(values: dict[str, Any], place: Path) -> Template:
 
 def _check_joints(template: Template, place: Path) -> None:
     """Where two pieces meet there must be white space, or the tokenizer may join their words to one token."""
-    answer, question = template.assistant, template.turn_separator + template.human
+    prefix = template.assistant_prefix or template.assistant
     joints = {
-        "system, human": template.system + template.human,
-        "human, assistant_prefix": template.human + (template.assistant_prefix or answer),
-        "assistant_prefix, assistant": (template.assistant_prefix or template.human) + answer,
-        "assistant, turn_separator": answer + question,
+        "system, human": (template.system, template.human),
+        "human, assistant_prefix": (template.human, prefix),
+        "assistant_prefix, assistant": (template.assistant_prefix or template.human, template.assistant),
+        "assistant, human": (template.assistant, template.turn_separator + template.human),
     }
-    for names, joined in joints.items():
-        # the text of the first pattern ends, and that of the second begins, at {text} or at a fixed end
-        first_end = joined.split("{text}")[1] if "{text}" in joined else joined
-        if not any(character.isspace() for character in first_end):
+    for names, (first, second) in joints.items():
+        if not (first[-1:].isspace() or second[:1].isspace()):
             raise SettingsError(
                 f"conversation_template: {place}: {names}: no white space where they meet; end the first or "
                 "begin the second with a space or a newline"

@@ -103,6 +103,7 @@ def _with_known_names(
 ) -> dict[str, _Value]:
     """Map old names, leave out those of other commands with a note, and refuse unknown ones."""
     elsewhere = {name for other in COMMANDS for name in other.model_fields}
+    elsewhere |= {name for names in RENAMED.values() for name in names}
     renamed = RENAMED.get(model.command, {})
     known: dict[str, _Value] = {}
     unused: list[str] = []

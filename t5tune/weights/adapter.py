@@ -33,7 +33,7 @@ PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
 ENCODER_ROWS = f"{PREFIX}encoder.embed_tokens{ROWS}"
 DECODER_ROWS = f"{PREFIX}decoder.embed_tokens{ROWS}"
-_LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
+LORA_NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def with_copies(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
     return result
 
 
-def check_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], place: Path) -> None:
+def check_adapter(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], place: Path, must_have_moved: bool = True
+) -> None:
     """Refuse an adapter that can't be right.
 
     Raises:
@@ -83,7 +85,7 @@ def check_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], place:
             raise CheckpointError(f"{place}: {name}: empty tensor {list(tensor.shape)}")
         if not np.isfinite(values).all():
             raise CheckpointError(f"{place}: {name}: holds NaN or infinity", hint="go back to an earlier checkpoint")
-        if match := _LORA.fullmatch(name):
+        if match := LORA_NAME.fullmatch(name):
             pairs.setdefault(match[1], set()).add(match[2])
             rank = tensor.shape[0 if match[2] == "A" else 1]
             if rank != config.get("r", rank) and not config.get("rank_pattern"):
@@ -94,7 +96,7 @@ def check_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], place:
     for module, halves in pairs.items():
         if halves != {"A", "B"}:
             raise CheckpointError(f"{place}: {module}: lora_{min({'A', 'B'} - halves)} is missing")
-    if not moved:
+    if must_have_moved and not moved:
         raise CheckpointError(
             f"{place}: every lora_B is zero, as before the first step: nothing was learned",
             hint="train longer, or with a larger learning rate",
@@ -115,7 +117,7 @@ def write_adapter(
     state = with_copies(state, trained_with.config)
     write_safetensors(folder / WEIGHTS, state, {"format": "pt"})
     if non_lora is not None:
-        extra = {name.removeprefix(PREFIX): value for name, value in state.items() if not _LORA.fullmatch(name)}
+        extra = {name.removeprefix(PREFIX): value for name, value in state.items() if not LORA_NAME.fullmatch(name)}
         write_safetensors(folder / NON_LORA, {**non_lora, **extra}, {"format": "pt"})
     write_json(folder / CONFIG, dict(trained_with.config))
     for file in sorted(trained_with.tokenizer_folder.glob("*")):
@@ -132,18 +134,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: it holds no adapter, or of a kind that can't be folded.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"adapter: {folder}: no such folder", hint="name a run folder or what export wrote")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"adapter: {folder}: no {CONFIG} in it", hint="name a run folder or what export wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: can't be read: {error}") from error
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r}; only LORA can be folded")
+    config = read_adapter_config(folder)
     for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "alora_invocation_tokens", "use_qalora"):
         if config.get(key):
             raise CheckpointError(f"{folder / CONFIG}: {key}: {config[key]!r} can't be folded yet")
@@ -158,11 +149,35 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     raise CheckpointError(f"adapter: {folder}: no {WEIGHTS} in it", hint="a run folder has one when its run is over")
 
 
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter.
+
+    Raises:
+        CheckpointError: it is missing, broken, or of another kind of adapter.
+    """
+    hint = "name a run folder, a checkpoint of one, or what export wrote"
+    if not folder.is_dir():
+        raise CheckpointError(f"adapter: {folder}: no such folder", hint=hint)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"adapter: {folder}: no {CONFIG} in it", hint=hint) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG}: expected a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r}; only LORA is known")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise CheckpointError(f"{folder / CONFIG}: lora_alpha: {config.get('lora_alpha')!r} is no number")
+    return config
+
+
 def low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRank]:
     """Base weight's name -> its update, scaled as PEFT does: alpha / r, or alpha / √r with use_rslora."""
     updates = {}
     for name, tensor in state.items():
-        if (match := _LORA.fullmatch(name)) and match[2] == "A":
+        if (match := LORA_NAME.fullmatch(name)) and match[2] == "A":
             module = match[1].removeprefix(PREFIX)
             rank = tensor.shape[0]
             alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])

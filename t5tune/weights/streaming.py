@@ -46,8 +46,10 @@ class SafetensorsFile:
                 if length > min(MAX_HEADER, size - 8):
                     raise CheckpointError(f"{path}: not a safetensors file: its header is {length} bytes long")
                 header = json.loads(file.read(length))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: can't be read as safetensors: {error}") from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
         self.data_begin = 8 + length
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.entries = {name: self._entry(name, value, size) for name, value in header.items()}
@@ -92,13 +94,16 @@ class Checkpoint:
         self.files: list[SafetensorsFile] = []
         self._where: dict[str, SafetensorsFile] = {}
         self._torch_tensors: dict[str, Tensor] = {}
-        for path in _weight_files(folder):
+        self.index, paths = _weight_files(folder)
+        for path in paths:
             if path.suffix == ".safetensors":
                 file = SafetensorsFile(path)
                 self.files.append(file)
                 self._where |= dict.fromkeys(file.entries, file)
             else:
                 self._torch_tensors |= _torch_tensors(path)
+        if self.index is not None and (missing := sorted(set(_weight_map(self.index)) - set(self.names()))):
+            raise CheckpointError(f"{self.index}: {missing[0]}: no file of the checkpoint holds it")
 
     def __contains__(self, name: str) -> bool:
         return name in self._where or name in self._torch_tensors
@@ -124,24 +129,30 @@ class Checkpoint:
         return head.dtype == shared.dtype and np.array_equal(head.array, shared.array, equal_nan=True)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
+    """(the index, where it is one that tells, and the files with the weights)."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _indexed_files(index)
+        # a single file wins over an index, as in transformers
         if (folder / name).is_file():
-            return [folder / name]
+            return None, [folder / name]
+        if index.is_file():
+            return index, _indexed_files(index)
     raise CheckpointError(
         f"{folder}: no weights (model.safetensors or pytorch_model.bin)",
         hint="name a folder that save_pretrained wrote, or a model id",
     )
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _weight_map(index: Path) -> dict[str, str]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not an index of weights: {error!r}") from error
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    names = sorted(set(_weight_map(index).values()), key=str)
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: {name!r}: points outside the folder")

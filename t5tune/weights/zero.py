@@ -65,6 +65,8 @@ def read_zero(folder: Path) -> ZeroState:
     step, world_size = int(first.get("global_steps", 0)), int(first["dp_world_size"])
     shards = _optimizer_shards(folder)
     frozen = _frozen(folder, states)
+    if not shards and first.get("param_shapes"):
+        raise CheckpointError(f"{folder}: no optimizer shard (*_optim_states.pt), which hold the fp32 weights")
     if not shards:
         module = {name: value for name, value in first["module"].items() if isinstance(value, Tensor)}
         frozen_names = set(frozen)

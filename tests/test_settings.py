@@ -1,0 +1,462 @@
+"""Settings: where they come from, what is refused, and the command lines that users of FastChat bring."""
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from t5tune import cli
+from t5tune.errors import SettingsError
+from t5tune.settings import (
+    ChatSettings,
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    Settings,
+    TrainSettings,
+    dump_settings,
+    load_settings,
+)
+
+NEEDED = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "run"}
+NEEDED_FLAGS = ["--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "run"]
+
+FASTCHAT = """
+    --model_name_or_path google/flan-t5-xl --data_path ./data/dummy_conversation.json --bf16 True
+    --output_dir ./checkpoints_flant5_3b --num_train_epochs 3 --per_device_train_batch_size 1
+    --per_device_eval_batch_size 1 --gradient_accumulation_steps 4 --evaluation_strategy "no" --save_strategy "steps"
+    --save_steps 300 --save_total_limit 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03
+    --lr_scheduler_type "cosine" --logging_steps 1 --model_max_length 2048
+    --preprocessed_path ./preprocessed_data/processed.json --gradient_checkpointing True
+"""
+FASTCHAT_SETTINGS = {
+    "model_name_or_path": "google/flan-t5-xl",
+    "data_path": ["./data/dummy_conversation.json"],
+    "bf16": True,
+    "output_dir": Path("checkpoints_flant5_3b"),
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "eval_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 300,
+    "save_total_limit": 1,
+    "learning_rate": 2e-5,
+    "weight_decay": 0.0,
+    "warmup_steps": 0.03,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 1,
+    "model_max_length": 2048,
+    "preprocessed_path": Path("preprocessed_data/processed.json"),
+    "gradient_checkpointing": True,
+}
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]:
+    """Run the real command line up to the command itself: (the settings that it would get, what stderr said)."""
+    for name in [name for name in os.environ if name.startswith("T5TUNE_")]:
+        monkeypatch.delenv(name)
+    received: list[Settings] = []
+    monkeypatch.setattr(cli, "_call", lambda settings, report, stream: received.append(settings))
+    monkeypatch.setattr(cli, "_hush_libraries", lambda: None)
+
+    def run(*arguments: str) -> tuple[Any, str]:
+        received.clear()
+        code = cli.run(list(arguments))
+        said = capfd.readouterr().err
+        assert code == (0 if received else 2), said
+        return (received[0] if received else None), said
+
+    return run
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def problems_of(
+    model: type[Settings] = TrainSettings,
+    file: str | None = None,
+    environment: dict[str, str] | None = None,
+    **flags: Any,
+) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(model, file, environment, flags)
+    return list(caught.value.problems)
+
+
+# -- where a value comes from
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(
+    yaml_file: Callable[[str], str],
+) -> None:
+    file = yaml_file("lora_r: 2\nseed: 2\nsave_steps: 2\n")
+    environment = {"T5TUNE_SEED": "3", "T5TUNE_SAVE_STEPS": "3"}
+    settings, _ = load_settings(TrainSettings, file, environment, {**NEEDED, "save_steps": "4"})
+    assert (settings.lora_alpha, settings.lora_r, settings.seed, settings.save_steps) == (16, 2, 3, 4)
+
+
+def test_the_command_line_reads_file_environment_and_flags(
+    typed: Callable[..., tuple[Any, str]], yaml_file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = yaml_file("lora_r: 2\nseed: 2\nsave_steps: 2\n")
+    monkeypatch.setenv("T5TUNE_SEED", "3")
+    monkeypatch.setenv("T5TUNE_SAVE_STEPS", "3")
+    settings, _ = typed("train", *NEEDED_FLAGS, "--config", file, "--save-steps", "4")
+    assert (settings.lora_r, settings.seed, settings.save_steps) == (2, 3, 4)
+
+
+def test_variables_without_the_prefix_are_not_read() -> None:
+    settings, _ = load_settings(TrainSettings, None, {"SEED": "3", "XT5TUNE_SEED": "4"}, NEEDED)
+    assert settings.seed == 42
+
+
+def test_a_run_that_comes_with_the_package_is_found_by_its_name() -> None:
+    settings, _ = load_settings(TrainSettings, "pocket", {}, {})
+    assert settings.model_name_or_path == "pocket"
+
+
+# -- what is wrong is said at once
+
+
+def test_all_problems_of_all_sources_are_raised_together_with_key_value_and_place(
+    yaml_file: Callable[[str], str],
+) -> None:
+    file = yaml_file("lora_dropout: 1.5\nsave_strategy: sometimes\n")
+    found = problems_of(
+        TrainSettings, file, {"T5TUNE_SAVE_STEPS": "0"}, lora_r="abc", model_name_or_path="m", data_path="d"
+    )
+    assert len(found) == 5
+    for key, value, place in [
+        ("lora_dropout", "1.5", f"{file}: lora_dropout"),
+        ("save_strategy", "'sometimes'", f"{file}: save_strategy"),
+        ("save_steps", "'0'", "T5TUNE_SAVE_STEPS"),
+        ("lora_r", "'abc'", "--lora-r"),
+    ]:
+        assert [problem for problem in found if problem.startswith(f"{key}: {value} ({place}): ")]
+    assert [problem for problem in found if problem.startswith("output_dir: missing; give --output-dir")]
+
+
+def test_a_literal_that_is_wrong_names_the_choices() -> None:
+    (problem,) = problems_of(**NEEDED, save_strategy="sometimes")
+    assert all(choice in problem for choice in ("no", "steps", "epoch"))
+
+
+def test_unknown_names_are_refused_with_the_closest_one_wherever_they_stand(
+    yaml_file: Callable[[str], str], typed: Callable[..., tuple[Any, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = yaml_file("lora_rr: 8\n")
+    monkeypatch.setenv("T5TUNE_SAVE_STEP", "5")
+    settings, said = typed("train", *NEEDED_FLAGS, "--config", file, "--lora-alfa", "8", "--zzz=1")
+    assert settings is None
+    errors = [line.removesuffix("; t5tune train --help lists every option") for line in said.splitlines()]
+    assert all(line.startswith("error: ") for line in errors)
+    assert len(errors) == 4
+    assert f"error: {file}: lora_rr: unknown setting; did you mean lora_r?" in errors
+    assert "error: T5TUNE_SAVE_STEP: unknown setting; did you mean save_steps?" in errors
+    assert "error: --lora-alfa: unknown flag; did you mean lora-alpha?" in errors
+    assert [line for line in errors if "--zzz: unknown flag" in line and "did you mean" not in line]
+
+
+def test_a_flag_without_its_value_is_refused(typed: Callable[..., tuple[Any, str]]) -> None:
+    settings, said = typed("train", *NEEDED_FLAGS, "--lora-r", "--bf16")
+    assert settings is None
+    assert "--lora-r: expected a value" in said
+
+
+@pytest.mark.parametrize("value", ["[red]8[/]", ":heart:", "8\\", "\\[red]8"])
+def test_a_value_is_shown_as_it_was_typed(typed: Callable[..., tuple[Any, str]], value: str) -> None:
+    settings, said = typed("train", *NEEDED_FLAGS, "--lora-r", value)
+    assert settings is None
+    assert f"lora_r: {value!r} (--lora-r)" in said
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    (problem,) = problems_of(**NEEDED, num_gpus="2", num_processes="3")
+    assert "num_gpus" in problem
+    assert "num_processes" in problem
+    (problem,) = problems_of(**NEEDED, eval_strategy="steps")
+    assert "eval_data_path" in problem
+    (problem,) = problems_of(**NEEDED, add_tokens=["auto", "@@"])
+    assert "auto" in problem
+
+
+# -- YAML
+
+
+def test_numbers_in_scientific_notation_are_numbers(yaml_file: Callable[[str], str]) -> None:
+    file = yaml_file("learning_rate: 1e-4\nweight_decay: 1.e-2\ntraining_args:\n  adam_epsilon: 1E-6\n")
+    settings, _ = load_settings(TrainSettings, file, {}, NEEDED)
+    assert (settings.learning_rate, settings.weight_decay) == (1e-4, 1e-2)
+    assert settings.training_args == {"adam_epsilon": 1e-6}
+
+
+@pytest.mark.parametrize("word", ["no", "'no'"])
+def test_no_stays_a_word(yaml_file: Callable[[str], str], word: str) -> None:
+    settings, _ = load_settings(TrainSettings, yaml_file(f"eval_strategy: {word}\nsave_strategy: {word}"), {}, NEEDED)
+    assert (settings.eval_strategy, settings.save_strategy) == ("no", "no")
+
+
+@pytest.mark.parametrize(("word", "value"), [("yes", True), ("no", False), ("true", True), ("off", False)])
+def test_words_still_serve_where_yes_or_no_is_asked(yaml_file: Callable[[str], str], word: str, value: bool) -> None:
+    settings, _ = load_settings(TrainSettings, yaml_file(f"bf16: {word}\n"), {}, NEEDED)
+    assert settings.bf16 is value
+
+
+def test_a_key_given_twice_is_refused_with_both_lines(yaml_file: Callable[[str], str]) -> None:
+    file = yaml_file("lora_r: 8\nseed: 1\nlora_r: 16\n")
+    (problem,) = problems_of(file=file, **NEEDED)
+    assert file in problem
+    assert "line 3: lora_r stands twice (first in line 1)" in problem
+
+
+def test_a_nested_key_given_twice_is_refused(yaml_file: Callable[[str], str]) -> None:
+    (problem,) = problems_of(file=yaml_file("training_args:\n  a: 1\n  a: 2\n"), **NEEDED)
+    assert "line 3: a stands twice (first in line 2)" in problem
+
+
+@pytest.mark.parametrize("text", ["- lora_r\n", "lora_r\n", "8: 8\n", "lora_r: [\n", "a: b: c\n"])
+def test_a_file_that_is_no_mapping_of_names_is_refused_by_its_path(yaml_file: Callable[[str], str], text: str) -> None:
+    file = yaml_file(text)
+    (problem,) = problems_of(file=file, **NEEDED)
+    assert problem.startswith(f"{file}: ")
+
+
+def test_an_empty_file_sets_nothing(yaml_file: Callable[[str], str]) -> None:
+    assert load_settings(TrainSettings, yaml_file("# nothing yet\n"), {}, NEEDED)[0].lora_r == 8
+
+
+def test_a_file_that_is_not_there_is_refused_with_the_names_that_are() -> None:
+    with pytest.raises(SettingsError, match="nowhere.yaml") as caught:
+        load_settings(TrainSettings, "nowhere.yaml", {}, NEEDED)
+    assert "pocket" in str(caught.value.hint)
+
+
+def test_keys_of_another_command_are_left_out_with_a_note(yaml_file: Callable[[str], str]) -> None:
+    file = yaml_file("lora_r: 16\nlearning_rate: 1e-4\nmodel_max_length: 64\n")
+    settings, notes = load_settings(PrepareSettings, file, {}, NEEDED)
+    assert settings.model_max_length == 64
+    assert notes == ["prepare does not use lora_r, learning_rate"]
+
+
+def test_a_flag_of_another_command_is_refused(typed: Callable[..., tuple[Any, str]]) -> None:
+    settings, said = typed("prepare", *NEEDED_FLAGS, "--lora-r", "8")
+    assert settings is None
+    assert "--lora-r: unknown flag" in said
+
+
+# -- flags as users type them
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (["--bf16"], True),
+        (["--bf16", "True"], True),
+        (["--bf16=true"], True),
+        (["--bf16", "1"], True),
+        (["--bf16", "False"], False),
+        (["--bf16=false"], False),
+        (["--no-bf16"], False),
+        (["--no_bf16"], False),
+    ],
+)
+def test_a_boolean_may_have_a_value(typed: Callable[..., tuple[Any, str]], arguments: list[str], value: bool) -> None:
+    settings, _ = typed("train", *arguments, *NEEDED_FLAGS, "--q-lora")
+    assert settings.bf16 is value
+
+
+def test_a_boolean_with_a_word_that_is_none_is_refused(typed: Callable[..., tuple[Any, str]]) -> None:
+    settings, said = typed("train", *NEEDED_FLAGS, "--bf16", "perhaps")
+    assert settings is None
+    assert "bf16: 'perhaps' (--bf16)" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--lora-target-modules", "q", "v", "wi_0"],
+        ["--lora-target-modules", "q,v,wi_0"],
+        ["--lora-target-modules=q,v,wi_0"],
+        ["--lora_target_modules", "q, v wi_0"],
+        ["--lora-target-modules", "q", "--lora-target-modules", "v", "--lora_target_modules=wi_0"],
+    ],
+)
+def test_a_list_may_be_written_in_any_way(typed: Callable[..., tuple[Any, str]], arguments: list[str]) -> None:
+    assert typed("train", *arguments, *NEEDED_FLAGS)[0].lora_target_modules == ["q", "v", "wi_0"]
+
+
+def test_paths_are_not_split_at_commas_or_spaces(typed: Callable[..., tuple[Any, str]]) -> None:
+    arguments = ["--model-name-or-path", "pocket", "--output-dir", "a, b", "--data-path", "c, d.json", "e.json"]
+    settings, _ = typed("prepare", *arguments)
+    assert settings.data_path == ["c, d.json", "e.json"]
+    assert settings.output_dir == Path("a, b")
+
+
+def test_a_list_in_yaml_may_be_a_list_or_words(yaml_file: Callable[[str], str]) -> None:
+    for text in ("[q, v]", "q v", "q,v"):
+        settings, _ = load_settings(TrainSettings, yaml_file(f"lora_target_modules: {text}"), {}, NEEDED)
+        assert settings.lora_target_modules == ["q", "v"]
+
+
+@pytest.mark.parametrize("flag", ["--lora-r", "--lora_r"])
+@pytest.mark.parametrize("attached", [True, False])
+def test_underscores_and_dashes_are_the_same(typed: Callable[..., tuple[Any, str]], flag: str, attached: bool) -> None:
+    arguments = [f"{flag}=3"] if attached else [flag, "3"]
+    assert typed("train", *arguments, *NEEDED_FLAGS)[0].lora_r == 3
+
+
+@pytest.mark.parametrize("unset", ["-1", "none", ""])
+def test_the_seeds_minus_one_means_unset(typed: Callable[..., tuple[Any, str]], unset: str) -> None:
+    settings, _ = typed("train", *NEEDED_FLAGS, f"--num_data={unset}", "--max_steps", "-1")
+    assert settings.num_data is None
+    assert settings.max_steps is None
+
+
+def test_a_negative_number_is_a_value_and_no_flag(typed: Callable[..., tuple[Any, str]]) -> None:
+    settings, said = typed("train", *NEEDED_FLAGS, "--learning-rate", "-1e-4")
+    assert settings is None
+    assert "learning_rate: '-1e-4' (--learning-rate)" in said
+
+
+def test_the_new_name_beats_the_old_one_on_the_same_line(typed: Callable[..., tuple[Any, str]]) -> None:
+    settings, _ = typed("train", *NEEDED_FLAGS, "--warmup_steps", "5", "--warmup_ratio", "0.1")
+    assert settings.warmup_steps == 5
+
+
+@pytest.mark.parametrize("text", ["warmup_steps: 5\nwarmup_ratio: 0.1", "warmup_ratio: 0.1\nwarmup_steps: 5"])
+def test_the_new_name_beats_the_old_one_in_the_same_file(yaml_file: Callable[[str], str], text: str) -> None:
+    assert load_settings(TrainSettings, yaml_file(text), {}, NEEDED)[0].warmup_steps == 5
+
+
+def test_old_names_in_a_file_are_taken_with_a_note(yaml_file: Callable[[str], str]) -> None:
+    file = yaml_file("evaluation_strategy: no\nwarmup_ratio: 0.1\nlocal_rank: 0\n")
+    settings, notes = load_settings(TrainSettings, file, {}, NEEDED)
+    assert (settings.eval_strategy, settings.warmup_steps) == ("no", 0.1)
+    assert [note for note in notes if "evaluation_strategy: taken as eval_strategy no" in note]
+    assert [note for note in notes if "warmup_ratio: taken as warmup_steps 0.1" in note]
+    assert [note for note in notes if "local_rank: left out" in note]
+
+
+# -- precision
+
+
+@pytest.mark.parametrize("word", ["true", "True", "1", "yes", "y", "t", "on", True])
+def test_q_lora_turns_bf16_on_however_it_is_spelled_and_says_so(word: Any) -> None:
+    settings, notes = load_settings(TrainSettings, None, {}, {**NEEDED, "q_lora": word})
+    assert settings.q_lora
+    assert settings.bf16
+    assert notes == ["q_lora turns bf16 on: the 4-bit base computes in it"]
+
+
+def test_no_bf16_wins_over_q_lora(typed: Callable[..., tuple[Any, str]]) -> None:
+    settings, _ = typed("train", *NEEDED_FLAGS, "--q-lora", "--no-bf16")
+    assert settings.q_lora
+    assert not settings.bf16
+
+
+def test_without_q_lora_bf16_stays_off(typed: Callable[..., tuple[Any, str]]) -> None:
+    assert not typed("train", *NEEDED_FLAGS)[0].bf16
+    assert not typed("train", *NEEDED_FLAGS, "--q-lora", "False")[0].bf16
+
+
+def test_fp16_is_refused_with_what_to_use(typed: Callable[..., tuple[Any, str]]) -> None:
+    settings, said = typed("train", *NEEDED_FLAGS, "--fp16", "True")
+    assert settings is None
+    assert "fp16" in said
+    assert "use bf16" in said
+    assert typed("train", *NEEDED_FLAGS, "--fp16", "False")[0].fp16 is False
+
+
+# -- FastChat's own command lines
+
+
+def changed(settings: TrainSettings) -> dict[str, Any]:
+    """What differs from the defaults or has none."""
+    fields = type(settings).model_fields
+    return {
+        name: value
+        for name, value in settings
+        if fields[name].is_required() or value != fields[name].default or name in FASTCHAT_SETTINGS
+    }
+
+
+def test_fastchats_qlora_command_line_gives_its_settings(typed: Callable[..., tuple[Any, str]]) -> None:
+    more = "--q_lora True --deepspeed playground/deepspeed_config_s2.json"
+    settings, said = typed("train", *shlex.split(FASTCHAT), *shlex.split(more))
+    assert changed(settings) == FASTCHAT_SETTINGS | {
+        "q_lora": True,
+        "deepspeed": "playground/deepspeed_config_s2.json",
+    }
+    assert "--evaluation-strategy: taken as eval_strategy no" in said
+    assert "--warmup-ratio: taken as warmup_steps 0.03" in said
+
+
+def test_fastchats_fsdp_command_line_is_taken_as_zero3_with_a_note(typed: Callable[..., tuple[Any, str]]) -> None:
+    more = '--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap T5Block --tf32 True'
+    settings, said = typed("train", *shlex.split(FASTCHAT), *shlex.split(more))
+    assert changed(settings) == FASTCHAT_SETTINGS | {"deepspeed": "zero3", "tf32": True}
+    assert "--fsdp: taken as deepspeed zero3" in said
+    assert "--fsdp-transformer-layer-cls-to-wrap: left out" in said
+
+
+def test_fastchats_ddp_command_line_gives_its_settings(typed: Callable[..., tuple[Any, str]]) -> None:
+    settings, said = typed("train", *shlex.split(FASTCHAT))
+    assert changed(settings) == FASTCHAT_SETTINGS
+    assert "deepspeed" not in said
+
+
+def test_an_empty_fsdp_shards_nothing(typed: Callable[..., tuple[Any, str]]) -> None:
+    assert typed("train", *NEEDED_FLAGS, "--fsdp", "")[0].deepspeed is None
+
+
+# -- settings written down
+
+
+COMPLETE: list[Settings] = [
+    PrepareSettings(model_name_or_path="m", data_path=["a b.json", "c,d"], output_dir="o", num_data=3),
+    PrepareSettings(model_name_or_path="m", data_path="a", output_dir="o", add_tokens=["\n", "{", "'"]),
+    TrainSettings(**NEEDED, q_lora=True, learning_rate=1e-5, eval_strategy="no", tf32=False, deepspeed="zero3"),
+    TrainSettings(**NEEDED, q_lora=True, bf16=False, training_args={"adam_beta2": 0.95, "label_names": ["no"]}),
+    TrainSettings(**NEEDED, eval_data_path=["x", "y"], preprocessed_path="p", num_processes=2, max_steps=7),
+    ExportSettings(checkpoint="run/checkpoint-5", output_dir="o", non_lora_state="full", format="bin"),
+    MergeSettings(model_name_or_path="m", adapter="a", output_dir="o", verify=False, verify_tolerance=1e-6),
+    ChatSettings(model_name_or_path="m", prompt="no\n  – \ttab: # “ü”", system="", temperature=0.5),
+]
+
+
+@pytest.mark.parametrize("settings", COMPLETE, ids=lambda settings: settings.command)
+def test_dumped_settings_read_back_to_the_same(yaml_file: Callable[[str], str], settings: Settings) -> None:
+    file = yaml_file(dump_settings(settings))
+    assert load_settings(type(settings), file, {}, {}) == (settings, [])
+
+
+@pytest.mark.parametrize("name", ["1e-4", "1e3", "1.5e3", "no", "True", "12", "2026-11-24", "~", "0x1f", "a: b", "ü"])
+def test_dumped_names_that_look_like_numbers_read_back_as_names(yaml_file: Callable[[str], str], name: str) -> None:
+    settings = PrepareSettings(model_name_or_path=name, data_path=[name], output_dir=name)
+    file = yaml_file(dump_settings(settings))
+    assert load_settings(PrepareSettings, file, {}, {}) == (settings, [])
+
+
+def test_dumped_settings_are_plain_yaml_that_others_read() -> None:
+    values = yaml.safe_load(dump_settings(TrainSettings(**NEEDED)))
+    assert set(values) == set(TrainSettings.model_fields)
+
+
+def test_settings_can_not_be_changed_after_they_were_read() -> None:
+    settings = TrainSettings(**NEEDED)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.lora_r = 16  # type: ignore[misc]
