@@ -226,7 +226,7 @@ def _entry(index: int, entry: Any, repairs: Counter[str]) -> tuple[Literal["syst
     return role, _checked_text(f"turn {index}", text, repairs)
 
 
-def _checked_text(place: str, text: Any, repairs: Counter[str]) -> str:
+def _checked_text(place: str, text: object, repairs: Counter[str]) -> str:
     """The text with plain newlines."""
     if not isinstance(text, str):
         raise _Refused("not_text", f"{place}: expected text, found {type(text).__name__}")
