@@ -438,6 +438,7 @@ def _process_group(world: World, settings: TrainSettings) -> Iterator[Any]:
     environment = dict(os.environ)
     import torch.distributed as dist
 
+    failed = True
     try:
         if settings.deepspeed is not None:
             if not world.launched:
@@ -450,9 +451,11 @@ def _process_group(world: World, settings: TrainSettings) -> Iterator[Any]:
         elif world.size > 1:
             dist.init_process_group(backend, timeout=timeout)
         yield device
+        failed = False
     finally:
-        if dist.is_available() and dist.is_initialized():
-            # without this, torchrun restarts a job that has finished
+        # Left in order, or torchrun restarts a job that has finished. But a rank that failed among others goes
+        # at once: they may be waiting in a collective, and would hold it here.
+        if dist.is_available() and dist.is_initialized() and not (failed and world.size > 1):
             dist.destroy_process_group()
         os.environ.clear()
         os.environ.update(environment)
