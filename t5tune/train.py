@@ -382,6 +382,7 @@ def _training_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "average_tokens_across_devices": True,
         "prediction_loss_only": True,

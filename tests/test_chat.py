@@ -1,0 +1,100 @@
+"""Chat answers in the layout of training, whatever the model lies in."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5tune.chat import Chatter, chat
+from t5tune.data.cache import open_cache
+from t5tune.data.records import Turn
+from t5tune.export import export
+from t5tune.merge import merge
+from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, TrainSettings
+from t5tune.train import train
+
+PROMPT = "Hello, two tea for Mira please."
+
+
+@pytest.fixture(scope="module")
+def made(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run, its export, and its merged checkpoint."""
+    folder = tmp_path_factory.mktemp("chat")
+    train(
+        TrainSettings(
+            model_name_or_path=str(untied_base),
+            data_path=str(conversations),
+            output_dir=folder / "run",
+            max_steps=8,
+            learning_rate=2e-2,
+            use_cpu=True,
+        )
+    )
+    export(ExportSettings(checkpoint=folder / "run", output_dir=folder / "adapter"))
+    merge(
+        MergeSettings(
+            model_name_or_path=str(untied_base), adapter=folder / "adapter", output_dir=folder / "merged", verify=False
+        )
+    )
+    return {name: folder / name for name in ("run", "adapter", "merged")}
+
+
+def settings(base: Path, **changes: Any) -> ChatSettings:
+    return ChatSettings(model_name_or_path=str(base), max_new_tokens=12, use_cpu=True, **changes)
+
+
+def test_run_adapter_and_merged_checkpoint_give_one_reply(made: dict[str, Path], untied_base: Path) -> None:
+    replies = {
+        chat(settings(untied_base, adapter=made["run"], prompt=PROMPT)).reply,
+        chat(settings(untied_base, adapter=made["adapter"], prompt=PROMPT)).reply,
+        chat(settings(made["merged"], prompt=PROMPT)).reply,
+    }
+    assert len(replies) == 1
+    assert replies != {chat(settings(untied_base, prompt=PROMPT)).reply}
+
+
+def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path) -> None:
+    """The second turn of the first conversation, asked again, has the ids that training saw."""
+    import json
+
+    from t5tune.data.encoding import encode_prompt
+    from t5tune.data.records import Conversation
+    from t5tune.data.templates import lay_out, question_end
+
+    cache = open_cache(made["run"] / "data")
+    record = json.loads((Path(__file__).parents[1] / "examples/quickstart/train.jsonl").read_text().splitlines()[0])
+    turns = [
+        Turn("human" if entry["from"] == "human" else "assistant", entry["value"]) for entry in record["conversations"]
+    ]
+    chatter = Chatter.load(settings(untied_base, adapter=made["run"]))
+    for example, end in ((0, 1), (1, 3)):
+        pieces = lay_out(Conversation("", 0, None, tuple(turns[:end])), chatter.template)
+        source = encode_prompt(pieces + question_end(chatter.template, end), chatter.encoder, 2048)
+        assert [*source, cache.eos_token_id] == cache[example].source_S.tolist()
+
+
+def test_sampling_follows_the_seed(made: dict[str, Path]) -> None:
+    ask = {"prompt": PROMPT, "temperature": 1.5}
+    first, again, other = (chat(settings(made["merged"], **ask, seed=seed)).reply for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_quantised_base_answers(made: dict[str, Path], untied_base: Path) -> None:
+    assert chat(settings(untied_base, adapter=made["run"], prompt=PROMPT, q_lora=True)).reply_tokens > 0
+
+
+def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"], "--max-new-tokens", "3"],
+        input=f"{PROMPT}\n/reset\n{PROMPT}\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
+    assert done.stdout == f"{expected}\n" * 2
+    assert torch.get_grad_enabled()
