@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from t5tune.chat import Chatter, chat
 from t5tune.data.cache import open_cache
@@ -97,4 +96,3 @@ def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
     assert done.returncode == 0, done.stderr
     expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
     assert done.stdout == f"{expected}\n" * 2
-    assert torch.get_grad_enabled()

@@ -366,3 +366,46 @@ def test_an_error_in_the_workers_is_shown_once_with_its_exit_code(
     assert "lora_target_modules: query" in done.errors[0]
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout)["error"]["kind"] == "SettingsError"
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "more"),
+    [
+        ("untied", "zero3", {}),
+        ("tied", "zero3", {}),
+        ("untied", "zero2", {}),
+        ("tied", "zero0", {}),
+        ("untied", "zero3", {"q_lora": True, "bf16": False}),
+        ("untied", None, {"q_lora": True}),
+    ],
+)
+def test_the_live_base_equals_its_file_before_and_after_training(
+    kind: str,
+    stage: str | None,
+    more: dict[str, Any],
+    conversations: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    from t5tune.settings import dump_settings
+
+    base = request.getfixturevalue(f"{kind}_base")
+    chosen = settings(base, conversations, tmp_path / "run", max_steps=2, deepspeed=stage, **more)
+    (tmp_path / "settings.yaml").write_text(dump_settings(chosen))
+    worker = Path(__file__).with_name("base_stays.py")
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if stage else []
+    done = subprocess.run(
+        [sys.executable, *start, str(worker), str(tmp_path / "settings.yaml"), str(tmp_path / "result.json")],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = json.loads((tmp_path / "result.json").read_text())
+    assert before["different"] == after["different"] == []
+    names = {name.split()[1] for name in after["equal"]}
+    assert "shared.weight" in names
+    assert any(name.endswith("layer_norm.weight") for name in names)
+    if kind == "untied":
+        assert "lm_head.weight" in names
