@@ -14,6 +14,7 @@ import typer
 
 from t5tune.cli import build_app
 from t5tune.settings import COMMANDS, Settings
+from t5tune.verbs import SUMMARIES
 
 if __name__ != "__main__":
     from tests.conftest import Finished, t5tune
@@ -85,7 +86,7 @@ def test_help_lists_the_commands() -> None:
     assert done.stderr == ""
     for model in COMMANDS:
         assert model.command in done.stdout
-        assert model.summary in done.stdout
+        assert SUMMARIES[model.command] in done.stdout
 
 
 def test_without_arguments_the_help_is_shown_and_no_empty_error() -> None:

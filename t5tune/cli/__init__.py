@@ -5,6 +5,7 @@ draws inside the functions that draw, so that `--help` loads neither torch nor h
 """
 
 import atexit
+import difflib
 import os
 import sys
 import warnings
@@ -14,23 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 from t5tune import __version__
-from t5tune.cli.options import command_function, normalise
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.progress import Note, Report, silent
-from t5tune.settings import (
-    COMMANDS,
-    ChatSettings,
-    ExportSettings,
-    MergeSettings,
-    PrepareSettings,
-    Settings,
-    TrainSettings,
-    load_settings,
-)
-from t5tune.settings.loading import suggestion
+from t5tune.verbs import SUMMARIES
 
 if TYPE_CHECKING:
     from t5tune.cli.console import Screen
+    from t5tune.settings import Settings, TrainSettings
 
 EPILOG = (
     "Flags may be written with _ for -, a BOOL also as --flag and --no-flag, a list as a b, a,b or by repeating "
@@ -55,10 +46,20 @@ def build_app(verb: str | None = None) -> typer.Typer:
     ) -> None:
         pass
 
-    for model in COMMANDS:
-        function = command_function(model, _run_command) if model.command == verb else _without_options(model)
-        app.command(model.command, epilog=EPILOG)(function)
+    for name, summary in SUMMARIES.items():
+        if name == verb:
+            from t5tune.cli.options import command_function
+
+            app.command(name, epilog=EPILOG)(command_function(_settings_model(name), _run_command))
+        else:
+            app.command(name, epilog=EPILOG)(_without_options(summary))
     return app
+
+
+def _settings_model(verb: str) -> "type[Settings]":
+    from t5tune.settings import COMMANDS
+
+    return next(model for model in COMMANDS if model.command == verb)
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,11 +68,11 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _without_options(model: type[Settings]) -> Callable[[], None]:
+def _without_options(summary: str) -> Callable[[], None]:
     def command() -> None:
         raise AssertionError("built without its options")
 
-    command.__doc__ = model.summary
+    command.__doc__ = summary
     return command
 
 
@@ -121,17 +122,19 @@ def _prepare_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     if leading == len(arguments):
         return None, options
     verb, rest = arguments[leading], arguments[leading + 1 :]
-    model = next((model for model in COMMANDS if model.command == verb), None)
-    if model is None:
-        verbs = [model.command for model in COMMANDS]
+    if verb not in SUMMARIES:
+        close = difflib.get_close_matches(verb, SUMMARIES, n=1)
         raise SettingsError(
-            f"{verb}: no such command{suggestion(verb, verbs)}", hint=f"the commands are {', '.join(verbs)}"
+            f"{verb}: no such command{f'; did you mean {close[0]}?' if close else ''}",
+            hint=f"the commands are {', '.join(SUMMARIES)}",
         )
-    return verb, [*options, verb, *normalise(rest, model)]
+    from t5tune.cli.options import normalise
+
+    return verb, [*options, verb, *normalise(rest, _settings_model(verb))]
 
 
 def _run_command(
-    model: type[Settings],
+    model: "type[Settings]",
     flags: dict[str, Any],
     problems: list[str],
     config: str | None,
@@ -141,6 +144,7 @@ def _run_command(
 ) -> None:
     """Read the settings, run the command, show what it made, and leave with its exit code."""
     from t5tune.cli import console
+    from t5tune.settings import load_settings
 
     if not debug:
         _hush_libraries()
@@ -203,7 +207,9 @@ def _leave_for_launcher(error: Exception) -> bool:
     return True
 
 
-def _call(settings: Settings, report: Report, stream: TextIO) -> Any:
+def _call(settings: "Settings", report: Report, stream: TextIO) -> Any:
+    from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
+
     match settings:
         case PrepareSettings():
             from t5tune.prepare import prepare
@@ -231,7 +237,7 @@ def _call(settings: Settings, report: Report, stream: TextIO) -> Any:
             raise AssertionError(settings)
 
 
-def _train(settings: TrainSettings, report: Report) -> Any:
+def _train(settings: "TrainSettings", report: Report) -> Any:
     from t5tune.train import open_run, read_result, train
     from t5tune.training.launch import World, die_with_parent, launch
 

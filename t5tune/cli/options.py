@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from t5tune.settings import Settings
 from t5tune.settings.loading import suggestion
 from t5tune.settings.renamed import RENAMED
+from t5tune.verbs import SUMMARIES
 
 COMMON_PANEL = "Everywhere"
 TRUE_FALSE = {"true", "1", "yes", "on", "false", "0", "no", "off"}
@@ -37,7 +38,7 @@ def command_function(model: type[Settings], run: Callable[..., None]) -> Callabl
     parameters = [_parameter(name, field, model) for name, field in _flags(model).items()] + _common()
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = model.summary
+    command.__doc__ = SUMMARIES[model.command]
     return command
 
 

@@ -23,7 +23,6 @@ def _is_true(value: Any) -> bool:
 
 class PrepareSettings(OutputSettings, DataSettings, BaseModelSettings):
     command: ClassVar[str] = "prepare"
-    summary: ClassVar[str] = "Turn conversations into a token cache."
     panel: ClassVar[str] = "Output"
 
 
@@ -37,7 +36,6 @@ class TrainSettings(
     BaseModelSettings,
 ):
     command: ClassVar[str] = "train"
-    summary: ClassVar[str] = "Train a LoRA or QLoRA adapter."
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +59,6 @@ class TrainSettings(
 
 class ExportSettings(ReplaceableOutputSettings):
     command: ClassVar[str] = "export"
-    summary: ClassVar[str] = "Gather a checkpoint's shards into an adapter."
     panel: ClassVar[str] = "Export"
 
     checkpoint: Path = Field(
@@ -84,7 +81,6 @@ class ExportSettings(ReplaceableOutputSettings):
 
 class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     command: ClassVar[str] = "merge"
-    summary: ClassVar[str] = "Fold an adapter into its base checkpoint."
     panel: ClassVar[str] = "Merge"
 
     adapter: Path = Field(description="Adapter folder, or a run folder.")
@@ -101,7 +97,6 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
 
 class ChatSettings(ConversationSettings, BaseModelSettings):
     command: ClassVar[str] = "chat"
-    summary: ClassVar[str] = "Talk to a base, an adapter, a run or a merged checkpoint."
     panel: ClassVar[str] = "Chat"
 
     adapter: Annotated[Path | None, Maybe] = Field(

@@ -21,7 +21,6 @@ class Settings(BaseModel):
 
     panel: ClassVar[str] = "Options"
     command: ClassVar[str] = ""
-    summary: ClassVar[str] = ""
 
     @classmethod
     def panel_of(cls, name: str) -> str:

@@ -1,0 +1,9 @@
+"""The commands' names, and what each is for. Kept apart from the settings, so that `--help` needs no pydantic."""
+
+SUMMARIES = {
+    "prepare": "Turn conversations into a token cache.",
+    "train": "Train a LoRA or QLoRA adapter.",
+    "export": "Gather a checkpoint's shards into an adapter.",
+    "merge": "Fold an adapter into its base checkpoint.",
+    "chat": "Talk to a base, an adapter, a run or a merged checkpoint.",
+}
