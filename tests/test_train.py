@@ -409,3 +409,20 @@ def test_the_live_base_equals_its_file_before_and_after_training(
     assert any(name.endswith("layer_norm.weight") for name in names)
     if kind == "untied":
         assert "lm_head.weight" in names
+
+
+def test_two_ranks_of_zero3_resume_to_the_same_bits(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    more = [*TWO, "--deepspeed", "zero3", "--max-steps", "4", "--save-steps", "2", "--lora-dropout", "0.05"]
+    arguments = [*command(untied_base, conversations, run), *more, "--per-device-train-batch-size", "2"]
+    assert t5tune(*arguments).code == 0
+    straight = (run / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoint-4")
+    for name in ("result.json", "adapter_model.safetensors"):
+        (run / name).unlink()
+    again = t5tune(*arguments)
+    assert again.code == 0, again.stderr
+    assert again.json["resumed_from"] == str(run / "checkpoint-2")
+    assert (run / "adapter_model.safetensors").read_bytes() == straight

@@ -138,5 +138,5 @@ def _problem(error: ErrorDetails, values: dict[str, _Value]) -> str:
     given = values.get(name)
     shown = repr(given.value if given else error["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    reason = reason[0].lower() + reason[1:]
+    reason = reason[0].lower() + reason[1:] if reason[1:2].islower() else reason  # "Input" but not "T5"
     return f"{name}: {shown}{f' ({given.place})' if given else ''}: {reason}"
