@@ -269,12 +269,6 @@ def command(base: Path, data: Path, run: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory: pytest.TempPathFactory, conversations: Path) -> Path:
-    """Conversations of which exactly eight examples are taken: one global batch."""
-    return conversations
-
-
-@pytest.fixture(scope="module")
 def still_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The untied base with no dropout, so that batches can be compared."""
     folder = make_base(tmp_path_factory.mktemp("bases") / "still", tied=False)
@@ -284,10 +278,14 @@ def still_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_batch(still_base: Path, eight: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def one_batch(still_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Loss and gradient norm of one step on eight examples, in one process."""
     run = tmp_path_factory.mktemp("runs") / "batch"
-    train(settings(still_base, eight, run, num_data=8, max_steps=1, per_device_train_batch_size=8, lora_dropout=0.0))
+    train(
+        settings(
+            still_base, conversations, run, num_data=8, max_steps=1, per_device_train_batch_size=8, lora_dropout=0.0
+        )
+    )
     return metrics(run)[0]
 
 
@@ -304,9 +302,11 @@ BATCHES = {
 
 @pytest.mark.parametrize("way", BATCHES)
 def test_a_batch_gives_one_loss_and_gradient_however_it_is_divided(
-    way: str, still_base: Path, eight: Path, one_batch: dict[str, float], tmp_path: Path
+    way: str, still_base: Path, conversations: Path, one_batch: dict[str, float], tmp_path: Path
 ) -> None:
-    done = t5tune(*command(still_base, eight, tmp_path / "run", "--num-data", "8", "--max-steps", "1", *BATCHES[way]))
+    done = t5tune(
+        *command(still_base, conversations, tmp_path / "run", "--num-data", "8", "--max-steps", "1", *BATCHES[way])
+    )
     assert done.code == 0, done.stderr
     line = metrics(tmp_path / "run")[0]
     assert line["loss"] == pytest.approx(one_batch["loss"], rel=1e-4)

@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 stopped."""
     code = run(sys.argv[1:] if arguments is None else arguments)
     if "WORLD_SIZE" in os.environ:
-        # One rank in about a hundred aborted after its work was done: gloo's threads may outlive the process
-        # group, and end the process with SIGABRT while the interpreter takes itself down. Leave without that.
+        # gloo's threads may outlive the process group, and end the process with SIGABRT while the interpreter
+        # takes itself down (pytorch/pytorch#190489). Leave without that.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
