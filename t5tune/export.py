@@ -30,10 +30,13 @@ from t5tune.weights.adapter import (
     read_adapter,
     read_adapter_config,
     saved_name,
+    starts_in,
     with_copies,
+    without_start,
     write_adapter,
 )
 from t5tune.weights.base import find_base
+from t5tune.weights.model_folder import MODEL
 from t5tune.weights.output import check_replaceable
 from t5tune.weights.streaming import Checkpoint, total_bytes
 from t5tune.weights.tensors import Tensor
@@ -133,11 +136,18 @@ def _gather(folder: Path) -> _Gathered:
     """The adapter's tensors, from the shards where DeepSpeed wrote them in fp32, else from its own file."""
     shards = find_deepspeed_folder(folder)
     zero = read_zero(shards) if shards is not None else None
+    if (folder / MODEL).is_file() and (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"checkpoint: {folder}: of full training, it holds the whole model and no adapter",
+            hint=f"give it, or its run, as --model-name-or-path: {MODEL} is what was trained",
+        )
     config_folder = folder if (folder / CONFIG).is_file() else folder.parent
     if zero is not None and (zero.stage > 0 or not (folder / WEIGHTS).is_file()):
         config = read_adapter_config(config_folder)
         state = {saved_name(name): value for name, value in zero.trained.items()}
         state = with_copies({name: state[name] for name in state if name.startswith(PREFIX)}, config)
+        if (folder / WEIGHTS).is_file():
+            state = without_start(state, starts_in(read_adapter(folder)[1], state))
         return _Gathered(config, state, zero.frozen, zero.step, zero.stage, zero.world_size)
     config, state = read_adapter(folder)
     step, world_size = _sealed_facts(folder)

@@ -19,10 +19,12 @@ import numpy.typing as npt
 
 from t5tune.errors import CheckpointError, TrainingError
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
-from t5tune.publish import published_folder, write_json
+from t5tune.publish import published_folder
 from t5tune.settings import MergeSettings, dump_settings
 from t5tune.weights.adapter import (
     LORA_NAME,
+    MAGNITUDE,
+    PREFIX,
     ROWS,
     TEMPLATE,
     LowRank,
@@ -31,9 +33,11 @@ from t5tune.weights.adapter import (
     read_adapter,
     rows_tensor,
     token_rows,
+    whole_modules,
 )
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.card import merged_card
+from t5tune.weights.model_folder import copy_companions, write_config
 from t5tune.weights.output import check_replaceable
 from t5tune.weights.streaming import Checkpoint, SafetensorsFile, copy_range, total_bytes, write_safetensors
 from t5tune.weights.tensors import FLOATS, Tensor, from_float32
@@ -58,20 +62,23 @@ class Merged:
 
 @dataclass
 class _Changes:
-    """What the adapter does to the base: low-rank updates and new rows, by the base weight's name."""
+    """What the adapter does to the base, by the base weight's name: low-rank updates, new rows, whole weights."""
 
     updates: dict[str, LowRank]
     rows: dict[str, tuple[dict[int, int], Tensor]]
+    whole: dict[str, Tensor]
     done: set[str] = field(default_factory=set)
 
     def names(self) -> set[str]:
-        return self.updates.keys() | self.rows.keys()
+        return self.updates.keys() | self.rows.keys() | self.whole.keys()
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The merged tensor, in the base's dtype."""
         if tensor.dtype not in FLOATS:
             raise CheckpointError(f"{name}: dtype {tensor.dtype} can't take an update")
         self.done.add(name)
+        if name in self.whole:
+            tensor = _replaced(name, tensor, self.whole[name])
         if name in self.updates:
             tensor = _add_low_rank(name, tensor, self.updates[name])
         if name in self.rows:
@@ -88,7 +95,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     """
     started = time.monotonic()
     check_replaceable(settings.output_dir, settings.overwrite)
-    base_folder = find_base(settings, report)
+    base_folder = find_base(settings)
     base = Checkpoint(base_folder)
     config, state = read_adapter(settings.adapter)
     check_adapter(state, config, settings.adapter, must_have_moved=False)
@@ -104,8 +111,10 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
         report(Note("every lora_B is zero: the adapter changes nothing but token rows", warning=True))
     with published_folder(settings.output_dir) as staged:
         _write_weights(base, changes, staged, tied, report)
-        _write_config(base_folder, staged, tied)
-        _copy_companions(base_folder, settings.adapter, staged)
+        write_config(base_folder, staged, tied)
+        has_tokenizer = (settings.adapter / "tokenizer_config.json").is_file()
+        tokenizer_folder = settings.adapter if has_tokenizer else base_folder
+        copy_companions(base_folder, tokenizer_folder, settings.adapter / TEMPLATE, staged)
         (staged / "README.md").write_text(
             merged_card(settings.model_name_or_path, str(settings.adapter)), encoding="utf-8"
         )
@@ -115,7 +124,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     return Merged(
         checkpoint=settings.output_dir,
         tensors=len(base.names()),
-        adapted_tensors=len(changes.updates),
+        adapted_tensors=len(changes.updates) + len(changes.whole),
         token_rows=len(next(iter(changes.rows.values()))[0]) if changes.rows else 0,
         bytes=size,
         verified=settings.verify,
@@ -127,14 +136,17 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
 def _changes(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> _Changes:
     updates = low_rank_updates(config, state)
     rows = {weight: (places, rows_tensor(state, weight)) for weight, places in token_rows(config, state, tied).items()}
-    return _Changes(updates, rows)
+    return _Changes(updates, rows, whole_modules(config, state))
 
 
 def _check_all_used(config: Mapping[str, Any], state: Mapping[str, Tensor], adapter: Path) -> None:
     """Refuse tensors that would be left out: LoRA of an embedding, biases, rows that the config doesn't list."""
     listed = bool(config.get("trainable_token_indices"))
+    whole = whole_modules(config, state)
     for name in state:
-        if not (LORA_NAME.fullmatch(name) or (listed and name.endswith(ROWS))):
+        is_magnitude = bool(config.get("use_dora")) and name.endswith(MAGNITUDE)
+        is_row = listed and name.endswith(ROWS)
+        if not (LORA_NAME.fullmatch(name) or is_magnitude or is_row or name.removeprefix(PREFIX) in whole):
             raise CheckpointError(f"{adapter}: {name}: merge can't fold this tensor")
 
 
@@ -147,6 +159,10 @@ def _add_low_rank(name: str, tensor: Tensor, update: LowRank) -> Tensor:
         )
     values_OI = tensor.to_float32()
     values_OI += low_rank_product(b_OR, a_RI) * np.float32(update.scale)
+    if update.magnitude_O is not None:
+        # DoRA: the direction is W + scale · B·A, each row's norm is trained (Liu et al. 2024, equation 5)
+        norms_O = np.sqrt((values_OI.astype(np.float64) ** 2).sum(1)).astype(np.float32)
+        values_OI *= (update.magnitude_O.to_float32() / norms_O)[:, None]
     with np.errstate(over="ignore"):
         merged = from_float32(values_OI, tensor.dtype)
     if not np.isfinite(merged.to_float32()).all():
@@ -165,6 +181,15 @@ def low_rank_product(b_OR: npt.NDArray[np.float32], a_RI: npt.NDArray[np.float32
         exact = b_OR[:, rank, None].astype(np.float64) * a_RI[None, rank].astype(np.float64)
         product_OI = (product_OI + exact).astype(np.float32)
     return product_OI
+
+
+def _replaced(name: str, tensor: Tensor, trained: Tensor) -> Tensor:
+    if trained.shape != tensor.shape:
+        raise CheckpointError(
+            f"{name}: {list(tensor.shape)} in the base, {list(trained.shape)} in the adapter",
+            hint="name the base that the adapter was trained on",
+        )
+    return from_float32(trained.to_float32(), tensor.dtype)
 
 
 def _set_rows(name: str, tensor: Tensor, places: dict[int, int], rows_KD: Tensor) -> Tensor:
@@ -217,30 +242,6 @@ def _merge_file(file: SafetensorsFile, changes: _Changes, source: IO[bytes], tar
         position = entry.end
         yield entry.end - entry.begin
     yield from copy_range(source, target, position, file.path.stat().st_size)
-
-
-def _write_config(base_folder: Path, folder: Path, tied: bool) -> None:
-    """config.json with the true `tie_word_embeddings`, and the scaling that transformers 4 derives from it spelt out.
-
-    transformers 4 scales the decoder's output where the flag is true; 5 reads `scale_decoder_outputs`.
-    """
-    config = read_config(base_folder)
-    if config.get("model_type") in {"t5", "umt5"}:
-        config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
-    config["tie_word_embeddings"] = tied
-    write_json(folder / "config.json", config)
-
-
-def _copy_companions(base_folder: Path, adapter: Path, folder: Path) -> None:
-    """The generation settings of the base, and the tokenizer and layout that the adapter was trained with."""
-    if (base_folder / "generation_config.json").is_file():
-        shutil.copyfile(base_folder / "generation_config.json", folder / "generation_config.json")
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    for file in sorted((adapter if has_tokenizer else base_folder).iterdir()):
-        if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "spiece")):
-            shutil.copyfile(file, folder / file.name)
-    if (adapter / TEMPLATE).is_file():
-        shutil.copyfile(adapter / TEMPLATE, folder / TEMPLATE)
 
 
 def _verify(settings: MergeSettings, base_folder: Path, merged: Path, report: Report) -> float:

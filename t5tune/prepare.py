@@ -31,13 +31,14 @@ from t5tune.data.cache import (
 )
 from t5tune.data.encoding import Encoder, encode_batch
 from t5tune.data.records import Conversation, Rejected, find_files, read_records
-from t5tune.data.templates import Template, lay_out, load_template
+from t5tune.data.templates import Template, find_template, lay_out
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Note, Report, silent, track
 from t5tune.publish import published_folder, sha256, write_json
 from t5tune.settings import PrepareSettings
+from t5tune.weights.adapter import TEMPLATE
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.pocket import conversations_file
 from t5tune.yaml_file import to_yaml
@@ -72,9 +73,9 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
         SettingsError: there is no such conversation template.
     """
     started = time.monotonic()
-    template = load_template(settings.conversation_template)
     files = find_files([str(conversations_file()) if path == "pocket" else path for path in settings.data_path])
     base = find_base(settings)
+    template = find_template(settings.conversation_template, [base / TEMPLATE])
     num_rows = int(read_config(base).get("vocab_size", 0))
     tokenizer, added = extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows)
     inputs = _inputs(settings, files, tokenizer, template)

@@ -25,6 +25,7 @@ from typing import Any
 
 from t5tune import presets
 from t5tune.data.cache import Cache, is_cache, open_cache
+from t5tune.data.templates import template_from
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DependencyError, SettingsError, TrainingError
 from t5tune.model.device import choose_device
@@ -33,10 +34,17 @@ from t5tune.progress import Note, Report, silent
 from t5tune.publish import write_file, write_json
 from t5tune.settings import PrepareSettings, TrainSettings, dump_settings
 from t5tune.training.launch import World
+from t5tune.weights.adapter import TEMPLATE, config_without_start
 from t5tune.weights.base import find_base, read_config
+from t5tune.yaml_file import read_yaml
 
 SETTINGS = "settings.yaml"
 RESULT = "result.json"
+# what a checkpoint holds for use, beside what resuming needs
+RESULTS = (
+    "adapter_", "non_lora_state", "tokenizer", "special_", "added_tokens", "spiece", "template", "README",
+    "model.", "config.", "generation_config",
+)  # fmt: skip
 OWN_ARGUMENTS = {
     "output_dir",
     "deepspeed",
@@ -101,7 +109,7 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
 
 def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     """Check what can be checked without loading the model, make the cache, and save the settings."""
-    check(settings, report)
+    check(settings)
     folder = settings.output_dir
     if settings.fresh:
         _move_aside(folder, report)
@@ -129,7 +137,7 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     return run
 
 
-def check(settings: TrainSettings, report: Report = silent) -> None:
+def check(settings: TrainSettings) -> None:
     """Raise what is wrong with the settings before anything is made.
 
     Raises:
@@ -139,7 +147,7 @@ def check(settings: TrainSettings, report: Report = silent) -> None:
     """
     from t5tune.model.family import family_of
 
-    base = find_base(settings, report)
+    base = find_base(settings)
     family_of(read_config(base), base)
     problems = []
     if settings.training_args:
@@ -159,6 +167,13 @@ def check(settings: TrainSettings, report: Report = silent) -> None:
         configuration = presets.read_deepspeed(settings.deepspeed)
         if configuration.get("fp16", {}).get("enabled") is True:
             problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16")
+        if settings.q_lora and settings.quant_type == "int8":
+            problems.append("quant_type: int8 weights can't go through DeepSpeed; take nf4 or fp4, or no --deepspeed")
+        if settings.loraplus_lr_ratio is not None and "optimizer" in configuration:
+            problems.append(
+                f"loraplus_lr_ratio: {settings.deepspeed} brings an optimizer of its own, which knows one rate; take "
+                "its `optimizer` out"
+            )
         if importlib.util.find_spec("deepspeed") is None:
             raise DependencyError(
                 "deepspeed: the package isn't installed",
@@ -227,12 +242,15 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
     from t5tune.model.lora import add_lora
     from t5tune.training.batches import PaddedCollator
     from t5tune.training.checkpoint import newest, remove_staged
-    from t5tune.training.trainer import T5Trainer
-    from t5tune.weights.adapter import TrainedWith
+    from t5tune.training.trainer import Answers, T5Trainer
+    from t5tune.weights.adapter import WEIGHTS, TrainedWith, write_adapter
+    from t5tune.weights.model_folder import MODEL, write_model
+    from t5tune.weights.tensors import Tensor
 
     started = time.monotonic()
     cache, held_out = _data(settings, run)
     tokenizer = load_tokenizer(cache.tokenizer_folder)
+    layout = template_from(read_yaml(cache.folder / TEMPLATE), cache.folder / TEMPLATE)
     base = find_base(settings)
     deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
@@ -243,8 +261,15 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
     sharded = _stage(deepspeed) == 3
     # what ZeRO-3 will shard need not fit one GPU: it is loaded on the CPU, and goes over a parameter at a time
     place = torch.device("cpu") if sharded and not settings.q_lora else device
-    model = load_base(base, dtype, place, settings.q_lora)
-    model = add_lora(model, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
+    # what trains in place without DeepSpeed is its own master too
+    is_full = settings.train_mode == "full"
+    model = load_base(base, adapter_dtype if is_full else dtype, place, settings)
+    tied = bool(model.config.tie_word_embeddings)
+    taken_out: dict[str, Tensor] = {}
+    if is_full:
+        model.requires_grad_(True)
+    else:
+        model, taken_out = add_lora(model, base, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
     trainable, total = count_parameters(model)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -252,7 +277,18 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         _shard(model, deepspeed, dtype)
 
     report(Note(f"{trainable:,} of {total:,} parameters train; {len(cache):,} examples; {world.size} × {device.type}"))
-    peft_config = _adapter_config(model, settings)
+    trained_with = TrainedWith(
+        {} if is_full else _adapter_config(model, settings, bool(taken_out)),
+        cache.tokenizer_folder,
+        cache.folder / TEMPLATE,
+    )
+
+    def write(folder: Path, state: dict[str, Tensor]) -> None:
+        if is_full:
+            write_model(folder, state, base, tied, trained_with)
+        else:
+            write_adapter(folder, state, trained_with, non_lora={})
+
     resume, damaged = newest(run.folder)
     for problem in damaged:
         report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
@@ -267,22 +303,28 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         train=cache,
         held_out=held_out,
         collator=PaddedCollator(tokenizer.pad_token_id, model.config.decoder_start_token_id),
-        trained_with=TrainedWith(peft_config, cache.tokenizer_folder, cache.folder / "template.yaml"),
+        write=write,
+        weights_file=MODEL if is_full else WEIGHTS,
+        taken_out=taken_out,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        group_by_length=settings.group_by_length,
         keep=settings.save_total_limit,
+        answers=Answers(tokenizer, layout.answer_end, settings.eval_generate) if settings.eval_generate else None,
+        patience=settings.early_stopping_patience,
         report=report,
     )
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if held_out is not None and not _is_evaluated(trainer.state):
-        trainer.evaluate()
     tokens = trainer.total_tokens()
-    evaluation = {name.removeprefix("eval_"): value for name, value in _last_evaluation(trainer.state).items()}
+    best = trainer.state.best_global_step if _best_by(settings) else None
+    if best is not None:
+        report(Note(f"the adapter is that of step {best}: {_best_by(settings)} {trainer.state.best_metric:.4g}"))
     result = Trained(
         run=run.folder,
         adapter=run.folder,
         steps=trainer.state.global_step,
         epochs=round(trainer.state.epoch or 0.0, 4),
         train_loss=output.training_loss,
-        eval=evaluation,
+        eval=_evaluation(trainer.state, best),
         examples=len(cache),
         tokens=tokens,
         tokens_per_second=round(tokens / max(output.metrics["train_runtime"], 1e-9), 1),
@@ -294,7 +336,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         seconds=round(time.monotonic() - started, 3),
     )
     if world.rank == 0:
-        _finish(run, trainer.state, result)
+        _finish(run, trainer.state, result, best or result.steps)
     _barrier(world)
     return result
 
@@ -334,9 +376,11 @@ def _shard(model: Any, configuration: dict[str, Any], dtype: Any) -> None:
                 deepspeed.zero.register_external_parameter(module, row)
 
 
-def _adapter_config(model: Any, settings: TrainSettings) -> dict[str, Any]:
+def _adapter_config(model: Any, settings: TrainSettings, without_start: bool) -> dict[str, Any]:
     """adapter_config.json as PEFT writes it, in a fixed order."""
     config = model.peft_config["default"].to_dict()
+    if without_start:
+        config = config_without_start(config)
     config["base_model_name_or_path"] = settings.model_name_or_path
     config["revision"] = settings.revision
     config["inference_mode"] = True
@@ -367,7 +411,9 @@ def _training_arguments(
     values |= {
         "output_dir": str(settings.output_dir),
         "max_steps": settings.max_steps or -1,
-        "eval_strategy": settings.eval_strategy or ("epoch" if evaluates else "no"),
+        "eval_strategy": settings.eval_strategy or ("steps" if settings.eval_steps else "epoch" if evaluates else "no"),
+        "metric_for_best_model": _best_by(settings),
+        "greater_is_better": _best_by(settings) not in {None, "loss", "perplexity"},
         "save_total_limit": None,  # rotation follows the seal: see training/checkpoint.py
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world.size > 1 else None,
@@ -395,26 +441,28 @@ def _training_arguments(
         raise SettingsError(f"training settings: {' '.join(str(error).split())}") from error
 
 
+def _best_by(settings: TrainSettings) -> str | None:
+    """The figure that says which checkpoint is best; None: the last one is what counts."""
+    return settings.metric_for_best_model or ("loss" if settings.early_stopping_patience else None)
+
+
 def _stage(deepspeed: dict[str, Any] | None) -> int:
     return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
 
 
-def _is_evaluated(state: Any) -> bool:
-    return any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
-
-
-def _last_evaluation(state: Any) -> dict[str, float]:
+def _evaluation(state: Any, step: int | None) -> dict[str, float]:
+    """The held-out figures of a step (None: the last ones)."""
     for line in reversed(state.log_history):
-        if "eval_loss" in line:
-            return {name: value for name, value in line.items() if name.startswith("eval_")}
+        if "eval_loss" in line and step in (None, line["step"]):
+            return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
     return {}
 
 
-def _finish(run: Run, state: Any, result: Trained) -> None:
-    """Put the last checkpoint's adapter at the top of the run folder, then the result that says it is over."""
-    last = run.folder / f"checkpoint-{result.steps}"
+def _finish(run: Run, state: Any, result: Trained, step: int) -> None:
+    """Put the adapter of a step's checkpoint at the top of the run folder, then the result that says it is over."""
+    last = run.folder / f"checkpoint-{step}"
     for file in sorted(last.iterdir()):
-        if file.name.startswith(("adapter_", "non_lora_state", "tokenizer", "special_", "template", "README")):
+        if file.name.startswith(RESULTS):
             shutil.copyfile(file, run.folder / file.name)
     state.save_to_json(str(run.folder / "trainer_state.json"))
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}

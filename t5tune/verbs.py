@@ -6,4 +6,5 @@ SUMMARIES = {
     "export": "Gather a checkpoint's shards into an adapter.",
     "merge": "Fold an adapter into its base checkpoint.",
     "chat": "Talk to a base, an adapter, a run or a merged checkpoint.",
+    "evaluate": "Score a model's answers on examples that have true ones.",
 }

@@ -53,7 +53,7 @@ def make_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **ch
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(7)
-    shape = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    shape = {"vocab_size": 1536, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     config = T5Config(
         **shape | changes,
         feed_forward_proj="relu" if tied else "gated-gelu",

@@ -56,7 +56,7 @@ def test_run_adapter_and_merged_checkpoint_give_one_reply(made: dict[str, Path],
 
 
 def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path) -> None:
-    """The second turn of the first conversation, asked again, has the ids that training saw."""
+    """The turns of the first conversation that has two, asked again, have the ids that training saw."""
     import json
 
     from t5tune.data.encoding import encode_prompt
@@ -64,12 +64,16 @@ def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path
     from t5tune.data.templates import lay_out, question_end
 
     cache = open_cache(made["run"] / "data")
-    record = json.loads((Path(__file__).parents[1] / "examples/quickstart/train.jsonl").read_text().splitlines()[0])
+    lines = (Path(__file__).parents[1] / "examples/quickstart/train.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    place = next(index for index, record in enumerate(records) if len(record["conversations"]) >= 4)
+    first = sum(len(record["conversations"]) // 2 for record in records[:place])
+    record = records[place]
     turns = [
         Turn("human" if entry["from"] == "human" else "assistant", entry["value"]) for entry in record["conversations"]
     ]
     chatter = Chatter.load(settings(untied_base, adapter=made["run"]))
-    for example, end in ((0, 1), (1, 3)):
+    for example, end in ((first, 1), (first + 1, 3)):
         pieces = lay_out(Conversation("", 0, None, tuple(turns[:end])), chatter.template)
         source = encode_prompt(pieces + question_end(chatter.template, end), chatter.encoder, 2048)
         assert [*source, cache.eos_token_id] == cache[example].source_S.tolist()

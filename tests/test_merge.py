@@ -68,7 +68,7 @@ def rows_adapter(base: Path, folder: Path) -> tuple[Path, torch.Tensor]:
     """An adapter with trained token rows as training writes it, and the training model's logits."""
     model = load_base(base, torch.float32, torch.device("cpu"))
     settings = LoraSettings(lora_r=4, lora_alpha=16, lora_dropout=0.0)
-    peft_model = add_lora(model, settings, TOKEN_IDS, torch.float32)
+    peft_model, _ = add_lora(model, base, settings, TOKEN_IDS, torch.float32)
     randomise(peft_model)
     state = {
         saved_name(name): Tensor("F32", parameter.detach().numpy())
@@ -420,8 +420,13 @@ Q = f"{PREFIX}encoder.block.0.layer.0.SelfAttention.q"
         pytest.param(lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config\.json", id="no JSON"),
         pytest.param(lambda f: (f / "adapter_config.json").write_text("[]"), r"adapter_config\.json", id="a list"),
         pytest.param(change_config(peft_type="IA3"), "IA3", id="IA3"),
-        pytest.param(change_config(use_dora=True), "use_dora", id="DoRA"),
-        pytest.param(change_config(modules_to_save=["shared"]), "modules_to_save", id="modules to save"),
+        pytest.param(change_config(use_dora=True), "lora_magnitude_vector is missing", id="DoRA without norms"),
+        pytest.param(change_config(modules_to_save=["shared"]), "modules_to_save: shared", id="a whole embedding"),
+        pytest.param(
+            change_config(modules_to_save=["final_layer_norm"]),
+            "modules_to_save: final_layer_norm: no tensor",
+            id="whole modules without tensors",
+        ),
         pytest.param(change_config(lora_alpha=None), "lora_alpha", id="no alpha"),
         pytest.param(change_tensors(lambda s: s.pop(f"{Q}.lora_B.weight")), r"SelfAttention\.q.*lora_B", id="no B"),
         pytest.param(change_tensors(lambda s: s.pop(f"{Q}.lora_A.weight")), r"SelfAttention\.q.*lora_A", id="no A"),
@@ -429,7 +434,7 @@ Q = f"{PREFIX}encoder.block.0.layer.0.SelfAttention.q"
             change_tensors(lambda s: s[f"{Q}.lora_B.weight"].fill_(float("nan"))), r"SelfAttention\.q", id="NaN"
         ),
         pytest.param(
-            change_tensors(lambda s: s.update({f"{PREFIX}shared.lora_embedding_A": torch.ones(4, 256)})),
+            change_tensors(lambda s: s.update({f"{PREFIX}shared.lora_embedding_A": torch.ones(4, 1536)})),
             "lora_embedding_A",
             id="a tensor that merge doesn't fold",
         ),
@@ -455,7 +460,7 @@ def indices(*ids: int) -> dict[str, list[int]]:
     ("listed", "named"),
     [
         pytest.param(indices(-5, 210, 201), "-5|shared|lm_head", id="a negative row"),
-        pytest.param(indices(203, 210, 256), "shared|lm_head", id="a row behind the end"),
+        pytest.param(indices(203, 210, 1536), "shared|lm_head", id="a row behind the end"),
         pytest.param(indices(203, 210), "shared|lm_head", id="fewer than the tensor has"),
         pytest.param(indices(203, 203, 201), "shared|lm_head", id="a row twice"),
         pytest.param(indices(), "trainable_token_indices|trainable_tokens|shared|lm_head", id="no row"),

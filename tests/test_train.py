@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from t5tune.errors import ModelError, SettingsError, TrainingError
 from t5tune.progress import Event, Measured, Note
-from t5tune.settings import TrainSettings
+from t5tune.settings import QuantisationSettings, TrainSettings
 from t5tune.train import train
 from tests.conftest import make_base, t5tune
 
@@ -95,7 +95,7 @@ def test_quantised_base_keeps_the_rest_bit_by_bit_and_answers_almost_alike(untie
 
     file = load_file(untied_base / "model.safetensors")
     plain = load_base(untied_base, torch.float32, torch.device("cpu"))
-    quantised = load_base(untied_base, torch.float32, torch.device("cpu"), quantise=True)
+    quantised = load_base(untied_base, torch.float32, torch.device("cpu"), QuantisationSettings(q_lora=True))
     kept = [name for name, value in quantised.named_parameters() if type(value).__name__ != "Params4bit"]
     assert {"shared.weight", "lm_head.weight"} <= set(kept)
     assert all(torch.equal(quantised.get_parameter(name), file[name]) for name in kept)
@@ -145,6 +145,17 @@ def test_token_rows_of_embedding_and_head_are_trained(
         trained = rows[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"]
         for token in (newline, brace):
             assert not torch.equal(trained[ids.index(token)], file[name][token]), (module, token)
+
+
+@pytest.mark.parametrize("more", [{}, {"q_lora": True}], ids=["lora", "q_lora"])
+def test_the_same_seed_gives_the_same_bits(
+    untied_base: Path, conversations: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    files = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(settings(untied_base, conversations, tmp_path / name, seed=seed, **more))
+        files[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+    assert files["a"] == files["b"] != files["c"]
 
 
 def test_q_lora_learns_too(untied_base: Path, conversations: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole chain on the built-in model: prepare, train with --q-lora, export, merge, one chat reply.
+"""The whole chain on the built-in model: prepare, train with --q-lora, export, merge, and what it has learned.
 
 python examples/quickstart/quickstart.py [--output-dir runs/quickstart]
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PROMPT = "Hello, three coffee and two tea for Mira please."
+PROMPT = "Hello, three coffees and one sandwich for Mira please."
 
 
 def t5tune(*arguments: str | Path) -> dict[str, Any]:
@@ -47,26 +47,40 @@ def main() -> None:
     started = time.monotonic()
 
     base = ["--model-name-or-path", "pocket"]
+    held_out = ["--data-path", HERE / "heldout.jsonl"]
+    limit = ["--max-steps", str(options.max_steps)] if options.max_steps else []
     prepared = t5tune("prepare", *base, "--data-path", HERE / "train.jsonl", "--output-dir", cache)
-    steps = ["--max-steps", str(options.max_steps)] if options.max_steps else []
-    trained = t5tune("train", "--config", "pocket", "--q-lora", "--data-path", cache, "--output-dir", run, *steps)
+    before = t5tune("evaluate", *base, *held_out, "--output-dir", out / "before")
+    trained = t5tune("train", "--config", "pocket", "--q-lora", "--data-path", cache, "--output-dir", run, *limit)
     exported = t5tune("export", run, "--output-dir", adapter)
     t5tune("merge", *base, "--adapter", adapter, "--output-dir", merged)
-    answer = t5tune("chat", "--model-name-or-path", merged, "--prompt", PROMPT, "--max-new-tokens", "60")
+    after = t5tune("evaluate", "--model-name-or-path", merged, *held_out, "--output-dir", out / "after")
+    answer = t5tune("chat", "--model-name-or-path", merged, "--prompt", PROMPT, "--max-new-tokens", "80")
 
     first, last = losses(run)
-    held_out = trained["eval"]["loss"]
     rows = [
         ("token cache", cache, f"{prepared['examples']} examples of {prepared['conversations']} conversations"),
-        ("run", run, f"{trained['steps']} steps, loss {first:.2f} → {last:.2f}, held out {held_out:.2f}"),
+        ("run", run, f"{trained['steps']} steps in {trained['seconds']:.0f} s, loss {first:.2f} → {last:.2f}"),
         ("adapter", adapter, f"{exported['lora_tensors']} LoRA tensors, {size(adapter)}"),
         ("merged model", merged, f"loads with AutoModelForSeq2SeqLM, {size(merged)}"),
     ]
     print(f"\nMade in {time.monotonic() - started:.0f} seconds:\n")
     for what, where, facts in rows:
         print(f"  {what:<14}{where!s:<28}{facts}")
-    print(f"\n  you:    {PROMPT}\n  model:  " + answer["reply"].replace("\n", "\n          "))
-    print("\npocket is a random model until a pretrained one comes with t5tune: its words show the way, not quality.")
+    print(f"\nOn {after['examples']} answers of conversations that it never saw:\n")
+    for name, label in (("exact_match", "exact match"), ("rougeL", "RougeL"), ("perplexity", "perplexity")):
+        print(f"  {label:<14}before {before[name]:>8.2f}    after {after[name]:>8.2f}")
+    question, target, was = sample(out / "before")
+    _, _, now = sample(out / "after")
+    for label, text in (("asked", question), ("true answer", target), ("before", was), ("after", now)):
+        print(f"\n  {label:<14}" + text.replace("\n", "\n" + " " * 16))
+    print(f"\n  you:          {PROMPT}\n  model:        " + answer["reply"].replace("\n", "\n" + " " * 16))
+
+
+def sample(folder: Path) -> tuple[str, str, str]:
+    """The first held-out question, its true answer, and the model's."""
+    line = json.loads((folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return line["source"], line["target"], line["prediction"]
 
 
 def losses(run: Path) -> tuple[float, float]:

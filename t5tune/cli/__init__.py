@@ -6,6 +6,7 @@ draws inside the functions that draw, so that `--help` loads neither torch nor h
 
 import atexit
 import difflib
+import logging
 import os
 import sys
 import warnings
@@ -30,7 +31,7 @@ EPILOG = (
 
 
 def build_app(verb: str | None = None) -> typer.Typer:
-    """The Typer app. Only the command `verb` gets its options: building those of all five takes time."""
+    """The Typer app. Only the command `verb` gets its options: building those of all of them takes time."""
     app = typer.Typer(
         name="t5tune",
         help="Fine-tune T5-family encoder-decoders: prepare → train → export → merge.",
@@ -182,6 +183,7 @@ def _hush_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _close(screen: "Screen | None") -> None:
@@ -208,7 +210,14 @@ def _leave_for_launcher(error: Exception) -> bool:
 
 
 def _call(settings: "Settings", report: Report, stream: TextIO) -> Any:
-    from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
+    from t5tune.settings import (
+        ChatSettings,
+        EvaluateSettings,
+        ExportSettings,
+        MergeSettings,
+        PrepareSettings,
+        TrainSettings,
+    )
 
     match settings:
         case PrepareSettings():
@@ -233,6 +242,10 @@ def _call(settings: "Settings", report: Report, stream: TextIO) -> Any:
             from t5tune.chat import chat
 
             return chat(settings, report)
+        case EvaluateSettings():
+            from t5tune.evaluate import evaluate
+
+            return evaluate(settings, report)
         case _:
             raise AssertionError(settings)
 

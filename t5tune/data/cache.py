@@ -13,14 +13,13 @@ The same inputs give the same bytes.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.encoding import Encoded
+from t5tune.data.encoding import Encoded, Example, Span, example_of
 from t5tune.errors import DataError
 from t5tune.publish import sha256
 
@@ -75,14 +74,6 @@ class CacheWriter:
         self._num_tokens += len(encoded.ids)
 
 
-@dataclass(frozen=True)
-class Example:
-    """One answer as the model reads it: ids, end tokens included. int64, lengths S and T."""
-
-    source_S: npt.NDArray[np.int64]
-    target_T: npt.NDArray[np.int64]
-
-
 class Cache(Sequence[Example]):
     """The examples of a cache, or those at `indices`, read from the disk as they are asked for."""
 
@@ -101,14 +92,8 @@ class Cache(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row = self._rows[self._indices[index]]
-        ids = self._tokens[int(row["start"]) :]
-        eos = [self.eos_token_id]
-        source = np.concatenate([ids[: row["system_end"]], ids[row["source_start"] : row["source_end"]], eos])
-        target = ids[row["target_start"] : row["target_end"]]
-        if row["target_is_whole"]:
-            target = np.concatenate([target, eos])
-        return Example(source.astype(np.int64), target.astype(np.int64))
+        start, _, *span = self._rows[self._indices[index]].tolist()
+        return example_of(self._tokens[start:], Span(*span), self.eos_token_id)
 
     @property
     def tokenizer_folder(self) -> Path:

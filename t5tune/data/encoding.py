@@ -8,6 +8,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from t5tune.data.templates import Piece
 from t5tune.data.vocabulary import extends_words, spaces_are_marks
 
@@ -36,6 +39,22 @@ class Encoded:
 
     ids: list[int]
     spans: list[Span]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer as the model reads it: ids, end tokens included. int64, lengths S and T."""
+
+    source_S: npt.NDArray[np.int64]
+    target_T: npt.NDArray[np.int64]
+
+
+def example_of(ids: Any, span: Span, eos_token_id: int) -> Example:
+    """Cut one answer out of its conversation's ids, a list or an array of them."""
+    end = [eos_token_id]
+    source = np.concatenate([ids[: span.system_end], ids[span.source_start : span.source_end], end])
+    target = np.concatenate([ids[span.target_start : span.target_end], end if span.target_is_whole else []])
+    return Example(source.astype(np.int64), target.astype(np.int64))
 
 
 class Encoder:

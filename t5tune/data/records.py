@@ -6,7 +6,7 @@
             case Rejected(): ...
 
 The form: `{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}`, an
-array of such objects or one a line.
+array of such objects or one a line. `{"source": "Hi", "target": "Hello."}` is a conversation of one turn.
 """
 
 import json
@@ -34,6 +34,7 @@ ROLES: dict[str, Literal["system", "human", "assistant"]] = {
 }
 SUFFIXES = {".json", ".jsonl", ".ndjson"}
 USED_KEYS = {"conversations", "id", "system"}
+PAIR_KEYS = {"source", "target"}
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,14 @@ def _conversation(file: str, line: int, record: Any) -> Conversation:
     """Check one record and bring its roles to human and assistant in turn."""
     if not isinstance(record, dict):
         raise _Refused("not_an_object", f"expected an object, found {type(record).__name__}")
-    entries = record.get("conversations")
+    used, entries = USED_KEYS, record.get("conversations")
+    if "conversations" not in record and record.keys() >= PAIR_KEYS:
+        used = USED_KEYS | PAIR_KEYS
+        entries = [{"from": "human", "value": record["source"]}, {"from": "gpt", "value": record["target"]}]
     if not isinstance(entries, list):
         raise _Refused("no_conversations", "expected a list under `conversations`")
     repairs: Counter[str] = Counter()
-    for key in record.keys() - USED_KEYS:
+    for key in record.keys() - used:
         repairs[f"ignored_field_{key}"] += 1
     system = None
     if record.get("system") is not None:

@@ -16,7 +16,10 @@ from typing import Any
 from t5tune.data.records import Conversation
 from t5tune.errors import SettingsError
 from t5tune.presets import find_conversation_template
+from t5tune.progress import Note, Report, silent
 from t5tune.yaml_file import read_yaml
+
+DEFAULT = "fastchat-t5"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,17 @@ class Piece:
     text: str
     kind: str
     turn: int
+
+
+def find_template(name_or_path: str | None, saved: list[Path], report: Report = silent) -> Template:
+    """The layout that is asked for, else the first of the `saved` files that exists, else FastChat's for T5."""
+    if name_or_path is not None:
+        return load_template(name_or_path)
+    for file in saved:
+        if file.is_file():
+            return template_from(read_yaml(file), file)
+    report(Note(f"the model brings no conversation template; using {DEFAULT}"))
+    return load_template(DEFAULT)
 
 
 def load_template(name_or_path: str) -> Template:

@@ -1,6 +1,7 @@
 """Load a tokenizer, with errors that say what is really wrong."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,21 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # whatever transformers, tokenizers and sentencepiece raise on broken files
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its tokenizer can't be loaded: {reason}") from error
+
+
+def answer_text(tokenizer: Any, ids: Iterable[int], answer_end: str) -> str:
+    """A model's ids as text, without control tokens and without what the layout puts behind an answer."""
+    text: str = tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    return text.removesuffix(answer_end)
+
+
+def true_text(tokenizer: Any, ids: Iterable[int], answer_end: str) -> str:
+    """A target's ids as text: a character that the tokenizer couldn't write is \ufffd, which no answer equals."""
+    kept = [int(i) for i in ids if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+    if tokenizer.unk_token_id not in kept:
+        return answer_text(tokenizer, kept, answer_end)
+    text: str = tokenizer.decode(kept, skip_special_tokens=False)
+    return text.replace(tokenizer.unk_token, "\ufffd").removesuffix(answer_end)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -13,11 +13,21 @@ class Family:
 
     Args:
         members: what people call the models of this type.
-        linear_modules: names of the linear layers of a block, which LoRA may target.
+        attention, feed_forward: names of the linear layers of a block, which LoRA may target.
     """
 
     members: str
-    linear_modules: tuple[str, ...] = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+    attention: tuple[str, ...] = ("q", "k", "v", "o")
+    feed_forward: tuple[str, ...] = ("wi", "wi_0", "wi_1", "wo")
+
+    def target_modules(self, names: list[str]) -> list[str]:
+        """The layers that names and groups of names mean, each once: attention -> q, k, v, o."""
+        groups = {
+            "attention": self.attention,
+            "feed-forward": self.feed_forward,
+            "all-linear": self.attention + self.feed_forward,
+        }
+        return list(dict.fromkeys(layer for name in names for layer in groups.get(name.replace("_", "-"), (name,))))
 
 
 FAMILIES = {

@@ -1,38 +1,49 @@
-"""Replies of a model: greedy, or sampled from a seed."""
+"""Replies of a model: greedy, by beam search, or sampled from a seed."""
 
 from typing import Any
 
 import torch
 
 
-def generate_reply(
+def generate(
     model: Any,
-    source_ids: list[int],
+    sources: list[list[int]],
     eos_token_id: int,
     pad_token_id: int,
     max_new_tokens: int,
+    num_beams: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
-) -> list[int]:
-    """The reply's ids to one source (end token not included in either).
+    synced_gpus: bool = False,
+) -> list[list[int]]:
+    """The reply to each source of one batch, without its end token.
 
     Args:
-        temperature: 0 takes the likeliest token each time.
+        sources: ids with their end token, of any lengths.
+        temperature: 0 takes the likeliest token (or beam) each time.
+        synced_gpus: go on until every rank is done, as ZeRO-3 needs: each forward gathers from all of them.
     """
     device = next(model.parameters()).device
-    input_ids = torch.tensor([[*source_ids, eos_token_id]], device=device)
+    width = max(map(len, sources))
+    input_ids_BS = torch.tensor([[*source, *[pad_token_id] * (width - len(source))] for source in sources])
+    lengths_B = torch.tensor([[len(source)] for source in sources])
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
+    with torch.no_grad():
+        output_BT = model.generate(
+            input_ids=input_ids_BS.to(device),
+            attention_mask=(torch.arange(width) < lengths_B).long().to(device),
             max_new_tokens=max_new_tokens,
-            num_beams=1,
+            num_beams=num_beams,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
+            synced_gpus=synced_gpus,
             **sampling,
         )
-    reply: list[int] = output[0].tolist()[1:]  # without the decoder's start token
-    return reply[: reply.index(eos_token_id)] if eos_token_id in reply else reply
+    # the first is the decoder's start token
+    return [_until(row[1:], eos_token_id) for row in output_BT.tolist()]
+
+
+def _until(ids: list[int], eos_token_id: int) -> list[int]:
+    return ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids

@@ -1,4 +1,4 @@
-"""Load a base exactly as its file says, in bf16, fp32 or 4 bits.
+"""Load a base exactly as its file says, in bf16, fp32 or quantised.
 
 `from_pretrained` of transformers 5 can't be trusted with a T5 here: it holds every T5 for tied, and under
 ZeRO-3 replaces Flan-T5's head by its embedding. So the model is built without weights, and each tensor of
@@ -14,6 +14,7 @@ from torch import nn
 
 from t5tune.errors import DependencyError, ModelError
 from t5tune.model.family import family_of
+from t5tune.settings.quantisation import QuantisationSettings
 from t5tune.weights.base import read_config
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
@@ -28,20 +29,23 @@ EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # T5's first release saved a bias for the first cross-attention, which has no positions; nothing ever read it
+OUTLIERS = 6.0  # LLM.int8() computes activations beyond this apart, unquantised; the paper's value
 IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantise: bool = False) -> Any:
+def load_base(
+    folder: Path, dtype: torch.dtype, device: torch.device, quantisation: QuantisationSettings | None = None
+) -> Any:
     """The base as a frozen transformers model in evaluation mode.
 
     Args:
         dtype: of every tensor that isn't quantised.
-        quantise: put the blocks' linear layers into NF4 with double quantisation (Dettmers et al. 2023),
-            computing in `dtype`.
+        quantisation: where its q_lora is on, the blocks' linear layers go into 4 bits (Dettmers et al. 2023) or
+            int8 (Dettmers et al. 2022), computing in `dtype`.
 
     Raises:
         ModelError: not a T5, or tensors missing, left over, or of another shape than config.json gives.
-        DependencyError: quantise without bitsandbytes.
+        DependencyError: quantisation without bitsandbytes.
     """
     from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
 
@@ -51,8 +55,8 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantise: 
     config.tie_word_embeddings = tied = checkpoint.is_tied()
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    if quantise:
-        _use_linear4bit(model, dtype)
+    if quantisation is not None and quantisation.q_lora:
+        _use_quantised_linears(model, dtype, quantisation)
     _check_names(model, checkpoint, tied)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name in EMBEDDING_COPIES or (name == HEAD and tied):
@@ -108,21 +112,22 @@ def _expect_shape(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) ->
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    module = model.get_submodule(name.rpartition(".")[0])
+    module: Any = model.get_submodule(name.rpartition(".")[0])
     values = to_torch(tensor).to(device, dtype)
-    if isinstance(old := module.weight, nn.Parameter) and type(old).__name__ == "Params4bit":
-        import bitsandbytes
-
-        module.weight = bitsandbytes.nn.Params4bit(
+    quantised = type(module.weight)
+    if quantised.__name__ == "Params4bit":
+        module.weight = quantised(
             values,
             requires_grad=False,
-            compress_statistics=True,
-            quant_type="nf4",
+            compress_statistics=module.weight.compress_statistics,
+            quant_type=module.weight.quant_type,
             quant_storage=module.compute_dtype,
             module=module,
         ).to(device)
-        return
-    _set_parameter(model, name, nn.Parameter(values, requires_grad=False))
+    elif quantised.__name__ == "Int8Params":
+        module.weight = quantised(values, requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        _set_parameter(model, name, nn.Parameter(values, requires_grad=False))
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
@@ -136,7 +141,7 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(model.get_submodule(parent), leaf, parameter)
 
 
-def _use_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
+def _use_quantised_linears(model: nn.Module, dtype: torch.dtype, quantisation: QuantisationSettings) -> None:
     try:
         import bitsandbytes
     except ImportError as error:
@@ -144,21 +149,30 @@ def _use_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
             f"q_lora: bitsandbytes can't be imported: {error}",
             hint="pip install bitsandbytes (Linux and Windows), or train without --q-lora",
         ) from error
+    in_int8 = quantisation.quant_type == "int8"
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and ".block." in name:
-            parent, _, leaf = name.rpartition(".")
+        if not (isinstance(module, nn.Linear) and ".block." in name):
+            continue
+        shape = (module.in_features, module.out_features)
+        if in_int8:
+            quantised = bitsandbytes.nn.Linear8bitLt(
+                *shape, bias=False, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
+            )
+        else:
             quantised = bitsandbytes.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
+                *shape,
                 bias=False,
                 compute_dtype=dtype,
-                compress_statistics=True,
-                quant_type="nf4",
+                compress_statistics=quantisation.double_quant,
+                quant_type=quantisation.quant_type,
                 quant_storage=dtype,  # ZeRO-3 gathers one dtype, so 4-bit weights lie in the one that computes
                 device="meta",
             )
             # bitsandbytes 0.50 packs weights for inference at the first forward in evaluation mode, and
             # never unpacks them: training after it would get no gradient through the layer
             quantised.support_avx512bf16_for_cpu = False
-            setattr(model.get_submodule(parent), leaf, quantised)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks this before it wraps 4-bit layers
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, quantised)
+    # PEFT asks these before it wraps quantised layers
+    model.is_loaded_in_8bit = in_int8  # type: ignore[assignment]
+    model.is_loaded_in_4bit = not in_int8  # type: ignore[assignment]

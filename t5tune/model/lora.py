@@ -15,44 +15,121 @@ from torch import nn
 from torch.nn import functional
 
 from t5tune.errors import ModelError, SettingsError
+from t5tune.model.family import family_of
+from t5tune.model.load import to_torch
 from t5tune.settings.lora import LoraSettings
+from t5tune.weights.adapter import saved_name
+from t5tune.weights.base import read_config
+from t5tune.weights.streaming import Checkpoint
+from t5tune.weights.tensors import Tensor
 
+TAKEN_OUT = ("pissa", "olora")  # starts that move a part of each weight from the base into its adapter
 EMBEDDINGS = ("encoder.embed_tokens", "decoder.embed_tokens")
 HEAD = "lm_head"
 
 
-def add_lora(model: Any, settings: LoraSettings, token_ids: list[int], adapter_dtype: torch.dtype) -> Any:
-    """Wrap a frozen base; LoRA matrices and token rows are its only parameters that train.
+def add_lora(
+    model: Any, base: Path, settings: LoraSettings, token_ids: list[int], adapter_dtype: torch.dtype
+) -> tuple[Any, dict[str, Tensor]]:
+    """Wrap a frozen base; the adapters and token rows are its only parameters that train.
 
     Args:
+        base: the folder that the model was loaded from.
         token_ids: rows of the embedding and of the head to train.
         adapter_dtype: of the trained tensors.
 
+    Returns: the PEFT model, and the LoRA matrices that were taken out of the base's weights (PiSSA, OLoRA), in
+    fp32 by their saved names; see `weights.adapter.without_start`.
+
     Raises:
-        SettingsError: a name among lora_target_modules that no linear layer has.
+        SettingsError: a name among lora_target_modules or modules_to_save that the model doesn't have.
     """
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear.discard(HEAD)
-    if unknown := sorted(set(settings.lora_target_modules) - linear):
-        raise SettingsError(
-            f"lora_target_modules: {', '.join(unknown)}: no such linear layer in this model",
-            hint=f"it has {', '.join(sorted(linear))}",
-        )
+    targets = _target_modules(model, base, settings.lora_target_modules)
+    start = settings.init_lora_weights
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_target_modules),
+        target_modules=targets,
         bias=settings.lora_bias,
+        use_dora=settings.use_dora,
+        use_rslora=settings.use_rslora,
+        init_lora_weights=True if start in {"default", "loftq"} else start,
+        modules_to_save=_modules_to_save(model, settings),
         task_type=TaskType.SEQ_2_SEQ_LM,
         trainable_token_indices=_token_indices(model, token_ids) if settings.train_token_rows else None,
     )
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     use_token_rows(peft_model)
+    if start == "loftq":
+        _start_from_quantisation_error(peft_model, base)
+    taken_out = {}
+    if start.startswith(TAKEN_OUT):
+        taken_out = {
+            saved_name(name): Tensor("F32", parameter.detach().float().cpu().numpy().copy())
+            for name, parameter in peft_model.named_parameters()
+            if ".lora_A." in name or ".lora_B." in name
+        }
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
-    return peft_model
+    return peft_model, taken_out
+
+
+def _target_modules(model: Any, base: Path, names: list[str]) -> list[str]:
+    """The linear layers that names and groups mean, as far as this model has them."""
+    family = family_of(read_config(base), base)
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear.discard(HEAD)
+    unknown = sorted(name for name in names if not linear & set(family.target_modules([name])))
+    if unknown:
+        raise SettingsError(
+            f"lora_target_modules: {', '.join(unknown)}: no such linear layer in this model",
+            hint=f"it has {', '.join(sorted(linear))}, and the groups are attention, feed-forward, all-linear",
+        )
+    return [name for name in family.target_modules(names) if name in linear]
+
+
+def _modules_to_save(model: Any, settings: LoraSettings) -> list[str] | None:
+    """PEFT's list of modules to train whole, or None.
+
+    Raises:
+        SettingsError: one that isn't there, or that holds 4-bit weights.
+    """
+    for name in settings.modules_to_save or []:
+        found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+        if not found:
+            raise SettingsError(
+                f"modules_to_save: {name}: no such module in this model",
+                hint="layer_norm, final_layer_norm and relative_attention_bias are what T5 has beside linear layers",
+            )
+        if any(type(part).__name__ in {"Linear4bit", "Linear8bitLt"} for module in found for part in module.modules()):
+            raise SettingsError(
+                f"modules_to_save: {name}: holds quantised weights, which can't be trained",
+                hint="train without q_lora, or give it an adapter with lora_target_modules",
+            )
+    return list(settings.modules_to_save) if settings.modules_to_save else None
+
+
+def _start_from_quantisation_error(peft_model: Any, base: Path) -> None:
+    """Let each B·A start as the best low-rank part of what 4 bits lost of its weight (LoftQ, Li et al. 2023, one step).
+
+    PEFT's own way computes on a GPU alone; this one anywhere.
+    """
+    import bitsandbytes
+
+    checkpoint = Checkpoint(base)
+    for name, module in peft_model.base_model.model.named_modules():
+        if not (hasattr(module, "lora_A") and "default" in module.lora_A):
+            continue
+        quantised = module.base_layer.weight
+        kept_OI = bitsandbytes.functional.dequantize_4bit(quantised.data, quantised.quant_state).float()
+        lost_OI = to_torch(checkpoint.tensor(f"{name}.weight")).to(kept_OI.device).float() - kept_OI
+        u_OR, s_R, v_RI = torch.linalg.svd(lost_OI, full_matrices=False)
+        rank = module.r["default"]
+        root_R = (s_R[:rank] / module.scaling["default"]).sqrt()
+        module.lora_A["default"].weight.data = (root_R[:, None] * v_RI[:rank]).contiguous()
+        module.lora_B["default"].weight.data = (u_OR[:, :rank] * root_R).contiguous()
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

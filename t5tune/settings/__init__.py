@@ -8,6 +8,7 @@ Precedence: default < file < environment < flags. All problems are raised togeth
 from t5tune.settings.commands import (
     COMMANDS,
     ChatSettings,
+    EvaluateSettings,
     ExportSettings,
     MergeSettings,
     PrepareSettings,
@@ -16,15 +17,18 @@ from t5tune.settings.commands import (
 from t5tune.settings.data import ConversationSettings, DataSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.loading import dump_settings, load_settings
+from t5tune.settings.quantisation import QuantisationSettings
 
 __all__ = [
     "COMMANDS",
     "ChatSettings",
     "ConversationSettings",
     "DataSettings",
+    "EvaluateSettings",
     "ExportSettings",
     "MergeSettings",
     "PrepareSettings",
+    "QuantisationSettings",
     "Settings",
     "TrainSettings",
     "dump_settings",

@@ -8,8 +8,10 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.data import ConversationSettings, DataSettings, TrainingDataSettings
 from t5tune.settings.fields import Maybe, Settings
+from t5tune.settings.inference import InferenceSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
+from t5tune.settings.quantisation import QuantisationSettings
 from t5tune.settings.training import EvaluationSettings, ProcessSettings, TrainingSettings
 
 
@@ -31,6 +33,7 @@ class TrainSettings(
     ProcessSettings,
     EvaluationSettings,
     TrainingSettings,
+    QuantisationSettings,
     LoraSettings,
     TrainingDataSettings,
     BaseModelSettings,
@@ -50,10 +53,43 @@ class TrainSettings(
         if self.num_gpus and self.num_processes and self.num_gpus != self.num_processes:
             raise ValueError(f"num_gpus: {self.num_gpus} beside num_processes: {self.num_processes}; give one")
         evaluates = self.eval_fraction > 0 or self.eval_data_path is not None
-        if self.eval_strategy in {"steps", "epoch"} and not evaluates:
+        for name in (
+            "eval_strategy",
+            "eval_steps",
+            "eval_generate",
+            "metric_for_best_model",
+            "early_stopping_patience",
+        ):
+            if (value := getattr(self, name)) not in (None, "no") and not evaluates:
+                raise ValueError(f"{name}: {value} has nothing to evaluate on; give eval_data_path or eval_fraction")
+            if value not in (None, "no") and name != "eval_strategy" and self.eval_strategy == "no":
+                raise ValueError(f"{name}: {value}, but eval_strategy is no")
+        if self.metric_for_best_model not in (None, "loss", "perplexity") and self.eval_generate is None:
             raise ValueError(
-                f"eval_strategy: {self.eval_strategy} has nothing to evaluate on; give eval_data_path or eval_fraction"
+                f"metric_for_best_model: {self.metric_for_best_model} scores answers; say with eval_generate of how "
+                "many examples"
             )
+        if self.eval_steps is not None and self.eval_strategy == "epoch":
+            raise ValueError(f"eval_steps: {self.eval_steps}, but eval_strategy is epoch")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_agrees(self) -> "TrainSettings":
+        if self.train_mode == "full":
+            for name in ("q_lora", "use_dora", "use_rslora", "loraplus_lr_ratio", "modules_to_save"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: full training has no adapters; leave it out, or train_mode: lora")
+            if self.init_lora_weights != "default":
+                raise ValueError("init_lora_weights: full training has no adapters; leave it out")
+        if self.init_lora_weights == "loftq" and not (self.q_lora and self.quant_type != "int8"):
+            raise ValueError("init_lora_weights: loftq makes up for the 4 bits of q_lora, which is off or in int8")
+        if self.init_lora_weights.startswith(("pissa", "olora")) and self.q_lora:
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights} takes its start out of the base's weights, which are "
+                "4-bit under q_lora; loftq is the start for those"
+            )
+        if self.init_lora_weights.startswith(("pissa", "olora", "loftq")) and self.use_dora:
+            raise ValueError(f"init_lora_weights: {self.init_lora_weights} and use_dora don't go together")
         return self
 
 
@@ -95,22 +131,12 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     )
 
 
-class ChatSettings(ConversationSettings, BaseModelSettings):
+class ChatSettings(ConversationSettings, InferenceSettings):
     command: ClassVar[str] = "chat"
     panel: ClassVar[str] = "Chat"
 
-    adapter: Annotated[Path | None, Maybe] = Field(
-        default=None, description="Adapter folder or run folder to put on the base."
-    )
     prompt: str | None = Field(default=None, description="Answer this one message and stop.")
     system: str | None = Field(default=None, description="System message; default: the template's own.")
-    # None: the template of the adapter or the merged checkpoint, else fastchat-t5
-    conversation_template: Annotated[str | None, Maybe] = Field(  # type: ignore[assignment]
-        default=None,
-        description="Layout of the conversation; default: the one that the model was trained with.",
-    )
-    q_lora: bool = Field(default=False, description="Load the base in 4 bits, as --q-lora trains it.")
-    bf16: bool = Field(default=False, description="Compute in bfloat16.")
     max_new_tokens: int = Field(default=512, gt=0, description="Longest reply (tokens).")
     temperature: float = Field(
         default=0.0, ge=0, description="0: the likeliest reply; above: sample, flatter as it grows."
@@ -119,7 +145,22 @@ class ChatSettings(ConversationSettings, BaseModelSettings):
         default=1.0, gt=0, le=1, description="Sample from the likeliest words that hold this probability."
     )
     seed: int = Field(default=42, ge=0, description="Seed of the sampling.")
-    use_cpu: bool = Field(default=False, description="Stay on the CPU even where there is a GPU.")
+
+
+class EvaluateSettings(DataSettings, InferenceSettings):
+    command: ClassVar[str] = "evaluate"
+    panel: ClassVar[str] = "Evaluation"
+
+    output_dir: Annotated[Path | None, Maybe] = Field(
+        default=None,
+        description="Folder for predictions.jsonl; default: `evaluation` here, or the first free of evaluation.1, …",
+    )
+    overwrite: bool = Field(default=False, description="Replace the folder where it holds other files.")
+    num_beams: int = Field(default=1, gt=0, description="Beams of the search; 1: the likeliest token each time.")
+    max_new_tokens: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Longest answer (tokens); default: as long as the longest true one."
+    )
+    per_device_eval_batch_size: int = Field(default=32, gt=0, description="Examples at a time.")
 
 
 COMMANDS: tuple[type[Settings], ...] = (
@@ -128,4 +169,5 @@ COMMANDS: tuple[type[Settings], ...] = (
     ExportSettings,
     MergeSettings,
     ChatSettings,
+    EvaluateSettings,
 )

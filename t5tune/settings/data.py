@@ -15,10 +15,10 @@ class ConversationSettings(Settings):
 
     panel: ClassVar[str] = "Conversations"
 
-    conversation_template: str = Field(
-        default="fastchat-t5",
-        min_length=1,
-        description="Layout of a conversation: a name under templates/conversations, or a YAML file.",
+    conversation_template: Annotated[str | None, Maybe] = Field(
+        default=None,
+        description="Layout of a conversation: a name under templates/conversations, or a YAML file; default: "
+        "the one that the model brings (template.yaml), else fastchat-t5.",
     )
     model_max_length: int = Field(
         default=2048,

@@ -35,7 +35,6 @@ TRAIN: Mapping[str, Renamed] = {
     "save_safetensors": Renamed(None, "weights are always written as safetensors"),
     "local_rank": Renamed(None, "the launcher's environment says it"),
     "remove_unused_columns": Renamed(None, "examples hold only what the model reads"),
-    "group_by_length": Renamed(None, "set train_sampling_strategy under training_args instead"),
 }
 
 RENAMED: Mapping[str, Mapping[str, Renamed]] = {"train": TRAIN}

@@ -2,9 +2,14 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from t5tune.settings.fields import Maybe, Settings, Words
+
+
+def _without_prefix(value: Any) -> Any:
+    """`eval_loss`, as Hugging Face's figures are called, is `loss`."""
+    return value.removeprefix("eval_") if isinstance(value, str) else value
 
 
 class TrainingSettings(Settings):
@@ -16,6 +21,9 @@ class TrainingSettings(Settings):
     )
     per_device_train_batch_size: int = Field(default=8, gt=0, description="Examples per process and micro-step.")
     gradient_accumulation_steps: int = Field(default=1, gt=0, description="Micro-steps per optimizer step.")
+    group_by_length: bool = Field(
+        default=True, description="Fill each step with examples of about the same length, in shuffled windows."
+    )
     learning_rate: float = Field(default=5e-5, ge=0, description="Highest learning rate.")
     lr_scheduler_type: str = Field(
         default="linear", description="Learning-rate schedule, by its transformers name (linear, cosine, …)."
@@ -56,7 +64,27 @@ class EvaluationSettings(Settings):
         description="When to evaluate; default: each epoch if there is held-out data, else never.",
     )
     eval_steps: Annotated[int | None, Maybe] = Field(
-        default=None, gt=0, description="Steps between evaluations; default: logging_steps."
+        default=None, gt=0, description="Steps between evaluations; turns eval_strategy steps on."
+    )
+    eval_generate: Annotated[int | None, Maybe] = Field(
+        default=None,
+        gt=0,
+        description="Answer this many held-out examples at each evaluation, and score the answers: exact match, "
+        "ROUGE, BLEU, chrF.",
+    )
+    metric_for_best_model: Annotated[
+        Literal["loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"] | None,
+        BeforeValidator(_without_prefix),
+        Maybe,
+    ] = Field(
+        default=None,
+        description="Keep the checkpoint that is best by this held-out figure, and end with its adapter; default: "
+        "end with the last.",
+    )
+    early_stopping_patience: Annotated[int | None, Maybe] = Field(
+        default=None,
+        gt=0,
+        description="Stop after this many evaluations without a better metric_for_best_model (default: loss).",
     )
     per_device_eval_batch_size: int = Field(default=8, gt=0, description="Examples per process in evaluation.")
     save_strategy: Literal["no", "steps", "epoch"] = Field(

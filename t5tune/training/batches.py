@@ -1,13 +1,15 @@
 """Cache -> padded batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
-from t5tune.data.cache import Cache, Example
+from t5tune.data.cache import Cache
+from t5tune.data.encoding import Example
 from t5tune.model.loss import IGNORED_LABEL
 
 
@@ -23,6 +25,44 @@ class ExampleDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         example: Example = self.cache[index]
         return example
+
+
+class BucketSampler(Sampler[int]):
+    """An epoch's order: shuffled, then sorted by length in windows of some steps, then the steps shuffled.
+
+    A step's examples are of about the same length, so little of it is padding, on every rank. The order follows
+    from seed and epoch alone.
+
+    Args:
+        lengths: of each example, in tokens.
+        step_size: examples per optimizer step, over accumulation and ranks.
+    """
+
+    STEPS_PER_WINDOW = 64
+
+    def __init__(self, lengths: npt.NDArray[np.int64], step_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.step_size = step_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Trainer calls this before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        window = self.STEPS_PER_WINDOW * self.step_size
+        parts = [order[start : start + window] for start in range(0, len(order), window)]
+        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        # whole steps change places; an odd rest stays last, or it would shift all behind it
+        whole = len(order) // self.step_size * self.step_size
+        steps = rng.permutation(order[:whole].reshape(-1, self.step_size))
+        yield from np.concatenate([steps.ravel(), order[whole:]]).tolist()
 
 
 class PaddedCollator:

@@ -72,8 +72,8 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def publish(staged: Path, run: Path, step: int, world_size: int, keep: int | None) -> Path:
-    """Seal a staged checkpoint, rename it into the run, and delete those beyond the newest `keep`."""
+def publish(staged: Path, run: Path, step: int, world_size: int, keep: int | None, best: int | None = None) -> Path:
+    """Seal a staged checkpoint, rename it into the run, and delete those beyond the newest `keep` but `best`."""
     seal(staged, step, world_size)
     final = run / f"checkpoint-{step}"
     if final.exists():  # only one that doesn't verify can stand there: the run resumed from before it
@@ -81,7 +81,8 @@ def publish(staged: Path, run: Path, step: int, world_size: int, keep: int | Non
     staged.rename(final)
     sync(run)
     for old in checkpoints(run)[keep:] if keep else []:
-        shutil.rmtree(old)
+        if old.name != f"checkpoint-{best}":
+            shutil.rmtree(old)
     return final
 
 

@@ -1,9 +1,12 @@
 """Hugging Face's Trainer with the house's loss, checkpoints and events."""
 
 import json
+import math
 import shutil
 import time
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +14,53 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.data.cache import Cache
+from t5tune.data.tokenizer import answer_text, true_text
 from t5tune.errors import TrainingError
+from t5tune.metrics import score
 from t5tune.model.loss import IGNORED_LABEL, step_loss
 from t5tune.progress import Advanced, Finished, Measured, Report, Started
-from t5tune.training.batches import ExampleDataset, PaddedCollator
+from t5tune.training.batches import BucketSampler, ExampleDataset, PaddedCollator
 from t5tune.training.checkpoint import STAGED, publish
-from t5tune.weights.adapter import WEIGHTS, TrainedWith, saved_name, write_adapter
+from t5tune.training.evaluation import generate_replies, longest_target, measure_losses, spread
+from t5tune.weights.adapter import saved_name, without_start
 from t5tune.weights.streaming import SafetensorsFile
 from t5tune.weights.tensors import Tensor
 
 TASK = "train"
 
 
+@dataclass(frozen=True)
+class Answers:
+    """How evaluation generates: answers to `count` of the examples, without what the layout puts behind them."""
+
+    tokenizer: Any
+    answer_end: str
+    count: int
+
+    def score(self, model: Any, examples: Cache, batch_size: int) -> dict[str, float]:
+        """Scores of greedy answers to evenly spread examples."""
+        chosen = [examples[index] for index in spread(len(examples), self.count)]
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        replies = generate_replies(model, chosen, eos, pad, batch_size, longest_target(chosen))
+        targets = [true_text(self.tokenizer, example.target_T, self.answer_end) for example in chosen]
+        return score([answer_text(self.tokenizer, reply, self.answer_end) for reply in replies], targets)
+
+
 class T5Trainer(Trainer):  # type: ignore[misc]
     """Trains a PEFT model on a cache.
 
     Args:
-        trained_with: what goes into each checkpoint's adapter files beside the tensors.
-        keep: number of checkpoints to keep; None: all.
+        write: puts the trained tensors, and what belongs to them, into a checkpoint's folder.
+        weights_file: the file in it that `write` puts the tensors into.
+        taken_out: LoRA matrices that were taken out of the base's weights (see weights.adapter.without_start).
+        loraplus_lr_ratio: learning rate of the B matrices over that of the others.
+        group_by_length: fill each step with examples of about the same length.
+        keep: number of checkpoints to keep beside the best; None: all.
+        answers: how evaluation generates; None: it measures the loss alone.
+        patience: evaluations without a better figure after which training stops; None: it goes on.
     """
 
     def __init__(
@@ -40,8 +70,14 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         train: Cache,
         held_out: Cache | None,
         collator: PaddedCollator,
-        trained_with: TrainedWith,
+        write: Callable[[Path, dict[str, Tensor]], None],
+        weights_file: str,
+        taken_out: dict[str, Tensor],
+        loraplus_lr_ratio: float | None,
+        group_by_length: bool,
         keep: int | None,
+        answers: Answers | None,
+        patience: int | None,
         report: Report,
     ) -> None:
         super().__init__(
@@ -52,8 +88,15 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             data_collator=collator,
             compute_loss_func=step_loss,
         )
-        self.trained_with = trained_with
+        self.write = write
+        self.weights_file = weights_file
+        self.taken_out = taken_out
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.group_by_length = group_by_length
         self.keep = keep
+        self.answers = answers
+        self.patience = patience
+        self.report = report
         self.run_folder = Path(args.output_dir)
         self.tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.tokens_logged = 0
@@ -63,7 +106,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         model.register_state_dict_post_hook(_drop_frozen)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Events(report))
-        self.add_callback(_SaveLastStep())
+        self.add_callback(_LastStep())
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.tokens += inputs["attention_mask"].sum().to(self.tokens.device)
@@ -76,11 +119,52 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             )
         return loss
 
-    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Leave the random state as it was: a data loader draws from it, and dropout would come out otherwise."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            return super().evaluate(*arguments, **options)  # type: ignore[no-any-return]
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        sources, targets = self.train_dataset.cache.lengths()
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return BucketSampler(sources + targets, step_size, args.seed)
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """The loss per target token of the held-out examples, and the scores of a sample of answers.
+
+        Trainer's own loop takes means of batches, which depend on how examples fall into them, and leaves the
+        random state changed: its data loader draws from it. This one draws nothing.
+        """
+        examples, batch_size = self.eval_dataset.cache, self.args.per_device_eval_batch_size
+        loss = measure_losses(self.model, examples, self.data_collator, batch_size).mean
+        figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if self.answers is not None:
+            figures |= self.answers.score(self.model, examples, batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> list[Any]:
+        """None is needed: see `evaluation_loop`."""
+        return []
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save what is best so far (of equals the one of lower loss); stop where nothing better has come for long."""
+        if (name := self.args.metric_for_best_model) is None:
+            return False
+        name = f"eval_{name.removeprefix('eval_')}"
+        sign = 1 if self.args.greater_is_better else -1
+        history = {line["step"]: line for line in self.state.log_history if "eval_loss" in line}
+        best = history.get(self.state.best_global_step)
+
+        def rank(line: dict[str, float]) -> tuple[float, float]:
+            return sign * line[name], -line["eval_loss"]
+
+        is_best = math.isfinite(metrics["eval_loss"]) and (best is None or rank(metrics) > rank(best))
+        if is_best:
+            self.state.best_metric, self.state.best_global_step = metrics[name], self.state.global_step
+        since = sum(step > (self.state.best_global_step or 0) for step in history)
+        if self.patience is not None and since >= self.patience:
+            self.control.should_training_stop = self.control.should_save = True
+        self.control.should_save |= is_best
+        return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens per second to the training figures, and append the line to metrics.jsonl."""
@@ -103,15 +187,15 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return int(total)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter's files, with the fp32 values that the optimizer holds."""
-        state = self.adapter_state()  # on every rank: ZeRO gathers
+        """Write the trained tensors with the fp32 values that the optimizer holds."""
+        state = self.trained_state()  # on every rank: ZeRO gathers
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_adapter(folder, state, self.trained_with, non_lora={})
+            self.write(folder, without_start(state, self.taken_out))
 
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Every trained tensor by PEFT's name, in fp32; under ZeRO the optimizer's master copy, gathered."""
+    def trained_state(self) -> dict[str, Tensor]:
+        """Every trained tensor by its saved name, in fp32; under ZeRO the optimizer's master copy, gathered."""
         state = {}
         masters = _unsharded_masters(self.model_wrapped)
         for name, parameter in self.model.named_parameters():
@@ -122,11 +206,31 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Set every trained parameter to the value that `save_model` wrote."""
-        file = SafetensorsFile(Path(resume_from_checkpoint) / WEIGHTS)
+        file = SafetensorsFile(Path(resume_from_checkpoint) / self.weights_file)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 values = torch.from_numpy(file.tensor(saved_name(name)).to_float32().copy())
-                parameter.data.copy_(values)
+                # the matrices of PiSSA and OLoRA have what was taken out of the base behind them
+                parameter.data.copy_(values[tuple(slice(size) for size in parameter.shape)])
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """With LoRA+ the B matrices, and DoRA's norms as in PEFT's, learn at their own rate."""
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        is_fast = {name: ".lora_B." in name or value.ndim == 1 for name, value in named}
+        rate, decay = self.args.learning_rate, self.args.weight_decay
+        groups = [
+            {"params": [value for name, value in named if not is_fast[name]], "lr": rate, "weight_decay": decay},
+            {
+                "params": [value for name, value in named if is_fast[name]],
+                "lr": rate * self.loraplus_lr_ratio,
+                "weight_decay": decay,
+            },
+        ]
+        self.optimizer: Any = optimizer_class(groups, **options)
+        return self.optimizer
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.staging or super()._get_output_dir(trial=trial))
@@ -150,7 +254,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
                 reason = f": {failure}" if failure else ""
                 raise TrainingError(f"checkpoint {step} could not be written by rank {failed[0]}{reason}") from failure
             if self.args.process_index == 0:
-                publish(staging / f"checkpoint-{step}", self.run_folder, step, self.args.world_size, self.keep)
+                best = self.state.best_global_step
+                publish(staging / f"checkpoint-{step}", self.run_folder, step, self.args.world_size, self.keep, best)
         finally:
             if self.args.process_index == 0:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -160,10 +265,22 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     last_saved: int | None = None
 
 
-class _SaveLastStep(TrainerCallback):  # type: ignore[misc]
+class _LastStep(TrainerCallback):  # type: ignore[misc]
+    """The last step is evaluated and saved, and none is evaluated twice."""
+
+    evaluated: int | None = None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if state.global_step >= state.max_steps:
             control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.evaluated = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_evaluate &= self.evaluated != state.global_step
         return control
 
 
@@ -176,6 +293,8 @@ class _Events(TrainerCallback):  # type: ignore[misc]
         "grad_norm": "grad norm",
         "tokens_per_second": "tokens/s",
         "eval_loss": "eval loss",
+        "eval_exact_match": "exact match",
+        "eval_rougeL": "rougeL",
     }
 
     def __init__(self, report: Report) -> None:

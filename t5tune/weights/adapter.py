@@ -19,6 +19,7 @@ import numpy as np
 
 from t5tune.errors import CheckpointError
 from t5tune.publish import write_json
+from t5tune.settings.lora import UNTRAINABLE
 from t5tune.weights.card import adapter_card
 from t5tune.weights.streaming import SafetensorsFile, write_safetensors
 from t5tune.weights.tensors import Tensor
@@ -30,6 +31,7 @@ OLD_WEIGHTS = "adapter_model.bin"
 NON_LORA = "non_lora_state.safetensors"
 TEMPLATE = "template.yaml"
 PREFIX = "base_model.model."
+MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 ENCODER_ROWS = f"{PREFIX}encoder.embed_tokens{ROWS}"
 DECODER_ROWS = f"{PREFIX}decoder.embed_tokens{ROWS}"
@@ -47,16 +49,51 @@ class TrainedWith:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The update of one weight: scale · B·A. A is [R, I], B is [O, R]."""
+    """The update of one weight: scale · B·A. A is [R, I], B is [O, R]; DoRA's row norms are [O]."""
 
     a_RI: Tensor
     b_OR: Tensor
     scale: float
+    magnitude_O: Tensor | None = None
 
 
 def saved_name(name: str) -> str:
     """A parameter's name in the training model -> its name in PEFT's file."""
-    return re.sub(r"\.default(?=$|\.weight$)", "", name)
+    name = name.replace(".modules_to_save.default.", ".")
+    return re.sub(r"(\.lora_magnitude_vector)\.default\.weight$|\.default(?=$|\.weight$)", r"\1", name)
+
+
+def without_start(state: Mapping[str, Tensor], taken_out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters that began as a part of the base's weights -> adapters for the base as it is, of twice the rank.
+
+    PiSSA and OLoRA train W - s·B₀·A₀ + s·B·A, which is W + s·[B, -B₀]·[A; A₀] (PEFT's subtract_mutated_init).
+    """
+    result = dict(state)
+    for name, start in taken_out.items():
+        values, first = state[name].to_float32(), start.to_float32()
+        is_a = LORA_NAME.fullmatch(name)[2] == "A"  # type: ignore[index]
+        both = np.concatenate([values, first], 0) if is_a else np.concatenate([values, -first], 1)
+        result[name] = Tensor("F32", np.ascontiguousarray(both))
+    return result
+
+
+def config_without_start(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter_config.json that goes with `without_start`: the same scale at twice the rank."""
+    factor = math.sqrt(2) if config.get("use_rslora") else 2
+    return {**config, "r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
+
+
+def starts_in(state: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `without_start` put behind each of the `trained` matrices in a saved `state` of twice their rank."""
+    found = {}
+    for name, values in trained.items():
+        match = LORA_NAME.fullmatch(name)
+        if match and name in state and math.prod(state[name].shape) == 2 * math.prod(values.shape):
+            both = state[name].to_float32()
+            rank = values.shape[0 if match[2] == "A" else 1]
+            start = both[rank:] if match[2] == "A" else -both[:, rank:]
+            found[name] = Tensor("F32", np.ascontiguousarray(start))
+    return found
 
 
 def with_copies(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -96,11 +133,25 @@ def check_adapter(
     for module, halves in pairs.items():
         if halves != {"A", "B"}:
             raise CheckpointError(f"{place}: {module}: lora_{min({'A', 'B'} - halves)} is missing")
+        if config.get("use_dora") and module + MAGNITUDE not in state:
+            raise CheckpointError(f"{place}: {module}: {MAGNITUDE[1:]} is missing, but {CONFIG} says use_dora")
+    _check_whole_modules(state, config, place)
     if must_have_moved and not moved:
         raise CheckpointError(
             f"{place}: every lora_B is zero, as before the first step: nothing was learned",
             hint="train longer, or with a larger learning rate",
         )
+
+
+def _check_whole_modules(state: Mapping[str, Tensor], config: Mapping[str, Any], place: Path) -> None:
+    for name in config.get("modules_to_save") or ():
+        if name.rpartition(".")[2] in UNTRAINABLE:
+            raise CheckpointError(
+                f"{place / CONFIG}: modules_to_save: {name}: PEFT's copy of it is not what a T5 reads",
+                hint="train rows of new tokens with trainable_token_indices",
+            )
+        if not whole_modules({"modules_to_save": [name]}, state):
+            raise CheckpointError(f"{place / CONFIG}: modules_to_save: {name}: no tensor of it in {WEIGHTS}")
 
 
 def write_adapter(
@@ -135,7 +186,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         CheckpointError: it holds no adapter, or of a kind that can't be folded.
     """
     config = read_adapter_config(folder)
-    for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "alora_invocation_tokens", "use_qalora"):
+    for key in ("fan_in_fan_out", "alora_invocation_tokens", "use_qalora"):
         if config.get(key):
             raise CheckpointError(f"{folder / CONFIG}: {key}: {config[key]!r} can't be folded yet")
     if (folder / WEIGHTS).is_file():
@@ -182,8 +233,16 @@ def low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
             rank = tensor.shape[0]
             alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            updates[f"{module}.weight"] = LowRank(tensor, state[f"{match[1]}.lora_B.weight"], scale)
+            magnitude = state.get(match[1] + MAGNITUDE)
+            updates[f"{module}.weight"] = LowRank(tensor, state[f"{match[1]}.lora_B.weight"], scale, magnitude)
     return updates
+
+
+def whole_modules(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Base weight's name -> the tensor that takes its place: the parameters of modules_to_save."""
+    listed = tuple(config.get("modules_to_save") or ())
+    names = {name: name.removeprefix(PREFIX) for name in state if not LORA_NAME.fullmatch(name)}
+    return {base: state[name] for name, base in names.items() if listed and base.rpartition(".")[0].endswith(listed)}
 
 
 def token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> dict[str, dict[int, int]]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import ModelError
-from t5tune.progress import Note, Report, silent
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.weights.pocket import pocket_folder
 
@@ -17,7 +16,7 @@ FILES = [
 ]
 
 
-def find_base(settings: BaseModelSettings, report: Report = silent) -> Path:
+def find_base(settings: BaseModelSettings) -> Path:
     """The folder that holds the base's files; a hub model is downloaded first.
 
     Raises:
@@ -25,7 +24,6 @@ def find_base(settings: BaseModelSettings, report: Report = silent) -> Path:
     """
     name = settings.model_name_or_path
     if name == "pocket" and not Path("pocket").is_dir():
-        report(Note("pocket is random until a pretrained one comes with t5tune: it shows the way, not quality"))
         return pocket_folder()
     path = Path(name)
     folder = path if path.is_dir() else _download(name, settings.revision, settings.cache_dir)

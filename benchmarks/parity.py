@@ -1,0 +1,129 @@
+"""Does each way of tuning learn as well as full tuning does? Every method, some seeds, one table.
+
+    python benchmarks/parity.py --train examples/quickstart/train.jsonl --held-out examples/quickstart/heldout.jsonl
+
+Trains the built-in model by each method in a process of its own and evaluates on the held-out set. Prints a row
+of a Markdown table as each method ends, and last one JSON line with every figure.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Q_LORA = ["--q-lora", "--no-bf16"]
+ALL_LINEAR = ["--lora-target-modules", "all-linear"]
+FULL_RATE, RATE, ALL_RATE = "1e-3", "2e-2", "1e-2"
+
+METHODS: dict[str, list[str]] = {
+    "full": ["--train-mode", "full", "--learning-rate", FULL_RATE],
+    "LoRA q,v": ["--learning-rate", RATE],
+    "LoRA all-linear": [*ALL_LINEAR, "--learning-rate", ALL_RATE],
+    "QLoRA nf4 q,v": [*Q_LORA, "--no-double-quant", "--learning-rate", RATE],
+    "QLoRA nf4 + DQ q,v": [*Q_LORA, "--learning-rate", RATE],
+    "QLoRA nf4 + DQ all-linear": [*Q_LORA, *ALL_LINEAR, "--learning-rate", ALL_RATE],
+    "QLoRA fp4 q,v": [*Q_LORA, "--quant-type", "fp4", "--learning-rate", RATE],
+    "int8 q,v": [*Q_LORA, "--quant-type", "int8", "--learning-rate", RATE],
+}
+VARIANTS: dict[str, list[str]] = {
+    "DoRA q,v": ["--use-dora", "--learning-rate", RATE],
+    "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", "--learning-rate", "5e-3"],
+    "PiSSA q,v": ["--init-lora-weights", "pissa", "--learning-rate", RATE],
+    "OLoRA q,v": ["--init-lora-weights", "olora", "--learning-rate", RATE],
+    "LoRA+ q,v": ["--loraplus-lr-ratio", "4", "--learning-rate", "1e-2"],
+    "QLoRA, LoftQ start": [*Q_LORA, "--init-lora-weights", "loftq", "--learning-rate", RATE],
+    "LoRA q,v + norms whole": ["--modules-to-save", "layer_norm", "final_layer_norm", "--learning-rate", RATE],
+}
+TOKENS: dict[str, list[str]] = {
+    "LoRA q,v, no tokens added": ["--add-tokens", "none", "--learning-rate", RATE],
+    "LoRA q,v, frozen mean rows (FastChat's way)": ["--no-train-token-rows", "--learning-rate", RATE],
+}
+GROUPS = {"methods": METHODS, "variants": VARIANTS, "tokens": TOKENS}
+SCORES = ("exact_match", "rougeL", "chrf", "loss")
+
+
+def t5tune(*arguments: Any) -> dict[str, Any]:
+    command = [sys.executable, "-m", "t5tune", *map(str, arguments), "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return dict(json.loads(done.stdout))
+
+
+def with_mean_rows(folder: Path) -> Path:
+    """The built-in model as FastChat would hand it to LoRA: every row of an added token the mean of all rows."""
+    from transformers import AutoTokenizer
+
+    from t5tune.weights.pocket import pocket_folder
+
+    shutil.copytree(pocket_folder(), folder)
+    count = len(AutoTokenizer.from_pretrained(folder))
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("shared.weight", "lm_head.weight"):
+        rows = tensors[name].float()
+        rows[count:] = rows[:count].mean(0)
+        tensors[name] = rows.to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def run(method: str, flags: list[str], seed: int, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Train and evaluate once."""
+    base = "pocket"
+    if "frozen mean" in method:
+        base = str(with_mean_rows(folder / "base"))
+    epochs = [] if options.epochs is None else ["--num-train-epochs", options.epochs]
+    trained = t5tune(
+        "train", "--config", "pocket", "--model-name-or-path", base, "--data-path", options.train,
+        "--output-dir", folder / "run", "--seed", seed, "--save-strategy", "no", *epochs, *flags,
+    )  # fmt: skip
+    quantised = [flag for flag in flags if flag in {"--q-lora", "--quant-type", "fp4", "int8", "--no-double-quant"}]
+    tokens = ["--add-tokens", "none"] if "--add-tokens" in flags else []
+    scores = t5tune(
+        "evaluate", "--model-name-or-path", folder / "run", "--data-path", options.held_out, *quantised, *tokens,
+        "--output-dir", folder / "scores", *(["--num-data", options.num_data] if options.num_data else []),
+    )  # fmt: skip
+    shutil.rmtree(folder)
+    return {name: scores[name] for name in SCORES} | {
+        "seconds": trained["seconds"],
+        "trainable": trained["trainable_parameters"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", type=Path, required=True, help="conversations to train on")
+    parser.add_argument("--held-out", type=Path, required=True, help="conversations to evaluate on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=float, help="passes over the data; default: the recipe's")
+    parser.add_argument("--num-data", type=int, help="evaluate on the first N examples")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    options = parser.parse_args()
+    print("| method | trained | exact match | mean | RougeL | chrF | loss | seconds |", flush=True)
+    print("|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    table: dict[str, list[dict[str, float]]] = {}
+    for group in options.groups:
+        for method, flags in GROUPS[group].items():
+            with tempfile.TemporaryDirectory(prefix="t5tune-parity-") as folder:
+                results = [run(method, flags, seed, options, Path(folder) / str(seed)) for seed in options.seeds]
+            table[method] = results
+            mean = {name: statistics.fmean(result[name] for result in results) for name in results[0]}
+            each = " / ".join(f"{result['exact_match']:.1f}" for result in results)
+            print(
+                f"| {method} | {int(mean['trainable']):,} | {each} | {mean['exact_match']:.1f} | {mean['rougeL']:.2f} "
+                f"| {mean['chrf']:.2f} | {mean['loss']:.4f} | {mean['seconds']:.0f} |",
+                flush=True,
+            )
+    print(json.dumps({"seeds": options.seeds, "results": table}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Pretrain the built-in model from scratch, on two CPU cores in under half an hour.
+
+    python examples/pocket/pretrain.py --output runs/pocket-base
+
+Started again it goes on from its last save. Seeds are fixed and the schedule counts steps, so that a rerun, or
+one that was interrupted, gives the same bits on the same machine and release of torch.
+
+The recipe: Muon on the hidden matrices (Jordan et al. 2024) and AdamW on the rest; T5's attention has no
+1/sqrt(d), so the queries learn at 0.15 of the rate; position biases that look at the previous, the next and the
+same place from the start; random pieces to copy in the first examples, so that the decoder learns to align; and
+one matrix for embedding and head while the rate is constant, so that a piece that can be read can be copied.
+"""
+
+import argparse
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import FAMILIES, SHARES, Turns
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+TOKENIZER = Path(__file__).parents[2] / "t5tune" / "pocket"
+SEED = 20261124
+STEPS = 6000
+THREADS = 2  # part of the recipe: sums in another order round differently
+WARMUP_STEPS, CONSTANT_STEPS = 60, int(0.4 * STEPS)
+MUON_RATE, QUERY_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.15 * 0.02, 5e-3, 0.1
+BATCH_COST = 3600  # padded source tokens + 1.3 × padded target tokens
+POOL = 8192  # examples that are sorted by length and cut into batches together
+LONGEST = 256  # tokens of a source
+COPYING_EXAMPLES = 24_000
+SAVE_STEPS = 250
+CONFIG = {
+    "vocab_size": 1536,  # 1,497 pieces, and spare rows for the tokens that tuning adds
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 512,
+    "num_layers": 3,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "tie_word_embeddings": False,  # what transformers 5 takes from this: no scaling before the head
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+FASTCHAT_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions. "
+)
+Example = tuple[list[int], list[int]]  # ids of source and target, end tokens included
+
+
+# ---------------------------------------------------------------- examples
+
+
+@cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    return [list(ids) for ids in tokenizer()(texts)["input_ids"]]
+
+
+def lay_out(turns: Turns, rng: random.Random) -> tuple[str, str]:
+    """Source and target text of one answer of a conversation, mostly in the layout of the packaged template."""
+    last = len(turns) - 1 if rng.random() < 0.7 else rng.randrange(len(turns))
+    kind = rng.random()
+    human, assistant, between, system = "Human: ", "Assistant:", " ", ""
+    if kind < 0.12:
+        human, assistant, system = "### Human: ", "### Assistant:", FASTCHAT_SYSTEM if kind < 0.06 else ""
+    elif kind < 0.25:
+        human = assistant = ""
+    words = [part for question, answer in turns[:last] for part in (human + question, assistant, answer)]
+    words += [human + turns[last][0], assistant]
+    return system + between.join(word for word in words if word), turns[last][1]
+
+
+def pool(index: int) -> list[Example]:
+    """The examples of one pool; its number decides them."""
+    examples: list[Example] = []
+    texts: list[tuple[str, str]] = []
+    for number in range(index * POOL, (index + 1) * POOL):
+        rng = random.Random(f"{SEED} {number}")
+        if number < COPYING_EXAMPLES and rng.random() < 0.6 * (1 - number / COPYING_EXAMPLES) + 0.1:
+            pieces = [rng.randrange(3, len(tokenizer()) - 24) for _ in range(rng.randint(3, 10))]
+            examples.append(([*pieces, 1], [*pieces, 1]))
+        else:
+            family = rng.choices(list(SHARES), list(SHARES.values()))[0]
+            turns = FAMILIES[family](rng)
+            texts.append(turns[0] if family == "spans" else lay_out(turns, rng))
+    sources, targets = encode([source for source, _ in texts]), encode([target for _, target in texts])
+    examples += [pair for pair in zip(sources, targets, strict=True) if len(pair[0]) <= LONGEST]
+    return examples
+
+
+def batches_of(index: int) -> list[list[Example]]:
+    """One pool in batches of about equal cost and length, shuffled."""
+    rng = random.Random(f"batches {SEED} {index}")
+    examples = sorted(pool(index), key=lambda example: (len(example[1]) // 5, len(example[0]) + 3 * rng.random()))
+    batches: list[list[Example]] = [[]]
+    for example in examples:
+        longer = [*batches[-1], example]
+        width = max(len(source) for source, _ in longer) + 1.3 * max(len(target) for _, target in longer)
+        if width * len(longer) > BATCH_COST and batches[-1]:
+            batches.append([])
+        batches[-1].append(example)
+    rng.shuffle(batches)
+    return batches
+
+
+def batches_from(index: int, skip: int) -> Iterator[tuple[int, int, list[Example]]]:
+    """(pool, place in it, batch) from a given place on; the next pool is made while this one trains."""
+    with ProcessPoolExecutor(1) as worker:
+        coming = worker.submit(batches_of, index)
+        while True:
+            batches = coming.result()
+            coming = worker.submit(batches_of, index + 1)
+            for place in range(skip, len(batches)):
+                yield index, place, batches[place]
+            index, skip = index + 1, 0
+
+
+def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+# ---------------------------------------------------------------- model and optimizers
+
+
+def new_model() -> T5ForConditionalGeneration:
+    torch.manual_seed(SEED)
+    model = T5ForConditionalGeneration(T5Config(**CONFIG))
+    model.config.tie_word_embeddings = False  # transformers 5 holds every T5 for tied
+    model.lm_head.weight = model.shared.weight
+    with torch.no_grad():
+        model.shared.weight.normal_(0, 0.02)
+        encoder, decoder = (
+            stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+            for stack in (model.encoder, model.decoder)
+        )
+        # buckets 0, 1, 2 are the same place and those before; 17 is the next
+        encoder[1, 0] += 4
+        encoder[17, 1] += 4
+        decoder[0, 0] += 4
+        decoder[1, 1] += 4
+        for nearby in (encoder, decoder):
+            nearby[1, 2] += 2
+            nearby[2, 2] += 2
+        encoder[0, 2] += 2
+    return model
+
+
+def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    hidden, queries, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        is_hidden = ".block." in name and parameter.ndim == 2 and "relative" not in name
+        (queries if is_hidden and name.endswith("ttention.q.weight") else hidden if is_hidden else rest).append(
+            parameter
+        )
+    return [
+        torch.optim.Muon(
+            [{"params": hidden, "full_lr": MUON_RATE}, {"params": queries, "full_lr": QUERY_RATE}],
+            weight_decay=WEIGHT_DECAY,
+        ),
+        torch.optim.AdamW([{"params": rest, "full_lr": ADAM_RATE}], betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def untie(model: T5ForConditionalGeneration, adam: torch.optim.Optimizer) -> None:
+    """Give the head weights of its own, which begin as the embedding's."""
+    model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
+    adam.add_param_group({"params": [model.lm_head.weight], "full_lr": ADAM_RATE})
+    averages = adam.state.get(model.shared.weight, {})
+    adam.state[model.lm_head.weight] = {name: value.clone() for name, value in averages.items()}
+
+
+def rate(step: int) -> float:
+    """Warm-up, constant, then linear to zero; a factor for every learning rate."""
+    return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, (STEPS - step) / (STEPS - CONSTANT_STEPS))
+
+
+# ---------------------------------------------------------------- the run
+
+
+def pretrain(output: Path) -> None:
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    model = new_model()
+    both = optimizers(model)
+    state_file = output / "state.pt"
+    step, index, place = 0, 0, 0
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        if state["step"] > CONSTANT_STEPS:
+            untie(model, both[1])
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(both, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, index, place = state["step"], state["pool"], state["place"] + 1
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; from step {step} to {STEPS}", flush=True)
+    model.train()
+    losses: list[float] = []
+    started, first_step = time.monotonic(), step
+    for pool_index, place_in_pool, batch in batches_from(index, place):
+        if step == STEPS:
+            break
+        if step == CONSTANT_STEPS:
+            untie(model, both[1])
+        for group in (group for optimizer in both for group in optimizer.param_groups):
+            group["lr"] = group["full_lr"] * rate(step)
+        sources = padded([source for source, _ in batch], 0)
+        labels = padded([target for _, target in batch], -100)
+        loss = model(input_ids=sources, attention_mask=sources.ne(0).long(), labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for group in both[1].param_groups for p in group["params"]], 1.0)
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        losses.append(loss.item())
+        if step % 50 == 0:
+            pace = (time.monotonic() - started) / (step - first_step)
+            mean = sum(losses[-50:]) / len(losses[-50:])
+            print(f"step {step}  loss {mean:.4f}  {pace:.3f} s/step", flush=True)
+        if step % SAVE_STEPS == 0 or step == STEPS:
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in both]}
+            torch.save(
+                state | {"step": step, "pool": pool_index, "place": place_in_pool}, state_file.with_suffix(".new")
+            )
+            state_file.with_suffix(".new").replace(state_file)
+    model.to(torch.bfloat16).save_pretrained(output)
+    for file in TOKENIZER.glob("tokenizer*.json"):
+        shutil.copy(file, output)
+    print(f"{step} steps; the model is in {output}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the state and the model")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    pretrain(options.output)
+
+
+if __name__ == "__main__":
+    main()

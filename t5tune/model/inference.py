@@ -1,0 +1,72 @@
+"""A model ready to answer: a base, quantised if asked, with an adapter or without, or a merged checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t5tune.data.tokenizer import load_tokenizer
+from t5tune.errors import CheckpointError
+from t5tune.model.device import choose_device
+from t5tune.model.load import load_base
+from t5tune.model.lora import load_adapter
+from t5tune.progress import Note, Report, silent
+from t5tune.settings.base_model import BaseModelSettings
+from t5tune.settings.inference import InferenceSettings
+from t5tune.weights.adapter import CONFIG, TEMPLATE, read_adapter, read_adapter_config
+from t5tune.weights.base import find_base
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, and what was saved with it.
+
+    Args:
+        tokenizer_folder: the adapter's, where it brings a tokenizer, else the base's.
+        template_files: where the layout of its conversations may stand, the likeliest first.
+        num_rows: rows of the embedding.
+    """
+
+    model: Any
+    tokenizer: Any
+    tokenizer_folder: Path
+    template_files: list[Path]
+    num_rows: int
+
+
+def load_for_inference(settings: InferenceSettings, report: Report = silent) -> Loaded:
+    """Load what the settings name; an adapter or a run that stands for the model brings its base's name.
+
+    Raises:
+        ModelError, CheckpointError: the base or the adapter can't be used.
+    """
+    base, adapter = _base_and_adapter(settings, report)
+    if adapter is not None:
+        read_adapter(adapter)  # its errors name the file
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    model = load_base(base, dtype, choose_device(settings.use_cpu), settings)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    folders = [base] if adapter is None else [adapter, base]
+    tokenizer_folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), base)
+    return Loaded(
+        model=model,
+        tokenizer=load_tokenizer(tokenizer_folder),
+        tokenizer_folder=tokenizer_folder,
+        template_files=[folder / TEMPLATE for folder in folders],
+        num_rows=int(model.config.vocab_size),
+    )
+
+
+def _base_and_adapter(settings: InferenceSettings, report: Report) -> tuple[Path, Path | None]:
+    folder = Path(settings.model_name_or_path)
+    if settings.adapter is not None or not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
+        return find_base(settings), settings.adapter
+    config = read_adapter_config(folder)
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{folder / CONFIG}: names no base", hint="give the base, and this with --adapter")
+    report(Note(f"{folder} is an adapter of {name}"))
+    base = BaseModelSettings(model_name_or_path=name, revision=config.get("revision"), cache_dir=settings.cache_dir)
+    return find_base(base), folder

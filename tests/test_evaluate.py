@@ -1,0 +1,297 @@
+"""Evaluate: figures against plain transformers, whatever form model and data come in; and training's own evaluation."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5tune.data.cache import open_cache
+from t5tune.errors import DataError, ModelError, SettingsError
+from t5tune.evaluate import Evaluated, evaluate
+from t5tune.merge import merge
+from t5tune.metrics import score
+from t5tune.prepare import prepare
+from t5tune.progress import Event, Note
+from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
+from t5tune.train import train
+from tests.conftest import t5tune
+
+FIGURES = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
+
+
+def evaluated(model: Path, data: Path, output: Path, **changes: Any) -> Evaluated:
+    values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
+    return evaluate(EvaluateSettings(**{**values, "max_new_tokens": 12, **changes}))
+
+
+def figures(result: Evaluated) -> dict[str, float]:
+    return {name: getattr(result, name) for name in FIGURES}
+
+
+def predictions(result: Evaluated) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.predictions.read_text(encoding="utf-8").splitlines()]
+
+
+def training(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
+    values = {
+        "model_name_or_path": str(base),
+        "data_path": str(data),
+        "output_dir": run,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+    }
+    return TrainSettings(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def cache(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "cache"
+    prepare(PrepareSettings(model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(untied_base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    train(training(untied_base, cache, folder))
+    return folder
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_figures_are_those_of_plain_transformers_one_example_at_a_time(
+    untied_base: Path, cache: Path, tmp_path: Path, num_beams: int
+) -> None:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    result = evaluated(untied_base, cache, tmp_path / "out", num_beams=num_beams, per_device_eval_batch_size=7)
+    model = AutoModelForSeq2SeqLM.from_pretrained(untied_base).eval()
+    tokenizer = AutoTokenizer.from_pretrained(cache / "tokenizer")
+    total = count = 0.0
+    texts = []
+    for example in open_cache(cache):
+        source, target = torch.from_numpy(example.source_S)[None], torch.from_numpy(example.target_T)[None]
+        with torch.no_grad():
+            total += float(model(input_ids=source, labels=target).loss) * target.numel()
+            reply = model.generate(input_ids=source, max_new_tokens=12, num_beams=num_beams, do_sample=False)
+        count += target.numel()
+        texts.append(tokenizer.decode(reply[0], skip_special_tokens=True).removesuffix("\n"))
+    lines = predictions(result)
+    assert result.examples == len(texts) > 20
+    assert result.loss == pytest.approx(total / count, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert [line["prediction"] for line in lines] == texts
+    wanted = score(texts, [line["target"] for line in lines])
+    assert {name: getattr(result, name) for name in wanted} == wanted
+
+
+def test_batches_do_not_change_a_figure(untied_base: Path, cache: Path, tmp_path: Path) -> None:
+    one = evaluated(untied_base, cache, tmp_path / "one", per_device_eval_batch_size=1)
+    many = evaluated(untied_base, cache, tmp_path / "many", per_device_eval_batch_size=64)
+    assert [line["prediction"] for line in predictions(one)] == [line["prediction"] for line in predictions(many)]
+    assert figures(one) == pytest.approx(figures(many), rel=1e-5)
+
+
+def test_cache_and_conversations_give_the_same(run: Path, cache: Path, conversations: Path, tmp_path: Path) -> None:
+    a = evaluated(run, cache, tmp_path / "a")
+    b = evaluated(run, conversations, tmp_path / "b")
+    assert figures(a) == figures(b)
+    assert predictions(a) == predictions(b)
+
+
+def test_adapter_run_and_merged_checkpoint_give_the_same(
+    run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    merge(MergeSettings(model_name_or_path=str(untied_base), adapter=run, output_dir=tmp_path / "merged"))
+    merged = evaluated(tmp_path / "merged", conversations, tmp_path / "a")
+    adapter = evaluated(untied_base, conversations, tmp_path / "b", adapter=run)
+    alone = evaluated(run, conversations, tmp_path / "c")
+    assert figures(merged) == pytest.approx(figures(adapter), rel=1e-4)
+    assert [line["prediction"] for line in predictions(merged)] == [line["prediction"] for line in predictions(alone)]
+    assert figures(adapter) == figures(alone)
+    assert adapter.loss != evaluated(untied_base, conversations, tmp_path / "d").loss
+
+
+def test_pairs_of_source_and_target(untied_base: Path, tmp_path: Path) -> None:
+    pairs = [("translate: Haus", "house"), ("translate: {Baum}", "tree\n  and leaf")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"source": a, "target": b}) for a, b in pairs))
+    result = evaluated(untied_base, tmp_path / "pairs.jsonl", tmp_path / "out", conversation_template="plain")
+    assert [(line["source"], line["target"]) for line in predictions(result)] == pairs
+
+
+def test_each_line_holds_its_own_scores_and_loss(run: Path, conversations: Path, tmp_path: Path) -> None:
+    result = evaluated(run, conversations, tmp_path / "out", num_data=10)
+    lines = predictions(result)
+    assert len(lines) == result.examples == 10
+    assert result.rougeL == pytest.approx(sum(line["rougeL"] for line in lines) / 10, abs=1e-3)
+    assert {"source", "target", "prediction", "loss", "exact_match", "rouge1", "rouge2", "rougeL", "chrf"} == set(
+        lines[0]
+    )
+
+
+def test_an_answer_that_cannot_be_written_never_counts_as_right(untied_base: Path, tmp_path: Path) -> None:
+    from t5tune.data.tokenizer import answer_text, load_tokenizer, true_text
+
+    tokenizer = load_tokenizer(untied_base)
+    ids = tokenizer("a 猫")["input_ids"]
+    assert tokenizer.unk_token_id in ids
+    assert answer_text(tokenizer, ids, "") != true_text(tokenizer, ids, "")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"source": "a", "target": "{\n猫"}))
+    without = evaluated(untied_base, tmp_path / "data.jsonl", tmp_path / "out", add_tokens=["none"])
+    assert predictions(without)[0]["target"] == "{\n猫"
+
+
+def test_a_cache_of_another_tokenizer_is_refused(
+    run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    other = PrepareSettings(
+        model_name_or_path=str(untied_base),
+        data_path=str(conversations),
+        output_dir=tmp_path / "other",
+        add_tokens=["fastchat"],
+    )
+    prepare(other)
+    with pytest.raises(DataError, match="made with another tokenizer"):
+        evaluated(run, tmp_path / "other", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_model_is_refused(untied_base: Path, cache: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copytree(untied_base, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["lm_head.weight"][:, 0] = float("nan")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="its loss is nan"):
+        evaluated(tmp_path / "base", cache, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_records_are_told_of(untied_base: Path, tmp_path: Path) -> None:
+    good = {"source": "a", "target": "b"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({"conversations": 3}) + "\n")
+    notes: list[Event] = []
+    values = {"model_name_or_path": str(untied_base), "data_path": str(tmp_path / "data.jsonl"), "use_cpu": True}
+    result = evaluate(EvaluateSettings(**values, output_dir=tmp_path / "out"), notes.append)
+    assert result.examples == 1
+    told = [event.text for event in notes if isinstance(event, Note) and event.warning]
+    assert len(told) == 1
+    assert "data.jsonl:2" in told[0]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"conversations": 3}))
+    with pytest.raises(DataError, match="no example to evaluate on"):
+        evaluated(untied_base, tmp_path / "data.jsonl", tmp_path / "none")
+
+
+def test_the_command_prints_one_object_and_numbers_its_folders(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    arguments = ("evaluate", "--model-name-or-path", untied_base, "--data-path", conversations, "--num-data", "2")
+    first = t5tune(*arguments, "--json", cwd=tmp_path)
+    second = t5tune(*arguments, cwd=tmp_path)
+    assert first.code == second.code == 0
+    assert set(first.json) == {*FIGURES, "predictions", "seconds"}
+    assert first.json["predictions"] == "evaluation/predictions.jsonl"
+    assert second.stdout.strip() == "evaluation.1/predictions.jsonl"
+    assert "exact match" in second.stderr
+    full = t5tune(*arguments, "--output-dir", "evaluation", cwd=tmp_path)
+    assert full.code == 2
+    assert "--overwrite" in full.errors[0]
+
+
+# ---------------------------------------------------------------- evaluation during training
+
+
+def test_trainings_last_figures_are_those_of_evaluate(
+    untied_base: Path, conversations: Path, cache: Path, tmp_path: Path
+) -> None:
+    lines = conversations.read_text().splitlines()[:5]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(lines))
+    changes = {"eval_data_path": str(tmp_path / "held_out.jsonl"), "eval_generate": 100}
+    trained = train(training(untied_base, cache, tmp_path / "run", **changes))
+    result = evaluated(tmp_path / "run", tmp_path / "held_out.jsonl", tmp_path / "out", max_new_tokens=None)
+    for name in FIGURES[1:]:
+        assert trained.eval[name] == pytest.approx(getattr(result, name), rel=1e-4), name
+
+
+def test_two_ranks_of_zero3_evaluate_as_one_process_does(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of 0 the weights are the base's, so that all figures must be the same."""
+    common = (
+        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", conversations,
+        "--learning-rate", "0", "--max-steps", "1", "--eval-generate", "7", "--per-device-eval-batch-size", "2",
+        "--use-cpu", "--json",
+    )  # fmt: skip
+    alone = t5tune(*common, "--output-dir", tmp_path / "alone")
+    ranks = t5tune(*common, "--output-dir", tmp_path / "ranks", "--num-processes", "2", "--deepspeed", "zero3")
+    assert alone.code == ranks.code == 0, ranks.stderr
+    for name in FIGURES[1:]:
+        assert ranks.json["eval"][name] == pytest.approx(alone.json["eval"][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("more", [{}, {"q_lora": True}, {"q_lora": True, "bf16": False}])
+def test_evaluation_in_between_changes_no_bit(
+    untied_base: Path, conversations: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    common = {"eval_fraction": 0.2, "group_by_length": True, "dataloader_num_workers": 0, **more}
+    train(training(untied_base, conversations, tmp_path / "often", eval_steps=1, eval_generate=2, **common))
+    train(training(untied_base, conversations, tmp_path / "never", eval_strategy="no", **common))
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("often", "never"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(value.any() for name, value in a.items() if "lora_B" in name)
+
+
+def test_the_best_checkpoint_is_kept_and_ends_at_the_top(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of 0 no evaluation is better than the first."""
+    changes = {"learning_rate": 0, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "eval_fraction": 0.2}
+    notes: list[Event] = []
+    best = {"metric_for_best_model": "eval_loss", "max_steps": 5}
+    result = train(training(untied_base, conversations, tmp_path / "run", **changes, **best), notes.append)
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-1", "checkpoint-5"]
+    assert result.steps == 5
+    assert any("of step 1: loss" in event.text for event in notes if isinstance(event, Note))
+    a, b = (tmp_path / "run" / name / "adapter_model.safetensors" for name in ("checkpoint-1", ""))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    changes = {"learning_rate": 0, "eval_steps": 2, "max_steps": 20, "eval_fraction": 0.2}
+    result = train(training(untied_base, conversations, tmp_path / "run", early_stopping_patience=2, **changes))
+    assert result.steps == 6  # evaluated at 2 (the best), 4 and 6
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()
+
+
+def test_the_last_step_is_evaluated_once(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": None, "num_train_epochs": 1, "eval_fraction": 0.2, "per_device_train_batch_size": 8}
+    result = train(training(untied_base, conversations, tmp_path / "run", **changes))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [result.steps]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_generate": 4}, "eval_generate: 4 has nothing to evaluate on"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience: 2 has nothing"),
+        ({"eval_fraction": 0.1, "metric_for_best_model": "rougeL"}, "say with eval_generate"),
+        ({"eval_fraction": 0.1, "eval_strategy": "no", "eval_steps": 3}, "eval_steps: 3, but eval_strategy is no"),
+        ({"eval_fraction": 0.1, "eval_strategy": "epoch", "eval_steps": 3}, "eval_strategy is epoch"),
+        ({"eval_fraction": 0.1, "metric_for_best_model": "accuracy"}, "metric_for_best_model"),
+    ],
+)
+def test_what_evaluation_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    from t5tune.settings import load_settings
+
+    needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
+    with pytest.raises(SettingsError, match=message):
+        load_settings(TrainSettings, flags={**needed, **changes})
