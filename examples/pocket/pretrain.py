@@ -35,6 +35,7 @@ BATCH_COST = 3600  # padded source tokens + 1.3 × padded target tokens
 POOL = 8192  # examples that are sorted by length and cut into batches together
 LONGEST = 256  # tokens of a source
 COPYING_EXAMPLES = 24_000
+COPYING_SHARE = 0.05  # of random pieces to the end: a piece that is never written can't be told from its like
 SAVE_STEPS = 250
 CONFIG = {
     "vocab_size": 1536,  # 1,497 pieces, and spare rows for the tokens that tuning adds
@@ -90,8 +91,8 @@ def pool(index: int) -> list[Example]:
     texts: list[tuple[str, str]] = []
     for number in range(index * POOL, (index + 1) * POOL):
         rng = random.Random(f"{SEED} {number}")
-        if number < COPYING_EXAMPLES and rng.random() < 0.6 * (1 - number / COPYING_EXAMPLES) + 0.1:
-            pieces = [rng.randrange(3, len(tokenizer()) - 24) for _ in range(rng.randint(3, 10))]
+        if rng.random() < COPYING_SHARE + 0.65 * max(0.0, 1 - number / COPYING_EXAMPLES):
+            pieces = [rng.randrange(3, len(tokenizer()) - 24) for _ in range(rng.randint(3, 12))]
             examples.append(([*pieces, 1], [*pieces, 1]))
         else:
             family = rng.choices(list(SHARES), list(SHARES.values()))[0]
