@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
-NAMES = ("exact_match", *ROUGES, "bleu", "chrf")
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

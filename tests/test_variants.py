@@ -248,6 +248,7 @@ def test_a_fully_trained_run_is_no_adapter(untied_base: Path, conversations: Pat
     ("changes", "message"),
     [
         ({"init_lora_weights": "pizza"}, "expected one of default, gaussian"),
+        ({"init_lora_weights": "pissa_niter_N"}, "expected one of default"),
         ({"init_lora_weights": "eva"}, "gradients or activations"),
         ({"init_lora_weights": "loftq"}, "which is off"),
         ({"init_lora_weights": "pissa", "q_lora": True}, "4-bit under q_lora"),

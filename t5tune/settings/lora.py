@@ -60,7 +60,8 @@ class LoraSettings(Settings):
             return "default"
         if value in {"eva", "corda", "lora_ga"}:
             raise ValueError(f"{value} starts from gradients or activations of data, which isn't supported")
-        if value not in INITIALISATIONS and not re.fullmatch(r"pissa_niter_[1-9]\d*", value):
+        is_fast_svd = re.fullmatch(r"pissa_niter_[1-9]\d*", value)
+        if value == "pissa_niter_N" or not (value in INITIALISATIONS or is_fast_svd):
             raise ValueError(f"expected one of {', '.join(INITIALISATIONS)}")
         return value
 
