@@ -92,10 +92,7 @@ def run(method: str, flags: list[str], seed: int, options: argparse.Namespace, f
         "--output-dir", folder / "scores", *(["--num-data", options.num_data] if options.num_data else []),
     )  # fmt: skip
     shutil.rmtree(folder)
-    return {name: scores[name] for name in SCORES} | {
-        "seconds": trained["seconds"],
-        "trainable": trained["trainable_parameters"],
-    }
+    return {name: scores[name] for name in SCORES} | {"trainable": trained["trainable_parameters"]}
 
 
 def main() -> None:
@@ -107,8 +104,8 @@ def main() -> None:
     parser.add_argument("--num-data", type=int, help="evaluate on the first N examples")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     options = parser.parse_args()
-    print("| method | trained | exact match | mean | RougeL | chrF | loss | seconds |", flush=True)
-    print("|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    print("| method | trained | exact match | mean | RougeL | chrF | loss |", flush=True)
+    print("|---|--:|--:|--:|--:|--:|--:|", flush=True)
     table: dict[str, list[dict[str, float]]] = {}
     for group in options.groups:
         for method, flags in GROUPS[group].items():
@@ -119,7 +116,7 @@ def main() -> None:
             each = " / ".join(f"{result['exact_match']:.1f}" for result in results)
             print(
                 f"| {method} | {int(mean['trainable']):,} | {each} | {mean['exact_match']:.1f} | {mean['rougeL']:.2f} "
-                f"| {mean['chrf']:.2f} | {mean['loss']:.4f} | {mean['seconds']:.0f} |",
+                f"| {mean['chrf']:.2f} | {mean['loss']:.4f} |",
                 flush=True,
             )
     print(json.dumps({"seeds": options.seeds, "results": table}))

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from t5tune.data.encoding import Encoder, encode_prompt
-from t5tune.data.records import Conversation, Turn
+from t5tune.data.formats import Conversation, Turn
+from t5tune.data.records import Place
 from t5tune.data.templates import Template, find_template, lay_out, question_end
+from t5tune.data.tokenizer import Tokenizer
 from t5tune.progress import Report, silent
 from t5tune.settings import ChatSettings
 
@@ -30,7 +32,7 @@ class Chatter:
     """A model ready to answer."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     encoder: Encoder
     template: Template
     settings: ChatSettings
@@ -56,7 +58,7 @@ class Chatter:
         from t5tune.model.generation import generate
 
         started = time.monotonic()
-        conversation = Conversation("chat", 0, self.settings.system, tuple(turns))
+        conversation = Conversation(Place("chat", 1, 0, 0), self.settings.system, tuple(turns))
         pieces = lay_out(conversation, self.template) + question_end(self.template, len(turns))
         source = encode_prompt(pieces, self.encoder, self.settings.model_max_length)
         (ids,) = generate(

@@ -11,13 +11,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from t5tune.data.cache import Cache, is_cache, open_cache
 from t5tune.data.encoding import Encoder, Example, encode_batch, example_of
-from t5tune.data.records import Conversation, Rejected, find_files, read_records
+from t5tune.data.files import find_files
+from t5tune.data.formats import Conversation
+from t5tune.data.pipeline import read_record
+from t5tune.data.readers import read_records
+from t5tune.data.records import Rejected
 from t5tune.data.templates import find_template, lay_out, template_from
-from t5tune.data.tokenizer import answer_text, load_tokenizer, true_text
+from t5tune.data.tokenizer import Tokenizer, answer_text, load_tokenizer, true_text
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError
 from t5tune.metrics import score, score_one
@@ -59,7 +63,7 @@ class _Questions:
 
     examples: Sequence[Example]
     targets: list[str]
-    tokenizer: Any
+    tokenizer: Tokenizer
     answer_end: str
 
     def text(self, ids: Iterable[int]) -> str:
@@ -130,12 +134,12 @@ def _questions(settings: EvaluateSettings, loaded: "Loaded", report: Report) -> 
     if is_cache(path):
         if len(settings.data_path) > 1:
             raise DataError(f"data_path: {path}: a token cache stands alone", hint="give one cache, or conversations")
-        return _of_cache(open_cache(path), settings, loaded)
-    tokenizer, _ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
+        return _of_cache(open_cache(path), settings, loaded, report)
+    tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
     template = find_template(settings.conversation_template, loaded.template_files, report)
     encoder = Encoder(tokenizer)
     files = find_files([str(conversations_file()) if name == "pocket" else name for name in settings.data_path])
-    records = iter(read_records(files))
+    records = (read_record(record, settings) for record in read_records(files, settings.max_record_bytes))
     examples: list[Example] = []
     targets: list[str] = []
     rejected: list[Rejected] = []
@@ -154,9 +158,12 @@ def _questions(settings: EvaluateSettings, loaded: "Loaded", report: Report) -> 
                 examples.append(example)
                 targets.append(text)
                 cut += not (span.source_is_whole and span.target_is_whole)
+        if settings.num_data is not None and len(examples) >= settings.num_data:
+            break
     if rejected:
         first = rejected[0]
-        report(Note(f"{len(rejected)} records refused, the first: {first.file}:{first.line}: {first.message}", True))
+        place = f"{first.place.file}:{first.place.line}"
+        report(Note(f"{len(rejected)} records refused, the first: {place}: {first.message}", True))
     if cut:
         report(Note(f"{cut} examples cut to model_max_length {settings.model_max_length}", True))
     if not examples:
@@ -165,7 +172,7 @@ def _questions(settings: EvaluateSettings, loaded: "Loaded", report: Report) -> 
     return _Questions(examples[:count], targets[:count], tokenizer, template.answer_end)
 
 
-def _of_cache(cache: Cache, settings: EvaluateSettings, loaded: "Loaded") -> _Questions:
+def _of_cache(cache: Cache, settings: EvaluateSettings, loaded: "Loaded", report: Report) -> _Questions:
     saved, made = loaded.tokenizer_folder / "tokenizer.json", cache.tokenizer_folder / "tokenizer.json"
     tokenizer = load_tokenizer(cache.tokenizer_folder)
     same = saved.is_file() and made.is_file() and sha256(saved) == sha256(made)
@@ -174,6 +181,10 @@ def _of_cache(cache: Cache, settings: EvaluateSettings, loaded: "Loaded") -> _Qu
             f"data_path: {cache.folder}: made with another tokenizer than {loaded.tokenizer_folder} holds",
             hint="evaluate on the conversations themselves",
         )
+    _, held_out = cache.parts()
+    if held_out is not None:
+        report(Note(f"{cache.folder}: evaluating on the {len(held_out)} examples that it holds out"))
+    cache = held_out or cache
     if settings.num_data is not None:
         cache = cache.first(settings.num_data)
     template = template_from(read_yaml(cache.folder / TEMPLATE), cache.folder / TEMPLATE)
@@ -190,7 +201,7 @@ def _free(folder: Path) -> Path:
     return free
 
 
-def _extends(tokenizer: Any, base: Any) -> bool:
+def _extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
     """Whether a tokenizer has all of the base's entries at the same ids."""
-    vocabulary = tokenizer.get_vocab()
-    return all(vocabulary.get(token) == index for token, index in base.get_vocab().items())
+    vocabulary = tokenizer.vocabulary()
+    return all(vocabulary.get(token) == index for token, index in base.vocabulary().items())

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,9 @@ from t5tune.weights.model_folder import copy_companions, write_config
 from t5tune.weights.output import check_replaceable
 from t5tune.weights.streaming import Checkpoint, SafetensorsFile, copy_range, total_bytes, write_safetensors
 from t5tune.weights.tensors import FLOATS, Tensor, from_float32
+
+if TYPE_CHECKING:
+    from t5tune.data.tokenizer import Tokenizer
 
 NUM_VERIFIED = 4
 TASK = "merge"
@@ -287,7 +290,7 @@ def _is_fp32(folder: Path) -> bool:
     return base.tensor("shared.weight").dtype == "F32"
 
 
-def _examples(tokenizer: Any, start: int, adapter: Path) -> list[dict[str, Any]]:
+def _examples(tokenizer: "Tokenizer", start: int, adapter: Path) -> list[dict[str, Any]]:
     """Real examples of the run's cache where it still stands, else a few sentences."""
     import torch
 
@@ -306,7 +309,8 @@ def _examples(tokenizer: Any, start: int, adapter: Path) -> list[dict[str, Any]]
             '{"a": 1}',
             "1 + 1 = 2",
         ]
-        pairs = [(tokenizer(text)["input_ids"], tokenizer(text)["input_ids"]) for text in texts]
+        ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+        pairs = list(zip(ids, ids, strict=True))
     return [
         {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
         for source, target in pairs

@@ -5,45 +5,41 @@ result.cache, result.examples
 """
 
 import hashlib
-import json
+import os
 import time
+import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from t5tune import __version__
-from t5tune.data.cache import (
-    EXAMPLE,
-    FORMAT,
-    MANIFEST,
-    CacheWriter,
-    hash_files,
-    is_cache,
-    lengths_of,
-    percentiles,
-    read_manifest,
-    verify_files,
-)
-from t5tune.data.encoding import Encoder, encode_batch
-from t5tune.data.records import Conversation, Rejected, find_files, read_records
-from t5tune.data.templates import Template, find_template, lay_out
-from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
-from t5tune.data.vocabulary import extend_tokenizer
+from t5tune.data.cache import FORMAT, MANIFEST, Cache, hash_files, is_cache, read_manifest, verify_files
+from t5tune.data.files import STDIN, find_files
+from t5tune.data.formats import Conversation
+from t5tune.data.pipeline import BYTES_PER_WORKER, Recipe, encode_records, read_record
+from t5tune.data.readers import read_records
+from t5tune.data.records import Raw, Rejected
+from t5tune.data.templates import Template, find_template
+from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from t5tune.data.vocabulary import UNKNOWN, Writable, extend_tokenizer
+from t5tune.data.writer import REJECTED, Writer
 from t5tune.errors import DataError
 from t5tune.progress import Note, Report, silent, track
 from t5tune.publish import published_folder, sha256, write_json
 from t5tune.settings import PrepareSettings
+from t5tune.settings.data import ReadingSettings, SelectionSettings, SplitSettings
 from t5tune.weights.adapter import TEMPLATE
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.pocket import conversations_file
 from t5tune.yaml_file import to_yaml
 
-BATCH = 256  # conversations per call of the tokenizer
+SAMPLE = 8 << 20  # bytes of records that --add-tokens auto looks at
+MOST_LOST = 100  # characters that the manifest lists
+CHECK_REJECTED = 1000  # records before max_rejected_fraction stops a run that isn't over
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
     """Write the token cache of the conversations, or leave it be where it is what these inputs give.
 
     Raises:
-        DataError: a file can't be used, or nothing in the data can be trained on.
+        DataError: a file can't be trusted, or nothing in the data can be trained on.
         ModelError: the base has no usable tokenizer, or too few spare rows for the added tokens.
         SettingsError: there is no such conversation template.
     """
@@ -77,50 +73,90 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
     base = find_base(settings)
     template = find_template(settings.conversation_template, [base / TEMPLATE])
     num_rows = int(read_config(base).get("vocab_size", 0))
-    tokenizer, added = extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows)
-    inputs = _inputs(settings, files, tokenizer, template)
-
     folder = settings.output_dir
-    if is_cache(folder):
-        if manifest := _up_to_date(folder, inputs):
-            return _result(folder, manifest, True, started)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"output_dir: {folder}: holds something that is no token cache", hint="name another folder")
-
-    with published_folder(folder) as staged:
-        counts = _write(staged, files, settings, template, Encoder(tokenizer), tokenizer, num_rows, report)
-        save_tokenizer(tokenizer, staged / "tokenizer")
-        layout = {name: value for name, value in vars(template).items()}
-        (staged / "template.yaml").write_text(to_yaml(layout), encoding="utf-8")
-        manifest = {
-            "format": FORMAT,
-            "made_by": f"t5tune {__version__}",
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "added_tokens": added,
-            "added_token_ids": tokenizer.convert_tokens_to_ids(added) if added else [],
-            "inputs": inputs,
-            **counts,
-            "files": hash_files(staged),
-        }
-        write_json(staged / MANIFEST, manifest)
+    with TemporaryDirectory(prefix="t5tune-prepare-") as scratch:
+        records = read_records(files, settings.max_record_bytes, spool=Path(scratch))
+        sample = list(_first_bytes(records, SAMPLE))
+        read = [read_record(record, settings) for record in sample] if settings.add_tokens == ["auto"] else []
+        conversations = [record for record in read if isinstance(record, Conversation)]
+        tokenizer, added, left_out = extend_tokenizer(
+            load_tokenizer(base), settings.add_tokens, num_rows, conversations
+        )
+        inputs = _inputs(settings, files, tokenizer, template)
+        if is_cache(folder):
+            if manifest := _up_to_date(folder, inputs):
+                return _result(folder, manifest, True, started)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"output_dir: {folder}: holds something that is no token cache", hint="name another folder")
+        with published_folder(folder) as staged:
+            save_tokenizer(tokenizer, staged / "tokenizer")
+            (staged / TEMPLATE).write_text(to_yaml(dict(vars(template))), encoding="utf-8")
+            recipe = Recipe(staged / "tokenizer", template, settings)
+            everything = track(chain(sample, records), "prepare", report, unit="records")
+            outcomes = encode_records(everything, recipe, _num_workers(settings, files))
+            with Writer(staged, num_rows, Path(scratch) if settings.dedupe == "exact" else None) as writer:
+                for record, outcome in outcomes:
+                    writer.add(record, outcome)
+                    if settings.num_data is not None and writer.num_examples >= settings.num_data:
+                        outcomes.close()
+                        break
+                    _check_rejected(writer, settings, files, CHECK_REJECTED)
+                counts = writer.counts(settings.num_data)
+            _check_rejected(writer, settings, files, 1)
+            _check_not_empty(writer, files)
+            manifest = {
+                "format": FORMAT,
+                "made_by": f"t5tune {__version__}",
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "added_tokens": added,
+                "added_token_ids": tokenizer.ids_of(added),
+                "left_out_tokens": left_out,
+                "eval_fraction": settings.eval_fraction,
+                "seed": settings.seed,
+                "inputs": inputs,
+                **counts,
+                "lost_characters": _lost(writer, Writable(tokenizer)),
+                "files": hash_files(staged),
+            }
+            write_json(staged / MANIFEST, manifest)
+            Cache(staged, manifest).parts()  # refuses an eval_fraction that leaves nothing
     _tell(manifest, folder, report)
     return _result(folder, manifest, False, started)
 
 
-def _inputs(settings: PrepareSettings, files: list[Path], tokenizer: Any, template: Template) -> dict[str, Any]:
+def _first_bytes(records: Iterator[Raw | Rejected], size: int) -> Iterator[Raw | Rejected]:
+    """As many records as hold `size` bytes, rows of tables counted as a kibibyte each."""
+    while size > 0 and (record := next(records, None)) is not None:
+        size -= len(record.data) if isinstance(record, Raw) and isinstance(record.data, bytes) else 1 << 10
+        yield record
+
+
+def _num_workers(settings: PrepareSettings, files: list[Path]) -> int:
+    if settings.num_workers is not None:
+        return settings.num_workers
+    size = sum(file.stat().st_size for file in files if file != STDIN)
+    return min(os.cpu_count() or 1, 1 + size // BYTES_PER_WORKER)
+
+
+def _inputs(settings: PrepareSettings, files: list[Path], tokenizer: Tokenizer, template: Template) -> dict[str, Any]:
     """What the cache depends on: if all of this is the same, so is every byte of it."""
-    if tokenizer.is_fast:
-        vocabulary = tokenizer.backend_tokenizer.to_str()
-    else:
-        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    vocabulary = tokenizer.backend.to_str() if tokenizer.backend is not None else "bytes"
+    chosen = {
+        name: getattr(settings, name)
+        for mixin in (ReadingSettings, SelectionSettings, SplitSettings)
+        for name in mixin.model_fields
+        if name not in {"num_workers", "max_rejected_fraction"}
+    }
     return {
-        "data": [{"file": file.name, "sha256": sha256(file)} for file in files],
+        # standard input can't be looked at before it is used, so a cache of it is never up to date
+        "data": [{"file": file.name, "sha256": sha256(file) if file != STDIN else uuid.uuid4().hex} for file in files],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": template.hash,
         "model_max_length": settings.model_max_length,
         "num_data": settings.num_data,
         "add_tokens": settings.add_tokens,
+        **chosen,
     }
 
 
@@ -134,92 +170,68 @@ def _up_to_date(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     return manifest if manifest["inputs"] == inputs else None
 
 
-def _write(
-    folder: Path,
-    files: list[Path],
-    settings: PrepareSettings,
-    template: Template,
-    encoder: Encoder,
-    tokenizer: Any,
-    num_rows: int,
-    report: Report,
-) -> dict[str, Any]:
-    """Write tokens, spans and rejected records; return the manifest's counts."""
-    rejected: Counter[str] = Counter()
-    repaired: Counter[str] = Counter()
-    unknown = 0
-    with (
-        CacheWriter(folder, num_rows) as writer,
-        open(folder / "rejected.jsonl", "w", encoding="utf-8") as refused,
-    ):
-
-        def accepted() -> Iterator[Conversation]:
-            for record in track(read_records(files), "prepare", report, unit="records"):
-                if isinstance(record, Rejected):
-                    rejected[record.reason] += 1
-                    refused.write(json.dumps(vars(record), ensure_ascii=True) + "\n")
-                else:
-                    repaired.update(dict(record.repairs))
-                    yield record
-
-        for batch in _batches(accepted(), BATCH):
-            pieces = [lay_out(conversation, template) for conversation in batch]
-            for encoded in encode_batch(pieces, encoder, settings.model_max_length):
-                unknown += encoded.ids.count(tokenizer.unk_token_id)
-                writer.add(encoded)
-        accepted_records = writer.num_conversations
-    if writer.num_examples == 0:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.most_common())
+def _check_rejected(writer: Writer, settings: PrepareSettings, files: list[Path], least: int) -> None:
+    allowed, count = settings.max_rejected_fraction, writer.rejected.total()
+    if allowed is not None and writer.num_records >= least and count > allowed * writer.num_records:
         raise DataError(
-            f"data_path: {', '.join(map(str, files))}: no conversation to train on among "
-            f"{accepted_records + rejected.total()} records{f' ({reasons})' if reasons else ''}",
-            hint='expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}',
+            f"data_path: {_named(files)}: {count} of {writer.num_records} records refused "
+            f"({_reasons(writer.rejected)}), more than max_rejected_fraction {allowed}",
+            hint=f"the first: {writer.first_rejected}",
         )
-    if settings.num_data is not None:
-        _keep_first(folder / "examples.bin", settings.num_data)
-    rows = np.fromfile(folder / "examples.bin", EXAMPLE)
-    sources, targets = lengths_of(rows)
-    return {
-        "dtype": writer.dtype.str,
-        "conversations": accepted_records,
-        "rejected": rejected.total(),
-        "rejected_by_reason": dict(sorted(rejected.items())),
-        "repaired": dict(sorted(repaired.items())),
-        "examples": len(rows),
-        "source_tokens": int(sources.sum()),
-        "target_tokens": int(targets.sum()),
-        "truncated_sources": int((~rows["source_is_whole"]).sum()),
-        "truncated_targets": int((~rows["target_is_whole"]).sum()),
-        "unknown_tokens": unknown,
-        "source_length": percentiles(sources),
-        "target_length": percentiles(targets),
-    }
 
 
-def _batches(items: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def _check_not_empty(writer: Writer, files: list[Path]) -> None:
+    if writer.num_examples == 0:
+        dropped = _reasons(writer.rejected + writer.dropped)
+        raise DataError(
+            f"data_path: {_named(files)}: no conversation to train on among {writer.num_records} records"
+            f"{f' ({dropped})' if dropped else ''}",
+            hint=f"the first: {writer.first_rejected}"
+            if writer.first_rejected
+            else 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}',
+        )
 
 
-def _keep_first(path: Path, count: int) -> None:
-    with open(path, "r+b") as file:
-        file.truncate(min(path.stat().st_size, count * EXAMPLE.itemsize))
+def _named(files: list[Path]) -> str:
+    return ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
+def _reasons(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+
+
+def _lost(writer: Writer, writable: Writable) -> list[dict[str, Any]]:
+    """What the answers hold and the tokenizer can't write, what stands in the most answers first."""
+    worst = sorted(writer.lost.items(), key=lambda item: (-item[1][1], item[0]))[:MOST_LOST]
+    return [
+        {"text": text, "becomes": writable.becomes(text), "count": count, "answers": answers}
+        for text, (count, answers) in worst
+    ]
 
 
 def _tell(manifest: dict[str, Any], folder: Path, report: Report) -> None:
-    """Say what was refused, mended, cut, or can't be written."""
+    """Say what was refused, mended, left out, cut, or can't be written."""
     if manifest["rejected"]:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["rejected_by_reason"].items())
-        report(Note(f"{manifest['rejected']} records refused ({reasons}): {folder / 'rejected.jsonl'}", True))
+        reasons = _reasons(Counter(manifest["rejected_by_reason"]))
+        report(Note(f"{manifest['rejected']} records refused ({reasons}): {folder / REJECTED}", True))
     if manifest["repaired"]:
         report(Note("mended: " + ", ".join(f"{kind} {n}" for kind, n in manifest["repaired"].items())))
+    if manifest["dropped"]:
+        report(Note("examples left out: " + ", ".join(f"{kind} {n}" for kind, n in manifest["dropped"].items())))
     for side in ("sources", "targets"):
         if count := manifest[f"truncated_{side}"]:
             limit = manifest["inputs"]["model_max_length"]
             report(Note(f"{count} {side} cut to model_max_length {limit}", True))
-    if manifest["unknown_tokens"]:
-        report(Note(f"{manifest['unknown_tokens']} tokens are characters that the vocabulary can't write", True))
+    lost = manifest["lost_characters"]
+    for what, chosen in (
+        ("the vocabulary can't write", [item for item in lost if item["becomes"] == UNKNOWN]),
+        ("the tokenizer writes otherwise", [item for item in lost if item["becomes"] != UNKNOWN]),
+    ):
+        if chosen:
+            worst = ", ".join(f"{item['text']!r} in {item['answers']}" for item in chosen[:5])
+            report(Note(f"{what}, in answers: {worst}{', …' if len(chosen) > 5 else ''}", True))
+    if left := manifest["left_out_tokens"]:
+        report(Note(f"no spare row of the embedding is left for {' '.join(map(repr, left))}", True))
 
 
 def _result(folder: Path, manifest: dict[str, Any], up_to_date: bool, started: float) -> Prepared:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune import presets
-from t5tune.data.cache import Cache, is_cache, open_cache
+from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.data.templates import template_from
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DependencyError, SettingsError, TrainingError
@@ -45,6 +45,7 @@ RESULTS = (
     "adapter_", "non_lora_state", "tokenizer", "special_", "added_tokens", "spiece", "template", "README",
     "model.", "config.", "generation_config",
 )  # fmt: skip
+EVALUATION = ("eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience")
 OWN_ARGUMENTS = {
     "output_dir",
     "deepspeed",
@@ -149,7 +150,7 @@ def check(settings: TrainSettings) -> None:
 
     base = find_base(settings)
     family_of(read_config(base), base)
-    problems = []
+    problems = _nothing_to_evaluate_on(settings)
     if settings.training_args:
         from transformers import TrainingArguments
 
@@ -189,6 +190,21 @@ def check(settings: TrainSettings) -> None:
         raise SettingsError(*problems)
 
 
+def _nothing_to_evaluate_on(settings: TrainSettings) -> list[str]:
+    """What is asked of evaluation where there is nothing held out."""
+    if settings.eval_fraction > 0 or settings.eval_data_path is not None:
+        return []
+    cache = Path(settings.data_path[0])
+    if is_cache(cache) and read_manifest(cache)["eval_fraction"] > 0:
+        return []
+    asked = ((name, getattr(settings, name)) for name in EVALUATION)
+    return [
+        f"{name}: {value} has nothing to evaluate on; give eval_data_path or eval_fraction"
+        for name, value in asked
+        if value not in (None, "no")
+    ]
+
+
 def read_result(folder: Path) -> Trained:
     """The result of a finished run.
 
@@ -220,7 +236,8 @@ def _existing_run(settings: TrainSettings) -> Run:
 
 def _prepare_settings(settings: TrainSettings, data: list[str], cache: Path) -> PrepareSettings:
     values = {name: getattr(settings, name) for name in PrepareSettings.model_fields}
-    return PrepareSettings(**{**values, "data_path": data, "output_dir": cache})
+    # train itself holds out, so another seed needs no other cache
+    return PrepareSettings(**{**values, "data_path": data, "output_dir": cache, "eval_fraction": 0.0, "seed": 0})
 
 
 def _move_aside(folder: Path, report: Report) -> None:
@@ -349,7 +366,7 @@ def _data(settings: TrainSettings, run: Run) -> tuple[Cache, Cache | None]:
         return cache, open_cache(run.eval_cache)
     if settings.eval_fraction > 0:
         return cache.split(settings.eval_fraction, settings.seed)
-    return cache, None
+    return cache.parts()
 
 
 def _shard(model: Any, configuration: dict[str, Any], dtype: Any) -> None:

@@ -6,5 +6,6 @@ SUMMARIES = {
     "export": "Gather a checkpoint's shards into an adapter.",
     "merge": "Fold an adapter into its base checkpoint.",
     "chat": "Talk to a base, an adapter, a run or a merged checkpoint.",
+    "inspect": "Show what the model will really see of a token cache.",
     "evaluate": "Score a model's answers on examples that have true ones.",
 }

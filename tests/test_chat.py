@@ -9,7 +9,7 @@ import pytest
 
 from t5tune.chat import Chatter, chat
 from t5tune.data.cache import open_cache
-from t5tune.data.records import Turn
+from t5tune.data.formats import Turn
 from t5tune.export import export
 from t5tune.merge import merge
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, TrainSettings
@@ -60,7 +60,8 @@ def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path
     import json
 
     from t5tune.data.encoding import encode_prompt
-    from t5tune.data.records import Conversation
+    from t5tune.data.formats import Conversation
+    from t5tune.data.records import Place
     from t5tune.data.templates import lay_out, question_end
 
     cache = open_cache(made["run"] / "data")
@@ -74,7 +75,7 @@ def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path
     ]
     chatter = Chatter.load(settings(untied_base, adapter=made["run"]))
     for example, end in ((first, 1), (first + 1, 3)):
-        pieces = lay_out(Conversation("", 0, None, tuple(turns[:end])), chatter.template)
+        pieces = lay_out(Conversation(Place("", 1, 0, 0), None, tuple(turns[:end])), chatter.template)
         source = encode_prompt(pieces + question_end(chatter.template, end), chatter.encoder, 2048)
         assert [*source, cache.eos_token_id] == cache[example].source_S.tolist()
 

@@ -18,7 +18,7 @@ from t5tune.metrics import score
 from t5tune.prepare import prepare
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
-from t5tune.train import train
+from t5tune.train import check, train
 from tests.conftest import t5tune
 
 FIGURES = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
@@ -139,7 +139,7 @@ def test_an_answer_that_cannot_be_written_never_counts_as_right(untied_base: Pat
     from t5tune.data.tokenizer import answer_text, load_tokenizer, true_text
 
     tokenizer = load_tokenizer(untied_base)
-    ids = tokenizer("a 猫")["input_ids"]
+    ids = tokenizer.encode("a 猫")
     assert tokenizer.unk_token_id in ids
     assert answer_text(tokenizer, ids, "") != true_text(tokenizer, ids, "")
     (tmp_path / "data.jsonl").write_text(json.dumps({"source": "a", "target": "{\n猫"}))
@@ -294,4 +294,4 @@ def test_what_evaluation_cannot_do_is_refused(tmp_path: Path, changes: dict[str,
 
     needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
     with pytest.raises(SettingsError, match=message):
-        load_settings(TrainSettings, flags={**needed, **changes})
+        check(load_settings(TrainSettings, flags={**needed, **changes})[0])

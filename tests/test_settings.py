@@ -188,8 +188,8 @@ def test_options_that_contradict_each_other_are_refused() -> None:
     (problem,) = problems_of(**NEEDED, num_gpus="2", num_processes="3")
     assert "num_gpus" in problem
     assert "num_processes" in problem
-    (problem,) = problems_of(**NEEDED, eval_strategy="steps")
-    assert "eval_data_path" in problem
+    (problem,) = problems_of(**NEEDED, eval_strategy="no", eval_steps=5)
+    assert "eval_steps" in problem
     (problem,) = problems_of(**NEEDED, add_tokens=["auto", "@@"])
     assert "auto" in problem
 

@@ -156,7 +156,7 @@ def _run_command(
             settings, notes = load_settings(model, config, os.environ, flags, problems)
             for note in notes:
                 report(Note(note))
-            result = _call(settings, report, stream)
+            result = _call(settings, report, stream, json)
         except KeyboardInterrupt:
             _close(screen)
             console.show_error(T5TuneError("interrupted"), stream if json else None, debug)
@@ -209,11 +209,12 @@ def _leave_for_launcher(error: Exception) -> bool:
     return True
 
 
-def _call(settings: "Settings", report: Report, stream: TextIO) -> Any:
+def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -> Any:
     from t5tune.settings import (
         ChatSettings,
         EvaluateSettings,
         ExportSettings,
+        InspectSettings,
         MergeSettings,
         PrepareSettings,
         TrainSettings,
@@ -246,13 +247,18 @@ def _call(settings: "Settings", report: Report, stream: TextIO) -> Any:
             from t5tune.evaluate import evaluate
 
             return evaluate(settings, report)
+        case InspectSettings():
+            from t5tune.cli.inspection import show
+
+            return show(settings, report, stream, as_json)
         case _:
             raise AssertionError(settings)
 
 
 def _train(settings: "TrainSettings", report: Report) -> Any:
+    from t5tune.processes import die_with_parent
     from t5tune.train import open_run, read_result, train
-    from t5tune.training.launch import World, die_with_parent, launch
+    from t5tune.training.launch import World, launch
 
     if _is_worker():
         die_with_parent()

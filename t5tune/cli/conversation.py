@@ -6,7 +6,7 @@ from typing import TextIO
 from rich.console import Console
 
 from t5tune.chat import Chatter
-from t5tune.data.records import Turn
+from t5tune.data.formats import Turn
 from t5tune.progress import Report
 from t5tune.settings import ChatSettings
 

@@ -95,7 +95,7 @@ def normalise(arguments: list[str], model: type[Settings]) -> list[str]:
 
 
 def _is_flag(token: str) -> bool:
-    if not token.startswith("-"):
+    if not token.startswith("-") or token == "-":  # which stands for standard input
         return False
     try:
         float(token)

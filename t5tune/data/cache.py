@@ -5,7 +5,7 @@ r"""The token cache: a folder that holds each conversation's ids once, and the s
     examples.bin     one EXAMPLE record per answer, in the order of the data
     tokenizer/       the tokenizer that made the ids, added tokens included
     template.yaml    the layout
-    rejected.jsonl   the records that were refused, whole, with file, line and reason
+    rejected.jsonl   the records that were refused, whole, with file, line, index, byte offset and reason
     manifest.json    format, hashes, settings, counts, length percentiles, and the SHA-256 of each file
 
 The same inputs give the same bytes.
@@ -19,59 +19,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.encoding import Encoded, Example, Span, example_of
+from t5tune.data.encoding import Example, Span, example_of
 from t5tune.errors import DataError
 from t5tune.publish import sha256
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 EXAMPLE = np.dtype(
     [
         ("start", "<u8"),  # where the conversation begins in tokens.bin; all below count from there
         ("conversation", "<u4"),
+        ("key", "<u8"),  # the same for conversations of the same words
         ("turn", "<u4"),
         ("system_end", "<u4"),
         ("source_start", "<u4"),
         ("source_end", "<u4"),
         ("target_start", "<u4"),
         ("target_end", "<u4"),
+        ("answer_end", "<u4"),
         ("source_is_whole", "?"),
         ("target_is_whole", "?"),
     ]
 )
 PERCENTILES = (50, 90, 99, 100)
-
-
-class CacheWriter:
-    """Writes tokens.bin and examples.bin as encoded conversations come."""
-
-    def __init__(self, folder: Path, num_rows: int) -> None:
-        self.dtype = np.dtype("<u2" if num_rows <= 1 << 16 else "<i4")
-        self.num_conversations = 0
-        self.num_examples = 0
-        self._num_tokens = 0
-        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
-        self._examples = open(folder / "examples.bin", "wb")  # noqa: SIM115
-
-    def __enter__(self) -> "CacheWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tokens.close()
-        self._examples.close()
-
-    def add(self, encoded: Encoded) -> None:
-        """Append one conversation and its answers."""
-        rows = np.zeros(len(encoded.spans), EXAMPLE)
-        for row, span in zip(rows, encoded.spans, strict=True):
-            row["start"], row["conversation"] = self._num_tokens, self.num_conversations
-            for name in EXAMPLE.names[2:]:  # type: ignore[index]
-                row[name] = getattr(span, name)
-        self._examples.write(rows.tobytes())
-        self._tokens.write(np.asarray(encoded.ids, self.dtype).tobytes())
-        self.num_conversations += 1
-        self.num_examples += len(rows)
-        self._num_tokens += len(encoded.ids)
 
 
 class Cache(Sequence[Example]):
@@ -92,8 +62,22 @@ class Cache(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        start, _, *span = self._rows[self._indices[index]].tolist()
+        start, _, _, *span = self._rows[self._indices[index]].tolist()
         return example_of(self._tokens[start:], Span(*span), self.eos_token_id)
+
+    def whole(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
+        """An example, its conversation's number, the ids of the conversation up to the answer's end, and its span."""
+        start, conversation, _, *values = self._rows[self._indices[index]].tolist()
+        span = Span(*values)
+        return self[index], conversation, self._tokens[start : start + span.answer_end], span
+
+    def cut(self) -> npt.NDArray[np.int64]:
+        """How many tokens each example lost to the longest length, of source and target."""
+        rows = self._rows[self._indices]
+        signed = {
+            name: rows[name].astype(np.int64) for name in ("system_end", "source_start", "target_end", "answer_end")
+        }
+        return signed["source_start"] - signed["system_end"] + signed["answer_end"] - signed["target_end"]
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -113,18 +97,26 @@ class Cache(Sequence[Example]):
         """The first `count` examples."""
         return Cache(self.folder, self.manifest, self._indices[:count])
 
+    def parts(self) -> tuple["Cache", "Cache | None"]:
+        """(training, held out) as prepare was asked to part them; None: it wasn't."""
+        fraction = float(self.manifest["eval_fraction"])
+        return self.split(fraction, int(self.manifest["seed"])) if fraction else (self, None)
+
     def split(self, held_out: float, seed: int) -> tuple["Cache", "Cache"]:
         """(training, held out): the share `held_out` of the conversations, at least one, with all their answers.
+
+        Conversations of the same words stay together.
 
         Raises:
             DataError: too few conversations to hold one out.
         """
-        conversations = np.unique(self._rows["conversation"][self._indices])
-        count = max(1, round(held_out * len(conversations)))
-        if count >= len(conversations):
-            raise DataError(f"eval_fraction: {held_out} of {len(conversations)} conversations leaves none to train on")
-        chosen = np.random.default_rng(seed).permutation(conversations)[:count]
-        is_held_out = np.isin(self._rows["conversation"][self._indices], chosen)
+        keys = self._rows["key"][self._indices]
+        different = np.unique(keys)
+        count = max(1, round(held_out * len(different)))
+        if count >= len(different):
+            raise DataError(f"eval_fraction: {held_out} of {len(different)} conversations leaves none to train on")
+        chosen = np.random.default_rng(seed).permutation(different)[:count]
+        is_held_out = np.isin(keys, chosen)
         return (
             Cache(self.folder, self.manifest, self._indices[~is_held_out]),
             Cache(self.folder, self.manifest, self._indices[is_held_out]),
@@ -133,7 +125,7 @@ class Cache(Sequence[Example]):
 
 def lengths_of(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(source lengths, target lengths) of EXAMPLE records, end tokens included."""
-    signed = {name: rows[name].astype(np.int64) for name in EXAMPLE.names[3:8]}  # type: ignore[index]
+    signed = {name: rows[name].astype(np.int64) for name in EXAMPLE.names[4:9]}  # type: ignore[index]
     source = signed["system_end"] + signed["source_end"] - signed["source_start"] + 1
     target = signed["target_end"] - signed["target_start"] + rows["target_is_whole"]
     return source, target

@@ -4,6 +4,7 @@ Each piece is encoded once. Pieces meet at white space or at an added token, whe
 anyway, so their ids, joined, are those of the whole text; a test holds that.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,21 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.templates import Piece
-from t5tune.data.vocabulary import extends_words, spaces_are_marks
+from t5tune.data.tokenizer import BYTES_OFFSET, Tokenizer
+from t5tune.data.vocabulary import extends_words, pre_tokenizer, spaces_are_marks
+
+MOST_WORDS = 100_000  # that an encoder remembers: about 20 MB
+LONGEST_WORD = 40  # characters
+# Letters, digits and signs that stay on their side of a space when a text is normalised: no combining mark, joiner or
+# modifier, nothing that decomposes into a space and a mark, no white space but the space itself.
+_PLAIN = re.compile(
+    "[ -~\u00a1-\u00a7\u00a9\u00ab\u00ac\u00ae\u00b0-\u00b3\u00b5-\u00b7\u00b9-\u02d7\u0391-\u03ce\u0400-\u0482"
+    "\u048a-\u052f\u2010-\u2027\u2030-\u203b\u20ac\u2190-\u21ff\u3001-\u303f\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf"
+    "\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff5e]+"
+)
+
+Ids = npt.NDArray[np.integer[Any]]
+_Fragment = str | tuple[str]  # a text; in a tuple where it begins a sequence
 
 
 @dataclass(frozen=True)
@@ -20,7 +35,7 @@ class Span:
     """Where one answer's text stands in the ids of its conversation. Ends are exclusive, in tokens.
 
     The source is ids[:system_end] + ids[source_start:source_end], the target ids[target_start:target_end];
-    both get an end token, the target only where `target_is_whole`.
+    both get an end token, the target only where `target_is_whole`. The whole answer ends at answer_end.
     """
 
     turn: int
@@ -29,15 +44,16 @@ class Span:
     source_end: int
     target_start: int
     target_end: int
+    answer_end: int
     source_is_whole: bool
     target_is_whole: bool
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation's ids and its answers' spans."""
+    """A conversation's ids, in the cache's dtype, and its answers' spans."""
 
-    ids: list[int]
+    ids: Ids
     spans: list[Span]
 
 
@@ -58,43 +74,87 @@ def example_of(ids: Any, span: Span, eos_token_id: int) -> Example:
 
 
 class Encoder:
-    """Encodes pieces with a tokenizer. What a user wrote never becomes a control id such as that of `</s>`."""
+    """Encodes pieces with a tokenizer. What a user wrote never becomes a control id such as that of `</s>`.
 
-    def __init__(self, tokenizer: Any) -> None:
+    T5's tokenizers cut a text at its spaces and at added tokens and encode each word alone, so words are looked up
+    in a table of those met before, and only new ones go to the tokenizer. Text with characters that could join
+    over a space (combining marks, joiners, …) goes there whole. So the ids are the tokenizer's own; a test with
+    odd Unicode holds that.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.spaces_are_marks = spaces_are_marks(tokenizer)
+        self.unk_token_id = tokenizer.unk_token_id
+        self.dtype = ids_dtype(len(tokenizer))
         self._tokenizer = tokenizer
         self._control = _control_pattern(tokenizer)
-        self._first = self._following = None
-        if tokenizer.is_fast:
-            self._first = _backend(tokenizer)
-            self._following = self._first
+        self._known: dict[_Fragment, bytes] = {}
+        self._cut: re.Pattern[str] | None = None
+        self._drops_spaces = False
+        if tokenizer.backend is not None:
+            self._first = self._following = _backend(tokenizer)
             if extends_words(tokenizer):
                 self._following = _backend(tokenizer)
                 self._following.pre_tokenizer.prepend_scheme = "never"
+            self._drops_spaces = not extends_words(tokenizer)
+            if _is_split_at_spaces(tokenizer):
+                self._cut = _added_pattern(tokenizer)
 
-    def encode(self, texts: list[str], first: list[bool]) -> list[list[int]]:
+    def encode(self, texts: list[str], first: list[bool]) -> list[Ids]:
         """The ids of each text, without an end token; `first` says where a text begins a sequence."""
-        parts: list[tuple[int, str, bool]] = []
-        for index, (text, is_first) in enumerate(zip(texts, first, strict=True)):
-            for offset, part in enumerate(self._harmless(text)):
-                parts.append((index, part, is_first and offset == 0))
-        results: list[list[int]] = [[] for _ in texts]
-        encoded: dict[int, list[int]] = {}
-        for is_first in (True, False):
-            chosen = [number for number, part in enumerate(parts) if part[2] == is_first]
-            for number, ids in zip(chosen, self._batch([parts[n][1] for n in chosen], is_first), strict=True):
-                encoded[number] = ids
-        for number, (index, _, _) in enumerate(parts):
-            results[index] += encoded[number]
-        return results
+        if self._tokenizer.backend is None:
+            return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) + BYTES_OFFSET for text in texts]
+        plans = [self._plan(text, is_first) for text, is_first in zip(texts, first, strict=True)]
+        known = self._known
+        fresh = self._encode_new({fragment for plan in plans for fragment in plan if fragment not in known})
+        known.update(fresh)
+        ids = [np.frombuffer(b"".join([known[fragment] for fragment in plan]), self.dtype) for plan in plans]
+        is_full = len(known) > MOST_WORDS
+        for fragment in fresh:
+            if is_full or len(fragment) > LONGEST_WORD or isinstance(fragment, tuple):
+                del known[fragment]
+        return ids
 
-    def _batch(self, texts: list[str], first: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        backend = self._first if first else self._following
-        if backend is None:  # ByT5's tokenizer is Python
-            return [self._tokenizer.convert_tokens_to_ids(self._tokenizer._tokenize(text)) for text in texts]
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def _plan(self, text: str, first: bool) -> list[_Fragment]:
+        """Cut a text into fragments that can be encoded alone."""
+        plan: list[_Fragment] = []
+        for part in self._harmless(text):
+            for number, segment in enumerate(self._cut.split(part) if self._cut else [part]):
+                if self._is_plain(segment) and not number % 2:
+                    plan += self._words(segment, first)
+                elif segment:
+                    plan.append((segment,) if first else segment)
+                first = first and not segment
+        return plan
+
+    def _is_plain(self, segment: str) -> bool:
+        """Whether its words can be encoded one by one: nothing in it reaches over a space."""
+        return self._cut is not None and _PLAIN.fullmatch(segment) is not None
+
+    def _words(self, segment: str, first: bool) -> list[str]:
+        """`two red hats` -> two, ` red`, ` hats`; the first with a space too where the tokenizer marks it."""
+        if self._drops_spaces:
+            return segment.split()
+        words = segment.replace(" ", "\0 ").split("\0")
+        if not words[0]:
+            return words[1:]
+        if first:
+            words[0] = " " + words[0]
+        return words
+
+    def _encode_new(self, fragments: set[_Fragment]) -> dict[_Fragment, bytes]:
+        """The ids of fragments that were not met before."""
+        fresh: dict[_Fragment, bytes] = {}
+        for beginning in (fragment for fragment in fragments if isinstance(fragment, tuple)):
+            fresh[beginning] = self._bytes(self._first.encode(beginning[0], add_special_tokens=False))
+        others = [fragment for fragment in fragments if isinstance(fragment, str)]
+        found = self._following.encode_batch_fast(others, add_special_tokens=False) if others else []
+        for fragment, encoding in zip(others, found, strict=True):
+            fresh[fragment] = self._bytes(encoding)
+        return fresh
+
+    def _bytes(self, encoding: Any) -> bytes:
+        return np.asarray(encoding.ids, self.dtype).tobytes()
 
     def _harmless(self, text: str) -> list[str]:
         """Cut each written-out control token in two (`<` and `/s>`), so that it can't be read as one."""
@@ -109,14 +169,19 @@ def encode_batch(conversations: list[list[Piece]], encoder: Encoder, max_length:
     shifted = [_shift_spaces(pieces, encoder) for pieces in conversations]
     flat = [(piece.text, number == 0) for pieces in shifted for number, piece in enumerate(pieces)]
     ids = iter(encoder.encode([text for text, _ in flat], [first for _, first in flat]))
-    return [_join(pieces, [next(ids) for _ in pieces], encoder, max_length) for pieces in shifted]
+    return [_join(pieces, [next(ids) for _ in pieces], max_length) for pieces in shifted]
+
+
+def ids_dtype(num_rows: int) -> np.dtype[Any]:
+    """uint16 little-endian where every id fits, else int32."""
+    return np.dtype("<u2" if num_rows <= 1 << 16 else "<i4")
 
 
 def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> list[int]:
     """The source ids of a conversation that ends with the assistant's prefix, cut as in training, no end token."""
     encoded = encode_batch([[*pieces, Piece(" x", "answer", pieces[-1].turn)]], encoder, max_length)[0]
     span = encoded.spans[-1]
-    return encoded.ids[: span.system_end] + encoded.ids[span.source_start : span.source_end]
+    return [*encoded.ids[: span.system_end].tolist(), *encoded.ids[span.source_start : span.source_end].tolist()]
 
 
 def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
@@ -138,26 +203,25 @@ def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
     return result
 
 
-def _join(pieces: list[Piece], ids_of: list[list[int]], encoder: Encoder, max_length: int) -> Encoded:
-    ids: list[int] = []
+def _join(pieces: list[Piece], ids_of: list[Ids], max_length: int) -> Encoded:
     spans: list[Span] = []
     turn_starts: list[int] = []
-    system_end = source_end = 0
+    length = system_end = source_end = 0
     turn = -1
     for piece, piece_ids in zip(pieces, ids_of, strict=True):
         if piece.kind == "system":
             system_end = len(piece_ids)
         elif piece.turn != turn:
-            turn_starts.append(len(ids))
+            turn_starts.append(length)
             turn = piece.turn
-        target_start = len(ids)
-        ids += piece_ids
+        target_start = length
+        length += len(piece_ids)
         if piece.kind != "answer":
             # a gap parts an answer from what stands before it, and belongs to neither
-            source_end = len(ids) if piece.kind != "gap" else source_end
+            source_end = length if piece.kind != "gap" else source_end
         elif piece.text.strip():
-            spans.append(_span(turn, system_end, turn_starts, source_end, target_start, len(ids), max_length))
-    return Encoded(ids, spans)
+            spans.append(_span(turn, system_end, turn_starts, source_end, target_start, length, max_length))
+    return Encoded(np.concatenate(ids_of), spans)
 
 
 def _span(
@@ -185,21 +249,38 @@ def _span(
     whole_source = source_start == system_end and kept_system == system_end
     whole_target = target_end - target_start <= room
     # a target that is cut gets no end token, so it has room for one more
-    target_end = target_end if whole_target else target_start + max_length
-    return Span(turn, kept_system, source_start, source_end, target_start, target_end, whole_source, whole_target)
+    kept_end = target_end if whole_target else target_start + max_length
+    return Span(
+        turn, kept_system, source_start, source_end, target_start, kept_end, target_end, whole_source, whole_target
+    )
 
 
-def _backend(tokenizer: Any) -> Any:
-    from tokenizers import Tokenizer
+def _backend(tokenizer: Tokenizer) -> Any:
+    from tokenizers import Tokenizer as Backend
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
+    backend = Backend.from_str(tokenizer.backend.to_str())
     backend.encode_special_tokens = True
     return backend
 
 
-def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+def _is_split_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer encodes each word alone, as T5's do."""
+    parts = pre_tokenizer(tokenizer)
+    kinds = [part["type"] for part in parts.get("pretokenizers", [parts])]
+    is_t5s = kinds == ["WhitespaceSplit", "Metaspace"] or (kinds == ["Metaspace"] and extends_words(tokenizer))
+    return is_t5s and '"split": true' in json.dumps(parts)
+
+
+def _added_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Matches the added tokens that text is cut at, the longest first, as the tokenizer does."""
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    tokens = sorted((token.content for token in added if not token.special), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, tokens)) + ")" if tokens else "(?!)")
+
+
+def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Matches the control tokens written out as text; they stand in the model's own vocabulary too."""
-    tokens = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+    if tokenizer.backend is None:
+        return None
+    tokens = sorted(tokenizer.special_tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None

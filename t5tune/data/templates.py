@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.records import Conversation
+from t5tune.data.formats import Conversation
 from t5tune.errors import SettingsError
 from t5tune.presets import find_conversation_template
 from t5tune.progress import Note, Report, silent

@@ -11,8 +11,14 @@ normalisation, each remaining space is kept as a mark, and a mark is put only be
 """
 
 import json
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from t5tune.data.formats import Conversation
+from t5tune.data.tokenizer import Tokenizer
 from t5tune.errors import ModelError
 
 CHARACTERS = ["\n", "\t", "<", "\\", "^", "`", "{", "}", "~"]
@@ -20,68 +26,173 @@ INDENTATION = ["\n" + " " * width for width in (2, 4, 6, 8, 10, 12, 14, 16)]
 FASTCHAT_PAD = "[PAD]"
 FASTCHAT = ["<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
 MARK = "▁"
+UNKNOWN = "\ufffd"
+SHARE = 0.005  # of the answers that must hold a character for a row to be spent on it
+_RUN = re.compile("  +")
 
 
-def extend_tokenizer(tokenizer: Any, add_tokens: list[str], num_rows: int) -> tuple[Any, list[str]]:
+def extend_tokenizer(
+    tokenizer: Tokenizer, add_tokens: list[str], num_rows: int, sample: Iterable[Conversation] = ()
+) -> tuple[Tokenizer, list[str], list[str]]:
     """Give a tokenizer the tokens that `--add-tokens` asks for.
 
     Args:
-        tokenizer: a transformers tokenizer.
         add_tokens: ["auto"], ["none"], ["fastchat"] or the tokens themselves.
         num_rows: rows of the base's embedding, which the ids must stay below.
+        sample: conversations; auto adds what SHARE of their answers hold and the tokenizer can't write.
 
-    Returns: the tokenizer (the same where nothing is added) and the added tokens, in the order of their ids.
+    Returns: the tokenizer (the same where nothing is added), the added tokens in the order of their ids, and those
+    for which no row was left.
 
     Raises:
-        ModelError: there are fewer spare rows than tokens.
+        ModelError: there are fewer spare rows than tokens asked for.
     """
     if add_tokens == ["none"] or not _is_metaspace(tokenizer):
-        return tokenizer, []
+        return tokenizer, [], []
     spare = num_rows - len(tokenizer)
+    left_out: list[str] = []
     if add_tokens == ["fastchat"]:
         _check_room([FASTCHAT_PAD, *FASTCHAT], spare)
-        return _fastchat(tokenizer), [FASTCHAT_PAD, *FASTCHAT]
+        return _fastchat(tokenizer), [FASTCHAT_PAD, *FASTCHAT], []
     if add_tokens == ["auto"]:
         missing = [text for text in CHARACTERS if not can_write(tokenizer, text)]
-        if not missing:
-            return tokenizer, []
+        wanted = missing + [text for text in _costly(tokenizer, sample) if text not in missing]
+        room = max(spare, len(missing))
+        wanted, left_out = wanted[:room], wanted[room:]
         # indentation makes code shorter, but nothing is lost without it: it takes what room is left
-        wanted = missing + (INDENTATION if "\n" in missing else [])
-        wanted = wanted[: max(spare, len(missing))]
+        wanted += (INDENTATION if "\n" in missing else [])[: room - len(wanted)]
+        if not wanted:
+            return tokenizer, [], []
     else:
         # the rebuilt tokenizer keeps white space, so the two kinds that it would lose come with any list
         wanted = [token for token in dict.fromkeys([*add_tokens, "\n", "\t"]) if not _is_entry(tokenizer, token)]
     _check_room(wanted, spare)
-    return _rebuilt(tokenizer, wanted), wanted
+    return _rebuilt(tokenizer, wanted), wanted, left_out
 
 
-def can_write(tokenizer: Any, text: str) -> bool:
+def _costly(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> list[str]:
+    """Characters that are unknown to the tokenizer and stand in SHARE of the answers or more, the costliest first."""
+    writable = Writable(tokenizer)
+    answers, held = 0, Counter[str]()
+    for conversation in sample:
+        answers += sum(turn.role == "assistant" for turn in conversation.turns)
+        held.update({text: number for text, (_, number) in writable.lost(conversation).items()})
+    unknown = [(-number, text) for text, number in held.items() if writable.becomes(text) == UNKNOWN]
+    return [text for number, text in sorted(unknown) if -number >= SHARE * answers]
+
+
+class Writable:
+    """What of a text a tokenizer can't write; remembers each character that it was asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._becomes: dict[str, str] = {}
+        self._fine: set[str] = set()
+        ascii_fine = [text for text in map(chr, range(128)) if self.becomes(text) == text]
+        self._plain = re.compile("[" + re.escape("".join(ascii_fine)) + "]*")
+        self._keeps_runs = self.becomes("  ") == "  "
+
+    def lost(self, conversation: Conversation) -> dict[str, tuple[int, int]]:
+        """Characters (and runs of spaces, as two) of the answers that don't come back -> (how often, in how many)."""
+        lost: dict[str, tuple[int, int]] = {}
+        for turn in conversation.turns:
+            if turn.role == "assistant":
+                for text, count in self._lost(turn.text):
+                    before = lost.get(text, (0, 0))
+                    lost[text] = before[0] + count, before[1] + 1
+        return lost
+
+    def becomes(self, text: str) -> str:
+        """What comes back of a text between two letters; UNKNOWN where it has no token."""
+        if text not in self._becomes:
+            self._becomes[text] = _round_trip(self._tokenizer, text)
+            if self._becomes[text] == text:
+                self._fine.add(text)
+        return self._becomes[text]
+
+    def _lost(self, text: str) -> Iterator[tuple[str, int]]:
+        if not self._plain.fullmatch(text):
+            for character in sorted(set(text) - self._fine):
+                if self.becomes(character) != character:
+                    yield character, text.count(character)
+        if not self._keeps_runs and "  " in text:
+            yield "  ", len(_RUN.findall(text))
+
+
+def _round_trip(tokenizer: Tokenizer, text: str) -> str:
+    ids = tokenizer.encode(f"a{text}b")
+    if tokenizer.backend is not None and tokenizer.unk_token_id in ids:
+        return UNKNOWN
+    back = tokenizer.decode(ids)
+    return back[1:-1] if back[:1] == "a" and back[-1:] == "b" else back
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """Tokens in a row as text: `added` is one added token, `unknown` one that stands for what has none."""
+
+    text: str
+    kind: Literal["text", "added", "unknown", "end"]
+
+
+def text_runs(ids: list[int], tokenizer: Tokenizer, added: set[int]) -> Iterator[TextRun]:
+    """Tokens as runs of text, in order; every added, unknown and end token stands alone."""
+    plain: list[int] = []
+    for index in ids:
+        kind: Literal["added", "unknown", "end"] | None = (
+            "added"
+            if index in added
+            else "unknown"
+            if index == tokenizer.unk_token_id
+            else "end"
+            if index == tokenizer.eos_token_id
+            else None
+        )
+        if kind is None:
+            plain.append(index)
+            continue
+        if plain:
+            yield TextRun(_plain_text(plain, tokenizer), "text")
+        plain = []
+        yield TextRun(tokenizer.decode([index]), kind)
+    if plain:
+        yield TextRun(_plain_text(plain, tokenizer), "text")
+
+
+def _plain_text(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Their text, with the space that the first token may carry: a decoder drops it at a text's start."""
+    text = tokenizer.decode(ids)
+    is_marked = tokenizer.backend is not None and str(tokenizer.backend.id_to_token(ids[0])).startswith(MARK)
+    return " " + text if is_marked and not text.startswith(" ") else text
+
+
+def can_write(tokenizer: Tokenizer, text: str) -> bool:
     """Whether `text` between two letters comes back from the tokenizer as it went in."""
-    ids = tokenizer(f"a{text}b", add_special_tokens=False)["input_ids"]
-    return tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == f"a{text}b"
+    return _round_trip(tokenizer, text) == text
 
 
-def extends_words(tokenizer: Any) -> bool:
+def extends_words(tokenizer: Tokenizer) -> bool:
     """Whether a text that follows another must be encoded without a mark before its first word."""
-    return _is_metaspace(tokenizer) and _pre_tokenizer(tokenizer).get("prepend_scheme") == "first"
+    return _is_metaspace(tokenizer) and pre_tokenizer(tokenizer).get("prepend_scheme") == "first"
 
 
-def spaces_are_marks(tokenizer: Any) -> bool:
+def spaces_are_marks(tokenizer: Tokenizer) -> bool:
     """Whether a space before a word is part of that word's token (`▁word`), and no token of its own."""
     return _is_metaspace(tokenizer) and not _is_entry(tokenizer, " ")
 
 
-def _is_entry(tokenizer: Any, token: str) -> bool:
-    return token in tokenizer.get_vocab()
+def pre_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """How a text is cut into words, as tokenizer.json has it."""
+    part = tokenizer.backend.pre_tokenizer
+    return dict(json.loads(part.__getstate__())) if part is not None else {}
 
 
-def _is_metaspace(tokenizer: Any) -> bool:
-    return tokenizer.is_fast and "Metaspace" in json.dumps(_pre_tokenizer(tokenizer))
+def _is_entry(tokenizer: Tokenizer, token: str) -> bool:
+    return tokenizer.backend.token_to_id(token) is not None
 
 
-def _pre_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    value = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
-    return value if isinstance(value, dict) else {}
+def _is_metaspace(tokenizer: Tokenizer) -> bool:
+    return tokenizer.backend is not None and "Metaspace" in json.dumps(pre_tokenizer(tokenizer))
 
 
 def _check_room(tokens: list[str], spare: int) -> None:
@@ -93,40 +204,36 @@ def _check_room(tokens: list[str], spare: int) -> None:
         )
 
 
-def _rebuilt(tokenizer: Any, tokens: list[str]) -> Any:
+def _rebuilt(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
     """The tokenizer with `tokens`, whose text comes back whole (see the module's docstring)."""
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import AddedToken, decoders, pre_tokenizers
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = _copy_without_squeezing(tokenizer)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(MARK, "first", True)
     backend.decoder = decoders.Metaspace(MARK, "first", True)
     backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-    return _wrapped(backend, tokenizer, pad_token=tokenizer.pad_token)
+    return replace(tokenizer, backend=backend)
 
 
-def _fastchat(tokenizer: Any) -> Any:
+def _fastchat(tokenizer: Tokenizer) -> Tokenizer:
     """FastChat's ids: its pad token, then its nine; a space is a token, and so are all other words' starts."""
-    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers import AddedToken, decoders
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = _copy_without_squeezing(tokenizer)
     backend.add_special_tokens([AddedToken(FASTCHAT_PAD, normalized=False, special=True)])
     backend.add_tokens([AddedToken(token, normalized=False) for token in FASTCHAT])
     # each space is a token of its own here, so a mark stands for nothing
     backend.decoder = decoders.Sequence([decoders.Replace(MARK, ""), decoders.Fuse()])
-    return _wrapped(backend, tokenizer, pad_token=FASTCHAT_PAD)
+    special = (*tokenizer.special_tokens, FASTCHAT_PAD)
+    return replace(tokenizer, backend=backend, pad_token=FASTCHAT_PAD, special_tokens=special)
 
 
-def _wrapped(backend: Any, tokenizer: Any, pad_token: str) -> Any:
-    from transformers import PreTrainedTokenizerFast
+def _copy_without_squeezing(tokenizer: Tokenizer) -> Any:
+    """A copy of the backend whose normaliser leaves runs of spaces alone: the map of characters is all of it."""
+    from tokenizers import Tokenizer as Backend
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=tokenizer.eos_token,
-        unk_token=tokenizer.unk_token,
-        pad_token=pad_token,
-        additional_special_tokens=[
-            token for token in tokenizer.all_special_tokens if token not in {"</s>", "<unk>", "<pad>"}
-        ],
-        clean_up_tokenization_spaces=False,
-        model_max_length=tokenizer.model_max_length,
-    )
+    values = json.loads(tokenizer.backend.to_str())
+    parts = values["normalizer"] or {}
+    parts = parts.get("normalizers", [parts])
+    values["normalizer"] = next((part for part in parts if part.get("type") == "Precompiled"), None)
+    return Backend.from_str(json.dumps(values))

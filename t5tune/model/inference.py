@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import CheckpointError
 from t5tune.model.device import choose_device
 from t5tune.model.load import load_base
@@ -29,7 +29,7 @@ class Loaded:
     """
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     tokenizer_folder: Path
     template_files: list[Path]
     num_rows: int

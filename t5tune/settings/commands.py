@@ -6,7 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from t5tune.settings.base_model import BaseModelSettings
-from t5tune.settings.data import ConversationSettings, DataSettings, TrainingDataSettings
+from t5tune.settings.data import (
+    ConversationSettings,
+    DataSettings,
+    SelectionSettings,
+    SplitSettings,
+    TrainingDataSettings,
+)
 from t5tune.settings.fields import Maybe, Settings
 from t5tune.settings.inference import InferenceSettings
 from t5tune.settings.lora import LoraSettings
@@ -23,7 +29,7 @@ def _is_true(value: Any) -> bool:
         return False
 
 
-class PrepareSettings(OutputSettings, DataSettings, BaseModelSettings):
+class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, DataSettings, BaseModelSettings):
     command: ClassVar[str] = "prepare"
     panel: ClassVar[str] = "Output"
 
@@ -52,17 +58,8 @@ class TrainSettings(
     def _agrees(self) -> "TrainSettings":
         if self.num_gpus and self.num_processes and self.num_gpus != self.num_processes:
             raise ValueError(f"num_gpus: {self.num_gpus} beside num_processes: {self.num_processes}; give one")
-        evaluates = self.eval_fraction > 0 or self.eval_data_path is not None
-        for name in (
-            "eval_strategy",
-            "eval_steps",
-            "eval_generate",
-            "metric_for_best_model",
-            "early_stopping_patience",
-        ):
-            if (value := getattr(self, name)) not in (None, "no") and not evaluates:
-                raise ValueError(f"{name}: {value} has nothing to evaluate on; give eval_data_path or eval_fraction")
-            if value not in (None, "no") and name != "eval_strategy" and self.eval_strategy == "no":
+        for name in ("eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience"):
+            if (value := getattr(self, name)) is not None and self.eval_strategy == "no":
                 raise ValueError(f"{name}: {value}, but eval_strategy is no")
         if self.metric_for_best_model not in (None, "loss", "perplexity") and self.eval_generate is None:
             raise ValueError(
@@ -163,6 +160,24 @@ class EvaluateSettings(DataSettings, InferenceSettings):
     per_device_eval_batch_size: int = Field(default=32, gt=0, description="Examples at a time.")
 
 
+class InspectSettings(Settings):
+    command: ClassVar[str] = "inspect"
+    panel: ClassVar[str] = "Inspection"
+
+    cache: Path = Field(description="A token cache.", json_schema_extra={"positional": True})
+    example: Annotated[int | None, Maybe] = Field(default=None, ge=0, description="Show this example, counted from 0.")
+    worst_cut: bool = Field(default=False, description="Show the example that lost most to model_max_length.")
+    unknown: bool = Field(default=False, description="Show the example with the most unknown tokens.")
+    all: bool = Field(default=False, description="Show every example.")
+    stats: bool = Field(default=False, description="Show histograms of the lengths, padding, and the longest examples.")
+    html: Annotated[Path | None, Maybe] = Field(
+        default=None, description="Write the examples and the histograms into this HTML file."
+    )
+    per_device_train_batch_size: int = Field(
+        default=8, gt=0, description="Examples of a batch, for the padding's share."
+    )
+
+
 COMMANDS: tuple[type[Settings], ...] = (
     PrepareSettings,
     TrainSettings,
@@ -170,4 +185,5 @@ COMMANDS: tuple[type[Settings], ...] = (
     MergeSettings,
     ChatSettings,
     EvaluateSettings,
+    InspectSettings,
 )

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from t5tune.settings.fields import Maybe, Paths, Settings, Words
 
-AddTokens = Literal["auto", "none", "fastchat"]
+DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
 
 
 class ConversationSettings(Settings):
@@ -27,18 +27,71 @@ class ConversationSettings(Settings):
     )
 
 
-class DataSettings(ConversationSettings):
+class ReadingSettings(Settings):
+    """How records are read."""
+
+    panel: ClassVar[str] = "Reading"
+
+    data_format: DataFormat = Field(default="auto", description="Format of the records; auto looks at each one's keys.")
+    source_column: Annotated[str | None, Maybe] = Field(
+        default=None, description="Key or column that holds the question, for data that names it otherwise."
+    )
+    target_column: Annotated[str | None, Maybe] = Field(
+        default=None, description="Key or column that holds the answer."
+    )
+    source_prefix: str = Field(
+        default="", description="Text before each source of source/target data, such as `summarize: `."
+    )
+    merge_same_role: bool = Field(
+        default=False, description="Join turns of one side in a row, instead of refusing the record."
+    )
+    clean: bool = Field(
+        default=False, description="Turn the HTML of old ShareGPT dumps into Markdown, and drop needless backslashes."
+    )
+    max_record_bytes: int = Field(default=4 << 20, gt=0, description="Refuse longer records (bytes).")
+
+
+class SelectionSettings(Settings):
+    """Which records and answers become examples."""
+
+    panel: ClassVar[str] = "Selection"
+
+    train_on: Literal["all", "last"] = Field(
+        default="all", description="Learn every answer of a conversation, or its last one."
+    )
+    min_target_tokens: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Leave out answers of fewer tokens; default: none."
+    )
+    dedupe: Literal["none", "exact"] = Field(
+        default="none", description="Refuse conversations that were read before, word for word."
+    )
+    split_long: bool = Field(
+        default=False,
+        description="Make several of a conversation that is longer than model_max_length, cut between exchanges.",
+    )
+    drop_truncated_targets: bool = Field(
+        default=False, description="Leave out answers longer than model_max_length, instead of cutting them."
+    )
+    max_rejected_fraction: Annotated[float | None, Maybe] = Field(
+        default=None, ge=0, le=1, description="Stop where a larger share of the records is refused; default: never."
+    )
+    num_workers: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Processes that encode; default: as many as the cores, fewer for little data."
+    )
+
+
+class DataSettings(ReadingSettings, ConversationSettings):
     panel: ClassVar[str] = "Data"
 
     data_path: Paths = Field(
         min_length=1,
-        description="Conversations (JSON or JSONL, ShareGPT form): files or folders; for train also a token "
-        "cache; `pocket` is the packaged set.",
+        description="Conversations: JSON, JSONL, CSV or Parquet files, plain, .gz or .zst; folders, patterns, `-` for "
+        "standard input; for train also a token cache; `pocket` is the packaged set.",
     )
     add_tokens: Words = Field(
         default=["auto"],
-        description="Tokens for what the vocabulary can't write: auto (newline, tab, braces, indentation, …), "
-        "none, fastchat (FastChat's own ten), or a list.",
+        description="Tokens for what the vocabulary can't write: auto (newline, tab, braces, indentation, and what "
+        "the data's answers hold), none, fastchat (FastChat's own ten), or a list.",
     )
     num_data: Annotated[int | None, Maybe] = Field(
         default=None, gt=0, description="Keep only the first N examples; default: all."
@@ -53,7 +106,23 @@ class DataSettings(ConversationSettings):
         return value
 
 
-class TrainingDataSettings(DataSettings):
+class SplitSettings(Settings):
+    """What is held out of training."""
+
+    panel: ClassVar[str] = "Data"
+
+    eval_fraction: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the conversations to hold out and evaluate on, where there is no eval_data_path.",
+    )
+    seed: int = Field(
+        default=42, ge=0, description="Seed of what is held out, the adapter's start, dropout and the data's order."
+    )
+
+
+class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
     panel: ClassVar[str] = "Data"
 
     preprocessed_path: Annotated[Path | None, Maybe] = Field(
@@ -62,10 +131,4 @@ class TrainingDataSettings(DataSettings):
     )
     eval_data_path: Annotated[Paths | None, Maybe] = Field(
         default=None, description="Conversations (or a cache) to evaluate on."
-    )
-    eval_fraction: float = Field(
-        default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description="Share of the conversations to hold out and evaluate on, where there is no eval_data_path.",
     )

@@ -39,7 +39,6 @@ class TrainingSettings(Settings):
         default=False,
         description="Recompute activations instead of keeping them: less memory, a third slower.",
     )
-    seed: int = Field(default=42, ge=0, description="Seed of the adapter's start, dropout and data order.")
     dataloader_num_workers: int = Field(default=0, ge=0, description="Processes per rank that read the data.")
     use_cpu: bool = Field(default=False, description="Train on the CPU even where there is a GPU.")
     training_args: dict[str, Any] = Field(

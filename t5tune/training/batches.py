@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Sampler
 
 from t5tune.data.cache import Cache
 from t5tune.data.encoding import Example
+from t5tune.data.order import epoch_order
 from t5tune.model.loss import IGNORED_LABEL
 
 
@@ -28,17 +29,7 @@ class ExampleDataset(Dataset[Example]):
 
 
 class BucketSampler(Sampler[int]):
-    """An epoch's order: shuffled, then sorted by length in windows of some steps, then the steps shuffled.
-
-    A step's examples are of about the same length, so little of it is padding, on every rank. The order follows
-    from seed and epoch alone.
-
-    Args:
-        lengths: of each example, in tokens.
-        step_size: examples per optimizer step, over accumulation and ranks.
-    """
-
-    STEPS_PER_WINDOW = 64
+    """`epoch_order` as torch's Sampler: it follows from seed and epoch alone, and draws from nothing else."""
 
     def __init__(self, lengths: npt.NDArray[np.int64], step_size: int, seed: int) -> None:
         self.lengths = lengths
@@ -54,15 +45,7 @@ class BucketSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))
-        window = self.STEPS_PER_WINDOW * self.step_size
-        parts = [order[start : start + window] for start in range(0, len(order), window)]
-        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
-        # whole steps change places; an odd rest stays last, or it would shift all behind it
-        whole = len(order) // self.step_size * self.step_size
-        steps = rng.permutation(order[:whole].reshape(-1, self.step_size))
-        yield from np.concatenate([steps.ravel(), order[whole:]]).tolist()
+        yield from epoch_order(self.lengths, self.step_size, self.seed, self.epoch).tolist()
 
 
 class PaddedCollator:

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.data.cache import Cache
-from t5tune.data.tokenizer import answer_text, true_text
+from t5tune.data.tokenizer import Tokenizer, answer_text, true_text
 from t5tune.errors import TrainingError
 from t5tune.metrics import score
 from t5tune.model.loss import IGNORED_LABEL, step_loss
@@ -36,7 +36,7 @@ TASK = "train"
 class Answers:
     """How evaluation generates: answers to `count` of the examples, without what the layout puts behind them."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     answer_end: str
     count: int
 

@@ -1,0 +1,234 @@
+"""A record's value -> a conversation: ShareGPT, OpenAI messages, Alpaca, prompt/completion, source/target.
+
+conversation_of({"source": "Hi", "target": "Hello."}, place, ReadingSettings())
+# Conversation(place, None, (Turn("human", "Hi"), Turn("assistant", "Hello.")))
+
+Which format a record has is seen by its keys, unless `data_format` names one. What can't be used is Refused; what is
+left out or mended on the way is counted.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from t5tune.data.cleaning import clean, plain
+from t5tune.data.records import Place, Refused
+from t5tune.settings.data import ReadingSettings
+
+Role = Literal["human", "assistant"]
+Speaker = Literal["system", "human", "assistant"]
+Entries = list[tuple[Speaker, str]]
+
+ROLES: dict[str, Speaker] = {
+    "system": "system",
+    "developer": "system",
+    "human": "human",
+    "user": "human",
+    "tool": "human",
+    "function": "human",
+    "observation": "human",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+}
+ANY = {"id", "system"}  # keys that every format may bring
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A record that can be trained on. `repairs` counts what was mended or left out on the way, by kind."""
+
+    place: Place
+    system: str | None
+    turns: tuple[Turn, ...]
+    repairs: Mapping[str, int] = field(default_factory=dict)
+
+
+def conversation_of(value: Any, place: Place, reading: ReadingSettings) -> Conversation:
+    """Find the record's format, check its turns, and bring them to human and assistant in turn.
+
+    Raises:
+        Refused: it can't be used, for one of records.REASONS.
+    """
+    if not isinstance(value, dict):
+        raise Refused("not_an_object", f"expected an object, found {_kind(value)}")
+    repairs: Counter[str] = Counter()
+    name, parser = _format_of(value, reading)
+    used, entries = parser(value, reading)
+    for key in sorted(key for key in value.keys() - used - ANY if value[key] not in (None, "", [], {})):
+        repairs[f"ignored_field_{key}"] += 1
+    if value.get("system") not in (None, ""):
+        entries.insert(0, ("system", _text("system", value["system"])))
+    system: str | None = None
+    turns: list[Turn] = []
+    for index, (speaker, said) in enumerate(entries):
+        text = _checked(f"turn {index}", said, reading, repairs)
+        if speaker == "system":
+            if turns or system is not None:
+                raise Refused("misplaced_system", f"turn {index}: a system turn that isn't the first")
+            system = text
+        elif speaker == "assistant" and not turns:
+            repairs["leading_assistant_turns"] += 1
+        elif turns and turns[-1].role == speaker:
+            if not reading.merge_same_role:
+                raise Refused("same_role_twice", f"turn {index}: two turns of {speaker} in a row")
+            turns[-1] = Turn(speaker, f"{turns[-1].text}\n{text}")
+            repairs["merged_same_role_turns"] += 1
+        else:
+            turns.append(Turn(speaker, text))
+    if turns and turns[-1].role == "human":
+        repairs["trailing_human_turns"] += 1
+        turns.pop()
+    if blank := sum(not turn.text.strip() for turn in turns):
+        repairs["blank_turns"] += blank
+    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
+        raise Refused("no_answer", f"no assistant turn with text to learn from ({name})")
+    return Conversation(place, system or None, tuple(turns), dict(sorted(repairs.items())))
+
+
+def _format_of(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "Parser"]:
+    if reading.source_column or reading.target_column:
+        return "columns", _columns
+    name: str = reading.data_format
+    if name == "auto":
+        name = next((name for name, keys in _KEYS.items() if any(k <= value.keys() for k in keys)), "auto")
+    keys = _KEYS.get(name, [])
+    if not any(k <= value.keys() for k in keys):
+        found = ", ".join(sorted(map(str, value))[:12])
+        wanted = " or ".join(" + ".join(sorted(k)) for k in keys) or "; ".join(
+            f"{name}: {' or '.join(' + '.join(sorted(k)) for k in keys)}" for name, keys in _KEYS.items()
+        )
+        raise Refused("unknown_format", f"its keys are {found or 'none'}; expected {wanted}")
+    return name, _PARSERS[name]
+
+
+Parser = Callable[[dict[str, Any], ReadingSettings], tuple[set[str], Entries]]
+
+
+def _messages(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+    """ShareGPT's `conversations` of from and value, OpenAI's `messages` of role and content, or a mixture."""
+    key = "conversations" if "conversations" in value else "messages"
+    entries = _turns(key, value[key])
+    used: set[str] = {key}
+    if "chosen" in value and entries and entries[-1][0] != "assistant":  # of a pair of answers, the preferred
+        used.add("chosen")
+        chosen = value["chosen"]
+        entries += _turns("chosen", chosen if isinstance(chosen, list) else [chosen])
+    return used, entries
+
+
+def _turns(key: str, items: Any) -> Entries:
+    if not isinstance(items, list):
+        raise Refused("unknown_format", f"{key}: expected a list of turns, found {_kind(items)}")
+    return [_turn(index, item) for index, item in enumerate(items)]
+
+
+def _turn(index: int, item: Any) -> tuple[Speaker, str]:
+    names = next(
+        (
+            names
+            for names in (("from", "value"), ("role", "content"))
+            if isinstance(item, dict) and item.get(names[0]) is not None
+        ),
+        None,
+    )
+    if names is None or names[1] not in item:
+        raise Refused("bad_turn", f"turn {index}: expected an object with from and value, or role and content")
+    speaker = item[names[0]]
+    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise Refused("unknown_role", f"turn {index}: role {speaker!r}; known are {', '.join(ROLES)}")
+    return role, _text(f"turn {index}", item[names[1]])
+
+
+def _alpaca(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+    """`instruction`, `input`, `output`, and earlier pairs in `history`."""
+    question = _text("instruction", value["instruction"])
+    if value.get("input") not in (None, ""):
+        question += "\n" + _text("input", value["input"])
+    entries: Entries = []
+    for index, pair in enumerate(value.get("history") or []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Refused("bad_turn", f"history {index}: expected a pair of question and answer")
+        entries += [("human", _text(f"history {index}", pair[0])), ("assistant", _text(f"history {index}", pair[1]))]
+    entries += [("human", question), ("assistant", _text("output", value["output"]))]
+    return {"instruction", "input", "output", "history"}, entries
+
+
+def _prompt_completion(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+    """`prompt` and `completion` (or `chosen`), each a text or a list of messages."""
+    answer = "completion" if "completion" in value else "chosen"
+    entries: Entries = []
+    for key, role in (("prompt", "human"), (answer, "assistant")):
+        entries += _turns(key, value[key]) if isinstance(value[key], list) else [(role, _text(key, value[key]))]  # type: ignore[list-item]
+    return {"prompt", answer}, entries
+
+
+def _source_target(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+    return _pair(value, "source", "target", reading)
+
+
+def _columns(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+    return _pair(value, reading.source_column or "source", reading.target_column or "target", reading)
+
+
+def _pair(value: dict[str, Any], source: str, target: str, reading: ReadingSettings) -> tuple[set[str], Entries]:
+    if missing := [name for name in (source, target) if name not in value]:
+        found = ", ".join(sorted(map(str, value))[:12])
+        raise Refused("unknown_format", f"no column {', '.join(missing)}; the record has {found}")
+    question = reading.source_prefix + _text(source, value[source])
+    return {source, target}, [("human", question), ("assistant", _text(target, value[target]))]
+
+
+_KEYS: dict[str, list[set[str]]] = {
+    "sharegpt": [{"conversations"}],
+    "openai": [{"messages"}],
+    "alpaca": [{"instruction", "output"}],
+    "prompt-completion": [{"prompt", "completion"}, {"prompt", "chosen"}],
+    "source-target": [{"source", "target"}],
+}
+_PARSERS: dict[str, Parser] = {
+    "sharegpt": _messages,
+    "openai": _messages,
+    "alpaca": _alpaca,
+    "prompt-completion": _prompt_completion,
+    "source-target": _source_target,
+}
+
+
+def _text(place: str, content: Any) -> str:
+    """A text, or OpenAI's list of parts of type text, joined."""
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        other = next((part.get("type") for part in content if part.get("type") != "text"), None)
+        if other is not None:
+            raise Refused("not_text", f"{place}: a part of type {other!r}")
+        content = "\n".join(_text(place, part.get("text")) for part in content)
+    if not isinstance(content, str):
+        raise Refused("not_text", f"{place}: expected text, found {_kind(content)}")
+    return content
+
+
+def _checked(place: str, text: str, reading: ReadingSettings, repairs: Counter[str]) -> str:
+    text = plain(place, text, repairs)
+    return clean(text, repairs) if reading.clean else text
+
+
+def _kind(value: Any) -> str:
+    """A JSON value's kind, as JSON calls it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "a boolean"
+    kinds = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
+    return kinds.get(type(value), type(value).__name__)

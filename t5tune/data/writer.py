@@ -1,0 +1,167 @@
+"""Outcomes of records -> the files of a token cache, one after the other, and the counts of its manifest."""
+
+import codecs
+import json
+import sqlite3
+from collections import Counter
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from t5tune.data.cache import EXAMPLE, lengths_of, percentiles
+from t5tune.data.encoding import Encoded, ids_dtype
+from t5tune.data.pipeline import Accepted, Outcome, Record
+from t5tune.data.records import Raw, Rejected, value_of
+from t5tune.publish import CHUNK
+
+REJECTED = "rejected.jsonl"
+
+
+class Writer:
+    """Writes tokens.bin, examples.bin and rejected.jsonl, and counts.
+
+    Args:
+        num_rows: of the base's embedding; decides the width of an id.
+        seen: folder for the table of what was read, where conversations that come again are to be refused.
+    """
+
+    def __init__(self, folder: Path, num_rows: int, seen: Path | None) -> None:
+        self.folder = folder
+        self.dtype = ids_dtype(num_rows)
+        self.num_records = 0
+        self.num_examples = 0
+        self.conversations = 0
+        self.unknown_tokens = 0
+        self.rejected = Counter[str]()
+        self.first_rejected: str | None = None
+        self.repaired = Counter[str]()
+        self.dropped = Counter[str]()
+        self.lost: dict[str, tuple[int, int]] = {}
+        self._num_tokens = 0
+        self._num_parts = 0  # conversations as they stand in the cache: some were split
+        self._seen = _Seen(seen / "seen.sqlite") if seen is not None else None
+        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
+        self._examples = open(folder / "examples.bin", "wb")  # noqa: SIM115
+        self._rejected = open(folder / REJECTED, "w", encoding="utf-8")  # noqa: SIM115
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in (self._tokens, self._examples, self._rejected):
+            file.close()
+        if self._seen is not None:
+            self._seen.close()
+
+    def add(self, record: Record, outcome: Outcome) -> None:
+        """Append what came of one record."""
+        self.num_records += 1
+        if isinstance(outcome, Accepted) and self._seen is not None:
+            place = outcome.conversation.place
+            if first := self._seen.first(outcome.key, f"{place.file}:{place.line}"):
+                assert isinstance(record, Raw)
+                outcome = Rejected(place, "duplicate", f"the same words as {first}", value_of(record))
+        if isinstance(outcome, Rejected):
+            self._reject(outcome)
+            return
+        self.conversations += 1
+        self.unknown_tokens += outcome.unknown
+        self.repaired.update(outcome.conversation.repairs)
+        self.dropped.update(outcome.dropped)
+        for text, (count, answers) in outcome.lost.items():
+            before = self.lost.get(text, (0, 0))
+            self.lost[text] = before[0] + count, before[1] + answers
+        for part in outcome.encoded:
+            self._append(part, outcome.key)
+        self.repaired.update({"split_conversations": 1} if len(outcome.encoded) > 1 else {})
+
+    def counts(self, num_data: int | None) -> dict[str, Any]:
+        """The manifest's counts; of the examples the first `num_data` are kept."""
+        for file in (self._tokens, self._examples, self._rejected):
+            file.flush()
+        if num_data is not None and num_data < self.num_examples:
+            self._examples.truncate(num_data * EXAMPLE.itemsize)
+            self.num_examples = num_data
+        counts = {
+            "dtype": self.dtype.str,
+            "conversations": self.conversations,
+            "rejected": self.rejected.total(),
+            "rejected_by_reason": dict(sorted(self.rejected.items())),
+            "repaired": dict(sorted(self.repaired.items())),
+            "dropped": dict(sorted(self.dropped.items())),
+            "examples": self.num_examples,
+            "unknown_tokens": self.unknown_tokens,
+        }
+        return counts | _measured(self.folder / "examples.bin")
+
+    def _append(self, encoded: Encoded, key: bytes) -> None:
+        rows = np.zeros(len(encoded.spans), EXAMPLE)
+        for row, span in zip(rows, encoded.spans, strict=True):
+            row["start"], row["conversation"] = self._num_tokens, self._num_parts
+            for name in EXAMPLE.names[3:]:  # type: ignore[index]
+                row[name] = getattr(span, name)
+        rows["key"] = int.from_bytes(key[:8], "little")
+        self._examples.write(rows.tobytes())
+        self._tokens.write(np.asarray(encoded.ids, self.dtype).tobytes())
+        self.num_examples += len(rows)
+        self._num_parts += 1
+        self._num_tokens += len(encoded.ids)
+
+    def _reject(self, rejected: Rejected) -> None:
+        place = rejected.place
+        self.rejected[rejected.reason] += 1
+        self.first_rejected = self.first_rejected or f"{place.file}:{place.line}: {rejected.message}"
+        facts = {**vars(place), "reason": rejected.reason, "message": rejected.message}
+        self._rejected.write(json.dumps(facts)[:-1] + ', "record": ')
+        if isinstance(rejected.record, Path):
+            _write_as_json(rejected.record, self._rejected)
+            rejected.record.unlink()
+        else:
+            record = rejected.record
+            text = record.decode(errors="surrogateescape") if isinstance(record, bytes) else record
+            self._rejected.write(json.dumps(text, default=str))
+        self._rejected.write("}\n")
+
+
+class _Seen:
+    """The keys of what was read, on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN")
+        self._database.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID")
+
+    def first(self, key: bytes, place: str) -> str | None:
+        """Where the key was seen first; None: it is new."""
+        done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, place))
+        if done.rowcount:
+            return None
+        return str(self._database.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()[0])
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def _write_as_json(path: Path, file: IO[str]) -> None:
+    """A file's bytes as one JSON text; those that are no UTF-8 as lone surrogates (Python's surrogateescape)."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    file.write('"')
+    with open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            file.write(json.dumps(decoder.decode(chunk))[1:-1])
+    file.write(json.dumps(decoder.decode(b"", final=True))[1:-1] + '"')
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """Token counts and length percentiles, from the examples on disk."""
+    rows = np.memmap(path, EXAMPLE, "r") if path.stat().st_size else np.zeros(0, EXAMPLE)
+    sources, targets = lengths_of(rows)
+    return {
+        "source_tokens": int(sources.sum()),
+        "target_tokens": int(targets.sum()),
+        "truncated_sources": int((~rows["source_is_whole"]).sum()),
+        "truncated_targets": int((~rows["target_is_whole"]).sum()),
+        "source_length": percentiles(sources) if len(rows) else {},
+        "target_length": percentiles(targets) if len(rows) else {},
+    }

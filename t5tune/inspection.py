@@ -1,0 +1,163 @@
+"""`t5tune inspect`: what the model will really see of a cache's examples.
+
+result = inspect(InspectSettings(cache="cache", worst_cut=True))
+result.examples[0].source_text
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from t5tune.data.cache import Cache, open_cache
+from t5tune.data.order import epoch_order, padding_share
+from t5tune.data.tokenizer import Tokenizer, load_tokenizer
+from t5tune.errors import DataError, SettingsError
+from t5tune.inspection_page import write_page
+from t5tune.progress import Report, silent
+from t5tune.settings import InspectSettings
+
+NUM_LONGEST = 5
+NUM_BARS = 20
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example as the model sees it.
+
+    Args:
+        index: in the cache; `conversation` and `turn` say where it comes from.
+        source_ids, target_ids: end tokens included.
+        truncated: which of source and target were cut.
+        source_cut: tokens that were left out of the source, behind its first `source_head` tokens.
+        target_cut: tokens that were left out at the target's end.
+    """
+
+    index: int
+    conversation: int
+    turn: int
+    source_ids: list[int]
+    target_ids: list[int]
+    source_text: str
+    target_text: str
+    truncated: list[str]
+    source_head: int
+    source_cut: list[int]
+    target_cut: list[int]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many lengths lie from edges[i] up to, without, edges[i + 1] (tokens); the last edge counts too."""
+
+    edges: list[int]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Lengths of a cache's examples. `padding` is the share of padding in batches of `batch_size`, 0 to 1."""
+
+    source: Histogram
+    target: Histogram
+    batch_size: int
+    padding_random: float
+    padding_by_length: float
+    longest: list[int]
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What was asked for: some examples of a cache, statistics of all of them, or both."""
+
+    cache: Path
+    num_examples: int
+    examples: list[Shown]
+    statistics: Statistics | None
+    page: Path | None
+
+
+def inspect(settings: InspectSettings, report: Report = silent) -> Inspected:
+    """Choose the examples and lay them open.
+
+    Raises:
+        DataError: the cache can't be used, or holds no such example.
+        SettingsError: more than one choice of examples.
+    """
+    cache = open_cache(settings.cache)
+    chosen = _chosen(cache, settings)
+    tokenizer = load_tokenizer(cache.tokenizer_folder)
+    examples = [_shown(cache, index, tokenizer) for index in chosen]
+    statistics = _statistics(cache, settings.per_device_train_batch_size) if settings.stats or settings.html else None
+    if settings.html is not None:
+        write_page(settings.html, cache, examples, statistics, tokenizer)
+    return Inspected(settings.cache, len(cache), examples, statistics, settings.html)
+
+
+def _chosen(cache: Cache, settings: InspectSettings) -> list[int]:
+    asked = [
+        name for name in ("example", "worst_cut", "unknown", "all") if getattr(settings, name) not in (None, False)
+    ]
+    if len(asked) > 1:
+        raise SettingsError(f"{asked[0]}: beside {asked[1]}; choose the examples one way")
+    if settings.all:
+        return list(range(len(cache)))
+    if settings.example is not None:
+        if settings.example >= len(cache):
+            raise DataError(f"example: {settings.example}: {cache.folder} holds examples 0 to {len(cache) - 1}")
+        return [settings.example]
+    if settings.worst_cut:
+        return _most(cache.cut(), cache, "cut")
+    if settings.unknown:
+        unknown = load_tokenizer(cache.tokenizer_folder).unk_token_id
+        counts = [int((example.source_S == unknown).sum() + (example.target_T == unknown).sum()) for example in cache]
+        return _most(np.array(counts), cache, "with unknown tokens")
+    return [] if settings.stats else [0]
+
+
+def _most(counts: npt.NDArray[np.int64], cache: Cache, what: str) -> list[int]:
+    if not counts.any():
+        raise DataError(f"{cache.folder}: none of its {len(cache)} examples is {what}")
+    return [int(counts.argmax())]
+
+
+def _shown(cache: Cache, index: int, tokenizer: Tokenizer) -> Shown:
+    example, conversation, ids, span = cache.whole(index)
+    source, target = example.source_S.tolist(), example.target_T.tolist()
+    return Shown(
+        index=index,
+        conversation=conversation,
+        turn=span.turn,
+        source_ids=source,
+        target_ids=target,
+        source_text=tokenizer.decode(source[:-1]),
+        target_text=tokenizer.decode(target[: span.target_end - span.target_start]),
+        truncated=["source"] * (not span.source_is_whole) + ["target"] * (not span.target_is_whole),
+        source_head=span.system_end,
+        source_cut=ids[span.system_end : span.source_start].tolist(),
+        target_cut=ids[span.target_end : span.answer_end].tolist(),
+    )
+
+
+def _statistics(cache: Cache, batch_size: int) -> Statistics:
+    sources, targets = cache.lengths()
+    everything = np.arange(len(cache))
+    shuffled = np.random.default_rng(0).permutation(everything)
+    by_length = epoch_order(sources + targets, batch_size, seed=0, epoch=0)
+    return Statistics(
+        source=_histogram(sources),
+        target=_histogram(targets),
+        batch_size=batch_size,
+        padding_random=round(padding_share(sources, targets, shuffled, batch_size), 4),
+        padding_by_length=round(padding_share(sources, targets, by_length, batch_size), 4),
+        longest=np.argsort(-(sources + targets), kind="stable")[:NUM_LONGEST].tolist(),
+    )
+
+
+def _histogram(lengths: npt.NDArray[np.int64]) -> Histogram:
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // NUM_BARS))
+    edges = list(range(low, high + width + 1, width))
+    counts, _ = np.histogram(lengths, edges)
+    return Histogram(edges, counts.tolist())

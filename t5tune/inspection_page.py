@@ -1,0 +1,96 @@
+"""Examples of a cache and its lengths as one HTML file that needs no network."""
+
+import html
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t5tune.data.cache import Cache
+from t5tune.data.tokenizer import Tokenizer
+from t5tune.data.vocabulary import TextRun, text_runs
+from t5tune.publish import write_file
+
+if TYPE_CHECKING:
+    from t5tune.inspection import Histogram, Shown, Statistics
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --source: #2563eb; --target: #15803d; --cut: #b91c1c; --mark: #a16207; }
+@media (prefers-color-scheme: dark) {
+  :root { --source: #93c5fd; --target: #86efac; --cut: #fca5a5; --mark: #fde047; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+article { border: 1px solid var(--line); border-radius: .5rem; padding: .2rem 1rem .8rem; margin: 1rem 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace; margin: .4rem 0; }
+.source { color: var(--source); } .target { color: var(--target); }
+.cut { color: var(--cut); text-decoration: line-through; }
+.added, .end { color: var(--mark); } .unknown { background: var(--cut); color: #fff; border-radius: .2rem; }
+.facts { color: #888; font-size: .9rem; }
+.row { display: grid; grid-template-columns: 8rem 1fr 4rem; gap: .6rem; align-items: center; font-size: .85rem; }
+.row span { text-align: right; } .bar { background: var(--source); height: .7rem; border-radius: .15rem; }
+"""
+
+
+def write_page(
+    path: Path, cache: Cache, examples: list["Shown"], statistics: "Statistics | None", tokenizer: Tokenizer
+) -> None:
+    """Write the page beside `path` and rename it there."""
+    manifest = cache.manifest
+    added = set(manifest["added_token_ids"])
+    parts = [
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>{html.escape(cache.folder.name)}</title><style>{STYLE}</style>",
+        f"<h1>{html.escape(str(cache.folder))}</h1>",
+        f'<p class="facts">{len(cache):,} examples of {manifest["conversations"]:,} conversations; '
+        f"{manifest['rejected']:,} records refused; {manifest['unknown_tokens']:,} unknown tokens; "
+        f"{manifest['truncated_sources']:,} sources and {manifest['truncated_targets']:,} targets cut</p>",
+        '<p class="facts"><span class="source">source</span> · <span class="target">target</span> · '
+        '<span class="cut">cut off</span> · <span class="added">↵ added token</span> · '
+        '<span class="unknown">unknown</span></p>',
+    ]
+    if statistics is not None:
+        for name, histogram in (("Source", statistics.source), ("Target", statistics.target)):
+            parts += [f"<h2>{name} length (tokens)</h2>", *_bars(histogram)]
+        parts.append(
+            f'<p class="facts">Padding in batches of {statistics.batch_size}: '
+            f"{statistics.padding_by_length:.1%} by length, {statistics.padding_random:.1%} at random</p>"
+        )
+    parts.append("<h2>Examples</h2>")
+    parts += [_article(example, tokenizer, added) for example in examples]
+    write_file(path, "\n".join(parts).encode())
+
+
+def _bars(histogram: "Histogram") -> Iterable[str]:
+    most = max(histogram.counts)
+    for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
+        bar = f'<div class="bar" style="width:{100 * count / most:.1f}%"></div>'
+        yield f'<div class="row"><span>{low:,}–{high - 1:,}</span><div>{bar}</div><span>{count:,}</span></div>'
+
+
+def _article(example: "Shown", tokenizer: Tokenizer, added: set[int]) -> str:
+    def text(ids: list[int]) -> str:
+        return "".join(_marked(run) for run in text_runs(ids, tokenizer, added))
+
+    def cut(ids: list[int]) -> str:
+        return f'<span class="cut">{text(ids)}</span>' if ids else ""
+
+    head = example.source_head
+    source = text(example.source_ids[:head]) + cut(example.source_cut) + text(example.source_ids[head:])
+    target, end = example.target_ids, []
+    if "target" not in example.truncated:
+        target, end = target[:-1], target[-1:]
+    facts = f"example {example.index} · conversation {example.conversation} · turn {example.turn}"
+    lengths = f"{len(example.source_ids)} + {len(example.target_ids)} tokens"
+    return (
+        f'<article><p class="facts">{facts} · {lengths}</p><pre class="source">{source}</pre>'
+        f'<pre class="target">{text(target)}{cut(example.target_cut)}{text(end)}</pre></article>'
+    )
+
+
+def _marked(run: TextRun) -> str:
+    text = html.escape(run.text)
+    if run.kind == "text":
+        return text
+    if run.kind == "added":
+        text = html.escape(run.text.strip(" \n\t")) or text.replace("\n", "↵\n").replace("\t", "→\t")
+    return f'<span class="{run.kind}">{text}</span>'

@@ -1,0 +1,636 @@
+"""Whatever a file holds: what is read, what is refused and why, and where. Accepted and rejected add up to all."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from t5tune.data.files import find_files
+from t5tune.data.formats import Conversation
+from t5tune.data.pipeline import read_record
+from t5tune.data.readers import read_records
+from t5tune.data.records import REASONS, Rejected
+from t5tune.errors import DataError
+from t5tune.settings.data import ReadingSettings
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+GOOD = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}'
+LIMIT = 10_000
+
+
+def said(question: str, answer: str = "Yes", **more: Any) -> str:
+    """A record as a line of JSON; the texts stand in it as they are."""
+    turns = f'[{{"from": "human", "value": "{question}"}}, {{"from": "gpt", "value": "{answer}"}}]'
+    rest = "".join(f', "{key}": {json.dumps(value)}' for key, value in more.items())
+    return f'{{"conversations": {turns}{rest}}}'
+
+
+def read(path: Path, limit: int = LIMIT, spool: Path | None = None, **reading: Any) -> list[Conversation | Rejected]:
+    chosen = ReadingSettings(**reading)
+    return [read_record(record, chosen) for record in read_records(find_files([str(path)]), limit, spool)]
+
+
+@pytest.fixture
+def outcomes(tmp_path: Path) -> Callable[..., tuple[list[str], list[str]]]:
+    """(questions that were read, reasons of what was refused) of a file of these bytes."""
+
+    def run(data: bytes, name: str = "data.jsonl", **reading: Any) -> tuple[list[str], list[str]]:
+        (tmp_path / name).write_bytes(data)
+        records = read(tmp_path / name, **reading)
+        accepted = [record.turns[0].text for record in records if isinstance(record, Conversation)]
+        refused = [record.reason for record in records if isinstance(record, Rejected)]
+        assert len(accepted) + len(refused) == len(records)
+        assert set(refused) <= set(REASONS)
+        return accepted, refused
+
+    return run
+
+
+# each stands among two good records, as a line and as an element of an array
+REFUSED_RECORDS = {
+    "NaN": (said("Hi", score=1).replace(": 1}", ": NaN}"), "bad_number"),
+    "minus infinity": (said("Hi", score=1).replace(": 1}", ": -Infinity}"), "bad_number"),
+    "float beyond 64 bits": (said("Hi", score=1).replace(": 1}", ": 1e999}"), "bad_number"),
+    "integer beyond 64 bits": (said("Hi", score=1 << 64), "bad_number"),
+    "integer below 64 bits": (said("Hi", score=-(1 << 63) - 1), "bad_number"),
+    "integer of 5,000 digits": (said("Hi", score=0).replace(": 0}", ": " + "9" * 5000 + "}"), "bad_number"),
+    "key twice": (said("Hi")[:-1] + ', "conversations": []}', "duplicate_key"),
+    "key twice inside": (said("Hi").replace('"value": "Yes"', '"value": "Yes", "value": "No"'), "duplicate_key"),
+    "control character": (said("a\\u0000b"), "control_character"),
+    "control character as it is": (said("a\x07b"), "control_character"),
+    "escape character": (said("a\\u001b[1mb"), "control_character"),
+    "lone surrogate": (said("a\\ud800b"), "lone_surrogate"),
+    "surrogates the wrong way round": (said("\\udc00\\ud800"), "lone_surrogate"),
+    "too long": (said("x" * LIMIT), "too_long"),
+    "too long, of escapes": (said("\\n" * LIMIT), "too_long"),
+    "too long, of quotes": (said('\\"' * LIMIT), "too_long"),
+    "too deep": (said("Hi")[:-1] + ', "x": ' + "[" * 4000 + "]" * 4000 + "}", "too_deep"),
+    "a number": ("3", "not_an_object"),
+    "null": ("null", "not_an_object"),
+    "a list": ('["a"]', "not_an_object"),
+    "no known keys": ('{"text": "Hi"}', "unknown_format"),
+    "conversations are text": ('{"conversations": "Hi"}', "unknown_format"),
+    "a turn is text": ('{"conversations": ["Hi"]}', "bad_turn"),
+    "a turn without text": ('{"conversations": [{"from": "human"}]}', "bad_turn"),
+    "a speaker of another kind": (said("Hi").replace('"gpt"', '"narrator"'), "unknown_role"),
+    "text is a number": (said("Hi").replace('"Yes"', "3"), "not_text"),
+    "text is null": (said("Hi").replace('"Yes"', "null"), "not_text"),
+    "system is a list": (said("Hi", system=[1]), "not_text"),
+    "one side twice": (said("Hi").replace('"gpt"', '"human"'), "same_role_twice"),
+    "no answer": ('{"conversations": [{"from": "human", "value": "Hi"}]}', "no_answer"),
+    "a blank answer": (said("Hi", "  \\n"), "no_answer"),
+    "only an answer": ('{"conversations": [{"from": "gpt", "value": "Hi"}]}', "no_answer"),
+    "nothing": ('{"conversations": []}', "no_answer"),
+}
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+@pytest.mark.parametrize(("bad", "reason"), REFUSED_RECORDS.values(), ids=REFUSED_RECORDS)
+def test_a_record_that_cant_be_used_is_refused_alone(
+    outcomes: Callable[..., tuple[list[str], list[str]]], bad: str, reason: str, form: str
+) -> None:
+    records = [said("first"), bad, said("last")]
+    text = "\n".join(records) if form == "lines" else f"[{', '.join(records)}]"
+    assert outcomes(text.encode()) == (["first", "last"], [reason])
+
+
+REFUSED_LINES = {
+    "cut off": GOOD[:-4],
+    "two values": GOOD + GOOD,
+    "single quotes": GOOD.replace('"', "'"),
+    "a comma too many": GOOD[:-2] + ",]}",
+    "bare words": "{conversations: []}",
+    "a word": "hello",
+    "a comment": "// none",
+}
+
+
+@pytest.mark.parametrize("bad", REFUSED_LINES.values(), ids=REFUSED_LINES)
+def test_a_line_that_is_no_json_is_refused_alone_wherever_it_stands(
+    outcomes: Callable[..., tuple[list[str], list[str]]], bad: str
+) -> None:
+    good = [said("first"), said("last")]
+    for place in range(3):
+        lines = [*good[:place], bad, *good[place:]]
+        assert outcomes("\n".join(lines).encode()) == (["first", "last"], ["not_json"])
+
+
+def test_bytes_that_are_no_utf8_cost_their_own_record_only(
+    outcomes: Callable[..., tuple[list[str], list[str]]], tmp_path: Path
+) -> None:
+    bad = said("caf\u00e9").encode("latin-1")
+    good = said("café").encode()
+    assert outcomes(b"\n".join([good, bad, good])) == (["café", "café"], ["invalid_utf8"])
+    assert outcomes(b"[" + b",".join([good, bad, good]) + b"]") == (["café", "café"], ["invalid_utf8"])
+    assert outcomes(b"\n".join([good, b"\x80\x81", good])) == (["café", "café"], ["invalid_utf8"])
+
+
+# files that read like the same two records
+READ = {
+    "lines": f"{said('a')}\n{said('b')}\n",
+    "lines without an end": f"{said('a')}\n{said('b')}",
+    "lines of Windows": f"{said('a')}\r\n{said('b')}\r\n",
+    "blank lines": f"\n\n  \n{said('a')}\n\t\n\n{said('b')}\n \n",
+    "byte order mark": f"\ufeff{said('a')}\n{said('b')}\n",
+    "array": f"[{said('a')},{said('b')}]",
+    "array over lines": f"[\n  {said('a')},\n  {said('b')}\n]\n",
+    "array with byte order mark": f"\ufeff\n[{said('a')},{said('b')}]",
+    "array spread out": json.dumps([json.loads(said("a")), json.loads(said("b"))], indent=4),
+}
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.ndjson"])
+@pytest.mark.parametrize("text", READ.values(), ids=READ)
+def test_arrays_and_lines_are_read_for_what_they_are(
+    outcomes: Callable[..., tuple[list[str], list[str]]], text: str, name: str
+) -> None:
+    assert outcomes(text.encode(), name) == (["a", "b"], [])
+
+
+def test_one_object_over_many_lines_is_one_record(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
+    assert outcomes(json.dumps(json.loads(GOOD), indent=2).encode()) == (["Hi"], [])
+    assert outcomes(b"\n" + json.dumps(json.loads(GOOD), indent=2).encode() + b"\n", "one.json") == (["Hi"], [])
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "\ufeff", "[]", "[ \n ]", "\ufeff[]"])
+def test_nothing_is_read_from_nothing(outcomes: Callable[..., tuple[list[str], list[str]]], text: str) -> None:
+    assert outcomes(text.encode()) == ([], [])
+
+
+UNTRUSTED = {
+    "array without an end": (f"[{GOOD},".encode(), r":1: the array has no end"),
+    "array cut in a text": (f"[\n{GOOD},\n{GOOD[:-12]}".encode(), r":3: the array has no end"),
+    "array cut behind a backslash": (b'[{"a": "b\\', r":1: the array has no end"),
+    "array cut at its start": (b"[", r":1: the array has no end"),
+    "array that goes on": (f"[{GOOD}]\n{GOOD}".encode(), r":2: text goes on after the array's end"),
+    "array without a value": (f"[{GOOD},,{GOOD}]".encode(), r":1: record 1: not valid JSON"),
+    "array with a comma at its end": (f"[{GOOD},]".encode(), r":1: record 1: not valid JSON"),
+    "array without a comma": (f"[{GOOD}\n{GOOD}]".encode(), r":1: record 0: not valid JSON"),
+    "array with a broken value": (f"[{GOOD},\n{{'a': 1}}]".encode(), r":2: record 1: not valid JSON"),
+    "array with a brace too many": (f"[{GOOD}}},{GOOD}]".encode(), r":1: not valid JSON"),
+    "array with a bracket too many": (f"[{GOOD}],{GOOD}]".encode(), r":1: text goes on"),
+    "UTF-16": (GOOD.encode("utf-16"), r"UTF-16"),
+    "UTF-16 without a mark": (GOOD.encode("utf-16-le"), r"UTF-16"),
+    "UTF-16 the other way round": (GOOD.encode("utf-16-be"), r"UTF-16"),
+    "UTF-32": (GOOD.encode("utf-32"), r"UTF-(16|32)"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), UNTRUSTED.values(), ids=UNTRUSTED)
+def test_a_file_that_cant_be_trusted_is_refused_by_name_and_place(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "data.json").write_bytes(data)
+    with pytest.raises(DataError, match=f"data\\.json.*{message}"):
+        read(tmp_path / "data.json")
+
+
+# ---------------------------------------------------------------- archives
+
+LINES = "".join(f"{said(f'question {number}')}\n" for number in range(3000)).encode()
+CHECKED = {zstd.CompressionParameter.checksum_flag: 1}  # as the zstd command writes
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "zst": lambda data: zstd.compress(data, options=CHECKED),
+}
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_archives_are_unpacked_on_the_way(outcomes: Callable[..., Any], packing: str) -> None:
+    pack = PACK[packing]
+    accepted, refused = outcomes(pack(LINES), f"data.jsonl.{packing}")
+    assert (len(accepted), refused) == (3000, [])
+    # archives may follow each other, and lie under a plain name
+    assert len(outcomes(pack(LINES) + pack(LINES), f"data.jsonl.{packing}")[0]) == 6000
+    assert len(outcomes(pack(LINES), "data.jsonl")[0]) == 3000
+    assert outcomes(pack(f"[{GOOD}]".encode()), f"data.json.{packing}") == (["Hi"], [])
+    assert outcomes(pack(b'source,target\na,"b\nc"\n'), f"data.csv.{packing}") == (["a"], [])
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_a_broken_archive_is_refused_by_name_and_position(tmp_path: Path, packing: str) -> None:
+    random.seed(3)
+    noise = "".join(f"{said(random.randbytes(30).hex())}\n" for _ in range(5000)).encode()
+    whole = PACK[packing](noise)
+    path = tmp_path / f"data.jsonl.{packing}"
+    middle = len(whole) // 2
+    broken = {
+        "cut off": whole[:middle],
+        "without its last bytes": whole[:-3],
+        "with a byte flipped": whole[: len(whole) // 2]
+        + bytes([whole[len(whole) // 2] ^ 255])
+        + whole[len(whole) // 2 + 1 :],
+        "followed by something else": whole + b"more",
+    }
+    if packing == "gz":
+        broken["with a wrong checksum"] = whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:]
+    for data in broken.values():
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=rf"data\.jsonl\.{packing}: broken .* behind byte \d+"):
+            read(path)
+    path.write_bytes(LINES)
+    with pytest.raises(DataError, match=f"named \\.{packing}, but its bytes are something else"):
+        read(path)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="named"):
+        read(path)
+
+
+# ---------------------------------------------------------------- places
+
+
+def test_every_place_is_where_the_record_stands(tmp_path: Path) -> None:
+    records = [said("a"), '{"text": 1}', said("é" * 40), '{"text": 2}', said("x" * LIMIT), "null"]
+    for name, text in {
+        "lines.jsonl": "\ufeff\n\n" + "\n\n".join(records) + "\n",
+        "array.json": "\n[\n" + ",\n\n ".join(records) + "]",
+    }.items():
+        data = text.encode()
+        (tmp_path / name).write_bytes(data)
+        places = [record.place for record in read(tmp_path / name)]
+        assert [place.index for place in places] == list(range(6))
+        for place, record in zip(places, records, strict=True):
+            assert data[place.offset :].startswith(record.encode())
+            assert place.line == 1 + data[: place.offset].count(b"\n")
+            assert place.file == str(tmp_path / name)
+
+
+@settings(deadline=None, max_examples=60, database=None, derandomize=True)
+@given(
+    values=st.lists(
+        st.recursive(
+            st.none() | st.integers(-9, 9) | st.text('"\\[]{},:a é\n', max_size=12),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('"]}a', max_size=3), inner, max_size=3),
+            max_leaves=8,
+        ),
+        max_size=6,
+    ),
+    size=st.integers(1, 40),
+    indent=st.none() | st.integers(0, 2),
+)
+def test_an_array_is_cut_where_json_cuts_it_wherever_chunks_end(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], size: int, indent: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("array") / "data.json"
+    path.write_text(json.dumps(values, indent=indent, ensure_ascii=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("t5tune.data.files.CHUNK", size)
+        records = list(read_records([path], LIMIT))
+    assert [json.loads(record.data) for record in records] == values  # type: ignore[union-attr]
+
+
+def test_a_long_record_is_kept_whole_without_being_held(tmp_path: Path) -> None:
+    long = said("é" * LIMIT + '\\"}],[')
+    for name, text in {"data.jsonl": f"{GOOD}\n{long}\n{GOOD}", "data.json": f"[{GOOD},{long},{GOOD}]"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / f"spool-{name}").mkdir()
+        refused = read(tmp_path / name, spool=tmp_path / f"spool-{name}")[1]
+        assert isinstance(refused, Rejected)
+        assert refused.record.read_text() == long
+
+
+# ---------------------------------------------------------------- formats
+
+HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+FORMATS: dict[str, Any] = {
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
+    "sharegpt, loud": {"conversations": [{"from": " Human ", "value": "Hi"}, {"from": "GPT", "value": "Yes"}]},
+    "openai": {"messages": [HI, YES]},
+    "openai in conversations": {"conversations": [HI, YES]},
+    "openai in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, YES]},
+    "alpaca": {"instruction": "Hi", "input": "", "output": "Yes"},
+    "prompt/completion": {"prompt": "Hi", "completion": "Yes"},
+    "prompt/completion of messages": {"prompt": [HI], "completion": [YES]},
+    "source/target": {"source": "Hi", "target": "Yes"},
+    "a pair of answers": {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
+    "a pair of answers to a conversation": {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "Yes"},
+        "rejected": {"from": "gpt", "value": "No"},
+    },
+}
+
+
+def the_one(path: Path, value: Any, **reading: Any) -> Conversation:
+    path.write_text(json.dumps(value) + "\n")
+    (record,) = read(path, **reading)
+    assert isinstance(record, Conversation), record
+    return record
+
+
+def turns_of(record: Conversation) -> list[tuple[str, str]]:
+    return [(turn.role, turn.text) for turn in record.turns]
+
+
+@pytest.mark.parametrize("value", FORMATS.values(), ids=FORMATS)
+def test_each_format_is_found_by_its_keys(tmp_path: Path, value: Any) -> None:
+    record = the_one(tmp_path / "data.jsonl", value)
+    assert turns_of(record) == [("human", "Hi"), ("assistant", "Yes")]
+    ignored = {"ignored_field_rejected": 1} if "rejected" in value else {}
+    assert record.repairs == ignored
+
+
+def test_all_of_alpaca_is_used(tmp_path: Path) -> None:
+    value = {"instruction": "Add", "input": "1 1", "output": "2", "system": "Short.", "history": [["a", "b"]]}
+    record = the_one(tmp_path / "data.jsonl", value)
+    assert record.system == "Short."
+    assert turns_of(record) == [("human", "a"), ("assistant", "b"), ("human", "Add\n1 1"), ("assistant", "2")]
+
+
+def test_tool_calls_are_learnt_and_what_tools_say_is_read(tmp_path: Path) -> None:
+    speakers = [
+        "system",
+        "human",
+        "function_call",
+        "observation",
+        "gpt",
+        "tool",
+        "bing",
+        "user",
+        "chatgpt",
+        "human",
+        "bard",
+    ]
+    value = {"conversations": [{"from": speaker, "value": str(n)} for n, speaker in enumerate(speakers)]}
+    record = the_one(tmp_path / "data.jsonl", value)
+    assert record.system == "0"
+    assert [turn.role for turn in record.turns] == ["human", "assistant"] * 5
+
+
+def test_columns_of_other_names_and_a_prefix(tmp_path: Path) -> None:
+    named = {"source_column": "dialogue", "target_column": "note", "source_prefix": "summarize: "}
+    record = the_one(tmp_path / "data.jsonl", {"dialogue": "Hi", "note": "Yes", "id": 3}, **named)
+    assert turns_of(record) == [("human", "summarize: Hi"), ("assistant", "Yes")]
+    (refused,) = read_line(tmp_path, {"dialogue": "Hi"}, **named)
+    assert (refused.reason, "note" in refused.message) == ("unknown_format", True)
+
+
+def read_line(folder: Path, value: Any, **reading: Any) -> list[Any]:
+    (folder / "line.jsonl").write_text(json.dumps(value) + "\n")
+    return read(folder / "line.jsonl", **reading)
+
+
+def test_a_named_format_refuses_the_others(tmp_path: Path) -> None:
+    both = FORMATS["sharegpt"] | {"source": "a", "target": "b"}
+    assert turns_of(the_one(tmp_path / "a.jsonl", both, data_format="source-target"))[0] == ("human", "a")
+    (refused,) = read_line(tmp_path, FORMATS["openai"], data_format="alpaca")
+    assert (refused.reason, "instruction" in refused.message) == ("unknown_format", True)
+
+
+def test_a_part_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    (refused,) = read_line(tmp_path, {"messages": [picture, YES]})
+    assert (refused.reason, "image_url" in refused.message) == ("not_text", True)
+
+
+# ---------------------------------------------------------------- what is mended, and counted
+
+
+def test_what_is_mended_is_counted_by_kind(tmp_path: Path) -> None:
+    turns = [
+        ("gpt", "I go first"),
+        ("human", "a\r\nb\rc"),
+        ("gpt", "\u200bYes\ufeff"),
+        ("human", " "),
+        ("gpt", "x"),
+        ("human", "y"),
+    ]
+    value = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns], "tags": ["t"]}
+    (tmp_path / "data.jsonl").write_text("\ufeff" + json.dumps(value))
+    (record,) = read(tmp_path / "data.jsonl")
+    assert isinstance(record, Conversation)
+    assert turns_of(record) == [("human", "a\nb\nc"), ("assistant", "Yes"), ("human", " "), ("assistant", "x")]
+    assert record.repairs == {
+        "byte_order_mark": 1,
+        "leading_assistant_turns": 1,
+        "carriage_returns": 2,
+        "zero_width_characters": 2,
+        "blank_turns": 1,
+        "trailing_human_turns": 1,
+        "ignored_field_tags": 1,
+    }
+
+
+def test_turns_of_one_side_are_joined_where_that_is_asked(tmp_path: Path) -> None:
+    turns = [("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"), ("gpt", "e")]
+    value = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    record = the_one(tmp_path / "data.jsonl", value, merge_same_role=True)
+    assert turns_of(record) == [("human", "a\nb"), ("assistant", "c\nd\ne")]
+    assert record.repairs == {"merged_same_role_turns": 3}
+
+
+def test_html_and_backslashes_go_where_that_is_asked_and_code_stays(tmp_path: Path) -> None:
+    html = (
+        '<div class="markdown prose"><p>Use <code>a &lt; b</code>:</p><pre><div>python<button>Copy code</button>'
+        "</div><code>def f(x):\n    return x_1 * 2\n</code></pre><ol><li>one</li><li>two</li></ol></div>"
+    )
+    value = {"conversations": [{"from": "human", "value": "snake\\_case and `a\\_b`"}, {"from": "gpt", "value": html}]}
+    untouched = the_one(tmp_path / "data.jsonl", value)
+    assert [turn.text for turn in untouched.turns] == [turn["value"] for turn in value["conversations"]]
+    record = the_one(tmp_path / "data.jsonl", value, clean=True)
+    question, answer = (turn.text for turn in record.turns)
+    assert question == "snake_case and `a\\_b`"
+    assert "def f(x):\n    return x_1 * 2" in answer
+    assert "`a < b`" in answer
+    assert "1. one\n2. two" in answer
+    assert "<" not in answer.replace("a < b", "")
+    assert "Copy code" not in answer
+    assert record.repairs == {"html_turns": 1, "markdown_escapes": 1}
+
+
+def test_text_with_signs_that_html_uses_is_no_html(tmp_path: Path) -> None:
+    text = "if a < b and b > c: print(<x>) # std::vector<int> & more"
+    record = the_one(tmp_path / "data.jsonl", {"source": text, "target": text}, clean=True)
+    assert [turn.text for turn in record.turns] == [text, text]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_rows_of_a_csv_are_records(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
+    text = 'source,target,id\n"a, ""b""\nc",Yes,1\nd,No,2\n'
+    assert outcomes(text.encode(), "data.csv") == (['a, "b"\nc', "d"], [])
+    assert outcomes(("\ufeff" + text).encode(), "data.csv") == (['a, "b"\nc', "d"], [])
+    assert outcomes(b"source;target\na;b,c\n", "data.csv") == (["a"], [])
+    assert outcomes(b"source\ttarget\na,b\tc\n", "data.tsv") == (["a,b"], [])
+    assert outcomes(b"q,a\nx,y\n", "data.csv", source_column="q", target_column="a") == (["x"], [])
+
+
+def test_rows_that_dont_fit_are_refused_alone(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
+    text = b"source,target\na,b\nonly one\nx,y,z\n\xff,b\n\nc,d\n\0,b\n"
+    assert outcomes(text, "data.csv") == (
+        ["a", "c"],
+        ["bad_row", "bad_row", "invalid_utf8", "control_character"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'source,target\na,"b\n', r":\d+: not valid CSV"),
+        (b"source,source\na,b\n", "a column name twice"),
+        (b"source,target\n" + b"a" * 3 * LIMIT + b",b\n", "not valid CSV|longer than"),
+        ("source,target\na,b\n".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_a_csv_that_cant_be_trusted_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "data.csv").write_bytes(data)
+    with pytest.raises(DataError, match=f"data\\.csv.*({message})"):
+        read(tmp_path / "data.csv")
+
+
+def test_rows_of_a_parquet_file_are_records(tmp_path: Path) -> None:
+    rows = [json.loads(said(f"q{number}")) | {"system": None} for number in range(300)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet", row_group_size=70)
+    records = read(tmp_path / "data.parquet")
+    assert [record.turns[0].text for record in records if isinstance(record, Conversation)] == [
+        f"q{n}" for n in range(300)
+    ]
+    whole = (tmp_path / "data.parquet").read_bytes()
+    for broken in (whole[:-20], whole[: len(whole) // 2], b"PAR1", GOOD.encode()):
+        (tmp_path / "data.parquet").write_bytes(broken)
+        with pytest.raises(DataError, match=r"data\.parquet: row \d+: broken Parquet"):
+            read(tmp_path / "data.parquet")
+
+
+# ---------------------------------------------------------------- which files
+
+
+def test_folders_patterns_and_files_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.jsonl", "a.json", "c.csv.gz", "notes.txt", "deep/d.jsonl", "e.JSONL"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    names = lambda *paths: [str(path) for path in find_files(list(paths))]  # noqa: E731
+    assert names(".") == ["a.json", "b.jsonl", "c.csv.gz", "e.JSONL"]
+    assert names("*.json*") == ["a.json", "b.jsonl"]
+    assert names("**/*.jsonl") == ["b.jsonl", "deep/d.jsonl"]
+    assert names("b.jsonl", "deep") == ["b.jsonl", "deep/d.jsonl"]
+    for wrong in ("nowhere.json", "notes.txt", "*.xml"):
+        with pytest.raises(DataError, match="data_path: "):
+            find_files([wrong])
+    with pytest.raises(DataError, match="once"):
+        find_files(["-", "-"])
+
+
+def test_a_file_whose_name_holds_a_patterns_signs_is_that_file(tmp_path: Path) -> None:
+    path = tmp_path / "chats[1].jsonl"
+    path.write_text(GOOD)
+    assert find_files([str(path)]) == [path]
+
+
+# ---------------------------------------------------------------- the whole command
+
+
+def prepare(tmp_path: Path, *arguments: Any, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--json"]
+    return subprocess.run(
+        [*command, "--output-dir", tmp_path / "cache", *map(str, arguments)], input=stdin, capture_output=True
+    )
+
+
+@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstd.compress])
+def test_standard_input_is_read(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    done = prepare(tmp_path, "--data-path", "-", stdin=pack(LINES))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 3000
+
+
+def test_rejected_records_stand_whole_in_a_file_with_their_places(tmp_path: Path) -> None:
+    bad = {"text": "é\ud800"}
+    undecodable = said("caf\u00e9").encode("latin-1")
+    long = said("x" * 500)
+    (tmp_path / "data.jsonl").write_bytes(
+        b"\n".join([GOOD.encode(), json.dumps(bad).encode(), b"{", undecodable, long.encode(), GOOD.encode()])
+    )
+    done = prepare(tmp_path, "--data-path", tmp_path / "data.jsonl", "--max-record-bytes", 400)
+    result = json.loads(done.stdout)
+    assert (result["conversations"], result["rejected"]) == (2, 4)
+    lines = [json.loads(line) for line in (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines] == ["unknown_format", "not_json", "invalid_utf8", "too_long"]
+    assert [line["line"] for line in lines] == [2, 3, 4, 5]
+    assert lines[0]["record"] == bad
+    assert lines[1]["record"] == "{"
+    assert lines[2]["record"].encode(errors="surrogateescape") == undecodable
+    assert lines[3]["record"] == long
+    for line in lines:
+        assert line.keys() == {"file", "line", "index", "offset", "reason", "message", "record"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"[" * 100_000 + b"]" * 100_000,
+        b"",
+        b"\0" * 100,
+        bytes(range(256)) * 40,
+        b'"',
+        b"{}" * 1000,
+    ],
+)
+def test_noise_ends_in_one_line_and_no_cache(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "data.json").write_bytes(data)
+    done = prepare(tmp_path, "--data-path", tmp_path / "data.json")
+    assert done.returncode == 2
+    (error,) = done.stderr.decode().splitlines()
+    assert error.startswith("error: ")
+    assert str(tmp_path / "data.json") in error
+    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+
+
+BOMB = """
+import sys
+from pathlib import Path
+from t5tune.data.readers import read_records
+count = sum(1 for _ in read_records([Path(sys.argv[1])], 1 << 22, Path(sys.argv[2])))
+status = Path("/proc/self/status").read_text()
+print(count, int(status.split("VmHWM:")[1].split()[0]) // 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "times", "records"),
+    [
+        ("blank.jsonl.gz", b"\n" * (1 << 20), 300, 0),
+        ("long.jsonl.gz", b"x" * (1 << 20), 300, 1),
+        ("long.json.zst", b"[" + b" " * ((1 << 20) - 1), 200, 0),
+        ("turn.jsonl", said("x" * (100 << 20)).encode(), 1, 1),
+    ],
+)
+def test_large_and_packed_nonsense_takes_no_memory(
+    tmp_path: Path, name: str, unit: bytes, times: int, records: int
+) -> None:
+    path = tmp_path / name
+    if name.endswith(".gz"):
+        with gzip.open(path, "wb") as file:
+            for _ in range(times):
+                file.write(unit)
+    elif name.endswith(".zst"):
+        with zstd.open(path, "wb") as file:
+            for _ in range(times):
+                file.write(unit)
+    else:
+        path.write_bytes(unit)
+    done = subprocess.run([sys.executable, "-c", BOMB, path, tmp_path], capture_output=True, text=True)
+    if name == "long.json.zst":
+        assert "the array has no end" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    count, megabytes = map(int, done.stdout.split())
+    assert count == records
+    assert megabytes < 120
