@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from t5tune.inspection import Histogram, Shown, Statistics
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --source: #2563eb; --target: #15803d; --cut: #b91c1c; --mark: #a16207; }
+:root {
+  color-scheme: light dark;
+  --line: #8884; --source: #2563eb; --target: #15803d; --cut: #b91c1c; --mark: #a16207;
+}
 @media (prefers-color-scheme: dark) {
   :root { --source: #93c5fd; --target: #86efac; --cut: #fca5a5; --mark: #fde047; }
 }

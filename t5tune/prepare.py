@@ -8,10 +8,10 @@ import hashlib
 import os
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +20,9 @@ from t5tune import __version__
 from t5tune.data.cache import FORMAT, MANIFEST, Cache, hash_files, is_cache, read_manifest, verify_files
 from t5tune.data.files import STDIN, find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import BYTES_PER_WORKER, Recipe, encode_records, read_record
+from t5tune.data.pipeline import BYTES_PER_WORKER, Recipe, Record, encode_records, read_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import Raw, Rejected
+from t5tune.data.records import Raw
 from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import UNKNOWN, Writable, extend_tokenizer
@@ -76,12 +76,9 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
     folder = settings.output_dir
     with TemporaryDirectory(prefix="t5tune-prepare-") as scratch:
         records = read_records(files, settings.max_record_bytes, spool=Path(scratch))
-        sample = list(_first_bytes(records, SAMPLE))
-        read = [read_record(record, settings) for record in sample] if settings.add_tokens == ["auto"] else []
-        conversations = [record for record in read if isinstance(record, Conversation)]
-        tokenizer, added, left_out = extend_tokenizer(
-            load_tokenizer(base), settings.add_tokens, num_rows, conversations
-        )
+        sample = deque(_first_bytes(records, SAMPLE))
+        read = (record for record in map(read_record, sample, repeat(settings)) if isinstance(record, Conversation))
+        tokenizer, added, left_out = extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, read)
         inputs = _inputs(settings, files, tokenizer, template)
         if is_cache(folder):
             if manifest := _up_to_date(folder, inputs):
@@ -92,7 +89,7 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
             save_tokenizer(tokenizer, staged / "tokenizer")
             (staged / TEMPLATE).write_text(to_yaml(dict(vars(template))), encoding="utf-8")
             recipe = Recipe(staged / "tokenizer", template, settings)
-            everything = track(chain(sample, records), "prepare", report, unit="records")
+            everything = track(chain(_taken(sample), records), "prepare", report, unit="records")
             outcomes = encode_records(everything, recipe, _num_workers(settings, files))
             with Writer(staged, num_rows, Path(scratch) if settings.dedupe == "exact" else None) as writer:
                 for record, outcome in outcomes:
@@ -125,11 +122,17 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
     return _result(folder, manifest, False, started)
 
 
-def _first_bytes(records: Iterator[Raw | Rejected], size: int) -> Iterator[Raw | Rejected]:
+def _first_bytes(records: Iterator[Record], size: int) -> Iterator[Record]:
     """As many records as hold `size` bytes, rows of tables counted as a kibibyte each."""
     while size > 0 and (record := next(records, None)) is not None:
         size -= len(record.data) if isinstance(record, Raw) and isinstance(record.data, bytes) else 1 << 10
         yield record
+
+
+def _taken(records: deque[Record]) -> Iterator[Record]:
+    """Each once: none is held any longer."""
+    while records:
+        yield records.popleft()
 
 
 def _num_workers(settings: PrepareSettings, files: list[Path]) -> int:

@@ -63,7 +63,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     for name in [name for name in os.environ if name.startswith("T5TUNE_")]:
         monkeypatch.delenv(name)
     received: list[Settings] = []
-    monkeypatch.setattr(cli, "_call", lambda settings, report, stream: received.append(settings))
+    monkeypatch.setattr(cli, "_call", lambda settings, report, *_: received.append(settings))
     monkeypatch.setattr(cli, "_hush_libraries", lambda: None)
 
     def run(*arguments: str) -> tuple[Any, str]:

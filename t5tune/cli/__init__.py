@@ -256,9 +256,8 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
 
 
 def _train(settings: "TrainSettings", report: Report) -> Any:
-    from t5tune.processes import die_with_parent
     from t5tune.train import open_run, read_result, train
-    from t5tune.training.launch import World, launch
+    from t5tune.training.launch import World, die_with_parent, launch
 
     if _is_worker():
         die_with_parent()

@@ -41,7 +41,7 @@ def show(settings: InspectSettings, report: Report, stream: TextIO, as_json: boo
 
 def _example(example: Shown, count: int, tokenizer: Tokenizer, added: set[int]) -> Text:
     facts = f"example {example.index} of {count:,}, conversation {example.conversation}, turn {example.turn}"
-    text = Text(facts + "\n", "bold")
+    text = Text.assemble((facts + "\n", "bold"))
 
     def add(ids: list[int], side: str, cut: bool = False) -> None:
         for run in text_runs(ids, tokenizer, added):

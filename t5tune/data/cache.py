@@ -12,6 +12,7 @@ The same inputs give the same bytes.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,16 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths if path.name != MANIFEST}
 
 
-def percentiles(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
-    """p50, p90, p99 and p100 of lengths, in tokens."""
-    return {f"p{share}": int(np.percentile(lengths, share, method="higher")) for share in PERCENTILES}
+def percentiles(counted: Counter[int]) -> dict[str, int]:
+    """p50, p90, p99 and p100 of lengths that were counted: the least that so many percent of them don't exceed."""
+    found: dict[str, int] = {}
+    total, below = counted.total(), 0
+    for length in sorted(counted):
+        below += counted[length]
+        for share in PERCENTILES:
+            if 100 * below >= share * total:
+                found.setdefault(f"p{share}", length)
+    return found
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -6,8 +6,9 @@ anyway, so their ids, joined, are those of the whole text; a test holds that.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +21,18 @@ MOST_WORDS = 100_000  # that an encoder remembers: about 20 MB
 LONGEST_WORD = 40  # characters
 # Letters, digits and signs that stay on their side of a space when a text is normalised: no combining mark, joiner or
 # modifier, nothing that decomposes into a space and a mark, no white space but the space itself.
-_PLAIN = re.compile(
-    "[ -~\u00a1-\u00a7\u00a9\u00ab\u00ac\u00ae\u00b0-\u00b3\u00b5-\u00b7\u00b9-\u02d7\u0391-\u03ce\u0400-\u0482"
+_PLAIN_SIGNS = (
+    " -~\u00a1-\u00a7\u00a9\u00ab\u00ac\u00ae\u00b0-\u00b3\u00b5-\u00b7\u00b9-\u02d7\u0391-\u03ce\u0400-\u0482"
     "\u048a-\u052f\u2010-\u2027\u2030-\u203b\u20ac\u2190-\u21ff\u3001-\u303f\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf"
-    "\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff5e]+"
+    "\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff5e"
 )
+_PLAIN = re.compile(f"[{_PLAIN_SIGNS}]+")
 
 Ids = npt.NDArray[np.integer[Any]]
 _Fragment = str | tuple[str]  # a text; in a tuple where it begins a sequence
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where one answer's text stands in the ids of its conversation. Ends are exclusive, in tokens.
 
     The source is ids[:system_end] + ids[source_start:source_end], the target ids[target_start:target_end];
@@ -90,48 +91,59 @@ class Encoder:
         self._control = _control_pattern(tokenizer)
         self._known: dict[_Fragment, bytes] = {}
         self._cut: re.Pattern[str] | None = None
+        self._words: re.Pattern[str] | None = None
         self._drops_spaces = False
         if tokenizer.backend is not None:
-            self._first = self._following = _backend(tokenizer)
-            if extends_words(tokenizer):
-                self._following = _backend(tokenizer)
-                self._following.pre_tokenizer.prepend_scheme = "never"
+            self._backend = _backend(tokenizer)
             self._drops_spaces = not extends_words(tokenizer)
+            self._mark_first_word("never")
             if _is_split_at_spaces(tokenizer):
-                self._cut = _added_pattern(tokenizer)
+                added = _added_tokens(tokenizer)
+                self._cut = re.compile(f"({_any_of(added)})" if added else "(?!)")
+                if extends_words(tokenizer) and all(token[0] in added for token in added):
+                    self._words = _words_pattern(added)
+                    self._plain_text = re.compile(f"[{_PLAIN_SIGNS}{re.escape(''.join(added))}]+")
+                    self._beginnings = {" ", *(token[0] for token in added)}
 
     def encode(self, texts: list[str], first: list[bool]) -> list[Ids]:
         """The ids of each text, without an end token; `first` says where a text begins a sequence."""
         if self._tokenizer.backend is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) + BYTES_OFFSET for text in texts]
-        plans = [self._plan(text, is_first) for text, is_first in zip(texts, first, strict=True)]
         known = self._known
-        fresh = self._encode_new({fragment for plan in plans for fragment in plan if fragment not in known})
-        known.update(fresh)
-        ids = [np.frombuffer(b"".join([known[fragment] for fragment in plan]), self.dtype) for plan in plans]
-        is_full = len(known) > MOST_WORDS
-        for fragment in fresh:
-            if is_full or len(fragment) > LONGEST_WORD or isinstance(fragment, tuple):
-                del known[fragment]
-        return ids
+        plans = [self._plan(text, is_first) for text, is_first in zip(texts, first, strict=True)]
+        found = [list(map(known.get, plan)) for plan in plans]
+        if new := [number for number, parts in enumerate(found) if None in parts]:
+            fresh = self._encode_new({f for number in new for f in plans[number] if f not in known})
+            for number in new:
+                found[number] = [known[f] if f in known else fresh[f] for f in plans[number]]
+            if len(known) < MOST_WORDS:
+                words = (f for f in fresh if isinstance(f, str) and len(f) <= LONGEST_WORD)
+                known.update((f, fresh[f]) for f in words)
+        return [np.frombuffer(b"".join(parts), self.dtype) for parts in found]  # type: ignore[arg-type]
 
     def _plan(self, text: str, first: bool) -> list[_Fragment]:
-        """Cut a text into fragments that can be encoded alone."""
+        """Cut a text into fragments that can be encoded alone: ` two`, ` hats`, an added token, …"""
         plan: list[_Fragment] = []
         for part in self._harmless(text):
-            for number, segment in enumerate(self._cut.split(part) if self._cut else [part]):
-                if self._is_plain(segment) and not number % 2:
-                    plan += self._words(segment, first)
-                elif segment:
-                    plan.append((segment,) if first else segment)
-                first = first and not segment
+            if self._words is not None and self._plain_text.fullmatch(part):
+                words: list[str] = self._words.findall(part)
+                if first and words[0][0] not in self._beginnings:
+                    words[0] = " " + words[0]
+                plan += words
+            else:
+                plan += self._plan_by_segment(part, first)
+            first = False
         return plan
 
-    def _is_plain(self, segment: str) -> bool:
-        """Whether its words can be encoded one by one: nothing in it reaches over a space."""
-        return self._cut is not None and _PLAIN.fullmatch(segment) is not None
+    def _plan_by_segment(self, text: str, first: bool) -> Iterator[_Fragment]:
+        for number, segment in enumerate(self._cut.split(text) if self._cut else [text]):
+            if not number % 2 and self._cut is not None and _PLAIN.fullmatch(segment):
+                yield from self._words_of(segment, first)
+            elif segment:
+                yield (segment,) if first else segment
+            first = first and not segment
 
-    def _words(self, segment: str, first: bool) -> list[str]:
+    def _words_of(self, segment: str, first: bool) -> list[str]:
         """`two red hats` -> two, ` red`, ` hats`; the first with a space too where the tokenizer marks it."""
         if self._drops_spaces:
             return segment.split()
@@ -145,13 +157,21 @@ class Encoder:
     def _encode_new(self, fragments: set[_Fragment]) -> dict[_Fragment, bytes]:
         """The ids of fragments that were not met before."""
         fresh: dict[_Fragment, bytes] = {}
-        for beginning in (fragment for fragment in fragments if isinstance(fragment, tuple)):
-            fresh[beginning] = self._bytes(self._first.encode(beginning[0], add_special_tokens=False))
+        if beginnings := [fragment for fragment in fragments if isinstance(fragment, tuple)]:
+            self._mark_first_word("first")
+            for beginning in beginnings:
+                fresh[beginning] = self._bytes(self._backend.encode(beginning[0], add_special_tokens=False))
+            self._mark_first_word("never")
         others = [fragment for fragment in fragments if isinstance(fragment, str)]
-        found = self._following.encode_batch_fast(others, add_special_tokens=False) if others else []
+        found = self._backend.encode_batch_fast(others, add_special_tokens=False) if others else []
         for fragment, encoding in zip(others, found, strict=True):
             fresh[fragment] = self._bytes(encoding)
         return fresh
+
+    def _mark_first_word(self, scheme: str) -> None:
+        """Whether a text's first word gets a mark too, where the tokenizer marks it at a sequence's start only."""
+        if not self._drops_spaces:
+            self._backend.pre_tokenizer.prepend_scheme = scheme
 
     def _bytes(self, encoding: Any) -> bytes:
         return np.asarray(encoding.ids, self.dtype).tobytes()
@@ -271,11 +291,20 @@ def _is_split_at_spaces(tokenizer: Tokenizer) -> bool:
     return is_t5s and '"split": true' in json.dumps(parts)
 
 
-def _added_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Matches the added tokens that text is cut at, the longest first, as the tokenizer does."""
+def _added_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The added tokens that text is cut at, the longest first, as the tokenizer does."""
     added = tokenizer.backend.get_added_tokens_decoder().values()
-    tokens = sorted((token.content for token in added if not token.special), key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, tokens)) + ")" if tokens else "(?!)")
+    return sorted((token.content for token in added if not token.special), key=len, reverse=True)
+
+
+def _any_of(tokens: list[str]) -> str:
+    return "|".join(map(re.escape, tokens))
+
+
+def _words_pattern(added: list[str]) -> re.Pattern[str]:
+    """Finds added tokens, words with the space before them, and spaces that no word follows."""
+    beginnings = re.escape("".join(sorted({token[0] for token in added})))
+    return re.compile(f"{_any_of(added)}| ?[^ {beginnings}]+| " if added else " ?[^ ]+| ")
 
 
 def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:

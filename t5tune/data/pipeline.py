@@ -8,13 +8,17 @@ What comes out doesn't depend on the number of processes: each batch is encoded 
 
 import hashlib
 import json
-import multiprocessing
-import signal
+import os
+import pickle
+import subprocess
+import sys
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import local
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +28,7 @@ from t5tune.data.records import Raw, Refused, Rejected, value_of
 from t5tune.data.templates import Piece, Template, lay_out
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import Writable
-from t5tune.processes import die_with_parent
+from t5tune.errors import DataError, TrainingError
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings
 
@@ -152,13 +156,18 @@ def encode_records(
         for batch in batches:
             yield from zip(batch, pipeline(batch), strict=True)
         return
-    # spawned, not forked: threads of the tokenizer may run here
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(recipe,))
+    workers = local()
+    started: list[Worker] = []
+
+    def begin() -> None:
+        workers.mine = Worker(recipe)
+        started.append(workers.mine)
+
+    executor = ThreadPoolExecutor(num_workers, initializer=begin)  # each thread only waits for its worker
     try:
         waiting: deque[tuple[list[Record], Future[list[Outcome]]]] = deque()
         for batch in batches:
-            waiting.append((batch, executor.submit(_encode, batch)))
+            waiting.append((batch, executor.submit(lambda records: workers.mine(records), batch)))
             if len(waiting) > 2 * num_workers:
                 done, outcomes = waiting.popleft()
                 yield from zip(done, outcomes.result(), strict=True)
@@ -166,21 +175,44 @@ def encode_records(
             yield from zip(done, outcomes.result(), strict=True)
     finally:
         executor.shutdown(cancel_futures=True)
+        for worker in started:
+            worker.close()
 
 
-def _begin(recipe: Recipe) -> None:
-    """In a worker: be ready, leave Ctrl-C to the process that started it, and end with it."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    global _pipeline
-    _pipeline = Pipeline(recipe)
+class Worker:
+    """A process that encodes batches. It ends with its input, so with this process too, however that may end.
 
+    It is a plain `python -m t5tune.data.worker`: multiprocessing would run the user's own script once more.
+    """
 
-def _encode(batch: list[Record]) -> list[Outcome]:
-    return _pipeline(batch)
+    def __init__(self, recipe: Recipe) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        command = [sys.executable, "-m", "t5tune.data.worker"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._send(recipe)
 
+    def __call__(self, batch: list[Record]) -> list[Outcome]:
+        """As `Pipeline`."""
+        self._send(batch)
+        assert self._process.stdout is not None
+        try:
+            outcome = pickle.load(self._process.stdout)
+        except EOFError:
+            raise TrainingError(f"a worker that encodes records ended with {self._process.wait()}") from None
+        if isinstance(outcome, tuple):
+            message, hint = outcome
+            raise DataError(message, hint=hint)
+        return list(outcome)
 
-_pipeline: Pipeline
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _send(self, value: Any) -> None:
+        assert self._process.stdin is not None
+        pickle.dump(value, self._process.stdin)
+        self._process.stdin.flush()
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:

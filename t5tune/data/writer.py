@@ -16,6 +16,7 @@ from t5tune.data.records import Raw, Rejected, value_of
 from t5tune.publish import CHUNK
 
 REJECTED = "rejected.jsonl"
+ROWS = 1 << 14  # of examples.bin at a time
 
 
 class Writer:
@@ -93,15 +94,28 @@ class Writer:
             "examples": self.num_examples,
             "unknown_tokens": self.unknown_tokens,
         }
-        return counts | _measured(self.folder / "examples.bin")
+        return counts | self._measured()
+
+    def _measured(self) -> dict[str, Any]:
+        """Token counts and length percentiles of the examples on disk."""
+        lengths: dict[str, Counter[int]] = {"source": Counter(), "target": Counter()}
+        cut = Counter[str]()
+        with open(self.folder / "examples.bin", "rb") as file:
+            while block := file.read(ROWS * EXAMPLE.itemsize):
+                rows = np.frombuffer(block, EXAMPLE)
+                for side, found in zip(lengths, lengths_of(rows), strict=True):
+                    lengths[side].update(found.tolist())
+                    cut[side] += int((~rows[f"{side}_is_whole"]).sum())
+        measured: dict[str, Any] = {}
+        for side, counted in lengths.items():
+            measured[f"{side}_tokens"] = sum(length * count for length, count in counted.items())
+            measured[f"truncated_{side}s"] = cut[side]
+            measured[f"{side}_length"] = percentiles(counted)
+        return measured
 
     def _append(self, encoded: Encoded, key: bytes) -> None:
-        rows = np.zeros(len(encoded.spans), EXAMPLE)
-        for row, span in zip(rows, encoded.spans, strict=True):
-            row["start"], row["conversation"] = self._num_tokens, self._num_parts
-            for name in EXAMPLE.names[3:]:  # type: ignore[index]
-                row[name] = getattr(span, name)
-        rows["key"] = int.from_bytes(key[:8], "little")
+        place = (self._num_tokens, self._num_parts, int.from_bytes(key[:8], "little"))
+        rows = np.array([(*place, *span) for span in encoded.spans], EXAMPLE)
         self._examples.write(rows.tobytes())
         self._tokens.write(np.asarray(encoded.ids, self.dtype).tobytes())
         self.num_examples += len(rows)
@@ -151,17 +165,3 @@ def _write_as_json(path: Path, file: IO[str]) -> None:
         while chunk := stream.read(CHUNK):
             file.write(json.dumps(decoder.decode(chunk))[1:-1])
     file.write(json.dumps(decoder.decode(b"", final=True))[1:-1] + '"')
-
-
-def _measured(path: Path) -> dict[str, Any]:
-    """Token counts and length percentiles, from the examples on disk."""
-    rows = np.memmap(path, EXAMPLE, "r") if path.stat().st_size else np.zeros(0, EXAMPLE)
-    sources, targets = lengths_of(rows)
-    return {
-        "source_tokens": int(sources.sum()),
-        "target_tokens": int(targets.sum()),
-        "truncated_sources": int((~rows["source_is_whole"]).sum()),
-        "truncated_targets": int((~rows["target_is_whole"]).sum()),
-        "source_length": percentiles(sources) if len(rows) else {},
-        "target_length": percentiles(targets) if len(rows) else {},
-    }

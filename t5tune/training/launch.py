@@ -1,5 +1,6 @@
 """Who this process is among others, and how `--num-gpus` and `--num-processes` start them."""
 
+import ctypes
 import json
 import logging
 import os
@@ -89,6 +90,13 @@ def write_error(error: T5TuneError) -> None:
     """In a worker: leave the error where `launch` looks for it."""
     path = Path(os.environ[ERRORS], f"rank-{World.from_environment().rank}.json")
     path.write_text(json.dumps({"kind": error.kind, "message": error.message, "hint": error.hint}), encoding="utf-8")
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this worker when the launching process ends, however that may happen."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _first_error(folder: Path, failure: Exception) -> T5TuneError:
