@@ -117,6 +117,15 @@ def test_a_long_conversation_becomes_several_that_fit(prepared: Callable[..., tu
     assert whole.examples == 8
 
 
+def test_a_conversation_of_more_than_65535_tokens_keeps_its_places(
+    prepared: Callable[..., tuple[Prepared, Cache]],
+) -> None:
+    _, cache = prepared(record("Hi", "Yes"), record("Hi", "a", "lamp " * 70_000 + "here", "b", "And?", "c"))
+    assert cache.manifest["place_dtype"] == "<u4"
+    assert targets(cache) == ["Yes", "a", "b", "c"]
+    assert load_tokenizer(cache.tokenizer_folder).decode(cache[2].source_S.tolist()).endswith("here Assistant:</s>")
+
+
 def test_too_many_refused_records_stop_the_run(prepared: Callable[..., tuple[Prepared, Cache]], tmp_path: Path) -> None:
     records = [record("Hi", "Yes")] * 3 + [{"text": 1}]
     assert prepared(*records, max_rejected_fraction=0.25)[0].rejected == 1

@@ -2,7 +2,8 @@ r"""The token cache: a folder that holds each conversation's ids once, and the s
 
     tokens.bin       the ids of all conversations, one after the other: uint16 little-endian, or int32 where
                      the vocabulary is larger than 65,536
-    examples.bin     one EXAMPLE record per answer, in the order of the data
+    conversations.bin  one CONVERSATION record each
+    examples.bin     one record per answer (see `example_dtype`), in the order of the data
     tokenizer/       the tokenizer that made the ids, added tokens included
     template.yaml    the layout
     rejected.jsonl   the records that were refused, whole, with file, line, index, byte offset and reason
@@ -26,23 +27,20 @@ from t5tune.publish import sha256
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-EXAMPLE = np.dtype(
+CONVERSATION = np.dtype(
     [
-        ("start", "<u8"),  # where the conversation begins in tokens.bin; all below count from there
-        ("conversation", "<u4"),
+        ("start", "<u8"),  # where it begins in tokens.bin
         ("key", "<u8"),  # the same for conversations of the same words
-        ("turn", "<u4"),
-        ("system_end", "<u4"),
-        ("source_start", "<u4"),
-        ("source_end", "<u4"),
-        ("target_start", "<u4"),
-        ("target_end", "<u4"),
-        ("answer_end", "<u4"),
-        ("source_is_whole", "?"),
-        ("target_is_whole", "?"),
     ]
 )
+WIDE, NARROW = np.dtype("<u4"), np.dtype("<u2")  # of a place in a conversation
 PERCENTILES = (50, 90, 99, 100)
+
+
+def example_dtype(place: np.dtype[Any]) -> np.dtype[Any]:
+    """An answer's record: its conversation's number, then a Span, whose places count from the conversation's start."""
+    flags = {"source_is_whole", "target_is_whole"}
+    return np.dtype([("conversation", "<u4"), *((name, "?" if name in flags else place) for name in Span._fields)])
 
 
 class Cache(Sequence[Example]):
@@ -53,9 +51,9 @@ class Cache(Sequence[Example]):
         self.manifest = manifest
         self.eos_token_id = int(manifest["eos_token_id"])
         self._tokens = _mapped(folder / "tokens.bin", np.dtype(manifest["dtype"]))
-        rows = _mapped(folder / "examples.bin", EXAMPLE)
-        self._indices = np.arange(len(rows)) if indices is None else indices
-        self._rows = rows
+        self._conversations = _mapped(folder / "conversations.bin", CONVERSATION)
+        self._rows = _mapped(folder / "examples.bin", example_dtype(np.dtype(manifest["place_dtype"])))
+        self._indices = np.arange(len(self._rows)) if indices is None else indices
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -63,13 +61,14 @@ class Cache(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        start, _, _, *span = self._rows[self._indices[index]].tolist()
+        conversation, *span = self._rows[self._indices[index]].tolist()
+        start = int(self._conversations["start"][conversation])
         return example_of(self._tokens[start:], Span(*span), self.eos_token_id)
 
     def whole(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
         """An example, its conversation's number, the ids of the conversation up to the answer's end, and its span."""
-        start, conversation, _, *values = self._rows[self._indices[index]].tolist()
-        span = Span(*values)
+        conversation, *values = self._rows[self._indices[index]].tolist()
+        span, start = Span(*values), int(self._conversations["start"][conversation])
         return self[index], conversation, self._tokens[start : start + span.answer_end], span
 
     def cut(self) -> npt.NDArray[np.int64]:
@@ -111,7 +110,7 @@ class Cache(Sequence[Example]):
         Raises:
             DataError: too few conversations to hold one out.
         """
-        keys = self._rows["key"][self._indices]
+        keys = self._conversations["key"][self._rows["conversation"][self._indices]]
         different = np.unique(keys)
         count = max(1, round(held_out * len(different)))
         if count >= len(different):
@@ -125,8 +124,8 @@ class Cache(Sequence[Example]):
 
 
 def lengths_of(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(source lengths, target lengths) of EXAMPLE records, end tokens included."""
-    signed = {name: rows[name].astype(np.int64) for name in EXAMPLE.names[4:9]}  # type: ignore[index]
+    """(source lengths, target lengths) of examples' records, end tokens included."""
+    signed = {name: rows[name].astype(np.int64) for name in Span._fields[1:6]}
     source = signed["system_end"] + signed["source_end"] - signed["source_start"] + 1
     target = signed["target_end"] - signed["target_start"] + rows["target_is_whole"]
     return source, target

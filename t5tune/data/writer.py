@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from t5tune.data.cache import EXAMPLE, lengths_of, percentiles
+from t5tune.data.cache import CONVERSATION, NARROW, WIDE, example_dtype, lengths_of, percentiles
 from t5tune.data.encoding import Encoded, ids_dtype
 from t5tune.data.pipeline import Accepted, Outcome, Record
 from t5tune.data.records import Raw, Rejected, value_of
@@ -17,6 +17,7 @@ from t5tune.publish import CHUNK
 
 REJECTED = "rejected.jsonl"
 ROWS = 1 << 14  # of examples.bin at a time
+_WIDE = example_dtype(WIDE)
 
 
 class Writer:
@@ -43,14 +44,16 @@ class Writer:
         self._num_parts = 0  # conversations as they stand in the cache: some were split
         self._seen = _Seen(seen / "seen.sqlite") if seen is not None else None
         self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
-        self._examples = open(folder / "examples.bin", "wb")  # noqa: SIM115
+        self._conversations = open(folder / "conversations.bin", "wb")  # noqa: SIM115
+        self._examples = open(folder / "examples.wide", "wb")  # noqa: SIM115
+        self._longest = 0
         self._rejected = open(folder / REJECTED, "w", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in (self._tokens, self._examples, self._rejected):
+        for file in (self._tokens, self._conversations, self._examples, self._rejected):
             file.close()
         if self._seen is not None:
             self._seen.close()
@@ -79,11 +82,10 @@ class Writer:
 
     def counts(self, num_data: int | None) -> dict[str, Any]:
         """The manifest's counts; of the examples the first `num_data` are kept."""
-        for file in (self._tokens, self._examples, self._rejected):
-            file.flush()
         if num_data is not None and num_data < self.num_examples:
-            self._examples.truncate(num_data * EXAMPLE.itemsize)
+            self._examples.truncate(num_data * _WIDE.itemsize)
             self.num_examples = num_data
+        self._examples.flush()
         counts = {
             "dtype": self.dtype.str,
             "conversations": self.conversations,
@@ -97,16 +99,20 @@ class Writer:
         return counts | self._measured()
 
     def _measured(self) -> dict[str, Any]:
-        """Token counts and length percentiles of the examples on disk."""
+        """Write examples.bin, as narrow as the longest conversation allows; its token counts and percentiles."""
         lengths: dict[str, Counter[int]] = {"source": Counter(), "target": Counter()}
         cut = Counter[str]()
-        with open(self.folder / "examples.bin", "rb") as file:
-            while block := file.read(ROWS * EXAMPLE.itemsize):
-                rows = np.frombuffer(block, EXAMPLE)
+        place = NARROW if self._longest <= np.iinfo(NARROW).max else WIDE
+        wide = self.folder / "examples.wide"
+        with open(wide, "rb") as file, open(self.folder / "examples.bin", "wb") as output:
+            while block := file.read(ROWS * _WIDE.itemsize):
+                rows = np.frombuffer(block, _WIDE)
+                output.write(rows.astype(example_dtype(place)).tobytes())
                 for side, found in zip(lengths, lengths_of(rows), strict=True):
                     lengths[side].update(found.tolist())
                     cut[side] += int((~rows[f"{side}_is_whole"]).sum())
-        measured: dict[str, Any] = {}
+        wide.unlink()
+        measured: dict[str, Any] = {"place_dtype": place.str}
         for side, counted in lengths.items():
             measured[f"{side}_tokens"] = sum(length * count for length, count in counted.items())
             measured[f"truncated_{side}s"] = cut[side]
@@ -114,9 +120,11 @@ class Writer:
         return measured
 
     def _append(self, encoded: Encoded, key: bytes) -> None:
-        place = (self._num_tokens, self._num_parts, int.from_bytes(key[:8], "little"))
-        rows = np.array([(*place, *span) for span in encoded.spans], EXAMPLE)
+        rows = np.array([(self._num_parts, *span) for span in encoded.spans], _WIDE)
         self._examples.write(rows.tobytes())
+        place = (self._num_tokens, int.from_bytes(key[:8], "little"))
+        self._conversations.write(np.array([place], CONVERSATION).tobytes())
+        self._longest = max(self._longest, len(encoded.ids))
         self._tokens.write(np.asarray(encoded.ids, self.dtype).tobytes())
         self.num_examples += len(rows)
         self._num_parts += 1
