@@ -218,7 +218,7 @@ def _tell(manifest: dict[str, Any], folder: Path, report: Report) -> None:
         reasons = _reasons(Counter(manifest["rejected_by_reason"]))
         report(Note(f"{manifest['rejected']} records refused ({reasons}): {folder / REJECTED}", True))
     if manifest["repaired"]:
-        report(Note("mended: " + ", ".join(f"{kind} {n}" for kind, n in manifest["repaired"].items())))
+        report(Note("mended or left out: " + ", ".join(f"{kind} {n}" for kind, n in manifest["repaired"].items())))
     if manifest["dropped"]:
         report(Note("examples left out: " + ", ".join(f"{kind} {n}" for kind, n in manifest["dropped"].items())))
     for side in ("sources", "targets"):

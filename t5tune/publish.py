@@ -4,10 +4,13 @@ with published_folder(Path("cache")) as folder:
     (folder / "manifest.json").write_text(...)
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 20
+SECONDS_TO_LOCK = 60
 
 
 @contextmanager
@@ -27,8 +31,10 @@ def published_folder(target: Path) -> Iterator[Path]:
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     nonce = uuid.uuid4().hex[:8]
+    _remove_abandoned(target)
     staged = target.with_name(f".{target.name}.new-{nonce}")
     staged.mkdir()
+    descriptor = _locked(staged)
     try:
         yield staged
         sync_folder(staged)
@@ -36,12 +42,37 @@ def published_folder(target: Path) -> Iterator[Path]:
             old = target.with_name(f".{target.name}.old-{nonce}")
             target.rename(old)
             staged.rename(target)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             staged.rename(target)
         sync(target.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on the folder that ends with this process, however that may happen; None: another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete what killed processes left of their attempts."""
+    name = glob.escape(target.name)
+    for old in target.parent.glob(f".{name}.old-*") if target.exists() else []:
+        shutil.rmtree(old, ignore_errors=True)  # its successor is in place
+    for staged in target.parent.glob(f".{name}.new-*"):
+        # one that is so young may just not be locked yet
+        if time.time() - staged.stat().st_mtime > SECONDS_TO_LOCK and (descriptor := _locked(staged)) is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+            os.close(descriptor)
 
 
 def write_file(path: Path, data: bytes) -> None:

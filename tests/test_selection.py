@@ -1,5 +1,6 @@
 """Prepare, beyond reading: what is chosen, what is counted, the vocabulary report, many processes, kills."""
 
+import fcntl
 import json
 import os
 import random
@@ -295,6 +296,22 @@ def test_a_kill_at_any_moment_leaves_the_old_cache_or_the_new(many: Path, tmp_pa
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)
             subprocess.run([*command, str(old)], check=True)
     assert False in seen
+
+
+def test_what_killed_processes_left_is_swept_and_what_others_write_stays(
+    prepared: Callable[..., tuple[Prepared, Cache]], tmp_path: Path
+) -> None:
+    abandoned, used, young = (tmp_path / f".cache.new-{name}" for name in ("abandoned", "used", "young"))
+    for folder in (abandoned, used, young):
+        folder.mkdir()
+        (folder / "tokens.bin").write_text("half")
+    for folder in (abandoned, used):
+        os.utime(folder, (1, 1))
+    lock = os.open(used, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    prepared(record("Hi", "Yes"))
+    os.close(lock)
+    assert [folder.exists() for folder in (abandoned, used, young)] == [False, True, True]
 
 
 # ---------------------------------------------------------------- tokenizers of other families

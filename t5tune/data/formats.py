@@ -107,7 +107,7 @@ def _format_of(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "P
         name = next((name for name, keys in _KEYS.items() if any(k <= value.keys() for k in keys)), "auto")
     keys = _KEYS.get(name, [])
     if not any(k <= value.keys() for k in keys):
-        found = ", ".join(sorted(map(str, value))[:12])
+        found = ", ".join(sorted(map(str, value))[:6])
         wanted = " or ".join(" + ".join(sorted(k)) for k in keys) or "; ".join(
             f"{name}: {' or '.join(' + '.join(sorted(k)) for k in keys)}" for name, keys in _KEYS.items()
         )
@@ -187,7 +187,7 @@ def _columns(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str],
 
 def _pair(value: dict[str, Any], source: str, target: str, reading: ReadingSettings) -> tuple[set[str], Entries]:
     if missing := [name for name in (source, target) if name not in value]:
-        found = ", ".join(sorted(map(str, value))[:12])
+        found = ", ".join(sorted(map(str, value))[:6])
         raise Refused("unknown_format", f"no column {', '.join(missing)}; the record has {found}")
     question = reading.source_prefix + _text(source, value[source])
     return {source, target}, [("human", question), ("assistant", _text(target, value[target]))]

@@ -3,6 +3,7 @@
 A recipe comes in first, then batches.
 """
 
+import os
 import pickle
 import signal
 import sys
@@ -26,8 +27,11 @@ def work(requests: BinaryIO, answers: BinaryIO) -> None:
             answer = pipeline(batch)
         except DataError as error:
             answer = (error.message, error.hint)
-        pickle.dump(answer, answers)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers)
+            answers.flush()
+        except BrokenPipeError:  # nobody waits for it any more
+            os._exit(1)
 
 
 if __name__ == "__main__":
