@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -20,7 +20,7 @@ from t5tune import __version__
 from t5tune.data.cache import FORMAT, MANIFEST, Cache, hash_files, is_cache, read_manifest, verify_files
 from t5tune.data.files import STDIN, find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import BYTES_PER_WORKER, Recipe, Record, encode_records, read_record
+from t5tune.data.pipeline import BYTES_PER_WORKER, Outcome, Recipe, Record, encode_records, read_record
 from t5tune.data.readers import read_records
 from t5tune.data.records import Raw
 from t5tune.data.templates import Template, find_template
@@ -92,15 +92,8 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
             everything = track(chain(_taken(sample), records), "prepare", report, unit="records")
             outcomes = encode_records(everything, recipe, _num_workers(settings, files))
             with Writer(staged, num_rows, Path(scratch) if settings.dedupe == "exact" else None) as writer:
-                for record, outcome in outcomes:
-                    writer.add(record, outcome)
-                    if settings.num_data is not None and writer.num_examples >= settings.num_data:
-                        outcomes.close()
-                        break
-                    _check_rejected(writer, settings, files, CHECK_REJECTED)
+                _write(outcomes, writer, settings, files)
                 counts = writer.counts(settings.num_data)
-            _check_rejected(writer, settings, files, 1)
-            _check_not_empty(writer, files)
             manifest = {
                 "format": FORMAT,
                 "made_by": f"t5tune {__version__}",
@@ -120,6 +113,31 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
             Cache(staged, manifest).parts()  # refuses an eval_fraction that leaves nothing
     _tell(manifest, folder, report)
     return _result(folder, manifest, False, started)
+
+
+def _write(
+    outcomes: Generator[tuple[Record, Outcome], None, None],
+    writer: Writer,
+    settings: PrepareSettings,
+    files: list[Path],
+) -> None:
+    """Write what comes of the records, as far as num_data asks for them."""
+    for record, outcome in outcomes:
+        writer.add(record, outcome)
+        if settings.num_data is not None and writer.num_examples >= settings.num_data:
+            outcomes.close()
+            break
+        _check_rejected(writer, settings, files, CHECK_REJECTED)
+    _check_rejected(writer, settings, files, 1)
+    if writer.num_examples == 0:
+        dropped = _reasons(writer.rejected + writer.dropped)
+        raise DataError(
+            f"data_path: {_named(files)}: no conversation to train on among {writer.num_records} records"
+            f"{f' ({dropped})' if dropped else ''}",
+            hint=f"the first: {writer.first_rejected}"
+            if writer.first_rejected
+            else 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}',
+        )
 
 
 def _first_bytes(records: Iterator[Record], size: int) -> Iterator[Record]:
@@ -180,18 +198,6 @@ def _check_rejected(writer: Writer, settings: PrepareSettings, files: list[Path]
             f"data_path: {_named(files)}: {count} of {writer.num_records} records refused "
             f"({_reasons(writer.rejected)}), more than max_rejected_fraction {allowed}",
             hint=f"the first: {writer.first_rejected}",
-        )
-
-
-def _check_not_empty(writer: Writer, files: list[Path]) -> None:
-    if writer.num_examples == 0:
-        dropped = _reasons(writer.rejected + writer.dropped)
-        raise DataError(
-            f"data_path: {_named(files)}: no conversation to train on among {writer.num_records} records"
-            f"{f' ({dropped})' if dropped else ''}",
-            hint=f"the first: {writer.first_rejected}"
-            if writer.first_rejected
-            else 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}',
         )
 
 
