@@ -36,8 +36,9 @@ METHODS: dict[str, list[str]] = {
 VARIANTS: dict[str, list[str]] = {
     "DoRA q,v": ["--use-dora", "--learning-rate", RATE],
     "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", "--learning-rate", "5e-3"],
-    "PiSSA q,v": ["--init-lora-weights", "pissa", "--learning-rate", RATE],
-    "OLoRA q,v": ["--init-lora-weights", "olora", "--learning-rate", RATE],
+    # these begin at large values, which a rate for B = 0 throws about
+    "PiSSA q,v": ["--init-lora-weights", "pissa", "--learning-rate", "2e-3"],
+    "OLoRA q,v": ["--init-lora-weights", "olora", "--learning-rate", "2e-3"],
     "LoRA+ q,v": ["--loraplus-lr-ratio", "4", "--learning-rate", "1e-2"],
     "QLoRA, LoftQ start": [*Q_LORA, "--init-lora-weights", "loftq", "--learning-rate", RATE],
     "LoRA q,v + norms whole": ["--modules-to-save", "layer_norm", "final_layer_norm", "--learning-rate", RATE],
@@ -46,7 +47,7 @@ TOKENS: dict[str, list[str]] = {
     "LoRA q,v, no tokens added": ["--add-tokens", "none", "--learning-rate", RATE],
     "LoRA q,v, frozen mean rows (FastChat's way)": ["--no-train-token-rows", "--learning-rate", RATE],
 }
-GROUPS = {"methods": METHODS, "variants": VARIANTS, "tokens": TOKENS}
+ROWS = {**METHODS, **VARIANTS, **TOKENS}
 SCORES = ("exact_match", "rougeL", "chrf", "loss")
 
 
@@ -102,23 +103,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=float, help="passes over the data; default: the recipe's")
     parser.add_argument("--num-data", type=int, help="evaluate on the first N examples")
-    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", choices=list(ROWS), default=list(ROWS), help="rows")
     options = parser.parse_args()
     print("| method | trained | exact match | mean | RougeL | chrF | loss |", flush=True)
     print("|---|--:|--:|--:|--:|--:|--:|", flush=True)
     table: dict[str, list[dict[str, float]]] = {}
-    for group in options.groups:
-        for method, flags in GROUPS[group].items():
-            with tempfile.TemporaryDirectory(prefix="t5tune-parity-") as folder:
-                results = [run(method, flags, seed, options, Path(folder) / str(seed)) for seed in options.seeds]
-            table[method] = results
-            mean = {name: statistics.fmean(result[name] for result in results) for name in results[0]}
-            each = " / ".join(f"{result['exact_match']:.1f}" for result in results)
-            print(
-                f"| {method} | {int(mean['trainable']):,} | {each} | {mean['exact_match']:.1f} | {mean['rougeL']:.2f} "
-                f"| {mean['chrf']:.2f} | {mean['loss']:.4f} |",
-                flush=True,
-            )
+    for method in options.methods:
+        with tempfile.TemporaryDirectory(prefix="t5tune-parity-") as folder:
+            results = [run(method, ROWS[method], seed, options, Path(folder) / str(seed)) for seed in options.seeds]
+        table[method] = results
+        mean = {name: statistics.fmean(result[name] for result in results) for name in results[0]}
+        each = " / ".join(f"{result['exact_match']:.1f}" for result in results)
+        print(
+            f"| {method} | {int(mean['trainable']):,} | {each} | {mean['exact_match']:.1f} | {mean['rougeL']:.2f} "
+            f"| {mean['chrf']:.2f} | {mean['loss']:.4f} |",
+            flush=True,
+        )
     print(json.dumps({"seeds": options.seeds, "results": table}))
 
 

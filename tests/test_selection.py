@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,37 +264,56 @@ def test_memory_does_not_grow_with_the_input_and_torch_is_not_loaded(many: Path,
     assert peaks[1] < 250
 
 
-def test_a_kill_at_any_moment_leaves_the_old_cache_or_the_new(many: Path, tmp_path: Path) -> None:
-    rng = random.Random(11)
-    old = tmp_path / "old.jsonl"
-    old.write_text(json.dumps(record("Hi", "old")) + "\n")
-    command = [sys.executable, "-m", "t5tune", "prepare", "--quiet", "--model-name-or-path", "pocket"]
-    command += ["--output-dir", str(tmp_path / "cache"), "--data-path"]
-    started = time.monotonic()
-    subprocess.run([*command, str(many)], check=True)
-    whole = time.monotonic() - started
-    new = bytes_of(tmp_path / "cache")
-    shutil.rmtree(tmp_path / "cache")
-    subprocess.run([*command, str(old)], check=True)
-    before = bytes_of(tmp_path / "cache")
-    seen = set()
-    for _ in range(8):
-        process = subprocess.Popen([*command, str(many)], start_new_session=True)
-        # the moment is drawn, not waited for: whenever it falls, the cache must be whole
-        try:
-            process.wait(timeout=rng.uniform(0.3, 1.1) * whole)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if (tmp_path / "cache").exists():
-            found = bytes_of(tmp_path / "cache")
-            assert found in (before, new)
-            open_cache(tmp_path / "cache")
-            seen.add(found == new)
-        if not (tmp_path / "cache").exists() or found == new:
-            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-            subprocess.run([*command, str(old)], check=True)
-    assert False in seen
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from t5tune.prepare import prepare
+from t5tune.settings import PrepareSettings
+folder, data, moment = sys.argv[1], sys.argv[2], int(sys.argv[3])
+touched = 0
+def watch(event, arguments):
+    global touched
+    if event.startswith(("open", "os.", "shutil.")) and folder in str(arguments):
+        touched += 1
+        if touched == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+prepare(PrepareSettings(model_name_or_path="pocket", data_path=data, output_dir=Path(folder, "cache")))
+print(touched)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_cache_or_the_new_or_none(tmp_path: Path) -> None:
+    """At each of the moments when prepare opens, renames or removes a file beside its output."""
+    place = tmp_path / "place"
+    place.mkdir()
+    for name in ("old", "new"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record("Hi", name)) + "\n")
+
+    def run(name: str, moment: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, place, tmp_path / f"{name}.jsonl", str(moment)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run("old", 0).returncode == 0
+    before = bytes_of(place / "cache")
+    shutil.copytree(place, tmp_path / "before")
+    done = run("new", 0)
+    after = bytes_of(place / "cache")
+    assert before != after
+    last = int(done.stdout)
+    assert last > 20
+    states = []
+    for moment in [*range(1, last - 12, 3), *range(last - 12, last + 1)]:
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "before", place)
+        assert run("new", moment).returncode == -signal.SIGKILL
+        found = bytes_of(place / "cache") if (place / "cache").exists() else None
+        assert found in (before, after, None)
+        states.append({str(before): "old", str(after): "new"}.get(str(found), "none"))
+    assert states == sorted(states, key=["old", "none", "new"].index)
+    assert {"old", "new"} <= set(states)
+    assert run("new", 0).returncode == 0  # what was left is in nobody's way
+    assert bytes_of(place / "cache") == after
 
 
 def test_what_killed_processes_left_is_swept_and_what_others_write_stays(
