@@ -1,4 +1,4 @@
-"""The whole chain on the built-in model: prepare, train with --q-lora, export, merge, and what it has learned.
+"""The whole chain on the built-in model: prepare, train with LoRA and with QLoRA, export, merge, and what was learned.
 
 python examples/quickstart/quickstart.py [--output-dir runs/quickstart]
 """
@@ -43,7 +43,7 @@ def main() -> None:
     if out.exists():
         print(f"{out} of an earlier quickstart is replaced", file=sys.stderr)
         shutil.rmtree(out)
-    cache, run, adapter, merged = (out / name for name in ("cache", "run", "adapter", "merged"))
+    cache, lora, run, adapter, merged = (out / name for name in ("cache", "lora", "run", "adapter", "merged"))
     started = time.monotonic()
 
     base = ["--model-name-or-path", "pocket"]
@@ -51,16 +51,19 @@ def main() -> None:
     limit = ["--max-steps", str(options.max_steps)] if options.max_steps else []
     prepared = t5tune("prepare", *base, "--data-path", HERE / "train.jsonl", "--output-dir", cache)
     before = t5tune("evaluate", *base, *held_out, "--output-dir", out / "before")
-    trained = t5tune("train", "--config", "pocket", "--q-lora", "--data-path", cache, "--output-dir", run, *limit)
+    train = ["train", "--config", "pocket", "--data-path", cache, *limit]
+    plain = t5tune(*train, "--output-dir", lora)
+    with_lora = t5tune("evaluate", "--model-name-or-path", lora, *held_out, "--output-dir", out / "after-lora")
+    trained = t5tune(*train, "--q-lora", "--output-dir", run)
     exported = t5tune("export", run, "--output-dir", adapter)
     t5tune("merge", *base, "--adapter", adapter, "--output-dir", merged)
     after = t5tune("evaluate", "--model-name-or-path", merged, *held_out, "--output-dir", out / "after")
     answer = t5tune("chat", "--model-name-or-path", merged, "--prompt", PROMPT, "--max-new-tokens", "80")
 
-    first, last = losses(run)
     rows = [
         ("token cache", cache, f"{prepared['examples']} examples of {prepared['conversations']} conversations"),
-        ("run", run, f"{trained['steps']} steps in {trained['seconds']:.0f} s, loss {first:.2f} → {last:.2f}"),
+        ("LoRA run", lora, told(lora, plain)),
+        ("QLoRA run", run, told(run, trained)),
         ("adapter", adapter, f"{exported['lora_tensors']} LoRA tensors, {size(adapter)}"),
         ("merged model", merged, f"loads with AutoModelForSeq2SeqLM, {size(merged)}"),
     ]
@@ -69,7 +72,8 @@ def main() -> None:
         print(f"  {what:<14}{where!s:<28}{facts}")
     print(f"\nOn {after['examples']} answers of conversations that it never saw:\n")
     for name, label in (("exact_match", "exact match"), ("rougeL", "RougeL"), ("perplexity", "perplexity")):
-        print(f"  {label:<14}before {before[name]:>8.2f}    after {after[name]:>8.2f}")
+        values = (("before", before), ("LoRA", with_lora), ("QLoRA", after))
+        print(f"  {label:<14}" + "    ".join(f"{when} {scores[name]:>7.2f}" for when, scores in values))
     question, target, was = sample(out / "before")
     _, _, now = sample(out / "after")
     for label, text in (("asked", question), ("true answer", target), ("before", was), ("after", now)):
@@ -83,11 +87,11 @@ def sample(folder: Path) -> tuple[str, str, str]:
     return line["source"], line["target"], line["prediction"]
 
 
-def losses(run: Path) -> tuple[float, float]:
-    """The first and the last training loss of a run."""
+def told(run: Path, trained: dict[str, Any]) -> str:
+    """A run in a few words, with its first and its last training loss."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    values = [line["loss"] for line in lines if "loss" in line]
-    return values[0], values[-1]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return f"{trained['steps']} steps in {trained['seconds']:.0f} s, loss {losses[0]:.2f} → {losses[-1]:.2f}"
 
 
 if __name__ == "__main__":
