@@ -83,7 +83,7 @@ def inspect(settings: InspectSettings, report: Report = silent) -> Inspected:
 
     Raises:
         DataError: the cache can't be used, or holds no such example.
-        SettingsError: more than one choice of examples.
+        SettingsError: more than one choice of examples, or a page that can't be written.
     """
     cache = open_cache(settings.cache)
     chosen = _chosen(cache, settings)
@@ -91,7 +91,10 @@ def inspect(settings: InspectSettings, report: Report = silent) -> Inspected:
     examples = [_shown(cache, index, tokenizer) for index in chosen]
     statistics = _statistics(cache, settings.per_device_train_batch_size) if settings.stats or settings.html else None
     if settings.html is not None:
-        write_page(settings.html, cache, examples, statistics, tokenizer)
+        try:
+            write_page(settings.html, cache, examples, statistics, tokenizer)
+        except OSError as error:
+            raise SettingsError(f"html: {settings.html}: can't be written: {error.strerror}") from error
     return Inspected(settings.cache, len(cache), examples, statistics, settings.html)
 
 

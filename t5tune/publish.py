@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from t5tune.errors import SettingsError
+
 CHUNK = 1 << 20
 SECONDS_TO_LOCK = 60
 
@@ -27,13 +29,19 @@ def published_folder(target: Path) -> Iterator[Path]:
 
     A folder that stood there is replaced as a whole. A kill at any moment leaves the old folder, the new
     one, or (between two renames) none, never a mixture.
+
+    Raises:
+        SettingsError: no folder can be made there.
     """
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
     nonce = uuid.uuid4().hex[:8]
-    _remove_abandoned(target)
     staged = target.with_name(f".{target.name}.new-{nonce}")
-    staged.mkdir()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        staged.mkdir()
+    except OSError as error:
+        raise SettingsError(f"{target}: can't be made here: {error.strerror}", hint="name another folder") from error
     descriptor = _locked(staged)
     try:
         yield staged

@@ -1,6 +1,7 @@
 """Inspect shows what the model will really see: the ids of the cache, what was cut, what is unknown, the lengths."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,19 @@ def test_what_isnt_there_is_refused(cache: Path, tmp_path: Path) -> None:
     assert "holds examples 0 to 3" in refused(example=4)
     assert "choose the examples one way" in refused(example=1, all=True)
     assert str(tmp_path) in refused(cache=tmp_path)
+    assert "html: " in refused(html=tmp_path / "nowhere" / "page.html")
+    broken = tmp_path / "broken"
+    shutil.copytree(cache, broken)
+    manifest = json.loads((broken / "manifest.json").read_text())
+    del manifest["place_dtype"]
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    assert "place_dtype is missing" in refused(cache=broken)
+
+
+def test_an_output_folder_that_cant_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = t5tune("prepare", "--model-name-or-path", "pocket", "--data-path", "pocket",
+                  "--output-dir", tmp_path / "file" / "cache")  # fmt: skip
+    assert done.code == 2
+    (error,) = done.errors
+    assert str(tmp_path / "file" / "cache") in error

@@ -34,6 +34,11 @@ CONVERSATION = np.dtype(
     ]
 )
 WIDE, NARROW = np.dtype("<u4"), np.dtype("<u2")  # of a place in a conversation
+# what reading a cache takes from its manifest
+NEEDED = {
+    "dtype", "place_dtype", "eos_token_id", "added_tokens", "added_token_ids", "eval_fraction", "seed", "files",
+    "inputs",
+}  # fmt: skip
 PERCENTILES = (50, 90, 99, 100)
 
 
@@ -152,6 +157,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder / MANIFEST}: format {version}, this release reads {FORMAT}",
             hint="run t5tune prepare again",
         )
+    if missing := sorted(NEEDED - manifest.keys()):
+        raise DataError(f"{folder / MANIFEST}: {missing[0]} is missing", hint="run t5tune prepare again")
     return dict(manifest)
 
 
