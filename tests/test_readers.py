@@ -505,6 +505,17 @@ def test_rows_of_a_parquet_file_are_records(tmp_path: Path) -> None:
             read(tmp_path / "data.parquet")
 
 
+def test_a_tables_refused_rows_stand_in_the_file_as_json(tmp_path: Path) -> None:
+    rows = [{"source": "a", "target": "b", "score": 1.0}, {"source": "c", "target": None, "score": float("nan")}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    done = prepare(tmp_path, "--data-path", tmp_path / "data.parquet")
+    assert json.loads(done.stdout)["rejected"] == 1
+    line = (tmp_path / "cache" / "rejected.jsonl").read_text()
+    refused = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert refused["record"] == {"source": "c", "target": None, "score": "NaN"}
+    assert refused["reason"] == "not_text"
+
+
 # ---------------------------------------------------------------- which files
 
 

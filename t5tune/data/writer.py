@@ -142,7 +142,9 @@ class Writer:
         else:
             record = rejected.record
             text = record.decode(errors="surrogateescape") if isinstance(record, bytes) else record
-            self._rejected.write(json.dumps(text, default=str))
+            # a table's NaN is no JSON, and its dates are text
+            plain = json.loads(json.dumps(text, default=str), parse_constant=str)
+            self._rejected.write(json.dumps(plain))
         self._rejected.write("}\n")
 
 
