@@ -1,5 +1,6 @@
 """Chat answers in the layout of training, whatever the model lies in."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from t5tune.chat import Chatter, chat
+from t5tune.chat import Chatter, chat, save_conversation
 from t5tune.data.cache import open_cache
 from t5tune.data.formats import Turn
+from t5tune.errors import SettingsError
 from t5tune.export import export
 from t5tune.merge import merge
-from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, TrainSettings
+from t5tune.prepare import prepare
+from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.train import train
 
 PROMPT = "Hello, two tea for Mira please."
@@ -57,8 +60,6 @@ def test_run_adapter_and_merged_checkpoint_give_one_reply(made: dict[str, Path],
 
 def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path) -> None:
     """The turns of the first conversation that has two, asked again, have the ids that training saw."""
-    import json
-
     from t5tune.data.encoding import encode_prompt
     from t5tune.data.formats import Conversation
     from t5tune.data.records import Place
@@ -101,3 +102,92 @@ def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
     assert done.returncode == 0, done.stderr
     expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
     assert done.stdout == f"{expected}\n" * 2
+
+
+def test_an_answer_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
+    chatter = Chatter.load(settings(made["merged"]))
+    pieces: list[str] = []
+    answer = chatter.reply([Turn("human", PROMPT)], pieces.append)
+    assert len(pieces) > 2
+    assert "".join(pieces) == answer.reply
+
+
+def test_commands_change_what_answers(made: dict[str, Path], untied_base: Path, tmp_path: Path) -> None:
+    """A pipe's commands, line by line, against the function of the library."""
+    lines = [
+        PROMPT,  # with the adapter, which stands for the model
+        "/undo",
+        "//" + PROMPT,  # a message that begins with a slash
+        f"/save {tmp_path / 'said.jsonl'}",
+        "/reset",
+        "/system Be kind.",
+        PROMPT,
+        f"/save {tmp_path / 'said.jsonl'}",
+        "/reset",
+        "/system",
+        "/template plain",
+        PROMPT,
+        "/reset",
+        "/adapter none",
+        "/template plain",
+        PROMPT,
+    ]
+    # the run names its base as it was given, a path
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["run"], "--max-new-tokens", "5"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+    def reply(prompt: str, **changes: Any) -> str:
+        asked = ChatSettings(model_name_or_path=str(untied_base), max_new_tokens=5, prompt=prompt, use_cpu=True)
+        return chat(asked.model_copy(update={"adapter": made["run"], **changes})).reply
+
+    replies = [
+        reply(PROMPT),
+        reply("/" + PROMPT),
+        reply(PROMPT, system="Be kind."),
+        reply(PROMPT, conversation_template="plain"),
+        reply(PROMPT, conversation_template="plain", adapter=None),
+    ]
+    assert done.stdout == "".join(f"{text}\n" for text in replies)
+    saved = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [record.get("system") for record in saved] == [None, "Be kind."]
+    assert saved[0]["conversations"] == [
+        {"from": "human", "value": "/" + PROMPT},
+        {"from": "gpt", "value": replies[1]},
+    ]
+
+
+def test_what_was_saved_is_read_by_prepare(tmp_path: Path) -> None:
+    turns = [Turn("human", "Tea?"), Turn("assistant", "Yes,\n{}")]
+    save_conversation(tmp_path / "said.jsonl", turns, None)
+    save_conversation(tmp_path / "said.jsonl", turns, "Be kind.")
+    made = prepare(
+        PrepareSettings(
+            model_name_or_path="pocket", data_path=str(tmp_path / "said.jsonl"), output_dir=tmp_path / "cache"
+        )
+    )
+    assert (made.conversations, made.rejected, made.examples) == (2, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/nonsense", "/nonsense: no such command"),
+        ("/template nowhere", "conversation_template: nowhere"),
+        ("/adapter nowhere", "nowhere"),
+        ("/save nowhere/said.jsonl", "/save: nothing was said yet"),
+    ],
+)
+def test_a_wrong_command_in_a_pipe_ends_it_with_a_line(made: dict[str, Path], line: str, said: str) -> None:
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"]]
+    done = subprocess.run(command, input=line + "\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (error,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+    assert said in error
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta device"])
+def test_a_device_that_is_not_there_is_refused(made: dict[str, Path], device: str) -> None:
+    with pytest.raises(SettingsError, match=f"device: {device}"):
+        Chatter.load(ChatSettings(model_name_or_path=str(made["merged"]), device=device))

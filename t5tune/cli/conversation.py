@@ -1,38 +1,122 @@
 """`t5tune chat` without --prompt: a conversation on the terminal."""
 
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
+from rich.text import Text
 
-from t5tune.chat import Chatter
+from t5tune import presets
+from t5tune.chat import Chatter, save_conversation
+from t5tune.cli.console import show_error
 from t5tune.data.formats import Turn
+from t5tune.errors import SettingsError, T5TuneError
 from t5tune.progress import Report
 from t5tune.settings import ChatSettings
 
-HELP = "Say something; /reset forgets the conversation, /quit or Ctrl-D ends it."
+HELP = """\
+Say something. A message that begins with / is a command; begin it with // to say a slash.
+  /reset             forget the conversation
+  /undo              take back the last question and its answer
+  /system TEXT       another system message; without TEXT the layout's own
+  /template NAME     another layout of the conversation
+  /adapter FOLDER    another adapter on the same base; `none` for the base alone
+  /save FILE         append the conversation to FILE, as prepare reads it
+  /help              this text
+  /quit, Ctrl-D      the end; Ctrl-C stops an answer"""
 
 
 def converse(settings: ChatSettings, report: Report, stream: TextIO) -> None:
-    """Read lines until the user ends it, and answer each; with a pipe, one answer a line."""
-    chatter = Chatter.load(settings, report)
-    console = Console(stderr=True, highlight=False)
-    interactive = sys.stdin.isatty()
-    if interactive:
-        console.print(f"[dim]{HELP}[/]")
-    turns: list[Turn] = []
+    """Read lines until the user ends it, and answer each; with a pipe, one answer after the other."""
+    talk = _Talk(Chatter.load(settings, report), report, stream, interactive=sys.stdin.isatty())
+    if talk.interactive:
+        talk.say("Say something; /help shows the commands, /quit or Ctrl-D ends it.")
     while True:
-        if interactive:
-            console.print("[bold green]you:[/] ", end="")
+        if talk.interactive:
+            talk.console.print("[bold green]you:[/] ", end="")
         line = sys.stdin.readline()
         if not line or line.strip() == "/quit":
             return
         text = line.rstrip("\n")
-        if text.strip() == "/reset":
-            turns = []
-        elif text.strip():
-            answer = chatter.reply([*turns, Turn("human", text)])
-            turns += [Turn("human", text), Turn("assistant", answer.reply)]
-            if interactive:
-                console.print("[bold cyan]model:[/] ", end="")
-            print(answer.reply, file=stream, flush=True)
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                talk.obey(*text[1:].split(maxsplit=1))
+            elif text.strip():
+                talk.ask(text.removeprefix("/") if text.startswith("//") else text)
+        except T5TuneError as error:
+            if not talk.interactive:
+                raise
+            show_error(error, None, debug=False)
+
+
+@dataclass
+class _Talk:
+    """A conversation so far, and who answers."""
+
+    chatter: Chatter
+    report: Report
+    stream: TextIO
+    interactive: bool
+    turns: list[Turn] = field(default_factory=list)
+    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
+
+    def ask(self, text: str) -> None:
+        """Answer, and keep both turns; an answer that Ctrl-C stopped leaves none."""
+        turns = [*self.turns, Turn("human", text)]
+        if not self.interactive:
+            answer = self.chatter.reply(turns)
+            print(answer.reply, file=self.stream, flush=True)
+        else:
+            self.console.print("[bold cyan]model:[/] ", end="")
+            try:
+                answer = self.chatter.reply(turns, self._show)
+            except KeyboardInterrupt:
+                print(file=self.stream, flush=True)
+                self.say("stopped; the question is taken back")
+                return
+            print(file=self.stream, flush=True)
+        self.turns = [*turns, Turn("assistant", answer.reply)]
+
+    def obey(self, name: str = "", value: str = "") -> None:
+        """Carry out a command, and say what it did."""
+        match name:
+            case "help":
+                self.say(HELP)
+            case "reset":
+                self.turns = []
+                self.say("forgotten")
+            case "undo":
+                self.say("taken back" if self.turns else "there is nothing to take back")
+                self.turns = self.turns[:-2]
+            case "system":
+                self.chatter = self.chatter.with_system(value or None)
+                self.say("system message: " + (value or self.chatter.template.system_message or "none"))
+            case "template":
+                if not value:
+                    raise SettingsError("/template: name a layout", hint=", ".join(presets.names("conversations")))
+                self.chatter = self.chatter.with_template(value)
+                self.say(f"layout: {value}")
+            case "adapter":
+                if not value:
+                    raise SettingsError("/adapter: name a folder", hint="/adapter none takes it off")
+                self.chatter = self.chatter.with_adapter(None if value == "none" else Path(value), self.report)
+                self.say(f"adapter: {value}")
+            case "save":
+                if not value:
+                    raise SettingsError("/save: name a file", hint="/save conversations.jsonl")
+                if not self.turns:
+                    raise SettingsError("/save: nothing was said yet")
+                save_conversation(Path(value), self.turns, self.chatter.settings.system)
+                self.say(f"appended to {value}")
+            case _:
+                raise SettingsError(f"/{name}: no such command", hint="/help shows them; // says a slash")
+
+    def say(self, text: str) -> None:
+        """A line of ours, apart from the model's; only a terminal sees it."""
+        if self.interactive:
+            self.console.print(Text(text, "dim"))
+
+    def _show(self, text: str) -> None:
+        print(text, end="", file=self.stream, flush=True)

@@ -3,12 +3,24 @@
 import os
 from typing import Any
 
+from t5tune.errors import SettingsError
 
-def choose_device(use_cpu: bool, local_rank: int = 0) -> Any:
-    """The GPU of this rank, or the CPU."""
+
+def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -> Any:
+    """The device of that name, else the GPU of this rank, else the CPU.
+
+    Raises:
+        SettingsError: torch knows no such device, or this machine has none.
+    """
     import torch
 
-    if use_cpu or not torch.cuda.is_available():
+    if name not in (None, "cpu"):
+        try:
+            return torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError) as error:  # torch's words differ by device and by how it was built
+            reason = str(error).splitlines()[0]
+            raise SettingsError(f"device: {name}: {reason}", hint="cpu always works") from None
+    if name == "cpu" or use_cpu or not torch.cuda.is_available():
         # DeepSpeed, which transformers imports, else looks for an accelerator and complains that there is none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")

@@ -23,11 +23,14 @@ class Loaded:
     """A model in evaluation mode, and what was saved with it.
 
     Args:
+        base, adapter: where its weights lie.
         tokenizer_folder: the adapter's, where it brings a tokenizer, else the base's.
         template_files: where the layout of its conversations may stand, the likeliest first.
         num_rows: rows of the embedding.
     """
 
+    base: Path
+    adapter: Path | None
     model: Any
     tokenizer: Tokenizer
     tokenizer_folder: Path
@@ -45,12 +48,14 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
     if adapter is not None:
         read_adapter(adapter)  # its errors name the file
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model = load_base(base, dtype, choose_device(settings.use_cpu), settings)
+    model = load_base(base, dtype, choose_device(settings.use_cpu, name=settings.device), settings)
     if adapter is not None:
         model = load_adapter(model, adapter)
     folders = [base] if adapter is None else [adapter, base]
     tokenizer_folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), base)
     return Loaded(
+        base=base,
+        adapter=adapter,
         model=model,
         tokenizer=load_tokenizer(tokenizer_folder),
         tokenizer_folder=tokenizer_folder,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.fields import Maybe
@@ -20,3 +20,12 @@ class InferenceSettings(QuantisationSettings, BaseModelSettings):
     )
     bf16: bool = Field(default=False, description="Compute in bfloat16.")
     use_cpu: bool = Field(default=False, description="Stay on the CPU even where there is a GPU.")
+    device: Annotated[str | None, Maybe] = Field(
+        default=None, description="Where to compute: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."
+    )
+
+    @model_validator(mode="after")
+    def _one_device(self) -> "InferenceSettings":
+        if self.use_cpu and self.device not in (None, "cpu"):
+            raise ValueError(f"device: {self.device} beside use_cpu; give one")
+        return self
