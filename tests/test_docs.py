@@ -39,9 +39,9 @@ def reference_text() -> str:
     lines = [
         "# Commands",
         "",
-        "Written from the settings by `python tests/test_docs.py`. Each setting is a flag (`--lora-r 16`), a key of the",
-        "YAML that `--config` reads (`lora_r: 16`) and an environment variable (`T5TUNE_LORA_R=16`); the flag goes before",
-        "the variable, that before the file. `--config`, `--json`, `--quiet` and `--debug` belong to every command.",
+        "Written from the settings by `python tests/test_docs.py`. A setting is a flag (`--lora-r 16`), a key of the",
+        "YAML that `--config` reads (`lora_r: 16`) and an environment variable (`T5TUNE_LORA_R=16`). The flag wins over",
+        "the variable, that over the file. Every command has `--config`, `--json`, `--quiet` and `--debug`.",
     ]
     for model in COMMANDS:
         lines += ["", f"## t5tune {model.command}", "", SUMMARIES[model.command]]

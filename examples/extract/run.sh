@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train on train.jsonl, score heldout.jsonl, merge, ask once. MODEL and OUTPUT may be set; flags are handed to train.
+set -euo pipefail
+cd "$(dirname "$0")"
+MODEL=${MODEL:-google/flan-t5-base}
+OUTPUT=${OUTPUT:-runs}
+
+t5tune train --model-name-or-path "$MODEL" --data-path train.jsonl --output-dir "$OUTPUT/run" \
+    --learning-rate 3e-4 --per-device-train-batch-size 8 --num-train-epochs 5 "$@"
+t5tune evaluate --model-name-or-path "$MODEL" --adapter "$OUTPUT/run" --data-path heldout.jsonl \
+    --output-dir "$OUTPUT/scores" --overwrite
+t5tune merge --model-name-or-path "$MODEL" --adapter "$OUTPUT/run" --output-dir "$OUTPUT/merged" --overwrite
+t5tune chat --model-name-or-path "$OUTPUT/merged" \
+    --prompt "Hello, Dora Maas here. Could you bring 2 lamps to 14 Oak Avenue on Friday?"
