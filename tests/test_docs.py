@@ -40,7 +40,7 @@ def reference_text() -> str:
         "# Commands",
         "",
         "Written from the settings by `python tests/test_docs.py`. A setting is a flag (`--lora-r 16`), a key of the",
-        "YAML that `--config` reads (`lora_r: 16`) and an environment variable (`T5TUNE_LORA_R=16`). The flag wins over",
+        "YAML that `--config` reads (`lora_r: 16`) and an environment variable (`T5TUNE_LORA_R`). A flag wins over",
         "the variable, that over the file. Every command has `--config`, `--json`, `--quiet` and `--debug`.",
     ]
     for model in COMMANDS:
