@@ -55,22 +55,58 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         raise ModelError(f"model_name_or_path: {name}: no such folder", hint="check the path's spelling")
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
 
     try:
-        patterns = FILES
-        snapshot = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-        if not list(snapshot.glob("*.safetensors")):
+        snapshot = fetch(FILES)
+        if not list(snapshot.glob("*.safetensors")) and not list(snapshot.glob("pytorch_model*.bin")):
             files = HfApi().list_repo_files(name, revision=revision)
             if any(file.startswith("pytorch_model") for file in files):
-                patterns = [*FILES, "pytorch_model*.bin"]
-                snapshot = Path(
-                    snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
-                )
+                snapshot = fetch([*FILES, "pytorch_model*.bin"])
         return snapshot
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"model_name_or_path: {name}: no such folder, and the hub didn't give it: {reason}",
-            hint="check the name, the network and `hf auth whoami`, or name a folder",
-        ) from error
+    except Exception as error:  # OSError, ValueError, and those of the HTTP library that huggingface_hub chose
+        raise _download_error(name, revision, error) from error
+
+
+def _download_error(name: str, revision: str | None, error: Exception) -> ModelError:
+    """What kept a model from coming, and what to do about it."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    asked = f"model_name_or_path: {name}"
+    match error:
+        case GatedRepoError():
+            reason = "its owners give it only to those who asked"
+            hint = f"ask for it on the page of {name}, then `hf auth login`"
+        case RepositoryNotFoundError():
+            reason = "no such folder here, and no such model on the hub, or a private one"
+            hint = "check its spelling; for a private one `hf auth login`"
+        case RevisionNotFoundError():
+            return ModelError(
+                f"revision: {revision}: {name} has no such branch, tag or commit", hint="check its spelling"
+            )
+        case HFValidationError():
+            reason, hint = "no such folder, and no name of a model on the hub", "check its spelling"
+        case LocalEntryNotFoundError() if isinstance(error.__cause__, OfflineModeIsEnabled):
+            reason = (
+                "no such folder, and HF_HUB_OFFLINE keeps the hub from being asked; the cache doesn't hold all of it"
+            )
+            hint = "take HF_HUB_OFFLINE out of the environment, or name a folder"
+        case LocalEntryNotFoundError():
+            reason = "no such folder, the hub can't be reached, and the cache doesn't hold it"
+            hint = "check the network, or name a folder"
+        case OSError() if error.errno is not None:
+            where = f" ({error.filename})" if error.filename else ""
+            return ModelError(f"{asked}: {error.strerror}{where}", hint="--cache-dir puts downloads elsewhere")
+        case _:
+            reason = f"the hub didn't give it: {' '.join(str(error).split())[:200]}"
+            hint = "try again later, or name a folder"
+    return ModelError(f"{asked}: {reason}", hint=hint)

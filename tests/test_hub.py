@@ -1,0 +1,145 @@
+"""Models by their name on the hub, which a small server on this machine stands in for."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import Finished, t5tune
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves the folders of `models`; a name of `refusals` is refused with that status and error code."""
+
+    models: dict[str, Path] = {}
+    refusals = {
+        "some/private": (401, "RepoNotFound"),
+        "some/gated": (403, "GatedRepo"),
+        "some/broken": (500, ""),
+    }
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0].strip("/")
+        name = "/".join(path.removeprefix("api/models/").split("/")[:2])
+        if name in self.refusals:
+            status, code = self.refusals[name]
+            return self._send(b"{}", status, {"X-Error-Code": code})
+        if name not in self.models:
+            return self._send(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+        if "no-such" in path:
+            return self._send(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+        folder = self.models[name]
+        files = [file for file in folder.iterdir() if file.is_file()]
+        if "/tree/" in path:
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": oid(f)} for f in files]
+            return self._send(json.dumps(tree).encode())
+        if path.startswith("api/"):
+            siblings = [{"rfilename": file.name} for file in files]
+            return self._send(json.dumps({"id": name, "sha": SHA, "siblings": siblings}).encode())
+        file = folder / path.rpartition("/")[2]
+        return self._send(file.read_bytes(), headers={"ETag": f'"{oid(file)}"', "X-Repo-Commit": SHA})
+
+    def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def oid(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def hub(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which names are asked of the server."""
+    folder = tmp_path_factory.mktemp("hub")
+    shutil.copytree(untied_base, folder / "pickled")
+    torch.save(load_file(untied_base / "model.safetensors"), folder / "pickled" / "pytorch_model.bin")
+    (folder / "pickled" / "model.safetensors").unlink()
+    Hub.models = {"some/t5": untied_base, "some/pickled-t5": folder / "pickled"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def prepare(name: str, env: dict[str, str], output: Path, *flags: str) -> Finished:
+    arguments = ("--data-path", "pocket", "--num-data", "4", "--output-dir", output)
+    return t5tune("prepare", "--model-name-or-path", name, *arguments, *flags, env=env)
+
+
+def test_a_model_of_the_hub_comes_once_and_is_there_without_a_network(hub: dict[str, str], tmp_path: Path) -> None:
+    assert prepare("some/t5", hub, tmp_path / "online").code == 0
+    done = prepare("some/t5", hub | {"HF_HUB_OFFLINE": "1"}, tmp_path / "offline")
+    assert done.code == 0, done.stderr
+    assert (tmp_path / "offline" / "tokens.bin").read_bytes() == (tmp_path / "online" / "tokens.bin").read_bytes()
+
+
+def test_pickled_weights_come_where_there_are_no_others(hub: dict[str, str], untied_base: Path) -> None:
+    ask = ("--prompt", "Hi", "--max-new-tokens", "3", "--use-cpu")
+    local = t5tune("chat", "--model-name-or-path", untied_base, *ask)
+    for offline in ("0", "1"):
+        done = t5tune("chat", "--model-name-or-path", "some/pickled-t5", *ask, env=hub | {"HF_HUB_OFFLINE": offline})
+        assert (done.code, done.stdout) == (0, local.stdout), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("some/nothing", (), ["some/nothing", "no such model on the hub", "hf auth login"]),
+        ("some/private", (), ["some/private", "or a private one", "hf auth login"]),
+        ("some/gated", (), ["some/gated", "asked", "hf auth login"]),
+        ("some/t5", ("--revision", "no-such"), ["revision: no-such", "some/t5"]),
+        ("some/t5 base", (), ["some/t5 base", "no name of a model"]),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_a_line(
+    name: str, flags: tuple[str, ...], said: list[str], hub: dict[str, str], tmp_path: Path
+) -> None:
+    assert_one_error(prepare(name, hub, tmp_path / "cache", *flags), said)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_a_line(hub: dict[str, str], tmp_path: Path) -> None:
+    nowhere = hub | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    assert_one_error(
+        prepare("some/other", nowhere, tmp_path / "cache"), ["some/other", "can't be reached", "check the network"]
+    )
+    offline = nowhere | {"HF_HUB_OFFLINE": "1"}
+    assert_one_error(prepare("some/other", offline, tmp_path / "cache"), ["some/other", "HF_HUB_OFFLINE"])
+
+
+def assert_one_error(done: Finished, said: list[str]) -> None:
+    assert done.code == 2, done.stderr
+    (error,) = done.errors
+    for words in said:
+        assert words in error
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
