@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check lint types build clean
+.PHONY: quickstart test check lint types build docs clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -22,6 +22,10 @@ types: .venv/installed-dev
 build: .venv/installed-dev
 	$(BIN)/pip install --quiet build
 	$(BIN)/python -m build
+
+docs: .venv/installed
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache runs

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic.fields import FieldInfo
 
 from t5tune.cli.options import _plain_type, normalise
@@ -114,6 +115,14 @@ def test_every_document_can_be_reached_from_the_readme() -> None:
             if not target.startswith("http") and linked.is_file():
                 waiting.append(linked)
     assert [name_of(path) for path in (REPOSITORY / "docs").rglob("*.md") if path not in reached] == []
+
+
+def test_the_site_and_its_first_page_name_every_document() -> None:
+    named = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    documents = {path.name for path in (REPOSITORY / "docs").glob("*.md")}
+    assert set(named) == documents
+    linked = re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / "docs" / "README.md").read_text(encoding="utf-8"))
+    assert linked == named[1:]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
