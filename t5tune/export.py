@@ -6,41 +6,46 @@
 Reads DeepSpeed's shards in one process, without DeepSpeed, torch or pickles.
 """
 
-import json
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t5tune.errors import CheckpointError
-from t5tune.progress import Note, Report, silent
+from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.publish import published_folder
 from t5tune.settings import ExportSettings, dump_settings
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.training.checkpoint import MANIFEST, checkpoints, newest, verify
 from t5tune.weights.adapter import (
     CONFIG,
+    NON_LORA,
     OLD_WEIGHTS,
     PREFIX,
     TEMPLATE,
     WEIGHTS,
     TrainedWith,
     check_adapter,
-    read_adapter,
-    read_adapter_config,
-    saved_name,
-    starts_in,
-    with_copies,
-    without_start,
     write_adapter,
 )
-from t5tune.weights.base import find_base
-from t5tune.weights.model_folder import MODEL
+from t5tune.weights.base import find_base, read_config
+from t5tune.weights.fastchat import OldLora
+from t5tune.weights.fit import MODEL_TYPES, check_fit
+from t5tune.weights.links import check_inside
 from t5tune.weights.output import check_replaceable
-from t5tune.weights.streaming import Checkpoint, total_bytes
-from t5tune.weights.tensors import Tensor
-from t5tune.weights.zero import find_deepspeed_folder, read_zero
+from t5tune.weights.pieces import Pieces
+from t5tune.weights.pocket import pocket_folder
+from t5tune.weights.streaming import Checkpoint, header_of, total_bytes
+from t5tune.weights.tensors import Tensor, from_float32
+from t5tune.weights.trained import MODEL_FILES, Trained, read_trained
+from t5tune.weights.zero import find_deepspeed_folder
+
+TASK = "export"
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -57,74 +62,100 @@ class Exported:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Gathered:
-    config: dict[str, Any]
-    state: dict[str, Tensor]
-    frozen: dict[str, Tensor]
-    step: int
-    stage: int | None
-    world_size: int
-
-
 def export(settings: ExportSettings, report: Report = silent) -> Exported:
     """Write the checkpoint's adapter to `output_dir`.
 
     Raises:
-        CheckpointError: no checkpoint, a damaged one, or an adapter that is empty, not finite or untrained.
+        CheckpointError: no checkpoint, a damaged one, or an adapter that is empty, not finite, untrained, or doesn't
+            fit its config or its base.
+        SettingsError: a LoRA flag that contradicts the checkpoint.
     """
     started = time.monotonic()
     check_replaceable(settings.output_dir, settings.overwrite)
     folder = _find(settings.checkpoint, report)
-    gathered = _gather(folder)
-    check_adapter(gathered.state, gathered.config, folder)
-    non_lora: dict[str, Tensor] | None = {}
-    if settings.non_lora_state == "none":
-        non_lora = None
-    elif settings.non_lora_state == "full":
-        non_lora = _base_state(settings, gathered)
-    trained_with = TrainedWith(gathered.config, folder, folder / TEMPLATE)
+    old = OldLora(
+        settings.lora_r,
+        settings.lora_alpha,
+        tuple(settings.lora_target_modules) if settings.lora_target_modules else None,
+        settings.model_name_or_path,
+    )
+    trained = read_trained(folder, old, with_frozen=settings.non_lora_state == "full")
+    for note in trained.notes:
+        report(Note(note))
+    check_adapter(trained.adapter, trained.config, folder)
+    _check_finite(trained.beside, folder)
+    check_fit(trained.adapter, trained.config, _base_config(settings, trained, report), folder)
+    if trained.beside:
+        names = sorted(trained.beside)
+        report(
+            Note(
+                f"{len(names)} tensors were trained beside the adapter, {names[0]} the first: {NON_LORA} holds them, "
+                "PEFT doesn't load them",
+                warning=True,
+            )
+        )
+    if settings.dtype is not None:
+        trained = _rounded(trained, DTYPES[settings.dtype], folder)
+    non_lora: dict[str, Tensor] | None = None if settings.non_lora_state == "none" else _by_base_names(trained.beside)
+    base = _base_state(settings, trained) if settings.non_lora_state == "full" else None
+    companions = _with_tokenizer(folder)
     with published_folder(settings.output_dir) as staged:
-        write_adapter(staged, gathered.state, trained_with, non_lora)
+        with_base = base is not None
+        trained_with = TrainedWith(trained.config, companions, companions / TEMPLATE)
+        write_adapter(staged, trained.adapter, trained_with, None if with_base else non_lora)
+        if base is not None:
+            extra = _by_base_names(
+                {n: v for n, v in trained.adapter.items() if ".lora_A." not in n and ".lora_B." not in n}
+            )
+            state = base | {name: Pieces.of(value) for name, value in ((non_lora or {}) | extra).items()}
+            _write_pieces(staged / NON_LORA, state, report)
         if settings.format == "bin":
-            _write_bin(staged / OLD_WEIGHTS, gathered.state)
+            _write_bin(staged / OLD_WEIGHTS, trained.adapter)
         (staged / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
         size = total_bytes(path for path in staged.iterdir())
-    lora = sum(".lora_" in name for name in gathered.state)
-    extra = len(gathered.state) - lora + len(non_lora or {}) if non_lora is not None else 0
-    report(Note(f"{lora} LoRA tensors of step {gathered.step}, gathered from {gathered.world_size} rank(s)"))
+    lora = sum(".lora_" in name for name in trained.adapter)
+    others = len(trained.adapter) - lora + len(trained.beside) + len(base or {})
+    report(Note(f"{lora} LoRA tensors of step {trained.step}, gathered from {trained.world_size} rank(s)"))
     return Exported(
         adapter=settings.output_dir,
-        step=gathered.step,
-        zero_stage=gathered.stage,
-        world_size=gathered.world_size,
+        step=trained.step,
+        zero_stage=trained.stage,
+        world_size=trained.world_size,
         lora_tensors=lora,
-        non_lora_tensors=extra,
+        non_lora_tensors=0 if settings.non_lora_state == "none" else others,
         bytes=size,
         seconds=round(time.monotonic() - started, 3),
     )
 
 
 def _find(path: Path, report: Report) -> Path:
-    """The checkpoint-N or DeepSpeed folder that `path` means; its seal is checked where it has one."""
+    """The checkpoint-N, adapter or DeepSpeed folder that `path` means; its seal is checked where it has one."""
     if not path.exists():
         raise CheckpointError(f"checkpoint: {path}: no such folder", hint="check the path's spelling")
     if not path.is_dir():
         raise CheckpointError(f"checkpoint: {path}: a file; expected a run folder or a checkpoint-N in it")
-    if checkpoints(path):
+    of_run = checkpoints(path)
+    if any((checkpoint / MANIFEST).is_file() for checkpoint in of_run):
         found, damaged = newest(path)
         for problem in damaged:
             report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
         if found is None:
             raise CheckpointError(f"checkpoint: {path}: none of its checkpoints is whole: {damaged[0]}")
+        check_inside(path, found)
         return found
-    if find_deepspeed_folder(path) == path and find_deepspeed_folder(path.parent) == path:
+    is_deepspeed = find_deepspeed_folder(path) is not None
+    has_weights = is_deepspeed or any((path / name).is_file() for name in (WEIGHTS, OLD_WEIGHTS, *MODEL_FILES))
+    if of_run and not has_weights:
+        check_inside(path, of_run[0])
+        report(Note(f"{of_run[0]}: the newest of the run; nothing seals it, so nothing shows whether it is whole"))
+        return of_run[0]
+    if is_deepspeed and find_deepspeed_folder(path) == path and find_deepspeed_folder(path.parent) == path:
         path = path.parent  # the shards alone were named: the seal and the config stand beside them
     if (path / MANIFEST).is_file():
         if damage := verify(path):
             raise CheckpointError(f"checkpoint: {damage}", hint="take an earlier checkpoint of the run")
         return path
-    if find_deepspeed_folder(path) is None and not (path / CONFIG).is_file():
+    if not has_weights and not (path / CONFIG).is_file():
         raise CheckpointError(
             f"checkpoint: {path}: no checkpoint in it",
             hint="name a run folder, a checkpoint-N in it, or a folder that DeepSpeed wrote",
@@ -132,62 +163,123 @@ def _find(path: Path, report: Report) -> Path:
     return path
 
 
-def _gather(folder: Path) -> _Gathered:
-    """The adapter's tensors, from the shards where DeepSpeed wrote them in fp32, else from its own file."""
-    shards = find_deepspeed_folder(folder)
-    zero = read_zero(shards) if shards is not None else None
-    if (folder / MODEL).is_file() and (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"checkpoint: {folder}: of full training, it holds the whole model and no adapter",
-            hint=f"give it, or its run, as --model-name-or-path: {MODEL} is what was trained",
-        )
-    config_folder = folder if (folder / CONFIG).is_file() else folder.parent
-    if zero is not None and (zero.stage > 0 or not (folder / WEIGHTS).is_file()):
-        config = read_adapter_config(config_folder)
-        state = {saved_name(name): value for name, value in zero.trained.items()}
-        state = with_copies({name: state[name] for name in state if name.startswith(PREFIX)}, config)
-        if (folder / WEIGHTS).is_file():
-            state = without_start(state, starts_in(read_adapter(folder)[1], state))
-        return _Gathered(config, state, zero.frozen, zero.step, zero.stage, zero.world_size)
-    config, state = read_adapter(folder)
-    step, world_size = _sealed_facts(folder)
-    if zero is not None:
-        step, world_size = zero.step, zero.world_size
-    return _Gathered(config, state, {}, step, zero.stage if zero else None, world_size)
+def _with_tokenizer(folder: Path) -> Path:
+    """The checkpoint, or the run around it, where the tokenizer stands only there."""
+    for place in (folder, folder.parent):
+        if (place / "tokenizer_config.json").is_file():
+            return place
+        if not folder.name.startswith(("checkpoint-", "global_step")):
+            break
+    return folder
 
 
-def _sealed_facts(folder: Path) -> tuple[int, int]:
-    """(step, world size) by the seal, or by the Trainer's own state file."""
-    for name, key in ((MANIFEST, "step"), ("trainer_state.json", "global_step")):
-        try:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            return int(values[key]), int(values.get("world_size", 1))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return 0, 1
+def _base_config(settings: ExportSettings, trained: Trained, report: Report) -> dict[str, Any] | None:
+    """config.json of the base where it is on this machine; what a stranger's file names is not fetched."""
+    name = settings.model_name_or_path or trained.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        report(Note("the base is unknown: give --model-name-or-path to check the shapes against it"))
+        return None
+    folder = Path(name)
+    if name == "pocket" and not folder.is_dir():
+        folder = pocket_folder()
+    if not folder.is_dir() and not name.startswith((".", "/", "~")) and name.count("/") <= 1:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json", cache_dir=settings.cache_dir, revision=settings.revision)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    if not (folder / "config.json").is_file():
+        report(Note(f"{name}: not on this machine, so the shapes aren't checked against it"))
+        return None
+    config = read_config(folder)
+    if config.get("model_type") not in MODEL_TYPES:
+        report(Note(f"{name}: model_type {config.get('model_type')!r}: shapes aren't checked against it"))
+        return None
+    return config
 
 
-def _base_state(settings: ExportSettings, gathered: _Gathered) -> dict[str, Tensor]:
-    """The base's tensors by their own names: from the checkpoint where it holds them, else from the base."""
-    if gathered.frozen:
-        return {_base_name(key): value for key, value in gathered.frozen.items()}
-    base_name = settings.model_name_or_path or gathered.config.get("base_model_name_or_path")
+def _check_finite(tensors: Mapping[str, Tensor], place: Path) -> None:
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor.to_float32()).all():
+            raise CheckpointError(f"{place}: {name}: holds NaN or infinity", hint="go back to an earlier checkpoint")
+
+
+def _rounded(trained: Trained, dtype: str, place: Path) -> Trained:
+    """All trained tensors in another dtype.
+
+    Raises:
+        CheckpointError: a value that it can't hold.
+    """
+
+    def rounded(name: str, tensor: Tensor) -> Tensor:
+        with np.errstate(over="ignore"):
+            result = from_float32(tensor.to_float32(), dtype)
+        if not np.isfinite(result.to_float32()).all():
+            raise CheckpointError(f"{place}: {name}: holds values that {dtype} can't", hint="bfloat16 can")
+        return result
+
+    adapter = {name: rounded(name, value) for name, value in trained.adapter.items()}
+    return replace(trained, adapter=adapter, beside={name: rounded(name, v) for name, v in trained.beside.items()})
+
+
+def _by_base_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+
+
+def _base_state(settings: ExportSettings, trained: Trained) -> dict[str, Pieces]:
+    """The base's tensors by their own names: from the checkpoint where it holds them, else from the base.
+
+    Raises:
+        CheckpointError: neither has them.
+    """
+    if trained.frozen and not _is_packed(trained):
+        return dict(trained.frozen)
+    base_name = settings.model_name_or_path or trained.config.get("base_model_name_or_path")
     if not base_name:
         raise CheckpointError(
-            f"{settings.checkpoint}: holds no frozen weights and doesn't say which base it was trained on",
+            f"{settings.checkpoint}: holds no plain frozen weights and doesn't say which base it was trained on",
             hint="give --model-name-or-path",
         )
     named = BaseModelSettings(model_name_or_path=base_name, revision=settings.revision, cache_dir=settings.cache_dir)
     base = Checkpoint(find_base(named))
-    return {name: base.tensor(name) for name in base.names()}
+    return {name: Pieces.of(base.tensor(name)) for name in base.names()}
 
 
-def _base_name(name: str) -> str:
-    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".token_adapter.", ".")
+def _is_packed(trained: Trained) -> bool:
+    """Whether the frozen weights are those of a quantised base, which say nothing without their scales."""
+    for name, value in trained.adapter.items():
+        if ".lora_A." in name:
+            module = name.removeprefix(PREFIX).partition(".lora_A.")[0]
+            weight = trained.frozen.get(f"{module}.weight")
+            if weight is None or len(weight.shape) != 2 or weight.shape[1] != value.shape[1]:
+                return True
+    return False
+
+
+def _write_pieces(path: Path, state: Mapping[str, Pieces], report: Report) -> None:
+    """A safetensors file of tensors that needn't fit in memory."""
+    entries = {name: (state[name].dtype, state[name].shape) for name in sorted(state)}
+    header = header_of(entries, {"format": "pt"})
+    report(Started(TASK, sum(array.nbytes for value in state.values() for array in value.arrays), "bytes"))
+    done = 0
+    with open(path, "wb") as file:
+        file.write(header)
+        for name in entries:
+            for chunk in state[name].chunks():
+                file.write(chunk)
+                done += len(chunk)
+                report(Advanced(TASK, done))
+        file.flush()
+        os.fsync(file.fileno())
+    report(Finished(TASK))
 
 
 def _write_bin(path: Path, state: Mapping[str, Tensor]) -> None:
     """The seed's adapter_model.bin, which torch writes."""
     import torch
 
-    torch.save({name: torch.from_numpy(value.to_float32().copy()) for name, value in state.items()}, path)
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    tensors = {
+        name: torch.frombuffer(bytearray(value.tobytes()), dtype=dtypes[value.dtype]).reshape(value.shape)
+        for name, value in state.items()
+    }
+    torch.save(tensors, path)

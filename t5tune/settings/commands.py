@@ -13,7 +13,7 @@ from t5tune.settings.data import (
     SplitSettings,
     TrainingDataSettings,
 )
-from t5tune.settings.fields import Maybe, Settings
+from t5tune.settings.fields import Maybe, Settings, Words
 from t5tune.settings.inference import InferenceSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
@@ -95,11 +95,13 @@ class ExportSettings(ReplaceableOutputSettings):
     panel: ClassVar[str] = "Export"
 
     checkpoint: Path = Field(
-        description="A run folder, a checkpoint-N in it, or a folder that DeepSpeed wrote.",
+        description="A run folder, a checkpoint-N in it, a folder that DeepSpeed wrote, or an output of FastChat.",
         json_schema_extra={"positional": True},
     )
     model_name_or_path: Annotated[str | None, Maybe] = Field(
-        default=None, description="Base checkpoint, where --non-lora-state full is to add its weights."
+        default=None,
+        description="Base checkpoint: shapes are checked against its config.json, and --non-lora-state full adds its "
+        "weights. Unset: what adapter_config.json names.",
     )
     revision: Annotated[str | None, Maybe] = Field(default=None, description="Revision of a hub base model.")
     cache_dir: Annotated[Path | None, Maybe] = Field(default=None, description="Folder for hub downloads.")
@@ -109,6 +111,20 @@ class ExportSettings(ReplaceableOutputSettings):
     )
     format: Literal["safetensors", "bin"] = Field(
         default="safetensors", description="bin also writes adapter_model.bin, as FastChat does."
+    )
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Maybe] = Field(
+        default=None,
+        description="Round the trained tensors to this, to the nearest even. Unset: as the checkpoint holds them, fp32 "
+        "from DeepSpeed's shards.",
+    )
+    lora_r: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Rank of an adapter without adapter_config.json. Unset: that of its matrices."
+    )
+    lora_alpha: Annotated[float | None, Maybe] = Field(
+        default=None, gt=0, description="lora_alpha of an adapter without adapter_config.json. Unset: FastChat's, 16."
+    )
+    lora_target_modules: Annotated[Words | None, Maybe] = Field(
+        default=None, description="Adapted modules of an adapter without adapter_config.json. Unset: those in it."
     )
 
 

@@ -189,13 +189,22 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key in ("fan_in_fan_out", "alora_invocation_tokens", "use_qalora"):
         if config.get(key):
             raise CheckpointError(f"{folder / CONFIG}: {key}: {config[key]!r} can't be folded yet")
+    return config, read_adapter_tensors(folder)
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by the names in it.
+
+    Raises:
+        CheckpointError: there is none, or it is broken.
+    """
     if (folder / WEIGHTS).is_file():
         file = SafetensorsFile(folder / WEIGHTS)
-        return config, {name: file.tensor(name) for name in file.entries}
+        return {name: file.tensor(name) for name in file.entries}
     if (folder / OLD_WEIGHTS).is_file():
         state = read_torch_file(folder / OLD_WEIGHTS)
         if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
-            return config, dict(state)
+            return dict(state)
         raise CheckpointError(f"{folder / OLD_WEIGHTS}: expected a state dict of tensors")
     raise CheckpointError(f"adapter: {folder}: no {WEIGHTS} in it", hint="a run folder has one when its run is over")
 

@@ -5,18 +5,19 @@ A file is a zip whose members are stored uncompressed: `data.pkl`, a pickle that
 inert stand-ins, the objects that DeepSpeed's shards hold; any other name in it is refused.
 """
 
-import io
 import math
-import pickle
-import struct
-import zipfile
-from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from t5tune.errors import CheckpointError
+from t5tune.weights.pickles import Function, InertClass, unpickle
+from t5tune.weights.stored_zip import StoredZip
 from t5tune.weights.tensors import STORAGE, Tensor
 
 STORAGES = {
@@ -45,31 +46,19 @@ DTYPES = {
     "bool": "BOOL",
 }
 INERT = {
-    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
-    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("_codecs", "encode"),
+    ("bitsandbytes.functional", "QuantState"),
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
     ("torch", "Tensor"),
     ("torch", "device"),
     ("torch.nn.parameter", "Parameter"),
 }
-
-
-class Inert:
-    """Stands for an object whose class isn't loaded: keeps what the pickle says of it, and does nothing."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Storage:
-    def __init__(self, dtype: str, array: Any) -> None:
-        self.dtype = dtype
-        self.array = array
+MAX_DIMENSIONS = 16
+MAX_REPEATED = 1 << 20
+"""Elements that a tensor may have beyond those of its storage, which it then repeats (torch's `expand`)."""
 
 
 class _StorageType:
@@ -79,108 +68,131 @@ class _StorageType:
         self.dtype = dtype
 
 
+@dataclass(frozen=True)
+class StoredTensor(Tensor):
+    """A tensor of a torch file. `check` raises CheckpointError where its bytes aren't those that were written."""
+
+    check: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    array: npt.NDArray[Any]
+    check: Callable[[], None]
+
+
 def read_torch_file(path: Path) -> Any:
     """The object that a torch file holds, with each tensor as a Tensor that views the mapped file.
 
     Raises:
         CheckpointError: not torch's zip format (torch < 1.6 wrote another), broken, or a name that isn't allowed.
     """
+    archive = StoredZip(path)
+    if "byteorder" in archive.members and bytes(archive.view("byteorder")[:16]) != b"little":
+        raise CheckpointError(f"{path}: written on a big-endian machine")
+    archive.check("data.pkl")
+    reader = _Reader(archive)
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {member.filename.split("/", 1)[-1]: member for member in archive.infolist()}
-            if "data.pkl" not in members:
-                raise CheckpointError(f"{path}: no data.pkl in it: not a file of torch.save")
-            if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-                raise CheckpointError(f"{path}: written on a big-endian machine")
-            pickled = archive.read(members["data.pkl"])
-            return _Unpickler(path, pickled, members).load()
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(
-            f"{path}: not torch's zip format: {error}",
-            hint="load and save it once with a current torch, or convert it to safetensors",
-        ) from error
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
-        raise CheckpointError(f"{path}: broken: {error!r}") from error
+        return unpickle(bytes(archive.view("data.pkl")), reader.find, reader.load_storage)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {str(error)[:200]}") from error
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, path: Path, pickled: bytes, members: dict[str, zipfile.ZipInfo]) -> None:
-        super().__init__(io.BytesIO(pickled))
-        self._path = path
-        self._members = members
+class _Reader:
+    """What the pickle of one file may name."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch._utils" and name in {"_rebuild_tensor_v2", "_rebuild_parameter"}:
-            return _rebuild_tensor if name == "_rebuild_tensor_v2" else _rebuild_parameter
-        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
-            return _rebuild_from_type
+    def __init__(self, archive: StoredZip) -> None:
+        self.archive = archive
+
+    def find(self, module: str, name: str) -> Any:
+        if (module, name) in _FUNCTIONS:
+            return _FUNCTIONS[module, name]
         if module in {"torch", "torch.storage"} and name in STORAGES:
             return _StorageType(STORAGES[name])
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if (module, name) == ("torch", "Size"):
-            return tuple
         if (module, name) in INERT:
-            return Inert
+            return InertClass(name)
         raise CheckpointError(
-            f"{self._path}: its pickle asks for {module}.{name}, which no checkpoint needs",
+            f"{self.archive.path}: its pickle asks for {module}.{name}, which no checkpoint needs",
             hint="don't load this file with torch.load either, unless you trust whoever made it",
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _, count = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise CheckpointError(f"{self._path}: unknown reference {kind!r} in its pickle")
-        member = self._members[f"data/{key}"]
+    def load_storage(self, reference: Any) -> _Storage:
+        if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
+            raise ValueError("a reference in its pickle that is no storage")
+        _, storage_type, key, _, count = reference
+        if not isinstance(storage_type, _StorageType) or type(key) is not str or type(count) is not int:
+            raise ValueError("a reference in its pickle that is no storage")
         dtype = STORAGE[storage_type.dtype]
-        size = int(count) * dtype.itemsize
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size < size:
-            raise CheckpointError(f"{self._path}: data/{key}: {member.file_size} bytes, expected {size}")
-        if size == 0:
-            return _Storage(storage_type.dtype, np.zeros(0, dtype))
-        with open(self._path, "rb") as file:
-            file.seek(member.header_offset)
-            header = file.read(30)
-        if header[:4] != b"PK\x03\x04":
-            raise CheckpointError(f"{self._path}: data/{key}: no member where the zip's table says")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        offset = member.header_offset + 30 + name_length + extra_length
-        mapped = np.memmap(self._path, np.uint8, "r", offset, (size,))
-        return _Storage(storage_type.dtype, np.frombuffer(mapped, dtype))
+        member = self.archive.member(f"data/{key}")
+        if count < 0 or count * dtype.itemsize != member.size:
+            raise ValueError(f"data/{key[:100]}: {member.size} bytes, expected {count * dtype.itemsize}")
+        values = np.frombuffer(self.archive.view(f"data/{key}"), dtype)
+        return _Storage(storage_type.dtype, values, partial(self.archive.check, f"data/{key}"))
 
 
-def _rebuild_tensor(
-    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
-) -> Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     """torch._utils._rebuild_tensor_v2: a view of a storage, its strides in elements."""
+    if not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple:
+        raise ValueError("a tensor in its pickle without a storage, a shape or strides")
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions with {len(strides)} strides")
+    if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
+        raise ValueError("a tensor in its pickle whose shape is none")
+    count, values = math.prod(shape), storage.array
+    if count == 0:
+        return StoredTensor(storage.dtype, np.zeros(shape, values.dtype), storage.check)
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    if math.prod(shape) == 0:
-        return Tensor(storage.dtype, np.zeros(shape, storage.array.dtype))
-    if min((offset, *shape, *strides)) < 0 or last >= len(storage.array):
+    if last >= len(values):
         raise ValueError(f"a tensor of {list(shape)} passes the end of its storage")
-    itemsize = storage.array.dtype.itemsize
+    if count > max(len(values), MAX_REPEATED):
+        raise ValueError(f"a tensor of {list(shape)} repeats a storage of {len(values)} elements")
+    itemsize = values.dtype.itemsize
     view = np.lib.stride_tricks.as_strided(
-        storage.array[offset:], shape, [stride * itemsize for stride in strides], writeable=False
+        values[offset:], shape, [stride * itemsize for stride in strides], writeable=False
     )
-    return Tensor(storage.dtype, view)
+    return StoredTensor(storage.dtype, view, storage.check)
 
 
-def _rebuild_from_type(rebuild: Any, _type: Any, arguments: tuple[Any, ...], _state: Any) -> Tensor:
-    """torch._tensor._rebuild_from_type_v2: a tensor with attributes of its own, which aren't needed here."""
-    if rebuild not in (_rebuild_tensor, _rebuild_parameter):
-        raise ValueError(f"{rebuild!r} rebuilds no tensor")
-    return rebuild(*arguments)  # type: ignore[no-any-return]
-
-
-def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
+def _rebuild_parameter(data: Any, *_: Any) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise ValueError("a parameter in its pickle that is no tensor")
     return data
+
+
+def _rebuild_from_type(rebuild: Any, _type: Any, arguments: Any, _state: Any) -> Tensor:
+    """torch._tensor._rebuild_from_type_v2: a tensor with attributes of its own, which aren't needed here."""
+    functions = [_FUNCTIONS["torch._utils", name] for name in ("_rebuild_tensor_v2", "_rebuild_parameter")]
+    if rebuild not in functions or type(arguments) is not tuple:
+        raise ValueError("an object in its pickle that is no tensor")
+    return rebuild.call(*arguments)  # type: ignore[no-any-return]
+
+
+def _set(values: Any = ()) -> list[Any]:
+    if type(values) is not list:
+        raise ValueError("a set in its pickle that is none")
+    return values
+
+
+def _size(values: Any) -> tuple[Any, ...]:
+    if type(values) is not tuple:
+        raise ValueError("a shape in its pickle that is none")
+    return values
+
+
+def _ordered_dict() -> dict[Any, Any]:
+    return {}
+
+
+_FUNCTIONS = {
+    ("collections", "OrderedDict"): Function(_ordered_dict),
+    ("__builtin__", "set"): Function(_set),
+    ("torch", "Size"): Function(_size),
+    ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): Function(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Function(_rebuild_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(_rebuild_from_type),
+}

@@ -1,0 +1,123 @@
+"""Adapters that FastChat's train_lora_t5.py and scripts like it left: LoRA tensors without an adapter_config.json.
+
+They lie in adapter_model.bin, adapter_model.safetensors or pytorch_model.bin, by the names of the training model:
+`base_model.model.encoder.….q.lora_A.default.weight`, some behind a `module.` of the process group's wrapper.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t5tune.errors import CheckpointError, SettingsError
+from t5tune.weights.adapter import CONFIG, LORA_NAME, PREFIX
+from t5tune.weights.tensors import Tensor
+
+ALPHA = 16.0
+"""FastChat's own default of lora_alpha, which its files don't hold."""
+
+_WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.|_forward_module\.)*((?:base_model\.model\.)*)")
+_OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter\.trainable_tokens_delta)(\.|$)")
+
+
+@dataclass(frozen=True)
+class OldLora:
+    """What the user says of an adapter; None: to be found."""
+
+    r: int | None = None
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+    base: str | None = None
+
+    def check_against(self, config: Mapping[str, Any], place: Path) -> None:
+        """Refuse flags that an adapter_config.json contradicts.
+
+        Raises:
+            SettingsError: by the flag's name.
+        """
+        targets = config.get("target_modules")
+        said = {
+            "lora_r": (self.r, config.get("r")),
+            "lora_alpha": (self.alpha, config.get("lora_alpha")),
+            "lora_target_modules": (
+                sorted(self.target_modules) if self.target_modules else None,
+                sorted(targets) if isinstance(targets, list) else targets,
+            ),
+        }
+        for name, (flag, value) in said.items():
+            if flag is not None and flag != value:
+                raise SettingsError(f"{name}: {flag}, but {place} says {value}", hint="leave the flag out")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the wrappers of data parallelism and compilation, under PEFT's prefix once.
+
+    module.base_model.model.x.lora_A.weight -> base_model.model.x.lora_A.weight; so also x.lora_A.weight.
+    """
+    match = _WRAPPERS.match(name)
+    rest = name[match.end() :] if match else name
+    return PREFIX + rest if (match and match[1]) or is_adapter_name(rest) else rest
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether a tensor of a PEFT model is of the adapter, not of the base."""
+    return _OF_ADAPTER.search(name) is not None
+
+
+def found_config(state: Mapping[str, Tensor], old: OldLora, place: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(the adapter_config.json that the tensors' shapes and the user's flags make, what to tell the user).
+
+    Raises:
+        CheckpointError: a tensor that only a config could place.
+        SettingsError: a flag that the tensors contradict.
+    """
+    ranks: dict[str, int] = {}
+    for name, tensor in state.items():
+        match = LORA_NAME.fullmatch(name)
+        if match is None:
+            raise CheckpointError(
+                f"{place}: no {CONFIG} in it, and {name} can't be placed without",
+                hint="name the run folder or the checkpoint that holds it",
+            )
+        if len(tensor.shape) != 2 or not tensor.array.size:
+            raise CheckpointError(
+                f"{place}: {name}: {list(tensor.shape)}, no matrix",
+                hint="saved under ZeRO-3 without gathering; the shards of its checkpoint-N hold the weights",
+            )
+        if match[2] == "A":
+            ranks[match[1].removeprefix(PREFIX)] = tensor.shape[0]
+    if not ranks:
+        raise CheckpointError(f"{place}: holds no LoRA matrix")
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    if old.r is not None and set(ranks.values()) != {old.r}:
+        raise SettingsError(f"lora_r: {old.r}, but the matrices in {place} have rank {r}", hint="leave the flag out")
+    targets = sorted({name.rpartition(".")[2] for name in ranks})
+    if old.target_modules is not None and sorted(old.target_modules) != targets:
+        raise SettingsError(
+            f"lora_target_modules: {' '.join(old.target_modules)}, but {place} adapts {' '.join(targets)}",
+            hint="leave the flag out",
+        )
+    alpha = old.alpha if old.alpha is not None else ALPHA
+    config = {
+        "base_model_name_or_path": old.base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": {re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != r},
+        "target_modules": targets,
+        "task_type": "SEQ_2_SEQ_LM",
+    }
+    notes = [f"no {CONFIG}: rank {r} and the modules {' '.join(targets)} are those of the matrices"]
+    if old.alpha is None:
+        notes.append(
+            f"lora_alpha {ALPHA:g} is FastChat's default; no file says what it was trained with: give --lora-alpha "
+            "if it was another"
+        )
+    return config, tuple(notes)
