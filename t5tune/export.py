@@ -89,7 +89,7 @@ def export(settings: ExportSettings, report: Report = silent) -> Exported:
         names = sorted(trained.beside)
         report(
             Note(
-                f"{len(names)} tensors were trained beside the adapter, {names[0]} the first: {NON_LORA} holds them, "
+                f"{len(names)} tensor(s) trained beside the adapter, {names[0]} the first: {NON_LORA} holds them, "
                 "PEFT doesn't load them",
                 warning=True,
             )

@@ -89,7 +89,7 @@ def read_trained(folder: Path, old: OldLora, with_frozen: bool = False) -> Train
     for value in adapter.values():
         if isinstance(value, StoredTensor):
             value.check()
-    others = {_base_name(name): Pieces.of(value) for name, value in raw.items() if saved_name(name) not in placed}
+    others = _of_base({name: Pieces.of(value) for name, value in raw.items() if saved_name(name) not in placed})
     if others and has_adapter:
         notes += (
             f"{len(others)} tensors of the base in its adapter file are no part of the adapter: {min(others)}, …",
@@ -156,7 +156,15 @@ def _read_files(folder: Path, has_adapter: bool) -> dict[str, Tensor]:
 
 
 def _of_base(frozen: Mapping[str, Pieces]) -> dict[str, Pieces]:
-    return {_base_name(plain_name(name)): value for name, value in frozen.items()}
+    """By the base's names; of a tensor that several names share, as T5's embedding, the first."""
+    result: dict[str, Pieces] = {}
+    seen = set()
+    for name, value in frozen.items():
+        places = tuple((array.ctypes.data, len(array)) for array in value.arrays)
+        if places not in seen or not places:
+            result[_base_name(plain_name(name))] = value
+        seen.add(places)
+    return result
 
 
 def _base_name(name: str) -> str:
