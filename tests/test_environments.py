@@ -1,0 +1,76 @@
+"""Places that are not a developer's: no home, old locales, dumb and narrow terminals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WINDOWS_1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "C"}
+ANSWER = "Zoë → 日本, é\n{}"
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "Gespräche 1.jsonl"
+    good = {"conversations": [{"from": "human", "value": "Grüße"}, {"from": "gpt", "value": ANSWER}]}
+    bad = {"conversations": [{"from": "human", "value": "日本"}, {"from": "human", "value": "again"}]}
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in (good, bad)), encoding="utf-8")
+    return path
+
+
+def run(arguments: list[object], environment: dict[str, str | None]) -> tuple[int, bytes, bytes]:
+    """Run the command line; a variable that is None is taken out of the environment."""
+    variables = {**os.environ, **environment}
+    done = subprocess.run(
+        [sys.executable, "-m", "t5tune", *map(str, arguments)],
+        env={name: value for name, value in variables.items() if value is not None},
+        capture_output=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"HOME": None},
+        {"HOME": "/proc/nowhere"},
+        WINDOWS_1252,
+        {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "80"},
+        {"TERM": None, "COLUMNS": "20"},
+        {"COLUMNS": "0"},
+    ],
+    ids=["no home", "a home that can't be written", "windows-1252", "dumb", "narrow", "no columns"],
+)
+def test_the_same_cache_and_no_traceback(environment: dict[str, str | None], records: Path, tmp_path: Path) -> None:
+    arguments = ["prepare", "--model-name-or-path", "pocket", "--data-path", records, "--output-dir"]
+    code, stdout, stderr = run([*arguments, tmp_path / "cache"], environment)
+    assert code == 0, stderr
+    assert stdout.decode() == f"{tmp_path / 'cache'}\n"
+    assert b"Traceback" not in stderr
+    assert b"\x1b" not in stderr
+    assert run([*arguments, tmp_path / "plain"], {})[0] == 0
+    assert (tmp_path / "cache" / "tokens.bin").read_bytes() == (tmp_path / "plain" / "tokens.bin").read_bytes()
+    (rejected,) = (tmp_path / "cache" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(rejected)["record"]["conversations"][0]["value"] == "日本"
+
+    code, stdout, stderr = run(["inspect", tmp_path / "cache", "--json", "--example", "0"], environment)
+    assert code == 0, stderr
+    assert "Zoë → 日本" in json.loads(stdout)["target_text"]  # the result is UTF-8 whatever the locale
+    code, stdout, stderr = run(["inspect", tmp_path / "cache", "--example", "0"], environment)
+    assert code == 0, stderr
+    assert b"Traceback" not in stderr
+    code, stdout, stderr = run(["train", "--help"], environment)
+    assert (code, stderr) == (0, b"")
+
+
+def test_an_error_of_odd_letters_is_a_line_in_any_locale() -> None:
+    code, _, stderr = run(
+        ["prepare", "--model-name-or-path", "日本", "--data-path", "x", "--output-dir", "y"], WINDOWS_1252
+    )
+    assert code == 2
+    assert stderr.count(b"error:") == len(stderr.splitlines())
+    assert b"Traceback" not in stderr
