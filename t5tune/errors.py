@@ -9,8 +9,20 @@
     ├── TrainingError         exit 1   training can't go on
     └── Stopped               exit 143 a signal asked to stop; the work so far is sealed
 
-A message names the key or the file, the value found, and, as `hint`, the next step.
+A message names the key or the file, the value found, and, as `hint`, the next step. It is one line, whatever the value.
 """
+
+import re
+
+LONGEST = 1000  # characters of a message
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """A text as a line that can be shown: control characters escaped, the middle of a long one left out."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 2 // 3]} … {text[-LONGEST // 3 :]}"
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class T5TuneError(Exception):
@@ -19,9 +31,9 @@ class T5TuneError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = one_line(message)
+        self.hint = one_line(hint) if hint else None
+        super().__init__(self.message)
 
     @property
     def kind(self) -> str:
@@ -35,8 +47,10 @@ class SettingsError(T5TuneError):
     exit_code = 2
 
     def __init__(self, *problems: str, hint: str | None = None) -> None:
-        super().__init__("\n".join(problems), hint)
-        self.problems = problems
+        self.problems = tuple(map(one_line, problems))
+        super().__init__("", hint)
+        self.message = "\n".join(self.problems)
+        self.args = (self.message,)
 
 
 class DataError(T5TuneError):

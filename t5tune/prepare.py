@@ -6,30 +6,28 @@ result.cache, result.examples
 
 import hashlib
 import os
+import tempfile
 import time
-import uuid
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from t5tune import __version__
-from t5tune.data.cache import FORMAT, MANIFEST, Cache, hash_files, is_cache, read_manifest, verify_files
-from t5tune.data.files import STDIN, find_files
+from t5tune.data.cache import CONTENTS, FORMAT, MANIFEST, Cache, hash_files, is_cache, read_manifest, verify_files
+from t5tune.data.files import STDIN, Digest, find_files
 from t5tune.data.formats import Conversation
 from t5tune.data.pipeline import BYTES_PER_WORKER, Outcome, Recipe, Record, encode_records, read_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import Raw
 from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import UNKNOWN, Writable, extend_tokenizer
 from t5tune.data.writer import REJECTED, Writer
-from t5tune.errors import DataError
+from t5tune.errors import DataError, T5TuneError
 from t5tune.progress import Note, Report, silent, track
-from t5tune.publish import published_folder, sha256, write_json
+from t5tune.publish import published_folder, scratch_folder, sha256, write_json
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings, SelectionSettings, SplitSettings
 from t5tune.weights.adapter import TEMPLATE
@@ -38,6 +36,7 @@ from t5tune.weights.pocket import conversations_file
 from t5tune.yaml_file import to_yaml
 
 SAMPLE = 8 << 20  # bytes of records that --add-tokens auto looks at
+RECORD_BYTES = 512  # that a record takes beside its text
 MOST_LOST = 100  # characters that the manifest lists
 CHECK_REJECTED = 1000  # records before max_rejected_fraction stops a run that isn't over
 
@@ -64,25 +63,38 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
     """Write the token cache of the conversations, or leave it be where it is what these inputs give.
 
     Raises:
+        T5TuneError: the disk is full, or a file can't be read or written.
         DataError: a file can't be trusted, or nothing in the data can be trained on.
         ModelError: the base has no usable tokenizer, or too few spare rows for the added tokens.
         SettingsError: there is no such conversation template.
     """
-    started = time.monotonic()
-    files = find_files([str(conversations_file()) if path == "pocket" else path for path in settings.data_path])
+    try:
+        return _prepared(settings, report, time.monotonic())
+    except OSError as error:
+        place = error.filename or settings.output_dir
+        raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error
+
+
+def _prepared(settings: PrepareSettings, report: Report, started: float) -> Prepared:
+    files = _files(settings, report)
     base = find_base(settings)
     template = find_template(settings.conversation_template, [base / TEMPLATE])
     num_rows = int(read_config(base).get("vocab_size", 0))
     folder = settings.output_dir
-    with TemporaryDirectory(prefix="t5tune-prepare-") as scratch:
-        records = read_records(files, settings.max_record_bytes, spool=Path(scratch))
+    with scratch_folder(Path(tempfile.gettempdir(), "t5tune-prepare")) as scratch:
+        scratch.chmod(0o700)
+        stdin = Digest()
+        records = read_records(files, settings.max_record_bytes, scratch, stdin)
         sample = deque(_first_bytes(records, SAMPLE))
         read = (record for record in map(read_record, sample, repeat(settings)) if isinstance(record, Conversation))
         tokenizer, added, left_out = extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, read)
         inputs = _inputs(settings, files, tokenizer, template)
         if is_cache(folder):
             if manifest := _up_to_date(folder, inputs):
+                facts = Counter(manifest["rejected_by_reason"]), manifest["conversations"] + manifest["rejected"]
+                _check_rejected(*facts, settings, files, f"see {folder / REJECTED}")
                 return _result(folder, manifest, True, started)
+            _check_replaceable(folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"output_dir: {folder}: holds something that is no token cache", hint="name another folder")
         with published_folder(folder) as staged:
@@ -91,9 +103,11 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
             recipe = Recipe(staged / "tokenizer", template, settings)
             everything = track(chain(_taken(sample), records), "prepare", report, unit="records")
             outcomes = encode_records(everything, recipe, _num_workers(settings, files))
-            with Writer(staged, num_rows, Path(scratch) if settings.dedupe == "exact" else None) as writer:
-                _write(outcomes, writer, settings, files)
+            with Writer(staged, num_rows, scratch if settings.dedupe == "exact" else None) as writer:
+                is_whole = _write(outcomes, writer, settings, files)
                 counts = writer.counts(settings.num_data)
+            for file in inputs["data"]:
+                file["sha256"] = file["sha256"] or stdin.value
             manifest = {
                 "format": FORMAT,
                 "made_by": f"t5tune {__version__}",
@@ -105,14 +119,36 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
                 "eval_fraction": settings.eval_fraction,
                 "seed": settings.seed,
                 "inputs": inputs,
+                "unused_files": [str(file) for file in files if is_whole and not writer.accepted[str(file)]],
                 **counts,
                 "lost_characters": _lost(writer, Writable(tokenizer)),
                 "files": hash_files(staged),
             }
             write_json(staged / MANIFEST, manifest)
-            Cache(staged, manifest).parts()  # refuses an eval_fraction that leaves nothing
+            if settings.eval_fraction:
+                Cache(staged, manifest).parts()  # refuses an eval_fraction that leaves nothing
     _tell(manifest, folder, report)
     return _result(folder, manifest, False, started)
+
+
+def _files(settings: PrepareSettings, report: Report) -> list[Path]:
+    """The data files, none of which is a token cache."""
+    for path in settings.data_path:
+        if is_cache(Path(path)):
+            raise DataError(
+                f"data_path: {path}: is a token cache already",
+                hint="prepare reads conversations; train reads the cache",
+            )
+    return find_files([str(conversations_file()) if path == "pocket" else path for path in settings.data_path], report)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace a cache into which somebody put files of their own."""
+    if foreign := sorted({path.name for path in folder.iterdir()} - CONTENTS):
+        raise DataError(
+            f"output_dir: {folder}: beside a token cache it holds {', '.join(foreign)}",
+            hint="move that, or name another folder",
+        )
 
 
 def _write(
@@ -120,30 +156,38 @@ def _write(
     writer: Writer,
     settings: PrepareSettings,
     files: list[Path],
-) -> None:
-    """Write what comes of the records, as far as num_data asks for them."""
+) -> bool:
+    """Write what comes of the records, as far as num_data asks for them; whether that was all of them."""
+    is_whole = True
     for record, outcome in outcomes:
         writer.add(record, outcome)
         if settings.num_data is not None and writer.num_examples >= settings.num_data:
+            is_whole = False
             outcomes.close()
             break
-        _check_rejected(writer, settings, files, CHECK_REJECTED)
-    _check_rejected(writer, settings, files, 1)
+        if writer.num_records >= CHECK_REJECTED:
+            _check_rejected(writer.rejected, writer.num_records, settings, files, f"the first: {writer.first_rejected}")
+    _check_rejected(writer.rejected, writer.num_records, settings, files, f"the first: {writer.first_rejected}")
     if writer.num_examples == 0:
         dropped = _reasons(writer.rejected + writer.dropped)
+        if writer.dropped:
+            hint = "its answers were left out by min_target_tokens or drop_truncated_targets"
+        elif writer.first_rejected:
+            hint = f"the first: {writer.first_rejected}"
+        else:
+            hint = 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
         raise DataError(
             f"data_path: {_named(files)}: no conversation to train on among {writer.num_records} records"
             f"{f' ({dropped})' if dropped else ''}",
-            hint=f"the first: {writer.first_rejected}"
-            if writer.first_rejected
-            else 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}',
+            hint=hint,
         )
+    return is_whole
 
 
 def _first_bytes(records: Iterator[Record], size: int) -> Iterator[Record]:
-    """As many records as hold `size` bytes, rows of tables counted as a kibibyte each."""
+    """As many records as take `size` bytes of memory."""
     while size > 0 and (record := next(records, None)) is not None:
-        size -= len(record.data) if isinstance(record, Raw) and isinstance(record.data, bytes) else 1 << 10
+        size -= RECORD_BYTES + record.size
         yield record
 
 
@@ -171,7 +215,7 @@ def _inputs(settings: PrepareSettings, files: list[Path], tokenizer: Tokenizer, 
     }
     return {
         # standard input can't be looked at before it is used, so a cache of it is never up to date
-        "data": [{"file": file.name, "sha256": sha256(file) if file != STDIN else uuid.uuid4().hex} for file in files],
+        "data": [{"file": file.name, "sha256": sha256(file) if file != STDIN else None} for file in files],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": template.hash,
         "model_max_length": settings.model_max_length,
@@ -191,17 +235,19 @@ def _up_to_date(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     return manifest if manifest["inputs"] == inputs else None
 
 
-def _check_rejected(writer: Writer, settings: PrepareSettings, files: list[Path], least: int) -> None:
-    allowed, count = settings.max_rejected_fraction, writer.rejected.total()
-    if allowed is not None and writer.num_records >= least and count > allowed * writer.num_records:
+def _check_rejected(
+    rejected: Counter[str], num_records: int, settings: PrepareSettings, files: list[Path], hint: str
+) -> None:
+    allowed, count = settings.max_rejected_fraction, rejected.total()
+    if allowed is not None and num_records and count > allowed * num_records:
         raise DataError(
-            f"data_path: {_named(files)}: {count} of {writer.num_records} records refused "
-            f"({_reasons(writer.rejected)}), more than max_rejected_fraction {allowed}",
-            hint=f"the first: {writer.first_rejected}",
+            f"data_path: {_named(files)}: {count} of {num_records} records refused "
+            f"({_reasons(rejected)}), more than max_rejected_fraction {allowed}",
+            hint=hint,
         )
 
 
-def _named(files: list[Path]) -> str:
+def _named(files: Sequence[Path | str]) -> str:
     return ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
@@ -223,6 +269,8 @@ def _tell(manifest: dict[str, Any], folder: Path, report: Report) -> None:
     if manifest["rejected"]:
         reasons = _reasons(Counter(manifest["rejected_by_reason"]))
         report(Note(f"{manifest['rejected']} records refused ({reasons}): {folder / REJECTED}", True))
+    if unused := manifest["unused_files"]:
+        report(Note(f"no conversation to train on in {_named(unused)}", True))
     if manifest["repaired"]:
         report(Note("mended or left out: " + ", ".join(f"{kind} {n}" for kind, n in manifest["repaired"].items())))
     if manifest["dropped"]:

@@ -10,9 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,55 +19,80 @@ from typing import Any
 from t5tune.errors import SettingsError
 
 CHUNK = 1 << 20
-SECONDS_TO_LOCK = 60
 
 
 @contextmanager
 def published_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target` that takes its place when the block ends without an error.
 
-    A folder that stood there is replaced as a whole. A kill at any moment leaves the old folder, the new
-    one, or (between two renames) none, never a mixture.
+    A folder that stood there is replaced as a whole; of a link, the folder that it leads to. A kill at any moment
+    leaves the old folder, the new one, or (between two renames) none, never a mixture.
 
     Raises:
         SettingsError: no folder can be made there.
     """
-    target = target.absolute()
-    nonce = uuid.uuid4().hex[:8]
-    staged = target.with_name(f".{target.name}.new-{nonce}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        staged.mkdir()
-    except OSError as error:
-        raise SettingsError(f"{target}: can't be made here: {error.strerror}", hint="name another folder") from error
-    descriptor = _locked(staged)
-    try:
+    target = Path(os.path.realpath(target))
+    if os.path.ismount(target):
+        raise SettingsError(f"{target}: a mount point can't be replaced", hint="name a folder in it")
+    with scratch_folder(target) as staged:
         yield staged
         sync_folder(staged)
         if target.exists():
-            old = target.with_name(f".{target.name}.old-{nonce}")
+            old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
             target.rename(old)
             staged.rename(target)
             shutil.rmtree(old, ignore_errors=True)
         else:
             staged.rename(target)
         sync(target.parent)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside `target` that is gone when the block ends.
+
+    What killed processes left of theirs is deleted first.
+
+    Raises:
+        SettingsError: no folder can be made there.
+    """
+    staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # its parent is locked until the new folder is, so that nobody takes it for one that was left
+        parent = _locked(target.parent, wait=True)
+        try:
+            _remove_abandoned(target)
+            staged.mkdir()
+            descriptor = _locked(staged)
+        finally:
+            _unlock(parent)
+    except OSError as error:
+        raise SettingsError(f"{target}: can't be made here: {error.strerror}", hint="name another folder") from error
+    try:
+        yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
+        _unlock(descriptor)
 
 
-def _locked(folder: Path) -> int | None:
-    """A lock on the folder that ends with this process, however that may happen; None: another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(folder: Path, wait: bool = False) -> int | None:
+    """A lock on the folder that ends with this process, however that may happen; None: there is none to be had."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -77,18 +101,17 @@ def _remove_abandoned(target: Path) -> None:
     for old in target.parent.glob(f".{name}.old-*") if target.exists() else []:
         shutil.rmtree(old, ignore_errors=True)  # its successor is in place
     for staged in target.parent.glob(f".{name}.new-*"):
-        # one that is so young may just not be locked yet
-        if time.time() - staged.stat().st_mtime > SECONDS_TO_LOCK and (descriptor := _locked(staged)) is not None:
+        if (descriptor := _locked(staged)) is not None:
             shutil.rmtree(staged, ignore_errors=True)
             os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, sync it, and rename it into place."""
+def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write `data`, whole or in parts, beside `path`, sync it, and rename it into place."""
     temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -99,7 +122,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_file` of the value as indented JSON with a newline at its end."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    # a file's name may hold bytes that are no UTF-8: \udcff is how JSON writes them
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def sync(path: Path) -> None:

@@ -124,7 +124,7 @@ def test_what_isnt_there_is_refused(cache: Path, tmp_path: Path) -> None:
     manifest = json.loads((broken / "manifest.json").read_text())
     del manifest["place_dtype"]
     (broken / "manifest.json").write_text(json.dumps(manifest))
-    assert "place_dtype is missing" in refused(cache=broken)
+    assert "place_dtype: missing" in refused(cache=broken)
 
 
 def test_an_output_folder_that_cant_be_made_is_refused(tmp_path: Path) -> None:

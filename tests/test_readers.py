@@ -481,7 +481,7 @@ def test_rows_that_dont_fit_are_refused_alone(outcomes: Callable[..., tuple[list
     [
         (b'source,target\na,"b\n', r":\d+: not valid CSV"),
         (b"source,source\na,b\n", "a column name twice"),
-        (b"source,target\n" + b"a" * 3 * LIMIT + b",b\n", "not valid CSV|longer than"),
+        (b"source," + b"a" * LIMIT + b"\na,b\n", ":1: a head longer than"),
         ("source,target\na,b\n".encode("utf-16"), "UTF-16"),
     ],
 )
@@ -570,7 +570,7 @@ def test_rejected_records_stand_whole_in_a_file_with_their_places(tmp_path: Path
     result = json.loads(done.stdout)
     assert (result["conversations"], result["rejected"]) == (2, 4)
     lines = [json.loads(line) for line in (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()]
-    assert [line["reason"] for line in lines] == ["unknown_format", "not_json", "invalid_utf8", "too_long"]
+    assert [line["reason"] for line in lines] == ["lone_surrogate", "not_json", "invalid_utf8", "too_long"]
     assert [line["line"] for line in lines] == [2, 3, 4, 5]
     assert lines[0]["record"] == bad
     assert lines[1]["record"] == "{"

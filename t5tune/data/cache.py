@@ -16,10 +16,11 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, TypeAdapter, ValidationError
 
 from t5tune.data.encoding import Example, Span, example_of
 from t5tune.errors import DataError
@@ -34,10 +35,26 @@ CONVERSATION = np.dtype(
     ]
 )
 WIDE, NARROW = np.dtype("<u4"), np.dtype("<u2")  # of a place in a conversation
-# what reading a cache takes from its manifest
-NEEDED = {
-    "dtype", "place_dtype", "eos_token_id", "added_tokens", "added_token_ids", "eval_fraction", "seed", "files",
-    "inputs",
+CONTENTS = {
+    "tokens.bin", "conversations.bin", "examples.bin", "tokenizer", "template.yaml", "rejected.jsonl", MANIFEST
+}  # fmt: skip
+# what reading a cache takes from its manifest, and the type of each value
+NEEDED: dict[str, Any] = {
+    "dtype": Literal["<u2", "<i4"],
+    "place_dtype": Literal["<u2", "<u4"],
+    "eos_token_id": int,
+    "added_tokens": list[str],
+    "added_token_ids": list[int],
+    "left_out_tokens": list[str],
+    "eval_fraction": Annotated[float, Field(ge=0, lt=1)],
+    "seed": Annotated[int, Field(ge=0)],
+    "files": dict[str, str],
+    "inputs": dict[str, Any],
+    "rejected_by_reason": dict[str, int],
+    **dict.fromkeys(
+        ("conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
+         "truncated_targets", "unknown_tokens"), int,
+    ),
 }  # fmt: skip
 PERCENTILES = (50, 90, 99, 100)
 
@@ -150,15 +167,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / MANIFEST}: not the manifest of a token cache ({error})") from error
     if version != FORMAT:
         raise DataError(
             f"{folder / MANIFEST}: format {version}, this release reads {FORMAT}",
             hint="run t5tune prepare again",
         )
-    if missing := sorted(NEEDED - manifest.keys()):
-        raise DataError(f"{folder / MANIFEST}: {missing[0]} is missing", hint="run t5tune prepare again")
+    for name, kind in NEEDED.items():
+        try:
+            TypeAdapter(kind).validate_python(manifest.get(name), strict=True)
+        except ValidationError as error:
+            reason = f"{manifest[name]!r:.80}: {error.errors()[0]['msg']}" if name in manifest else "missing"
+            raise DataError(f"{folder / MANIFEST}: {name}: {reason}", hint="run t5tune prepare again") from None
     return dict(manifest)
 
 

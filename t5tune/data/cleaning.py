@@ -1,36 +1,35 @@
-"""Mend what conversation files bring along, and count it by kind.
+r"""Mend what conversation files bring along, and count it by kind.
 
 `plain` runs over every text: line ends, characters without width. `clean` is asked for by --clean: the HTML and the
-backslashes of old ShareGPT dumps.
+backslashes of old ShareGPT dumps. In those a turn is either HTML from its first tag on, or Markdown; of Markdown only
+entities (`&lt;`) and needless backslashes (`\_`) go, and nothing in code or mathematics.
 """
 
+import html
 import re
 from collections import Counter
 
-from t5tune.data.records import Refused
-
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _WIDTHLESS = re.compile("[\u200b\u2060\ufeff]")  # joiners stay: emoji and several scripts need them
-_HTML = re.compile(
-    r"</(?:p|div|pre|code|span|ol|ul|li|table|strong|em|h[1-6])>|<br\s*/?>|<(?:p|div)(?:\s[^<>]*)?>|&(?:lt|gt|amp|quot|nbsp);"
+_DUMP = re.compile(r"\s*<(?:div|p|pre|ol|ul|table|h[1-6]|blockquote)(?:\s[^<>]*)?>", re.IGNORECASE)
+_TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)[^<>]*>")
+_VOID = {"area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+_ENTITY = re.compile(r"&(?:lt|gt|amp|quot|nbsp|#39|#x27);")
+_ESCAPED = re.compile(r"(?<!\\)\\([_*#~`>-])")
+# fenced and inline code, $$…$$, $…$, \[…\] and \(…\); none goes beyond its like, or what nothing closes would be
+# looked for again and again
+_LITERAL = re.compile(
+    r"(```.*?(?:```|\Z)|`[^`\n]*`|\$\$[^$]+\$\$|\$[^$\n]+\$"
+    r"|\\\[(?:[^\\]|\\(?![\[\]]))*\\\]|\\\((?:[^\\]|\\(?![()]))*\\\))",
+    re.DOTALL,
 )
-_ESCAPED = re.compile(r"\\([_*#~`>\-\[\]])")
-_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
-_COPY = re.compile(r"(?m)^(\s*```?\w*\s*)?(?:[\w+#-]+)?Copy code(?=\n|`)")
+_COPY = re.compile(r"(?m)^([ \t]*```?\w*[ \t]*)?(?:[\w+#-]{1,30})?Copy code(?=\n|`)")
+MOST_DEPTH = 100  # of tags inside each other: the converter calls itself for each
+MOST_WORK = 300_000_000  # characters times angle brackets: it may look for the end of each in all that follows
 
 
-def plain(place: str, text: str, repairs: Counter[str]) -> str:
-    """The text with plain line ends and without characters that have no width.
-
-    Raises:
-        Refused: a control character, or half of a surrogate pair, which is no character.
-    """
-    if found := _CONTROL.search(text):
-        raise Refused("control_character", f"{place}: U+{ord(found[0]):04X} at character {found.start()}")
+def plain(text: str, repairs: Counter[str]) -> str:
+    """The text with plain line ends and without characters that have no width."""
     if not text.isascii():
-        if found := _SURROGATE.search(text):
-            raise Refused("lone_surrogate", f"{place}: U+{ord(found[0]):04X} alone at character {found.start()}")
         text, count = _WIDTHLESS.subn("", text)
         if count:
             repairs["zero_width_characters"] += count
@@ -41,18 +40,36 @@ def plain(place: str, text: str, repairs: Counter[str]) -> str:
 
 
 def clean(text: str, repairs: Counter[str]) -> str:
-    """HTML as Markdown, and Markdown's needless backslashes (`\\_`) gone but in code."""
-    if _HTML.search(text):
+    """HTML as Markdown; Markdown without entities and needless backslashes outside of code and mathematics."""
+    if _DUMP.match(text):
+        if _is_hostile(text):
+            repairs["html_turns_left_alone"] += 1
+            return text
         from markdownify import markdownify
 
         text = markdownify(text, heading_style="ATX", escape_asterisks=False, escape_underscores=False).strip()
         text = _COPY.sub(lambda found: found[1] or "", re.sub(r"\n{3,}", "\n\n", text))
         repairs["html_turns"] += 1
-    parts = _CODE.split(text)
-    count = 0
+    parts = _LITERAL.split(text)
+    entities = escapes = 0
     for index in range(0, len(parts), 2):
-        parts[index], changed = _ESCAPED.subn(r"\1", parts[index])
-        count += changed
-    if count:
-        repairs["markdown_escapes"] += count
+        part, found = _ENTITY.subn(lambda entity: html.unescape(entity[0]).replace("\xa0", " "), parts[index])
+        entities += found
+        parts[index], found = _ESCAPED.subn(r"\1", part)
+        escapes += found
+    repairs.update({"html_entities": entities} if entities else {})
+    repairs.update({"markdown_escapes": escapes} if escapes else {})
     return "".join(parts)
+
+
+def _is_hostile(text: str) -> bool:
+    """Whether converting the HTML could take forever, or more calls inside each other than Python allows."""
+    if text.count("<") * len(text) > MOST_WORK:
+        return True
+    depth = 0
+    for closing, name in _TAG.findall(text):
+        if name.lower() not in _VOID:
+            depth = max(0, depth - 1) if closing else depth + 1
+            if depth > MOST_DEPTH:
+                return True
+    return False

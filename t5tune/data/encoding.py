@@ -6,6 +6,7 @@ anyway, so their ids, joined, are those of the whole text; a test holds that.
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -259,13 +260,12 @@ def _span(
     """
     room = max_length - 1  # for the end token
     kept_system = system_end if source_end <= room else min(system_end, room // 2)
+    earliest = source_end - (room - kept_system)
     source_start = system_end
     # the last start is this answer's own prefix, which alone is no source: the turn before it loses tokens
-    for start in turn_starts[:-1]:
-        if kept_system + source_end - source_start <= room:
-            break
-        source_start = start
-    source_start = max(source_start, source_end - (room - kept_system))
+    if earliest > system_end and (last := len(turn_starts) - 2) >= 0:
+        source_start = turn_starts[bisect_left(turn_starts, earliest, 0, last)]
+    source_start = max(source_start, earliest)
     whole_source = source_start == system_end and kept_system == system_end
     whole_target = target_end - target_start <= room
     # a target that is cut gets no end token, so it has room for one more

@@ -10,6 +10,7 @@ left out or mended on the way is counted.
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from t5tune.data.cleaning import clean, plain
@@ -37,6 +38,8 @@ ROLES: dict[str, Speaker] = {
     "function_call": "assistant",
 }
 ANY = {"id", "system"}  # keys that every format may bring
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # values that stand for no value
+LONGEST_KEY = 40  # characters of a key's name that is counted
 
 
 @dataclass(frozen=True)
@@ -67,76 +70,92 @@ def conversation_of(value: Any, place: Place, reading: ReadingSettings) -> Conve
         raise Refused("not_an_object", f"expected an object, found {_kind(value)}")
     repairs: Counter[str] = Counter()
     name, parser = _format_of(value, reading)
-    used, entries = parser(value, reading)
-    for key in sorted(key for key in value.keys() - used - ANY if value[key] not in (None, "", [], {})):
-        repairs[f"ignored_field_{key}"] += 1
-    if value.get("system") not in (None, ""):
+    used, entries = parser(value, reading, repairs)
+    _count_ignored("field", value, used | ANY, repairs)
+    if value.get("system") not in NOTHING:
         entries.insert(0, ("system", _text("system", value["system"])))
     system: str | None = None
-    turns: list[Turn] = []
+    turns: list[tuple[Role, list[str]]] = []
     for index, (speaker, said) in enumerate(entries):
-        text = _checked(f"turn {index}", said, reading, repairs)
+        text = plain(said, repairs)
+        if reading.clean:
+            text = clean(text, repairs)
         if speaker == "system":
             if turns or system is not None:
                 raise Refused("misplaced_system", f"turn {index}: a system turn that isn't the first")
             system = text
         elif speaker == "assistant" and not turns:
             repairs["leading_assistant_turns"] += 1
-        elif turns and turns[-1].role == speaker:
+        elif turns and turns[-1][0] == speaker:
             if not reading.merge_same_role:
                 raise Refused("same_role_twice", f"turn {index}: two turns of {speaker} in a row")
-            turns[-1] = Turn(speaker, f"{turns[-1].text}\n{text}")
+            turns[-1][1].append(text)
             repairs["merged_same_role_turns"] += 1
         else:
-            turns.append(Turn(speaker, text))
-    if turns and turns[-1].role == "human":
+            turns.append((speaker, [text]))
+    if turns and turns[-1][0] == "human":
         repairs["trailing_human_turns"] += 1
         turns.pop()
-    if blank := sum(not turn.text.strip() for turn in turns):
+    said_by = tuple(Turn(role, "\n".join(texts)) for role, texts in turns)
+    if blank := sum(not turn.text.strip() for turn in said_by):
         repairs["blank_turns"] += blank
-    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
+    if not any(turn.role == "assistant" and turn.text.strip() for turn in said_by):
         raise Refused("no_answer", f"no assistant turn with text to learn from ({name})")
-    return Conversation(place, system or None, tuple(turns), dict(sorted(repairs.items())))
+    return Conversation(place, system or None, said_by, dict(sorted(repairs.items())))
+
+
+def _count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:
+    for key in value.keys() - used:
+        if value[key] not in NOTHING:
+            repairs[f"ignored_{kind}_{key if len(key) <= LONGEST_KEY else key[:LONGEST_KEY] + '…'}"] += 1
 
 
 def _format_of(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "Parser"]:
     if reading.source_column or reading.target_column:
         return "columns", _columns
-    name: str = reading.data_format
-    if name == "auto":
-        name = next((name for name, keys in _KEYS.items() if any(k <= value.keys() for k in keys)), "auto")
-    keys = _KEYS.get(name, [])
-    if not any(k <= value.keys() for k in keys):
-        found = ", ".join(sorted(map(str, value))[:6])
-        wanted = " or ".join(" + ".join(sorted(k)) for k in keys) or "; ".join(
-            f"{name}: {' or '.join(' + '.join(sorted(k)) for k in keys)}" for name, keys in _KEYS.items()
-        )
-        raise Refused("unknown_format", f"its keys are {found or 'none'}; expected {wanted}")
-    return name, _PARSERS[name]
+    formats = _KEYS if reading.data_format == "auto" else {reading.data_format: _KEYS[reading.data_format]}
+    # files of several formats that were joined have all their keys in every record, null where it has no such value
+    present = {key for key, item in value.items() if item is not None}
+    for given in (present, value.keys()):
+        if name := next((name for name, keys in formats.items() if any(k <= given for k in keys)), None):
+            return name, _PARSERS[name]
+    found = ", ".join(sorted(value)[:6])
+    wanted = "; ".join(f"{name}: {' or '.join(' + '.join(sorted(k)) for k in keys)}" for name, keys in formats.items())
+    raise Refused("unknown_format", f"its keys are {found or 'none'}; expected {wanted}")
 
 
-Parser = Callable[[dict[str, Any], ReadingSettings], tuple[set[str], Entries]]
+Parser = Callable[[dict[str, Any], ReadingSettings, Counter[str]], tuple[set[str], Entries]]
 
 
-def _messages(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+def _messages(
+    key: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]
+) -> tuple[set[str], Entries]:
     """ShareGPT's `conversations` of from and value, OpenAI's `messages` of role and content, or a mixture."""
-    key = "conversations" if "conversations" in value else "messages"
-    entries = _turns(key, value[key])
-    used: set[str] = {key}
-    if "chosen" in value and entries and entries[-1][0] != "assistant":  # of a pair of answers, the preferred
-        used.add("chosen")
-        chosen = value["chosen"]
-        entries += _turns("chosen", chosen if isinstance(chosen, list) else [chosen])
-    return used, entries
+    entries = _turns(key, value[key], repairs)
+    if value.get("chosen") is None or (entries and entries[-1][0] == "assistant"):
+        return {key}, entries
+    return _answered({key}, entries, value, repairs)
 
 
-def _turns(key: str, items: Any) -> Entries:
+def _answered(
+    asked: set[str], question: Entries, value: dict[str, Any], repairs: Counter[str]
+) -> tuple[set[str], Entries]:
+    """A question and, of a pair of answers, the preferred; that may be a list of turns which has the question too."""
+    chosen = value["chosen"]
+    answer = _turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
+    if not any(speaker == "human" for speaker, _ in answer):
+        return asked | {"chosen"}, question + answer
+    # a question that stands in the list is used, not ignored
+    return {"chosen"} | (asked if set(question) <= set(answer) else set()), answer
+
+
+def _turns(key: str, items: Any, repairs: Counter[str]) -> Entries:
     if not isinstance(items, list):
         raise Refused("unknown_format", f"{key}: expected a list of turns, found {_kind(items)}")
-    return [_turn(index, item) for index, item in enumerate(items)]
+    return [_turn(index, item, repairs) for index, item in enumerate(items)]
 
 
-def _turn(index: int, item: Any) -> tuple[Speaker, str]:
+def _turn(index: int, item: Any, repairs: Counter[str]) -> tuple[Speaker, str]:
     names = next(
         (
             names
@@ -150,38 +169,50 @@ def _turn(index: int, item: Any) -> tuple[Speaker, str]:
     speaker = item[names[0]]
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise Refused("unknown_role", f"turn {index}: role {speaker!r}; known are {', '.join(ROLES)}")
+        raise Refused("unknown_role", f"turn {index}: role {speaker!r:.80}; known are {', '.join(ROLES)}")
+    if len(item) > len(names):
+        _count_ignored("turn_field", item, set(names), repairs)
     return role, _text(f"turn {index}", item[names[1]])
 
 
-def _alpaca(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+def _alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> tuple[set[str], Entries]:
     """`instruction`, `input`, `output`, and earlier pairs in `history`."""
     question = _text("instruction", value["instruction"])
-    if value.get("input") not in (None, ""):
+    if value.get("input") not in NOTHING:
         question += "\n" + _text("input", value["input"])
+    history = value.get("history") or []
+    if not isinstance(history, list):
+        raise Refused("bad_turn", f"history: expected a list of pairs, found {_kind(history)}")
     entries: Entries = []
-    for index, pair in enumerate(value.get("history") or []):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
             raise Refused("bad_turn", f"history {index}: expected a pair of question and answer")
         entries += [("human", _text(f"history {index}", pair[0])), ("assistant", _text(f"history {index}", pair[1]))]
     entries += [("human", question), ("assistant", _text("output", value["output"]))]
     return {"instruction", "input", "output", "history"}, entries
 
 
-def _prompt_completion(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
-    """`prompt` and `completion` (or `chosen`), each a text or a list of messages."""
-    answer = "completion" if "completion" in value else "chosen"
-    entries: Entries = []
-    for key, role in (("prompt", "human"), (answer, "assistant")):
-        entries += _turns(key, value[key]) if isinstance(value[key], list) else [(role, _text(key, value[key]))]  # type: ignore[list-item]
-    return {"prompt", answer}, entries
+def _prompt_completion(
+    value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]
+) -> tuple[set[str], Entries]:
+    """`prompt` and `completion` (or `chosen`), each a text or a list of messages; a whole `chosen` needs no prompt."""
+    question = _text_or_turns("prompt", value, "human", repairs) if value.get("prompt") is not None else []
+    if value.get("completion") is not None or "chosen" not in value:
+        return {"prompt", "completion"}, question + _text_or_turns("completion", value, "assistant", repairs)
+    if isinstance(value["chosen"], str):
+        return {"prompt", "chosen"}, [*question, ("assistant", value["chosen"])]
+    return _answered({"prompt"}, question, value, repairs)
 
 
-def _source_target(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+def _text_or_turns(key: str, value: dict[str, Any], role: Role, repairs: Counter[str]) -> Entries:
+    return _turns(key, value[key], repairs) if isinstance(value[key], list) else [(role, _text(key, value[key]))]
+
+
+def _source_target(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> tuple[set[str], Entries]:
     return _pair(value, "source", "target", reading)
 
 
-def _columns(value: dict[str, Any], reading: ReadingSettings) -> tuple[set[str], Entries]:
+def _columns(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> tuple[set[str], Entries]:
     return _pair(value, reading.source_column or "source", reading.target_column or "target", reading)
 
 
@@ -197,12 +228,12 @@ _KEYS: dict[str, list[set[str]]] = {
     "sharegpt": [{"conversations"}],
     "openai": [{"messages"}],
     "alpaca": [{"instruction", "output"}],
-    "prompt-completion": [{"prompt", "completion"}, {"prompt", "chosen"}],
+    "prompt-completion": [{"prompt", "completion"}, {"prompt", "chosen"}, {"chosen", "rejected"}],
     "source-target": [{"source", "target"}],
 }
 _PARSERS: dict[str, Parser] = {
-    "sharegpt": _messages,
-    "openai": _messages,
+    "sharegpt": partial(_messages, "conversations"),
+    "openai": partial(_messages, "messages"),
     "alpaca": _alpaca,
     "prompt-completion": _prompt_completion,
     "source-target": _source_target,
@@ -219,11 +250,6 @@ def _text(place: str, content: Any) -> str:
     if not isinstance(content, str):
         raise Refused("not_text", f"{place}: expected text, found {_kind(content)}")
     return content
-
-
-def _checked(place: str, text: str, reading: ReadingSettings, repairs: Counter[str]) -> str:
-    text = plain(place, text, repairs)
-    return clean(text, repairs) if reading.clean else text
 
 
 def _kind(value: Any) -> str:

@@ -13,22 +13,22 @@ import pickle
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import local
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from t5tune.data.encoding import Encoded, Encoder, encode_batch
 from t5tune.data.formats import Conversation, conversation_of
-from t5tune.data.records import Raw, Refused, Rejected, value_of
+from t5tune.data.records import Place, Raw, Refused, Rejected, check_characters, value_of
 from t5tune.data.templates import Piece, Template, lay_out
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import Writable
-from t5tune.errors import DataError, TrainingError
+from t5tune.errors import TrainingError
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings
 
@@ -55,6 +55,7 @@ class Accepted:
     """A conversation's ids and spans; several where it was split.
 
     Args:
+        repairs: what was mended in the record, by kind.
         key: a hash of what was said.
         unknown: tokens that stand for what the tokenizer has no token for.
         dropped: examples that were left out, by reason.
@@ -62,7 +63,8 @@ class Accepted:
             answers).
     """
 
-    conversation: Conversation
+    place: Place
+    repairs: Mapping[str, int]
     encoded: list[Encoded]
     key: bytes
     unknown: int
@@ -102,7 +104,7 @@ class Pipeline:
         room = settings.model_max_length - 1
         parts, dropped = [encoded], Counter[str]()
         if settings.split_long and len(encoded.ids) > room:
-            pieces = _split(conversation, self.recipe.template, self.encoder, room)
+            pieces = split(conversation, self.recipe.template, self.encoder, room)
             parts = encode_batch(pieces, self.encoder, settings.model_max_length)
         if settings.train_on == "last":
             parts = [Encoded(part.ids, part.spans[-1:] if part is parts[-1] else []) for part in parts]
@@ -118,7 +120,8 @@ class Pipeline:
             parts[index] = Encoded(part.ids, spans)
         unknown = int(np.count_nonzero(encoded.ids == self.encoder.unk_token_id))
         lost = self.writable.lost(conversation)
-        return Accepted(conversation, parts, key_of(conversation), unknown, dict(dropped), lost)
+        place, repairs = conversation.place, conversation.repairs
+        return Accepted(place, repairs, parts, key_of(conversation), unknown, dict(dropped), lost)
 
 
 def read_record(record: Record, reading: ReadingSettings) -> Conversation | Rejected:
@@ -128,11 +131,12 @@ def read_record(record: Record, reading: ReadingSettings) -> Conversation | Reje
     try:
         value = value_of(record)
     except Refused as refused:
-        return Rejected(record.place, refused.reason, str(refused), record.data)
+        return Rejected(record.place, refused.reason, str(refused), record.data, record.size)
     try:
+        check_characters(value)
         conversation = conversation_of(value, record.place, reading)
     except Refused as refused:
-        return Rejected(record.place, refused.reason, str(refused), value)
+        return Rejected(record.place, refused.reason, str(refused), record.data, record.size)
     return replace(conversation, repairs=Counter(conversation.repairs) + Counter(dict(record.repairs)))
 
 
@@ -148,7 +152,7 @@ def encode_records(
     """Each record and its outcome, in order.
 
     Raises:
-        DataError: as the records' reader does, or an array's element is no JSON.
+        DataError: as the records' reader does, or an array's element is no JSON; only behind all records before it.
     """
     batches = _batches(records)
     if num_workers == 1:
@@ -156,27 +160,41 @@ def encode_records(
         for batch in batches:
             yield from zip(batch, pipeline(batch), strict=True)
         return
-    workers = local()
-    started: list[Worker] = []
+    executor = ThreadPoolExecutor(num_workers)  # each thread only waits for a worker
+    workers: list[Worker] = []
+    idle: SimpleQueue[Worker] = SimpleQueue()
 
-    def begin() -> None:
-        workers.mine = Worker(recipe)
-        started.append(workers.mine)
+    def encode(batch: list[Record]) -> list[Outcome]:
+        worker = idle.get()
+        try:
+            return worker(batch)
+        finally:
+            idle.put(worker)
 
-    executor = ThreadPoolExecutor(num_workers, initializer=begin)  # each thread only waits for its worker
     try:
+        for _ in range(num_workers):
+            workers.append(Worker(recipe))
+            idle.put(workers[-1])
         waiting: deque[tuple[list[Record], Future[list[Outcome]]]] = deque()
-        for batch in batches:
-            waiting.append((batch, executor.submit(lambda records: workers.mine(records), batch)))
-            if len(waiting) > 2 * num_workers:
+        problem: Exception | None = None
+        while True:
+            try:
+                read = next(batches, None)
+            except Exception as error:  # what was read before it comes first, as with one process
+                read, problem = None, error
+            if read is not None:
+                waiting.append((read, executor.submit(encode, read)))
+            while waiting and (read is None or len(waiting) > 2 * num_workers):
                 done, outcomes = waiting.popleft()
                 yield from zip(done, outcomes.result(), strict=True)
-        for done, outcomes in waiting:
-            yield from zip(done, outcomes.result(), strict=True)
+            if read is None:
+                break
+        if problem is not None:
+            raise problem
     finally:
-        executor.shutdown(cancel_futures=True)
-        for worker in started:
+        for worker in workers:
             worker.close()
+        executor.shutdown(cancel_futures=True)
 
 
 class Worker:
@@ -188,20 +206,22 @@ class Worker:
     def __init__(self, recipe: Recipe) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-m", "t5tune.data.worker"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        # a group of its own: Ctrl-C is for this process, which ends the worker
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
+        )
         self._send(recipe)
 
     def __call__(self, batch: list[Record]) -> list[Outcome]:
         """As `Pipeline`."""
-        self._send(batch)
         assert self._process.stdout is not None
         try:
+            self._send(batch)
             outcome = pickle.load(self._process.stdout)
-        except EOFError:
+        except (OSError, EOFError, pickle.UnpicklingError):
             raise TrainingError(f"a worker that encodes records ended with {self._process.wait()}") from None
-        if isinstance(outcome, tuple):
-            message, hint = outcome
-            raise DataError(message, hint=hint)
+        if isinstance(outcome, Exception):
+            raise outcome
         return list(outcome)
 
     def close(self) -> None:
@@ -218,31 +238,40 @@ class Worker:
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     batch: list[Record] = []
     size = 0
-    for record in records:
-        batch.append(record)
-        size += len(record.data) if isinstance(record, Raw) else 0
-        if len(batch) == BATCH_RECORDS or size >= BATCH_BYTES:
+    try:
+        for record in records:
+            batch.append(record)
+            size += record.size
+            if len(batch) == BATCH_RECORDS or size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    except Exception:
+        if batch:
             yield batch
-            batch, size = [], 0
+        raise
     if batch:
         yield batch
 
 
-def _split(conversation: Conversation, template: Template, encoder: Encoder, room: int) -> list[list[Piece]]:
+def split(conversation: Conversation, template: Template, encoder: Encoder, room: int) -> list[list[Piece]]:
     """The pieces of a conversation as several that fit in `room` tokens, as far as single exchanges do.
 
     Each begins with the system line and a human turn; turns keep their numbers.
     """
     starts = [index for index, turn in enumerate(conversation.turns) if turn.role == "human"]
+    ends = [*starts[1:], len(conversation.turns)]
+    exchanges = [_pieces_of(conversation, template, *place) for place in zip(starts, ends, strict=True)]
+    alone = _lengths(exchanges, encoder)
+    later = replace(conversation, system=""), replace(template, human=template.turn_separator + template.human)
+    behind = _lengths([_pieces_of(*later, *place) for place in zip(starts, ends, strict=True)], encoder)
     parts: list[list[Piece]] = []
-    start = 0
-    for end in [*starts[1:], len(conversation.turns)]:
-        pieces = _pieces_of(conversation, template, start, end)
-        begins = next((index for index in reversed(starts) if index < end), start)
-        if begins > start and _length(pieces, encoder) > room:
-            parts.append(_pieces_of(conversation, template, start, begins))
-            start = begins
-    parts.append(_pieces_of(conversation, template, start, len(conversation.turns)))
+    begin = length = 0
+    for number in range(len(starts)):
+        length += behind[number] if number > begin else alone[number]
+        if length > room and number > begin:
+            parts.append(_pieces_of(conversation, template, starts[begin], ends[number - 1]))
+            begin, length = number, alone[number]
+    parts.append(_pieces_of(conversation, template, starts[begin], len(conversation.turns)))
     return parts
 
 
@@ -251,5 +280,8 @@ def _pieces_of(conversation: Conversation, template: Template, start: int, end: 
     return [replace(piece, turn=piece.turn + start) if piece.turn >= 0 else piece for piece in pieces]
 
 
-def _length(pieces: list[Piece], encoder: Encoder) -> int:
-    return sum(map(len, encoder.encode([piece.text for piece in pieces], [False] * len(pieces))))
+def _lengths(parts: list[list[Piece]], encoder: Encoder) -> list[int]:
+    """The tokens of each part."""
+    flat = [piece.text for pieces in parts for piece in pieces]
+    ids = iter(encoder.encode(flat, [False] * len(flat)))
+    return [sum(len(next(ids)) for _ in pieces) for pieces in parts]

@@ -2,17 +2,21 @@
 
 import json
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from t5tune.errors import DataError
+from t5tune.errors import DataError, one_line
 
 INTEGERS = range(-(1 << 63), 1 << 64)
+MOST_DEPTH = 200  # of objects and lists inside each other; Python's own limit depends on who calls
 REASONS = {
     "not_json": "the line is no JSON",
     "invalid_utf8": "bytes that are no UTF-8",
     "too_long": "more bytes than max_record_bytes",
-    "too_deep": "objects or lists inside each other beyond what a parser takes",
+    "too_deep": "more than 200 objects or lists inside each other",
     "duplicate_key": "an object with a key twice",
     "bad_number": "NaN, Infinity, or a number beyond 64 bits",
     "bad_row": "a row with more or fewer cells than the table's head",
@@ -28,6 +32,8 @@ REASONS = {
     "no_answer": "no answer to learn from",
     "duplicate": "said before, word for word (dedupe)",
 }
+STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
+UNPARSED = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse`
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Raw:
-    """A record as it was read: the bytes of its JSON, or the row of a table. `repairs` counts what was mended."""
+    """A record as it was read: the bytes of its JSON, or the row of a table; `size` is about how many bytes it holds.
+
+    `repairs` counts what was mended.
+    """
 
     place: Place
     data: bytes | dict[str, Any]
+    size: int
     in_array: bool = False
     repairs: tuple[tuple[str, int], ...] = ()
 
@@ -54,20 +64,21 @@ class Raw:
 class Rejected:
     """A record that can't be used: the reason is one of REASONS, the message says what was found.
 
-    `record` is what stood there: a JSON value, bytes that are none, or a file of them where they are many.
+    `record` is what stood there: bytes, a table's row or cells, or a file of bytes where they are many.
     """
 
     place: Place
     reason: str
     message: str
     record: Any
+    size: int = 0
 
 
 class Refused(Exception):
     """A record can't be used, for one of REASONS."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.reason = reason
 
 
@@ -99,19 +110,50 @@ def parse(data: bytes) -> Any:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise Refused("invalid_utf8", f"byte {error.start} of the record is no UTF-8") from None
+    if _is_too_deep(data):
+        raise Refused("too_deep", f"more than {MOST_DEPTH} objects or lists inside each other")
     try:
         return _DECODER.decode(text)
-    except RecursionError:
-        raise Refused("too_deep", "objects or lists inside each other, too deep to read") from None
     except json.JSONDecodeError as error:
         raise Refused("not_json", f"not valid JSON: {error}") from None
+
+
+def check_characters(value: Any, place: str = "the record") -> None:
+    """Look at every text of a record, keys and what nothing uses included.
+
+    Raises:
+        Refused: a control character, or half of a surrogate pair, which is no character.
+    """
+    if isinstance(value, str):
+        if found := _FORBIDDEN.search(value):
+            reason = "control_character" if found[0] < " " else "lone_surrogate"
+            raise Refused(reason, f"{place[:80]}: U+{ord(found[0]):04X} at character {found.start()}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_characters(key, "a key")
+            check_characters(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            check_characters(item, place)
+
+
+def depths(data: bytes) -> Iterator[int]:
+    """How many brackets are open behind each bracket of JSON: `[{}]` -> 1, 2, 1, 0."""
+    brackets = _STRING.sub(b"", data).translate(None, _NO_BRACKETS)
+    return accumulate(STEPS[brackets[place : place + 1]] for place in range(len(brackets)))
+
+
+def _is_too_deep(data: bytes) -> bool:
+    if data.count(b"[") + data.count(b"{") <= MOST_DEPTH:  # as nearly all are
+        return False
+    return any(depth > MOST_DEPTH for depth in depths(data))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise Refused("duplicate_key", f"the key {twice!r} twice in one object")
     return value
 
@@ -132,6 +174,9 @@ def _float(digits: str) -> float:
     return float(digits)
 
 
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # strict=False: a tab or a line end that stands in a text as it is is harmless; other control characters are refused
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer, parse_float=_float, strict=False

@@ -1,91 +1,164 @@
 """CSV, TSV and Parquet files -> raw records, a row each."""
 
 import csv
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from t5tune.data.files import BOM, read_chunks
 from t5tune.data.records import Place, Raw, Rejected
 from t5tune.errors import DataError, DependencyError
 
-ROWS = 128  # of a Parquet file at a time
+CELL_BYTES = 128  # that a cell takes beside its text
+ROWS = 32  # of a Parquet file at a time, and
+ROWS_BYTES = 1 << 21  # about as many bytes of them
+_ORDINARY = re.compile(rb'[^",;\t\r\n]+')
 
 
-def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[Raw | Rejected]:
+def read_csv(path: Path, delimiter: str | None, max_bytes: int, spool: Path | None) -> Iterator[Raw | Rejected]:
     """CSV: a head of column names, then rows.
 
     Args:
         delimiter: None: the comma, semicolon or tab that the head holds most of.
-        max_bytes: the longest cell, and the longest line.
+        max_bytes: longer rows are Rejected, and put into a file beside `spool`.
 
     Raises:
-        DataError: it is no CSV, or a cell or line is too long.
+        DataError: it is no CSV, or its head is too long.
     """
-    lines = _Lines(path, max_bytes)
+    lines = _Lines(path, max_bytes, spool)
     csv.field_size_limit(max_bytes)
-    head_line = next(lines, None)
+    head_line = next((line for line in lines if line.strip()), None)
     if head_line is None:
         return
     delimiter = delimiter or max(",;\t", key=head_line.count)
     reader = csv.reader(chain([head_line], lines), delimiter=delimiter, strict=True)
     try:
         head = next(reader)
+        if lines.size > max_bytes:
+            raise DataError(f"{path}:{lines.number}: a head longer than max_record_bytes {max_bytes}")
         if len(set(head)) < len(head):
-            raise DataError(f"{path}:1: a column name twice: {', '.join(head)}")
-        index = -1
+            raise DataError(f"{path}:{lines.number}: a column name twice: {', '.join(head)}")
+        index = 0
         while True:
-            place = Place(str(path), reader.line_num + 1, index + 1, lines.offset)
+            place = Place(str(path), lines.number + 1, index, lines.offset)
+            lines.begin_row(index)
             cells = next(reader, None)
             if cells is None:
                 return
             if not cells:
                 continue
             index += 1
-            if len(cells) != len(head):
-                yield Rejected(place, "bad_row", f"{len(cells)} cells under {len(head)} columns", cells)
+            size = lines.size + CELL_BYTES * len(cells)
+            if lines.is_long:
+                yield Rejected(place, "too_long", f"longer than max_record_bytes {max_bytes}", lines.row_file)
+            elif len(cells) != len(head):
+                yield Rejected(place, "bad_row", f"{len(cells)} cells under {len(head)} columns", cells, size)
             elif any(_is_undecodable(cell) for cell in cells):
-                yield Rejected(place, "invalid_utf8", "a cell with bytes that are no UTF-8", cells)
+                yield Rejected(place, "invalid_utf8", "a cell with bytes that are no UTF-8", cells, size)
             else:
-                yield Raw(place, dict(zip(head, cells, strict=True)))
+                yield Raw(place, dict(zip(head, cells, strict=True)), size)
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
+        raise DataError(f"{path}:{lines.number}: not valid CSV: {error}") from error
 
 
-def read_parquet(path: Path) -> Iterator[Raw]:
+def read_parquet(path: Path, max_bytes: int) -> Iterator[Raw | Rejected]:
     """The rows of a Parquet file.
+
+    Args:
+        max_bytes: longer rows are Rejected.
 
     Raises:
         DataError: it is broken.
         DependencyError: pyarrow can't be imported.
     """
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise DependencyError(f"{path}: Parquet can't be read here: {error}", hint="pip install pyarrow") from error
     index = 0
     try:
-        with parquet.ParquetFile(path, memory_map=True, pre_buffer=False, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(batch_size=ROWS):
-                for row in batch.to_pylist():
-                    yield Raw(Place(str(path), index + 1, index, 0), row)
-                    index += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: row {index}: broken Parquet: {reason}", hint="get the file again") from error
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: a column name twice: {', '.join(names)}")
+            for group in range(file.num_row_groups):
+                facts = file.metadata.row_group(group)
+                count = max(1, min(ROWS, ROWS_BYTES * facts.num_rows // max(1, facts.total_byte_size)))
+                for batch in file.iter_batches(batch_size=count, row_groups=[group], use_threads=False):
+                    for row in _rows_of(batch):
+                        place = Place(str(path), index + 1, index, 0)
+                        index += 1
+                        if (size := _size(row)) > max_bytes:
+                            yield Rejected(place, "too_long", f"longer than max_record_bytes {max_bytes}", row, size)
+                        else:
+                            yield Raw(place, row, size)
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow raises its own exceptions, and Python's plain ones
+        raise DataError(f"{path}: row {index}: broken Parquet: {error}", hint="get the file again") from error
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    try:
+        return list(batch.to_pylist())
+    except Exception:  # a time that Python can't hold, a struct with a name twice, …
+        columns = {name: [_cell(scalar) for scalar in batch[name]] for name in batch.schema.names}
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _cell(scalar: Any) -> Any:
+    """The scalar as a Python value; where there is none, as an object that is no text."""
+    try:
+        return scalar.as_py()
+    except Exception:
+        return [str(scalar)]
+
+
+def _size(value: Any) -> int:
+    """How many bytes of text a cell holds, or a row; about 8 for anything else."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 8
 
 
 class _Lines:
-    """A file's lines as text, their ends kept; bytes that are no UTF-8 become lone surrogates."""
+    """A file's lines as text, their ends kept; bytes that are no UTF-8 become lone surrogates.
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
-        self.offset = 0
-        self._path = path
+    What a row has beyond `max_bytes` is handed out in a bare form, which is cut into cells alike: its texts are put
+    into a file.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, spool: Path | None) -> None:
+        self.offset = 0  # of the next line in the file
+        self.number = 0  # of lines that were handed out
+        self.size = 0  # of the row so far
+        self.row_file: Path | None = None
         self._max_bytes = max_bytes
+        self._path = path
+        self._spool = spool
         self._chunks = read_chunks(path)
+        self._line_end: bytes | None = None
         self._lines: Iterator[bytes] = iter(())
         self._rest = b""
+        self._bare = b""  # what stands before the rest in its line
+        self._row: list[bytes] = []
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the row is too long."""
+        return self.size > self._max_bytes
+
+    def begin_row(self, index: int) -> None:
+        """Forget the row before."""
+        self.size = 0
+        self._row.clear()
+        self.row_file = self._spool.with_name(f"{self._spool.name}-{index}.long") if self._spool is not None else None
 
     def __iter__(self) -> "_Lines":
         return self
@@ -96,17 +169,39 @@ class _Lines:
             if not chunk:
                 line, self._rest = self._rest, b""
                 break
-            if len(self._rest) > self._max_bytes:
-                raise DataError(f"{self._path}: byte {self.offset}: a line longer than {self._max_bytes} bytes")
-            *whole, self._rest = (self._rest + chunk).split(b"\n")
-            self._lines = iter([part + b"\n" for part in whole])
-        if not line:
+            if self._line_end is None:
+                self.offset = len(BOM) if chunk.startswith(BOM) else 0
+                chunk = chunk[self.offset :]
+                self._line_end = b"\r" if b"\r" in chunk.rstrip() and b"\n" not in chunk else b"\n"
+            if self.size + len(self._rest) > self._max_bytes:
+                self._bare += self._spill(self._rest)
+                self._rest = b""
+            *whole, self._rest = (self._rest + chunk).split(self._line_end)
+            self._lines = iter([part + self._line_end for part in whole])
+        if not line and not self._bare:
             raise StopIteration
-        if self.offset == 0:
-            self.offset = len(line)
-            return line.removeprefix(BOM).decode(errors="surrogateescape")
-        self.offset += len(line)
+        if self.size + len(line) > self._max_bytes:
+            line, self._bare = self._bare + self._spill(line), b""
+        else:
+            self._take(line)
+        self.number += 1
         return line.decode(errors="surrogateescape")
+
+    def _take(self, line: bytes) -> None:
+        self._row.append(line)
+        self.size += len(line)
+        self.offset += len(line)
+
+    def _spill(self, data: bytes) -> bytes:
+        """Put the row so far and the data into the row's file; the data's bare form."""
+        self._take(data)
+        if self.row_file is not None:
+            with open(self.row_file, "ab") as file:
+                file.writelines(self._row)
+        self._row.clear()
+        if len(self._bare) > self._max_bytes:
+            raise DataError(f"{self._path}:{self.number + 1}: a line of more than {self._max_bytes} separators")
+        return _ORDINARY.sub(b"x", data)
 
 
 def _is_undecodable(text: str) -> bool:

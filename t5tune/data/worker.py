@@ -5,28 +5,30 @@ A recipe comes in first, then batches.
 
 import os
 import pickle
-import signal
 import sys
 from typing import BinaryIO
 
 from t5tune.data.pipeline import Outcome, Pipeline
-from t5tune.errors import DataError
+from t5tune.errors import T5TuneError, TrainingError
 
 
 def work(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer each batch with its outcomes, or with what is wrong with the file, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
-    pipeline = Pipeline(pickle.load(requests))
+    """Answer each batch with its outcomes, or with the exception that it met, until there are no more."""
+    pipeline: Pipeline | None = None
+    recipe = pickle.load(requests)
     while True:
         try:
             batch = pickle.load(requests)
         except EOFError:
             return
-        answer: list[Outcome] | tuple[str, str | None]
+        answer: list[Outcome] | T5TuneError
         try:
+            pipeline = pipeline or Pipeline(recipe)
             answer = pipeline(batch)
-        except DataError as error:
-            answer = (error.message, error.hint)
+        except T5TuneError as error:
+            answer = error
+        except Exception as error:
+            answer = TrainingError(f"a worker that encodes records failed: {type(error).__name__}: {error}")
         try:
             pickle.dump(answer, answers)
             answers.flush()

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 from t5tune.data.cache import CONVERSATION, NARROW, WIDE, example_dtype, lengths_of, percentiles
 from t5tune.data.encoding import Encoded, ids_dtype
 from t5tune.data.pipeline import Accepted, Outcome, Record
-from t5tune.data.records import Raw, Rejected, value_of
+from t5tune.data.records import UNPARSED, Raw, Rejected, parse
 from t5tune.publish import CHUNK
 
 REJECTED = "rejected.jsonl"
+MOST_KINDS = 100  # of repairs that are counted by name: a field's name may be anything
 ROWS = 1 << 14  # of examples.bin at a time
 _WIDE = example_dtype(WIDE)
 
@@ -34,6 +36,7 @@ class Writer:
         self.num_records = 0
         self.num_examples = 0
         self.conversations = 0
+        self.accepted = Counter[str]()  # records by file
         self.unknown_tokens = 0
         self.rejected = Counter[str]()
         self.first_rejected: str | None = None
@@ -62,16 +65,19 @@ class Writer:
         """Append what came of one record."""
         self.num_records += 1
         if isinstance(outcome, Accepted) and self._seen is not None:
-            place = outcome.conversation.place
+            place = outcome.place
             if first := self._seen.first(outcome.key, f"{place.file}:{place.line}"):
                 assert isinstance(record, Raw)
-                outcome = Rejected(place, "duplicate", f"the same words as {first}", value_of(record))
+                outcome = Rejected(place, "duplicate", f"the same words as {first}", record.data)
         if isinstance(outcome, Rejected):
             self._reject(outcome)
             return
         self.conversations += 1
+        self.accepted[outcome.place.file] += 1
         self.unknown_tokens += outcome.unknown
-        self.repaired.update(outcome.conversation.repairs)
+        for kind, count in outcome.repairs.items():
+            is_known = kind in self.repaired or len(self.repaired) < MOST_KINDS or not kind.startswith("ignored_")
+            self.repaired[kind if is_known else "ignored_fields_of_other_names"] += count
         self.dropped.update(outcome.dropped)
         for text, (count, answers) in outcome.lost.items():
             before = self.lost.get(text, (0, 0))
@@ -140,11 +146,7 @@ class Writer:
             _write_as_json(rejected.record, self._rejected)
             rejected.record.unlink()
         else:
-            record = rejected.record
-            text = record.decode(errors="surrogateescape") if isinstance(record, bytes) else record
-            # a table's NaN is no JSON, and its dates are text
-            plain = json.loads(json.dumps(text, default=str), parse_constant=str)
-            self._rejected.write(json.dumps(plain))
+            self._rejected.write(_as_json(rejected.record, rejected.reason))
         self._rejected.write("}\n")
 
 
@@ -154,17 +156,24 @@ class _Seen:
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(path, isolation_level=None)
         self._database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN")
-        self._database.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, place BLOB) WITHOUT ROWID")
 
     def first(self, key: bytes, place: str) -> str | None:
         """Where the key was seen first; None: it is new."""
-        done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, place))
+        done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, os.fsencode(place)))
         if done.rowcount:
             return None
-        return str(self._database.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()[0])
+        return os.fsdecode(self._database.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()[0])
 
     def close(self) -> None:
         self._database.close()
+
+
+def _as_json(record: Any, reason: str) -> str:
+    """What stood there as JSON: its value, or its text where it has none, bytes that are no UTF-8 as surrogates."""
+    if not isinstance(record, bytes):  # of a table, whose NaN is no JSON, and whose dates are text
+        return json.dumps(json.loads(json.dumps(record, default=str), parse_constant=str))
+    return json.dumps(record.decode(errors="surrogateescape") if reason in UNPARSED else parse(record))
 
 
 def _write_as_json(path: Path, file: IO[str]) -> None:
