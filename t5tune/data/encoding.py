@@ -7,19 +7,22 @@ anyway, so their ids, joined, are those of the whole text; a test holds that.
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from t5tune.data.long_text import PART, Cutter, Unigram, unigram_of
 from t5tune.data.templates import Piece
 from t5tune.data.tokenizer import BYTES_OFFSET, Tokenizer
-from t5tune.data.vocabulary import extends_words, pre_tokenizer, spaces_are_marks
+from t5tune.data.vocabulary import MARK, extends_words, pre_tokenizer, spaces_are_marks
 
 MOST_WORDS = 100_000  # that an encoder remembers: about 20 MB
 LONGEST_WORD = 40  # characters
+LONG_TEXT = 2 * PART  # characters beyond which a text is encoded in parts
 # Letters, digits and signs that stay on their side of a space when a text is normalised: no combining mark, joiner or
 # modifier, nothing that decomposes into a space and a mark, no white space but the space itself.
 _PLAIN_SIGNS = (
@@ -93,6 +96,7 @@ class Encoder:
         self._known: dict[_Fragment, bytes] = {}
         self._cut: re.Pattern[str] | None = None
         self._words: re.Pattern[str] | None = None
+        self._cutter: Cutter | None = None
         self._drops_spaces = False
         if tokenizer.backend is not None:
             self._backend = _backend(tokenizer)
@@ -100,6 +104,7 @@ class Encoder:
             self._mark_first_word("never")
             if _is_split_at_spaces(tokenizer):
                 added = _added_tokens(tokenizer)
+                self._cutter = Cutter(added, _normalise(self._backend))
                 self._cut = re.compile(f"({_any_of(added)})" if added else "(?!)")
                 if extends_words(tokenizer) and all(token[0] in added for token in added):
                     self._words = _words_pattern(added)
@@ -110,6 +115,15 @@ class Encoder:
         """The ids of each text, without an end token; `first` says where a text begins a sequence."""
         if self._tokenizer.backend is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) + BYTES_OFFSET for text in texts]
+        if self._cutter is None or max(map(len, texts), default=0) <= LONG_TEXT:
+            return self._encode(texts, first)
+        return [self._encode_long(self._cutter, *each) for each in zip(texts, first, strict=True)]
+
+    def _encode_long(self, cutter: Cutter, text: str, first: bool) -> Ids:
+        parts = cutter.parts(text)
+        return np.concatenate([self._encode([part], [first and not number])[0] for number, part in enumerate(parts)])
+
+    def _encode(self, texts: list[str], first: list[bool]) -> list[Ids]:
         known = self._known
         plans = [self._plan(text, is_first) for text, is_first in zip(texts, first, strict=True)]
         found = [list(map(known.get, plan)) for plan in plans]
@@ -158,6 +172,10 @@ class Encoder:
     def _encode_new(self, fragments: set[_Fragment]) -> dict[_Fragment, bytes]:
         """The ids of fragments that were not met before."""
         fresh: dict[_Fragment, bytes] = {}
+        for fragment in [f for f in fragments if len(f if isinstance(f, str) else f[0]) > LONG_TEXT]:
+            if (ids := self._encode_long_word(fragment)) is not None:
+                fresh[fragment] = ids
+                fragments.remove(fragment)
         if beginnings := [fragment for fragment in fragments if isinstance(fragment, tuple)]:
             self._mark_first_word("first")
             for beginning in beginnings:
@@ -168,6 +186,24 @@ class Encoder:
         for fragment, encoding in zip(others, found, strict=True):
             fresh[fragment] = self._bytes(encoding)
         return fresh
+
+    def _encode_long_word(self, fragment: _Fragment) -> bytes | None:
+        """The ids of one word that is too long for the tokenizer; None: it is no such word."""
+        text, is_first = (fragment, False) if isinstance(fragment, str) else (fragment[0], True)
+        word = text.removeprefix(" ")
+        is_marked = is_first or self._drops_spaces or word != text
+        if self._cutter is None or self._unigram is None:
+            return None
+        if not (word.isascii() and word.isprintable()):
+            word = self._cutter.normalised(word)
+        if re.search(rf"\s|{MARK}", word):
+            return None
+        word = MARK * is_marked + word
+        return np.fromiter(self._unigram.encode(word), self.dtype).tobytes()
+
+    @cached_property
+    def _unigram(self) -> Unigram | None:
+        return unigram_of(self._backend)
 
     def _mark_first_word(self, scheme: str) -> None:
         """Whether a text's first word gets a mark too, where the tokenizer marks it at a sequence's start only."""
@@ -273,6 +309,10 @@ def _span(
     return Span(
         turn, kept_system, source_start, source_end, target_start, kept_end, target_end, whole_source, whole_target
     )
+
+
+def _normalise(backend: Any) -> Callable[[str], str]:
+    return backend.normalizer.normalize_str if backend.normalizer is not None else str
 
 
 def _backend(tokenizer: Tokenizer) -> Any:
