@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check lint types build docs clean
+.PHONY: quickstart test fuzz check lint types build docs clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+fuzz: .venv/installed-dev
+	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_*.py --timeout 7200
 
 check: lint types test
 

@@ -39,18 +39,18 @@ def verify(folder: Path) -> str | None:
     """What is wrong with a sealed checkpoint, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{folder / MANIFEST}: missing or broken"
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
             return f"{path}: not a file of this folder"
         if not path.is_file():
             return f"{path}: missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{path}: {path.stat().st_size} bytes, sealed with {expected['bytes']}"
-        if sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            return f"{path}: {path.stat().st_size} bytes, sealed with {size}"
+        if sha256(path) != digest:
             return f"{path}: differs from what was sealed"
     return None
 

@@ -34,3 +34,13 @@ def check_all_inside(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
             check_inside(folder, path)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a text that somebody else wrote names an entry of a folder, and nothing beyond it."""
+    return (
+        0 < len(name.encode(errors="replace")) < 256
+        and name.isprintable()
+        and "/" not in name
+        and name not in {".", ".."}
+    )

@@ -191,6 +191,8 @@ class StoredZip:
             for order, index in enumerate(wanted):
                 (values[index],) = struct.unpack_from("<Q", body, 8 * order)
             return values
+        if _UNKNOWN in values:
+            raise self._broken("a member's size of 64 bits is missing")
         return values
 
     def _begin_of(self, member: Member) -> int:

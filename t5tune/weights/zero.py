@@ -15,7 +15,7 @@ from typing import Any
 import numpy.typing as npt
 
 from t5tune.errors import CheckpointError
-from t5tune.weights.links import check_all_inside, check_inside
+from t5tune.weights.links import check_all_inside, check_inside, is_file_name
 from t5tune.weights.pickles import Inert
 from t5tune.weights.pieces import Pieces, window
 from t5tune.weights.tensors import FLOATS, Tensor
@@ -57,8 +57,9 @@ def find_deepspeed_folder(folder: Path) -> Path | None:
     if latest is None:
         return None
     check_inside(folder, latest)
-    tag = latest.read_bytes()[:256].decode("utf-8", "replace").strip()
-    if not tag or Path(tag).name != tag or tag in {".", ".."} or not tag.isprintable():
+    with open(latest, "rb") as file:
+        tag = file.read(256).decode("utf-8", "replace").strip()
+    if not is_file_name(tag):
         raise CheckpointError(f"{latest}: {tag[:100]!r}: not the name of a folder in it")
     check_inside(folder, folder / tag)
     if not any((folder / tag).glob("*_model_states.pt")):
@@ -87,7 +88,10 @@ def read_zero(folder: Path, with_frozen: bool = True) -> ZeroState:
     step = _count(first.get("global_steps", 0), first_path, "global_steps")
     world_size = _count(first.get("dp_world_size"), first_path, "dp_world_size")
     shapes = _shapes(first.get("param_shapes"), first_path)
-    if (folder / UNIVERSAL).is_dir():
+    is_universal = (folder / UNIVERSAL).is_dir()
+    if (is_universal or shards) and not any(shapes):
+        raise CheckpointError(f"{first_path}: names no trained parameter")
+    if is_universal:
         trained = _read_universal(folder, shapes)
         stage = 3 if first_path.name.startswith("zero_pp") else _configured_stage(first)
     elif shapes:
@@ -122,8 +126,8 @@ def _by_rank(folder: Path, pattern: str, form: re.Pattern[str]) -> dict[int, Pat
 
 
 def _check_ranks(folder: Path, files: Mapping[int, Path], world_size: int, what: str) -> None:
-    if sorted(files) != list(range(world_size)):
-        missing = next((rank for rank in range(world_size) if rank not in files), None)
+    missing = next((rank for rank in range(world_size) if rank not in files), None)
+    if missing is not None or len(files) != world_size:
         raise CheckpointError(
             f"{folder}: {what} of ranks {_listed(files)}, but {world_size} ranks trained"
             + (f"; rank {missing}'s is missing" if missing is not None else "")
@@ -263,7 +267,7 @@ def _read_universal(folder: Path, shapes: Shapes) -> dict[str, Pieces]:
     """DeepSpeed's universal layout (ds_to_universal): zero/NAME/fp32.pt, each parameter whole."""
     trained = {}
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
-        if Path(name).name != name or name in {".", ".."}:
+        if not is_file_name(name):
             raise CheckpointError(f"{folder}: {name[:100]!r}: no name of a parameter")
         path = folder / UNIVERSAL / name / "fp32.pt"
         check_inside(folder, path)
@@ -275,8 +279,6 @@ def _read_universal(folder: Path, shapes: Shapes) -> dict[str, Pieces]:
             raise CheckpointError(f"{path}: expected a tensor of {list(shape)}")
         value.check()
         trained[name] = Pieces(value.dtype, shape, (value.array.reshape(-1),))
-    if not trained:
-        raise CheckpointError(f"{folder}: its model states name no trained parameter")
     return trained
 
 

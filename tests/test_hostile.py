@@ -1,0 +1,153 @@
+"""Files of strangers: each of the corpus is refused by name, runs nothing, and takes no memory to speak of."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5tune.errors import CheckpointError
+from t5tune.export import export
+from t5tune.settings import ExportSettings
+from t5tune.weights.streaming import Checkpoint
+
+from .conftest import t5tune
+from .hostile import zero_folders
+from .hostile.zips import hostile_pickles, hostile_zips, torch_file
+
+MEMORY = 384 << 20
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """No more memory than this process has now and a little."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def refused(folder: Path, data: bytes, said: str) -> None:
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(data)
+    before = sorted(os.listdir(folder))
+    with pytest.raises(CheckpointError, match=f"(?s){'pytorch_model'}.*({said})") as caught:
+        Checkpoint(folder)
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 500 + len(str(path))
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_the_corpus_is_made_of_a_file_that_is_good(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(torch_file())
+    assert Checkpoint(tmp_path).tensor("w").array.tolist() == [[0, 1, 2], [3, 4, 5]]
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert state["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+ZIPS, PICKLES = hostile_zips(), hostile_pickles()
+
+
+@pytest.mark.parametrize("name", ZIPS)
+def test_a_zip_that_lies_is_refused(tmp_path: Path, bounded: None, name: str) -> None:
+    refused(tmp_path, *ZIPS[name])
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path: Path, bounded: None, name: str) -> None:
+    refused(tmp_path, *PICKLES[name])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, bounded: None, kind: str) -> None:
+    from t5tune.weights.torch_file import read_torch_file
+
+    path = tmp_path / "x.bin"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"x\.bin"):
+        read_torch_file(path)
+
+
+# folders of DeepSpeed's ranks
+
+
+def run_export(folder: Path, output: Path, **changes: Any) -> Any:
+    return export(ExportSettings(checkpoint=folder, output_dir=output, **changes))
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3, "universal"])
+def test_the_folders_corpus_is_made_of_ones_that_are_good(tmp_path: Path, kind: Any) -> None:
+    folder = (
+        zero_folders.make(tmp_path / "run", kind) if kind != "universal" else zero_folders.universal(tmp_path / "run")
+    )
+    result = run_export(folder, tmp_path / "adapter")
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sorted(state) == sorted(zero_folders.values())
+    assert all(torch.equal(state[name], value) for name, value in zero_folders.values().items())
+    assert (result.step, result.world_size) == (4, 2)
+
+
+def export_refused(folder: Path, tmp_path: Path, said: str) -> None:
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(CheckpointError, match=f"(?s)({said})") as caught:
+        run_export(folder, tmp_path / "adapter")
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == 2
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("name", zero_folders.FOLDERS)
+def test_a_folder_of_shards_that_lies_is_refused_and_nothing_is_written(
+    tmp_path: Path, bounded: None, name: str
+) -> None:
+    spoil, said = zero_folders.FOLDERS[name]
+    folder = zero_folders.make(tmp_path / "run")
+    spoil(folder)
+    export_refused(folder, tmp_path, said)
+
+
+@pytest.mark.parametrize("name", zero_folders.UNIVERSALS)
+def test_a_universal_folder_that_lies_is_refused_and_nothing_is_written(
+    tmp_path: Path, bounded: None, name: str
+) -> None:
+    spoil, said = zero_folders.UNIVERSALS[name]
+    folder = zero_folders.universal(tmp_path / "run")
+    spoil(folder)
+    export_refused(folder, tmp_path, said)
+
+
+def test_the_command_line_refuses_with_exit_code_2_and_one_line(tmp_path: Path) -> None:
+    folder = zero_folders.make(tmp_path / "run")
+    zero_folders.shard(folder, 1).write_bytes(PICKLES["asks for os system"][0])
+    done = t5tune("export", folder, "--output-dir", tmp_path / "adapter")
+    assert done.code == 2
+    assert len(done.errors) == 1
+    assert "os.system" in done.errors[0]
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_link_of_the_hubs_cache_is_followed(tmp_path: Path) -> None:
+    """models--x/snapshots/REVISION/file -> ../../blobs/HASH, as the hub lays an adapter out."""
+    run_export(zero_folders.make(tmp_path / "run"), tmp_path / "adapter")
+    snapshot = tmp_path / "models--me--adapter" / "snapshots" / "abc"
+    (tmp_path / "models--me--adapter" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate((tmp_path / "adapter").iterdir()):
+        path.rename(tmp_path / "models--me--adapter" / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    run_export(snapshot, tmp_path / "again")
+    state = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(state[name], value) for name, value in zero_folders.values().items())
