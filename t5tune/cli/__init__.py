@@ -6,6 +6,7 @@ draws inside the functions that draw, so that `--help` loads neither torch nor h
 
 import atexit
 import difflib
+import io
 import logging
 import os
 import sys
@@ -79,6 +80,8 @@ def _without_options(summary: str) -> Callable[[], None]:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 stopped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an arrow in --help on a terminal of another code page
     code = run(sys.argv[1:] if arguments is None else arguments)
     if "WORLD_SIZE" in os.environ:
         # gloo's threads may outlive the process group, and end the process with SIGABRT while the interpreter
