@@ -108,8 +108,9 @@ def _of_zero(folder: Path, zero: ZeroState, old: OldLora) -> Trained:
         frozen |= {name: value for name, value in found.items() if not is_adapter_name(name)}
         found = {name: value for name, value in found.items() if is_adapter_name(name)}
     gathered = {name: value.tensor() for name, value in found.items()}
-    if zero.stage > 0:
-        gathered = {name: Tensor("F32", value.to_float32()) for name, value in gathered.items()}
+    for name, value in gathered.items():
+        if zero.stage > 0 and value.dtype != "F32":  # DeepSpeed can keep its masters in bf16
+            gathered[name] = Tensor("F32", value.to_float32())
     if not any(map(is_adapter_name, gathered)):
         raise CheckpointError(
             f"checkpoint: {folder}: of full training, its shards hold no LoRA matrix",
