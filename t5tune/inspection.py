@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.cache import Cache, open_cache
+from t5tune.data.lengths import Histogram, length_histogram
 from t5tune.data.order import epoch_order, padding_share
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import DataError, SettingsError
@@ -19,7 +20,6 @@ from t5tune.progress import Report, silent
 from t5tune.settings import InspectSettings
 
 NUM_LONGEST = 5
-NUM_BARS = 20
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,6 @@ class Shown:
     source_head: int
     source_cut: list[int]
     target_cut: list[int]
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How many lengths lie from edges[i] up to, without, edges[i + 1] (tokens); the last edge counts too."""
-
-    edges: list[int]
-    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -149,18 +141,10 @@ def _statistics(cache: Cache, batch_size: int) -> Statistics:
     shuffled = np.random.default_rng(0).permutation(everything)
     by_length = epoch_order(sources + targets, batch_size, seed=0, epoch=0)
     return Statistics(
-        source=_histogram(sources),
-        target=_histogram(targets),
+        source=length_histogram(sources),
+        target=length_histogram(targets),
         batch_size=batch_size,
         padding_random=round(padding_share(sources, targets, shuffled, batch_size), 4),
         padding_by_length=round(padding_share(sources, targets, by_length, batch_size), 4),
         longest=np.argsort(-(sources + targets), kind="stable")[:NUM_LONGEST].tolist(),
     )
-
-
-def _histogram(lengths: npt.NDArray[np.int64]) -> Histogram:
-    low, high = int(lengths.min()), int(lengths.max())
-    width = max(1, -(-(high - low + 1) // NUM_BARS))
-    edges = list(range(low, high + width + 1, width))
-    counts, _ = np.histogram(lengths, edges)
-    return Histogram(edges, counts.tolist())

@@ -11,7 +11,8 @@ from t5tune.data.vocabulary import TextRun, text_runs
 from t5tune.publish import write_file
 
 if TYPE_CHECKING:
-    from t5tune.inspection import Histogram, Shown, Statistics
+    from t5tune.data.lengths import Histogram
+    from t5tune.inspection import Shown, Statistics
 
 STYLE = """
 :root {

@@ -11,10 +11,8 @@ import importlib.util
 import io
 import json
 import os
-import resource
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -28,12 +26,13 @@ from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.data.templates import template_from
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DependencyError, SettingsError, TrainingError
-from t5tune.model.device import choose_device
+from t5tune.model.device import choose_device, peak_memory
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
 from t5tune.publish import write_file, write_json
 from t5tune.settings import PrepareSettings, TrainSettings, dump_settings
 from t5tune.training.launch import World
+from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.adapter import TEMPLATE, config_without_start
 from t5tune.weights.base import find_base, read_config
 from t5tune.yaml_file import read_yaml
@@ -144,12 +143,13 @@ def check(settings: TrainSettings) -> None:
     Raises:
         SettingsError: an unknown field under training_args, a bad DeepSpeed configuration, missing GPUs.
         ModelError: no such base, or one of another family.
-        DependencyError: DeepSpeed or bitsandbytes is asked for and not there.
+        DependencyError: DeepSpeed or a tracker is asked for and not there.
     """
     from t5tune.model.family import family_of
 
     base = find_base(settings)
     family_of(read_config(base), base)
+    chosen_trackers(settings.report_to)
     problems = _nothing_to_evaluate_on(settings)
     if settings.training_args:
         from transformers import TrainingArguments
@@ -330,7 +330,14 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         patience=settings.early_stopping_patience,
         report=report,
     )
+    # PEFT's DoRA reads weights that ZeRO-3 has parted, so that it can train but not generate
+    wants_samples = settings.report_samples > 0 and not (sharded and settings.use_dora)
+    samples = _samples(settings, run, held_out or cache, tokenizer, layout) if wants_samples else None
+    if samples is not None:
+        trainer.add_callback(samples)
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if samples is not None:
+        samples.finish(trainer.model, trainer.is_world_process_zero())
     tokens = trainer.total_tokens()
     best = trainer.state.best_global_step if _best_by(settings) else None
     if best is not None:
@@ -347,13 +354,13 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         tokens_per_second=round(tokens / max(output.metrics["train_runtime"], 1e-9), 1),
         trainable_parameters=trainable,
         total_parameters=total,
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory(device),
         world_size=world.size,
         resumed_from=resume,
         seconds=round(time.monotonic() - started, 3),
     )
     if world.rank == 0:
-        _finish(run, trainer.state, result, best or result.steps)
+        _finish(run, settings, cache, trainer.state, result, best or result.steps)
     _barrier(world)
     return result
 
@@ -441,7 +448,7 @@ def _training_arguments(
         # ZeRO-3 frees a weight after its forward; only the reentrant way fetches it again when it recomputes
         checkpointing: settings.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": _stage(deepspeed) == 3},
-        "report_to": [] if settings.report_to == ["none"] else settings.report_to,
+        "report_to": chosen_trackers(settings.report_to),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -475,24 +482,29 @@ def _evaluation(state: Any, step: int | None) -> dict[str, float]:
     return {}
 
 
-def _finish(run: Run, state: Any, result: Trained, step: int) -> None:
-    """Put the adapter of a step's checkpoint at the top of the run folder, then the result that says it is over."""
+def _samples(settings: TrainSettings, run: Run, examples: Cache, tokenizer: Any, layout: Any) -> Any:
+    """The callback that replies to a few evenly spread examples."""
+    from t5tune.training.evaluation import spread
+    from t5tune.training.samples import SampleReplies
+
+    chosen = [examples[index] for index in spread(len(examples), settings.report_samples)]
+    return SampleReplies(run.folder, chosen, tokenizer, layout.answer_end, settings.per_device_eval_batch_size)
+
+
+def _finish(run: Run, settings: TrainSettings, cache: Cache, state: Any, result: Trained, step: int) -> None:
+    """Put the adapter of a step's checkpoint at the top of the run folder, the report of the run beside it, then
+    the result that says it is over.
+    """
+    from t5tune.report_page import write_report
+
     last = run.folder / f"checkpoint-{step}"
     for file in sorted(last.iterdir()):
         if file.name.startswith(RESULTS):
             shutil.copyfile(file, run.folder / file.name)
     state.save_to_json(str(run.folder / "trainer_state.json"))
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}
+    write_report(run.folder, settings, values, cache.lengths())
     write_json(run.folder / RESULT, values)
-
-
-def _peak_memory(device: Any) -> int:
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager

@@ -437,3 +437,7 @@ def test_two_ranks_of_zero3_resume_to_the_same_bits(untied_base: Path, conversat
     assert again.code == 0, again.stderr
     assert again.json["resumed_from"] == str(run / "checkpoint-2")
     assert (run / "adapter_model.safetensors").read_bytes() == straight
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples) == 3
+    assert all({"source", "target", "before", "after"} == set(sample) for sample in samples)
+    assert "Replies before and after" in (run / "report.html").read_text()

@@ -23,7 +23,7 @@ from t5tune.verbs import SUMMARIES
 
 if TYPE_CHECKING:
     from t5tune.cli.console import Screen
-    from t5tune.settings import Settings, TrainSettings
+    from t5tune.settings import DoctorSettings, Settings, TrainSettings
 
 EPILOG = (
     "Flags may be written with _ for -, a BOOL also as --flag and --no-flag, a list as a b, a,b or by repeating "
@@ -164,6 +164,9 @@ def _run_command(
             _close(screen)
             console.show_error(T5TuneError("interrupted"), stream if json else None, debug)
             raise typer.Exit(130) from None
+        except typer.Exit:
+            _close(screen)
+            raise
         except Exception as error:
             _close(screen)
             if not _leave_for_launcher(error):
@@ -215,6 +218,7 @@ def _leave_for_launcher(error: Exception) -> bool:
 def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -> Any:
     from t5tune.settings import (
         ChatSettings,
+        DoctorSettings,
         EvaluateSettings,
         ExportSettings,
         InspectSettings,
@@ -254,8 +258,23 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
             from t5tune.cli.inspection import show
 
             return show(settings, report, stream, as_json)
+        case DoctorSettings():
+            return _doctor(settings, report, stream, as_json)
         case _:
             raise AssertionError(settings)
+
+
+def _doctor(settings: "DoctorSettings", report: Report, stream: TextIO, as_json: bool) -> None:
+    from t5tune.cli import console, doctor
+    from t5tune.doctor import doctor as diagnose
+
+    diagnosis = diagnose(settings, report)
+    if as_json:
+        print(console.as_json(diagnosis), file=stream, flush=True)
+    else:
+        doctor.show(diagnosis, stream)
+    if not diagnosis.ok:
+        raise typer.Exit(1)
 
 
 def _train(settings: "TrainSettings", report: Report) -> Any:

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from t5tune.data.cache import open_cache
+from t5tune.data.lengths import Histogram
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.vocabulary import TextRun, text_runs
-from t5tune.inspection import Histogram, Shown, Statistics, inspect
+from t5tune.inspection import Shown, Statistics, inspect
 from t5tune.progress import Report
 from t5tune.settings import InspectSettings
 

@@ -1,6 +1,8 @@
-"""Where to compute."""
+"""Where to compute, and how much memory it took."""
 
 import os
+import resource
+import sys
 from typing import Any
 
 from t5tune.errors import SettingsError
@@ -27,3 +29,13 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def peak_memory(device: Any) -> int:
+    """Bytes that this process held at its peak: of the GPU's memory, or on the CPU of the machine's."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

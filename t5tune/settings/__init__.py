@@ -8,6 +8,7 @@ Precedence: default < file < environment < flags. All problems are raised togeth
 from t5tune.settings.commands import (
     COMMANDS,
     ChatSettings,
+    DoctorSettings,
     EvaluateSettings,
     ExportSettings,
     InspectSettings,
@@ -25,6 +26,7 @@ __all__ = [
     "ChatSettings",
     "ConversationSettings",
     "DataSettings",
+    "DoctorSettings",
     "EvaluateSettings",
     "ExportSettings",
     "InspectSettings",

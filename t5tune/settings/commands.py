@@ -194,6 +194,13 @@ class InspectSettings(Settings):
     )
 
 
+class DoctorSettings(Settings):
+    command: ClassVar[str] = "doctor"
+    panel: ClassVar[str] = "Doctor"
+
+    timeout: float = Field(default=120.0, gt=0, description="Give up on a check after this long (seconds).")
+
+
 COMMANDS: tuple[type[Settings], ...] = (
     PrepareSettings,
     TrainSettings,
@@ -202,4 +209,5 @@ COMMANDS: tuple[type[Settings], ...] = (
     ChatSettings,
     EvaluateSettings,
     InspectSettings,
+    DoctorSettings,
 )

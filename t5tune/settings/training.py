@@ -94,7 +94,12 @@ class EvaluationSettings(Settings):
         default=None, gt=0, description="Keep only the newest N checkpoints; default: all."
     )
     logging_steps: int = Field(default=10, gt=0, description="Steps between lines of metrics.jsonl.")
-    report_to: Words = Field(default=["none"], description="Trackers: tensorboard, wandb, mlflow, … or none.")
+    report_to: Words = Field(default=["none"], description="Trackers: tensorboard, wandb, mlflow, trackio, … or none.")
+    report_samples: int = Field(
+        default=3,
+        ge=0,
+        description="Examples that report.html shows with replies from before and after training (64 tokens at most).",
+    )
 
 
 class ProcessSettings(Settings):

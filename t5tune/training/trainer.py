@@ -1,6 +1,5 @@
 """Hugging Face's Trainer with the house's loss, checkpoints and events."""
 
-import json
 import math
 import shutil
 import time
@@ -20,11 +19,13 @@ from t5tune.data.cache import Cache
 from t5tune.data.tokenizer import Tokenizer, answer_text, true_text
 from t5tune.errors import TrainingError
 from t5tune.metrics import score
+from t5tune.model.device import peak_memory
 from t5tune.model.loss import IGNORED_LABEL, step_loss
 from t5tune.progress import Advanced, Finished, Measured, Report, Started
 from t5tune.training.batches import BucketSampler, ExampleDataset, PaddedCollator
 from t5tune.training.checkpoint import STAGED, publish
 from t5tune.training.evaluation import generate_replies, longest_target, measure_losses, spread
+from t5tune.training.journal import Journal
 from t5tune.weights.adapter import saved_name, without_start
 from t5tune.weights.streaming import SafetensorsFile
 from t5tune.weights.tensors import Tensor
@@ -98,6 +99,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.patience = patience
         self.report = report
         self.run_folder = Path(args.output_dir)
+        self.journal = Journal(self.run_folder)
         self.tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.tokens_logged = 0
         self.logged_at = time.monotonic()
@@ -107,6 +109,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.add_callback(_Events(report))
         self.add_callback(_LastStep())
+        if self.is_world_process_zero():
+            self.add_callback(_Heartbeat(self.journal))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.tokens += inputs["attention_mask"].sum().to(self.tokens.device)
@@ -167,16 +171,15 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens per second to the training figures, and append the line to metrics.jsonl."""
+        """Add tokens per second and memory to the training figures, and append the line to metrics.jsonl."""
         if "loss" in logs:
             tokens, now = self.total_tokens(), time.monotonic()
             logs["tokens_per_second"] = round((tokens - self.tokens_logged) / max(now - self.logged_at, 1e-9), 1)
             self.tokens_logged, self.logged_at = tokens, now
+            logs["peak_memory_bytes"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         if self.is_world_process_zero():
-            line = {"step": self.state.global_step, **logs}
-            with open(self.run_folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.journal.write(self.state.global_step, logs)
 
     def total_tokens(self) -> int:
         """Source and target tokens trained on since this process started, over all ranks."""
@@ -282,6 +285,19 @@ class _LastStep(TrainerCallback):  # type: ignore[misc]
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_evaluate &= self.evaluated != state.global_step
         return control
+
+
+class _Heartbeat(TrainerCallback):  # type: ignore[misc]
+    """A sign of life in metrics.jsonl where steps are slow."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.journal.beat(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.journal.beat(state.global_step)
 
 
 class _Events(TrainerCallback):  # type: ignore[misc]

@@ -1,0 +1,24 @@
+"""`t5tune doctor` on the terminal: a line a check, then what to do."""
+
+from typing import TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from t5tune.doctor import Diagnosis
+
+STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
+
+
+def show(diagnosis: Diagnosis, stream: TextIO) -> None:
+    """Print the findings; the text is what an issue report should carry, so it is whole lines of plain words."""
+    console = Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
+    console.print(f"t5tune {diagnosis.version} on {diagnosis.platform}", markup=False)
+    width = max(len(finding.check) for finding in diagnosis.findings)
+    for finding in diagnosis.findings:
+        state = Text(f"{finding.state:<8}", STYLES[finding.state])
+        console.print(Text.assemble(state, f"{finding.check:<{width}}  ", finding.found))
+        if finding.mend:
+            console.print(Text.assemble(" " * (width + 10), ("mend: ", "bold"), finding.mend))
+    verdict = "training can run here" if diagnosis.ok else "training can't run here: mend what is broken"
+    console.print(Text(verdict, "green" if diagnosis.ok else "bold red"))

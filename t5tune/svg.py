@@ -1,0 +1,141 @@
+"""Line charts and histograms as inline SVG, drawn in the colours of the page around them.
+
+    line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])], "step")
+
+The page's style sheet gives the classes `axis`, `grid`, `line-0`, `line-1`, `bar-0`, … their colours.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 520, 210  # of the drawing; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins, for the labels
+MOST_POINTS = 300
+NUM_TICKS = 4
+DOTS_UP_TO = 40  # points of a series that are few enough to be marked one by one
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: its name for the legend, and its (x, y) points in the order of x."""
+
+    name: str
+    points: list[tuple[float, float]]
+
+
+def line_chart(title: str, series: Sequence[Series], x_name: str) -> str:
+    """The series in one frame; what isn't finite is left out. Nothing where no point is left."""
+    lines = [Series(one.name, _thinned([p for p in one.points if math.isfinite(p[1])])) for one in series]
+    lines = [one for one in lines if one.points]
+    if not lines:
+        return ""
+    points = [point for one in lines for point in one.points]
+    ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
+    low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
+    frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1])
+    parts = [frame.grid(ticks), frame.x_label(low_x, "start"), frame.x_label(high_x, "end"), frame.x_name(x_name)]
+    for number, one in enumerate(lines):
+        places = [(frame.x(x), frame.y(y)) for x, y in one.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline class="line-{number}" points="{path}"/>')
+        if len(places) <= DOTS_UP_TO:
+            for (x, y), (step, value) in zip(places, one.points, strict=True):
+                words = html.escape(f"{one.name}: {short(value)} at {x_name} {short(step)}")
+                parts.append(
+                    f'<circle class="dot-{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{words}</title></circle>'
+                )
+    legend = ""
+    if len(lines) > 1:
+        names = (f'<span class="key-{i}">{html.escape(one.name)}</span>' for i, one in enumerate(lines))
+        legend = f'<span class="legend">{"".join(names)}</span>'
+    return _figure(title, legend, parts)
+
+
+def histogram(title: str, edges: Sequence[int], counts: Sequence[int], x_name: str, colour: int = 0) -> str:
+    """Bars over [edges[i], edges[i + 1]), each with its count."""
+    ticks = _ticks(0, max(counts))
+    frame = _Frame(edges[0], edges[-1], 0, ticks[-1])
+    parts = [frame.grid(ticks), frame.x_label(edges[0], "start"), frame.x_label(edges[-1], "end")]
+    parts.append(frame.x_name(x_name))
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        x, top = frame.x(low), frame.y(count)
+        words = f"{low:,}–{high - 1:,}: {count:,}"
+        parts.append(
+            f'<rect class="bar-{colour}" x="{x + 0.5:.1f}" y="{top:.1f}" width="{max(frame.x(high) - x - 1, 0.5):.1f}" '
+            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{words}</title></rect>'
+        )
+    return _figure(title, "", parts)
+
+
+def short(value: float) -> str:
+    """A number as an axis shows it: 0.00015, 12.5, 1,200, 81k, 3.2M, 1.4G."""
+    size = abs(value)
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if size >= factor:
+            scaled = value / (1e3 if unit == "k" else factor)
+            return f"{scaled:.3g}{unit}" if abs(scaled) < 1000 else f"{scaled:,.0f}{unit}"
+    return f"{value:,.0f}" if value == int(value) or size >= 1000 else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Places of values in the drawing."""
+
+    low_x: float
+    high_x: float
+    low_y: float
+    high_y: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)
+
+    def grid(self, ticks: Sequence[float]) -> str:
+        lines = []
+        for tick in ticks:
+            y = self.y(tick)
+            lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            lines.append(f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+        return "".join(lines)
+
+    def x_label(self, value: float, anchor: str) -> str:
+        place = f'x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}"'
+        return f'<text class="axis" {place} text-anchor="{anchor}">{short(value)}</text>'
+
+    def x_name(self, name: str) -> str:
+        place = f'x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - BOTTOM + 16}"'
+        return f'<text class="axis" {place} text-anchor="middle">{html.escape(name)}</text>'
+
+
+def _figure(title: str, legend: str, parts: Sequence[str]) -> str:
+    name = html.escape(title)
+    return (
+        f"<figure><figcaption>{name}{legend}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers that span low to high: (0.13, 2.4) -> [0, 1, 2, 3]."""
+    if high <= low:
+        margin = abs(low) * 0.1 or 1.0
+        low, high = low - margin if low else 0.0, high + margin
+    raw = (high - low) / NUM_TICKS
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MOST_POINTS: means of neighbours, and the last point as it is."""
+    size = -(-len(points) // MOST_POINTS)
+    if size <= 1:
+        return points
+    groups = [points[start : start + size] for start in range(0, len(points) - 1, size)]
+    means = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+    return [*means, points[-1]]
