@@ -257,7 +257,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
 
     from t5tune.model.load import count_parameters, load_base
     from t5tune.model.lora import add_lora
-    from t5tune.training.batches import PaddedCollator
+    from t5tune.training.batches import PackedCollator, PaddedCollator
     from t5tune.training.checkpoint import newest, remove_staged
     from t5tune.training.trainer import Answers, T5Trainer
     from t5tune.weights.adapter import WEIGHTS, TrainedWith, write_adapter
@@ -287,6 +287,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         model.requires_grad_(True)
     else:
         model, taken_out = add_lora(model, base, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
+    packs = _packs(settings, model, report)
     trainable, total = count_parameters(model)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -320,11 +321,14 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         train=cache,
         held_out=held_out,
         collator=PaddedCollator(tokenizer.pad_token_id, model.config.decoder_start_token_id),
+        packed=PackedCollator(model.config.decoder_start_token_id) if packs else None,
         write=write,
         weights_file=MODEL if is_full else WEIGHTS,
         taken_out=taken_out,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
         group_by_length=settings.group_by_length,
+        tokens_per_batch=settings.tokens_per_batch,
+        label_smoothing=settings.label_smoothing_factor,
         keep=settings.save_total_limit,
         answers=Answers(tokenizer, layout.answer_end, settings.eval_generate) if settings.eval_generate else None,
         patience=settings.early_stopping_patience,
@@ -374,6 +378,26 @@ def _data(settings: TrainSettings, run: Run) -> tuple[Cache, Cache | None]:
     if settings.eval_fraction > 0:
         return cache.split(settings.eval_fraction, settings.seed)
     return cache.parts()
+
+
+def _packs(settings: TrainSettings, model: Any, report: Report) -> bool:
+    """Make the model pack, where it is to and can.
+
+    Raises:
+        SettingsError: it is to and can't.
+    """
+    from t5tune.model.attention import can_pack, use_packing
+
+    if settings.packing == "off":
+        return False
+    if not can_pack(model):
+        reason = f"packing: the attention of {model.config.model_type} can't go through packed rows"
+        if settings.packing == "on":
+            raise SettingsError(reason, hint="leave it at auto, or say off: batches are padded then")
+        report(Note(f"{reason}; batches are padded"))
+        return False
+    use_packing(model)
+    return True
 
 
 def _shard(model: Any, configuration: dict[str, Any], dtype: Any) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from t5tune.training.batches import BucketSampler
+from t5tune.errors import SettingsError
+from t5tune.training.batches import BucketSampler, BudgetSampler
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 1000, 4099])
@@ -36,3 +37,71 @@ def test_a_step_holds_examples_of_like_length_and_steps_are_shuffled() -> None:
     assert shuffled.sum() / (shuffled.max(1) * 32).sum() < 0.6
     means = steps.mean(1)
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
+
+
+# --- batches by a budget of tokens -----------------------------------------------------------------------------
+
+
+def long_tailed(count: int, longest: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(source, target) lengths like those of real conversations."""
+    rng = np.random.default_rng(seed)
+    sources = np.clip(rng.lognormal(np.log(350), 1.1, count).astype(np.int64), 8, longest)
+    return sources, np.clip(rng.lognormal(np.log(150), 1.0, count).astype(np.int64), 4, longest)
+
+
+def epoch_of(sampler: BudgetSampler, epoch: int) -> list[list[int]]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("count", "step_size"), [(40, 1), (40, 16), (1000, 3), (5003, 8)])
+def test_each_epoch_has_every_example_once_in_as_many_batches_within_the_budget(
+    count: int, step_size: int, packed: bool
+) -> None:
+    sources, targets = long_tailed(count, 512)
+    sampler = BudgetSampler(sources, targets, 2048, packed, step_size, seed=1)
+    assert len(sampler) % step_size == 0
+    orders = [epoch_of(sampler, epoch) for epoch in range(6)]
+    for batches in orders:
+        assert len(batches) == len(sampler)
+        assert sorted(index for batch in batches for index in batch) == list(range(count))
+        if packed:
+            sizes = [(sources + targets)[batch].sum() for batch in batches]
+        else:
+            sizes = [len(batch) * (sources[batch].max() + targets[batch].max()) for batch in batches]
+        assert max(sizes) <= 2048
+    assert len({str(batches) for batches in orders}) == 6
+    assert epoch_of(sampler, 2) == orders[2]
+    assert epoch_of(BudgetSampler(sources, targets, 2048, packed, step_size, seed=2), 2) != orders[2]
+
+
+@pytest.mark.parametrize(("longest", "tokens"), [(512, 8192), (2048, 16384)])
+def test_padded_batches_are_full_and_of_like_length(longest: int, tokens: int) -> None:
+    sources, targets = long_tailed(20_000, longest)
+    batches = epoch_of(BudgetSampler(sources, targets, tokens, False, 4, seed=0), 1)
+    padded = sum(len(batch) * (sources[batch].max() + targets[batch].max()) for batch in batches)
+    assert (sources + targets).sum() / padded > 0.92
+    assert padded / len(batches) / tokens > 0.9
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_batches_of_a_step_cost_about_the_same(packed: bool) -> None:
+    sources, targets = long_tailed(20_000, 2048)
+    batches = epoch_of(BudgetSampler(sources, targets, 8192, packed, 8, seed=0), 0)
+    tokens = [
+        (sources + targets)[batch].sum() if packed else len(batch) * (sources[batch].max() + targets[batch].max())
+        for batch in batches
+    ]
+    steps = np.reshape(tokens, (-1, 8))
+    assert (steps.mean(1) / steps.max(1)).mean() > 0.9
+    means = steps.mean(1)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
+
+
+def test_budgets_that_cannot_be_kept_are_refused() -> None:
+    sources, targets = np.array([5, 60, 7]), np.array([3, 41, 2])
+    with pytest.raises(SettingsError, match="tokens_per_batch: 100: the longest example has 101 tokens"):
+        BudgetSampler(sources, targets, 100, True, 1, seed=0)
+    with pytest.raises(SettingsError, match="3 examples can't fill a step of 4 batches"):
+        BudgetSampler(sources, targets, 101, True, 4, seed=0)

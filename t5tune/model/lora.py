@@ -175,9 +175,10 @@ class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
+        if not output.ndim:  # the head gave the loss (see model/loss.py), and has taken the rows into account
+            return output
         for name in active_adapters:
-            rows_KD = self.trainable_tokens_delta[name]
-            ids_K = torch.as_tensor(self.token_indices[name], device=x.device)
+            rows_KD, ids_K = self.rows(name, x.device)
             if isinstance(self.base_layer, nn.Embedding):
                 is_row_BTK = x.unsqueeze(-1) == ids_K
                 replaced_BTD = functional.embedding(is_row_BTK.to(torch.uint8).argmax(-1), rows_KD)
@@ -186,3 +187,11 @@ class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
                 logits_BTK = functional.linear(x.to(rows_KD.dtype), rows_KD).to(output.dtype)
                 output = output.index_copy(-1, ids_K, logits_BTK)
         return output
+
+    def rows(self, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the trained rows, their places in the vocabulary)"""
+        if self._ids is None or self._ids.device != device:  # copied once: a copy to a GPU waits for it
+            self._ids = torch.tensor(self.token_indices[name], device=device)
+        return self.trainable_tokens_delta[name], self._ids
+
+    _ids: torch.Tensor | None = None

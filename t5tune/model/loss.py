@@ -1,29 +1,150 @@
-"""Cross-entropy over the target tokens of a whole step.
+"""Cross-entropy over the target tokens of a whole step, without the whole logits.
 
-Trainer's own way is wrong for T5: it takes the mean of each micro-batch, and multiplies loss and gradient by
-accumulation steps and ranks. Here it is the sum in fp32 over the number of target tokens of the global step.
+    loss = HeadLoss(model, label_smoothing=0.0)
+    with loss.of(labels_BT):
+        total = model(**inputs).logits        # the sum over the labels, in place of the logits
+
+Trainer's own way is wrong for T5: it takes the mean of each micro-batch in the model's dtype, and multiplies loss and
+gradient by accumulation steps and ranks. Here it is the sum in fp32, which the trainer divides by the number of target
+tokens of the global step.
+
+The logits of 32,000 words are the largest tensor of a step by far. They are computed here for some tokens at a time,
+and so is the gradient of the hidden states, in the forward: for a sum it needs no more than what is there then. So
+nothing of the vocabulary's size is kept. N tokens, V vocabulary, D width, K trained rows of the head.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional
+from torch import nn
+
+from t5tune.model.lora import TokenRows
 
 IGNORED_LABEL = -100
+LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: 522 tokens of T5's vocabulary
 
 
-def step_loss(
-    outputs: Any, labels_BT: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+class HeadLoss:
+    """Makes a model's head give the loss instead of logits while it knows the labels.
+
+    It is the head that computes it because under ZeRO-3 its weight is there inside of its forward alone.
+    """
+
+    def __init__(self, model: Any, label_smoothing: float) -> None:
+        head = model.get_output_embeddings()
+        self.label_smoothing = label_smoothing
+        self.labels_N: torch.Tensor | None = None
+        self.token_rows = next((part for part in head.modules() if isinstance(part, TokenRows)), None)
+        linear = next(part for part in head.modules() if isinstance(part, nn.Linear))
+        linear.forward = partial(self._forward, linear, linear.forward)  # type: ignore[method-assign]
+
+    @contextmanager
+    def of(self, labels: torch.Tensor) -> Iterator[None]:
+        """While it lasts, the model's `logits` are the summed cross-entropy of these labels."""
+        self.labels_N = labels.flatten()
+        try:
+            yield
+        finally:
+            self.labels_N = None
+
+    def _forward(self, linear: nn.Linear, stock: Any, hidden: torch.Tensor) -> Any:
+        if self.labels_N is None:
+            return stock(hidden)
+        rows_KD = ids_K = None
+        if self.token_rows is not None:
+            (name,) = self.token_rows.trainable_tokens_delta
+            rows_KD, ids_K = self.token_rows.rows(name, hidden.device)
+        return summed_cross_entropy(
+            hidden.flatten(0, -2), linear.weight, self.labels_N, self.label_smoothing, rows_KD, ids_K
+        )
+
+
+def summed_cross_entropy(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    label_smoothing: float = 0.0,
+    rows_KD: torch.Tensor | None = None,
+    ids_K: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Trainer's `compute_loss_func`.
+    """The sum of the cross-entropies of `hidden · weightᵀ` and the labels that aren't IGNORED_LABEL, in fp32.
 
     Args:
-        outputs: with logits, [B, T, V] in any floating dtype.
-        num_items_in_batch: target tokens of the step, over all micro-batches and ranks; None: of this batch.
+        label_smoothing: share of the target's probability that goes to all words alike (Szegedy et al. 2016).
+        rows_KD, ids_K: rows that stand in for those of `weight` at `ids`; they train, whether or not `weight` does.
     """
-    logits_NV = outputs["logits"].flatten(0, 1).float()
-    labels_N = labels_BT.flatten()
-    if num_items_in_batch is None:
-        num_items_in_batch = labels_N.ne(IGNORED_LABEL).sum().clamp_min(1)
-    total = functional.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="sum")
-    return total / num_items_in_batch
+    total: torch.Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, labels_N, label_smoothing, rows_KD, ids_K)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_N: torch.Tensor,
+        smoothing: float,
+        rows_KD: torch.Tensor | None,
+        ids_K: torch.Tensor | None,
+    ) -> torch.Tensor:
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        wants_rows = ctx.needs_input_grad[4]
+        exact = torch.promote_types(torch.float32, weight_VD.dtype)  # fp64 where a test computes in it
+        total = torch.zeros((), dtype=exact, device=hidden_ND.device)
+        hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        weight_grad_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
+        rows_grad_KD = torch.zeros_like(rows_KD, dtype=exact) if rows_KD is not None and wants_rows else None
+        num_words = weight_VD.shape[0]
+        chunk = max(1, LOGITS_AT_ONCE // num_words)
+        with torch.autocast(device, enabled=False):
+            weight_VD = weight_VD.to(dtype)
+            rows_KD = None if rows_KD is None else rows_KD.to(exact)
+            for start in range(0, len(hidden_ND), chunk):
+                part = slice(start, start + chunk)
+                hidden_CD = hidden_ND[part].to(dtype)
+                logits_CV = (hidden_CD @ weight_VD.T).to(exact)
+                if rows_KD is not None:
+                    logits_CV[:, ids_K] = hidden_CD.to(exact) @ rows_KD.T
+                is_target_C = labels_N[part] != IGNORED_LABEL
+                labels_C1 = labels_N[part, None].clamp_min(0)
+                normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
+                losses_C = (normaliser_C1 - (1 - smoothing) * logits_CV.gather(1, labels_C1)).squeeze(1)
+                if smoothing:
+                    losses_C -= smoothing * logits_CV.mean(1)
+                total += torch.where(is_target_C, losses_C, 0.0).sum()
+                if not (wants_hidden or wants_weight or wants_rows):
+                    continue
+                # from here on the logits' memory holds their gradient: probability minus target
+                grad_CV = logits_CV.sub_(normaliser_C1).exp_()
+                if smoothing:
+                    grad_CV -= smoothing / num_words
+                grad_CV.scatter_add_(1, labels_C1, torch.full_like(normaliser_C1, smoothing - 1))
+                grad_CV.mul_(is_target_C[:, None])
+                grad_CK = None
+                if rows_KD is not None:
+                    grad_CK = grad_CV[:, ids_K]
+                    grad_CV[:, ids_K] = 0
+                    if rows_grad_KD is not None:
+                        rows_grad_KD.addmm_(grad_CK.T, hidden_CD.to(exact))
+                if weight_grad_VD is not None:
+                    weight_grad_VD.addmm_(grad_CV.T, hidden_CD.to(exact))
+                if hidden_grad_ND is not None:
+                    hidden_grad_CD = grad_CV.to(dtype) @ weight_VD
+                    if grad_CK is not None and rows_KD is not None:
+                        hidden_grad_CD = hidden_grad_CD + grad_CK @ rows_KD
+                    hidden_grad_ND[part] = hidden_grad_CD
+        ctx.save_for_backward(hidden_grad_ND, weight_grad_VD, rows_grad_KD)
+        ctx.dtypes = weight_VD.dtype, None if rows_KD is None else rows_KD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Any) -> Any:
+        (scale,) = scales
+        hidden, weight, rows = (None if grad is None else grad * scale for grad in ctx.saved_tensors)
+        return hidden, weight, None, None, rows, None

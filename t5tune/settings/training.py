@@ -20,9 +20,20 @@ class TrainingSettings(Settings):
         default=None, gt=0, description="Stop after this many optimizer steps; default: by num_train_epochs."
     )
     per_device_train_batch_size: int = Field(default=8, gt=0, description="Examples per process and micro-step.")
+    tokens_per_batch: Annotated[int | None, Maybe] = Field(
+        default=None,
+        gt=0,
+        description="Fill each micro-step of a process with examples up to this many tokens, source and target, "
+        "padding counted, in place of per_device_train_batch_size.",
+    )
     gradient_accumulation_steps: int = Field(default=1, gt=0, description="Micro-steps per optimizer step.")
     group_by_length: bool = Field(
         default=True, description="Fill each step with examples of about the same length, in shuffled windows."
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Lay the examples of a batch behind each other in one row, with no padding and the same result; "
+        "auto: where the model can.",
     )
     learning_rate: float = Field(default=5e-5, ge=0, description="Highest learning rate.")
     lr_scheduler_type: str = Field(
@@ -30,6 +41,9 @@ class TrainingSettings(Settings):
     )
     warmup_steps: float = Field(default=0, ge=0, description="Steps of linear warm-up; below 1: a share of all steps.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    label_smoothing_factor: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each target's probability that goes to all words alike."
+    )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Clip the gradient's norm to this; 0: don't clip.")
     optim: str = Field(default="adamw_torch", description="Optimizer, by its transformers name.")
     bf16: bool = Field(default=False, description="Compute in bfloat16; the base is kept in it too.")

@@ -1,4 +1,4 @@
-"""Cache -> padded batches."""
+"""Cache -> batches, padded or packed, of a number of examples or of a budget of tokens."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +10,9 @@ from torch.utils.data import Dataset, Sampler
 
 from t5tune.data.cache import Cache
 from t5tune.data.encoding import Example
-from t5tune.data.order import epoch_order
+from t5tune.data.order import budget_batches, epoch_order, num_batches
+from t5tune.errors import SettingsError
+from t5tune.model.attention import Segments
 from t5tune.model.loss import IGNORED_LABEL
 
 
@@ -48,6 +50,73 @@ class BucketSampler(Sampler[int]):
         yield from epoch_order(self.lengths, self.step_size, self.seed, self.epoch).tolist()
 
 
+class BudgetSampler(Sampler[list[int]]):
+    """`budget_batches` as torch's batch sampler: the micro-batches of every rank, step by step and rank by rank.
+
+    Raises:
+        SettingsError: an example is longer than the budget, or there are fewer examples than a step has batches.
+    """
+
+    def __init__(
+        self,
+        sources: npt.NDArray[np.int64],
+        targets: npt.NDArray[np.int64],
+        tokens: int,
+        packed: bool,
+        step_size: int,
+        seed: int,
+    ) -> None:
+        longest = int((sources + targets).max())
+        if longest > tokens:
+            raise SettingsError(
+                f"tokens_per_batch: {tokens}: the longest example has {longest} tokens, source and target",
+                hint=f"give at least {longest}, or cut examples with model_max_length",
+            )
+        self.lengths = sources, targets
+        self.tokens = tokens
+        self.packed = packed
+        self.step_size = step_size
+        self.seed = seed
+        self.count = num_batches(sources, targets, tokens, packed, step_size, seed)
+        self.epoch = 0
+        if self.count > len(sources):
+            raise SettingsError(
+                f"tokens_per_batch: {tokens}: {len(sources)} examples can't fill a step of {step_size} batches "
+                "(gradient_accumulation_steps × processes)"
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """The trainer calls this before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = budget_batches(
+            *self.lengths, self.tokens, self.packed, self.step_size, self.count, self.seed, self.epoch
+        )
+        yield from (batch.tolist() for batch in batches)
+
+
+class PackedCollator:
+    """Lays the examples of a batch behind each other in one row (see model/attention.py)."""
+
+    def __init__(self, decoder_start_token_id: int) -> None:
+        self.decoder_start_token_id = decoder_start_token_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        sources = [example.source_S for example in examples]
+        targets = [example.target_T for example in examples]
+        shifted = _shifted(targets, self.decoder_start_token_id)
+        return {
+            "input_ids": _row(sources),
+            "decoder_input_ids": _row(shifted),
+            "labels": _row(targets),
+            "packing": Segments(tuple(map(len, sources)), tuple(map(len, targets))),
+        }
+
+
 class PaddedCollator:
     """Pads a batch to its longest source and target.
 
@@ -62,13 +131,21 @@ class PaddedCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         sources = [example.source_S for example in examples]
         targets = [example.target_T for example in examples]
-        shifted = [np.concatenate([[self.decoder_start_token_id], target[:-1]]) for target in targets]
+        shifted = _shifted(targets, self.decoder_start_token_id)
         return {
             "input_ids": _pad(sources, self.pad_token_id),
             "attention_mask": _pad([np.ones_like(source) for source in sources], 0),
             "decoder_input_ids": _pad(shifted, self.pad_token_id),
             "labels": _pad(targets, IGNORED_LABEL),
         }
+
+
+def _shifted(targets: list[Any], start: int) -> list[Any]:
+    return [np.concatenate([[start], target[:-1]]) for target in targets]
+
+
+def _row(parts: list[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 
 def _pad(rows: list[Any], value: int) -> torch.Tensor:

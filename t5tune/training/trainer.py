@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -20,9 +21,9 @@ from t5tune.data.tokenizer import Tokenizer, answer_text, true_text
 from t5tune.errors import TrainingError
 from t5tune.metrics import score
 from t5tune.model.device import peak_memory
-from t5tune.model.loss import IGNORED_LABEL, step_loss
+from t5tune.model.loss import IGNORED_LABEL, HeadLoss
 from t5tune.progress import Advanced, Finished, Measured, Report, Started
-from t5tune.training.batches import BucketSampler, ExampleDataset, PaddedCollator
+from t5tune.training.batches import BucketSampler, BudgetSampler, ExampleDataset, PackedCollator, PaddedCollator
 from t5tune.training.checkpoint import STAGED, publish
 from t5tune.training.evaluation import generate_replies, longest_target, measure_losses, spread
 from t5tune.training.journal import Journal
@@ -58,7 +59,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         weights_file: the file in it that `write` puts the tensors into.
         taken_out: LoRA matrices that were taken out of the base's weights (see weights.adapter.without_start).
         loraplus_lr_ratio: learning rate of the B matrices over that of the others.
+        collator: of evaluation's batches, and of training's where packed is None.
+        packed: of training's batches, where the model packs.
         group_by_length: fill each step with examples of about the same length.
+        tokens_per_batch: source and target tokens of a micro-batch; None: a fixed number of examples.
+        label_smoothing: share of the target's probability that goes to all words alike.
         keep: number of checkpoints to keep beside the best; None: all.
         answers: how evaluation generates; None: it measures the loss alone.
         patience: evaluations without a better figure after which training stops; None: it goes on.
@@ -71,11 +76,14 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         train: Cache,
         held_out: Cache | None,
         collator: PaddedCollator,
+        packed: PackedCollator | None,
         write: Callable[[Path, dict[str, Tensor]], None],
         weights_file: str,
         taken_out: dict[str, Tensor],
         loraplus_lr_ratio: float | None,
         group_by_length: bool,
+        tokens_per_batch: int | None,
+        label_smoothing: float,
         keep: int | None,
         answers: Answers | None,
         patience: int | None,
@@ -86,14 +94,16 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             args=args,
             train_dataset=ExampleDataset(train),
             eval_dataset=ExampleDataset(held_out) if held_out is not None else None,
-            data_collator=collator,
-            compute_loss_func=step_loss,
+            data_collator=packed or collator,
+            compute_loss_func=_over_the_step,
         )
         self.write = write
         self.weights_file = weights_file
         self.taken_out = taken_out
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.group_by_length = group_by_length
+        self.eval_collator = collator
+        self.head_loss = HeadLoss(model, label_smoothing)
+        self.train_sampler = self._sampler(train, group_by_length, tokens_per_batch)
         self.keep = keep
         self.answers = answers
         self.patience = patience
@@ -112,9 +122,13 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if self.is_world_process_zero():
             self.add_callback(_Heartbeat(self.journal))
 
+        if self.train_sampler is not None:
+            self.add_callback(_EpochOf(self.train_sampler))
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self.tokens += inputs["attention_mask"].sum().to(self.tokens.device)
-        self.tokens += inputs["labels"].ne(IGNORED_LABEL).sum().to(self.tokens.device)
+        is_packed = "packing" in inputs
+        self.tokens += inputs["input_ids"].numel() if is_packed else inputs["attention_mask"].sum()
+        self.tokens += inputs["labels"].ne(IGNORED_LABEL).sum()
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -123,13 +137,38 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             )
         return loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.group_by_length:
-            return super()._get_train_sampler(train_dataset)
-        sources, targets = self.train_dataset.cache.lengths()
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        """Trainer's, the head giving the sum over this micro-batch (see model/loss.py)."""
+        with self.head_loss.of(inputs["labels"]):
+            return super().compute_loss(model, inputs, *arguments, **options)
+
+    def _sampler(
+        self, cache: Cache, group_by_length: bool, tokens_per_batch: int | None
+    ) -> BucketSampler | BudgetSampler | None:
         args = self.args
-        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return BucketSampler(sources + targets, step_size, args.seed)
+        sources, targets = cache.lengths()
+        batches = args.gradient_accumulation_steps * args.world_size
+        if tokens_per_batch is not None:
+            is_packed = isinstance(self.data_collator, PackedCollator)
+            return BudgetSampler(sources, targets, tokens_per_batch, is_packed, batches, args.seed)
+        return BucketSampler(sources + targets, args.train_batch_size * batches, args.seed) if group_by_length else None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.train_sampler or super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's for batches of some number of examples; the sampler's own batches where they have a budget."""
+        if not isinstance(self.train_sampler, BudgetSampler):
+            return super().get_train_dataloader()
+        self.accelerator.even_batches = False  # every rank gets as many from the sampler
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """The loss per target token of the held-out examples, and the scores of a sample of answers.
@@ -138,7 +177,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         random state changed: its data loader draws from it. This one draws nothing.
         """
         examples, batch_size = self.eval_dataset.cache, self.args.per_device_eval_batch_size
-        loss = measure_losses(self.model, examples, self.data_collator, batch_size).mean
+        loss = measure_losses(self.model, examples, self.eval_collator, batch_size).mean
         figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if self.answers is not None:
             figures |= self.answers.score(self.model, examples, batch_size)
@@ -300,6 +339,16 @@ class _Heartbeat(TrainerCallback):  # type: ignore[misc]
         self.journal.beat(state.global_step)
 
 
+class _EpochOf(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler its epoch. Trainer doesn't where it resumes on several ranks: accelerate wraps it too often."""
+
+    def __init__(self, sampler: BucketSampler | BudgetSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class _Events(TrainerCallback):  # type: ignore[misc]
     """Trainer's callbacks as the house's events."""
 
@@ -330,6 +379,11 @@ class _Events(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.report(Finished(TASK))
+
+
+def _over_the_step(outputs: Any, _labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """The head's sum over the number of target tokens of the step: all its micro-batches on all ranks."""
+    return outputs["logits"] / num_items_in_batch  # type: ignore[no-any-return]
 
 
 def _master(parameter: Any) -> torch.Tensor:
