@@ -157,7 +157,7 @@ def test_adapters_and_token_rows_get_the_same_gradients(way: str, base: Path) ->
 def test_attention_dropout_falls_on_every_segment_alike() -> None:
     """Where values are all one, an output is the mean of kept / (1 - p): mean one, and the variance of dropout."""
     torch.manual_seed(0)
-    lengths = (64, 128, 8)
+    lengths = [64, 128, 8]
     query, key = torch.zeros(1, 512, 200, 4), torch.zeros(1, 512, 200, 4)
     output = segment_attention(query, key, torch.ones(1, 512, 200, 4), lengths, lengths, None, dropout=0.25)
     for part, length in zip(output[0, :, :, 0].split(lengths), lengths, strict=True):

@@ -72,8 +72,8 @@ def _forward(
         _heads(module, module.q(hidden_BQ)),
         _heads(module, module.k(source_BK)),
         _heads(module, module.v(source_BK)),
-        queries,
-        keys,
+        list(queries),
+        list(keys),
         bias_1HQK,
         module.dropout if module.training else 0.0,
     )
@@ -85,8 +85,8 @@ def segment_attention(
     query_BHQD: torch.Tensor,
     key_BHKD: torch.Tensor,
     value_BHKD: torch.Tensor,
-    queries: tuple[int, ...],
-    keys: tuple[int, ...],
+    queries: list[int],
+    keys: list[int],
     bias_1HQK: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
