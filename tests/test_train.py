@@ -106,6 +106,32 @@ def test_quantised_base_keeps_the_rest_bit_by_bit_and_answers_almost_alike(untie
     assert 0 < (a - b).abs().max() < 0.5 * a.abs().max()
 
 
+def test_wo_is_quantised_too_unless_it_is_not_to_be() -> None:
+    """In bf16, where 4-bit storage of the wrong dtype would turn its input into garbage without a word."""
+    from t5tune.model.load import load_base
+    from t5tune.weights.pocket import pocket_folder
+
+    def load(**changes: Any) -> Any:
+        quantisation = QuantisationSettings(q_lora=True, **changes) if changes else None
+        return load_base(pocket_folder(), torch.bfloat16, torch.device("cpu"), quantisation)
+
+    models = {"whole": load(), "wo": load(quantize_wo=True), "no wo": load(quantize_wo=False)}
+    kinds = {
+        name: {type(value).__name__ for key, value in model.named_parameters() if ".wo." in key}
+        for name, model in models.items()
+    }
+    assert kinds == {"whole": {"Parameter"}, "wo": {"Params4bit"}, "no wo": {"Parameter"}}
+    for model in models.values():
+        for name in ("shared.weight", "lm_head.weight", "encoder.final_layer_norm.weight"):
+            assert model.get_parameter(name).dtype == torch.bfloat16
+    torch.manual_seed(0)
+    ids = torch.randint(50, 1500, (4, 24))
+    with torch.inference_mode():
+        logits = {name: model(input_ids=ids, decoder_input_ids=ids).logits.float() for name, model in models.items()}
+    off = {name: float((value - logits["whole"]).norm() / logits["whole"].norm()) for name, value in logits.items()}
+    assert 0 < off["no wo"] < off["wo"] < 2 * off["no wo"] < 0.5
+
+
 def test_a_file_that_does_not_fit_its_config_is_refused_by_name(untied_base: Path, tmp_path: Path) -> None:
     import shutil
 

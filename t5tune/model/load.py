@@ -28,8 +28,9 @@ TORCH_DTYPES = {
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# T5's first release saved a bias for the first cross-attention, which has no positions; nothing ever read it
 OUTLIERS = 6.0  # LLM.int8() computes activations beyond this apart, unquantised; the paper's value
+COPIED_AT_ONCE = 16 << 20  # bytes
+# T5's first release saved a bias for the first cross-attention, which has no positions; nothing ever read it
 IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 
 
@@ -113,7 +114,7 @@ def _expect_shape(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) ->
 
 def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     module: Any = model.get_submodule(name.rpartition(".")[0])
-    values = to_torch(tensor).to(device, dtype)
+    values = to_torch(tensor, dtype).to(device)
     quantised = type(module.weight)
     if quantised.__name__ == "Params4bit":
         module.weight = quantised(
@@ -130,10 +131,14 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, devi
         _set_parameter(model, name, nn.Parameter(values, requires_grad=False))
 
 
-def to_torch(tensor: Tensor) -> torch.Tensor:
-    """A copy of a mapped tensor in torch."""
-    values = torch.frombuffer(bytearray(tensor.tobytes()), dtype=TORCH_DTYPES[tensor.dtype])
-    return values.reshape(tensor.shape)
+def to_torch(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of a mapped tensor in torch, made in pieces: nothing else of the tensor's size is in memory."""
+    values = torch.empty(tensor.shape, dtype=dtype)
+    rows = max(1, COPIED_AT_ONCE * len(tensor.array) // max(1, tensor.array.nbytes))
+    for start in range(0, len(tensor.array), rows):
+        part = slice(start, start + rows)
+        values[part] = torch.from_numpy(np.array(tensor.array[part])).view(TORCH_DTYPES[tensor.dtype])
+    return values
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -152,6 +157,8 @@ def _use_quantised_linears(model: nn.Module, dtype: torch.dtype, quantisation: Q
     in_int8 = quantisation.quant_type == "int8"
     for name, module in list(model.named_modules()):
         if not (isinstance(module, nn.Linear) and ".block." in name):
+            continue
+        if name.endswith(".wo") and not quantisation.quantize_wo:
             continue
         shape = (module.in_features, module.out_features)
         if in_int8:

@@ -124,7 +124,7 @@ def _start_from_quantisation_error(peft_model: Any, base: Path) -> None:
             continue
         quantised = module.base_layer.weight
         kept_OI = bitsandbytes.functional.dequantize_4bit(quantised.data, quantised.quant_state).float()
-        lost_OI = to_torch(checkpoint.tensor(f"{name}.weight")).to(kept_OI.device).float() - kept_OI
+        lost_OI = to_torch(checkpoint.tensor(f"{name}.weight"), torch.float32).to(kept_OI.device) - kept_OI
         u_OR, s_R, v_RI = torch.linalg.svd(lost_OI, full_matrices=False)
         rank = module.r["default"]
         root_R = (s_R[:rank] / module.scaling["default"]).sqrt()

@@ -18,4 +18,8 @@ class QuantisationSettings(Settings):
     quant_type: Literal["nf4", "fp4", "int8"] = Field(
         default="nf4", description="What q_lora keeps the base in: NormalFloat, 4-bit float, or LLM.int8()."
     )
+    quantize_wo: bool = Field(
+        default=True,
+        description="Quantise the feed-forward layers' output weights `wo` too, as large as a third of the rest.",
+    )
     double_quant: bool = Field(default=True, description="Quantise the scales of the 4-bit blocks too.")

@@ -1,0 +1,126 @@
+"""How much memory does it take to load a quantised base? This loader beside transformers' with BitsAndBytesConfig.
+
+    python benchmarks/load.py                       # Flan-T5-large's shape, random weights, in 4 bits, on the CPU
+    python benchmarks/load.py --shape xl --dtype float32
+
+Writes the weights tensor by tensor into a temporary folder, loads them by each way in a process of its own, and prints
+one JSON line: seconds, bytes of the parameters, and by how much the highest resident memory (VmHWM) is over what it was
+once the libraries had been imported.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5tune.weights.streaming import header_of
+
+SHAPES: dict[str, dict[str, int]] = {  # of Flan-T5
+    "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+    "large": {"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
+    "xl": {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+}
+STORED = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
+
+
+def write_base(folder: Path, shape: str, dtype: str) -> int:
+    """A random checkpoint of that shape; returns its bytes. No more than a tensor is in memory."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        **SHAPES[shape],
+        d_kv=64,
+        vocab_size=32128,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        architectures=["T5ForConditionalGeneration"],
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    name, size = STORED[dtype]
+    shapes = {key: tuple(value.shape) for key, value in model.named_parameters()} | {
+        "lm_head.weight": tuple(model.shared.weight.shape)
+    }
+    entries = {key: (name, shapes[key]) for key in sorted(shapes)}
+    rng = np.random.default_rng(0)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(header_of(entries, {"format": "pt"}))
+        for _, (_, dimensions) in entries.items():
+            values = rng.standard_normal(dimensions, np.float32) * np.float32(dimensions[-1] ** -0.5)
+            file.write((values if size == 4 else (values.view(np.uint32) >> 16).astype(np.uint16)).tobytes())
+        return file.tell()
+
+
+def load(way: str, folder: Path) -> dict[str, Any]:
+    """In a process of its own: load, and measure."""
+    import bitsandbytes  # noqa: F401
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, T5ForConditionalGeneration  # noqa: F401
+
+    from t5tune.model.load import load_base
+    from t5tune.settings import QuantisationSettings
+
+    imported = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far was importing's
+    started = time.perf_counter()
+    if way == "t5tune":
+        model = load_base(folder, torch.bfloat16, torch.device("cpu"), QuantisationSettings(q_lora=True))
+    else:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        options = {"quantization_config": quantisation, "dtype": torch.bfloat16, "device_map": "cpu"}
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options)
+    seconds = time.perf_counter() - started
+    parameters = {value.data_ptr(): value.numel() * value.element_size() for value in model.parameters()}
+    kinds = {type(value).__name__ for name, value in model.named_parameters() if name.endswith(".wo.weight")}
+    return {
+        "seconds": round(seconds, 1),
+        "parameter_bytes": sum(parameters.values()),
+        "peak_bytes": _memory("VmHWM") - imported,
+        "wo_in_4_bits": kinds == {"Params4bit"},
+    }
+
+
+def _memory(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("needs Linux's /proc/self/status")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="large")
+    parser.add_argument("--dtype", choices=list(STORED), default="bfloat16", help="of the file")
+    parser.add_argument("--way", choices=["t5tune", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(load(options.way, options.folder)))
+        return
+    results: dict[str, Any] = {"shape": options.shape, "file_dtype": options.dtype}
+    with tempfile.TemporaryDirectory(prefix="t5tune-load-") as folder:
+        results["file_bytes"] = write_base(Path(folder), options.shape, options.dtype)
+        for way in ("t5tune", "transformers"):
+            command = [sys.executable, __file__, "--way", way, "--folder", folder]
+            results[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    results["peak_over_parameters"] = round(results["t5tune"]["peak_bytes"] / results["t5tune"]["parameter_bytes"], 2)
+    results["peak_of_transformers"] = round(results["transformers"]["peak_bytes"] / results["t5tune"]["peak_bytes"], 2)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
