@@ -124,6 +124,9 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if self.train_sampler is not None:
             self.add_callback(_EpochOf(self.train_sampler))
 
+        if self.train_sampler is not None:
+            self.add_callback(_EpochOf(self.train_sampler))
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         is_packed = "packing" in inputs
         self.tokens += inputs["input_ids"].numel() if is_packed else inputs["attention_mask"].sum()
