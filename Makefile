@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test fuzz check lint types build docs clean
+.PHONY: quickstart test reliability fuzz check lint types build docs clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -12,6 +12,9 @@ test: .venv/installed-dev
 
 fuzz: .venv/installed-dev
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_*.py --timeout 7200
+
+reliability: .venv/installed-dev
+	T5TUNE_LONG=1 $(BIN)/python -m pytest tests/reliability
 
 check: lint types test
 

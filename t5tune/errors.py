@@ -7,6 +7,7 @@
     ├── CheckpointError       exit 2   a training checkpoint or an adapter can't be used
     ├── DependencyError       exit 1   a package that this needs is missing or doesn't work here
     ├── TrainingError         exit 1   training can't go on
+    │   └── RankLost          exit 1   another rank died or hangs
     └── Stopped               exit 143 a signal asked to stop; the work so far is sealed
 
 A message names the key or the file, the value found, and, as `hint`, the next step. It is one line, whatever the value.
@@ -77,6 +78,10 @@ class DependencyError(T5TuneError):
 
 class TrainingError(T5TuneError):
     """Training can't go on."""
+
+
+class RankLost(TrainingError):
+    """Another rank died or doesn't answer. Starting again goes on from the last checkpoint."""
 
 
 class Stopped(T5TuneError):

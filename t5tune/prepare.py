@@ -5,6 +5,7 @@ result.cache, result.examples
 """
 
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -25,7 +26,7 @@ from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import UNKNOWN, Writable, extend_tokenizer
 from t5tune.data.writer import REJECTED, Writer
-from t5tune.errors import DataError, T5TuneError
+from t5tune.errors import DataError, SettingsError, T5TuneError
 from t5tune.progress import Note, Report, silent, track
 from t5tune.publish import published_folder, scratch_folder, sha256, write_json
 from t5tune.settings import PrepareSettings
@@ -59,8 +60,11 @@ class Prepared:
     seconds: float
 
 
-def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
+def prepare(settings: PrepareSettings, report: Report = silent, in_use: bool = False) -> Prepared:
     """Write the token cache of the conversations, or leave it be where it is what these inputs give.
+
+    Args:
+        in_use: a run was trained on the cache that stands there, so that of other inputs must not take its place.
 
     Raises:
         T5TuneError: the disk is full, or a file can't be read or written.
@@ -69,13 +73,13 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> Prepared:
         SettingsError: there is no such conversation template.
     """
     try:
-        return _prepared(settings, report, time.monotonic())
+        return _prepared(settings, report, in_use, time.monotonic())
     except OSError as error:
         place = error.filename or settings.output_dir
         raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error
 
 
-def _prepared(settings: PrepareSettings, report: Report, started: float) -> Prepared:
+def _prepared(settings: PrepareSettings, report: Report, in_use: bool, started: float) -> Prepared:
     files = _files(settings, report)
     base = find_base(settings)
     template = find_template(settings.conversation_template, [base / TEMPLATE])
@@ -95,6 +99,8 @@ def _prepared(settings: PrepareSettings, report: Report, started: float) -> Prep
                 _check_rejected(*facts, settings, files, f"see {folder / REJECTED}")
                 return _result(folder, manifest, True, started)
             _check_replaceable(folder)
+            if in_use:
+                _check_inputs(folder, inputs)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"output_dir: {folder}: holds something that is no token cache", hint="name another folder")
         with published_folder(folder) as staged:
@@ -233,6 +239,31 @@ def _up_to_date(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     except DataError:
         return None
     return manifest if manifest["inputs"] == inputs else None
+
+
+def _check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Refuse other inputs than those of the cache.
+
+    Raises:
+        SettingsError: naming what differs.
+    """
+    before = read_manifest(folder)["inputs"]
+    names = [name for name in inputs if before.get(name) != inputs[name]]
+    if names:
+        lines = [f"{name}: {_short(before.get(name))} in {folder}, {_short(inputs[name])} now" for name in names]
+        if "data" not in names:
+            lines.append(f"data: {folder} would be another")
+            names.append("data")
+        raise SettingsError(
+            *lines,
+            hint=f"give what the run began with, go on all the same with --allow-change {' '.join(names)}, or begin "
+            "anew with --fresh",
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:60]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def _check_rejected(

@@ -25,18 +25,23 @@ from t5tune import presets
 from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.data.templates import template_from
 from t5tune.data.tokenizer import load_tokenizer
-from t5tune.errors import DependencyError, SettingsError, TrainingError
+from t5tune.errors import CheckpointError, DependencyError, SettingsError, Stopped, TrainingError
 from t5tune.model.device import choose_device, peak_memory
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
 from t5tune.publish import write_file, write_json
 from t5tune.settings import PrepareSettings, TrainSettings, dump_settings
+from t5tune.training.checkpoint import checkpoints, newest, remove_staged
+from t5tune.training.identity import check_same, identity
 from t5tune.training.launch import World
+from t5tune.training.ranks import barrier, by_rank_0, default_timeout, loss_of_ranks
+from t5tune.training.stopping import StopRequest, listening
 from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.adapter import TEMPLATE, config_without_start
 from t5tune.weights.base import find_base, read_config
 from t5tune.yaml_file import read_yaml
 
+AGAIN = "the same command goes on from there"
 SETTINGS = "settings.yaml"
 RESULT = "result.json"
 # what a checkpoint holds for use, beside what resuming needs
@@ -94,17 +99,21 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
     Raises:
         SettingsError, DataError, ModelError: the input is wrong.
         TrainingError: the loss is no longer finite, or a checkpoint can't be written.
+        RankLost: another rank died or doesn't answer.
+        Stopped: a signal asked to stop; the work so far is sealed.
     """
     world = World.from_environment()
     report = report if world.rank == 0 else silent
-    with _process_group(world, settings) as device:
-        if world.rank == 0 and not world.run_is_open:
-            open_run(settings, report)
-        _barrier(world)
+    timeout = timedelta(seconds=settings.process_group_timeout)
+    with listening() as stop, default_timeout(timeout), _process_group(world, settings) as device, loss_of_ranks(world):
+        stop.waits = world.rank > 0
+        if not world.run_is_open:
+            by_rank_0(world, lambda: open_run(settings, report))
+        stop.waits = True
         run = _existing_run(settings)
         if run.finished:
             return read_result(run.folder)
-        return _train(settings, run, world, device, report)
+        return _train(settings, run, world, device, stop, report)
 
 
 def open_run(settings: TrainSettings, report: Report = silent) -> Run:
@@ -129,11 +138,12 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
             f"output_dir: {folder}: holds something that is no run of t5tune", hint="name another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    if not run.settings_path.is_file():  # by which a run is known
+        _save_settings(settings, run)
+    in_use = bool(checkpoints(folder)) and "data" not in settings.allow_change
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and not is_cache(Path(data[0])):
-            prepare(_prepare_settings(settings, data, cache), report)
-    again = settings.model_copy(update={"fresh": False})  # the saved settings are to resume, not to begin anew
-    write_file(run.settings_path, dump_settings(again).encode())
+            prepare(_prepare_settings(settings, data, cache), report, in_use=in_use)
     return run
 
 
@@ -251,14 +261,13 @@ def _move_aside(folder: Path, report: Report) -> None:
     report(Note(f"{folder}: moved to {aside}"))
 
 
-def _train(settings: TrainSettings, run: Run, world: World, device: Any, report: Report) -> Trained:
+def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: StopRequest, report: Report) -> Trained:
     import torch
     from transformers import set_seed
 
     from t5tune.model.load import count_parameters, load_base
     from t5tune.model.lora import add_lora
     from t5tune.training.batches import PackedCollator, PaddedCollator
-    from t5tune.training.checkpoint import newest, remove_staged
     from t5tune.training.trainer import Answers, T5Trainer
     from t5tune.weights.adapter import WEIGHTS, TrainedWith, write_adapter
     from t5tune.weights.model_folder import MODEL, write_model
@@ -266,9 +275,10 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
 
     started = time.monotonic()
     cache, held_out = _data(settings, run)
+    base = find_base(settings)
+    made_of, resume = by_rank_0(world, lambda: _beginning(settings, run, cache, base, world, report))
     tokenizer = load_tokenizer(cache.tokenizer_folder)
     layout = template_from(read_yaml(cache.folder / TEMPLATE), cache.folder / TEMPLATE)
-    base = find_base(settings)
     deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     # DeepSpeed keeps fp32 masters of bf16 adapters itself; alone, the adapters are their own masters
@@ -307,14 +317,6 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         else:
             write_adapter(folder, state, trained_with, non_lora={})
 
-    resume, damaged = newest(run.folder)
-    for problem in damaged:
-        report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
-    if resume:
-        report(Note(f"resuming from {resume}"))
-    if world.rank == 0:
-        remove_staged(run.folder)
-    _barrier(world)
     trainer = T5Trainer(
         model=model,
         args=_training_arguments(settings, deepspeed, held_out is not None, world, device),
@@ -329,9 +331,11 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         group_by_length=settings.group_by_length,
         tokens_per_batch=settings.tokens_per_batch,
         label_smoothing=settings.label_smoothing_factor,
+        made_of=made_of,
         keep=settings.save_total_limit,
         answers=Answers(tokenizer, layout.answer_end, settings.eval_generate) if settings.eval_generate else None,
         patience=settings.early_stopping_patience,
+        stop=stop,
         report=report,
     )
     # PEFT's DoRA reads weights that ZeRO-3 has parted, so that it can train but not generate
@@ -339,7 +343,11 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
     samples = _samples(settings, run, held_out or cache, tokenizer, layout) if wants_samples else None
     if samples is not None:
         trainer.add_callback(samples)
+    before = int(resume.name.partition("-")[2]) if resume else 0
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.is_stopped:
+        sealed = run.folder / f"checkpoint-{trainer.state.global_step}"
+        raise Stopped(f"stopped by {stop.name or 'a signal to another rank'}; all work stands in {sealed}", hint=AGAIN)
     if samples is not None:
         samples.finish(trainer.model, trainer.is_world_process_zero())
     tokens = trainer.total_tokens()
@@ -351,7 +359,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
         adapter=run.folder,
         steps=trainer.state.global_step,
         epochs=round(trainer.state.epoch or 0.0, 4),
-        train_loss=output.training_loss,
+        train_loss=output.training_loss if trainer.state.global_step > before else None,
         eval=_evaluation(trainer.state, best),
         examples=len(cache),
         tokens=tokens,
@@ -365,8 +373,38 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, report:
     )
     if world.rank == 0:
         _finish(run, settings, cache, trainer.state, result, best or result.steps)
-    _barrier(world)
+    barrier()
     return result
+
+
+def _beginning(
+    settings: TrainSettings, run: Run, cache: Cache, base: Path, world: World, report: Report
+) -> tuple[dict[str, Any], Path | None]:
+    """(what the run is made of, the checkpoint to go on from; None: there is none).
+
+    Raises:
+        CheckpointError: none is whole, or of another number of ranks than these.
+        SettingsError: the run began with something else.
+    """
+    made_of = identity(settings, cache, base, world.size)
+    resume, damaged = newest(run.folder)
+    for problem in damaged:
+        report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
+    if damaged and resume is None:
+        raise CheckpointError(f"{run.folder}: none of its checkpoints is whole", hint="--fresh begins anew")
+    if resume:
+        for change in check_same(resume, made_of, settings.allow_change):
+            report(Note(f"changed on purpose: {change}", warning=True))
+        report(Note(f"resuming from {resume}"))
+    remove_staged(run.folder)
+    _save_settings(settings, run)
+    return made_of, resume
+
+
+def _save_settings(settings: TrainSettings, run: Run) -> None:
+    """The saved settings are to resume, not to begin anew or to change something once more."""
+    again = settings.model_copy(update={"fresh": False, "allow_change": []})
+    write_file(run.settings_path, dump_settings(again).encode())
 
 
 def _data(settings: TrainSettings, run: Run) -> tuple[Cache, Cache | None]:
@@ -542,6 +580,8 @@ def _process_group(world: World, settings: TrainSettings) -> Iterator[Any]:
 
     failed = True
     try:
+        if world.launched:
+            os.environ.update(world.environment())
         if settings.deepspeed is not None:
             if not world.launched:
                 _meet_oneself()
@@ -552,7 +592,11 @@ def _process_group(world: World, settings: TrainSettings) -> Iterator[Any]:
                 deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         elif world.size > 1:
             dist.init_process_group(backend, timeout=timeout)
-        yield device
+        try:
+            yield device
+        except Stopped:  # all ranks leave together
+            failed = False
+            raise
         failed = False
     finally:
         # Left in order, or torchrun restarts a job that has finished. But a rank that failed among others goes
@@ -570,10 +614,3 @@ def _meet_oneself() -> None:
         port = free.getsockname()[1]
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | address)
-
-
-def _barrier(world: World) -> None:
-    if world.size > 1:
-        import torch.distributed as dist
-
-        dist.barrier()

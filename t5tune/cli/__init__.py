@@ -10,8 +10,10 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an arrow in --help on a terminal of another code page
     code = run(sys.argv[1:] if arguments is None else arguments)
-    if "WORLD_SIZE" in os.environ:
+    if _is_launched():
         # gloo's threads may outlive the process group, and end the process with SIGABRT while the interpreter
         # takes itself down (pytorch/pytorch#190489). Leave without that.
         atexit._run_exitfuncs()
@@ -198,7 +200,13 @@ def _close(screen: "Screen | None") -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _is_launched() -> bool:
+    from t5tune.training.launch import World
+
+    return World.from_environment().launched
 
 
 def _is_worker() -> bool:
@@ -207,7 +215,7 @@ def _is_worker() -> bool:
 
 def _leave_for_launcher(error: Exception) -> bool:
     """In a worker that `--num-processes` started: hand the error to the launching process, which shows it."""
-    if not _is_worker() or not isinstance(error, T5TuneError):
+    if not _is_worker():
         return False
     from t5tune.training.launch import write_error
 
@@ -278,15 +286,25 @@ def _doctor(settings: "DoctorSettings", report: Report, stream: TextIO, as_json:
 
 
 def _train(settings: "TrainSettings", report: Report) -> Any:
+    from t5tune.settings import dump_settings
     from t5tune.train import open_run, read_result, train
-    from t5tune.training.launch import World, die_with_parent, launch
+    from t5tune.training.launch import World, die_with_parent, follow_deepspeed, launch
+    from t5tune.training.stopping import listening
 
-    if _is_worker():
+    world = World.from_environment()
+    if world.launched:
         die_with_parent()
+        follow_deepspeed()
     count = settings.num_gpus or settings.num_processes or 1
-    if World.from_environment().launched or count == 1:
+    if world.launched or count == 1:
         return train(settings, report)
-    run = open_run(settings, report)
+    with listening():
+        run = open_run(settings, report)
     if not run.finished:
-        launch(run.settings_path, count, [] if report is not silent else ["--quiet"])
+        again = settings.model_copy(update={"fresh": False})
+        quiet = [] if report is not silent else ["--quiet"]
+        with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
+            path = Path(folder, "settings.yaml")
+            path.write_text(dump_settings(again), encoding="utf-8")
+            launch(path, count, quiet, settings.max_restarts, report)
     return read_result(run.folder)

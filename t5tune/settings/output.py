@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from t5tune.settings.fields import Settings
+from t5tune.settings.fields import Settings, Words
 
 
 class OutputSettings(Settings):
@@ -26,4 +26,8 @@ class RunOutputSettings(OutputSettings):
     fresh: bool = Field(
         default=False,
         description="Begin anew: move a run that stands in output_dir aside, to output_dir.1, …",
+    )
+    allow_change: Words = Field(
+        default=[],
+        description="Resume although these fields differ from those that the run began with (lora_r, data, base, …).",
     )

@@ -133,3 +133,9 @@ class ProcessSettings(Settings):
     process_group_timeout: int = Field(
         default=1800, gt=0, description="Give up on a process that doesn't answer after this long (seconds)."
     )
+    max_restarts: int = Field(
+        default=0,
+        ge=0,
+        description="Start all processes of num_gpus or num_processes again, from the last checkpoint, this often when "
+        "one is lost.",
+    )

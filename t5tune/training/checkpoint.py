@@ -4,21 +4,26 @@ All ranks write into a hidden folder beside it. When every rank has succeeded, r
 sizes and SHA-256, syncs it all and renames the folder to checkpoint-N. Resuming takes the newest that verifies.
 """
 
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from t5tune.errors import CheckpointError
 from t5tune.publish import sha256, sync, sync_folder, write_json
 
 MANIFEST = "t5tune_manifest.json"
-FORMAT = 1
+FORMAT = 2
 STAGED = ".saving-"
 
 
-def seal(folder: Path, step: int, world_size: int) -> None:
+def seal(folder: Path, step: int, world_size: int, made_of: dict[str, Any]) -> None:
     """Write the manifest of a checkpoint's files, and sync all of it.
+
+    Args:
+        made_of: what the run is made of (see training/identity.py).
 
     Raises:
         CheckpointError: the folder holds a link, which can't be sealed.
@@ -31,16 +36,18 @@ def seal(folder: Path, step: int, world_size: int) -> None:
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     sync_folder(folder)
-    manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files}
-    write_json(folder / MANIFEST, manifest)
+    manifest = {"format": FORMAT, "step": step, "world_size": world_size, "made_of": made_of, "files": files}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _digest(manifest)})
 
 
 def verify(folder: Path) -> str | None:
     """What is wrong with a sealed checkpoint, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _read_manifest(folder)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except CheckpointError as error:
+        return error.message
+    except (KeyError, TypeError, AttributeError):
         return f"{folder / MANIFEST}: missing or broken"
     for name, (size, digest) in files.items():
         path = folder / name
@@ -53,6 +60,40 @@ def verify(folder: Path) -> str | None:
         if sha256(path) != digest:
             return f"{path}: differs from what was sealed"
     return None
+
+
+def made_of(folder: Path) -> dict[str, Any]:
+    """What the run was made of that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: its manifest is missing or broken.
+    """
+    found: dict[str, Any] = _read_manifest(folder)["made_of"]
+    return found
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256")
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: missing or broken") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: format {version}, this release reads {FORMAT}")
+    if _digest(manifest) != digest:
+        raise CheckpointError(f"{path}: differs from what was sealed")
+    return dict(manifest)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -72,9 +113,17 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def publish(staged: Path, run: Path, step: int, world_size: int, keep: int | None, best: int | None = None) -> Path:
+def publish(
+    staged: Path,
+    run: Path,
+    step: int,
+    world_size: int,
+    made_of: dict[str, Any],
+    keep: int | None,
+    best: int | None = None,
+) -> Path:
     """Seal a staged checkpoint, rename it into the run, and delete those beyond the newest `keep` but `best`."""
-    seal(staged, step, world_size)
+    seal(staged, step, world_size, made_of)
     final = run / f"checkpoint-{step}"
     if final.exists():  # only one that doesn't verify can stand there: the run resumed from before it
         shutil.rmtree(final)
@@ -82,7 +131,7 @@ def publish(staged: Path, run: Path, step: int, world_size: int, keep: int | Non
     sync(run)
     for old in checkpoints(run)[keep:] if keep else []:
         if old.name != f"checkpoint-{best}":
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -1,25 +1,38 @@
-"""Who this process is among others, and how `--num-gpus` and `--num-processes` start them."""
+"""Who this process is among others, and how `--num-gpus` and `--num-processes` start them.
 
+Workers are plain processes that know their place from the environment, as torchrun's do. The launching
+process hands signals on, ends all of them when one fails, raises the first error, and can start them again.
+"""
+
+import contextlib
 import ctypes
 import json
-import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
-import uuid
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from t5tune import errors
-from t5tune.errors import T5TuneError, TrainingError
+from t5tune.errors import RankLost, Stopped, T5TuneError
+from t5tune.progress import Note, Report, silent
+from t5tune.training.stopping import HANDED_ON, SECONDS_APART, SIGNALS
 
 ERRORS = "_T5TUNE_ERRORS"
+SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_TO_END = 2.0  # that ranks have to tell their own story, after the first has failed
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: what torchrun, deepspeed and this module's `launch` put into the environment.
+    """This process's place: what torchrun, deepspeed, srun and this module's `launch` put into the environment.
 
     Args:
         launched: a launcher started this process.
@@ -34,84 +47,228 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        elif _is_slurm_task():
+            names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+        else:
             return World()
-        return World(
-            int(os.environ["RANK"]),
-            int(os.environ.get("LOCAL_RANK", "0")),
-            int(os.environ["WORLD_SIZE"]),
-            launched=True,
-            run_is_open=ERRORS in os.environ,
-        )
+        rank, local_rank, size = (int(os.environ.get(name, "0")) for name in names)
+        return World(rank, local_rank, size, launched=True, run_is_open=ERRORS in os.environ)
+
+    def environment(self) -> dict[str, str]:
+        """The variables that torch and its kin look for, where a launcher has set others."""
+        found = {"RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.size)}
+        if _is_slurm_task():
+            # one port for all tasks of a job, and seldom another job's
+            job = int(os.environ.get("SLURM_JOB_ID", "0"))
+            found |= {"MASTER_ADDR": _first_slurm_host(), "MASTER_PORT": str(20000 + job % 20000)}
+        return {name: os.environ.get(name, value) for name, value in found.items()}
 
 
-def launch(settings_path: Path, count: int, arguments: list[str]) -> None:
+def launch(
+    settings_path: Path, count: int, arguments: list[str], max_restarts: int = 0, report: Report = silent
+) -> None:
     """Run `t5tune train --config settings_path` in `count` processes on this machine, and wait for them.
 
-    torch's elastic agent starts and watches them. Its words and its traceback are kept back: the first
-    failing worker's own error is raised here.
-
     Raises:
-        T5TuneError: what a worker raised, or that one died, with its exit code.
+        T5TuneError: what the first failing worker raised, or how it ended.
+        Stopped: a signal asked to stop.
+        KeyboardInterrupt: from the keyboard.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    with tempfile.TemporaryDirectory(prefix="t5tune-errors-") as folder:
-        os.environ[ERRORS] = folder
-        try:
-            command = ["-m", "t5tune", "train", "--config", str(settings_path), *arguments]
-            elastic_launch(config, sys.executable)(*command)
-        except ChildFailedError as error:
-            raise _first_error(Path(folder), error) from None
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise TrainingError(f"stopped by {error.sigval.name}") from None
-        finally:
-            del os.environ[ERRORS]
+    command = [sys.executable, "-m", "t5tune", "train", "--config", str(settings_path), *arguments]
+    with _listening() as asked:
+        for restart in range(max_restarts + 1):
+            failure = _run(command, count, asked)
+            if failure is None:
+                return
+            # what t5tune itself found wrong would be found again
+            if restart == max_restarts or type(failure) not in {RankLost, T5TuneError}:
+                raise failure
+            report(Note(f"{failure.message}; starting all again ({restart + 1} of {max_restarts})", warning=True))
 
 
-def write_error(error: T5TuneError) -> None:
+def write_error(error: Exception) -> None:
     """In a worker: leave the error where `launch` looks for it."""
     path = Path(os.environ[ERRORS], f"rank-{World.from_environment().rank}.json")
+    if not isinstance(error, T5TuneError):
+        error = T5TuneError(f"{type(error).__name__}: {' '.join(str(error).split())}", hint="--debug shows where")
     path.write_text(json.dumps({"kind": error.kind, "message": error.message, "hint": error.hint}), encoding="utf-8")
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this worker when the launching process ends, however that may happen."""
+    """Ask Linux to end this process when the one that started it ends, however that may happen."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _first_error(folder: Path, failure: Exception) -> T5TuneError:
-    """The error that was written first; where none was, how the first failing worker ended."""
-    written = sorted(folder.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
+def follow_deepspeed() -> None:
+    """Take the end of the `deepspeed` command for a request to stop: it doesn't hand its own signals on.
+
+    It runs deepspeed.launcher.launch, which is this worker's parent, and which doesn't notice.
+    """
+    parent = os.getppid()
+    command = _proc(parent, "cmdline")
+    if command is None or b"deepspeed.launcher.launch" not in command.split(b"\0"):
+        return
+    pid, runner = os.getpid(), _parent_of(parent)
+
+    def watch() -> None:
+        while _parent_of(parent) == runner:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.kill(pid, signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _parent_of(pid: int) -> int | None:
+    status = _proc(pid, "stat")
+    return int(status.rpartition(b")")[2].split()[1]) if status else None
+
+
+def _proc(pid: int, name: str) -> bytes | None:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return None
+
+
+@dataclass
+class _Asked:
+    """The signals that came to the launching process."""
+
+    first: signal.Signals | None = None
+    came_at: float = 0.0
+    again: bool = False
+
+    def receive(self, number: int, _frame: object = None) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.came_at = signal.Signals(number), now
+        elif now - self.came_at > SECONDS_APART or number == signal.SIGINT:
+            self.again = True
+
+
+@contextmanager
+def _listening() -> Iterator[_Asked]:
+    """Note signals. New processes are started with them blocked, until they can take them."""
+    asked = _Asked()
+    before = {number: signal.signal(number, asked.receive) for number in (*SIGNALS, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(command: list[str], count: int, asked: _Asked) -> T5TuneError | None:
+    """Run the workers to their end; the error that ended them, or None."""
+    with tempfile.TemporaryDirectory(prefix="t5tune-errors-") as folder:
+        workers = _start(command, count, folder)
+        try:
+            _watch(workers, asked)
+            ended = [worker.poll() for worker in workers]
+        finally:
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    worker.kill()  # a stopped process can't end in any other way
+            for worker in workers:
+                worker.wait()
+        if not any(ended) and None not in ended:
+            return None
+        if asked.first == signal.SIGINT:
+            raise KeyboardInterrupt
+        return _first_error(Path(folder), ended, asked)
+
+
+def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen[bytes]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        ERRORS: folder,
+    }
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **common}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, HANDED_ON, signal.SIGINT))
+    try:
+        return [
+            subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                preexec_fn=die_with_parent,
+            )
+            for rank in range(count)
+        ]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _watch(workers: list[subprocess.Popen[bytes]], asked: _Asked) -> None:
+    """Return when all have ended, or some time after one has failed; hand on what is asked meanwhile."""
+    handed_on = False
+    failed_at: float | None = None
+    while any(worker.poll() is None for worker in workers):
+        now = time.monotonic()
+        if failed_at is None and any(worker.returncode for worker in workers):
+            failed_at = now
+        if (failed_at is not None and now - failed_at > SECONDS_TO_END) or asked.again:
+            return
+        if asked.first == signal.SIGINT:
+            return
+        if asked.first is not None and not handed_on:
+            handed_on = True
+            for worker in workers:
+                worker.send_signal(HANDED_ON)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _first_error(folder: Path, ended: list[int | None], asked: _Asked) -> T5TuneError:
+    """What went wrong first: what a rank found wrong, then how one was killed; that ranks missed others comes last."""
+    paths = sorted(folder.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    written = [_read_error(path) for path in paths]
+    own = [error for error in written if not isinstance(error, RankLost)]
+    if own:
+        return own[0]
+    if asked.first is not None and asked.again:
+        return Stopped(f"stopped at once by a second {asked.first.name}", hint="the last whole checkpoint stands")
+    for rank, code in enumerate(ended):
+        if code is not None and code < 0:
+            hint = "where nobody did that, the machine may be short of memory" if code == -signal.SIGKILL else None
+            return RankLost(f"rank {rank} was killed by {signal.Signals(-code).name}", hint=hint)
     if written:
-        values = json.loads(written[0].read_text(encoding="utf-8"))
-        kind = getattr(errors, values["kind"])
-        return kind(values["message"], hint=values["hint"])  # type: ignore[no-any-return]
-    rank, first = min(failure.failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
-    ended = (
-        f"was killed by {signal.Signals(-first.exitcode).name}"
-        if first.exitcode < 0
-        else f"exited with {first.exitcode}"
-    )
-    error = TrainingError(f"rank {rank} {ended}", hint="its own output stands above; --debug shows more")
-    error.exit_code = first.exitcode if first.exitcode > 0 else 1
+        return written[0]
+    rank, exit_code = next((rank, code) for rank, code in enumerate(ended) if code)
+    error = T5TuneError(f"rank {rank} exited with {exit_code}", hint="its own output stands above; --debug shows more")
+    error.exit_code = exit_code
     return error
+
+
+def _read_error(path: Path) -> T5TuneError:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    error: T5TuneError = getattr(errors, values["kind"])(values["message"], hint=values["hint"])
+    return error
+
+
+def _is_slurm_task() -> bool:
+    """Whether srun started this process. A batch script has a task's variables too, but no step's."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    return tasks > 1 and "SLURM_PROCID" in os.environ and bool({"SLURM_STEP_ID", "MASTER_ADDR"} & os.environ.keys())
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "localhost"
+    return first_host(nodes)
+
+
+def first_host(nodes: str) -> str:
+    """The first of a SLURM node list: `gpu[007-009,012],login1` -> `gpu007`."""
+    name, bracket, rest = nodes.partition("[")
+    if not bracket or "," in name:
+        return nodes.partition(",")[0]
+    number = rest.partition("]")[0].partition(",")[0].partition("-")[0]
+    return f"{name}{number}{rest.partition(']')[2].partition(',')[0]}"

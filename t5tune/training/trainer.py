@@ -1,9 +1,7 @@
 """Hugging Face's Trainer with the house's loss, checkpoints and events."""
 
 import math
-import shutil
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.data.cache import Cache
@@ -24,9 +22,11 @@ from t5tune.model.device import peak_memory
 from t5tune.model.loss import IGNORED_LABEL, HeadLoss
 from t5tune.progress import Advanced, Finished, Measured, Report, Started
 from t5tune.training.batches import BucketSampler, BudgetSampler, ExampleDataset, PackedCollator, PaddedCollator
-from t5tune.training.checkpoint import STAGED, publish
 from t5tune.training.evaluation import generate_replies, longest_target, measure_losses, spread
 from t5tune.training.journal import Journal
+from t5tune.training.ranks import is_distributed
+from t5tune.training.sealing import SealingTrainer
+from t5tune.training.stopping import StopRequest, outlast_signals
 from t5tune.weights.adapter import saved_name, without_start
 from t5tune.weights.streaming import SafetensorsFile
 from t5tune.weights.tensors import Tensor
@@ -42,16 +42,17 @@ class Answers:
     answer_end: str
     count: int
 
-    def score(self, model: Any, examples: Cache, batch_size: int) -> dict[str, float]:
+    def score(self, model: Any, examples: Cache, batch_size: int, report: Report) -> dict[str, float]:
         """Scores of greedy answers to evenly spread examples."""
         chosen = [examples[index] for index in spread(len(examples), self.count)]
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        replies = generate_replies(model, chosen, eos, pad, batch_size, longest_target(chosen))
+        longest = longest_target(chosen)
+        replies = generate_replies(model, chosen, eos, pad, batch_size, longest, report=report)
         targets = [true_text(self.tokenizer, example.target_T, self.answer_end) for example in chosen]
         return score([answer_text(self.tokenizer, reply, self.answer_end) for reply in replies], targets)
 
 
-class T5Trainer(Trainer):  # type: ignore[misc]
+class T5Trainer(SealingTrainer):
     """Trains a PEFT model on a cache.
 
     Args:
@@ -64,9 +65,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         group_by_length: fill each step with examples of about the same length.
         tokens_per_batch: source and target tokens of a micro-batch; None: a fixed number of examples.
         label_smoothing: share of the target's probability that goes to all words alike.
+        made_of: what the run is made of, for its checkpoints' seals.
         keep: number of checkpoints to keep beside the best; None: all.
         answers: how evaluation generates; None: it measures the loss alone.
         patience: evaluations without a better figure after which training stops; None: it goes on.
+        stop: what signals asked of this process.
     """
 
     def __init__(
@@ -84,9 +87,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         group_by_length: bool,
         tokens_per_batch: int | None,
         label_smoothing: float,
+        made_of: dict[str, Any],
         keep: int | None,
         answers: Answers | None,
         patience: int | None,
+        stop: StopRequest,
         report: Report,
     ) -> None:
         super().__init__(
@@ -104,26 +109,23 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.eval_collator = collator
         self.head_loss = HeadLoss(model, label_smoothing)
         self.train_sampler = self._sampler(train, group_by_length, tokens_per_batch)
+        self.made_of = made_of
         self.keep = keep
         self.answers = answers
         self.patience = patience
+        self.stop = stop
         self.report = report
         self.run_folder = Path(args.output_dir)
         self.journal = Journal(self.run_folder)
         self.tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.tokens_logged = 0
         self.logged_at = time.monotonic()
-        self.staging: Path | None = None
         # DeepSpeed leaves frozen weights out of a checkpoint by their first names; T5's embedding has three
         model.register_state_dict_post_hook(_drop_frozen)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Events(report))
-        self.add_callback(_LastStep())
         if self.is_world_process_zero():
             self.add_callback(_Heartbeat(self.journal))
-        if self.train_sampler is not None:
-            self.add_callback(_EpochOf(self.train_sampler))
-
         if self.train_sampler is not None:
             self.add_callback(_EpochOf(self.train_sampler))
 
@@ -169,6 +171,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=outlast_signals,
         )
         return self.accelerator.prepare(loader)
 
@@ -179,10 +182,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         random state changed: its data loader draws from it. This one draws nothing.
         """
         examples, batch_size = self.eval_dataset.cache, self.args.per_device_eval_batch_size
-        loss = measure_losses(self.model, examples, self.eval_collator, batch_size).mean
+        report = self.end_evaluation_when_asked
+        loss = measure_losses(self.model, examples, self.eval_collator, batch_size, report).mean
         figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if self.answers is not None:
-            figures |= self.answers.score(self.model, examples, batch_size)
+            figures |= self.answers.score(self.model, examples, batch_size, report)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
 
@@ -192,7 +196,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save what is best so far (of equals the one of lower loss); stop where nothing better has come for long."""
-        if (name := self.args.metric_for_best_model) is None:
+        if (name := self.args.metric_for_best_model) is None or not metrics:
             return False
         name = f"eval_{name.removeprefix('eval_')}"
         sign = 1 if self.args.greater_is_better else -1
@@ -224,7 +228,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
     def total_tokens(self) -> int:
         """Source and target tokens trained on since this process started, over all ranks."""
-        if not _is_distributed():
+        if not is_distributed():
             return int(self.tokens)
         total = self.tokens.clone()
         dist.all_reduce(total)
@@ -275,57 +279,6 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         ]
         self.optimizer: Any = optimizer_class(groups, **options)
         return self.optimizer
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self.staging or super()._get_output_dir(trial=trial))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Stage, wait for every rank's success, then seal and rename (see training/checkpoint.py)."""
-        step = self.state.global_step
-        if (self.run_folder / f"checkpoint-{step}").exists() and self.last_saved == step:
-            return
-        self.staging = self.run_folder / f"{STAGED}{_agree(uuid.uuid4().hex[:8])}"
-        failure: Exception | None = None
-        try:
-            self.staging.mkdir(exist_ok=True)
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            failure = error
-        staging, self.staging = self.staging, None
-        failed = [rank for rank, ok in enumerate(_gather(failure is None)) if not ok]
-        try:
-            if failed:
-                reason = f": {failure}" if failure else ""
-                raise TrainingError(f"checkpoint {step} could not be written by rank {failed[0]}{reason}") from failure
-            if self.args.process_index == 0:
-                best = self.state.best_global_step
-                publish(staging / f"checkpoint-{step}", self.run_folder, step, self.args.world_size, self.keep, best)
-        finally:
-            if self.args.process_index == 0:
-                shutil.rmtree(staging, ignore_errors=True)
-        _barrier()
-        self.last_saved = step
-
-    last_saved: int | None = None
-
-
-class _LastStep(TrainerCallback):  # type: ignore[misc]
-    """The last step is evaluated and saved, and none is evaluated twice."""
-
-    evaluated: int | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if state.global_step >= state.max_steps:
-            control.should_save = True
-            control.should_evaluate = args.eval_strategy != "no"
-        return control
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.evaluated = state.global_step
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        control.should_evaluate &= self.evaluated != state.global_step
-        return control
 
 
 class _Heartbeat(TrainerCallback):  # type: ignore[misc]
@@ -415,29 +368,3 @@ def _drop_frozen(model: Any, state: dict[str, Any], prefix: str, _metadata: Any)
     for name in list(state):
         if name.startswith(prefix) and name.removeprefix(prefix) not in trained:
             del state[name]
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _barrier() -> None:
-    if _is_distributed():
-        dist.barrier()
-
-
-def _agree(value: str) -> str:
-    """Rank 0's value, on every rank."""
-    if not _is_distributed():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _gather(value: bool) -> list[bool]:
-    if not _is_distributed():
-        return [value]
-    values: list[bool | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return [bool(item) for item in values]

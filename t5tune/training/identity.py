@@ -1,0 +1,109 @@
+"""What a run is made of, sealed into each of its checkpoints, so that none is gone on with as something else.
+
+    made_of = identity(settings, cache, base, world_size)    # {"lora_r": 8, "data": "sha256:…", "batch": 16, …}
+    check_same(checkpoint, made_of, allowed=["learning_rate"])
+
+`batch` is the number of examples of an optimizer step, however it is divided among ranks and micro-steps.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from t5tune import presets
+from t5tune.data.cache import Cache
+from t5tune.errors import CheckpointError, SettingsError
+from t5tune.publish import sha256
+from t5tune.settings import QuantisationSettings, TrainSettings
+from t5tune.settings.loading import suggestion
+from t5tune.settings.lora import LoraSettings
+from t5tune.settings.training import TrainingSettings
+from t5tune.training.checkpoint import made_of
+
+# how the work is divided or done, which gives the same weights
+NO_PART_OF_IT = {
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "dataloader_num_workers",
+    "use_cpu", "fp16",
+}  # fmt: skip
+WEIGHTS = ("config.json", "*.safetensors", "pytorch_model*.bin")
+ROWS = ("tokens.bin", "conversations.bin", "examples.bin")
+SHARDING = ("world_size", "deepspeed_stage")
+
+
+def identity(settings: TrainSettings, cache: Cache, base: Path, world_size: int) -> dict[str, Any]:
+    """What decides a run's weights: field -> a value of JSON. Reads all of the base."""
+    chosen = [
+        name
+        for mixin in (LoraSettings, QuantisationSettings, TrainingSettings)
+        for name in mixin.model_fields
+        if name not in NO_PART_OF_IT
+    ]
+    values = settings.model_dump(mode="json", include={*chosen, "seed", "eval_fraction", "num_data"})
+    inputs = {name: value for name, value in cache.manifest["inputs"].items() if name != "data"}
+    held_out = {name: str(cache.manifest[name]) for name in ("eval_fraction", "seed")}
+    deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
+    return {
+        **inputs,
+        **{name: values[name] for name in sorted(values)},
+        "batch": settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size,
+        "data": _hash({name: cache.manifest["files"][name] for name in ROWS} | held_out),
+        "base": _hash({path.name: sha256(path) for pattern in WEIGHTS for path in sorted(base.glob(pattern))}),
+        "world_size": world_size,
+        "deepspeed_stage": deepspeed and int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
+    }
+
+
+def check_same(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> list[str]:
+    """Compare with what a checkpoint was sealed with. Returns what differs and is allowed to, a line each.
+
+    Raises:
+        SettingsError: naming each field that differs, with both values.
+        CheckpointError: the checkpoint's shards are of another number of ranks or another ZeRO stage.
+    """
+    if unknown := sorted(set(allowed) - now.keys()):
+        raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggestion(unknown[0], now)}")
+    then = made_of(checkpoint)
+    different = {
+        name: f"{name}: {_shown(then.get(name))} in {checkpoint}, {_shown(now.get(name))} now"
+        for name in [*now, *(then.keys() - now.keys())]
+        if then.get(name) != now.get(name)
+    }
+    _check_shards(checkpoint, then, now)
+    for name in SHARDING:
+        different.pop(name, None)
+    refused = [line for name, line in different.items() if name not in allowed]
+    if refused:
+        names = " ".join(name for name in different if name not in allowed)
+        raise SettingsError(
+            *refused,
+            hint=f"give what the run began with, go on all the same with --allow-change {names}, or begin anew with "
+            "--fresh",
+        )
+    return list(different.values())
+
+
+def _check_shards(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    stages = then["deepspeed_stage"], now["deepspeed_stage"]
+    if stages[0] == stages[1] and (stages[0] is None or then["world_size"] == now["world_size"]):
+        return
+    raise CheckpointError(
+        f"{checkpoint}: holds the state of {_sharding(then)}; {_sharding(now)} can't go on from it",
+        hint=f"t5tune export {checkpoint} --output-dir ADAPTER, and train with --adapter ADAPTER in a new output_dir: "
+        "the weights go on, the optimizer begins anew",
+    )
+
+
+def _sharding(made: dict[str, Any]) -> str:
+    ranks = "1 process" if made["world_size"] == 1 else f"{made['world_size']} processes"
+    stage = made["deepspeed_stage"]
+    return f"{ranks} without DeepSpeed" if stage is None else f"{ranks} of ZeRO-{stage}"
+
+
+def _hash(hashes: dict[str, str]) -> str:
+    return f"sha256:{hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:19]}…{text[-1]}"

@@ -1,0 +1,93 @@
+"""A signal asks training to stop: it ends behind a whole step, with a sealed checkpoint and exit code 143.
+
+    with listening() as stop:
+        ...                    # the first SIGTERM or SIGUSR1 raises Stopped here: there is nothing to seal yet
+        stop.waits = True      # from here on it is only noted, for the end of a step
+        if agreed(stop, device):
+            ...                # every rank comes here behind the same step
+
+Schedulers send these signals a while before they kill. A second one stops at once.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from t5tune.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# how `launch` hands a request on, so that a worker that got the signal itself doesn't count it twice
+HANDED_ON = signal.SIGUSR2
+SECONDS_APART = 1.0  # signals closer than this are one request: launchers and schedulers send it along several ways
+
+
+class StopRequest:
+    """What was asked of this process.
+
+    Args:
+        name: of the first signal, or who handed it on; None: none has come.
+        waits: training looks at `name` behind each step. Otherwise the signal raises Stopped where it arrives.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.waits = False
+        self._came_at = 0.0
+
+    def receive(self, number: int, _frame: Any = None) -> None:
+        """The signals' handler.
+
+        Raises:
+            Stopped: nothing has been trained yet.
+        """
+        if self.name is not None:
+            if number != HANDED_ON and time.monotonic() - self._came_at > SECONDS_APART:
+                os.write(2, b"a second signal: stopped at once; the last whole checkpoint stands\n")
+                os._exit(Stopped.exit_code)
+            return
+        self.name = "its launcher" if number == HANDED_ON else signal.Signals(number).name
+        self._came_at = time.monotonic()
+        if not self.waits:
+            raise Stopped(f"stopped by {self.name} before training began")
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Take the signals for a while. Outside of the main thread, where none arrive, the request stays empty."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.receive) for number in (*SIGNALS, HANDED_ON)}
+    # `launch` starts workers with these blocked, so that one that comes before this line waits for it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agreed(stop: StopRequest, device: Any) -> bool:
+    """Whether any rank was asked to stop. Every rank calls this at the same place."""
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return stop.name is not None
+    asked = torch.tensor(int(stop.name is not None), device=device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return bool(asked)
+
+
+def outlast_signals(_worker: int) -> None:
+    """In a process that reads data: a signal to the whole group is the rank's to answer, not this process's."""
+    from t5tune.training.launch import die_with_parent
+
+    for number in (*SIGNALS, HANDED_ON, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()

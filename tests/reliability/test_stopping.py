@@ -1,0 +1,122 @@
+"""A signal at any moment: a sealed checkpoint, 143, and the same bits after resuming."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.errors import Stopped
+from t5tune.progress import Advanced, Event, Started
+from t5tune.train import train
+from t5tune.training.stopping import HANDED_ON, SECONDS_APART
+from tests.reliability.runs import STEPS, ZERO3, Running, adapter, kill, settings, start, whole_steps
+
+
+def stop_at(event: Event, number: int = signal.SIGTERM) -> Any:
+    """A report that signals this process when the event comes."""
+
+    def report(seen: Event) -> None:
+        if seen == event:
+            os.kill(os.getpid(), number)
+
+    return report
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("step", [0, 7, STEPS])
+def test_a_signal_seals_the_step_and_resumes_to_the_same_bits(
+    step: int, number: signal.Signals, untied_base: Path, conversations: Path, straight: bytes, tmp_path: Path
+) -> None:
+    chosen = settings(untied_base, conversations, tmp_path / "run", save_steps=1000)
+    event = Advanced("train", step - 1) if step else Started("train", STEPS, "steps")
+    with pytest.raises(Stopped, match=f"{number.name}.*checkpoint-{step}") as stopped:
+        train(chosen, stop_at(event, number))
+    assert stopped.value.exit_code == 143
+    assert whole_steps(tmp_path / "run") == [step]
+    train(chosen)
+    assert adapter(tmp_path / "run") == straight
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_an_evaluation_ends_early_and_is_made_after_resuming(
+    strategy: str, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    more = {"eval_fraction": 0.3, "eval_strategy": strategy, "per_device_eval_batch_size": 2, "save_steps": 1000}
+    more |= {"metric_for_best_model": "loss", "eval_steps": 8 if strategy == "steps" else None}
+    chosen = settings(untied_base, conversations, tmp_path / "straight", **more)
+    expected = train(chosen).eval["loss"]
+    evaluated = evaluations(tmp_path / "straight")
+    first = min(evaluated)
+    chosen = chosen.model_copy(update={"output_dir": tmp_path / "stopped"})
+    with pytest.raises(Stopped):  # the step is over, and nobody asks again before the evaluation
+        train(chosen, stop_at(Advanced("train", first)))
+    assert evaluations(tmp_path / "stopped") == {}
+    assert whole_steps(tmp_path / "stopped") == [first]
+    assert train(chosen).eval["loss"] == expected
+    assert evaluations(tmp_path / "stopped") == evaluated
+    assert adapter(tmp_path / "straight") == adapter(tmp_path / "stopped")
+
+
+def evaluations(run: Path) -> dict[int, float]:
+    """Step -> loss of the held-out examples."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+
+def test_a_signal_while_the_data_is_prepared_leaves_nothing_half_made(
+    untied_base: Path, conversations: Path, straight: bytes, tmp_path: Path
+) -> None:
+    chosen = settings(untied_base, conversations, tmp_path / "run")
+    with pytest.raises(Stopped, match="before training began"):
+        train(chosen, stop_at(Started("prepare", None, "records")))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.yaml"]
+    train(chosen)
+    assert adapter(tmp_path / "run") == straight
+
+
+def test_a_signal_to_one_rank_stops_all_and_resumes_to_the_same_bits(
+    untied_base: Path, conversations: Path, straight_zero3: bytes, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with start(untied_base, conversations, run, *ZERO3, "--save-steps=1000") as running:
+        running.until_step(5)
+        kill(running.workers()[1], signal.SIGUSR1)
+        assert running.end() == 143, running.log.read_text()
+    (step,) = whole_steps(run)
+    assert 5 <= step < STEPS
+    assert f"checkpoint-{step}" in running.log.read_text()
+    assert "Traceback" not in running.log.read_text()
+    with start(untied_base, conversations, run, *ZERO3) as running:
+        assert running.end() == 0, running.log.read_text()
+    assert adapter(run) == straight_zero3
+
+
+def test_a_second_signal_stops_at_once_and_one_that_comes_two_ways_does_not(tmp_path: Path) -> None:
+    waiting = """
+import time
+from t5tune.training.stopping import listening
+with listening() as stop:
+    stop.waits = True
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+        print(stop.name, flush=True)
+"""
+    with Running([sys.executable, "-c", waiting], tmp_path / "run") as running:
+        running.until(lambda: "ready" in running.log.read_text())
+        kill(running.process.pid, signal.SIGTERM)
+        running.until(lambda: "SIGTERM" in running.log.read_text())
+        kill(running.process.pid, signal.SIGTERM)
+        again = time.monotonic() + SECONDS_APART
+        running.until(lambda: time.monotonic() > again)
+        kill(running.process.pid, HANDED_ON)
+        told = running.log.stat().st_size
+        running.until(lambda: running.log.stat().st_size > told + 100)
+        kill(running.process.pid, signal.SIGTERM)
+        assert running.end() == 143
+    assert "a second signal: stopped at once" in running.log.read_text()
