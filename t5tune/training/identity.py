@@ -3,7 +3,8 @@
     made_of = identity(settings, cache, base, world_size)    # {"lora_r": 8, "data": "sha256:…", "batch": 16, …}
     check_same(checkpoint, made_of, allowed=["learning_rate"])
 
-`batch` is the number of examples of an optimizer step, however it is divided among ranks and micro-steps.
+`batch` is the number of examples of an optimizer step, `batch_tokens` (with tokens_per_batch) that of its tokens,
+however they are divided among ranks and micro-steps.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ from t5tune.training.checkpoint import made_of
 
 # how the work is divided or done, which gives the same weights
 NO_PART_OF_IT = {
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "dataloader_num_workers",
-    "use_cpu", "fp16",
+    "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing",
+    "dataloader_num_workers", "use_cpu", "fp16",
 }  # fmt: skip
 WEIGHTS = ("config.json", "*.safetensors", "pytorch_model*.bin")
 ROWS = ("tokens.bin", "conversations.bin", "examples.bin")
@@ -43,10 +44,13 @@ def identity(settings: TrainSettings, cache: Cache, base: Path, world_size: int)
     inputs = {name: value for name, value in cache.manifest["inputs"].items() if name != "data"}
     held_out = {name: str(cache.manifest[name]) for name in ("eval_fraction", "seed")}
     deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
+    micro_batch = settings.tokens_per_batch or settings.per_device_train_batch_size
     return {
         **inputs,
         **{name: values[name] for name in sorted(values)},
-        "batch": settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size,
+        "batch_tokens" if settings.tokens_per_batch else "batch": (
+            micro_batch * settings.gradient_accumulation_steps * world_size
+        ),
         "data": _hash({name: cache.manifest["files"][name] for name in ROWS} | held_out),
         "base": _hash({path.name: sha256(path) for pattern in WEIGHTS for path in sorted(base.glob(pattern))}),
         "world_size": world_size,
