@@ -231,6 +231,7 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
         ExportSettings,
         InspectSettings,
         MergeSettings,
+        PlanSettings,
         PrepareSettings,
         TrainSettings,
     )
@@ -266,6 +267,10 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
             from t5tune.cli.inspection import show
 
             return show(settings, report, stream, as_json)
+        case PlanSettings():
+            from t5tune.cli.plan import show as show_plan
+
+            return show_plan(settings, report, stream, as_json)
         case DoctorSettings():
             return _doctor(settings, report, stream, as_json)
         case _:

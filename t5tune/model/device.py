@@ -1,8 +1,10 @@
 """Where to compute, and how much memory it took."""
 
 import os
+import re
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 from t5tune.errors import SettingsError
@@ -37,5 +39,9 @@ def peak_memory(device: Any) -> int:
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:
+        # getrusage would tell of the process that started this one, if that was larger
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

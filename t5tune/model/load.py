@@ -48,14 +48,12 @@ def load_base(
         ModelError: not a T5, or tensors missing, left over, or of another shape than config.json gives.
         DependencyError: quantisation without bitsandbytes.
     """
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     family_of(read_config(folder), folder)
     checkpoint = Checkpoint(folder)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    config.tie_word_embeddings = tied = checkpoint.is_tied()
-    with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    tied = checkpoint.is_tied()
+    model = empty_model(AutoConfig.from_pretrained(str(folder), local_files_only=True), dtype, tied)
     if quantisation is not None and quantisation.q_lora:
         _use_quantised_linears(model, dtype, quantisation)
     _check_names(model, checkpoint, tied)
@@ -63,12 +61,34 @@ def load_base(
         if name in EMBEDDING_COPIES or (name == HEAD and tied):
             continue
         _place(model, name, _expect_shape(checkpoint, name, parameter), dtype, device)
-    for name in (*EMBEDDING_COPIES, *((HEAD,) if tied else ())):
-        _set_parameter(model, name, model.get_parameter(EMBEDDING))
+    _share_embedding(model, tied)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     model.requires_grad_(False)
     return model.eval()
+
+
+def empty_model(config: Any, dtype: torch.dtype, tied: bool) -> Any:
+    """The transformers model of a config, its tensors without data, its head tied as `tied` says."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    config.tie_word_embeddings = tied
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    _share_embedding(model, tied)
+    return model
+
+
+def quantised_linears(model: nn.Module, quantisation: QuantisationSettings) -> dict[str, nn.Linear]:
+    """The layers that q_lora quantises, by name: all linear ones of the blocks, `wo` where it is to, no adapter's."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and ".block." in name
+        and ".lora_" not in name
+        and (quantisation.quantize_wo or "wo" not in name.split("."))
+    }
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -141,6 +161,11 @@ def to_torch(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values
 
 
+def _share_embedding(model: nn.Module, tied: bool) -> None:
+    for name in (*EMBEDDING_COPIES, *((HEAD,) if tied else ())):
+        _set_parameter(model, name, model.get_parameter(EMBEDDING))
+
+
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, parameter)
@@ -155,11 +180,7 @@ def _use_quantised_linears(model: nn.Module, dtype: torch.dtype, quantisation: Q
             hint="pip install bitsandbytes (Linux and Windows), or train without --q-lora",
         ) from error
     in_int8 = quantisation.quant_type == "int8"
-    for name, module in list(model.named_modules()):
-        if not (isinstance(module, nn.Linear) and ".block." in name):
-            continue
-        if name.endswith(".wo") and not quantisation.quantize_wo:
-            continue
+    for name, module in quantised_linears(model, quantisation).items():
         shape = (module.in_features, module.out_features)
         if in_int8:
             quantised = bitsandbytes.nn.Linear8bitLt(

@@ -15,11 +15,10 @@ from torch import nn
 from torch.nn import functional
 
 from t5tune.errors import ModelError, SettingsError
-from t5tune.model.family import family_of
+from t5tune.model.family import FAMILIES
 from t5tune.model.load import to_torch
 from t5tune.settings.lora import LoraSettings
 from t5tune.weights.adapter import saved_name
-from t5tune.weights.base import read_config
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
 
@@ -44,7 +43,7 @@ def add_lora(
     Raises:
         SettingsError: a name among lora_target_modules or modules_to_save that the model doesn't have.
     """
-    targets = _target_modules(model, base, settings.lora_target_modules)
+    targets = _target_modules(model, settings.lora_target_modules)
     start = settings.init_lora_weights
     config = LoraConfig(
         r=settings.lora_r,
@@ -76,9 +75,9 @@ def add_lora(
     return peft_model, taken_out
 
 
-def _target_modules(model: Any, base: Path, names: list[str]) -> list[str]:
+def _target_modules(model: Any, names: list[str]) -> list[str]:
     """The linear layers that names and groups mean, as far as this model has them."""
-    family = family_of(read_config(base), base)
+    family = FAMILIES[model.config.model_type]
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear.discard(HEAD)
     unknown = sorted(name for name in names if not linear & set(family.target_modules([name])))

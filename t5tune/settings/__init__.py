@@ -13,6 +13,7 @@ from t5tune.settings.commands import (
     ExportSettings,
     InspectSettings,
     MergeSettings,
+    PlanSettings,
     PrepareSettings,
     TrainSettings,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "ExportSettings",
     "InspectSettings",
     "MergeSettings",
+    "PlanSettings",
     "PrepareSettings",
     "QuantisationSettings",
     "Settings",

@@ -13,7 +13,7 @@ from t5tune.settings.data import (
     SplitSettings,
     TrainingDataSettings,
 )
-from t5tune.settings.fields import Maybe, Settings, Words
+from t5tune.settings.fields import Maybe, Paths, Settings, Words
 from t5tune.settings.inference import InferenceSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
@@ -27,6 +27,13 @@ def _is_true(value: Any) -> bool:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
         return False
+
+
+def _with_bf16(values: Any) -> Any:
+    """q_lora turns bf16 on, as the seed does; --no-bf16 computes in fp32: faster on a CPU that has no bf16."""
+    if isinstance(values, dict) and _is_true(values.get("q_lora")):
+        values = {"bf16": True, **values}
+    return values
 
 
 class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, DataSettings, BaseModelSettings):
@@ -49,10 +56,7 @@ class TrainSettings(
     @model_validator(mode="before")
     @classmethod
     def _q_lora_needs_bf16(cls, values: Any) -> Any:
-        # as the seed does; --no-bf16 computes in fp32, which is faster on a CPU that has no bf16
-        if isinstance(values, dict) and _is_true(values.get("q_lora")):
-            values = {"bf16": True, **values}
-        return values
+        return _with_bf16(values)
 
     @model_validator(mode="after")
     def _agrees(self) -> "TrainSettings":
@@ -194,6 +198,29 @@ class InspectSettings(Settings):
     )
 
 
+class PlanSettings(ProcessSettings, TrainingSettings, QuantisationSettings, LoraSettings, BaseModelSettings):
+    command: ClassVar[str] = "plan"
+    panel: ClassVar[str] = "Plan"
+
+    data_path: Annotated[Paths | None, Maybe] = Field(
+        default=None, description="A token cache: its real lengths are planned for."
+    )
+    num_data: Annotated[int | None, Maybe] = Field(
+        default=None, gt=0, description="Plan for the cache's first N examples."
+    )
+    source_length: int = Field(default=512, gt=0, description="Tokens of each source, where there is no cache.")
+    target_length: int = Field(default=128, gt=0, description="Tokens of each target, where there is no cache.")
+    gpu_memory: Annotated[str | None, Maybe] = Field(
+        default=None, description="Memory of each GPU, such as 24GiB; default: that of the GPUs found here."
+    )
+    seed: int = Field(default=42, ge=0, description="Seed of the order in which a cache's examples are taken.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _q_lora_needs_bf16(cls, values: Any) -> Any:
+        return _with_bf16(values)
+
+
 class DoctorSettings(Settings):
     command: ClassVar[str] = "doctor"
     panel: ClassVar[str] = "Doctor"
@@ -209,5 +236,6 @@ COMMANDS: tuple[type[Settings], ...] = (
     ChatSettings,
     EvaluateSettings,
     InspectSettings,
+    PlanSettings,
     DoctorSettings,
 )

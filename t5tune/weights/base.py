@@ -36,12 +36,12 @@ def find_base(settings: BaseModelSettings) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands.
+    """config.json as it stands, of a folder or the file itself.
 
     Raises:
         ModelError: it can't be read, or holds no object.
     """
-    path = folder / "config.json"
+    path = folder if folder.is_file() else folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,0 +1,100 @@
+"""What plan says of a run's memory beside what the run takes, on the CPU, for three shapes.
+
+    python benchmarks/plan.py [NAME …]
+
+Makes a random base of the shape and examples of one length, plans from config.json and the cache, trains two steps,
+and compares with the process's peak (VmHWM). Prints one JSON line a shape.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # name: shape of config.json, lengths, and the settings of the run
+    "small-fp32": {
+        "size": "google/flan-t5-small",
+        "lengths": (384, 96),
+        "flags": ["--per-device-train-batch-size", "8"],
+    },
+    "base-nf4-light": {
+        "size": "google/flan-t5-base",
+        "lengths": (384, 64),
+        "flags": ["--per-device-train-batch-size", "4", "--q-lora", "--gradient-checkpointing"],
+    },
+    "small-full-padded": {
+        "size": "google/flan-t5-small",
+        "lengths": (256, 64),
+        "flags": ["--per-device-train-batch-size", "8", "--train-mode", "full", "--packing", "off"],
+    },
+}
+
+
+def main(names: list[str]) -> None:
+    for name in names or SHAPES:
+        print(json.dumps({"shape": name, **compare(**SHAPES[name])}), flush=True)
+
+
+def compare(size: str, lengths: tuple[int, int], flags: list[str]) -> dict[str, Any]:
+    """Planned and measured bytes, and their ratio."""
+    with tempfile.TemporaryDirectory(prefix="t5tune-plan-") as text:
+        folder = Path(text)
+        base = make_base(folder / "base", size)
+        data = make_examples(folder / "data.jsonl", *lengths)
+        common = ["--model-name-or-path", base, "--use-cpu", *flags]
+        cache = ["--data-path", data, "--output-dir", folder / "cache", "--model-max-length", "2048"]
+        t5tune("prepare", "--model-name-or-path", base, *cache, "--add-tokens", "none")
+        planned = t5tune("plan", *common, "--data-path", folder / "cache")
+        run = ["--data-path", folder / "cache", "--output-dir", folder / "run", "--max-steps", "2"]
+        measured = t5tune("train", *common, *run, "--report-samples", "0")["peak_memory_bytes"]
+    (chosen,) = [stage for stage in planned["stages"] if stage["stage"] == planned["chosen"]]
+    return {"planned": chosen["total"], "measured": measured, "ratio": round(chosen["total"] / measured, 3), **chosen}
+
+
+def t5tune(*arguments: Any) -> dict[str, Any]:
+    command = [sys.executable, "-m", "t5tune", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def make_base(folder: Path, size: str) -> Path:
+    """A random checkpoint of a known shape, with pocket's tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    from t5tune.model.sizes import SIZES
+    from t5tune.weights.pocket import pocket_folder
+
+    values = dict(SIZES[size])
+    config = AutoConfig.for_model(values.pop("model_type"), **values, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    for file in pocket_folder().glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def make_examples(path: Path, source: int, target: int, count: int = 64) -> Path:
+    """Examples of about so many tokens: short words, one or two tokens each."""
+    words = ["the", "cat", "and", "a", "pie", "for", "me"]
+
+    def text(length: int, start: int) -> str:
+        return " ".join(words[(start + place) % len(words)] for place in range(length))
+
+    lines = (json.dumps({"source": text(source, i), "target": text(target, i + 1)}) for i in range(count))
+    path.write_text("\n".join(lines))
+    return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
