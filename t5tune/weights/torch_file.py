@@ -151,9 +151,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     if count > max(len(values), MAX_REPEATED):
         raise ValueError(f"a tensor of {list(shape)} repeats a storage of {len(values)} elements")
     itemsize = values.dtype.itemsize
-    view = np.lib.stride_tricks.as_strided(
-        values[offset:], shape, [stride * itemsize for stride in strides], writeable=False
-    )
+    steps = [stride * itemsize for stride in strides]
+    view: npt.NDArray[Any] = np.ndarray(shape, values.dtype, values.data, offset * itemsize, steps)
     return StoredTensor(storage.dtype, view, storage.check)
 
 
