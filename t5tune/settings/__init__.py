@@ -12,13 +12,13 @@ from t5tune.settings.commands import (
     EvaluateSettings,
     ExportSettings,
     InspectSettings,
-    MergeSettings,
     PrepareSettings,
     TrainSettings,
 )
 from t5tune.settings.data import ConversationSettings, DataSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.loading import dump_settings, load_settings
+from t5tune.settings.merge import MergeSettings
 from t5tune.settings.quantisation import QuantisationSettings
 
 __all__ = [
