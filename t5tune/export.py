@@ -22,7 +22,6 @@ from t5tune.settings import ExportSettings, dump_settings
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.training.checkpoint import MANIFEST, checkpoints, newest, verify
 from t5tune.weights.adapter import (
-    CONFIG,
     NON_LORA,
     OLD_WEIGHTS,
     PREFIX,
@@ -32,6 +31,7 @@ from t5tune.weights.adapter import (
     check_adapter,
     write_adapter,
 )
+from t5tune.weights.adapter_config import CONFIG
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.fastchat import OldLora
 from t5tune.weights.fit import MODEL_TYPES, check_fit

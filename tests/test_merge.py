@@ -522,7 +522,9 @@ def test_verify_catches_a_merge_that_adds_nothing_and_leaves_no_folder(
 ) -> None:
     base = make_base(tmp_path / "base", tied=False, dtype=dtype)
     adapter = stock_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr("t5tune.merge.low_rank_product", lambda b, a: np.zeros((b.shape[0], a.shape[1]), np.float32))
+    monkeypatch.setattr(
+        "t5tune.weights.fold.low_rank_product", lambda b, a: np.zeros((b.shape[0], a.shape[1]), np.float32)
+    )
     with pytest.raises(TrainingError, match="logits differ"):
         run_merge(base, adapter, tmp_path / "merged")
     assert left_in(tmp_path) == ["adapter", "base"]
@@ -532,7 +534,7 @@ def test_verify_catches_rows_in_the_wrong_place(tmp_path: Path, monkeypatch: pyt
     base = make_base(tmp_path / "base", tied=False)
     adapter, _ = rows_adapter(base, tmp_path / "adapter")
     before = left_in(tmp_path)
-    monkeypatch.setattr("t5tune.merge._set_rows", lambda name, tensor, places, rows: tensor)
+    monkeypatch.setattr("t5tune.weights.fold._set_rows", lambda values, changes, begin: None)
     with pytest.raises(TrainingError, match="logits differ"):
         run_merge(base, adapter, tmp_path / "merged")
     assert left_in(tmp_path) == before

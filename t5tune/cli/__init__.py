@@ -248,6 +248,8 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
 
             return export(settings, report)
         case MergeSettings():
+            # its products are small: threads of BLAS would wait for each other, and take their own memory
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             from t5tune.merge import merge
 
             return merge(settings, report)

@@ -14,7 +14,8 @@ from t5tune.model.lora import load_adapter
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.inference import InferenceSettings
-from t5tune.weights.adapter import CONFIG, TEMPLATE, read_adapter, read_adapter_config
+from t5tune.weights.adapter import TEMPLATE, read_adapter
+from t5tune.weights.adapter_config import CONFIG, read_adapter_config
 from t5tune.weights.base import find_base
 
 

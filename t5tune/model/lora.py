@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from torch.nn import functional
@@ -141,6 +142,27 @@ def load_adapter(model: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ModelError(f"{folder}: doesn't fit this base: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
+    """Put the weighted sum of several adapters on a base, for inference: their matrices side by side.
+
+    Raises:
+        ModelError: one doesn't fit this base.
+    """
+    names = [f"part{number}" for number in range(len(folders))]
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folders[0]), names[0], autocast_adapter_dtype=False)
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            peft_model.load_adapter(str(folder), name, autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{folders}: don't fit this base: {' '.join(str(error).split())[:300]}") from error
+    peft_model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
+    peft_model.set_adapter("sum")
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["sum"] = 1.0  # each part's scale is in its matrix; PEFT adds rsLoRA's of the sum to it
+    return peft_model.eval()
 
 
 def _token_indices(model: Any, token_ids: list[int]) -> Any:

@@ -12,7 +12,6 @@ from t5tune.settings.commands import (
     EvaluateSettings,
     ExportSettings,
     InspectSettings,
-    MergeSettings,
     PlanSettings,
     PrepareSettings,
     TrainSettings,
@@ -20,6 +19,7 @@ from t5tune.settings.commands import (
 from t5tune.settings.data import ConversationSettings, DataSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.loading import dump_settings, load_settings
+from t5tune.settings.merge import MergeSettings
 from t5tune.settings.quantisation import QuantisationSettings
 
 __all__ = [

@@ -16,6 +16,7 @@ from t5tune.settings.data import (
 from t5tune.settings.fields import Maybe, Paths, Settings, Words
 from t5tune.settings.inference import InferenceSettings
 from t5tune.settings.lora import LoraSettings
+from t5tune.settings.merge import MergeSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
 from t5tune.settings.quantisation import QuantisationSettings
 from t5tune.settings.training import EvaluationSettings, ProcessSettings, TrainingSettings
@@ -129,22 +130,6 @@ class ExportSettings(ReplaceableOutputSettings):
     )
     lora_target_modules: Annotated[Words | None, Maybe] = Field(
         default=None, description="Adapted modules of an adapter without adapter_config.json. Unset: those in it."
-    )
-
-
-class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
-    command: ClassVar[str] = "merge"
-    panel: ClassVar[str] = "Merge"
-
-    adapter: Path = Field(description="Adapter folder, or a run folder.")
-    verify: bool = Field(
-        default=True,
-        description="Load base + adapter and the merged checkpoint, and compare their logits on a few examples.",
-    )
-    verify_tolerance: float = Field(
-        default=1e-4,
-        gt=0,
-        description="Largest difference of logits allowed in fp32, relative to the largest logit.",
     )
 
 

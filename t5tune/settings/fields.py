@@ -57,5 +57,11 @@ Maybe = BeforeValidator(_unset)
 Words = Annotated[list[str], BeforeValidator(_split)]
 """A list that may be written as `q v`, `q,v` or a YAML list."""
 
+Numbers = Annotated[list[float], BeforeValidator(_split)]
+"""A list of numbers that may be written as `0.7 0.3`, `0.7,0.3` or a YAML list."""
+
+Folders = Annotated[list[Path], BeforeValidator(_paths)]
+"""A list of folders; a single one may stand alone."""
+
 Paths = Annotated[list[str], BeforeValidator(_paths)]
 """A list of paths; a single one may stand alone. Paths may hold commas and spaces, so they aren't split."""

@@ -6,7 +6,6 @@ tokenizer files, template.yaml                    what the adapter was trained w
 README.md                                         the model card
 """
 
-import json
 import math
 import re
 import shutil
@@ -20,12 +19,13 @@ import numpy as np
 from t5tune.errors import CheckpointError
 from t5tune.publish import write_json
 from t5tune.settings.lora import UNTRAINABLE
+from t5tune.weights.adapter_config import CONFIG, check_foldable, pattern_value, read_adapter_config
 from t5tune.weights.card import adapter_card
-from t5tune.weights.streaming import SafetensorsFile, write_safetensors
-from t5tune.weights.tensors import Tensor
+from t5tune.weights.strangers import holds
+from t5tune.weights.streaming import SafetensorsFile, Tensors, write_safetensors
+from t5tune.weights.tensors import FLOATS, Tensor
 from t5tune.weights.torch_file import read_torch_file
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 NON_LORA = "non_lora_state.safetensors"
@@ -36,6 +36,7 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 ENCODER_ROWS = f"{PREFIX}encoder.embed_tokens{ROWS}"
 DECODER_ROWS = f"{PREFIX}decoder.embed_tokens{ROWS}"
 LORA_NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
+LORA_BIAS = re.compile(r"(.+)\.lora_B\.bias")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ def check_adapter(
     pairs: dict[str, set[str]] = {}
     moved = False
     for name, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{place}: {name}: dtype {tensor.dtype} is no floating type")
         values = tensor.to_float32()
         if values.size == 0:
             raise CheckpointError(f"{place}: {name}: empty tensor {list(tensor.shape)}")
@@ -124,9 +127,13 @@ def check_adapter(
             raise CheckpointError(f"{place}: {name}: holds NaN or infinity", hint="go back to an earlier checkpoint")
         if match := LORA_NAME.fullmatch(name):
             pairs.setdefault(match[1], set()).add(match[2])
+            if len(tensor.shape) != 2:
+                raise CheckpointError(f"{place}: {name}: {list(tensor.shape)} is no matrix")
             rank = tensor.shape[0 if match[2] == "A" else 1]
-            if rank != config.get("r", rank) and not config.get("rank_pattern"):
-                raise CheckpointError(f"{place}: {name}: rank {rank}, but {CONFIG} says r {config['r']}")
+            module = match[1].removeprefix(PREFIX)
+            expected = pattern_value(config.get("rank_pattern"), module, config.get("r", rank))
+            if rank != expected:
+                raise CheckpointError(f"{place}: {name}: rank {rank}, but {CONFIG} says r {expected:g}")
             moved |= match[2] == "B" and bool(values.any())
     if not pairs:
         raise CheckpointError(f"{place}: holds no LoRA matrix")
@@ -183,54 +190,37 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json, tensors by PEFT's names) of an adapter folder or a run folder.
 
     Raises:
+        CheckpointError: as `open_adapter`.
+    """
+    config, tensors = open_adapter(folder)
+    return config, dict(tensors)
+
+
+def open_adapter(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """`read_adapter` that maps a tensor only while it is used, for adapters that are large themselves.
+
+    Raises:
         CheckpointError: it holds no adapter, or of a kind that can't be folded.
     """
     config = read_adapter_config(folder)
-    for key in ("fan_in_fan_out", "alora_invocation_tokens", "use_qalora"):
-        if config.get(key):
-            raise CheckpointError(f"{folder / CONFIG}: {key}: {config[key]!r} can't be folded yet")
+    check_foldable(config, folder)
     return config, read_adapter_tensors(folder)
 
 
-def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+def read_adapter_tensors(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of an adapter's file, by the names in it.
 
     Raises:
         CheckpointError: there is none, or it is broken.
     """
-    if (folder / WEIGHTS).is_file():
-        file = SafetensorsFile(folder / WEIGHTS)
-        return {name: file.tensor(name) for name in file.entries}
-    if (folder / OLD_WEIGHTS).is_file():
+    if holds(folder, WEIGHTS):
+        return Tensors(SafetensorsFile(folder / WEIGHTS))
+    if holds(folder, OLD_WEIGHTS):
         state = read_torch_file(folder / OLD_WEIGHTS)
         if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
             return dict(state)
         raise CheckpointError(f"{folder / OLD_WEIGHTS}: expected a state dict of tensors")
     raise CheckpointError(f"adapter: {folder}: no {WEIGHTS} in it", hint="a run folder has one when its run is over")
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter.
-
-    Raises:
-        CheckpointError: it is missing, broken, or of another kind of adapter.
-    """
-    hint = "name a run folder, a checkpoint of one, or what export wrote"
-    if not folder.is_dir():
-        raise CheckpointError(f"adapter: {folder}: no such folder", hint=hint)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"adapter: {folder}: no {CONFIG} in it", hint=hint) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG}: expected a JSON object")
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r}; only LORA is known")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise CheckpointError(f"{folder / CONFIG}: lora_alpha: {config.get('lora_alpha')!r} is no number")
-    return config
 
 
 def low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRank]:
@@ -240,7 +230,7 @@ def low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
         if (match := LORA_NAME.fullmatch(name)) and match[2] == "A":
             module = match[1].removeprefix(PREFIX)
             rank = tensor.shape[0]
-            alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+            alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             magnitude = state.get(match[1] + MAGNITUDE)
             updates[f"{module}.weight"] = LowRank(tensor, state[f"{match[1]}.lora_B.weight"], scale, magnitude)
@@ -277,11 +267,3 @@ def rows_tensor(state: Mapping[str, Tensor], weight: str) -> Tensor:
         if (name := f"{PREFIX}{module}{ROWS}") in state:
             return state[name]
     raise CheckpointError(f"the adapter lists trained rows of {weight}, but holds none")
-
-
-def _pattern_value(pattern: Any, module: str, default: float) -> float:
-    """PEFT's rule for alpha_pattern and rank_pattern: a key matches a module's name from a dot or as a whole."""
-    for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})$", module):
-            return float(value)
-    return float(default)

@@ -1,12 +1,12 @@
 """Find a base checkpoint's folder: a path, a model on the hub, or the built-in `pocket`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import ModelError
+from t5tune.errors import CheckpointError, ModelError
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.weights.pocket import pocket_folder
+from t5tune.weights.strangers import read_object
 
 FILES = [
     "*.json",
@@ -32,6 +32,7 @@ def find_base(settings: BaseModelSettings) -> Path:
             f"model_name_or_path: {name}: no config.json in it",
             hint="name a folder that save_pretrained wrote",
         )
+    read_config(folder)
     return folder
 
 
@@ -39,15 +40,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands, of a folder or the file itself.
 
     Raises:
-        ModelError: it can't be read, or holds no object.
+        ModelError: it can't be read, holds no object, or asks for code of its own.
     """
     path = folder if folder.is_file() else folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_object(folder, path.name)
+    except FileNotFoundError as error:
         raise ModelError(f"{path}: can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object")
+    except CheckpointError as error:
+        raise ModelError(error.message, error.hint) from error
+    for key in ("auto_map", "custom_pipelines"):
+        if config.get(key):
+            raise ModelError(f"{path}: {key}: asks for code that comes with the model; t5tune runs none")
     return config
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.weights.adapter import CONFIG, LORA_NAME, PREFIX
+from t5tune.weights.adapter import LORA_NAME, PREFIX
+from t5tune.weights.adapter_config import CONFIG
 from t5tune.weights.tensors import Tensor
 
 ALPHA = 16.0

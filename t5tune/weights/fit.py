@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
-from t5tune.weights.adapter import CONFIG, LORA_NAME, MAGNITUDE, PREFIX, ROWS
+from t5tune.weights.adapter import LORA_NAME, MAGNITUDE, PREFIX, ROWS
+from t5tune.weights.adapter_config import CONFIG
 from t5tune.weights.tensors import Tensor
 
 MODEL_TYPES = {"t5", "mt5", "umt5"}

@@ -4,13 +4,17 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from t5tune.errors import CheckpointError
 from t5tune.publish import write_json
 from t5tune.weights.adapter import TEMPLATE, TrainedWith
 from t5tune.weights.base import read_config
+from t5tune.weights.strangers import holds, read_object
 from t5tune.weights.streaming import write_safetensors
 from t5tune.weights.tensors import Tensor
 
 MODEL = "model.safetensors"
+CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "spiece")
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], base: Path, tied: bool, trained_with: TrainedWith) -> None:
@@ -20,24 +24,39 @@ def write_model(folder: Path, state: Mapping[str, Tensor], base: Path, tied: boo
     copy_companions(base, trained_with.tokenizer_folder, trained_with.template_file, folder)
 
 
-def write_config(base: Path, folder: Path, tied: bool) -> None:
+def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None) -> None:
     """config.json with the true `tie_word_embeddings`, and the scaling that transformers 4 derives from it spelt out.
 
     transformers 4 scales the decoder's output where the flag is true; 5 reads `scale_decoder_outputs`.
+
+    Args:
+        dtype: what the weights were rounded to; None: they have the base's.
     """
     config = read_config(base)
     if config.get("model_type") in {"t5", "umt5"}:
         config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
     config["tie_word_embeddings"] = tied
+    if dtype is not None:
+        # releases of transformers differ in the name that they read
+        config["torch_dtype"] = config["dtype"] = CONFIG_DTYPES[dtype]
     write_json(folder / "config.json", config)
 
 
 def copy_companions(base: Path, tokenizer_folder: Path, template_file: Path, folder: Path) -> None:
-    """The generation settings of the base, and the tokenizer and layout that the weights were trained with."""
-    if (base / "generation_config.json").is_file():
+    """The generation settings of the base, and the tokenizer and layout that the weights were trained with.
+
+    Raises:
+        CheckpointError: a link that leaves its folder, or a tokenizer that asks for code of its own.
+    """
+    if holds(base, "generation_config.json"):
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
     for file in sorted(tokenizer_folder.iterdir()):
-        if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "spiece")):
+        if file.name.startswith(TOKENIZER_FILES) and holds(tokenizer_folder, file.name):
             shutil.copyfile(file, folder / file.name)
-    if template_file.is_file():
+    if (folder / "tokenizer_config.json").is_file() and read_object(folder, "tokenizer_config.json").get("auto_map"):
+        raise CheckpointError(
+            f"{tokenizer_folder / 'tokenizer_config.json'}: auto_map: asks for code that comes with the tokenizer; "
+            "t5tune runs none"
+        )
+    if template_file.is_file() and holds(template_file.parent, template_file.name):
         shutil.copyfile(template_file, folder / TEMPLATE)

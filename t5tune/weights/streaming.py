@@ -11,16 +11,18 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from t5tune.errors import CheckpointError
-from t5tune.weights.tensors import STORAGE, Tensor
+from t5tune.weights.strangers import holds, parse_object, read_object
+from t5tune.weights.tensors import STORAGE, Place, Tensor
 from t5tune.weights.torch_file import read_torch_file
 
-MAX_HEADER = 100 << 20
+MAX_HEADER = 16 << 20  # T5-XXL's header has 70 KB
 ALIGNMENT = 8
+FOREIGN = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".pth", ".pt", ".npz", ".safetensors", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class SafetensorsFile:
                 length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else MAX_HEADER + 1
                 if length > min(MAX_HEADER, size - 8):
                     raise CheckpointError(f"{path}: not a safetensors file: its header is {length} bytes long")
-                header = json.loads(file.read(length))
-        except (OSError, ValueError, RecursionError) as error:
+                header = parse_object(file.read(length))
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: can't be read as safetensors: {error}") from error
-        if not isinstance(header, dict):
-            raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
         self.data_begin = 8 + length
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):
+            raise CheckpointError(f"{path}: __metadata__: expected texts by name")
         self.entries = {name: self._entry(name, value, size) for name, value in header.items()}
         position = self.data_begin
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -66,12 +68,19 @@ class SafetensorsFile:
             begin, end = value["data_offsets"]
             dtype, shape = value["dtype"], tuple(value["shape"])
             storage = STORAGE[dtype]
+            if not all(type(number) is int for number in (begin, end, *shape)):
+                raise ValueError("expected whole numbers")
             expected = math.prod(shape) * storage.itemsize
-            if min((begin, *shape), default=0) < 0 or end - begin != expected or end + self.data_begin > size:
+            if min(begin, *shape, 0) < 0 or end - begin != expected or end + self.data_begin > size:
                 raise ValueError(f"{end - begin} bytes for {dtype} {list(shape)}")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {name}: bad header entry: {error!r}") from error
         return Entry(dtype, shape, self.data_begin + begin, self.data_begin + end)
+
+    def read_header(self) -> bytes:
+        """The bytes before the data: the header's length and the header."""
+        with open(self.path, "rb") as file:
+            return file.read(self.data_begin)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as a read-only view of the mapped file."""
@@ -82,28 +91,57 @@ class SafetensorsFile:
         # an offset need not be a multiple of the item's size: map bytes, then view them
         mapped = np.memmap(self.path, np.uint8, "r", entry.begin, (entry.end - entry.begin,))
         array = np.frombuffer(mapped, STORAGE[entry.dtype], count).reshape(entry.shape)
-        return Tensor(entry.dtype, array)
+        return Tensor(entry.dtype, array, Place(self.path, entry.begin))
+
+
+class Tensors(Mapping[str, Tensor]):
+    """A file's tensors by name, each mapped when it is asked for and let go with the last use of it."""
+
+    def __init__(self, file: SafetensorsFile) -> None:
+        self.file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file.entries)
+
+    def __len__(self) -> int:
+        return len(self.file.entries)
 
 
 class Checkpoint:
     """All tensors of a folder with weights: name -> Tensor, whatever files they lie in."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: CheckpointError: no weights, or an index that names a file outside the folder."""
+        """Raises: CheckpointError: no weights, files that can't be trusted, or an index that doesn't fit them."""
         self.folder = folder
         self.files: list[SafetensorsFile] = []
+        self.parts: list[tuple[Path, list[str]]] = []
+        """Each file with the names of its tensors, in the order of their bytes."""
         self._where: dict[str, SafetensorsFile] = {}
         self._torch_tensors: dict[str, Tensor] = {}
-        self.index, paths = _weight_files(folder)
+        self.index, weight_map, paths = _weight_files(folder)
         for path in paths:
             if path.suffix == ".safetensors":
                 file = SafetensorsFile(path)
                 self.files.append(file)
-                self._where |= dict.fromkeys(file.entries, file)
+                entries = file.entries
+                names = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
             else:
-                self._torch_tensors |= _torch_tensors(path)
-        if self.index is not None and (missing := sorted(set(_weight_map(self.index)) - set(self.names()))):
-            raise CheckpointError(f"{self.index}: {missing[0]}: no file of the checkpoint holds it")
+                torch_tensors = _torch_tensors(path)
+                names = list(torch_tensors)
+            if doubled := [name for name in names if name in self]:
+                raise CheckpointError(f"{path}: {doubled[0]}: another file of the checkpoint holds it too")
+            if path.suffix == ".safetensors":
+                self._where |= dict.fromkeys(names, file)
+            else:
+                self._torch_tensors |= torch_tensors
+            self.parts.append((path, names))
+        held = {name: path.name for path, names in self.parts for name in names}
+        for name, file_name in weight_map.items():
+            if held.get(name) != file_name:
+                raise CheckpointError(f"{self.index}: {name}: {file_name} doesn't hold it")
 
     def __contains__(self, name: str) -> bool:
         return name in self._where or name in self._torch_tensors
@@ -111,6 +149,17 @@ class Checkpoint:
     def names(self) -> list[str]:
         """The tensors' names, file by file."""
         return [*self._where, *self._torch_tensors]
+
+    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """What the tensor is, without mapping it."""
+        described = self._where[name].entries[name] if name in self._where else self._torch_tensors[name]
+        return described.dtype, described.shape
+
+    def place(self, name: str) -> Place | None:
+        """Where the tensor's bytes lie; None: not end to end."""
+        if name in self._where:
+            return Place(self._where[name].path, self._where[name].entries[name].begin)
+        return self._torch_tensors[name].place
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, as a view of a mapped file."""
@@ -125,38 +174,52 @@ class Checkpoint:
             return True
         if "shared.weight" not in self:
             raise CheckpointError(f"{self.folder}: shared.weight: missing from the weights")
-        head, shared = self.tensor("lm_head.weight"), self.tensor("shared.weight")
-        return head.dtype == shared.dtype and np.array_equal(head.array, shared.array, equal_nan=True)
+        return _same(self.tensor("lm_head.weight"), self.tensor("shared.weight"))
 
 
-def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
-    """(the index, where it is one that tells, and the files with the weights)."""
+def _same(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    pairs = zip(first.blocks(), second.blocks(), strict=True)
+    return all(np.array_equal(a.array, b.array, equal_nan=True) for (_, a), (_, b) in pairs)
+
+
+def _weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[Path]]:
+    """(the index, where it is one that tells; its tensors' files; the files with the weights)."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
         # a single file wins over an index, as in transformers
-        if (folder / name).is_file():
-            return None, [folder / name]
-        if index.is_file():
-            return index, _indexed_files(index)
+        if holds(folder, name):
+            return None, {}, [folder / name]
+        if holds(folder, f"{name}.index.json"):
+            weight_map = _weight_map(folder, f"{name}.index.json")
+            files = _indexed_files(folder / f"{name}.index.json", weight_map)
+            return folder / f"{name}.index.json", weight_map, files
+    foreign = sorted(path.name for path in folder.glob("*") if path.suffix in FOREIGN)
     raise CheckpointError(
-        f"{folder}: no weights (model.safetensors or pytorch_model.bin)",
-        hint="name a folder that save_pretrained wrote, or a model id",
+        f"{folder}: no weights (model.safetensors or pytorch_model.bin)"
+        + (f"; {foreign[0]} is in a format that isn't read" if foreign else ""),
+        hint="load and save it once with transformers, as safetensors"
+        if foreign
+        else "name a folder that save_pretrained wrote, or a model id",
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not an index of weights: {error!r}") from error
+def _weight_map(folder: Path, name: str) -> dict[str, str]:
+    weight_map = read_object(folder, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / name}: not an index of weights: expected weight_map with files by tensor")
+    return weight_map
 
 
-def _indexed_files(index: Path) -> list[Path]:
-    names = sorted(set(_weight_map(index).values()), key=str)
+def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if Path(name).name != name or name in {"", ".", ".."}:
             raise CheckpointError(f"{index}: {name!r}: points outside the folder")
-        if not (index.parent / name).is_file():
+        if not name.endswith(suffix):
+            raise CheckpointError(f"{index}: {name!r}: expected a file that ends in {suffix}")
+        if not holds(index.parent, name):
             raise CheckpointError(f"{index.parent / name}: missing; {index.name} names it")
     return [index.parent / name for name in names]
 
@@ -190,27 +253,6 @@ def header_of(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapp
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % ALIGNMENT)
     return struct.pack("<Q", len(encoded)) + encoded
-
-
-def copy_range(source: IO[bytes], target: IO[bytes], begin: int, end: int) -> Iterator[int]:
-    """Append source[begin:end] to the target, inside the kernel where it can; yields the bytes of each step."""
-    while begin < end:
-        step = min(end - begin, 64 << 20)
-        if hasattr(os, "copy_file_range"):
-            try:
-                copied = os.copy_file_range(source.fileno(), target.fileno(), step, begin)
-            except OSError:  # some file systems can't
-                copied = _copy(source, target, begin, step)
-        else:
-            copied = _copy(source, target, begin, step)
-        if copied == 0:
-            raise CheckpointError(f"{source.name}: ended at byte {begin}, expected {end}")
-        begin += copied
-        yield copied
-
-
-def _copy(source: IO[bytes], target: IO[bytes], begin: int, step: int) -> int:
-    return os.write(target.fileno(), os.pread(source.fileno(), step, begin))
 
 
 def total_bytes(paths: Iterable[Path]) -> int:

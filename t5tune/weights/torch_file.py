@@ -7,7 +7,7 @@ inert stand-ins, the objects that DeepSpeed's shards hold; any other name in it 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from t5tune.errors import CheckpointError
 from t5tune.weights.pickles import Function, InertClass, unpickle
 from t5tune.weights.stored_zip import StoredZip
-from t5tune.weights.tensors import STORAGE, Tensor
+from t5tune.weights.tensors import STORAGE, Place, Tensor
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -72,13 +72,14 @@ class _StorageType:
 class StoredTensor(Tensor):
     """A tensor of a torch file. `check` raises CheckpointError where its bytes aren't those that were written."""
 
-    check: Callable[[], None]
+    check: Callable[[], None] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class _Storage:
     dtype: str
     array: npt.NDArray[Any]
+    place: Place
     check: Callable[[], None]
 
 
@@ -130,7 +131,8 @@ class _Reader:
         if count < 0 or count * dtype.itemsize != member.size:
             raise ValueError(f"data/{key[:100]}: {member.size} bytes, expected {count * dtype.itemsize}")
         values = np.frombuffer(self.archive.view(f"data/{key}"), dtype)
-        return _Storage(storage_type.dtype, values, partial(self.archive.check, f"data/{key}"))
+        place = Place(self.archive.path, member.begin)
+        return _Storage(storage_type.dtype, values, place, partial(self.archive.check, f"data/{key}"))
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -144,7 +146,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
         raise ValueError("a tensor in its pickle whose shape is none")
     count, values = math.prod(shape), storage.array
     if count == 0:
-        return StoredTensor(storage.dtype, np.zeros(shape, values.dtype), storage.check)
+        return StoredTensor(storage.dtype, np.zeros(shape, values.dtype), check=storage.check)
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     if last >= len(values):
         raise ValueError(f"a tensor of {list(shape)} passes the end of its storage")
@@ -153,7 +155,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     itemsize = values.dtype.itemsize
     steps = [stride * itemsize for stride in strides]
     view: npt.NDArray[Any] = np.ndarray(shape, values.dtype, values.data, offset * itemsize, steps)
-    return StoredTensor(storage.dtype, view, storage.check)
+    place = Place(storage.place.path, storage.place.begin + offset * itemsize)
+    return StoredTensor(storage.dtype, view, place if view.flags.c_contiguous else None, check=storage.check)
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Tensor:

@@ -12,18 +12,17 @@ from typing import Any
 
 from t5tune.errors import CheckpointError
 from t5tune.weights.adapter import (
-    CONFIG,
     OLD_WEIGHTS,
     PREFIX,
     WEIGHTS,
     read_adapter,
-    read_adapter_config,
     read_adapter_tensors,
     saved_name,
     starts_in,
     with_copies,
     without_start,
 )
+from t5tune.weights.adapter_config import CONFIG, read_adapter_config
 from t5tune.weights.fastchat import OldLora, found_config, is_adapter_name, plain_name
 from t5tune.weights.links import check_all_inside
 from t5tune.weights.model_folder import MODEL
@@ -151,7 +150,7 @@ def _config(folder: Path, state: Mapping[str, Tensor], old: OldLora) -> tuple[di
 
 def _read_files(folder: Path, has_adapter: bool) -> dict[str, Tensor]:
     if has_adapter:
-        return read_adapter_tensors(folder)
+        return dict(read_adapter_tensors(folder))
     model = Checkpoint(folder)
     return {name: model.tensor(name) for name in model.names()}
 
