@@ -266,7 +266,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
     from transformers import set_seed
 
     from t5tune.model.load import count_parameters, load_base
-    from t5tune.model.lora import add_lora
+    from t5tune.model.lora import add_lora, start_from
     from t5tune.training.batches import PackedCollator, PaddedCollator
     from t5tune.training.trainer import Answers, T5Trainer
     from t5tune.weights.adapter import WEIGHTS, TrainedWith, write_adapter
@@ -297,6 +297,8 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         model.requires_grad_(True)
     else:
         model, taken_out = add_lora(model, base, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
+    if settings.adapter is not None:
+        start_from(model, settings.adapter)
     packs = _packs(settings, model, report)
     trainable, total = count_parameters(model)
     if settings.gradient_checkpointing:

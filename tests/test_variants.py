@@ -280,3 +280,63 @@ def test_int8_under_deepspeed_is_refused(untied_base: Path, conversations: Path,
     changes = {"q_lora": True, "quant_type": "int8", "deepspeed": "zero2"}
     with pytest.raises(SettingsError, match="quant_type: int8 weights can't go through DeepSpeed"):
         train(settings(untied_base, conversations, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("ways", [{}, {"use_dora": True, "modules_to_save": NORMS}], ids=["lora", "dora and norms"])
+def test_training_starts_from_an_adapter_bit_by_bit(
+    ways: dict[str, Any], base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    train(settings(base, conversations, tmp_path / "first", **ways))
+    ways = {**ways, "adapter": tmp_path / "first", "eval_data_path": None, "max_steps": 1}
+    train(settings(base, conversations, tmp_path / "same", **ways, learning_rate=0))
+    train(settings(base, conversations, tmp_path / "more", **ways, learning_rate=1e-3))
+    first, same, more = (trained_adapter(tmp_path / name) for name in ("first", "same", "more"))
+    assert first.keys() == same.keys() == more.keys()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not any(torch.equal(first[name], more[name]) for name in first)
+
+
+def test_shards_start_from_an_adapter_bit_by_bit(
+    first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    done = t5tune(
+        *("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run"),
+        *("--adapter", first_adapter, "--deepspeed", "zero3", "--num-processes", "2"),
+        *("--max-steps", "1", "--learning-rate", "0", "--report-samples", "0"),
+    )
+    assert done.code == 0, done.stderr
+    first, same = trained_adapter(first_adapter), trained_adapter(tmp_path / "run")
+    assert first.keys() == same.keys()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora_r": 4}, "r 8, but lora_r 4 here; give lora_r 8"),
+        ({"lora_alpha": 8}, "lora_alpha 16.0, but lora_alpha 8.0 here"),
+        ({"use_rslora": True}, "use_rslora False, but use_rslora True here"),
+        ({"lora_target_modules": ["q", "k", "v"]}, "this run trains .*k.lora_A.weight, which it lacks"),
+        ({"lora_target_modules": ["q"]}, "it holds .*v.lora_A.weight, which this run doesn't train"),
+        ({"add_tokens": ["none"]}, "it holds .*trainable_tokens_delta, which this run doesn't train"),
+        ({"add_tokens": ["fastchat"]}, "its rows are of other tokens"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_no_start(
+    changes: dict[str, Any], said: str, first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=f"adapter: {first_adapter}: .*{said.partition(';')[0]}") as refused:
+        train(settings(untied_base, conversations, tmp_path / "run", adapter=first_adapter, **changes))
+    assert refused.value.hint
+
+
+def test_a_folder_without_an_adapter_is_no_start(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"adapter.*{tmp_path}"):
+        train(settings(untied_base, conversations, tmp_path / "run", adapter=tmp_path))
+
+
+@pytest.fixture(scope="module")
+def first_adapter(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first") / "run"
+    train(settings(untied_base, conversations, folder, max_steps=1, eval_data_path=None))
+    return folder

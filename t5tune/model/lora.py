@@ -5,6 +5,7 @@ transformers 5 that every T5 is tied, and drops the rows of an embedding and a h
 indices; lists that differ it keeps apart, so the saved adapter loads right with no line of the user's.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from torch.nn import functional
 
-from t5tune.errors import ModelError, SettingsError
+from t5tune.errors import CheckpointError, ModelError, SettingsError
 from t5tune.model.family import FAMILIES
 from t5tune.model.load import to_torch
 from t5tune.settings.lora import LoraSettings
-from t5tune.weights.adapter import saved_name
+from t5tune.weights.adapter import DECODER_ROWS, PREFIX, read_adapter, saved_name
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
 
@@ -130,6 +131,40 @@ def _start_from_quantisation_error(peft_model: Any, base: Path) -> None:
         root_R = (s_R[:rank] / module.scaling["default"]).sqrt()
         module.lora_A["default"].weight.data = (root_R[:, None] * v_RI[:rank]).contiguous()
         module.lora_B["default"].weight.data = (u_OR[:, :rank] * root_R).contiguous()
+
+
+def start_from(peft_model: Any, folder: Path) -> None:
+    """Give the adapters and token rows the values of a saved adapter.
+
+    Raises:
+        CheckpointError: it holds none, or one of another shape, scale or kind.
+    """
+    config, state = read_adapter(folder)
+    here = peft_model.peft_config["default"].to_dict()
+    for key, flag in {"r": "lora_r", **{key: key for key in ("lora_alpha", "use_rslora", "use_dora")}}.items():
+        then, now = config.get(key, False), here[key]
+        if then != now:
+            raise CheckpointError(f"adapter: {folder}: {key} {then}, but {flag} {now} here", hint=f"give {flag} {then}")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise CheckpointError(f"adapter: {folder}: ranks of their own for some layers, which can't be trained here")
+    parameters = {saved_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
+    tensors = {name: tensor for name, tensor in state.items() if name in parameters or name != DECODER_ROWS}
+    for name in sorted(parameters.keys() ^ tensors.keys()):
+        has, lacks = ("it holds", "this run doesn't train") if name in tensors else ("this run trains", "it lacks")
+        raise CheckpointError(
+            f"adapter: {folder}: {has} {name.removeprefix(PREFIX)}, which {lacks}",
+            hint="give lora_target_modules, modules_to_save and add_tokens as they were",
+        )
+    indices = json.loads(json.dumps(here["trainable_token_indices"]))
+    if config.get("trainable_token_indices") != indices:
+        raise CheckpointError(f"adapter: {folder}: its rows are of other tokens", hint="give add_tokens as it was")
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != tensors[name].shape:
+            shapes = f"{list(tensors[name].shape)}, but {list(parameter.shape)} here"
+            raise CheckpointError(
+                f"adapter: {folder}: {name.removeprefix(PREFIX)}: {shapes}", hint="is it this base's?"
+            )
+        parameter.data.copy_(to_torch(tensors[name], parameter.dtype))
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -15,7 +15,7 @@ from t5tune.settings.data import (
 )
 from t5tune.settings.fields import Maybe, Paths, Settings, Words
 from t5tune.settings.inference import InferenceSettings
-from t5tune.settings.lora import LoraSettings
+from t5tune.settings.lora import LoraSettings, StartSettings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
 from t5tune.settings.quantisation import QuantisationSettings
@@ -48,7 +48,7 @@ class TrainSettings(
     EvaluationSettings,
     TrainingSettings,
     QuantisationSettings,
-    LoraSettings,
+    StartSettings,
     TrainingDataSettings,
     BaseModelSettings,
 ):
@@ -83,6 +83,10 @@ class TrainSettings(
                     raise ValueError(f"{name}: full training has no adapters; leave it out, or train_mode: lora")
             if self.init_lora_weights != "default":
                 raise ValueError("init_lora_weights: full training has no adapters; leave it out")
+            if self.adapter is not None:
+                raise ValueError("adapter: full training starts from a whole model; merge it into its base first")
+        if self.adapter is not None and self.init_lora_weights != "default":
+            raise ValueError(f"init_lora_weights: {self.init_lora_weights} beside adapter, which is a start too")
         if self.init_lora_weights == "loftq" and not (self.q_lora and self.quant_type != "int8"):
             raise ValueError("init_lora_weights: loftq makes up for the 4 bits of q_lora, which is off or in int8")
         if self.init_lora_weights.startswith(("pissa", "olora")) and self.q_lora:

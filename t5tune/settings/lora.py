@@ -1,6 +1,7 @@
 """The low-rank adapter (LoRA, Hu et al. 2021), its variants, and what else of the base trains."""
 
 import re
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -74,3 +75,15 @@ class LoraSettings(Settings):
                 "wrong; the rows of new tokens are trained by add_tokens and train_token_rows"
             )
         return value or None
+
+
+class StartSettings(LoraSettings):
+    """What training starts from."""
+
+    panel: ClassVar[str] = "LoRA"
+
+    adapter: Annotated[Path | None, Maybe] = Field(
+        default=None,
+        description="Start from the weights of this adapter or run, which must be of the same shape; the optimizer "
+        "and the schedule begin anew.",
+    )

@@ -28,6 +28,7 @@ NO_PART_OF_IT = {
     "dataloader_num_workers", "use_cpu", "fp16",
 }  # fmt: skip
 WEIGHTS = ("config.json", "*.safetensors", "pytorch_model*.bin")
+ADAPTER = ("adapter_config.json", "adapter_model.*")
 ROWS = ("tokens.bin", "conversations.bin", "examples.bin")
 SHARDING = ("world_size", "deepspeed_stage")
 
@@ -52,7 +53,8 @@ def identity(settings: TrainSettings, cache: Cache, base: Path, world_size: int)
             micro_batch * settings.gradient_accumulation_steps * world_size
         ),
         "data": _hash({name: cache.manifest["files"][name] for name in ROWS} | held_out),
-        "base": _hash({path.name: sha256(path) for pattern in WEIGHTS for path in sorted(base.glob(pattern))}),
+        "base": _hash_of(base, WEIGHTS),
+        "adapter": settings.adapter and _hash_of(settings.adapter, ADAPTER),
         "world_size": world_size,
         "deepspeed_stage": deepspeed and int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
     }
@@ -102,6 +104,10 @@ def _sharding(made: dict[str, Any]) -> str:
     ranks = "1 process" if made["world_size"] == 1 else f"{made['world_size']} processes"
     stage = made["deepspeed_stage"]
     return f"{ranks} without DeepSpeed" if stage is None else f"{ranks} of ZeRO-{stage}"
+
+
+def _hash_of(folder: Path, patterns: tuple[str, ...]) -> str:
+    return _hash({path.name: sha256(path) for pattern in patterns for path in sorted(folder.glob(pattern))})
 
 
 def _hash(hashes: dict[str, str]) -> str:
