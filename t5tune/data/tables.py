@@ -121,7 +121,7 @@ def _cell(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except Exception:
-        return [str(scalar)]
+        return [str(scalar.type)]
 
 
 def _size(value: Any) -> int:
