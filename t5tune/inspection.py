@@ -4,8 +4,10 @@ result = inspect(InspectSettings(cache="cache", worst_cut=True))
 result.examples[0].source_text
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +16,14 @@ from t5tune.data.cache import Cache, open_cache
 from t5tune.data.lengths import Histogram, length_histogram
 from t5tune.data.order import epoch_order, padding_share
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
+from t5tune.data.vocabulary import TextRun, text_runs
 from t5tune.errors import DataError, SettingsError
 from t5tune.inspection_page import write_page
 from t5tune.progress import Report, silent
 from t5tune.settings import InspectSettings
 
 NUM_LONGEST = 5
+WAYS = ("worst_cut", "unknown", "all")  # to choose examples, beside their numbers
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,23 @@ class Shown:
     source_cut: list[int]
     target_cut: list[int]
 
+    def runs(self, tokenizer: Tokenizer, added: set[int]) -> dict[str, Iterator[tuple[TextRun, bool]]]:
+        """Source and target as runs of text, each with whether it was cut off."""
+        head, source = self.source_head, self.source_ids
+        parts = {
+            "source": [(source[:head], False), (self.source_cut, True), (source[head:], False)],
+            "target": [(self.target_ids, False), (self.target_cut, True)],
+        }
+        return {side: _runs(of_side, tokenizer, added) for side, of_side in parts.items()}
+
+
+def _runs(parts: list[tuple[list[int], bool]], tokenizer: Tokenizer, added: set[int]) -> Iterator[tuple[TextRun, bool]]:
+    begins = True
+    for ids, is_cut in parts:
+        for run in text_runs(ids, tokenizer, added, begins):
+            yield run, is_cut
+        begins = begins and not ids
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -59,13 +80,26 @@ class Statistics:
     longest: list[int]
 
 
+class Examples(Sequence[Shown]):
+    """Examples of a cache that are laid open as they are asked for."""
+
+    def __init__(self, cache: Cache, indices: Sequence[int]) -> None:
+        self.cache = cache
+        self.tokenizer = load_tokenizer(cache.tokenizer_folder)
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, number: Any) -> Any:
+        return _shown(self.cache, self._indices[number], self.tokenizer)
+
+
 @dataclass(frozen=True)
 class Inspected:
     """What was asked for: some examples of a cache, statistics of all of them, or both."""
 
-    cache: Path
-    num_examples: int
-    examples: list[Shown]
+    examples: Examples
     statistics: Statistics | None
     page: Path | None
 
@@ -78,26 +112,25 @@ def inspect(settings: InspectSettings, report: Report = silent) -> Inspected:
         SettingsError: more than one choice of examples, or a page that can't be written.
     """
     cache = open_cache(settings.cache)
-    chosen = _chosen(cache, settings)
-    tokenizer = load_tokenizer(cache.tokenizer_folder)
-    examples = [_shown(cache, index, tokenizer) for index in chosen]
+    examples = Examples(cache, _chosen(cache, settings))
     statistics = _statistics(cache, settings.per_device_train_batch_size) if settings.stats or settings.html else None
-    if settings.html is not None:
+    if (page := settings.html) is not None:
+        if page.is_symlink() or (page.exists() and not page.is_file()):
+            raise SettingsError(f"html: {page}: no regular file, which could be replaced", hint="name another file")
         try:
-            write_page(settings.html, cache, examples, statistics, tokenizer)
+            write_page(page, examples, statistics)
         except OSError as error:
-            raise SettingsError(f"html: {settings.html}: can't be written: {error.strerror}") from error
-    return Inspected(settings.cache, len(cache), examples, statistics, settings.html)
+            raise SettingsError(f"html: {page}: can't be written: {error.strerror}") from error
+    return Inspected(examples, statistics, page)
 
 
-def _chosen(cache: Cache, settings: InspectSettings) -> list[int]:
-    asked = [
-        name for name in ("example", "worst_cut", "unknown", "all") if getattr(settings, name) not in (None, False)
-    ]
+def _chosen(cache: Cache, settings: InspectSettings) -> Sequence[int]:
+    ways = {"example": settings.example is not None, **{name: getattr(settings, name) for name in WAYS}}
+    asked = [name for name, is_asked in ways.items() if is_asked]
     if len(asked) > 1:
         raise SettingsError(f"{asked[0]}: beside {asked[1]}; choose the examples one way")
     if settings.all:
-        return list(range(len(cache)))
+        return range(len(cache))
     if settings.example is not None:
         if settings.example >= len(cache):
             raise DataError(f"example: {settings.example}: {cache.folder} holds examples 0 to {len(cache) - 1}")

@@ -1,18 +1,17 @@
 """Examples of a cache and its lengths as one HTML file that needs no network."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t5tune.data.cache import Cache
 from t5tune.data.tokenizer import Tokenizer
-from t5tune.data.vocabulary import TextRun, text_runs
+from t5tune.data.vocabulary import TextRun
 from t5tune.publish import write_file
 
 if TYPE_CHECKING:
     from t5tune.data.lengths import Histogram
-    from t5tune.inspection import Shown, Statistics
+    from t5tune.inspection import Examples, Shown, Statistics
 
 STYLE = """
 :root {
@@ -35,33 +34,38 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospa
 """
 
 
-def write_page(
-    path: Path, cache: Cache, examples: list["Shown"], statistics: "Statistics | None", tokenizer: Tokenizer
-) -> None:
+def write_page(path: Path, examples: "Examples", statistics: "Statistics | None") -> None:
     """Write the page beside `path` and rename it there."""
-    manifest = cache.manifest
+    write_file(path, (f"{part}\n".encode() for part in _page(examples, statistics)))
+
+
+def _page(examples: "Examples", statistics: "Statistics | None") -> Iterator[str]:
+    cache, manifest = examples.cache, examples.cache.manifest
     added = set(manifest["added_token_ids"])
-    parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>{html.escape(cache.folder.name)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(str(cache.folder))}</h1>",
+    yield '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    yield f"<title>{html.escape(cache.folder.name)}</title><style>{STYLE}</style>"
+    yield f"<h1>{html.escape(str(cache.folder))}</h1>"
+    yield (
         f'<p class="facts">{len(cache):,} examples of {manifest["conversations"]:,} conversations; '
         f"{manifest['rejected']:,} records refused; {manifest['unknown_tokens']:,} unknown tokens; "
-        f"{manifest['truncated_sources']:,} sources and {manifest['truncated_targets']:,} targets cut</p>",
+        f"{manifest['truncated_sources']:,} sources and {manifest['truncated_targets']:,} targets cut</p>"
+    )
+    yield (
         '<p class="facts"><span class="source">source</span> · <span class="target">target</span> · '
         '<span class="cut">cut off</span> · <span class="added">↵ added token</span> · '
-        '<span class="unknown">unknown</span></p>',
-    ]
+        '<span class="unknown">unknown</span></p>'
+    )
     if statistics is not None:
         for name, histogram in (("Source", statistics.source), ("Target", statistics.target)):
-            parts += [f"<h2>{name} length (tokens)</h2>", *_bars(histogram)]
-        parts.append(
+            yield f"<h2>{name} length (tokens)</h2>"
+            yield from _bars(histogram)
+        yield (
             f'<p class="facts">Padding in batches of {statistics.batch_size}: '
             f"{statistics.padding_by_length:.1%} by length, {statistics.padding_random:.1%} at random</p>"
         )
-    parts.append("<h2>Examples</h2>")
-    parts += [_article(example, tokenizer, added) for example in examples]
-    write_file(path, "\n".join(parts).encode())
+    yield "<h2>Examples</h2>"
+    for example in examples:
+        yield _article(example, examples.tokenizer, added)
 
 
 def _bars(histogram: "Histogram") -> Iterable[str]:
@@ -72,22 +76,15 @@ def _bars(histogram: "Histogram") -> Iterable[str]:
 
 
 def _article(example: "Shown", tokenizer: Tokenizer, added: set[int]) -> str:
-    def text(ids: list[int]) -> str:
-        return "".join(_marked(run) for run in text_runs(ids, tokenizer, added))
-
-    def cut(ids: list[int]) -> str:
-        return f'<span class="cut">{text(ids)}</span>' if ids else ""
-
-    head = example.source_head
-    source = text(example.source_ids[:head]) + cut(example.source_cut) + text(example.source_ids[head:])
-    target, end = example.target_ids, []
-    if "target" not in example.truncated:
-        target, end = target[:-1], target[-1:]
+    text = {
+        side: "".join(f'<span class="cut">{_marked(run)}</span>' if is_cut else _marked(run) for run, is_cut in runs)
+        for side, runs in example.runs(tokenizer, added).items()
+    }
     facts = f"example {example.index} · conversation {example.conversation} · turn {example.turn}"
     lengths = f"{len(example.source_ids)} + {len(example.target_ids)} tokens"
     return (
-        f'<article><p class="facts">{facts} · {lengths}</p><pre class="source">{source}</pre>'
-        f'<pre class="target">{text(target)}{cut(example.target_cut)}{text(end)}</pre></article>'
+        f'<article><p class="facts">{facts} · {lengths}</p><pre class="source">{text["source"]}</pre>'
+        f'<pre class="target">{text["target"]}</pre></article>'
     )
 
 

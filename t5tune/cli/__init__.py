@@ -9,10 +9,12 @@ import difflib
 import io
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -110,6 +112,10 @@ def run(arguments: list[str]) -> int:
         problem, code = SettingsError(getattr(error, "message", None) or str(error), hint="t5tune --help"), 2
     except (KeyboardInterrupt, typer.Abort):
         problem, code = T5TuneError("interrupted"), 130
+    except BrokenPipeError:  # whoever read the result has gone, and knows it
+        return 1
+    except OSError as error:
+        want_json, problem, code = False, T5TuneError(f"standard output: can't be written: {error.strerror}"), 1
     from t5tune.cli.console import show_error
 
     show_error(problem, sys.stdout if want_json else None, debug)
@@ -162,10 +168,13 @@ def _run_command(
             for note in notes:
                 report(Note(note))
             result = _call(settings, report, stream, json)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             _close(screen)
             console.show_error(T5TuneError("interrupted"), stream if json else None, debug)
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + int(interrupt.args[0] if interrupt.args else signal.SIGINT)) from None
+        except BrokenPipeError:
+            _close(screen)
+            raise
         except typer.Exit:
             _close(screen)
             raise
@@ -240,7 +249,8 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
         case PrepareSettings():
             from t5tune.prepare import prepare
 
-            return prepare(settings, report)
+            with _ending_on_signals():
+                return prepare(settings, report)
         case TrainSettings():
             return _train(settings, report)
         case ExportSettings():
@@ -290,6 +300,24 @@ def _doctor(settings: "DoctorSettings", report: Report, stream: TextIO, as_json:
         doctor.show(diagnosis, stream)
     if not diagnosis.ok:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the work as Ctrl-C does, so that nothing is left lying about."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _train(settings: "TrainSettings", report: Report) -> Any:

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from t5tune.errors import SettingsError, T5TuneError
+from t5tune.errors import SettingsError, T5TuneError, one_line
 from t5tune.progress import Advanced, Event, Finished, Measured, Note, Started
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -53,7 +53,8 @@ class Screen:
                 self._measure(event)
             case Note():
                 style = "yellow" if event.warning else "dim"
-                self.console.print(("warning: " if event.warning else "") + event.text, style=style, markup=False)
+                text = ("warning: " if event.warning else "") + one_line(event.text)
+                self.console.print(text, style=style, markup=False)
 
     def close(self) -> None:
         """Take the bars off the terminal."""
@@ -116,14 +117,25 @@ class Screen:
 
 @contextmanager
 def result_stream() -> Iterator[TextIO]:
-    """Keep stdout for the result: until the block ends, whatever libraries print there goes to stderr."""
+    """Keep stdout for the result: until the block ends, whatever libraries print there goes to stderr.
+
+    Raises:
+        T5TuneError: it is closed.
+        OSError: it can't be written to.
+    """
+    if sys.stdout is None:
+        raise T5TuneError("standard output is closed", hint="send it to a file or /dev/null")
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)
+    # what is no Unicode in a path is shown as \\udcff, which is how JSON writes it
+    stream = open(saved, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115 (closed below)
     try:
-        with open(saved, "w", encoding="utf-8", closefd=False) as stream:
-            yield stream
+        yield stream
+        stream.flush()
     finally:
+        with suppress(OSError):  # what could be written is
+            stream.close()
         sys.stdout.flush()
         os.dup2(saved, 1)
         os.close(saved)
@@ -178,7 +190,7 @@ def show_error(error: BaseException, json_stream: TextIO | None, debug: bool) ->
         traceback.print_exception(error)
     known = isinstance(error, T5TuneError)
     kind = error.kind if isinstance(error, T5TuneError) else type(error).__name__
-    message = error.message if isinstance(error, T5TuneError) else f"{kind}: {' '.join(str(error).split())}"
+    message = error.message if isinstance(error, T5TuneError) else one_line(f"{kind}: {' '.join(str(error).split())}")
     hint = error.hint if isinstance(error, T5TuneError) else "--debug shows where it came from"
     problems = list(error.problems) if isinstance(error, SettingsError) else [message]
     console = _stderr()

@@ -7,10 +7,10 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from t5tune.data.cache import open_cache
+from t5tune.data.cache import Cache
 from t5tune.data.lengths import Histogram
-from t5tune.data.tokenizer import Tokenizer, load_tokenizer
-from t5tune.data.vocabulary import TextRun, text_runs
+from t5tune.data.tokenizer import Tokenizer
+from t5tune.data.vocabulary import TextRun
 from t5tune.inspection import Shown, Statistics, inspect
 from t5tune.progress import Report
 from t5tune.settings import InspectSettings
@@ -30,39 +30,29 @@ def show(settings: InspectSettings, report: Report, stream: TextIO, as_json: boo
             print(json.dumps(dataclasses.asdict(found.statistics)), file=stream)
         return
     console = Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
-    cache = open_cache(settings.cache)
-    tokenizer, added = load_tokenizer(cache.tokenizer_folder), set(cache.manifest["added_token_ids"])
+    console.width = console.width or 80  # where COLUMNS is 0 rich would show nothing
+    cache, tokenizer = found.examples.cache, found.examples.tokenizer
     for example in found.examples if not settings.html else []:
-        console.print(_example(example, found.num_examples, tokenizer, added), markup=False)
+        console.print(_example(example, cache, tokenizer), markup=False)
     if found.statistics is not None and settings.stats:
         console.print(_statistics(found.statistics), markup=False)
     if found.page is not None:
         console.print(str(found.page), markup=False)
 
 
-def _example(example: Shown, count: int, tokenizer: Tokenizer, added: set[int]) -> Text:
-    facts = f"example {example.index} of {count:,}, conversation {example.conversation}, turn {example.turn}"
+def _example(example: Shown, cache: Cache, tokenizer: Tokenizer) -> Text:
+    facts = f"example {example.index} of {len(cache):,}, conversation {example.conversation}, turn {example.turn}"
     text = Text.assemble((facts + "\n", "bold"))
-
-    def add(ids: list[int], side: str, cut: bool = False) -> None:
-        for run in text_runs(ids, tokenizer, added):
+    lengths = {"source": len(example.source_ids), "target": len(example.target_ids)}
+    cut = {"source": len(example.source_cut), "target": len(example.target_cut)}
+    for side, runs in example.runs(tokenizer, set(cache.manifest["added_token_ids"])).items():
+        lost = f", {cut[side]:,} cut off" if cut[side] else ""
+        text.append(f"{side} ({lengths[side]:,} tokens{lost})\n", "dim")
+        for run, is_cut in runs:
             style = STYLES[side] if run.kind == "text" else STYLES[run.kind]
-            text.append(_visible(run), f"{style} strike dim" if cut else style)
-
-    def label(name: str, ids: list[int], cut: list[int]) -> None:
-        lost = f", {len(cut):,} cut off" if cut else ""
-        text.append(f"{name} ({len(ids):,} tokens{lost})\n", "dim")
-
-    head, target = example.source_head, example.target_ids
-    label("source", example.source_ids, example.source_cut)
-    add(example.source_ids[:head], "source")
-    add(example.source_cut, "source", cut=True)
-    add(example.source_ids[head:], "source")
-    text.append("\n")
-    label("target", target, example.target_cut)
-    add(target, "target")
-    add(example.target_cut, "target", cut=True)
-    return text.append("\n")
+            text.append(_visible(run), f"{style} strike dim" if is_cut else style)
+        text.append("\n")
+    return text
 
 
 def _visible(run: TextRun) -> str:

@@ -141,13 +141,11 @@ class _Stream:
 
     def read(self, size: int) -> bytes:
         """As a file's."""
-        if self._first:
-            data, self._first = self._first[:size], self._first[size:]
-            return data
-        data = self._file.read(size)
-        if self._digest is not None:
+        first, self._first = self._first[:size], self._first[size:]
+        data = self._file.read(size - len(first))
+        if self._digest is not None and size > len(first):
             self._digest.update(data)
-        return data
+        return first + data
 
 
 def read_chunks(path: Path, digest: Digest | None = None) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from t5tune.data.records import Place, Raw, Rejected
 from t5tune.errors import DataError, DependencyError
 
 CELL_BYTES = 128  # that a cell takes beside its text
-ROWS = 32  # of a Parquet file at a time, and
+ROWS = 16  # of a Parquet file at a time, and
 ROWS_BYTES = 1 << 21  # about as many bytes of them
 _ORDINARY = re.compile(rb'[^",;\t\r\n]+')
 
@@ -100,7 +100,15 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[Raw | Rejected]:
         raise DataError(f"{path}: row {index}: broken Parquet: {error}", hint="get the file again") from error
 
 
-def _rows_of(batch: Any) -> list[dict[str, Any]]:
+def _rows_of(batch: Any) -> Iterator[dict[str, Any]]:
+    if batch.nbytes > ROWS_BYTES:  # one text that stands once in the file may fill many rows
+        for number in range(len(batch)):
+            yield from _plain_rows(batch.slice(number, 1))
+    else:
+        yield from _plain_rows(batch)
+
+
+def _plain_rows(batch: Any) -> list[dict[str, Any]]:
     try:
         return list(batch.to_pylist())
     except Exception:  # a time that Python can't hold, a struct with a name twice, …
@@ -113,7 +121,7 @@ def _cell(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except Exception:
-        return [str(scalar)]
+        return [str(scalar.type)]
 
 
 def _size(value: Any) -> int:

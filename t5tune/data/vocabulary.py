@@ -135,8 +135,12 @@ class TextRun:
     kind: Literal["text", "added", "unknown", "end"]
 
 
-def text_runs(ids: list[int], tokenizer: Tokenizer, added: set[int]) -> Iterator[TextRun]:
-    """Tokens as runs of text, in order; every added, unknown and end token stands alone."""
+def text_runs(ids: list[int], tokenizer: Tokenizer, added: set[int], begins: bool = False) -> Iterator[TextRun]:
+    """Tokens as runs of text, in order; every added, unknown and end token stands alone.
+
+    Args:
+        begins: they begin a text: the mark of its first word is no space.
+    """
     plain: list[int] = []
     for index in ids:
         kind: Literal["added", "unknown", "end"] | None = (
@@ -152,16 +156,18 @@ def text_runs(ids: list[int], tokenizer: Tokenizer, added: set[int]) -> Iterator
             plain.append(index)
             continue
         if plain:
-            yield TextRun(_plain_text(plain, tokenizer), "text")
-        plain = []
+            yield TextRun(_plain_text(plain, tokenizer, begins), "text")
+        plain, begins = [], False
         yield TextRun(tokenizer.decode([index]), kind)
     if plain:
-        yield TextRun(_plain_text(plain, tokenizer), "text")
+        yield TextRun(_plain_text(plain, tokenizer, begins), "text")
 
 
-def _plain_text(ids: list[int], tokenizer: Tokenizer) -> str:
+def _plain_text(ids: list[int], tokenizer: Tokenizer, begins: bool) -> str:
     """Their text, with the space that the first token may carry: a decoder drops it at a text's start."""
     text = tokenizer.decode(ids)
+    if begins:
+        return text
     is_marked = tokenizer.backend is not None and str(tokenizer.backend.id_to_token(ids[0])).startswith(MARK)
     return " " + text if is_marked and not text.startswith(" ") else text
 

@@ -174,7 +174,8 @@ class InspectSettings(Settings):
     panel: ClassVar[str] = "Inspection"
 
     cache: Path = Field(description="A token cache.", json_schema_extra={"positional": True})
-    example: Annotated[int | None, Maybe] = Field(default=None, ge=0, description="Show this example, counted from 0.")
+    # -1 is no way to say "unset" here: it looks like the last example
+    example: int | None = Field(default=None, ge=0, description="Show this example, counted from 0.")
     worst_cut: bool = Field(default=False, description="Show the example that lost most to model_max_length.")
     unknown: bool = Field(default=False, description="Show the example with the most unknown tokens.")
     all: bool = Field(default=False, description="Show every example.")

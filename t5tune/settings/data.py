@@ -1,9 +1,9 @@
 """Which conversations to read, and how they become examples."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from t5tune.settings.fields import Maybe, Paths, Settings, Words
 
@@ -49,6 +49,13 @@ class ReadingSettings(Settings):
         default=False, description="Turn the HTML of old ShareGPT dumps into Markdown, and drop needless backslashes."
     )
     max_record_bytes: int = Field(default=4 << 20, gt=0, description="Refuse longer records (bytes).")
+
+    @model_validator(mode="after")
+    def _columns_are_of_their_format(self) -> Self:
+        for name in ("source_column", "target_column", "source_prefix"):
+            if (value := getattr(self, name)) and self.data_format not in ("auto", "source-target"):
+                raise ValueError(f"{name}: {value!r:.80} beside data_format {self.data_format}, which doesn't use it")
+        return self
 
 
 class SelectionSettings(Settings):

@@ -1,0 +1,340 @@
+"""Data that an enemy or an accident wrote: each file of the corpus has an expected treatment, and none takes memory."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from t5tune.data.cleaning import clean
+from t5tune.data.encoding import Encoder
+from t5tune.data.files import find_files
+from t5tune.data.formats import Conversation
+from t5tune.data.pipeline import read_record
+from t5tune.data.readers import read_records
+from t5tune.data.records import Rejected
+from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.vocabulary import extend_tokenizer
+from t5tune.errors import DataError
+from t5tune.progress import Event, Note
+from t5tune.settings.data import ReadingSettings
+from tests.conftest import REPOSITORY, SHARED, Finished, t5tune
+
+HI = {"role": "user", "content": "Hi"}
+YES = {"role": "assistant", "content": "Yes"}
+NO = {"role": "assistant", "content": "No"}
+GOOD = json.dumps({"source": "Hi", "target": "Yes"})
+PRETTY = json.dumps({"source": "Hi", "target": "Yes"}, indent=2)
+DEEP = '{"source": "Hi", "target": "Yes", "x": ' + "[" * 198 + "]" * 198 + "}"
+
+# bytes, and what comes of each record: "" is accepted, else the reason
+TREATED: dict[str, tuple[str, bytes | str, list[str]]] = {
+    "control character in a field that nothing uses": (
+        "a.jsonl", '{"source": "Hi", "target": "Yes", "x": ["\\u0001"]}', ["control_character"]),
+    "control character in a key": ("a.jsonl", '{"source": "Hi", "target": "Yes", "\\u0001": 1}', ["control_character"]),
+    "surrogate in a key": ("a.jsonl", '{"source": "Hi", "target": "Yes", "\\ud800": 1}', ["lone_surrogate"]),
+    "200 deep": ("a.jsonl", f"{DEEP}\n{GOOD}", ["", ""]),
+    "202 deep": ("a.jsonl", DEEP.replace("[" * 198, "[" * 201).replace("]" * 198, "]" * 201), ["too_deep"]),
+    "brackets in a text are not deep": (
+        "a.jsonl", json.dumps({"source": "[" * 500, "target": "{" * 500}), [""]),
+    "history that is no list": ("a.jsonl", '{"instruction": "a", "output": "b", "history": 5}', ["bad_turn"]),
+    "history of texts": ("a.jsonl", '{"instruction": "a", "output": "b", "history": ["x"]}', ["bad_turn"]),
+    "system is an empty list": ("a.jsonl", '{"source": "a", "target": "b", "system": []}', [""]),
+    "a key twice among 100,000": (
+        "a.jsonl", "{" + ",".join(f'"{n}":1' for n in range(100_000)) + ',"99999":1}', ["duplicate_key"]),
+    "null keys of joined schemas": (
+        "a.jsonl", json.dumps({"conversations": None, "messages": [HI, YES], "source": None, "target": None}), [""]),
+    "UltraFeedback": (
+        "a.jsonl", json.dumps({"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
+    "a pair without a prompt": ("a.jsonl", json.dumps({"chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
+    "lists a line": ("a.jsonl", f'["a"]\n["b"]\n{GOOD}\n', ["not_an_object", "not_an_object", ""]),
+    "a log line first": ("a.jsonl", f"[INFO] starting\n{GOOD}\n", ["not_json", ""]),
+    "a dated log line first": ("a.jsonl", f"[2024-01-01 12:00] starting\n{GOOD}\n", ["not_json", ""]),
+    "objects over several lines": ("a.json", f"{PRETTY}\n{PRETTY}\n", ["", ""]),
+    "an object over several lines that is too long": (
+        "a.json", json.dumps({"source": "x" * 20_000, "target": "Yes"}, indent=2), ["too_long"]),
+    "a first line that was cut off": ("a.jsonl", f'{{"source": {{\n{GOOD}\n{GOOD}', ["not_json", "", ""]),
+    "lines of old Macs": ("a.jsonl", f"{GOOD}\r{GOOD}\r", ["", ""]),
+    "a table of old Macs": ("a.csv", "source,target\ra,b\rc,d\r", ["", ""]),
+    "a table with an empty first line": ("a.csv", "\n\nsource,target\na,b\n", [""]),
+    "a cell that is too long": (
+        "a.csv", 'source,target\na,"' + "x y" * 5000 + '"\nc,d\n', ["too_long", ""]),
+    "a skippable zstd frame": ("a.jsonl.zst", b"\x50\x2a\x4d\x18\x02\x00\x00\x00ab", []),
+}  # fmt: skip
+
+
+def read(path: Path, **reading: Any) -> list[Conversation | Rejected]:
+    (path.parent / "spool").mkdir(exist_ok=True)
+    limit = 4 << 20 if path.suffix == ".jsonl" else 10_000
+    records = read_records(find_files([str(path)]), limit, path.parent / "spool")
+    return [read_record(record, ReadingSettings(**reading)) for record in records]
+
+
+@pytest.mark.parametrize("name", TREATED)
+def test_each_file_is_treated_as_expected(tmp_path: Path, name: str) -> None:
+    file, data, expected = TREATED[name]
+    (tmp_path / file).write_bytes(data if isinstance(data, bytes) else data.encode())
+    found = read(tmp_path / file)
+    assert [record.reason if isinstance(record, Rejected) else "" for record in found] == expected
+    for record in found:
+        if isinstance(record, Rejected) and record.reason == "too_long":
+            assert record.record.read_text() in str(data)
+
+
+def test_what_is_left_out_of_turns_and_pairs_is_counted(tmp_path: Path) -> None:
+    call = {**YES, "tool_calls": [{"id": 1}], "weight": None}
+    records = [
+        {"messages": [HI, call]},
+        {"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]},
+        {"prompt": "Other", "chosen": [HI, YES], "rejected": [HI, NO]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    repairs = [record.repairs for record in read(tmp_path / "a.jsonl") if isinstance(record, Conversation)]
+    assert repairs == [
+        {"ignored_turn_field_tool_calls": 1},
+        {"ignored_field_rejected": 1},
+        {"ignored_field_prompt": 1, "ignored_field_rejected": 1},
+    ]
+
+
+def test_a_named_format_is_that_format(tmp_path: Path) -> None:
+    both = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "messages": [HI, YES]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(both))
+    (record,) = read(tmp_path / "a.jsonl", data_format="openai")
+    assert isinstance(record, Conversation)
+    assert record.turns[0].text == "Hi"
+
+
+def test_odd_cells_of_parquet_cost_their_own_use_only(tmp_path: Path) -> None:
+    import datetime
+    import decimal
+
+    rows = [
+        {"source": "a", "target": "b", "n": float("nan"), "d": decimal.Decimal("1.5"), "b": b"\xff", "l": [[1]],
+         "t": datetime.datetime(2024, 1, 1)},
+    ]  # fmt: skip
+    table = pyarrow.Table.from_pylist(rows)
+    far = pyarrow.array([2**60], pyarrow.timestamp("ms"))  # a time that Python can't hold
+    parquet.write_table(table.append_column("far", far), tmp_path / "a.parquet")
+    assert isinstance(read(tmp_path / "a.parquet")[0], Conversation)
+    for column in ("n", "d", "b", "l", "t", "far"):
+        (record,) = read(tmp_path / "a.parquet", source_column=column, target_column="target")
+        assert isinstance(record, Rejected)
+        assert record.reason == "not_text"
+
+
+def test_rows_of_parquet_have_a_limit(tmp_path: Path) -> None:
+    rows = [{"source": "a", "target": "x" * size} for size in (10, 20_000, 30)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [isinstance(record, Rejected) for record in read(tmp_path / "a.parquet")] == [False, True, False]
+
+
+def test_what_a_folder_holds_beside_data_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "._a.jsonl").write_bytes(b"\0")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "loop").symlink_to("..")
+    (tmp_path / "deep" / "again").symlink_to(".")
+    (tmp_path / "deep" / "b.jsonl").write_text(GOOD)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    told: list[Event] = []
+    assert find_files([str(tmp_path)], told.append) == [tmp_path / "a.jsonl"]
+    (note,) = told
+    assert isinstance(note, Note)
+    for name in ("._a.jsonl (hidden)", "deep (a folder)", "pipe.jsonl (no regular file)"):
+        assert name in note.text
+    assert find_files([f"{tmp_path}/**/*.jsonl"]) == [tmp_path / "a.jsonl", tmp_path / "deep" / "b.jsonl"]
+    for wrong, message in (
+        ("", "empty"),
+        (str(tmp_path / "pipe.jsonl"), "no regular file"),
+        ("a" * 5000, "can't be read"),
+        (__file__, r"\.py: expected one of"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_files([wrong])
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(DataError, match=r"\.parquet\.gz: expected"):
+        find_files([str(tmp_path / "a.parquet.gz")])
+
+
+def test_cleaning_keeps_code_and_mathematics_and_gives_up_on_hostile_html() -> None:
+    from collections import Counter
+
+    text = "```html\n<p>a &lt; b\\_c</p>\n    x\n```\nand \\_y\\_ \\[ a\\_b \\] $x\\_1$ &amp;\n    indented <br> </p>"
+    repairs: Counter[str] = Counter()
+    cleaned = clean(text, repairs)
+    assert cleaned == text.replace("\\_y\\_", "_y_").replace("&amp;", "&")
+    assert repairs == {"html_entities": 1, "markdown_escapes": 2}
+    for hostile in ("<div>" * 3000, "<p>a" * 100_000, "<div>" + "<!--" * 10_000):
+        assert clean(hostile, repairs) == hostile
+    for slow in ("\\[" * 200_000, "$" * 200_001, "`\n" * 200_000, "<p>x</p>" + " \n" * 100_000):
+        clean(slow, repairs)  # ends
+
+
+# ---------------------------------------------------------------- long texts
+
+LONG = st.text(
+    st.one_of(
+        st.sampled_from("ab hx.,  \n\t{<=>_-0"),
+        st.sampled_from("\u00a0\u200d\u0301\u3000ﬁ½①한글ü\u1100\u1161😀\u0e33▁ش\ufc5e猫é\u00b8"),
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@pytest.mark.parametrize("base", [REPOSITORY / "t5tune" / "pocket", SHARED / "tokenizer" / "flan-t5-base"], ids=str)
+@pytest.mark.parametrize("add", ["auto", "none", "fastchat", "a b"])
+def test_a_long_text_in_parts_has_the_ids_of_the_whole(base: Path, add: str) -> None:
+    if not base.exists():
+        pytest.skip("the real inputs are not beside this checkout")
+    encoder = Encoder(extend_tokenizer(load_tokenizer(base), [add], 32128 if "flan" in base.name else 1536)[0])
+
+    @settings(deadline=None, max_examples=150, database=None, derandomize=True)
+    @given(text=LONG | st.lists(st.sampled_from(["xxx", "</s>", "  ", "a b", "\n    ", "é"]), min_size=1).map("".join),
+           first=st.booleans())  # fmt: skip
+    def holds(text: str, first: bool) -> None:
+        (whole,) = encoder.encode([text], [first])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("t5tune.data.long_text.PART", 6)
+            patch.setattr("t5tune.data.encoding.LONG_TEXT", 8)
+            (parts,) = encoder.encode([text], [first])
+        assert parts.tolist() == whole.tolist()
+
+    holds()
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from t5tune.cli import run
+code = run(sys.argv[1:])
+print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024, file=sys.stderr)
+sys.exit(code)
+"""
+MILLION = 1_000_000
+HEAVY: dict[str, tuple[str, bytes]] = {
+    "commas": ("a.json", b"[" + b"," * 4 * MILLION),
+    "lines": ("a.jsonl", GOOD.encode() + b"\n" + b"1\n" * 200_000),
+    "words": ("a.jsonl", json.dumps({"source": "Hi", "target": "a b " * MILLION}).encode()),
+    "marks": ("a.jsonl", json.dumps({"source": "cafe\u0301 x " * 350_000, "target": "b"}, ensure_ascii=False).encode()),
+    "cells": ("a.csv", b"source,target\na,b\n" + (b'a,"' + b"x y" * 1_700_000 + b'"\n') * 10),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_no_input_takes_memory(tmp_path: Path, name: str) -> None:
+    file, data = HEAVY[name]
+    (tmp_path / file).write_bytes(data)
+    command = ["prepare", "--model-name-or-path", "pocket", "--data-path", tmp_path / file, "--num-workers", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *map(str, command), "--output-dir", tmp_path / "cache"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == (2 if name == "commas" else 0), done.stderr
+    assert int(done.stderr.split()[-1]) < 250
+
+
+# ---------------------------------------------------------------- the whole command
+
+
+def prepare(tmp_path: Path, *arguments: Any, **more: Any) -> Finished:
+    return t5tune("prepare", "--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache", *arguments, **more)
+
+
+def test_errors_are_one_line_whatever_the_value(tmp_path: Path) -> None:
+    data = tmp_path / "a\nb.jsonl"
+    data.write_text(json.dumps({"x\x7f" * 100_000: 1}))
+    done = prepare(tmp_path, "--data-path", data)
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    assert "a\\nb.jsonl" in line
+    assert len(line) < 4000
+
+
+def test_names_that_are_no_unicode_are_kept(tmp_path: Path) -> None:
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
+    data.write_text(f"{GOOD}\n{GOOD}")
+    done = prepare(tmp_path, "--data-path", data, "--dedupe", "exact")
+    assert done.code == 0, done.stderr
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert manifest["inputs"]["data"][0]["file"] == "\udcff.jsonl"
+    assert "\udcff.jsonl:1" in json.loads((tmp_path / "cache" / "rejected.jsonl").read_text())["message"]
+
+
+def test_what_cant_be_or_mustnt_be_replaced_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "empty.jsonl").write_text('{"x": 1}')
+    (tmp_path / "real").mkdir()
+    (tmp_path / "cache").symlink_to("real")
+    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--data-path", tmp_path / "empty.jsonl")
+    assert done.code == 0, done.stderr
+    assert f"no conversation to train on in {tmp_path / 'empty.jsonl'}" in done.stderr.replace("\n", " ")
+    assert (tmp_path / "cache").is_symlink()
+    assert (tmp_path / "real" / "manifest.json").is_file()
+    # up to date, but no longer allowed
+    both = ("--data-path", tmp_path / "a.jsonl", "--data-path", tmp_path / "empty.jsonl")
+    done = prepare(tmp_path, *both, "--max-rejected-fraction", "0.1")
+    assert (done.code, "more than max_rejected_fraction" in done.stderr) == (2, True)
+    done = prepare(tmp_path, "--data-path", tmp_path / "cache")
+    assert (done.code, "is a token cache already" in done.stderr) == (2, True)
+    (tmp_path / "real" / "mine.txt").write_text("Dear Mira")
+    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl")
+    assert (done.code, "beside a token cache it holds mine.txt" in done.stderr) == (2, True)
+    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--data-format", "alpaca", "--source-column", "x")
+    assert (done.code, "source_column" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["str", "list", "nothing"])
+def test_a_manifest_with_wrong_values_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    assert prepare(tmp_path, "--data-path", tmp_path / "a.jsonl").code == 0
+    path = tmp_path / "cache" / "manifest.json"
+    name, value = {"str": ("seed", "x"), "list": ("files", [1]), "nothing": ("dtype", None)}[kind]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    done = t5tune("inspect", tmp_path / "cache")
+    assert (done.code, len(done.errors)) == (2, 1)
+    assert f"manifest.json: {name}: " in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--data-path", "-"]
+    (tmp_path / "tmp").mkdir()
+    process = subprocess.Popen(
+        [*command, "--output-dir", tmp_path / "cache", "--num-workers", "2"],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not any((tmp_path / "tmp").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)  # until it waits for its input
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    assert errors.decode().splitlines() == ["error: interrupted"]
+    assert not any((tmp_path / "tmp").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_result_that_cant_be_written_ends_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--quiet"]
+    command += ["--data-path", str(tmp_path / "a.jsonl"), "--output-dir", str(tmp_path / "cache")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: standard output: can't be written: No space left on device"]
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert closed.returncode == 1
+    assert closed.stderr.startswith("error: standard output is closed")
