@@ -29,7 +29,7 @@ def values() -> dict[str, torch.Tensor]:
     return {name.replace(".default", ""): torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def make(folder: Path, stage: int = 3) -> Path:
+def make(folder: Path, stage: int = 3, padding: int = 0) -> Path:
     """A folder as DeepSpeed leaves it: latest, global_step4 with the files of two ranks, and adapter_config.json."""
     shards = folder / "global_step4"
     shards.mkdir(parents=True)
@@ -55,10 +55,11 @@ def make(folder: Path, stage: int = 3) -> Path:
             optimizer = {"fp32_flat_groups": [torch.cat(parts)], "zero_stage": 3, "partition_count": RANKS}
             torch.save(model, shards / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         else:
-            whole = torch.cat(flat)
+            whole = torch.cat([flat[0], torch.full((padding,), torch.nan), *flat[1:]])
             part = math.ceil(len(whole) / RANKS)
             groups = [whole[rank * part : (rank + 1) * part].clone()]
             optimizer = {"single_partition_of_fp32_groups": groups, "zero_stage": stage, "partition_count": [RANKS]}
+            optimizer["param_alignment_paddings"] = [[padding, 0]]
             torch.save(model, shards / "mp_rank_00_model_states.pt")
         path = shards / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": optimizer, "ds_version": "0.0"}, path)
