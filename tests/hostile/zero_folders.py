@@ -3,6 +3,7 @@
 The good ones are made here from DeepSpeed's description of its layout, not by DeepSpeed (tests/deepspeed_saves.py).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from t5tune.training.checkpoint import FORMAT
 
 PREFIX = "base_model.model."
 MODULE = PREFIX + "encoder.block.0.layer.0.SelfAttention.q"
@@ -139,6 +142,13 @@ def linked(name: str) -> Spoil:
     return spoil
 
 
+def sealed(files: dict[str, Any]) -> str:
+    """A manifest whose own sum is right."""
+    manifest = {"format": FORMAT, "step": 4, "world_size": RANKS, "made_of": {}, "files": files}
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest})
+
+
 def _longer(groups: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat([group, torch.ones(9)]) for group in groups]
 
@@ -229,7 +239,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "a config without an end": (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "can't be read"),
     "a config of another kind": (config(peft_type="LOHA"), "only LORA"),
     "alpha of text": (config(lora_alpha="6"), "is no number"),
-    "r of text": (config(r="3"), "rank 3, but"),
+    "r of text": (config(r="3"), "rank 3, but|r: .*3"),
     "target_modules that it doesn't adapt": (config(target_modules=["k"]), "target_modules k"),
     "token rows that it doesn't have": (config(trainable_token_indices=[1]), "lists trained rows of tokens"),
     # out of the folder
@@ -269,7 +279,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
         )
     },
     "a seal of a file elsewhere": (
-        lambda f: (f / "t5tune_manifest.json").write_text('{"files": {"../x": {"bytes": 1, "sha256": ""}}}'),
+        lambda f: (f / "t5tune_manifest.json").write_text(sealed({"../x": {"bytes": 1, "sha256": ""}})),
         "not a file of this folder",
     ),
 }
