@@ -33,7 +33,7 @@ from t5tune.weights.adapter import (
 )
 from t5tune.weights.adapter_config import CONFIG
 from t5tune.weights.base import find_base, read_config
-from t5tune.weights.fastchat import OldLora
+from t5tune.weights.fastchat import OldLora, added_ids, mean_rows, row_indices
 from t5tune.weights.fit import MODEL_TYPES, check_fit
 from t5tune.weights.links import check_inside
 from t5tune.weights.output import check_replaceable
@@ -82,6 +82,7 @@ def export(settings: ExportSettings, report: Report = silent) -> Exported:
     trained = read_trained(folder, old, with_frozen=settings.non_lora_state == "full")
     for note in trained.notes:
         report(Note(note))
+    trained = _with_mean_rows(settings, trained, _with_tokenizer(folder), report)
     check_adapter(trained.adapter, trained.config, folder)
     _check_finite(trained.beside, folder)
     check_fit(trained.adapter, trained.config, _base_config(settings, trained, report), folder)
@@ -197,6 +198,31 @@ def _base_config(settings: ExportSettings, trained: Trained, report: Report) -> 
     return config
 
 
+def _with_mean_rows(settings: ExportSettings, trained: Trained, tokenizer: Path, report: Report) -> Trained:
+    """Add the rows of FastChat's ten tokens, without which its adapters answer with noise, where the base is given."""
+    ids = [] if trained.config.get("trainable_token_indices") else added_ids(tokenizer)
+    if not ids:
+        return trained
+    if settings.model_name_or_path is None:
+        report(
+            Note(
+                f"FastChat's tokens {ids[0]} to {ids[-1]} had rows that it didn't save: give --model-name-or-path to "
+                "make them anew",
+                warning=True,
+            )
+        )
+        return trained
+    base = Checkpoint(find_base(_named(settings, settings.model_name_or_path)))
+    rows = mean_rows(base, ids)
+    report(Note(f"the rows of FastChat's tokens {ids[0]} to {ids[-1]} are made anew: the mean of those before them"))
+    config = {**trained.config, "trainable_token_indices": row_indices(ids, base.is_tied())}
+    return replace(trained, config=config, adapter=trained.adapter | rows)
+
+
+def _named(settings: ExportSettings, name: str) -> BaseModelSettings:
+    return BaseModelSettings(model_name_or_path=name, revision=settings.revision, cache_dir=settings.cache_dir)
+
+
 def _check_finite(tensors: Mapping[str, Tensor], place: Path) -> None:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor.to_float32()).all():
@@ -239,8 +265,7 @@ def _base_state(settings: ExportSettings, trained: Trained) -> dict[str, Pieces]
             f"{settings.checkpoint}: holds no plain frozen weights and doesn't say which base it was trained on",
             hint="give --model-name-or-path",
         )
-    named = BaseModelSettings(model_name_or_path=base_name, revision=settings.revision, cache_dir=settings.cache_dir)
-    base = Checkpoint(find_base(named))
+    base = Checkpoint(find_base(_named(settings, base_name)))
     return {name: Pieces.of(base.tensor(name)) for name in base.names()}
 
 

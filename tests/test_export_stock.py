@@ -273,6 +273,43 @@ def test_lora_alpha_of_an_old_output_is_taken_from_its_flag(untied_base: Path, t
     assert torch.equal(logits(loaded(untied_base, tmp_path / "adapter")), logits(model))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_rows_of_fastchats_tokens_are_made_anew_from_the_base(
+    tied: bool, tied_base: Path, untied_base: Path, tmp_path: Path
+) -> None:
+    """FastChat's smart_tokenizer_and_embedding_resize, then LoRA; its files hold the LoRA matrices alone."""
+    base, first, count = tied_base if tied else untied_base, 1500, 10
+    model = T5ForConditionalGeneration.from_pretrained(base)
+    model.config.tie_word_embeddings = tied
+    model.resize_token_embeddings(first + count, mean_resizing=False)
+    with torch.no_grad():
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            embedding.weight[first:] = embedding.weight[:first].mean(0, keepdim=True)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.2)
+    folder = tmp_path / "old"
+    folder.mkdir()
+    torch.save({n: v for n, v in model.named_parameters() if "lora_" in n}, folder / "pytorch_model.bin")
+    tokens = ["[PAD]", "<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
+    (folder / "added_tokens.json").write_text(json.dumps({text: first + i for i, text in enumerate(tokens)}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    notes: list[str] = []
+    run_export(folder, tmp_path / "adapter", notes, model_name_or_path=str(base))
+    assert any("tokens 1500 to 1509 are made anew" in note for note in notes)
+    ids = torch.tensor([[5, first + 3, 9, first, 12, first + 9]])
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, decoder_input_ids=ids).logits
+        found = loaded(base, tmp_path / "adapter")(input_ids=ids, decoder_input_ids=ids).logits[..., : first + count]
+        run_export(folder, tmp_path / "bare", notes)
+        bare = loaded(base, tmp_path / "bare")(input_ids=ids, decoder_input_ids=ids).logits[..., : first + count]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (bare - expected).abs().max() > 1e-2 * expected.abs().max()
+    assert any("give --model-name-or-path to make them anew" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [

@@ -99,6 +99,12 @@ def test_the_folders_corpus_is_made_of_ones_that_are_good(tmp_path: Path, kind: 
     assert (result.step, result.world_size) == (4, 2)
 
 
+def test_what_lies_between_aligned_parameters_is_left_out(tmp_path: Path) -> None:
+    run_export(zero_folders.make(tmp_path / "run", stage=2, padding=3), tmp_path / "adapter")
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(state[name], value) for name, value in zero_folders.values().items())
+
+
 def export_refused(folder: Path, tmp_path: Path, said: str) -> None:
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CheckpointError, match=f"(?s)({said})") as caught:

@@ -4,6 +4,7 @@ They lie in adapter_model.bin, adapter_model.safetensors or pytorch_model.bin, b
 `base_model.model.encoder.….q.lora_A.default.weight`, some behind a `module.` of the process group's wrapper.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -11,13 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.weights.adapter import LORA_NAME, PREFIX
+from t5tune.weights.adapter import LORA_NAME, PREFIX, ROWS
 from t5tune.weights.adapter_config import CONFIG
+from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
 
 ALPHA = 16.0
 """FastChat's own default of lora_alpha, which its files don't hold."""
+
+TOKENS = ("[PAD]", "<", "{", "\n", "}", "`", " ", "\\", "^", "\t")
+EMBEDDINGS = ("encoder.embed_tokens", "decoder.embed_tokens")
+ROWS_AT_ONCE = 2048
 
 _WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.|_forward_module\.)*((?:base_model\.model\.)*)")
 _OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter\.trainable_tokens_delta)(\.|$)")
@@ -122,3 +130,45 @@ def found_config(state: Mapping[str, Tensor], old: OldLora, place: Path) -> tupl
             "if it was another"
         )
     return config, tuple(notes)
+
+
+def added_ids(folder: Path) -> list[int]:
+    """The ids of the ten tokens that FastChat added ([PAD], `<`, `{`, newline, …), or nothing.
+
+    Its tokenizer was saved by transformers 4, which writes added_tokens.json.
+    """
+    try:
+        added = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+        ids = sorted(added[text] for text in TOKENS)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    fits = all(type(row) is int for row in ids) and ids == list(range(ids[0], ids[0] + len(ids))) and ids[0] > 0
+    return ids if fits else []
+
+
+def mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
+    """What FastChat's tokens read and write: each is the mean of the rows before them, which it didn't save.
+
+    By PEFT's names, as `t5tune train` saves trained rows: of the shared embedding of a tied base, else of the
+    embedding of the encoder and the decoder and of the head.
+    """
+    tied = base.is_tied()
+    rows: dict[str, Tensor] = {}
+    for weight in ("shared.weight",) if tied else ("shared.weight", "lm_head.weight"):
+        num_rows, width = base.tensor(weight).shape
+        if num_rows <= ids[-1]:
+            raise CheckpointError(f"{base.folder}: {weight} has no row {ids[-1]}", hint="name FastChat's base itself")
+        total_D = np.zeros(width, np.float64)
+        for begin in range(0, ids[0], ROWS_AT_ONCE):
+            whole = base.tensor(weight)  # mapped anew, or all pages read would stay in memory
+            part = Tensor(whole.dtype, whole.array[begin : min(begin + ROWS_AT_ONCE, ids[0])])
+            total_D += part.to_float32().sum(0, dtype=np.float64)
+        rows_KD = np.repeat((total_D / ids[0]).astype(np.float32)[None], len(ids), 0)
+        modules = ["lm_head"] if weight == "lm_head.weight" else ["shared"] if tied else list(EMBEDDINGS)
+        rows |= {f"{PREFIX}{module}{ROWS}": Tensor("F32", rows_KD) for module in modules}
+    return rows
+
+
+def row_indices(ids: list[int], tied: bool) -> Any:
+    """PEFT's trainable_token_indices for these rows; the head's in the opposite order (see model/lora.py)."""
+    return ids if tied else {name: ids for name in EMBEDDINGS} | {"lm_head": ids[::-1]}

@@ -3,6 +3,7 @@
 The good ones are made here from DeepSpeed's description of its layout, not by DeepSpeed (tests/deepspeed_saves.py).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from t5tune.training.checkpoint import FORMAT
 
 PREFIX = "base_model.model."
 MODULE = PREFIX + "encoder.block.0.layer.0.SelfAttention.q"
@@ -29,7 +32,7 @@ def values() -> dict[str, torch.Tensor]:
     return {name.replace(".default", ""): torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def make(folder: Path, stage: int = 3) -> Path:
+def make(folder: Path, stage: int = 3, padding: int = 0) -> Path:
     """A folder as DeepSpeed leaves it: latest, global_step4 with the files of two ranks, and adapter_config.json."""
     shards = folder / "global_step4"
     shards.mkdir(parents=True)
@@ -55,10 +58,11 @@ def make(folder: Path, stage: int = 3) -> Path:
             optimizer = {"fp32_flat_groups": [torch.cat(parts)], "zero_stage": 3, "partition_count": RANKS}
             torch.save(model, shards / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         else:
-            whole = torch.cat(flat)
+            whole = torch.cat([flat[0], torch.full((padding,), torch.nan), *flat[1:]])
             part = math.ceil(len(whole) / RANKS)
             groups = [whole[rank * part : (rank + 1) * part].clone()]
             optimizer = {"single_partition_of_fp32_groups": groups, "zero_stage": stage, "partition_count": [RANKS]}
+            optimizer["param_alignment_paddings"] = [[padding, 0]]
             torch.save(model, shards / "mp_rank_00_model_states.pt")
         path = shards / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": optimizer, "ds_version": "0.0"}, path)
@@ -136,6 +140,13 @@ def linked(name: str) -> Spoil:
         (folder / name).symlink_to(outside)
 
     return spoil
+
+
+def sealed(files: dict[str, Any]) -> str:
+    """A manifest whose own sum is right."""
+    manifest = {"format": FORMAT, "step": 4, "world_size": RANKS, "made_of": {}, "files": files}
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest})
 
 
 def _longer(groups: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -228,7 +239,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "a config without an end": (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "can't be read"),
     "a config of another kind": (config(peft_type="LOHA"), "only LORA"),
     "alpha of text": (config(lora_alpha="6"), "is no number"),
-    "r of text": (config(r="3"), "rank 3, but"),
+    "r of text": (config(r="3"), "rank 3, but|r: .*3"),
     "target_modules that it doesn't adapt": (config(target_modules=["k"]), "target_modules k"),
     "token rows that it doesn't have": (config(trainable_token_indices=[1]), "lists trained rows of tokens"),
     # out of the folder
@@ -268,7 +279,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
         )
     },
     "a seal of a file elsewhere": (
-        lambda f: (f / "t5tune_manifest.json").write_text('{"files": {"../x": {"bytes": 1, "sha256": ""}}}'),
+        lambda f: (f / "t5tune_manifest.json").write_text(sealed({"../x": {"bytes": 1, "sha256": ""}})),
         "not a file of this folder",
     ),
 }
