@@ -28,6 +28,7 @@ from t5tune.weights.adapter import (
     TEMPLATE,
     WEIGHTS,
     TrainedWith,
+    base_facts,
     check_adapter,
     write_adapter,
 )
@@ -102,7 +103,7 @@ def export(settings: ExportSettings, report: Report = silent) -> Exported:
     companions = _with_tokenizer(folder)
     with published_folder(settings.output_dir) as staged:
         with_base = base is not None
-        trained_with = TrainedWith(trained.config, companions, companions / TEMPLATE)
+        trained_with = TrainedWith(trained.config, companions, companions / TEMPLATE, base_facts(folder))
         write_adapter(staged, trained.adapter, trained_with, None if with_base else non_lora)
         if base is not None:
             extra = _by_base_names(

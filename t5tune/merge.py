@@ -13,16 +13,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from t5tune.errors import SettingsError, TrainingError
+from t5tune.errors import CheckpointError, SettingsError, TrainingError
 from t5tune.model.free_memory import free_memory
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.publish import published_folder
 from t5tune.settings import MergeSettings, dump_settings
-from t5tune.weights.adapter import TEMPLATE
+from t5tune.weights.adapter import TEMPLATE, base_facts
 from t5tune.weights.base import find_base
 from t5tune.weights.card import merged_card
 from t5tune.weights.changes import Adapter, changes_of, read_adapters
+from t5tune.weights.fingerprint import fingerprint, full_hash
 from t5tune.weights.fold import Change, converted, folded
 from t5tune.weights.model_folder import copy_companions, write_config
 from t5tune.weights.output import check_replaceable
@@ -30,6 +32,9 @@ from t5tune.weights.shards import Shard, plan_shards, write_shards
 from t5tune.weights.strangers import holds
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
+
+if TYPE_CHECKING:
+    from t5tune.model.comparison import Difference
 
 TASK = "merge"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -39,7 +44,11 @@ ROUNDING = 0.05  # weights of 8 or 11 bits move logits by about so much of their
 
 @dataclass(frozen=True)
 class Merged:
-    """What merge made. `max_error` is the largest difference of logits that --verify saw, in fp32."""
+    """What merge made. `max_error` is the largest difference of logits that --verify saw, in fp32.
+
+    `from_training`: for adapters from q_lora, the largest difference to the training model's logits, by what the
+    adapter is folded into.
+    """
 
     checkpoint: Path
     tensors: int
@@ -48,6 +57,7 @@ class Merged:
     bytes: int
     verified: bool
     max_error: float | None
+    from_training: dict[str, float]
     seconds: float
 
 
@@ -63,9 +73,11 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     base = Checkpoint(find_base(settings))
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     tied = base.is_tied()
+    facts = _check_base(settings, base, adapters, report)
     changes = changes_of(adapters, base, tied)
     _take_out_starts(adapters, changes)
-    if all(not _moves(change) for change in changes.values()):
+    _fold_onto(settings, base, facts, changes)
+    if not any(map(_moves, changes.values())):
         report(Note("every lora_B is zero: the adapter changes nothing but token rows", warning=True))
     dtype = DTYPES[settings.dtype] if settings.dtype else None
     shards = plan_shards(base, dtype, settings.max_shard_size)
@@ -74,7 +86,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
         _write_weights(base, shards, changes, staged, report)
         write_config(base.folder, staged, tied, dtype)
         _write_companions(settings, base, adapters, staged)
-        error = _verify(settings, base, adapters, staged, report) if verify else None
+        found = _verify(settings, base, adapters, facts, staged, report) if verify else None
     rows = [rows for change in changes.values() for rows, _ in change.rows]
     return Merged(
         checkpoint=settings.output_dir,
@@ -83,9 +95,63 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
         token_rows=len(rows[0].places) if rows else 0,
         bytes=sum(shard.size for shard in shards),
         verified=verify,
-        max_error=error,
+        max_error=found.error if found else None,
+        from_training=found.from_training if found else {},
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _check_base(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> dict[str, Any]:
+    """Hold the base against the one of training; returns what the first adapter tells of it.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    key = "sha256" if settings.check == "full" else "fingerprint"
+    found: str | None = None
+    for adapter in adapters:
+        facts = base_facts(adapter.folder)
+        if not facts.get(key):
+            report(Note(f"{adapter.folder}: doesn't tell the {key} of its base; nobody checked that this is the one"))
+            continue
+        if found is None:
+            found = full_hash(base) if settings.check == "full" else fingerprint(base)
+        if facts[key] != found and not settings.allow_other_base:
+            raise CheckpointError(
+                f"{base.folder}: not the base that {adapter.folder} was trained on, which was {facts.get('base')} "
+                f"({key} {str(facts[key])[:12]}…, here {found[:12]}…)",
+                hint="name that base, or --allow-other-base to merge all the same",
+            )
+        if facts[key] != found:
+            report(Note(f"{base.folder}: not the base that {adapter.folder} was trained on", warning=True))
+    facts = base_facts(adapters[0].folder)
+    trained_on = facts.get("onto", "base")
+    if trained_on != settings.onto:
+        text = f"{adapters[0].folder}: trained on the base in {trained_on}; folded into {settings.onto}"
+        if trained_on != "base":
+            report(Note(f"{text}: --onto {trained_on} keeps its answers", warning=True))
+        elif facts:
+            report(Note(text, warning=True))
+    return facts
+
+
+def _fold_onto(settings: MergeSettings, base: Checkpoint, facts: dict[str, Any], changes: dict[str, Change]) -> None:
+    """Let every weight that q_lora keeps in few bits become what those bits say, adapted or not."""
+    if settings.onto == "base":
+        return
+    import torch
+
+    from t5tune.model.quantised import restored
+
+    compute = torch.float32 if facts.get("compute") == "float32" else torch.bfloat16
+    double_quant = facts.get("double_quant", True) is not False
+    for name in base.names():
+        is_linear = ".block." in name and len(base.dtype_and_shape(name)[1]) == 2 and "relative_attention" not in name
+        if is_linear:
+            change = changes.setdefault(name, Change())
+            if change.prepare is not None:
+                raise SettingsError(f"onto: {settings.onto}: an adapter without its start was trained on full weights")
+            change.prepare = functools.partial(restored, kind=settings.onto, double_quant=double_quant, compute=compute)
 
 
 def _take_out_starts(adapters: list[Adapter], changes: dict[str, Change]) -> None:
@@ -161,17 +227,32 @@ def _may_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapte
     return True
 
 
-def _verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], merged: Path, report: Report) -> float:
-    """The largest difference of logits between base + adapters and the merged checkpoint.
+def _verify(
+    settings: MergeSettings,
+    base: Checkpoint,
+    adapters: list[Adapter],
+    facts: dict[str, Any],
+    merged: Path,
+    report: Report,
+) -> "Difference":
+    """Compare logits of base + adapters and of the merged checkpoint.
 
     Raises:
-        TrainingError: it is above the tolerance, for the dtype of the merged weights.
+        TrainingError: the difference is above the tolerance, for the dtype of the merged weights.
     """
-    from t5tune.model.comparison import compare
+    import torch
+
+    from t5tune.model.comparison import TrainedOn, compare
 
     folders, weights = [adapter.folder for adapter in adapters], [adapter.weight for adapter in adapters]
-    found = compare(base.folder, folders, weights, merged)
-    is_exact = {Checkpoint(merged).dtype_and_shape(name)[0] for name in base.names()} <= {"F32", "F64"}
+    kind = settings.onto if settings.onto != "base" else facts.get("onto", "base")
+    trained_on = None
+    if kind != "base":
+        compute = torch.float32 if facts.get("compute") == "float32" else torch.bfloat16
+        trained_on = TrainedOn(kind, facts.get("double_quant", True) is not False, compute)
+    found = compare(base.folder, folders, weights, merged, trained_on, settings.onto)
+    dtypes = {Checkpoint(merged).dtype_and_shape(name)[0] for name in base.names()}
+    is_exact = dtypes <= {"F32", "F64"} and settings.onto == "base"
     allowed = max(settings.verify_tolerance, 0.0 if is_exact else ROUNDING) * max(found.largest, 1.0)
     if not found.error <= allowed:
         raise TrainingError(
@@ -179,9 +260,9 @@ def _verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], 
             "nothing was written",
             hint="is this the base that the adapter was trained on?",
         )
-    report(
-        Note(
-            f"verified on {found.examples} examples: logits differ by at most {found.error:.3g} of {found.largest:.3g}"
-        )
-    )
-    return found.error
+    seen = f"logits differ by at most {found.error:.3g} of {found.largest:.3g}"
+    report(Note(f"verified on {found.examples} examples: {seen}"))
+    if found.from_training:
+        parts = (f"{error:.3g} folded onto {onto}" for onto, error in found.from_training.items())
+        report(Note(f"from the training model's logits, on a base in {kind}: {', '.join(parts)}"))
+    return found

@@ -39,6 +39,7 @@ from t5tune.training.stopping import StopRequest, listening
 from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.adapter import TEMPLATE, config_without_start
 from t5tune.weights.base import find_base, read_config
+from t5tune.weights.fingerprint import identity
 from t5tune.yaml_file import read_yaml
 
 AGAIN = "the same command goes on from there"
@@ -311,6 +312,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         {} if is_full else _adapter_config(model, settings, bool(taken_out)),
         cache.tokenizer_folder,
         cache.folder / TEMPLATE,
+        _base_facts(base, settings) if world.rank == 0 and not is_full else {},
     )
 
     def write(folder: Path, state: dict[str, Tensor]) -> None:
@@ -476,6 +478,15 @@ def _adapter_config(model: Any, settings: TrainSettings, without_start: bool) ->
     for key in ("peft_type", "task_type"):
         plain[key] = getattr(plain[key], "value", plain[key])
     return json.loads(json.dumps(plain, default=str))  # type: ignore[no-any-return]
+
+
+def _base_facts(base: Path, settings: TrainSettings) -> dict[str, Any]:
+    """What tells merge whether a base is this one, and what of it the adapter saw."""
+    facts: dict[str, Any] = dict(identity(base, settings.model_name_or_path))
+    if settings.q_lora:
+        compute = "bfloat16" if settings.bf16 else "float32"
+        facts |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}
+    return facts
 
 
 def _training_arguments(

@@ -22,6 +22,7 @@ from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.weights.adapter import TrainedWith, saved_name, write_adapter
+from t5tune.weights.fingerprint import encoded, identity
 from t5tune.weights.tensors import Tensor
 
 from .conftest import make_base
@@ -546,3 +547,110 @@ def test_without_verify_the_same_bytes_are_written(untied_base: Path, untied_ada
     assert result.max_error is None
     run_merge(untied_base, untied_adapter, tmp_path / "b")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+# which base
+
+
+def identified(base: Path, adapter: Path, **facts: Any) -> Path:
+    """The adapter with its base's identity in it, as train writes it."""
+    path = adapter / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"} | encoded(identity(base, "the-base") | facts))
+    return adapter
+
+
+def close_relative(base: Path, folder: Path) -> Path:
+    """The base with one value changed, in the middle of a tensor."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["shared.weight"][700, 16] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_another_base_than_that_of_training_is_refused_by_both_names(untied_base: Path, tmp_path: Path) -> None:
+    adapter = identified(untied_base, stock_adapter(untied_base, tmp_path / "adapter"))
+    run_merge(untied_base, adapter, tmp_path / "right", verify=False)
+    other = shutil.copytree(untied_base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"other: not the base .*adapter was trained on, which was the-base"):
+        run_merge(other, adapter, tmp_path / "merged", verify=False)
+    assert not (tmp_path / "merged").exists()
+    notes: list[Any] = []
+    run_merge(other, adapter, tmp_path / "merged", notes.append, verify=False, allow_other_base=True)
+    assert any(isinstance(note, Note) and note.warning and "not the base" in note.text for note in notes)
+
+
+def test_check_full_sees_what_no_sample_holds(untied_base: Path, tmp_path: Path) -> None:
+    adapter = identified(untied_base, stock_adapter(untied_base, tmp_path / "adapter"))
+    other = close_relative(untied_base, tmp_path / "other")
+    run_merge(other, adapter, tmp_path / "sampled", verify=False)
+    run_merge(untied_base, adapter, tmp_path / "right", verify=False, check="full")
+    with pytest.raises(CheckpointError, match=r"sha256"):
+        run_merge(other, adapter, tmp_path / "merged", verify=False, check="full")
+
+
+def test_a_base_is_known_again_in_other_files(untied_base: Path, tmp_path: Path) -> None:
+    adapter = identified(untied_base, stock_adapter(untied_base, tmp_path / "adapter"))
+    model = stock_base(untied_base)
+    copy = shutil.ignore_patterns("*.safetensors")
+    sharded = shutil.copytree(untied_base, tmp_path / "sharded", ignore=copy)
+    save_sharded = load_file(untied_base / "model.safetensors")
+    names = sorted(save_sharded)
+    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: save_sharded[name] for name in names if files[name] == file}, sharded / file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    old = shutil.copytree(untied_base, tmp_path / "old", ignore=copy)
+    torch.save(model.state_dict(), old / "pytorch_model.bin")
+    for base in (sharded, old):
+        run_merge(base, adapter, tmp_path / "merged", verify=False, check="full", overwrite=True)
+
+
+def test_stock_adapters_tell_nothing_of_their_base_and_are_taken_with_a_note(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path
+) -> None:
+    notes: list[Any] = []
+    run_merge(untied_base, untied_adapter, tmp_path / "merged", notes.append, verify=False)
+    assert any(isinstance(note, Note) and "doesn't tell the fingerprint" in note.text for note in notes)
+
+
+# onto what training saw
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])  # int8 computes with rounded activations too, which none can fold
+def test_folded_onto_a_quantised_base_it_is_nearer_to_the_training_model(tmp_path: Path, kind: str) -> None:
+    base = make_base(tmp_path / "base", tied=False, d_model=64, d_kv=16, d_ff=128)
+    adapter = identified(base, stock_adapter(base, tmp_path / "adapter"), onto=kind, compute="float32")
+    notes: list[Any] = []
+    onto = run_merge(base, adapter, tmp_path / "onto", notes.append, onto=kind)
+    assert onto.from_training[kind] < 0.2 * onto.from_training["base"]
+    assert any(isinstance(note, Note) and f"folded onto {kind}" in note.text for note in notes)
+    told: list[Any] = []
+    plain = run_merge(base, adapter, tmp_path / "plain", told.append)
+    assert any(isinstance(note, Note) and note.warning and f"--onto {kind}" in note.text for note in told)
+    assert plain.from_training == pytest.approx(onto.from_training, rel=0.2, abs=2e-3)
+    weights, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "onto" / "model.safetensors")
+    untouched = "encoder.block.0.layer.1.DenseReluDense.wo.weight"  # no adapter, but quantised in training
+    assert not torch.equal(weights[untouched], merged[untouched])
+    assert torch.equal(weights["shared.weight"], merged["shared.weight"])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_restored_weights_are_bitsandbytes_own(tmp_path: Path, kind: str) -> None:
+    import bitsandbytes.functional as functional
+
+    base = make_base(tmp_path / "base", tied=False, dtype=torch.bfloat16)
+    adapter = stock_adapter(base, tmp_path / "adapter")
+    run_merge(base, adapter, tmp_path / "merged", onto=kind, verify=False)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    trained = load_file(adapter / "adapter_model.safetensors")
+    name = "decoder.block.1.layer.1.EncDecAttention.v"
+    packed, state = functional.quantize_4bit(
+        load_file(base / "model.safetensors")[f"{name}.weight"], compress_statistics=True, quant_type=kind
+    )
+    delta = trained[f"{PREFIX}{name}.lora_B.weight"] @ trained[f"{PREFIX}{name}.lora_A.weight"] * SCALE
+    expected = (functional.dequantize_4bit(packed, state).float() + delta).bfloat16()
+    assert torch.equal(merged[f"{name}.weight"], expected)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -11,6 +11,7 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.model.device import choose_device
 from t5tune.model.load import load_base
 from t5tune.model.lora import load_adapter, load_sum
+from t5tune.settings.quantisation import QuantisationSettings
 from t5tune.weights.base import read_config
 
 NUM_EXAMPLES = 4
@@ -18,39 +19,83 @@ SENTENCES = ["Summarize: the meeting was moved\nto Friday.", "Hello, how are you
 
 
 @dataclass(frozen=True)
+class TrainedOn:
+    """What q_lora made of the base in training: nf4, fp4 or int8, computing in `compute`."""
+
+    kind: str
+    double_quant: bool
+    compute: torch.dtype
+
+
+@dataclass(frozen=True)
 class Difference:
-    """Of two models' logits: the largest, and the largest logit itself."""
+    """Of two models' logits: the largest, and the largest logit itself.
+
+    `from_training` tells by what the adapter is folded into how far logits are from those of the quantised model.
+    """
 
     examples: int
     error: float
     largest: float
+    from_training: dict[str, float]
 
 
-def compare(base: Path, adapters: list[Path], weights: list[float], merged: Path) -> Difference:
-    """Run both models, one after the other, on examples of the adapter's cache where it still stands."""
+def compare(
+    base: Path,
+    adapters: list[Path],
+    weights: list[float],
+    merged: Path,
+    trained_on: TrainedOn | None = None,
+    onto: str = "base",
+) -> Difference:
+    """Run the models, one after the other, on examples of the adapter's cache where it still stands.
+
+    The merged one is held against base + adapters, or, folded onto a quantised base, against that one with adapters.
+    """
     inputs = _examples(merged, adapters[0])
-    expected = _logits(_with_adapters(base, adapters, weights), inputs)
-    logits = _logits(_plain(merged), inputs)
-    pairs = zip(expected, logits, strict=True)
+    logits = _logits(_load(merged, torch.float32, None), inputs)
+    models = {"base": _logits(_with_adapters(_load(base, torch.float32, None), adapters, weights), inputs)}
+    from_training = {}
+    if trained_on is not None:
+        training = _logits(_with_adapters(_load(base, trained_on.compute, trained_on), adapters, weights), inputs)
+        models[trained_on.kind] = training
+        from_training["base"] = _largest_difference(models["base"], training)
+        if onto == "base":  # nobody wrote the other fold: it computes with the restored weights in fp32
+            restored = _with_adapters(_load(base, torch.float32, trained_on), adapters, weights)
+            from_training[trained_on.kind] = _largest_difference(_logits(restored, inputs), training)
+        else:
+            from_training[onto] = _largest_difference(logits, training)
+    expected = models[onto]
     return Difference(
-        len(inputs), max(float((a - b).abs().max()) for a, b in pairs), max(float(a.abs().max()) for a in expected)
+        examples=len(inputs),
+        error=_largest_difference(expected, logits),
+        largest=max(float(a.abs().max()) for a in expected),
+        from_training=from_training,
     )
 
 
-def _plain(folder: Path) -> Any:
-    return load_base(folder, torch.float32, choose_device(use_cpu=True))
+def _load(folder: Path, dtype: torch.dtype, trained_on: TrainedOn | None) -> Any:
+    quantisation = None
+    if trained_on is not None:
+        quantisation = QuantisationSettings(
+            q_lora=True, quant_type=cast(Any, trained_on.kind), double_quant=trained_on.double_quant
+        )
+    return load_base(folder, dtype, choose_device(use_cpu=True), quantisation)
 
 
-def _with_adapters(base: Path, adapters: list[Path], weights: list[float]) -> Any:
-    model = _plain(base)
+def _with_adapters(model: Any, adapters: list[Path], weights: list[float]) -> Any:
     if len(adapters) == 1 and weights == [1.0]:
         return load_adapter(model, adapters[0])
     return load_sum(model, adapters, weights)
 
 
+def _largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+
+
 def _logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
     with torch.inference_mode():
-        return [model(**example, use_cache=False).logits for example in inputs]
+        return [model(**example, use_cache=False).logits.float() for example in inputs]
 
 
 def _examples(merged: Path, adapter: Path) -> list[dict[str, torch.Tensor]]:

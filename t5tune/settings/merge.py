@@ -39,6 +39,16 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     max_shard_size: Annotated[Size | None, Maybe] = Field(
         default=None, gt=0, description="Cut the weights into files of this size (5GB, 500MB); default: as the base's."
     )
+    onto: Literal["base", "nf4", "fp4", "int8"] = Field(
+        default="base",
+        description="Fold into the base's weights, or into what q_lora made of them, which its adapters were trained "
+        "on: quantised, and back to full precision.",
+    )
+    check: Literal["fingerprint", "full"] = Field(
+        default="fingerprint",
+        description="How the base is held against the one of training: 4 KiB of each tensor, or every byte.",
+    )
+    allow_other_base: bool = Field(default=False, description="Merge even into a base that isn't the one of training.")
     verify: Annotated[bool | None, Maybe] = Field(
         default=None,
         description="Load base + adapter and the merged checkpoint, and compare their logits on a few examples; "

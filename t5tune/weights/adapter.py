@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from t5tune.publish import write_json
 from t5tune.settings.lora import UNTRAINABLE
 from t5tune.weights.adapter_config import CONFIG, check_foldable, pattern_value, read_adapter_config
 from t5tune.weights.card import adapter_card
+from t5tune.weights.fingerprint import decoded, encoded
 from t5tune.weights.strangers import holds
 from t5tune.weights.streaming import SafetensorsFile, Tensors, write_safetensors
 from t5tune.weights.tensors import FLOATS, Tensor
@@ -46,6 +47,8 @@ class TrainedWith:
     config: Mapping[str, Any]
     tokenizer_folder: Path
     template_file: Path
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of the base: see weights.fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def write_adapter(
         non_lora: more tensors for non_lora_state.safetensors beside the trained ones; None: no such file.
     """
     state = with_copies(state, trained_with.config)
-    write_safetensors(folder / WEIGHTS, state, {"format": "pt"})
+    write_safetensors(folder / WEIGHTS, state, {"format": "pt"} | encoded(trained_with.base))
     if non_lora is not None:
         extra = {name.removeprefix(PREFIX): value for name, value in state.items() if not LORA_NAME.fullmatch(name)}
         write_safetensors(folder / NON_LORA, {**non_lora, **extra}, {"format": "pt"})
@@ -221,6 +224,15 @@ def read_adapter_tensors(folder: Path) -> Mapping[str, Tensor]:
             return dict(state)
         raise CheckpointError(f"{folder / OLD_WEIGHTS}: expected a state dict of tensors")
     raise CheckpointError(f"adapter: {folder}: no {WEIGHTS} in it", hint="a run folder has one when its run is over")
+
+
+def base_facts(folder: Path) -> dict[str, Any]:
+    """What an adapter's file says of the base that it was trained on; nothing where t5tune didn't write it.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    return decoded(SafetensorsFile(folder / WEIGHTS).metadata) if holds(folder, WEIGHTS) else {}
 
 
 def low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRank]:
