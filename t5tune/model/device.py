@@ -1,5 +1,6 @@
 """Where to compute, and how much memory it took."""
 
+import ctypes
 import os
 import re
 import resource
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import SettingsError
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
+MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -> Any:
@@ -31,6 +35,19 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large tensors' memory for the next ones, in place of giving it back to Linux at once.
+
+    Each step would get it anew, page by page, zeroed. What the user has set in the environment stays, and other C
+    libraries stay as they are.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "gnu_get_libc_version") or any(name in os.environ for name in MALLOC_VARIABLES):
+        return
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20)):
+        libc.mallopt(option, value)
 
 
 def peak_memory(device: Any) -> int:

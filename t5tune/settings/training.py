@@ -48,7 +48,9 @@ class TrainingSettings(Settings):
     optim: str = Field(default="adamw_torch", description="Optimizer, by its transformers name.")
     bf16: bool = Field(default=False, description="Compute in bfloat16; the base is kept in it too.")
     fp16: bool = Field(default=False, description="Refused: T5's feed-forward layers overflow in fp16.")
-    tf32: bool | None = Field(default=None, description="TensorFloat-32 for fp32 products (Ampere and newer).")
+    tf32: bool | None = Field(
+        default=None, description="TensorFloat-32 for fp32 products on GPUs; default: where the GPU can."
+    )
     gradient_checkpointing: bool = Field(
         default=False,
         description="Recompute activations instead of keeping them: less memory, a third slower.",

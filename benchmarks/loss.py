@@ -1,0 +1,82 @@
+"""What does the cross-entropy over the vocabulary cost? Whole logits and torch's loss, beside ours in chunks.
+
+    python benchmarks/loss.py
+    python benchmarks/loss.py --tokens 8192 --vocabulary 250112 --width 512
+
+A frozen head and hidden states that want their gradient, each way in a process of its own, with the same malloc
+settings. Prints one JSON line: CPU seconds of forward and backward, the resident memory at its peak over what it was
+before, and how far loss and gradient are from fp64's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+def whole(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+
+
+def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
+    from t5tune.model.loss import summed_cross_entropy
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    hidden = torch.randn(options.tokens, options.width).to(dtype).requires_grad_()
+    weight = (torch.randn(options.vocabulary, options.width) * options.width**-0.5).to(dtype)
+    labels = torch.randint(0, options.vocabulary, (options.tokens,))
+    loss_of = whole if way == "whole" else summed_cross_entropy
+    loss_of(hidden[:64], weight, labels[:64]).backward()
+    hidden.grad = None
+    Path("/proc/self/clear_refs").write_text("5")
+    before, started = _memory("VmRSS"), time.process_time()
+    loss = loss_of(hidden, weight, labels)
+    loss.backward()
+    seconds, peak = time.process_time() - started, _memory("VmHWM") - before
+    part = slice(0, 256)
+    exact_hidden = hidden.detach()[part].double().requires_grad_()
+    functional.cross_entropy(exact_hidden @ weight.double().T, labels[part], reduction="sum").backward()
+    grad = hidden.grad
+    assert grad is not None
+    assert exact_hidden.grad is not None
+    off = (grad[part].double() - exact_hidden.grad).norm() / exact_hidden.grad.norm()
+    return {"cpu_seconds": round(seconds, 2), "peak_mb": peak >> 20, "gradient_off": float(off)}
+
+
+def _memory(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("needs Linux's /proc/self/status")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=32128)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--way", choices=["whole", "chunked"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(measure(options.way, options)))
+        return
+    results: dict[str, Any] = {name: getattr(options, name) for name in ("tokens", "vocabulary", "width", "dtype")}
+    for way in ("whole", "chunked"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+        results[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    results["memory_share"] = round(results["chunked"]["peak_mb"] / results["whole"]["peak_mb"], 3)
+    results["time_share"] = round(results["chunked"]["cpu_seconds"] / results["whole"]["cpu_seconds"], 2)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What training sets up on a device."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.errors import SettingsError
+from t5tune.settings import TrainSettings
+from t5tune.train import check, train
+from tests.conftest import REPOSITORY
+
+STEPS = """
+import resource, torch
+from t5tune.model.device import keep_freed_memory
+if {kept}:
+    keep_freed_memory()
+def step():
+    return sum((torch.ones(4 << 20) * factor).sum() for factor in range(4))
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_used_again_without_asking_linux() -> None:
+    """Pages that are touched for the first time, in four steps of eight tensors of 16 MiB, 4,096 pages each."""
+    faults = {}
+    for kept in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS.format(kept=kept)], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        faults[kept] = int(done.stdout)
+    if faults[False] < 10_000:
+        pytest.skip("this malloc keeps large memory by itself")
+    assert faults[True] < faults[False] / 10
+
+
+def settings(base: Path, data: Path, run: Path, optim: str) -> TrainSettings:
+    return TrainSettings(
+        model_name_or_path=str(base), data_path=str(data), output_dir=run, optim=optim, max_steps=2, use_cpu=True,
+        lora_r=64, lora_target_modules=["all-linear"], learning_rate=1e-2,
+    )  # fmt: skip
+
+
+def test_paged_optimizers_are_refused_without_a_gpu(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="optim: paged_adamw_8bit: pages between a GPU's memory"):
+        check(settings(untied_base, conversations, tmp_path / "run", "paged_adamw_8bit"))
+
+
+def test_an_8_bit_optimizer_trains_and_is_saved_in_8_bits(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    train(settings(untied_base, conversations, tmp_path / "run", "adamw_bnb_8bit"))
+    state = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    kept = [value for part in state.values() for value in _tensors(part) if value.numel() >= 4096]
+    assert {value.dtype for value in kept} == {torch.uint8}
+
+
+def _tensors(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [tensor for part in value.values() for tensor in _tensors(part)]
+    return [value] if hasattr(value, "numel") else []
