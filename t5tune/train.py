@@ -39,7 +39,7 @@ from t5tune.training.stopping import StopRequest, listening
 from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.adapter import TEMPLATE, config_without_start
 from t5tune.weights.base import find_base, read_config
-from t5tune.weights.fingerprint import identity
+from t5tune.weights.fingerprint import base_facts
 from t5tune.yaml_file import read_yaml
 
 AGAIN = "the same command goes on from there"
@@ -285,7 +285,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
     started = time.monotonic()
     cache, held_out = _data(settings, run)
     base = find_base(settings)
-    made_of, resume = by_rank_0(world, lambda: _beginning(settings, run, cache, base, world, report))
+    facts, made_of, resume = by_rank_0(world, lambda: _beginning(settings, run, cache, base, world, report))
     tokenizer = load_tokenizer(cache.tokenizer_folder)
     layout = template_from(read_yaml(cache.folder / TEMPLATE), cache.folder / TEMPLATE)
     deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
@@ -320,7 +320,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         {} if is_full else _adapter_config(model, settings, bool(taken_out)),
         cache.tokenizer_folder,
         cache.folder / TEMPLATE,
-        _base_facts(base, settings) if world.rank == 0 and not is_full else {},
+        {} if is_full else facts,
     )
 
     def write(folder: Path, state: dict[str, Tensor]) -> None:
@@ -391,14 +391,15 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
 
 def _beginning(
     settings: TrainSettings, run: Run, cache: Cache, base: Path, world: World, report: Report
-) -> tuple[dict[str, Any], Path | None]:
-    """(what the run is made of, the checkpoint to go on from; None: there is none).
+) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+    """(what tells its base from others, what the run is made of, the checkpoint to go on from; None: there is none).
 
     Raises:
         CheckpointError: none is whole, or of another number of ranks than these.
         SettingsError: the run began with something else.
     """
-    made_of = identity(settings, cache, base, world.size)
+    facts = _base_facts(base, settings)
+    made_of = identity(settings, cache, facts["sha256"], world.size)
     resume, damaged = newest(run.folder)
     for problem in damaged:
         report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
@@ -410,7 +411,7 @@ def _beginning(
         report(Note(f"resuming from {resume}"))
     remove_staged(run.folder)
     _save_settings(settings, run)
-    return made_of, resume
+    return facts, made_of, resume
 
 
 def _save_settings(settings: TrainSettings, run: Run) -> None:
@@ -490,7 +491,7 @@ def _adapter_config(model: Any, settings: TrainSettings, without_start: bool) ->
 
 def _base_facts(base: Path, settings: TrainSettings) -> dict[str, Any]:
     """What tells merge whether a base is this one, and what of it the adapter saw."""
-    facts: dict[str, Any] = dict(identity(base, settings.model_name_or_path))
+    facts: dict[str, Any] = dict(base_facts(base, settings.model_name_or_path))
     if settings.q_lora:
         compute = "bfloat16" if settings.bf16 else "float32"
         facts |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}

@@ -22,7 +22,7 @@ from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.weights.adapter import TrainedWith, saved_name, write_adapter
-from t5tune.weights.fingerprint import encoded, identity
+from t5tune.weights.fingerprint import encoded, base_facts
 from t5tune.weights.tensors import Tensor
 
 from .conftest import make_base
@@ -555,7 +555,7 @@ def test_without_verify_the_same_bytes_are_written(untied_base: Path, untied_ada
 def identified(base: Path, adapter: Path, **facts: Any) -> Path:
     """The adapter with its base's identity in it, as train writes it."""
     path = adapter / "adapter_model.safetensors"
-    save_file(load_file(path), path, {"format": "pt"} | encoded(identity(base, "the-base") | facts))
+    save_file(load_file(path), path, {"format": "pt"} | encoded(base_facts(base, "the-base") | facts))
     return adapter
 
 

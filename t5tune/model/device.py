@@ -43,8 +43,10 @@ def keep_freed_memory() -> None:
     Each step would get it anew, page by page, zeroed. What the user has set in the environment stays, and other C
     libraries stay as they are.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "gnu_get_libc_version") or any(name in os.environ for name in MALLOC_VARIABLES):
+    if sys.platform != "linux" or any(name in os.environ for name in MALLOC_VARIABLES):
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
         return
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20)):
         libc.mallopt(option, value)

@@ -1,6 +1,6 @@
 """What a run is made of, sealed into each of its checkpoints, so that none is gone on with as something else.
 
-    made_of = identity(settings, cache, base, world_size)    # {"lora_r": 8, "data": "sha256:…", "batch": 16, …}
+    made_of = identity(settings, cache, base_hash, world_size)    # {"lora_r": 8, "data": "sha256:…", "batch": 16, …}
     check_same(checkpoint, made_of, allowed=["learning_rate"])
 
 `batch` is the number of examples of an optimizer step, `batch_tokens` (with tokens_per_batch) that of its tokens,
@@ -27,14 +27,13 @@ NO_PART_OF_IT = {
     "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing",
     "dataloader_num_workers", "use_cpu", "fp16",
 }  # fmt: skip
-WEIGHTS = ("config.json", "*.safetensors", "pytorch_model*.bin")
 ADAPTER = ("adapter_config.json", "adapter_model.*")
 ROWS = ("tokens.bin", "conversations.bin", "examples.bin")
 SHARDING = ("world_size", "deepspeed_stage")
 
 
-def identity(settings: TrainSettings, cache: Cache, base: Path, world_size: int) -> dict[str, Any]:
-    """What decides a run's weights: field -> a value of JSON. Reads all of the base."""
+def identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: int) -> dict[str, Any]:
+    """What decides a run's weights: field -> a value of JSON."""
     chosen = [
         name
         for mixin in (LoraSettings, QuantisationSettings, TrainingSettings)
@@ -53,7 +52,7 @@ def identity(settings: TrainSettings, cache: Cache, base: Path, world_size: int)
             micro_batch * settings.gradient_accumulation_steps * world_size
         ),
         "data": _hash({name: cache.manifest["files"][name] for name in ROWS} | held_out),
-        "base": _hash_of(base, WEIGHTS),
+        "base": f"sha256:{base_hash}",
         "adapter": settings.adapter and _hash_of(settings.adapter, ADAPTER),
         "world_size": world_size,
         "deepspeed_stage": deepspeed and int(deepspeed.get("zero_optimization", {}).get("stage", 0)),

@@ -20,7 +20,7 @@ SAMPLE = 2 << 10  # bytes from a tensor's begin, and as many from its end
 COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 
 
-def identity(folder: Path, name: str) -> dict[str, str]:
+def base_facts(folder: Path, name: str) -> dict[str, str]:
     """What an adapter's file tells of its base: its name and both hashes."""
     base = Checkpoint(folder)
     return {"base": name, "fingerprint": fingerprint(base), "sha256": full_hash(base)}
