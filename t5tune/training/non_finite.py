@@ -1,7 +1,7 @@
 """A loss or gradient that is no finite number: no update is made, and the examples of the step are written down.
 
 Without DeepSpeed the norm of the gradients, which is the same on every rank, tells it before the update. DeepSpeed
-itself makes no update then, in silence (stage 0 in fp32, which would, is given a hook that takes the gradients away).
+itself makes no update then, in silence; in stage 0 in fp32, where it would, gradients are looked at before.
 
 non_finite.jsonl of the run folder has a line for each such step:
 
@@ -13,7 +13,6 @@ non_finite.jsonl of the run folder has a line for each such step:
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from t5tune.errors import TrainingError
 from t5tune.progress import Note, Report
@@ -45,8 +44,9 @@ class NonFiniteSteps:
         before = self._skipped_before(step)
         stops = not self.skip or len(before) >= self.most
         if writes:
-            line = {"step": step, "loss": _finite(loss), "grad_norm": _finite(grad_norm)}
-            line |= {"action": "stop" if stops else "skip", "examples": examples}
+            action = "stop" if stops else "skip"
+            figures = {"loss": _finite(loss), "grad_norm": _finite(grad_norm)}
+            line = {"step": step, **figures, "action": action, "examples": examples}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {grad_norm}"
@@ -69,13 +69,6 @@ class NonFiniteSteps:
         except OSError:
             return set()
         return {line["step"] for line in lines if line["action"] == "skip" and line["step"] < step}
-
-
-def zero_where_non_finite(loss: Any) -> Any:
-    """So that one such loss doesn't spoil the mean of those around it."""
-    import torch
-
-    return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
 
 
 def _finite(value: float) -> float | None:
