@@ -122,8 +122,12 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_file` of the value as indented JSON with a newline at its end."""
-    # a file's name may hold bytes that are no UTF-8: \udcff is how JSON writes them
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+    write_file(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The bytes that `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def sync(path: Path) -> None:

@@ -35,6 +35,7 @@ from t5tune.training.checkpoint import checkpoints, newest, remove_staged
 from t5tune.training.identity import check_same, identity
 from t5tune.training.launch import World
 from t5tune.training.ranks import barrier, by_rank_0, default_timeout, loss_of_ranks
+from t5tune.training.space import bytes_of_checkpoint, check_space
 from t5tune.training.stopping import StopRequest, listening
 from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.adapter import TEMPLATE, config_without_start
@@ -277,6 +278,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
     from t5tune.model.load import count_parameters, load_base
     from t5tune.model.lora import add_lora, start_from
     from t5tune.training.batches import PackedCollator, PaddedCollator
+    from t5tune.training.non_finite import NonFiniteSteps
     from t5tune.training.trainer import Answers, T5Trainer
     from t5tune.weights.adapter import WEIGHTS, TrainedWith, write_adapter
     from t5tune.weights.model_folder import MODEL, write_model
@@ -348,6 +350,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         answers=Answers(tokenizer, layout.answer_end, settings.eval_generate) if settings.eval_generate else None,
         patience=settings.early_stopping_patience,
         stop=stop,
+        non_finite=NonFiniteSteps(run.folder, settings.on_non_finite == "skip", settings.max_skipped_steps, report),
         report=report,
     )
     # PEFT's DoRA reads weights that ZeRO-3 has parted, so that it can train but not generate
@@ -355,6 +358,8 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
     samples = _samples(settings, run, held_out or cache, tokenizer, layout) if wants_samples else None
     if samples is not None:
         trainer.add_callback(samples)
+    size = bytes_of_checkpoint(trainable, deepspeed is not None, cache.tokenizer_folder)
+    by_rank_0(world, lambda: check_space(run.folder, size, settings.save_total_limit or 1, report))
     before = int(resume.name.partition("-")[2]) if resume else 0
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.is_stopped:

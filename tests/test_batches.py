@@ -7,29 +7,50 @@ from t5tune.errors import SettingsError
 from t5tune.training.batches import BucketSampler, BudgetSampler
 
 
+def flat(sampler: BucketSampler) -> list[int]:
+    return [index for batch in sampler for index in batch if index >= 0]
+
+
 @pytest.mark.parametrize("count", [1, 7, 64, 1000, 4099])
 def test_every_example_comes_once_an_epoch(count: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 500, count)
-    sampler = BucketSampler(lengths, step_size=16, seed=1)
-    assert len(sampler) == count
-    assert sorted(sampler) == list(range(count))
+    sampler = BucketSampler(lengths, batch_size=4, step_size=4, seed=1)
+    batches = list(sampler)
+    assert len(sampler) == len(batches) == -(-count // 16) * 4
+    assert all(1 <= len(batch) <= 4 for batch in batches)
+    assert sorted(flat(sampler)) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [3, 43, 64])
+def test_a_step_holds_the_same_examples_however_it_is_divided(count: int) -> None:
+    lengths = np.random.default_rng(0).integers(5, 500, count)
+    steps = []
+    for batch_size, step_size in ((8, 1), (4, 2), (1, 8)):
+        batches = list(BucketSampler(lengths, batch_size, step_size, seed=1))
+        steps.append(
+            [
+                [index for batch in batches[start : start + step_size] for index in batch if index >= 0]
+                for start in range(0, len(batches), step_size)
+            ]
+        )
+    assert steps[0] == steps[1] == steps[2]
 
 
 def test_order_follows_from_seed_and_epoch() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 500)
     orders = {}
     for seed in (1, 2):
-        sampler = BucketSampler(lengths, step_size=8, seed=seed)
+        sampler = BucketSampler(lengths, batch_size=8, step_size=1, seed=seed)
         for epoch in (0, 1, 0):
             sampler.set_epoch(epoch)
-            order = list(sampler)
+            order = flat(sampler)
             assert orders.setdefault((seed, epoch), order) == order
     assert len({tuple(order) for order in orders.values()}) == 4
 
 
 def test_a_step_holds_examples_of_like_length_and_steps_are_shuffled() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 4096)
-    order = np.array(list(BucketSampler(lengths, step_size=32, seed=3)))
+    order = np.array(flat(BucketSampler(lengths, batch_size=32, step_size=1, seed=3)))
     steps = lengths[order].reshape(-1, 32)
     useful = steps.sum() / (steps.max(1) * 32).sum()
     shuffled = lengths.reshape(-1, 32)

@@ -268,7 +268,7 @@ def test_non_finite_loss_stops_before_the_update(untied_base: Path, conversation
     weights = load_file(broken / "model.safetensors")
     weights["encoder.final_layer_norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TrainingError, match="step 1: the loss is nan"):
+    with pytest.raises(TrainingError, match="step 1: the loss is nan; no update was made; .*no checkpoint yet"):
         train(settings(broken, conversations, tmp_path / "run"))
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 

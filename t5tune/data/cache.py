@@ -115,6 +115,10 @@ class Cache(Sequence[Example]):
         """(source lengths, target lengths) in tokens, end tokens included, in the cache's order."""
         return lengths_of(self._rows[self._indices])
 
+    def number(self, index: int) -> int:
+        """The number of an example in the whole cache."""
+        return int(self._indices[index])
+
     def first(self, count: int) -> "Cache":
         """The first `count` examples."""
         return Cache(self.folder, self.manifest, self._indices[:count])

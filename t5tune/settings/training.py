@@ -55,6 +55,13 @@ class TrainingSettings(Settings):
         default=False,
         description="Recompute activations instead of keeping them: less memory, a third slower.",
     )
+    on_non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What to do at a loss or gradient that is NaN or infinite; no update is made with it.",
+    )
+    max_skipped_steps: int = Field(
+        default=10, ge=0, description="Stop after skipping this many steps of a run (on_non_finite: skip)."
+    )
     dataloader_num_workers: int = Field(default=0, ge=0, description="Processes per rank that read the data.")
     use_cpu: bool = Field(default=False, description="Train on the CPU even where there is a GPU.")
     training_args: dict[str, Any] = Field(

@@ -17,7 +17,7 @@ from t5tune.model.loss import IGNORED_LABEL
 
 
 class ExampleDataset(Dataset[Example]):
-    """A cache as torch's Dataset."""
+    """A cache as torch's Dataset. At ~i it has the example i without anything to learn: it fills a batch."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -26,28 +26,43 @@ class ExampleDataset(Dataset[Example]):
         return len(self.cache)
 
     def __getitem__(self, index: int) -> Example:
-        example: Example = self.cache[index]
-        return example
+        example: Example = self.cache[index if index >= 0 else ~index]
+        return example if index >= 0 else Example(example.source_S[-1:], np.array([IGNORED_LABEL]))
 
 
-class BucketSampler(Sampler[int]):
-    """`epoch_order` as torch's Sampler: it follows from seed and epoch alone, and draws from nothing else."""
+class BucketSampler(Sampler[list[int]]):
+    """`epoch_order` as torch's batch sampler: the micro-batches of every rank, step by step and rank by rank.
 
-    def __init__(self, lengths: npt.NDArray[np.int64], step_size: int, seed: int) -> None:
+    It follows from seed and epoch alone, and draws from nothing else. An epoch's last step holds what is left over,
+    divided among as many micro-batches as any: so a step's examples don't depend on how it is divided. A micro-batch
+    for which none are left repeats an example with nothing to learn from it (see `ExampleDataset`).
+
+    Args:
+        lengths: of each example, in tokens.
+        batch_size: examples of a micro-batch.
+        step_size: micro-batches of a step, over accumulation and ranks.
+    """
+
+    def __init__(self, lengths: npt.NDArray[np.int64], batch_size: int, step_size: int, seed: int) -> None:
         self.lengths = lengths
+        self.batch_size = batch_size
         self.step_size = step_size
         self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return -(-len(self.lengths) // (self.batch_size * self.step_size)) * self.step_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Trainer calls this before each epoch."""
+        """The trainer calls this before each epoch."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[int]:
-        yield from epoch_order(self.lengths, self.step_size, self.seed, self.epoch).tolist()
+    def __iter__(self) -> Iterator[list[int]]:
+        examples = self.batch_size * self.step_size
+        order = epoch_order(self.lengths, examples, self.seed, self.epoch)
+        for start in range(0, len(order), examples):
+            for batch in np.array_split(order[start : start + examples], self.step_size):
+                yield batch.tolist() or [~int(order[start])]
 
 
 class BudgetSampler(Sampler[list[int]]):

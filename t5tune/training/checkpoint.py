@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
-from t5tune.publish import sha256, sync, sync_folder, write_json
+from t5tune.publish import json_bytes, sha256, sync, sync_folder, write_json
 
 MANIFEST = "t5tune_manifest.json"
 FORMAT = 2
@@ -80,14 +80,16 @@ def size_of(folder: Path) -> int:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        manifest = json.loads(data)
+        is_as_written = data == json_bytes(manifest)
         digest = manifest.pop("sha256")
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: missing or broken") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: format {version}, this release reads {FORMAT}")
-    if _digest(manifest) != digest:
+    if not is_as_written or _digest(manifest) != digest:
         raise CheckpointError(f"{path}: differs from what was sealed")
     return dict(manifest)
 

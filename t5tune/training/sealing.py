@@ -1,17 +1,22 @@
 """A Trainer that never loses work: sealed checkpoints, and an end behind a whole step when a signal asks for it."""
 
+import math
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from t5tune.errors import CheckpointError, TrainingError
 from t5tune.progress import Advanced, Event
-from t5tune.training.checkpoint import STAGED, publish
+from t5tune.training.checkpoint import STAGED, checkpoints, publish, size_of
+from t5tune.training.non_finite import NonFiniteSteps
 from t5tune.training.ranks import from_rank_0, gather
-from t5tune.training.stopping import StopRequest, agreed, outlast_signals
+from t5tune.training.stopping import StopRequest, agreed
+
+AGAIN = "the same command goes on from there"
 
 
 class SealingTrainer(Trainer):  # type: ignore[misc]
@@ -21,16 +26,22 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
     made_of: what the run is made of (see training/identity.py).
     keep: number of checkpoints to keep beside the best; None: all.
     stop: what was asked of this process.
+    non_finite: what is done about a loss or gradient that is no finite number.
     """
 
     run_folder: Path
     made_of: dict[str, Any]
     keep: int | None
     stop: StopRequest
+    non_finite: NonFiniteSteps
     is_stopped = False
     staging: Path | None = None
     last_saved: int | None = None
     _has_begun = False
+    _step_loss: Any = None
+    _skipped = 0
+    _left_out = 0
+    _steps_per_epoch = 1
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -42,19 +53,17 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         self.is_stopped = self.is_stopped or agreed(self.stop, self.args.device)
         return self.is_stopped
 
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        if loader.num_workers:
-            loader.worker_init_fn = outlast_signals  # nothing that reads data draws numbers, so none needs a seed
-        return loader
-
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         """Train an epoch, or what is left of it: a checkpoint may be the last step's, or lack an evaluation."""
+        self._steps_per_epoch = options["num_update_steps_per_epoch"]
+        self._epoch = options["epoch"]
         if not self._has_begun:
             self._has_begun = True
+            self._skipped = self._skipped_by_deepspeed()
+            self._watch_plain_optimizer()
             if self.is_asked_to_stop():
                 self._save_checkpoint(self.model, None)
-            elif self._evaluation_is_due(options["num_update_steps_per_epoch"]):
+            elif self._evaluation_is_due():
                 self._determine_best_metric(self._evaluate(None, None), None)
             self.control.should_save = False
             if self.is_stopped or self.state.global_step >= self.state.max_steps:
@@ -62,14 +71,14 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         if not self.control.should_training_stop:
             super()._run_epoch(*arguments, **options)
 
-    def _evaluation_is_due(self, steps_per_epoch: int) -> bool:
+    def _evaluation_is_due(self) -> bool:
         """Whether the run ended between a step and the evaluation that follows it."""
         step, strategy = self.state.global_step, self.args.eval_strategy
         if step == 0 or strategy == "no":
             return False
         if any(line["step"] == step and "eval_loss" in line for line in self.state.log_history):
             return False
-        interval = self.state.eval_steps if strategy == "steps" else steps_per_epoch
+        interval = self.state.eval_steps if strategy == "steps" else self._steps_per_epoch
         return bool(step >= self.state.max_steps or step % interval == 0)
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -85,6 +94,53 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         """A report for what evaluates, which comes here on every rank after each batch."""
         if isinstance(event, Advanced) and self.is_asked_to_stop():
             raise _EvaluationEnded
+
+    def watched(self, loss: Any) -> Any:
+        """A micro-step's loss, remembered until the step's end, with 0 in place of what is no finite number."""
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Trainer asks before the update; under DeepSpeed it has been made, or left out where the norm is no number."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss, self._step_loss = self._step_loss, None
+        if self.is_deepspeed_enabled:
+            skipped = self._skipped_by_deepspeed()
+            is_left_out, self._skipped = skipped > self._skipped, skipped
+        elif is_left_out := not math.isfinite(norm):
+            model.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
+        if is_left_out:
+            self._meet_non_finite(float(loss), math.inf if self.is_deepspeed_enabled else float(norm))
+        return norm
+
+    def _skipped_by_deepspeed(self) -> int:
+        return int(self.model_wrapped.skipped_steps) + self._left_out if self.is_deepspeed_enabled else 0
+
+    def _watch_plain_optimizer(self) -> None:
+        """DeepSpeed's stage 0 in fp32 steps torch's own optimizer, whatever the gradients are."""
+        if not self.is_deepspeed_enabled or hasattr(self.model_wrapped.optimizer, "overflow"):
+            return
+
+        def leave_out(optimizer: Any, *_: Any) -> None:
+            parameters = [value for group in optimizer.param_groups for value in group["params"]]
+            norm = torch.nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
+            if not math.isfinite(norm):
+                self._left_out += 1
+                for value in parameters:
+                    value.grad = None
+
+        self.model_wrapped.optimizer.register_step_pre_hook(leave_out)
+
+    def _meet_non_finite(self, loss: float, norm: float) -> None:
+        step = self.state.global_step + 1
+        losses = gather(loss)
+        worst = next((value for value in losses if not math.isfinite(value)), loss)
+        examples = self.examples_of_step(self._epoch, (step - 1) % self._steps_per_epoch)
+        self.non_finite.meet(step, worst, norm, examples, self.args.process_index == 0)
+
+    def examples_of_step(self, epoch: int, step: int) -> list[int]:
+        """The numbers in the cache of the examples of an epoch's step (from 0), over all ranks."""
+        raise NotImplementedError
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.staging or super()._get_output_dir(trial=trial))
@@ -127,16 +183,22 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         """Wait for all ranks; where one has failed, all do.
 
         Raises:
-            TrainingError: naming the rank and the reason.
+            TrainingError: naming the rank, the reason and the room that there is.
         """
         reasons = gather(None if failure is None else " ".join(str(failure).split()))
         failed = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
-        if failed is not None:
-            where = f" by rank {failed}" if self.args.world_size > 1 else ""
-            raise TrainingError(
-                f"{self.run_folder}: checkpoint {step} could not be written{where}: {reasons[failed]}",
-                hint="the checkpoints before it are whole; the same command goes on from the last",
-            ) from failure
+        if failed is None:
+            return
+        where = f" by rank {failed}" if self.args.world_size > 1 else ""
+        # a full disk has many names: torch says "unexpected pos"
+        kept = checkpoints(self.run_folder)
+        needed = f"; a checkpoint takes {size_of(kept[0]):,} bytes" if kept else ""
+        free = shutil.disk_usage(self.run_folder).free
+        raise TrainingError(
+            f"{self.run_folder / f'checkpoint-{step}'} could not be written{where}: {reasons[failed]} ({free:,} bytes "
+            f"are free{needed})",
+            hint=f"the last checkpoint, {kept[0]}, is whole; {AGAIN}" if kept else AGAIN,
+        ) from failure
 
 
 class _EvaluationEnded(Exception):

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.data.cache import Cache
 from t5tune.data.tokenizer import Tokenizer, answer_text, true_text
-from t5tune.errors import TrainingError
 from t5tune.metrics import score
 from t5tune.model.device import peak_memory
 from t5tune.model.loss import IGNORED_LABEL, HeadLoss
@@ -24,6 +24,7 @@ from t5tune.progress import Advanced, Finished, Measured, Report, Started
 from t5tune.training.batches import BucketSampler, BudgetSampler, ExampleDataset, PackedCollator, PaddedCollator
 from t5tune.training.evaluation import generate_replies, longest_target, measure_losses, spread
 from t5tune.training.journal import Journal
+from t5tune.training.non_finite import NonFiniteSteps
 from t5tune.training.ranks import is_distributed
 from t5tune.training.sealing import SealingTrainer
 from t5tune.training.stopping import StopRequest, outlast_signals
@@ -70,6 +71,7 @@ class T5Trainer(SealingTrainer):
         answers: how evaluation generates; None: it measures the loss alone.
         patience: evaluations without a better figure after which training stops; None: it goes on.
         stop: what signals asked of this process.
+        non_finite: what is done about a loss or gradient that is no finite number.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class T5Trainer(SealingTrainer):
         answers: Answers | None,
         patience: int | None,
         stop: StopRequest,
+        non_finite: NonFiniteSteps,
         report: Report,
     ) -> None:
         super().__init__(
@@ -114,6 +117,7 @@ class T5Trainer(SealingTrainer):
         self.answers = answers
         self.patience = patience
         self.stop = stop
+        self.non_finite = non_finite
         self.report = report
         self.run_folder = Path(args.output_dir)
         self.journal = Journal(self.run_folder)
@@ -126,19 +130,14 @@ class T5Trainer(SealingTrainer):
         self.add_callback(_Events(report))
         if self.is_world_process_zero():
             self.add_callback(_Heartbeat(self.journal))
-        if self.train_sampler is not None:
-            self.add_callback(_EpochOf(self.train_sampler))
+        self.add_callback(_EpochOf(self.train_sampler))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         is_packed = "packing" in inputs
-        self.tokens += inputs["input_ids"].numel() if is_packed else inputs["attention_mask"].sum()
-        self.tokens += inputs["labels"].ne(IGNORED_LABEL).sum()
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}; no update was made",
-                hint="lower the learning rate, or look at the data with --num-data; the last checkpoint is whole",
-            )
+        targets = inputs["labels"].ne(IGNORED_LABEL).sum()
+        sources = inputs["input_ids"].numel() if is_packed else inputs["attention_mask"].sum()
+        self.tokens += (targets + sources) * targets.ne(0)  # what only fills a batch counts for nothing
+        loss: torch.Tensor = self.watched(super().training_step(model, inputs, num_items_in_batch))
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
@@ -148,22 +147,18 @@ class T5Trainer(SealingTrainer):
 
     def _sampler(
         self, cache: Cache, group_by_length: bool, tokens_per_batch: int | None
-    ) -> BucketSampler | BudgetSampler | None:
+    ) -> BucketSampler | BudgetSampler:
         args = self.args
         sources, targets = cache.lengths()
         batches = args.gradient_accumulation_steps * args.world_size
         if tokens_per_batch is not None:
             is_packed = isinstance(self.data_collator, PackedCollator)
             return BudgetSampler(sources, targets, tokens_per_batch, is_packed, batches, args.seed)
-        return BucketSampler(sources + targets, args.train_batch_size * batches, args.seed) if group_by_length else None
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return self.train_sampler or super()._get_train_sampler(train_dataset)
+        lengths = sources + targets if group_by_length else np.zeros_like(sources)
+        return BucketSampler(lengths, args.train_batch_size, batches, args.seed)
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's for batches of some number of examples; the sampler's own batches where they have a budget."""
-        if not isinstance(self.train_sampler, BudgetSampler):
-            return super().get_train_dataloader()
+        """The sampler's own batches."""
         self.accelerator.even_batches = False  # every rank gets as many from the sampler
         loader = DataLoader(
             self.train_dataset,
@@ -174,6 +169,12 @@ class T5Trainer(SealingTrainer):
             worker_init_fn=outlast_signals,
         )
         return self.accelerator.prepare(loader)
+
+    def examples_of_step(self, epoch: int, step: int) -> list[int]:
+        """The numbers in the cache of the examples of an epoch's step (from 0), over all ranks."""
+        batches, size = iter(self.train_sampler), self.train_sampler.step_size
+        mine = islice(batches, step * size, (step + 1) * size)
+        return [self.train_dataset.cache.number(index) for batch in mine for index in batch if index >= 0]
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """The loss per target token of the held-out examples, and the scores of a sample of answers.

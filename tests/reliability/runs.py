@@ -81,6 +81,14 @@ class Running:
                 found.setdefault(int(environment[b"RANK"]), pid)
         return [found[rank] for rank in sorted(found)]
 
+    def until_gone(self, processes: list[int]) -> None:
+        """Wait until none of these is left, though this one has ended."""
+        self.process.wait(PATIENCE)
+        end = time.monotonic() + PATIENCE
+        while any(map(is_running, processes)):
+            assert time.monotonic() < end, "a process was left behind"
+            time.sleep(0.01)
+
     def end(self) -> int:
         """Wait for its end; the exit code."""
         return self.process.wait(PATIENCE)

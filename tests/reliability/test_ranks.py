@@ -6,14 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from t5tune.training.launch import first_host
 from tests.reliability.runs import (
     LONG,
-    PATIENCE,
     STEPS,
     ZERO3,
     Running,
@@ -50,8 +49,7 @@ def test_killed_ranks_and_launchers_leave_nobody_and_the_work_goes_on_to_the_sam
         running.until(lambda: 18 in whole_steps(run))
         workers = running.workers()
         running.process.kill()
-        running.process.wait(PATIENCE)
-        await_end_of(workers)
+        running.until_gone(workers)
     with start(untied_base, conversations, run, *ZERO3) as running:
         assert running.end() == 0, running.log.read_text()
     assert adapter(run) == straight_zero3
@@ -101,14 +99,6 @@ def test_tasks_of_srun_meet_and_stop_together(
     assert adapter(run) == straight_zero3
 
 
-def await_end_of(processes: list[int]) -> None:
-    """Processes that have no reason to be there any more."""
-    end = time.monotonic() + PATIENCE
-    while any(map(is_running, processes)):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def free_port() -> int:
     """One in the range that jobs' numbers are turned into."""
     for port in range(20000 + os.getpid() % 15000, 40000):
@@ -142,9 +132,39 @@ def test_a_signal_under_other_launchers_seals_and_resumes(
         workers = running.workers()
         kill(running.process.pid if whom == "launcher" else workers[1], signal.SIGTERM)
         assert running.end() != 0
-        await_end_of(workers)
+        running.until_gone(workers)
     (step, *_) = whole_steps(run)
     assert 5 <= step < STEPS
     with Running(command, run) as running:
         assert running.end() == 0, running.log.read_text()[-3000:]
     assert adapter(run) == straight_zero3
+
+
+@pytest.mark.skipif(not LONG, reason="make reliability")
+def test_two_launchers_meet_by_rendezvous(
+    untied_base: Path, conversations: Path, straight_zero3: bytes, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=meet", "-m", "t5tune",
+        *arguments(untied_base, conversations, run, "--deepspeed=zero3"),
+    ]  # fmt: skip
+    nodes = [Running(command, tmp_path / f"node-{number}") for number in range(2)]
+    with nodes[0], nodes[1]:
+        assert [node.end() for node in nodes] == [0, 0], nodes[0].log.read_text()[-3000:]
+    assert adapter(run) == straight_zero3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("gpu1", "gpu1"),
+        ("a,b", "a"),
+        ("gpu[007-009,012],login1", "gpu007"),
+        ("gpu[3,5]-ib,x", "gpu3-ib"),
+        ("a1,gpu[2-3]", "a1"),
+    ],
+)
+def test_the_first_host_of_a_slurm_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host

@@ -1,0 +1,51 @@
+"""A disk that fills up: the path and the bytes are told, the last checkpoint stays, and the run goes on with room."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from t5tune.train import train
+from tests.reliability.runs import LONG, Running, adapter, arguments, settings, whole_steps
+
+SIZES = range(3600, 8600, 500) if LONG else [5200]  # KiB
+
+
+@contextmanager
+def small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no tmpfs can be mounted here: {error}")
+    if done.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_disk_that_fills_up_costs_no_checkpoint(
+    size: int, untied_base: Path, conversations: Path, straight: bytes, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    run = disk / "run"
+    with small_disk(disk, size):
+        command = [sys.executable, "-m", "t5tune", *arguments(untied_base, conversations, run, "--save-steps=2")]
+        with Running(command, tmp_path / "outside") as running:
+            assert running.end() == 1, running.log.read_text()
+        told = running.log.read_text()
+        assert str(run) in told
+        assert "bytes are free" in told
+        assert "Traceback" not in told
+        before = whole_steps(run)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        result = train(settings(untied_base, conversations, run, save_steps=2))
+        assert (result.resumed_from is not None) == bool(before)
+        assert adapter(run) == straight
