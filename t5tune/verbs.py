@@ -10,4 +10,6 @@ SUMMARIES = {
     "evaluate": "Score a model's answers on examples that have true ones.",
     "plan": "Tell what memory, steps and batch size a run will take, before it runs.",
     "doctor": "Tell what on this machine works, and how to mend what doesn't.",
+    "templates": "List, show or copy the runs, layouts and DeepSpeed files that come with t5tune.",
+    "schema": "Print the JSON schema of a command's YAML, for editors.",
 }
