@@ -8,6 +8,8 @@ SUMMARIES = {
     "chat": "Talk to a base, an adapter, a run or a merged checkpoint.",
     "inspect": "Show what the model will really see of a token cache.",
     "evaluate": "Score a model's answers on examples that have true ones.",
-    "plan": "Tell what memory, steps and batch size a run will take, before it runs.",
+    "plan": "Tell what a run will take, before it runs.",
     "doctor": "Tell what on this machine works, and how to mend what doesn't.",
+    "templates": "List, show or copy what comes with t5tune.",
+    "schema": "Print the JSON schema of a command's YAML, for editors.",
 }

@@ -42,9 +42,10 @@ def test_known_shapes_have_the_parameters_of_their_checkpoints(name: str) -> Non
 def test_xxl_in_four_bits_takes_less_than_six_point_two_gigabytes(tmp_path: Path) -> None:
     """From its config.json alone, `wo` in NF4 too."""
     (tmp_path / "config.json").write_text(json.dumps(SIZES["google/flan-t5-xxl"]))
-    result = planned(tmp_path / "config.json", q_lora=True, gpu_memory="24GiB", per_device_train_batch_size=1)
+    result = planned(tmp_path / "config.json", q_lora=True, num_gpus=1, source_length=8, target_length=8)
     assert 6.0e9 < sum(result.weights.values()) < 6.2e9
     assert result.precision == "nf4 base, bf16"
+    assert result.suggestion is None  # nobody said how large the GPU is
 
 
 @pytest.mark.parametrize("quantisation", [{}, {"double_quant": False}, {"quant_type": "int8"}, {"q_lora": False}])
@@ -120,11 +121,21 @@ def test_a_step_without_data_counts_what_a_real_one_keeps(untied_base: Path) -> 
         ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}),
     ],
 )
-def test_what_saves_memory_is_planned_to_take_less(better: dict[str, Any], worse: dict[str, Any], cache: Path) -> None:
-    common = {"data_path": str(cache), "use_cpu": True}
-    a, b = (planned("google/flan-t5-small", **{**common, **changes}).stages[0] for changes in (better, worse))
-    assert a.total < b.total
-    assert a.activations + a.weights < b.activations + b.weights
+def test_what_saves_memory_is_planned_to_take_less(
+    better: dict[str, Any], worse: dict[str, Any], untied_base: Path
+) -> None:
+    config = json.loads((untied_base / "config.json").read_text())
+
+    def taken(per_device_train_batch_size: int = 4, **changes: Any) -> tuple[int, int]:
+        settings = PlanSettings(model_name_or_path="-", **changes)
+        model = empty_model_of(config, settings, 0, deepspeed=False)
+        lengths = Lengths((200, *[20] * (per_device_train_batch_size - 1)), (50,) * per_device_train_batch_size)
+        weights = sum(weight_bytes(model, settings).values())
+        return weights, measure_step(model, lengths, settings, False, False, True).activations
+
+    (weights, activations), (more_weights, more_activations) = taken(**better), taken(**worse)
+    assert weights <= more_weights
+    assert weights + activations < more_weights + more_activations
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +186,8 @@ def test_the_suggestion_fits_and_is_a_setting_of_train() -> None:
     from t5tune.settings import load_settings
 
     for name, memory, expected in (
-        ("google/flan-t5-base", "80GiB", "--bf16 --per"),
-        ("google/flan-t5-xxl", "24GiB", "--q-lora"),
+        ("google/flan-t5-small", "80GiB", "--bf16 --per"),
+        ("google/flan-t5-small", "1100MiB", "--gradient-checkpointing"),
     ):
         result = planned(name, gpu_memory=memory, per_device_train_batch_size=1)
         assert result.suggestion is not None
@@ -187,7 +198,7 @@ def test_the_suggestion_fits_and_is_a_setting_of_train() -> None:
         load_settings(
             TrainSettings, None, {}, {"model_name_or_path": "a", "data_path": "b", "output_dir": "c", **flags}
         )
-    assert planned("google/flan-t5-xxl", gpu_memory="4GiB", per_device_train_batch_size=1).suggestion is None
+    assert planned("google/flan-t5-small", gpu_memory="900MiB", per_device_train_batch_size=1).suggestion is None
 
 
 @pytest.mark.parametrize(

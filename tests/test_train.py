@@ -144,8 +144,14 @@ def test_a_file_that_does_not_fit_its_config_is_refused_by_name(untied_base: Pat
     with pytest.raises(ModelError, match=r"DenseReluDense.* in the file"):
         load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
     path.write_text(json.dumps({**config, "model_type": "bart"}))
-    with pytest.raises(ModelError, match="model_type 'bart'"):
+    with pytest.raises(ModelError, match="model_type 'bart'") as refused:
         load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
+    for member in ("Flan-UL2", "ByT5", "fastchat-t5", "mT5", "umT5"):
+        assert member in str(refused.value.hint)
+    for later, name in (("longt5", "LongT5"), ("t5gemma", "T5Gemma")):
+        path.write_text(json.dumps({**config, "model_type": later}))
+        with pytest.raises(ModelError, match=f"{name} comes later"):
+            load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])

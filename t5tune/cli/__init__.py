@@ -242,6 +242,8 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
         MergeSettings,
         PlanSettings,
         PrepareSettings,
+        SchemaSettings,
+        TemplatesSettings,
         TrainSettings,
     )
 
@@ -251,6 +253,10 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
 
             with _ending_on_signals():
                 return prepare(settings, report)
+        case TrainSettings(dry_run=True):
+            from t5tune.cli.templates import show_dry_run
+
+            return show_dry_run(settings, report, stream, as_json)
         case TrainSettings():
             return _train(settings, report)
         case ExportSettings():
@@ -283,6 +289,14 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
             from t5tune.cli.plan import show as show_plan
 
             return show_plan(settings, report, stream, as_json)
+        case TemplatesSettings():
+            from t5tune.cli.templates import show_templates
+
+            return show_templates(settings, report, stream, as_json)
+        case SchemaSettings():
+            from t5tune.cli.templates import show_schema
+
+            return show_schema(settings, stream)
         case DoctorSettings():
             return _doctor(settings, report, stream, as_json)
         case _:

@@ -123,7 +123,10 @@ def measure_step(model: Any, lengths: Lengths, settings: Any, on_gpu: bool, reen
         _pass_for_cpu(model)
         if settings.gradient_checkpointing:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            # transformers 5 renames it on its way
+            new = hasattr(model, "activation_checkpointing_enable")
+            name = "activation_checkpointing" if new else "gradient_checkpointing"
+            getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
         head_loss = HeadLoss(model, settings.label_smoothing_factor)
         packs = settings.packing != "off" and can_pack(model)
         inputs, labels = _packed_inputs(lengths) if packs else _padded_inputs(lengths)

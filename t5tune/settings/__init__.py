@@ -14,6 +14,8 @@ from t5tune.settings.commands import (
     InspectSettings,
     PlanSettings,
     PrepareSettings,
+    SchemaSettings,
+    TemplatesSettings,
     TrainSettings,
 )
 from t5tune.settings.data import ConversationSettings, DataSettings
@@ -35,7 +37,9 @@ __all__ = [
     "PlanSettings",
     "PrepareSettings",
     "QuantisationSettings",
+    "SchemaSettings",
     "Settings",
+    "TemplatesSettings",
     "TrainSettings",
     "dump_settings",
     "load_settings",

@@ -218,6 +218,32 @@ class DoctorSettings(Settings):
     timeout: float = Field(default=120.0, gt=0, description="Give up on a check after this long (seconds).")
 
 
+class TemplatesSettings(Settings):
+    command: ClassVar[str] = "templates"
+    panel: ClassVar[str] = "Templates"
+
+    action: Literal["list", "show", "copy"] = Field(
+        default="list", description="What to do.", json_schema_extra={"positional": True}
+    )
+    name: Annotated[str | None, Maybe] = Field(
+        default=None,
+        description="Its name, such as pocket, zero3 or conversations/plain.",
+        json_schema_extra={"positional": True},
+    )
+    to: Path = Field(
+        default=Path("."), description="File or folder of the copy.", json_schema_extra={"positional": True}
+    )
+
+
+class SchemaSettings(Settings):
+    command: ClassVar[str] = "schema"
+    panel: ClassVar[str] = "Schema"
+
+    of: str = Field(
+        default="train", description="The command whose YAML is described.", json_schema_extra={"positional": True}
+    )
+
+
 COMMANDS: tuple[type[Settings], ...] = (
     PrepareSettings,
     TrainSettings,
@@ -228,4 +254,6 @@ COMMANDS: tuple[type[Settings], ...] = (
     InspectSettings,
     PlanSettings,
     DoctorSettings,
+    TemplatesSettings,
+    SchemaSettings,
 )

@@ -54,14 +54,14 @@ def _paths(value: Any) -> Any:
 Maybe = BeforeValidator(_unset)
 """Reads `none`, an empty string and the seed's -1 as "not set"."""
 
-Words = Annotated[list[str], BeforeValidator(_split)]
+Words = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=list[str] | str)]
 """A list that may be written as `q v`, `q,v` or a YAML list."""
 
-Numbers = Annotated[list[float], BeforeValidator(_split)]
+Numbers = Annotated[list[float], BeforeValidator(_split, json_schema_input_type=list[float] | float | str)]
 """A list of numbers that may be written as `0.7 0.3`, `0.7,0.3` or a YAML list."""
 
-Folders = Annotated[list[Path], BeforeValidator(_paths)]
+Folders = Annotated[list[Path], BeforeValidator(_paths, json_schema_input_type=list[str] | str)]
 """A list of folders; a single one may stand alone."""
 
-Paths = Annotated[list[str], BeforeValidator(_paths)]
+Paths = Annotated[list[str], BeforeValidator(_paths, json_schema_input_type=list[str] | str)]
 """A list of paths; a single one may stand alone. Paths may hold commas and spaces, so they aren't split."""

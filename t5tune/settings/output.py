@@ -31,3 +31,7 @@ class RunOutputSettings(OutputSettings):
         default=[],
         description="Resume although these fields differ from those that the run began with (lora_r, data, base, …).",
     )
+    dry_run: bool = Field(
+        default=False,
+        description="Only show the settings with all defaults, the plan and the launcher's command; make nothing.",
+    )

@@ -44,7 +44,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder if folder.is_file() else folder / "config.json"
     try:
-        config = read_object(folder, path.name)
+        config = read_object(path.parent, path.name)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: can't be read: {error}") from error
     except CheckpointError as error:

@@ -1,0 +1,105 @@
+"""Schemas for editors, templates to copy, a dry run, and completion.
+
+`python tests/test_schema.py` writes templates/schemas/train.json anew.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t5tune import presets
+from t5tune.errors import SettingsError
+from t5tune.schema import schema
+from t5tune.settings import COMMANDS, TemplatesSettings, TrainSettings, load_settings
+from t5tune.templates import templates
+
+SCHEMA = Path(__file__).parents[1] / "templates" / "schemas" / "train.json"
+
+if __name__ != "__main__":
+    from tests.conftest import t5tune
+
+
+def schema_text() -> str:
+    return json.dumps(schema("train"), indent=2, ensure_ascii=False) + "\n"
+
+
+def test_the_packaged_schema_is_that_of_the_settings() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "renew it: python tests/test_schema.py"
+
+
+@pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
+def test_every_command_has_a_schema_with_its_settings(model: type) -> None:
+    described = schema(model.command)
+    assert set(described["properties"]) == set(model.model_fields)
+    assert "required" not in described
+    assert described["additionalProperties"] is False
+
+
+def test_a_schema_knows_choices_ranges_and_lists_in_one_line() -> None:
+    properties = schema("train")["properties"]
+    assert properties["quant_type"]["enum"] == ["nf4", "fp4", "int8"]
+    assert properties["lora_r"]["exclusiveMinimum"] == 0
+    assert {choice["type"] for choice in properties["lora_target_modules"]["anyOf"]} == {"array", "string"}
+
+
+@pytest.mark.parametrize("name", presets.names("runs"))
+def test_every_run_names_the_schema_and_a_copy_of_it_is_wired_to_its_own(name: str, tmp_path: Path) -> None:
+    packaged = presets.find_run(name)
+    first = packaged.read_text().splitlines()[0]
+    assert (packaged.parent / first.partition("$schema=")[2]).resolve() == SCHEMA.resolve()
+    run, beside = templates(TemplatesSettings(action="copy", name=name, to=tmp_path)).copied
+    named = run.read_text().splitlines()[0].partition("$schema=")[2]
+    assert run.parent / named == beside
+    assert json.loads(beside.read_text()) == schema("train")
+    properties = schema("train")["properties"]
+    from t5tune.yaml_file import read_yaml
+
+    assert read_yaml(run) == read_yaml(packaged)
+    assert read_yaml(run).keys() <= properties.keys()
+    load_settings(TrainSettings, str(run), {}, {})
+
+
+def test_templates_are_listed_shown_and_copied_but_never_over_a_file(tmp_path: Path) -> None:
+    listed = t5tune("templates")
+    assert listed.code == 0
+    assert "runs: " in listed.stdout
+    assert " zero3 " in listed.stdout
+    shown = t5tune("templates", "show", "zero3")
+    assert json.loads(shown.stdout)["zero_optimization"]["stage"] == 3
+    copied = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
+    assert copied.stdout.strip() == str(tmp_path / "mine.yaml")
+    again = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
+    assert again.code == 2
+    assert "stands there already" in again.stderr
+    with pytest.raises(SettingsError, match="zero9: no such template"):
+        templates(TemplatesSettings(action="show", name="zero9"))
+
+
+def test_a_dry_run_shows_settings_plan_and_command_and_makes_nothing(tmp_path: Path) -> None:
+    arguments = ["train", "--config", "pocket", "--output-dir", tmp_path / "run", "--dry-run", "--num-processes", "2"]
+    done = t5tune(*arguments)
+    assert done.code == 0, done.stderr
+    assert "lora_r: 8" in done.stdout
+    assert "no DeepSpeed *" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last == f"command: torchrun --nproc-per-node 2 -m t5tune train --config {tmp_path / 'run' / 'settings.yaml'}"
+    assert not (tmp_path / "run").exists()
+    wrong = t5tune(*arguments, "--report-to", "nothing-such")
+    assert wrong.code == 2
+
+
+def test_the_shell_completes_commands() -> None:
+    env = {**os.environ, "_T5TUNE_COMPLETE": "complete_bash", "COMP_WORDS": "t5tune pl", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "from t5tune.cli import main; main()"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["plan"], done.stderr
+
+
+if __name__ == "__main__":
+    SCHEMA.parent.mkdir(exist_ok=True)
+    SCHEMA.write_text(schema_text(), encoding="utf-8")
+    print(SCHEMA)
