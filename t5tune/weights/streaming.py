@@ -206,7 +206,11 @@ def _weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[Path]
 
 def _weight_map(folder: Path, name: str) -> dict[str, str]:
     weight_map = read_object(folder, name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise CheckpointError(f"{folder / name}: not an index of weights: expected weight_map with files by tensor")
     return weight_map
 
