@@ -22,7 +22,7 @@ from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.weights.adapter import TrainedWith, saved_name, write_adapter
-from t5tune.weights.fingerprint import encoded, base_facts
+from t5tune.weights.fingerprint import base_facts, encoded
 from t5tune.weights.tensors import Tensor
 
 from .conftest import make_base
