@@ -353,9 +353,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         non_finite=NonFiniteSteps(run.folder, settings.on_non_finite == "skip", settings.max_skipped_steps, report),
         report=report,
     )
-    # PEFT's DoRA reads weights that ZeRO-3 has parted, so that it can train but not generate
-    wants_samples = settings.report_samples > 0 and not (sharded and settings.use_dora)
-    samples = _samples(settings, run, held_out or cache, tokenizer, layout) if wants_samples else None
+    samples = _samples(settings, run, held_out or cache, tokenizer, layout) if settings.report_samples else None
     if samples is not None:
         trainer.add_callback(samples)
     size = bytes_of_checkpoint(trainable, deepspeed is not None, cache.tokenizer_folder)
@@ -478,6 +476,10 @@ def _shard(model: Any, configuration: dict[str, Any], dtype: Any) -> None:
         if isinstance(rows, nn.ParameterDict):
             for row in rows.values():
                 deepspeed.zero.register_external_parameter(module, row)
+        # DoRA's module owns the norms alone, and reads the weights of three others
+        for name, norms in getattr(module, "lora_magnitude_vector", {}).items():
+            for read in (module.get_base_layer(), module.lora_A[name], module.lora_B[name]):
+                deepspeed.zero.register_external_parameter(norms, read.weight)
 
 
 def _adapter_config(model: Any, settings: TrainSettings, without_start: bool) -> dict[str, Any]:

@@ -8,7 +8,11 @@ import pytest
 from tests.reliability.runs import LONG, adapter, kill, start, whole_steps
 
 STAGES = {"alone": (), **{f"zero{stage}": (f"--deepspeed=zero{stage}", "--num-processes=2") for stage in (0, 2, 3)}}
-BASES = {"bf16": ("--bf16",), "q_lora": ("--q-lora", "--no-bf16")}
+BASES = {
+    "bf16": ("--bf16",),
+    "q_lora": ("--q-lora", "--no-bf16"),
+    "dora": ("--use-dora", "--eval-generate=2"),
+}
 DATA = {
     "examples": (),
     "tokens": ("--tokens-per-batch=600",),
