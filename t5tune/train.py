@@ -52,6 +52,7 @@ RESULTS = (
     "model.", "config.", "generation_config",
 )  # fmt: skip
 EVALUATION = ("eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience")
+SECRETS = {"hub_token", "push_to_hub_token"}
 OWN_ARGUMENTS = {
     "output_dir",
     "deepspeed",
@@ -172,6 +173,8 @@ def check(settings: TrainSettings) -> None:
         for name in settings.training_args:
             if name in TrainSettings.model_fields:
                 problems.append(f"training_args.{name}: set {name} itself")
+            elif name in SECRETS:  # settings are saved with the run
+                problems.append(f"training_args.{name}: a secret doesn't belong into settings; set HF_TOKEN")
             elif name in OWN_ARGUMENTS:
                 problems.append(f"training_args.{name}: t5tune sets this itself")
             elif name not in fields:
