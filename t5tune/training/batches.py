@@ -45,20 +45,20 @@ class BucketSampler(Sampler[list[int]]):
 
     def __init__(self, lengths: npt.NDArray[np.int64], batch_size: int, step_size: int, seed: int) -> None:
         self.lengths = lengths
-        self.batch_size = batch_size
+        self.num_examples = batch_size * step_size  # accelerate drops short batches of a sampler with a batch_size
         self.step_size = step_size
         self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // (self.batch_size * self.step_size)) * self.step_size
+        return -(-len(self.lengths) // self.num_examples) * self.step_size
 
     def set_epoch(self, epoch: int) -> None:
         """The trainer calls this before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        examples = self.batch_size * self.step_size
+        examples = self.num_examples
         order = epoch_order(self.lengths, examples, self.seed, self.epoch)
         for start in range(0, len(order), examples):
             for batch in np.array_split(order[start : start + examples], self.step_size):
