@@ -6,6 +6,7 @@
     ├── ModelError            exit 2   a base checkpoint can't be used
     ├── CheckpointError       exit 2   a training checkpoint or an adapter can't be used
     ├── DependencyError       exit 1   a package that this needs is missing or doesn't work here
+    ├── OutOfMemory           exit 1   neither the GPU nor the machine has as much memory
     ├── TrainingError         exit 1   training can't go on
     │   └── RankLost          exit 1   another rank died or hangs
     └── Stopped               exit 143 a signal asked to stop; the work so far is sealed
@@ -74,6 +75,10 @@ class CheckpointError(T5TuneError):
 
 class DependencyError(T5TuneError):
     """A package is missing, or doesn't work on this machine."""
+
+
+class OutOfMemory(T5TuneError):
+    """Neither the GPU nor the machine has as much memory."""
 
 
 class TrainingError(T5TuneError):

@@ -25,6 +25,7 @@ from t5tune.data.tokenizer import Tokenizer, answer_text, load_tokenizer, true_t
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError
 from t5tune.metrics import score, score_one
+from t5tune.model.device import memory_is_named
 from t5tune.progress import Note, Report, silent
 from t5tune.publish import published_folder, sha256
 from t5tune.settings import EvaluateSettings, dump_settings
@@ -77,6 +78,14 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> Evaluated:
         DataError: the data can't be used, or its token cache was made for another tokenizer.
         ModelError, CheckpointError: the base or the adapter can't be used, or gives no finite loss.
     """
+    with memory_is_named(
+        f"evaluating with per_device_eval_batch_size {settings.per_device_eval_batch_size}",
+        "a smaller one gives the same scores; --q-lora keeps the base in four bits",
+    ):
+        return _evaluate(settings, report)
+
+
+def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
     from t5tune.model.inference import load_for_inference
     from t5tune.training.batches import PaddedCollator
     from t5tune.training.evaluation import generate_replies, longest_target, measure_losses

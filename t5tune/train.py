@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,12 +26,13 @@ from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.data.templates import template_from
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, SettingsError, Stopped, TrainingError
-from t5tune.model.device import choose_device, keep_freed_memory, peak_memory
+from t5tune.model.device import choose_device, keep_freed_memory, memory_is_named, peak_memory
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
 from t5tune.publish import write_file, write_json
 from t5tune.settings import PrepareSettings, TrainSettings, dump_settings
 from t5tune.training.checkpoint import checkpoints, newest, remove_staged
+from t5tune.training.compiler import SHARED_MEMORY_OP, has_compiler
 from t5tune.training.identity import check_same, identity
 from t5tune.training.launch import World
 from t5tune.training.ranks import barrier, by_rank_0, default_timeout, loss_of_ranks
@@ -108,7 +109,8 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
     world = World.from_environment()
     report = report if world.rank == 0 else silent
     timeout = timedelta(seconds=settings.process_group_timeout)
-    with listening() as stop, default_timeout(timeout), _process_group(world, settings) as device, loss_of_ranks(world):
+    group = _process_group(world, settings, report)
+    with listening() as stop, default_timeout(timeout), group as device, loss_of_ranks(world):
         stop.waits = world.rank > 0
         if not world.run_is_open:
             by_rank_0(world, lambda: open_run(settings, report))
@@ -116,7 +118,22 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
         run = _existing_run(settings)
         if run.finished:
             return read_result(run.folder)
-        return _train(settings, run, world, device, stop, report)
+        with _memory_is_named(settings):
+            return _train(settings, run, world, device, stop, report)
+
+
+def _memory_is_named(settings: TrainSettings) -> AbstractContextManager[None]:
+    batch = (
+        f"tokens_per_batch {settings.tokens_per_batch}"
+        if settings.tokens_per_batch
+        else f"per_device_train_batch_size {settings.per_device_train_batch_size}"
+    )
+    smaller = "a smaller one with more gradient_accumulation_steps gives the same steps"
+    checkpointing = "" if settings.gradient_checkpointing else ", --gradient-checkpointing"
+    return memory_is_named(
+        f"training with {batch} and model_max_length {settings.model_max_length}",
+        f"{smaller}{checkpointing}; t5tune plan --config {settings.output_dir / 'settings.yaml'} reckons what fits",
+    )
 
 
 def open_run(settings: TrainSettings, report: Report = silent) -> Run:
@@ -194,6 +211,12 @@ def check(settings: TrainSettings) -> None:
             raise DependencyError(
                 "deepspeed: the package isn't installed",
                 hint="pip install deepspeed (Linux); without it one process, or several without --deepspeed, train",
+            )
+        if "offload_optimizer" in configuration.get("zero_optimization", {}) and not has_compiler():
+            raise DependencyError(
+                f"deepspeed: {settings.deepspeed}: its optimizer on the CPU is compiled at first use, and no C++ "
+                "compiler or no ninja is on the PATH",
+                hint="apt install g++ ninja-build, or take zero2 or zero3",
             )
     if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
         problems.append(f"optim: {settings.optim}: pages between a GPU's memory and the machine's; take adamw_bnb_8bit")
@@ -615,7 +638,7 @@ def _finish(run: Run, settings: TrainSettings, cache: Cache, state: Any, result:
 
 
 @contextmanager
-def _process_group(world: World, settings: TrainSettings) -> Iterator[Any]:
+def _process_group(world: World, settings: TrainSettings, report: Report) -> Iterator[Any]:
     """Choose the device and, where there are several processes or DeepSpeed, be in their group for a while."""
     device = choose_device(settings.use_cpu or settings.num_processes is not None, world.local_rank)
     if device.type == "cpu":
@@ -636,6 +659,10 @@ def _process_group(world: World, settings: TrainSettings) -> Iterator[Any]:
             with redirect_stdout(io.StringIO()):
                 import deepspeed
 
+                if device.type == "cpu" and not has_compiler():
+                    # its sums through shared memory are compiled at first use; without them gloo sums
+                    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+                    report(Note("no C++ compiler here: DeepSpeed's ranks talk by gloo alone"))
                 deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         elif world.size > 1:
             dist.init_process_group(backend, timeout=timeout)

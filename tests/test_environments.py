@@ -74,3 +74,37 @@ def test_an_error_of_odd_letters_is_a_line_in_any_locale() -> None:
     assert code == 2
     assert stderr.count(b"error:") == len(stderr.splitlines())
     assert b"Traceback" not in stderr
+
+
+def train(records: Path, output: Path, *flags: object) -> list[object]:
+    return [
+        *("train", "--model-name-or-path", "pocket", "--data-path", records, "--output-dir", output, "--use-cpu"),
+        *("--max-steps", "1", "--report-samples", "0", *flags),
+    ]
+
+
+def test_deepspeed_trains_without_a_compiler_and_says_what_it_leaves_out(records: Path, tmp_path: Path) -> None:
+    nothing = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "CXX": None}
+    code, _, stderr = run(train(records, tmp_path / "run", "--deepspeed", "zero3", "--num-processes", "2"), nothing)
+    assert code == 0, stderr
+    assert b"no C++ compiler" in stderr
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    code, _, stderr = run(train(records, tmp_path / "off", "--deepspeed", "zero2-offload"), nothing)
+    assert code == 1
+    (error,) = [line for line in stderr.decode().splitlines() if line.startswith("error:")]
+    assert "zero2-offload" in error
+    assert "ninja" in error
+    assert not (tmp_path / "off").exists()
+
+
+def test_memory_that_is_not_there_is_named_with_the_batch(tmp_path: Path) -> None:
+    """Attention's scores over 200,000 tokens are a terabyte, which Linux refuses at once."""
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"source": "a b c d " * 50_000, "target": "e"}))
+    code, _, stderr = run(train(path, tmp_path / "run", "--model-max-length", "200000"), {})
+    assert code == 1, stderr
+    (error,) = [line for line in stderr.decode().splitlines() if line.startswith("error:")]
+    assert "out of memory: training with per_device_train_batch_size 8 and model_max_length 200000" in error
+    assert "at once" in error
+    assert "t5tune plan --config" in error
+    assert "Traceback" not in stderr.decode()

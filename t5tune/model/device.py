@@ -5,10 +5,12 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import SettingsError
+from t5tune.errors import OutOfMemory, SettingsError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
@@ -50,6 +52,25 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20)):
         libc.mallopt(option, value)
+
+
+@contextmanager
+def memory_is_named(what: str, hint: str) -> Iterator[None]:
+    """Tell of memory that wasn't there in a line.
+
+    Args:
+        what: what was being done, and with what batch.
+
+    Raises:
+        OutOfMemory: in place of the many errors by which torch and Python say so.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        asked = re.search(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", str(error), re.IGNORECASE)
+        if not (asked or isinstance(error, MemoryError) or "out of memory" in str(error)):
+            raise
+        raise OutOfMemory(f"out of memory: {what}{f'; {asked[1]} at once' if asked else ''}", hint=hint) from error
 
 
 def peak_memory(device: Any) -> int:
