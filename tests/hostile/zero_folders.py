@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from t5tune.publish import json_bytes
 from t5tune.training.checkpoint import FORMAT
 
 PREFIX = "base_model.model."
@@ -146,7 +147,7 @@ def sealed(files: dict[str, Any]) -> str:
     """A manifest whose own sum is right."""
     manifest = {"format": FORMAT, "step": 4, "world_size": RANKS, "made_of": {}, "files": files}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest})
+    return json_bytes({**manifest, "sha256": digest}).decode()
 
 
 def _longer(groups: list[torch.Tensor]) -> list[torch.Tensor]:
