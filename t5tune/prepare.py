@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -288,10 +288,9 @@ def _reasons(counts: Counter[str]) -> str:
 
 def _lost(writer: Writer, writable: Writable) -> list[dict[str, Any]]:
     """What the answers hold and the tokenizer can't write, what stands in the most answers first."""
-    worst = sorted(writer.lost.items(), key=lambda item: (-item[1][1], item[0]))[:MOST_LOST]
     return [
         {"text": text, "becomes": writable.becomes(text), "count": count, "answers": answers}
-        for text, (count, answers) in worst
+        for text, count, answers in islice(writer.lost.worst(), MOST_LOST)
     ]
 
 

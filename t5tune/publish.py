@@ -126,8 +126,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The bytes that `write_json` writes."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """The bytes that `write_json` writes; a name that is no Unicode has lone surrogates, which stand as `\\udcff`."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def sync(path: Path) -> None:

@@ -93,8 +93,14 @@ class Pipeline:
         """
         records = [read_record(record, self.recipe.settings) for record in batch]
         conversations = [record for record in records if isinstance(record, Conversation)]
-        pieces = [lay_out(conversation, self.recipe.template) for conversation in conversations]
-        encodings = iter(encode_batch(pieces, self.encoder, self.recipe.settings.model_max_length))
+        # no name for the pieces: of a long conversation they take more than its ids, and aren't needed any longer
+        encodings = iter(
+            encode_batch(
+                [lay_out(conversation, self.recipe.template) for conversation in conversations],
+                self.encoder,
+                self.recipe.settings.model_max_length,
+            )
+        )
         return [
             record if isinstance(record, Rejected) else self._accepted(record, next(encodings)) for record in records
         ]
@@ -105,7 +111,7 @@ class Pipeline:
         parts, dropped = [encoded], Counter[str]()
         if settings.split_long and len(encoded.ids) > room:
             pieces = split(conversation, self.recipe.template, self.encoder, room)
-            parts = encode_batch(pieces, self.encoder, settings.model_max_length)
+            parts = [encode_batch([part], self.encoder, settings.model_max_length)[0] for part in pieces]
         if settings.train_on == "last":
             parts = [Encoded(part.ids, part.spans[-1:] if part is parts[-1] else []) for part in parts]
         for index, part in enumerate(parts):
@@ -253,26 +259,24 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def split(conversation: Conversation, template: Template, encoder: Encoder, room: int) -> list[list[Piece]]:
+def split(conversation: Conversation, template: Template, encoder: Encoder, room: int) -> Iterator[list[Piece]]:
     """The pieces of a conversation as several that fit in `room` tokens, as far as single exchanges do.
 
     Each begins with the system line and a human turn; turns keep their numbers.
     """
     starts = [index for index, turn in enumerate(conversation.turns) if turn.role == "human"]
     ends = [*starts[1:], len(conversation.turns)]
-    exchanges = [_pieces_of(conversation, template, *place) for place in zip(starts, ends, strict=True)]
-    alone = _lengths(exchanges, encoder)
+    places = list(zip(starts, ends, strict=True))
+    alone = _lengths(conversation, template, places, encoder)
     later = replace(conversation, system=""), replace(template, human=template.turn_separator + template.human)
-    behind = _lengths([_pieces_of(*later, *place) for place in zip(starts, ends, strict=True)], encoder)
-    parts: list[list[Piece]] = []
+    behind = _lengths(*later, places, encoder)
     begin = length = 0
     for number in range(len(starts)):
         length += behind[number] if number > begin else alone[number]
         if length > room and number > begin:
-            parts.append(_pieces_of(conversation, template, starts[begin], ends[number - 1]))
+            yield _pieces_of(conversation, template, starts[begin], ends[number - 1])
             begin, length = number, alone[number]
-    parts.append(_pieces_of(conversation, template, starts[begin], len(conversation.turns)))
-    return parts
+    yield _pieces_of(conversation, template, starts[begin], len(conversation.turns))
 
 
 def _pieces_of(conversation: Conversation, template: Template, start: int, end: int) -> list[Piece]:
@@ -280,8 +284,14 @@ def _pieces_of(conversation: Conversation, template: Template, start: int, end: 
     return [replace(piece, turn=piece.turn + start) if piece.turn >= 0 else piece for piece in pieces]
 
 
-def _lengths(parts: list[list[Piece]], encoder: Encoder) -> list[int]:
-    """The tokens of each part."""
-    flat = [piece.text for pieces in parts for piece in pieces]
-    ids = iter(encoder.encode(flat, [False] * len(flat)))
-    return [sum(len(next(ids)) for _ in pieces) for pieces in parts]
+def _lengths(
+    conversation: Conversation, template: Template, places: list[tuple[int, int]], encoder: Encoder
+) -> list[int]:
+    """The tokens of each exchange, of which few are held at a time."""
+    lengths: list[int] = []
+    for start in range(0, len(places), BATCH_RECORDS):
+        parts = [_pieces_of(conversation, template, *place) for place in places[start : start + BATCH_RECORDS]]
+        flat = [piece.text for pieces in parts for piece in pieces]
+        ids = iter(encoder.encode(flat, [False] * len(flat)))
+        lengths += [sum(len(next(ids)) for _ in pieces) for pieces in parts]
+    return lengths

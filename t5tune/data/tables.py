@@ -85,7 +85,10 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[Raw | Rejected]:
                 raise DataError(f"{path}: a column name twice: {', '.join(names)}")
             for group in range(file.num_row_groups):
                 facts = file.metadata.row_group(group)
-                count = max(1, min(ROWS, ROWS_BYTES * facts.num_rows // max(1, facts.total_byte_size)))
+                # a text that many rows share stands in the file once, so the first row is looked at too
+                first = next(file.iter_batches(batch_size=1, row_groups=[group], use_threads=False), None)
+                most = max(1, facts.total_byte_size // max(1, facts.num_rows), first.nbytes if first else 0)
+                count = max(1, min(ROWS, ROWS_BYTES // most))
                 for batch in file.iter_batches(batch_size=count, row_groups=[group], use_threads=False):
                     for row in _rows_of(batch):
                         place = Place(str(path), index + 1, index, 0)

@@ -146,7 +146,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             if file.name in {CONFIG, "special_tokens_map.json", "added_tokens.json"}:
                 shutil.copyfile(file, folder / file.name)
         return
-    tokenizer.backend.save(str(folder / FILE))
+    # by Python, since tokenizers takes no path that isn't Unicode
+    (folder / FILE).write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
     own = {name: getattr(tokenizer, name) for name in SPECIAL}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one that builds nothing anew
@@ -193,7 +194,7 @@ def _content(token: Any, default: str) -> str:
 def _from_json(file: Path) -> Any:
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_file(str(file))
+    backend = Backend.from_buffer(file.read_bytes())
     backend.no_truncation()
     backend.no_padding()
     if getattr(backend.pre_tokenizer, "prepend_scheme", None) == "always":

@@ -12,10 +12,13 @@ normalisation, each remaining space is kept as a mark, and a mark is put only be
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
+
+import numpy as np
 
 from t5tune.data.formats import Conversation
 from t5tune.data.tokenizer import Tokenizer
@@ -28,7 +31,9 @@ FASTCHAT = ["<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
 MARK = "▁"
 UNKNOWN = "\ufffd"
 SHARE = 0.005  # of the answers that must hold a character for a row to be spent on it
+MOST_CHARACTERS = 50_000  # that are remembered
 _RUN = re.compile("  +")
+_RUN_PLACE = 0  # no record holds U+0000
 
 
 def extend_tokenizer(
@@ -72,17 +77,37 @@ def extend_tokenizer(
 
 def _costly(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> list[str]:
     """Characters that are unknown to the tokenizer and stand in SHARE of the answers or more, the costliest first."""
-    writable = Writable(tokenizer)
-    answers, held = 0, Counter[str]()
+    writable, lost = Writable(tokenizer), Lost()
+    answers = 0
     for conversation in sample:
         answers += sum(turn.role == "assistant" for turn in conversation.turns)
-        held.update({text: number for text, (_, number) in writable.lost(conversation).items()})
-    unknown = [(-number, text) for text, number in held.items() if writable.becomes(text) == UNKNOWN]
-    return [text for number, text in sorted(unknown) if -number >= SHARE * answers]
+        lost.add(writable.lost(conversation))
+    held = ((text, number) for text, _, number in lost.worst())
+    enough = takewhile(lambda item: item[1] >= SHARE * answers, held)
+    return [text for text, _ in enough if writable.becomes(text) == UNKNOWN]
+
+
+class Lost:
+    """Counts of lost characters, and of runs of spaces: an array, which all of Unicode makes no larger."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((sys.maxunicode + 1, 2), np.int64)  # (how often, in how many answers)
+
+    def add(self, lost: Mapping[str, tuple[int, int]]) -> None:
+        """Add what `Writable.lost` gave."""
+        for text, counts in lost.items():
+            self._counts[_RUN_PLACE if len(text) > 1 else ord(text)] += counts
+
+    def worst(self) -> Iterator[tuple[str, int, int]]:
+        """(text, how often, in how many answers), what stands in the most answers first."""
+        places = np.flatnonzero(self._counts[:, 1])
+        for place in places[np.argsort(-self._counts[places, 1], kind="stable")]:
+            often, answers = self._counts[place].tolist()
+            yield "  " if place == _RUN_PLACE else chr(place), often, answers
 
 
 class Writable:
-    """What of a text a tokenizer can't write; remembers each character that it was asked for."""
+    """What of a text a tokenizer can't write; remembers the characters that it was asked for last."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -105,6 +130,9 @@ class Writable:
     def becomes(self, text: str) -> str:
         """What comes back of a text between two letters; UNKNOWN where it has no token."""
         if text not in self._becomes:
+            if len(self._becomes) >= MOST_CHARACTERS:
+                self._becomes.clear()
+                self._fine.clear()
             self._becomes[text] = _round_trip(self._tokenizer, text)
             if self._becomes[text] == text:
                 self._fine.add(text)

@@ -14,6 +14,7 @@ from t5tune.data.cache import CONVERSATION, NARROW, WIDE, example_dtype, lengths
 from t5tune.data.encoding import Encoded, ids_dtype
 from t5tune.data.pipeline import Accepted, Outcome, Record
 from t5tune.data.records import UNPARSED, Raw, Rejected, parse
+from t5tune.data.vocabulary import Lost
 from t5tune.publish import CHUNK
 
 REJECTED = "rejected.jsonl"
@@ -42,7 +43,7 @@ class Writer:
         self.first_rejected: str | None = None
         self.repaired = Counter[str]()
         self.dropped = Counter[str]()
-        self.lost: dict[str, tuple[int, int]] = {}
+        self.lost = Lost()
         self._num_tokens = 0
         self._num_parts = 0  # conversations as they stand in the cache: some were split
         self._seen = _Seen(seen / "seen.sqlite") if seen is not None else None
@@ -79,9 +80,7 @@ class Writer:
             is_known = kind in self.repaired or len(self.repaired) < MOST_KINDS or not kind.startswith("ignored_")
             self.repaired[kind if is_known else "ignored_fields_of_other_names"] += count
         self.dropped.update(outcome.dropped)
-        for text, (count, answers) in outcome.lost.items():
-            before = self.lost.get(text, (0, 0))
-            self.lost[text] = before[0] + count, before[1] + answers
+        self.lost.add(outcome.lost)
         for part in outcome.encoded:
             self._append(part, outcome.key)
         self.repaired.update({"split_conversations": 1} if len(outcome.encoded) > 1 else {})
