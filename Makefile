@@ -11,10 +11,10 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 fuzz: .venv/installed-dev
-	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_*.py --timeout 7200
+	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_*.py -n 0 --timeout 7200
 
 reliability: .venv/installed-dev
-	T5TUNE_LONG=1 $(BIN)/python -m pytest tests/reliability
+	T5TUNE_LONG=1 $(BIN)/python -m pytest tests/reliability -n 0 --timeout 14400
 
 check: lint types test
 

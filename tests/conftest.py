@@ -15,6 +15,9 @@ import torch
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# pytest runs a process a core, and processes of several threads each would wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SHARED = Path(__file__).parents[2] / "shared"
 REPOSITORY = Path(__file__).parents[1]
 
