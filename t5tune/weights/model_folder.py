@@ -8,6 +8,7 @@ from t5tune.errors import CheckpointError
 from t5tune.publish import write_json
 from t5tune.weights.adapter import TEMPLATE, TrainedWith
 from t5tune.weights.base import read_config
+from t5tune.weights.sentencepiece import copy_sentencepiece
 from t5tune.weights.strangers import holds, read_object
 from t5tune.weights.streaming import write_safetensors
 from t5tune.weights.tensors import Tensor
@@ -53,6 +54,8 @@ def copy_companions(base: Path, tokenizer_folder: Path, template_file: Path, fol
     for file in sorted(tokenizer_folder.iterdir()):
         if file.name.startswith(TOKENIZER_FILES) and holds(tokenizer_folder, file.name):
             shutil.copyfile(file, folder / file.name)
+    if tokenizer_folder != base:
+        copy_sentencepiece(base, folder)
     if (folder / "tokenizer_config.json").is_file() and read_object(folder, "tokenizer_config.json").get("auto_map"):
         raise CheckpointError(
             f"{tokenizer_folder / 'tokenizer_config.json'}: auto_map: asks for code that comes with the tokenizer; "
