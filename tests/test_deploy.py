@@ -2,19 +2,24 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, GenerationConfig
 
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
-from t5tune.merge import merge
+from t5tune.errors import DependencyError, TrainingError
+from t5tune.merge import Merged, merge
+from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 
-from .conftest import REPOSITORY, make_base
-from .test_merge import stock_adapter
+from .conftest import REPOSITORY, make_base, t5tune
+from .test_merge import stock_adapter, stock_base
 
 HARD_TEXTS = ["two words", "a\nline  and\ttabs {x}", "<extra_id_1> end", " begins with a space", "{\n    1\n}"]
 
@@ -96,3 +101,111 @@ def test_an_added_tokens_file_of_the_adapter_is_kept(
     (adapter / "added_tokens.json").write_text('{"mine": 400}')
     merged = run_merge(sentencepiece_base, adapter, tmp_path / "merged")
     assert (merged / "added_tokens.json").read_text() == '{"mine": 400}'
+
+
+def notes_of(base: Path, adapter: Path, output: Path, **changes: object) -> tuple[Merged, list[str]]:
+    notes: list[str] = []
+    values = {"model_name_or_path": str(base), "adapter": adapter, "output_dir": output, "to": "ctranslate2"}
+    report = lambda event: notes.append(event.text) if isinstance(event, Note) else None  # noqa: E731
+    return merge(MergeSettings.model_validate(values | changes), report), notes
+
+
+def test_without_ctranslate2_the_error_tells_how_to_get_it(
+    untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    adapter = stock_adapter(untied_base, tmp_path / "adapter")
+    with pytest.raises(DependencyError, match="ctranslate2 can't be imported") as caught:
+        notes_of(untied_base, adapter, tmp_path / "merged")
+    assert caught.value.hint == "pip install 't5tune[deploy]'"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_quantization_needs_ctranslate2(tmp_path: Path) -> None:
+    done = t5tune(
+        *("merge", "--model-name-or-path", "pocket", "--adapter", tmp_path, "--output-dir", tmp_path / "merged"),
+        *("--quantization", "int8"),
+    )
+    assert done.code == 2
+    (error,) = done.errors
+    assert error.startswith("error: quantization: int8: only with --to ctranslate2; --dtype rounds a checkpoint")
+
+
+@pytest.fixture
+def ctranslate2() -> Any:
+    return pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install 't5tune[deploy]'")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_ctranslate2_gives_our_replies_from_a_folder_that_users_can_load(
+    tied: bool, ctranslate2: Any, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", tied=tied)
+    adapter = stock_adapter(base, tmp_path / "adapter")
+    checkpoint = run_merge(base, adapter, tmp_path / "merged")
+    merged, _ = notes_of(base, adapter, tmp_path / "converted")
+    assert (merged.same_replies, merged.replies) == (4, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "converted", "merged"]
+    assert merged.bytes == (tmp_path / "converted" / "model.bin").stat().st_size
+
+    # by hand, as the card says: the tokens and the scale of the logits are transformers' own
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted")
+    model = stock_base(checkpoint)
+    ids = tokenizer("Name a colour.").input_ids
+    model.generation_config = GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+    labels = expected[0, 1:]
+    with torch.inference_mode():
+        log_probs = model(torch.tensor([ids]), decoder_input_ids=expected[:, :-1]).logits[0].log_softmax(-1)
+    translator = ctranslate2.Translator(str(tmp_path / "converted"), compute_type="float32")
+    source = tokenizer.convert_ids_to_tokens(ids)
+    (reply,) = translator.translate_batch([source], beam_size=1, max_decoding_length=8, max_input_length=0)
+    assert tokenizer.convert_tokens_to_ids(reply.hypotheses[0]) == [i for i in labels.tolist() if i != 1]
+    (score,) = translator.score_batch([source], [tokenizer.convert_ids_to_tokens(labels.tolist())])
+    theirs = torch.tensor(score.log_probs[: len(labels)])
+    torch.testing.assert_close(theirs, log_probs[torch.arange(len(labels)), labels], rtol=0, atol=1e-3)
+
+
+@pytest.mark.usefixtures("ctranslate2")
+def test_int8_is_smaller_and_tells_how_many_replies_are_the_same(untied_base: Path, tmp_path: Path) -> None:
+    adapter = stock_adapter(untied_base, tmp_path / "adapter")
+    whole, _ = notes_of(untied_base, adapter, tmp_path / "whole")
+    small, notes = notes_of(untied_base, adapter, tmp_path / "small", quantization="int8")
+    assert small.bytes < 0.5 * whole.bytes
+    assert any(f"CTranslate2 gives {small.same_replies} of 4 replies" in note for note in notes)
+    assert small.replies == 4
+
+
+@pytest.mark.usefixtures("ctranslate2")
+def test_a_conversion_that_answers_differently_is_not_published(
+    untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ctranslate2.converters.transformers import T5Loader
+
+    adapter = stock_adapter(untied_base, tmp_path / "adapter")
+    get_model_spec = T5Loader.get_model_spec
+
+    def scaled(self: Any, model: Any) -> Any:
+        spec = get_model_spec(self, model)
+        spec.decoder.scale_outputs = 0.5
+        return spec
+
+    monkeypatch.setattr(T5Loader, "get_model_spec", scaled)
+    with pytest.raises(TrainingError, match="4 of 4 replies, log-probabilities differ by"):
+        notes_of(untied_base, adapter, tmp_path / "converted")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.usefixtures("ctranslate2")
+def test_a_converter_that_fails_is_named_with_the_versions(
+    untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ctranslate2.converters.transformers import T5Loader
+
+    def fails(self: Any, model: Any) -> Any:
+        raise AttributeError("no such layer")
+
+    monkeypatch.setattr(T5Loader, "get_model_spec", fails)
+    adapter = stock_adapter(untied_base, tmp_path / "adapter")
+    with pytest.raises(DependencyError, match=r"CTranslate2 \d.* with transformers 5.*no such layer"):
+        notes_of(untied_base, adapter, tmp_path / "converted")

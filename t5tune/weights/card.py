@@ -36,17 +36,9 @@ folds it into the base; `t5tune chat --model-name-or-path {base} --adapter THIS_
 """
 
 
-def merged_card(base: str, adapter: str) -> str:
-    """The README.md of a merged checkpoint."""
-    return f"""---
-base_model: {base}
-library_name: transformers
-tags: [t5tune]
----
-
-# {base} with an adapter folded in
-
-Made by `t5tune merge` from the adapter `{adapter}`. It needs no PEFT:
+LOADING = {
+    "checkpoint": """
+It needs no PEFT:
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -54,4 +46,33 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = AutoModelForSeq2SeqLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
-"""
+""",
+    "ctranslate2": """
+It is in the format of CTranslate2:
+
+```python
+from ctranslate2 import Translator
+from transformers import AutoTokenizer
+
+translator = Translator("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+source = tokenizer.convert_ids_to_tokens([*tokenizer.encode("Hello", add_special_tokens=False), tokenizer.eos_token_id])
+(result,) = translator.translate_batch([source], beam_size=1, max_input_length=0)
+print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
+```
+""",
+}
+
+
+def merged_card(base: str, adapter: str, kind: str) -> str:
+    """The README.md of a merged checkpoint, or of what was converted from it: `kind` is merge's --to."""
+    return f"""---
+base_model: {base}
+library_name: {"transformers" if kind == "checkpoint" else kind}
+tags: [t5tune]
+---
+
+# {base} with an adapter folded in
+
+Made by `t5tune merge` from the adapter `{adapter}`.
+{LOADING[kind]}"""
