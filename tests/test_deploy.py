@@ -1,7 +1,9 @@
 """Merged checkpoints in other hands: llama.cpp's converter, CTranslate2, transformers 4."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DependencyError, TrainingError
 from t5tune.merge import Merged, merge
+from t5tune.model.generation import generate
+from t5tune.model.load import load_base
 from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 
 from .conftest import REPOSITORY, make_base, t5tune
-from .test_merge import stock_adapter, stock_base
+from .test_merge import rows_adapter, stock_adapter, stock_base
 
 HARD_TEXTS = ["two words", "a\nline  and\ttabs {x}", "<extra_id_1> end", " begins with a space", "{\n    1\n}"]
 
@@ -209,3 +213,63 @@ def test_a_converter_that_fails_is_named_with_the_versions(
     adapter = stock_adapter(untied_base, tmp_path / "adapter")
     with pytest.raises(DependencyError, match=r"CTranslate2 \d.* with transformers 5.*no such layer"):
         notes_of(untied_base, adapter, tmp_path / "converted")
+
+
+@pytest.fixture(scope="module")
+def transformers_4() -> str:
+    """The Python of an environment that holds transformers 4 and CTranslate2; `make compatibility` makes it."""
+    if not (python := os.environ.get("TRANSFORMERS_4_PYTHON")):
+        pytest.skip("TRANSFORMERS_4_PYTHON names no Python with transformers 4: make compatibility")
+    return python
+
+
+def asked_of(python: str, checkpoint: Path, folder: Path, **asked: Any) -> dict[str, Any]:
+    """What tests/transformers_4.py finds."""
+    (folder / "asked.json").write_text(json.dumps({"texts": [], "converted": None} | asked))
+    script = Path(__file__).with_name("transformers_4.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, str(script), str(checkpoint), str(folder / "asked.json"), str(folder / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    assert found["version"].startswith("4.")
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_transformers_4_and_its_conversion_answer_with_a_merged_checkpoint_as_we_do(
+    tied: bool, transformers_4: str, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", tied=tied)
+    adapter, _ = rows_adapter(base, tmp_path / "adapter")
+    checkpoint = run_merge(base, adapter, tmp_path / "merged")
+    source, target = [[5, 210, 17, 203, 99, 1], [201, 8, 8, 44, 12, 1]], [[0, 203, 31, 7], [0, 210, 201, 12]]
+    found = asked_of(
+        transformers_4,
+        checkpoint,
+        tmp_path,
+        inputs=source,
+        decoder_inputs=target,
+        converted=str(tmp_path / "converted"),
+    )
+    assert found["tied"] is tied
+    model = load_base(checkpoint, torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        ours = model(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target), use_cache=False).logits
+    torch.testing.assert_close(torch.tensor(found["logits"]), ours, rtol=0, atol=1e-5)
+    replies = [generate(model, [ids], 1, 0, max_new_tokens=12)[0] for ids in source]
+    assert [until_end(reply) for reply in found["replies"]] == replies
+    assert found["converted_replies"] == replies
+
+
+def test_transformers_4_gives_the_ids_of_the_adapters_tokenizer(
+    sentencepiece_base: Path, adapter_with_tokens: Path, transformers_4: str, tmp_path: Path
+) -> None:
+    merged = run_merge(sentencepiece_base, adapter_with_tokens, tmp_path / "merged")
+    found = asked_of(transformers_4, merged, tmp_path, inputs=[[5, 1]], decoder_inputs=[[0]], texts=HARD_TEXTS)
+    ours = load_tokenizer(adapter_with_tokens)
+    assert [ids[:-1] for ids in found["ids"]] == [ours.encode(text) for text in HARD_TEXTS]
+
+
+def until_end(ids: list[int]) -> list[int]:
+    return ids[: ids.index(1)] if 1 in ids else ids
