@@ -25,7 +25,7 @@ from t5tune.publish import published_folder, scratch_folder
 from t5tune.settings import MergeSettings, dump_settings
 from t5tune.weights.adapter import TEMPLATE, base_facts
 from t5tune.weights.base import find_base
-from t5tune.weights.card import merged_card
+from t5tune.weights.card import merged_card, training_of_run
 from t5tune.weights.changes import Adapter, changes_of, read_adapters
 from t5tune.weights.fingerprint import fingerprint, full_hash
 from t5tune.weights.fold import Change, converted, folded
@@ -222,7 +222,8 @@ def _write_companions(settings: MergeSettings, base: Checkpoint, adapters: list[
     tokenizer_folder = adapter if holds(adapter, "tokenizer_config.json") else base.folder
     copy_companions(base.folder, tokenizer_folder, adapter / TEMPLATE, staged)
     names = ", ".join(str(adapter.folder) for adapter in adapters)
-    card = merged_card(settings.model_name_or_path, names, settings.to)
+    training = training_of_run(adapter) if len(adapters) == 1 else ""
+    card = merged_card(settings.model_name_or_path, names, settings.to, training)
     (staged / "README.md").write_text(card, encoding="utf-8")
     (staged / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
 
