@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test reliability fuzz check lint types build docs clean
+.PHONY: quickstart test compatibility reliability fuzz check lint types build docs clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -15,6 +15,11 @@ fuzz: .venv/installed-dev
 
 reliability: .venv/installed-dev
 	T5TUNE_LONG=1 $(BIN)/python -m pytest tests/reliability -n 0 --timeout 14400
+
+# what transformers 4, CTranslate2 and a stock tokenizer make of merged checkpoints
+compatibility: .venv/installed-dev build/transformers-4/installed
+	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[deploy]'
+	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/test_deploy.py
 
 check: lint types test
 
@@ -47,3 +52,8 @@ clean:
 .venv/installed-dev: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[dev]'
 	touch .venv/installed $@
+
+build/transformers-4/installed: .venv/bin/python
+	$(BIN)/python -m venv build/transformers-4
+	build/transformers-4/bin/pip install --disable-pip-version-check --quiet 'transformers<5' torch safetensors sentencepiece ctranslate2
+	touch $@

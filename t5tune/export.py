@@ -34,6 +34,7 @@ from t5tune.weights.adapter import (
 )
 from t5tune.weights.adapter_config import CONFIG
 from t5tune.weights.base import find_base, read_config
+from t5tune.weights.card import data_of_run
 from t5tune.weights.fastchat import OldLora, added_ids, mean_rows, row_indices
 from t5tune.weights.fit import MODEL_TYPES, check_fit
 from t5tune.weights.links import check_inside
@@ -101,9 +102,12 @@ def export(settings: ExportSettings, report: Report = silent) -> Exported:
     non_lora: dict[str, Tensor] | None = None if settings.non_lora_state == "none" else _by_base_names(trained.beside)
     base = _base_state(settings, trained) if settings.non_lora_state == "full" else None
     companions = _with_tokenizer(folder)
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
     with published_folder(settings.output_dir) as staged:
         with_base = base is not None
-        trained_with = TrainedWith(trained.config, companions, companions / TEMPLATE, base_facts(folder))
+        trained_with = TrainedWith(
+            trained.config, companions, companions / TEMPLATE, base_facts(folder), data_of_run(run)
+        )
         write_adapter(staged, trained.adapter, trained_with, None if with_base else non_lora)
         if base is not None:
             extra = _by_base_names(

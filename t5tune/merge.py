@@ -9,8 +9,11 @@ time. W + scale · B·A is summed in fp32 and rounded once, to the bits of PEFT'
 
 import functools
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
 from t5tune.model.free_memory import free_memory
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
-from t5tune.publish import published_folder
+from t5tune.publish import published_folder, scratch_folder
 from t5tune.settings import MergeSettings, dump_settings
 from t5tune.weights.adapter import TEMPLATE, base_facts
 from t5tune.weights.base import find_base
-from t5tune.weights.card import merged_card
+from t5tune.weights.card import merged_card, training_of_run
 from t5tune.weights.changes import Adapter, changes_of, read_adapters
 from t5tune.weights.fingerprint import fingerprint, full_hash
 from t5tune.weights.fold import Change, converted, folded
-from t5tune.weights.model_folder import copy_companions, write_config
+from t5tune.weights.model_folder import TOKENIZER_FILES, copy_companions, write_config
 from t5tune.weights.output import check_replaceable
 from t5tune.weights.shards import Shard, plan_shards, write_shards
 from t5tune.weights.strangers import holds
@@ -35,10 +38,13 @@ from t5tune.weights.tensors import Tensor
 
 if TYPE_CHECKING:
     from t5tune.model.comparison import Difference
+    from t5tune.model.ctranslate2 import Agreement
 
 TASK = "merge"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 LIBRARIES = 800 << 20  # what torch and transformers take before any weight
+WEIGHT_FILES = {".safetensors", ".bin"}
+SAME_LOG_PROBABILITIES = 1e-3  # both compute in fp32, in sums of another order
 ROUNDING = 0.05  # weights of 8 or 11 bits move logits by about so much of their size
 
 
@@ -47,7 +53,7 @@ class Merged:
     """What merge made. `max_error` is the largest difference of logits that --verify saw, in fp32.
 
     `from_training`: for adapters from q_lora, the largest difference to the training model's logits, by what the
-    adapter is folded into.
+    adapter is folded into. `same_replies`: how many of the `replies` of a converted model are those of the checkpoint.
     """
 
     checkpoint: Path
@@ -58,6 +64,8 @@ class Merged:
     verified: bool
     max_error: float | None
     from_training: dict[str, float]
+    replies: int | None
+    same_replies: int | None
     seconds: float
 
 
@@ -66,10 +74,15 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
 
     Raises:
         ModelError, CheckpointError: the base or an adapter can't be used, or they don't fit each other.
-        TrainingError: --verify finds that the merged model answers differently.
+        TrainingError: --verify finds that the merged model answers differently, or the converted one does.
+        DependencyError: --to ctranslate2 without CTranslate2.
     """
     started = time.monotonic()
     check_replaceable(settings.output_dir, settings.overwrite)
+    if settings.to == "ctranslate2":
+        from t5tune.model.ctranslate2 import check_installed
+
+        check_installed()
     base = Checkpoint(find_base(settings))
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     tied = base.is_tied()
@@ -82,21 +95,27 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     dtype = DTYPES[settings.dtype] if settings.dtype else None
     shards = plan_shards(base, dtype, settings.max_shard_size)
     verify = _may_verify(settings, base, adapters, report)
-    with published_folder(settings.output_dir) as staged:
-        _write_weights(base, shards, changes, staged, report)
-        write_config(base.folder, staged, tied, dtype)
-        _write_companions(settings, base, adapters, staged)
-        found = _verify(settings, base, adapters, facts, staged, report) if verify else None
+    agreement = None
+    with published_folder(settings.output_dir) as staged, _checkpoint_folder(settings, staged) as checkpoint:
+        _write_weights(base, shards, changes, checkpoint, report)
+        write_config(base.folder, checkpoint, tied, dtype)
+        _write_companions(settings, base, adapters, checkpoint)
+        found = _verify(settings, base, adapters, facts, checkpoint, report) if verify else None
+        if settings.to == "ctranslate2":
+            agreement = _convert(settings, adapters[0].folder, checkpoint, staged, report)
+        size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in WEIGHT_FILES)
     rows = [rows for change in changes.values() for rows, _ in change.rows]
     return Merged(
         checkpoint=settings.output_dir,
         tensors=len(base.names()),
         adapted_tensors=sum(bool(change.updates or change.whole or change.biases) for change in changes.values()),
         token_rows=len(rows[0].places) if rows else 0,
-        bytes=sum(shard.size for shard in shards),
+        bytes=size,
         verified=verify,
         max_error=found.error if found else None,
         from_training=found.from_training if found else {},
+        replies=agreement.replies if agreement else None,
+        same_replies=agreement.same if agreement else None,
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -202,9 +221,47 @@ def _write_companions(settings: MergeSettings, base: Checkpoint, adapters: list[
     adapter = adapters[0].folder
     tokenizer_folder = adapter if holds(adapter, "tokenizer_config.json") else base.folder
     copy_companions(base.folder, tokenizer_folder, adapter / TEMPLATE, staged)
-    card = merged_card(settings.model_name_or_path, ", ".join(str(adapter.folder) for adapter in adapters))
+    names = ", ".join(str(adapter.folder) for adapter in adapters)
+    training = training_of_run(adapter) if len(adapters) == 1 else ""
+    card = merged_card(settings.model_name_or_path, names, settings.to, training)
     (staged / "README.md").write_text(card, encoding="utf-8")
     (staged / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
+
+
+@contextmanager
+def _checkpoint_folder(settings: MergeSettings, staged: Path) -> Iterator[Path]:
+    """Where the checkpoint is written: what is published, or a folder beside it that is gone after the conversion."""
+    if settings.to == "checkpoint":
+        yield staged
+    else:
+        with scratch_folder(Path(os.path.realpath(settings.output_dir))) as folder:
+            yield folder
+
+
+def _convert(settings: MergeSettings, adapter: Path, checkpoint: Path, staged: Path, report: Report) -> "Agreement":
+    """Convert the checkpoint for CTranslate2, and hold its replies against the checkpoint's.
+
+    Raises:
+        TrainingError: weights that were not quantised answer differently.
+    """
+    from t5tune.model.comparison import example_ids
+    from t5tune.model.ctranslate2 import compare_replies, convert
+
+    convert(checkpoint, staged, settings.quantization)
+    for file in sorted(checkpoint.iterdir()):
+        if file.name.startswith((*TOKENIZER_FILES, TEMPLATE, "README", "settings")):
+            shutil.copyfile(file, staged / file.name)
+    is_exact = settings.quantization in (None, "float32")
+    sources = [source for source, _ in example_ids(checkpoint, adapter)]
+    found = compare_replies(checkpoint, staged, sources, is_exact)
+    seen = f"CTranslate2 gives {found.same} of {found.replies} replies, log-probabilities differ by {found.error:.2g}"
+    if is_exact and (found.same < found.replies or not found.error <= SAME_LOG_PROBABILITIES):
+        raise TrainingError(
+            f"the converted model doesn't answer as the merged one: {seen}; nothing was written",
+            hint="try another release of CTranslate2, and tell its version in an issue",
+        )
+    report(Note(seen))
+    return found
 
 
 def _may_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> bool:

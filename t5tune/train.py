@@ -41,6 +41,7 @@ from t5tune.training.stopping import StopRequest, listening
 from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.adapter import TEMPLATE, config_without_start
 from t5tune.weights.base import find_base, read_config
+from t5tune.weights.card import data_line, settings_line
 from t5tune.weights.fingerprint import base_facts
 from t5tune.yaml_file import read_yaml
 
@@ -349,6 +350,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         cache.tokenizer_folder,
         cache.folder / TEMPLATE,
         {} if is_full else facts,
+        data_line(cache.manifest) + settings_line(settings.model_dump()),
     )
 
     def write(folder: Path, state: dict[str, Tensor]) -> None:

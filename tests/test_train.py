@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from t5tune.errors import ModelError, SettingsError, TrainingError
+from t5tune.export import export
+from t5tune.merge import merge
 from t5tune.progress import Event, Measured, Note
-from t5tune.settings import QuantisationSettings, TrainSettings
+from t5tune.settings import ExportSettings, MergeSettings, QuantisationSettings, TrainSettings
 from t5tune.train import train
 from tests.conftest import make_base, t5tune
 
@@ -75,6 +77,23 @@ def test_run_folder_loads_with_stock_peft_and_moves_only_the_adapter(finished_ru
     loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items() if ".default" in name}
     for name, value in weights.items():
         assert torch.equal(loaded[name], value), name
+
+
+def test_cards_tell_data_settings_and_held_out_figures(finished_run: Path, untied_base: Path, tmp_path: Path) -> None:
+    manifest = json.loads((finished_run / "data" / "manifest.json").read_text())
+    result = json.loads((finished_run / "result.json").read_text())
+    data = f"Data: {manifest['examples']} examples of 24 conversations, "
+    card = (finished_run / "README.md").read_text()
+    assert data in card
+    assert "learning_rate 0.01, per_device_train_batch_size 4" in card
+    export(ExportSettings(checkpoint=finished_run / "checkpoint-3", output_dir=tmp_path / "exported"))
+    assert data in (tmp_path / "exported" / "README.md").read_text()
+    values = {"model_name_or_path": str(untied_base), "adapter": finished_run, "output_dir": tmp_path / "merged"}
+    merge(MergeSettings.model_validate(values | {"verify": False}))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert data in card
+    assert "The run took 6 steps." in card
+    assert f"loss {result['eval']['loss']:.4g}" in card
 
 
 def test_base_is_loaded_bit_by_bit_as_its_file_says(base: Path) -> None:

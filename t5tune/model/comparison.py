@@ -52,7 +52,7 @@ def compare(
 
     The merged one is held against base + adapters, or, folded onto a quantised base, against that one with adapters.
     """
-    inputs = _examples(merged, adapters[0])
+    inputs = _inputs(merged, adapters[0])
     logits = _logits(_load(merged, torch.float32, None), inputs)
     models = {"base": _logits(_with_adapters(_load(base, torch.float32, None), adapters, weights), inputs)}
     from_training = {}
@@ -98,18 +98,20 @@ def _logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Ten
         return [model(**example, use_cache=False).logits.float() for example in inputs]
 
 
-def _examples(merged: Path, adapter: Path) -> list[dict[str, torch.Tensor]]:
-    """Real examples of the run's cache where it still stands, else a few sentences."""
-    start = read_config(merged).get("decoder_start_token_id", 0)
+def example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[int]]]:
+    """(source, target) of real examples of the run's cache where it still stands, else of a few sentences."""
     if is_cache(adapter / "data"):
         cache = open_cache(adapter / "data")
         examples = (cache[number] for number in range(min(NUM_EXAMPLES, len(cache))))
-        pairs = [(example.source_S.tolist(), example.target_T.tolist()) for example in examples]
-    else:
-        tokenizer = load_tokenizer(merged)
-        ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in SENTENCES]
-        pairs = list(zip(ids, ids, strict=True))
+        return [(example.source_S.tolist(), example.target_T.tolist()) for example in examples]
+    tokenizer = load_tokenizer(merged)
+    ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in SENTENCES]
+    return list(zip(ids, ids, strict=True))
+
+
+def _inputs(merged: Path, adapter: Path) -> list[dict[str, torch.Tensor]]:
+    start = read_config(merged).get("decoder_start_token_id", 0)
     return [
         {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
-        for source, target in pairs
+        for source, target in example_ids(merged, adapter)
     ]

@@ -20,6 +20,9 @@ def _bytes(value: Any) -> Any:
     return value
 
 
+Quantization = Literal[
+    "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"
+]
 Size = Annotated[int, BeforeValidator(_bytes)]
 
 
@@ -32,6 +35,14 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     )
     weights: Annotated[Numbers | None, Maybe] = Field(
         default=None, description="How much of each adapter is added; default: all of a single one."
+    )
+    to: Literal["checkpoint", "ctranslate2"] = Field(
+        default="checkpoint",
+        description="Write a checkpoint, or what CTranslate2 serves, once it gives our own replies to a few prompts; "
+        "the latter loads the model.",
+    )
+    quantization: Annotated[Quantization | None, Maybe] = Field(
+        default=None, description="With --to ctranslate2: how it stores weights; default: in the checkpoint's dtype."
     )
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Maybe] = Field(
         default=None, description="Round the merged weights to this; default: each tensor keeps the base's."
@@ -67,4 +78,12 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
             raise ValueError(f"weights: {given} for {wanted} adapter(s); give one each")
         if self.weights is None and wanted > 1:
             raise ValueError(f"weights: {wanted} adapters; say how much of each, as in --weights 0.7 0.3")
+        return self
+
+    @model_validator(mode="after")
+    def _quantization_has_a_reader(self) -> "MergeSettings":
+        if self.quantization is not None and self.to == "checkpoint":
+            raise ValueError(
+                f"quantization: {self.quantization}: only with --to ctranslate2; --dtype rounds a checkpoint"
+            )
         return self

@@ -49,6 +49,8 @@ class TrainedWith:
     template_file: Path
     base: Mapping[str, Any] = field(default_factory=dict)
     """What is known of the base: see weights.fingerprint."""
+    training: str = ""
+    """Lines of the model card on data and settings."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def write_adapter(
             shutil.copyfile(file, folder / file.name)
     if trained_with.template_file.is_file():
         shutil.copyfile(trained_with.template_file, folder / TEMPLATE)
-    (folder / "README.md").write_text(adapter_card(trained_with.config), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(trained_with.config, trained_with.training), encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

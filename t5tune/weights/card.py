@@ -1,11 +1,18 @@
 """Model cards: what was made from what, and how to load it."""
 
 from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
+from t5tune.errors import CheckpointError
+from t5tune.weights.strangers import read_object
 
-def adapter_card(config: Mapping[str, Any]) -> str:
-    """The README.md of an adapter folder."""
+SETTINGS = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
+
+
+def adapter_card(config: Mapping[str, Any], training: str = "") -> str:
+    """The README.md of an adapter folder; `training` tells of its data and settings."""
     base = config.get("base_model_name_or_path") or "BASE"
     modules = config.get("target_modules") or []
     rows = config.get("trainable_token_indices")
@@ -20,7 +27,7 @@ tags: [t5tune, lora]
 # LoRA adapter for {base}
 
 Rank {config.get("r")}, alpha {config.get("lora_alpha")}, on {", ".join(sorted(modules))}.
-{trained}
+{trained}{training}
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -36,17 +43,48 @@ folds it into the base; `t5tune chat --model-name-or-path {base} --adapter THIS_
 """
 
 
-def merged_card(base: str, adapter: str) -> str:
-    """The README.md of a merged checkpoint."""
-    return f"""---
-base_model: {base}
-library_name: transformers
-tags: [t5tune]
----
+def data_line(manifest: Mapping[str, Any]) -> str:
+    """What a token cache's manifest counts: "Data: 48 examples of 24 conversations, …"."""
+    counts = [manifest.get(name) for name in ("examples", "conversations", "source_tokens", "target_tokens")]
+    if not all(isinstance(count, int) for count in counts):
+        return ""
+    examples, conversations, source, target = counts
+    tokens = f"{source:,} source and {target:,} target tokens"
+    return f"Data: {examples:,} examples of {conversations:,} conversations, {tokens}.\n"
 
-# {base} with an adapter folded in
 
-Made by `t5tune merge` from the adapter `{adapter}`. It needs no PEFT:
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """The settings of a training that say most of it."""
+    return f"Settings: {', '.join(f'{name} {settings[name]}' for name in SETTINGS)}.\n"
+
+
+def data_of_run(folder: Path) -> str:
+    """What the data in a run folder is; nothing where it lies elsewhere."""
+    return data_line(_read(folder / "data", "manifest.json"))
+
+
+def training_of_run(folder: Path) -> str:
+    """What a run folder's own files tell of its training: data, steps, held-out figures; nothing where it is none."""
+    lines, result = data_of_run(folder), _read(folder, "result.json")
+    if isinstance(result.get("steps"), int):
+        lines += f"The run took {result['steps']:,} steps.\n"
+    held_out = result.get("eval")
+    if isinstance(held_out, dict):
+        figures = [f"{name} {value:.4g}" for name, value in held_out.items() if isinstance(value, Real)]
+        lines += f"Held out: {', '.join(figures)}.\n" if figures else ""
+    return lines
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        return read_object(folder, name)
+    except (FileNotFoundError, CheckpointError):  # a card tells what is known; nothing hangs on it
+        return {}
+
+
+LOADING = {
+    "checkpoint": """
+It needs no PEFT:
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -54,4 +92,33 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = AutoModelForSeq2SeqLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
-"""
+""",
+    "ctranslate2": """
+It is in the format of CTranslate2:
+
+```python
+from ctranslate2 import Translator
+from transformers import AutoTokenizer
+
+translator = Translator("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+source = tokenizer.convert_ids_to_tokens([*tokenizer.encode("Hello", add_special_tokens=False), tokenizer.eos_token_id])
+(result,) = translator.translate_batch([source], beam_size=1, max_input_length=0)
+print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
+```
+""",
+}
+
+
+def merged_card(base: str, adapter: str, kind: str, training: str = "") -> str:
+    """The README.md of a merged checkpoint, or of what was converted from it: `kind` is merge's --to."""
+    return f"""---
+base_model: {base}
+library_name: {"transformers" if kind == "checkpoint" else kind}
+tags: [t5tune]
+---
+
+# {base} with an adapter folded in
+
+Made by `t5tune merge` from the adapter `{adapter}`.
+{training}{LOADING[kind]}"""

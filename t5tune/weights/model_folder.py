@@ -8,12 +8,14 @@ from t5tune.errors import CheckpointError
 from t5tune.publish import write_json
 from t5tune.weights.adapter import TEMPLATE, TrainedWith
 from t5tune.weights.base import read_config
+from t5tune.weights.sentencepiece import copy_sentencepiece
 from t5tune.weights.strangers import holds, read_object
 from t5tune.weights.streaming import write_safetensors
 from t5tune.weights.tensors import Tensor
 
 MODEL = "model.safetensors"
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "spiece")
 
 
@@ -53,10 +55,25 @@ def copy_companions(base: Path, tokenizer_folder: Path, template_file: Path, fol
     for file in sorted(tokenizer_folder.iterdir()):
         if file.name.startswith(TOKENIZER_FILES) and holds(tokenizer_folder, file.name):
             shutil.copyfile(file, folder / file.name)
-    if (folder / "tokenizer_config.json").is_file() and read_object(folder, "tokenizer_config.json").get("auto_map"):
-        raise CheckpointError(
-            f"{tokenizer_folder / 'tokenizer_config.json'}: auto_map: asks for code that comes with the tokenizer; "
-            "t5tune runs none"
-        )
+    if tokenizer_folder != base:
+        copy_sentencepiece(base, folder)
+    if holds(folder, TOKENIZER_CONFIG):
+        _write_tokenizer_config(folder, tokenizer_folder)
     if template_file.is_file() and holds(template_file.parent, template_file.name):
         shutil.copyfile(template_file, folder / TEMPLATE)
+
+
+def _write_tokenizer_config(folder: Path, source: Path) -> None:
+    """Let transformers 4 read what 5 saved: it takes a list of more special tokens only by its old name, as 5 does too.
+
+    Raises:
+        CheckpointError: the tokenizer asks for code of its own.
+    """
+    config = read_object(folder, TOKENIZER_CONFIG)
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{source / TOKENIZER_CONFIG}: auto_map: asks for code that comes with the tokenizer; t5tune runs none"
+        )
+    if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
+        old = {"extra_special_tokens": "additional_special_tokens"}
+        write_json(folder / TOKENIZER_CONFIG, {old.get(name, name): value for name, value in config.items()})

@@ -1,0 +1,174 @@
+"""merge against copying the base's files, and against PEFT's merge_and_unload, one after the other.
+
+    python benchmarks/merge.py --config flan-t5-small.json [--folder F] [--runs 3] [--sides ours cp peft]
+
+The base is made here in the shape of a model's config.json, with random weights in the config's dtype (else fp32), a
+few rows at a time; the adapter is LoRA of rank 8 on q and v. No side verifies. Each side runs in a process of its own,
+start-up included, the sides in turn, `runs` times over; of each the fastest run counts. `cp` copies the base's files,
+which is the least that a merge can do. Prints one JSON line: wall and CPU seconds, peak memory (MB, VmHWM), and whether
+ours and PEFT's weights are the same bits.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RANK = 8
+SIDES = ("ours", "cp", "peft")
+BLOCK = 1 << 22  # values that are made at a time
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+BODIES = {
+    "ours": """
+from t5tune.cli import run
+flags = ["--model-name-or-path", base, "--adapter", adapter, "--output-dir", output, "--no-verify", "--quiet"]
+assert run(["merge", *flags]) == 0
+""",
+    "cp": """
+import shutil
+shutil.copytree(base, output)
+""",
+    "peft": """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained(base, dtype="auto")
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+""",
+}
+MEASURED = """
+import resource, sys
+base, adapter, output, figures = sys.argv[1:]
+{body}
+used = resource.getrusage(resource.RUSAGE_SELF)
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+open(figures, "w").write(f"{{used.ru_utime + used.ru_stime}} {{peak}}")
+"""
+
+
+def write_random(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], scale: float) -> None:
+    """A safetensors file of normal values, made and written a block at a time."""
+    import numpy as np
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * (4 if dtype == "F32" else 2)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    generator = np.random.default_rng(0)
+    with open(file, "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for dtype, shape in tensors.values():
+            count = math.prod(shape)
+            for start in range(0, count, BLOCK):
+                values = generator.standard_normal(min(BLOCK, count - start), np.float32) * np.float32(scale)
+                if dtype == "BF16":
+                    stream.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+                else:
+                    stream.write(values.astype(np.float16 if dtype == "F16" else np.float32).tobytes())
+
+
+def make_base(folder: Path, config: dict[str, Any]) -> int:
+    """The base of the config's shape; returns its bytes."""
+    from t5tune.weights.fit import base_shapes
+
+    folder.mkdir()
+    dtype = DTYPES[config.get("dtype") or config.get("torch_dtype") or "float32"]
+    shapes = {name: shape for name, shape in base_shapes(config).items() if "embed_tokens" not in name}
+    write_random(folder / "model.safetensors", {name: (dtype, shape) for name, shape in shapes.items()}, 0.05)
+    (folder / "config.json").write_text(json.dumps(config))
+    return (folder / "model.safetensors").stat().st_size
+
+
+def make_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
+    from t5tune.weights.fit import base_shapes
+
+    folder.mkdir()
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (out, inner) in (
+        (n, s) for n, s in base_shapes(config).items() if n.endswith((".q.weight", ".v.weight"))
+    ):
+        module = "base_model.model." + name.removesuffix(".weight")
+        tensors[f"{module}.lora_A.weight"] = ("F32", (RANK, inner))
+        tensors[f"{module}.lora_B.weight"] = ("F32", (out, RANK))
+    write_random(folder / "adapter_model.safetensors", tensors, 0.1)
+    adapter = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_2_SEQ_LM",
+        "r": RANK,
+        "lora_alpha": 16,
+        "target_modules": ["q", "v"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": str(base)}))
+
+
+def run_side(side: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
+    script = MEASURED.format(body=BODIES[side])
+    figures = output.with_suffix(".txt")
+    started = time.perf_counter()
+    command = [sys.executable, "-c", script, str(base), str(adapter), str(output), str(figures)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    wall = time.perf_counter() - started
+    if done.returncode or not figures.is_file():
+        sys.exit(done.stderr or done.stdout)
+    cpu, peak = figures.read_text().split()
+    return {"wall": round(wall, 3), "cpu": round(float(cpu), 3), "peak_mb": round(int(peak) / 1024)}
+
+
+def same(ours: Path, theirs: Path) -> bool:
+    """Whether all that both hold are the same bits; PEFT's side may leave out what transformers takes for tied."""
+    import torch
+
+    from t5tune.model.load import to_torch
+    from t5tune.weights.streaming import Checkpoint
+
+    left, right = Checkpoint(ours), Checkpoint(theirs)
+    return all(
+        torch.equal(to_torch(left.tensor(name), torch.float32), to_torch(right.tensor(name), torch.float32))
+        for name in set(left.names()) & set(right.names())
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="config.json of a T5, mT5 or umT5")
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    options = parser.parse_args()
+    config = json.loads(options.config.read_text())
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        folder = Path(place)
+        base, adapter = folder / "base", folder / "adapter"
+        size = make_base(base, config)
+        make_adapter(adapter, base, config)
+        best: dict[str, dict[str, float]] = {}
+        for _ in range(options.runs):
+            for side in options.sides:
+                output = folder / side
+                shutil.rmtree(output, ignore_errors=True)  # one output of a side at a time on the disk
+                found = run_side(side, base, adapter, output)
+                if side not in best or found["wall"] < best[side]["wall"]:
+                    best[side] = found
+        result: dict[str, Any] = {"config": options.config.name, "base_mb": round(size / 1e6), "sides": best}
+        for other in ("cp", "peft"):
+            if {"ours", other} <= best.keys():
+                result[f"to_{other}"] = {key: round(best["ours"][key] / best[other][key], 3) for key in best["ours"]}
+        if {"ours", "peft"} <= best.keys():
+            result["same_bits"] = same(folder / "ours", folder / "peft")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
