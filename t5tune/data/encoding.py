@@ -224,8 +224,8 @@ class Encoder:
 def encode_batch(conversations: list[list[Piece]], encoder: Encoder, max_length: int) -> list[Encoded]:
     """The ids and spans of each conversation; `max_length` bounds source and target, end tokens included."""
     shifted = [_shift_spaces(pieces, encoder) for pieces in conversations]
-    flat = [(piece.text, number == 0) for pieces in shifted for number, piece in enumerate(pieces)]
-    ids = iter(encoder.encode([text for text, _ in flat], [first for _, first in flat]))
+    texts = [piece.text for pieces in shifted for piece in pieces]
+    ids = iter(encoder.encode(texts, [number == 0 for pieces in shifted for number in range(len(pieces))]))
     return [_join(pieces, [next(ids) for _ in pieces], max_length) for pieces in shifted]
 
 
@@ -351,5 +351,7 @@ def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Matches the control tokens written out as text; they stand in the model's own vocabulary too."""
     if tokenizer.backend is None:
         return None
-    tokens = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+    patterns = list(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
+    if tokenizer.backend.token_to_id("<0x00>") is not None:
+        patterns.append("<0x[0-9A-F]{2}>")  # pieces of byte fallback, which SentencePiece never takes from a text
+    return re.compile("|".join(patterns)) if patterns else None
