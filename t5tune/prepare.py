@@ -28,7 +28,7 @@ from t5tune.data.vocabulary import UNKNOWN, Writable, extend_tokenizer
 from t5tune.data.writer import REJECTED, Writer
 from t5tune.errors import DataError, SettingsError, T5TuneError
 from t5tune.progress import Note, Report, silent, track
-from t5tune.publish import published_folder, scratch_folder, sha256, write_json
+from t5tune.publish import published_folder, scratch_folder, sha256, sweep, write_json
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings, SelectionSettings, SplitSettings
 from t5tune.weights.adapter import TEMPLATE
@@ -97,6 +97,7 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, started: 
             if manifest := _up_to_date(folder, inputs):
                 facts = Counter(manifest["rejected_by_reason"]), manifest["conversations"] + manifest["rejected"]
                 _check_rejected(*facts, settings, files, f"see {folder / REJECTED}")
+                sweep(folder)
                 return _result(folder, manifest, True, started)
             _check_replaceable(folder)
             if in_use:

@@ -4,6 +4,7 @@ with published_folder(Path("cache")) as folder:
     (folder / "manifest.json").write_text(...)
 """
 
+import ctypes
 import fcntl
 import glob
 import hashlib
@@ -26,7 +27,8 @@ def published_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target` that takes its place when the block ends without an error.
 
     A folder that stood there is replaced as a whole; of a link, the folder that it leads to. A kill at any moment
-    leaves the old folder, the new one, or (between two renames) none, never a mixture.
+    leaves the old folder or the new one, never a mixture; where folders can't be exchanged (only Linux can), a kill
+    between two renames leaves none.
 
     Raises:
         SettingsError: no folder can be made there.
@@ -37,7 +39,9 @@ def published_folder(target: Path) -> Iterator[Path]:
     with scratch_folder(target) as staged:
         yield staged
         sync_folder(staged)
-        if target.exists():
+        if target.exists() and _exchange(staged, target):
+            pass  # what is staged now is the old one, and goes as such
+        elif target.exists():
             old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
             target.rename(old)
             staged.rename(target)
@@ -76,6 +80,23 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         _unlock(descriptor)
 
 
+def sweep(target: Path) -> None:
+    """Delete what killed processes left of their attempts at a folder that is in place."""
+    target = Path(os.path.realpath(target))
+    parent = _locked(target.parent, wait=True)
+    try:
+        _remove_abandoned(target)
+    finally:
+        _unlock(parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give each the other's name in one step; False: this system or file system can't."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
 def _locked(folder: Path, wait: bool = False) -> int | None:
     """A lock on the folder that ends with this process, however that may happen; None: there is none to be had."""
     try:
@@ -96,7 +117,6 @@ def _unlock(descriptor: int | None) -> None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Delete what killed processes left of their attempts."""
     name = glob.escape(target.name)
     for old in target.parent.glob(f".{name}.old-*") if target.exists() else []:
         shutil.rmtree(old, ignore_errors=True)  # its successor is in place

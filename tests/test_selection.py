@@ -328,6 +328,9 @@ def test_what_killed_processes_left_is_swept_and_what_others_write_stays(
     prepared(record("Hi", "Yes"))
     os.close(lock)
     assert (abandoned.exists(), used.exists()) == (False, True)
+    abandoned.mkdir()
+    assert prepared(record("Hi", "Yes"))[0].up_to_date
+    assert not abandoned.exists()
 
 
 # ---------------------------------------------------------------- tokenizers of other families

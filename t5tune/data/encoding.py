@@ -224,8 +224,8 @@ class Encoder:
 def encode_batch(conversations: list[list[Piece]], encoder: Encoder, max_length: int) -> list[Encoded]:
     """The ids and spans of each conversation; `max_length` bounds source and target, end tokens included."""
     shifted = [_shift_spaces(pieces, encoder) for pieces in conversations]
-    flat = [(piece.text, number == 0) for pieces in shifted for number, piece in enumerate(pieces)]
-    ids = iter(encoder.encode([text for text, _ in flat], [first for _, first in flat]))
+    texts = [piece.text for pieces in shifted for piece in pieces]
+    ids = iter(encoder.encode(texts, [number == 0 for pieces in shifted for number in range(len(pieces))]))
     return [_join(pieces, [next(ids) for _ in pieces], max_length) for pieces in shifted]
 
 

@@ -193,15 +193,27 @@ def _content(token: Any, default: str) -> str:
 
 def _from_json(file: Path) -> Any:
     from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders
 
     backend = Backend.from_buffer(file.read_bytes())
     backend.no_truncation()
     backend.no_padding()
+    if isinstance(backend.decoder, decoders.Metaspace):  # as mT5's file has it, for whose bytes that isn't enough
+        backend.decoder = decoder_of(backend, backend.decoder)
     if getattr(backend.pre_tokenizer, "prepend_scheme", None) == "always":
         # newer files leave out the first of the two, and then a space at a text's end is a token of its own, which
         # SentencePiece, T5's own tokenizer, never writes
         backend.pre_tokenizer = _words_alone()
     return backend
+
+
+def decoder_of(backend: Any, *parts: Any) -> Any:
+    """The parts as one decoder, which first makes characters of the bytes that stand for them (`<0xC3><0xA9>` -> é)."""
+    from tokenizers import decoders
+
+    if backend.token_to_id("<0x00>") is not None:
+        parts = decoders.ByteFallback(), *parts
+    return decoders.Sequence(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _words_alone() -> Any:
@@ -233,7 +245,7 @@ def _from_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str
     if model.normalizer_spec.precompiled_charsmap:
         backend.normalizer = normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)
     backend.pre_tokenizer = _words_alone()
-    backend.decoder = decoders.Metaspace("▁", "always", True)
+    backend.decoder = decoder_of(backend, decoders.Metaspace("▁", "always", True))
     end = names["eos_token"]
     backend.post_processor = processors.TemplateProcessing(
         single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, backend.token_to_id(end))]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from t5tune.data.formats import Conversation
-from t5tune.data.tokenizer import Tokenizer
+from t5tune.data.tokenizer import Tokenizer, decoder_of
 from t5tune.errors import ModelError
 
 CHARACTERS = ["\n", "\t", "<", "\\", "^", "`", "{", "}", "~"]
@@ -244,7 +244,7 @@ def _rebuilt(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
 
     backend = _copy_without_squeezing(tokenizer)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(MARK, "first", True)
-    backend.decoder = decoders.Metaspace(MARK, "first", True)
+    backend.decoder = decoder_of(backend, decoders.Metaspace(MARK, "first", True))
     backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     return replace(tokenizer, backend=backend)
 
@@ -257,7 +257,7 @@ def _fastchat(tokenizer: Tokenizer) -> Tokenizer:
     backend.add_special_tokens([AddedToken(FASTCHAT_PAD, normalized=False, special=True)])
     backend.add_tokens([AddedToken(token, normalized=False) for token in FASTCHAT])
     # each space is a token of its own here, so a mark stands for nothing
-    backend.decoder = decoders.Sequence([decoders.Replace(MARK, ""), decoders.Fuse()])
+    backend.decoder = decoder_of(backend, decoders.Replace(MARK, ""), decoders.Fuse())
     special = (*tokenizer.special_tokens, FASTCHAT_PAD)
     return replace(tokenizer, backend=backend, pad_token=FASTCHAT_PAD, special_tokens=special)
 

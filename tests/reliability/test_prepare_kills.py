@@ -1,0 +1,65 @@
+"""kill -9 of prepare at random moments over an existing cache: the old one is there or the new one, whole."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from t5tune.data.cache import open_cache
+from t5tune.prepare import prepare
+from t5tune.settings import PrepareSettings
+from tests.reliability.runs import LONG, PATIENCE, Running
+
+KILLS = 50 if LONG else 4
+RECORDS = 4000
+
+
+def write_data(path: Path, word: str) -> Path:
+    lines = [json.dumps({"source": f"{word} {number}", "target": f"yes, {number} {word}"}) for number in range(RECORDS)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def data_of(cache: Path) -> str:
+    """The name of the file that a cache was made of, each of whose files is what prepare wrote."""
+    return str(open_cache(cache).manifest["inputs"]["data"][0]["file"])
+
+
+def test_a_killed_prepare_leaves_the_old_cache_or_the_new(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    files = [write_data(tmp_path / "data" / f"{word}.jsonl", word) for word in ("lamps", "hats")]
+    folder = tmp_path / "place"
+    folder.mkdir()
+    cache = folder / "cache"
+    flags = ["--model-name-or-path", "pocket", "--output-dir", str(cache), "--num-workers", "1", "--data-path"]
+
+    def start(file: Path) -> Running:
+        command = [sys.executable, "-m", "t5tune", "prepare", *flags, str(file)]
+        return Running(command, tmp_path / "prepare", TMPDIR=str(tmp_path))
+
+    durations = []
+    for file in files:  # the second over the first's cache, as those that are killed
+        started = time.monotonic()
+        with start(file) as running:
+            assert running.end() == 0, running.log.read_text()
+        durations.append(time.monotonic() - started)
+    old, new = files[1], files[0]
+    rng = random.Random(11)
+    for number in range(KILLS):
+        # one moment in each of as many equal parts of the time that prepare takes
+        moment = (number + rng.random()) / KILLS * durations[1]
+        with start(new) as running:
+            try:
+                running.process.wait(moment)
+            except subprocess.TimeoutExpired:
+                running.process.send_signal(signal.SIGKILL)
+            assert running.process.wait(PATIENCE) in (-signal.SIGKILL, 0), running.log.read_text()
+        assert data_of(cache) in (old.name, new.name)
+        settings = PrepareSettings(model_name_or_path="pocket", data_path=str(new), output_dir=cache, num_workers=1)
+        made = prepare(settings)
+        assert (made.conversations, data_of(cache)) == (RECORDS, new.name)
+        assert [path.name for path in folder.iterdir()] == ["cache"]
+        old, new = new, old
