@@ -351,5 +351,7 @@ def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Matches the control tokens written out as text; they stand in the model's own vocabulary too."""
     if tokenizer.backend is None:
         return None
-    tokens = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+    patterns = list(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
+    if tokenizer.backend.token_to_id("<0x00>") is not None:
+        patterns.append("<0x[0-9A-F]{2}>")  # pieces of byte fallback, which SentencePiece never takes from a text
+    return re.compile("|".join(patterns)) if patterns else None
