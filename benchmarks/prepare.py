@@ -7,6 +7,11 @@ tokenizer alone gets the conversations' texts from memory and only encodes; the 
 FastChat's way is written here from its description: the whole conversation, then each turn of it once more, one at a
 time. Prints one JSON line: wall and CPU seconds, peak memory (MB), and the ratios of wall seconds to the tokenizer's.
 
+    python benchmarks/prepare.py --tokenizer FOLDER --data lines.jsonl --repeat-to 2000000000 --folder SCRATCH
+
+repeats a file of JSON lines to that many bytes and prepares that, with one worker and with two. Prints a JSON line of
+each: bytes, seconds, and the peak memory (MB) of the process and of each worker. Run it in a folder with as much room.
+
 `datasets` is no dependency of t5tune: pip install datasets.
 """
 
@@ -136,6 +141,45 @@ def peak_megabytes() -> int:
     return max(own, children) // 1024
 
 
+def run_repeated(options: argparse.Namespace) -> None:
+    """Prepare a file that is repeated to a size, with one worker and with two."""
+    data = Path(options.data).read_bytes().rstrip(b"\n") + b"\n"
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        repeated = Path(scratch) / "repeated.jsonl"
+        with open(repeated, "wb") as file:
+            for _ in range(-(-options.repeat_to // len(data))):
+                file.write(data)
+        for workers in (1, 2):
+            command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", options.tokenizer]
+            command += ["--data-path", str(repeated), "--output-dir", str(Path(scratch) / str(workers)), "--json"]
+            started = time.perf_counter()
+            process = subprocess.Popen([*command, "--num-workers", str(workers)], stdout=subprocess.DEVNULL)
+            peaks: dict[int, int] = {}
+            while process.poll() is None:
+                peaks.update(peaks_of(process.pid))
+                time.sleep(0.02)
+            if process.returncode:
+                sys.exit(process.returncode)
+            facts = {"bytes": repeated.stat().st_size, "workers": workers}
+            seconds = round(time.perf_counter() - started, 1)
+            print(json.dumps({**facts, "seconds": seconds, "peak_mb": [peak >> 10 for peak in peaks.values()]}))
+
+
+def peaks_of(pid: int) -> dict[int, int]:
+    """The peak memory (KiB) so far of a process and of those that it started, those first that began first."""
+    found: dict[int, int] = {}
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        found[pid] = int(status.split("VmHWM:")[1].split()[0])
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            found |= peaks_of(int(child))
+    except (OSError, IndexError):  # it has ended
+        pass
+    return found
+
+
 def run_side(side: str, options: argparse.Namespace) -> dict[str, float] | None:
     if side == "datasets" and importlib.util.find_spec("datasets") is None:
         print("datasets is not installed: left out", file=sys.stderr)
@@ -158,7 +202,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--repeat-to", type=int, metavar="BYTES", help="prepare alone, of the data repeated")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the repeated data lies meanwhile")
     options = parser.parse_args()
+    if options.repeat_to:
+        run_repeated(options)
+        return
     if options.side:
         with tempfile.TemporaryDirectory() as folder:
             wall, cpu, count = RUN[options.side](
