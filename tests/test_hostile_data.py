@@ -134,9 +134,23 @@ def test_odd_cells_of_parquet_cost_their_own_use_only(tmp_path: Path) -> None:
 
 
 def test_rows_of_parquet_have_a_limit(tmp_path: Path) -> None:
-    rows = [{"source": "a", "target": "x" * size} for size in (10, 20_000, 30)]
+    rows = [{"source": None, "n": [1], "target": size * 'é"'} for size in (10, 1_000_000, 30)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert [isinstance(record, Rejected) for record in read(tmp_path / "a.parquet")] == [False, True, False]
+    found = read(tmp_path / "a.parquet", source_column="target", target_column="target")
+    assert [isinstance(record, Rejected) for record in found] == [False, True, False]
+    assert isinstance(found[1], Rejected)
+    assert json.loads(found[1].record.read_text()) == rows[1]
+    numbers = pyarrow.array([[1] * 2000, [1]], pyarrow.list_(pyarrow.int8()))  # a byte each, but eight in a record
+    texts = pyarrow.array([f"{number} {'x' * 6000}" for number in range(2)]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"source": texts, "target": texts, "n": numbers}), tmp_path / "a.parquet")
+    assert [isinstance(record, Rejected) for record in read(tmp_path / "a.parquet")] == [True, True]
+    short = pyarrow.array([f"{number} {'x' * 1000}" for number in range(30)]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"source": short, "target": short}), tmp_path / "a.parquet")
+    assert [isinstance(record, Rejected) for record in read(tmp_path / "a.parquet")] == [False] * 30
+    parquet.write_table(
+        pyarrow.table({"source": ["a", "b"], "target": ["a", "b"], "n": numbers}), tmp_path / "a.parquet"
+    )
+    assert [isinstance(record, Rejected) for record in read(tmp_path / "a.parquet")] == [True, False]
 
 
 def test_what_a_folder_holds_beside_data_is_told(tmp_path: Path) -> None:

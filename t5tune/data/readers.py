@@ -43,7 +43,7 @@ def read_records(
             chunks = read_chunks(path, stdin if path == STDIN else None)
             yield from _Text(path, chunks, max_bytes, long).records()
         elif kind == ".parquet":
-            yield from read_parquet(path, max_bytes)
+            yield from read_parquet(path, max_bytes, long)
         else:
             yield from read_csv(path, "\t" if kind == ".tsv" else None, max_bytes, long)
 

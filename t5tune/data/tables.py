@@ -1,8 +1,11 @@
 """CSV, TSV and Parquet files -> raw records, a row each."""
 
+import codecs
 import csv
+import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 from t5tune.data.files import BOM, read_chunks
 from t5tune.data.records import Place, Raw, Rejected
 from t5tune.errors import DataError, DependencyError
+from t5tune.publish import CHUNK
 
 CELL_BYTES = 128  # that a cell takes beside its text
 ROWS = 16  # of a Parquet file at a time, and
@@ -63,11 +67,11 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int, spool: Path | No
         raise DataError(f"{path}:{lines.number}: not valid CSV: {error}") from error
 
 
-def read_parquet(path: Path, max_bytes: int) -> Iterator[Raw | Rejected]:
+def read_parquet(path: Path, max_bytes: int, spool: Path | None) -> Iterator[Raw | Rejected]:
     """The rows of a Parquet file.
 
     Args:
-        max_bytes: longer rows are Rejected.
+        max_bytes: longer rows are Rejected, and put into a file beside `spool` as JSON.
 
     Raises:
         DataError: it is broken.
@@ -86,29 +90,56 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[Raw | Rejected]:
             for group in range(file.num_row_groups):
                 facts = file.metadata.row_group(group)
                 # a text that many rows share stands in the file once, so the first row is looked at too
-                first = next(file.iter_batches(batch_size=1, row_groups=[group], use_threads=False), None)
-                most = max(1, facts.total_byte_size // max(1, facts.num_rows), first.nbytes if first else 0)
-                count = max(1, min(ROWS, ROWS_BYTES // most))
-                for batch in file.iter_batches(batch_size=count, row_groups=[group], use_threads=False):
-                    for row in _rows_of(batch):
+                batches = partial(file.iter_batches, row_groups=[group], use_threads=False)
+                most = max(facts.total_byte_size // max(1, facts.num_rows), _first_bytes(batches(batch_size=1)))
+                for batch in batches(batch_size=max(1, min(ROWS, ROWS_BYTES // max(1, most)))):
+                    for row in _rows_of(batch, max_bytes):
                         place = Place(str(path), index + 1, index, 0)
                         index += 1
-                        if (size := _size(row)) > max_bytes:
-                            yield Rejected(place, "too_long", f"longer than max_record_bytes {max_bytes}", row, size)
-                        else:
-                            yield Raw(place, row, size)
+                        if isinstance(row, dict):
+                            yield Raw(place, row, _size(row))
+                            continue
+                        long = spool.with_name(f"{spool.name}-{place.index}.long") if spool is not None else None
+                        if long is not None:
+                            _spill(row, long)
+                        yield Rejected(place, "too_long", f"longer than max_record_bytes {max_bytes}", long)
     except DataError:
         raise
     except Exception as error:  # pyarrow raises its own exceptions, and Python's plain ones
         raise DataError(f"{path}: row {index}: broken Parquet: {error}", hint="get the file again") from error
 
 
-def _rows_of(batch: Any) -> Iterator[dict[str, Any]]:
-    if batch.nbytes > ROWS_BYTES:  # one text that stands once in the file may fill many rows
-        for number in range(len(batch)):
-            yield from _plain_rows(batch.slice(number, 1))
-    else:
-        yield from _plain_rows(batch)
+def _first_bytes(batches: Iterator[Any]) -> int:
+    """What the first batch takes; it is held no longer."""
+    return next((int(batch.nbytes) for batch in batches), 0)
+
+
+def _rows_of(batch: Any, max_bytes: int) -> Iterator[Any]:
+    """Each row as its values; what is longer than `max_bytes` as a batch of its own."""
+    # one text that stands once in the file may fill many rows
+    is_whole = batch.nbytes <= min(ROWS_BYTES, max_bytes)
+    counts_itself = "dictionary<" not in str(batch.schema)  # else each row's bytes are those of all
+    for part in [batch] if is_whole else (batch.slice(number, 1) for number in range(len(batch))):
+        for number, row in enumerate([None] if counts_itself and part.nbytes > max_bytes else _plain_rows(part)):
+            yield row if row is not None and _size(row) <= max_bytes else part.slice(number, 1)
+
+
+def _spill(row: Any, path: Path) -> None:
+    """Write a batch of one row as JSON, its texts piece by piece."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number, name in enumerate(row.schema.names):
+            file.write(f"{', ' if number else '{'}{json.dumps(name)}: ")
+            cell = row[number][0]
+            if not (cell.is_valid and str(cell.type) in {"string", "large_string"}):
+                file.write(json.dumps(_cell(cell), default=str))
+                continue
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+            data = memoryview(cell.as_buffer())
+            file.write('"')
+            for start in range(0, len(data), CHUNK):
+                file.write(json.dumps(decoder.decode(data[start : start + CHUNK]))[1:-1])
+            file.write('"')
+        file.write("}")
 
 
 def _plain_rows(batch: Any) -> list[dict[str, Any]]:
