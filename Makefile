@@ -14,7 +14,7 @@ fuzz: .venv/installed-dev
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_*.py -n 0 --timeout 7200
 
 reliability: .venv/installed-dev
-	T5TUNE_LONG=1 $(BIN)/python -m pytest tests/reliability -n 0 --timeout 14400
+	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability -n 0 --timeout 14400
 
 # what transformers 4, CTranslate2 and a stock tokenizer make of merged checkpoints
 compatibility: .venv/installed-dev build/transformers-4/installed

@@ -19,7 +19,6 @@ from t5tune.training.journal import read_journal, read_samples
 FILE = "report.html"
 GIB = 1 << 30
 HEADLINES = ("loss", "perplexity", "exact_match", "rougeL")  # of the evaluation, beside its table
-SECRETS = ("token", "key", "secret", "password")  # a setting whose name ends so stays out of the page
 
 STYLE = """
 :root {
@@ -190,7 +189,6 @@ def _length_charts(lengths: tuple[Lengths, Lengths]) -> list[str]:
 
 def _settings(settings: TrainSettings) -> list[str]:
     values = settings.model_dump(mode="json")
-    values["training_args"] = {k: v for k, v in values["training_args"].items() if not k.endswith(SECRETS)}
     defaults = {name: field.get_default() for name, field in TrainSettings.model_fields.items()}
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     rest = {name: value for name, value in values.items() if name not in changed}

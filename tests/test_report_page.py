@@ -74,10 +74,10 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "reported"
-    chosen = settings(
-        untied_base, conversations, folder, eval_fraction=0.2, eval_steps=3, training_args={"hub_token": CANARY}
-    )
-    train(chosen)
+    chosen = settings(untied_base, conversations, folder, eval_fraction=0.2, eval_steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", CANARY)
+        train(chosen)
     return folder
 
 

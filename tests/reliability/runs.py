@@ -13,7 +13,7 @@ from typing import Any
 from t5tune.settings import TrainSettings
 from t5tune.training.checkpoint import checkpoints, verify
 
-LONG = os.environ.get("T5TUNE_LONG") == "1"
+LONG = os.environ.get("LONG_TESTS") == "1"
 PATIENCE = 150.0  # seconds, a guard against hanging alone
 STEPS = 24
 ZERO3 = ("--num-processes=2", "--deepspeed=zero3")
@@ -48,10 +48,8 @@ class Running:
         self.run = run
         log = run.with_name(f"{run.name}.log")
         with open(log, "ab") as file:
-            # t5tune would take the tests' own variable for a setting
-            inherited = {name: value for name, value in os.environ.items() if name != "T5TUNE_LONG"}
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=file, env={**inherited, "OMP_NUM_THREADS": "1", **environment}
+                command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
             )
         self.log = log
 
