@@ -152,14 +152,17 @@ class _Asked:
 
 @contextmanager
 def _listening() -> Iterator[_Asked]:
-    """Note signals. New processes are started with them blocked, until they can take them."""
+    """Note signals. New processes are started with them blocked, until they can take them.
+
+    Where one came this process is about to end, with the exit code that says so: one more changes nothing of it.
+    """
     asked = _Asked()
     before = {number: signal.signal(number, asked.receive) for number in (*SIGNALS, signal.SIGINT)}
     try:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if asked.first else handler)
 
 
 def _run(command: list[str], count: int, asked: _Asked) -> T5TuneError | None:

@@ -12,7 +12,13 @@ from t5tune.training.launch import World
 Value = TypeVar("Value")
 SECONDS_TO_ANSWER = 1.0
 # of gloo's errors, which are plain RuntimeErrors
-SIGNS_OF_LOSS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+SIGNS_OF_LOSS = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Application timeout",
+)
 
 
 def is_distributed() -> bool:
