@@ -9,7 +9,8 @@ import pytest
 
 from t5tune.errors import SettingsError
 from t5tune.settings import TrainSettings
-from t5tune.train import check, train
+from t5tune.train import train
+from t5tune.training.check import check
 from tests.conftest import REPOSITORY
 
 STEPS = """

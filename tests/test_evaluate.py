@@ -18,7 +18,8 @@ from t5tune.metrics import score
 from t5tune.prepare import prepare
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
-from t5tune.train import check, train
+from t5tune.train import train
+from t5tune.training.check import check
 from tests.conftest import t5tune
 
 FIGURES = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")

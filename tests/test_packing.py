@@ -12,7 +12,8 @@ from t5tune.data.cache import open_cache
 from t5tune.errors import SettingsError
 from t5tune.progress import Event
 from t5tune.settings import TrainSettings
-from t5tune.train import _packs, train
+from t5tune.train import train
+from t5tune.training.build import _packs
 from tests.conftest import make_base, t5tune
 
 NUM_DATA = 10

@@ -15,7 +15,8 @@ from t5tune.export import export
 from t5tune.merge import merge
 from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, QuantisationSettings, TrainSettings
 from t5tune.settings.loading import load_settings
-from t5tune.train import Trained, train
+from t5tune.train import train
+from t5tune.training.run_folder import Trained
 from tests.conftest import t5tune
 
 NORMS = ["layer_norm", "final_layer_norm", "relative_attention_bias"]

@@ -336,8 +336,9 @@ def _ending_on_signals() -> Iterator[None]:
 
 def _train(settings: "TrainSettings", report: Report) -> Any:
     from t5tune.settings import dump_settings
-    from t5tune.train import open_run, read_result, train
+    from t5tune.train import open_run, train
     from t5tune.training.launch import World, die_with_parent, follow_deepspeed, launch
+    from t5tune.training.run_folder import read_result
     from t5tune.training.stopping import listening
 
     world = World.from_environment()

@@ -34,7 +34,7 @@ def show_schema(settings: SchemaSettings, stream: TextIO) -> None:
 
 def show_dry_run(settings: TrainSettings, report: Report, stream: TextIO, want_json: bool) -> None:
     """What train would do: its settings with all defaults, its plan, and the command of its processes."""
-    from t5tune.train import check
+    from t5tune.training.check import check
 
     check(settings)
     planned = plan(plan_of(settings), report)

@@ -1,0 +1,109 @@
+"""What can be found wrong with a run's settings before anything is made or loaded."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+from t5tune import presets
+from t5tune.data.cache import is_cache, read_manifest
+from t5tune.errors import DependencyError, SettingsError
+from t5tune.settings import TrainSettings
+from t5tune.training.compiler import has_compiler
+from t5tune.training.trackers import chosen_trackers
+from t5tune.weights.base import find_base, read_config
+
+EVALUATION = ("eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience")
+SECRETS = {"hub_token", "push_to_hub_token"}
+OWN_ARGUMENTS = {
+    "output_dir",
+    "deepspeed",
+    "report_to",
+    "disable_tqdm",
+    "remove_unused_columns",
+    "fp16",
+    "fsdp",
+}
+
+
+def check(settings: TrainSettings) -> None:
+    """Raise what is wrong with the settings before anything is made.
+
+    Raises:
+        SettingsError: an unknown field under training_args, a bad DeepSpeed configuration, missing GPUs.
+        ModelError: no such base, or one of another family.
+        DependencyError: DeepSpeed or a tracker is asked for and not there.
+    """
+    from t5tune.model.family import family_of
+
+    base = find_base(settings)
+    family_of(read_config(base), base)
+    chosen_trackers(settings.report_to)
+    problems = _nothing_to_evaluate_on(settings)
+    if settings.training_args:
+        from transformers import TrainingArguments
+
+        from t5tune.settings.loading import suggestion
+
+        fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+        for name in settings.training_args:
+            if name in TrainSettings.model_fields:
+                problems.append(f"training_args.{name}: set {name} itself")
+            elif name in SECRETS:  # settings are saved with the run
+                problems.append(f"training_args.{name}: a secret doesn't belong into settings; set HF_TOKEN")
+            elif name in OWN_ARGUMENTS:
+                problems.append(f"training_args.{name}: t5tune sets this itself")
+            elif name not in fields:
+                problems.append(f"training_args.{name}: no such field of TrainingArguments{suggestion(name, fields)}")
+    if settings.deepspeed is not None:
+        configuration = presets.read_deepspeed(settings.deepspeed)
+        if configuration.get("fp16", {}).get("enabled") is True:
+            problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16")
+        if settings.q_lora and settings.quant_type == "int8":
+            problems.append("quant_type: int8 weights can't go through DeepSpeed; take nf4 or fp4, or no --deepspeed")
+        if settings.loraplus_lr_ratio is not None and "optimizer" in configuration:
+            problems.append(
+                f"loraplus_lr_ratio: {settings.deepspeed} brings an optimizer of its own, which knows one rate; take "
+                "its `optimizer` out"
+            )
+        if importlib.util.find_spec("deepspeed") is None:
+            raise DependencyError(
+                "deepspeed: the package isn't installed",
+                hint="pip install deepspeed (Linux); without it one process, or several without --deepspeed, train",
+            )
+        if "offload_optimizer" in configuration.get("zero_optimization", {}) and not has_compiler():
+            raise DependencyError(
+                f"deepspeed: {settings.deepspeed}: its optimizer on the CPU is compiled at first use, and no C++ "
+                "compiler or no ninja is on the PATH",
+                hint="apt install g++ ninja-build, or take zero2 or zero3",
+            )
+    if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
+        problems.append(f"optim: {settings.optim}: pages between a GPU's memory and the machine's; take adamw_bnb_8bit")
+    if settings.num_gpus:
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < settings.num_gpus:
+            problems.append(f"num_gpus: {settings.num_gpus}: this machine has {found}; --num-processes uses the CPU")
+    if problems:
+        raise SettingsError(*problems)
+
+
+def _trains_on_cpu(settings: TrainSettings) -> bool:
+    import torch
+
+    return settings.use_cpu or settings.num_processes is not None or not torch.cuda.is_available()
+
+
+def _nothing_to_evaluate_on(settings: TrainSettings) -> list[str]:
+    """What is asked of evaluation where there is nothing held out."""
+    if settings.eval_fraction > 0 or settings.eval_data_path is not None:
+        return []
+    cache = Path(settings.data_path[0])
+    if is_cache(cache) and read_manifest(cache)["eval_fraction"] > 0:
+        return []
+    asked = ((name, getattr(settings, name)) for name in EVALUATION)
+    return [
+        f"{name}: {value} has nothing to evaluate on; give eval_data_path or eval_fraction"
+        for name, value in asked
+        if value not in (None, "no")
+    ]

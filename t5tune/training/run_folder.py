@@ -1,0 +1,149 @@
+"""A run folder: where what stands in it, what it began with, and what it goes on from.
+
+run = existing_run(settings)
+facts, made_of, resume = begin(settings, run, cache, base, world, report)    # resume: run/checkpoint-40, or None
+read_result(run.folder).adapter                                              # once it is finished
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t5tune.data.cache import Cache, is_cache, open_cache
+from t5tune.errors import CheckpointError, TrainingError
+from t5tune.progress import Note, Report
+from t5tune.publish import write_file
+from t5tune.settings import TrainSettings, dump_settings
+from t5tune.training.checkpoint import newest, remove_staged
+from t5tune.training.identity import check_same, identity
+from t5tune.training.launch import World
+from t5tune.weights.fingerprint import base_facts
+
+SETTINGS = "settings.yaml"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What train made. Times in seconds, memory in bytes; `tokens` are source and target tokens trained on."""
+
+    run: Path
+    adapter: Path
+    steps: int
+    epochs: float
+    train_loss: float | None
+    eval: dict[str, float]
+    examples: int
+    tokens: int
+    tokens_per_second: float
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory_bytes: int
+    world_size: int
+    resumed_from: Path | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that is ready to be trained in."""
+
+    folder: Path
+    settings_path: Path
+    cache: Path
+    eval_cache: Path | None
+    finished: bool
+
+
+def existing_run(settings: TrainSettings) -> Run:
+    """The run folder's paths, whether or not they exist yet."""
+    folder = settings.output_dir
+    cache = Path(settings.data_path[0])
+    if not is_cache(cache):
+        cache = settings.preprocessed_path or folder / "data"
+    eval_cache = None
+    if settings.eval_data_path:
+        eval_cache = Path(settings.eval_data_path[0])
+        if not is_cache(eval_cache):
+            eval_cache = folder / "eval-data"
+    return Run(folder, folder / SETTINGS, cache, eval_cache, (folder / RESULT).is_file())
+
+
+def move_aside(folder: Path, report: Report) -> None:
+    """Rename a folder that holds something to the first free of folder.1, folder.2, …"""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    aside = folder.with_name(f"{folder.name}.{number}")
+    folder.rename(aside)
+    report(Note(f"{folder}: moved to {aside}"))
+
+
+def save_settings(settings: TrainSettings, run: Run) -> None:
+    """The saved settings are to resume, not to begin anew or to change something once more."""
+    again = settings.model_copy(update={"fresh": False, "allow_change": []})
+    write_file(run.settings_path, dump_settings(again).encode())
+
+
+def open_data(settings: TrainSettings, run: Run) -> tuple[Cache, Cache | None]:
+    """The examples to train on, and those held out."""
+    cache = open_cache(run.cache)
+    if settings.num_data is not None:
+        cache = cache.first(settings.num_data)
+    if run.eval_cache is not None:
+        return cache, open_cache(run.eval_cache)
+    if settings.eval_fraction > 0:
+        return cache.split(settings.eval_fraction, settings.seed)
+    return cache.parts()
+
+
+def begin(
+    settings: TrainSettings, run: Run, cache: Cache, base: Path, world: World, report: Report
+) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+    """(what tells its base from others, what the run is made of, the checkpoint to go on from; None: there is none).
+
+    Raises:
+        CheckpointError: none is whole, or of another number of ranks than these.
+        SettingsError: the run began with something else.
+    """
+    facts = _base_facts(base, settings)
+    made_of = identity(settings, cache, facts["sha256"], world.size)
+    resume, damaged = newest(run.folder)
+    for problem in damaged:
+        report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
+    if damaged and resume is None:
+        raise CheckpointError(f"{run.folder}: none of its checkpoints is whole", hint="--fresh begins anew")
+    if resume:
+        for change in check_same(resume, made_of, settings.allow_change):
+            report(Note(f"changed on purpose: {change}", warning=True))
+        report(Note(f"resuming from {resume}"))
+    remove_staged(run.folder)
+    save_settings(settings, run)
+    return facts, made_of, resume
+
+
+def read_result(folder: Path) -> Trained:
+    """The result of a finished run.
+
+    Raises:
+        TrainingError: the run isn't finished.
+    """
+    try:
+        values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{folder / RESULT}: missing or broken: {error}") from error
+    for name in ("run", "adapter", "resumed_from"):
+        values[name] = Path(values[name]) if values[name] is not None else None
+    return Trained(**values)
+
+
+def _base_facts(base: Path, settings: TrainSettings) -> dict[str, Any]:
+    """What tells merge whether a base is this one, and what of it the adapter saw."""
+    facts: dict[str, Any] = dict(base_facts(base, settings.model_name_or_path))
+    if settings.q_lora:
+        compute = "bfloat16" if settings.bf16 else "float32"
+        facts |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}
+    return facts
