@@ -112,6 +112,8 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, started: 
             outcomes = encode_records(everything, recipe, _num_workers(settings, files))
             with Writer(staged, num_rows, scratch if settings.dedupe == "exact" else None) as writer:
                 is_whole = _write(outcomes, writer, settings, files)
+                unused = [str(file) for file in files if is_whole and not writer.usable[str(file)]]
+                _check_used(unused, writer, settings)
                 counts = writer.counts(settings.num_data)
             for file in inputs["data"]:
                 file["sha256"] = file["sha256"] or stdin.value
@@ -126,7 +128,7 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, started: 
                 "eval_fraction": settings.eval_fraction,
                 "seed": settings.seed,
                 "inputs": inputs,
-                "unused_files": [str(file) for file in files if is_whole and not writer.accepted[str(file)]],
+                "unused_files": unused,
                 **counts,
                 "lost_characters": _lost(writer, Writable(tokenizer)),
                 "files": hash_files(staged),
@@ -146,7 +148,25 @@ def _files(settings: PrepareSettings, report: Report) -> list[Path]:
                 f"data_path: {path}: is a token cache already",
                 hint="prepare reads conversations; train reads the cache",
             )
-    return find_files([str(conversations_file()) if path == "pocket" else path for path in settings.data_path], report)
+    return find_files(_paths(settings), report)
+
+
+def _paths(settings: PrepareSettings) -> list[str]:
+    return [str(conversations_file()) if path == "pocket" else path for path in settings.data_path]
+
+
+def _check_used(unused: list[str], writer: Writer, settings: PrepareSettings) -> None:
+    """Refuse a path that gave no conversation; of a folder's or a pattern's files some may give none."""
+    for path in _paths(settings) if unused else []:
+        names = [str(file) for file in find_files([path])]
+        if set(names) <= set(unused):
+            raise DataError(
+                f"data_path: {path}: no conversation to train on in it",
+                hint=next(
+                    (f"the first: {writer.first_rejected[name]}" for name in names if name in writer.first_rejected),
+                    "it holds no record",
+                ),
+            )
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -173,14 +193,14 @@ def _write(
             outcomes.close()
             break
         if writer.num_records >= CHECK_REJECTED:
-            _check_rejected(writer.rejected, writer.num_records, settings, files, f"the first: {writer.first_rejected}")
-    _check_rejected(writer.rejected, writer.num_records, settings, files, f"the first: {writer.first_rejected}")
+            _check_rejected(writer.rejected, writer.num_records, settings, files, _first(writer))
+    _check_rejected(writer.rejected, writer.num_records, settings, files, _first(writer))
     if writer.num_examples == 0:
         dropped = _reasons(writer.rejected + writer.dropped)
         if writer.dropped:
             hint = "its answers were left out by min_target_tokens or drop_truncated_targets"
         elif writer.first_rejected:
-            hint = f"the first: {writer.first_rejected}"
+            hint = _first(writer)
         else:
             hint = 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
         raise DataError(
@@ -189,6 +209,10 @@ def _write(
             hint=hint,
         )
     return is_whole
+
+
+def _first(writer: Writer) -> str:
+    return f"the first: {next(iter(writer.first_rejected.values()), None)}"
 
 
 def _first_bytes(records: Iterator[Record], size: int) -> Iterator[Record]:
@@ -207,8 +231,9 @@ def _taken(records: deque[Record]) -> Iterator[Record]:
 def _num_workers(settings: PrepareSettings, files: list[Path]) -> int:
     if settings.num_workers is not None:
         return settings.num_workers
-    size = sum(file.stat().st_size for file in files if file != STDIN)
-    return min(os.cpu_count() or 1, 1 + size // BYTES_PER_WORKER)
+    cores = os.cpu_count() or 1
+    # of standard input nobody knows the size; a worker is started when all others are busy
+    return cores if STDIN in files else min(cores, 1 + sum(file.stat().st_size for file in files) // BYTES_PER_WORKER)
 
 
 def _inputs(settings: PrepareSettings, files: list[Path], tokenizer: Tokenizer, template: Template) -> dict[str, Any]:

@@ -56,6 +56,9 @@ TREATED: dict[str, tuple[str, bytes | str, list[str]]] = {
         "a.jsonl", json.dumps({"conversations": None, "messages": [HI, YES], "source": None, "target": None}), [""]),
     "UltraFeedback": (
         "a.jsonl", json.dumps({"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
+    "a pair of Alpaca's": ("a.jsonl", json.dumps({"instruction": "Hi", "chosen": "Yes", "rejected": "No"}), [""]),
+    "Alpaca without an answer": ("a.jsonl", json.dumps({"instruction": "Hi", "chosen": None}), ["not_text"]),
+    "a pair of whole transcripts": ("a.jsonl", json.dumps({"chosen": "Human: Hi", "rejected": "x"}), ["no_answer"]),
     "a pair without a prompt": ("a.jsonl", json.dumps({"chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
     "lists a line": ("a.jsonl", f'["a"]\n["b"]\n{GOOD}\n', ["not_an_object", "not_an_object", ""]),
     "a log line first": ("a.jsonl", f"[INFO] starting\n{GOOD}\n", ["not_json", ""]),
@@ -64,6 +67,7 @@ TREATED: dict[str, tuple[str, bytes | str, list[str]]] = {
     "an object over several lines that is too long": (
         "a.json", json.dumps({"source": "x" * 20_000, "target": "Yes"}, indent=2), ["too_long"]),
     "a first line that was cut off": ("a.jsonl", f'{{"source": {{\n{GOOD}\n{GOOD}', ["not_json", "", ""]),
+    "files with a byte order mark that were joined": ("a.jsonl", f"\ufeff{GOOD}\n\ufeff{GOOD}\n", ["", ""]),
     "lines of old Macs": ("a.jsonl", f"{GOOD}\r{GOOD}\r", ["", ""]),
     "a table of old Macs": ("a.csv", "source,target\ra,b\rc,d\r", ["", ""]),
     "a table with an empty first line": ("a.csv", "\n\nsource,target\na,b\n", [""]),
@@ -92,16 +96,15 @@ def test_each_file_is_treated_as_expected(tmp_path: Path, name: str) -> None:
 
 
 def test_what_is_left_out_of_turns_and_pairs_is_counted(tmp_path: Path) -> None:
-    call = {**YES, "tool_calls": [{"id": 1}], "weight": None}
     records = [
-        {"messages": [HI, call]},
+        {"messages": [HI, {**YES, "name": "x", "weight": None}]},
         {"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]},
         {"prompt": "Other", "chosen": [HI, YES], "rejected": [HI, NO]},
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     repairs = [record.repairs for record in read(tmp_path / "a.jsonl") if isinstance(record, Conversation)]
     assert repairs == [
-        {"ignored_turn_field_tool_calls": 1},
+        {"ignored_turn_field_name": 1},
         {"ignored_field_rejected": 1},
         {"ignored_field_prompt": 1, "ignored_field_rejected": 1},
     ]
@@ -131,6 +134,24 @@ def test_odd_cells_of_parquet_cost_their_own_use_only(tmp_path: Path) -> None:
         (record,) = read(tmp_path / "a.parquet", source_column=column, target_column="target")
         assert isinstance(record, Rejected)
         assert record.reason == "not_text"
+
+
+def test_bytes_of_parquet_that_are_no_utf8_cost_their_own_row_and_are_kept(tmp_path: Path) -> None:
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"\xff\xfea")]
+    )
+    turns = pyarrow.StructArray.from_arrays([texts], ["value"])
+    lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2], pyarrow.int32()), turns)
+    for table in (
+        pyarrow.table({"source": texts, "target": ["a", "b"]}),
+        pyarrow.table({"source": ["a", "b"], "target": ["a", "b"], "turns": lists}),
+    ):
+        parquet.write_table(table, tmp_path / "a.parquet")
+        bad, good = read(tmp_path / "a.parquet")
+        assert isinstance(good, Conversation)
+        assert isinstance(bad, Rejected)
+        assert (bad.reason, "no UTF-8" in bad.message) == ("invalid_utf8", True)
+        assert "\\udcff\\udcfe" in json.dumps(bad.record)
 
 
 def test_rows_of_parquet_have_a_limit(tmp_path: Path) -> None:
@@ -176,6 +197,10 @@ def test_what_a_folder_holds_beside_data_is_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             find_files([wrong])
+    assert prepare(tmp_path / "deep", "--data-path", tmp_path / "a.jsonl").code == 0
+    told.clear()
+    assert len(find_files([f"{tmp_path}/**/*.json*"], told.append)) == 2
+    assert "rejected.jsonl (of a token cache)" in str(told)
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
     with pytest.raises(DataError, match=r"\.parquet\.gz: expected"):
         find_files([str(tmp_path / "a.parquet.gz")])
@@ -287,26 +312,45 @@ def test_names_that_are_no_unicode_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_cant_be_or_mustnt_be_replaced_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(GOOD)
-    (tmp_path / "empty.jsonl").write_text('{"x": 1}')
+    (tmp_path / "a.jsonl").write_text(f'{GOOD}\n{{"x": 1}}')
     (tmp_path / "real").mkdir()
     (tmp_path / "cache").symlink_to("real")
-    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--data-path", tmp_path / "empty.jsonl")
+    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl")
     assert done.code == 0, done.stderr
-    assert f"no conversation to train on in {tmp_path / 'empty.jsonl'}" in done.stderr.replace("\n", " ")
     assert (tmp_path / "cache").is_symlink()
     assert (tmp_path / "real" / "manifest.json").is_file()
     # up to date, but no longer allowed
-    both = ("--data-path", tmp_path / "a.jsonl", "--data-path", tmp_path / "empty.jsonl")
-    done = prepare(tmp_path, *both, "--max-rejected-fraction", "0.1")
+    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--max-rejected-fraction", "0.1")
     assert (done.code, "more than max_rejected_fraction" in done.stderr) == (2, True)
     done = prepare(tmp_path, "--data-path", tmp_path / "cache")
     assert (done.code, "is a token cache already" in done.stderr) == (2, True)
     (tmp_path / "real" / "mine.txt").write_text("Dear Mira")
-    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl")
+    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--seed", "7")
     assert (done.code, "beside a token cache it holds mine.txt" in done.stderr) == (2, True)
     done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--data-format", "alpaca", "--source-column", "x")
     assert (done.code, "source_column" in done.stderr) == (2, True)
+
+
+def test_a_path_that_gives_no_conversation_is_refused_and_a_file_of_a_folder_told(tmp_path: Path) -> None:
+    for name, text in (("good", GOOD), ("copy", GOOD), ("facts", '{"x": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jsonl").write_text(text)
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "good.jsonl").write_text(GOOD)
+    (tmp_path / "mixed" / "facts.jsonl").write_text('{"x": 1}')
+    paths = [tmp_path / name for name in ("good", "copy", "mixed")]
+    # a file whose conversations were all read before did give some
+    done = prepare(tmp_path, "--dedupe", "exact", "--json", "--data-path", *paths)
+    assert done.code == 0, done.stderr
+    assert (done.json["conversations"], done.json["rejected"]) == (1, 3)
+    assert f"no conversation to train on in {tmp_path / 'mixed' / 'facts.jsonl'}\n" in done.stderr
+    before = (tmp_path / "cache" / "manifest.json").read_bytes()
+    for facts in (tmp_path / "facts", tmp_path / "mixed" / "facts.jsonl", f"{tmp_path}/*/facts*"):
+        done = prepare(tmp_path, "--data-path", *paths, facts)
+        assert (done.code, len(done.errors)) == (2, 1)
+        assert f"data_path: {facts}: no conversation to train on in it" in done.errors[0]
+        assert "facts.jsonl:1: its keys are x" in done.errors[0]
+        assert (tmp_path / "cache" / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["str", "list", "nothing"])

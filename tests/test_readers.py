@@ -369,6 +369,36 @@ def test_tool_calls_are_learnt_and_what_tools_say_is_read(tmp_path: Path) -> Non
     assert [turn.role for turn in record.turns] == ["human", "assistant"] * 5
 
 
+def test_openais_tool_calls_are_learnt_as_the_json_of_function_call_turns(tmp_path: Path) -> None:
+    def answer(**message: Any) -> str:
+        record = the_one(tmp_path / "data.jsonl", {"messages": [HI, {"role": "assistant", **message}]})
+        assert record.repairs == {"tool_calls_as_text": 1}
+        return record.turns[1].text
+
+    def call(arguments: Any) -> dict[str, Any]:
+        return {"id": "a", "type": "function", "function": {"name": "añadir", "arguments": arguments}}
+
+    as_text = '{"name": "añadir", "arguments": {"x":  [1]}}'
+    assert answer(content=None, tool_calls=[call('{"x":  [1]}')]) == as_text
+    assert answer(tool_calls=[call('{"x":  [1]}')]) == as_text
+    assert answer(content="I see.", tool_calls=[call({"x": "é"})]) == (
+        'I see.\n{"name": "añadir", "arguments": {"x": "é"}}'
+    )
+    assert json.loads(answer(content="", tool_calls=[call("{}"), call("not {JSON")])) == [
+        {"name": "añadir", "arguments": {}},
+        {"name": "añadir", "arguments": "not {JSON"},
+    ]
+    assert answer(content=None, function_call={"name": "f"}) == '{"name": "f", "arguments": null}'
+    for wrong in ([{"id": 1}], [{"function": "f"}], ["f"], "f"):
+        (refused,) = read_line(tmp_path, {"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": wrong}]})
+        assert (refused.reason, "without a function's name" in refused.message) == ("bad_turn", True)
+    for nothing in (None, []):
+        (refused,) = read_line(
+            tmp_path, {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": nothing}]}
+        )
+        assert refused.reason == "not_text"
+
+
 def test_columns_of_other_names_and_a_prefix(tmp_path: Path) -> None:
     named = {"source_column": "dialogue", "target_column": "note", "source_prefix": "summarize: "}
     record = the_one(tmp_path / "data.jsonl", {"dialogue": "Hi", "note": "Yes", "id": 3}, **named)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from t5tune.data.cache import is_cache
 from t5tune.errors import DataError
 from t5tune.progress import Note, Report, silent
 
@@ -70,7 +71,9 @@ def _files_of(name: str, report: Report) -> list[Path]:
         found = sorted(set(map(Path, _matches(name))))
     else:
         raise DataError(f"data_path: {path}: no such file or folder", hint="check the path's spelling")
-    reasons = {entry: _unfit(entry) for entry in found}
+    # what prepare wrote below its data is none: refused records, a tokenizer
+    caches = {folder for folder in {entry.parent for entry in found} if is_cache(folder) or is_cache(folder.parent)}
+    reasons = {entry: "of a token cache" if entry.parent in caches else _unfit(entry) for entry in found}
     files = [entry for entry, reason in reasons.items() if reason is None]
     if over := [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason is not None]:
         more = f" and {len(over) - NAMES_TOLD} more" if len(over) > NAMES_TOLD else ""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from t5tune.data.cleaning import clean, plain
 from t5tune.data.records import Place, Refused
+from t5tune.data.tool_calls import called
 from t5tune.settings.data import ReadingSettings
 
 Role = Literal["human", "assistant"]
@@ -142,6 +143,10 @@ def _answered(
 ) -> tuple[set[str], Entries]:
     """A question and, of a pair of answers, the preferred; that may be a list of turns which has the question too."""
     chosen = value["chosen"]
+    if isinstance(chosen, str):
+        if not question:
+            raise Refused("no_answer", "chosen: a text, and no prompt before it")
+        return asked | {"chosen"}, [*question, ("assistant", chosen)]
     answer = _turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
     if not any(speaker == "human" for speaker, _ in answer):
         return asked | {"chosen"}, question + answer
@@ -164,19 +169,24 @@ def _turn(index: int, item: Any, repairs: Counter[str]) -> tuple[Speaker, str]:
         ),
         None,
     )
-    if names is None or names[1] not in item:
+    calls = called(item, f"turn {index}") if names is not None else None
+    if names is None or (names[1] not in item and calls is None):
         raise Refused("bad_turn", f"turn {index}: expected an object with from and value, or role and content")
     speaker = item[names[0]]
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
         raise Refused("unknown_role", f"turn {index}: role {speaker!r:.80}; known are {', '.join(ROLES)}")
     if len(item) > len(names):
-        _count_ignored("turn_field", item, set(names), repairs)
-    return role, _text(f"turn {index}", item[names[1]])
+        _count_ignored("turn_field", item, {*names, calls[0]} if calls else set(names), repairs)
+    said = item.get(names[1])
+    if calls is None:
+        return role, _text(f"turn {index}", said)
+    repairs["tool_calls_as_text"] += 1
+    return role, calls[1] if said in NOTHING else f"{_text(f'turn {index}', said)}\n{calls[1]}"
 
 
 def _alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> tuple[set[str], Entries]:
-    """`instruction`, `input`, `output`, and earlier pairs in `history`."""
+    """`instruction`, `input`, `output` (or `chosen`), and earlier pairs in `history`."""
     question = _text("instruction", value["instruction"])
     if value.get("input") not in NOTHING:
         question += "\n" + _text("input", value["input"])
@@ -188,8 +198,11 @@ def _alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[st
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refused("bad_turn", f"history {index}: expected a pair of question and answer")
         entries += [("human", _text(f"history {index}", pair[0])), ("assistant", _text(f"history {index}", pair[1]))]
-    entries += [("human", question), ("assistant", _text("output", value["output"]))]
-    return {"instruction", "input", "output", "history"}, entries
+    entries.append(("human", question))
+    asked = {"instruction", "input", "history"}
+    if value.get("output") is None and value.get("chosen") is not None:
+        return _answered(asked, entries, value, repairs)
+    return asked | {"output"}, [*entries, ("assistant", _text("output", value.get("output")))]
 
 
 def _prompt_completion(
@@ -199,8 +212,6 @@ def _prompt_completion(
     question = _text_or_turns("prompt", value, "human", repairs) if value.get("prompt") is not None else []
     if value.get("completion") is not None or "chosen" not in value:
         return {"prompt", "completion"}, question + _text_or_turns("completion", value, "assistant", repairs)
-    if isinstance(value["chosen"], str):
-        return {"prompt", "chosen"}, [*question, ("assistant", value["chosen"])]
     return _answered({"prompt"}, question, value, repairs)
 
 
@@ -227,7 +238,7 @@ def _pair(value: dict[str, Any], source: str, target: str, reading: ReadingSetti
 _KEYS: dict[str, list[set[str]]] = {
     "sharegpt": [{"conversations"}],
     "openai": [{"messages"}],
-    "alpaca": [{"instruction", "output"}],
+    "alpaca": [{"instruction", "output"}, {"instruction", "chosen"}],
     "prompt-completion": [{"prompt", "completion"}, {"prompt", "chosen"}, {"chosen", "rejected"}],
     "source-target": [{"source", "target"}],
 }

@@ -142,7 +142,10 @@ def read_record(record: Record, reading: ReadingSettings) -> Conversation | Reje
         check_characters(value)
         conversation = conversation_of(value, record.place, reading)
     except Refused as refused:
-        return Rejected(record.place, refused.reason, str(refused), record.data, record.size)
+        reason, message = refused.reason, str(refused)
+        if reason == "lone_surrogate" and not isinstance(record.data, bytes):  # which stands for a byte in a table
+            reason, message = "invalid_utf8", f"a cell with bytes that are no UTF-8 ({message})"
+        return Rejected(record.place, reason, message, record.data, record.size)
     return replace(conversation, repairs=Counter(conversation.repairs) + Counter(dict(record.repairs)))
 
 
@@ -178,9 +181,6 @@ def encode_records(
             idle.put(worker)
 
     try:
-        for _ in range(num_workers):
-            workers.append(Worker(recipe))
-            idle.put(workers[-1])
         waiting: deque[tuple[list[Record], Future[list[Outcome]]]] = deque()
         problem: Exception | None = None
         while True:
@@ -189,6 +189,9 @@ def encode_records(
             except Exception as error:  # what was read before it comes first, as with one process
                 read, problem = None, error
             if read is not None:
+                if idle.empty() and len(workers) < num_workers:
+                    workers.append(Worker(recipe))
+                    idle.put(workers[-1])
                 waiting.append((read, executor.submit(encode, read)))
             while waiting and (read is None or len(waiting) > 2 * num_workers):
                 done, outcomes = waiting.popleft()

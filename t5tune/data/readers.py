@@ -149,12 +149,15 @@ class _Text:
 
     def _taken(self, place: Place) -> Raw:
         """The bytes from `start` to `scan` as a record."""
-        data = self.buffer[self.start : self.scan]
-        self.line += data.count(self.line_end)
+        data = self.buffer[self.start : self.scan].strip()
+        size = self.scan - self.start
+        self.line += self.buffer.count(self.line_end, self.start, self.scan)
         self.start = self.scan
         self.index += 1
         repairs, self.repairs = self.repairs, ()
-        return Raw(place, data.strip(), len(data), self.in_array, repairs)
+        if data.startswith(BOM) and not self.in_array:  # of files that were joined
+            data, repairs = data[len(BOM) :], (("byte_order_mark", 1),)
+        return Raw(place, data, size, self.in_array, repairs)
 
     def _spill(self, place: Place) -> int:
         """Put them into the record's file instead, and return their number."""

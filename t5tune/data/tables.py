@@ -59,8 +59,6 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int, spool: Path | No
                 yield Rejected(place, "too_long", f"longer than max_record_bytes {max_bytes}", lines.row_file)
             elif len(cells) != len(head):
                 yield Rejected(place, "bad_row", f"{len(cells)} cells under {len(head)} columns", cells, size)
-            elif any(_is_undecodable(cell) for cell in cells):
-                yield Rejected(place, "invalid_utf8", "a cell with bytes that are no UTF-8", cells, size)
             else:
                 yield Raw(place, dict(zip(head, cells, strict=True)), size)
     except csv.Error as error:
@@ -151,11 +149,17 @@ def _plain_rows(batch: Any) -> list[dict[str, Any]]:
 
 
 def _cell(scalar: Any) -> Any:
-    """The scalar as a Python value; where there is none, as an object that is no text."""
+    """The scalar as a Python value, bytes that are no UTF-8 as lone surrogates; an object where there is none."""
     try:
         return scalar.as_py()
     except Exception:
-        return [str(scalar.type)]
+        kind = str(scalar.type)
+    if kind in {"string", "large_string"}:
+        return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
+    if kind.startswith(("list<", "large_list<")):
+        return [_cell(item) for item in scalar]
+    names = [field.name for field in scalar.type] if kind.startswith("struct<") else []
+    return {name: _cell(scalar[name]) for name in names} if len(set(names)) == len(names) > 0 else [kind]
 
 
 def _size(value: Any) -> int:
@@ -244,7 +248,3 @@ class _Lines:
         if len(self._bare) > self._max_bytes:
             raise DataError(f"{self._path}:{self.number + 1}: a line of more than {self._max_bytes} separators")
         return _ORDINARY.sub(b"x", data)
-
-
-def _is_undecodable(text: str) -> bool:
-    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)

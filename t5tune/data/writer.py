@@ -37,10 +37,10 @@ class Writer:
         self.num_records = 0
         self.num_examples = 0
         self.conversations = 0
-        self.accepted = Counter[str]()  # records by file
+        self.usable = Counter[str]()  # records by file, those that came again included
         self.unknown_tokens = 0
         self.rejected = Counter[str]()
-        self.first_rejected: str | None = None
+        self.first_rejected: dict[str, str] = {}  # file -> place and message
         self.repaired = Counter[str]()
         self.dropped = Counter[str]()
         self.lost = Lost()
@@ -65,6 +65,7 @@ class Writer:
     def add(self, record: Record, outcome: Outcome) -> None:
         """Append what came of one record."""
         self.num_records += 1
+        self.usable[outcome.place.file] += isinstance(outcome, Accepted)
         if isinstance(outcome, Accepted) and self._seen is not None:
             place = outcome.place
             if first := self._seen.first(outcome.key, f"{place.file}:{place.line}"):
@@ -74,7 +75,6 @@ class Writer:
             self._reject(outcome)
             return
         self.conversations += 1
-        self.accepted[outcome.place.file] += 1
         self.unknown_tokens += outcome.unknown
         for kind, count in outcome.repairs.items():
             is_known = kind in self.repaired or len(self.repaired) < MOST_KINDS or not kind.startswith("ignored_")
@@ -138,7 +138,7 @@ class Writer:
     def _reject(self, rejected: Rejected) -> None:
         place = rejected.place
         self.rejected[rejected.reason] += 1
-        self.first_rejected = self.first_rejected or f"{place.file}:{place.line}: {rejected.message}"
+        self.first_rejected.setdefault(place.file, f"{place.file}:{place.line}: {rejected.message}")
         facts = {**vars(place), "reason": rejected.reason, "message": rejected.message}
         self._rejected.write(json.dumps(facts)[:-1] + ', "record": ')
         if isinstance(rejected.record, Path):

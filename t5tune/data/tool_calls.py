@@ -1,0 +1,45 @@
+"""OpenAI's tool calls as the text that ShareGPT's function_call turns hold.
+
+called({"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}, "turn 1")
+# ('tool_calls', '{"name": "add", "arguments": {"a": 1}}')
+"""
+
+import json
+from typing import Any
+
+from t5tune.data.records import Refused, parse
+
+KEYS = ("tool_calls", "function_call")  # the second is the older one, of one call
+
+
+def called(message: dict[str, Any], place: str) -> tuple[str, str] | None:
+    """The key and the text of a message's calls, a JSON list where they are several; None: it makes none.
+
+    Raises:
+        Refused: a call without a function's name.
+    """
+    key = next((key for key in KEYS if message.get(key)), None)
+    if key is None:
+        return None
+    given = message[key]
+    calls = [_text(call, place) for call in (given if isinstance(given, list) else [given])]
+    return key, calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
+
+
+def _text(call: Any, place: str) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Refused("bad_turn", f"{place}: a tool call without a function's name")
+    name = json.dumps(function["name"], ensure_ascii=False)
+    return f'{{"name": {name}, "arguments": {_arguments(function.get("arguments"))}}}'
+
+
+def _arguments(given: Any) -> str:
+    """Arguments that stand in a text as JSON are taken as they stand."""
+    if isinstance(given, str):
+        try:
+            parse(given.encode())
+            return given
+        except Refused:  # a text that is no JSON, which models write too
+            pass
+    return json.dumps(given, ensure_ascii=False, default=str)
