@@ -61,11 +61,11 @@ class Shown:
 
 
 def _runs(parts: list[tuple[list[int], bool]], tokenizer: Tokenizer, added: set[int]) -> Iterator[tuple[TextRun, bool]]:
-    begins = True
+    before = None
     for ids, is_cut in parts:
-        for run in text_runs(ids, tokenizer, added, begins):
+        for run in text_runs(ids, tokenizer, added, before):
             yield run, is_cut
-        begins = begins and not ids
+        before = ids[-1] if ids else before
 
 
 @dataclass(frozen=True)

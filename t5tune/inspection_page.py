@@ -30,7 +30,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospa
 .added, .end { color: var(--mark); } .unknown { background: var(--cut); color: #fff; border-radius: .2rem; }
 .facts { color: #888; font-size: .9rem; }
 .row { display: grid; grid-template-columns: 8rem 1fr 4rem; gap: .6rem; align-items: center; font-size: .85rem; }
-.row span { text-align: right; } .bar { background: var(--source); height: .7rem; border-radius: .15rem; }
+.row span { text-align: right; } .bar { background: currentColor; height: .7rem; border-radius: .15rem; }
 """
 
 
@@ -56,9 +56,9 @@ def _page(examples: "Examples", statistics: "Statistics | None") -> Iterator[str
         '<span class="unknown">unknown</span></p>'
     )
     if statistics is not None:
-        for name, histogram in (("Source", statistics.source), ("Target", statistics.target)):
-            yield f"<h2>{name} length (tokens)</h2>"
-            yield from _bars(histogram)
+        for side, histogram in (("source", statistics.source), ("target", statistics.target)):
+            yield f"<h2>{side.capitalize()} length (tokens)</h2>"
+            yield from _bars(histogram, side)
         yield (
             f'<p class="facts">Padding in batches of {statistics.batch_size}: '
             f"{statistics.padding_by_length:.1%} by length, {statistics.padding_random:.1%} at random</p>"
@@ -68,10 +68,10 @@ def _page(examples: "Examples", statistics: "Statistics | None") -> Iterator[str
         yield _article(example, examples.tokenizer, added)
 
 
-def _bars(histogram: "Histogram") -> Iterable[str]:
+def _bars(histogram: "Histogram", side: str) -> Iterable[str]:
     most = max(histogram.counts)
     for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
-        bar = f'<div class="bar" style="width:{100 * count / most:.1f}%"></div>'
+        bar = f'<div class="bar {side}" style="width:{100 * count / most:.1f}%"></div>'
         yield f'<div class="row"><span>{low:,}–{high - 1:,}</span><div>{bar}</div><span>{count:,}</span></div>'
 
 

@@ -59,6 +59,29 @@ def test_every_example_as_json_is_what_the_cache_holds(cache: Path) -> None:
     assert [line["truncated"] for line in lines] == [[], ["source", "target"], ["source"], []]
 
 
+@pytest.mark.parametrize("add_tokens", ["auto", "none", "fastchat"])
+def test_the_runs_of_text_joined_are_the_text(tmp_path: Path, add_tokens: str) -> None:
+    texts = ["Hi  there", '{"a": 1}', "a\n  b\n c", "  猫 {  x}  y \n", "\t- é", "Yes ½  no"]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [
+        {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
+    ]}))  # fmt: skip
+    prepare(
+        PrepareSettings(
+            model_name_or_path="pocket",
+            data_path=str(tmp_path / "data.jsonl"),
+            output_dir=tmp_path / "cache",
+            add_tokens=add_tokens,
+        )
+    )
+    examples = inspect(InspectSettings(cache=tmp_path / "cache", all=True)).examples
+    added = set(examples.cache.manifest["added_token_ids"])
+    assert len(examples) == 3
+    for example in examples:
+        runs = example.runs(examples.tokenizer, added)
+        shown = {side: "".join(run.text for run, _ in of_side) for side, of_side in runs.items()}
+        assert shown == {"source": f"{example.source_text}</s>", "target": f"{example.target_text}</s>"}
+
+
 def test_what_was_cut_is_shown_struck_out(cache: Path) -> None:
     (example,) = inspect(InspectSettings(cache=cache, worst_cut=True)).examples
     tokenizer = AutoTokenizer.from_pretrained(cache / "tokenizer")
@@ -74,6 +97,10 @@ def test_what_was_cut_is_shown_struck_out(cache: Path) -> None:
     done = t5tune("inspect", cache, "--example", 1, env={"FORCE_COLOR": "1", "COLUMNS": "200"})
     assert "\x1b[2;9;32m" in done.stdout  # dim, struck out, in the target's colour
     assert f"{len(cut.target_cut)} cut off" in done.stdout
+    assert "[cut: " not in done.stdout
+    plain = t5tune("inspect", cache, "--example", 1, env={"TERM": "dumb", "COLUMNS": "200"}).stdout
+    kept, whole = tokenizer.decode(cut.target_ids), tokenizer.decode([*cut.target_ids, *cut.target_cut])
+    assert f"{kept}[cut: {whole.removeprefix(kept)}]" in plain
 
 
 def test_the_example_with_unknown_tokens_is_found(cache: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import groupby
 from typing import TextIO
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from t5tune.progress import Report
 from t5tune.settings import InspectSettings
 
 STYLES = {"source": "cyan", "target": "green", "added": "yellow", "unknown": "white on red", "end": "dim"}
+CUT_MARKS = ("[cut: ", "]")  # where nothing can be struck out
 BAR_WIDTH = 40
 JSON_FIELDS = ("index", "conversation", "turn", "source_ids", "target_ids", "source_text", "target_text", "truncated")
 
@@ -33,14 +35,15 @@ def show(settings: InspectSettings, report: Report, stream: TextIO, as_json: boo
     console.width = console.width or 80  # where COLUMNS is 0 rich would show nothing
     cache, tokenizer = found.examples.cache, found.examples.tokenizer
     for example in found.examples if not settings.html else []:
-        console.print(_example(example, cache, tokenizer), markup=False)
+        marks = ("", "") if console.color_system else CUT_MARKS
+        console.print(_example(example, cache, tokenizer, marks), markup=False)
     if found.statistics is not None and settings.stats:
         console.print(_statistics(found.statistics), markup=False)
     if found.page is not None:
         console.print(str(found.page), markup=False)
 
 
-def _example(example: Shown, cache: Cache, tokenizer: Tokenizer) -> Text:
+def _example(example: Shown, cache: Cache, tokenizer: Tokenizer, cut_marks: tuple[str, str]) -> Text:
     facts = f"example {example.index} of {len(cache):,}, conversation {example.conversation}, turn {example.turn}"
     text = Text.assemble((facts + "\n", "bold"))
     lengths = {"source": len(example.source_ids), "target": len(example.target_ids)}
@@ -48,9 +51,13 @@ def _example(example: Shown, cache: Cache, tokenizer: Tokenizer) -> Text:
     for side, runs in example.runs(tokenizer, set(cache.manifest["added_token_ids"])).items():
         lost = f", {cut[side]:,} cut off" if cut[side] else ""
         text.append(f"{side} ({lengths[side]:,} tokens{lost})\n", "dim")
-        for run, is_cut in runs:
-            style = STYLES[side] if run.kind == "text" else STYLES[run.kind]
-            text.append(_visible(run), f"{style} strike dim" if is_cut else style)
+        for is_cut, part in groupby(runs, lambda run: run[1]):
+            before, behind = cut_marks if is_cut else ("", "")
+            text.append(before)
+            for run, _ in part:
+                style = STYLES[side] if run.kind == "text" else STYLES[run.kind]
+                text.append(_visible(run), f"{style} strike dim" if is_cut else style)
+            text.append(behind)
         text.append("\n")
     return text
 

@@ -163,11 +163,11 @@ class TextRun:
     kind: Literal["text", "added", "unknown", "end"]
 
 
-def text_runs(ids: list[int], tokenizer: Tokenizer, added: set[int], begins: bool = False) -> Iterator[TextRun]:
+def text_runs(ids: list[int], tokenizer: Tokenizer, added: set[int], before: int | None = None) -> Iterator[TextRun]:
     """Tokens as runs of text, in order; every added, unknown and end token stands alone.
 
     Args:
-        begins: they begin a text: the mark of its first word is no space.
+        before: the token in front of them; None: they begin a text.
     """
     plain: list[int] = []
     for index in ids:
@@ -184,20 +184,18 @@ def text_runs(ids: list[int], tokenizer: Tokenizer, added: set[int], begins: boo
             plain.append(index)
             continue
         if plain:
-            yield TextRun(_plain_text(plain, tokenizer, begins), "text")
-        plain, begins = [], False
+            yield TextRun(_text_behind(before, plain, tokenizer), "text")
+        plain, before = [], index
         yield TextRun(tokenizer.decode([index]), kind)
     if plain:
-        yield TextRun(_plain_text(plain, tokenizer, begins), "text")
+        yield TextRun(_text_behind(before, plain, tokenizer), "text")
 
 
-def _plain_text(ids: list[int], tokenizer: Tokenizer, begins: bool) -> str:
-    """Their text, with the space that the first token may carry: a decoder drops it at a text's start."""
-    text = tokenizer.decode(ids)
-    if begins:
-        return text
-    is_marked = tokenizer.backend is not None and str(tokenizer.backend.id_to_token(ids[0])).startswith(MARK)
-    return " " + text if is_marked and not text.startswith(" ") else text
+def _text_behind(before: int | None, ids: list[int], tokenizer: Tokenizer) -> str:
+    """Their text behind another token: a decoder drops the space that the first may carry at a text's start."""
+    if before is None:
+        return tokenizer.decode(ids)
+    return tokenizer.decode([before, *ids]).removeprefix(tokenizer.decode([before]))
 
 
 def can_write(tokenizer: Tokenizer, text: str) -> bool:
