@@ -7,10 +7,14 @@ tokenizer alone gets the conversations' texts from memory and only encodes; the 
 FastChat's way is written here from its description: the whole conversation, then each turn of it once more, one at a
 time. Prints one JSON line: wall and CPU seconds, peak memory (MB), and the ratios of wall seconds to the tokenizer's.
 
-    python benchmarks/prepare.py --tokenizer FOLDER --data lines.jsonl --repeat-to 2000000000 --folder SCRATCH
+    python benchmarks/prepare.py --tokenizer FOLDER --data chats.jsonl --repeat-to 2000000000 --folder SCRATCH
 
-repeats a file of JSON lines to that many bytes and prepares that, with one worker and with two. Prints a JSON line of
-each: bytes, seconds, and the peak memory (MB) of the process and of each worker. Run it in a folder with as much room.
+repeats a file of JSON lines to that many bytes and prepares that, with --threads workers. Prints a JSON line: bytes,
+seconds, counts, and the peak memory (MB, VmHWM) of the process, of each worker, and their sum. SCRATCH needs the room.
+
+    python benchmarks/prepare.py --cache FOLDER
+
+reads examples of a cache at random. Prints a JSON line: examples a CPU second, and the cache's bytes a stored token.
 
 `datasets` is no dependency of t5tune: pip install datasets.
 """
@@ -19,6 +23,7 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -142,7 +147,7 @@ def peak_megabytes() -> int:
 
 
 def run_repeated(options: argparse.Namespace) -> None:
-    """Prepare a file that is repeated to a size, with one worker and with two."""
+    """Prepare a file that is repeated to a size."""
     data = Path(options.data).read_bytes().rstrip(b"\n") + b"\n"
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,20 +156,39 @@ def run_repeated(options: argparse.Namespace) -> None:
         with open(repeated, "wb") as file:
             for _ in range(-(-options.repeat_to // len(data))):
                 file.write(data)
-        for workers in (1, 2):
-            command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", options.tokenizer]
-            command += ["--data-path", str(repeated), "--output-dir", str(Path(scratch) / str(workers)), "--json"]
-            started = time.perf_counter()
-            process = subprocess.Popen([*command, "--num-workers", str(workers)], stdout=subprocess.DEVNULL)
-            peaks: dict[int, int] = {}
-            while process.poll() is None:
-                peaks.update(peaks_of(process.pid))
-                time.sleep(0.02)
-            if process.returncode:
-                sys.exit(process.returncode)
-            facts = {"bytes": repeated.stat().st_size, "workers": workers}
-            seconds = round(time.perf_counter() - started, 1)
-            print(json.dumps({**facts, "seconds": seconds, "peak_mb": [peak >> 10 for peak in peaks.values()]}))
+        command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", options.tokenizer]
+        command += ["--data-path", str(repeated), "--output-dir", str(Path(scratch) / "cache"), "--json"]
+        command += ["--num-workers", str(options.threads)]
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        peaks: dict[int, int] = {}
+        while process.poll() is None:
+            peaks.update(peaks_of(process.pid))
+            time.sleep(0.02)
+        seconds = round(time.perf_counter() - started, 1)
+        if process.returncode:
+            sys.exit(f"prepare ended with {process.returncode}")
+        result = json.loads(process.stdout.read()) if process.stdout else {}
+        facts = {"bytes": repeated.stat().st_size, "workers": options.threads, "seconds": seconds}
+        counts = {name: result[name] for name in ("conversations", "rejected", "examples")}
+        memory = {"peak_mb": [peak >> 10 for peak in peaks.values()], "sum_mb": sum(peaks.values()) >> 10}
+        print(json.dumps(facts | counts | memory))
+
+
+def read_at_random(folder: Path) -> None:
+    """How fast a cache gives its examples, and how large it is."""
+    from t5tune.data.cache import open_cache
+
+    cache = open_cache(folder)
+    chosen = random.Random(0).choices(range(len(cache)), k=200_000)
+    started = time.process_time()
+    for index in chosen:
+        cache[index]
+    seconds = time.process_time() - started
+    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in ("tokens", "conversations", "examples")}
+    tokens = sizes["tokens"] // int(cache.manifest["dtype"][-1])
+    facts = {"examples": len(cache), "examples_per_second": round(len(chosen) / seconds)}
+    print(json.dumps(facts | {"bytes_per_token": round(sum(sizes.values()) / tokens, 3)}))
 
 
 def peaks_of(pid: int) -> dict[int, int]:
@@ -196,8 +220,9 @@ def run_side(side: str, options: argparse.Namespace) -> dict[str, float] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True, help="folder of a base: its tokenizer and its config.json")
-    parser.add_argument("--data", required=True, help="a file of conversations")
+    parser.add_argument("--tokenizer", help="folder of a base: its tokenizer and its config.json")
+    parser.add_argument("--data", help="a file of conversations")
+    parser.add_argument("--cache", type=Path, help="read this cache at random, and nothing else")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
@@ -205,6 +230,11 @@ def main() -> None:
     parser.add_argument("--repeat-to", type=int, metavar="BYTES", help="prepare alone, of the data repeated")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the repeated data lies meanwhile")
     options = parser.parse_args()
+    if options.cache:
+        read_at_random(options.cache)
+        return
+    if not (options.tokenizer and options.data):
+        parser.error("--tokenizer and --data, or --cache")
     if options.repeat_to:
         run_repeated(options)
         return

@@ -233,4 +233,5 @@ def percentiles(counted: Counter[int]) -> dict[str, int]:
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     if path.stat().st_size == 0:
         return np.zeros(0, dtype)
-    return np.memmap(path, dtype, "r")
+    # a slice of a memmap costs several times that of a plain array over the same pages
+    return np.memmap(path, dtype, "r").view(np.ndarray)
