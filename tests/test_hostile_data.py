@@ -58,7 +58,6 @@ TREATED: dict[str, tuple[str, bytes | str, list[str]]] = {
         "a.jsonl", json.dumps({"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
     "a pair of Alpaca's": ("a.jsonl", json.dumps({"instruction": "Hi", "chosen": "Yes", "rejected": "No"}), [""]),
     "Alpaca without an answer": ("a.jsonl", json.dumps({"instruction": "Hi", "chosen": None}), ["not_text"]),
-    "a pair of whole transcripts": ("a.jsonl", json.dumps({"chosen": "Human: Hi", "rejected": "x"}), ["no_answer"]),
     "a pair without a prompt": ("a.jsonl", json.dumps({"chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
     "lists a line": ("a.jsonl", f'["a"]\n["b"]\n{GOOD}\n', ["not_an_object", "not_an_object", ""]),
     "a log line first": ("a.jsonl", f"[INFO] starting\n{GOOD}\n", ["not_json", ""]),
@@ -108,6 +107,13 @@ def test_what_is_left_out_of_turns_and_pairs_is_counted(tmp_path: Path) -> None:
         {"ignored_field_rejected": 1},
         {"ignored_field_prompt": 1, "ignored_field_rejected": 1},
     ]
+
+
+def test_a_text_as_preferred_answer_needs_a_question(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "Human: Hi Assistant: Yes", "rejected": "x"}))
+    (record,) = read(tmp_path / "a.jsonl")
+    assert isinstance(record, Rejected)
+    assert (record.reason, record.message) == ("no_answer", "chosen: a text, and no prompt before it")
 
 
 def test_a_named_format_is_that_format(tmp_path: Path) -> None:

@@ -224,10 +224,18 @@ def test_any_number_of_workers_writes_the_same_bytes(many: Path, tmp_path: Path)
     assert bytes_of(tmp_path / "3") == one
 
 
-def test_an_error_in_a_worker_is_raised_and_nothing_is_left(many: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [(", {'a': 1}]", "record 1500: not valid JSON"), ("", "the array has no end")],
+    ids=["in a worker", "while reading"],
+)
+def test_an_error_is_raised_with_workers_too_and_nothing_is_left(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, message: str
+) -> None:
+    monkeypatch.setattr("t5tune.prepare.SAMPLE", 1000)  # it ends before the error comes
     broken = tmp_path / "broken.json"
-    broken.write_text("[" + ",".join(many.read_text().splitlines()) + ", {'a': 1}]")
-    with pytest.raises(DataError, match=r"broken\.json:1: record 1500: not valid JSON"):
+    broken.write_text("[" + ",".join(many.read_text().splitlines()) + end)
+    with pytest.raises(DataError, match=rf"broken\.json:1: {message}"):
         prepare(
             PrepareSettings(
                 model_name_or_path="pocket", data_path=str(broken), output_dir=tmp_path / "cache", num_workers=2
