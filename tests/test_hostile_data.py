@@ -305,6 +305,9 @@ def test_errors_are_one_line_whatever_the_value(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert "a\\nb.jsonl" in line
     assert len(line) < 4000
+    done = prepare(tmp_path, "--data-path", "a" * 5000)
+    assert (done.code, len(done.errors)) == (2, 1)
+    assert "can't be read: File name too long" in done.errors[0]
 
 
 def test_names_that_are_no_unicode_are_kept(tmp_path: Path) -> None:

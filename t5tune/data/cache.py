@@ -13,6 +13,7 @@ The same inputs give the same bytes.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -159,7 +160,8 @@ def lengths_of(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArr
 
 def is_cache(path: Path) -> bool:
     """Whether a folder looks like a token cache."""
-    return (path / MANIFEST).is_file() and (path / "tokens.bin").is_file()
+    # pathlib raises where a folder can't be looked into
+    return os.path.isfile(path / MANIFEST) and os.path.isfile(path / "tokens.bin")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
