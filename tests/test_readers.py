@@ -392,7 +392,7 @@ def test_openais_tool_calls_are_learnt_as_the_json_of_function_call_turns(tmp_pa
     for wrong in ([{"id": 1}], [{"function": "f"}], ["f"], "f"):
         (refused,) = read_line(tmp_path, {"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": wrong}]})
         assert (refused.reason, "without a function's name" in refused.message) == ("bad_turn", True)
-    for nothing in (None, []):
+    for nothing in (None, [], {"name": None, "arguments": None}):
         (refused,) = read_line(
             tmp_path, {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": nothing}]}
         )

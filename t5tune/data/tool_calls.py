@@ -18,12 +18,17 @@ def called(message: dict[str, Any], place: str) -> tuple[str, str] | None:
     Raises:
         Refused: a call without a function's name.
     """
-    key = next((key for key in KEYS if message.get(key)), None)
+    key = next((key for key in KEYS if not _is_nothing(message.get(key))), None)
     if key is None:
         return None
     given = message[key]
     calls = [_text(call, place) for call in (given if isinstance(given, list) else [given])]
     return key, calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
+
+
+def _is_nothing(given: Any) -> bool:
+    """Tables may hold an object of nulls where there is none."""
+    return not given or (isinstance(given, dict) and all(value is None for value in given.values()))
 
 
 def _text(call: Any, place: str) -> str:
