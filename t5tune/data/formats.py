@@ -145,7 +145,7 @@ def _answered(
     chosen = value["chosen"]
     if isinstance(chosen, str):
         if not question:
-            raise Refused("no_answer", "chosen: a text, and no prompt before it")
+            raise Refused("no_answer", "chosen: a text, and no prompt before it; source_column may name another key")
         return asked | {"chosen"}, [*question, ("assistant", chosen)]
     answer = _turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
     if not any(speaker == "human" for speaker, _ in answer):
