@@ -472,7 +472,7 @@ def test_html_and_backslashes_go_where_that_is_asked_and_code_stays(tmp_path: Pa
     record = the_one(tmp_path / "data.jsonl", value, clean=True)
     question, answer = (turn.text for turn in record.turns)
     assert question == "snake_case and `a\\_b`"
-    assert "def f(x):\n    return x_1 * 2" in answer
+    assert "```python\ndef f(x):\n    return x_1 * 2\n```" in answer
     assert "`a < b`" in answer
     assert "1. one\n2. two" in answer
     assert "<" not in answer.replace("a < b", "")

@@ -22,6 +22,8 @@ _LITERAL = re.compile(
     r"|\\\[(?:[^\\]|\\(?![\[\]]))*\\\]|\\\((?:[^\\]|\\(?![()]))*\\\))",
     re.DOTALL,
 )
+# a block's label, which stood beside its button
+_LABEL = re.compile(r"(?m)^([ \t]*```)\n[ \t]*([\w+#-]{0,30})Copy code\s*\n")
 _COPY = re.compile(r"(?m)^([ \t]*```?\w*[ \t]*)?(?:[\w+#-]{1,30})?Copy code(?=\n|`)")
 MOST_DEPTH = 100  # of tags inside each other: the converter calls itself for each
 MOST_WORK = 300_000_000  # characters times angle brackets: it may look for the end of each in all that follows
@@ -48,6 +50,7 @@ def clean(text: str, repairs: Counter[str]) -> str:
         from markdownify import markdownify
 
         text = markdownify(text, heading_style="ATX", escape_asterisks=False, escape_underscores=False).strip()
+        text = _LABEL.sub(r"\1\2\n", text)
         text = _COPY.sub(lambda found: found[1] or "", re.sub(r"\n{3,}", "\n\n", text))
         repairs["html_turns"] += 1
     parts = _LITERAL.split(text)
