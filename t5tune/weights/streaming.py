@@ -22,6 +22,8 @@ from t5tune.weights.torch_file import read_torch_file
 
 MAX_HEADER = 16 << 20  # T5-XXL's header has 70 KB
 ALIGNMENT = 8
+MAX_DIMENSIONS = 16
+MAX_SIZE = 1 << 48
 FOREIGN = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".pth", ".pt", ".npz", ".safetensors", ".bin"}
 
 
@@ -70,6 +72,8 @@ class SafetensorsFile:
             storage = STORAGE[dtype]
             if not all(type(number) is int for number in (begin, end, *shape)):
                 raise ValueError("expected whole numbers")
+            if len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= MAX_SIZE:
+                raise ValueError("a shape that no array has")
             expected = math.prod(shape) * storage.itemsize
             if min(begin, *shape, 0) < 0 or end - begin != expected or end + self.data_begin > size:
                 raise ValueError(f"{end - begin} bytes for {dtype} {list(shape)}")

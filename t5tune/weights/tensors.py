@@ -101,7 +101,7 @@ def from_float32(values: npt.NDArray[np.float32], dtype: str) -> Tensor:
     """fp32 values in another floating dtype, rounded once, to the nearest even; too large ones become infinite."""
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return Tensor(dtype, values.astype(STORAGE[dtype]))
+            return Tensor(dtype, values.astype(STORAGE[dtype], copy=False))
     bits = np.ascontiguousarray(values).view(np.uint32)
     nearest = bits >> 16
     nearest &= 1
