@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         """Raises: CheckpointError: the header is broken, or tensors overlap, leave holes or pass the end."""
         self.path = path
+        self._map: weakref.ref[np.memmap[Any, np.dtype[np.uint8]]] | None = None
         try:
             size = path.stat().st_size
             with open(path, "rb") as file:
@@ -93,13 +95,20 @@ class SafetensorsFile:
             return Tensor(entry.dtype, np.zeros(entry.shape, STORAGE[entry.dtype]))
         count = (entry.end - entry.begin) // STORAGE[entry.dtype].itemsize
         # an offset need not be a multiple of the item's size: map bytes, then view them
-        mapped = np.memmap(self.path, np.uint8, "r", entry.begin, (entry.end - entry.begin,))
-        array = np.frombuffer(mapped, STORAGE[entry.dtype], count).reshape(entry.shape)
-        return Tensor(entry.dtype, array, Place(self.path, entry.begin))
+        array = np.frombuffer(self._mapped()[entry.begin : entry.end], STORAGE[entry.dtype], count)
+        return Tensor(entry.dtype, array.reshape(entry.shape), Place(self.path, entry.begin))
+
+    def _mapped(self) -> np.memmap[Any, np.dtype[np.uint8]]:
+        """The file's bytes, mapped once for all tensors that live: each map would hold the file open."""
+        mapped = self._map() if self._map is not None else None
+        if mapped is None:
+            mapped = np.memmap(self.path, np.uint8, "r")
+            self._map = weakref.ref(mapped)
+        return mapped
 
 
 class Tensors(Mapping[str, Tensor]):
-    """A file's tensors by name, each mapped when it is asked for and let go with the last use of it."""
+    """A file's tensors by name, mapped when one is asked for and let go with the last use of any."""
 
     def __init__(self, file: SafetensorsFile) -> None:
         self.file = file

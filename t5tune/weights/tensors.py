@@ -88,10 +88,12 @@ class Tensor:
             yield begin, self.rows(begin, min(begin + step, self.shape[0]))
 
     def to_float32(self) -> npt.NDArray[np.float32]:
-        """The values as fp32: exact for BF16, F16 and F32."""
+        """The values as fp32, in memory of their own: exact for BF16, F16 and F32."""
+        is_mapped = self.place is not None and bool(self.shape)
+        array = self.rows(0, self.shape[0]).array if is_mapped else self.array
         if self.dtype == "BF16":
-            return (self.array.astype(np.uint32) << 16).view(np.float32)
-        return self.array.astype(np.float32)
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32, copy=not is_mapped)
 
     def tobytes(self) -> bytes:
         return np.ascontiguousarray(self.array).tobytes()
