@@ -1,11 +1,14 @@
 """merge on files of a stranger's making: refused by name, with nothing written."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from t5tune.cli import run
+from t5tune.data.tokenizer import load_tokenizer
+from t5tune.errors import ModelError
 from t5tune.merge import merge
 from t5tune.settings import MergeSettings
 
@@ -49,3 +52,12 @@ def test_the_hubs_own_links_are_followed(untied_base: Path, adapter: Path, tmp_p
     merge(MergeSettings(model_name_or_path=str(snapshot), adapter=adapter, output_dir=tmp_path / "out", verify=False))
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (untied_base / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_makes_its_reader_panic_is_refused(untied_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(untied_base, tmp_path / "base")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="tokenizer.json: can't be read: Precompiled"):
+        load_tokenizer(base)
