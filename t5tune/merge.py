@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
+from t5tune.model.device import keep_freed_memory
 from t5tune.model.free_memory import free_memory
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.publish import published_folder, scratch_folder
@@ -27,9 +28,10 @@ from t5tune.weights.adapter import TEMPLATE, base_facts
 from t5tune.weights.base import find_base
 from t5tune.weights.card import merged_card, training_of_run
 from t5tune.weights.changes import Adapter, changes_of, read_adapters
+from t5tune.weights.companions import TOKENIZER_FILES
 from t5tune.weights.fingerprint import fingerprint, full_hash
 from t5tune.weights.fold import Change, converted, folded
-from t5tune.weights.model_folder import TOKENIZER_FILES, copy_companions, write_config
+from t5tune.weights.model_folder import copy_companions, write_config
 from t5tune.weights.output import check_replaceable
 from t5tune.weights.shards import Shard, plan_shards, write_shards
 from t5tune.weights.strangers import holds
@@ -94,6 +96,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
         report(Note("every lora_B is zero: the adapter changes nothing but token rows", warning=True))
     dtype = DTYPES[settings.dtype] if settings.dtype else None
     shards = plan_shards(base, dtype, settings.max_shard_size)
+    _check_room(settings.output_dir, sum(shard.size for shard in shards))
     verify = _may_verify(settings, base, adapters, report)
     agreement = None
     with published_folder(settings.output_dir) as staged, _checkpoint_folder(settings, staged) as checkpoint:
@@ -185,6 +188,20 @@ def _take_out_starts(adapters: list[Adapter], changes: dict[str, Change]) -> Non
             change.prepare = functools.partial(without_start, name=name, kind=kind, rank=rank, scale=update.scale)
 
 
+def _check_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        SettingsError: with both numbers.
+    """
+    place = next(parent for parent in Path(os.path.realpath(folder)).parents if parent.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise SettingsError(
+            f"output_dir: {folder}: {free:,} bytes are free there; the weights take {needed:,}",
+            hint="make room, or name another output_dir",
+        )
+
+
 def _moves(change: Change) -> bool:
     """Whether it adds anything beside token rows."""
     return bool(change.whole or change.biases) or any(u.b_OR.to_float32().any() for u, _ in change.updates)
@@ -209,6 +226,7 @@ def _write_weights(
     base: Checkpoint, shards: list[Shard], changes: dict[str, Change], folder: Path, report: Report
 ) -> None:
     report(Started(TASK, sum(shard.size for shard in shards), "bytes"))
+    keep_freed_memory()  # or each block of rows would get its pages anew, which takes longer than the sums
     done = 0
     for written in write_shards(base, shards, _Folded(changes), folder):
         done += written
@@ -220,7 +238,8 @@ def _write_companions(settings: MergeSettings, base: Checkpoint, adapters: list[
     """The tokenizer, the layout of conversations, the card and the settings."""
     adapter = adapters[0].folder
     tokenizer_folder = adapter if holds(adapter, "tokenizer_config.json") else base.folder
-    copy_companions(base.folder, tokenizer_folder, adapter / TEMPLATE, staged)
+    layout_folder = adapter if holds(adapter, TEMPLATE) else base.folder
+    copy_companions(base.folder, tokenizer_folder, layout_folder / TEMPLATE, staged)
     names = ", ".join(str(adapter.folder) for adapter in adapters)
     training = training_of_run(adapter) if len(adapters) == 1 else ""
     card = merged_card(settings.model_name_or_path, names, settings.to, training)

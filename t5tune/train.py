@@ -44,6 +44,7 @@ from t5tune.training.space import bytes_of_checkpoint, check_space
 from t5tune.training.stopping import StopRequest, listening
 from t5tune.weights.adapter import TEMPLATE
 from t5tune.weights.base import find_base
+from t5tune.weights.card import outcome_lines
 from t5tune.yaml_file import read_yaml
 
 # what a checkpoint holds for use, beside what resuming needs
@@ -245,4 +246,7 @@ def _finish(run: Run, settings: TrainSettings, cache: Cache, state: Any, result:
     state.save_to_json(str(run.folder / "trainer_state.json"))
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}
     write_report(run.folder, settings, values, cache.lengths())
+    if (card := run.folder / "README.md").is_file():  # of the step's adapter, before its figures were known
+        about, code, how = card.read_text(encoding="utf-8").partition("\n```python\n")
+        card.write_text(about + outcome_lines(values) + code + how, encoding="utf-8")
     write_json(run.folder / RESULT, values)

@@ -8,12 +8,20 @@ import yaml
 
 from t5tune.errors import SettingsError
 
+MAX_BYTES = 1 << 18
+
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few of aliases can stand for more than any memory holds
+            alias = self.peek_event()
+            raise yaml.YAMLError(f"line {alias.start_mark.line + 1}: *{alias.anchor}: aliases aren't read; repeat it")
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
@@ -45,10 +53,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         SettingsError: it can't be read, isn't YAML, or isn't a mapping of names to values.
     """
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise OSError(f"{size} bytes; {MAX_BYTES} is the most that is read")
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: can't be read: {error}") from error
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise SettingsError(f"{path}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # dates that never were, numbers too long, lists for keys
         raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if value is None:
         return {}

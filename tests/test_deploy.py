@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
-from t5tune.errors import DependencyError, TrainingError
+from t5tune.errors import CheckpointError, DependencyError, TrainingError
 from t5tune.merge import Merged, merge
 from t5tune.model.generation import generate
 from t5tune.model.load import load_base
@@ -105,6 +105,24 @@ def test_an_added_tokens_file_of_the_adapter_is_kept(
     (adapter / "added_tokens.json").write_text('{"mine": 400}')
     merged = run_merge(sentencepiece_base, adapter, tmp_path / "merged")
     assert (merged / "added_tokens.json").read_text() == '{"mine": 400}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"added_tokens": [' + " " * (8 << 20),
+        '{"added_tokens": [{"id": "1", "content": "a"}]}',
+        '{"added_tokens": ' + "[" * 9999,
+    ],
+    ids=["that never ends", "of text", "nested"],
+)
+def test_a_list_of_added_tokens_that_is_none_is_refused(
+    sentencepiece_base: Path, adapter_with_tokens: Path, tmp_path: Path, text: str
+) -> None:
+    adapter = shutil.copytree(adapter_with_tokens, tmp_path / "adapter")
+    (adapter / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: added_tokens"):
+        run_merge(sentencepiece_base, adapter, tmp_path / "merged", verify=False)
 
 
 def notes_of(base: Path, adapter: Path, output: Path, **changes: object) -> tuple[Merged, list[str]]:

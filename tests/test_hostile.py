@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from t5tune.errors import CheckpointError
 from t5tune.export import export
 from t5tune.settings import ExportSettings
+from t5tune.training.checkpoint import seal
 from t5tune.weights.streaming import Checkpoint
 
 from .conftest import t5tune
@@ -132,6 +134,49 @@ def test_a_universal_folder_that_lies_is_refused_and_nothing_is_written(
     folder = zero_folders.universal(tmp_path / "run")
     spoil(folder)
     export_refused(folder, tmp_path, said)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """What export wrote, to be exported again."""
+    run_export(zero_folders.make(tmp_path / "made"), tmp_path / "good")
+    return tmp_path / "good"
+
+
+def test_a_pipe_that_only_tells_the_step_is_not_waited_for(adapter: Path, tmp_path: Path) -> None:
+    os.mkfifo(adapter / "trainer_state.json")
+    assert run_export(adapter, tmp_path / "adapter").step == 0
+
+
+def test_a_pipe_for_the_tokenizer_is_refused(adapter: Path, tmp_path: Path) -> None:
+    os.mkfifo(adapter / "added_tokens.json")
+    (adapter / "tokenizer_config.json").write_text("{}")
+    export_refused(adapter, tmp_path, "added_tokens.json: not a plain file")
+
+
+def test_a_tokenizer_with_code_is_refused(adapter: Path, tmp_path: Path) -> None:
+    (adapter / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "x.Y"}}')
+    export_refused(adapter, tmp_path, "auto_map: asks for code")
+
+
+def test_a_pipe_for_a_seal_is_not_waited_for(adapter: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    seal(Path(shutil.copytree(adapter, run / "checkpoint-1")), 1, 1, {})
+    (run / "checkpoint-2").mkdir()
+    os.mkfifo(run / "checkpoint-2" / "t5tune_manifest.json")
+    assert run_export(run, tmp_path / "adapter").step == 1
+
+
+def test_a_run_whose_tokenizer_leads_elsewhere_is_refused(adapter: Path, tmp_path: Path) -> None:
+    """The tokenizer stands beside its checkpoints; a secret would go with the adapter to wherever that is shared."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "secret").write_text("{}")
+    shutil.copytree(adapter, run / "checkpoint-1")
+    (run / "tokenizer_config.json").write_text("{}")
+    (run / "tokenizer.json").symlink_to(tmp_path / "secret")
+    export_refused(run / "checkpoint-1", tmp_path, "tokenizer.json: a link to")
 
 
 def test_the_command_line_refuses_with_exit_code_2_and_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Merged checkpoints, held against plain torch, stock transformers and stock PEFT."""
 
 import json
+import os
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +25,12 @@ from t5tune.settings import MergeSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.weights.adapter import TrainedWith, saved_name, write_adapter
 from t5tune.weights.fingerprint import base_facts, encoded
+from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
 
-from .conftest import make_base
+from .conftest import REPOSITORY, make_base
+
+LAYOUTS = REPOSITORY / "templates" / "conversations"
 
 PREFIX = "base_model.model."
 TOKEN_IDS = [203, 210, 201]  # not in order, so that a row in a wrong place shows
@@ -78,8 +83,9 @@ def rows_adapter(base: Path, folder: Path) -> tuple[Path, torch.Tensor]:
     }
     config = peft_model.peft_config["default"].to_dict() | {"base_model_name_or_path": str(base)}
     plain = json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else value))
-    template = folder.with_name(f"{folder.name}-template.yaml")
-    template.write_text("name: of-the-adapter\n")
+    template = folder.with_name("of-the-adapter") / "template.yaml"
+    template.parent.mkdir()
+    shutil.copy(LAYOUTS / "plain.yaml", template)
     folder.mkdir()
     write_adapter(folder, state, TrainedWith(plain, base, template), non_lora={})
     return folder, logits_of(peft_model.eval())
@@ -245,7 +251,29 @@ def test_tokenizer_and_generation_settings_come_along(case: Case) -> None:
     config["additional_special_tokens"] = config.pop("extra_special_tokens")  # what transformers 4 reads too
     assert json.loads((case.output / "tokenizer_config.json").read_text()) == config
     if case.training_logits is not None:
-        assert (case.output / "template.yaml").read_text() == "name: of-the-adapter\n"
+        assert (case.output / "template.yaml").read_text() == (LAYOUTS / "plain.yaml").read_text()
+
+
+def test_where_the_adapter_brings_no_layout_the_bases_comes_along(untied_adapter: Path, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    shutil.copy(LAYOUTS / "turns.yaml", base / "template.yaml")
+    run_merge(base, untied_adapter, tmp_path / "merged", verify=False)
+    assert (tmp_path / "merged" / "template.yaml").read_text() == (LAYOUTS / "turns.yaml").read_text()
+
+
+def test_more_files_are_written_than_a_process_may_hold_open(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path
+) -> None:
+    run_merge(untied_base, untied_adapter, tmp_path / "whole", verify=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        run_merge(untied_base, untied_adapter, tmp_path / "cut", verify=False, max_shard_size="1KB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 30
+    whole, cut = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "cut")
+    assert all(cut.tensor(name).tobytes() == whole.tensor(name).tobytes() for name in whole.names())
 
 
 def test_the_adapters_tokenizer_wins_over_the_bases(untied_base: Path, untied_adapter: Path, tmp_path: Path) -> None:

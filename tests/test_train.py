@@ -86,14 +86,17 @@ def test_cards_tell_data_settings_and_held_out_figures(finished_run: Path, untie
     card = (finished_run / "README.md").read_text()
     assert data in card
     assert "learning_rate 0.01, per_device_train_batch_size 4" in card
+    figures = f"The run took 6 steps.\nHeld out: loss {result['eval']['loss']:.4g}"
+    assert figures in card
+    of_a_step = (finished_run / "checkpoint-3" / "README.md").read_text()
+    assert "Held out" not in of_a_step  # nor of the end: those figures aren't its
     export(ExportSettings(checkpoint=finished_run / "checkpoint-3", output_dir=tmp_path / "exported"))
     assert data in (tmp_path / "exported" / "README.md").read_text()
     values = {"model_name_or_path": str(untied_base), "adapter": finished_run, "output_dir": tmp_path / "merged"}
     merge(MergeSettings.model_validate(values | {"verify": False}))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert data in card
-    assert "The run took 6 steps." in card
-    assert f"loss {result['eval']['loss']:.4g}" in card
+    assert figures in card
 
 
 def test_base_is_loaded_bit_by_bit_as_its_file_says(base: Path) -> None:

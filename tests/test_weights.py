@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration
 
 from t5tune.errors import CheckpointError
-from t5tune.weights.streaming import Checkpoint, SafetensorsFile, write_safetensors
+from t5tune.weights.streaming import Checkpoint, SafetensorsFile, Tensors, write_safetensors
 from t5tune.weights.tensors import Tensor, from_float32
 from t5tune.weights.torch_file import read_torch_file
 
@@ -459,3 +459,18 @@ def test_a_bin_base_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2), "step": 3}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: expected a state dict"):
         Checkpoint(tmp_path)
+
+
+def test_all_tensors_of_a_file_share_a_map_and_values_are_read_beside_it(tmp_path: Path) -> None:
+    """A map holds its file open, and its pages count as memory: an adapter of many large tensors would need both."""
+    path = tmp_path / "x.safetensors"
+    values = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
+    write_safetensors(path, {name: Tensor("F32", values) for name in "abc"})
+    tensors = Tensors(SafetensorsFile(path))
+    held = [tensors[name] for name in tensors]
+    assert all(np.array_equal(tensor.to_float32(), values) for tensor in held)
+    maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    assert len(maps) == 1
+    assert int(maps[0].split("Rss:")[1].split()[0]) < 1024  # KiB, of 12,288
+    del held
+    assert str(path) not in Path("/proc/self/maps").read_text()

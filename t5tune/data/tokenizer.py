@@ -127,7 +127,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         backend = _from_json(file) if file.name == FILE else _from_sentencepiece(file, config, names)
     except DependencyError:
         raise
-    except Exception as error:  # tokenizers raises plain Exception, protobuf DecodeError
+    except BaseException as error:  # tokenizers raises plain Exception, its Rust PanicException, protobuf DecodeError
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{file}: can't be read: {' '.join(str(error).split())[:300]}") from error
     _add_listed(backend, config)
     for name, token in names.items():

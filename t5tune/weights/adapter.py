@@ -8,7 +8,6 @@ README.md                                         the model card
 
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from t5tune.publish import write_json
 from t5tune.settings.lora import UNTRAINABLE
 from t5tune.weights.adapter_config import CONFIG, check_foldable, pattern_value, read_adapter_config
 from t5tune.weights.card import adapter_card
+from t5tune.weights.companions import copy_template, copy_tokenizer
 from t5tune.weights.fingerprint import decoded, encoded
 from t5tune.weights.strangers import holds
 from t5tune.weights.streaming import SafetensorsFile, Tensors, write_safetensors
@@ -36,6 +36,9 @@ MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 ENCODER_ROWS = f"{PREFIX}encoder.embed_tokens{ROWS}"
 DECODER_ROWS = f"{PREFIX}decoder.embed_tokens{ROWS}"
+MAX_TENSORS = 1 << 12
+"""T5-XXL has 432 linear layers."""
+QUANTISED = {"nf4", "fp4", "int8"}
 LORA_NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
 LORA_BIAS = re.compile(r"(.+)\.lora_B\.bias")
 
@@ -183,11 +186,8 @@ def write_adapter(
         extra = {name.removeprefix(PREFIX): value for name, value in state.items() if not LORA_NAME.fullmatch(name)}
         write_safetensors(folder / NON_LORA, {**non_lora, **extra}, {"format": "pt"})
     write_json(folder / CONFIG, dict(trained_with.config))
-    for file in sorted(trained_with.tokenizer_folder.glob("*")):
-        if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "spiece")):
-            shutil.copyfile(file, folder / file.name)
-    if trained_with.template_file.is_file():
-        shutil.copyfile(trained_with.template_file, folder / TEMPLATE)
+    copy_tokenizer(trained_with.tokenizer_folder, folder)
+    copy_template(trained_with.template_file, folder)
     (folder / "README.md").write_text(adapter_card(trained_with.config, trained_with.training), encoding="utf-8")
 
 
@@ -219,7 +219,10 @@ def read_adapter_tensors(folder: Path) -> Mapping[str, Tensor]:
         CheckpointError: there is none, or it is broken.
     """
     if holds(folder, WEIGHTS):
-        return Tensors(SafetensorsFile(folder / WEIGHTS))
+        file = SafetensorsFile(folder / WEIGHTS)
+        if len(file.entries) > MAX_TENSORS:
+            raise CheckpointError(f"{file.path}: {len(file.entries)} tensors; an adapter has {MAX_TENSORS} at most")
+        return Tensors(file)
     if holds(folder, OLD_WEIGHTS):
         state = read_torch_file(folder / OLD_WEIGHTS)
         if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
@@ -234,7 +237,13 @@ def base_facts(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is broken.
     """
-    return decoded(SafetensorsFile(folder / WEIGHTS).metadata) if holds(folder, WEIGHTS) else {}
+    if not holds(folder, WEIGHTS):
+        return {}
+    facts = decoded(SafetensorsFile(folder / WEIGHTS).metadata)
+    for name, value in facts.items():
+        if not isinstance(value, str | bool) or (name == "onto" and value not in QUANTISED):
+            raise CheckpointError(f"{folder / WEIGHTS}: what it tells of its base: {name}: {str(value)[:100]!r}")
+    return facts
 
 
 def low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRank]:

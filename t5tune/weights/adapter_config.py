@@ -1,7 +1,8 @@
 """adapter_config.json of a LoRA adapter, as PEFT writes it and as a stranger may have written it."""
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ HINT = "name a run folder, a checkpoint of one, or what export wrote"
 # each changes what B·A means
 UNFOLDABLE = (
     "fan_in_fan_out", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config",
-    "kasa_config", "layer_replication", "target_parameters", "auto_map",
+    "kasa_config", "layer_replication", "target_parameters", "auto_map", "megatron_config",
 )  # fmt: skip
 MAX_PATTERN = 200
+MAX_PATTERNS = 4096
+MAX_EXPRESSIONS = 4  # each may take some milliseconds a module
+MAX_NAME = 4096
+# a module's name or its end, as PEFT writes them: matched in a time that grows with its length
+_NAME = re.compile(r"\^?(\.\*)?([\w.-]|\\[.-]){1,1000}\$?")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -39,8 +45,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if config.get("lora_alpha") is None:
         raise CheckpointError(f"{path}: lora_alpha: missing; the scale is lora_alpha / r")
     for name in ("rank_pattern", "alpha_pattern"):
-        for pattern in config.get(name) or {}:
-            _check_pattern(pattern, f"{path}: {name}")
+        _check_patterns(config.get(name) or {}, f"{path}: {name}")
+    for name in ("target_modules", "exclude_modules"):  # PEFT matches a text, where --verify and chat load the adapter
+        if isinstance(config.get(name), str):
+            _check_patterns([config[name]], f"{path}: {name}")
     return config
 
 
@@ -58,20 +66,32 @@ def check_foldable(config: Mapping[str, Any], folder: Path) -> None:
 def pattern_value(pattern: Any, module: str, default: float) -> float:
     """PEFT's rule for alpha_pattern and rank_pattern: a key matches a module's name from a dot or as a whole."""
     for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
+        if _compiled(key).fullmatch(module):
             return float(value)
     return float(default)
 
 
-def _check_pattern(pattern: str, place: str) -> None:
-    """A pattern is matched against each module's name: one that could run for hours is refused."""
-    nested = re.search(r"\)[*+?{]", pattern)
-    if len(pattern) > MAX_PATTERN or nested or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 4:
-        raise CheckpointError(f"{place}: {_short(pattern)} is too involved a pattern to be matched safely")
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError) as error:
-        raise CheckpointError(f"{place}: {_short(pattern)} is no pattern: {error}") from error
+@functools.cache  # re's own cache is smaller than the number of modules
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})")
+
+
+def _check_patterns(patterns: Collection[str], place: str) -> None:
+    """Patterns are matched against the names of modules: what could run for hours is refused."""
+    if len(patterns) > MAX_PATTERNS:
+        raise CheckpointError(f"{place}: {len(patterns)} patterns; {MAX_PATTERNS} is the most that is read")
+    expressions = [pattern for pattern in patterns if not _NAME.fullmatch(pattern)]
+    for number, pattern in enumerate(expressions):
+        choices = pattern.count("|") > 4 or pattern.count("(") > 2 or re.search(r"\)[*+?{]|\\\d", pattern)
+        repeats = len(re.findall(r"(?<!\\)[*+]", pattern)) > 3 or re.search(r"(?<!\\)[?{]", pattern)
+        if len(pattern) > MAX_PATTERN or choices or repeats or number == MAX_EXPRESSIONS:
+            raise CheckpointError(
+                f"{place}: {_short(pattern)} is too involved to be matched safely", hint="list the modules by name"
+            )
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError) as error:
+            raise CheckpointError(f"{place}: {_short(pattern)} is no pattern: {error}") from error
 
 
 def _short(value: Any) -> str:
@@ -81,6 +101,11 @@ def _short(value: Any) -> str:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_name(value: Any) -> bool:
+    """Of a module or a model: in one line, and nothing that ends a string of the card's code."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable() and not set(value) & set('"`')
 
 
 def _is_number(value: Any) -> bool:
@@ -96,7 +121,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_words(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(map(_is_text, value)))
+    return value is None or (isinstance(value, list) and all(map(_is_name, value)))
 
 
 def _is_ids(value: Any) -> bool:
@@ -122,10 +147,11 @@ TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "rank_pattern": (_is_pattern(_is_count), "ranks by module"),
     "alpha_pattern": (_is_pattern(_is_number), "numbers by module"),
-    "target_modules": (lambda value: _is_words(value) or _is_text(value), "list of names"),
+    "target_modules": (lambda value: _is_words(value) or _is_name(value), "list of names"),
+    "exclude_modules": (lambda value: _is_words(value) or _is_name(value), "list of names"),
     "modules_to_save": (_is_words, "list of names"),
     "trainable_token_indices": (_is_rows, "list of rows"),
     "init_lora_weights": (lambda value: _is_flag(value) or _is_text(value), "name of a start"),
-    "base_model_name_or_path": (lambda value: value is None or _is_text(value), "name"),
-    "revision": (lambda value: value is None or _is_text(value), "name"),
+    "base_model_name_or_path": (lambda value: value in (None, "") or _is_name(value), "name"),
+    "revision": (lambda value: value in (None, "") or _is_name(value), "name"),
 }

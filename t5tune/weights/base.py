@@ -8,6 +8,7 @@ from t5tune.settings.base_model import BaseModelSettings
 from t5tune.weights.pocket import pocket_folder
 from t5tune.weights.strangers import read_object
 
+CODE = {"auto_map", "custom_pipelines"}
 FILES = [
     "*.json",
     "*.safetensors",
@@ -49,10 +50,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: can't be read: {error}") from error
     except CheckpointError as error:
         raise ModelError(error.message, error.hint) from error
-    for key in ("auto_map", "custom_pipelines"):
-        if config.get(key):
-            raise ModelError(f"{path}: {key}: asks for code that comes with the model; t5tune runs none")
+    if key := _asks_for_code(config):
+        raise ModelError(f"{path}: {key}: asks for code that comes with the model; t5tune runs none")
     return config
+
+
+def _asks_for_code(value: Any) -> str | None:
+    """The key, at any depth, that would make transformers fetch code: classes, or kernels of an `owner/name`."""
+    if isinstance(value, list):
+        return next(filter(None, map(_asks_for_code, value)), None)
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        is_kernel = key.strip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(inner)
+        if (key in CODE and inner) or is_kernel:
+            return str(key)
+        if found := _asks_for_code(inner):
+            return found
+    return None
 
 
 def _download(name: str, revision: str | None, cache_dir: Path | None) -> Path:

@@ -14,7 +14,8 @@ SETTINGS = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", 
 def adapter_card(config: Mapping[str, Any], training: str = "") -> str:
     """The README.md of an adapter folder; `training` tells of its data and settings."""
     base = config.get("base_model_name_or_path") or "BASE"
-    modules = config.get("target_modules") or []
+    targets = config.get("target_modules") or []
+    modules = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     rows = config.get("trainable_token_indices")
     rows_of = next(iter(rows.values())) if isinstance(rows, dict) else rows
     trained = f"Trained rows of the embedding and head: {len(rows_of)} added tokens.\n" if rows_of else ""
@@ -26,7 +27,7 @@ tags: [t5tune, lora]
 
 # LoRA adapter for {base}
 
-Rank {config.get("r")}, alpha {config.get("lora_alpha")}, on {", ".join(sorted(modules))}.
+Rank {config.get("r")}, alpha {config.get("lora_alpha")}, on {modules}.
 {trained}{training}
 ```python
 from peft import PeftModel
@@ -65,14 +66,21 @@ def data_of_run(folder: Path) -> str:
 
 def training_of_run(folder: Path) -> str:
     """What a run folder's own files tell of its training: data, steps, held-out figures; nothing where it is none."""
-    lines, result = data_of_run(folder), _read(folder, "result.json")
-    if isinstance(result.get("steps"), int):
-        lines += f"The run took {result['steps']:,} steps.\n"
+    return data_of_run(folder) + outcome_lines(_read(folder, "result.json"))
+
+
+def outcome_lines(result: Mapping[str, Any]) -> str:
+    """Steps and held-out figures of a run that is over, as its result.json has them."""
+    lines = f"The run took {result['steps']:,} steps.\n" if isinstance(result.get("steps"), int) else ""
     held_out = result.get("eval")
     if isinstance(held_out, dict):
-        figures = [f"{name} {value:.4g}" for name, value in held_out.items() if isinstance(value, Real)]
+        figures = [f"{name} {value:.4g}" for name, value in held_out.items() if _is_figure(name, value)]
         lines += f"Held out: {', '.join(figures)}.\n" if figures else ""
     return lines
+
+
+def _is_figure(name: str, value: Any) -> bool:
+    return name.isidentifier() and isinstance(value, Real)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

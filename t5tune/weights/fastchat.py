@@ -4,7 +4,6 @@ They lie in adapter_model.bin, adapter_model.safetensors or pytorch_model.bin, b
 `base_model.model.encoder.….q.lora_A.default.weight`, some behind a `module.` of the process group's wrapper.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import numpy as np
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.weights.adapter import LORA_NAME, PREFIX, ROWS
 from t5tune.weights.adapter_config import CONFIG
+from t5tune.weights.strangers import read_object
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
 
@@ -138,9 +138,9 @@ def added_ids(folder: Path) -> list[int]:
     Its tokenizer was saved by transformers 4, which writes added_tokens.json.
     """
     try:
-        added = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+        added = read_object(folder, "added_tokens.json")
         ids = sorted(added[text] for text in TOKENS)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (CheckpointError, OSError, KeyError, TypeError):
         return []
     fits = all(type(row) is int for row in ids) and ids == list(range(ids[0], ids[0] + len(ids))) and ids[0] > 0
     return ids if fits else []

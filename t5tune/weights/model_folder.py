@@ -1,13 +1,12 @@
 """Write a whole checkpoint that needs no PEFT: weights, the true config.json, and what belongs to them."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from t5tune.errors import CheckpointError
 from t5tune.publish import write_json
-from t5tune.weights.adapter import TEMPLATE, TrainedWith
+from t5tune.weights.adapter import TrainedWith
 from t5tune.weights.base import read_config
+from t5tune.weights.companions import TOKENIZER_CONFIG, copy_file, copy_template, copy_tokenizer
 from t5tune.weights.sentencepiece import copy_sentencepiece
 from t5tune.weights.strangers import holds, read_object
 from t5tune.weights.streaming import write_safetensors
@@ -15,8 +14,7 @@ from t5tune.weights.tensors import Tensor
 
 MODEL = "model.safetensors"
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "spiece")
+GENERATION = "generation_config.json"
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], base: Path, tied: bool, trained_with: TrainedWith) -> None:
@@ -48,32 +46,22 @@ def copy_companions(base: Path, tokenizer_folder: Path, template_file: Path, fol
     """The generation settings of the base, and the tokenizer and layout that the weights were trained with.
 
     Raises:
-        CheckpointError: a link that leaves its folder, or a tokenizer that asks for code of its own.
+        CheckpointError: one of them isn't what it should be; see companions.
     """
-    if holds(base, "generation_config.json"):
-        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
-    for file in sorted(tokenizer_folder.iterdir()):
-        if file.name.startswith(TOKENIZER_FILES) and holds(tokenizer_folder, file.name):
-            shutil.copyfile(file, folder / file.name)
+    if holds(base, GENERATION):
+        read_object(base, GENERATION)
+        copy_file(base, GENERATION, folder)
+    copy_tokenizer(tokenizer_folder, folder)
     if tokenizer_folder != base:
         copy_sentencepiece(base, folder)
     if holds(folder, TOKENIZER_CONFIG):
-        _write_tokenizer_config(folder, tokenizer_folder)
-    if template_file.is_file() and holds(template_file.parent, template_file.name):
-        shutil.copyfile(template_file, folder / TEMPLATE)
+        _write_tokenizer_config(folder)
+    copy_template(template_file, folder)
 
 
-def _write_tokenizer_config(folder: Path, source: Path) -> None:
-    """Let transformers 4 read what 5 saved: it takes a list of more special tokens only by its old name, as 5 does too.
-
-    Raises:
-        CheckpointError: the tokenizer asks for code of its own.
-    """
+def _write_tokenizer_config(folder: Path) -> None:
+    """Let transformers 4 read what 5 saved: it takes a list of more special tokens by its old name alone, as 5 can."""
     config = read_object(folder, TOKENIZER_CONFIG)
-    if config.get("auto_map"):
-        raise CheckpointError(
-            f"{source / TOKENIZER_CONFIG}: auto_map: asks for code that comes with the tokenizer; t5tune runs none"
-        )
     if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
         old = {"extra_special_tokens": "additional_special_tokens"}
         write_json(folder / TOKENIZER_CONFIG, {old.get(name, name): value for name, value in config.items()})

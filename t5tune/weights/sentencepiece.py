@@ -17,6 +17,7 @@ from t5tune.weights.strangers import holds, inside
 MODELS = ("spiece.model", "tokenizer.model")
 ADDED = "added_tokens.json"
 TOKENIZER = "tokenizer.json"
+MAX_HEAD = 4 << 20  # a thousand added tokens take 200 KB
 
 
 def copy_sentencepiece(base: Path, folder: Path) -> None:
@@ -48,7 +49,7 @@ def _added_tokens(file: Path) -> list[dict[str, Any]]:
     """The list of tokenizer.json, which stands before its vocabulary: of mT5's 16 MB, a few KB are read."""
     with open(file, "rb") as stream:
         head = b""
-        while part := stream.read(1 << 16):
+        while len(head) < MAX_HEAD and (part := stream.read(1 << 16)):
             head += part
             text = head.decode("utf-8", errors="ignore")
             if found := re.search(r'"added_tokens"\s*:\s*', text):
@@ -56,9 +57,13 @@ def _added_tokens(file: Path) -> list[dict[str, Any]]:
                     tokens = json.JSONDecoder().raw_decode(text, found.end())[0]
                 except ValueError:  # its end is yet to be read
                     continue
-                if isinstance(tokens, list) and all(
-                    isinstance(t, dict) and {"id", "content"} <= t.keys() for t in tokens
-                ):
+                except RecursionError:
+                    break
+                if isinstance(tokens, list) and all(map(_is_token, tokens)):
                     return tokens
                 break
     raise CheckpointError(f"{file}: added_tokens: expected a list of tokens with id and content")
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("id")) is int and isinstance(value.get("content"), str)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -80,14 +80,14 @@ def write_shards(base: Checkpoint, shards: list[Shard], blocks: Blocks, folder: 
 
     A few threads share the work: the kernel's copying and numpy's sums both run outside of Python's lock.
     """
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(folder / shard.name, "xb", buffering=0)) for shard in shards]
-        jobs = [_jobs(base, shard, blocks, file.fileno()) for shard, file in zip(shards, files, strict=True)]
-        # the kernel lets one thread write to a file at a time: take from the files in turn
-        yield from _together(job for turn in zip_longest(*jobs) for job in turn if job is not None)
-        for shard, file in zip(shards, files, strict=True):
-            if (written := os.fstat(file.fileno()).st_size) != shard.size:
-                raise CheckpointError(f"{folder / shard.name}: {written} bytes written, expected {shard.size}")
+    for shard in shards:
+        (folder / shard.name).touch(exist_ok=False)
+    jobs = [_jobs(base, shard, blocks, folder / shard.name) for shard in shards]
+    # the kernel lets one thread write to a file at a time: take from the files in turn
+    yield from _together(job for turn in zip_longest(*jobs) for job in turn if job is not None)
+    for shard in shards:
+        if (written := (folder / shard.name).stat().st_size) != shard.size:
+            raise CheckpointError(f"{folder / shard.name}: {written} bytes written, expected {shard.size}")
     if len(shards) > 1 or (base.index is not None and shards[0].name != MODEL):
         weight_map = {name: shard.name for shard in shards for name in shard.dtypes}
         metadata = {
@@ -109,9 +109,9 @@ def _together(jobs: Iterable[Job]) -> Iterator[int]:
             pool.shutdown(cancel_futures=True)
 
 
-def _jobs(base: Checkpoint, shard: Shard, blocks: Blocks, target: int) -> Iterator[Job]:
+def _jobs(base: Checkpoint, shard: Shard, blocks: Blocks, target: Path) -> Iterator[Job]:
     """What writes the shard's tensors, each job at its own place in the file."""
-    yield partial(os.pwrite, target, shard.header, 0)
+    yield partial(_write_header, shard, target)
     position = len(shard.header)
     run: _Run | None = None  # bytes that stay as they are, over several tensors
     for name, dtype in shard.dtypes.items():
@@ -144,7 +144,22 @@ class _Run:
         )
 
 
-def _copies(run: _Run | None, target: int) -> Iterator[Job]:
+@contextmanager
+def _opened(target: Path) -> Iterator[int]:
+    """A file for one job: there may be more files than a process may hold open."""
+    descriptor = os.open(target, os.O_WRONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_header(shard: Shard, target: Path) -> int:
+    with _opened(target) as descriptor:
+        return os.pwrite(descriptor, shard.header, 0)
+
+
+def _copies(run: _Run | None, target: Path) -> Iterator[Job]:
     if run is not None:
         for begin in range(0, run.length, PIECE):
             length = min(PIECE, run.length - begin)
@@ -152,30 +167,31 @@ def _copies(run: _Run | None, target: int) -> Iterator[Job]:
             yield partial(_copy, _Run(place, length, run.position + begin), target)
 
 
-def _copy(run: _Run, target: int) -> int:
+def _copy(run: _Run, target: Path) -> int:
     """Copy inside the kernel, where it can."""
-    with open(run.place.path, "rb", buffering=0) as source:
+    with open(run.place.path, "rb", buffering=0) as source, _opened(target) as descriptor:
         done = 0
         while done < run.length:
             begin, left, to = run.place.begin + done, run.length - done, run.position + done
             try:
-                copied = os.copy_file_range(source.fileno(), target, left, begin, to)
+                copied = os.copy_file_range(source.fileno(), descriptor, left, begin, to)
             except (AttributeError, OSError):  # another system, or a file system that can't
-                copied = os.pwrite(target, os.pread(source.fileno(), min(left, 1 << 20), begin), to)
+                copied = os.pwrite(descriptor, os.pread(source.fileno(), min(left, 1 << 20), begin), to)
             if copied == 0:
                 raise CheckpointError(f"{run.place.path}: ended at byte {begin}")
             done += copied
     return done
 
 
-def _write_blocks(blocks: Blocks, base: Checkpoint, name: str, dtype: str, target: int, position: int) -> int:
+def _write_blocks(blocks: Blocks, base: Checkpoint, name: str, dtype: str, target: Path, position: int) -> int:
     done = 0
-    for block in blocks(name, base.tensor(name), dtype):
-        rest = np.ascontiguousarray(block.array).reshape(-1).view(np.uint8).data
-        while rest:
-            written = os.pwrite(target, rest, position + done)
-            rest = rest[written:]
-            done += written
+    with _opened(target) as descriptor:
+        for block in blocks(name, base.tensor(name), dtype):
+            rest = np.ascontiguousarray(block.array).reshape(-1).view(np.uint8).data
+            while rest:
+                written = os.pwrite(descriptor, rest, position + done)
+                rest = rest[written:]
+                done += written
     return done
 
 

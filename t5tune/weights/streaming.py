@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from t5tune.weights.torch_file import read_torch_file
 
 MAX_HEADER = 16 << 20  # T5-XXL's header has 70 KB
 ALIGNMENT = 8
+MAX_DIMENSIONS = 16
+MAX_SIZE = 1 << 48
 FOREIGN = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".pth", ".pt", ".npz", ".safetensors", ".bin"}
 
 
@@ -41,6 +44,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         """Raises: CheckpointError: the header is broken, or tensors overlap, leave holes or pass the end."""
         self.path = path
+        self._map: weakref.ref[np.memmap[Any, np.dtype[np.uint8]]] | None = None
         try:
             size = path.stat().st_size
             with open(path, "rb") as file:
@@ -70,6 +74,8 @@ class SafetensorsFile:
             storage = STORAGE[dtype]
             if not all(type(number) is int for number in (begin, end, *shape)):
                 raise ValueError("expected whole numbers")
+            if len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= MAX_SIZE:
+                raise ValueError("a shape that no array has")
             expected = math.prod(shape) * storage.itemsize
             if min(begin, *shape, 0) < 0 or end - begin != expected or end + self.data_begin > size:
                 raise ValueError(f"{end - begin} bytes for {dtype} {list(shape)}")
@@ -89,13 +95,20 @@ class SafetensorsFile:
             return Tensor(entry.dtype, np.zeros(entry.shape, STORAGE[entry.dtype]))
         count = (entry.end - entry.begin) // STORAGE[entry.dtype].itemsize
         # an offset need not be a multiple of the item's size: map bytes, then view them
-        mapped = np.memmap(self.path, np.uint8, "r", entry.begin, (entry.end - entry.begin,))
-        array = np.frombuffer(mapped, STORAGE[entry.dtype], count).reshape(entry.shape)
-        return Tensor(entry.dtype, array, Place(self.path, entry.begin))
+        array = np.frombuffer(self._mapped()[entry.begin : entry.end], STORAGE[entry.dtype], count)
+        return Tensor(entry.dtype, array.reshape(entry.shape), Place(self.path, entry.begin))
+
+    def _mapped(self) -> np.memmap[Any, np.dtype[np.uint8]]:
+        """The file's bytes, mapped once for all tensors that live: each map would hold the file open."""
+        mapped = self._map() if self._map is not None else None
+        if mapped is None:
+            mapped = np.memmap(self.path, np.uint8, "r")
+            self._map = weakref.ref(mapped)
+        return mapped
 
 
 class Tensors(Mapping[str, Tensor]):
-    """A file's tensors by name, each mapped when it is asked for and let go with the last use of it."""
+    """A file's tensors by name, mapped when one is asked for and let go with the last use of any."""
 
     def __init__(self, file: SafetensorsFile) -> None:
         self.file = file

@@ -88,10 +88,12 @@ class Tensor:
             yield begin, self.rows(begin, min(begin + step, self.shape[0]))
 
     def to_float32(self) -> npt.NDArray[np.float32]:
-        """The values as fp32: exact for BF16, F16 and F32."""
+        """The values as fp32, in memory of their own: exact for BF16, F16 and F32."""
+        is_mapped = self.place is not None and bool(self.shape)
+        array = self.rows(0, self.shape[0]).array if is_mapped else self.array
         if self.dtype == "BF16":
-            return (self.array.astype(np.uint32) << 16).view(np.float32)
-        return self.array.astype(np.float32)
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32, copy=not is_mapped)
 
     def tobytes(self) -> bytes:
         return np.ascontiguousarray(self.array).tobytes()
@@ -101,7 +103,7 @@ def from_float32(values: npt.NDArray[np.float32], dtype: str) -> Tensor:
     """fp32 values in another floating dtype, rounded once, to the nearest even; too large ones become infinite."""
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return Tensor(dtype, values.astype(STORAGE[dtype]))
+            return Tensor(dtype, values.astype(STORAGE[dtype], copy=False))
     bits = np.ascontiguousarray(values).view(np.uint32)
     nearest = bits >> 16
     nearest &= 1

@@ -4,7 +4,6 @@ trained = read_trained(Path("run/checkpoint-300"), OldLora())
 trained.adapter["base_model.model.….q.lora_A.weight"]
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from t5tune.weights.fastchat import OldLora, found_config, is_adapter_name, plai
 from t5tune.weights.links import check_all_inside
 from t5tune.weights.model_folder import MODEL
 from t5tune.weights.pieces import Pieces
+from t5tune.weights.strangers import read_object
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
 from t5tune.weights.torch_file import StoredTensor
@@ -176,8 +176,8 @@ def _facts(folder: Path) -> tuple[int, int]:
     """(step, world size) by the seal, or by the Trainer's own state file."""
     for name, key in ((MANIFEST, "step"), ("trainer_state.json", "global_step")):
         try:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            values = read_object(folder, name)
             return int(values[key]), int(values.get("world_size", 1))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
     return 0, 1
