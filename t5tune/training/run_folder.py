@@ -13,15 +13,17 @@ from typing import Any
 from t5tune.data.cache import Cache, is_cache, open_cache
 from t5tune.errors import CheckpointError, TrainingError
 from t5tune.progress import Note, Report
-from t5tune.publish import write_file
+from t5tune.publish import write_file, writing
 from t5tune.settings import TrainSettings, dump_settings
 from t5tune.training.checkpoint import newest, remove_staged
 from t5tune.training.identity import check_same, identity
 from t5tune.training.launch import World
 from t5tune.weights.fingerprint import base_facts
+from t5tune.weights.remembered import file_states, recall, remember
 
 SETTINGS = "settings.yaml"
 RESULT = "result.json"
+BASE = "base.json"  # see weights/remembered.py
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def move_aside(folder: Path, report: Report) -> None:
     while folder.with_name(f"{folder.name}.{number}").exists():
         number += 1
     aside = folder.with_name(f"{folder.name}.{number}")
-    folder.rename(aside)
+    with writing(aside):
+        folder.rename(aside)
     report(Note(f"{folder}: moved to {aside}"))
 
 
@@ -109,7 +112,8 @@ def begin(
         CheckpointError: none is whole, or of another number of ranks than these.
         SettingsError: the run began with something else.
     """
-    facts = _base_facts(base, settings)
+    states = file_states(base)
+    facts = _base_facts(base, settings, recall(run.folder / BASE, states))
     made_of = identity(settings, cache, facts["sha256"], world.size)
     resume, damaged = newest(run.folder)
     for problem in damaged:
@@ -122,6 +126,7 @@ def begin(
         report(Note(f"resuming from {resume}"))
     remove_staged(run.folder)
     save_settings(settings, run)
+    remember(run.folder / BASE, states, facts["sha256"])
     return facts, made_of, resume
 
 
@@ -140,9 +145,9 @@ def read_result(folder: Path) -> Trained:
     return Trained(**values)
 
 
-def _base_facts(base: Path, settings: TrainSettings) -> dict[str, Any]:
+def _base_facts(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:
     """What tells merge whether a base is this one, and what of it the adapter saw."""
-    facts: dict[str, Any] = dict(base_facts(base, settings.model_name_or_path))
+    facts: dict[str, Any] = dict(base_facts(base, settings.model_name_or_path, sha256))
     if settings.q_lora:
         compute = "bfloat16" if settings.bf16 else "float32"
         facts |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}

@@ -20,10 +20,10 @@ SAMPLE = 2 << 10  # bytes from a tensor's begin, and as many from its end
 COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 
 
-def base_facts(folder: Path, name: str) -> dict[str, str]:
-    """What an adapter's file tells of its base: its name and both hashes."""
+def base_facts(folder: Path, name: str, sha256: str | None = None) -> dict[str, str]:
+    """What an adapter's file tells of its base: its name and both hashes, of which the second may be known."""
     base = Checkpoint(folder)
-    return {"base": name, "fingerprint": fingerprint(base), "sha256": full_hash(base)}
+    return {"base": name, "fingerprint": fingerprint(base), "sha256": sha256 or full_hash(base)}
 
 
 def fingerprint(base: Checkpoint) -> str:

@@ -1,6 +1,7 @@
 """A run goes on with what it began with, or says what differs."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from t5tune.errors import CheckpointError, SettingsError, Stopped
-from t5tune.progress import Advanced, Event, Note
+from t5tune.progress import Advanced, Event, Note, Started
 from t5tune.publish import sha256
 from t5tune.train import train
+from t5tune.weights import fingerprint, remembered
+from t5tune.weights.fingerprint import full_hash
+from t5tune.weights.streaming import Checkpoint
 from tests.reliability.runs import STEPS, adapter, settings
 from tests.reliability.test_stopping import stop_at
 
@@ -77,6 +81,42 @@ def test_other_data_and_another_base_are_refused_by_their_hashes(
     with pytest.raises(SettingsError, match='base: "sha256:.*" in .*, "sha256:.*" now'):
         train(settings(tmp_path / "base", conversations, begun))
     assert files_of(begun) == before
+
+
+def test_a_base_is_hashed_once_and_again_when_a_file_of_it_was_touched(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run, hashed = tmp_path / "base", tmp_path / "run", []
+
+    def count(checkpoint: Checkpoint) -> str:
+        hashed.append(checkpoint.folder)
+        return full_hash(checkpoint)
+
+    monkeypatch.setattr(fingerprint, "full_hash", count)
+    shutil.copytree(untied_base, base)
+    file = base / "model.safetensors"
+
+    def go_on() -> int:
+        """How often the whole base was read."""
+        hashed.clear()
+        with pytest.raises(Stopped):
+            train(settings(base, conversations, run), stop_at(Started("train", STEPS, "steps")))
+        return len(hashed)
+
+    assert go_on() == 1  # so new that a change might not show: not remembered
+    assert not (run / "base.json").exists()
+    monkeypatch.setattr(remembered, "SECONDS_TO_SETTLE", -1.0)
+    assert [go_on(), go_on()] == [1, 0]
+    changed, times = bytearray(file.read_bytes()), file.stat()
+    changed[-20_000] ^= 1  # in the middle of a tensor, where the fingerprint doesn't look
+    file.write_bytes(changed)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint.fingerprint(Checkpoint(base)) == fingerprint.fingerprint(Checkpoint(untied_base))
+    with pytest.raises(SettingsError, match='base: "sha256:.*" in .*, "sha256:.*" now'):
+        train(settings(base, conversations, run))
+    shutil.copy2(untied_base / file.name, file)
+    (run / "base.json").write_text("[]")
+    assert [go_on(), go_on()] == [1, 0]
 
 
 def test_a_change_on_purpose_is_told_and_sealed(
