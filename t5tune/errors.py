@@ -6,6 +6,7 @@
     ├── ModelError            exit 2   a base checkpoint can't be used
     ├── CheckpointError       exit 2   a training checkpoint or an adapter can't be used
     ├── DependencyError       exit 1   a package that this needs is missing or doesn't work here
+    ├── WriteError            exit 1   a disk is full or broken
     ├── OutOfMemory           exit 1   neither the GPU nor the machine has as much memory
     ├── TrainingError         exit 1   training can't go on
     │   └── RankLost          exit 1   another rank died or hangs
@@ -75,6 +76,10 @@ class CheckpointError(T5TuneError):
 
 class DependencyError(T5TuneError):
     """A package is missing, or doesn't work on this machine."""
+
+
+class WriteError(T5TuneError):
+    """A file can't be written: the disk is full, broken or read-only."""
 
 
 class OutOfMemory(T5TuneError):

@@ -5,6 +5,7 @@ with published_folder(Path("cache")) as folder:
 """
 
 import ctypes
+import errno
 import fcntl
 import glob
 import hashlib
@@ -17,9 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import SettingsError
+from t5tune.errors import SettingsError, WriteError
 
 CHUNK = 1 << 20
+FULL = {errno.ENOSPC, errno.EDQUOT}
+OF_THE_DISK = FULL | {errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 @contextmanager
@@ -32,11 +35,12 @@ def published_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         SettingsError: no folder can be made there.
+        WriteError: the disk is full or broken.
     """
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):
         raise SettingsError(f"{target}: a mount point can't be replaced", hint="name a folder in it")
-    with scratch_folder(target) as staged:
+    with writing(target), scratch_folder(target) as staged:
         yield staged
         sync_folder(staged)
         if target.exists() and _exchange(staged, target):
@@ -72,6 +76,8 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         finally:
             _unlock(parent)
     except OSError as error:
+        if error.errno in OF_THE_DISK:
+            raise
         raise SettingsError(f"{target}: can't be made here: {error.strerror}", hint="name another folder") from error
     try:
         yield staged
@@ -127,17 +133,65 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write `data`, whole or in parts, beside `path`, sync it, and rename it into place."""
+    """Write `data`, whole or in parts, beside `path`, sync it, and rename it into place.
+
+    Raises:
+        WriteError: the disk is full or broken.
+    """
     temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.writelines([data] if isinstance(data, bytes) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """`write_file` of a file's bytes."""
+    with open(source, "rb") as file:
+        write_file(target, iter(lambda: file.read(CHUNK), b""))
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line to a file of lines, of which a kill may have cut the last.
+
+    Raises:
+        WriteError: the disk is full or broken.
+    """
+    with writing(path), open(path, "a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = f"\n{text}"
+        file.write(f"{text}\n".encode())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file where the disk refuses: the system itself names none when a write fails.
+
+    Raises:
+        WriteError: with the path and the system's reason.
+    """
     try:
-        with open(temporary, "wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        place = next(folder for folder in (path, *path.parents) if folder.exists())
+        # what is written beside it is gone with this error
+        named = path if error.filename is None else Path(os.fsdecode(error.filename))
+        named = path if named.is_relative_to(path.parent) else named
+        free = f"{shutil.disk_usage(place).free:,} bytes are free; make room, and give the same command again"
+        raise WriteError(
+            f"{named}: {error.strerror} (errno {error.errno})",
+            hint=free if error.errno in FULL else None,
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,6 @@
 It runs in whatever processes there are: alone, or as one rank under torchrun, deepspeed or `--num-gpus`.
 """
 
-import shutil
 import time
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -21,7 +20,7 @@ from t5tune.errors import SettingsError, Stopped
 from t5tune.model.device import memory_is_named, peak_memory
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
-from t5tune.publish import write_json
+from t5tune.publish import copy_file, write_json, writing
 from t5tune.settings import PrepareSettings, TrainSettings
 from t5tune.training.arguments import best_by, training_arguments
 from t5tune.training.check import check
@@ -114,7 +113,8 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
         raise SettingsError(
             f"output_dir: {folder}: holds something that is no run of t5tune", hint="name another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if not run.settings_path.is_file():  # by which a run is known
         save_settings(settings, run)
     in_use = bool(checkpoints(folder)) and "data" not in settings.allow_change
@@ -242,8 +242,10 @@ def _finish(run: Run, settings: TrainSettings, cache: Cache, state: Any, result:
     last = run.folder / f"checkpoint-{step}"
     for file in sorted(last.iterdir()):
         if file.name.startswith(RESULTS):
-            shutil.copyfile(file, run.folder / file.name)
-    state.save_to_json(str(run.folder / "trainer_state.json"))
+            copy_file(file, run.folder / file.name)
+    history = run.folder / "trainer_state.json"
+    with writing(history):
+        state.save_to_json(str(history))
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}
     write_report(run.folder, settings, values, cache.lengths())
     if (card := run.folder / "README.md").is_file():  # of the step's adapter, before its figures were known

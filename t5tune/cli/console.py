@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -143,6 +144,8 @@ def result_stream() -> Iterator[TextIO]:
 
 def format_number(value: float) -> str:
     """Four significant digits, without needless zeros: 0.0001, 12.35, 81920."""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e12:
         return f"{int(value):,}"
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

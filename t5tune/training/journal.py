@@ -15,16 +15,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from t5tune.errors import WriteError
+from t5tune.progress import Note, Report, silent
+from t5tune.publish import append_line
+
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.json"
 SECONDS_BETWEEN_BEATS = 60.0
 
 
 class Journal:
-    """Appends to the metrics.jsonl of a run folder."""
+    """Appends to the metrics.jsonl of a run folder. What can't be written is told, and written with a later line."""
 
-    def __init__(self, run_folder: Path, seconds_between_beats: float = SECONDS_BETWEEN_BEATS) -> None:
+    def __init__(
+        self, run_folder: Path, seconds_between_beats: float = SECONDS_BETWEEN_BEATS, report: Report = silent
+    ) -> None:
         self.path = run_folder / METRICS
+        self.report = report
+        self._waiting: list[str] = []
         self.seconds_between_beats = seconds_between_beats
         self._written_at = time.monotonic()
 
@@ -32,8 +40,13 @@ class Journal:
         """Append a line, with the time of the day in UTC."""
         self._written_at = time.monotonic()
         line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **figures}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._waiting.append(json.dumps(line))
+        try:
+            append_line(self.path, "\n".join(self._waiting))
+        except WriteError as error:
+            self.report(Note(f"{error.message}; training goes on, and its figures wait", warning=True))
+        else:
+            self._waiting.clear()
 
     def beat(self, step: int) -> None:
         """Append a sign of life where nothing was written for a while."""

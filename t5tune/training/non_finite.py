@@ -10,12 +10,14 @@ non_finite.jsonl of the run folder has a line for each such step:
 `examples` are numbers in the token cache, over all ranks: `t5tune inspect CACHE --example 3` shows one.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
 
 from t5tune.errors import TrainingError
 from t5tune.progress import Note, Report
+from t5tune.publish import append_line
 from t5tune.training.checkpoint import checkpoints
 
 FILE = "non_finite.jsonl"
@@ -47,8 +49,7 @@ class NonFiniteSteps:
             action = "stop" if stops else "skip"
             figures = {"loss": _finite(loss), "grad_norm": _finite(grad_norm)}
             line = {"step": step, **figures, "action": action, "examples": examples}
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.path, json.dumps(line))
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {grad_norm}"
         found = f"step {step}: {what}; no update was made; its examples: {self.path}"
         if not stops:
@@ -63,12 +64,18 @@ class NonFiniteSteps:
         )
 
     def _skipped_before(self, step: int) -> set[int]:
-        """A run that was resumed may meet a step twice."""
+        """A run that was resumed may meet a step twice, and a kill may have cut a line."""
         try:
-            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            lines = self.path.read_text(encoding="utf-8").splitlines()
         except OSError:
             return set()
-        return {line["step"] for line in lines if line["action"] == "skip" and line["step"] < step}
+        skipped = set()
+        for text in lines:
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if line["action"] == "skip" and line["step"] < step:
+                    skipped.add(line["step"])
+        return skipped
 
 
 def _finite(value: float) -> float | None:

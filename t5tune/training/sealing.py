@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from t5tune.errors import CheckpointError, TrainingError
+from t5tune.errors import CheckpointError, TrainingError, WriteError
 from t5tune.progress import Advanced, Event
 from t5tune.training.checkpoint import STAGED, checkpoints, publish, size_of
 from t5tune.training.non_finite import NonFiniteSteps
 from t5tune.training.ranks import from_rank_0, gather
+from t5tune.training.saves import noted_saves
 from t5tune.training.stopping import StopRequest, agreed
 
 AGAIN = "the same command goes on from there"
@@ -27,6 +28,8 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
     keep: number of checkpoints to keep beside the best; None: all.
     stop: what was asked of this process.
     non_finite: what is done about a loss or gradient that is no finite number.
+
+    Its save_model notes in `failures` what it can't write.
     """
 
     run_folder: Path
@@ -36,6 +39,7 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
     non_finite: NonFiniteSteps
     is_stopped = False
     staging: Path | None = None
+    failures: list[Exception]
     last_saved: int | None = None
     _has_begun = False
     _step_loss: Any = None
@@ -160,22 +164,28 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         self.last_saved = step
 
     def _staged(self, staging: Path, model: Any, trial: Any) -> Exception | None:
-        """Let Trainer and DeepSpeed write what they resume from; what went wrong, or None."""
+        """Let Trainer and DeepSpeed write what they resume from; what went wrong with a file, or None.
+
+        Raises:
+            TrainingError: it broke off, and others may be waiting in a collective that this rank won't come to.
+        """
+        step = self.state.global_step
         self.staging = staging
         try:
-            staging.mkdir(exist_ok=True)
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            return error
+            with noted_saves() as self.failures:
+                staging.mkdir(exist_ok=True)
+                super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise self._unwritten(step, _words(error)) from error
         finally:
             self.staging = None
-        return None
+        return self.failures[0] if self.failures else None
 
     def _published(self, staging: Path, step: int) -> Exception | None:
         staged, best = staging / f"checkpoint-{step}", self.state.best_global_step
         try:
             publish(staged, self.run_folder, step, self.args.world_size, self.made_of, self.keep, best)
-        except (OSError, CheckpointError) as error:
+        except (OSError, CheckpointError, WriteError) as error:
             return error
         return None
 
@@ -185,20 +195,25 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingError: naming the rank, the reason and the room that there is.
         """
-        reasons = gather(None if failure is None else " ".join(str(failure).split()))
+        reasons = gather(None if failure is None else _words(failure))
         failed = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
         if failed is None:
             return
-        where = f" by rank {failed}" if self.args.world_size > 1 else ""
-        # a full disk has many names: torch says "unexpected pos"
+        where = f"rank {failed}: " if self.args.world_size > 1 else ""
+        raise self._unwritten(step, f"{where}{reasons[failed]}") from failure
+
+    def _unwritten(self, step: int, reason: str) -> TrainingError:
         kept = checkpoints(self.run_folder)
         needed = f"; a checkpoint takes {size_of(kept[0]):,} bytes" if kept else ""
-        free = shutil.disk_usage(self.run_folder).free
-        raise TrainingError(
-            f"{self.run_folder / f'checkpoint-{step}'} could not be written{where}: {reasons[failed]} ({free:,} bytes "
-            f"are free{needed})",
+        room = f"{shutil.disk_usage(self.run_folder).free:,} bytes are free{needed}"
+        return TrainingError(
+            f"{self.run_folder / f'checkpoint-{step}'} could not be written: {reason} ({room})",
             hint=f"the last checkpoint, {kept[0]}, is whole; {AGAIN}" if kept else AGAIN,
-        ) from failure
+        )
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class _EvaluationEnded(Exception):

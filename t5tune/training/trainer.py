@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.data.cache import Cache
 from t5tune.data.tokenizer import Tokenizer, answer_text, true_text
+from t5tune.errors import T5TuneError
 from t5tune.metrics import score
 from t5tune.model.device import peak_memory
 from t5tune.model.loss import IGNORED_LABEL, HeadLoss
@@ -120,7 +121,7 @@ class T5Trainer(SealingTrainer):
         self.non_finite = non_finite
         self.report = report
         self.run_folder = Path(args.output_dir)
-        self.journal = Journal(self.run_folder)
+        self.journal = Journal(self.run_folder, report=report)
         self.tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.tokens_logged = 0
         self.logged_at = time.monotonic()
@@ -240,8 +241,11 @@ class T5Trainer(SealingTrainer):
         state = self.trained_state()  # on every rank: ZeRO gathers
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write(folder, without_start(state, self.taken_out))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.write(folder, without_start(state, self.taken_out))
+            except (OSError, T5TuneError) as error:
+                self.failures.append(error)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Every trained tensor by its saved name, in fp32; under ZeRO the optimizer's master copy, gathered."""

@@ -1,18 +1,17 @@
-"""Train by a settings file, the loss of the fifth micro-step being infinite: a stand-in for a real overflow."""
+"""Infinite losses: a stand-in for real overflows."""
 
-import sys
+import os
 from typing import Any
 
 import torch
 
-from t5tune.settings import TrainSettings, load_settings
-from t5tune.train import train
 
-
-def overflow_at(count: int) -> None:
-    """From here on the loss of this process's `count`-th micro-step is infinite."""
+def overflow_at(counts: list[int], rank: int = 0) -> None:
+    """From here on the losses of that rank's micro-steps of these numbers, from 1, are infinite."""
     from t5tune.training.trainer import T5Trainer
 
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
     steps = 0
     compute = T5Trainer.compute_loss
 
@@ -20,14 +19,6 @@ def overflow_at(count: int) -> None:
         nonlocal steps
         steps += 1
         loss = compute(self, *arguments, **options)
-        return loss * torch.inf if steps == count else loss
+        return loss * torch.inf if steps in counts else loss
 
     T5Trainer.compute_loss = overflow  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    overflow_at(5)
-    try:
-        train(load_settings(TrainSettings, file=sys.argv[1])[0])
-    except Exception as error:
-        sys.exit(str(error))

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,26 @@ def test_a_hung_rank_is_named_and_a_second_signal_ends_it(
         assert running.end() == 143
         assert not any(map(is_running, workers))
     assert "stopped at once by a second SIGTERM" in running.log.read_text()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.skipif(not LONG, reason="make reliability")
+def test_the_other_ranks_leave_in_time(
+    rank: int, number: signal.Signals, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    timeout = 15
+    within = 10 if number == signal.SIGKILL else timeout + 5
+    run = tmp_path / "run"
+    with start(untied_base, conversations, run, *ZERO3, f"--process-group-timeout={timeout}") as running:
+        running.until(lambda: 6 in whole_steps(run))
+        workers = running.workers()
+        kill(workers[rank], number)
+        began = time.monotonic()
+        running.until_gone(workers)
+        assert time.monotonic() - began < within
+        assert running.end() == 1
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_tasks_of_srun_meet_and_stop_together(

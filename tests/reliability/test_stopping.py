@@ -14,7 +14,19 @@ from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Event, Started
 from t5tune.train import train
 from t5tune.training.stopping import HANDED_ON, SECONDS_APART
-from tests.reliability.runs import STEPS, ZERO3, Running, adapter, kill, settings, start, whole_steps
+from tests.reliability.forks import Forks
+from tests.reliability.runs import (
+    LONG,
+    STEPS,
+    ZERO3,
+    Running,
+    adapter,
+    arguments,
+    kill,
+    settings,
+    start,
+    whole_steps,
+)
 
 
 def stop_at(event: Event, number: int = signal.SIGTERM) -> Any:
@@ -77,6 +89,53 @@ def test_a_signal_while_the_data_is_prepared_leaves_nothing_half_made(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.yaml"]
     train(chosen)
     assert adapter(tmp_path / "run") == straight
+
+
+def stop_in_prepare() -> None:
+    """From here on rank 0 gets a SIGTERM when it begins to prepare the data."""
+    import t5tune.train as module
+
+    prepare = module.prepare
+
+    def interrupted(settings: Any, report: Any, **options: Any) -> Any:
+        return prepare(settings, stop_at(Started("prepare", None, "records")), **options)
+
+    module.prepare = interrupted
+
+
+def test_a_signal_while_rank_0_prepares_stops_all(
+    forks: Forks, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = arguments(untied_base, conversations, run, "--max-steps=2", "--report-samples=0")
+    done = forks.run(command, 2, ["tests.reliability.test_stopping:stop_in_prepare()"])
+    assert done.codes == [143, 143], done.log
+    told = [line for line in done.log.splitlines() if line.startswith("error: ")]
+    assert len(told) == 2
+    assert all("stopped by SIGTERM before training began" in line for line in told)
+    assert [path.name for path in run.iterdir()] == ["settings.yaml"]
+    assert forks.run(command, 2).codes == [0, 0]
+
+
+@pytest.mark.skipif(not LONG, reason="make reliability")
+def test_a_signal_to_torchrun_while_rank_0_prepares_leaves_nothing_half_made(untied_base: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "many.jsonl", tmp_path / "run"
+    lines = [
+        json.dumps({"source": f"how many are {number}?", "target": f"{number} lamps"}) for number in range(200_000)
+    ]
+    data.write_text("\n".join(lines))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "t5tune"]
+    command = [*torchrun, *arguments(untied_base, data, run, "--max-steps=2", "--report-samples=0")]
+    with Running(command, run) as running:
+        running.until(lambda: any(run.glob(".data.new-*/*")))
+        workers = running.workers()
+        kill(running.process.pid, signal.SIGTERM)
+        assert running.end() != 0
+        running.until_gone(workers)
+    assert "stopped by SIGTERM before training began" in running.log.read_text()
+    assert [path.name for path in run.iterdir()] == ["settings.yaml"]
+    with Running(command, run) as running:
+        assert running.end() == 0, running.log.read_text()[-3000:]
 
 
 def test_a_signal_to_one_rank_stops_all_and_resumes_to_the_same_bits(

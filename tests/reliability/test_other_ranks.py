@@ -1,0 +1,68 @@
+"""A run goes on with another number of processes: the same examples in each step, and about the same weights."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.reliability.forks import Forks
+from tests.reliability.recording import recorded
+from tests.reliability.runs import LONG, STEPS, arguments
+
+BATCH = 4  # examples of a step
+CHANGES = [(2, 1), (2, 4), (4, 2)] if LONG else [(2, 1)]
+STOPPED = 9
+
+
+def stop_behind(step: int) -> None:
+    """From here on this process gets a SIGTERM in the middle of the step behind that one."""
+    from t5tune.training.trainer import T5Trainer
+
+    train = T5Trainer.training_step
+
+    def stop(self: T5Trainer, *given: object, **options: object) -> object:
+        if self.state.global_step == step - 1 and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train(self, *given, **options)
+
+    T5Trainer.training_step = stop  # type: ignore[assignment, method-assign]
+
+
+@pytest.fixture(scope="module")
+def calm_base(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout: its random numbers depend on who computes what."""
+    base = tmp_path_factory.mktemp("calm") / "base"
+    shutil.copytree(untied_base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+    return base
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_the_same_examples_and_about_the_same_weights(
+    before: int, after: int, forks: Forks, calm_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    def run(name: str, ranks: int, *calls: str) -> list[int]:
+        more = ("--lora-dropout=0", "--packing=off", "--save-steps=1000", "--report-samples=0")
+        more += ("--per-device-train-batch-size=1", f"--gradient-accumulation-steps={BATCH // ranks}")
+        record = f"tests.reliability.recording:record_to({str(tmp_path / f'{name}-steps')!r})"
+        (tmp_path / f"{name}-steps").mkdir(exist_ok=True)
+        done = forks.run(arguments(calm_base, conversations, tmp_path / name, *more), ranks, [record, *calls])
+        assert "Traceback" not in done.log, done.log
+        return done.codes
+
+    assert run("straight", before) == [0] * before
+    stop = f"tests.reliability.test_other_ranks:stop_behind({STOPPED})"
+    assert run("changed", before, stop) == [143] * before
+    assert [path.name for path in (tmp_path / "changed").glob("checkpoint-*")] == [f"checkpoint-{STOPPED}"]
+    assert run("changed", after) == [0] * after
+    steps = recorded(tmp_path / "changed-steps")
+    assert list(steps) == list(range(1, STEPS + 1))
+    assert steps == recorded(tmp_path / "straight-steps")
+    straight, changed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "changed"))
+    assert max(abs(straight[name] - changed[name]).max() for name in straight) < 2e-3
+    assert max(abs(values).max() for name, values in straight.items() if "lora_B" in name) > 2e-2
