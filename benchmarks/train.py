@@ -122,15 +122,18 @@ def stock(options: argparse.Namespace, attention: str, folder: Path) -> dict[str
         ids = pad(sources, batch_first=True)
         return {"input_ids": ids, "attention_mask": ids.ne(0), "labels": pad(targets, True, -100)}
 
+    sources, targets = cache.lengths()
+    # about as many tokens as our ways see: what random batches hold differs much from one to the next
+    as_many = options.steps * options.tokens / (options.batch_size * (sources + targets).mean())
+    steps = max(options.steps, round(as_many))
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=options.steps,
+        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=steps,
         use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16", save_strategy="no", report_to=[],
         disable_tqdm=True, logging_steps=1000, remove_unused_columns=False, log_level="error",
     )  # fmt: skip
     indices: Any = list(range(len(cache)))
     Trainer(model=model, args=arguments, train_dataset=indices, data_collator=collate, callbacks=[Ticks()]).train()
-    sources, targets = cache.lengths()
-    return measured(clock, sources, targets, seen[: options.steps], False, options)
+    return measured(clock, sources, targets, seen[:steps], False, options)
 
 
 def measured(
@@ -232,7 +235,7 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--num-layers", type=int, help="of encoder and decoder; default: the size's")
     parser.add_argument("--longest", type=int, default=512, help="tokens of a source and of a target")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--steps", type=int, default=4, help="of each way, the first of which warms up")
+    parser.add_argument("--steps", type=int, default=4, help="of our ways, the first of which warms up")
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch of ours")
     parser.add_argument("--batch-size", type=int, default=8, help="examples of a stock batch")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the base and on the adapters' input")
