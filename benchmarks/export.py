@@ -15,12 +15,11 @@ import math
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from sides import run_script
 
 RANKS = 2
 RANK = 8
@@ -30,18 +29,11 @@ SIDES = ("ours", "theirs")
 
 OURS = """
 from t5tune.cli import run
-run(["export", sys.argv[1], "--output-dir", sys.argv[2], "--quiet"])
+run(["export", arguments[0], "--output-dir", arguments[1], "--quiet"])
 """
 THEIRS = """
 from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
-convert_zero_checkpoint_to_fp32_state_dict(sys.argv[1], sys.argv[2], exclude_frozen_parameters=True)
-"""
-MEASURED = """
-import resource, sys
-{body}
-used = resource.getrusage(resource.RUSAGE_SELF)
-peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-open(sys.argv[3], "w").write(f"{{used.ru_utime + used.ru_stime}} {{peak}}")
+convert_zero_checkpoint_to_fp32_state_dict(*arguments, exclude_frozen_parameters=True)
 """
 
 
@@ -169,16 +161,8 @@ def make_checkpoint(folder: Path, config_file: Path) -> int:
 
 
 def run_side(side: str, checkpoint: Path, output: Path) -> dict[str, float]:
-    script = MEASURED.format(body=OURS if side == "ours" else THEIRS)
-    figures = output.with_suffix(".txt")
-    started = time.perf_counter()
-    command = [sys.executable, "-c", script, str(checkpoint), str(output), str(figures)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
-    wall = time.perf_counter() - started
-    if done.returncode or not figures.is_file():
-        sys.exit(done.stderr or done.stdout)
-    cpu, peak = figures.read_text().split()
-    return {"wall": round(wall, 3), "cpu": round(float(cpu), 3), "peak_mb": round(int(peak) / 1024)}
+    body = OURS if side == "ours" else THEIRS
+    return run_script(body, [checkpoint, output], output.with_suffix(".txt"), DS_ACCELERATOR="cpu")
 
 
 def same(ours: Path, theirs: Path) -> bool:

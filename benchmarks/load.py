@@ -10,14 +10,13 @@ once the libraries had been imported.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import memory_of_process, run_self
 
 from t5tune.weights.streaming import header_of
 
@@ -69,7 +68,7 @@ def load(way: str, folder: Path) -> dict[str, Any]:
     from t5tune.model.load import load_base
     from t5tune.settings import QuantisationSettings
 
-    imported = _memory("VmRSS")
+    imported = memory_of_process("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far was importing's
     started = time.perf_counter()
     if way == "t5tune":
@@ -89,16 +88,9 @@ def load(way: str, folder: Path) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "parameter_bytes": sum(parameters.values()),
-        "peak_bytes": _memory("VmHWM") - imported,
+        "peak_bytes": memory_of_process("VmHWM") - imported,
         "wo_in_4_bits": kinds == {"Params4bit"},
     }
-
-
-def _memory(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("needs Linux's /proc/self/status")
 
 
 def main() -> None:
@@ -115,8 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="t5tune-load-") as folder:
         results["file_bytes"] = write_base(Path(folder), options.shape, options.dtype)
         for way in ("t5tune", "transformers"):
-            command = [sys.executable, __file__, "--way", way, "--folder", folder]
-            results[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            results[way] = run_self("--way", way, "--folder", folder)
     results["peak_over_parameters"] = round(results["t5tune"]["peak_bytes"] / results["t5tune"]["parameter_bytes"], 2)
     results["peak_of_transformers"] = round(results["transformers"]["peak_bytes"] / results["t5tune"]["peak_bytes"], 2)
     print(json.dumps(results))

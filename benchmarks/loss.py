@@ -10,13 +10,13 @@ before, and how far loss and gradient are from fp64's.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from sides import memory_of_process, run_self
 from torch.nn import functional
 
 
@@ -37,10 +37,10 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     loss_of(hidden[:64], weight, labels[:64]).backward()
     hidden.grad = None
     Path("/proc/self/clear_refs").write_text("5")
-    before, started = _memory("VmRSS"), time.process_time()
+    before, started = memory_of_process("VmRSS"), time.process_time()
     loss = loss_of(hidden, weight, labels)
     loss.backward()
-    seconds, peak = time.process_time() - started, _memory("VmHWM") - before
+    seconds, peak = time.process_time() - started, memory_of_process("VmHWM") - before
     part = slice(0, 256)
     exact_hidden = hidden.detach()[part].double().requires_grad_()
     functional.cross_entropy(exact_hidden @ weight.double().T, labels[part], reduction="sum").backward()
@@ -49,13 +49,6 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     assert exact_hidden.grad is not None
     off = (grad[part].double() - exact_hidden.grad).norm() / exact_hidden.grad.norm()
     return {"cpu_seconds": round(seconds, 2), "peak_mb": peak >> 20, "gradient_off": float(off)}
-
-
-def _memory(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("needs Linux's /proc/self/status")
 
 
 def main() -> None:
@@ -71,8 +64,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {name: getattr(options, name) for name in ("tokens", "vocabulary", "width", "dtype")}
     for way in ("whole", "chunked"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        results[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        results[way] = run_self(*sys.argv[1:], "--way", way)
     results["memory_share"] = round(results["chunked"]["peak_mb"] / results["whole"]["peak_mb"], 3)
     results["time_share"] = round(results["chunked"]["cpu_seconds"] / results["whole"]["cpu_seconds"], 2)
     print(json.dumps(results))

@@ -12,15 +12,13 @@ copies the base's files, which is the least that a merge can do. Prints one JSON
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from sides import run_script
 
 RANK = 8
 SIDES = ("ours", "cp", "peft")
@@ -45,14 +43,6 @@ model = AutoModelForSeq2SeqLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
 """,
 }
-MEASURED = """
-import resource, sys
-base, adapter, output, figures = sys.argv[1:]
-{body}
-used = resource.getrusage(resource.RUSAGE_SELF)
-peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-open(figures, "w").write(f"{{used.ru_utime + used.ru_stime}} {{peak}}")
-"""
 
 
 def write_random(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], scale: float) -> None:
@@ -115,16 +105,8 @@ def make_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
 
 
 def run_side(side: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
-    script = MEASURED.format(body=BODIES[side])
-    figures = output.with_suffix(".txt")
-    started = time.perf_counter()
-    command = [sys.executable, "-c", script, str(base), str(adapter), str(output), str(figures)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    wall = time.perf_counter() - started
-    if done.returncode or not figures.is_file():
-        sys.exit(done.stderr or done.stdout)
-    cpu, peak = figures.read_text().split()
-    return {"wall": round(wall, 3), "cpu": round(float(cpu), 3), "peak_mb": round(int(peak) / 1024)}
+    body = "base, adapter, output = arguments" + BODIES[side]
+    return run_script(body, [base, adapter, output], output.with_suffix(".txt"), HF_HUB_OFFLINE="1")
 
 
 def same(ours: Path, theirs: Path) -> bool:

@@ -10,14 +10,12 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from sides import t5tune
 
 Q_LORA = ["--q-lora", "--no-bf16"]
 ALL_LINEAR = ["--lora-target-modules", "all-linear"]
@@ -49,14 +47,6 @@ TOKENS: dict[str, list[str]] = {
 }
 ROWS = {**METHODS, **VARIANTS, **TOKENS}
 SCORES = ("exact_match", "rougeL", "chrf", "loss")
-
-
-def t5tune(*arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "t5tune", *map(str, arguments), "--json", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    return dict(json.loads(done.stdout))
 
 
 def with_mean_rows(folder: Path) -> Path:

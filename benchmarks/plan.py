@@ -7,12 +7,14 @@ and compares with the process's peak (VmHWM). Prints one JSON line a shape.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from sides import t5tune, write_base
+
+from t5tune.model.sizes import SIZES
 
 SHAPES: dict[str, dict[str, Any]] = {
     # name: shape of config.json, lengths, and the settings of the run
@@ -43,7 +45,7 @@ def compare(size: str, lengths: tuple[int, int], flags: list[str]) -> dict[str, 
     """Planned and measured bytes, and their ratio."""
     with tempfile.TemporaryDirectory(prefix="t5tune-plan-") as text:
         folder = Path(text)
-        base = make_base(folder / "base", size)
+        base = write_base(folder / "base", SIZES[size])
         data = make_examples(folder / "data.jsonl", *lengths)
         common = ["--model-name-or-path", base, "--use-cpu", *flags]
         cache = ["--data-path", data, "--output-dir", folder / "cache", "--model-max-length", "2048"]
@@ -53,35 +55,6 @@ def compare(size: str, lengths: tuple[int, int], flags: list[str]) -> dict[str, 
         measured = t5tune("train", *common, *run, "--report-samples", "0")["peak_memory_bytes"]
     (chosen,) = [stage for stage in planned["stages"] if stage["stage"] == planned["chosen"]]
     return {"planned": chosen["total"], "measured": measured, "ratio": round(chosen["total"] / measured, 3), **chosen}
-
-
-def t5tune(*arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "t5tune", *map(str, arguments), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout)
-
-
-def make_base(folder: Path, size: str) -> Path:
-    """A random checkpoint of a known shape, with pocket's tokenizer."""
-    import shutil
-
-    import torch
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
-
-    from t5tune.model.sizes import SIZES
-    from t5tune.weights.pocket import pocket_folder
-
-    values = dict(SIZES[size])
-    config = AutoConfig.for_model(values.pop("model_type"), **values, decoder_start_token_id=0)
-    torch.manual_seed(0)
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    for file in pocket_folder().glob("tokenizer*"):
-        shutil.copy(file, folder)
-    return folder
 
 
 def make_examples(path: Path, source: int, target: int, count: int = 64) -> Path:

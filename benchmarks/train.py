@@ -4,50 +4,35 @@
     python benchmarks/train.py --longest 2048 --dtype bfloat16
     python benchmarks/train.py --data sharegpt.json
 
-Trains LoRA on a random T5 of Flan-T5-small's shape by each way in a process of its own, on the same examples, with one
-thread and the same malloc settings, and prints one JSON line. Time is the process's CPU time, so that others on the
-machine don't count; a token is useful if it is no padding. `of_peak` is the share of a large matrix product's speed,
-counting what the useful tokens need with frozen weights: forward, and the gradients of activations.
+Trains LoRA on a random T5 by each way in a process of its own, on the same examples, with one thread and the same
+malloc settings, and prints one JSON line. Time is the process's CPU time, so that others on the machine count less; a
+token is useful if it is no padding. `of_peak` is the share of a large matrix product's speed, counting what the useful
+tokens need with frozen weights: forward, and the gradients of activations. benchmarks/gpu.py does the same on a GPU.
 """
 
 import argparse
 import json
 import math
-import os
-import resource
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sides import memory_of_process, run_self, t5tune, write_base
 
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
+from t5tune.model.sizes import SIZES
+
+CPU = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
+CPU |= {"OMP_NUM_THREADS": "1"}
 WAYS = ("stock", "stock sdpa", "budget", "packed")
 POCKET = Path(__file__).parents[1] / "t5tune" / "pocket"
 
 
-def write_base(folder: Path, num_layers: int, dropout: float) -> None:
-    """A random untied T5 of Flan-T5-small's width with the built-in tokenizer."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=32128, d_model=512, d_kv=64, d_ff=1024, num_heads=6, num_layers=num_layers,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=dropout,
-    )  # fmt: skip
-    model = T5ForConditionalGeneration(config)
-    model.lm_head.weight.data.mul_(512**-0.5)  # else probabilities are denormal numbers, which no trained model has
-    model.save_pretrained(folder)
-    for file in POCKET.glob("tokenizer*"):
-        shutil.copy(file, folder)
-
-
-def write_conversations(path: Path, count: int, longest: int) -> None:
+def write_conversations(path: Path, count: int, longest: int) -> Path:
     """Pairs of lengths like ShareGPT's: log-normal, median 350 tokens of source and 150 of target."""
     vocabulary = json.loads((POCKET / "tokenizer.json").read_text())["model"]["vocab"]
     pieces = vocabulary if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
@@ -60,17 +45,25 @@ def write_conversations(path: Path, count: int, longest: int) -> None:
             turns = [("human", rng.choice(words, source)), ("gpt", rng.choice(words, target))]
             record = {"conversations": [{"from": who, "value": " ".join(text)} for who, text in turns]}
             file.write(json.dumps(record) + "\n")
+    return path
 
 
 class Clock:
-    """CPU seconds of the steps behind the first, which warms up."""
+    """Seconds of the steps behind the first, which warms up: of the CPU, or on a GPU by the clock on the wall."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
         self.begun: float | None = None
         self.seconds = 0.0
 
+    def now(self) -> float:
+        if not self.on_gpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     def tick(self) -> None:
-        now = time.process_time()
+        now = self.now()
         self.begun = self.begun or now
         self.seconds = now - self.begun
 
@@ -82,7 +75,7 @@ def ours(options: argparse.Namespace, packing: str, folder: Path) -> dict[str, A
     from t5tune.train import train
     from t5tune.training.batches import BudgetSampler
 
-    clock = Clock()
+    clock = Clock(options.on_gpu)
 
     def report(event: Event) -> None:
         if isinstance(event, Advanced) and event.task == "train" and event.done:
@@ -90,8 +83,9 @@ def ours(options: argparse.Namespace, packing: str, folder: Path) -> dict[str, A
 
     settings = TrainSettings(
         model_name_or_path=str(options.folder / "base"), data_path=str(options.folder / "cache"), output_dir=folder,
-        tokens_per_batch=options.tokens, packing=packing, max_steps=options.steps, use_cpu=True,
+        tokens_per_batch=options.tokens, packing=packing, max_steps=options.steps, use_cpu=not options.on_gpu,
         bf16=options.dtype == "bfloat16", save_strategy="no", train_token_rows=False, lora_dropout=options.dropout,
+        report_samples=0, logging_steps=1000, training_args=options.training_args,
     )  # fmt: skip
     train(settings, report)
     sources, targets = open_cache(options.folder / "cache").lengths()
@@ -108,13 +102,13 @@ def stock(options: argparse.Namespace, attention: str, folder: Path) -> dict[str
     from t5tune.data.cache import open_cache
 
     cache = open_cache(options.folder / "cache")
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    dtype = getattr(torch, options.dtype)
     model = AutoModelForSeq2SeqLM.from_pretrained(options.folder / "base", dtype=dtype, attn_implementation=attention)
     lora = LoraConfig(
         r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
     )
     model = get_peft_model(model, lora)
-    clock, seen = Clock(), []
+    clock, seen = Clock(options.on_gpu), []
 
     class Ticks(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -128,109 +122,135 @@ def stock(options: argparse.Namespace, attention: str, folder: Path) -> dict[str
         ids = pad(sources, batch_first=True)
         return {"input_ids": ids, "attention_mask": ids.ne(0), "labels": pad(targets, True, -100)}
 
+    sources, targets = cache.lengths()
+    # about as many tokens as our ways see: what random batches hold differs much from one to the next
+    as_many = options.steps * options.tokens / (options.batch_size * (sources + targets).mean())
+    steps = max(options.steps, round(as_many))
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=options.steps, use_cpu=True,
-        bf16=options.dtype == "bfloat16", save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1000,
-        remove_unused_columns=False, log_level="error",
+        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=steps,
+        use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16", save_strategy="no", report_to=[],
+        disable_tqdm=True, logging_steps=1000, remove_unused_columns=False, log_level="error",
     )  # fmt: skip
     indices: Any = list(range(len(cache)))
     Trainer(model=model, args=arguments, train_dataset=indices, data_collator=collate, callbacks=[Ticks()]).train()
-    sources, targets = cache.lengths()
-    return measured(clock, sources, targets, seen[: options.steps], False, options)
+    return measured(clock, sources, targets, seen[:steps], False, options)
 
 
 def measured(
     clock: Clock, sources: Any, targets: Any, batches: list[Any], packed: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Useful tokens per second, the share of the peak that they take, and the share of padding."""
+    peak_memory = torch.cuda.max_memory_allocated() if options.on_gpu else memory_of_process("VmHWM")
     lengths = [(sources[batch], targets[batch]) for batch in batches[1:]]
     useful = sum(int(source.sum() + target.sum()) for source, target in lengths)
     computed = useful
     if not packed:
         computed = sum(len(source) * int(source.max() + target.max()) for source, target in lengths)
-    operations = sum(needed(source, target, options.num_layers) for source, target in lengths)
-    peak = matrix_peak(torch.bfloat16 if options.dtype == "bfloat16" else torch.float32)
+    operations = sum(needed(source, target, shape_of(options)) for source, target in lengths)
     return {
         "useful_tokens": useful,
         "useful_share": round(useful / computed, 3),
-        "cpu_seconds": round(clock.seconds, 1),
+        "seconds": round(clock.seconds, 2),
         "tokens_per_second": round(useful / clock.seconds, 1),
-        "of_peak": round(operations / clock.seconds / peak, 3),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "of_peak": round(operations / clock.seconds / matrix_peak(options), 3),
+        "peak_memory_mb": peak_memory // 10**6,
     }
 
 
-def needed(sources: Any, targets: Any, num_layers: int) -> float:
+def needed(sources: Any, targets: Any, shape: dict[str, Any]) -> float:
     """Floating-point operations of a step with frozen weights: 4 a weight and token, 12 a width and pair of tokens."""
-    width, inner, hidden = 512, 384, 1024
-    projection, feed_forward = width * inner, 3 * width * hidden
-    source_weights = num_layers * (4 * projection + feed_forward + 2 * projection)  # keys and values for the decoder
-    target_weights = num_layers * (6 * projection + feed_forward) + width * 32128
-    pairs = (sources**2 + targets**2 / 2 + sources * targets).sum() * num_layers
+    width, inner, layers = shape["d_model"], shape["d_kv"] * shape["num_heads"], shape["num_layers"]
+    projection, feed_forward = (
+        width * inner,
+        (3 if "gated" in shape["feed_forward_proj"] else 2) * width * shape["d_ff"],
+    )
+    source_weights = layers * (4 * projection + feed_forward + 2 * projection)  # keys and values for the decoder
+    target_weights = layers * (6 * projection + feed_forward) + width * shape["vocab_size"]
+    pairs = (sources**2 + targets**2 / 2 + sources * targets).sum() * layers
     return float(4 * (source_weights * sources.sum() + target_weights * targets.sum()) + 12 * inner * pairs)
 
 
-def matrix_peak(dtype: torch.dtype) -> float:
-    """Operations per CPU second of a large matrix product."""
-    a = torch.randn(2048, 2048).to(dtype)
+def matrix_peak(options: argparse.Namespace) -> float:
+    """Operations per second of a large matrix product: of the fastest of five, which others disturbed least."""
+    size = 8192 if options.on_gpu else 2048
+    a = torch.randn(size, size, device="cuda" if options.on_gpu else "cpu").to(getattr(torch, options.dtype))
+    clock, fastest = Clock(options.on_gpu), math.inf
     a @ a
-    begun = time.process_time()
     for _ in range(5):
+        begun = clock.now()
         a @ a
-    return 5 * 2 * 2048**3 / (time.process_time() - begun)
+        fastest = min(fastest, clock.now() - begun)
+    return 2 * size**3 / fastest
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def shape_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The base's config.json, with as many layers and as much dropout as was asked for."""
+    shape = {**SIZES[options.size], "dropout_rate": options.dropout}
+    if options.num_layers is not None:
+        shape |= {"num_layers": options.num_layers, "num_decoder_layers": options.num_layers}
+    return shape
+
+
+def compare(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
+    """Every way in a process of its own, and how much faster packed rows are than the stock way."""
+    names = ("size", "num_layers", "longest", "dtype", "dropout", "steps", "tokens", "batch_size")
+    results: dict[str, Any] = {name: getattr(options, name) for name in names}
+    results["data"] = options.data.name if options.data else "synthetic"
+    with tempfile.TemporaryDirectory(prefix="t5tune-bench-") as name:
+        folder = Path(name)
+        base = write_base(folder / "base", shape_of(options))
+        data = options.data or write_conversations(folder / "made_up.jsonl", 2000, options.longest)
+        t5tune(
+            "prepare", "--model-name-or-path", base, "--data-path", data, "--output-dir", folder / "cache",
+            "--model-max-length", options.longest,
+        )  # fmt: skip
+        for way in options.ways:
+            results[way] = run_self(*sys.argv[1:], "--way", way, "--folder", folder, **environment)
+            print(way, results[way], file=sys.stderr)
+    for way in {"budget", "packed"} & results.keys():
+        if "stock" in results:
+            ratio = results[way]["tokens_per_second"] / results["stock"]["tokens_per_second"]
+            results[f"{way}_over_stock"] = round(ratio, 2)
+    return results
+
+
+def run_way(options: argparse.Namespace) -> dict[str, Any]:
+    """In a process of its own: one way."""
+    torch.set_num_threads(1)
+    run = options.folder / options.way
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        "stock": lambda: stock(options, "eager", run),
+        "stock sdpa": lambda: stock(options, "sdpa", run),
+        "budget": lambda: ours(options, "off", run),
+        "packed": lambda: ours(options, "on", run),
+    }
+    return ways[options.way]()
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """The options that a CPU and a GPU share."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--data", type=Path, help="ShareGPT conversations; default: made up, of long-tailed lengths")
+    parser.add_argument("--size", choices=list(SIZES), default="google/flan-t5-small", help="shape of the base")
+    parser.add_argument("--num-layers", type=int, help="of encoder and decoder; default: the size's")
     parser.add_argument("--longest", type=int, default=512, help="tokens of a source and of a target")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="of our ways, the first of which warms up")
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch of ours")
     parser.add_argument("--batch-size", type=int, default=8, help="examples of a stock batch")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the base and on the adapters' input")
-    parser.add_argument("--num-layers", type=int, default=8)
+    parser.add_argument("--training-args", type=json.loads, default={}, help="of transformers, as JSON, for our ways")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.way:
-        torch.set_num_threads(1)
-        run = options.folder / options.way
-        done = {
-            "stock": lambda: stock(options, "eager", run),
-            "stock sdpa": lambda: stock(options, "sdpa", run),
-            "budget": lambda: ours(options, "off", run),
-            "packed": lambda: ours(options, "on", run),
-        }[options.way]()
-        print(json.dumps(done))
-        return
-    results: dict[str, Any] = {
-        name: getattr(options, name) for name in ("longest", "dtype", "dropout", "steps", "tokens")
-    }
-    results |= {"batch_size": options.batch_size, "data": str(options.data or "synthetic")}
-    environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory(prefix="t5tune-bench-") as name:
-        folder = Path(name)
-        write_base(folder / "base", options.num_layers, options.dropout)
-        data = options.data
-        if data is None:
-            data = folder / "made_up.jsonl"
-            write_conversations(data, 2000, options.longest)
-        prepare = ["-m", "t5tune", "prepare", "--model-name-or-path", folder / "base", "--data-path", data]
-        prepare += ["--output-dir", folder / "cache", "--model-max-length", options.longest, "--quiet"]
-        subprocess.run([sys.executable, *map(str, prepare)], check=True, stdout=subprocess.DEVNULL)
-        for way in options.ways:
-            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--folder", name]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            results[way] = json.loads(done.stdout.splitlines()[-1])
-            print(way, results[way], file=sys.stderr)
-    if {"stock", "packed"} <= results.keys():
-        speed = {way: results[way]["tokens_per_second"] for way in options.ways}
-        results["packed_over_stock"] = round(speed["packed"] / speed["stock"], 2)
-    print(json.dumps(results))
+    parser.set_defaults(on_gpu=False)
+    return parser
+
+
+def main() -> None:
+    assert __doc__ is not None
+    options = parser_of(__doc__).parse_args()
+    print(json.dumps(run_way(options) if options.way else compare(options, CPU)))
 
 
 if __name__ == "__main__":

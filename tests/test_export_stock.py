@@ -415,7 +415,9 @@ def fake(folder: Path, **config: int) -> int:
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(benchmark)
     file = folder.with_suffix(".json")
     file.write_text(json.dumps({"model_type": "t5", "feed_forward_proj": "gated-gelu", **config}))
     return int(benchmark.make_checkpoint(folder, file))

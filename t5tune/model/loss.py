@@ -113,19 +113,22 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     logits_CV[:, ids_K] = hidden_CD.to(exact) @ rows_KD.T
                 is_target_C = labels_N[part] != IGNORED_LABEL
                 labels_C1 = labels_N[part, None].clamp_min(0)
-                normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
-                losses_C = (normaliser_C1 - (1 - smoothing) * logits_CV.gather(1, labels_C1)).squeeze(1)
-                if smoothing:
-                    losses_C -= smoothing * logits_CV.mean(1)
+                target_C1 = logits_CV.gather(1, labels_C1)
+                smooth_C = smoothing * logits_CV.mean(1) if smoothing else 0.0
+                largest_C1 = logits_CV.amax(1, keepdim=True)
+                # from here on the logits' memory holds the probabilities, and then their gradient
+                grad_CV = logits_CV.sub_(largest_C1).exp_()
+                sum_C1 = grad_CV.sum(1, keepdim=True)
+                normaliser_C1 = largest_C1 + sum_C1.log()
+                losses_C = (normaliser_C1 - (1 - smoothing) * target_C1).squeeze(1) - smooth_C
                 total += torch.where(is_target_C, losses_C, 0.0).sum()
                 if not (wants_hidden or wants_weight or wants_rows):
                     continue
-                # from here on the logits' memory holds their gradient: probability minus target
-                grad_CV = logits_CV.sub_(normaliser_C1).exp_()
+                is_target_C1 = is_target_C[:, None].to(exact)
+                grad_CV.mul_(is_target_C1 / sum_C1)
                 if smoothing:
-                    grad_CV -= smoothing / num_words
-                grad_CV.scatter_add_(1, labels_C1, torch.full_like(normaliser_C1, smoothing - 1))
-                grad_CV.mul_(is_target_C[:, None])
+                    grad_CV -= smoothing / num_words * is_target_C1
+                grad_CV.scatter_add_(1, labels_C1, (smoothing - 1) * is_target_C1)
                 grad_CK = None
                 if rows_KD is not None:
                     grad_CK = grad_CV[:, ids_K]
@@ -140,7 +143,6 @@ class _SummedCrossEntropy(torch.autograd.Function):
                         hidden_grad_CD = hidden_grad_CD + grad_CK @ rows_KD
                     hidden_grad_ND[part] = hidden_grad_CD
         ctx.save_for_backward(hidden_grad_ND, weight_grad_VD, rows_grad_KD)
-        ctx.dtypes = weight_VD.dtype, None if rows_KD is None else rows_KD.dtype
         return total
 
     @staticmethod

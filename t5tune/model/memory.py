@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from t5tune.model.attention import Segments, can_pack, use_packing
+from t5tune.model.fused import use_fused
 from t5tune.model.load import empty_model, quantised_linears
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import HeadLoss
@@ -74,6 +75,7 @@ def empty_model_of(config: dict[str, Any], settings: Any, num_token_rows: int, d
             model, _ = add_lora(model, Path(), plain, list(range(last - num_token_rows, last)), adapter_dtype)
     if settings.packing != "off" and can_pack(model):
         use_packing(model)
+    use_fused(model)
     return model.train()
 
 

@@ -52,6 +52,8 @@ def check(settings: TrainSettings) -> None:
                 problems.append(f"training_args.{name}: a secret doesn't belong into settings; set HF_TOKEN")
             elif name in OWN_ARGUMENTS:
                 problems.append(f"training_args.{name}: t5tune sets this itself")
+            elif name.startswith("torch_compile"):
+                problems.append(f"training_args.{name}: each batch has lengths of its own, and would be compiled anew")
             elif name not in fields:
                 problems.append(f"training_args.{name}: no such field of TrainingArguments{suggestion(name, fields)}")
     if settings.deepspeed is not None:
