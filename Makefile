@@ -41,9 +41,9 @@ docs: .venv/installed
 
 # README's picture: the report of a real run on the built-in model
 picture: .venv/installed
-	rm -rf build/picture
-	$(BIN)/t5tune train --config pocket --output-dir build/picture --eval-fraction 0.05 --eval-steps 50 --eval-generate 32
-	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,1180 --screenshot=docs/report.png build/picture/report.html
+	rm -rf build/run
+	$(BIN)/t5tune train --config pocket --output-dir build/run --eval-fraction 0.05 --eval-steps 50 --eval-generate 32
+	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,850 --screenshot=docs/report.png build/run/report.html
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache runs
