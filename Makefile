@@ -1,8 +1,9 @@
 # Everything that people and CI run. PYTHON is used once, to make .venv.
 PYTHON ?= python3
+CHROMIUM ?= chromium
 BIN := .venv/bin
 
-.PHONY: quickstart test compatibility reliability fuzz check lint types build docs clean
+.PHONY: quickstart test compatibility reliability fuzz check lint types build docs picture clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -37,6 +38,12 @@ build: .venv/installed-dev
 docs: .venv/installed
 	$(BIN)/pip install --quiet -e '.[docs]'
 	$(BIN)/mkdocs build --strict --site-dir build/site
+
+# README's picture: the report of a real run on the built-in model
+picture: .venv/installed
+	rm -rf build/run
+	$(BIN)/t5tune train --config pocket --output-dir build/run --eval-fraction 0.05 --eval-steps 50 --eval-generate 32
+	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,850 --screenshot=docs/report.png build/run/report.html
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache runs

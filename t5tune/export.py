@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from t5tune.errors import CheckpointError
+from t5tune.model.family import MODEL_TYPES
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.publish import published_folder
 from t5tune.settings import ExportSettings, dump_settings
@@ -36,7 +37,7 @@ from t5tune.weights.adapter_config import CONFIG
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.card import data_of_run
 from t5tune.weights.fastchat import OldLora, added_ids, mean_rows, row_indices
-from t5tune.weights.fit import MODEL_TYPES, check_fit
+from t5tune.weights.fit import check_fit
 from t5tune.weights.links import check_inside
 from t5tune.weights.output import check_replaceable
 from t5tune.weights.pieces import Pieces

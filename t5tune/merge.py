@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
 from t5tune.model.device import keep_freed_memory
+from t5tune.model.family import Family, family_of
 from t5tune.model.free_memory import free_memory
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.publish import published_folder, scratch_folder
 from t5tune.settings import MergeSettings, dump_settings
 from t5tune.weights.adapter import TEMPLATE, base_facts
-from t5tune.weights.base import find_base
+from t5tune.weights.base import find_base, read_config
 from t5tune.weights.card import merged_card, training_of_run
 from t5tune.weights.changes import Adapter, changes_of, read_adapters
 from t5tune.weights.companions import TOKENIZER_FILES
@@ -89,6 +90,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     tied = base.is_tied()
     facts = _check_base(settings, base, adapters, report)
+    member = family_of(read_config(base.folder), base.folder, facts["family"])
     changes = changes_of(adapters, base, tied)
     _take_out_starts(adapters, changes)
     _fold_onto(settings, base, facts, changes)
@@ -101,8 +103,8 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     agreement = None
     with published_folder(settings.output_dir) as staged, _checkpoint_folder(settings, staged) as checkpoint:
         _write_weights(base, shards, changes, checkpoint, report)
-        write_config(base.folder, checkpoint, tied, dtype)
-        _write_companions(settings, base, adapters, checkpoint)
+        write_config(base.folder, checkpoint, tied, dtype, facts["family"])
+        _write_companions(settings, base, adapters, member, checkpoint)
         found = _verify(settings, base, adapters, facts, checkpoint, report) if verify else None
         if settings.to == "ctranslate2":
             agreement = _convert(settings, adapters[0].folder, checkpoint, staged, report)
@@ -124,7 +126,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
 
 
 def _check_base(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> dict[str, Any]:
-    """Hold the base against the one of training; returns what the first adapter tells of it.
+    """Hold the base against the one of training; returns what the first adapter tells of it, --family above all.
 
     Raises:
         CheckpointError: it is another one.
@@ -154,7 +156,7 @@ def _check_base(settings: MergeSettings, base: Checkpoint, adapters: list[Adapte
             report(Note(f"{text}: --onto {trained_on} keeps its answers", warning=True))
         elif facts:
             report(Note(text, warning=True))
-    return facts
+    return facts | {"family": settings.family or facts.get("family")}
 
 
 def _fold_onto(settings: MergeSettings, base: Checkpoint, facts: dict[str, Any], changes: dict[str, Change]) -> None:
@@ -234,7 +236,9 @@ def _write_weights(
     report(Finished(TASK))
 
 
-def _write_companions(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], staged: Path) -> None:
+def _write_companions(
+    settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], member: Family, staged: Path
+) -> None:
     """The tokenizer, the layout of conversations, the card and the settings."""
     adapter = adapters[0].folder
     tokenizer_folder = adapter if holds(adapter, "tokenizer_config.json") else base.folder
@@ -242,7 +246,7 @@ def _write_companions(settings: MergeSettings, base: Checkpoint, adapters: list[
     copy_companions(base.folder, tokenizer_folder, layout_folder / TEMPLATE, staged)
     names = ", ".join(str(adapter.folder) for adapter in adapters)
     training = training_of_run(adapter) if len(adapters) == 1 else ""
-    card = merged_card(settings.model_name_or_path, names, settings.to, training)
+    card = merged_card(settings.model_name_or_path, names, settings.to, member.converters, training)
     (staged / "README.md").write_text(card, encoding="utf-8")
     (staged / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
 
@@ -326,7 +330,7 @@ def _verify(
     if kind != "base":
         compute = torch.float32 if facts.get("compute") == "float32" else torch.bfloat16
         trained_on = TrainedOn(kind, facts.get("double_quant", True) is not False, compute)
-    found = compare(base.folder, folders, weights, merged, trained_on, settings.onto)
+    found = compare(base.folder, folders, weights, merged, trained_on, settings.onto, facts["family"])
     dtypes = {Checkpoint(merged).dtype_and_shape(name)[0] for name in base.names()}
     is_exact = dtypes <= {"F32", "F64"} and settings.onto == "base"
     allowed = max(settings.verify_tolerance, 0.0 if is_exact else ROUNDING) * max(found.largest, 1.0)

@@ -17,17 +17,17 @@ import numpy as np
 from t5tune import presets
 from t5tune.data.cache import is_cache, open_cache
 from t5tune.data.order import Integers, budget_batches, epoch_order, num_batches
-from t5tune.errors import ModelError, SettingsError
-from t5tune.model.family import family_of
+from t5tune.errors import SettingsError
+from t5tune.model.family import family_of, of_type
 from t5tune.model.sizes import SIZES
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import PlanSettings, TrainSettings
-from t5tune.weights.base import find_base, read_config
+from t5tune.weights.base import find_config, read_config
 
 MIB, GIB = 1 << 20, 1 << 30
 GPU_RUNTIME = 800 * MIB  # CUDA's context, kernels and cuBLAS's workspace, which torch doesn't count
 USABLE = 0.92  # of a GPU: the allocator's pieces don't fit together without gaps
-NUM_ADDED_TOKENS = 19  # about what prepare adds to T5's vocabulary
+NUM_ADDED_TOKENS = 19  # about what prepare adds to T5's vocabulary, where there is room for it
 LARGEST_SUGGESTED_BATCH = 64
 GOOD_BATCH = 4  # examples a micro-step from which a GPU is busy
 STAGES = ("none", "zero1", "zero2", "zero3", "zero3-offload")
@@ -115,7 +115,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     machine = _machine(settings)
     data = _data(settings, report)
     config, place = _config(settings, report)
-    family_of(config, place)
+    config = family_of(config, place, settings.family).completed(config)
     chosen = settings.deepspeed or "none"
     batches = _batches(settings, machine.count, data)
     sources, targets = _largest(batches, data)
@@ -174,6 +174,7 @@ class _Measured:
         from t5tune.model.memory import parameter_counts, weight_bytes
 
         self.config, self.settings, self.machine = config, settings, machine
+        self.num_token_rows = min(NUM_ADDED_TOKENS, of_type(config).room)
         model = self._model(deepspeed=False)
         self.weights = weight_bytes(model, settings)
         self.counts = parameter_counts(model)
@@ -221,7 +222,7 @@ class _Measured:
     def _model(self, deepspeed: bool) -> Any:
         from t5tune.model.memory import empty_model_of
 
-        return empty_model_of(self.config, self.settings, NUM_ADDED_TOKENS, deepspeed)
+        return empty_model_of(self.config, self.settings, self.num_token_rows, deepspeed)
 
     def _step(self, sources: tuple[int, ...], targets: tuple[int, ...], deepspeed: bool, reentrant: bool) -> Any:
         from t5tune.model.memory import Lengths, measure_step
@@ -280,24 +281,8 @@ def _config(settings: PlanSettings, report: Report) -> tuple[dict[str, Any], Pat
     if name in SIZES and not path.exists():
         report(Note(f"{name}: planned from the shape that t5tune knows of it"))
         return SIZES[name], path
-    folder = find_base(settings) if path.exists() or name == "pocket" else _hub_config(settings)
+    folder = find_config(settings)
     return read_config(folder), folder
-
-
-def _hub_config(settings: PlanSettings) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    name = settings.model_name_or_path
-    try:
-        return Path(
-            hf_hub_download(name, "config.json", revision=settings.revision, cache_dir=settings.cache_dir)
-        ).parent
-    except Exception as error:  # the hub's client raises a family of its own, requests' and OSError
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"model_name_or_path: {name}: no such folder or file, and the hub didn't give its config.json: {reason}",
-            hint="name a folder, a config.json, or one of: t5tune knows google/flan-t5-… and the like without the hub",
-        ) from error
 
 
 def _data(settings: PlanSettings, report: Report) -> _Data:

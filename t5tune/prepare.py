@@ -27,6 +27,7 @@ from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import UNKNOWN, Writable, extend_tokenizer
 from t5tune.data.writer import REJECTED, Writer
 from t5tune.errors import DataError, SettingsError, T5TuneError
+from t5tune.model.family import family_of
 from t5tune.progress import Note, Report, silent, track
 from t5tune.publish import published_folder, scratch_folder, sha256, sweep, write_json
 from t5tune.settings import PrepareSettings
@@ -83,7 +84,9 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, started: 
     files = _files(settings, report)
     base = find_base(settings)
     template = find_template(settings.conversation_template, [base / TEMPLATE])
-    num_rows = int(read_config(base).get("vocab_size", 0))
+    config = read_config(base)
+    family_of(config, base, settings.family)
+    num_rows = int(config.get("vocab_size", 0))
     folder = settings.output_dir
     with scratch_folder(Path(tempfile.gettempdir(), "t5tune-prepare")) as scratch:
         scratch.chmod(0o700)

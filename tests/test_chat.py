@@ -11,12 +11,14 @@ import pytest
 from t5tune.chat import Chatter, chat, save_conversation
 from t5tune.data.cache import open_cache
 from t5tune.data.formats import Turn
-from t5tune.errors import SettingsError
+from t5tune.errors import CheckpointError, SettingsError
 from t5tune.export import export
 from t5tune.merge import merge
 from t5tune.prepare import prepare
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.train import train
+
+from .conftest import make_base
 
 PROMPT = "Hello, two tea for Mira please."
 
@@ -185,6 +187,21 @@ def test_a_wrong_command_in_a_pipe_ends_it_with_a_line(made: dict[str, Path], li
     (error,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
     assert said in error
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"d_model": 16}, "the base's weight is"), ({"num_layers": 3}, "no LoRA matrices of it"), ({"num_layers": 1}, "")],
+    ids=["another width", "more layers", "fewer layers"],
+)
+def test_an_adapter_of_another_base_is_refused(
+    changes: dict[str, int], said: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT loads what it finds a place for, and answers with half an adapter."""
+    other = make_base(tmp_path / "base", tied=False, **changes)
+    with pytest.raises(CheckpointError, match=said or "which the base doesn't have") as refused:
+        Chatter.load(settings(other, adapter=made["adapter"]))
+    assert str(made["adapter"]) in refused.value.message
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta device"])

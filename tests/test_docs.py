@@ -1,6 +1,6 @@
-"""The documents: links lead somewhere, commands are ones that t5tune takes, and the reference is that of the settings.
+"""The documents: links lead somewhere, commands are ones that t5tune takes, and what is generated is up to date.
 
-`python tests/test_docs.py` writes docs/commands.md anew.
+`python tests/test_docs.py` writes docs/commands.md and the table of docs/families.md anew.
 """
 
 import os
@@ -18,12 +18,15 @@ from pydantic.fields import FieldInfo
 
 from t5tune.cli.options import _plain_type, normalise
 from t5tune.errors import SettingsError
+from t5tune.model.family import CONVERTERS, FAMILIES, GROUPS, LATER
 from t5tune.settings import COMMANDS, Settings
 from t5tune.settings.loading import load_settings
 from t5tune.verbs import SUMMARIES
 
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = REPOSITORY / "docs" / "commands.md"
+FAMILY_PAGE = REPOSITORY / "docs" / "families.md"
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
@@ -54,6 +57,25 @@ def reference_text() -> str:
         for panel, rows in panels.items():
             lines += ["", f"**{panel}**", "", "| setting | default | |", "|---|---|---|", *rows]
     return "\n".join(lines) + "\n"
+
+
+def families_table() -> str:
+    """The table of docs/families.md: that of t5tune/model/family.py."""
+    head = ["member", "such as", "`model_type`", "head", "feed-forward", "tokenizer", "free rows", "`--family`"]
+    rows = [[*head, *CONVERTERS], ["---"] * (len(head) + len(CONVERTERS))]
+    for key, family in FAMILIES.items():
+        facts = [
+            family.name,
+            ", ".join(f"`{name}`" for name in family.checkpoints),
+            f"`{family.model_type}`",
+            "tied" if family.tied else "its own",
+            family.feed_forward,
+            family.tokenizer,
+            f"{family.room} of {family.rows:,}",
+            f"`{key}`",
+        ]
+        rows.append([*facts, *("yes" if converter in family.converters else "**no**" for converter in CONVERTERS)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def described(field: FieldInfo) -> str:
@@ -164,6 +186,13 @@ def test_the_reference_is_that_of_the_settings() -> None:
     assert REFERENCE.read_text(encoding="utf-8") == reference_text(), "renew it: python tests/test_docs.py"
 
 
+def test_the_page_of_families_holds_the_table() -> None:
+    page = FAMILY_PAGE.read_text(encoding="utf-8")
+    assert "".join(TABLE.findall(page)) == families_table(), "renew it: python tests/test_docs.py"
+    for name in [*GROUPS, *LATER.values()]:
+        assert name in page
+
+
 def test_the_start_is_what_happens(tmp_path: Path) -> None:
     """The commands of docs/start.md up to the user's own model, word for word; a variable makes training short."""
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
@@ -188,4 +217,6 @@ def test_the_start_is_what_happens(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     REFERENCE.write_text(reference_text(), encoding="utf-8")
-    print(REFERENCE)
+    page = TABLE.sub(lambda _: families_table(), FAMILY_PAGE.read_text(encoding="utf-8"), count=1)
+    FAMILY_PAGE.write_text(page, encoding="utf-8")
+    print(REFERENCE, FAMILY_PAGE)

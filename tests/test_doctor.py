@@ -129,7 +129,7 @@ def test_the_tested_versions_are_of_packages_that_t5tune_asks_for() -> None:
 def test_a_driver_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(probes, "_driver", lambda: "470.82")
+    monkeypatch.setattr(probes, "nvidia_driver", lambda: "470.82")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for build, mend in (("12.8", "newer NVIDIA driver"), (None, "CUDA build")):

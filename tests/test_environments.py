@@ -2,11 +2,20 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from t5tune.errors import SettingsError
+from t5tune.model import device
+from t5tune.progress import Note
+from t5tune.settings import TrainSettings
+from t5tune.train import train as train_in_process
+from t5tune.training.check import check
 
 WINDOWS_1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "C"}
 ANSWER = "Zoë → 日本, é\n{}"
@@ -95,6 +104,70 @@ def test_deepspeed_trains_without_a_compiler_and_says_what_it_leaves_out(records
     assert "zero2-offload" in error
     assert "ninja" in error
     assert not (tmp_path / "off").exists()
+
+
+def test_a_port_that_is_taken_is_named(records: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        code, _, stderr = run(
+            train(records, tmp_path / "run"), {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **place}
+        )
+    assert code == 1, stderr
+    (error,) = [line for line in stderr.decode().splitlines() if line.startswith("error:")]
+    assert f"MASTER_PORT: {port}: something else listens there" in error
+    assert "MASTER_PORT=" in error
+    assert b"Traceback" not in stderr
+
+
+def test_a_rank_that_nobody_answers_says_where_it_called(records: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    code, _, stderr = run(
+        train(records, tmp_path / "run", "--process-group-timeout", "2"),
+        {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", **place},
+    )
+    assert code == 1, stderr
+    (error,) = [line for line in stderr.decode().splitlines() if line.startswith("error:")]
+    assert f"rank 1: nobody answers at localhost:{port}" in error
+    assert "MASTER_ADDR" in error
+
+
+def test_gpus_that_are_not_there_are_refused_with_the_reason(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    asked = TrainSettings(model_name_or_path="pocket", data_path=str(records), output_dir=tmp_path / "run", num_gpus=4)
+    with pytest.raises(SettingsError, match="num_gpus: 4: this machine has 1; --num-processes uses the CPU"):
+        check(asked)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
+    monkeypatch.setattr(device, "NVIDIA", tmp_path / "version")
+    with pytest.raises(SettingsError, match=r"torch can't use the NVIDIA driver \(470.82.01\); t5tune doctor"):
+        check(asked)
+
+
+def test_a_driver_that_torch_cannot_use_is_told_before_a_slow_run(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
+    monkeypatch.setattr(device, "NVIDIA", tmp_path / "version")
+    notes: list[Note] = []
+    train_in_process(
+        TrainSettings(
+            model_name_or_path="pocket", data_path=str(records), output_dir=tmp_path / "run", max_steps=1,
+            report_samples=0,
+        ),
+        lambda event: notes.append(event) if isinstance(event, Note) else None,
+    )  # fmt: skip
+    (told,) = [note for note in notes if "470.82.01" in note.text]
+    assert told.warning
+    assert "on the CPU" in told.text
 
 
 def test_memory_that_is_not_there_is_named_with_the_batch(tmp_path: Path) -> None:

@@ -136,6 +136,22 @@ def test_a_hub_that_cannot_be_reached_is_said_in_a_line(hub: dict[str, str], tmp
     assert_one_error(prepare("some/other", offline, tmp_path / "cache"), ["some/other", "HF_HUB_OFFLINE"])
 
 
+@pytest.mark.parametrize("command", ["plan", "chat", "merge"])
+def test_without_a_network_there_is_a_line_and_no_noise(command: str, hub: dict[str, str], tmp_path: Path) -> None:
+    flags = {"plan": (), "chat": ("--prompt", "Hi"), "merge": ("--adapter", tmp_path, "--output-dir", tmp_path / "out")}
+    nowhere = hub | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = t5tune(command, "--model-name-or-path", "some/other", *flags[command], env=nowhere)
+    assert_one_error(done, ["some/other", "can't be reached", "check the network"])
+    assert done.stderr.splitlines() == done.errors
+
+
+def test_a_plan_of_a_model_of_the_hub_fetches_no_weights(hub: dict[str, str], tmp_path: Path) -> None:
+    done = t5tune("plan", "--model-name-or-path", "some/t5", "--json", env=hub | {"HF_HOME": str(tmp_path)})
+    assert done.code == 0, done.stderr
+    assert done.json["total_parameters"] > 0
+    assert {path.name for path in tmp_path.rglob("*.*") if path.is_symlink()} == {"config.json"}
+
+
 def assert_one_error(done: Finished, said: list[str]) -> None:
     assert done.code == 2, done.stderr
     (error,) = done.errors

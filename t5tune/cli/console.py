@@ -148,7 +148,7 @@ def format_number(value: float) -> str:
         return str(value)
     if value == int(value) and abs(value) < 1e12:
         return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
 
 
 def as_json(result: Any) -> str:

@@ -19,6 +19,7 @@ from t5tune.publish import write_json
 
 CONFIG = "tokenizer_config.json"
 FILE = "tokenizer.json"
+ADDED = "added_tokens.json"
 SENTENCEPIECE = ("spiece.model", "tokenizer.model")
 BYTES_OFFSET = 3  # ByT5: pad, end and unknown stand before the 256 bytes (Xue et al. 2022)
 BYT5_EXTRA_IDS = 125
@@ -131,7 +132,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"{file}: can't be read: {' '.join(str(error).split())[:300]}") from error
-    _add_listed(backend, config)
+    _add_listed(backend, config, folder)
     for name, token in names.items():
         if backend.token_to_id(token) is None:
             raise ModelError(f"{folder}: {name} {token!r} is no entry of its vocabulary")
@@ -145,7 +146,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer.backend is None:
         for file in sorted(tokenizer.folder.iterdir()):
-            if file.name in {CONFIG, "special_tokens_map.json", "added_tokens.json"}:
+            if file.name in {CONFIG, "special_tokens_map.json", ADDED}:
                 shutil.copyfile(file, folder / file.name)
         return
     # by Python, since tokenizers takes no path that isn't Unicode
@@ -257,12 +258,15 @@ def _from_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str
     return backend
 
 
-def _add_listed(backend: Any, config: dict[str, Any]) -> None:
-    """Tokens that stand in the config alone, at the ids it gives."""
+def _add_listed(backend: Any, config: dict[str, Any], folder: Path) -> None:
+    """Tokens that stand in the config alone or, as fastchat-t5's, in added_tokens.json, at the ids given there."""
     from tokenizers import AddedToken
 
-    listed = config.get("added_tokens_decoder")
-    for index, token in sorted((int(i), token) for i, token in (listed or {}).items()):
+    listed = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
+    for content, index in _read(folder / ADDED).items():
+        if isinstance(index, int):
+            listed.setdefault(index, {"content": content})
+    for index, token in sorted(listed.items()):
         if backend.token_to_id(token["content"]) is None and index == backend.get_vocab_size():
             flags = {
                 name: bool(token.get(name)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")

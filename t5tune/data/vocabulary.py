@@ -56,6 +56,8 @@ def extend_tokenizer(
         return tokenizer, [], []
     spare = num_rows - len(tokenizer)
     left_out: list[str] = []
+    if add_tokens in (["auto"], ["fastchat"]) and all(_is_entry(tokenizer, text) for text in FASTCHAT):
+        return _fastchat(tokenizer), [], []  # fastchat-t5: it was trained with them
     if add_tokens == ["fastchat"]:
         _check_room([FASTCHAT_PAD, *FASTCHAT], spare)
         return _fastchat(tokenizer), [FASTCHAT_PAD, *FASTCHAT], []

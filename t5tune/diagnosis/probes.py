@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.diagnosis.finding import State
+from t5tune.model.device import nvidia_driver
 
 Probed = tuple[State, str, str]
 SLOW_BF16 = 3.0  # times fp32's time for a product, from which on a CPU has no bf16 arithmetic to speak of
@@ -33,8 +34,8 @@ def try_torch() -> Probed:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if torch.cuda.is_available():
         torch.ones(2, device="cuda").sum().item()
-        return "good", f"{name}, {len(gpus)} × {gpus[0]}, driver {_driver() or 'unknown'}", ""
-    if driver := _driver():
+        return "good", f"{name}, {len(gpus)} × {gpus[0]}, driver {nvidia_driver() or 'unknown'}", ""
+    if driver := nvidia_driver():
         reason = f"an NVIDIA driver ({driver}) is here, but torch can't use it"
         mend = NEWER_DRIVER if torch.version.cuda else "pip install --force-reinstall torch, from a CUDA build's index"
         return "warning", f"{name}: {reason}; training runs on the CPU", mend
@@ -128,15 +129,6 @@ def try_training() -> Probed:
         train(load_settings(TrainSettings, "pocket", {}, flags)[0])
     seconds = time.monotonic() - started
     return "good", f"a step of LoRA on the built-in model, from conversations to adapter, in {seconds:.1f} s", ""
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version as the kernel tells it; None: there is none."""
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
-    except OSError:
-        return None
-    return next((word for word in words if word[:1].isdigit() and "." in word), "of an unknown version")
 
 
 def _again(package: str) -> str:

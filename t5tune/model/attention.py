@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-PACKABLE = ("T5Attention", "MT5Attention", "UMT5Attention")
+from t5tune.model.family import FAMILIES
+
+PACKABLE = {family.attention_layer for family in FAMILIES.values()}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def can_pack(model: Any) -> bool:
     """Whether all attention of the model is of the kind that packing knows."""
     kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Attention")}
     attention = {kind for kind in kinds if "Layer" not in kind}
-    return bool(attention) and attention <= set(PACKABLE)
+    return bool(attention) and attention <= PACKABLE
 
 
 def use_packing(model: Any) -> None:

@@ -47,21 +47,25 @@ def compare(
     merged: Path,
     trained_on: TrainedOn | None = None,
     onto: str = "base",
+    family: str | None = None,
 ) -> Difference:
     """Run the models, one after the other, on examples of the adapter's cache where it still stands.
 
     The merged one is held against base + adapters, or, folded onto a quantised base, against that one with adapters.
+    `family` is the base's, where its model_type isn't known.
     """
     inputs = _inputs(merged, adapters[0])
-    logits = _logits(_load(merged, torch.float32, None), inputs)
-    models = {"base": _logits(_with_adapters(_load(base, torch.float32, None), adapters, weights), inputs)}
+    logits = _logits(_load(merged, torch.float32, None, None), inputs)
+    models = {"base": _logits(_with_adapters(_load(base, torch.float32, None, family), adapters, weights), inputs)}
     from_training = {}
     if trained_on is not None:
-        training = _logits(_with_adapters(_load(base, trained_on.compute, trained_on), adapters, weights), inputs)
+        training = _logits(
+            _with_adapters(_load(base, trained_on.compute, trained_on, family), adapters, weights), inputs
+        )
         models[trained_on.kind] = training
         from_training["base"] = _largest_difference(models["base"], training)
         if onto == "base":  # nobody wrote the other fold: it computes with the restored weights in fp32
-            restored = _with_adapters(_load(base, torch.float32, trained_on), adapters, weights)
+            restored = _with_adapters(_load(base, torch.float32, trained_on, family), adapters, weights)
             from_training[trained_on.kind] = _largest_difference(_logits(restored, inputs), training)
         else:
             from_training[onto] = _largest_difference(logits, training)
@@ -74,13 +78,13 @@ def compare(
     )
 
 
-def _load(folder: Path, dtype: torch.dtype, trained_on: TrainedOn | None) -> Any:
+def _load(folder: Path, dtype: torch.dtype, trained_on: TrainedOn | None, family: str | None) -> Any:
     quantisation = None
     if trained_on is not None:
         quantisation = QuantisationSettings(
             q_lora=True, quant_type=cast(Any, trained_on.kind), double_quant=trained_on.double_quant
         )
-    return load_base(folder, dtype, choose_device(use_cpu=True), quantisation)
+    return load_base(folder, dtype, choose_device(use_cpu=True), quantisation, family)
 
 
 def _with_adapters(model: Any, adapters: list[Path], weights: list[float]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from t5tune.errors import OutOfMemory, SettingsError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
+NVIDIA = Path("/proc/driver/nvidia/version")
 MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
@@ -37,6 +38,15 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def nvidia_driver() -> str | None:
+    """The NVIDIA driver's version as the kernel tells it; None: there is none."""
+    try:
+        words = NVIDIA.read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), "of an unknown version")
 
 
 def keep_freed_memory() -> None:

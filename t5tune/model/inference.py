@@ -9,14 +9,16 @@ import torch
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import CheckpointError
 from t5tune.model.device import choose_device
+from t5tune.model.family import family_of
 from t5tune.model.load import load_base
 from t5tune.model.lora import load_adapter
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.inference import InferenceSettings
-from t5tune.weights.adapter import TEMPLATE, read_adapter
+from t5tune.weights.adapter import TEMPLATE, base_facts, read_adapter
 from t5tune.weights.adapter_config import CONFIG, read_adapter_config
-from t5tune.weights.base import find_base
+from t5tune.weights.base import find_base, read_config
+from t5tune.weights.fit import check_fit
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,15 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
         ModelError, CheckpointError: the base or the adapter can't be used.
     """
     base, adapter = _base_and_adapter(settings, report)
+    family: str | None = settings.family
     if adapter is not None:
-        read_adapter(adapter)  # its errors name the file
+        config, state = read_adapter(adapter)
+        family = family or base_facts(adapter).get("family")
+        of_base = read_config(base)
+        # PEFT leaves out what it has no place for, with a warning
+        check_fit(state, config, family_of(of_base, base, family).completed(of_base), adapter)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model = load_base(base, dtype, choose_device(settings.use_cpu, name=settings.device), settings)
+    model = load_base(base, dtype, choose_device(settings.use_cpu, name=settings.device), settings, family)
     if adapter is not None:
         model = load_adapter(model, adapter)
     folders = [base] if adapter is None else [adapter, base]

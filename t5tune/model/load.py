@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from t5tune.errors import DependencyError, ModelError
-from t5tune.model.family import family_of
+from t5tune.model.family import ATTENTION, OVERFLOWS_FP16, family_of
 from t5tune.settings.quantisation import QuantisationSettings
 from t5tune.weights.base import read_config
 from t5tune.weights.streaming import Checkpoint
@@ -35,7 +35,11 @@ IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 
 
 def load_base(
-    folder: Path, dtype: torch.dtype, device: torch.device, quantisation: QuantisationSettings | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantisation: QuantisationSettings | None = None,
+    family: str | None = None,
 ) -> Any:
     """The base as a frozen transformers model in evaluation mode.
 
@@ -43,17 +47,19 @@ def load_base(
         dtype: of every tensor that isn't quantised.
         quantisation: where its q_lora is on, the blocks' linear layers go into 4 bits (Dettmers et al. 2023) or
             int8 (Dettmers et al. 2022), computing in `dtype`.
+        family: a key of the table of families, for a model_type that isn't in it.
 
     Raises:
         ModelError: not a T5, or tensors missing, left over, or of another shape than config.json gives.
         DependencyError: quantisation without bitsandbytes.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    family_of(read_config(folder), folder)
+    config = read_config(folder)
+    config = family_of(config, folder, family).completed(config)
     checkpoint = Checkpoint(folder)
     tied = checkpoint.is_tied()
-    model = empty_model(AutoConfig.from_pretrained(str(folder), local_files_only=True), dtype, tied)
+    model = empty_model(config, dtype, tied)
     if quantisation is not None and quantisation.q_lora:
         _use_quantised_linears(model, dtype, quantisation)
     _check_names(model, checkpoint, tied)
@@ -68,13 +74,14 @@ def load_base(
     return model.eval()
 
 
-def empty_model(config: Any, dtype: torch.dtype, tied: bool) -> Any:
-    """The transformers model of a config, its tensors without data, its head tied as `tied` says."""
-    from transformers import AutoModelForSeq2SeqLM
+def empty_model(config: dict[str, Any], dtype: torch.dtype, tied: bool) -> Any:
+    """The transformers model of a known config.json, its tensors without data, its head tied as `tied` says."""
+    from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
-    config.tie_word_embeddings = tied
+    values = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    values.tie_word_embeddings = tied
     with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModelForSeq2SeqLM.from_config(values, attn_implementation=ATTENTION, dtype=dtype)
     _share_embedding(model, tied)
     return model
 
@@ -87,7 +94,7 @@ def quantised_linears(model: nn.Module, quantisation: QuantisationSettings) -> d
         if isinstance(module, nn.Linear)
         and ".block." in name
         and ".lora_" not in name
-        and (quantisation.quantize_wo or "wo" not in name.split("."))
+        and (quantisation.quantize_wo or OVERFLOWS_FP16 not in name.split("."))
     }
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from t5tune.errors import CheckpointError, ModelError, SettingsError
-from t5tune.model.family import FAMILIES
+from t5tune.model.family import GROUPS, target_modules
 from t5tune.model.load import to_torch
 from t5tune.settings.lora import LoraSettings
 from t5tune.weights.adapter import DECODER_ROWS, PREFIX, read_adapter, saved_name
@@ -79,16 +79,15 @@ def add_lora(
 
 def _target_modules(model: Any, names: list[str]) -> list[str]:
     """The linear layers that names and groups mean, as far as this model has them."""
-    family = FAMILIES[model.config.model_type]
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear.discard(HEAD)
-    unknown = sorted(name for name in names if not linear & set(family.target_modules([name])))
+    unknown = sorted(name for name in names if not linear & set(target_modules([name])))
     if unknown:
         raise SettingsError(
             f"lora_target_modules: {', '.join(unknown)}: no such linear layer in this model",
-            hint=f"it has {', '.join(sorted(linear))}, and the groups are attention, feed-forward, all-linear",
+            hint=f"it has {', '.join(sorted(linear))}, and the groups are {', '.join(GROUPS)}",
         )
-    return [name for name in family.target_modules(names) if name in linear]
+    return [name for name in target_modules(names) if name in linear]
 
 
 def _modules_to_save(model: Any, settings: LoraSettings) -> list[str] | None:
@@ -176,7 +175,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     try:
         return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folder}: doesn't fit this base: {' '.join(str(error).split())[:300]}") from error
+        raise _misfit(str(folder), error) from error
 
 
 def load_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
@@ -191,13 +190,18 @@ def load_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
         for name, folder in zip(names[1:], folders[1:], strict=True):
             peft_model.load_adapter(str(folder), name, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folders}: don't fit this base: {' '.join(str(error).split())[:300]}") from error
+        raise _misfit(", ".join(map(str, folders)), error) from error
     peft_model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
     peft_model.set_adapter("sum")
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             module.scaling["sum"] = 1.0  # each part's scale is in its matrix; PEFT adds rsLoRA's of the sum to it
     return peft_model.eval()
+
+
+def _misfit(what: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:300]
+    return ModelError(f"adapter: {what}: doesn't fit this base: {reason}", hint="name the base that it was trained on")
 
 
 def _token_indices(model: Any, token_ids: list[int]) -> Any:

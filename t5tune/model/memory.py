@@ -52,22 +52,17 @@ def empty_model_of(config: dict[str, Any], settings: Any, num_token_rows: int, d
     """The model that `train` would train, on no device.
 
     Args:
-        config: what config.json holds.
+        config: what config.json holds, completed (model/family.py).
         settings: BaseModel, LoRA, quantisation and training settings in one.
         num_token_rows: rows of added tokens that train.
         deepspeed: whether it keeps the adapters' fp32 masters itself.
     """
-    from transformers import AutoConfig
-
-    values = {name: value for name, value in config.items() if name != "model_type"}
     tied = bool(config.get("tie_word_embeddings", True))
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     adapter_dtype = dtype if deepspeed else torch.float32
     is_full = settings.train_mode == "full"
     with torch.device("meta"):
-        model = empty_model(
-            AutoConfig.for_model(config["model_type"], **values), adapter_dtype if is_full else dtype, tied
-        )
+        model = empty_model(config, adapter_dtype if is_full else dtype, tied)
         model.requires_grad_(is_full)
         if not is_full:
             plain = settings.model_copy(update={"init_lora_weights": "default"})  # the others need the weights

@@ -5,6 +5,8 @@ So plan and docs/memory.md need no download for these.
 
 from typing import Any
 
+from t5tune.model.family import FAMILIES
+
 # (d_model, d_kv, d_ff, layers, heads)
 _T5 = {
     "small": (512, 64, 2048, 6, 8),
@@ -30,33 +32,31 @@ _BYT5 = {
 }
 
 
-def _config(model_type: str, vocabulary: int, shape: tuple[int, ...], gated: bool, tied: bool) -> dict[str, Any]:
+def _config(key: str, shape: tuple[int, ...]) -> dict[str, Any]:
     width, head_width, inner, *layers, heads = shape
+    family = FAMILIES[key]
     return {
-        "model_type": model_type,
-        "vocab_size": vocabulary,
+        "model_type": family.model_type,
+        "vocab_size": family.rows,
         "d_model": width,
         "d_kv": head_width,
         "d_ff": inner,
         "num_layers": layers[0],
         "num_decoder_layers": layers[-1],
         "num_heads": heads,
-        "feed_forward_proj": "gated-gelu" if gated else "relu",
-        "tie_word_embeddings": tied,
+        "feed_forward_proj": family.feed_forward,
+        "tie_word_embeddings": family.tied,
         "dropout_rate": 0.1,
     }
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    **{f"google-t5/t5-{size}": _config("t5", 32128, shape, False, True) for size, shape in _T5.items()},
-    **{f"google/t5-v1_1-{size}": _config("t5", 32128, shape, True, False) for size, shape in _V11.items()},
-    **{f"google/flan-t5-{size}": _config("t5", 32128, shape, True, False) for size, shape in _V11.items()},
-    "google/flan-ul2": _config("t5", 32128, (4096, 256, 16384, 32, 16), True, False),
-    "lmsys/fastchat-t5-3b-v1.0": _config("t5", 32110, (2048, 64, 5120, 24, 32), True, False),
-    **{f"google/mt5-{size}": _config("mt5", 250112, shape, True, False) for size, shape in _V11.items()},
-    **{
-        f"google/umt5-{size}": _config("umt5", 256384, _V11[size], True, False)
-        for size in ("small", "base", "xl", "xxl")
-    },
-    **{f"google/byt5-{size}": _config("t5", 384, shape, True, False) for size, shape in _BYT5.items()},
+    **{f"google-t5/t5-{size}": _config("t5", shape) for size, shape in _T5.items()},
+    **{f"google/t5-v1_1-{size}": _config("flan-t5", shape) for size, shape in _V11.items()},
+    **{f"google/flan-t5-{size}": _config("flan-t5", shape) for size, shape in _V11.items()},
+    "google/flan-ul2": _config("flan-ul2", (4096, 256, 16384, 32, 16)),
+    "lmsys/fastchat-t5-3b-v1.0": _config("fastchat-t5", (2048, 64, 5120, 24, 32)),
+    **{f"google/mt5-{size}": _config("mt5", shape) for size, shape in _V11.items()},
+    **{f"google/umt5-{size}": _config("umt5", _V11[size]) for size in ("small", "base", "xl", "xxl")},
+    **{f"google/byt5-{size}": _config("byt5", shape) for size, shape in _BYT5.items()},
 }

@@ -7,6 +7,7 @@ follows from W alone, so the same decomposition gives it again (Meng et al. 2024
 import numpy as np
 import torch
 
+from t5tune.model.family import OVERFLOWS_FP16
 from t5tune.model.load import TORCH_DTYPES, to_torch
 from t5tune.weights.tensors import Tensor
 
@@ -23,7 +24,7 @@ def without_start(weight_OI: Tensor, name: str, kind: str, rank: int, scale: flo
         q_OR, r_RI = torch.linalg.qr(values_OI)
         b_OR, a_RI = q_OR[:, :rank].contiguous(), r_RI[:rank].contiguous()
     # fp16 isn't enough for T5's wo: transformers loads it in fp32
-    dtype = "F32" if weight_OI.dtype == "F16" and name.endswith(".wo.weight") else weight_OI.dtype
+    dtype = "F32" if weight_OI.dtype == "F16" and name.endswith(f".{OVERFLOWS_FP16}.weight") else weight_OI.dtype
     return from_torch((values_OI - scale * b_OR @ a_RI).to(TORCH_DTYPES[dtype]), dtype)
 
 

@@ -1,11 +1,13 @@
 """Which checkpoint to start from."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from t5tune.settings.fields import Maybe, Settings
+
+FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"]  # the keys of model/family.py
 
 
 class BaseModelSettings(Settings):
@@ -20,4 +22,8 @@ class BaseModelSettings(Settings):
     )
     cache_dir: Annotated[Path | None, Maybe] = Field(
         default=None, description="Folder that keeps what is downloaded from the hub."
+    )
+    family: Annotated[FamilyName | None, Maybe] = Field(
+        default=None,
+        description="Try a base whose model_type t5tune doesn't know as this member of the family (docs/families.md).",
     )

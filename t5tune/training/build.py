@@ -75,7 +75,7 @@ def build(
     place = torch.device("cpu") if sharded and not settings.q_lora else device
     # what trains in place without DeepSpeed is its own master too
     is_full = settings.train_mode == "full"
-    model = load_base(base, adapter_dtype if is_full else dtype, place, settings)
+    model = load_base(base, adapter_dtype if is_full else dtype, place, settings, settings.family)
     tied = bool(model.config.tie_word_embeddings)
     taken_out: dict[str, Tensor] = {}
     if is_full:
@@ -101,7 +101,7 @@ def build(
 
     def write(folder: Path, state: dict[str, Tensor]) -> None:
         if is_full:
-            write_model(folder, state, base, tied, trained_with)
+            write_model(folder, state, base, tied, trained_with, settings.family)
         else:
             write_adapter(folder, state, trained_with, non_lora={})
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from t5tune import presets
 from t5tune.data.cache import is_cache, read_manifest
 from t5tune.errors import DependencyError, SettingsError
+from t5tune.model.device import nvidia_driver
+from t5tune.model.family import family_of
 from t5tune.settings import TrainSettings
 from t5tune.training.compiler import has_compiler
 from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.base import find_base, read_config
 
+DOCTOR = "t5tune doctor tells how to mend that"
 EVALUATION = ("eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience")
 SECRETS = {"hub_token", "push_to_hub_token"}
 OWN_ARGUMENTS = {
@@ -33,10 +36,8 @@ def check(settings: TrainSettings) -> None:
         ModelError: no such base, or one of another family.
         DependencyError: DeepSpeed or a tracker is asked for and not there.
     """
-    from t5tune.model.family import family_of
-
     base = find_base(settings)
-    family_of(read_config(base), base)
+    family_of(read_config(base), base, settings.family)
     chosen_trackers(settings.report_to)
     problems = _nothing_to_evaluate_on(settings)
     if settings.training_args:
@@ -84,7 +85,9 @@ def check(settings: TrainSettings) -> None:
         import torch
 
         found = torch.cuda.device_count()
-        if found < settings.num_gpus:
+        if found == 0 and (driver := nvidia_driver()):
+            problems.append(f"num_gpus: {settings.num_gpus}: torch can't use the NVIDIA driver ({driver}); {DOCTOR}")
+        elif found < settings.num_gpus:
             problems.append(f"num_gpus: {settings.num_gpus}: this machine has {found}; --num-processes uses the CPU")
     if problems:
         raise SettingsError(*problems)

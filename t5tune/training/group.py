@@ -9,11 +9,13 @@ from datetime import timedelta
 from typing import Any
 
 from t5tune.errors import Stopped
-from t5tune.model.device import choose_device, keep_freed_memory
+from t5tune.model.device import choose_device, keep_freed_memory, nvidia_driver
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
+from t5tune.training.check import DOCTOR
 from t5tune.training.compiler import SHARED_MEMORY_OP, has_compiler
 from t5tune.training.launch import World
+from t5tune.training.ranks import meeting
 
 
 @contextmanager
@@ -22,6 +24,10 @@ def process_group(world: World, settings: TrainSettings, report: Report) -> Iter
     device = choose_device(settings.use_cpu or settings.num_processes is not None, world.local_rank)
     if device.type == "cpu":
         keep_freed_memory()
+        if not settings.use_cpu and settings.num_processes is None and (driver := nvidia_driver()):
+            report(
+                Note(f"torch can't use the NVIDIA driver ({driver}): this trains on the CPU; {DOCTOR}", warning=True)
+            )
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.process_group_timeout)
     environment = dict(os.environ)
@@ -42,9 +48,11 @@ def process_group(world: World, settings: TrainSettings, report: Report) -> Iter
                     # its sums through shared memory are compiled at first use; without them gloo sums
                     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
                     report(Note("no C++ compiler here: DeepSpeed's ranks talk by gloo alone"))
-                deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+                with meeting():
+                    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         elif world.size > 1:
-            dist.init_process_group(backend, timeout=timeout)
+            with meeting():
+                dist.init_process_group(backend, timeout=timeout)
         try:
             yield device
         except Stopped:  # all ranks leave together

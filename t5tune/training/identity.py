@@ -40,7 +40,7 @@ def identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: 
         for name in mixin.model_fields
         if name not in NO_PART_OF_IT
     ]
-    values = settings.model_dump(mode="json", include={*chosen, "seed", "eval_fraction", "num_data"})
+    values = settings.model_dump(mode="json", include={*chosen, "seed", "eval_fraction", "num_data", "family"})
     inputs = {name: value for name, value in cache.manifest["inputs"].items() if name != "data"}
     held_out = {name: str(cache.manifest[name]) for name in ("eval_fraction", "seed")}
     deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None

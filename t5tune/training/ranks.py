@@ -1,12 +1,13 @@
 """What the ranks do together: one acts for all, all agree, and those that are left say who is missing."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from t5tune.errors import RankLost, T5TuneError
+from t5tune.errors import RankLost, T5TuneError, TrainingError
 from t5tune.training.launch import World
 
 Value = TypeVar("Value")
@@ -87,6 +88,30 @@ def default_timeout(timeout: timedelta) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(distributed_c10d, name, value)
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Say where the ranks were to meet, where they can't.
+
+    Raises:
+        TrainingError: something else listens on the port of rank 0.
+        RankLost: rank 0 isn't there.
+    """
+    import torch.distributed as dist
+
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise TrainingError(
+                f"MASTER_PORT: {port}: something else listens there", hint="give all ranks another: MASTER_PORT=29511"
+            ) from error
+        raise RankLost(
+            f"rank {rank}: nobody answers at {host}:{port}, where the ranks meet",
+            hint="start all ranks, and give them the same MASTER_ADDR and MASTER_PORT, which each can reach",
+        ) from error
 
 
 @contextmanager

@@ -148,6 +148,8 @@ def read_result(folder: Path) -> Trained:
 def _base_facts(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:
     """What tells merge whether a base is this one, and what of it the adapter saw."""
     facts: dict[str, Any] = dict(base_facts(base, settings.model_name_or_path, sha256))
+    if settings.family is not None:
+        facts["family"] = settings.family
     if settings.q_lora:
         compute = "bfloat16" if settings.bf16 else "float32"
         facts |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}

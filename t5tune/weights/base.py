@@ -23,11 +23,24 @@ def find_base(settings: BaseModelSettings) -> Path:
     Raises:
         ModelError: no such folder or model, or it holds no config.json.
     """
+    return _find(settings, FILES)
+
+
+def find_config(settings: BaseModelSettings) -> Path:
+    """The folder that holds the base's config.json, whose weights may stay on the hub.
+
+    Raises:
+        ModelError: as `find_base`.
+    """
+    return _find(settings, ["config.json"])
+
+
+def _find(settings: BaseModelSettings, files: list[str]) -> Path:
     name = settings.model_name_or_path
     if name == "pocket" and not Path("pocket").is_dir():
         return pocket_folder()
     path = Path(name)
-    folder = path if path.is_dir() else _download(name, settings.revision, settings.cache_dir)
+    folder = path if path.is_dir() else _download(name, settings.revision, settings.cache_dir, files)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"model_name_or_path: {name}: no config.json in it",
@@ -68,7 +81,7 @@ def _asks_for_code(value: Any) -> str | None:
     return None
 
 
-def _download(name: str, revision: str | None, cache_dir: Path | None) -> Path:
+def _download(name: str, revision: str | None, cache_dir: Path | None, wanted: list[str]) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         raise ModelError(f"model_name_or_path: {name}: no such folder", hint="check the path's spelling")
     from huggingface_hub import HfApi, snapshot_download
@@ -77,8 +90,12 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> Path:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
 
     try:
-        snapshot = fetch(FILES)
-        if not list(snapshot.glob("*.safetensors")) and not list(snapshot.glob("pytorch_model*.bin")):
+        snapshot = fetch(wanted)
+        if (
+            wanted == FILES
+            and not list(snapshot.glob("*.safetensors"))
+            and not list(snapshot.glob("pytorch_model*.bin"))
+        ):
             files = HfApi().list_repo_files(name, revision=revision)
             if any(file.startswith("pytorch_model") for file in files):
                 snapshot = fetch([*FILES, "pytorch_model*.bin"])

@@ -1,6 +1,6 @@
 """Model cards: what was made from what, and how to load it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,14 @@ print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
 }
 
 
-def merged_card(base: str, adapter: str, kind: str, training: str = "") -> str:
-    """The README.md of a merged checkpoint, or of what was converted from it: `kind` is merge's --to."""
+def merged_card(base: str, adapter: str, kind: str, converters: Sequence[str], training: str = "") -> str:
+    """The README.md of a merged checkpoint, or of what was converted from it.
+
+    Args:
+        kind: merge's --to.
+        converters: what else reads a checkpoint of this family.
+    """
+    others = f"\nIt is read as well by {', '.join(converters)}.\n" if kind == "checkpoint" else ""
     return f"""---
 base_model: {base}
 library_name: {"transformers" if kind == "checkpoint" else kind}
@@ -129,4 +135,4 @@ tags: [t5tune]
 # {base} with an adapter folded in
 
 Made by `t5tune merge` from the adapter `{adapter}`.
-{training}{LOADING[kind]}"""
+{training}{LOADING[kind]}{others}"""

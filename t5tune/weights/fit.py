@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
+from t5tune.model.family import of_type
 from t5tune.weights.adapter import LORA_NAME, MAGNITUDE, PREFIX, ROWS
 from t5tune.weights.adapter_config import CONFIG
 from t5tune.weights.tensors import Tensor
 
-MODEL_TYPES = {"t5", "mt5", "umt5"}
 _HINT = "is this the base that the adapter was trained on?"
 
 
@@ -66,7 +66,7 @@ def check_fit(
 
 
 def base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a T5's weights, by their names in its file: [out, in] of linear layers.
+    """The shapes of a T5's weights, by their names in its file: [out, in] of linear layers. Its type must be known.
 
     Raises:
         CheckpointError: its config.json lacks a size.
@@ -82,8 +82,8 @@ def base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             raise TypeError
     except (KeyError, TypeError) as error:
         raise CheckpointError("the base's config.json: a size of the model is missing or no number") from error
-    default = "relu" if base.get("model_type") == "t5" else "gated-gelu"
-    gated = str(base.get("feed_forward_proj", default)).startswith("gated-")
+    family = of_type(base)
+    gated = str(base.get("feed_forward_proj", family.default_feed_forward)).startswith("gated-")
     shapes: dict[str, tuple[int, ...]] = {"shared.weight": (words, width), "lm_head.weight": (words, width)}
     for stack, number in layers.items():
         shapes[f"{stack}.embed_tokens.weight"] = (words, width)
@@ -96,7 +96,7 @@ def base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                     shapes[f"{layer}.{index}.{attention}.{part}.weight"] = (inner, width)
                 shapes[f"{layer}.{index}.{attention}.o.weight"] = (width, inner)
                 bias = f"{layer}.{index}.{attention}.relative_attention_bias.weight"
-                if index == 0 and (block == 0 or base.get("model_type") == "umt5"):
+                if index == 0 and (block == 0 or family.bias_in_each_block):
                     shapes[bias] = (buckets, base["num_heads"])
                 shapes[f"{layer}.{index}.layer_norm.weight"] = (width,)
             last = f"{layer}.{len(attentions)}"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from t5tune.model.family import family_of
 from t5tune.publish import write_json
 from t5tune.weights.adapter import TrainedWith
 from t5tune.weights.base import read_config
@@ -17,23 +18,30 @@ CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 GENERATION = "generation_config.json"
 
 
-def write_model(folder: Path, state: Mapping[str, Tensor], base: Path, tied: bool, trained_with: TrainedWith) -> None:
+def write_model(
+    folder: Path, state: Mapping[str, Tensor], base: Path, tied: bool, trained_with: TrainedWith, family: str | None
+) -> None:
     """Write the checkpoint of a fully trained model, by the base's own tensor names."""
     write_safetensors(folder / MODEL, state, {"format": "pt"})
-    write_config(base, folder, tied)
+    write_config(base, folder, tied, family=family)
     copy_companions(base, trained_with.tokenizer_folder, trained_with.template_file, folder)
 
 
-def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None) -> None:
+def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None, family: str | None = None) -> None:
     """config.json with the true `tie_word_embeddings`, and the scaling that transformers 4 derives from it spelt out.
 
     transformers 4 scales the decoder's output where the flag is true; 5 reads `scale_decoder_outputs`.
 
     Args:
         dtype: what the weights were rounded to; None: they have the base's.
+        family: a key of the table of families, for a model_type that isn't in it: the file says that member's then.
     """
     config = read_config(base)
-    if config.get("model_type") in {"t5", "umt5"}:
+    member = family_of(config, base, family)
+    if config.get("model_type") != member.model_type:
+        config = member.completed(config)
+        config.pop("architectures", None)
+    if member.scales_logits:
         config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
     config["tie_word_embeddings"] = tied
     if dtype is not None:
