@@ -191,4 +191,5 @@ def _mean(base: Checkpoint, weight: str, count: int) -> npt.NDArray[np.float32]:
                 sums_LD[level - 1] = 0
     for level in range(1, LEVELS):
         sums_LD[0] += sums_LD[level]
-    return sums_LD[0] / np.float32(count)
+    mean_D: npt.NDArray[np.float32] = sums_LD[0] / np.float32(count)
+    return mean_D
