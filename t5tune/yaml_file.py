@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few of aliases can stand for more than any memory holds
-            alias = self.peek_event()
+            alias = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"line {alias.start_mark.line + 1}: *{alias.anchor}: aliases aren't read; repeat it")
         return super().compose_node(parent, index)
 

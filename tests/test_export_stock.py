@@ -299,6 +299,11 @@ def test_the_rows_of_fastchats_tokens_are_made_anew_from_the_base(
     notes: list[str] = []
     run_export(folder, tmp_path / "adapter", notes, model_name_or_path=str(base))
     assert any("tokens 1500 to 1509 are made anew" in note for note in notes)
+    rows = {n: v for n, v in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items() if "token_adap" in n}
+    assert len(rows) == (1 if tied else 3)
+    for name, value in rows.items():  # torch's mean, to the bit
+        embedding = model.get_output_embeddings() if "lm_head" in name else model.get_input_embeddings()
+        assert torch.equal(value, embedding.weight[first:]), name
     ids = torch.tensor([[5, first + 3, 9, first, 12, first + 9]])
     with torch.no_grad():
         expected = model.eval()(input_ids=ids, decoder_input_ids=ids).logits

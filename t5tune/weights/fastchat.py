@@ -4,6 +4,7 @@ They lie in adapter_model.bin, adapter_model.safetensors or pytorch_model.bin, b
 `base_model.model.encoder.….q.lora_A.default.weight`, some behind a `module.` of the process group's wrapper.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.weights.adapter import LORA_NAME, PREFIX, ROWS
@@ -26,6 +28,7 @@ ALPHA = 16.0
 TOKENS = ("[PAD]", "<", "{", "\n", "}", "`", " ", "\\", "^", "\t")
 EMBEDDINGS = ("encoder.embed_tokens", "decoder.embed_tokens")
 ROWS_AT_ONCE = 2048
+LEVELS = 4
 
 _WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.|_forward_module\.)*((?:base_model\.model\.)*)")
 _OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter\.trainable_tokens_delta)(\.|$)")
@@ -155,15 +158,10 @@ def mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
     tied = base.is_tied()
     rows: dict[str, Tensor] = {}
     for weight in ("shared.weight",) if tied else ("shared.weight", "lm_head.weight"):
-        num_rows, width = base.tensor(weight).shape
+        num_rows = base.tensor(weight).shape[0]
         if num_rows <= ids[-1]:
             raise CheckpointError(f"{base.folder}: {weight} has no row {ids[-1]}", hint="name FastChat's base itself")
-        total_D = np.zeros(width, np.float64)
-        for begin in range(0, ids[0], ROWS_AT_ONCE):
-            whole = base.tensor(weight)  # mapped anew, or all pages read would stay in memory
-            part = Tensor(whole.dtype, whole.array[begin : min(begin + ROWS_AT_ONCE, ids[0])])
-            total_D += part.to_float32().sum(0, dtype=np.float64)
-        rows_KD = np.repeat((total_D / ids[0]).astype(np.float32)[None], len(ids), 0)
+        rows_KD = np.repeat(_mean(base, weight, ids[0])[None], len(ids), 0)
         modules = ["lm_head"] if weight == "lm_head.weight" else ["shared"] if tied else list(EMBEDDINGS)
         rows |= {f"{PREFIX}{module}{ROWS}": Tensor("F32", rows_KD) for module in modules}
     return rows
@@ -172,3 +170,26 @@ def mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
 def row_indices(ids: list[int], tied: bool) -> Any:
     """PEFT's trainable_token_indices for these rows; the head's in the opposite order (see model/lora.py)."""
     return ids if tied else {name: ids for name in EMBEDDINGS} | {"lm_head": ids[::-1]}
+
+
+def _mean(base: Checkpoint, weight: str, count: int) -> npt.NDArray[np.float32]:
+    """The mean of a matrix's first rows, added in torch's order (ATen's SumKernel.cpp, multi_row_sum).
+
+    Sums of 16 rows are added up, 16 of these, and so on, four levels high: the bits of torch's mean, for widths of a
+    multiple of 32.
+    """
+    power = max(4, math.ceil(math.log2(count)) // LEVELS)
+    sums_LD = np.zeros((LEVELS, base.tensor(weight).shape[1]), np.float32)
+    for begin in range(0, count, ROWS_AT_ONCE):
+        part = base.tensor(weight).rows(begin, min(begin + ROWS_AT_ONCE, count)).to_float32()
+        for number, row_D in enumerate(part, begin + 1):
+            sums_LD[0] += row_D
+            level = 0
+            while level + 1 < LEVELS and number % (1 << (level + 1) * power) == 0:
+                level += 1
+                sums_LD[level] += sums_LD[level - 1]
+                sums_LD[level - 1] = 0
+    for level in range(1, LEVELS):
+        sums_LD[0] += sums_LD[level]
+    mean_D: npt.NDArray[np.float32] = sums_LD[0] / np.float32(count)
+    return mean_D
