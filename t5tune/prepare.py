@@ -39,7 +39,8 @@ from t5tune.yaml_file import to_yaml
 
 SAMPLE = 8 << 20  # bytes of records that --add-tokens auto looks at
 RECORD_BYTES = 512  # that a record takes beside its text
-MOST_LOST = 100  # characters that the manifest lists
+MOST_LOST = 100  # characters that the manifest lists, and
+TOLD = 5  # that are told
 CHECK_REJECTED = 1000  # records before max_rejected_fraction stops a run that isn't over
 
 
@@ -344,10 +345,11 @@ def _tell(manifest: dict[str, Any], folder: Path, report: Report) -> None:
         ("the tokenizer writes otherwise", [item for item in lost if item["becomes"] != UNKNOWN]),
     ):
         if chosen:
-            worst = ", ".join(f"{item['text']!r} in {item['answers']}" for item in chosen[:5])
-            report(Note(f"{what}, in answers: {worst}{', …' if len(chosen) > 5 else ''}", True))
+            worst = ", ".join(f"{item['text']!r} in {item['answers']}" for item in chosen[:TOLD])
+            report(Note(f"{what}, in answers: {worst}{', …' if len(chosen) > TOLD else ''}", True))
     if left := manifest["left_out_tokens"]:
-        report(Note(f"no spare row of the embedding is left for {' '.join(map(repr, left))}", True))
+        more = f" and {len(left) - TOLD} more characters" if len(left) > TOLD else ""
+        report(Note(f"no spare row of the embedding is left for {' '.join(map(repr, left[:TOLD]))}{more}", True))
 
 
 def _result(folder: Path, manifest: dict[str, Any], up_to_date: bool, started: float) -> Prepared:

@@ -220,7 +220,10 @@ def test_cleaning_keeps_code_and_mathematics_and_gives_up_on_hostile_html() -> N
     cleaned = clean(text, repairs)
     assert cleaned == text.replace("\\_y\\_", "_y_").replace("&amp;", "&")
     assert repairs == {"html_entities": 1, "markdown_escapes": 2}
-    for hostile in ("<div>" * 3000, "<p>a" * 100_000, "<div>" + "<!--" * 10_000):
+    for hostile in (
+        "<div>" * 3000, "<p>a" * 100_000, "<div>" + "<!--" * 10_000, "<p>" + "<pre></x>" * 1500,
+        "<p>" + "<b><!--</b>-->" * 3000, "<p><![no [ HTML",
+    ):  # fmt: skip
         assert clean(hostile, repairs) == hostile
     for slow in ("\\[" * 200_000, "$" * 200_001, "`\n" * 200_000, "<p>x</p>" + " \n" * 100_000):
         clean(slow, repairs)  # ends

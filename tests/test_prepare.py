@@ -194,6 +194,11 @@ def plain_tokenizer(name: str) -> Any:
 
 
 @cache
+def stock_tokenizer(name: str) -> Any:
+    return AutoTokenizer.from_pretrained(str(TOKENIZERS[name]))
+
+
+@cache
 def tokenizers(name: str, add_tokens: str, folder: Path) -> tuple[Any, Any]:
     """(the encoder that prepare uses, the tokenizer that a user loads from the cache)."""
     tokenizer, *_ = extend_tokenizer(plain_tokenizer(name), [add_tokens], ROWS[name])
@@ -248,7 +253,7 @@ def test_fastchats_tokens_give_fastchats_ids_for_any_text(name: str, tokenizer_f
     assume(not any(token in whole for token in tokenizer.all_special_tokens))
     pieces = lay_out(conversation_of(texts), load_template("fastchat-t5"))
     (encoded,) = encode_batch([pieces], encoder, 4096)
-    assert encoded.ids.tolist() == fastchat_ids(AutoTokenizer.from_pretrained(str(TOKENIZERS[name])), whole)
+    assert encoded.ids.tolist() == fastchat_ids(stock_tokenizer(name), whole)
 
 
 # what T5's vocabulary with its added tokens holds as it is: no character that NFKC or the marks of words change

@@ -464,7 +464,8 @@ def test_turns_of_one_side_are_joined_where_that_is_asked(tmp_path: Path) -> Non
 def test_html_and_backslashes_go_where_that_is_asked_and_code_stays(tmp_path: Path) -> None:
     html = (
         '<div class="markdown prose"><p>Use <code>a &lt; b</code>:</p><pre><div>python<button>Copy code</button>'
-        "</div><code>def f(x):\n    return x_1 * 2\n</code></pre><ol><li>one</li><li>two</li></ol></div>"
+        "</div><div><code>    def f(x):\n        return x_1 * 2\n</code></div></pre>"
+        "<ol><li>one</li><li>two</li></ol></div>"
     )
     value = {"conversations": [{"from": "human", "value": "snake\\_case and `a\\_b`"}, {"from": "gpt", "value": html}]}
     untouched = the_one(tmp_path / "data.jsonl", value)
@@ -472,7 +473,7 @@ def test_html_and_backslashes_go_where_that_is_asked_and_code_stays(tmp_path: Pa
     record = the_one(tmp_path / "data.jsonl", value, clean=True)
     question, answer = (turn.text for turn in record.turns)
     assert question == "snake_case and `a\\_b`"
-    assert "```python\ndef f(x):\n    return x_1 * 2\n```" in answer
+    assert "```python\n    def f(x):\n        return x_1 * 2\n```" in answer
     assert "`a < b`" in answer
     assert "1. one\n2. two" in answer
     assert "<" not in answer.replace("a < b", "")

@@ -24,6 +24,7 @@ from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, DependencyError, ModelError
 from t5tune.prepare import Prepared, prepare
+from t5tune.progress import Event, Note, Report, silent
 from t5tune.settings import PrepareSettings
 from tests.conftest import REPOSITORY
 
@@ -37,11 +38,11 @@ def record(*texts: str, **more: Any) -> dict[str, Any]:
 def prepared(tmp_path: Path) -> Callable[..., tuple[Prepared, Cache]]:
     """Prepare records with pocket's tokenizer, and open the cache."""
 
-    def run(*records: Any, **more: Any) -> tuple[Prepared, Cache]:
+    def run(*records: Any, report: Report = silent, **more: Any) -> tuple[Prepared, Cache]:
         data = tmp_path / "data.jsonl"
         data.write_text("".join(json.dumps(item) + "\n" for item in records), encoding="utf-8")
         values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache", **more}
-        result = prepare(PrepareSettings(**values))
+        result = prepare(PrepareSettings(**values), report)
         return result, open_cache(result.cache)
 
     return run
@@ -182,7 +183,10 @@ def test_auto_adds_what_the_answers_hold_and_says_what_finds_no_row(
     assert "猫" not in cache.added_tokens
     assert rare.unknown_tokens == 1
     many = "".join(map(chr, range(0x4E00, 0x4E00 + 60)))
-    _, cache = prepared(record("Hi", many))
+    told: list[Event] = []
+    _, cache = prepared(record("Hi", many), report=told.append)
+    (note,) = [event.text for event in told if isinstance(event, Note) and "spare row" in event.text]
+    assert note.endswith(f" and {len(cache.manifest['left_out_tokens']) - 5} more characters")
     assert len(cache.added_tokens) == 1536 - 1497
     assert set(cache.added_tokens) | set(cache.manifest["left_out_tokens"]) == {*many, *"\n\t<\\^`{}~"}
 

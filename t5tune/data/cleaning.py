@@ -11,8 +11,6 @@ from collections import Counter
 
 _WIDTHLESS = re.compile("[\u200b\u2060\ufeff]")  # joiners stay: emoji and several scripts need them
 _DUMP = re.compile(r"\s*<(?:div|p|pre|ol|ul|table|h[1-6]|blockquote)(?:\s[^<>]*)?>", re.IGNORECASE)
-_TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)[^<>]*>")
-_VOID = {"area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|nbsp|#39|#x27);")
 _ESCAPED = re.compile(r"(?<!\\)\\([_*#~`>-])")
 # fenced and inline code, $$…$$, $…$, \[…\] and \(…\); none goes beyond its like, or what nothing closes would be
@@ -44,13 +42,11 @@ def plain(text: str, repairs: Counter[str]) -> str:
 def clean(text: str, repairs: Counter[str]) -> str:
     """HTML as Markdown; Markdown without entities and needless backslashes outside of code and mathematics."""
     if _DUMP.match(text):
-        if _is_hostile(text):
+        converted = _markdown(text)
+        if converted is None:
             repairs["html_turns_left_alone"] += 1
             return text
-        from markdownify import markdownify
-
-        text = markdownify(text, heading_style="ATX", escape_asterisks=False, escape_underscores=False).strip()
-        text = _LABEL.sub(r"\1\2\n", text)
+        text = _LABEL.sub(r"\1\2\n", converted)
         text = _COPY.sub(lambda found: found[1] or "", re.sub(r"\n{3,}", "\n\n", text))
         repairs["html_turns"] += 1
     parts = _LITERAL.split(text)
@@ -65,14 +61,25 @@ def clean(text: str, repairs: Counter[str]) -> str:
     return "".join(parts)
 
 
-def _is_hostile(text: str) -> bool:
-    """Whether converting the HTML could take forever, or more calls inside each other than Python allows."""
+def _markdown(text: str) -> str | None:
+    """HTML as Markdown; None: it is no HTML, or hostile to the converter, which takes a call for each level of tags."""
+    from bs4 import BeautifulSoup, ParserRejectedMarkup
+    from markdownify import MarkdownConverter
+
     if text.count("<") * len(text) > MOST_WORK:
-        return True
-    depth = 0
-    for closing, name in _TAG.findall(text):
-        if name.lower() not in _VOID:
-            depth = max(0, depth - 1) if closing else depth + 1
-            if depth > MOST_DEPTH:
-                return True
-    return False
+        return None
+    try:
+        tree = BeautifulSoup(text, "html.parser")
+    except ParserRejectedMarkup:
+        return None
+    level = list(tree.children)
+    for _ in range(MOST_DEPTH):
+        level = [child for tag in level for child in getattr(tag, "children", ())]
+    if level:
+        return None
+    for block in tree.find_all("pre"):  # in a division of one the first line's indentation would be lost
+        for division in block.find_all("div"):
+            division.insert_after("\n")
+            division.unwrap()
+    converter = MarkdownConverter(heading_style="ATX", escape_asterisks=False, escape_underscores=False)
+    return str(converter.convert_soup(tree)).strip()
