@@ -119,7 +119,7 @@ def _cards(result: dict[str, Any]) -> list[str]:
         ("tokens/s", short(result["tokens_per_second"])),
         ("tokens", short(result["tokens"])),
         ("peak memory a process", f"{result['peak_memory_bytes'] / GIB:.2f} GiB"),
-        ("processes", str(result["world_size"])),
+        ("process" if result["world_size"] == 1 else "processes", str(result["world_size"])),
         ("time", _duration(result["seconds"])),
     ]
     return [f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in figures]
