@@ -40,6 +40,7 @@ from t5tune.settings import (
 )
 from t5tune.settings.base_model import FamilyName
 from t5tune.train import train
+from t5tune.weights.fit import base_shapes
 
 from .conftest import REPOSITORY, t5tune
 
@@ -190,6 +191,15 @@ def test_a_member_is_trained_exported_merged_and_answers(made: Made) -> None:
         assert chat(ChatSettings(model_name_or_path=str(made.run), **ask)).reply == reply.reply
     assert (made.merged / "spiece.model").is_file() == (family.tokenizer != BYTES)
     assert ("llama.cpp" in (made.merged / "README.md").read_text()) == ("llama.cpp" in family.converters)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_config_tells_the_shape_of_every_weight(key: str, bases: dict[str, Path]) -> None:
+    shapes = base_shapes(json.loads((bases[key] / "config.json").read_text()))
+    held = {name: tuple(tensor.shape) for name, tensor in load_file(bases[key] / "model.safetensors").items()}
+    assert held.items() <= shapes.items()
+    aliases = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    assert shapes.keys() - held.keys() <= aliases
 
 
 def test_fastchats_own_tokens_keep_their_ids(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
