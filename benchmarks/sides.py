@@ -56,7 +56,7 @@ def write_base(folder: Path, config: dict[str, Any]) -> Path:
 
     from t5tune.weights.pocket import pocket_folder
 
-    values = dict(config)
+    values = {**config, "tie_word_embeddings": False}
     config = AutoConfig.for_model(values.pop("model_type"), **values, decoder_start_token_id=0)
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(config)
