@@ -110,7 +110,9 @@ def test_prepare_leaves_the_old_cache_or_the_new_whatever_cannot_be_written(
             if way == "short":
                 assert done.codes == [0], where
             elif done.codes == [0]:
-                assert done.things[at - 1] == Thing("mkdir", str(place)), where  # it is there
+                # it is there; folders that can't be exchanged are renamed one after the other
+                harmless = [Thing("mkdir", str(place)), Thing("rename", str(place / "cache"))]
+                assert done.things[at - 1] in harmless, where
             else:
                 assert done.codes == [1], where
                 (told,) = [line for line in done.log.splitlines() if line.startswith("error: ")]
