@@ -210,8 +210,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         resumed_from=resume,
         seconds=round(time.monotonic() - started, 3),
     )
-    if world.rank == 0:
-        _finish(run, settings, cache, trainer.state, result, best or result.steps)
+    by_rank_0(world, lambda: _finish(run, settings, cache, trainer.state, result, best or result.steps))
     barrier()
     return result
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from t5tune.data.cache import open_cache
+from t5tune.publish import sha256
 from t5tune.training.journal import read_journal
 from tests.reliability.forks import FROM_THEN_ON, ONCE, SHORT, Forks, Thing
-from tests.reliability.runs import LONG, adapter, arguments, whole_steps
+from tests.reliability.runs import LONG, arguments, whole_steps
 
 KINDS = {
     "one process": (1, ()),
@@ -48,14 +49,16 @@ def test_a_run_outlives_whatever_cannot_be_written(
     command = arguments(untied_base, few, run, *SHORT_RUN, *more)
     undisturbed = forks.run(command, ranks, under=run)
     assert undisturbed.codes == [0] * ranks, undisturbed.log
-    expected, things = adapter(run), undisturbed.things
+    expected, things = results(run), undisturbed.things
     assert [thing.kind for thing in things].count("fsync") > 30
     for at in chosen(things, way):
         outlive(forks, command, ranks, run, at, way, expected)
 
 
-def outlive(forks: Forks, command: list[str], ranks: int, run: Path, at: int, way: str, expected: bytes) -> None:
-    """Begin anew, fail at the `at`th thing, look at what is left and told, and go on to the expected adapter."""
+def outlive(
+    forks: Forks, command: list[str], ranks: int, run: Path, at: int, way: str, expected: dict[str, str]
+) -> None:
+    """Begin anew, fail at the `at`th thing, look at what is left and told, and go on to the expected results."""
     shutil.rmtree(run)
     mode, error = WAYS[way]
     done = forks.run(command, ranks, under=run, at=at, mode=mode, error=error)
@@ -70,7 +73,8 @@ def outlive(forks: Forks, command: list[str], ranks: int, run: Path, at: int, wa
         assert f"warning: {run / 'metrics.jsonl'}: {os.strerror(error)}" in done.log, where
         assert [line["step"] for line in read_journal(run)] == [1, 2, 3, 4], where
     elif done.codes == [0] * ranks:
-        assert failed.kind == "mkdir", where  # of a folder that is there
+        # a folder that is there, or a copy that began anew
+        assert failed.kind == "mkdir" or (failed.kind == "write" and way == "once"), where
     else:
         told = [line for line in done.log.splitlines() if line.startswith("error: ")]
         assert 1 in done.codes, where
@@ -79,7 +83,7 @@ def outlive(forks: Forks, command: list[str], ranks: int, run: Path, at: int, wa
         assert any(os.strerror(error) in line and str(run) in line for line in told), where
         done = forks.run(command, ranks, under=run)
         assert done.codes == [0] * ranks, f"{where}\nand then\n{done.log}"
-    assert adapter(run) == expected, where
+    assert results(run) == expected, where
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [], where
 
 
@@ -106,7 +110,9 @@ def test_prepare_leaves_the_old_cache_or_the_new_whatever_cannot_be_written(
             if way == "short":
                 assert done.codes == [0], where
             elif done.codes == [0]:
-                assert done.things[at - 1] == Thing("mkdir", str(place)), where  # it is there
+                # it is there; folders that can't be exchanged are renamed one after the other
+                harmless = [Thing("mkdir", str(place)), Thing("rename", str(place / "cache"))]
+                assert done.things[at - 1] in harmless, where
             else:
                 assert done.codes == [1], where
                 (told,) = [line for line in done.log.splitlines() if line.startswith("error: ")]
@@ -116,6 +122,13 @@ def test_prepare_leaves_the_old_cache_or_the_new_whatever_cannot_be_written(
             assert open_cache(place / "cache").manifest["inputs"]["data"][0]["file"] in (few.name, conversations.name)
             assert forks.run(command(conversations)).codes == [0], where
             assert [path.name for path in place.iterdir()] == ["cache"], where
+
+
+def results(run: Path) -> dict[str, str]:
+    """The hashes of what a finished run is for."""
+    assert (run / "result.json").is_file()
+    names = ("adapter_", "tokenizer", "template")
+    return {path.name: sha256(path) for path in run.iterdir() if path.name.startswith(names)}
 
 
 def chosen(things: list[Thing], way: str) -> list[int]:
