@@ -155,11 +155,15 @@ def _evaluation(lines: list[dict[str, Any]]) -> list[str]:
     names = list(found[-1][1])
     header = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ["step", *names])
     rows = (
-        f"<tr><td>{step:,}</td>{''.join(f'<td>{values[name]:.4g}</td>' for name in names)}</tr>"
+        f"<tr><td>{step:,}</td>{''.join(f'<td>{_figure(values[name])}</td>' for name in names)}</tr>"
         for step, values in found
         if set(names) <= values.keys()
     )
     return [f"<h2>Evaluation</h2><table><tr>{header}</tr>", *rows, "</table>"]
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _samples(samples: list[dict[str, str]]) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from t5tune.errors import DependencyError, SettingsError
+from t5tune.progress import silent
 from t5tune.settings import TrainSettings
 from t5tune.svg import Series, line_chart, short
 from t5tune.train import train
@@ -182,15 +183,18 @@ def test_the_journal_beats_between_lines_and_is_read_past_resumes_and_cuts(tmp_p
         (1, 2.9, None),
         (2, 2.0, 2.5),
     ]
+    journal.write(4, {"loss": float("nan"), "grad_norm": float("inf")})
+    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last, parse_constant=pytest.fail).items() >= {"step": 4, "loss": None, "grad_norm": None}.items()
     quiet = Journal(tmp_path, seconds_between_beats=1000)
     quiet.beat(5)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines) + 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines) + 2
 
 
 def test_slow_steps_leave_a_sign_of_life(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Journal.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(Journal.__init__, "__defaults__", (0.0, silent))
     train(settings(untied_base, conversations, tmp_path / "run", max_steps=4, logging_steps=100, report_samples=0))
     assert [line["step"] for line in metrics(tmp_path / "run") if "heartbeat" in line] == [1, 2, 3, 4]
 

@@ -5,12 +5,14 @@ metrics.jsonl has a line of figures each few steps, and a sign of life where ste
     {"step": 10, "time": "2026-01-31T12:00:00Z", "loss": 1.25, "learning_rate": 0.0001, ...}
     {"step": 10, "time": "2026-01-31T12:01:00Z", "heartbeat": true}
 
-A run that was resumed may hold a step twice: the later line counts. samples.json has replies to a few examples:
+null stands for NaN and infinity. A run that was resumed may hold a step twice: the later line counts. samples.json
+has replies to a few examples:
 
     [{"source": "…", "target": "…", "before": "…", "after": "…"}, …]
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,10 @@ class Journal:
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Append a line, with the time of the day in UTC."""
         self._written_at = time.monotonic()
-        line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **figures}
-        self._waiting.append(json.dumps(line))
+        # JSON has no word for what is no finite number
+        finite = {name: None if _is_no_number(value) else value for name, value in figures.items()}
+        line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **finite}
+        self._waiting.append(json.dumps(line, allow_nan=False))
         try:
             append_line(self.path, "\n".join(self._waiting))
         except WriteError as error:
@@ -75,3 +79,8 @@ def read_samples(run_folder: Path) -> list[dict[str, str]]:
         return list(json.loads((run_folder / SAMPLES).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return []
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether it is a float that is NaN or infinite."""
+    return isinstance(value, float) and not math.isfinite(value)
