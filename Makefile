@@ -20,7 +20,7 @@ reliability: .venv/installed-dev
 # what transformers 4, CTranslate2 and a stock tokenizer make of merged checkpoints
 compatibility: .venv/installed-dev build/transformers-4/installed
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[deploy]'
-	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/test_deploy.py
+	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/test_deploy.py tests/test_family.py
 
 check: lint types test
 

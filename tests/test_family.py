@@ -193,6 +193,27 @@ def test_a_member_is_trained_exported_merged_and_answers(made: Made) -> None:
     assert ("llama.cpp" in (made.merged / "README.md").read_text()) == ("llama.cpp" in family.converters)
 
 
+def test_ctranslate2_answers_as_the_merged_model_does(made: Made, tmp_path: Path) -> None:
+    pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install 't5tune[deploy]'")
+    family = family_of(json.loads((made.base / "config.json").read_text()), made.base)
+    assert "CTranslate2" in family.converters
+    found = merge(
+        MergeSettings(
+            model_name_or_path=str(made.base),
+            adapter=made.adapter,
+            output_dir=tmp_path / "converted",
+            onto="nf4" if made.q_lora else "base",
+            to="ctranslate2",
+            verify=False,
+        )  # fmt: skip
+    )
+    assert found.replies is not None
+    assert found.same_replies == found.replies > 0
+    tokens = json.loads((tmp_path / "converted" / "shared_vocabulary.json").read_text())
+    assert len(set(tokens)) == len(tokens) == load_file(made.base / "model.safetensors")["shared.weight"].shape[0]
+    assert all(tokens[index] == token for token, index in load_tokenizer(made.merged).vocabulary().items())
+
+
 @pytest.mark.parametrize("key", FAMILIES)
 def test_a_config_tells_the_shape_of_every_weight(key: str, bases: dict[str, Path]) -> None:
     shapes = base_shapes(json.loads((bases[key] / "config.json").read_text()))

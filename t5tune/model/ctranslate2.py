@@ -20,7 +20,7 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DependencyError
 from t5tune.model.device import choose_device
 from t5tune.model.generation import generate
-from t5tune.model.load import TORCH_DTYPES, load_base
+from t5tune.model.load import EMBEDDING, TORCH_DTYPES, load_base
 from t5tune.weights.streaming import Checkpoint
 
 REPLY_TOKENS = 32
@@ -65,6 +65,12 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
             model.config.tie_word_embeddings = getattr(model.config, "scale_decoder_outputs", False)
             return model
 
+        def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
+            tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
+            tokens = _with_spare_rows(tokenizer.get_vocab(), Checkpoint(checkpoint).dtype_and_shape(EMBEDDING)[1][0])
+            tokenizer.get_vocab = lambda: tokens
+            return tokenizer
+
     try:
         Converter(str(checkpoint)).convert(str(folder), quantization=quantization, force=True)
     except Exception as error:  # a converter for other releases fails in any way
@@ -108,6 +114,15 @@ def compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]],
             for theirs, own in zip(score.log_probs, log_probs, strict=True)
         ),
     )
+
+
+def _with_spare_rows(tokens: dict[str, int], rows: int) -> dict[str, int]:
+    """The tokenizer's entries, and a name of its own for each row that has none.
+
+    The converter would call spare rows <extra_id_0> and so on once more, and CTranslate2 tells tokens by their names.
+    """
+    taken = set(tokens.values())
+    return tokens | {f"<unused_{index}>": index for index in range(rows) if index not in taken}
 
 
 def _replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int], list[float]]]:
