@@ -136,17 +136,17 @@ def _chosen(cache: Cache, settings: InspectSettings) -> Sequence[int]:
             raise DataError(f"example: {settings.example}: {cache.folder} holds examples 0 to {len(cache) - 1}")
         return [settings.example]
     if settings.worst_cut:
-        return _most(cache.cut(), cache, "cut")
+        return _most(cache.cut(), cache, "is cut")
     if settings.unknown:
         unknown = load_tokenizer(cache.tokenizer_folder).unk_token_id
         counts = [int((example.source_S == unknown).sum() + (example.target_T == unknown).sum()) for example in cache]
-        return _most(np.array(counts), cache, "with unknown tokens")
+        return _most(np.array(counts), cache, "has unknown tokens")
     return [] if settings.stats else [0]
 
 
 def _most(counts: npt.NDArray[np.int64], cache: Cache, what: str) -> list[int]:
     if not counts.any():
-        raise DataError(f"{cache.folder}: none of its {len(cache)} examples is {what}")
+        raise DataError(f"{cache.folder}: none of its {len(cache)} examples {what}")
     return [int(counts.argmax())]
 
 

@@ -3,6 +3,7 @@
 `python tests/test_docs.py` writes docs/commands.md and the table of docs/families.md anew.
 """
 
+import json
 import os
 import re
 import shlex
@@ -213,6 +214,13 @@ def test_the_start_is_what_happens(tmp_path: Path) -> None:
         ran.append(words[0])
     assert ran == ["train", "chat", "evaluate", "merge"]
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_the_question_of_the_start_is_one_that_the_run_learns_to_answer() -> None:
+    """Of the held-out conversations nearly all are answered; names and dishes of no example aren't."""
+    start, heldout = (REPOSITORY / name for name in ("docs/start.md", "examples/quickstart/heldout.jsonl"))
+    (asked,) = [words[words.index("--prompt") + 1] for words in commands(start) if "--prompt" in words]
+    assert asked in {json.loads(line)["conversations"][0]["value"] for line in heldout.read_text("utf-8").splitlines()}
 
 
 if __name__ == "__main__":

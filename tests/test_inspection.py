@@ -110,6 +110,17 @@ def test_the_example_with_unknown_tokens_is_found(cache: Path, tmp_path: Path) -
     assert "<unk> No" in done.stdout
 
 
+def test_where_no_example_is_such_it_says_so(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"source": "Hi", "target": "a"}), encoding="utf-8")
+    whole = tmp_path / "cache"
+    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data), output_dir=whole))
+    with pytest.raises(DataError, match="none of its 1 examples is cut"):
+        inspect(InspectSettings(cache=whole, worst_cut=True))
+    with pytest.raises(DataError, match="none of its 1 examples has unknown tokens"):
+        inspect(InspectSettings(cache=whole, unknown=True))
+
+
 def test_the_histograms_count_every_example(cache: Path) -> None:
     statistics = inspect(InspectSettings(cache=cache, stats=True, per_device_train_batch_size=2)).statistics
     assert statistics is not None

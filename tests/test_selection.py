@@ -153,7 +153,7 @@ def test_what_prepare_holds_out_is_what_train_and_evaluate_hold_out(
     assert len(held_out) == 12  # 3 of 10 different conversations, both copies of both answers
     assert not set(targets(training)) & set(targets(held_out))
     assert prepared(*records)[1].parts()[1] is None
-    with pytest.raises(DataError, match="leaves none to train on"):
+    with pytest.raises(DataError, match="leaves none to train on; give more, or a file of others as eval_data_path"):
         prepared(record("Hi", "a"), eval_fraction=0.5)
 
 

@@ -141,7 +141,10 @@ class Cache(Sequence[Example]):
         different = np.unique(keys)
         count = max(1, round(held_out * len(different)))
         if count >= len(different):
-            raise DataError(f"eval_fraction: {held_out} of {len(different)} conversations leaves none to train on")
+            raise DataError(
+                f"eval_fraction: {held_out} of {len(different)} conversations leaves none to train on; "
+                "give more, or a file of others as eval_data_path"
+            )
         chosen = np.random.default_rng(seed).permutation(different)[:count]
         is_held_out = np.isin(keys, chosen)
         return (
