@@ -76,11 +76,16 @@ class Chatter:
 
         Args:
             show: called with each piece of the answer's text as soon as it is certain; joined, they are the reply.
+
+        Raises:
+            SettingsError: the question or the system message holds bytes that are no text.
         """
         from t5tune.model.generation import generate
 
         started = time.monotonic()
         growing = _GrowingText(self.tokenizer, self.template.answer_end, show) if show else None
+        _must_be_text(turns[-1].text, "the question")
+        _must_be_text(self.settings.system or "", "the system message")
         conversation = Conversation(Place("chat", 1, 0, 0), self.settings.system, tuple(turns))
         pieces = lay_out(conversation, self.template) + question_end(self.template, len(turns))
         source = encode_prompt(pieces, self.encoder, self.settings.model_max_length)
@@ -103,6 +108,16 @@ class Chatter:
             reply_tokens=len(ids),
             seconds=round(time.monotonic() - started, 3),
         )
+
+
+def _must_be_text(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # Python keeps what it can't decode as surrogates
+        found = ascii(text[error.start : error.end])
+        raise SettingsError(
+            f"{what}: holds bytes that are no text: {found}", hint="write UTF-8, in a locale of it: LC_ALL=C.UTF-8"
+        ) from error
 
 
 class _GrowingText:

@@ -106,6 +106,13 @@ def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
     assert done.stdout == f"{expected}\n" * 2
 
 
+def test_bytes_that_are_no_text_are_refused(made: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"]]
+    done = subprocess.run(command, input=b"Gr\xfc\n", capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert rb"error: the question: holds bytes that are no text: '\udcfc'; write UTF-8" in done.stderr
+
+
 def test_an_answer_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
     chatter = Chatter.load(settings(made["merged"]))
     pieces: list[str] = []

@@ -3,6 +3,7 @@
 `python tests/test_cli.py` writes golden/options.txt anew.
 """
 
+import io
 import json
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 
 from t5tune.cli import build_app
+from t5tune.cli.console import Screen
+from t5tune.progress import Advanced, Measured, Started
 from t5tune.settings import COMMANDS, Settings
 from t5tune.verbs import SUMMARIES
 
@@ -229,6 +233,19 @@ def test_prepare_prints_the_path_that_it_made(tmp_path: Path, conversations: Pat
     done = t5tune("prepare", *arguments)
     assert done.code == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'cache'}\n"
+
+
+def test_at_80_columns_the_count_and_the_time_left_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    screen = Screen()
+    monkeypatch.setattr(screen, "console", Console(file=drawn, force_terminal=True, color_system=None, width=80))
+    screen(Started("train", 12_000, "steps"))
+    screen(Measured("train", 10, {"loss": 0.2849, "grad norm": 1.419, "lr": 0.019, "tokens/s": 4348.0}))
+    screen(Advanced("train", 1_200))
+    screen.close()
+    *_, last = [text for text in drawn.getvalue().splitlines() if "12000" in text]
+    assert " 1200/12000 steps 0:00:0" in last
+    assert " left -:--:-- loss 0." in last
 
 
 if __name__ == "__main__":

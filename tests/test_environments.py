@@ -106,6 +106,13 @@ def test_deepspeed_trains_without_a_compiler_and_says_what_it_leaves_out(records
     assert not (tmp_path / "off").exists()
 
 
+def test_deepspeed_trains_where_nothing_compiled_can_be_kept(records: Path, tmp_path: Path) -> None:
+    home = {"HOME": str(records / "home"), "XDG_CACHE_HOME": None, "TORCH_EXTENSIONS_DIR": None}  # below a file
+    code, _, stderr = run(train(records, tmp_path / "run", "--deepspeed", "zero3"), home)
+    assert code == 0, stderr
+    assert b"DeepSpeed's ranks talk by gloo alone" in stderr
+
+
 def test_a_port_that_is_taken_is_named(records: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("localhost", 0))

@@ -17,13 +17,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from t5tune.errors import SettingsError, T5TuneError, one_line
@@ -73,12 +75,12 @@ class Screen:
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=28),
-                MofNCompleteColumn(),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TextColumn("[dim]{task.fields[unit]}"),
-                TimeElapsedColumn(),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
                 TextColumn("[dim]left"),
-                TimeRemainingColumn(),
-                TextColumn("[cyan]{task.fields[values]}"),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                _Values(),
                 console=self.console,
             )
             self._progress.start()
@@ -114,6 +116,13 @@ class Screen:
         if now - self._last_line[task] >= SECONDS_BETWEEN_LINES:
             self._last_line[task] = now
             self.console.print(f"{task}: {text}", markup=False)
+
+
+class _Values(ProgressColumn):
+    """What was measured last. On a narrow terminal it and the bar give way, not the count and the time left."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["values"], "cyan", no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from t5tune.progress import Report
 from t5tune.settings import ChatSettings
 
 HELP = """\
-Say something. A message that begins with / is a command; begin it with // to say a slash.
+Say something. What begins with / is a command; // says a slash.
   /reset             forget the conversation
   /undo              take back the last question and its answer
   /system TEXT       another system message; without TEXT the layout's own

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
@@ -9,3 +10,17 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 def has_compiler() -> bool:
     """Whether torch's builder of extensions finds a C++ compiler and ninja."""
     return shutil.which(os.environ.get("CXX", "c++")) is not None and shutil.which("ninja") is not None
+
+
+def lack() -> str | None:
+    """What is missing here to compile an op and keep it, in words; None: nothing."""
+    if not has_compiler():
+        return "no C++ compiler here"
+    from torch.utils.cpp_extension import get_default_build_root
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return f"{folder} can't be made, and TORCH_EXTENSIONS_DIR names no other"
+    return None if os.access(folder, os.W_OK) else f"{folder} can't be written, and TORCH_EXTENSIONS_DIR names no other"

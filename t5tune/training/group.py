@@ -13,7 +13,7 @@ from t5tune.model.device import choose_device, keep_freed_memory, nvidia_driver
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.training.check import DOCTOR
-from t5tune.training.compiler import SHARED_MEMORY_OP, has_compiler
+from t5tune.training.compiler import SHARED_MEMORY_OP, lack
 from t5tune.training.launch import World
 from t5tune.training.ranks import meeting
 
@@ -44,10 +44,10 @@ def process_group(world: World, settings: TrainSettings, report: Report) -> Iter
             with redirect_stdout(io.StringIO()):
                 import deepspeed
 
-                if device.type == "cpu" and not has_compiler():
+                if device.type == "cpu" and (lacks := lack()):
                     # its sums through shared memory are compiled at first use; without them gloo sums
                     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-                    report(Note("no C++ compiler here: DeepSpeed's ranks talk by gloo alone"))
+                    report(Note(f"{lacks}: DeepSpeed's ranks talk by gloo alone"))
                 with meeting():
                     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         elif world.size > 1:
