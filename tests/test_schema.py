@@ -92,11 +92,14 @@ def test_a_dry_run_shows_settings_plan_and_command_and_makes_nothing(tmp_path: P
     assert wrong.code == 2
 
 
-def test_the_shell_completes_commands() -> None:
-    env = {**os.environ, "_T5TUNE_COMPLETE": "complete_bash", "COMP_WORDS": "t5tune pl", "COMP_CWORD": "1"}
+@pytest.mark.parametrize(
+    ("line", "place", "expected"), [("t5tune pl", 1, "plan"), ("t5tune train --lora-dr", 2, "--lora-dropout")]
+)
+def test_the_shell_completes_commands_and_flags(line: str, place: int, expected: str) -> None:
+    env = {**os.environ, "_T5TUNE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(place)}
     command = [sys.executable, "-c", "from t5tune.cli import main; main()"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["plan"], done.stderr
+    assert done.stdout.split() == [expected], done.stderr
 
 
 if __name__ == "__main__":

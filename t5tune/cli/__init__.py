@@ -97,6 +97,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _completed_verb() -> str | None:
+    """The verb of the line that a shell asks to complete: it stands in a variable, not among the arguments."""
+    if "_T5TUNE_COMPLETE" not in os.environ:
+        return None
+    words = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")  # bash, the others
+    return next((word for word in words.split()[1:] if word in SUMMARIES), None)
+
+
 def run(arguments: list[str]) -> int:
     """Run the command line and return the exit code."""
     want_json = "--json" in arguments
@@ -104,7 +112,7 @@ def run(arguments: list[str]) -> int:
     problem: T5TuneError
     try:
         verb, prepared = _prepare_arguments(arguments or ["--help"])
-        code = build_app(verb)(prepared, standalone_mode=False, prog_name="t5tune")
+        code = build_app(_completed_verb() or verb)(prepared, standalone_mode=False, prog_name="t5tune")
         return code if isinstance(code, int) else 0
     except T5TuneError as error:
         problem, code = error, error.exit_code
