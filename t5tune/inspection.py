@@ -19,7 +19,7 @@ from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.vocabulary import TextRun, text_runs
 from t5tune.errors import DataError, SettingsError
 from t5tune.inspection_page import write_page
-from t5tune.progress import Report, silent
+from t5tune.progress import Note, Report, silent
 from t5tune.settings import InspectSettings
 
 NUM_LONGEST = 5
@@ -112,7 +112,7 @@ def inspect(settings: InspectSettings, report: Report = silent) -> Inspected:
         SettingsError: more than one choice of examples, or a page that can't be written.
     """
     cache = open_cache(settings.cache)
-    examples = Examples(cache, _chosen(cache, settings))
+    examples = Examples(cache, _chosen(cache, settings, report))
     statistics = _statistics(cache, settings.per_device_train_batch_size) if settings.stats or settings.html else None
     if (page := settings.html) is not None:
         if page.is_symlink() or (page.exists() and not page.is_file()):
@@ -124,7 +124,7 @@ def inspect(settings: InspectSettings, report: Report = silent) -> Inspected:
     return Inspected(examples, statistics, page)
 
 
-def _chosen(cache: Cache, settings: InspectSettings) -> Sequence[int]:
+def _chosen(cache: Cache, settings: InspectSettings, report: Report) -> Sequence[int]:
     ways = {"example": settings.example is not None, **{name: getattr(settings, name) for name in WAYS}}
     asked = [name for name, is_asked in ways.items() if is_asked]
     if len(asked) > 1:
@@ -136,17 +136,18 @@ def _chosen(cache: Cache, settings: InspectSettings) -> Sequence[int]:
             raise DataError(f"example: {settings.example}: {cache.folder} holds examples 0 to {len(cache) - 1}")
         return [settings.example]
     if settings.worst_cut:
-        return _most(cache.cut(), cache, "is cut")
+        return _most(cache.cut(), cache, "is cut", report)
     if settings.unknown:
         unknown = load_tokenizer(cache.tokenizer_folder).unk_token_id
         counts = [int((example.source_S == unknown).sum() + (example.target_T == unknown).sum()) for example in cache]
-        return _most(np.array(counts), cache, "has unknown tokens")
+        return _most(np.array(counts), cache, "has unknown tokens", report)
     return [] if settings.stats else [0]
 
 
-def _most(counts: npt.NDArray[np.int64], cache: Cache, what: str) -> list[int]:
+def _most(counts: npt.NDArray[np.int64], cache: Cache, what: str, report: Report) -> list[int]:
     if not counts.any():
-        raise DataError(f"{cache.folder}: none of its {len(cache)} examples {what}")
+        report(Note(f"{cache.folder}: none of its {len(cache)} examples {what}"))
+        return []
     return [int(counts.argmax())]
 
 

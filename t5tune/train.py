@@ -157,7 +157,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
     start_id = built.model.config.decoder_start_token_id
     trainer = T5Trainer(
         model=built.model,
-        args=training_arguments(settings, deepspeed, held_out is not None, world, device),
+        args=training_arguments(settings, deepspeed, held_out is not None, world, device, report),
         train=cache,
         held_out=held_out,
         collator=PaddedCollator(tokenizer.pad_token_id, start_id),

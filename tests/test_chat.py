@@ -1,6 +1,9 @@
 """Chat answers in the layout of training, whatever the model lies in."""
 
+import contextlib
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +107,30 @@ def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
     assert done.returncode == 0, done.stderr
     expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
     assert done.stdout == f"{expected}\n" * 2
+
+
+def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    saved = tmp_path / "said.jsonl"
+    typed = f"{PROMPT[1:]}\x01{PROMPT[0]}\n\x1b[A\n/save {saved}\n/quit\n"  # Ctrl-A, arrow up
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"], "--max-new-tokens", "3"]
+    terminal = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal) as chatting:
+        os.close(theirs)
+        shown = b""
+        for line in typed.splitlines(keepends=True):
+            while b"you:" not in shown:
+                shown += os.read(ours, 4096)
+            shown = b""
+            os.write(ours, line.encode())
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while os.read(ours, 4096):
+                pass
+        assert chatting.wait(60) == 0
+    os.close(ours)
+    (record,) = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert [entry["value"] for entry in record["conversations"][::2]] == [PROMPT, PROMPT]
 
 
 def test_bytes_that_are_no_text_are_refused(made: dict[str, Path]) -> None:

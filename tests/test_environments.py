@@ -111,6 +111,9 @@ def test_deepspeed_trains_where_nothing_compiled_can_be_kept(records: Path, tmp_
     code, _, stderr = run(train(records, tmp_path / "run", "--deepspeed", "zero3"), home)
     assert code == 0, stderr
     assert b"DeepSpeed's ranks talk by gloo alone" in stderr
+    code, _, stderr = run(train(records, tmp_path / "off", "--deepspeed", "zero2-offload"), home)
+    assert (code, stderr.count(b"error:")) == (1, 1), stderr
+    assert b"set TORCH_EXTENSIONS_DIR" in stderr
 
 
 def test_a_port_that_is_taken_is_named(records: Path, tmp_path: Path) -> None:

@@ -115,10 +115,11 @@ def test_where_no_example_is_such_it_says_so(tmp_path: Path) -> None:
     data.write_text(json.dumps({"source": "Hi", "target": "a"}), encoding="utf-8")
     whole = tmp_path / "cache"
     prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data), output_dir=whole))
-    with pytest.raises(DataError, match="none of its 1 examples is cut"):
-        inspect(InspectSettings(cache=whole, worst_cut=True))
-    with pytest.raises(DataError, match="none of its 1 examples has unknown tokens"):
-        inspect(InspectSettings(cache=whole, unknown=True))
+    for flag, what in (("--worst-cut", "is cut"), ("--unknown", "has unknown tokens")):
+        done = t5tune("inspect", whole, flag)
+        assert done.code == 0
+        assert f"none of its 1 examples {what}" in " ".join(done.stderr.split())
+        assert t5tune("inspect", whole, flag, "--json").stdout == ""
 
 
 def test_the_histograms_count_every_example(cache: Path) -> None:

@@ -237,6 +237,14 @@ def test_bf16_keeps_fp32_adapters(untied_base: Path, conversations: Path, tmp_pa
     assert not torch.equal(values, values.bfloat16().float())
 
 
+def test_tf32_is_left_out_with_a_word_where_no_gpu_has_it(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=1, tf32=True), events.append)
+    assert Note("tf32: left out, this CPU has no TensorFloat-32") in events
+
+
 def test_gradient_checkpointing_gives_the_same_losses(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     for name, on in (("a", False), ("b", True)):
         run = tmp_path / name

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -181,7 +182,10 @@ def show_result(result: Any, stream: TextIO, quiet: bool) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in others:
             if value not in (None, {}, []):
-                table.add_row(Text(name.replace("_", " "), "dim"), Text(_show(value)))
+                label, shown = name.replace("_", " "), _show(value)
+                if name.endswith("bytes"):
+                    label, shown = label.removesuffix("bytes").strip() or "size", decimal(value)
+                table.add_row(Text(label, "dim"), Text(shown))
         _stderr().print(table)
     print(first[1], file=stream, flush=True)
 

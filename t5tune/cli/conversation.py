@@ -1,6 +1,7 @@
 """`t5tune chat` without --prompt: a conversation on the terminal."""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -34,12 +35,9 @@ def converse(settings: ChatSettings, report: Report, stream: TextIO) -> None:
     if talk.interactive:
         talk.say("Say something; /help shows the commands, /quit or Ctrl-D ends it.")
     while True:
-        if talk.interactive:
-            talk.console.print("[bold green]you:[/] ", end="")
-        line = sys.stdin.readline()
-        if not line or line.strip() == "/quit":
+        text = talk.next_line()
+        if text is None or text.strip() == "/quit":
             return
-        text = line.rstrip("\n")
         try:
             if text.startswith("/") and not text.startswith("//"):
                 talk.obey(*text[1:].split(maxsplit=1))
@@ -61,6 +59,21 @@ class _Talk:
     interactive: bool
     turns: list[Turn] = field(default_factory=list)
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
+
+    def next_line(self) -> str | None:
+        """What the user says next; None at the end. On a terminal with its editing keys and what was said before."""
+        if not self.interactive:
+            line = sys.stdin.readline()
+            return line.rstrip("\n") if line else None
+        with suppress(ImportError):  # of some Pythons; then without the keys
+            import readline  # noqa: F401 (by being there it changes `input`)
+        prompt = "you: "
+        if self.console.color_system:
+            prompt = "\001\033[1;32m\002you:\001\033[0m\002 "  # between 1 and 2 stands what takes no room
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
 
     def ask(self, text: str) -> None:
         """Answer, and keep both turns; an answer that Ctrl-C stopped leaves none."""

@@ -8,6 +8,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -153,6 +154,8 @@ def _help(field: FieldInfo) -> str:
     if field.default in (None, ""):
         return text
     default = " ".join(field.default) if isinstance(field.default, list) else field.default
+    if default == Path():
+        default = "the current folder"
     return f"{text} [dim]Default: {default}.[/]"
 
 
@@ -182,7 +185,7 @@ def _common() -> list[inspect.Parameter]:
     """--config, --json, --quiet and --debug, which every command has, and what `normalise` hands over."""
 
     def switch(name: str, help_text: str) -> inspect.Parameter:
-        option = typer.Option(f"--{name}", help=help_text, rich_help_panel=COMMON_PANEL)
+        option = typer.Option(f"--{name}", help=help_text, metavar="", rich_help_panel=COMMON_PANEL)
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
         )

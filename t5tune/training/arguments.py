@@ -4,13 +4,19 @@ import dataclasses
 from typing import Any
 
 from t5tune.errors import SettingsError
+from t5tune.progress import Note, Report, silent
 from t5tune.settings import TrainSettings
 from t5tune.training.launch import World
 from t5tune.training.trackers import chosen_trackers
 
 
 def training_arguments(
-    settings: TrainSettings, deepspeed: dict[str, Any] | None, evaluates: bool, world: World, device: Any
+    settings: TrainSettings,
+    deepspeed: dict[str, Any] | None,
+    evaluates: bool,
+    world: World,
+    device: Any,
+    report: Report = silent,
 ) -> Any:
     """What Trainer is told, `training_args` of the settings last.
 
@@ -27,13 +33,13 @@ def training_arguments(
         for name in (
             "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-            "max_grad_norm", "optim", "bf16", "tf32", "seed", "dataloader_num_workers",
+            "max_grad_norm", "optim", "bf16", "seed", "dataloader_num_workers",
             "save_strategy", "save_steps", "logging_steps", "eval_steps",
         )
     }  # fmt: skip
     on_cpu = device.type == "cpu"
-    if not on_cpu:
-        values |= _on_cuda(settings, device)
+    if not on_cpu and settings.optim == "adamw_torch":
+        values["optim"] = "adamw_torch_fused"  # a step in one kernel
     values |= {
         "output_dir": str(settings.output_dir),
         "max_steps": settings.max_steps or -1,
@@ -41,6 +47,7 @@ def training_arguments(
         "metric_for_best_model": best_by(settings),
         "greater_is_better": best_by(settings) not in {None, "loss", "perplexity"},
         "save_total_limit": None,  # rotation follows the seal: see training/checkpoint.py
+        "tf32": _tf32(settings, device, report),
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world.size > 1 else None,
         "ddp_timeout": settings.process_group_timeout,
@@ -67,15 +74,15 @@ def training_arguments(
         raise SettingsError(f"training settings: {' '.join(str(error).split())}") from error
 
 
-def _on_cuda(settings: TrainSettings, device: Any) -> dict[str, Any]:
-    """What a GPU does as well faster: an optimizer step in one kernel, and fp32 products in TF32 where it can."""
+def _tf32(settings: TrainSettings, device: Any, report: Report) -> bool | None:
+    """Whether a GPU multiplies fp32 in TensorFloat-32: by default where it can. None: this device has no such thing."""
     import torch
 
-    has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
-    return {
-        "optim": "adamw_torch_fused" if settings.optim == "adamw_torch" else settings.optim,
-        "tf32": has_tf32 if settings.tf32 is None else settings.tf32,
-    }
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return settings.tf32 is not False
+    if settings.tf32:
+        report(Note(f"tf32: left out, this {device.type.upper()} has no TensorFloat-32"))
+    return None
 
 
 def best_by(settings: TrainSettings) -> str | None:

@@ -10,7 +10,7 @@ from t5tune.errors import DependencyError, SettingsError
 from t5tune.model.device import nvidia_driver
 from t5tune.model.family import family_of
 from t5tune.settings import TrainSettings
-from t5tune.training.compiler import has_compiler
+from t5tune.training.compiler import lack
 from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.base import find_base, read_config
 
@@ -73,11 +73,10 @@ def check(settings: TrainSettings) -> None:
                 "deepspeed: the package isn't installed",
                 hint="pip install deepspeed (Linux); without it one process, or several without --deepspeed, train",
             )
-        if "offload_optimizer" in configuration.get("zero_optimization", {}) and not has_compiler():
+        if "offload_optimizer" in configuration.get("zero_optimization", {}) and (lacks := lack()):
             raise DependencyError(
-                f"deepspeed: {settings.deepspeed}: its optimizer on the CPU is compiled at first use, and no C++ "
-                "compiler or no ninja is on the PATH",
-                hint="apt install g++ ninja-build, or take zero2 or zero3",
+                f"deepspeed: {settings.deepspeed}: its optimizer on the CPU is compiled at first use, and {lacks}",
+                hint="apt install g++ ninja-build, set TORCH_EXTENSIONS_DIR, or take zero2 or zero3",
             )
     if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
         problems.append(f"optim: {settings.optim}: pages between a GPU's memory and the machine's; take adamw_bnb_8bit")

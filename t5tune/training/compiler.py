@@ -7,15 +7,10 @@ from pathlib import Path
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
-def has_compiler() -> bool:
-    """Whether torch's builder of extensions finds a C++ compiler and ninja."""
-    return shutil.which(os.environ.get("CXX", "c++")) is not None and shutil.which("ninja") is not None
-
-
 def lack() -> str | None:
     """What is missing here to compile an op and keep it, in words; None: nothing."""
-    if not has_compiler():
-        return "no C++ compiler here"
+    if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
+        return "no C++ compiler or no ninja is on the PATH"
     from torch.utils.cpp_extension import get_default_build_root
 
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
