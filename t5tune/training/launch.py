@@ -215,9 +215,9 @@ def _watch(workers: list[subprocess.Popen[bytes]], asked: _Asked) -> None:
     """Return when all have ended, or some time after one has failed; hand on what is asked meanwhile."""
     handed_on = False
     failed_at: float | None = None
-    while any(worker.poll() is None for worker in workers):
+    while None in (ended := [worker.poll() for worker in workers]):  # each is asked: a later one may have failed
         now = time.monotonic()
-        if failed_at is None and any(worker.returncode for worker in workers):
+        if failed_at is None and any(ended):
             failed_at = now
         if (failed_at is not None and now - failed_at > SECONDS_TO_END) or asked.again:
             return

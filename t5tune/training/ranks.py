@@ -1,9 +1,10 @@
 """What the ranks do together: one acts for all, all agree, and those that are left say who is missing."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -149,17 +150,28 @@ def _is_loss(error: Exception) -> bool:
 
 def _silent_ranks(world: World) -> list[int]:
     """The ranks that don't sign a list in the store that they all met by. Rank 0, where that itself is silent."""
+    found: list[list[int]] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # the store's own fall under several types
+            found.append(_unsigned(world))
+
+    # a stopped rank 0 keeps its connections open, and the store waits for its word without end
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * SECONDS_TO_ANSWER)
+    return found[0] if found else [0] if world.rank else []
+
+
+def _unsigned(world: World) -> list[int]:
     from torch.distributed import distributed_c10d
 
     others = {rank for rank in range(world.size) if rank != world.rank}
-    try:
-        store = distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=SECONDS_TO_ANSWER))
-        store.set(f"t5tune/answers/{world.rank}", "yes")
-        until = time.monotonic() + SECONDS_TO_ANSWER
-        while others and time.monotonic() < until:
-            others -= {rank for rank in others if store.check([f"t5tune/answers/{rank}"])}
-            time.sleep(0.05)
-        return sorted(others)
-    except Exception:
-        return [0] if world.rank else []
+    store = distributed_c10d._get_default_store()
+    store.set_timeout(timedelta(seconds=SECONDS_TO_ANSWER))
+    store.set(f"t5tune/answers/{world.rank}", "yes")
+    until = time.monotonic() + SECONDS_TO_ANSWER
+    while others and time.monotonic() < until:
+        others -= {rank for rank in others if store.check([f"t5tune/answers/{rank}"])}
+        time.sleep(0.05)
+    return sorted(others)

@@ -56,19 +56,22 @@ def test_killed_ranks_and_launchers_leave_nobody_and_the_work_goes_on_to_the_sam
     assert adapter(run) == straight_zero3
 
 
-def test_a_hung_rank_is_named_and_a_second_signal_ends_it(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("hung", [0, 1])  # where the ranks meet, and elsewhere
+def test_a_hung_rank_is_named(hung: int, untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start(untied_base, conversations, run, *ZERO3, "--process-group-timeout=8") as running:
         running.until(lambda: 6 in whole_steps(run))
         workers = running.workers()
-        kill(workers[1], signal.SIGSTOP)
+        kill(workers[hung], signal.SIGSTOP)
         assert running.end() == 1
         assert not any(map(is_running, workers))
-    assert "error: rank 0: rank 1 doesn't answer" in running.log.read_text()
+    assert f"error: rank {1 - hung}: rank {hung} doesn't answer" in running.log.read_text()
+
+
+def test_a_second_signal_ends_what_a_hung_rank_holds(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     with start(untied_base, conversations, run, *ZERO3) as running:
-        running.until(lambda: 12 in whole_steps(run))
+        running.until(lambda: 6 in whole_steps(run))
         workers = running.workers()
         kill(workers[1], signal.SIGSTOP)  # so that the rest can't do what the first signal asks for
         while running.process.poll() is None:
