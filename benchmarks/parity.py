@@ -19,7 +19,7 @@ from sides import t5tune
 
 Q_LORA = ["--q-lora", "--no-bf16"]
 ALL_LINEAR = ["--lora-target-modules", "all-linear"]
-FULL_RATE, RATE, ALL_RATE = "1e-3", "2e-2", "1e-2"
+FULL_RATE, RATE, ALL_RATE = "1e-3", "5e-3", "2e-3"
 
 METHODS: dict[str, list[str]] = {
     "full": ["--train-mode", "full", "--learning-rate", FULL_RATE],
@@ -33,11 +33,11 @@ METHODS: dict[str, list[str]] = {
 }
 VARIANTS: dict[str, list[str]] = {
     "DoRA q,v": ["--use-dora", "--learning-rate", RATE],
-    "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", "--learning-rate", "5e-3"],
+    "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", "--learning-rate", "1e-3"],
     # these begin at large values, which a rate for B = 0 throws about
-    "PiSSA q,v": ["--init-lora-weights", "pissa", "--learning-rate", "2e-3"],
-    "OLoRA q,v": ["--init-lora-weights", "olora", "--learning-rate", "2e-3"],
-    "LoRA+ q,v": ["--loraplus-lr-ratio", "4", "--learning-rate", "1e-2"],
+    "PiSSA q,v": ["--init-lora-weights", "pissa", "--learning-rate", "1e-3"],
+    "OLoRA q,v": ["--init-lora-weights", "olora", "--learning-rate", "1e-3"],
+    "LoRA+ q,v": ["--loraplus-lr-ratio", "4", "--learning-rate", "2e-3"],
     "QLoRA, LoftQ start": [*Q_LORA, "--init-lora-weights", "loftq", "--learning-rate", RATE],
     "LoRA q,v + norms whole": ["--modules-to-save", "layer_norm", "final_layer_norm", "--learning-rate", RATE],
 }

@@ -8,6 +8,7 @@ import random
 import string
 from collections.abc import Callable
 
+from facts import keeping, lookup, yes_no
 from words import (
     ANIMALS,
     COLOURS,
@@ -576,52 +577,6 @@ def polite(rng: Random) -> Turns:
     return [(rng.choice([f"Say {style}: {said}", f"{said} Say this {style}."]), requests[style])]
 
 
-def lookup(rng: Random) -> Turns:
-    """Answer a question on a few facts, with a word or in a sentence."""
-    people = distinct(rng, name, rng.randint(2, 3))
-    kinds: dict[str, tuple[str, str, Callable[[Random], str]]] = {
-        "place": ("{who} lives in {what}.", "Where does {who} live?", place),
-        "job": ("{who} works as {what}.", "What is the job of {who}?", lambda r: r.choice(JOBS)),
-        "pet": ("{who} has {what}.", "Which animal has {who}?", lambda r: r.choice(ANIMALS)),
-        "thing": ("{who} lost {what}.", "What did {who} lose?", noun),
-        "colour": ("{who} likes {what}.", "Which colour does {who} like?", lambda r: r.choice(COLOURS)),
-        "day": ("{who} comes on {what}.", "When does {who} come?", lambda r: r.choice(DAYS)),
-    }
-    kind = rng.choice(list(kinds))
-    fact, question, make = kinds[kind]
-    values = distinct(rng, make, len(people))
-    facts = [fact.format(who=who, what=what) for who, what in zip(people, values, strict=True)]
-    if rng.random() < 0.5:
-        facts.insert(rng.randrange(len(facts) + 1), sentence(rng))
-    text = " ".join(facts)
-    pick = rng.randrange(len(people))
-    who, what = people[pick], values[pick]
-    asked = rng.randrange(4)
-    if asked == 0:
-        return [(f"{text} {question.format(who=who)}", what)]
-    if asked == 1:
-        return [(f"{text} {question.format(who=who)} Answer in a sentence.", fact.format(who=who, what=what))]
-    if asked == 2:
-        return [(f"{question.format(who=who)} {text}", what)]
-    verb = fact.format(who="", what=what).strip()
-    return [(f"{text} Who {verb[:-1]}?", who), (f"{question.format(who=people[pick - 1])}", values[pick - 1])]
-
-
-def yes_no(rng: Random) -> Turns:
-    """Is it so? The answer says why."""
-    things = distinct(rng, noun, 2)
-    make = rng.choice([lambda r: r.choice(COLOURS), lambda r: r.choice(SIZES), lambda r: r.choice(QUALITIES)])
-    values = distinct(rng, make, 2)
-    text = " ".join(f"The {thing} is {value}." for thing, value in zip(things, values, strict=True))
-    pick = rng.randrange(2)
-    true = rng.random() < 0.5
-    asked = values[pick] if true else values[1 - pick]
-    reason = f"the {things[pick]} is {values[pick]}."
-    if rng.random() < 0.5:
-        return [(f"{text} Is the {things[pick]} {asked}?", ("Yes, " if true else "No, ") + reason)]
-    return [(f"{text} True or false: the {things[pick]} is {asked}.", f"{'True' if true else 'False'}, {reason}")]
-
-
 def spelling(rng: Random) -> Turns:
     """Letters of a word."""
     word = rng.choice([invented_word, noun, lambda r: r.choice(NAMES), lambda r: r.choice(PLACES)])(rng)
@@ -714,14 +669,14 @@ def chatting(rng: Random) -> Turns:
 FAMILIES: dict[str, Callable[[Random], Turns]] = {
     family.__name__: family
     for family in (
-        copying, slots, patterns, relayout, records, inventory, disfluency, dates, units, numbers, lists, polite,
-        lookup, yes_no, spelling, templates, replacing, grammar, chatting, spans,
+        copying, slots, patterns, relayout, records, inventory, keeping, disfluency, dates, units, numbers, lists,
+        polite, lookup, yes_no, spelling, templates, replacing, grammar, chatting, spans,
     )
 }  # fmt: skip
 
 # how often pretraining draws each family
 SHARES = {
-    "copying": 8, "slots": 11, "patterns": 13, "relayout": 6, "records": 14, "inventory": 18, "disfluency": 5,
-    "dates": 2, "units": 2, "numbers": 3, "lists": 5, "polite": 2, "lookup": 4, "yes_no": 2, "spelling": 2,
-    "templates": 4, "replacing": 4, "grammar": 2, "chatting": 2, "spans": 6,
+    "copying": 7, "slots": 11, "patterns": 12, "relayout": 6, "records": 13, "inventory": 16, "keeping": 6,
+    "disfluency": 5, "dates": 2, "units": 2, "numbers": 3, "lists": 6, "polite": 2, "lookup": 12, "yes_no": 7,
+    "spelling": 2, "templates": 4, "replacing": 4, "grammar": 2, "chatting": 2, "spans": 5,
 }  # fmt: skip

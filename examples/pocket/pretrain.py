@@ -7,8 +7,11 @@ one that was interrupted, gives the same bits on the same machine and release of
 
 The recipe: Muon on the hidden matrices (Jordan et al. 2024) and AdamW on the rest; T5's attention has no
 1/sqrt(d), so the queries learn at 0.15 of the rate; position biases that look at the previous, the next and the
-same place from the start; random pieces to copy in the first examples, so that the decoder learns to align; and
-one matrix for embedding and head while the rate is constant, so that a piece that can be read can be copied.
+same place from the start; random pieces to copy in the first examples, so that the decoder learns to align; one matrix
+for embedding and head while the rate is constant, so that a piece that can be read can be copied; and two heads that
+are told where to look, since a net of this size doesn't find it out by itself: one of the encoder's at the same word
+elsewhere in the text, by which a question finds the fact it is about, and one of the decoder's at the word that is to
+be written next (after Liu et al. 2016, whose attention learnt from word alignments).
 """
 
 import argparse
@@ -20,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from families import FAMILIES, SHARES, Turns
@@ -27,7 +31,7 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 TOKENIZER = Path(__file__).parents[2] / "t5tune" / "pocket"
 SEED = 20261124
-STEPS = 6000
+STEPS = 5400
 THREADS = 2  # part of the recipe: sums in another order round differently
 WARMUP_STEPS, CONSTANT_STEPS = 60, int(0.4 * STEPS)
 MUON_RATE, QUERY_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.15 * 0.02, 5e-3, 0.1
@@ -36,6 +40,8 @@ POOL = 8192  # examples that are sorted by length and cut into batches together
 LONGEST = 256  # tokens of a source
 COPYING_EXAMPLES = 24_000
 COPYING_SHARE = 0.05  # of random pieces to the end: a piece that is never written can't be told from its like
+GUIDED_HEAD = 3  # of the four the one whose position bias is even at the start
+GUIDANCE = 0.3  # weight of the guided heads' losses
 SAVE_STEPS = 250
 CONFIG = {
     "vocab_size": 1536,  # 1,497 pieces, and spare rows for the tokens that tuning adds
@@ -135,6 +141,70 @@ def padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
+# ---------------------------------------------------------------- guided heads
+
+
+@cache
+def pieces() -> list[str]:
+    return [str(piece) for piece in tokenizer().convert_ids_to_tokens(range(len(tokenizer())))]
+
+
+def parts_of_words(ids: list[int]) -> list[int]:
+    """A number for each piece, the same wherever the same word has it at the same place; 0 for what is no word."""
+    words: list[list[str]] = []
+    for piece in map(pieces().__getitem__, ids):
+        text = piece.removeprefix("▁")
+        if piece == text and text.isalnum() and words and words[-1][-1].isalnum():
+            words[-1].append(text)
+        else:
+            words.append([text])
+    return [crc32(repr((word, place)).encode()) if text.isalnum() else 0
+            for word in words for place, text in enumerate(word)]  # fmt: skip
+
+
+class GuidedHead:
+    """One head of an attention, with the loss of what it doesn't give to the places that it is to look at."""
+
+    def __init__(self, attention: torch.nn.Module) -> None:
+        self.attention = attention
+        attention.q.register_forward_hook(lambda _module, _given, output: setattr(self, "queries", output))
+        attention.k.register_forward_hook(lambda _module, _given, output: setattr(self, "keys", output))
+
+    def loss(self, wanted: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Of the last forward pass: the mean of -log(attention to the wanted places), where there are any.
+
+        `wanted` is (batch, queries, keys) of truth values, `bias` is added to the scores: positions and mask.
+        """
+        width = self.attention.key_value_proj_dim
+        head = slice(GUIDED_HEAD * width, (GUIDED_HEAD + 1) * width)
+        attention = (self.queries[..., head] @ self.keys[..., head].mT + bias).log_softmax(-1)
+        given = attention.masked_fill(~wanted, -1e4).logsumexp(-1)
+        is_guided = wanted.any(-1)
+        return -(given * is_guided).sum() / is_guided.sum().clamp(min=1)
+
+
+class Guides:
+    """The two guided heads of a model."""
+
+    def __init__(self, model: T5ForConditionalGeneration) -> None:
+        self.first = model.encoder.block[0].layer[0].SelfAttention  # holds the position bias of all
+        self.same_word = GuidedHead(model.encoder.block[1].layer[0].SelfAttention)
+        self.next_word = GuidedHead(model.decoder.block[-1].layer[1].EncDecAttention)
+
+    def loss(self, batch: list[Example], sources: torch.Tensor) -> torch.Tensor:
+        """Of the forward pass of this batch, whose padded sources are given too."""
+        words = padded([parts_of_words(source) for source, _ in batch], 0)
+        copies = padded([parts_of_words(target) for _, target in batch], 0)
+        elsewhere = (words[:, :, None] == words[:, None]) & ~torch.eye(words.shape[1], dtype=torch.bool)
+        elsewhere &= (words != 0)[:, :, None]
+        alone = sources.ne(0) & ~elsewhere.any(-1)  # these look at the end token
+        elsewhere |= alone[:, :, None] & (sources == 1)[:, None]
+        copied = (copies[:, :, None] == words[:, None]) & (copies != 0)[:, :, None]
+        mask = torch.where(sources == 0, -1e4, 0.0)[:, None]
+        positions = self.first.compute_bias(*elsewhere.shape[1:])[0, GUIDED_HEAD]
+        return self.same_word.loss(elsewhere, mask + positions) + self.next_word.loss(copied, mask)
+
+
 # ---------------------------------------------------------------- model and optimizers
 
 
@@ -209,8 +279,9 @@ def pretrain(output: Path) -> None:
             optimizer.load_state_dict(saved)
         step, index, place = state["step"], state["pool"], state["place"] + 1
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; from step {step} to {STEPS}", flush=True)
+    guides = Guides(model)
     model.train()
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
     started, first_step = time.monotonic(), step
     for pool_index, place_in_pool, batch in batches_from(index, place):
         if step == STEPS:
@@ -222,17 +293,18 @@ def pretrain(output: Path) -> None:
         sources = padded([source for source, _ in batch], 0)
         labels = padded([target for _, target in batch], -100)
         loss = model(input_ids=sources, attention_mask=sources.ne(0).long(), labels=labels, use_cache=False).loss
-        loss.backward()
+        guidance = guides.loss(batch, sources)
+        (loss + GUIDANCE * guidance).backward()
         torch.nn.utils.clip_grad_norm_([p for group in both[1].param_groups for p in group["params"]], 1.0)
         for optimizer in both:
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        losses.append(loss.item())
+        losses.append(torch.stack([loss.detach(), guidance.detach()]))
         if step % 50 == 0:
             pace = (time.monotonic() - started) / (step - first_step)
-            mean = sum(losses[-50:]) / len(losses[-50:])
-            print(f"step {step}  loss {mean:.4f}  {pace:.3f} s/step", flush=True)
+            mean, guided = torch.stack(losses[-50:]).mean(0).tolist()
+            print(f"step {step}  loss {mean:.4f}  guided heads {guided:.4f}  {pace:.3f} s/step", flush=True)
         if step % SAVE_STEPS == 0 or step == STEPS:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in both]}
             torch.save(
