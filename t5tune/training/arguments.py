@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from t5tune.errors import SettingsError
-from t5tune.progress import Note, Report, silent
+from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.training.launch import World
 from t5tune.training.trackers import chosen_trackers
@@ -16,7 +16,7 @@ def training_arguments(
     evaluates: bool,
     world: World,
     device: Any,
-    report: Report = silent,
+    report: Report,
 ) -> Any:
     """What Trainer is told, `training_args` of the settings last.
 
