@@ -24,7 +24,7 @@ from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.weights.adapter import TrainedWith, saved_name, write_adapter
-from t5tune.weights.fingerprint import base_facts, encoded
+from t5tune.weights.fingerprint import SAMPLE, base_facts, encoded, fingerprint, full_hash
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
 
@@ -621,6 +621,44 @@ def test_check_full_sees_what_no_sample_holds(untied_base: Path, tmp_path: Path)
     run_merge(untied_base, adapter, tmp_path / "right", verify=False, check="full")
     with pytest.raises(CheckpointError, match=r"sha256"):
         run_merge(other, adapter, tmp_path / "merged", verify=False, check="full")
+
+
+SMALL, LARGE = "encoder.final_layer_norm.weight", "shared.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors[LARGE][0, 0].add_(1),
+        lambda tensors: tensors[LARGE][-1, -1].add_(1),
+        lambda tensors: tensors[SMALL][len(tensors[SMALL]) // 2].add_(1),
+        lambda tensors: tensors.update({SMALL: tensors[SMALL].half()}),
+        lambda tensors: tensors.update({SMALL: tensors[SMALL][None]}),
+        lambda tensors: tensors.update({f"{SMALL}.of_another_name": tensors.pop(SMALL)}),
+        lambda tensors: tensors.pop(SMALL),
+    ],
+    ids=["first value", "last value", "a small tensor", "dtype", "shape", "name", "one less"],
+)
+def test_both_hashes_tell_bases_apart(
+    untied_base: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]
+) -> None:
+    other = shutil.copytree(untied_base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    assert tensors[LARGE].nbytes > 2 * SAMPLE  # so that what is between its ends isn't read
+    change(tensors)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for hash_of in (fingerprint, full_hash):
+        assert hash_of(Checkpoint(other)) != hash_of(Checkpoint(untied_base))
+
+
+@pytest.mark.parametrize("copy", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
+def test_copies_of_a_shared_tensor_dont_make_another_base(tied_base: Path, tmp_path: Path, copy: str) -> None:
+    other = shutil.copytree(tied_base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    assert copy not in tensors
+    save_file({**tensors, copy: tensors[LARGE].clone()}, other / "model.safetensors", {"format": "pt"})
+    for hash_of in (fingerprint, full_hash):
+        assert hash_of(Checkpoint(other)) == hash_of(Checkpoint(tied_base))
 
 
 def test_a_base_is_known_again_in_other_files(untied_base: Path, tmp_path: Path) -> None:
