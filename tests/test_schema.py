@@ -106,3 +106,9 @@ if __name__ == "__main__":
     SCHEMA.parent.mkdir(exist_ok=True)
     SCHEMA.write_text(schema_text(), encoding="utf-8")
     print(SCHEMA)
+
+
+def test_a_shells_name_behind_completion_is_no_command() -> None:
+    done = t5tune("--show-completion", "zsh")
+    assert done.code == 2
+    assert done.errors == ["error: --show-completion zsh: takes no value, it finds the shell that it runs in"]

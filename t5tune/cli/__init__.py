@@ -33,6 +33,7 @@ EPILOG = (
     "Flags may be written with _ for -, a BOOL also as --flag and --no-flag, a list as a b, a,b or by repeating "
     "the flag. Precedence: default < --config file < environment T5TUNE_NAME < flag."
 )
+COMPLETION = ("--install-completion", "--show-completion")
 
 
 def build_app(verb: str | None = None) -> typer.Typer:
@@ -143,6 +144,8 @@ def _prepare_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
         return None, options
     verb, rest = arguments[leading], arguments[leading + 1 :]
     if verb not in SUMMARIES:
+        if options and options[-1] in COMPLETION:
+            raise SettingsError(f"{options[-1]} {verb}: takes no value, it finds the shell that it runs in")
         close = difflib.get_close_matches(verb, SUMMARIES, n=1)
         raise SettingsError(
             f"{verb}: no such command{f'; did you mean {close[0]}?' if close else ''}",
