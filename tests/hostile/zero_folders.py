@@ -285,7 +285,19 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     ),
 }
 
+
+
+def a_bit_of_a_value_flipped(folder: Path) -> None:
+    path = folder / STATES / "zero" / A / "fp32.pt"
+    data = bytearray(path.read_bytes())
+    place = bytes(data).find(next(iter(values().values())).flatten()[-2:].numpy().tobytes())
+    assert place > 0
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 UNIVERSALS: dict[str, tuple[Spoil, str]] = {
+    "a bit of a value flipped": (a_bit_of_a_value_flipped, r"fp32\.pt: .*differs from what was written"),
     "a parameter missing": (lambda f: (f / STATES / "zero" / A / "fp32.pt").unlink(), r"fp32\.pt: missing"),
     "a parameter too short": (
         lambda f: torch.save(torch.ones(3), f / STATES / "zero" / A / "fp32.pt"),
