@@ -21,6 +21,8 @@ from t5tune.errors import CheckpointError, SettingsError
 from t5tune.export import Exported, export
 from t5tune.progress import Note
 from t5tune.settings import ExportSettings
+from t5tune.weights.fit import check_fit
+from t5tune.weights.tensors import Tensor
 
 from .deepspeed_saves import BESIDE, CASES, STEPS
 from .test_export import adapter_of, assert_same, left_in
@@ -395,6 +397,69 @@ def test_an_adapter_of_another_base_is_refused_from_its_config_json_alone(
     with pytest.raises(CheckpointError, match=said):
         run_export(trainer_run[0], tmp_path / "adapter", model_name_or_path=str(other))
     assert left_in(tmp_path) == ["other"]
+
+
+Q = "base_model.model.encoder.block.0.layer.0.SelfAttention.q"
+NORM = "base_model.model.decoder.final_layer_norm.weight"
+TOKENS = "base_model.model.shared.token_adapter.trainable_tokens_delta"
+
+
+@pytest.fixture(scope="module")
+def all_kinds(untied_base: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that a stock adapter can hold: matrices, magnitudes, rows of tokens and whole weights; and its config."""
+    base = T5ForConditionalGeneration.from_pretrained(untied_base)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q", "v"],
+        use_dora=True,
+        modules_to_save=["final_layer_norm"],
+        trainable_token_indices={"shared": [3, 5]},
+        rank_pattern={"encoder.block.1.layer.0.SelfAttention.v": 2},
+    )
+    state = get_peft_model_state_dict(get_peft_model(base, config), save_embedding_layers=False)
+    return {name: Tensor("F32", value.detach().numpy()) for name, value in state.items()}, config.to_dict()
+
+
+def test_an_adapter_of_all_kinds_fits_its_base(
+    all_kinds: tuple[dict[str, Tensor], dict[str, Any]], untied_base: Path, tmp_path: Path
+) -> None:
+    state, config = all_kinds
+    assert {NORM, TOKENS, f"{Q}.lora_magnitude_vector"} < state.keys()
+    check_fit(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "said"),
+    [
+        (Q.replace("q", "v").replace("block.0", "block.1") + ".lora_A.weight", slice(1), "rank 1, but .* says 2"),
+        (f"{Q}.lora_A.weight", (slice(None), slice(31)), r"the base's weight is \[32, 32\], B·A is \[32, 31\]"),
+        (f"{Q}.lora_magnitude_vector", slice(31), r"\[31\], by the base's config.json \[32\]"),
+        (NORM, slice(31), r"\[31\], by the base's config.json \[32\]"),
+        (TOKENS, (slice(None), slice(31)), r"\[2, 31\], by the base's config.json \[2, 32\]"),
+        (TOKENS, slice(1), r"\[1, 32\], but .* lists \[2\] trained rows"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_refused_by_its_name(
+    all_kinds: tuple[dict[str, Tensor], dict[str, Any]],
+    untied_base: Path,
+    tmp_path: Path,
+    name: str,
+    cut: Any,
+    said: str,
+) -> None:
+    state, config = all_kinds
+    state = {**state, name: Tensor("F32", state[name].array[cut])}
+    with pytest.raises(CheckpointError, match=said):
+        check_fit(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
+
+
+def test_a_weight_that_no_t5_has_is_refused_by_its_name(
+    all_kinds: tuple[dict[str, Tensor], dict[str, Any]], untied_base: Path, tmp_path: Path
+) -> None:
+    state, config = all_kinds
+    state = {**state, "base_model.model.pooler.weight": state[NORM]}
+    with pytest.raises(CheckpointError, match=r"pooler.weight: \[32\], by the base's config.json no such weight"):
+        check_fit(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
 
 
 # memory

@@ -286,7 +286,6 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
 }
 
 
-
 def a_bit_of_a_value_flipped(folder: Path) -> None:
     path = folder / STATES / "zero" / A / "fp32.pt"
     data = bytearray(path.read_bytes())
