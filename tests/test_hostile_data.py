@@ -377,23 +377,38 @@ def test_a_manifest_with_wrong_values_is_refused_by_name(tmp_path: Path, kind: s
     assert f"manifest.json: {name}: " in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def prepare_that_waits(tmp_path: Path, number: signal.Signals, handler: signal.Handlers) -> subprocess.Popen[bytes]:
+    """A prepare that waits for its input, and was started where the signal is treated so."""
     command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--data-path", "-"]
     (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
         [*command, "--output-dir", tmp_path / "cache", "--num-workers", "2"],
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        preexec_fn=lambda: signal.signal(number, handler),
     )  # fmt: skip
     deadline = time.monotonic() + 100
     while not any((tmp_path / "tmp").iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.01)  # until it waits for its input
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    process = prepare_that_waits(tmp_path, number, signal.SIG_DFL)
     process.send_signal(number)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + number
     assert errors.decode().splitlines() == ["error: interrupted"]
     assert not any((tmp_path / "tmp").iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+
+
+def test_what_nohup_started_outlives_its_terminal(tmp_path: Path) -> None:
+    process = prepare_that_waits(tmp_path, signal.SIGHUP, signal.SIG_IGN)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(GOOD.encode(), timeout=100)
+    assert process.returncode == 0, errors
+    assert (tmp_path / "cache" / "manifest.json").is_file()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
