@@ -111,4 +111,5 @@ if __name__ == "__main__":
 def test_a_shells_name_behind_completion_is_no_command() -> None:
     done = t5tune("--show-completion", "zsh")
     assert done.code == 2
-    assert done.errors == ["error: --show-completion zsh: takes no value, it finds the shell that it runs in"]
+    said = "--show-completion zsh: takes no value, it finds the shell that it runs in; t5tune --show-completion"
+    assert done.errors == [f"error: {said}"]

@@ -1,9 +1,9 @@
-"""The tables of examples/pocket/README.md: what the built-in model can do, and what tuning teaches it.
+"""What the built-in model can do, and what tuning teaches it: two tables.
 
     python examples/pocket/report.py
 
-The first table is exact match on held-out conversations of every family of pretraining, the second on the tasks that
-pretraining left out, before and after tuning with the packaged recipe, seeds 0 and 1. About 15 minutes.
+The first, of README.md, is exact match on held-out conversations of every family of pretraining, the second on the
+tasks that pretraining left out, before and after tuning with the packaged recipe, seeds 0 and 1. About 15 minutes.
 """
 
 import argparse

@@ -145,7 +145,10 @@ def _prepare_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     verb, rest = arguments[leading], arguments[leading + 1 :]
     if verb not in SUMMARIES:
         if options and options[-1] in COMPLETION:
-            raise SettingsError(f"{options[-1]} {verb}: takes no value, it finds the shell that it runs in")
+            raise SettingsError(
+                f"{options[-1]} {verb}: takes no value, it finds the shell that it runs in",
+                hint=f"t5tune {options[-1]}",
+            )
         close = difflib.get_close_matches(verb, SUMMARIES, n=1)
         raise SettingsError(
             f"{verb}: no such command{f'; did you mean {close[0]}?' if close else ''}",
