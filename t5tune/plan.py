@@ -7,7 +7,10 @@ The bytes of weights are counted on a model without data, those of a step by run
 (model/memory.py). How ZeRO shares them out follows its paper (Rajbhandari et al. 2020).
 """
 
+import itertools
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from t5tune.data.order import Integers, budget_batches, epoch_order, num_batches
 from t5tune.errors import SettingsError
 from t5tune.model.family import family_of, of_type
 from t5tune.model.sizes import SIZES
-from t5tune.progress import Note, Report, silent
+from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.weights.base import find_config, read_config
 
@@ -119,9 +122,11 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     chosen = settings.deepspeed or "none"
     batches = _batches(settings, machine.count, data)
     sources, targets = _largest(batches, data)
-    measured = _Measured(config, settings, machine)
-    names = list(dict.fromkeys([chosen, *STAGES]))
-    stages = [measured.memory(name, sources, targets) for name in names]
+    with _told(report) as step_done:
+        measured = _Measured(config, settings, machine, step_done)
+        names = list(dict.fromkeys([chosen, *STAGES]))
+        stages = [measured.memory(name, sources, targets) for name in names]
+        suggestion = _suggestion(config, settings, machine, data, step_done)
     counts = measured.counts
     return Plan(
         model=settings.model_name_or_path,
@@ -140,8 +145,19 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         steps=_steps(settings, machine.count, len(batches)) if data.is_real else settings.max_steps,
         chosen=chosen,
         stages=stages,
-        suggestion=_suggestion(config, settings, machine, data),
+        suggestion=suggestion,
     )
+
+
+@contextmanager
+def _told(report: Report) -> Iterator[Callable[[], None]]:
+    """Report how many steps were measured, each after it: a large model's takes seconds."""
+    task, done = "measuring steps without data", itertools.count(1)
+    report(Started(task, unit="steps"))
+    try:
+        yield lambda: report(Advanced(task, next(done)))
+    finally:
+        report(Finished(task))
 
 
 def precision(settings: PlanSettings) -> str:
@@ -170,10 +186,12 @@ def read_size(text: str) -> int:
 class _Measured:
     """A model and its steps, measured once for each way of training."""
 
-    def __init__(self, config: dict[str, Any], settings: PlanSettings, machine: _Machine) -> None:
+    def __init__(
+        self, config: dict[str, Any], settings: PlanSettings, machine: _Machine, step_done: Callable[[], None]
+    ) -> None:
         from t5tune.model.memory import parameter_counts, weight_bytes
 
-        self.config, self.settings, self.machine = config, settings, machine
+        self.config, self.settings, self.machine, self.step_done = config, settings, machine, step_done
         self.num_token_rows = min(NUM_ADDED_TOKENS, of_type(config).room)
         model = self._model(deepspeed=False)
         self.weights = weight_bytes(model, settings)
@@ -182,10 +200,18 @@ class _Measured:
 
     def memory(self, stage: str, sources: tuple[int, ...], targets: tuple[int, ...]) -> StageMemory:
         """What a stage takes on each device for a micro-batch."""
-        zero = {} if stage == "none" else presets.read_deepspeed(stage).get("zero_optimization", {})
+        level = _zero(stage).get("stage", 0)
+        step = self._step(sources, targets, stage != "none", level == 3)
+        return self._shared_out(stage, step.gradients, step.activations)
+
+    def could_fit(self, stage: str) -> bool:
+        """Whether there is room for what is held between steps: measuring one takes seconds."""
+        return self._shared_out(stage, 0, 0).fits is not False
+
+    def _shared_out(self, stage: str, gradients: int, activations: int) -> StageMemory:
+        zero = _zero(stage)
         level, count = int(zero.get("stage", 0)), self.machine.count
         under_deepspeed = stage != "none"
-        step = self._step(sources, targets, under_deepspeed, level == 3)
         trainable = self.counts[0]
         weights = sum(self.weights.values())
         width = 2 if self.settings.bf16 else 4
@@ -195,7 +221,7 @@ class _Measured:
             weights = trainable * (width if under_deepspeed else 4)
         masters = 4 * trainable if under_deepspeed and self.settings.bf16 else 0
         optimizer = masters + _optimizer_bytes(self.settings.optim) * trainable
-        gradients, activations, host = step.gradients, step.activations, 0
+        host = 0
         if level >= 1:
             optimizer //= count
         if level >= 2:
@@ -233,7 +259,12 @@ class _Measured:
             self._steps[key] = measure_step(
                 model, Lengths(sources, targets), self.settings, self.machine.on_gpu, reentrant, autocast=not deepspeed
             )
+            self.step_done()
         return self._steps[key]
+
+
+def _zero(stage: str) -> dict[str, Any]:
+    return {} if stage == "none" else dict(presets.read_deepspeed(stage).get("zero_optimization", {}))
 
 
 def own_memory() -> int:
@@ -345,7 +376,9 @@ def _steps(settings: PlanSettings, count: int, num_batches: int) -> int:
     return max(1, round(per_epoch * settings.num_train_epochs))
 
 
-def _suggestion(config: dict[str, Any], settings: PlanSettings, machine: _Machine, data: _Data) -> Suggestion | None:
+def _suggestion(
+    config: dict[str, Any], settings: PlanSettings, machine: _Machine, data: _Data, step_done: Callable[[], None]
+) -> Suggestion | None:
     """The first of some ways that fits a good batch, else the one that fits most; None: none of them fits.
 
     The ways go from the fastest to the one that takes least; a batch is of the longest examples.
@@ -365,7 +398,7 @@ def _suggestion(config: dict[str, Any], settings: PlanSettings, machine: _Machin
     for way in ways:
         base = {"q_lora": False, "gradient_checkpointing": False, "tokens_per_batch": None, **dtype}
         tried = settings.model_copy(update={**base, **way})
-        found = _largest_batch(_Measured(config, tried, machine), way.get("deepspeed", "none"), data)
+        found = _largest_batch(_Measured(config, tried, machine, step_done), way.get("deepspeed", "none"), data)
         if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
             flags = {name: value for name, value in {**dtype, **way}.items() if value}
             best = Suggestion(_flags({**flags, "per_device_train_batch_size": found[0]}, machine), *found)
@@ -381,9 +414,9 @@ def _largest_batch(measured: _Measured, stage: str, data: _Data) -> tuple[int, i
     def memory(size: int) -> StageMemory:
         return measured.memory(stage, (longest[0],) * size, (longest[1],) * size)
 
-    first, second = memory(1), memory(2)
-    if not first.fits:
+    if not measured.could_fit(stage) or not (first := memory(1)).fits:
         return None
+    second = memory(2)
     size, each = 1, max(1, second.total - first.total)  # a step's memory grows by as much with each example
     limit = (measured.machine.memory or 0) * (USABLE if measured.machine.on_gpu else 1.0)
     while size < LARGEST_SUGGESTED_BATCH and first.total + (2 * size - 1) * each <= limit:

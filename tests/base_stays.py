@@ -1,18 +1,13 @@
-"""A worker for test_train.py: trains, then compares every frozen weight of the live model with the base's file.
-
-torchrun … tests/base_stays.py SETTINGS_YAML RESULT_JSON
-"""
+"""Called in each rank of a run: compares every frozen weight of the live model with the base's file."""
 
 import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from t5tune.settings import TrainSettings, load_settings
-from t5tune.train import train
 from t5tune.training.trainer import T5Trainer
 
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
@@ -35,26 +30,18 @@ def compare(trainer: T5Trainer, file: dict[str, torch.Tensor], when: str) -> dic
     return {"equal": equal, "different": different}
 
 
-def main() -> None:
-    settings, _ = load_settings(TrainSettings, file=sys.argv[1])
-    file = load_file(Path(settings.model_name_or_path) / "model.safetensors")
+def watch(base: str, output: str) -> None:
+    """Write what `compare` finds before and after training to `output`: rank 0's, or that of a rank that differs."""
+    file = load_file(Path(base) / "model.safetensors")
     results: list[dict[str, list[str]]] = []
     run = T5Trainer.train
 
     def watched(self: T5Trainer, *arguments: Any, **options: Any) -> Any:
         results.append(compare(self, file, "before"))
-        output = run(self, *arguments, **options)
+        done = run(self, *arguments, **options)
         results.append(compare(self, file, "after"))
-        return output
+        if int(os.environ.get("RANK", "0")) == 0 or any(result["different"] for result in results):
+            Path(output).write_text(json.dumps(results))
+        return done
 
     T5Trainer.train = watched
-    train(settings)
-    if int(sys.argv[3]) == 0 or results[0]["different"]:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    import os
-
-    sys.argv.append(os.environ.get("RANK", "0"))
-    main()

@@ -5,13 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.forks import Forks
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -46,6 +48,27 @@ def t5tune(*arguments: Any, env: dict[str, str] | None = None, cwd: Path | None 
         command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=500
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Where runs are forked from."""
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="session")
+def on_ranks(forks: Forks) -> Callable[..., Finished]:
+    """The command line in so many processes, as a launcher would start them: `on_ranks(2, "train", …)`.
+
+    They are forked: a rank that has to import everything itself takes longer to do it than to train.
+    """
+
+    def run(ranks: int, *arguments: Any, calls: Sequence[str] = ()) -> Finished:
+        done = forks.run([*map(str, arguments)], ranks, calls)
+        return Finished(max(done.codes, key=abs), done.stdout, done.log)
+
+    return run
 
 
 def make_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.train import train
 from t5tune.training.check import check
-from tests.conftest import t5tune
+from tests.conftest import Finished, t5tune
 
 FIGURES = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
 
@@ -222,16 +223,16 @@ def test_trainings_last_figures_are_those_of_evaluate(
 
 
 def test_two_ranks_of_zero3_evaluate_as_one_process_does(
-    untied_base: Path, conversations: Path, tmp_path: Path
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:
     """With a learning rate of 0 the weights are the base's, so that all figures must be the same."""
     common = (
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", conversations,
         "--learning-rate", "0", "--max-steps", "1", "--eval-generate", "7", "--per-device-eval-batch-size", "2",
-        "--use-cpu", "--json",
+        "--report-samples", "0", "--use-cpu", "--json",
     )  # fmt: skip
-    alone = t5tune(*common, "--output-dir", tmp_path / "alone")
-    ranks = t5tune(*common, "--output-dir", tmp_path / "ranks", "--num-processes", "2", "--deepspeed", "zero3")
+    alone = on_ranks(1, *common, "--output-dir", tmp_path / "alone")
+    ranks = on_ranks(2, *common, "--output-dir", tmp_path / "ranks", "--deepspeed", "zero3")
     assert alone.code == ranks.code == 0, ranks.stderr
     for name in FIGURES[1:]:
         assert ranks.json["eval"][name] == pytest.approx(alone.json["eval"][name], rel=1e-4), name

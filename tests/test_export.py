@@ -25,10 +25,20 @@ from t5tune.export import Exported, export
 from t5tune.progress import Note
 from t5tune.settings import ExportSettings
 
-from .conftest import t5tune
+from .conftest import Finished, t5tune
 
 STEPS = 3
-COMMON = ["--max-steps", STEPS, "--learning-rate", "1e-2", "--per-device-train-batch-size", 2, "--use-cpu"]
+COMMON = [
+    "--max-steps",
+    STEPS,
+    "--learning-rate",
+    "1e-2",
+    "--per-device-train-batch-size",
+    2,
+    "--use-cpu",
+    "--report-samples",
+    0,
+]
 ROWS = "token_adapter.trainable_tokens_delta"
 
 
@@ -54,7 +64,11 @@ SHARDED = [name for name, kind in KINDS.items() if kind.stage]
 
 @pytest.fixture(scope="module")
 def run_of(
-    tmp_path_factory: pytest.TempPathFactory, conversations: Path, tied_base: Path, untied_base: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    conversations: Path,
+    tied_base: Path,
+    untied_base: Path,
+    on_ranks: Callable[..., Finished],
 ) -> Callable[[str], Path]:
     """Train each kind once, when a test first asks for it."""
     root = tmp_path_factory.mktemp("runs")
@@ -63,9 +77,9 @@ def run_of(
     def train(name: str) -> Path:
         kind = KINDS[name]
         base = tied_base if kind.tied else untied_base
-        deepspeed = ["--deepspeed", f"zero{kind.stage}", "--num-processes", kind.ranks] if kind.stage else []
+        deepspeed = ["--deepspeed", f"zero{kind.stage}"] if kind.stage else []
         paths = ["--model-name-or-path", base, "--data-path", conversations, "--output-dir", root / name]
-        done = t5tune("train", *paths, *COMMON, *deepspeed, *kind.flags)
+        done = on_ranks(kind.ranks, "train", *paths, *COMMON, *deepspeed, *kind.flags)
         assert done.code == 0, done.stderr
         return root / name
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from t5tune.progress import Event
 from t5tune.settings import TrainSettings
 from t5tune.train import train
 from t5tune.training.build import _packs
-from tests.conftest import make_base, t5tune
+from tests.conftest import Finished, make_base
 
 NUM_DATA = 10
 
@@ -82,12 +83,17 @@ def test_a_step_is_the_same_in_every_layout(
 
 @pytest.mark.parametrize("way", [(), ("--deepspeed", "zero2"), ("--deepspeed", "zero3", "--gradient-checkpointing")])
 def test_a_step_is_the_same_on_two_ranks(
-    way: tuple[str, ...], still_base: Path, conversations: Path, padded: tuple[Path, int], tmp_path: Path
+    way: tuple[str, ...],
+    still_base: Path,
+    conversations: Path,
+    padded: tuple[Path, int],
+    tmp_path: Path,
+    on_ranks: Callable[..., Finished],
 ) -> None:
-    done = t5tune(
-        "train", "--model-name-or-path", still_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
+    done = on_ranks(
+        2, "train", "--model-name-or-path", still_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
         "--num-data", NUM_DATA, "--max-steps", 2, "--learning-rate", 1e-3, "--lora-dropout", 0, "--logging-steps", 1,
-        "--num-processes", 2, "--packing", "on", "--tokens-per-batch", int(0.75 * padded[1]), *way,
+        "--report-samples", 0, "--packing", "on", "--tokens-per-batch", int(0.75 * padded[1]), *way,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     for found, expected in zip(steps(tmp_path / "run"), steps(padded[0]), strict=True):
@@ -96,16 +102,16 @@ def test_a_step_is_the_same_on_two_ranks(
 
 
 def test_every_step_of_an_epoch_is_the_same_on_one_rank_and_on_two(
-    still_base: Path, conversations: Path, tmp_path: Path
+    still_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:
     """Packed by a budget: two micro-batches a step, behind each other or on two ranks."""
     common: dict[str, Any] = {"num_data": 24, "max_steps": 4, "packing": "on", "tokens_per_batch": 600}
     common |= {"optim": "sgd", "learning_rate": 0.1}  # Adam would make much of what is rounded otherwise
     train(settings(still_base, conversations, tmp_path / "alone", **common, gradient_accumulation_steps=2))
     flags = [word for name, value in common.items() for word in (f"--{name}", value)]
-    done = t5tune(
-        "train", "--model-name-or-path", still_base, "--data-path", conversations, "--output-dir", tmp_path / "ranks",
-        "--lora-dropout", 0, "--logging-steps", 1, "--report-samples", 0, "--num-processes", 2, *flags,
+    done = on_ranks(
+        2, "train", "--model-name-or-path", still_base, "--data-path", conversations, "--output-dir",
+        tmp_path / "ranks", "--lora-dropout", 0, "--logging-steps", 1, "--report-samples", 0, *flags,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     alone, ranks = steps(tmp_path / "alone"), steps(tmp_path / "ranks")
@@ -146,19 +152,19 @@ def test_budget_batches_resume_in_a_later_epoch_to_the_same_bits(
 
 
 def test_two_ranks_resume_in_a_later_epoch_to_the_same_bits(
-    untied_base: Path, conversations: Path, tmp_path: Path
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:
     """Batches of a number of examples: accelerate wraps their sampler so often that Trainer can't tell it its epoch."""
     run = tmp_path / "run"
     arguments = [
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run, "--num-data",
-        24, "--per-device-train-batch-size", 4, "--max-steps", 6, "--save-steps", 4, "--num-processes", 2, "--json",
+        24, "--per-device-train-batch-size", 4, "--max-steps", 6, "--save-steps", 4, "--json",
         "--learning-rate", 1e-2,
     ]  # fmt: skip
-    assert t5tune(*arguments).code == 0
+    assert on_ranks(2, *arguments).code == 0
     straight = (run / "adapter_model.safetensors").read_bytes()
     _lose_the_end(run, 4)
-    again = t5tune(*arguments)
+    again = on_ranks(2, *arguments)
     assert again.json["resumed_from"] == str(run / "checkpoint-4"), again.stderr
     assert (run / "adapter_model.safetensors").read_bytes() == straight
 

@@ -181,15 +181,19 @@ def test_zero_shares_out_what_its_stage_shares() -> None:
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
 
 
-def test_the_suggestion_fits_and_is_a_setting_of_train() -> None:
+def test_the_suggestion_fits_and_is_a_setting_of_train(tmp_path: Path) -> None:
     from t5tune.cli.options import normalise
+    from t5tune.model import fused
     from t5tune.settings import load_settings
 
-    for name, memory, expected in (
-        ("google/flan-t5-small", "80GiB", "--bf16 --per"),
-        ("google/flan-t5-small", "1100MiB", "--gradient-checkpointing"),
+    shape = {**SIZES["google/flan-t5-small"], "num_layers": 2, "num_decoder_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    for memory, expected in (
+        ("80GiB", "--bf16 --per"),
+        ("1000MiB", "--bf16 --gradient-checkpointing --per"),
+        ("980MiB", "--bf16 --gradient-checkpointing --q-lora --per"),
     ):
-        result = planned(name, gpu_memory=memory, per_device_train_batch_size=1)
+        result = planned(tmp_path, gpu_memory=memory, per_device_train_batch_size=1)
         assert result.suggestion is not None
         assert expected in result.suggestion.flags
         assert result.suggestion.total < read_size(memory)
@@ -198,7 +202,9 @@ def test_the_suggestion_fits_and_is_a_setting_of_train() -> None:
         load_settings(
             TrainSettings, None, {}, {"model_name_or_path": "a", "data_path": "b", "output_dir": "c", **flags}
         )
-    assert planned("google/flan-t5-small", gpu_memory="900MiB", per_device_train_batch_size=1).suggestion is None
+    assert planned(tmp_path, gpu_memory="940MiB", per_device_train_batch_size=1).suggestion is None
+    assert fused.ROWS_AT_ONCE < 1000  # a GPU's way is left behind
+    assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from t5tune.merge import merge
 from t5tune.progress import Event, Measured, Note
 from t5tune.settings import ExportSettings, MergeSettings, QuantisationSettings, TrainSettings
 from t5tune.train import train
-from tests.conftest import make_base, t5tune
+from tests.conftest import Finished, make_base, t5tune
 
 TWO = ("--num-processes", "2")
 
@@ -340,7 +341,8 @@ def test_measured_events_carry_loss_rate_and_speed(untied_base: Path, conversati
 def command(base: Path, data: Path, run: Path, *more: str) -> list[str]:
     return [
         "train", "--model-name-or-path", str(base), "--data-path", str(data), "--output-dir", str(run),
-        "--learning-rate", "1e-2", "--logging-steps", "1", "--lora-dropout", "0", "--json", *more,
+        "--learning-rate", "1e-2", "--logging-steps", "1", "--lora-dropout", "0", "--report-samples", "0",
+        "--json", *more,
     ]  # fmt: skip
 
 
@@ -367,22 +369,26 @@ def one_batch(still_base: Path, conversations: Path, tmp_path_factory: pytest.Te
 
 BATCHES = {
     "accumulated": ("--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2", "--use-cpu"),
-    "ddp": ("--per-device-train-batch-size", "4", *TWO),
-    "zero2": ("--per-device-train-batch-size", "4", *TWO, "--deepspeed", "zero2"),
-    "zero3": ("--per-device-train-batch-size", "4", *TWO, "--deepspeed", "zero3"),
+    "ddp": ("--per-device-train-batch-size", "4"),
+    "zero2": ("--per-device-train-batch-size", "4", "--deepspeed", "zero2"),
+    "zero3": ("--per-device-train-batch-size", "4", "--deepspeed", "zero3"),
     "zero2-accumulated": (
-        "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", *TWO, "--deepspeed", "zero2",
+        "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", "--deepspeed", "zero2",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("way", BATCHES)
 def test_a_batch_gives_one_loss_and_gradient_however_it_is_divided(
-    way: str, still_base: Path, conversations: Path, one_batch: dict[str, float], tmp_path: Path
+    way: str,
+    still_base: Path,
+    conversations: Path,
+    one_batch: dict[str, float],
+    tmp_path: Path,
+    on_ranks: Callable[..., Finished],
 ) -> None:
-    done = t5tune(
-        *command(still_base, conversations, tmp_path / "run", "--num-data", "8", "--max-steps", "1", *BATCHES[way])
-    )
+    more = ("--num-data", "8", "--max-steps", "1", *BATCHES[way])
+    done = on_ranks(2, *command(still_base, conversations, tmp_path / "run", *more))
     assert done.code == 0, done.stderr
     line = metrics(tmp_path / "run")[0]
     assert line["loss"] == pytest.approx(one_batch["loss"], rel=1e-4)
@@ -391,10 +397,10 @@ def test_a_batch_gives_one_loss_and_gradient_however_it_is_divided(
 
 @pytest.mark.parametrize("way", [("zero3", "--q-lora", "--no-bf16"), ("zero1", "--bf16"), ("zero0", "--bf16")])
 def test_deepspeed_stages_learn_and_save_the_fp32_masters(
-    way: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path
+    way: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:
-    more = [*TWO, "--deepspeed", *way, "--max-steps", "3", "--per-device-train-batch-size", "4"]
-    done = t5tune(*command(untied_base, conversations, tmp_path / "run", *more))
+    more = ["--deepspeed", *way, "--max-steps", "3", "--per-device-train-batch-size", "4"]
+    done = on_ranks(2, *command(untied_base, conversations, tmp_path / "run", *more))
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["world_size"] == 2
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
@@ -447,38 +453,29 @@ def test_an_error_in_the_workers_is_shown_once_with_its_exit_code(
 @pytest.mark.parametrize(
     ("kind", "stage", "more"),
     [
-        ("untied", "zero3", {}),
-        ("tied", "zero3", {}),
-        ("untied", "zero2", {}),
-        ("tied", "zero0", {}),
-        ("untied", "zero3", {"q_lora": True, "bf16": False}),
-        ("untied", None, {"q_lora": True}),
+        ("untied", "zero3", ()),
+        ("tied", "zero3", ()),
+        ("untied", "zero2", ()),
+        ("tied", "zero0", ()),
+        ("untied", "zero3", ("--q-lora", "--no-bf16")),
+        ("untied", None, ("--q-lora",)),
     ],
 )
 def test_the_live_base_equals_its_file_before_and_after_training(
     kind: str,
     stage: str | None,
-    more: dict[str, Any],
+    more: tuple[str, ...],
     conversations: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
+    on_ranks: Callable[..., Finished],
 ) -> None:
-    from t5tune.settings import dump_settings
-
-    base = request.getfixturevalue(f"{kind}_base")
-    chosen = settings(base, conversations, tmp_path / "run", max_steps=2, deepspeed=stage, **more)
-    (tmp_path / "settings.yaml").write_text(dump_settings(chosen))
-    worker = Path(__file__).with_name("base_stays.py")
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if stage else []
-    done = subprocess.run(
-        [sys.executable, *start, str(worker), str(tmp_path / "settings.yaml"), str(tmp_path / "result.json")],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    before, after = json.loads((tmp_path / "result.json").read_text())
+    base, found = request.getfixturevalue(f"{kind}_base"), tmp_path / "found.json"
+    more = [*(("--deepspeed", stage) if stage else ()), *more, "--max-steps", "2"]
+    watch = f"tests.base_stays:watch({str(base)!r}, {str(found)!r})"
+    done = on_ranks(2 if stage else 1, *command(base, conversations, tmp_path / "run", *more), calls=[watch])
+    assert done.code == 0, done.stderr[-3000:]
+    before, after = json.loads(found.read_text())
     assert before["different"] == after["different"] == []
     names = {name.split()[1] for name in after["equal"]}
     assert "shared.weight" in names
@@ -487,18 +484,21 @@ def test_the_live_base_equals_its_file_before_and_after_training(
         assert "lm_head.weight" in names
 
 
-def test_two_ranks_of_zero3_resume_to_the_same_bits(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_two_ranks_of_zero3_resume_to_the_same_bits(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+) -> None:
     import shutil
 
     run = tmp_path / "run"
-    more = [*TWO, "--deepspeed", "zero3", "--max-steps", "4", "--save-steps", "2", "--lora-dropout", "0.05"]
-    arguments = [*command(untied_base, conversations, run), *more, "--per-device-train-batch-size", "2"]
-    assert t5tune(*arguments).code == 0
+    more = ["--deepspeed", "zero3", "--max-steps", "4", "--save-steps", "2", "--lora-dropout", "0.05"]
+    more += ["--per-device-train-batch-size", "2", "--report-samples", "3"]
+    arguments = command(untied_base, conversations, run, *more)
+    assert on_ranks(2, *arguments).code == 0
     straight = (run / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoint-4")
     for name in ("result.json", "adapter_model.safetensors"):
         (run / name).unlink()
-    again = t5tune(*arguments)
+    again = on_ranks(2, *arguments)
     assert again.code == 0, again.stderr
     assert again.json["resumed_from"] == str(run / "checkpoint-2")
     assert (run / "adapter_model.safetensors").read_bytes() == straight

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, Qua
 from t5tune.settings.loading import load_settings
 from t5tune.train import train
 from t5tune.training.run_folder import Trained
-from tests.conftest import t5tune
+from tests.conftest import Finished
 
 NORMS = ["layer_norm", "final_layer_norm", "relative_attention_bias"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -174,15 +175,15 @@ def test_resuming_gives_the_bits_of_a_straight_run(
 
 @pytest.mark.parametrize("name", ["dora", "pissa", "modules to save", "lora+"])
 def test_shards_of_two_ranks_export_what_was_saved_live(
-    name: str, untied_base: Path, conversations: Path, tmp_path: Path
+    name: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:
     options = []
     for key, value in VARIANTS[name].items():
         options += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    done = t5tune(
-        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
-        "--eval-data-path", conversations, "--max-steps", "2", "--learning-rate", "1e-2", "--num-processes", "2",
-        "--deepspeed", "zero3", "--json", *options,
+    done = on_ranks(
+        2, "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
+        "--eval-data-path", conversations, "--max-steps", "2", "--learning-rate", "1e-2", "--deepspeed", "zero3",
+        "--report-samples", "0", "--json", *options,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     export(ExportSettings(checkpoint=tmp_path / "run", output_dir=tmp_path / "adapter"))
@@ -219,13 +220,16 @@ def test_full_training_ends_with_a_checkpoint_that_stock_transformers_loads(
     assert tied is ("lm_head.weight" not in before)
 
 
-def test_full_training_is_the_same_under_zero3(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_full_training_is_the_same_under_zero3(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+) -> None:
     common = (
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--train-mode", "full",
         "--max-steps", "2", "--learning-rate", "1e-3", "--lora-dropout", "0", "--json", "--no-group-by-length",
+        "--report-samples", "0",
     )  # fmt: skip
-    ranks = t5tune(*common, "--output-dir", tmp_path / "ranks", "--num-processes", "2", "--deepspeed", "zero3")
-    alone = t5tune(*common, "--output-dir", tmp_path / "ddp", "--num-processes", "2")
+    ranks = on_ranks(2, *common, "--output-dir", tmp_path / "ranks", "--deepspeed", "zero3")
+    alone = on_ranks(2, *common, "--output-dir", tmp_path / "ddp")
     assert ranks.code == alone.code == 0, ranks.stderr
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("ranks", "ddp"))
     assert a.keys() == b.keys()
@@ -298,11 +302,11 @@ def test_training_starts_from_an_adapter_bit_by_bit(
 
 
 def test_shards_start_from_an_adapter_bit_by_bit(
-    first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path
+    first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:
-    done = t5tune(
-        *("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run"),
-        *("--adapter", first_adapter, "--deepspeed", "zero3", "--num-processes", "2"),
+    done = on_ranks(
+        *(2, "train", "--model-name-or-path", untied_base, "--data-path", conversations),
+        *("--output-dir", tmp_path / "run", "--adapter", first_adapter, "--deepspeed", "zero3"),
         *("--max-steps", "1", "--learning-rate", "0", "--report-samples", "0"),
     )
     assert done.code == 0, done.stderr

@@ -69,7 +69,7 @@ def _table(result: Plan) -> Table:
 
 def _row(stage: StageMemory, is_chosen: bool) -> list[str]:
     sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.runtime, stage.total, stage.host)
-    fits = "" if stage.fits is None else "fits" if stage.fits else "too large"
+    fits = "" if stage.fits is None else "fits" if stage.fits else "no"
     name = "no DeepSpeed" if stage.stage == "none" else stage.stage
     return [f"{name}{' *' if is_chosen else ''}", *(f"{size / GIB:.2f}" if size else "–" for size in sizes), fits]
 

@@ -7,6 +7,7 @@ The step is run on tensors without data: the real model, adapters, loss and back
 counted. So nothing here knows a layer's formula, and what changes in the model changes in the plan.
 """
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,8 +22,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from t5tune.model import fused
 from t5tune.model.attention import Segments, can_pack, use_packing
-from t5tune.model.fused import use_fused
 from t5tune.model.load import empty_model, quantised_linears
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import HeadLoss
@@ -70,7 +71,7 @@ def empty_model_of(config: dict[str, Any], settings: Any, num_token_rows: int, d
             model, _ = add_lora(model, Path(), plain, list(range(last - num_token_rows, last)), adapter_dtype)
     if settings.packing != "off" and can_pack(model):
         use_packing(model)
-    use_fused(model)
+    fused.use_fused(model)
     return model.train()
 
 
@@ -128,7 +129,7 @@ def measure_step(model: Any, lengths: Lengths, settings: Any, on_gpu: bool, reen
         packs = settings.packing != "off" and can_pack(model)
         inputs, labels = _packed_inputs(lengths) if packs else _padded_inputs(lengths)
         if on_gpu:
-            stack.enter_context(_fused_attention())
+            stack.enter_context(_gpu_kernels())
         live = stack.enter_context(_LiveBytes(model.parameters()))
         with head_loss.of(labels), torch.autocast("cpu", torch.bfloat16, enabled=autocast and settings.bf16):
             total = model(**inputs, use_cache=False).logits
@@ -153,6 +154,8 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._seen[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.prim.device.default:
+            return args[0].fake_device  # two of three calls; torch's own way to this answer is long
         if function is torch.ops.aten._local_scalar_dense.default:
             return 0  # asked whether a mask is all ones; it isn't
         result = function(*args, **(kwargs or {}))
@@ -190,18 +193,24 @@ class _FusedAttention(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Let torch's attention be the fused kernel; transformers and model/attention.py look it up by its name."""
-    stock: Any = functional.scaled_dot_product_attention
+def _gpu_kernels() -> Iterator[None]:
+    """Let torch's attention be the fused kernel, and a norm take all rows at once, as on a GPU.
 
-    def fused(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
+    transformers and model/attention.py look the attention up by its name.
+    """
+    stock: Any = functional.scaled_dot_product_attention
+    rows = fused.ROWS_AT_ONCE
+
+    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
         return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
 
-    functional.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    fused.ROWS_AT_ONCE = sys.maxsize
     try:
         yield
     finally:
         functional.scaled_dot_product_attention = stock
+        fused.ROWS_AT_ONCE = rows
 
 
 def _pass_for_cpu(model: nn.Module) -> None:

@@ -1,12 +1,10 @@
 """What an undisturbed run comes to."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from t5tune.train import train
-from tests.reliability.forks import Forks
 from tests.reliability.runs import ZERO3, adapter, settings, start
 
 
@@ -31,10 +29,3 @@ def zero3_run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.T
 def straight_zero3(zero3_run: Path) -> bytes:
     """The adapter of two ranks under ZeRO-3."""
     return adapter(zero3_run)
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Where runs are forked from."""
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks

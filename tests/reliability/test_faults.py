@@ -11,7 +11,7 @@ import pytest
 from t5tune.data.cache import open_cache
 from t5tune.publish import sha256
 from t5tune.training.journal import read_journal
-from tests.reliability.forks import FROM_THEN_ON, ONCE, SHORT, Forks, Thing
+from tests.forks import FROM_THEN_ON, ONCE, SHORT, Forks, Thing
 from tests.reliability.runs import LONG, arguments, whole_steps
 
 KINDS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.reliability.forks import Forks
+from tests.forks import Forks
 from tests.reliability.runs import LONG, arguments, whole_steps
 
 WAYS = {

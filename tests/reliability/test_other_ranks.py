@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.reliability.forks import Forks
+from tests.forks import Forks
 from tests.reliability.recording import recorded
 from tests.reliability.runs import LONG, STEPS, arguments
 

@@ -14,7 +14,7 @@ from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Event, Started
 from t5tune.train import train
 from t5tune.training.stopping import HANDED_ON, SECONDS_APART
-from tests.reliability.forks import Forks
+from tests.forks import Forks
 from tests.reliability.runs import (
     LONG,
     STEPS,

@@ -41,9 +41,8 @@ def serve() -> None:
 def _run(request: dict[str, Any], rank: int, port: int, writer: int) -> NoReturn:
     code = 70
     try:
-        log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(log, stream)
+        for stream, path in enumerate(request["outputs"], start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
         count = request["ranks"]
         if count > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}

@@ -50,9 +50,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Ended:
-    """How the ranks of a run ended, what they wrote to stdout and stderr, and what they did to files, in order."""
+    """How the ranks of a run ended, what they wrote (`log`: to stderr), and what they did to files, in order."""
 
     codes: list[int]
+    stdout: str
     log: str
     things: list[Thing]
 
@@ -76,11 +77,11 @@ class Forks:
         if library is not None:
             environment |= {"LD_PRELOAD": str(library), "FAULTS": str(block)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.fork_server"],
+            [sys.executable, "-m", "tests.fork_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[1],
             env=environment,
         )
 
@@ -100,18 +101,20 @@ class Forks:
             calls: "module:function(arguments)", each called in every rank before it begins.
             under: folder whose files count; the `at`th thing done to them meets its fate.
         """
-        trace, log = self.folder / "trace", self.folder / "log"
-        for path in (trace, log):
+        trace, stdout, log = (self.folder / name for name in ("trace", "stdout", "log"))
+        for path in (trace, stdout, log):
             path.write_bytes(b"")
         control = self._control
         control.count, control.at, control.mode, control.error = 0, at, mode, error
         control.trace = os.fsencode(trace)
         control.folder = os.fsencode(under) if under else b""
-        request = {"arguments": arguments, "ranks": ranks, "log": str(log), "calls": list(calls)}
+        outputs = [str(stdout), str(log)]
+        request = {"arguments": arguments, "ranks": ranks, "outputs": outputs, "calls": list(calls)}
         codes = self._ask(request)
         control.folder = b""
         lines = sorted((line.split(" ", 2) for line in trace.read_text().splitlines()), key=lambda line: int(line[0]))
-        return Ended(codes, log.read_text(errors="replace"), [Thing(kind, path) for _, kind, path in lines])
+        texts = [path.read_text(errors="replace") for path in (stdout, log)]
+        return Ended(codes, *texts, [Thing(kind, path) for _, kind, path in lines])
 
     def _ask(self, request: dict[str, Any]) -> list[int]:
         assert self._process.stdin is not None
