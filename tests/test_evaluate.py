@@ -195,6 +195,7 @@ def test_the_command_prints_one_object_and_numbers_its_folders(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     arguments = ("evaluate", "--model-name-or-path", untied_base, "--data-path", conversations, "--num-data", "2")
+    arguments += ("--max-new-tokens", "4")
     first = t5tune(*arguments, "--json", cwd=tmp_path)
     second = t5tune(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
