@@ -44,7 +44,7 @@ def test_quickstart_runs_the_whole_chain_and_shows_what_it_made(tmp_path: Path) 
         text=True,
         timeout=300,
         cwd=tmp_path,
-        env={**os.environ, "T5TUNE_MAX_NEW_TOKENS": "4"},  # an untrained model would go on to the limit
+        env={**os.environ, "T5TUNE_MAX_NEW_TOKENS": "4", "T5TUNE_NUM_DATA": "20"},
     )
     assert done.returncode == 0, done.stderr
     for word in ("token cache", "run", "adapter", "merged model", "exact match", "before", "after", "you:", "model:"):
