@@ -130,9 +130,14 @@ def _training_charts(lines: list[dict[str, Any]]) -> list[str]:
         return [(line["step"], line[name] * scale) for line in lines if isinstance(line.get(name), int | float)]
 
     return [
-        line_chart("Loss", [Series("training", of("loss")), Series("held out", of("eval_loss"))], "step"),
+        line_chart(
+            "Loss",
+            [Series("training", of("loss")), Series("held out", of("eval_loss"))],
+            "step",
+            may_be_logarithmic=True,
+        ),
         line_chart("Learning rate", [Series("learning rate", of("learning_rate"))], "step"),
-        line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], "step"),
+        line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], "step", may_be_logarithmic=True),
         line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))], "step"),
         line_chart("Peak memory (GiB)", [Series("peak memory", of("peak_memory_bytes", 1 / GIB))], "step"),
     ]

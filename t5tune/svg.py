@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 520, 210  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins, for the labels
 MOST_POINTS = 300
 NUM_TICKS = 4
+LOGARITHMIC_FROM = 100  # times the least value; below that a linear axis shows it all
 DOTS_UP_TO = 40  # points of a series that are few enough to be marked one by one
 
 
@@ -25,16 +26,23 @@ class Series:
     points: list[tuple[float, float]]
 
 
-def line_chart(title: str, series: Sequence[Series], x_name: str) -> str:
-    """The series in one frame; what isn't finite is left out. Nothing where no point is left."""
+def line_chart(title: str, series: Sequence[Series], x_name: str, may_be_logarithmic: bool = False) -> str:
+    """The series in one frame; what isn't finite is left out. Nothing where no point is left.
+
+    Args:
+        may_be_logarithmic: the y axis is, where values span LOGARITHMIC_FROM and more.
+    """
     lines = [Series(one.name, _thinned([p for p in one.points if math.isfinite(p[1])])) for one in series]
     lines = [one for one in lines if one.points]
     if not lines:
         return ""
     points = [point for one in lines for point in one.points]
-    ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    is_logarithmic = may_be_logarithmic and low > 0 and high / low >= LOGARITHMIC_FROM
+    ticks = _powers(low, high) if is_logarithmic else _ticks(low, high)
+    title = f"{title}, logarithmic" if is_logarithmic else title
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
-    frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1])
+    frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1], is_logarithmic)
     parts = [frame.grid(ticks), frame.x_label(low_x, "start"), frame.x_label(high_x, "end"), frame.x_name(x_name)]
     for number, one in enumerate(lines):
         places = [(frame.x(x), frame.y(y)) for x, y in one.points]
@@ -87,12 +95,16 @@ class _Frame:
     high_x: float
     low_y: float
     high_y: float
+    is_logarithmic: bool = False
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)
+        low, high = self.low_y, self.high_y
+        if self.is_logarithmic:
+            value, low, high = math.log10(value), math.log10(low), math.log10(high)
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def grid(self, ticks: Sequence[float]) -> str:
         lines = []
@@ -129,6 +141,13 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten that span low to high, at most NUM_TICKS or so of them: (0.002, 7) -> [0.001, 0.01, 0.1, 1, 10]."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    step = -(-(last - first) // (NUM_TICKS + 1))
+    return [10.0**power for power in range(first, last + step, step)]
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -184,6 +184,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
     by_rank_0(world, lambda: check_space(run.folder, size, settings.save_total_limit or 1, report))
     before = int(resume.name.partition("-")[2]) if resume else 0
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds_training = trainer.seconds_training()
     if trainer.is_stopped:
         sealed = run.folder / f"checkpoint-{trainer.state.global_step}"
         raise Stopped(f"stopped by {stop.name or 'a signal to another rank'}; all work stands in {sealed}", hint=AGAIN)
@@ -202,7 +203,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         eval=_evaluation(trainer.state, best),
         examples=len(cache),
         tokens=tokens,
-        tokens_per_second=round(tokens / max(output.metrics["train_runtime"], 1e-9), 1),
+        tokens_per_second=round(tokens / max(seconds_training, 1e-9), 1),
         trainable_parameters=built.trainable,
         total_parameters=built.total,
         peak_memory_bytes=peak_memory(device),

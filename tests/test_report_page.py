@@ -252,6 +252,18 @@ def test_charts_leave_out_what_is_not_finite_and_thin_what_is_long() -> None:
     ]  # fmt: skip
 
 
+def test_a_loss_that_falls_a_thousandfold_is_drawn_on_powers_of_ten() -> None:
+    def heights(*values: float) -> list[float]:
+        chart = line_chart("A", [Series("a", list(enumerate(values)))], "step", may_be_logarithmic=True)
+        return [float(place.split(",")[1]) for place in re.findall(r'points="(.*?)"', chart)[0].split()]
+
+    first, second, third = heights(10, 0.1, 0.001)
+    assert second - first == pytest.approx(third - second, abs=0.2)
+    first, second, third = heights(10, 6, 2)
+    assert second - first == pytest.approx(third - second, abs=0.2)
+    assert heights(1000, 0, 0)[1] == heights(1000, 0, 0)[2]  # there is no power of ten for nothing
+
+
 def test_the_settings_of_the_page_are_settings(run: Path) -> None:
     cells = Page((run / "report.html").read_text()).cells
     assert set(TrainSettings.model_fields) <= set(cells)

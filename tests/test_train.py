@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from t5tune.merge import merge
 from t5tune.progress import Event, Measured, Note
 from t5tune.settings import ExportSettings, MergeSettings, QuantisationSettings, TrainSettings
 from t5tune.train import train
+from t5tune.training.trainer import T5Trainer
 from tests.conftest import Finished, make_base, t5tune
 
 TWO = ("--num-processes", "2")
@@ -218,6 +221,27 @@ def test_q_lora_learns_too(untied_base: Path, conversations: Path, tmp_path: Pat
     result = train(settings(untied_base, conversations, tmp_path / "run", q_lora=True, bf16=False))
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     assert result.total_parameters > 40_000  # 4-bit weights count as what they stand for
+
+
+def test_tokens_per_second_leave_out_what_evaluations_take(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock on which each evaluation takes a year."""
+    year, passed = 3e7, 0.0
+    evaluate = T5Trainer.evaluation_loop
+
+    def slow(self: T5Trainer, *arguments: Any, **options: Any) -> Any:
+        nonlocal passed
+        passed += year
+        return evaluate(self, *arguments, **options)
+
+    monkeypatch.setattr(T5Trainer, "evaluation_loop", slow)
+    monkeypatch.setattr("t5tune.training.trainer.time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
+    result = train(settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=1))
+    assert passed == 6 * year
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert all(line["tokens_per_second"] > 1 for line in lines)
+    assert result.tokens_per_second > 1
 
 
 def test_evaluation_between_steps_changes_nothing_of_training(

@@ -28,7 +28,10 @@ BASE = "base.json"  # see weights/remembered.py
 
 @dataclass(frozen=True)
 class Trained:
-    """What train made. Times in seconds, memory in bytes; `tokens` are source and target tokens trained on."""
+    """What train made. Times in seconds, memory in bytes; `tokens` are source and target tokens trained on.
+
+    `tokens_per_second` leaves out what evaluations and saves took, `seconds` is of everything.
+    """
 
     run: Path
     adapter: Path

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -123,8 +124,9 @@ class T5Trainer(SealingTrainer):
         self.run_folder = Path(args.output_dir)
         self.journal = Journal(self.run_folder, report=report)
         self.tokens = torch.zeros((), dtype=torch.int64, device=args.device)
-        self.tokens_logged = 0
-        self.logged_at = time.monotonic()
+        self.first_step_at: float | None = None
+        self.seconds_beside = 0.0  # since then, in evaluations and saves
+        self.logged = (0, 0.0)  # tokens and seconds
         # DeepSpeed leaves frozen weights out of a checkpoint by their first names; T5's embedding has three
         model.register_state_dict_post_hook(_drop_frozen)
         self.remove_callback(PrinterCallback)
@@ -134,6 +136,8 @@ class T5Trainer(SealingTrainer):
         self.add_callback(_EpochOf(self.train_sampler))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.first_step_at is None:
+            self.first_step_at = time.monotonic()
         is_packed = "packing" in inputs
         targets = inputs["labels"].ne(IGNORED_LABEL).sum()
         sources = inputs["input_ids"].numel() if is_packed else inputs["attention_mask"].sum()
@@ -220,13 +224,33 @@ class T5Trainer(SealingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens per second and memory to the training figures, and append the line to metrics.jsonl."""
         if "loss" in logs:
-            tokens, now = self.total_tokens(), time.monotonic()
-            logs["tokens_per_second"] = round((tokens - self.tokens_logged) / max(now - self.logged_at, 1e-9), 1)
-            self.tokens_logged, self.logged_at = tokens, now
+            tokens, seconds = self.total_tokens(), self.seconds_training()
+            logs["tokens_per_second"] = round((tokens - self.logged[0]) / max(seconds - self.logged[1], 1e-9), 1)
+            self.logged = (tokens, seconds)
             logs["peak_memory_bytes"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self.journal.write(self.state.global_step, logs)
+
+    def seconds_training(self) -> float:
+        """Since the first step of this process, what evaluations and saves took left out."""
+        return time.monotonic() - self.first_step_at - self.seconds_beside if self.first_step_at is not None else 0.0
+
+    @contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds_beside += time.monotonic() - started
+
+    def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        with self._beside_training():
+            return super()._evaluate(*arguments, **options)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._beside_training():
+            super()._save_checkpoint(model, trial)
 
     def total_tokens(self) -> int:
         """Source and target tokens trained on since this process started, over all ranks."""
