@@ -1,4 +1,4 @@
-"""What plan says of a run's memory beside what the run takes, on the CPU, for three shapes.
+"""What plan says of a run's memory beside what the run takes, on the CPU, for five shapes.
 
     python benchmarks/plan.py [NAME …]
 
@@ -23,10 +23,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "lengths": (384, 96),
         "flags": ["--per-device-train-batch-size", "8"],
     },
+    # computed in fp32, so that it can be measured on CPUs without bf16 arithmetic
+    "base-nf4": {
+        "size": "google/flan-t5-base",
+        "lengths": (384, 64),
+        "flags": ["--per-device-train-batch-size", "4", "--q-lora", "--no-bf16"],
+    },
     "base-nf4-light": {
         "size": "google/flan-t5-base",
         "lengths": (384, 64),
-        "flags": ["--per-device-train-batch-size", "4", "--q-lora", "--gradient-checkpointing"],
+        "flags": ["--per-device-train-batch-size", "4", "--q-lora", "--no-bf16", "--gradient-checkpointing"],
+    },
+    "base-light": {
+        "size": "google/flan-t5-base",
+        "lengths": (384, 64),
+        "flags": ["--per-device-train-batch-size", "4", "--gradient-checkpointing"],
     },
     "small-full-padded": {
         "size": "google/flan-t5-small",
