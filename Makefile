@@ -53,6 +53,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
+	@echo "installing into .venv: a minute or two"
 	$(BIN)/pip install --disable-pip-version-check --quiet -e .
 	touch $@
 

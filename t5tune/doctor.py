@@ -22,6 +22,7 @@ from t5tune.diagnosis import machine
 from t5tune.diagnosis.finding import Finding
 from t5tune.progress import Report, silent, track
 from t5tune.settings import DoctorSettings
+from t5tune.training.compiler import release_dead_locks
 
 # name -> what breaks with it, and how to mend a library that doesn't answer; the probes' order is the page's
 PROBES = {
@@ -73,9 +74,11 @@ def _probe(name: str, timeout: float) -> Finding:
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        return Finding(name, "broken", f"no answer in {timeout:g} s (--timeout)", PROBES[name])
+        longer = f"t5tune doctor --timeout {5 * timeout:g}: this machine may be busy, or compile for the first time"
+        return Finding(name, "warning", f"no answer in {timeout:g} s", longer)
     finally:
         _end(process)  # and what it may have left behind
+        release_dead_locks()
     try:
         return Finding(check=name, **json.loads(output))
     except ValueError:

@@ -206,13 +206,18 @@ def _write(
         elif writer.first_rejected:
             hint = _first(writer)
         else:
-            hint = 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
+            hint = "it is empty; " if not writer.num_records else ""
+            hint += 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
         raise DataError(
-            f"data_path: {_named(files)}: no conversation to train on among {writer.num_records} records"
+            f"data_path: {_named(files)}: no conversation to train on among {_records(writer.num_records)}"
             f"{f' ({dropped})' if dropped else ''}",
             hint=hint,
         )
     return is_whole
+
+
+def _records(count: int) -> str:
+    return "1 record" if count == 1 else f"{count} records"
 
 
 def _first(writer: Writer) -> str:

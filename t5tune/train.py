@@ -16,7 +16,7 @@ from t5tune import presets
 from t5tune.data.cache import Cache, is_cache
 from t5tune.data.templates import template_from
 from t5tune.data.tokenizer import load_tokenizer
-from t5tune.errors import SettingsError, Stopped
+from t5tune.errors import SettingsError
 from t5tune.model.device import memory_is_named, peak_memory
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
@@ -26,6 +26,7 @@ from t5tune.training.arguments import best_by, training_arguments
 from t5tune.training.check import check
 from t5tune.training.checkpoint import checkpoints
 from t5tune.training.group import process_group
+from t5tune.training.identity import check_finished
 from t5tune.training.launch import World
 from t5tune.training.ranks import barrier, by_rank_0, default_timeout, loss_of_ranks
 from t5tune.training.run_folder import (
@@ -38,6 +39,7 @@ from t5tune.training.run_folder import (
     open_data,
     read_result,
     save_settings,
+    settings_of,
 )
 from t5tune.training.space import bytes_of_checkpoint, check_space
 from t5tune.training.stopping import StopRequest, listening
@@ -70,7 +72,7 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
         stop.waits = world.rank > 0
         if not world.run_is_open:
             by_rank_0(world, lambda: open_run(settings, report))
-        stop.waits = True
+        stop.waits = world.size > 1  # one process alone may go while it still loads
         run = existing_run(settings)
         if run.finished:
             return read_result(run.folder)
@@ -99,7 +101,9 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     if settings.fresh:
         move_aside(folder, report)
     run = existing_run(settings)
-    if run.finished:
+    begun = settings_of(run)
+    if run.finished and begun is not None:
+        check_finished(folder, begun, settings)
         report(Note(f"{folder}: this run is finished; --fresh trains anew"))
         return run
     if settings.preprocessed_path is not None and settings.preprocessed_path.is_file():
@@ -109,13 +113,13 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
         )
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"output_dir: {folder}: a file stands there")
-    if folder.is_dir() and any(folder.iterdir()) and not run.settings_path.is_file():
+    if folder.is_dir() and any(folder.iterdir()) and begun is None:
         raise SettingsError(
             f"output_dir: {folder}: holds something that is no run of t5tune", hint="name another folder"
         )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if not run.settings_path.is_file():  # by which a run is known
+    if begun is None:  # by its settings a run is known
         save_settings(settings, run)
     in_use = bool(checkpoints(folder)) and "data" not in settings.allow_change
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
@@ -183,11 +187,12 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
     size = bytes_of_checkpoint(built.trainable, deepspeed is not None, cache.tokenizer_folder)
     by_rank_0(world, lambda: check_space(run.folder, size, settings.save_total_limit or 1, report))
     before = int(resume.name.partition("-")[2]) if resume else 0
+    stop.waits = True
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds_training = trainer.seconds_training()
     if trainer.is_stopped:
         sealed = run.folder / f"checkpoint-{trainer.state.global_step}"
-        raise Stopped(f"stopped by {stop.name or 'a signal to another rank'}; all work stands in {sealed}", hint=AGAIN)
+        raise stop.stopped(f"; all work stands in {sealed}", hint=AGAIN)
     if samples is not None:
         samples.finish(trainer.model, trainer.is_world_process_zero())
     tokens = trainer.total_tokens()

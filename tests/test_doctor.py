@@ -85,9 +85,9 @@ def test_a_library_that_fails_makes_a_line(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", blocked(tmp_path, module, text))
     finding = _probe("bitsandbytes", timeout=2 if "wait" in text else 60)
-    assert finding.state == "broken"
+    assert finding.state == ("warning" if "wait" in text else "broken")  # whoever is slow may still work
     assert found in finding.found
-    assert "pip install" in finding.mend
+    assert ("--timeout" if "wait" in text else "pip install") in finding.mend
 
 
 def test_only_what_training_needs_decides_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,9 +85,14 @@ def test_a_dry_run_shows_settings_plan_and_command_and_makes_nothing(tmp_path: P
     assert done.code == 0, done.stderr
     assert "lora_r: 8" in done.stdout
     assert "no DeepSpeed *" in done.stdout
-    last = done.stdout.splitlines()[-1]
-    assert last == f"command: torchrun --nproc-per-node 2 -m t5tune train --config {tmp_path / 'run' / 'settings.yaml'}"
+    command = f"torchrun --nproc-per-node 2 -m t5tune train --config {tmp_path / 'run' / 'settings.yaml'}"
+    assert done.stdout.splitlines()[-1] == f"# starts, once it has written its settings: {command}"
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "zero" in line)
     assert not (tmp_path / "run").exists()
+    (tmp_path / "mine.yaml").write_text(done.stdout)
+    settings, _ = load_settings(TrainSettings, file=str(tmp_path / "mine.yaml"))
+    assert not settings.dry_run
+    assert settings.num_processes == 2
     wrong = t5tune(*arguments, "--report-to", "nothing-such")
     assert wrong.code == 2
 

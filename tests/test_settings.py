@@ -166,8 +166,8 @@ def test_unknown_names_are_refused_with_the_closest_one_wherever_they_stand(
     assert all(line.startswith("error: ") for line in errors)
     assert len(errors) == 4
     assert f"error: {file}: lora_rr: unknown setting; did you mean lora_r?" in errors
-    assert "error: T5TUNE_SAVE_STEP: unknown setting; did you mean save_steps?" in errors
-    assert "error: --lora-alfa: unknown flag; did you mean lora-alpha?" in errors
+    assert any(line.startswith("error: T5TUNE_SAVE_STEP: unknown setting; did you mean save_steps?") for line in errors)
+    assert "error: --lora-alfa: unknown flag; did you mean --lora-alpha?" in errors
     assert [line for line in errors if "--zzz: unknown flag" in line and "did you mean" not in line]
 
 

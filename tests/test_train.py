@@ -318,9 +318,27 @@ def test_finished_run_does_nothing_and_fresh_moves_it_aside(
     before = (run / "metrics.jsonl").read_bytes()
     assert train(settings(untied_base, conversations, run, max_steps=1)) == first
     assert (run / "metrics.jsonl").read_bytes() == before
+    assert train(settings(untied_base, conversations, run, max_steps=1, logging_steps=5)) == first
+    with pytest.raises(SettingsError, match=f"lora_r: 8 in {run}, which is finished, 4 now"):
+        train(settings(untied_base, conversations, run, max_steps=1, lora_r=4))
+    with pytest.raises(SettingsError, match=r"data_path: .*conversations\.jsonl.* in .*, which is finished, .*other"):
+        train(settings(untied_base, tmp_path / "other.jsonl", run, max_steps=1))
     train(settings(untied_base, conversations, run, max_steps=1, fresh=True))
     assert (tmp_path / "run.1" / "result.json").is_file()
     assert (run / "result.json").is_file()
+
+
+def test_what_another_command_made_is_no_run(
+    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """Its settings.yaml is its own."""
+    values = {"model_name_or_path": str(untied_base), "adapter": finished_run, "output_dir": tmp_path / "merged"}
+    merge(MergeSettings.model_validate(values | {"verify": False}))
+    before = sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert "settings.yaml" in before
+    with pytest.raises(SettingsError, match="holds something that is no run of t5tune"):
+        train(settings(untied_base, conversations, tmp_path / "merged"))
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == before
 
 
 def test_non_finite_loss_stops_before_the_update(untied_base: Path, conversations: Path, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def show_error(error: BaseException, json_stream: TextIO | None, debug: bool) ->
     console = _stderr()
     for index, problem in enumerate(problems):
         last = index == len(problems) - 1
-        tail = f"; {hint}" if hint and last else ""
+        tail = f"{' ' if problem.endswith('?') else '; '}{hint}" if hint and last else ""
         console.print(Text.assemble(("error:", "bold red"), " ", problem + tail))
     if json_stream is not None:
         body = {"kind": kind if known else "Unexpected", "message": message, "hint": hint}

@@ -26,7 +26,7 @@ Say something. What begins with / is a command; // says a slash.
   /adapter FOLDER    another adapter on the same base; `none` for the base alone
   /save FILE         append the conversation to FILE, as prepare reads it
   /help              this text
-  /quit, Ctrl-D      the end; Ctrl-C stops an answer"""
+  /quit, Ctrl-D      the end; Ctrl-C stops an answer, and clears a line"""
 
 
 def converse(settings: ChatSettings, report: Report, stream: TextIO) -> None:
@@ -70,10 +70,17 @@ class _Talk:
         prompt = "you: "
         if self.console.color_system:
             prompt = "\001\033[1;32m\002you:\001\033[0m\002 "  # between 1 and 2 stands what takes no room
-        try:
-            return input(prompt)
-        except EOFError:
-            return None
+        while True:
+            try:
+                return input(prompt)
+            except EOFError:
+                self.console.print()
+                return None
+            except KeyboardInterrupt as interrupt:
+                self.console.print()
+                if interrupt.args:  # another signal, which the command line raises so
+                    raise
+                self.say("/quit or Ctrl-D ends it")
 
     def ask(self, text: str) -> None:
         """Answer, and keep both turns; an answer that Ctrl-C stopped leaves none."""

@@ -88,8 +88,8 @@ def normalise(arguments: list[str], model: type[Settings]) -> list[str]:
             for value in values:
                 result += [f"--{name.replace('_', '-')}", value]
         else:
-            known = [field.replace("_", "-") for field in [*fields, *renamed]]
-            problems.append(f"--{flag}: unknown flag{suggestion(flag.replace('_', '-'), known)}")
+            known = [f"--{field.replace('_', '-')}" for field in [*fields, *renamed]]
+            problems.append(f"--{flag}: unknown flag{suggestion('--' + flag.replace('_', '-'), known)}")
             if not equals and rest and not _is_flag(rest[0]) and not positional:
                 rest.pop(0)
     return result + [part for problem in problems for part in ("--problem", problem)]

@@ -1,5 +1,6 @@
 """`t5tune templates`, `t5tune schema` and `t5tune train --dry-run` on the terminal."""
 
+import io
 import json
 from typing import TextIO
 
@@ -33,7 +34,10 @@ def show_schema(settings: SchemaSettings, stream: TextIO) -> None:
 
 
 def show_dry_run(settings: TrainSettings, report: Report, stream: TextIO, want_json: bool) -> None:
-    """What train would do: its settings with all defaults, its plan, and the command of its processes."""
+    """What train would do: its settings with all defaults, and as comments its plan and the command of its processes.
+
+    So what stands on stdout is a file for `--config`.
+    """
     from t5tune.training.check import check
 
     check(settings)
@@ -45,9 +49,12 @@ def show_dry_run(settings: TrainSettings, report: Report, stream: TextIO, want_j
         }  # fmt: skip
         print(json.dumps(body, ensure_ascii=False), file=stream, flush=True)
         return
-    print(dump_settings(settings), file=stream)
-    print_plan(planned, stream)
-    print(f"command: {' '.join(command)}", file=stream, flush=True)
+    print(dump_settings(settings.model_copy(update={"dry_run": False})), file=stream)
+    text = io.StringIO()
+    print_plan(planned, text)
+    print(f"starts, once it has written its settings: {' '.join(command)}", file=text)
+    for line in text.getvalue().splitlines():
+        print(f"# {line}".rstrip(), file=stream, flush=True)
 
 
 def launcher_command(settings: TrainSettings) -> list[str]:

@@ -177,7 +177,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{folder / MANIFEST}: not the manifest of a token cache ({error})") from error
+        why = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(
+            f"{folder / MANIFEST}: not the manifest of a token cache ({why})",
+            hint="name a folder that t5tune prepare wrote",
+        ) from error
     if version != FORMAT:
         raise DataError(
             f"{folder / MANIFEST}: format {version}, this release reads {FORMAT}",

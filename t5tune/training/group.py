@@ -13,7 +13,7 @@ from t5tune.model.device import choose_device, keep_freed_memory, nvidia_driver
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.training.check import DOCTOR
-from t5tune.training.compiler import SHARED_MEMORY_OP, lack
+from t5tune.training.compiler import SHARED_MEMORY_OP, lack, release_dead_locks
 from t5tune.training.launch import World
 from t5tune.training.ranks import meeting
 
@@ -40,6 +40,8 @@ def process_group(world: World, settings: TrainSettings, report: Report) -> Iter
         if settings.deepspeed is not None:
             if not world.launched:
                 _meet_oneself()
+            for lock in release_dead_locks():
+                report(Note(f"{lock}: left by a compilation that was cut off; removed"))
             # it announces the op that it compiles on stdout
             with redirect_stdout(io.StringIO()):
                 import deepspeed

@@ -27,6 +27,14 @@ NO_PART_OF_IT = {
     "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing",
     "dataloader_num_workers", "use_cpu", "fp16",
 }  # fmt: skip
+# what can be otherwise when the command of a finished run is given again, and asks for the same weights
+BESIDE_IT = NO_PART_OF_IT | {
+    "cache_dir", "max_record_bytes", "max_rejected_fraction", "num_workers", "preprocessed_path", "eval_strategy",
+    "eval_steps", "eval_generate", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
+    "logging_steps", "report_to", "report_samples", "num_gpus", "num_processes", "deepspeed", "process_group_timeout",
+    "max_restarts", "output_dir", "fresh", "allow_change", "dry_run",
+}  # fmt: skip
+PATHS = {"model_name_or_path", "data_path", "eval_data_path", "adapter"}
 ADAPTER = ("adapter_config.json", "adapter_model.*")
 ROWS = ("tokens.bin", "conversations.bin", "examples.bin")
 SHARDING = ("world_size", "deepspeed_stage")
@@ -86,6 +94,33 @@ def check_same(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> lis
             "--fresh",
         )
     return list(different.values())
+
+
+def check_finished(folder: Path, then: TrainSettings, now: TrainSettings) -> None:
+    """Compare what a finished run was asked for with what is asked now.
+
+    Raises:
+        SettingsError: naming each setting that would have given other weights, with both values.
+    """
+    before, after = then.model_dump(mode="json"), now.model_dump(mode="json")
+    different = [
+        f"{name}: {shown(before[name])} in {folder}, which is finished, {shown(after[name])} now"
+        for name in before
+        for shown in [_all_of if name in PATHS else _shown]
+        if name not in BESIDE_IT and before[name] != after[name]
+        if name not in PATHS or _resolved(before[name]) != _resolved(after[name])
+    ]
+    if different:
+        raise SettingsError(*different, hint="--fresh trains anew and keeps the old run beside, or name another folder")
+
+
+def _all_of(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _resolved(value: Any) -> Any:
+    """Paths that lead to one place are one."""
+    return [str(Path(path).resolve()) for path in (value if isinstance(value, list) else [value]) if path is not None]
 
 
 def _check_shards(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

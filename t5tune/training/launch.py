@@ -23,7 +23,7 @@ from pathlib import Path
 from t5tune import errors
 from t5tune.errors import RankLost, Stopped, T5TuneError
 from t5tune.progress import Note, Report, silent
-from t5tune.training.stopping import HANDED_ON, SECONDS_APART, SIGNALS
+from t5tune.training.stopping import HANDED_ON, SECONDS_APART, SIGNALS, exit_code, signals
 
 ERRORS = "_T5TUNE_ERRORS"
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -74,7 +74,6 @@ def launch(
     Raises:
         T5TuneError: what the first failing worker raised, or how it ended.
         Stopped: a signal asked to stop.
-        KeyboardInterrupt: from the keyboard.
     """
     command = [sys.executable, "-m", "t5tune", "train", "--config", str(settings_path), *arguments]
     with _listening() as asked:
@@ -146,7 +145,7 @@ class _Asked:
         now = time.monotonic()
         if self.first is None:
             self.first, self.came_at = signal.Signals(number), now
-        elif now - self.came_at > SECONDS_APART or number == signal.SIGINT:
+        elif now - self.came_at > SECONDS_APART:
             self.again = True
 
 
@@ -157,7 +156,7 @@ def _listening() -> Iterator[_Asked]:
     Where one came this process is about to end, with the exit code that says so: one more changes nothing of it.
     """
     asked = _Asked()
-    before = {number: signal.signal(number, asked.receive) for number in (*SIGNALS, signal.SIGINT)}
+    before = {number: signal.signal(number, asked.receive) for number in signals()}
     try:
         yield asked
     finally:
@@ -180,9 +179,10 @@ def _run(command: list[str], count: int, asked: _Asked) -> T5TuneError | None:
                 worker.wait()
         if not any(ended) and None not in ended:
             return None
-        if asked.first == signal.SIGINT:
-            raise KeyboardInterrupt
-        return _first_error(Path(folder), ended, asked)
+        error = _first_error(Path(folder), ended, asked)
+        if isinstance(error, Stopped) and asked.first is not None:
+            error.exit_code = exit_code(asked.first.name)
+        return error
 
 
 def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen[bytes]]:
@@ -197,7 +197,7 @@ def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen
         ERRORS: folder,
     }
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **common}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, HANDED_ON, signal.SIGINT))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, HANDED_ON))
     try:
         return [
             subprocess.Popen(
@@ -220,8 +220,6 @@ def _watch(workers: list[subprocess.Popen[bytes]], asked: _Asked) -> None:
         if failed_at is None and any(ended):
             failed_at = now
         if (failed_at is not None and now - failed_at > SECONDS_TO_END) or asked.again:
-            return
-        if asked.first == signal.SIGINT:
             return
         if asked.first is not None and not handed_on:
             handed_on = True

@@ -14,12 +14,13 @@ from t5tune.data.cache import Cache, is_cache, open_cache
 from t5tune.errors import CheckpointError, TrainingError
 from t5tune.progress import Note, Report
 from t5tune.publish import write_file, writing
-from t5tune.settings import TrainSettings, dump_settings
+from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.training.checkpoint import newest, remove_staged
 from t5tune.training.identity import check_same, identity
 from t5tune.training.launch import World
 from t5tune.weights.fingerprint import base_facts
 from t5tune.weights.remembered import file_states, recall, remember
+from t5tune.yaml_file import read_yaml
 
 SETTINGS = "settings.yaml"
 RESULT = "result.json"
@@ -73,6 +74,17 @@ def existing_run(settings: TrainSettings) -> Run:
         if not is_cache(eval_cache):
             eval_cache = folder / "eval-data"
     return Run(folder, folder / SETTINGS, cache, eval_cache, (folder / RESULT).is_file())
+
+
+def settings_of(run: Run) -> TrainSettings | None:
+    """The settings of a run that has begun; None: there is none. Other commands keep theirs in a file of that name.
+
+    Raises:
+        SettingsError: the file isn't what train wrote.
+    """
+    if not run.settings_path.is_file() or "learning_rate" not in read_yaml(run.settings_path):
+        return None
+    return load_settings(TrainSettings, str(run.settings_path))[0]
 
 
 def move_aside(folder: Path, report: Report) -> None:

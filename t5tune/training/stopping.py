@@ -1,12 +1,13 @@
 """A signal asks training to stop: it ends behind a whole step, with a sealed checkpoint and exit code 143.
 
     with listening() as stop:
-        ...                    # the first SIGTERM or SIGUSR1 raises Stopped here: there is nothing to seal yet
+        ...                    # the first signal raises Stopped here: there is nothing to seal yet
         stop.waits = True      # from here on it is only noted, for the end of a step
         if agreed(stop, device):
             ...                # every rank comes here behind the same step
 
-Schedulers send these signals a while before they kill. A second one stops at once.
+Schedulers send SIGTERM or SIGUSR1 a while before they kill, the keyboard's Ctrl-C is SIGINT, which ends with 130. A
+second signal stops at once.
 """
 
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 from t5tune.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # how `launch` hands a request on, so that a worker that got the signal itself doesn't count it twice
 HANDED_ON = signal.SIGUSR2
 SECONDS_APART = 1.0  # signals closer than this are one request: launchers and schedulers send it along several ways
@@ -47,12 +48,30 @@ class StopRequest:
         if self.name is not None:
             if number != HANDED_ON and time.monotonic() - self._came_at > SECONDS_APART:
                 os.write(2, b"a second signal: stopped at once; the last whole checkpoint stands\n")
-                os._exit(Stopped.exit_code)
+                os._exit(exit_code(self.name))
             return
         self.name = "its launcher" if number == HANDED_ON else signal.Signals(number).name
         self._came_at = time.monotonic()
         if not self.waits:
-            raise Stopped(f"stopped by {self.name} before training began")
+            raise self.stopped(" before training began")
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"stopping behind the step under way, to seal it; Ctrl-C once more stops at once\n")
+
+    def stopped(self, what: str, hint: str | None = None) -> Stopped:
+        """The error of having done so."""
+        error = Stopped(f"stopped by {self.name or 'a signal to another rank'}{what}", hint=hint)
+        error.exit_code = exit_code(self.name)
+        return error
+
+
+def signals() -> list[signal.Signals]:
+    """Those to take here. A shell starts what a script puts into the background so that Ctrl-C isn't for it."""
+    return [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def exit_code(name: str | None) -> int:
+    """That of the end which a signal asked for."""
+    return 128 + signal.SIGINT if name == signal.SIGINT.name else Stopped.exit_code
 
 
 @contextmanager
@@ -62,7 +81,7 @@ def listening() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.receive) for number in (*SIGNALS, HANDED_ON)}
+    before = {number: signal.signal(number, stop.receive) for number in (*signals(), HANDED_ON)}
     # `launch` starts workers with these blocked, so that one that comes before this line waits for it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
     try:
@@ -88,6 +107,6 @@ def outlast_signals(_worker: int) -> None:
     """In a process that reads data: a signal to the whole group is the rank's to answer, not this process's."""
     from t5tune.training.launch import die_with_parent
 
-    for number in (*SIGNALS, HANDED_ON, signal.SIGINT):
+    for number in (*SIGNALS, HANDED_ON):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()

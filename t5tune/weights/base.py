@@ -44,7 +44,7 @@ def _find(settings: BaseModelSettings, files: list[str]) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"model_name_or_path: {name}: no config.json in it",
-            hint="name a folder that save_pretrained wrote",
+            hint="name a folder that save_pretrained or t5tune merge wrote",
         )
     read_config(folder)
     return folder
@@ -136,7 +136,7 @@ def _download_error(name: str, revision: str | None, error: Exception) -> ModelE
             hint = "take HF_HUB_OFFLINE out of the environment, or name a folder"
         case LocalEntryNotFoundError():
             reason = "no such folder, the hub can't be reached, and the cache doesn't hold it"
-            hint = "check the network, or name a folder"
+            hint = "check the network, or name a folder; `pocket` is the built-in model"
         case OSError() if error.errno is not None:
             where = f" ({error.filename})" if error.filename else ""
             return ModelError(f"{asked}: {error.strerror}{where}", hint="--cache-dir puts downloads elsewhere")

@@ -13,7 +13,7 @@ import pytest
 from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Event, Started
 from t5tune.train import train
-from t5tune.training.stopping import HANDED_ON, SECONDS_APART
+from t5tune.training.stopping import HANDED_ON, SECONDS_APART, listening
 from tests.forks import Forks
 from tests.reliability.runs import (
     LONG,
@@ -39,7 +39,7 @@ def stop_at(event: Event, number: int = signal.SIGTERM) -> Any:
     return report
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("step", [0, 7, STEPS])
 def test_a_signal_seals_the_step_and_resumes_to_the_same_bits(
     step: int, number: signal.Signals, untied_base: Path, conversations: Path, straight: bytes, tmp_path: Path
@@ -48,7 +48,7 @@ def test_a_signal_seals_the_step_and_resumes_to_the_same_bits(
     event = Advanced("train", step - 1) if step else Started("train", STEPS, "steps")
     with pytest.raises(Stopped, match=f"{number.name}.*checkpoint-{step}") as stopped:
         train(chosen, stop_at(event, number))
-    assert stopped.value.exit_code == 143
+    assert stopped.value.exit_code == (130 if number == signal.SIGINT else 143)
     assert whole_steps(tmp_path / "run") == [step]
     train(chosen)
     assert adapter(tmp_path / "run") == straight
@@ -153,6 +153,34 @@ def test_a_signal_to_one_rank_stops_all_and_resumes_to_the_same_bits(
     with start(untied_base, conversations, run, *ZERO3) as running:
         assert running.end() == 0, running.log.read_text()
     assert adapter(run) == straight_zero3
+
+
+def test_control_c_seals_the_work_of_two_ranks_and_is_told_once(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """A terminal sends it to the launcher and to each rank."""
+    run = tmp_path / "run"
+    with start(untied_base, conversations, run, "--num-processes=2", "--save-steps=1000") as running:
+        running.until_step(3)
+        for pid in (running.process.pid, *running.workers()):
+            kill(pid, signal.SIGINT)
+        assert running.end() == 130, running.log.read_text()
+    (step,) = whole_steps(run)
+    assert 3 <= step < STEPS
+    told = running.log.read_text()
+    assert f"error: stopped by SIGINT; all work stands in {run}/checkpoint-{step}" in told
+    assert told.count("Ctrl-C once more stops at once") == 1
+    assert "Traceback" not in told
+
+
+def test_control_c_is_not_for_what_a_script_put_into_the_background() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with listening() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.name is None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_signal_stops_at_once_and_one_that_comes_two_ways_does_not(tmp_path: Path) -> None:
