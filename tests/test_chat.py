@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,11 +119,18 @@ def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str
     terminal = {**os.environ, "TERM": "xterm"}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal) as chatting:
         os.close(theirs)
-        shown = b""
-        for line in typed.splitlines(keepends=True):
-            while b"you:" not in shown:
-                shown += os.read(ours, 4096)
+
+        def until(text: bytes) -> None:
             shown = b""
+            while text not in shown:
+                shown += os.read(ours, 4096)
+
+        until(b"you:")
+        os.write(ours, b"half a line")
+        until(b"half a line")
+        chatting.send_signal(signal.SIGINT)  # Ctrl-C clears it
+        for line in typed.splitlines(keepends=True):
+            until(b"you:")
             os.write(ours, line.encode())
         with contextlib.suppress(OSError):  # the end of a terminal
             while os.read(ours, 4096):
