@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ import torch
 
 from tests.forks import Forks
 
+# where the tests were started in the background Ctrl-C is ignored, and every process below would ignore it too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # pytest runs a process a core, and processes of several threads each would wait for one another

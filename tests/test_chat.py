@@ -1,6 +1,7 @@
 """Chat answers in the layout of training, whatever the model lies in."""
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 
 from t5tune.chat import Chatter, chat, save_conversation
+from t5tune.cli.conversation import _Talk
 from t5tune.data.cache import open_cache
 from t5tune.data.formats import Turn
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.export import export
 from t5tune.merge import merge
 from t5tune.prepare import prepare
+from t5tune.progress import silent
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.train import train
 
@@ -119,18 +122,11 @@ def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str
     terminal = {**os.environ, "TERM": "xterm"}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal) as chatting:
         os.close(theirs)
-
-        def until(text: bytes) -> None:
-            shown = b""
-            while text not in shown:
-                shown += os.read(ours, 4096)
-
-        until(b"you:")
-        os.write(ours, b"half a line")
-        until(b"half a line")
-        chatting.send_signal(signal.SIGINT)  # Ctrl-C clears it
+        shown = b""
         for line in typed.splitlines(keepends=True):
-            until(b"you:")
+            while b"you:" not in shown:
+                shown += os.read(ours, 4096)
+            shown = b""
             os.write(ours, line.encode())
         with contextlib.suppress(OSError):  # the end of a terminal
             while os.read(ours, 4096):
@@ -139,6 +135,24 @@ def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str
     os.close(ours)
     (record,) = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
     assert [entry["value"] for entry in record["conversations"][::2]] == [PROMPT, PROMPT]
+
+
+def test_control_c_clears_a_line_and_other_signals_end_the_talk(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str | KeyboardInterrupt] = [KeyboardInterrupt(), PROMPT, KeyboardInterrupt(signal.SIGTERM)]
+
+    def typed(_prompt: str) -> str:
+        if isinstance(line := said.pop(0), KeyboardInterrupt):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    talk = _Talk(Chatter.load(settings(made["merged"]), silent), silent, io.StringIO(), interactive=True)
+    assert talk.next_line() == PROMPT
+    assert "/quit or Ctrl-D ends it" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        talk.next_line()
 
 
 def test_bytes_that_are_no_text_are_refused(made: dict[str, Path]) -> None:

@@ -151,7 +151,7 @@ def _help(field: FieldInfo) -> str:
         return f"{text} [red]Required.[/]"
     if _kind(field) == "bool":
         return f"{text} [dim]On by default.[/]" if field.default else text
-    if field.default in (None, ""):
+    if field.default in (None, "", []):
         return text
     default = " ".join(field.default) if isinstance(field.default, list) else field.default
     if default == Path():
