@@ -122,8 +122,8 @@ def _format_of(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "P
             return name, _PARSERS[name]
     found = ", ".join(sorted(value)[:6])
     wanted = "; ".join(f"{name}: {' or '.join(' + '.join(sorted(k)) for k in keys)}" for name, keys in formats.items())
-    texts = [key for key, item in value.items() if isinstance(item, str) and len(key) <= LONGEST_KEY]
-    columns = f"; or --source-column {texts[0]} --target-column {texts[1]}" if len(texts) > 1 else ""
+    has_columns = sum(isinstance(item, str) for item in value.values()) > 1
+    columns = "; or name two by --source-column and --target-column" if has_columns else ""
     raise Refused("unknown_format", f"its keys are {found or 'none'}; expected {wanted}{columns}")
 
 
