@@ -1,5 +1,7 @@
 """What training sets up on a device."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from t5tune.errors import SettingsError
+from t5tune.model.device import SPIN_VARIABLES
 from t5tune.settings import TrainSettings
 from t5tune.train import train
 from t5tune.training.check import check
@@ -41,6 +44,22 @@ def test_freed_memory_is_used_again_without_asking_linux() -> None:
     if faults[False] < 10_000:
         pytest.skip("this malloc keeps large memory by itself")
     assert faults[True] < faults[False] / 10
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "spins"),
+    [("", "", "3000"), ("OMP_WAIT_POLICY", "PASSIVE", "0"), ("GOMP_SPINCOUNT", "7", "7")],
+)
+def test_threads_spin_briefly_unless_the_user_says_how_long(variable: str, value: str, spins: str) -> None:
+    """As GNU's OpenMP itself tells it when torch is imported."""
+    environment = {name: text for name, text in os.environ.items() if name not in SPIN_VARIABLES}
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({variable: value} if variable else {})
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", "pocket", "--prompt", "Say hello."]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this torch carries another OpenMP")
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {spins}
 
 
 def settings(base: Path, data: Path, run: Path, optim: str) -> TrainSettings:

@@ -170,10 +170,12 @@ def _run_command(
 ) -> None:
     """Read the settings, run the command, show what it made, and leave with its exit code."""
     from t5tune.cli import console
+    from t5tune.model.device import wait_briefly
     from t5tune.settings import load_settings
 
     if not debug:
         _hush_libraries()
+    wait_briefly()
     screen = None if quiet or _rank() else console.Screen()
     report: Report = screen or silent
     with console.result_stream() as stream:

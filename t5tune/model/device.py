@@ -14,6 +14,8 @@ from t5tune.errors import OutOfMemory, SettingsError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 NVIDIA = Path("/proc/driver/nvidia/version")
+SPINS = "3000"
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
@@ -62,6 +64,16 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20)):
         libc.mallopt(option, value)
+
+
+def wait_briefly() -> None:
+    """Let the CPU's threads wait for each other awake for some microseconds, then asleep.
+
+    GNU's OpenMP else spins for milliseconds, and takes the core from the thread it waits for wherever something
+    else computes too. It reads this when torch is imported. What the user has set stays.
+    """
+    if not any(name in os.environ for name in SPIN_VARIABLES):
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 @contextmanager
