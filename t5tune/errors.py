@@ -15,7 +15,9 @@
 A message names the key or the file, the value found, and, as `hint`, the next step. It is one line, whatever the value.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 
 LONGEST = 1000  # characters of a message
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -26,6 +28,12 @@ def one_line(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 2 // 3]} … {text[-LONGEST // 3 :]}"
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean lora_r?`, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class T5TuneError(Exception):

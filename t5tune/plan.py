@@ -105,7 +105,8 @@ class _Data:
 
     sources: Integers
     targets: Integers
-    is_real: bool
+    num_added_tokens: int = NUM_ADDED_TOKENS
+    is_real: bool = False
 
 
 def plan(settings: PlanSettings, report: Report = silent) -> Plan:
@@ -124,7 +125,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     batches = _batches(settings, machine.count, data)
     sources, targets = _largest(batches, data)
     with _told(report) as step_done:
-        measured = _Measured(config, settings, machine, step_done)
+        measured = _Measured(config, settings, machine, data.num_added_tokens, step_done)
         names = list(dict.fromkeys([chosen, *STAGES]))
         stages = [measured.memory(name, sources, targets) for name in names]
         suggestion = _suggestion(config, settings, machine, data, step_done)
@@ -188,12 +189,17 @@ class _Measured:
     """A model and its steps, measured once for each way of training."""
 
     def __init__(
-        self, config: dict[str, Any], settings: PlanSettings, machine: _Machine, step_done: Callable[[], None]
+        self,
+        config: dict[str, Any],
+        settings: PlanSettings,
+        machine: _Machine,
+        num_added_tokens: int,
+        step_done: Callable[[], None],
     ) -> None:
         from t5tune.model.memory import parameter_counts, weight_bytes
 
         self.config, self.settings, self.machine, self.step_done = config, settings, machine, step_done
-        self.num_token_rows = min(NUM_ADDED_TOKENS, of_type(config).room)
+        self.num_token_rows = min(num_added_tokens, of_type(config).room)
         model = self._model(deepspeed=False)
         self.weights = weight_bytes(model, settings)
         self.counts = parameter_counts(model)
@@ -324,16 +330,15 @@ def _data(settings: PlanSettings, report: Report) -> _Data:
         cache, _ = open_cache(folder).parts()
         if settings.num_data is not None:
             cache = cache.first(settings.num_data)
-        return _Data(*cache.lengths(), is_real=True)
+        return _Data(*cache.lengths(), len(cache.added_tokens), is_real=True)
     if folder is not None:
-        report(
-            Note(f"{folder} is no token cache; planned for {settings.source_length} + {settings.target_length} tokens")
-        )
+        lengths = f"{settings.source_length} + {settings.target_length}"
+        report(Note(f"{folder}: not prepared yet, so examples of {lengths} tokens are planned for"))
     tokens = settings.source_length + settings.target_length
     count = settings.tokens_per_batch // tokens if settings.tokens_per_batch else settings.per_device_train_batch_size
     if count == 0:
         raise SettingsError(f"tokens_per_batch: {settings.tokens_per_batch}: an example has {tokens} tokens")
-    return _Data(np.full(count, settings.source_length), np.full(count, settings.target_length), is_real=False)
+    return _Data(np.full(count, settings.source_length), np.full(count, settings.target_length))
 
 
 def _batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
@@ -400,7 +405,8 @@ def _suggestion(
     for way in ways:
         base = {"q_lora": False, "gradient_checkpointing": False, "tokens_per_batch": None, **dtype}
         tried = settings.model_copy(update={**base, **way})
-        found = _largest_batch(_Measured(config, tried, machine, step_done), way.get("deepspeed", "none"), data)
+        measured = _Measured(config, tried, machine, data.num_added_tokens, step_done)
+        found = _largest_batch(measured, way.get("deepspeed", "none"), data)
         if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
             flags = {name: value for name, value in {**dtype, **way}.items() if value}
             best = Suggestion(_flags({**flags, "per_device_train_batch_size": found[0]}, machine), *found)

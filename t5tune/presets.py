@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import SettingsError
+from t5tune.errors import SettingsError, suggestion
 
 
 def templates_folder() -> Path:
@@ -48,7 +48,8 @@ def _find(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:
     packaged = templates_folder() / kind / (name_or_path + suffix)
     if path.name == name_or_path and packaged.is_file():
         return packaged
+    known = names(kind)
     raise SettingsError(
-        f"{setting}: {name_or_path}: no such file, and no template of that name",
-        hint=f"the templates are {', '.join(names(kind))}",
+        f"{setting}: {name_or_path}: no such file, and no template of that name{suggestion(name_or_path, known)}",
+        hint=f"the templates are {', '.join(known)}",
     )

@@ -4,10 +4,11 @@ templates(TemplatesSettings(action="copy", name="pocket", to="."))
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from t5tune import presets
-from t5tune.errors import SettingsError
+from t5tune.errors import SettingsError, suggestion
 from t5tune.progress import Report, silent
 from t5tune.publish import write_file
 from t5tune.settings import TemplatesSettings
@@ -51,8 +52,9 @@ def _find(name: str, names: dict[str, list[str]]) -> Path:
     kind, _, stem = name.rpartition("/")
     found = [k for k, stems in names.items() if stem in stems and kind in ("", k)]
     if not found:
-        known = ", ".join(f"{k}/{stem}" for k, stems in names.items() for stem in stems)
-        raise SettingsError(f"name: {name}: no such template", hint=f"there are {known}")
+        known = [f"{k}/{stem}" for k, stems in names.items() for stem in stems]
+        close = suggestion(name, [*known, *chain.from_iterable(names.values())])
+        raise SettingsError(f"name: {name}: no such template{close}", hint=f"there are {', '.join(known)}")
     suffix = ".json" if found[0] == "deepspeed" else ".yaml"
     return presets.templates_folder() / found[0] / (stem + suffix)
 

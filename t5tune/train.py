@@ -20,7 +20,7 @@ from t5tune.errors import SettingsError
 from t5tune.model.device import memory_is_named, peak_memory
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
-from t5tune.publish import copy_file, write_json, writing
+from t5tune.publish import copy_file, write_file, write_json, writing
 from t5tune.settings import PrepareSettings, TrainSettings
 from t5tune.training.arguments import best_by, training_arguments
 from t5tune.training.check import check
@@ -255,5 +255,5 @@ def _finish(run: Run, settings: TrainSettings, cache: Cache, state: Any, result:
     write_report(run.folder, settings, values, cache.lengths())
     if (card := run.folder / "README.md").is_file():  # of the step's adapter, before its figures were known
         about, code, how = card.read_text(encoding="utf-8").partition("\n```python\n")
-        card.write_text(about + outcome_lines(values) + code + how, encoding="utf-8")
+        write_file(card, (about + outcome_lines(values) + code + how).encode())
     write_json(run.folder / RESULT, values)

@@ -245,7 +245,7 @@ def test_at_80_columns_the_count_and_the_time_left_are_whole(monkeypatch: pytest
     screen.close()
     *_, last = [text for text in drawn.getvalue().splitlines() if "12000" in text]
     assert " 1200/12000 steps 0:00:0" in last
-    assert " left -:--:-- loss 0." in last
+    assert last.rstrip().endswith(" left -:--:-- loss 0.2849")
 
 
 if __name__ == "__main__":

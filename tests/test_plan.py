@@ -157,7 +157,11 @@ def test_a_cache_gives_steps_padding_and_its_longest_batch(cache: Path, tmp_path
         "pocket", data_path=str(cache), use_cpu=True, num_train_epochs=2, gradient_accumulation_steps=2,
         per_device_train_batch_size=4, packing="off",
     )  # fmt: skip
-    assert result.steps == train(run).steps
+    trained = train(run)
+    assert result.steps == trained.steps
+    assert (result.trainable_parameters, result.total_parameters) == (
+        trained.trainable_parameters, trained.total_parameters
+    )  # fmt: skip
     sources, targets = open_cache(cache).lengths()
     assert result.examples == len(sources)
     assert (result.source_length, result.target_length) <= (sources.max(), targets.max())

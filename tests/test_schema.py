@@ -75,8 +75,15 @@ def test_templates_are_listed_shown_and_copied_but_never_over_a_file(tmp_path: P
     again = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
     assert again.code == 2
     assert "stands there already" in again.stderr
-    with pytest.raises(SettingsError, match="zero9: no such template"):
-        templates(TemplatesSettings(action="show", name="zero9"))
+    for misspelt, meant in (("zer03", "zero3"), ("runs/poket", "runs/pocket")):
+        with pytest.raises(SettingsError, match=rf"{misspelt}: no such template; did you mean {meant}\?"):
+            templates(TemplatesSettings(action="show", name=misspelt))
+    refused = t5tune("train", "--config", "poket", "--dry-run")
+    assert refused.code == 2
+    assert (
+        "config: poket: no such file, and no template of that name; did you mean pocket? the templates"
+        in refused.stderr
+    )
 
 
 def test_a_dry_run_shows_settings_plan_and_command_and_makes_nothing(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ draws inside the functions that draw, so that `--help` loads neither torch nor h
 """
 
 import atexit
-import difflib
 import io
 import logging
 import os
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 from t5tune import __version__
-from t5tune.errors import SettingsError, T5TuneError
+from t5tune.errors import SettingsError, T5TuneError, suggestion
 from t5tune.progress import Note, Report, silent
 from t5tune.verbs import SUMMARIES
 
@@ -149,9 +148,8 @@ def _prepare_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
                 f"{options[-1]} {verb}: takes no value, it finds the shell that it runs in",
                 hint=f"t5tune {options[-1]}",
             )
-        close = difflib.get_close_matches(verb, SUMMARIES, n=1)
         raise SettingsError(
-            f"{verb}: no such command{f'; did you mean {close[0]}?' if close else ''}",
+            f"{verb}: no such command{suggestion(verb, SUMMARIES)}",
             hint=f"the commands are {', '.join(SUMMARIES)}",
         )
     from t5tune.cli.options import normalise

@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.filesize import decimal
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -85,7 +86,7 @@ class Screen:
                 console=self.console,
             )
             self._progress.start()
-        self._tasks[event.task] = self._progress.add_task(event.task, total=event.total, unit=event.unit, values="")
+        self._tasks[event.task] = self._progress.add_task(event.task, total=event.total, unit=event.unit, values=[])
 
     def _advance(self, event: Advanced) -> None:
         if self._progress is not None and event.task in self._tasks:
@@ -102,11 +103,11 @@ class Screen:
                 self.close()
 
     def _measure(self, event: Measured) -> None:
-        text = "  ".join(f"{name} {format_number(value)}" for name, value in event.values.items())
+        figures = [f"{name} {format_number(value)}" for name, value in event.values.items()]
         if self._progress is not None and event.task in self._tasks:
-            self._progress.update(self._tasks[event.task], values=text)
+            self._progress.update(self._tasks[event.task], values=figures)
         else:
-            self.console.print(f"{event.task}: step {event.step}  {text}", markup=False)
+            self.console.print(f"{event.task}: step {event.step}  {'  '.join(figures)}", markup=False)
 
     def _of_total(self, task: str) -> str:
         started = self._started[task]
@@ -122,8 +123,23 @@ class Screen:
 class _Values(ProgressColumn):
     """What was measured last. On a narrow terminal it and the bar give way, not the count and the time left."""
 
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["values"], "cyan", no_wrap=True, overflow="ellipsis")
+    def render(self, task: Task) -> "_Figures":
+        return _Figures(task.fields["values"])
+
+
+@dataclasses.dataclass
+class _Figures:
+    """As many of the figures as there is room for, the first ones, each whole."""
+
+    figures: list[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        fitting = (self.figures[:count] for count in range(len(self.figures), 0, -1))
+        lines = ("  ".join(figures) for figures in fitting)
+        yield Text(next((line for line in lines if len(line) <= options.max_width), ""), "cyan", no_wrap=True)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(0, len("  ".join(self.figures)))
 
 
 @contextmanager
@@ -181,7 +197,7 @@ def show_result(result: Any, stream: TextIO, quiet: bool) -> None:
     if not quiet and others:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in others:
-            if value not in (None, {}, []):
+            if value not in (None, {}, []) and value is not False:
                 label, shown = name.replace("_", " "), _show(value)
                 if name.endswith("bytes"):
                     label, shown = label.removesuffix("bytes").strip() or "size", decimal(value)

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic.fields import FieldInfo
 
+from t5tune.errors import suggestion
 from t5tune.settings import Settings
-from t5tune.settings.loading import suggestion
 from t5tune.settings.renamed import RENAMED
 from t5tune.verbs import SUMMARIES
 

@@ -28,7 +28,7 @@ def print_plan(result: Plan, stream: TextIO) -> None:
     lines = [
         f"{result.model}: {result.total_parameters:,} parameters, {result.trainable_parameters:,} train ({share:.2%}), "
         f"{result.precision}",
-        "weights: " + ", ".join(f"{name} {_gib(size)}" for name, size in result.weights.items() if size > GIB // 1000),
+        "weights: " + ", ".join(f"{name} {_size(size)}" for name, size in result.weights.items()),
         _batch(result),
     ]
     for line in lines:
@@ -36,7 +36,7 @@ def print_plan(result: Plan, stream: TextIO) -> None:
     console.print(_table(result))
     if result.suggestion is not None:
         best = result.suggestion
-        console.print(Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({_gib(best.total)} a device)"))
+        console.print(Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({_size(best.total)} a device)"))
     elif result.device_memory is not None:
         console.print(Text("nothing of this fits: shorter examples, a smaller model, or more memory", "yellow"))
 
@@ -44,7 +44,7 @@ def print_plan(result: Plan, stream: TextIO) -> None:
 def _batch(result: Plan) -> str:
     device = f"{result.processes} × {result.device}"
     if result.device_memory is not None:
-        device += f" of {_gib(result.device_memory)}"
+        device += f" of {_size(result.device_memory)}"
     parts = [
         device,
         f"largest micro-batch {result.batch_size} × ({result.source_length:,} + {result.target_length:,}) tokens",
@@ -74,5 +74,5 @@ def _row(stage: StageMemory, is_chosen: bool) -> list[str]:
     return [f"{name}{' *' if is_chosen else ''}", *(f"{size / GIB:.2f}" if size else "–" for size in sizes), fits]
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / (GIB >> 10):.2f} MiB"

@@ -1,6 +1,5 @@
 """File, environment and flags -> one validated settings model, or every problem at once."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from t5tune import presets
-from t5tune.errors import SettingsError
+from t5tune.errors import SettingsError, suggestion
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
 from t5tune.settings.renamed import RENAMED
@@ -69,12 +68,6 @@ def dump_settings(settings: Settings) -> str:
 
     header = f"# t5tune {settings.command} --config THIS_FILE does it again\n"
     return header + to_yaml(settings.model_dump(mode="json"))
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean lora_r?`, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _from_file(file: str | None) -> dict[str, _Value]:

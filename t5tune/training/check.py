@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t5tune import presets
 from t5tune.data.cache import is_cache, read_manifest
-from t5tune.errors import DependencyError, SettingsError
+from t5tune.errors import DependencyError, SettingsError, suggestion
 from t5tune.model.device import nvidia_driver
 from t5tune.model.family import family_of
 from t5tune.settings import TrainSettings
@@ -42,8 +42,6 @@ def check(settings: TrainSettings) -> None:
     problems = _nothing_to_evaluate_on(settings)
     if settings.training_args:
         from transformers import TrainingArguments
-
-        from t5tune.settings.loading import suggestion
 
         fields = {field.name for field in dataclasses.fields(TrainingArguments)}
         for name in settings.training_args:

@@ -14,10 +14,9 @@ from typing import Any
 
 from t5tune import presets
 from t5tune.data.cache import Cache
-from t5tune.errors import CheckpointError, SettingsError
+from t5tune.errors import CheckpointError, SettingsError, suggestion
 from t5tune.publish import sha256
 from t5tune.settings import QuantisationSettings, TrainSettings
-from t5tune.settings.loading import suggestion
 from t5tune.settings.lora import LoraSettings
 from t5tune.settings.training import TrainingSettings
 from t5tune.training.checkpoint import made_of

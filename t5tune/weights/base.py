@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import CheckpointError, ModelError
+from t5tune.errors import CheckpointError, ModelError, suggestion
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.weights.pocket import pocket_folder
 from t5tune.weights.strangers import read_object
@@ -136,6 +136,7 @@ def _download_error(name: str, revision: str | None, error: Exception) -> ModelE
             hint = "take HF_HUB_OFFLINE out of the environment, or name a folder"
         case LocalEntryNotFoundError():
             reason = "no such folder, the hub can't be reached, and the cache doesn't hold it"
+            reason += suggestion(name, ["pocket"])
             hint = "check the network, or name a folder; `pocket` is the built-in model"
         case OSError() if error.errno is not None:
             where = f" ({error.filename})" if error.filename else ""
