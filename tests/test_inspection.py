@@ -161,9 +161,12 @@ def test_what_isnt_there_is_refused(cache: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(cache, broken)
     manifest = json.loads((broken / "manifest.json").read_text())
-    del manifest["place_dtype"]
+    columns = manifest.pop("example_columns")
     (broken / "manifest.json").write_text(json.dumps(manifest))
-    assert "place_dtype: missing" in refused(cache=broken)
+    assert "example_columns: missing" in refused(cache=broken)
+    for other in ({"turn": "|u1"}, columns | {"turn": "<f8"}, columns | {"turn": -1}, columns | {"conversation": 0}):
+        (broken / "manifest.json").write_text(json.dumps(manifest | {"example_columns": other}))
+        assert "manifest.json: example_columns: " in refused(cache=broken)
 
 
 def test_an_output_folder_that_cant_be_made_is_refused(tmp_path: Path) -> None:

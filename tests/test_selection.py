@@ -122,7 +122,8 @@ def test_a_conversation_of_more_than_65535_tokens_keeps_its_places(
     prepared: Callable[..., tuple[Prepared, Cache]],
 ) -> None:
     _, cache = prepared(record("Hi", "Yes"), record("Hi", "a", "lamp " * 70_000 + "here", "b", "And?", "c"))
-    assert cache.manifest["place_dtype"] == "<u4"
+    columns = cache.manifest["example_columns"]
+    assert (columns["conversation"], columns["answer_end"], columns["turn"]) == ("|u1", "<u4", "|u1")
     assert targets(cache) == ["Yes", "a", "b", "c"]
     assert load_tokenizer(cache.tokenizer_folder).decode(cache[2].source_S.tolist()).endswith("here Assistant:</s>")
 

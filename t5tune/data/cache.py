@@ -2,12 +2,12 @@ r"""The token cache: a folder that holds each conversation's ids once, and the s
 
     tokens.bin       the ids of all conversations, one after the other: uint16 little-endian, or int32 where
                      the vocabulary is larger than 65,536
-    conversations.bin  one CONVERSATION record each
-    examples.bin     one record per answer (see `example_dtype`), in the order of the data
+    conversations.bin  a row each: CONVERSATION, in columns (see data/columns.py)
+    examples.bin     a row per answer, in the order of the data: EXAMPLE, in columns
     tokenizer/       the tokenizer that made the ids, added tokens included
     template.yaml    the layout
     rejected.jsonl   the records that were refused, whole, with file, line, index, byte offset and reason
-    manifest.json    format, hashes, settings, counts, length percentiles, and the SHA-256 of each file
+    manifest.json    format, columns, hashes, settings, counts, length percentiles, and the SHA-256 of each file
 
 The same inputs give the same bytes.
 """
@@ -15,7 +15,7 @@ The same inputs give the same bytes.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,26 +23,23 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
+from t5tune.data.columns import Columns, columns_named, mapped
 from t5tune.data.encoding import Example, Span, example_of
 from t5tune.errors import DataError
 from t5tune.publish import sha256
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
-CONVERSATION = np.dtype(
-    [
-        ("start", "<u8"),  # where it begins in tokens.bin
-        ("key", "<u8"),  # the same for conversations of the same words
-    ]
-)
-WIDE, NARROW = np.dtype("<u4"), np.dtype("<u2")  # of a place in a conversation
+CONVERSATION = ("start", "key")  # where it begins in tokens.bin; the same number for conversations of the same words
+EXAMPLE = ("conversation", *Span._fields)  # its conversation's number, and places counted from that one's start
 CONTENTS = {
     "tokens.bin", "conversations.bin", "examples.bin", "tokenizer", "template.yaml", "rejected.jsonl", MANIFEST
 }  # fmt: skip
 # what reading a cache takes from its manifest, and the type of each value
 NEEDED: dict[str, Any] = {
     "dtype": Literal["<u2", "<i4"],
-    "place_dtype": Literal["<u2", "<u4"],
+    "conversation_columns": columns_named(CONVERSATION),
+    "example_columns": columns_named(EXAMPLE),
     "eos_token_id": int,
     "added_tokens": list[str],
     "added_token_ids": list[int],
@@ -60,12 +57,6 @@ NEEDED: dict[str, Any] = {
 PERCENTILES = (50, 90, 99, 100)
 
 
-def example_dtype(place: np.dtype[Any]) -> np.dtype[Any]:
-    """An answer's record: its conversation's number, then a Span, whose places count from the conversation's start."""
-    flags = {"source_is_whole", "target_is_whole"}
-    return np.dtype([("conversation", "<u4"), *((name, "?" if name in flags else place) for name in Span._fields)])
-
-
 class Cache(Sequence[Example]):
     """The examples of a cache, or those at `indices`, read from the disk as they are asked for."""
 
@@ -73,10 +64,10 @@ class Cache(Sequence[Example]):
         self.folder = folder
         self.manifest = manifest
         self.eos_token_id = int(manifest["eos_token_id"])
-        self._tokens = _mapped(folder / "tokens.bin", np.dtype(manifest["dtype"]))
-        self._conversations = _mapped(folder / "conversations.bin", CONVERSATION)
-        self._rows = _mapped(folder / "examples.bin", example_dtype(np.dtype(manifest["place_dtype"])))
-        self._indices = np.arange(len(self._rows)) if indices is None else indices
+        self._tokens = mapped(folder / "tokens.bin", np.dtype(manifest["dtype"]))
+        self._starts = Columns(folder / "conversations.bin", manifest["conversation_columns"]).column("start")
+        self._examples = Columns(folder / "examples.bin", manifest["example_columns"])
+        self._indices = np.arange(len(self._examples)) if indices is None else indices
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -84,23 +75,19 @@ class Cache(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        conversation, *span = self._rows[self._indices[index]].tolist()
-        start = int(self._conversations["start"][conversation])
-        return example_of(self._tokens[start:], Span(*span), self.eos_token_id)
+        conversation, span = self._row(index)
+        return example_of(self._tokens[int(self._starts[conversation]) :], span, self.eos_token_id)
 
     def whole(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
         """An example, its conversation's number, the ids of the conversation up to the answer's end, and its span."""
-        conversation, *values = self._rows[self._indices[index]].tolist()
-        span, start = Span(*values), int(self._conversations["start"][conversation])
+        conversation, span = self._row(index)
+        start = int(self._starts[conversation])
         return self[index], conversation, self._tokens[start : start + span.answer_end], span
 
     def cut(self) -> npt.NDArray[np.int64]:
         """How many tokens each example lost to the longest length, of source and target."""
-        rows = self._rows[self._indices]
-        signed = {
-            name: rows[name].astype(np.int64) for name in ("system_end", "source_start", "target_end", "answer_end")
-        }
-        return signed["source_start"] - signed["system_end"] + signed["answer_end"] - signed["target_end"]
+        source = self._places("source_start") - self._places("system_end")
+        return source + self._places("answer_end") - self._places("target_end")
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -114,7 +101,15 @@ class Cache(Sequence[Example]):
 
     def lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(source lengths, target lengths) in tokens, end tokens included, in the cache's order."""
-        return lengths_of(self._rows[self._indices])
+        return lengths_of(self._places)
+
+    def _row(self, index: int) -> tuple[int, Span]:
+        conversation, *places = self._examples.row(self._indices[index])
+        places[-2:] = map(bool, places[-2:])
+        return conversation, Span._make(places)
+
+    def _places(self, name: str) -> npt.NDArray[np.int64]:
+        return self._examples.column(name, self._indices).astype(np.int64)
 
     def number(self, index: int) -> int:
         """The number of an example in the whole cache."""
@@ -137,7 +132,8 @@ class Cache(Sequence[Example]):
         Raises:
             DataError: too few conversations to hold one out.
         """
-        keys = self._conversations["key"][self._rows["conversation"][self._indices]]
+        conversations = Columns(self.folder / "conversations.bin", self.manifest["conversation_columns"])
+        keys = conversations.column("key", self._places("conversation"))
         different = np.unique(keys)
         count = max(1, round(held_out * len(different)))
         if count >= len(different):
@@ -153,11 +149,12 @@ class Cache(Sequence[Example]):
         )
 
 
-def lengths_of(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(source lengths, target lengths) of examples' records, end tokens included."""
-    signed = {name: rows[name].astype(np.int64) for name in Span._fields[1:6]}
-    source = signed["system_end"] + signed["source_end"] - signed["source_start"] + 1
-    target = signed["target_end"] - signed["target_start"] + rows["target_is_whole"]
+def lengths_of(
+    column: Callable[[str], npt.NDArray[np.int64]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(source lengths, target lengths) of examples, end tokens included, from the columns of their rows."""
+    source = column("system_end") + column("source_end") - column("source_start") + 1
+    target = column("target_end") - column("target_start") + column("target_is_whole")
     return source, target
 
 
@@ -237,10 +234,3 @@ def percentiles(counted: Counter[int]) -> dict[str, int]:
             if 100 * below >= share * total:
                 found.setdefault(f"p{share}", length)
     return found
-
-
-def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)
-    # a slice of a memmap costs several times that of a plain array over the same pages
-    return np.memmap(path, dtype, "r").view(np.ndarray)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from t5tune.data.cache import CONVERSATION, NARROW, WIDE, example_dtype, lengths_of, percentiles
+from t5tune.data.cache import CONVERSATION, EXAMPLE, lengths_of, percentiles
+from t5tune.data.columns import WIDE, narrow
 from t5tune.data.encoding import Encoded, ids_dtype
 from t5tune.data.pipeline import Accepted, Outcome, Record
 from t5tune.data.records import UNPARSED, Raw, Rejected, parse
@@ -19,8 +21,6 @@ from t5tune.publish import CHUNK
 
 REJECTED = "rejected.jsonl"
 MOST_KINDS = 100  # of repairs that are counted by name: a field's name may be anything
-ROWS = 1 << 14  # of examples.bin at a time
-_WIDE = example_dtype(WIDE)
 
 
 class Writer:
@@ -48,9 +48,8 @@ class Writer:
         self._num_parts = 0  # conversations as they stand in the cache: some were split
         self._seen = _Seen(seen / "seen.sqlite") if seen is not None else None
         self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
-        self._conversations = open(folder / "conversations.bin", "wb")  # noqa: SIM115
+        self._conversations = open(folder / "conversations.wide", "wb")  # noqa: SIM115
         self._examples = open(folder / "examples.wide", "wb")  # noqa: SIM115
-        self._longest = 0
         self._rejected = open(folder / REJECTED, "w", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> "Writer":
@@ -88,9 +87,10 @@ class Writer:
     def counts(self, num_data: int | None) -> dict[str, Any]:
         """The manifest's counts; of the examples the first `num_data` are kept."""
         if num_data is not None and num_data < self.num_examples:
-            self._examples.truncate(num_data * _WIDE.itemsize)
+            self._examples.truncate(num_data * len(EXAMPLE) * WIDE.itemsize)
             self.num_examples = num_data
         self._examples.flush()
+        self._conversations.flush()
         counts = {
             "dtype": self.dtype.str,
             "conversations": self.conversations,
@@ -104,20 +104,21 @@ class Writer:
         return counts | self._measured()
 
     def _measured(self) -> dict[str, Any]:
-        """Write examples.bin, as narrow as the longest conversation allows; its token counts and percentiles."""
+        """Write examples.bin and conversations.bin; their columns, token counts and percentiles."""
         lengths: dict[str, Counter[int]] = {"source": Counter(), "target": Counter()}
         cut = Counter[str]()
-        place = NARROW if self._longest <= np.iinfo(NARROW).max else WIDE
-        wide = self.folder / "examples.wide"
-        with open(wide, "rb") as file, open(self.folder / "examples.bin", "wb") as output:
-            while block := file.read(ROWS * _WIDE.itemsize):
-                rows = np.frombuffer(block, _WIDE)
-                output.write(rows.astype(example_dtype(place)).tobytes())
-                for side, found in zip(lengths, lengths_of(rows), strict=True):
-                    lengths[side].update(found.tolist())
-                    cut[side] += int((~rows[f"{side}_is_whole"]).sum())
-        wide.unlink()
-        measured: dict[str, Any] = {"place_dtype": place.str}
+
+        def look(rows: npt.NDArray[Any]) -> None:
+            columns = dict(zip(EXAMPLE, rows.T.astype(np.int64), strict=True))
+            for side, found in zip(lengths, lengths_of(columns.__getitem__), strict=True):
+                lengths[side].update(found.tolist())
+                cut[side] += int((columns[f"{side}_is_whole"] == 0).sum())
+
+        wide = self.folder / "conversations.wide", self.folder / "examples.wide"
+        measured: dict[str, Any] = {
+            "conversation_columns": narrow(wide[0], self.folder / "conversations.bin", CONVERSATION),
+            "example_columns": narrow(wide[1], self.folder / "examples.bin", EXAMPLE, look),
+        }
         for side, counted in lengths.items():
             measured[f"{side}_tokens"] = sum(length * count for length, count in counted.items())
             measured[f"truncated_{side}s"] = cut[side]
@@ -125,11 +126,9 @@ class Writer:
         return measured
 
     def _append(self, encoded: Encoded, key: bytes) -> None:
-        rows = np.array([(self._num_parts, *span) for span in encoded.spans], _WIDE)
+        rows = np.array([(self._num_parts, *span) for span in encoded.spans], WIDE)
         self._examples.write(rows.tobytes())
-        place = (self._num_tokens, int.from_bytes(key[:8], "little"))
-        self._conversations.write(np.array([place], CONVERSATION).tobytes())
-        self._longest = max(self._longest, len(encoded.ids))
+        self._conversations.write(np.array([self._num_tokens, int.from_bytes(key[:8], "little")], WIDE).tobytes())
         self._tokens.write(np.asarray(encoded.ids, self.dtype).tobytes())
         self.num_examples += len(rows)
         self._num_parts += 1
