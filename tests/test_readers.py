@@ -19,7 +19,7 @@ from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
 from t5tune.data.pipeline import read_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import REASONS, Rejected
+from t5tune.data.records import REASONS, Refused, Rejected, check_characters, may_hold_forbidden, parse
 from t5tune.errors import DataError
 from t5tune.settings.data import ReadingSettings
 
@@ -289,6 +289,43 @@ def test_an_array_is_cut_where_json_cuts_it_wherever_chunks_end(
         patch.setattr("t5tune.data.files.CHUNK", size)
         records = list(read_records([path], LIMIT))
     assert [json.loads(record.data) for record in records] == values  # type: ignore[union-attr]
+
+
+PIECES = [
+    "\\",
+    "\\u",
+    "\\u001B",
+    "\\u000c",
+    "\\u0041",
+    "\\ud8",
+    "0",
+    "00",
+    "1",
+    "B",
+    "3d",
+    "b",
+    "f",
+    "n",
+    "é",
+    "\x07",
+    "\t",
+    "\n",
+    "\x1f",
+    "\x7f",
+]
+
+
+@settings(deadline=None, max_examples=600, database=None, derandomize=True)
+@given(text=st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+def test_characters_are_looked_at_wherever_one_may_be_refused(text: str) -> None:
+    data = b'{"said": "' + text.encode() + b'"}'
+    try:
+        check_characters(parse(data))
+    except Refused as refused:
+        is_refused = refused.reason != "not_json"
+    else:
+        is_refused = False
+    assert may_hold_forbidden(data) or not is_refused
 
 
 def test_a_long_record_is_kept_whole_without_being_held(tmp_path: Path) -> None:

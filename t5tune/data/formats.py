@@ -38,6 +38,7 @@ ROLES: dict[str, Speaker] = {
     "bard": "assistant",
     "function_call": "assistant",
 }
+TURN_KEYS = (("from", "value"), ("role", "content"))
 ANY = {"id", "system"}  # keys that every format may bring
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # values that stand for no value
 LONGEST_KEY = 40  # characters of a key's name that is counted
@@ -163,14 +164,9 @@ def _turns(key: str, items: Any, repairs: Counter[str]) -> Entries:
 
 
 def _turn(index: int, item: Any, repairs: Counter[str]) -> tuple[Speaker, str]:
-    names = next(
-        (
-            names
-            for names in (("from", "value"), ("role", "content"))
-            if isinstance(item, dict) and item.get(names[0]) is not None
-        ),
-        None,
-    )
+    names = None
+    if isinstance(item, dict):
+        names = next((names for names in TURN_KEYS if item.get(names[0]) is not None), None)
     calls = called(item, f"turn {index}") if names is not None else None
     if names is None or (names[1] not in item and calls is None):
         raise Refused("bad_turn", f"turn {index}: expected an object with from and value, or role and content")

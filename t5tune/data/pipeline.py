@@ -24,7 +24,7 @@ import numpy as np
 
 from t5tune.data.encoding import Encoded, Encoder, encode_batch
 from t5tune.data.formats import Conversation, conversation_of
-from t5tune.data.records import Place, Raw, Refused, Rejected, check_characters, value_of
+from t5tune.data.records import Place, Raw, Refused, Rejected, check_characters, may_hold_forbidden, value_of
 from t5tune.data.templates import Piece, Template, lay_out
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import Writable
@@ -139,13 +139,16 @@ def read_record(record: Record, reading: ReadingSettings) -> Conversation | Reje
     except Refused as refused:
         return Rejected(record.place, refused.reason, str(refused), record.data, record.size)
     try:
-        check_characters(value)
+        if not isinstance(record.data, bytes) or may_hold_forbidden(record.data):
+            check_characters(value)
         conversation = conversation_of(value, record.place, reading)
     except Refused as refused:
         reason, message = refused.reason, str(refused)
         if reason == "lone_surrogate" and not isinstance(record.data, bytes):  # which stands for a byte in a table
             reason, message = "invalid_utf8", f"a cell with bytes that are no UTF-8 ({message})"
         return Rejected(record.place, reason, message, record.data, record.size)
+    if not record.repairs:
+        return conversation
     return replace(conversation, repairs=Counter(conversation.repairs) + Counter(dict(record.repairs)))
 
 

@@ -137,6 +137,11 @@ def check_characters(value: Any, place: str = "the record") -> None:
             check_characters(item, place)
 
 
+def may_hold_forbidden(data: bytes) -> bool:
+    """Whether the texts of a record's JSON may have what `check_characters` refuses; False is certain."""
+    return bool(data.translate(None, _ALLOWED)) or _ESCAPED.search(data) is not None
+
+
 def depths(data: bytes) -> Iterator[int]:
     """How many brackets are open behind each bracket of JSON: `[{}]` -> 1, 2, 1, 0."""
     brackets = _STRING.sub(b"", data).translate(None, _NO_BRACKETS)
@@ -175,6 +180,9 @@ def _float(digits: str) -> float:
 
 
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
+# the same in JSON: as \b or \f, as \u000b, as \ud83d (which may be half of a whole pair), or as it is
+_ESCAPED = re.compile(rb"\\(?:[bf]|u(?:00[01]|[dD][89a-fA-F]))")
+_ALLOWED = bytes({*b"\t\n\r", *range(32, 256)})
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # strict=False: a tab or a line end that stands in a text as it is is harmless; other control characters are refused

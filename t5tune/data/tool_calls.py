@@ -18,7 +18,7 @@ def called(message: dict[str, Any], place: str) -> tuple[str, str] | None:
     Raises:
         Refused: a call without a function's name.
     """
-    key = next((key for key in KEYS if not _is_nothing(message.get(key))), None)
+    key = next((key for key in KEYS if key in message and not _is_nothing(message[key])), None)
     if key is None:
         return None
     given = message[key]
