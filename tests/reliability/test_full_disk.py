@@ -11,7 +11,7 @@ import pytest
 from t5tune.train import train
 from tests.reliability.runs import LONG, Running, adapter, arguments, settings, whole_steps
 
-SIZES = range(3600, 8600, 500) if LONG else [5200]  # KiB
+SIZES = range(3600, 7850, 425) if LONG else [5200]  # KiB
 
 
 @contextmanager
