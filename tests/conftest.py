@@ -53,6 +53,15 @@ def t5tune(*arguments: Any, env: dict[str, str] | None = None, cwd: Path | None 
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary files stand among pytest's, which takes away what a killed process leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr("tempfile.tempdir", None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """Where runs are forked from."""
