@@ -343,7 +343,7 @@ def _tell(manifest: dict[str, Any], folder: Path, report: Report) -> None:
     for side in ("sources", "targets"):
         if count := manifest[f"truncated_{side}"]:
             limit = manifest["inputs"]["model_max_length"]
-            report(Note(f"{count} {side} cut to model_max_length {limit}", True))
+            report(Note(f"{count} {side} cut to model_max_length {limit}; t5tune inspect {folder} --worst-cut", True))
     lost = manifest["lost_characters"]
     for what, chosen in (
         ("the vocabulary can't write", [item for item in lost if item["becomes"] == UNKNOWN]),

@@ -7,7 +7,8 @@ It runs in whatever processes there are: alone, or as one rank under torchrun, d
 """
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from t5tune import presets
 from t5tune.data.cache import Cache, is_cache
 from t5tune.data.templates import template_from
 from t5tune.data.tokenizer import load_tokenizer
-from t5tune.errors import SettingsError
+from t5tune.errors import DataError, SettingsError
 from t5tune.model.device import memory_is_named, peak_memory
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
 from t5tune.publish import copy_file, write_file, write_json, writing
 from t5tune.settings import PrepareSettings, TrainSettings
 from t5tune.training.arguments import best_by, training_arguments
-from t5tune.training.check import check
+from t5tune.training.check import check, check_machine
 from t5tune.training.checkpoint import checkpoints
 from t5tune.training.group import process_group
 from t5tune.training.identity import check_finished
@@ -40,6 +41,7 @@ from t5tune.training.run_folder import (
     read_result,
     save_settings,
     settings_of,
+    with_those_of_cache,
 )
 from t5tune.training.space import bytes_of_checkpoint, check_space
 from t5tune.training.stopping import StopRequest, listening
@@ -97,6 +99,8 @@ def _memory_is_named(settings: TrainSettings) -> AbstractContextManager[None]:
 def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     """Check what can be checked without loading the model, make the cache, and save the settings."""
     check(settings)
+    check_machine(settings)
+    settings = with_those_of_cache(settings)
     folder = settings.output_dir
     if settings.fresh:
         move_aside(folder, report)
@@ -124,8 +128,18 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
     in_use = bool(checkpoints(folder)) and "data" not in settings.allow_change
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and not is_cache(Path(data[0])):
-            prepare(_prepare_settings(settings, data, cache), report, in_use=in_use)
+            with _named("data_path" if cache == run.cache else "eval_data_path"):
+                prepare(_prepare_settings(settings, data, cache), report, in_use=in_use)
     return run
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """prepare knows its conversations as data_path."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(error.message.replace("data_path", setting, 1), hint=error.hint) from error
 
 
 def _prepare_settings(settings: TrainSettings, data: list[str], cache: Path) -> PrepareSettings:

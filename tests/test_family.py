@@ -194,7 +194,7 @@ def test_a_member_is_trained_exported_merged_and_answers(made: Made) -> None:
 
 
 def test_ctranslate2_answers_as_the_merged_model_does(made: Made, tmp_path: Path) -> None:
-    pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install 't5tune[deploy]'")
+    pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install ctranslate2")
     family = family_of(json.loads((made.base / "config.json").read_text()), made.base)
     assert "CTranslate2" in family.converters
     found = merge(

@@ -102,6 +102,10 @@ def test_a_dry_run_shows_settings_plan_and_command_and_makes_nothing(tmp_path: P
     assert settings.num_processes == 2
     wrong = t5tune(*arguments, "--report-to", "nothing-such")
     assert wrong.code == 2
+    elsewhere = t5tune(*arguments[:-2], "--model-name-or-path", "google/flan-t5-small", "--num-gpus", "4")
+    assert elsewhere.code == 0, elsewhere.stderr
+    assert "warning: num_gpus: 4: this machine has " in elsewhere.stderr
+    assert "torchrun --nproc-per-node 4" in elsewhere.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5tune.errors import ModelError, SettingsError, TrainingError
+from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
 from t5tune.export import export
 from t5tune.merge import merge
+from t5tune.prepare import prepare
 from t5tune.progress import Event, Measured, Note
-from t5tune.settings import ExportSettings, MergeSettings, QuantisationSettings, TrainSettings
+from t5tune.settings import (
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    QuantisationSettings,
+    TrainSettings,
+    load_settings,
+)
 from t5tune.train import train
 from t5tune.training.trainer import T5Trainer
 from tests.conftest import Finished, make_base, t5tune
@@ -448,6 +456,44 @@ def test_deepspeed_stages_learn_and_save_the_fp32_masters(
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     values = torch.cat([v.flatten() for v in load_file(tmp_path / "run" / "adapter_model.safetensors").values()])
     assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_examples_are_the_cache_s_and_another_shape_of_them_is_refused(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    made = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": cache}
+    prepare(PrepareSettings(**made, model_max_length=64, conversation_template="plain", train_on="last"))
+    asked = {"model_max_length": 32, "add_tokens": "none", "conversation_template": "turns"}
+    with pytest.raises(SettingsError) as caught:
+        train(settings(untied_base, cache, run, **asked))
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "add_tokens",
+        "model_max_length",
+        "conversation_template",
+    ]
+    assert f"model_max_length: 32 here, 64 in the cache {cache}" in caught.value.message
+    assert not run.exists()
+    agreed = {"model_max_length": 64, "conversation_template": "plain"}
+    train(settings(untied_base, cache, run, max_steps=1, report_samples=0, **agreed))
+    saved, _ = load_settings(TrainSettings, str(run / "settings.yaml"))
+    assert (saved.model_max_length, saved.train_on, saved.add_tokens) == (64, "last", ["auto"])
+    assert train(saved).steps == 1  # which is finished, and asked for the same
+
+
+def test_names_that_transformers_does_not_know_and_eval_data_are_named(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(SettingsError) as caught:
+        train(settings(untied_base, conversations, run, optim="adamw_torhc", lr_scheduler_type="cosin"))
+    assert [line.rpartition("; ")[2] for line in caught.value.problems] == [
+        "did you mean adamw_torch?", "did you mean cosine?"
+    ]  # fmt: skip
+    assert not run.exists()
+    (tmp_path / "dev.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match=r"^eval_data_path: .*dev\.jsonl: no conversation"):
+        train(settings(untied_base, conversations, run, eval_data_path=str(tmp_path / "dev.jsonl")))
 
 
 def test_a_finished_run_of_two_processes_resumes_nothing(

@@ -36,7 +36,7 @@ def converse(settings: ChatSettings, report: Report, stream: TextIO) -> None:
         talk.say("Say something; /help shows the commands, /quit or Ctrl-D ends it.")
     while True:
         text = talk.next_line()
-        if text is None or text.strip() == "/quit":
+        if text is None or text.strip() in ("/quit", "/exit"):
             return
         try:
             if text.startswith("/") and not text.startswith("//"):

@@ -25,7 +25,7 @@ from t5tune.weights.streaming import Checkpoint
 
 REPLY_TOKENS = 32
 VOCABULARY = "shared_vocabulary.json"
-INSTALL = "pip install 't5tune[deploy]'"
+INSTALL = "pip install ctranslate2"
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from t5tune import presets
 from t5tune.data.cache import is_cache, read_manifest
+from t5tune.data.templates import load_template
 from t5tune.errors import DependencyError, SettingsError, suggestion
 from t5tune.model.device import nvidia_driver
 from t5tune.model.family import family_of
 from t5tune.settings import TrainSettings
 from t5tune.training.compiler import lack
+from t5tune.training.run_folder import SHAPING
 from t5tune.training.trackers import chosen_trackers
 from t5tune.weights.base import find_base, read_config
 
@@ -29,17 +31,15 @@ OWN_ARGUMENTS = {
 
 
 def check(settings: TrainSettings) -> None:
-    """Raise what is wrong with the settings before anything is made.
+    """Raise what is wrong with the settings, wherever the run may be.
 
     Raises:
-        SettingsError: an unknown field under training_args, a bad DeepSpeed configuration, missing GPUs.
-        ModelError: no such base, or one of another family.
+        SettingsError: an unknown field under training_args, a bad DeepSpeed configuration, another shape of examples
+            than the cache's.
         DependencyError: DeepSpeed or a tracker is asked for and not there.
     """
-    base = find_base(settings)
-    family_of(read_config(base), base, settings.family)
     chosen_trackers(settings.report_to)
-    problems = _nothing_to_evaluate_on(settings)
+    problems = _nothing_to_evaluate_on(settings) + _not_the_cache_s(settings) + _no_such_names(settings)
     if settings.training_args:
         from transformers import TrainingArguments
 
@@ -78,16 +78,66 @@ def check(settings: TrainSettings) -> None:
             )
     if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
         problems.append(f"optim: {settings.optim}: pages between a GPU's memory and the machine's; take adamw_bnb_8bit")
-    if settings.num_gpus:
-        import torch
-
-        found = torch.cuda.device_count()
-        if found == 0 and (driver := nvidia_driver()):
-            problems.append(f"num_gpus: {settings.num_gpus}: torch can't use the NVIDIA driver ({driver}); {DOCTOR}")
-        elif found < settings.num_gpus:
-            problems.append(f"num_gpus: {settings.num_gpus}: this machine has {found}; --num-processes uses the CPU")
     if problems:
         raise SettingsError(*problems)
+
+
+def check_machine(settings: TrainSettings) -> None:
+    """Raise what keeps the run from this machine.
+
+    Raises:
+        SettingsError: missing GPUs.
+        ModelError: no such base, or one of another family.
+    """
+    base = find_base(settings)
+    family_of(read_config(base), base, settings.family)
+    if (problem := missing_gpus(settings)) is not None:
+        raise SettingsError(problem)
+
+
+def missing_gpus(settings: TrainSettings) -> str | None:
+    """What is wrong with num_gpus on this machine."""
+    if settings.num_gpus is None:
+        return None
+    import torch
+
+    found = torch.cuda.device_count()
+    if found == 0 and (driver := nvidia_driver()):
+        return f"num_gpus: {settings.num_gpus}: torch can't use the NVIDIA driver ({driver}); {DOCTOR}"
+    if found < settings.num_gpus:
+        return f"num_gpus: {settings.num_gpus}: this machine has {found}; --num-processes uses the CPU"
+    return None
+
+
+def _not_the_cache_s(settings: TrainSettings) -> list[str]:
+    """What is asked for examples that a cache holds otherwise."""
+    cache = Path(settings.data_path[0])
+    if not is_cache(cache):
+        return []
+    inputs = read_manifest(cache)["inputs"]
+    step = "leave it out, or give the conversations themselves"
+    problems = [
+        f"{name}: {getattr(settings, name)!r:.80} here, {inputs[name]!r:.80} in the cache {cache}; {step}"
+        for name in sorted(SHAPING & settings.model_fields_set & inputs.keys())
+        if getattr(settings, name) != inputs[name]
+    ]
+    if (layout := settings.conversation_template) and load_template(layout).hash != inputs.get("template"):
+        problems.append(f"conversation_template: {layout}: the cache {cache} was made with another; {step}")
+    return problems
+
+
+def _no_such_names(settings: TrainSettings) -> list[str]:
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    known = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+    names = {setting: [str(kind.value) for kind in kinds] for setting, kinds in known.items()}
+    return [
+        f"{setting}: {value}: transformers has none of this name"
+        + (suggestion(value, names[setting]) or f"; there are {', '.join(names[setting])}")
+        for setting in known
+        if (value := getattr(settings, setting)) not in names[setting]
+    ]
 
 
 def _trains_on_cpu(settings: TrainSettings) -> bool:

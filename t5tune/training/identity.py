@@ -110,7 +110,11 @@ def check_finished(folder: Path, then: TrainSettings, now: TrainSettings) -> Non
         if name not in PATHS or _resolved(before[name]) != _resolved(after[name])
     ]
     if different:
-        raise SettingsError(*different, hint="--fresh trains anew and keeps the old run beside, or name another folder")
+        raise SettingsError(
+            *different,
+            hint=f"--fresh trains anew and keeps the old run beside; --adapter {folder} in another output_dir goes on "
+            "from its weights",
+        )
 
 
 def _all_of(value: Any) -> str:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.cache import Cache, is_cache, open_cache
+from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.errors import CheckpointError, TrainingError
 from t5tune.progress import Note, Report
 from t5tune.publish import write_file, writing
 from t5tune.settings import TrainSettings, dump_settings, load_settings
+from t5tune.settings.data import ReadingSettings, SelectionSettings
 from t5tune.training.checkpoint import newest, remove_staged
 from t5tune.training.identity import check_same, identity
 from t5tune.training.launch import World
@@ -24,6 +25,10 @@ from t5tune.yaml_file import read_yaml
 
 SETTINGS = "settings.yaml"
 RESULT = "result.json"
+SHAPING = {*ReadingSettings.model_fields, *SelectionSettings.model_fields, "model_max_length", "add_tokens"} - {
+    "num_workers",
+    "max_rejected_fraction",
+}  # settings that make examples of conversations
 BASE = "base.json"  # see weights/remembered.py
 
 
@@ -100,9 +105,18 @@ def move_aside(folder: Path, report: Report) -> None:
     report(Note(f"{folder}: moved to {aside}"))
 
 
+def with_those_of_cache(settings: TrainSettings) -> TrainSettings:
+    """The settings as they hold: what shapes examples is the cache's where data_path is one."""
+    cache = Path(settings.data_path[0])
+    if not is_cache(cache):
+        return settings
+    inputs = read_manifest(cache)["inputs"]
+    return settings.model_copy(update={name: inputs[name] for name in SHAPING if name in inputs})
+
+
 def save_settings(settings: TrainSettings, run: Run) -> None:
     """The saved settings are to resume, not to begin anew or to change something once more."""
-    again = settings.model_copy(update={"fresh": False, "allow_change": []})
+    again = with_those_of_cache(settings).model_copy(update={"fresh": False, "allow_change": []})
     write_file(run.settings_path, dump_settings(again).encode())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from t5tune.errors import CheckpointError
 from t5tune.weights.strangers import read_object
 
-SETTINGS = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
+SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
 
 
 def adapter_card(config: Mapping[str, Any], training: str = "") -> str:
@@ -18,6 +18,8 @@ def adapter_card(config: Mapping[str, Any], training: str = "") -> str:
     modules = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     rows = config.get("trainable_token_indices")
     rows_of = next(iter(rows.values())) if isinstance(rows, dict) else rows
+    # the built-in model has its name in t5tune alone
+    imported = "\nfrom t5tune.weights.pocket import pocket_folder\n" if base == "pocket" else ""
     trained = f"Trained rows of the embedding and head: {len(rows_of)} added tokens.\n" if rows_of else ""
     return f"""---
 base_model: {base}
@@ -32,8 +34,8 @@ Rank {config.get("r")}, alpha {config.get("lora_alpha")}, on {modules}.
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-base = AutoModelForSeq2SeqLM.from_pretrained("{base}")
+{imported}
+base = AutoModelForSeq2SeqLM.from_pretrained({"pocket_folder()" if base == "pocket" else f'"{base}"'})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
@@ -56,7 +58,8 @@ def data_line(manifest: Mapping[str, Any]) -> str:
 
 def settings_line(settings: Mapping[str, Any]) -> str:
     """The settings of a training that say most of it."""
-    return f"Settings: {', '.join(f'{name} {settings[name]}' for name in SETTINGS)}.\n"
+    length = "max_steps" if settings.get("max_steps") else "num_train_epochs"
+    return f"Settings: {', '.join(f'{name} {settings[name]}' for name in (length, *SETTINGS))}.\n"
 
 
 def data_of_run(folder: Path) -> str:
@@ -80,7 +83,8 @@ def outcome_lines(result: Mapping[str, Any]) -> str:
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    return name.isidentifier() and isinstance(value, Real)
+    is_of_a_clock = name.endswith(("runtime", "_per_second"))
+    return name.isidentifier() and isinstance(value, Real) and not is_of_a_clock
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
