@@ -91,7 +91,7 @@ def write_report(
         *_settings(settings),
     ]
     path = run_folder / FILE
-    write_file(path, "\n".join(parts).encode())
+    write_file(path, "\n".join(parts).encode(errors="backslashreplace"))
     return path
 
 

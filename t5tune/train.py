@@ -121,8 +121,13 @@ def open_run(settings: TrainSettings, report: Report = silent) -> Run:
         raise SettingsError(
             f"output_dir: {folder}: holds something that is no run of t5tune", hint="name another folder"
         )
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"output_dir: {folder}: can't be made: {error.strerror}", hint="name another folder"
+        ) from error
     if begun is None:  # by its settings a run is known
         save_settings(settings, run)
     in_use = bool(checkpoints(folder)) and "data" not in settings.allow_change

@@ -15,7 +15,7 @@ from t5tune.model import device
 from t5tune.progress import Note
 from t5tune.settings import TrainSettings
 from t5tune.train import train as train_in_process
-from t5tune.training.check import check
+from t5tune.training.check import check_machine
 
 WINDOWS_1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "C"}
 ANSWER = "Zoë → 日本, é\n{}"
@@ -153,12 +153,12 @@ def test_gpus_that_are_not_there_are_refused_with_the_reason(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     asked = TrainSettings(model_name_or_path="pocket", data_path=str(records), output_dir=tmp_path / "run", num_gpus=4)
     with pytest.raises(SettingsError, match="num_gpus: 4: this machine has 1; --num-processes uses the CPU"):
-        check(asked)
+        check_machine(asked)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
     monkeypatch.setattr(device, "NVIDIA", tmp_path / "version")
     with pytest.raises(SettingsError, match=r"torch can't use the NVIDIA driver \(470.82.01\); t5tune doctor"):
-        check(asked)
+        check_machine(asked)
 
 
 def test_a_driver_that_torch_cannot_use_is_told_before_a_slow_run(
@@ -191,3 +191,62 @@ def test_memory_that_is_not_there_is_named_with_the_batch(tmp_path: Path) -> Non
     assert "at once" in error
     assert "t5tune plan --config" in error
     assert "Traceback" not in stderr.decode()
+
+
+TRAIN = [
+    "train", "--model-name-or-path", "pocket", "--data-path", "pocket", "--max-steps", 4, "--logging-steps", 1,
+    "--report-samples", 0, "--use-cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["full disk", "closed pipe"])
+def test_training_goes_on_where_nobody_can_read_its_progress(place: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "t5tune", *map(str, TRAIN), "--output-dir", str(tmp_path / "run")]
+    if place == "full disk" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full" if place == "full disk" else os.devnull, "w") as full:
+        error = full if place == "full disk" else subprocess.PIPE
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error)
+        if process.stderr is not None:
+            process.stderr.close()
+        assert process.wait(timeout=120) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
+
+
+def test_an_empty_output_path_is_not_the_folder_that_one_is_in(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for command in (["merge", "--adapter", "run", "--overwrite"], ["export", "run", "--overwrite"], TRAIN):
+        line = [sys.executable, "-m", "t5tune", *map(str, command), "--output-dir", ""]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert "output_dir: '' (--output-dir): an empty path" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_rank_without_a_world_is_no_launcher_s_and_odd_ones_are_named(tmp_path: Path) -> None:
+    code, output, _ = run(["chat", "--model-name-or-path", "pocket", "--prompt", "hello"], {"RANK": "8"})
+    assert (code, bool(output.strip())) == (0, True)
+    code, output, _ = run(["templates"], {"RANK": "abc", "WORLD_SIZE": "2"})
+    assert (code, b"pocket" in output) == (0, True)
+    for variables, said in (
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, b"error: WORLD_SIZE: 'abc' in the environment: expected a whole number"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, b"error: RANK: 3, of WORLD_SIZE 2: ranks count from 0"),
+    ):
+        code, _, error = run([*TRAIN, "--output-dir", tmp_path / "run"], dict(variables))
+        assert (code, error.startswith(said)) == (2, True), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_accelerate_is_told_by_the_environment_is_left_out_and_said(tmp_path: Path) -> None:
+    arguments = [*TRAIN, "--output-dir", tmp_path / "run"]
+    code, _, error = run(arguments, {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert code == 0, error
+    assert b"ACCELERATE_MIXED_PRECISION=bf16 in the environment is left out" in error
+
+
+def test_a_narrowest_terminal_and_a_closed_input_are_no_silence() -> None:
+    code, _, error = run(["templates", "show", "nothing"], {"COLUMNS": "0"})
+    assert (code, b"nothing: no such template" in error) == (2, True)
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", "pocket"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (2, "error: standard input is closed; --prompt takes a question")

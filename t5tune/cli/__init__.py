@@ -27,6 +27,7 @@ from t5tune.verbs import SUMMARIES
 if TYPE_CHECKING:
     from t5tune.cli.console import Screen
     from t5tune.settings import DoctorSettings, Settings, TrainSettings
+    from t5tune.training.launch import World
 
 EPILOG = (
     "Flags may be written with _ for -, a BOOL also as --flag and --no-flag, a list as a b, a,b or by repeating "
@@ -86,6 +87,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 stopped."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an arrow in --help on a terminal of another code page
+    if os.environ.get("COLUMNS") == "0":  # Rich would show nothing at all
+        del os.environ["COLUMNS"]
     code = run(sys.argv[1:] if arguments is None else arguments)
     if _is_launched():
         # gloo's threads may outlive the process group, and end the process with SIGABRT while the interpreter
@@ -224,13 +227,21 @@ def _close(screen: "Screen | None") -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    return _world().rank
 
 
 def _is_launched() -> bool:
+    return _world().launched
+
+
+def _world() -> "World":
+    """Where odd variables stand, `train` says so; other commands run alone."""
     from t5tune.training.launch import World
 
-    return World.from_environment().launched
+    try:
+        return World.from_environment()
+    except SettingsError:
+        return World()
 
 
 def _is_worker() -> bool:
@@ -277,13 +288,15 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
         case ExportSettings():
             from t5tune.export import export
 
-            return export(settings, report)
+            with _ending_on_signals():
+                return export(settings, report)
         case MergeSettings():
             # its products are small: threads of BLAS would wait for each other, and take their own memory
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             from t5tune.merge import merge
 
-            return merge(settings, report)
+            with _ending_on_signals():
+                return merge(settings, report)
         case ChatSettings():
             if settings.prompt is None:
                 from t5tune.cli.conversation import converse
@@ -295,7 +308,8 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
         case EvaluateSettings():
             from t5tune.evaluate import evaluate
 
-            return evaluate(settings, report)
+            with _ending_on_signals():
+                return evaluate(settings, report)
         case InspectSettings():
             from t5tune.cli.inspection import show
 
@@ -357,6 +371,8 @@ def _train(settings: "TrainSettings", report: Report) -> Any:
     from t5tune.training.stopping import listening
 
     world = World.from_environment()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        report(Note(f"{name}={os.environ.pop(name)} in the environment is left out: train's own settings hold"))
     if world.launched:
         die_with_parent()
         follow_deepspeed()

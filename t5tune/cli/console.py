@@ -47,6 +47,12 @@ class Screen:
         self._last_line: dict[str, float] = {}
 
     def __call__(self, event: Event) -> None:
+        try:
+            self._show(event)
+        except OSError:  # nobody can read it any more: the work goes on
+            self.console.quiet = True
+
+    def _show(self, event: Event) -> None:
         match event:
             case Started():
                 self._start(event)
@@ -202,7 +208,8 @@ def show_result(result: Any, stream: TextIO, quiet: bool) -> None:
                 if name.endswith("bytes"):
                     label, shown = label.removesuffix("bytes").strip() or "size", decimal(value)
                 table.add_row(Text(label, "dim"), Text(shown))
-        _stderr().print(table)
+        with suppress(OSError):
+            _stderr().print(table)
     print(first[1], file=stream, flush=True)
 
 
@@ -229,12 +236,19 @@ def show_error(error: BaseException, json_stream: TextIO | None, debug: bool) ->
     for index, problem in enumerate(problems):
         last = index == len(problems) - 1
         tail = f"{' ' if problem.endswith('?') else '; '}{hint}" if hint and last else ""
-        console.print(Text.assemble(("error:", "bold red"), " ", problem + tail))
+        with suppress(OSError):  # the exit code tells it
+            console.print(Text.assemble(("error:", "bold red"), " ", problem + tail))
     if json_stream is not None:
         body = {"kind": kind if known else "Unexpected", "message": message, "hint": hint}
         print(json.dumps({"error": body}, ensure_ascii=False), file=json_stream, flush=True)
 
 
+class _Stderr(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read it has gone; Rich would end the process, and with it the work."""
+        self.quiet = True
+
+
 def _stderr() -> Console:
     """Shows text as it is: no markup, emoji codes or colours are read into what a user typed."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    return _Stderr(stderr=True, highlight=False, soft_wrap=True, emoji=False)

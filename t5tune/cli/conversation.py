@@ -31,6 +31,8 @@ Say something. What begins with / is a command; // says a slash.
 
 def converse(settings: ChatSettings, report: Report, stream: TextIO) -> None:
     """Read lines until the user ends it, and answer each; with a pipe, one answer after the other."""
+    if sys.stdin is None:
+        raise SettingsError("standard input is closed", hint="--prompt takes a question")
     talk = _Talk(Chatter.load(settings, report), report, stream, interactive=sys.stdin.isatty())
     if talk.interactive:
         talk.say("Say something; /help shows the commands, /quit or Ctrl-D ends it.")

@@ -125,7 +125,10 @@ class SplitSettings(Settings):
         description="Share of the conversations to hold out and evaluate on, where there is no eval_data_path.",
     )
     seed: int = Field(
-        default=42, ge=0, description="Seed of what is held out, the adapter's start, dropout and the data's order."
+        default=42,
+        ge=0,
+        lt=1 << 32,
+        description="Seed of what is held out, the adapter's start, dropout and the data's order.",
     )
 
 

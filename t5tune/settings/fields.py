@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 
 class Settings(BaseModel):
@@ -16,11 +16,27 @@ class Settings(BaseModel):
 
     # defer_build: --help needs the fields, not their validators
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+        defer_build=True,
+        allow_inf_nan=False,
     )
 
     panel: ClassVar[str] = "Options"
     command: ClassVar[str] = ""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _paths_are_named(cls, value: Any, field: ValidationInfo) -> Any:
+        """An empty path would be the folder that the user is in."""
+        kind = cls.model_fields[field.field_name or ""].annotation
+        if (kind is Path and value == "") or (
+            kind == list[Path] and "" in (value if isinstance(value, list) else [value])
+        ):
+            raise ValueError("an empty path; `.` is the folder that you are in")
+        return value
 
     @classmethod
     def panel_of(cls, name: str) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5tune import errors
-from t5tune.errors import RankLost, Stopped, T5TuneError
+from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
 from t5tune.progress import Note, Report, silent
 from t5tune.training.stopping import HANDED_ON, SECONDS_APART, SIGNALS, exit_code, signals
 
@@ -47,13 +47,21 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
+        """
+        Raises:
+            SettingsError: a variable that is no whole number, or a rank beyond them.
+        """
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         elif _is_slurm_task():
             names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
         else:
             return World()
-        rank, local_rank, size = (int(os.environ.get(name, "0")) for name in names)
+        rank, local_rank, size = (_whole_number(name) for name in names)
+        if rank >= size:
+            raise SettingsError(
+                f"{names[0]}: {rank}, of {names[2]} {size}: ranks count from 0", hint="unset both to run one process"
+            )
         return World(rank, local_rank, size, launched=True, run_is_open=ERRORS in os.environ)
 
     def environment(self) -> dict[str, str]:
@@ -64,6 +72,16 @@ class World:
             job = int(os.environ.get("SLURM_JOB_ID", "0"))
             found |= {"MASTER_ADDR": _first_slurm_host(), "MASTER_PORT": str(20000 + job % 20000)}
         return {name: os.environ.get(name, value) for name, value in found.items()}
+
+
+def _whole_number(name: str) -> int:
+    value = os.environ.get(name, "0")
+    if not (value.isascii() and value.isdigit()):
+        raise SettingsError(
+            f"{name}: {value!r} in the environment: expected a whole number",
+            hint="a launcher sets it; unset it to run one process",
+        )
+    return int(value)
 
 
 def launch(
@@ -257,8 +275,11 @@ def _read_error(path: Path) -> T5TuneError:
 
 def _is_slurm_task() -> bool:
     """Whether srun started this process. A batch script has a task's variables too, but no step's."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    return tasks > 1 and "SLURM_PROCID" in os.environ and bool({"SLURM_STEP_ID", "MASTER_ADDR"} & os.environ.keys())
+    return (
+        _whole_number("SLURM_NTASKS") > 1
+        and "SLURM_PROCID" in os.environ
+        and bool({"SLURM_STEP_ID", "MASTER_ADDR"} & os.environ.keys())
+    )
 
 
 def _first_slurm_host() -> str:

@@ -6,8 +6,8 @@
         if agreed(stop, device):
             ...                # every rank comes here behind the same step
 
-Schedulers send SIGTERM or SIGUSR1 a while before they kill, the keyboard's Ctrl-C is SIGINT, which ends with 130. A
-second signal stops at once.
+Schedulers send SIGTERM or SIGUSR1 a while before they kill, a terminal that is closed sends SIGHUP, and the keyboard's
+Ctrl-C is SIGINT, which ends with 130. A second signal stops at once.
 """
 
 import os
@@ -20,7 +20,8 @@ from typing import Any
 
 from t5tune.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 # how `launch` hands a request on, so that a worker that got the signal itself doesn't count it twice
 HANDED_ON = signal.SIGUSR2
 SECONDS_APART = 1.0  # signals closer than this are one request: launchers and schedulers send it along several ways
@@ -65,8 +66,9 @@ class StopRequest:
 
 
 def signals() -> list[signal.Signals]:
-    """Those to take here. A shell starts what a script puts into the background so that Ctrl-C isn't for it."""
-    return [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN]
+    """Those to take here. Ctrl-C isn't for what a script put into the background, nor SIGHUP for what nohup started."""
+    ignored = [number for number in MAY_BE_IGNORED if signal.getsignal(number) is signal.SIG_IGN]
+    return [number for number in SIGNALS if number not in ignored]
 
 
 def exit_code(name: str | None) -> int:

@@ -37,7 +37,7 @@ def find_config(settings: BaseModelSettings) -> Path:
 
 def _find(settings: BaseModelSettings, files: list[str]) -> Path:
     name = settings.model_name_or_path
-    if name == "pocket" and not Path("pocket").is_dir():
+    if name == "pocket" and not Path("pocket", "config.json").is_file():
         return pocket_folder()
     path = Path(name)
     folder = path if path.is_dir() else _download(name, settings.revision, settings.cache_dir, files)

@@ -39,7 +39,7 @@ def stop_at(event: Event, number: int = signal.SIGTERM) -> Any:
     return report
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("step", [0, 7, STEPS])
 def test_a_signal_seals_the_step_and_resumes_to_the_same_bits(
     step: int, number: signal.Signals, untied_base: Path, conversations: Path, straight: bytes, tmp_path: Path
