@@ -8,7 +8,7 @@ It runs in whatever processes there are: alone, or as one rank under torchrun, d
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from t5tune.training.run_folder import (
     begin,
     existing_run,
     move_aside,
+    only_run,
     open_data,
     read_result,
     save_settings,
@@ -70,10 +71,10 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
     report = report if world.rank == 0 else silent
     timeout = timedelta(seconds=settings.process_group_timeout)
     group = process_group(world, settings, report)
-    with listening() as stop, default_timeout(timeout), group as device, loss_of_ranks(world):
+    with listening() as stop, default_timeout(timeout), group as device, loss_of_ranks(world), ExitStack() as held:
         stop.waits = world.rank > 0
         if not world.run_is_open:
-            by_rank_0(world, lambda: open_run(settings, report))
+            by_rank_0(world, lambda: open_run(settings, held, report))
         stop.waits = world.size > 1  # one process alone may go while it still loads
         run = existing_run(settings)
         if run.finished:
@@ -96,12 +97,17 @@ def _memory_is_named(settings: TrainSettings) -> AbstractContextManager[None]:
     )
 
 
-def open_run(settings: TrainSettings, report: Report = silent) -> Run:
-    """Check what can be checked without loading the model, make the cache, and save the settings."""
+def open_run(settings: TrainSettings, held: ExitStack, report: Report = silent) -> Run:
+    """Check what can be checked without loading the model, make the cache, and save the settings.
+
+    Args:
+        held: keeps the run folder for this process until it is closed.
+    """
     check(settings)
     check_machine(settings)
     settings = with_those_of_cache(settings)
     folder = settings.output_dir
+    held.enter_context(only_run(folder, report))
     if settings.fresh:
         move_aside(folder, report)
     run = existing_run(settings)

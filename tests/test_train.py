@@ -18,7 +18,7 @@ from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
 from t5tune.export import export
 from t5tune.merge import merge
 from t5tune.prepare import prepare
-from t5tune.progress import Event, Measured, Note
+from t5tune.progress import Advanced, Event, Measured, Note
 from t5tune.settings import (
     ExportSettings,
     MergeSettings,
@@ -494,6 +494,25 @@ def test_names_that_transformers_does_not_know_and_eval_data_are_named(
     (tmp_path / "dev.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(DataError, match=r"^eval_data_path: .*dev\.jsonl: no conversation"):
         train(settings(untied_base, conversations, run, eval_data_path=str(tmp_path / "dev.jsonl")))
+
+
+@pytest.mark.parametrize("more", [(), TWO])
+def test_a_second_run_is_kept_out_of_a_folder_while_one_trains_in_it(
+    more: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run, refused = tmp_path / "run", []
+    flags = ("--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run, "--use-cpu")
+
+    def meanwhile(event: Event) -> None:
+        if event == Advanced("train", 2):
+            refused.append(t5tune("train", *flags, *more))
+            refused.append(t5tune("train", *flags, *more, "--fresh"))
+
+    train(settings(untied_base, conversations, run, report_samples=0), meanwhile)
+    said = f"error: output_dir: {run}: another run trains here; wait for its end, or name another folder"
+    assert [(done.code, done.errors) for done in refused] == [(2, [said])] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert train(settings(untied_base, conversations, run, report_samples=0)).steps == 6
 
 
 def test_a_finished_run_of_two_processes_resumes_nothing(

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -379,13 +379,14 @@ def _train(settings: "TrainSettings", report: Report) -> Any:
     count = settings.num_gpus or settings.num_processes or 1
     if world.launched or count == 1:
         return train(settings, report)
-    with listening():
-        run = open_run(settings, report)
-    if not run.finished:
-        again = settings.model_copy(update={"fresh": False})
-        quiet = [] if report is not silent else ["--quiet"]
-        with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
-            path = Path(folder, "settings.yaml")
-            path.write_text(dump_settings(again), encoding="utf-8")
-            launch(path, count, quiet, settings.max_restarts, report)
-    return read_result(run.folder)
+    with ExitStack() as held:
+        with listening():
+            run = open_run(settings, held, report)
+        if not run.finished:
+            again = settings.model_copy(update={"fresh": False})
+            quiet = [] if report is not silent else ["--quiet"]
+            with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
+                path = Path(folder, "settings.yaml")
+                path.write_text(dump_settings(again), encoding="utf-8")
+                launch(path, count, quiet, settings.max_restarts, report)
+        return read_result(run.folder)

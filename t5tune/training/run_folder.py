@@ -5,13 +5,17 @@ facts, made_of, resume = begin(settings, run, cache, base, world, report)    # r
 read_result(run.folder).adapter                                              # once it is finished
 """
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
-from t5tune.errors import CheckpointError, TrainingError
+from t5tune.errors import CheckpointError, SettingsError, TrainingError
 from t5tune.progress import Note, Report
 from t5tune.publish import write_file, writing
 from t5tune.settings import TrainSettings, dump_settings, load_settings
@@ -79,6 +83,49 @@ def existing_run(settings: TrainSettings) -> Run:
         if not is_cache(eval_cache):
             eval_cache = folder / "eval-data"
     return Run(folder, folder / SETTINGS, cache, eval_cache, (folder / RESULT).is_file())
+
+
+@contextmanager
+def only_run(folder: Path, report: Report) -> Iterator[None]:
+    """Keep other processes from training in the folder meanwhile: two would mix their files.
+
+    A lock on a file beside it, which ends with this process, however that may happen.
+
+    Raises:
+        SettingsError: another run holds it.
+    """
+    folder = folder.resolve()
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(path)
+    except BlockingIOError:
+        raise SettingsError(
+            f"output_dir: {folder}: another run trains here", hint="wait for its end, or name another folder"
+        ) from None
+    except OSError as error:
+        if path.parent.is_dir():  # else the folder itself can't be made, which is told where it is tried
+            report(Note(f"{path}: {error.strerror}, so nothing keeps a second run out of {folder}", warning=True))
+        yield
+        return
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder removed it on the way out
 
 
 def settings_of(run: Run) -> TrainSettings | None:
