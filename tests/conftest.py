@@ -16,8 +16,9 @@ import torch
 
 from tests.forks import Forks
 
-# where the tests were started in the background Ctrl-C is ignored, and every process below would ignore it too
+# where the tests were started in the background or by nohup these are ignored, and by every process below too
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # pytest runs a process a core, and processes of several threads each would wait for one another
