@@ -70,7 +70,8 @@ class Screen:
     def close(self) -> None:
         """Take the bars off the terminal."""
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
             self._progress = None
 
     def _start(self, event: Started) -> None:

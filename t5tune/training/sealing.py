@@ -3,6 +3,7 @@
 import math
 import shutil
 import uuid
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,9 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         examples = self.examples_of_step(self._epoch, (step - 1) % self._steps_per_epoch)
         self.non_finite.meet(step, worst, norm, examples, self.args.process_index == 0)
 
+    @abstractmethod
     def examples_of_step(self, epoch: int, step: int) -> list[int]:
         """The numbers in the cache of the examples of an epoch's step (from 0), over all ranks."""
-        raise NotImplementedError
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.staging or super()._get_output_dir(trial=trial))

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from t5tune.errors import Stopped
@@ -48,7 +48,7 @@ class StopRequest:
         """
         if self.name is not None:
             if number != HANDED_ON and time.monotonic() - self._came_at > SECONDS_APART:
-                os.write(2, b"a second signal: stopped at once; the last whole checkpoint stands\n")
+                _say(b"a second signal: stopped at once; the last whole checkpoint stands\n")
                 os._exit(exit_code(self.name))
             return
         self.name = "its launcher" if number == HANDED_ON else signal.Signals(number).name
@@ -56,13 +56,18 @@ class StopRequest:
         if not self.waits:
             raise self.stopped(" before training began")
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"stopping behind the step under way, to seal it; Ctrl-C once more stops at once\n")
+            _say(b"stopping behind the step under way, to seal it; Ctrl-C once more stops at once\n")
 
     def stopped(self, what: str, hint: str | None = None) -> Stopped:
         """The error of having done so."""
         error = Stopped(f"stopped by {self.name or 'a signal to another rank'}{what}", hint=hint)
         error.exit_code = exit_code(self.name)
         return error
+
+
+def _say(line: bytes) -> None:
+    with suppress(OSError):  # Ctrl-C ends the `tee` behind the run too
+        os.write(2, line)
 
 
 def signals() -> list[signal.Signals]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from t5tune.settings import TrainSettings
 from t5tune.training.checkpoint import checkpoints, verify
@@ -45,12 +45,12 @@ def arguments(base: Path, data: Path, run: Path, *more: Any) -> list[str]:
 class Running:
     """A command that is under way."""
 
-    def __init__(self, command: list[str], run: Path, **environment: str) -> None:
+    def __init__(self, command: list[str], run: Path, stderr: IO[bytes] | None = None, **environment: str) -> None:
         self.run = run
         log = run.with_name(f"{run.name}.log")
         with open(log, "ab") as file:
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+                command, stdout=file, stderr=stderr or file, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
             )
         self.log = log
 

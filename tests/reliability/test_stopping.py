@@ -54,6 +54,22 @@ def test_a_signal_seals_the_step_and_resumes_to_the_same_bits(
     assert adapter(tmp_path / "run") == straight
 
 
+def test_ctrl_c_seals_though_it_ends_what_read_the_log_too(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    more = ("--save-steps=100000", "--max-steps=100000")
+    command = [sys.executable, "-m", "t5tune", *arguments(untied_base, conversations, run, *more)]
+    read, write = os.pipe()
+    with open(write, "wb") as pipe, Running(command, run, pipe) as running:
+        pipe.close()
+        running.until_step(3)
+        os.close(read)
+        running.process.send_signal(signal.SIGINT)
+        assert running.end() == 130
+    assert len(whole_steps(run)) == 1
+
+
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_an_evaluation_ends_early_and_is_made_after_resuming(
     strategy: str, untied_base: Path, conversations: Path, tmp_path: Path
