@@ -13,13 +13,13 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from t5tune import __version__
 from t5tune.diagnosis import machine
 from t5tune.diagnosis.finding import Finding
+from t5tune.processes import python_module
 from t5tune.progress import Report, silent, track
 from t5tune.settings import DoctorSettings
 from t5tune.training.compiler import release_dead_locks
@@ -28,9 +28,9 @@ from t5tune.training.compiler import release_dead_locks
 PROBES = {
     "torch": "pip install --upgrade --force-reinstall torch",
     "bf16": "pip install --upgrade --force-reinstall torch",
-    "bitsandbytes": "pip install --upgrade bitsandbytes; --q-lora needs it, nothing else does",
+    "bitsandbytes": "pip install --upgrade bitsandbytes, or uninstall it where nobody needs --q-lora",
     "processes": "look at the line of torch; one process needs none of this",
-    "deepspeed": "pip install --upgrade deepspeed ninja; --deepspeed needs it, one process and --num-gpus don't",
+    "deepspeed": "pip install --upgrade deepspeed ninja, or uninstall it where nobody needs --deepspeed",
     "training": "mend the lines above first; t5tune train --config pocket --debug shows the rest",
 }
 AT_A_TIME = 2
@@ -59,7 +59,7 @@ def doctor(settings: DoctorSettings, report: Report = silent) -> Diagnosis:
 
 def _probe(name: str, timeout: float) -> Finding:
     """Run one probe and read its answer, or how it ended."""
-    command = [sys.executable, "-m", "t5tune.diagnosis.probes", name]
+    command = python_module("t5tune.diagnosis.probes", name)
     try:
         process = subprocess.Popen(
             command,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from t5tune.model.inference import Loaded
 
 PREDICTIONS = "predictions.jsonl"
+SETTINGS = "settings.yaml"
 BATCH = 256  # conversations per call of the tokenizer
 
 
@@ -94,6 +95,8 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
     folder = settings.output_dir or _free(Path("evaluation"))
     check_replaceable(folder, settings.overwrite)
     loaded = load_for_inference(settings, report)
+    if not is_cache(Path(settings.data_path[0])):
+        settings = _as_trained(settings, loaded.adapter or loaded.base, report)
     questions = _questions(settings, loaded, report)
     examples, tokenizer = questions.examples, questions.tokenizer
     start = loaded.model.config.decoder_start_token_id
@@ -126,7 +129,7 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
                     **score_one(predictions[index], targets[index]),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (staged / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
+        (staged / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")
     return Evaluated(
         predictions=folder / PREDICTIONS,
         examples=len(examples),
@@ -135,6 +138,29 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
         **score(predictions, targets),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _as_trained(settings: EvaluateSettings, folder: Path, report: Report) -> EvaluateSettings:
+    """The settings with the columns that a run learned from, where none are given.
+
+    Not with what changes the text: the run's adapter, exported or merged, is to get the same scores.
+    """
+    path = folder / SETTINGS
+    trained = read_yaml(path) if path.is_file() else {}
+    prefix = trained.get("source_prefix", settings.source_prefix)
+    if prefix != settings.source_prefix:
+        given = f"--source-prefix {prefix!r} asks as it was" if prefix else "leave --source-prefix out to ask as it was"
+        report(Note(f"{folder}: was trained with source_prefix {prefix!r}; {given}", warning=True))
+    taken = {
+        name: trained[name]
+        for name in ("data_format", "source_column", "target_column")
+        if name not in settings.model_fields_set
+        and trained.get(name, getattr(settings, name)) != getattr(settings, name)
+    }
+    if taken:
+        shown = ", ".join(f"{name} {value}" for name, value in taken.items())
+        report(Note(f"as the run was trained: {shown}"))
+    return settings.model_copy(update=taken)
 
 
 def _questions(settings: EvaluateSettings, loaded: "Loaded", report: Report) -> _Questions:

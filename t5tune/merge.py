@@ -330,7 +330,7 @@ def _verify(
     if kind != "base":
         compute = torch.float32 if facts.get("compute") == "float32" else torch.bfloat16
         trained_on = TrainedOn(kind, facts.get("double_quant", True) is not False, compute)
-    found = compare(base.folder, folders, weights, merged, trained_on, settings.onto, facts["family"])
+    found = compare(base.folder, folders, weights, merged, trained_on, settings.onto, facts["family"], report)
     dtypes = {Checkpoint(merged).dtype_and_shape(name)[0] for name in base.names()}
     is_exact = dtypes <= {"F32", "F64"} and settings.onto == "base"
     allowed = max(settings.verify_tolerance, 0.0 if is_exact else ROUNDING) * max(found.largest, 1.0)

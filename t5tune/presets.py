@@ -43,12 +43,15 @@ def read_deepspeed(name_or_path: str) -> dict[str, Any]:
 
 def _find(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:
     path = Path(name_or_path)
-    if path.is_file():
+    # settings may come through a pipe; the others are read more than once
+    if path.is_file() or (setting == "config" and path.exists() and not path.is_dir()):
         return path
     packaged = templates_folder() / kind / (name_or_path + suffix)
     if path.name == name_or_path and packaged.is_file():
         return packaged
     known = names(kind)
+    if path.exists():
+        raise SettingsError(f"{setting}: {name_or_path}: a {suffix} file is expected, this is none")
     raise SettingsError(
         f"{setting}: {name_or_path}: no such file, and no template of that name{suggestion(name_or_path, known)}",
         hint=f"the templates are {', '.join(known)}",

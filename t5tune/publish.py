@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import Any
 from t5tune.errors import SettingsError, WriteError
 
 CHUNK = 1 << 20
+SECONDS_TO_WAIT = 2.0  # for a lock that t5tune holds for milliseconds
 FULL = {errno.ENOSPC, errno.EDQUOT}
 OF_THE_DISK = FULL | {errno.EIO, errno.EROFS, errno.EFBIG}
 
@@ -67,10 +69,12 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # its parent is locked until the new folder is, so that nobody takes it for one that was left
-        parent = _locked(target.parent, wait=True)
+        # its parent is locked until the new folder is, so that nobody takes it for one that was left; where another
+        # program holds it for longer, nobody sweeps
+        parent = _locked(target.parent, SECONDS_TO_WAIT)
         try:
-            _remove_abandoned(target)
+            if parent is not None:
+                _remove_abandoned(target)
             staged.mkdir()
             descriptor = _locked(staged)
         finally:
@@ -89,9 +93,10 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 def sweep(target: Path) -> None:
     """Delete what killed processes left of their attempts at a folder that is in place."""
     target = Path(os.path.realpath(target))
-    parent = _locked(target.parent, wait=True)
+    parent = _locked(target.parent, SECONDS_TO_WAIT)
     try:
-        _remove_abandoned(target)
+        if parent is not None:
+            _remove_abandoned(target)
     finally:
         _unlock(parent)
 
@@ -103,18 +108,25 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _locked(folder: Path, wait: bool = False) -> int | None:
-    """A lock on the folder that ends with this process, however that may happen; None: there is none to be had."""
+def _locked(folder: Path, patience: float = 0.0) -> int | None:
+    """A lock on the folder that ends with this process, however that may happen; None: none to be had in that time."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(0.01)
+                continue
+        except OSError:  # a file system without locks
+            pass
         os.close(descriptor)
         return None
-    return descriptor
 
 
 def _unlock(descriptor: int | None) -> None:

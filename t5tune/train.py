@@ -8,7 +8,8 @@ It runs in whatever processes there are: alone, or as one rank under torchrun, d
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,13 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
     timeout = timedelta(seconds=settings.process_group_timeout)
     group = process_group(world, settings, report)
     with listening() as stop, default_timeout(timeout), group as device, loss_of_ranks(world), ExitStack() as held:
-        stop.waits = world.rank > 0
         if not world.run_is_open:
-            by_rank_0(world, lambda: open_run(settings, held, report))
-        stop.waits = world.size > 1  # one process alone may go while it still loads
+
+            def open_it() -> None:
+                with stop.at_once():
+                    open_run(settings, held, report)
+
+            by_rank_0(world, open_it)
         run = existing_run(settings)
         if run.finished:
             return read_result(run.folder)
@@ -159,60 +163,80 @@ def _prepare_settings(settings: TrainSettings, data: list[str], cache: Path) -> 
     return PrepareSettings(**{**values, "data_path": data, "output_dir": cache, "eval_fraction": 0.0, "seed": 0})
 
 
-def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: StopRequest, report: Report) -> Trained:
+@dataclass(frozen=True)
+class _Ready:
+    """A run that can begin its first step, or go on from `resume`."""
+
+    trainer: Any
+    samples: Any
+    cache: Cache
+    trainable: int
+    total: int
+    resume: Path | None
+
+
+def _ready(settings: TrainSettings, run: Run, world: World, device: Any, stop: StopRequest, report: Report) -> _Ready:
     from transformers import set_seed
 
     from t5tune.training.batches import PackedCollator, PaddedCollator
     from t5tune.training.build import build
     from t5tune.training.non_finite import NonFiniteSteps
-    from t5tune.training.sealing import AGAIN
     from t5tune.training.trainer import Answers, T5Trainer
 
-    started = time.monotonic()
-    cache, held_out = open_data(settings, run)
-    base = find_base(settings)
-    facts, made_of, resume = by_rank_0(world, lambda: begin(settings, run, cache, base, world, report))
-    tokenizer = load_tokenizer(cache.tokenizer_folder)
-    layout = template_from(read_yaml(cache.folder / TEMPLATE), cache.folder / TEMPLATE)
-    deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
-    set_seed(settings.seed)
-    built = build(settings, base, facts, cache, deepspeed, device, report)
-    report(
-        Note(
-            f"{built.trainable:,} of {built.total:,} parameters train; {len(cache):,} examples; "
-            f"{world.size} × {device.type}"
+    # one process alone may go while it still loads
+    with stop.at_once() if world.size == 1 else nullcontext():
+        cache, held_out = open_data(settings, run)
+        base = find_base(settings)
+        facts, made_of, resume = by_rank_0(world, lambda: begin(settings, run, cache, base, world, report))
+        tokenizer = load_tokenizer(cache.tokenizer_folder)
+        layout = template_from(read_yaml(cache.folder / TEMPLATE), cache.folder / TEMPLATE)
+        deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
+        set_seed(settings.seed)
+        built = build(settings, base, facts, cache, deepspeed, device, report)
+        report(
+            Note(
+                f"{built.trainable:,} of {built.total:,} parameters train; {len(cache):,} examples; "
+                f"{world.size} × {device.type}"
+            )
         )
-    )
-    start_id = built.model.config.decoder_start_token_id
-    trainer = T5Trainer(
-        model=built.model,
-        args=training_arguments(settings, deepspeed, held_out is not None, world, device, report),
-        train=cache,
-        held_out=held_out,
-        collator=PaddedCollator(tokenizer.pad_token_id, start_id),
-        packed=PackedCollator(start_id) if built.packs else None,
-        write=built.write,
-        weights_file=built.weights_file,
-        taken_out=built.taken_out,
-        loraplus_lr_ratio=settings.loraplus_lr_ratio,
-        group_by_length=settings.group_by_length,
-        tokens_per_batch=settings.tokens_per_batch,
-        label_smoothing=settings.label_smoothing_factor,
-        made_of=made_of,
-        keep=settings.save_total_limit,
-        answers=Answers(tokenizer, layout.answer_end, settings.eval_generate) if settings.eval_generate else None,
-        patience=settings.early_stopping_patience,
-        stop=stop,
-        non_finite=NonFiniteSteps(run.folder, settings.on_non_finite == "skip", settings.max_skipped_steps, report),
-        report=report,
-    )
-    samples = _samples(settings, run, held_out or cache, tokenizer, layout) if settings.report_samples else None
-    if samples is not None:
-        trainer.add_callback(samples)
-    size = bytes_of_checkpoint(built.trainable, deepspeed is not None, cache.tokenizer_folder)
-    by_rank_0(world, lambda: check_space(run.folder, size, settings.save_total_limit or 1, report))
+        start_id = built.model.config.decoder_start_token_id
+        trainer = T5Trainer(
+            model=built.model,
+            args=training_arguments(settings, deepspeed, held_out is not None, world, device, report),
+            train=cache,
+            held_out=held_out,
+            collator=PaddedCollator(tokenizer.pad_token_id, start_id),
+            packed=PackedCollator(start_id) if built.packs else None,
+            write=built.write,
+            weights_file=built.weights_file,
+            taken_out=built.taken_out,
+            loraplus_lr_ratio=settings.loraplus_lr_ratio,
+            group_by_length=settings.group_by_length,
+            tokens_per_batch=settings.tokens_per_batch,
+            label_smoothing=settings.label_smoothing_factor,
+            made_of=made_of,
+            keep=settings.save_total_limit,
+            answers=Answers(tokenizer, layout.answer_end, settings.eval_generate) if settings.eval_generate else None,
+            patience=settings.early_stopping_patience,
+            stop=stop,
+            non_finite=NonFiniteSteps(run.folder, settings.on_non_finite == "skip", settings.max_skipped_steps, report),
+            report=report,
+        )
+        samples = _samples(settings, run, held_out or cache, tokenizer, layout) if settings.report_samples else None
+        if samples is not None:
+            trainer.add_callback(samples)
+        size = bytes_of_checkpoint(built.trainable, deepspeed is not None, cache.tokenizer_folder)
+        by_rank_0(world, lambda: check_space(run.folder, size, settings.save_total_limit or 1, report))
+    return _Ready(trainer, samples, cache, built.trainable, built.total, resume)
+
+
+def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: StopRequest, report: Report) -> Trained:
+    from t5tune.training.sealing import AGAIN
+
+    started = time.monotonic()
+    ready = _ready(settings, run, world, device, stop, report)
+    trainer, samples, resume = ready.trainer, ready.samples, ready.resume
     before = int(resume.name.partition("-")[2]) if resume else 0
-    stop.waits = True
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds_training = trainer.seconds_training()
     if trainer.is_stopped:
@@ -231,17 +255,17 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         epochs=round(trainer.state.epoch or 0.0, 4),
         train_loss=output.training_loss if trainer.state.global_step > before else None,
         eval=_evaluation(trainer.state, best),
-        examples=len(cache),
+        examples=len(ready.cache),
         tokens=tokens,
         tokens_per_second=round(tokens / max(seconds_training, 1e-9), 1),
-        trainable_parameters=built.trainable,
-        total_parameters=built.total,
+        trainable_parameters=ready.trainable,
+        total_parameters=ready.total,
         peak_memory_bytes=peak_memory(device),
         world_size=world.size,
         resumed_from=resume,
         seconds=round(time.monotonic() - started, 3),
     )
-    by_rank_0(world, lambda: _finish(run, settings, cache, trainer.state, result, best or result.steps))
+    by_rank_0(world, lambda: _finish(run, settings, ready.cache, trainer.state, result, best or result.steps))
     barrier()
     return result
 

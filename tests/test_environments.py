@@ -1,5 +1,6 @@
 """Places that are not a developer's: no home, old locales, dumb and narrow terminals."""
 
+import fcntl
 import json
 import os
 import socket
@@ -250,3 +251,63 @@ def test_a_narrowest_terminal_and_a_closed_input_are_no_silence() -> None:
     command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", "pocket"]
     done = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.strip()) == (2, "error: standard input is closed; --prompt takes a question")
+
+
+@pytest.mark.parametrize(
+    ("library", "lack"),
+    [
+        ("psutil", "ModuleNotFoundError(\"No module named 'psutil'\", name='psutil')"),
+        ("peft", "ImportError('libsomething.so.12: cannot open shared object file')"),
+    ],
+)
+def test_a_missing_or_broken_library_is_named_with_what_mends_it(library: str, lack: str, tmp_path: Path) -> None:
+    (tmp_path / f"{library}.py").write_text(f"raise {lack}")
+    code, _, error = run([*TRAIN, "--output-dir", tmp_path / "run"], {"PYTHONPATH": str(tmp_path)})
+    assert code == 1
+    line = error.decode().splitlines()[-1]
+    assert line.startswith(f"error: {library} can't be imported: ")
+    assert f"; pip install --force-reinstall {library}; t5tune doctor tells" in line
+
+
+def test_modules_of_the_current_folder_stand_in_for_no_library(tmp_path: Path) -> None:
+    for name in ("numpy", "profile", "t5tune"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not for t5tune')")
+    command = [sys.executable, "-P", "-m", "t5tune", *map(str, TRAIN), "--output-dir", "run", "--num-processes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
+
+
+def test_settings_come_through_a_pipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "t5tune", "train", "--config", "/dev/stdin", "--dry-run"]
+    settings = f"{{model_name_or_path: pocket, data_path: pocket, output_dir: '{tmp_path / 'run'}', max_steps: 77}}"
+    done = subprocess.run(command, input=settings, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "max_steps: 77" in done.stdout) == (0, True), done.stderr
+
+
+def test_a_folder_for_settings_is_called_none(tmp_path: Path) -> None:
+    code, _, error = run(["train", "--config", tmp_path], {})
+    assert (code, error.decode()) == (2, f"error: config: {tmp_path}: a .yaml file is expected, this is none\n")
+
+
+def test_a_foreign_lock_beside_the_output_holds_nothing_up(records: Path, tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # as `flock FOLDER t5tune ...` does
+        arguments = ["prepare", "--model-name-or-path", "pocket", "--data-path", records]
+        code, _, error = run([*arguments, "--output-dir", tmp_path / "cache"], {})
+    finally:
+        os.close(descriptor)
+    assert code == 0, error
+
+
+@pytest.mark.parametrize(
+    "command", [["templates"], ["templates", "--json"], ["schema", "train"], ["plan", "--config", "pocket"], ["--help"]]
+)
+def test_a_full_disk_under_the_result_is_told_once(command: list[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-m", "t5tune", *command]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert (done.returncode, told) == (1, ["error: standard output: can't be written: No space left on device"])

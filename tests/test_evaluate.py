@@ -127,6 +127,25 @@ def test_pairs_of_source_and_target(untied_base: Path, tmp_path: Path) -> None:
     assert [(line["source"], line["target"]) for line in predictions(result)] == pairs
 
 
+def test_a_run_reads_the_columns_that_it_learned_from(untied_base: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"dialogue": f"count {n}", "summary": f"{n} lamps"}) for n in range(6)]
+    data = tmp_path / "named.jsonl"
+    data.write_text("\n".join(lines))
+    columns = {"source_column": "dialogue", "target_column": "summary", "source_prefix": "summarize: "}
+    train(training(untied_base, data, tmp_path / "run", max_steps=1, report_samples=0, **columns))
+    events: list[Event] = []
+    values = {"model_name_or_path": str(tmp_path / "run"), "data_path": str(data), "max_new_tokens": 4}
+    evaluate(EvaluateSettings(**values, output_dir=tmp_path / "a", use_cpu=True), events.append)
+    notes = [event for event in events if isinstance(event, Note)]
+    assert Note("as the run was trained: source_column dialogue, target_column summary") in notes
+    (warning,) = [note.text for note in notes if note.warning]
+    assert "was trained with source_prefix 'summarize: '; --source-prefix 'summarize: ' asks as it was" in warning
+    with pytest.raises(DataError):
+        evaluated(untied_base, data, tmp_path / "b")
+    with pytest.raises(DataError):
+        evaluated(tmp_path / "run", data, tmp_path / "c", source_column="question")
+
+
 def test_each_line_holds_its_own_scores_and_loss(run: Path, conversations: Path, tmp_path: Path) -> None:
     result = evaluated(run, conversations, tmp_path / "out", num_data=10)
     lines = predictions(result)

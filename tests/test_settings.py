@@ -460,3 +460,15 @@ def test_settings_can_not_be_changed_after_they_were_read() -> None:
     settings = TrainSettings(**NEEDED)
     with pytest.raises(ValueError, match="frozen"):
         settings.lora_r = 16  # type: ignore[misc]
+
+
+def test_yes_is_no_number_and_a_nul_no_path() -> None:
+    for values, said in (
+        ({"lora_r": True}, "lora_r: True (--lora-r): a number is expected, not yes or no"),
+        ({"learning_rate": False}, "learning_rate: False (--learning-rate): a number is expected, not yes or no"),
+        ({"output_dir": "a\0b"}, "output_dir: 'a\\x00b' (--output-dir): holds a NUL, which no path and no name can"),
+    ):
+        given = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "run", **values}
+        with pytest.raises(SettingsError) as refused:
+            load_settings(TrainSettings, flags=given)
+        assert refused.value.problems == (said,)

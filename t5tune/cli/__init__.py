@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 from t5tune import __version__
-from t5tune.errors import SettingsError, T5TuneError, suggestion
+from t5tune.errors import DependencyError, SettingsError, T5TuneError, suggestion
 from t5tune.progress import Note, Report, silent
 from t5tune.verbs import SUMMARIES
 
@@ -126,7 +127,8 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # whoever read the result has gone, and knows it
         return 1
     except OSError as error:
-        want_json, problem, code = False, T5TuneError(f"standard output: can't be written: {error.strerror}"), 1
+        place = error.filename or "standard output"
+        want_json, problem, code = False, T5TuneError(f"{place}: can't be written: {error.strerror}"), 1
     from t5tune.cli.console import show_error
 
     show_error(problem, sys.stdout if want_json else None, debug)
@@ -189,17 +191,15 @@ def _run_command(
             _close(screen)
             console.show_error(T5TuneError("interrupted"), stream if json else None, debug)
             raise typer.Exit(128 + int(interrupt.args[0] if interrupt.args else signal.SIGINT)) from None
-        except BrokenPipeError:
-            _close(screen)
-            raise
-        except typer.Exit:
+        except (BrokenPipeError, console.UnwritableStdout, typer.Exit):
             _close(screen)
             raise
         except Exception as error:
             _close(screen)
-            if not _leave_for_launcher(error):
-                console.show_error(error, stream if json else None, debug)
-            raise typer.Exit(error.exit_code if isinstance(error, T5TuneError) else 1) from None
+            told = _told(error)
+            if not _leave_for_launcher(told):
+                console.show_error(told, stream if json else None, debug)
+            raise typer.Exit(told.exit_code if isinstance(told, T5TuneError) else 1) from None
         _close(screen)
         if result is None or _rank() or _is_worker():
             return
@@ -207,6 +207,33 @@ def _run_command(
             print(console.as_json(result), file=stream, flush=True)
         else:
             console.show_result(result, stream, quiet)
+
+
+def _told(error: Exception) -> Exception:
+    """What isn't t5tune's own in its words, where it has some."""
+    match error:
+        case ImportError():
+            return _lack(error)
+        case OSError(filename=str() | bytes() as path):
+            return T5TuneError(f"{os.fsdecode(path)}: {error.strerror}")
+        case _:
+            return error
+
+
+def _lack(error: ImportError) -> Exception:
+    """A library that is missing or broken, in words that say how to mend it."""
+    while isinstance(error.__cause__, ImportError):  # transformers says the same of all that it can't import
+        error = error.__cause__
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name = (error.name or frame.f_globals["__name__"]).partition(".")[0]
+    if name == "t5tune":
+        return error
+    lack = DependencyError(
+        f"{name} can't be imported: {' '.join(str(error).split())}",
+        hint=f"pip install --force-reinstall {name}; t5tune doctor tells what else doesn't work here",
+    )
+    lack.__cause__ = error
+    return lack
 
 
 def _hush_libraries() -> None:
@@ -218,7 +245,8 @@ def _hush_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stacks of C++ where a rank is lost
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "accelerate"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _close(screen: "Screen | None") -> None:
@@ -364,29 +392,32 @@ def _ending_on_signals() -> Iterator[None]:
 
 
 def _train(settings: "TrainSettings", report: Report) -> Any:
-    from t5tune.settings import dump_settings
-    from t5tune.train import open_run, train
-    from t5tune.training.launch import World, die_with_parent, follow_deepspeed, launch
-    from t5tune.training.run_folder import read_result
     from t5tune.training.stopping import listening
 
-    world = World.from_environment()
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        report(Note(f"{name}={os.environ.pop(name)} in the environment is left out: train's own settings hold"))
-    if world.launched:
-        die_with_parent()
-        follow_deepspeed()
-    count = settings.num_gpus or settings.num_processes or 1
-    if world.launched or count == 1:
-        return train(settings, report)
-    with ExitStack() as held:
-        with listening():
-            run = open_run(settings, held, report)
-        if not run.finished:
-            again = settings.model_copy(update={"fresh": False})
-            quiet = [] if report is not silent else ["--quiet"]
-            with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
-                path = Path(folder, "settings.yaml")
-                path.write_text(dump_settings(again), encoding="utf-8")
-                launch(path, count, quiet, settings.max_restarts, report)
-        return read_result(run.folder)
+    with listening() as stop:  # imports take seconds
+        from t5tune.processes import die_with_parent
+        from t5tune.settings import dump_settings
+        from t5tune.train import open_run, train
+        from t5tune.training.launch import World, follow_deepspeed, launch
+        from t5tune.training.run_folder import read_result
+
+        world = World.from_environment()
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            report(Note(f"{name}={os.environ.pop(name)} in the environment is left out: train's own settings hold"))
+        if world.launched:
+            die_with_parent()
+            follow_deepspeed()
+        count = settings.num_gpus or settings.num_processes or 1
+        if world.launched or count == 1:
+            return train(settings, report)
+        with ExitStack() as held:
+            with stop.at_once():
+                run = open_run(settings, held, report)
+            if not run.finished:
+                again = settings.model_copy(update={"fresh": False})
+                quiet = [] if report is not silent else ["--quiet"]
+                with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
+                    path = Path(folder, "settings.yaml")
+                    path.write_text(dump_settings(again), encoding="utf-8")
+                    launch(path, count, quiet, settings.max_restarts, report)
+            return read_result(run.folder)

@@ -1,6 +1,7 @@
 """What a user sees: progress and notes on stderr, the result on stdout, an error in a line."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -149,6 +150,32 @@ class _Figures:
         return Measurement(0, len("  ".join(self.figures)))
 
 
+class UnwritableStdout(OSError):
+    """The result can't be told."""
+
+
+class _Stdout(io.TextIOWrapper):
+    """Says what it is where it can't be written to."""
+
+    def write(self, text: str) -> int:
+        with _named_stdout():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _named_stdout():
+            super().flush()
+
+
+@contextmanager
+def _named_stdout() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UnwritableStdout(error.errno, error.strerror) from error
+
+
 @contextmanager
 def result_stream() -> Iterator[TextIO]:
     """Keep stdout for the result: until the block ends, whatever libraries print there goes to stderr.
@@ -163,7 +190,8 @@ def result_stream() -> Iterator[TextIO]:
     saved = os.dup(1)
     os.dup2(2, 1)
     # what is no Unicode in a path is shown as \\udcff, which is how JSON writes it
-    stream = open(saved, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115 (closed below)
+    raw = open(saved, "wb", closefd=False)  # noqa: SIM115 (closed with the stream)
+    stream = _Stdout(raw, encoding="utf-8", errors="backslashreplace")
     try:
         yield stream
         stream.flush()

@@ -29,6 +29,7 @@ from t5tune.data.templates import Piece, Template, lay_out
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import Writable
 from t5tune.errors import TrainingError
+from t5tune.processes import python_module
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings
 
@@ -217,7 +218,7 @@ class Worker:
 
     def __init__(self, recipe: Recipe) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "t5tune.data.worker"]
+        command = python_module("t5tune.data.worker")
         # a group of its own: Ctrl-C is for this process, which ends the worker
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0

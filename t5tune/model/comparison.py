@@ -1,6 +1,7 @@
 """Does a merged checkpoint answer as base + adapters do? Logits on a few real examples, in fp32."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.model.device import choose_device
 from t5tune.model.load import load_base
 from t5tune.model.lora import load_adapter, load_sum
+from t5tune.progress import Report, silent
 from t5tune.settings.quantisation import QuantisationSettings
 from t5tune.weights.base import read_config
 
@@ -48,24 +50,26 @@ def compare(
     trained_on: TrainedOn | None = None,
     onto: str = "base",
     family: str | None = None,
+    report: Report = silent,
 ) -> Difference:
     """Run the models, one after the other, on examples of the adapter's cache where it still stands.
 
     The merged one is held against base + adapters, or, folded onto a quantised base, against that one with adapters.
     `family` is the base's, where its model_type isn't known.
     """
+    load = partial(_load, report)
     inputs = _inputs(merged, adapters[0])
-    logits = _logits(_load(merged, torch.float32, None, None), inputs)
-    models = {"base": _logits(_with_adapters(_load(base, torch.float32, None, family), adapters, weights), inputs)}
+    logits = _logits(load(merged, torch.float32, None, None), inputs)
+    models = {"base": _logits(_with_adapters(load(base, torch.float32, None, family), adapters, weights), inputs)}
     from_training = {}
     if trained_on is not None:
         training = _logits(
-            _with_adapters(_load(base, trained_on.compute, trained_on, family), adapters, weights), inputs
+            _with_adapters(load(base, trained_on.compute, trained_on, family), adapters, weights), inputs
         )
         models[trained_on.kind] = training
         from_training["base"] = _largest_difference(models["base"], training)
         if onto == "base":  # nobody wrote the other fold: it computes with the restored weights in fp32
-            restored = _with_adapters(_load(base, torch.float32, trained_on, family), adapters, weights)
+            restored = _with_adapters(load(base, torch.float32, trained_on, family), adapters, weights)
             from_training[trained_on.kind] = _largest_difference(_logits(restored, inputs), training)
         else:
             from_training[onto] = _largest_difference(logits, training)
@@ -78,13 +82,13 @@ def compare(
     )
 
 
-def _load(folder: Path, dtype: torch.dtype, trained_on: TrainedOn | None, family: str | None) -> Any:
+def _load(report: Report, folder: Path, dtype: torch.dtype, trained_on: TrainedOn | None, family: str | None) -> Any:
     quantisation = None
     if trained_on is not None:
         quantisation = QuantisationSettings(
             q_lora=True, quant_type=cast(Any, trained_on.kind), double_quant=trained_on.double_quant
         )
-    return load_base(folder, dtype, choose_device(use_cpu=True), quantisation, family)
+    return load_base(folder, dtype, choose_device(use_cpu=True), quantisation, family, report)
 
 
 def _with_adapters(model: Any, adapters: list[Path], weights: list[float]) -> Any:

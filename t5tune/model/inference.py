@@ -56,7 +56,8 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
         # PEFT leaves out what it has no place for, with a warning
         check_fit(state, config, family_of(of_base, base, family).completed(of_base), adapter)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model = load_base(base, dtype, choose_device(settings.use_cpu, name=settings.device), settings, family)
+    device = choose_device(settings.use_cpu, name=settings.device)
+    model = load_base(base, dtype, device, settings, family, report)
     if adapter is not None:
         model = load_adapter(model, adapter)
     folders = [base] if adapter is None else [adapter, base]

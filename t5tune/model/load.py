@@ -14,6 +14,7 @@ from torch import nn
 
 from t5tune.errors import DependencyError, ModelError
 from t5tune.model.family import ATTENTION, OVERFLOWS_FP16, family_of
+from t5tune.progress import Report, silent, track
 from t5tune.settings.quantisation import QuantisationSettings
 from t5tune.weights.base import read_config
 from t5tune.weights.streaming import Checkpoint
@@ -40,6 +41,7 @@ def load_base(
     device: torch.device,
     quantisation: QuantisationSettings | None = None,
     family: str | None = None,
+    report: Report = silent,
 ) -> Any:
     """The base as a frozen transformers model in evaluation mode.
 
@@ -63,9 +65,12 @@ def load_base(
     if quantisation is not None and quantisation.q_lora:
         _use_quantised_linears(model, dtype, quantisation)
     _check_names(model, checkpoint, tied)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if name in EMBEDDING_COPIES or (name == HEAD and tied):
-            continue
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in EMBEDDING_COPIES and not (name == HEAD and tied)
+    }
+    for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
         _place(model, name, _expect_shape(checkpoint, name, parameter), dtype, device)
     _share_embedding(model, tied)
     if (folder / "generation_config.json").is_file():

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
+NUMBERS = {int, float, int | None, float | None}
+
 
 class Settings(BaseModel):
     """Frozen; refuses unknown keys. A subclass is a mixin with a `panel`, or a command that joins mixins."""
@@ -29,9 +31,13 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _paths_are_named(cls, value: Any, field: ValidationInfo) -> Any:
-        """An empty path would be the folder that the user is in."""
+    def _is_meant(cls, value: Any, field: ValidationInfo) -> Any:
+        """An empty path would be the folder that the user is in, and `lora_r: true` a 1."""
         kind = cls.model_fields[field.field_name or ""].annotation
+        if isinstance(value, bool) and kind in NUMBERS:
+            raise ValueError("a number is expected, not yes or no")
+        if "\0" in str(value):
+            raise ValueError("holds a NUL, which no path and no name can")
         if (kind is Path and value == "") or (
             kind == list[Path] and "" in (value if isinstance(value, list) else [value])
         ):

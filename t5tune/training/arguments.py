@@ -66,6 +66,7 @@ def training_arguments(
         "average_tokens_across_devices": True,
         "prediction_loss_only": True,
         "log_level": "error",
+        "log_level_replica": "error",
         **settings.training_args,
     }
     try:

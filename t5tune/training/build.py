@@ -75,7 +75,7 @@ def build(
     place = torch.device("cpu") if sharded and not settings.q_lora else device
     # what trains in place without DeepSpeed is its own master too
     is_full = settings.train_mode == "full"
-    model = load_base(base, adapter_dtype if is_full else dtype, place, settings, settings.family)
+    model = load_base(base, adapter_dtype if is_full else dtype, place, settings, settings.family, report)
     tied = bool(model.config.tie_word_embeddings)
     taken_out: dict[str, Tensor] = {}
     if is_full:

@@ -5,13 +5,11 @@ process hands signals on, ends all of them when one fails, raises the first erro
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 
 from t5tune import errors
 from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
+from t5tune.processes import die_with_parent, python_module
 from t5tune.progress import Note, Report, silent
 from t5tune.training.stopping import HANDED_ON, SECONDS_APART, SIGNALS, exit_code, signals
 
@@ -93,7 +92,7 @@ def launch(
         T5TuneError: what the first failing worker raised, or how it ended.
         Stopped: a signal asked to stop.
     """
-    command = [sys.executable, "-m", "t5tune", "train", "--config", str(settings_path), *arguments]
+    command = python_module("t5tune", "train", "--config", str(settings_path), *arguments)
     with _listening() as asked:
         for restart in range(max_restarts + 1):
             failure = _run(command, count, asked)
@@ -111,13 +110,6 @@ def write_error(error: Exception) -> None:
     if not isinstance(error, T5TuneError):
         error = T5TuneError(f"{type(error).__name__}: {' '.join(str(error).split())}", hint="--debug shows where")
     path.write_text(json.dumps({"kind": error.kind, "message": error.message, "hint": error.hint}), encoding="utf-8")
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it ends, however that may happen."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def follow_deepspeed() -> None:

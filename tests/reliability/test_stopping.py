@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +206,6 @@ def test_a_second_signal_stops_at_once_and_one_that_comes_two_ways_does_not(tmp_
 import time
 from t5tune.training.stopping import listening
 with listening() as stop:
-    stop.waits = True
     print("ready", flush=True)
     while True:
         time.sleep(0.01)
@@ -223,3 +224,70 @@ with listening() as stop:
         kill(running.process.pid, signal.SIGTERM)
         assert running.end() == 143
     assert "a second signal: stopped at once" in running.log.read_text()
+
+
+ASKED_WHILE_IMPORTING = """
+import importlib.abc, os, signal, sys
+class Asked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == os.environ["ASKED_AT"] and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), getattr(signal, os.environ["ASKED_BY"]))
+sys.meta_path.insert(0, Asked())
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("library", ["t5tune.train", "torch", "torch._C", "peft"])
+def test_a_signal_while_libraries_are_imported_ends_it_when_they_are(
+    library: str, number: str, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ASKED_WHILE_IMPORTING)
+    environment = {"PYTHONPATH": str(tmp_path), "ASKED_AT": library, "ASKED_BY": number}
+    with start(untied_base, conversations, tmp_path / "run", **environment) as running:
+        assert running.end() == (130 if number == "SIGINT" else 143), running.log.read_text()
+    lines = [line for line in running.log.read_text().splitlines() if "Ctrl-C" not in line]
+    assert lines[-1].startswith(f"error: stopped by {number} before training began"), lines
+    assert not any("Exception" in line or "Traceback" in line for line in lines), lines
+    assert whole_steps(tmp_path / "run") == []
+
+
+class EndedWithASignal:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def caught() -> None:
+    with suppress(Exception):
+        os.kill(os.getpid(), signal.SIGTERM)
+    pytest.fail("went on")
+
+
+def dropped() -> None:
+    EndedWithASignal()  # Python drops what is raised there
+
+
+@pytest.mark.parametrize("library", [caught, dropped])
+def test_no_library_swallows_a_signal(library: Callable[[], None]) -> None:
+    with pytest.raises(Stopped, match="SIGTERM before training began"), listening() as stop, stop.at_once():
+        library()
+
+
+def test_what_does_not_end_when_it_is_cut_off_is_left(tmp_path: Path) -> None:
+    stubborn = """
+import t5tune.training.stopping as stopping
+stopping.SECONDS_TO_LEAVE = 0.2
+with stopping.listening() as stop, stop.at_once():
+    try:
+        print("ready", flush=True)
+        while True:
+            pass
+    finally:
+        while True:
+            pass
+"""
+    with Running([sys.executable, "-c", stubborn], tmp_path / "run") as running:
+        running.until(lambda: "ready" in running.log.read_text())
+        kill(running.process.pid, signal.SIGTERM)
+        assert running.end() == 143
+    assert "stopped by SIGTERM before training began" in running.log.read_text()
