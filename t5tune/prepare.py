@@ -62,11 +62,14 @@ class Prepared:
     seconds: float
 
 
-def prepare(settings: PrepareSettings, report: Report = silent, in_use: bool = False) -> Prepared:
+def prepare(
+    settings: PrepareSettings, report: Report = silent, in_use: bool = False, like: Path | None = None
+) -> Prepared:
     """Write the token cache of the conversations, or leave it be where it is what these inputs give.
 
     Args:
         in_use: a run was trained on the cache that stands there, so that of other inputs must not take its place.
+        like: a cache or an adapter, whose tokens and layout these conversations get too.
 
     Raises:
         T5TuneError: the disk is full, or a file can't be read or written.
@@ -75,16 +78,16 @@ def prepare(settings: PrepareSettings, report: Report = silent, in_use: bool = F
         SettingsError: there is no such conversation template.
     """
     try:
-        return _prepared(settings, report, in_use, time.monotonic())
+        return _prepared(settings, report, in_use, like, time.monotonic())
     except OSError as error:
         place = error.filename or settings.output_dir
         raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error
 
 
-def _prepared(settings: PrepareSettings, report: Report, in_use: bool, started: float) -> Prepared:
+def _prepared(settings: PrepareSettings, report: Report, in_use: bool, like: Path | None, started: float) -> Prepared:
     files = _files(settings, report)
     base = find_base(settings)
-    template = find_template(settings.conversation_template, [base / TEMPLATE])
+    template = find_template(settings.conversation_template, [folder / TEMPLATE for folder in (like, base) if folder])
     config = read_config(base)
     family_of(config, base, settings.family)
     num_rows = int(config.get("vocab_size", 0))
@@ -95,7 +98,11 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, started: 
         records = read_records(files, settings.max_record_bytes, scratch, stdin)
         sample = deque(_first_bytes(records, SAMPLE))
         read = (record for record in map(read_record, sample, repeat(settings)) if isinstance(record, Conversation))
-        tokenizer, added, left_out = extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, read)
+        if like is None:
+            tokenizer, added, left_out = extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, read)
+        else:
+            tokenizer, left_out = load_tokenizer(like / "tokenizer" if is_cache(like) else like), []
+            added = _added(tokenizer, load_tokenizer(base))
         inputs = _inputs(settings, files, tokenizer, template)
         if is_cache(folder):
             if manifest := _up_to_date(folder, inputs):
@@ -142,6 +149,12 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, started: 
                 Cache(staged, manifest).parts()  # refuses an eval_fraction that leaves nothing
     _tell(manifest, folder, report)
     return _result(folder, manifest, False, started)
+
+
+def _added(tokenizer: Tokenizer, base: Tokenizer) -> list[str]:
+    """What a tokenizer has beyond the base's, in the order of the ids."""
+    vocabulary = tokenizer.vocabulary()
+    return sorted(vocabulary.keys() - base.vocabulary().keys(), key=vocabulary.__getitem__)
 
 
 def _files(settings: PrepareSettings, report: Report) -> list[Path]:

@@ -143,9 +143,32 @@ def open_run(settings: TrainSettings, held: ExitStack, report: Report = silent) 
     in_use = bool(checkpoints(folder)) and "data" not in settings.allow_change
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and not is_cache(Path(data[0])):
-            with _named("data_path" if cache == run.cache else "eval_data_path"):
-                prepare(_prepare_settings(settings, data, cache), report, in_use=in_use)
+            is_eval = cache == run.eval_cache
+            like = run.cache if is_eval else _start_of_tokens(settings)
+            with _named("eval_data_path" if is_eval else "data_path"):
+                prepare(_prepare_settings(settings, data, cache), report, in_use, like)
+    if run.eval_cache is not None:
+        _check_tokens(run.cache, run.eval_cache)
     return run
+
+
+def _start_of_tokens(settings: TrainSettings) -> Path | None:
+    """The adapter to start from, where its rows are to stand for the tokens that they were trained for."""
+    folder = settings.adapter
+    brings = folder is not None and (folder / "tokenizer_config.json").is_file()
+    return folder if brings and settings.add_tokens == ["auto"] else None
+
+
+def _check_tokens(cache: Path, eval_cache: Path) -> None:
+    """The ids of one tokenizer are other words in another."""
+    trained, evaluated = (load_tokenizer(folder / "tokenizer").vocabulary() for folder in (cache, eval_cache))
+    if trained != evaluated:
+        others = sorted(trained.keys() ^ evaluated.keys()) or sorted(trained)
+        raise DataError(
+            f"eval_data_path: {eval_cache}: its tokenizer isn't that of {cache}: one lacks, or has elsewhere, "
+            f"{others[0]!r}",
+            hint="give the conversations themselves, or prepare both with the same --add-tokens",
+        )
 
 
 @contextmanager

@@ -242,6 +242,43 @@ def test_trainings_last_figures_are_those_of_evaluate(
         assert trained.eval[name] == pytest.approx(getattr(result, name), rel=1e-4), name
 
 
+def write_answers(path: Path, *answers: str) -> Path:
+    lines = [json.dumps({"source": f"question {n}", "target": answers[n % len(answers)]}) for n in range(12)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["conversations", "cache"])
+def test_held_out_conversations_get_the_tokens_of_those_that_are_learned(
+    kind: str, untied_base: Path, tmp_path: Path
+) -> None:
+    data = write_answers(tmp_path / "data.jsonl", "日本 日", "火 日")
+    held_out = write_answers(tmp_path / "held out.jsonl", "月 日", "日 水 月")
+    if kind == "cache":
+        values = {"model_name_or_path": str(untied_base), "conversation_template": "plain"}
+        data = prepare(PrepareSettings(**values, data_path=str(data), output_dir=tmp_path / "cache")).cache
+    chosen = training(untied_base, data, tmp_path / "run", eval_data_path=str(held_out), eval_steps=4)
+    loss = train(chosen).eval["loss"]
+    added = open_cache(tmp_path / "run" / "eval-data").added_tokens
+    assert "日" in added
+    assert "月" not in added
+    assert loss == pytest.approx(evaluated(tmp_path / "run", held_out, tmp_path / "scores").loss, abs=1e-6)
+
+
+def test_held_out_examples_of_another_tokenizer_are_refused(untied_base: Path, tmp_path: Path) -> None:
+    caches = []
+    for name, answer in (("data", "日本"), ("held-out", "月")):
+        data = write_answers(tmp_path / f"{name}.jsonl", answer)
+        values = {"model_name_or_path": str(untied_base), "data_path": str(data), "output_dir": tmp_path / name}
+        caches.append(prepare(PrepareSettings(**values)).cache)
+    chosen = training(untied_base, caches[0], tmp_path / "run", eval_data_path=str(caches[1]))
+    with pytest.raises(
+        DataError,
+        match="eval_data_path: .*/held-out: its tokenizer isn't that of .*/data: one lacks, or has elsewhere",
+    ):
+        train(chosen)
+
+
 def test_two_ranks_of_zero3_evaluate_as_one_process_does(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:

@@ -10,11 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from t5tune.data.cache import open_cache
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.evaluate import evaluate
 from t5tune.export import export
 from t5tune.merge import merge
-from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, QuantisationSettings, TrainSettings
+from t5tune.prepare import prepare
+from t5tune.settings import (
+    EvaluateSettings,
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    QuantisationSettings,
+    TrainSettings,
+)
 from t5tune.settings.loading import load_settings
 from t5tune.train import train
 from t5tune.training.run_folder import Trained
@@ -313,6 +322,28 @@ def test_shards_start_from_an_adapter_bit_by_bit(
     first, same = trained_adapter(first_adapter), trained_adapter(tmp_path / "run")
     assert first.keys() == same.keys()
     assert all(torch.equal(first[name], same[name]) for name in first)
+
+
+def test_a_start_s_token_rows_stay_those_of_their_tokens(untied_base: Path, tmp_path: Path) -> None:
+    files = []
+    for name, answer in (("first", "日本 日"), ("other", "月水 月")):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("\n".join(json.dumps({"source": f"{n}?", "target": answer}) for n in range(8)))
+    more = {"eval_data_path": None, "max_steps": 1, "report_samples": 0}
+    train(settings(untied_base, files[0], tmp_path / "first", **more, conversation_template="plain"))
+    more["adapter"] = tmp_path / "first"
+    train(settings(untied_base, files[1], tmp_path / "same", **more, learning_rate=0))
+    first, same = (trained_adapter(tmp_path / name) for name in ("first", "same"))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    for name in ("tokenizer.json", "template.yaml"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    added = [open_cache(tmp_path / name / "data").added_tokens for name in ("first", "same")]
+    assert added[0] == added[1]
+    assert "日" in added[0]
+    values = {"model_name_or_path": str(untied_base), "data_path": str(files[1]), "output_dir": tmp_path / "cache"}
+    cache = prepare(PrepareSettings(**values)).cache
+    with pytest.raises(CheckpointError, match="its row [0-9]+ is of '.+', which the tokenizer here lacks or has elsew"):
+        train(settings(untied_base, cache, tmp_path / "refused", **more))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from torch.nn import functional
 
+from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError
 from t5tune.model.family import GROUPS, target_modules
 from t5tune.model.load import to_torch
@@ -27,6 +28,7 @@ from t5tune.weights.tensors import Tensor
 TAKEN_OUT = ("pissa", "olora")  # starts that move a part of each weight from the base into its adapter
 EMBEDDINGS = ("encoder.embed_tokens", "decoder.embed_tokens")
 HEAD = "lm_head"
+AS_BEFORE = "give the conversations themselves, and leave add_tokens at auto: they get its tokens"
 
 
 def add_lora(
@@ -132,11 +134,14 @@ def _start_from_quantisation_error(peft_model: Any, base: Path) -> None:
         module.lora_B["default"].weight.data = (u_OR[:, :rank] * root_R).contiguous()
 
 
-def start_from(peft_model: Any, folder: Path) -> None:
+def start_from(peft_model: Any, folder: Path, tokenizer_folder: Path) -> None:
     """Give the adapters and token rows the values of a saved adapter.
 
+    Args:
+        tokenizer_folder: of the tokenizer whose ids this model will see.
+
     Raises:
-        CheckpointError: it holds none, or one of another shape, scale or kind.
+        CheckpointError: it holds none, one of another shape, scale or kind, or rows of other tokens.
     """
     config, state = read_adapter(folder)
     here = peft_model.peft_config["default"].to_dict()
@@ -156,7 +161,16 @@ def start_from(peft_model: Any, folder: Path) -> None:
         )
     indices = json.loads(json.dumps(here["trainable_token_indices"]))
     if config.get("trainable_token_indices") != indices:
-        raise CheckpointError(f"adapter: {folder}: its rows are of other tokens", hint="give add_tokens as it was")
+        raise CheckpointError(f"adapter: {folder}: its rows are of other tokens", hint=AS_BEFORE)
+    if (folder / "tokenizer_config.json").is_file():
+        then, now = (load_tokenizer(place).vocabulary() for place in (folder, tokenizer_folder))
+        for token in sorted(then, key=lambda token: -then[token]):
+            if now.get(token) != then[token]:
+                raise CheckpointError(
+                    f"adapter: {folder}: its row {then[token]} is of {token!r}, which the tokenizer here lacks or has "
+                    "elsewhere",
+                    hint=AS_BEFORE,
+                )
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tensors[name].shape:
             shapes = f"{list(tensors[name].shape)}, but {list(parameter.shape)} here"

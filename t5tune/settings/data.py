@@ -140,5 +140,5 @@ class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
         description="Folder for the token cache that train makes; default: `data` in the run folder.",
     )
     eval_data_path: Annotated[Paths | None, Maybe] = Field(
-        default=None, description="Conversations (or a cache) to evaluate on."
+        default=None, description="Conversations (or a cache) to evaluate on; they get data_path's tokens and layout."
     )

@@ -84,6 +84,6 @@ class StartSettings(LoraSettings):
 
     adapter: Annotated[Path | None, Maybe] = Field(
         default=None,
-        description="Start from the weights of this adapter or run, which must be of the same shape; the optimizer "
-        "and the schedule begin anew.",
+        description="Start from the weights of this adapter or run, which must be of the same shape, with its tokens "
+        "and its layout; the optimizer and the schedule begin anew.",
     )

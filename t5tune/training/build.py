@@ -83,7 +83,7 @@ def build(
     else:
         model, taken_out = add_lora(model, base, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
     if settings.adapter is not None:
-        start_from(model, settings.adapter)
+        start_from(model, settings.adapter, cache.tokenizer_folder)
     packs = _packs(settings, model, report)
     use_fused(model)
     trainable, total = count_parameters(model)
