@@ -67,23 +67,26 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         SettingsError: no folder can be made there.
     """
     staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # its parent is locked until the new folder is, so that nobody takes it for one that was left; where another
-        # program holds it for longer, nobody sweeps
-        parent = _locked(target.parent, SECONDS_TO_WAIT)
+    descriptor = None
+    try:  # from before it is there: Ctrl-C may come at any line
         try:
-            if parent is not None:
-                _remove_abandoned(target)
-            staged.mkdir()
-            descriptor = _locked(staged)
-        finally:
-            _unlock(parent)
-    except OSError as error:
-        if error.errno in OF_THE_DISK:
-            raise
-        raise SettingsError(f"{target}: can't be made here: {error.strerror}", hint="name another folder") from error
-    try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # its parent is locked until the new folder is, so that nobody takes it for one that was left; where another
+            # program holds it for longer, nobody sweeps
+            parent = _locked(target.parent, SECONDS_TO_WAIT)
+            try:
+                if parent is not None:
+                    _remove_abandoned(target)
+                staged.mkdir()
+                descriptor = _locked(staged)
+            finally:
+                _unlock(parent)
+        except OSError as error:
+            if error.errno in OF_THE_DISK:
+                raise
+            raise SettingsError(
+                f"{target}: can't be made here: {error.strerror}", hint="name another folder"
+            ) from error
         yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -146,7 +146,7 @@ def open_run(settings: TrainSettings, held: ExitStack, report: Report = silent) 
             is_eval = cache == run.eval_cache
             like = run.cache if is_eval else _start_of_tokens(settings)
             with _named("eval_data_path" if is_eval else "data_path"):
-                prepare(_prepare_settings(settings, data, cache), report, in_use, like)
+                prepare(_prepare_settings(settings, data, cache), report, in_use=in_use, like=like)
     if run.eval_cache is not None:
         _check_tokens(run.cache, run.eval_cache)
     return run
