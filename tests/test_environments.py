@@ -93,12 +93,15 @@ def train(records: Path, output: Path, *flags: object) -> list[object]:
     ]
 
 
-def test_deepspeed_trains_without_a_compiler_and_says_what_it_leaves_out(records: Path, tmp_path: Path) -> None:
-    nothing = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "CXX": None}
-    code, _, stderr = run(train(records, tmp_path / "run", "--deepspeed", "zero3", "--num-processes", "2"), nothing)
+def test_deepspeed_compiles_nothing_but_what_offloading_needs(records: Path, tmp_path: Path) -> None:
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    empty = {"TORCH_EXTENSIONS_DIR": str(extensions)}
+    code, _, stderr = run(train(records, tmp_path / "run", "--deepspeed", "zero3", "--num-processes", "2"), empty)
     assert code == 0, stderr
-    assert b"no C++ compiler" in stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert list(extensions.iterdir()) == []
+    nothing = {**empty, "PATH": str(tmp_path), "CXX": None}
     code, _, stderr = run(train(records, tmp_path / "off", "--deepspeed", "zero2-offload"), nothing)
     assert code == 1
     (error,) = [line for line in stderr.decode().splitlines() if line.startswith("error:")]
@@ -111,7 +114,6 @@ def test_deepspeed_trains_where_nothing_compiled_can_be_kept(records: Path, tmp_
     home = {"HOME": str(records / "home"), "XDG_CACHE_HOME": None, "TORCH_EXTENSIONS_DIR": None}  # below a file
     code, _, stderr = run(train(records, tmp_path / "run", "--deepspeed", "zero3"), home)
     assert code == 0, stderr
-    assert b"DeepSpeed's ranks talk by gloo alone" in stderr
     code, _, stderr = run(train(records, tmp_path / "off", "--deepspeed", "zero2-offload"), home)
     assert (code, stderr.count(b"error:")) == (1, 1), stderr
     assert b"set TORCH_EXTENSIONS_DIR" in stderr

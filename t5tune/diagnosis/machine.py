@@ -90,8 +90,8 @@ def _python() -> tuple[State, str, str]:
 
 
 def _compiler() -> tuple[State, str, str]:
-    """DeepSpeed compiles its ops at first use: on the CPU what its processes talk through, Adam for offloading."""
-    mend = "apt install g++ ninja-build, or dnf install gcc-c++ ninja-build; --deepspeed on CPUs and offloading need it"
+    """DeepSpeed compiles Adam for offloading at first use."""
+    mend = "apt install g++ ninja-build, or dnf install gcc-c++ ninja-build; --deepspeed with offloading needs it"
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return "warning", "no C++ compiler is on PATH", mend

@@ -18,7 +18,7 @@ from typing import Any
 
 from t5tune.diagnosis.finding import State
 from t5tune.model.device import nvidia_driver
-from t5tune.training.compiler import SHARED_MEMORY_OP, lack
+from t5tune.training.compiler import leave_out_shared_memory
 
 Probed = tuple[State, str, str]
 SLOW_BF16 = 3.0  # times fp32's time for a product, from which on a CPU has no bf16 arithmetic to speak of
@@ -183,8 +183,8 @@ def _zero3_step(rank: int, size: int, backend: str, place: str) -> None:
         device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
         if backend == "nccl":
             torch.cuda.set_device(device)
-        elif lack():  # as in training
-            deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+        else:
+            leave_out_shared_memory()
         deepspeed.init_distributed(
             backend, auto_mpi_discovery=False, verbose=False, init_method=place, rank=rank, world_size=size
         )

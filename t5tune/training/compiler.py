@@ -6,10 +6,19 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-SHARED_MEMORY_OP = "deepspeed_shm_comm"
 SECONDS_TO_COMPILE = 1800.0  # no op takes longer
 # where a lock may be held by a process of another machine
 SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse", "afs", "pvfs", "orangefs")
+
+
+def leave_out_shared_memory() -> None:
+    """Keep DeepSpeed's ranks on CPUs from compiling sums through shared memory, which takes a minute and a compiler.
+
+    Only its inference calls them (deepspeed.comm.inference_all_reduce); in training gloo sums either way.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def lack() -> str | None:

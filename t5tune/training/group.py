@@ -13,7 +13,7 @@ from t5tune.model.device import choose_device, keep_freed_memory, nvidia_driver
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.training.check import DOCTOR
-from t5tune.training.compiler import SHARED_MEMORY_OP, lack, release_dead_locks
+from t5tune.training.compiler import leave_out_shared_memory, release_dead_locks
 from t5tune.training.launch import World
 from t5tune.training.ranks import meeting
 
@@ -42,14 +42,12 @@ def process_group(world: World, settings: TrainSettings, report: Report) -> Iter
                 _meet_oneself()
             for lock in release_dead_locks():
                 report(Note(f"{lock}: left by a compilation that was cut off; removed"))
-            # it announces the op that it compiles on stdout
+            # it announces ops on stdout
             with redirect_stdout(io.StringIO()):
                 import deepspeed
 
-                if device.type == "cpu" and (lacks := lack()):
-                    # its sums through shared memory are compiled at first use; without them gloo sums
-                    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-                    report(Note(f"{lacks}: DeepSpeed's ranks talk by gloo alone"))
+                if device.type == "cpu":
+                    leave_out_shared_memory()
                 with meeting():
                     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         elif world.size > 1:
