@@ -28,7 +28,7 @@ from t5tune.model.sizes import SIZES
 
 CPU = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
 CPU |= {"OMP_NUM_THREADS": "1"}
-WAYS = ("stock", "stock sdpa", "budget", "packed")
+WAYS = ("stock", "stock sdpa", "budget", "packed", "compiled")
 POCKET = Path(__file__).parents[1] / "t5tune" / "pocket"
 
 
@@ -68,7 +68,7 @@ class Clock:
         self.seconds = now - self.begun
 
 
-def ours(options: argparse.Namespace, packing: str, folder: Path) -> dict[str, Any]:
+def ours(options: argparse.Namespace, folder: Path, packing: str, compiles: bool = False) -> dict[str, Any]:
     from t5tune.data.cache import open_cache
     from t5tune.progress import Advanced, Event
     from t5tune.settings import TrainSettings
@@ -85,7 +85,7 @@ def ours(options: argparse.Namespace, packing: str, folder: Path) -> dict[str, A
         model_name_or_path=str(options.folder / "base"), data_path=str(options.folder / "cache"), output_dir=folder,
         tokens_per_batch=options.tokens, packing=packing, max_steps=options.steps, use_cpu=not options.on_gpu,
         bf16=options.dtype == "bfloat16", save_strategy="no", train_token_rows=False, lora_dropout=options.dropout,
-        report_samples=0, logging_steps=1000, training_args=options.training_args,
+        report_samples=0, logging_steps=1000, torch_compile=compiles, training_args=options.training_args,
     )  # fmt: skip
     train(settings, report)
     sources, targets = open_cache(options.folder / "cache").lengths()
@@ -207,7 +207,7 @@ def compare(options: argparse.Namespace, environment: dict[str, str]) -> dict[st
         for way in options.ways:
             results[way] = run_self(*sys.argv[1:], "--way", way, "--folder", folder, **environment)
             print(way, results[way], file=sys.stderr)
-    for way in {"budget", "packed"} & results.keys():
+    for way in {"budget", "packed", "compiled"} & results.keys():
         if "stock" in results:
             ratio = results[way]["tokens_per_second"] / results["stock"]["tokens_per_second"]
             results[f"{way}_over_stock"] = round(ratio, 2)
@@ -221,8 +221,9 @@ def run_way(options: argparse.Namespace) -> dict[str, Any]:
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "stock": lambda: stock(options, "eager", run),
         "stock sdpa": lambda: stock(options, "sdpa", run),
-        "budget": lambda: ours(options, "off", run),
-        "packed": lambda: ours(options, "on", run),
+        "budget": lambda: ours(options, run, "off"),
+        "packed": lambda: ours(options, run, "on"),
+        "compiled": lambda: ours(options, run, "on", compiles=True),
     }
     return ways[options.way]()
 

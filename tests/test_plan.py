@@ -207,7 +207,7 @@ def test_the_suggestion_fits_and_is_a_setting_of_train(tmp_path: Path) -> None:
             TrainSettings, None, {}, {"model_name_or_path": "a", "data_path": "b", "output_dir": "c", **flags}
         )
     assert planned(tmp_path, gpu_memory="940MiB", per_device_train_batch_size=1).suggestion is None
-    assert fused.ROWS_AT_ONCE < 1000  # a GPU's way is left behind
+    assert fused.ELEMENTS_AT_ONCE < 1 << 20  # a GPU's way is left behind
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 

@@ -199,18 +199,18 @@ def _gpu_kernels() -> Iterator[None]:
     transformers and model/attention.py look the attention up by its name.
     """
     stock: Any = functional.scaled_dot_product_attention
-    rows = fused.ROWS_AT_ONCE
+    elements = fused.ELEMENTS_AT_ONCE
 
     def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
         return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
 
     functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    fused.ROWS_AT_ONCE = sys.maxsize
+    fused.ELEMENTS_AT_ONCE = sys.maxsize
     try:
         yield
     finally:
         functional.scaled_dot_product_attention = stock
-        fused.ROWS_AT_ONCE = rows
+        fused.ELEMENTS_AT_ONCE = elements
 
 
 def _pass_for_cpu(model: nn.Module) -> None:

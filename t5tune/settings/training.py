@@ -55,6 +55,11 @@ class TrainingSettings(Settings):
         default=False,
         description="Recompute activations instead of keeping them: less memory, a third slower.",
     )
+    torch_compile: bool = Field(
+        default=False,
+        description="Let torch.compile make few kernels of each norm and feed-forward layer: seconds to minutes at "
+        "first, then faster steps.",
+    )
     on_non_finite: Literal["stop", "skip"] = Field(
         default="stop",
         description="What to do at a loss or gradient that is NaN or infinite; no update is made with it.",

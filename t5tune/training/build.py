@@ -16,7 +16,7 @@ from torch import nn
 from t5tune.data.cache import Cache
 from t5tune.errors import SettingsError
 from t5tune.model.attention import can_pack, use_packing
-from t5tune.model.fused import use_fused
+from t5tune.model.fused import use_compiled, use_fused
 from t5tune.model.load import count_parameters, load_base
 from t5tune.model.lora import add_lora, start_from
 from t5tune.progress import Note, Report
@@ -85,7 +85,7 @@ def build(
     if settings.adapter is not None:
         start_from(model, settings.adapter, cache.tokenizer_folder)
     packs = _packs(settings, model, report)
-    use_fused(model)
+    (use_compiled if settings.torch_compile else use_fused)(model)
     trainable, total = count_parameters(model)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()

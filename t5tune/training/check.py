@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 
 from t5tune import presets
@@ -76,6 +78,10 @@ def check(settings: TrainSettings) -> None:
                 f"deepspeed: {settings.deepspeed}: its optimizer on the CPU is compiled at first use, and {lacks}",
                 hint="apt install g++ ninja-build, set TORCH_EXTENSIONS_DIR, or take zero2 or zero3",
             )
+    if settings.torch_compile and _trains_on_cpu(settings) and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise DependencyError(
+            "torch_compile: no C++ compiler is on the PATH", hint="apt install g++, set CXX, or leave it out"
+        )
     if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
         problems.append(f"optim: {settings.optim}: pages between a GPU's memory and the machine's; take adamw_bnb_8bit")
     if problems:

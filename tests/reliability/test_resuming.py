@@ -1,11 +1,14 @@
 """Resuming is exact under every kind of sharding and base, with workers, odd tails, packing and evaluations between."""
 
+import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.reliability.runs import LONG, adapter, kill, start, whole_steps
+from tests.conftest import t5tune
+from tests.reliability.runs import LONG, adapter, arguments, kill, start, whole_steps
 
 STAGES = {"alone": (), **{f"zero{stage}": (f"--deepspeed=zero{stage}", "--num-processes=2") for stage in (0, 2, 3)}}
 BASES = {
@@ -31,15 +34,35 @@ CASES = ALL if LONG else [("alone", "q_lora", "tokens"), ("zero2", "bf16", "exam
 def test_a_stopped_run_ends_with_the_bits_of_a_straight_one(
     stage: str, base: str, data: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    more = (*ODD, *STAGES[stage], *BASES[base], *DATA[data])
+    stop_and_go_on(untied_base, conversations, tmp_path, *ODD, *STAGES[stage], *BASES[base], *DATA[data])
+
+
+def stop_and_go_on(base: Path, data: Path, tmp_path: Path, *more: str, **environment: str) -> None:
+    """The adapter of a run that was stopped and went on is that of a straight one."""
     for name in ("straight", "stopped"):
         run = tmp_path / name
         if name == "stopped":
-            with start(untied_base, conversations, run, *more) as running:
+            with start(base, data, run, *more, **environment) as running:
                 running.until_step(8)
                 kill(running.process.pid, signal.SIGTERM)
                 assert running.end() == 143, running.log.read_text()[-3000:]
             assert whole_steps(run)[0] >= 8
-        with start(untied_base, conversations, run, *more) as running:
+        with start(base, data, run, *more, **environment) as running:
             assert running.end() == 0, running.log.read_text()[-3000:]
     assert adapter(tmp_path / "straight") == adapter(tmp_path / "stopped")
+
+
+def test_so_does_what_torch_compiles(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    """Its kernels drop out by themselves, too."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("torch.compile makes its kernels with a C++ compiler, and there is none here")
+    more, kernels = ("--torch-compile", "--lora-target-modules=all-linear"), tmp_path / "kernels"
+    stop_and_go_on(untied_base, conversations, tmp_path, *more, TORCHINDUCTOR_CACHE_DIR=str(kernels))
+    assert any(kernels.glob("**/*.so"))
+    done = t5tune(*arguments(untied_base, conversations, tmp_path / "stopped", more[1], "--max-steps=30"))
+    assert done.code == 2
+    assert "torch_compile" in done.stderr
+    done = t5tune(*arguments(untied_base, conversations, tmp_path / "new", *more), env={"PATH": str(tmp_path)})
+    assert (done.code, done.stderr.count("error: ")) == (1, 1), done.stderr
+    assert "torch_compile: no C++ compiler" in done.stderr
