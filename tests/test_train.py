@@ -367,8 +367,8 @@ def test_wrong_names_are_refused_before_anything_is_made(
     run = tmp_path / "run"
     with pytest.raises(SettingsError, match="training_args.adam_beta: no such field.*did you mean adam_beta"):
         train(settings(untied_base, conversations, run, training_args={"adam_beta": 0.9}))
-    with pytest.raises(SettingsError, match="training_args.torch_compile: .*compiled anew"):
-        train(settings(untied_base, conversations, run, training_args={"torch_compile": True}))
+    with pytest.raises(SettingsError, match="training_args.torch_compile_mode: .*; set torch_compile"):
+        train(settings(untied_base, conversations, run, training_args={"torch_compile_mode": "max-autotune"}))
     with pytest.raises(SettingsError, match="training_args.learning_rate: set learning_rate itself"):
         train(settings(untied_base, conversations, run, training_args={"learning_rate": 0.9}))
     with pytest.raises(SettingsError, match="deepspeed: zero5"):

@@ -54,7 +54,7 @@ def check(settings: TrainSettings) -> None:
             elif name in OWN_ARGUMENTS:
                 problems.append(f"training_args.{name}: t5tune sets this itself")
             elif name.startswith("torch_compile"):
-                problems.append(f"training_args.{name}: each batch has lengths of its own, and would be compiled anew")
+                problems.append(f"training_args.{name}: t5tune chooses what is compiled; set torch_compile")
             elif name not in fields:
                 problems.append(f"training_args.{name}: no such field of TrainingArguments{suggestion(name, fields)}")
     if settings.deepspeed is not None:
