@@ -58,7 +58,7 @@ class TrainingSettings(Settings):
     torch_compile: bool = Field(
         default=False,
         description="Let torch.compile make few kernels of each norm and feed-forward layer: seconds to minutes at "
-        "first, then faster steps.",
+        "first, then often faster steps.",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         default="stop",

@@ -85,7 +85,11 @@ def build(
     if settings.adapter is not None:
         start_from(model, settings.adapter, cache.tokenizer_folder)
     packs = _packs(settings, model, report)
-    (use_compiled if settings.torch_compile else use_fused)(model)
+    if settings.torch_compile:
+        use_compiled(model)
+        report(Note("norms and feed-forward layers are compiled: the first steps take seconds to minutes longer"))
+    else:
+        use_fused(model)
     trainable, total = count_parameters(model)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()

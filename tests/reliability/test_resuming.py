@@ -60,6 +60,7 @@ def test_so_does_what_torch_compiles(untied_base: Path, conversations: Path, tmp
     more, kernels = ("--torch-compile", "--lora-target-modules=all-linear"), tmp_path / "kernels"
     stop_and_go_on(untied_base, conversations, tmp_path, *more, TORCHINDUCTOR_CACHE_DIR=str(kernels))
     assert any(kernels.glob("**/*.so"))
+    assert "are compiled: the first steps take" in (tmp_path / "straight.log").read_text()
     done = t5tune(*arguments(untied_base, conversations, tmp_path / "stopped", more[1], "--max-steps=30"))
     assert done.code == 2
     assert "torch_compile" in done.stderr
