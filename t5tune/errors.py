@@ -31,8 +31,10 @@ def one_line(text: str) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean lora_r?`, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """`; did you mean lora_r?`, or nothing where no known name is close. One that goes on where `name` ends is."""
+    known = list(known)
+    longer = [other for other in known if other.startswith((f"{name}-", f"{name}_"))]
+    close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 

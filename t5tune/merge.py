@@ -340,7 +340,7 @@ def _verify(
             "nothing was written",
             hint="is this the base that the adapter was trained on?",
         )
-    seen = f"logits differ by at most {found.error:.3g} of {found.largest:.3g}"
+    seen = f"logits differ by at most {found.error:.3g} of {found.largest:.3g} ({allowed:.3g} is allowed)"
     report(Note(f"verified on {found.examples} examples: {seen}"))
     if found.from_training:
         parts = (f"{error:.3g} folded onto {onto}" for onto, error in found.from_training.items())

@@ -8,6 +8,7 @@ from typing import Any
 from t5tune.errors import SettingsError
 from t5tune.settings import COMMANDS
 
+FOR_FLAGS = ("positional", "has_unit", "yaml_only")  # what a field says of itself for the command line
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -23,4 +24,7 @@ def schema(command: str) -> dict[str, Any]:
     described = models[command].model_json_schema()
     described.pop("required", None)
     described.pop("description", None)
+    for setting in described["properties"].values():
+        for name in FOR_FLAGS:
+            setting.pop(name, None)
     return {"$schema": DRAFT, **described, "title": f"Settings of t5tune {command}"}

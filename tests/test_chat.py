@@ -103,7 +103,7 @@ def test_quantised_base_answers(made: dict[str, Path], untied_base: Path) -> Non
 def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"], "--max-new-tokens", "3"],
-        input=f"{PROMPT}\n/reset\n{PROMPT}\n",
+        input=f"{PROMPT}\n/reset\n{PROMPT}\n/help\n",
         capture_output=True,
         text=True,
         timeout=120,
@@ -111,6 +111,7 @@ def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
     assert done.returncode == 0, done.stderr
     expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
     assert done.stdout == f"{expected}\n" * 2
+    assert "/reset             forget the conversation" in done.stderr
 
 
 def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str, Path], tmp_path: Path) -> None:

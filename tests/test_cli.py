@@ -140,7 +140,14 @@ def test_an_unknown_command_is_refused_with_the_closest() -> None:
 
 
 def test_an_argument_too_many_is_refused() -> None:
-    assert_refused(t5tune("train", "stray"), "stray")
+    done = t5tune("train", "stray")
+    assert_refused(done, "stray: stands behind no flag", "model_name_or_path: missing", "t5tune train --help")
+    assert_refused(t5tune("inspect", "one", "two"), "two")
+
+
+def test_what_stands_without_a_flag_is_named_so() -> None:
+    assert_refused(t5tune("inspect"), "cache: missing; give t5tune inspect CACHE or set it in a --config file")
+    assert_refused(t5tune("templates", "foo"), "action: 'foo' (ACTION): ")
 
 
 def test_a_missing_config_is_refused() -> None:

@@ -157,6 +157,9 @@ def test_what_isnt_there_is_refused(cache: Path, tmp_path: Path) -> None:
     assert "holds examples 0 to 3" in refused(example=4)
     assert "choose the examples one way" in refused(example=1, all=True)
     assert str(tmp_path) in refused(cache=tmp_path)
+    assert refused(cache=tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
+    (tmp_path / "data.jsonl").write_text("{}")
+    assert refused(cache=tmp_path / "data.jsonl") == f"{tmp_path / 'data.jsonl'}: a file, not a token cache"
     assert "html: " in refused(html=tmp_path / "nowhere" / "page.html")
     broken = tmp_path / "broken"
     shutil.copytree(cache, broken)

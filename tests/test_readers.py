@@ -177,9 +177,15 @@ UNTRUSTED = {
     "array cut behind a backslash": (b'[{"a": "b\\', r":1: the array has no end"),
     "array cut at its start": (b"[", r":1: the array has no end"),
     "array that goes on": (f"[{GOOD}]\n{GOOD}".encode(), r":2: text goes on after the array's end"),
-    "array without a value": (f"[{GOOD},,{GOOD}]".encode(), r":1: record 1: not valid JSON"),
-    "array with a comma at its end": (f"[{GOOD},]".encode(), r":1: record 1: not valid JSON"),
-    "array without a comma": (f"[{GOOD}\n{GOOD}]".encode(), r":1: record 0: not valid JSON"),
+    "array without a value": (
+        f"[{GOOD},,{GOOD}]".encode(),
+        r":1: record 1: not valid JSON: nothing stands where a value",
+    ),
+    "array with a comma at its end": (f"[{GOOD},]".encode(), r":1: record 1: not valid JSON: nothing stands where"),
+    "array without a comma": (
+        f"[{GOOD}\n{GOOD}]".encode(),
+        rf":1: record 0: not valid JSON: Extra data at character {len(GOOD) + 2} of the record",
+    ),
     "array with a broken value": (f"[{GOOD},\n{{'a': 1}}]".encode(), r":2: record 1: not valid JSON"),
     "array with a brace too many": (f"[{GOOD}}},{GOOD}]".encode(), r":1: not valid JSON"),
     "array with a bracket too many": (f"[{GOOD}],{GOOD}]".encode(), r":1: text goes on"),

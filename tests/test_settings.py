@@ -160,14 +160,18 @@ def test_unknown_names_are_refused_with_the_closest_one_wherever_they_stand(
 ) -> None:
     file = yaml_file("lora_rr: 8\n")
     monkeypatch.setenv("T5TUNE_SAVE_STEP", "5")
-    settings, said = typed("train", *NEEDED_FLAGS, "--config", file, "--lora-alfa", "8", "--zzz=1")
+    settings, said = typed(
+        "train", *NEEDED_FLAGS, "--config", file, "--lora-alfa", "8", "--zzz=1", "--model", "m", "--quant", "nf4"
+    )
     assert settings is None
     errors = [line.removesuffix("; t5tune train --help lists every option") for line in said.splitlines()]
     assert all(line.startswith("error: ") for line in errors)
-    assert len(errors) == 4
+    assert len(errors) == 6
     assert f"error: {file}: lora_rr: unknown setting; did you mean lora_r?" in errors
     assert any(line.startswith("error: T5TUNE_SAVE_STEP: unknown setting; did you mean save_steps?") for line in errors)
     assert "error: --lora-alfa: unknown flag; did you mean --lora-alpha?" in errors
+    assert "error: --model: unknown flag; did you mean --model-name-or-path?" in errors
+    assert "error: --quant: unknown flag; did you mean --quant-type?" in errors
     assert [line for line in errors if "--zzz: unknown flag" in line and "did you mean" not in line]
 
 

@@ -38,6 +38,9 @@ def test_deepspeed_configuration_is_of_the_stage_in_its_name(name: str) -> None:
 
 def test_quickstart_runs_the_whole_chain_and_shows_what_it_made(tmp_path: Path) -> None:
     script = REPOSITORY / "examples" / "quickstart" / "quickstart.py"
+    half_made = tmp_path / "quickstart" / "before" / "predictions.jsonl"
+    half_made.parent.mkdir(parents=True)
+    half_made.write_text("")
     done = subprocess.run(
         [sys.executable, script, "--output-dir", tmp_path / "quickstart", "--max-steps", "3"],
         capture_output=True,
@@ -47,6 +50,7 @@ def test_quickstart_runs_the_whole_chain_and_shows_what_it_made(tmp_path: Path) 
         env={**os.environ, "T5TUNE_MAX_NEW_TOKENS": "4", "T5TUNE_NUM_DATA": "20"},
     )
     assert done.returncode == 0, done.stderr
+    assert "quickstart was interrupted, and goes on" in done.stderr
     for word in ("token cache", "run", "adapter", "merged model", "exact match", "before", "after", "you:", "model:"):
         assert word in done.stdout
     assert (tmp_path / "quickstart" / "merged" / "model.safetensors").is_file()

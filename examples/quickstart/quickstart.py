@@ -28,6 +28,11 @@ def t5tune(*arguments: str | Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+def into(folder: Path) -> list[str | Path]:
+    """Where a result goes, in the place of what an interrupted quickstart left there."""
+    return ["--output-dir", folder, *(["--overwrite"] if folder.exists() else [])]
+
+
 def size(folder: Path) -> str:
     """The bytes of a folder's own files, in KiB or MiB."""
     total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
@@ -40,9 +45,11 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, help="train less")
     options = parser.parse_args()
     out = options.output_dir
-    if out.exists():
+    if (out / "after").exists():
         print(f"{out} of an earlier quickstart is replaced", file=sys.stderr)
         shutil.rmtree(out)
+    elif out.exists():
+        print(f"{out} was interrupted, and goes on", file=sys.stderr)
     cache, lora, run, adapter, merged = (out / name for name in ("cache", "lora", "run", "adapter", "merged"))
     started = time.monotonic()
 
@@ -50,14 +57,14 @@ def main() -> None:
     held_out = ["--data-path", HERE / "heldout.jsonl"]
     limit = ["--max-steps", str(options.max_steps)] if options.max_steps else []
     prepared = t5tune("prepare", *base, "--data-path", HERE / "train.jsonl", "--output-dir", cache)
-    before = t5tune("evaluate", *base, *held_out, "--output-dir", out / "before")
+    before = t5tune("evaluate", *base, *held_out, *into(out / "before"))
     train = ["train", "--config", "pocket", "--data-path", cache, *limit]
     plain = t5tune(*train, "--output-dir", lora)
-    with_lora = t5tune("evaluate", "--model-name-or-path", lora, *held_out, "--output-dir", out / "after-lora")
+    with_lora = t5tune("evaluate", "--model-name-or-path", lora, *held_out, *into(out / "after-lora"))
     trained = t5tune(*train, "--q-lora", "--output-dir", run)
-    exported = t5tune("export", run, "--output-dir", adapter)
-    t5tune("merge", *base, "--adapter", adapter, "--onto", "nf4", "--output-dir", merged)
-    after = t5tune("evaluate", "--model-name-or-path", merged, *held_out, "--output-dir", out / "after")
+    exported = t5tune("export", run, *into(adapter))
+    t5tune("merge", *base, "--adapter", adapter, "--onto", "nf4", *into(merged))
+    after = t5tune("evaluate", "--model-name-or-path", merged, *held_out, *into(out / "after"))
     answer = t5tune("chat", "--model-name-or-path", merged, "--prompt", PROMPT, "--max-new-tokens", "80")
 
     rows = [

@@ -105,7 +105,7 @@ class _Talk:
         """Carry out a command, and say what it did."""
         match name:
             case "help":
-                self.say(HELP)
+                self.console.print(Text(HELP, "dim"))
             case "reset":
                 self.turns = []
                 self.say("forgotten")

@@ -49,7 +49,7 @@ def normalise(arguments: list[str], model: type[Settings]) -> list[str]:
     `--lora_r=8` -> `--lora-r 8`; `--bf16` -> `--bf16 true`; `--no-bf16` -> `--bf16 false`;
     `--lora-target-modules q v` -> the flag twice.
     Names that others renamed or dropped (see settings/renamed.py) travel in the hidden flag --renamed;
-    an unknown flag or a missing value in --problem, to be shown with what pydantic finds.
+    an unknown flag, a missing value or a stray one in --problem, to be shown with what pydantic finds.
     """
     fields = _flags(model)
     kinds: dict[str, str] = {name: _kind(field) for name, field in fields.items()}
@@ -61,6 +61,9 @@ def normalise(arguments: list[str], model: type[Settings]) -> list[str]:
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
+        if not token.startswith("-") and not positional:
+            problems.append(f"{token}: stands behind no flag")
+            continue
         if not token.startswith("--") or token == "--":
             result.append(token)
             continue
@@ -137,6 +140,8 @@ def _metavar(field: FieldInfo) -> str:
     plain = _plain_type(field)
     if typing.get_origin(plain) is Literal:
         return "NAME"
+    if _extra(field, "has_unit"):
+        return "SIZE"
     if typing.get_origin(plain) is list:
         return "TEXT…"
     return {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}.get(plain, "PATH")
@@ -162,14 +167,13 @@ def _help(field: FieldInfo) -> str:
 def _parameter(name: str, field: FieldInfo, model: type[Settings]) -> inspect.Parameter:
     """One setting as a parameter that Typer understands; None means that the user didn't give it."""
     kind = _kind(field)
-    flag = f"--{name.replace('_', '-')}"
     help_text = _help(field)
     option: Any
     if _extra(field, "positional"):
-        option = typer.Argument(help=help_text, metavar=name.upper(), show_default=False)
+        option = typer.Argument(help=help_text, metavar=model.as_typed(name), show_default=False)
     else:
         option = typer.Option(
-            flag,
+            model.as_typed(name),
             help=help_text,
             rich_help_panel=model.panel_of(name),
             metavar=_metavar(field),

@@ -170,6 +170,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: it is missing, broken, or of another format.
     """
+    if not os.path.isdir(folder):
+        what = "a file, not a token cache" if os.path.exists(folder) else "no such folder"
+        raise DataError(f"{folder}: {what}", hint="name a folder that t5tune prepare wrote")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format"]

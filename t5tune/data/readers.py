@@ -138,7 +138,8 @@ class _Text:
             if not self._more():
                 if self.in_array:
                     raise DataError(
-                        f"{self.path}:{self.line}: the array has no end", hint="the file was cut off; get it again"
+                        f"{self.path}:{self.line}: the array has no end",
+                        hint="the file was cut off, or the record that begins there lacks a bracket or a quote",
                     )
                 break
         if not spilled and self.scan - self.start <= self.max_bytes:

@@ -115,7 +115,9 @@ def parse(data: bytes) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise Refused("not_json", f"not valid JSON: {error}") from None
+        if not text.strip():
+            raise Refused("not_json", "not valid JSON: nothing stands where a value is expected") from None
+        raise Refused("not_json", f"not valid JSON: {error.msg} at character {error.pos + 1} of the record") from None
 
 
 def check_characters(value: Any, place: str = "the record") -> None:

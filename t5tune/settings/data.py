@@ -17,8 +17,8 @@ class ConversationSettings(Settings):
 
     conversation_template: Annotated[str | None, Maybe] = Field(
         default=None,
-        description="Layout of a conversation: a name under templates/conversations, or a YAML file; default: "
-        "the one that the model brings (template.yaml), else fastchat-t5.",
+        description="Layout of a conversation: a name under conversations/ in t5tune templates, or a YAML file; "
+        "default: the one that the model brings (template.yaml), else fastchat-t5.",
     )
     model_max_length: int = Field(
         default=2048,
@@ -93,7 +93,7 @@ class DataSettings(ReadingSettings, ConversationSettings):
     data_path: Paths = Field(
         min_length=1,
         description="Conversations: JSON, JSONL, CSV or Parquet files, plain, .gz or .zst; folders, patterns, `-` for "
-        "standard input; for train also a token cache; `pocket` is the packaged set.",
+        "standard input; for train and evaluate also a token cache; `pocket` is the packaged set.",
     )
     add_tokens: Words = Field(
         default=["auto"],

@@ -45,6 +45,13 @@ class Settings(BaseModel):
         return value
 
     @classmethod
+    def as_typed(cls, name: str) -> str:
+        """How a field stands on the command line: `--lora-r`, or `CACHE` where it takes its place without a flag."""
+        extra = cls.model_fields[name].json_schema_extra if name in cls.model_fields else None
+        is_positional = isinstance(extra, dict) and extra.get("positional")
+        return name.upper() if is_positional else f"--{name.replace('_', '-')}"
+
+    @classmethod
     def panel_of(cls, name: str) -> str:
         """The title of the group that a field belongs to: that of the mixin that declares it."""
         for base in reversed(cls.__mro__):

@@ -48,13 +48,13 @@ def load_settings(
     problems = list(problems)
     notes: list[str] = []
     values: dict[str, _Value] = {}
-    for source in (_from_file(file), _from_environment(environment or {}), _from_flags(flags or {})):
+    for source in (_from_file(file), _from_environment(environment or {}), _from_flags(flags or {}, model)):
         values.update(_with_known_names(model, source, problems, notes))
     settings = None
     try:
         settings = model.model_validate({name: value.value for name, value in values.items()})
     except ValidationError as error:
-        problems += [_problem(detail, values) for detail in error.errors()]
+        problems += [_problem(detail, values, model) for detail in error.errors()]
     if problems or settings is None:
         raise SettingsError(*problems, hint=f"t5tune {model.command} --help lists every option")
     if getattr(settings, "q_lora", False) and model.command == "train" and "bf16" not in values:
@@ -87,8 +87,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
     }
 
 
-def _from_flags(flags: Mapping[str, Any]) -> dict[str, _Value]:
-    return {name: _Value(value, "--" + name.replace("_", "-")) for name, value in flags.items()}
+def _from_flags(flags: Mapping[str, Any], model: type[Settings]) -> dict[str, _Value]:
+    return {name: _Value(value, model.as_typed(name)) for name, value in flags.items()}
 
 
 def _with_known_names(
@@ -120,14 +120,16 @@ def _with_known_names(
     return known
 
 
-def _problem(error: ErrorDetails, values: dict[str, _Value]) -> str:
+def _problem(error: ErrorDetails, values: dict[str, _Value], model: type[Settings]) -> str:
     """One pydantic error as `lora_r: abc (--lora-r): not a whole number`."""
     reason = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return reason
     name = str(error["loc"][0])
     if error["type"] == "missing":
-        return f"{name}: missing; give --{name.replace('_', '-')} or set it in a --config file"
+        typed = model.as_typed(name)
+        give = typed if typed.startswith("--") else f"t5tune {model.command} {typed}"
+        return f"{name}: missing; give {give} or set it in a --config file"
     given = values.get(name)
     shown = repr(given.value if given else error["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."

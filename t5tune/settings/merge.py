@@ -23,7 +23,7 @@ def _bytes(value: Any) -> Any:
 Quantization = Literal[
     "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"
 ]
-Size = Annotated[int, BeforeValidator(_bytes)]
+Size = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str)]
 
 
 class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
@@ -48,7 +48,10 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
         default=None, description="Round the merged weights to this; default: each tensor keeps the base's."
     )
     max_shard_size: Annotated[Size | None, Maybe] = Field(
-        default=None, gt=0, description="Cut the weights into files of this size (5GB, 500MB); default: as the base's."
+        default=None,
+        gt=0,
+        description="Cut the weights into files of this size (5GB, 500MB); default: as the base's.",
+        json_schema_extra={"has_unit": True},
     )
     onto: Literal["base", "nf4", "fp4", "int8"] = Field(
         default="base",
@@ -68,7 +71,8 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     verify_tolerance: float = Field(
         default=1e-4,
         gt=0,
-        description="Largest difference of logits allowed in fp32, relative to the largest logit.",
+        description="Largest difference of logits allowed, relative to the largest logit; 0.05 at least where the "
+        "merged weights are rounded.",
     )
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Event, Started
 from t5tune.train import train
 from t5tune.training.stopping import HANDED_ON, SECONDS_APART, listening
+from tests.conftest import REPOSITORY
 from tests.forks import Forks
 from tests.reliability.runs import (
     LONG,
@@ -24,6 +25,7 @@ from tests.reliability.runs import (
     Running,
     adapter,
     arguments,
+    below,
     kill,
     settings,
     start,
@@ -291,3 +293,31 @@ with stopping.listening() as stop, stop.at_once():
         kill(running.process.pid, signal.SIGTERM)
         assert running.end() == 143
     assert "stopped by SIGTERM before training began" in running.log.read_text()
+
+
+SLURM = {"srun": 'exec "$@"', "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >>"$ASKED"'}
+
+
+@pytest.mark.parametrize(("script", "code"), [("srun", 143), ("torchrun", 1)])
+def test_the_time_limit_of_a_slurm_job_seals_and_puts_it_back(
+    script: str, code: int, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """What stands in for SLURM's commands runs a task where it is, and notes what the controller is asked."""
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    job = str(os.getpid())
+    variables = {"SLURM_JOB_ID": job, "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "RANKS_PER_NODE": "1"}
+    variables |= {"PATH": path, "ASKED": str(tmp_path / "asked")}
+    _, *flags = arguments(untied_base, conversations, tmp_path / "run", "--save-steps=100000", "--max-steps=100000")
+    command = ["bash", str(REPOSITORY / "examples" / "slurm" / f"{script}.sbatch"), *flags]
+    with Running(command, tmp_path / "run", **variables) as running:
+        running.until_step(3)
+        processes = below(running.process.pid)
+        # SLURM signals the tasks, and where B: is asked for the script alone
+        kill(running.process.pid if script == "torchrun" else processes[0], signal.SIGUSR1)
+        assert running.end() == code, running.log.read_text()[-3000:]
+        running.until_gone(processes)
+    assert len(whole_steps(tmp_path / "run")) == 1
+    assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
