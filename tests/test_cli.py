@@ -14,6 +14,7 @@ import pytest
 import typer
 from rich.console import Console
 
+from t5tune import progress
 from t5tune.cli import build_app
 from t5tune.cli.console import Screen
 from t5tune.progress import Advanced, Measured, Started
@@ -253,6 +254,24 @@ def test_at_80_columns_the_count_and_the_time_left_are_whole(monkeypatch: pytest
     *_, last = [text for text in drawn.getvalue().splitlines() if "12000" in text]
     assert " 1200/12000 steps 0:00:0" in last
     assert last.rstrip().endswith(" left -:--:-- loss 0.2849")
+
+
+def test_a_log_says_where_a_long_task_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    screen = Screen()
+    monkeypatch.setattr(screen, "console", Console(file=drawn, width=80))
+    for task, seconds in (("short", 1000), ("long", 0), ("even", 0)):
+        screen(Started(task, 13, "batches"))
+        monkeypatch.setattr("t5tune.cli.console.SECONDS_BETWEEN_LINES", seconds)
+        screen(Advanced(task, 7))
+        if task != "even":
+            monkeypatch.setattr("t5tune.cli.console.SECONDS_BETWEEN_LINES", 1000)
+        screen(Advanced(task, 13))
+        screen(progress.Finished(task))
+    assert drawn.getvalue().splitlines() == [
+        *("long: 7 of 13 batches", "long: 13 of 13 batches"),
+        *("even: 7 of 13 batches", "even: 13 of 13 batches"),
+    ]
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ class Screen:
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, Started] = {}
         self._last_line: dict[str, float] = {}
+        self._has_lines: set[str] = set()
+        self._behind: dict[str, str] = {}  # of these tasks: what no line has said yet
 
     def __call__(self, event: Event) -> None:
         try:
@@ -78,6 +80,7 @@ class Screen:
     def _start(self, event: Started) -> None:
         self._started[event.task] = event
         self._last_line[event.task] = time.monotonic()
+        self._has_lines.discard(event.task)
         if not self.console.is_terminal:
             return
         if self._progress is None:
@@ -100,7 +103,7 @@ class Screen:
         if self._progress is not None and event.task in self._tasks:
             self._progress.update(self._tasks[event.task], completed=event.done)
         elif event.task in self._started:
-            self._line(event.task, f"{event.done}{self._of_total(event.task)}")
+            self._line(event.task, f"{event.task}: {event.done}{self._of_total(event.task)}")
 
     def _finish(self, event: Finished) -> None:
         if self._progress is not None and event.task in self._tasks:
@@ -109,6 +112,8 @@ class Screen:
             self._progress.update(task, total=done)
             if not self._tasks:
                 self.close()
+        elif event.task in self._behind:
+            self.console.print(self._behind.pop(event.task), markup=False)
 
     def _measure(self, event: Measured) -> None:
         figures = [f"{name} {format_number(value)}" for name, value in event.values.items()]
@@ -125,7 +130,11 @@ class Screen:
         now = time.monotonic()
         if now - self._last_line[task] >= SECONDS_BETWEEN_LINES:
             self._last_line[task] = now
-            self.console.print(f"{task}: {text}", markup=False)
+            self._behind.pop(task, None)
+            self._has_lines.add(task)
+            self.console.print(text, markup=False)
+        elif task in self._has_lines:
+            self._behind[task] = text
 
 
 class _Values(ProgressColumn):
