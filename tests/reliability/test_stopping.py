@@ -316,8 +316,12 @@ def test_the_time_limit_of_a_slurm_job_seals_and_puts_it_back(
         running.until_step(3)
         processes = below(running.process.pid)
         # SLURM signals the tasks, and where B: is asked for the script alone
-        kill(running.process.pid if script == "torchrun" else processes[0], signal.SIGUSR1)
-        assert running.end() == code, running.log.read_text()[-3000:]
-        running.until_gone(processes)
+        try:
+            kill(running.process.pid if script == "torchrun" else processes[0], signal.SIGUSR1)
+            assert running.end() == code, running.log.read_text()[-3000:]
+            running.until_gone(processes)
+        finally:  # a script that the signal ends leaves them
+            for process in processes:
+                kill(process, signal.SIGKILL)
     assert len(whole_steps(tmp_path / "run")) == 1
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
