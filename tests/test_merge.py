@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -576,7 +577,10 @@ def test_without_verify_the_same_bytes_are_written(untied_base: Path, untied_ada
     result = run_merge(untied_base, untied_adapter, tmp_path / "a", verify=False)
     assert not result.verified
     assert result.max_error is None
-    run_merge(untied_base, untied_adapter, tmp_path / "b")
+    notes: list[Any] = []
+    checked = run_merge(untied_base, untied_adapter, tmp_path / "b", notes.append)
+    assert any(re.search(r"verified on \d+ examples: .* is allowed\)", getattr(note, "text", "")) for note in notes)
+    assert checked.verified
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from t5tune import presets
 from t5tune.errors import SettingsError
-from t5tune.schema import schema
+from t5tune.schema import FOR_FLAGS, schema
 from t5tune.settings import COMMANDS, TemplatesSettings, TrainSettings, load_settings
 from t5tune.templates import templates
 
@@ -37,6 +37,7 @@ def test_every_command_has_a_schema_with_its_settings(model: type) -> None:
     assert set(described["properties"]) == set(model.model_fields)
     assert "required" not in described
     assert described["additionalProperties"] is False
+    assert not [name for setting in described["properties"].values() for name in FOR_FLAGS if name in setting]
 
 
 def test_a_schema_knows_choices_ranges_and_lists_in_one_line() -> None:
@@ -129,3 +130,7 @@ def test_a_shells_name_behind_completion_is_no_command() -> None:
     assert done.code == 2
     said = "--show-completion zsh: takes no value, it finds the shell that it runs in; t5tune --show-completion"
     assert done.errors == [f"error: {said}"]
+
+
+def test_a_size_may_stand_with_its_unit() -> None:
+    assert {"type": "string"} in schema("merge")["properties"]["max_shard_size"]["anyOf"][0]["anyOf"]

@@ -62,7 +62,7 @@ def normalise(arguments: list[str], model: type[Settings]) -> list[str]:
     while rest:
         token = rest.pop(0)
         if not token.startswith("-") and not positional:
-            problems.append(f"{token}: stands behind no flag")
+            problems.append(f"{token or repr(token)}: stands behind no flag")
             continue
         if not token.startswith("--") or token == "--":
             result.append(token)

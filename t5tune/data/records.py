@@ -117,7 +117,9 @@ def parse(data: bytes) -> Any:
     except json.JSONDecodeError as error:
         if not text.strip():
             raise Refused("not_json", "not valid JSON: nothing stands where a value is expected") from None
-        raise Refused("not_json", f"not valid JSON: {error.msg} at character {error.pos + 1} of the record") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        where = f"{line}character {error.colno} of the record"
+        raise Refused("not_json", f"not valid JSON: {error.msg} at {where}") from None
 
 
 def check_characters(value: Any, place: str = "the record") -> None:
