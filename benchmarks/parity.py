@@ -18,32 +18,37 @@ from safetensors.torch import load_file, save_file
 from sides import t5tune
 
 Q_LORA = ["--q-lora", "--no-bf16"]
-ALL_LINEAR = ["--lora-target-modules", "all-linear"]
-FULL_RATE, RATE, ALL_RATE = "1e-3", "5e-3", "2e-3"
+Q_V = ["--lora-target-modules", "q", "v", "--learning-rate", "5e-3"]
+ATTENTION = ["--lora-target-modules", "attention", "--learning-rate", "3e-3"]
+ALL_LINEAR = ["--lora-target-modules", "all-linear", "--learning-rate", "2e-3"]
+# some ways of LoRA want a lower rate: a later flag counts
+LOWER = ["--learning-rate", "1e-3"]
 
 METHODS: dict[str, list[str]] = {
-    "full": ["--train-mode", "full", "--learning-rate", FULL_RATE],
-    "LoRA q,v": ["--learning-rate", RATE],
-    "LoRA all-linear": [*ALL_LINEAR, "--learning-rate", ALL_RATE],
-    "QLoRA nf4 q,v": [*Q_LORA, "--no-double-quant", "--learning-rate", RATE],
-    "QLoRA nf4 + DQ q,v": [*Q_LORA, "--learning-rate", RATE],
-    "QLoRA nf4 + DQ all-linear": [*Q_LORA, *ALL_LINEAR, "--learning-rate", ALL_RATE],
-    "QLoRA fp4 q,v": [*Q_LORA, "--quant-type", "fp4", "--learning-rate", RATE],
-    "int8 q,v": [*Q_LORA, "--quant-type", "int8", "--learning-rate", RATE],
+    "full": ["--train-mode", "full", "--learning-rate", "1e-3"],
+    "LoRA q,v": Q_V,
+    "LoRA attention": ATTENTION,
+    "LoRA all-linear": ALL_LINEAR,
+    "QLoRA nf4 q,v": [*Q_LORA, "--no-double-quant", *Q_V],
+    "QLoRA nf4 + DQ q,v": [*Q_LORA, *Q_V],
+    "QLoRA nf4 + DQ attention": [*Q_LORA, *ATTENTION],
+    "QLoRA nf4 + DQ all-linear": [*Q_LORA, *ALL_LINEAR],
+    "QLoRA fp4 q,v": [*Q_LORA, "--quant-type", "fp4", *Q_V],
+    "int8 q,v": [*Q_LORA, "--quant-type", "int8", *Q_V],
 }
 VARIANTS: dict[str, list[str]] = {
-    "DoRA q,v": ["--use-dora", "--learning-rate", RATE],
-    "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", "--learning-rate", "1e-3"],
+    "DoRA q,v": [*Q_V, "--use-dora"],
+    "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", *LOWER],
     # these begin at large values, which a rate for B = 0 throws about
-    "PiSSA q,v": ["--init-lora-weights", "pissa", "--learning-rate", "1e-3"],
-    "OLoRA q,v": ["--init-lora-weights", "olora", "--learning-rate", "1e-3"],
-    "LoRA+ q,v": ["--loraplus-lr-ratio", "4", "--learning-rate", "2e-3"],
-    "QLoRA, LoftQ start": [*Q_LORA, "--init-lora-weights", "loftq", "--learning-rate", RATE],
-    "LoRA q,v + norms whole": ["--modules-to-save", "layer_norm", "final_layer_norm", "--learning-rate", RATE],
+    "PiSSA q,v": [*Q_V, "--init-lora-weights", "pissa", *LOWER],
+    "OLoRA q,v": [*Q_V, "--init-lora-weights", "olora", *LOWER],
+    "LoRA+ q,v": [*Q_V, "--loraplus-lr-ratio", "4", "--learning-rate", "2e-3"],
+    "QLoRA q,v, LoftQ start": [*Q_LORA, *Q_V, "--init-lora-weights", "loftq"],
+    "LoRA q,v + norms whole": [*Q_V, "--modules-to-save", "layer_norm", "final_layer_norm"],
 }
 TOKENS: dict[str, list[str]] = {
-    "LoRA q,v, no tokens added": ["--add-tokens", "none", "--learning-rate", RATE],
-    "LoRA q,v, frozen mean rows (FastChat's way)": ["--no-train-token-rows", "--learning-rate", RATE],
+    "LoRA q,v, no tokens added": [*Q_V, "--add-tokens", "none"],
+    "LoRA q,v, frozen mean rows (FastChat's way)": [*Q_V, "--no-train-token-rows"],
 }
 ROWS = {**METHODS, **VARIANTS, **TOKENS}
 SCORES = ("exact_match", "rougeL", "chrf", "loss")

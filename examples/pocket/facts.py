@@ -155,6 +155,13 @@ def lookup(rng: Random) -> Turns:
     return turns
 
 
+def _untrue(rng: Random, relation: Relation, values: list[str], said: str) -> str:
+    """What isn't so of a subject: half of the time it is so of another one, else of nobody."""
+    if rng.random() < 0.5:
+        return rng.choice([value for value in values if value != said])
+    return next(value for value in iter(lambda: relation.value(rng), None) if value not in values)
+
+
 def yes_no(rng: Random) -> Turns:
     """Is it so? In a word, or with the reason."""
     text = Text(rng, most=3)
@@ -165,7 +172,7 @@ def yes_no(rng: Random) -> Turns:
         which, index = rng.randrange(len(text.relations)), rng.randrange(len(text.subjects))
         relation, subject, said = text.relations[which], text.subjects[index], text.values[which][index]
         is_so = rng.random() < 0.5
-        asked = said if is_so else rng.choice([value for value in text.values[which] if value != said])
+        asked = said if is_so else _untrue(rng, relation, text.values[which], said)
         if yes == "Yes":
             question = _capital(relation.check.format(s=subject, v=asked)) + "?"
         else:

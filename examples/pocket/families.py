@@ -1,7 +1,8 @@
 """The tasks that the built-in model is pretrained on: each a function from a random source to one conversation.
 
 A conversation is a list of (question, answer) pairs. What is said is always made of random parts, so that an
-answer can be had from the question alone.
+answer can be had from the question alone; the sign between things alone is left open by `copying`, where each is
+marked, and by the first turn of `marking`, which doesn't say either on which side the marks stand.
 """
 
 import random
@@ -577,21 +578,78 @@ def polite(rng: Random) -> Turns:
     return [(rng.choice([f"Say {style}: {said}", f"{said} Say this {style}."]), requests[style])]
 
 
-def spelling(rng: Random) -> Turns:
-    """Letters of a word."""
-    word = rng.choice([invented_word, noun, lambda r: r.choice(NAMES), lambda r: r.choice(PLACES)])(rng)
-    sign = rng.choice(["-", " ", ", "])
-    named = {"-": "dashes", " ": "spaces", ", ": "commas"}[sign]
-    kind = rng.randrange(5)
-    if kind == 0:
+LETTER_SIGNS = {"-": "dashes", " ": "spaces", ", ": "commas", ".": "dots", "/": "slashes", "+": "plus signs"}
+
+
+def spelling(rng: Random, word: str = "") -> Turns:
+    """Letters of a word; without a word, of any."""
+    word = word or rng.choice([invented_word, noun, lambda r: r.choice(NAMES), lambda r: r.choice(PLACES)])(rng)
+    sign, named = rng.choice(list(LETTER_SIGNS.items()))
+    kind = rng.randrange(8)
+    if kind <= 1:
         return [(f"Spell {word} with {named}.", sign.join(word))]
-    if kind == 1:
-        return [(f"Join the letters {sign.join(word)}", word)]
     if kind == 2:
-        return [(f"First letter of {word}?", word[0])]
+        return [(f"Spell {word} in capitals, with {named}.", sign.join(word.upper()))]
     if kind == 3:
+        return [(f"Join the letters {sign.join(word)}", word)]
+    if kind == 4:
+        return [(f"First letter of {word}?", word[0])]
+    if kind == 5:
         return [(f"Last letter of {word}?", word[-1])]
+    if kind == 6:
+        return [(f"With a capital: {word}", word[0].upper() + word[1:])]
     return [(f"In capitals: {word}", word.upper())]
+
+
+# for what is done, for what isn't
+MARKS = [("x", "-"), ("v", "o"), ("+", "-"), ("*", "."), ("yes", "no"), ("done", "open"), ("on", "off"), ("!", "?"),
+         ("1", "0"), ("Y", "N"), ("x", "_"), ("in", "out")]  # fmt: skip
+
+
+def marking(rng: Random) -> Turns:
+    """Things with a mark each, which change from turn to turn; each answer is all of the list."""
+
+    def errand(rng: Random) -> str:
+        return f"{rng.choice(VERBS)[0]} {rng.choice(['the ', '', ''])}{noun(rng)}"
+
+    make = rng.choice([errand, errand, noun, name, place, any_word])
+    *held, new = distinct(rng, make, rng.randint(3, 5))
+    is_done = dict.fromkeys(held, False)
+    left, right = rng.choice([("[", "]"), ("(", ")"), ("", ""), ("", ":"), ("|", "|"), ("#", ""), ("- [", "]")])
+    done, still = (f"{left}{mark}{right}" for mark in rng.choice(MARKS)[:: rng.choice([1, 1, 1, -1])])
+    sign, is_behind = rng.choice([", ", "; ", " ", " / ", " | "]), rng.random() < 0.3
+
+    def marked(item: str) -> str:
+        mark = done if is_done[item] else still
+        return f"{item} {mark}" if is_behind else f"{mark} {item}"
+
+    def listing() -> str:
+        return sign.join(map(marked, is_done))
+
+    def change() -> str:
+        if rng.random() < 0.15 and new not in is_done:
+            is_done[new] = False
+            return rng.choice([f"Add {new}.", f"And {new}.", f"Also {new}."])
+        item = rng.choice(list(is_done))
+        is_done[item] = not is_done[item]
+        if is_done[item]:
+            return rng.choice([f"{item} is done.", f"Tick {item}.", f"I did {item}.", f"{item}: done."])
+        return rng.choice([f"{item} is open again.", f"Untick {item}.", f"Not {item} after all.", f"{item}: not yet."])
+
+    things = rng.choice([", ".join(held), listed(held)])
+    first = f" {change()}" if rng.random() < 0.3 else ""
+    ask = rng.choice(
+        [
+            f"Mark what is done with {done}, the rest with {still}: {things}.{first}",
+            f"A list with {still} for open and {done} for done: {things}.{first}",
+            f"Note {things}; {done} is done, {still} is open.{first}",
+        ]
+    )
+    turns = [(ask, listing())]
+    for _ in range(rng.choice([1, 1, 2, 2, 3])):
+        said = change()
+        turns.append((said, listing()))
+    return turns
 
 
 def templates(rng: Random) -> Turns:
@@ -670,13 +728,13 @@ FAMILIES: dict[str, Callable[[Random], Turns]] = {
     family.__name__: family
     for family in (
         copying, slots, patterns, relayout, records, inventory, keeping, disfluency, dates, units, numbers, lists,
-        polite, lookup, yes_no, spelling, templates, replacing, grammar, chatting, spans,
+        polite, lookup, yes_no, spelling, marking, templates, replacing, grammar, chatting, spans,
     )
 }  # fmt: skip
 
 # how often pretraining draws each family
 SHARES = {
     "copying": 7, "slots": 11, "patterns": 12, "relayout": 6, "records": 13, "inventory": 16, "keeping": 6,
-    "disfluency": 5, "dates": 2, "units": 2, "numbers": 3, "lists": 6, "polite": 2, "lookup": 12, "yes_no": 7,
-    "spelling": 2, "templates": 4, "replacing": 4, "grammar": 2, "chatting": 2, "spans": 5,
+    "disfluency": 5, "dates": 2, "units": 2, "numbers": 3, "lists": 6, "polite": 2, "lookup": 12, "yes_no": 9,
+    "spelling": 4, "marking": 6, "templates": 4, "replacing": 4, "grammar": 2, "chatting": 2, "spans": 5,
 }  # fmt: skip

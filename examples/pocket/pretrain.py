@@ -11,7 +11,8 @@ same place from the start; random pieces to copy in the first examples, so that 
 for embedding and head while the rate is constant, so that a piece that can be read can be copied; and two heads that
 are told where to look, since a net of this size doesn't find it out by itself: one of the encoder's at the same word
 elsewhere in the text, by which a question finds the fact it is about, and one of the decoder's at the word that is to
-be written next (after Liu et al. 2016, whose attention learnt from word alignments).
+be written next (after Liu et al. 2016, whose attention learnt from word alignments). The embedding of a piece begins
+with its letters, and words of random pieces are spelled, since no text tells what a piece is made of.
 """
 
 import argparse
@@ -26,31 +27,35 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from families import FAMILIES, SHARES, Turns
+from families import FAMILIES, SHARES, Turns, spelling
+from make_tokenizer import LONGEST_PIECE
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from t5tune.processes import die_with_parent
 
 TOKENIZER = Path(__file__).parents[2] / "t5tune" / "pocket"
 SEED = 20261124
-STEPS = 5400
+STEPS = 5000
 THREADS = 2  # part of the recipe: sums in another order round differently
 WARMUP_STEPS, CONSTANT_STEPS = 60, int(0.4 * STEPS)
-MUON_RATE, QUERY_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.15 * 0.02, 5e-3, 0.1
-BATCH_COST = 3600  # padded source tokens + 1.3 × padded target tokens
+MUON_RATE, QUERY_RATE, ADAM_RATE, WEIGHT_DECAY = 0.007, 0.15 * 0.007, 1e-2, 0.1
+BATCH_COST = 3400  # padded source tokens + 1.3 × padded target tokens
 POOL = 8192  # examples that are sorted by length and cut into batches together
 LONGEST = 256  # tokens of a source
 COPYING_EXAMPLES = 24_000
 COPYING_SHARE = 0.05  # of random pieces to the end: a piece that is never written can't be told from its like
-GUIDED_HEAD = 3  # of the four the one whose position bias is even at the start
+SPELLING_SHARE = 0.03  # of words of random pieces, beside the family's own
+GUIDED_HEAD = 3  # of the six the first whose position bias is even at the start
 GUIDANCE = 0.3  # weight of the guided heads' losses
 SAVE_STEPS = 250
 CONFIG = {
     "vocab_size": 1536,  # 1,497 pieces, and spare rows for the tokens that tuning adds
     "d_model": 128,
     "d_kv": 32,
-    "d_ff": 512,
+    "d_ff": 384,
     "num_layers": 3,
     "num_decoder_layers": 3,
-    "num_heads": 4,
+    "num_heads": 6,
     "feed_forward_proj": "gated-gelu",
     "dropout_rate": 0.0,
     "tie_word_embeddings": False,  # what transformers 5 takes from this: no scaling before the head
@@ -71,6 +76,21 @@ Example = tuple[list[int], list[int]]  # ids of source and target, end tokens in
 @cache
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+@cache
+def pieces() -> list[str]:
+    return [str(piece) for piece in tokenizer().convert_ids_to_tokens(range(len(tokenizer())))]
+
+
+@cache
+def pieces_of_letters() -> list[str]:
+    """Those that can stand within a word."""
+    return [piece for piece in pieces() if is_letters(piece)]
+
+
+def is_letters(text: str) -> bool:
+    return text.isascii() and text.isalpha()
 
 
 def encode(texts: list[str]) -> list[list[int]]:
@@ -97,9 +117,14 @@ def pool(index: int) -> list[Example]:
     texts: list[tuple[str, str]] = []
     for number in range(index * POOL, (index + 1) * POOL):
         rng = random.Random(f"{SEED} {number}")
-        if rng.random() < COPYING_SHARE + 0.65 * max(0.0, 1 - number / COPYING_EXAMPLES):
-            pieces = [rng.randrange(3, len(tokenizer()) - 24) for _ in range(rng.randint(3, 12))]
-            examples.append(([*pieces, 1], [*pieces, 1]))
+        copying_share = COPYING_SHARE + 0.65 * max(0.0, 1 - number / COPYING_EXAMPLES)
+        kind = rng.random()
+        if kind < copying_share:
+            copied = [rng.randrange(3, len(tokenizer()) - 24) for _ in range(rng.randint(3, 12))]
+            examples.append(([*copied, 1], [*copied, 1]))
+        elif kind < copying_share + SPELLING_SHARE:
+            word = "".join(rng.choices(pieces_of_letters(), k=rng.randint(1, 3)))
+            texts.append(lay_out(spelling(rng, word), rng))
         else:
             family = rng.choices(list(SHARES), list(SHARES.values()))[0]
             turns = FAMILIES[family](rng)
@@ -126,7 +151,7 @@ def batches_of(index: int) -> list[list[Example]]:
 
 def batches_from(index: int, skip: int) -> Iterator[tuple[int, int, list[Example]]]:
     """(pool, place in it, batch) from a given place on; the next pool is made while this one trains."""
-    with ProcessPoolExecutor(1) as worker:
+    with ProcessPoolExecutor(1, initializer=die_with_parent) as worker:
         coming = worker.submit(batches_of, index)
         while True:
             batches = coming.result()
@@ -144,11 +169,6 @@ def padded(rows: list[list[int]], value: int) -> torch.Tensor:
 # ---------------------------------------------------------------- guided heads
 
 
-@cache
-def pieces() -> list[str]:
-    return [str(piece) for piece in tokenizer().convert_ids_to_tokens(range(len(tokenizer())))]
-
-
 def parts_of_words(ids: list[int]) -> list[int]:
     """A number for each piece, the same wherever the same word has it at the same place; 0 for what is no word."""
     words: list[list[str]] = []
@@ -160,6 +180,15 @@ def parts_of_words(ids: list[int]) -> list[int]:
             words.append([text])
     return [crc32(repr((word, place)).encode()) if text.isalnum() else 0
             for word in words for place, text in enumerate(word)]  # fmt: skip
+
+
+def with_next_words(parts: list[int]) -> list[int]:
+    """Of a target: what is no word has the number of the next word's first piece, which is looked for in time."""
+    numbers, following = [], 0
+    for part in reversed(parts):
+        following = part or following
+        numbers.append(following)
+    return numbers[::-1]
 
 
 class GuidedHead:
@@ -194,7 +223,7 @@ class Guides:
     def loss(self, batch: list[Example], sources: torch.Tensor) -> torch.Tensor:
         """Of the forward pass of this batch, whose padded sources are given too."""
         words = padded([parts_of_words(source) for source, _ in batch], 0)
-        copies = padded([parts_of_words(target) for _, target in batch], 0)
+        copies = padded([with_next_words(parts_of_words(target)) for _, target in batch], 0)
         elsewhere = (words[:, :, None] == words[:, None]) & ~torch.eye(words.shape[1], dtype=torch.bool)
         elsewhere &= (words != 0)[:, :, None]
         alone = sources.ne(0) & ~elsewhere.any(-1)  # these look at the end token
@@ -215,6 +244,11 @@ def new_model() -> T5ForConditionalGeneration:
     model.lm_head.weight = model.shared.weight
     with torch.no_grad():
         model.shared.weight.normal_(0, 0.02)
+        letters = 0.01 * torch.randn(LONGEST_PIECE, 128, CONFIG["d_model"])  # for each place in a piece
+        for row, piece in enumerate(pieces()):
+            text = piece.removeprefix("▁")
+            if is_letters(text):
+                model.shared.weight[row] += letters[range(len(text)), list(text.encode())].sum(0)
         encoder, decoder = (
             stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
             for stack in (model.encoder, model.decoder)

@@ -1,6 +1,7 @@
-"""The tasks that pretraining leaves out: other words, other layouts, and characters that the tokenizer lacks.
+"""The tasks that pretraining leaves out: what they are about, how they are answered, and in nearly all of the answers
+characters that the tokenizer lacks, most often a newline.
 
-Each is one to three turns, answered over several lines; they are what tuning has to teach.
+Each is one to four turns; they are what tuning has to teach.
 """
 
 import json
@@ -29,6 +30,12 @@ FAULTS = {
 TIMES = ["today", "yesterday", "last night", "this morning", "last week"]
 STOPS = """Ashford Bexhill Corby Denham Epsom Frome Goole Hexham Ilkley Kendal Luton Morpeth Newark Oakham Penrith
 Retford Selby Thirsk Ulceby Wigan""".split()
+
+ERRANDS = """mow the lawn/feed the parrot/water the ferns/pay the rent/iron the sheets/dust the blinds/peel the onions/
+mop the floor/bake a loaf/call Bob/email Grace/visit Aunt May/charge the drill/rinse the bottles/sort the mail/
+vacuum the hall/renew the passport/fill the tank""".replace("\n", "").split("/")
+POINTS = "budget hiring parking security catering insurance training branding recycling payroll lighting".split()
+INSTRUMENTS = "cello harp tuba oboe banjo viola trumpet organ bassoon zither".split()
 
 
 def _listed(words: list[str]) -> str:
@@ -130,4 +137,107 @@ def trains(rng: random.Random) -> Turns:
     return turns
 
 
-TASKS: dict[str, Callable[[random.Random], Turns]] = {task.__name__: task for task in (quickstart, faults, trains)}
+def chores(rng: random.Random) -> Turns:
+    """A list is ticked off; the answer is a task list in Markdown."""
+    *held, spare = rng.sample(ERRANDS, rng.randint(3, 5))
+    is_done = dict.fromkeys(held, False)
+
+    def answer() -> str:
+        return "\n".join(f"- [{'x' if done else ' '}] {errand}" for errand, done in is_done.items())
+
+    turns = [(rng.choice([f"To do: {_listed(held)}.", f"This week I have to {_listed(held)}."]), answer())]
+    for _ in range(rng.randint(1, 3)):
+        errand = rng.choice([*held, spare])
+        if errand not in is_done:
+            is_done[errand] = False
+            turns.append((rng.choice([f"I also have to {errand}.", f"Oh, and {errand}."]), answer()))
+            continue
+        is_done[errand] = not is_done[errand]
+        capital = errand[0].upper() + errand[1:]
+        done = [f"I have done this: {errand}.", f"Check off {errand}.", f"{capital}, that is behind me."]
+        undone = [f"I still have to {errand}.", f"Uncheck {errand}."]
+        turns.append((rng.choice(done if is_done[errand] else undone), answer()))
+    return turns
+
+
+def agenda(rng: random.Random) -> Turns:
+    """A meeting's points come, go and move up; the answer numbers them anew."""
+    *points, spare = rng.sample(POINTS, rng.randint(3, 6))
+
+    def answer() -> str:
+        return "\n".join(f"{number}) {point}" for number, point in enumerate(points, 1))
+
+    turns = [(rng.choice([f"Today: {_listed(points)}.", f"The meeting is on {_listed(points)}."]), answer())]
+    for _ in range(rng.randint(0, 2)):
+        point = rng.choice(points)
+        kind = rng.randrange(3)
+        if kind == 0 and spare not in points:
+            points.append(spare)
+            turns.append((f"At the end also {spare}.", answer()))
+        elif kind == 1 and len(points) > 1:
+            points.remove(point)
+            turns.append((f"We skip {point}.", answer()))
+        else:
+            points.remove(point)
+            points.insert(0, point)
+            turns.append((f"Let us begin with {point}.", answer()))
+    return turns
+
+
+def moves(rng: random.Random) -> Turns:
+    """Where is somebody now, and who is there? Pairs in braces."""
+    people, rooms = rng.sample(NAMES, rng.randint(2, 4)), rng.sample(FLAT_ROOMS, 5)
+    where = dict(zip(people, rooms, strict=False))
+    said = ". ".join(f"{person} waits at the {where[person]}" for person in people)
+    mover = rng.choice(people)
+    if rng.random() < 0.5:
+        where[mover] = rooms[-1]
+        said += f". Then {mover} went to the {rooms[-1]}"
+    turns: Turns = []
+    for number in range(rng.randint(1, 2)):
+        person = rng.choice(people)
+        asked = [f"Where is {person} now?", f"Who is at the {where[person]}?"]
+        turns.append(((f"{said}. " if number == 0 else "") + rng.choice(asked), f"{{{person} @ {where[person]}}}"))
+    return turns
+
+
+def whether(rng: random.Random) -> Turns:
+    """Is it so of this one? A word on a line of its own, in braces."""
+    people, tools = rng.sample(NAMES, rng.randint(2, 3)), rng.sample(INSTRUMENTS, 3)
+    plays = dict(zip(people, tools, strict=False))
+    said = "; ".join(f"{person} practises the {tool}" for person, tool in plays.items())
+    turns: Turns = []
+    for number in range(rng.randint(1, 2)):
+        person = rng.choice(people)
+        asked = plays[person] if rng.random() < 0.5 else rng.choice([tool for tool in tools if tool != plays[person]])
+        question = rng.choice([f"Does {person} practise the {asked}?", f"Is it {person} who practises the {asked}?"])
+        answer = "yes" if asked == plays[person] else "no"
+        turns.append(((f"{said}. " if number == 0 else "") + question, f"{{\n{answer}\n}}"))
+    return turns
+
+
+def backwards(rng: random.Random) -> Turns:
+    """A tour is told from its start; the answer leads back, a stop a line."""
+    stops = rng.sample(STOPS, rng.randint(2, 5))
+    told = rng.choice([f"We went to {_listed(stops)}.", "The tour: " + ", then ".join(stops) + "."])
+    return [(f"{told} And the way back?", "\n".join(f"< {stop}" for stop in reversed(stops)))]
+
+
+def courtesy(rng: random.Random) -> Turns:
+    """An order becomes a courteous letter of three lines."""
+    writer, reader = rng.sample(NAMES, 2)
+    errand = rng.choice(ERRANDS)
+    order = rng.choice([f"{reader}, {errand}! {writer}", f"{writer} tells {reader} to {errand}."])
+    return [(order, f"Dear {reader},\nmight I trouble you to {errand}?\nYours, {writer}")]
+
+
+def spelled(rng: random.Random) -> Turns:
+    """A made-up call sign is given letter by letter, in capitals."""
+    sign = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+    return [(rng.choice([f"Radio check for {sign}.", f"Our call sign is {sign}."]), "~".join(sign.upper()))]
+
+
+TASKS: dict[str, Callable[[random.Random], Turns]] = {
+    task.__name__: task
+    for task in (quickstart, faults, trains, chores, agenda, moves, whether, backwards, courtesy, spelled)
+}

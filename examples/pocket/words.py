@@ -1,6 +1,7 @@
 """The words that the grammar of the built-in model's tasks speaks with.
 
-What tuning is to teach stays out: nothing here is served at a counter, breaks in a flat or stops at a platform.
+What tuning is to teach stays out, but for a few everyday words: nothing here is served at a counter, breaks in a flat
+or stops at a platform.
 """
 
 import random
