@@ -105,7 +105,7 @@ def test_every_step_of_an_epoch_is_the_same_on_one_rank_and_on_two(
     still_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:
     """Packed by a budget: two micro-batches a step, behind each other or on two ranks."""
-    common: dict[str, Any] = {"num_data": 24, "max_steps": 4, "packing": "on", "tokens_per_batch": 600}
+    common: dict[str, Any] = {"num_data": 24, "max_steps": 6, "packing": "on", "tokens_per_batch": 600}
     common |= {"optim": "sgd", "learning_rate": 0.1}  # Adam would make much of what is rounded otherwise
     train(settings(still_base, conversations, tmp_path / "alone", **common, gradient_accumulation_steps=2))
     flags = [word for name, value in common.items() for word in (f"--{name}", value)]
@@ -115,7 +115,7 @@ def test_every_step_of_an_epoch_is_the_same_on_one_rank_and_on_two(
     )  # fmt: skip
     assert done.code == 0, done.stderr
     alone, ranks = steps(tmp_path / "alone"), steps(tmp_path / "ranks")
-    assert len(alone) == 4
+    assert len(alone) == 6
     assert alone[1]["epoch"] < 1 <= alone[-1]["epoch"]
     for found, expected in zip(ranks, alone, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
