@@ -19,7 +19,7 @@ from t5tune.data.cache import Cache, is_cache
 from t5tune.data.templates import template_from
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
-from t5tune.model.device import memory_is_named, peak_memory
+from t5tune.model.device import check_bf16, memory_is_named, peak_memory
 from t5tune.prepare import prepare
 from t5tune.progress import Note, Report, silent
 from t5tune.publish import copy_file, write_file, write_json, writing
@@ -73,6 +73,8 @@ def train(settings: TrainSettings, report: Report = silent) -> Trained:
     timeout = timedelta(seconds=settings.process_group_timeout)
     group = process_group(world, settings, report)
     with listening() as stop, default_timeout(timeout), group as device, loss_of_ranks(world), ExitStack() as held:
+        if settings.bf16:
+            check_bf16(device)
         if not world.run_is_open:
 
             def open_it() -> None:

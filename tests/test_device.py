@@ -5,12 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from t5tune.errors import SettingsError
-from t5tune.model.device import SPIN_VARIABLES
+from t5tune.model.device import SPIN_VARIABLES, check_bf16
+from t5tune.model.load import load_base
+from t5tune.model.lora import load_adapter, load_sum
 from t5tune.settings import TrainSettings
 from t5tune.train import train
 from t5tune.training.check import check
@@ -77,8 +81,6 @@ def test_paged_optimizers_are_refused_without_a_gpu(untied_base: Path, conversat
 def test_an_8_bit_optimizer_trains_and_is_saved_in_8_bits(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    import torch
-
     train(settings(untied_base, conversations, tmp_path / "run", "adamw_bnb_8bit"))
     state = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
     kept = [value for part in state.values() for value in _tensors(part) if value.numel() >= 4096]
@@ -89,3 +91,34 @@ def _tensors(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [tensor for part in value.values() for tensor in _tensors(part)]
     return [value] if hasattr(value, "numel") else []
+
+
+def test_an_adapter_is_read_onto_the_device_of_its_model(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's own choice is the first GPU that there is, which chat --use-cpu must leave alone."""
+    train(settings(untied_base, conversations, tmp_path / "run", "adamw_torch"))
+    for module in ("peft.peft_model", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.infer_device", lambda: "cuda")
+    model = load_base(untied_base, torch.float32, torch.device("cpu"))
+    loaded = load_adapter(model, tmp_path / "run")
+    assert {value.device.type for value in loaded.parameters()} == {"cpu"}
+    model = load_base(untied_base, torch.float32, torch.device("cpu"))
+    summed = load_sum(model, [tmp_path / "run", tmp_path / "run"], [0.5, 0.5])
+    assert {value.device.type for value in summed.parameters()} == {"cpu"}
+
+
+def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    generation = SimpleNamespace(major=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: generation)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    with pytest.raises(SettingsError, match="bf16: Tesla T4 has no bf16 arithmetic") as raised:
+        check_bf16(torch.device("cuda"))
+    assert "--no-bf16" in str(raised.value.hint)
+    check_bf16(torch.device("cpu"))
+    generation.major = 8
+    check_bf16(torch.device("cuda"))

@@ -1,5 +1,6 @@
 """Training in one process and in two: what is loaded, what moves, what is logged, sealed and resumed."""
 
+import functools
 import json
 import os
 import subprocess
@@ -212,6 +213,34 @@ def test_token_rows_of_embedding_and_head_are_trained(
         trained = rows[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"]
         for token in (newline, brace):
             assert not torch.equal(trained[ids.index(token)], file[name][token]), (module, token)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"packing": "off"}, {"q_lora": True, "bf16": False}], ids=["packed", "padded", "nf4"]
+)
+def test_one_process_trains_on_one_gpu_however_many_it_sees(
+    more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    alone = train(settings(untied_base, conversations, tmp_path / "one", max_steps=2, **more))
+    choose_device = TrainingArguments._setup_devices.func
+
+    def choose_among_four(self: TrainingArguments) -> torch.device:
+        device = choose_device(self)
+        self._n_gpu = 4  # torch.cuda.device_count(), where it counts four
+        return device
+
+    patched = functools.cached_property(choose_among_four)
+    patched.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", patched)
+    among_four = train(settings(untied_base, conversations, tmp_path / "four", max_steps=2, **more))
+    assert among_four.tokens == alone.tokens
+    for name in ("loss", "grad_norm"):
+        one, four = ([line.get(name) for line in metrics(tmp_path / run)] for run in ("one", "four"))
+        assert one == four
+    adapters = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("one", "four")]
+    assert adapters[0] == adapters[1]
 
 
 @pytest.mark.parametrize("more", [{}, {"q_lora": True}], ids=["lora", "q_lora"])

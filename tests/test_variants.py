@@ -27,6 +27,7 @@ from t5tune.settings import (
 from t5tune.settings.loading import load_settings
 from t5tune.train import train
 from t5tune.training.run_folder import Trained
+from t5tune.weights.adapter import DECODER_ROWS
 from tests.conftest import Finished
 
 NORMS = ["layer_norm", "final_layer_norm", "relative_attention_bias"]
@@ -120,6 +121,29 @@ def test_quantised_bases_differ_as_they_should(untied_base: Path) -> None:
     assert 0 < errors["int8"] < 0.03 < errors["nf4"] < errors["fp4"] < 0.5
 
 
+def test_int8_is_quantized_from_values_on_the_cpu(untied_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes quantizes what comes to a GPU from the CPU, and leaves in bf16 what is on the GPU already."""
+    from bitsandbytes.nn import Int8Params
+
+    from t5tune.model.load import load_base
+
+    stock = Int8Params.to
+    came_from = []
+
+    def to(self: Int8Params, device: torch.device) -> Int8Params:
+        came_from.append((self.data.device.type, device.type))
+        return stock(self, "cpu")
+
+    monkeypatch.setattr(Int8Params, "to", to)
+    quantisation = QuantisationSettings(q_lora=True, quant_type="int8")
+    elsewhere = torch.device("meta")  # stands for a GPU
+    model = load_base(untied_base, torch.bfloat16, elsewhere, quantisation)
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    assert came_from == [("cpu", "meta")] * len(layers)
+    assert {module.weight.dtype for module in layers} == {torch.int8}
+    assert model.shared.weight.device == elsewhere
+
+
 def test_loftq_starts_nearer_to_the_base_than_4_bits_alone(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +185,88 @@ def test_loraplus_gives_b_its_own_rate(untied_base: Path, conversations: Path, t
     b = [value for name, value in trained_adapter(tmp_path / "run").items() if "lora_B" in name]
     moved = torch.cat([value.abs().flatten() for value in b])
     assert moved[moved > 0].median() == pytest.approx(16e-3, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def loraplus_start(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter with token rows whose B matrices are no longer zero, on a base without dropout."""
+    folder = tmp_path_factory.mktemp("loraplus")
+    base = shutil.copytree(untied_base, folder / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+    train(settings(base, conversations, folder / "start", max_steps=3))
+    return folder / "start"
+
+
+LORAPLUS = {
+    "max_steps": 6,
+    "save_steps": 6,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "lora_dropout": 0.0,
+    "loraplus_lr_ratio": 16,
+    "num_data": 8,
+    "max_grad_norm": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def loraplus_by_hand(loraplus_start: Path, conversations: Path) -> dict[str, torch.Tensor]:
+    """Six steps on the same eight examples: transformers' model, PEFT's adapter, torch's loss and optimizer."""
+    from peft import PeftModel
+    from transformers import T5ForConditionalGeneration
+
+    base = loraplus_start.parent / "base"
+    model = T5ForConditionalGeneration.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    model = PeftModel.from_pretrained(model, str(loraplus_start), is_trainable=True).eval()
+    encoder, decoder = model.base_model.model.encoder.embed_tokens, model.base_model.model.decoder.embed_tokens
+    decoder.token_adapter.trainable_tokens_delta = encoder.token_adapter.trainable_tokens_delta  # T5 has one embedding
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    fast = [value for name, value in named.items() if ".lora_B." in name]
+    slow = [value for name, value in named.items() if ".lora_B." not in name]
+    assert any("trainable_tokens_delta" in name for name in named)
+    optimizer = torch.optim.AdamW([{"params": slow, "lr": 1e-3}, {"params": fast, "lr": 16e-3}], weight_decay=0.0)
+    examples = [example for example in open_cache(loraplus_start / "data")][:8]
+    for _ in range(6):
+        losses = []
+        for example in examples:
+            source_1S, target_1T = (torch.from_numpy(ids)[None] for ids in (example.source_S, example.target_T))
+            logits_1TV = model(input_ids=source_1S, labels=target_1T).logits
+            losses.append(torch.nn.functional.cross_entropy(logits_1TV[0], target_1T[0], reduction="sum"))
+        (sum(losses) / sum(len(example.target_T) for example in examples)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name.replace(".default", ""): value.detach() for name, value in named.items()}
+
+
+@pytest.mark.parametrize("stage", [None, "zero0", "zero1", "zero2", "zero3"])
+def test_loraplus_learns_what_an_independent_loop_learns(
+    stage: str | None,
+    loraplus_start: Path,
+    loraplus_by_hand: dict[str, torch.Tensor],
+    conversations: Path,
+    tmp_path: Path,
+    on_ranks: Callable[..., Finished],
+) -> None:
+    """ZeRO-3's placeholders are all one-dimensional, as DoRA's norms are, which learn at B's rate."""
+    flags = [part for name, value in LORAPLUS.items() for part in (f"--{name}", value)]
+    done = on_ranks(
+        2 if stage else 1, "train", "--model-name-or-path", loraplus_start.parent / "base", "--data-path",
+        loraplus_start / "data", "--adapter", loraplus_start, "--output-dir", tmp_path / "run", "--use-cpu",
+        "--per-device-train-batch-size", "4" if stage else "8", "--report-samples", "0", "--json", *flags,
+        *(["--deepspeed", stage] if stage else []),
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    before, after = trained_adapter(loraplus_start), trained_adapter(tmp_path / "run")
+    assert loraplus_by_hand.keys() == after.keys() - {DECODER_ROWS}  # it shares the encoder's
+    for name, value in loraplus_by_hand.items():
+        error = (after[name] - value).norm() / (value - before[name]).norm()
+        assert error < 1e-3, name
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = {json.loads(line).get("learning_rate") for line in lines}
+    assert rates - {None} == {1e-3}
 
 
 @pytest.mark.parametrize(

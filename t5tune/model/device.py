@@ -42,6 +42,21 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
     return device
 
 
+def check_bf16(device: Any) -> None:
+    """Refuse bf16 on a GPU that only emulates it: products take several times as long, and attention keeps all scores.
+
+    Raises:
+        SettingsError: the GPU has no bf16 arithmetic (NVIDIA's have it from compute capability 8.0 on).
+    """
+    import torch
+
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError(
+            f"bf16: {torch.cuda.get_device_name(device)} has no bf16 arithmetic and would emulate it",
+            hint="--no-bf16 computes in fp32, with --q-lora too",
+        )
+
+
 def nvidia_driver() -> str | None:
     """The NVIDIA driver's version as the kernel tells it; None: there is none."""
     try:

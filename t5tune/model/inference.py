@@ -8,7 +8,7 @@ import torch
 
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import CheckpointError
-from t5tune.model.device import choose_device
+from t5tune.model.device import check_bf16, choose_device
 from t5tune.model.family import family_of
 from t5tune.model.load import load_base
 from t5tune.model.lora import load_adapter
@@ -57,6 +57,8 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
         check_fit(state, config, family_of(of_base, base, family).completed(of_base), adapter)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     device = choose_device(settings.use_cpu, name=settings.device)
+    if settings.bf16:
+        check_bf16(device)
     model = load_base(base, dtype, device, settings, family, report)
     if adapter is not None:
         model = load_adapter(model, adapter)

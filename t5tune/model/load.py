@@ -146,11 +146,11 @@ def _expect_shape(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) ->
 
 def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     module: Any = model.get_submodule(name.rpartition(".")[0])
-    values = to_torch(tensor, dtype).to(device)
+    values = to_torch(tensor, dtype)
     quantised = type(module.weight)
     if quantised.__name__ == "Params4bit":
         module.weight = quantised(
-            values,
+            values.to(device),
             requires_grad=False,
             compress_statistics=module.weight.compress_statistics,
             quant_type=module.weight.quant_type,
@@ -158,9 +158,11 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, devi
             module=module,
         ).to(device)
     elif quantised.__name__ == "Int8Params":
+        # bitsandbytes quantizes in `.to` only what comes from the CPU; on a GPU it would wait for the first forward
         module.weight = quantised(values, requires_grad=False, has_fp16_weights=False).to(device)
+        assert module.weight.dtype == torch.int8, f"{name}: bitsandbytes left it in {module.weight.dtype}"
     else:
-        _set_parameter(model, name, nn.Parameter(values, requires_grad=False))
+        _set_parameter(model, name, nn.Parameter(values.to(device), requires_grad=False))
 
 
 def to_torch(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:

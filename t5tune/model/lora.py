@@ -187,7 +187,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
         ModelError: it doesn't fit this base.
     """
     try:
-        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+        return PeftModel.from_pretrained(
+            model, str(folder), autocast_adapter_dtype=False, torch_device=_device_of(model)
+        ).eval()
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise _misfit(str(folder), error) from error
 
@@ -199,10 +201,11 @@ def load_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
         ModelError: one doesn't fit this base.
     """
     names = [f"part{number}" for number in range(len(folders))]
+    options = {"autocast_adapter_dtype": False, "torch_device": _device_of(model)}
     try:
-        peft_model = PeftModel.from_pretrained(model, str(folders[0]), names[0], autocast_adapter_dtype=False)
+        peft_model = PeftModel.from_pretrained(model, str(folders[0]), names[0], **options)
         for name, folder in zip(names[1:], folders[1:], strict=True):
-            peft_model.load_adapter(str(folder), name, autocast_adapter_dtype=False)
+            peft_model.load_adapter(str(folder), name, **options)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise _misfit(", ".join(map(str, folders)), error) from error
     peft_model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
@@ -211,6 +214,11 @@ def load_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
         if isinstance(module, LoraLayer):
             module.scaling["sum"] = 1.0  # each part's scale is in its matrix; PEFT adds rsLoRA's of the sum to it
     return peft_model.eval()
+
+
+def _device_of(model: Any) -> str:
+    """The device of a model's weights. PEFT would read an adapter onto the first GPU, wherever the model is."""
+    return str(next(model.parameters()).device)
 
 
 def _misfit(what: str, error: Exception) -> ModelError:

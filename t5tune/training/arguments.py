@@ -25,6 +25,17 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
+    class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
+        """One process trains on one GPU, however many it can see.
+
+        TrainingArguments counts them all, and Trainer then multiplies the batch, the loss and the gradient by their
+        number: through DataParallel, or through nothing at all where the model is quantized.
+        """
+
+        @property
+        def n_gpu(self) -> int:
+            return min(1, int(super().n_gpu))
+
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
 
@@ -70,7 +81,7 @@ def training_arguments(
         **settings.training_args,
     }
     try:
-        return TrainingArguments(**values)
+        return OneGpuArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"training settings: {' '.join(str(error).split())}") from error
 

@@ -139,11 +139,14 @@ def _shard(model: Any, configuration: dict[str, Any], dtype: Any) -> None:
     import deepspeed
 
     zero = {k: v for k, v in configuration["zero_optimization"].items() if v != "auto"}
+    # By default DeepSpeed replaces torch.nn.functional.linear, for this process and for good, by one that keeps the
+    # input of every frozen layer for the backward. It reads this from the configuration alone: in 0.19 the argument
+    # of Init that is named like it has no effect.
+    zero.setdefault("memory_efficient_linear", False)
     deepspeed.zero.Init(
         module=model,
         config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero},
         dtype=dtype,
-        mem_efficient_linear=False,
     )
     for module in model.modules():
         # no module's forward owns the rows' container, so no hook would gather them without this

@@ -296,7 +296,10 @@ class T5Trainer(SealingTrainer):
             return super().create_optimizer(model)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
-        is_fast = {name: ".lora_B." in name or value.ndim == 1 for name, value in named}
+        # ZeRO-3 leaves a one-dimensional placeholder in each parameter, and the shape in `ds_shape`
+        is_fast = {
+            name: ".lora_B." in name or len(getattr(value, "ds_shape", value.shape)) == 1 for name, value in named
+        }
         rate, decay = self.args.learning_rate, self.args.weight_decay
         groups = [
             {"params": [value for name, value in named if not is_fast[name]], "lr": rate, "weight_decay": decay},
