@@ -56,8 +56,8 @@ def write_base(folder: Path, config: dict[str, Any]) -> Path:
 
     from t5tune.weights.pocket import pocket_folder
 
-    values = {**config, "tie_word_embeddings": False}
-    config = AutoConfig.for_model(values.pop("model_type"), **values, decoder_start_token_id=0)
+    values = {**config, "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(config)
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * config.d_model**-0.5)

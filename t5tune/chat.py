@@ -17,7 +17,7 @@ from t5tune.data.records import Place
 from t5tune.data.templates import Template, find_template, lay_out, question_end
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
-from t5tune.progress import Report, silent
+from t5tune.progress import Note, Report, silent
 from t5tune.settings import ChatSettings
 
 
@@ -33,13 +33,20 @@ class Reply:
 
 @dataclass(frozen=True)
 class Chatter:
-    """A model ready to answer, and how. Nothing of it changes: `with_…` gives another."""
+    """A model ready to answer, and how. Nothing of it changes: `with_…` gives another.
+
+    Args:
+        keeps_history: a reply is to the whole conversation, not to its last message alone.
+        source_prefix: text before each message, where it doesn't begin with it.
+    """
 
     model: Any
     tokenizer: Tokenizer
     encoder: Encoder
     template: Template
     settings: ChatSettings
+    keeps_history: bool = True
+    source_prefix: str = ""
 
     @staticmethod
     def load(settings: ChatSettings, report: Report = silent) -> "Chatter":
@@ -57,7 +64,17 @@ class Chatter:
         template = find_template(settings.conversation_template, loaded.template_files, report)
         # what stood for the model may have been an adapter, which /adapter is to take off again
         settings = settings.model_copy(update={"model_name_or_path": str(loaded.base), "adapter": loaded.adapter})
-        return Chatter(loaded.model, loaded.tokenizer, Encoder(loaded.tokenizer), template, settings)
+        trained_on = loaded.training_data
+        keeps_history = trained_on is None or trained_on.has_earlier_turns
+        if not keeps_history and settings.prompt is None:
+            report(Note("each message is answered by itself: this model was trained on single exchanges (/history on)"))
+        prefix = settings.source_prefix
+        if prefix is None:
+            prefix = trained_on.source_prefix if trained_on is not None else ""
+            if prefix:
+                report(Note(f"as in training, each message begins with {prefix!r}"))
+        encoder = Encoder(loaded.tokenizer)
+        return Chatter(loaded.model, loaded.tokenizer, encoder, template, settings, keeps_history, prefix)
 
     def with_system(self, message: str | None) -> "Chatter":
         """Under another system message; None: the layout's own."""
@@ -67,12 +84,16 @@ class Chatter:
         """In another layout. Raises SettingsError where there is no such layout."""
         return replace(self, template=find_template(name_or_path, []))
 
+    def with_history(self, keeps_history: bool) -> "Chatter":
+        """Answering whole conversations, or each message by itself."""
+        return replace(self, keeps_history=keeps_history)
+
     def with_adapter(self, adapter: Path | None, report: Report = silent) -> "Chatter":
         """Another adapter on the same base, with the tokenizer and the layout that it brings; None: the base alone."""
         return Chatter.load(self.settings.model_copy(update={"adapter": adapter}), report)
 
     def reply(self, turns: list[Turn], show: Callable[[str], None] | None = None) -> Reply:
-        """Answer a conversation that ends with a human turn.
+        """Answer a conversation that ends with a human turn, or that turn alone where history isn't kept.
 
         Args:
             show: called with each piece of the answer's text as soon as it is certain; joined, they are the reply.
@@ -86,6 +107,7 @@ class Chatter:
         growing = _GrowingText(self.tokenizer, self.template.answer_end, show) if show else None
         _must_be_text(turns[-1].text, "the question")
         _must_be_text(self.settings.system or "", "the system message")
+        turns = [self._with_prefix(turn) for turn in (turns if self.keeps_history else turns[-1:])]
         conversation = Conversation(Place("chat", 1, 0, 0), self.settings.system, tuple(turns))
         pieces = lay_out(conversation, self.template) + question_end(self.template, len(turns))
         source = encode_prompt(pieces, self.encoder, self.settings.model_max_length)
@@ -108,6 +130,11 @@ class Chatter:
             reply_tokens=len(ids),
             seconds=round(time.monotonic() - started, 3),
         )
+
+    def _with_prefix(self, turn: Turn) -> Turn:
+        if turn.role != "human" or turn.text.startswith(self.source_prefix):
+            return turn
+        return Turn("human", self.source_prefix + turn.text)
 
 
 def _must_be_text(text: str, what: str) -> None:

@@ -32,6 +32,7 @@ from t5tune.settings import EvaluateSettings, dump_settings
 from t5tune.weights.adapter import TEMPLATE
 from t5tune.weights.output import check_replaceable
 from t5tune.weights.pocket import conversations_file
+from t5tune.weights.training_data import HOW_READ, TrainingData
 from t5tune.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -87,21 +88,27 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> Evaluated:
 
 
 def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
+    from t5tune.model.attention import can_pack, use_packing
     from t5tune.model.inference import load_for_inference
-    from t5tune.training.batches import PaddedCollator
+    from t5tune.model.loss import HeadLoss
+    from t5tune.training.batches import PackedCollator, PaddedCollator
     from t5tune.training.evaluation import generate_replies, longest_target, measure_losses
 
     started = time.monotonic()
     folder = settings.output_dir or _free(Path("evaluation"))
     check_replaceable(folder, settings.overwrite)
     loaded = load_for_inference(settings, report)
-    if not is_cache(Path(settings.data_path[0])):
-        settings = _as_trained(settings, loaded.adapter or loaded.base, report)
+    if loaded.training_data is not None and not is_cache(Path(settings.data_path[0])):
+        settings = _as_trained(settings, loaded.training_data, report)
     questions = _questions(settings, loaded, report)
     examples, tokenizer = questions.examples, questions.tokenizer
     start = loaded.model.config.decoder_start_token_id
-    collator = PaddedCollator(tokenizer.pad_token_id, start)
-    losses = measure_losses(loaded.model, examples, collator, settings.per_device_eval_batch_size, report)
+    packs = can_pack(loaded.model)
+    if packs:
+        use_packing(loaded.model)
+    collator = PackedCollator(start) if packs else PaddedCollator(tokenizer.pad_token_id, start)
+    batch_size = settings.per_device_eval_batch_size
+    losses = measure_losses(loaded.model, HeadLoss(loaded.model, 0.0), examples, collator, batch_size, report)
     if not math.isfinite(losses.mean):
         raise ModelError(
             f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}; is it damaged?"
@@ -111,7 +118,7 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
         examples,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
-        settings.per_device_eval_batch_size,
+        batch_size,
         settings.max_new_tokens or longest_target(examples),
         settings.num_beams,
         report,
@@ -140,26 +147,16 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
     )
 
 
-def _as_trained(settings: EvaluateSettings, folder: Path, report: Report) -> EvaluateSettings:
-    """The settings with the columns that a run learned from, where none are given.
-
-    Not with what changes the text: the run's adapter, exported or merged, is to get the same scores.
-    """
-    path = folder / SETTINGS
-    trained = read_yaml(path) if path.is_file() else {}
-    prefix = trained.get("source_prefix", settings.source_prefix)
-    if prefix != settings.source_prefix:
-        given = f"--source-prefix {prefix!r} asks as it was" if prefix else "leave --source-prefix out to ask as it was"
-        report(Note(f"{folder}: was trained with source_prefix {prefix!r}; {given}", warning=True))
+def _as_trained(settings: EvaluateSettings, trained_on: TrainingData, report: Report) -> EvaluateSettings:
+    """The settings with the columns and the prefix that the model was trained with, where none are given."""
     taken = {
-        name: trained[name]
-        for name in ("data_format", "source_column", "target_column")
-        if name not in settings.model_fields_set
-        and trained.get(name, getattr(settings, name)) != getattr(settings, name)
+        name: getattr(trained_on, name)
+        for name in HOW_READ
+        if name not in settings.model_fields_set and getattr(trained_on, name) != getattr(settings, name)
     }
     if taken:
-        shown = ", ".join(f"{name} {value}" for name, value in taken.items())
-        report(Note(f"as the run was trained: {shown}"))
+        shown = ", ".join(f"{name} {value!r}" for name, value in taken.items())
+        report(Note(f"as in training: {shown}"))
     return settings.model_copy(update=taken)
 
 

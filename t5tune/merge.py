@@ -38,6 +38,7 @@ from t5tune.weights.shards import Shard, plan_shards, write_shards
 from t5tune.weights.strangers import holds
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
+from t5tune.weights.training_data import TRAINING_DATA
 
 if TYPE_CHECKING:
     from t5tune.model.comparison import Difference
@@ -272,7 +273,7 @@ def _convert(settings: MergeSettings, adapter: Path, checkpoint: Path, staged: P
 
     convert(checkpoint, staged, settings.quantization)
     for file in sorted(checkpoint.iterdir()):
-        if file.name.startswith((*TOKENIZER_FILES, TEMPLATE, "README", "settings")):
+        if file.name.startswith((*TOKENIZER_FILES, TEMPLATE, TRAINING_DATA, "README", "settings")):
             shutil.copyfile(file, staged / file.name)
     is_exact = settings.quantization in (None, "float32")
     sources = [source for source, _ in example_ids(checkpoint, adapter)]

@@ -35,6 +35,7 @@ from t5tune.settings.data import ReadingSettings, SelectionSettings, SplitSettin
 from t5tune.weights.adapter import TEMPLATE
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.pocket import conversations_file
+from t5tune.weights.training_data import HOW_READ, TrainingData, write_training_data
 from t5tune.yaml_file import to_yaml
 
 SAMPLE = 8 << 20  # bytes of records that --add-tokens auto looks at
@@ -126,6 +127,8 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, like: Pat
                 unused = [str(file) for file in files if is_whole and not writer.usable[str(file)]]
                 _check_used(unused, writer, settings)
                 counts = writer.counts(settings.num_data)
+            how = {name: getattr(settings, name) for name in HOW_READ}
+            write_training_data(staged, TrainingData(counts["examples_with_earlier_turns"] > 0, **how))
             for file in inputs["data"]:
                 file["sha256"] = file["sha256"] or stdin.value
             manifest = {

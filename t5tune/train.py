@@ -50,12 +50,13 @@ from t5tune.training.stopping import StopRequest, listening
 from t5tune.weights.adapter import TEMPLATE
 from t5tune.weights.base import find_base
 from t5tune.weights.card import outcome_lines
+from t5tune.weights.training_data import TRAINING_DATA
 from t5tune.yaml_file import read_yaml
 
 # what a checkpoint holds for use, beside what resuming needs
 RESULTS = (
     "adapter_", "non_lora_state", "tokenizer", "special_", "added_tokens", "spiece", "template", "README",
-    "model.", "config.", "generation_config",
+    TRAINING_DATA, "model.", "config.", "generation_config",
 )  # fmt: skip
 
 
@@ -230,8 +231,7 @@ def _ready(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
             args=training_arguments(settings, deepspeed, held_out is not None, world, device, report),
             train=cache,
             held_out=held_out,
-            collator=PaddedCollator(tokenizer.pad_token_id, start_id),
-            packed=PackedCollator(start_id) if built.packs else None,
+            collator=PackedCollator(start_id) if built.packs else PaddedCollator(tokenizer.pad_token_id, start_id),
             write=built.write,
             weights_file=built.weights_file,
             taken_out=built.taken_out,
@@ -261,8 +261,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
     started = time.monotonic()
     ready = _ready(settings, run, world, device, stop, report)
     trainer, samples, resume = ready.trainer, ready.samples, ready.resume
-    before = int(resume.name.partition("-")[2]) if resume else 0
-    output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds_training = trainer.seconds_training()
     if trainer.is_stopped:
         sealed = run.folder / f"checkpoint-{trainer.state.global_step}"
@@ -278,7 +277,7 @@ def _train(settings: TrainSettings, run: Run, world: World, device: Any, stop: S
         adapter=run.folder,
         steps=trainer.state.global_step,
         epochs=round(trainer.state.epoch or 0.0, 4),
-        train_loss=output.training_loss if trainer.state.global_step > before else None,
+        train_loss=trainer.mean_loss(),
         eval=_evaluation(trainer.state, best),
         examples=len(ready.cache),
         tokens=tokens,

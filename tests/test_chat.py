@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from t5tune.errors import CheckpointError, SettingsError
 from t5tune.export import export
 from t5tune.merge import merge
 from t5tune.prepare import prepare
-from t5tune.progress import silent
+from t5tune.progress import Event, Note, silent
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.train import train
 
@@ -265,3 +266,79 @@ def test_an_adapter_of_another_base_is_refused(
 def test_a_device_that_is_not_there_is_refused(made: dict[str, Path], device: str) -> None:
     with pytest.raises(SettingsError, match=f"device: {device}"):
         Chatter.load(ChatSettings(model_name_or_path=str(made["merged"]), device=device))
+
+
+@pytest.fixture(scope="module")
+def of_pairs(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run on single pairs with a prefix, its export, and its merged checkpoint."""
+    folder = tmp_path_factory.mktemp("pairs")
+    pairs = [{"source": f"the lamp of {name} is red", "target": f"{name}: red"} for name in ("Ada", "Mira", "Otto")]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 4)))
+    values = {"model_name_or_path": str(untied_base), "data_path": str(folder / "pairs.jsonl")}
+    shaped = {"source_prefix": "shorten: ", "conversation_template": "plain", "max_steps": 8, "learning_rate": 2e-2}
+    train(TrainSettings(**values, **shaped, output_dir=folder / "run", use_cpu=True, report_samples=0))
+    export(ExportSettings(checkpoint=folder / "run", output_dir=folder / "adapter"))
+    merge(MergeSettings(model_name_or_path=str(untied_base), adapter=folder / "adapter", output_dir=folder / "merged"))
+    return {name: folder / name for name in ("run", "adapter", "merged")}
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
+def test_each_message_is_answered_by_itself_where_training_had_single_pairs(
+    kind: str, of_pairs: dict[str, Path]
+) -> None:
+    notes: list[Event] = []
+    chatter = Chatter.load(settings(of_pairs[kind]), notes.append)
+    assert sum("each message is answered by itself" in note.text for note in notes if isinstance(note, Note)) == 1
+    turns = [Turn("human", "the lamp of Mira is red"), Turn("assistant", "Mira: red"), Turn("human", PROMPT)]
+    alone, in_context = chatter.reply(turns[-1:]), chatter.reply(turns)
+    assert alone.reply == in_context.reply
+    assert alone.source_tokens == in_context.source_tokens
+    assert chatter.with_history(True).reply(turns).source_tokens > alone.source_tokens
+    # the prefix of training, unless it is there already or another is asked for
+    assert chatter.reply([Turn("human", f"shorten: {PROMPT}")]).source_tokens == alone.source_tokens
+    bare = Chatter.load(settings(of_pairs[kind], source_prefix=""))
+    assert bare.reply(turns[-1:]).source_tokens < alone.source_tokens
+
+
+def test_three_questions_in_one_chat_get_the_answers_of_three_chats(of_pairs: dict[str, Path]) -> None:
+    questions = [f"the lamp of {name} is red" for name in ("Otto", "Ada", "Mira")]
+    done = subprocess.run(
+        [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", of_pairs["merged"], "--max-new-tokens", "12"],
+        input="\n".join(questions) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    alone = [chat(settings(of_pairs["merged"], prompt=question)).reply for question in questions]
+    assert done.stdout.splitlines() == alone
+    assert "each message is answered by itself" in done.stderr
+    assert "as in training, each message begins with 'shorten: '" in done.stderr
+
+
+def test_history_is_kept_after_training_on_conversations_and_switched_by_hand(
+    made: dict[str, Path], of_pairs: dict[str, Path]
+) -> None:
+    assert Chatter.load(settings(made["merged"])).keeps_history
+    talk = _Talk(Chatter.load(settings(of_pairs["run"])), silent, io.StringIO(), interactive=False)
+    assert not talk.chatter.keeps_history
+    talk.obey("history", "on")
+    assert talk.chatter.keeps_history
+    talk.obey("history", "off")
+    assert not talk.chatter.keeps_history
+    with pytest.raises(SettingsError, match="/history: maybe: expected on or off"):
+        talk.obey("history", "maybe")
+
+
+def test_a_broken_account_of_the_training_data_is_refused_by_name(of_pairs: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(of_pairs["merged"], tmp_path / "merged")
+    path = folder / "training_data.json"
+    good = json.loads(path.read_text())
+    for change, message in (
+        ({"format": 9}, "format 9, this release reads 1"),
+        ({"has_earlier_turns": "yes"}, "has_earlier_turns: found 'yes'"),
+        ({"source_prefix": None}, "source_prefix: found None"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            Chatter.load(settings(folder))

@@ -10,17 +10,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from t5tune.data.cache import open_cache
-from t5tune.errors import DataError, ModelError, SettingsError
+from t5tune.errors import DataError, ModelError, OutOfMemory, SettingsError
 from t5tune.evaluate import Evaluated, evaluate
 from t5tune.merge import merge
 from t5tune.metrics import score
+from t5tune.model.attention import use_packing
+from t5tune.model.inference import load_for_inference
+from t5tune.model.loss import HeadLoss
 from t5tune.prepare import prepare
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.train import train
+from t5tune.training import evaluation, sealing
+from t5tune.training.batches import PackedCollator
 from t5tune.training.check import check
+from t5tune.training.checkpoint import verify
+from t5tune.training.evaluation import measure_losses
+from t5tune.training.journal import read_journal
 from tests.conftest import Finished, t5tune
 
 FIGURES = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
@@ -133,13 +142,16 @@ def test_a_run_reads_the_columns_that_it_learned_from(untied_base: Path, tmp_pat
     data.write_text("\n".join(lines))
     columns = {"source_column": "dialogue", "target_column": "summary", "source_prefix": "summarize: "}
     train(training(untied_base, data, tmp_path / "run", max_steps=1, report_samples=0, **columns))
-    events: list[Event] = []
-    values = {"model_name_or_path": str(tmp_path / "run"), "data_path": str(data), "max_new_tokens": 4}
-    evaluate(EvaluateSettings(**values, output_dir=tmp_path / "a", use_cpu=True), events.append)
-    notes = [event for event in events if isinstance(event, Note)]
-    assert Note("as the run was trained: source_column dialogue, target_column summary") in notes
-    (warning,) = [note.text for note in notes if note.warning]
-    assert "was trained with source_prefix 'summarize: '; --source-prefix 'summarize: ' asks as it was" in warning
+    merge(MergeSettings(model_name_or_path=str(untied_base), adapter=tmp_path / "run", output_dir=tmp_path / "merged"))
+    for name in ("run", "merged"):
+        events: list[Event] = []
+        values = {"model_name_or_path": str(tmp_path / name), "data_path": str(data), "max_new_tokens": 4}
+        result = evaluate(EvaluateSettings(**values, output_dir=tmp_path / f"of {name}", use_cpu=True), events.append)
+        note = "as in training: source_column 'dialogue', target_column 'summary', source_prefix 'summarize: '"
+        assert Note(note) in events
+        assert "### Human: summarize: count 0" in predictions(result)[0]["source"]
+    without = evaluated(tmp_path / "run", data, tmp_path / "a", source_prefix="")
+    assert "### Human: count 0" in predictions(without)[0]["source"]
     with pytest.raises(DataError):
         evaluated(untied_base, data, tmp_path / "b")
     with pytest.raises(DataError):
@@ -328,6 +340,147 @@ def test_patience_ends_a_run_that_no_longer_gets_better(untied_base: Path, conve
     result = train(training(untied_base, conversations, tmp_path / "run", early_stopping_patience=2, **changes))
     assert result.steps == 6  # evaluated at 2 (the best), 4 and 6
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
+
+
+def losses_that_fail_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the second evaluation of this process run out of memory; returns the number of each one's examples."""
+    from t5tune.training import trainer
+
+    calls: list[int] = []
+    measure = trainer.measure_losses
+
+    def measure_or_fail(model: Any, head_loss: Any, examples: Any, *arguments: Any) -> Any:
+        calls.append(len(examples))
+        if len(calls) == 2:
+            raise OutOfMemory("out of memory: evaluate: losses")
+        return measure(model, head_loss, examples, *arguments)
+
+    monkeypatch.setattr(trainer, "measure_losses", measure_or_fail)
+    return calls
+
+
+def test_a_checkpoint_is_saved_before_its_evaluation_which_resuming_makes_up_for(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "max_steps": 6, "eval_fraction": 0.2}
+    train(training(untied_base, conversations, tmp_path / "straight", **changes))
+    calls = losses_that_fail_once(monkeypatch)
+    run = tmp_path / "run"
+    with pytest.raises(OutOfMemory):
+        train(training(untied_base, conversations, run, **changes))
+    assert verify(run / "checkpoint-4") is None
+    assert (run / "checkpoint-2").is_dir()  # rotated only when the evaluation has told which is better
+    result = train(training(untied_base, conversations, run, **changes))
+    assert result.resumed_from == run / "checkpoint-4"
+    assert len(calls) == 4  # at 2, at 4 in vain, at 4, at 6
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    evaluations = {
+        name: [(line["step"], line["eval_loss"]) for line in read_journal(tmp_path / name) if "eval_loss" in line]
+        for name in ("straight", "run")
+    }
+    assert [step for step, _ in evaluations["run"]] == [2, 4, 6]
+    assert evaluations["run"] == evaluations["straight"]
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("straight", "run")]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {
+        "eval_steps": 2, "save_steps": 2, "max_steps": 6, "eval_fraction": 0.2, "metric_for_best_model": "eval_loss",
+    }  # fmt: skip
+    published: list[int] = []
+    publish = sealing.publish
+    monkeypatch.setattr(sealing, "publish", lambda *given: published.append(given[2]) or publish(*given))
+    run = tmp_path / "run"
+    straight = train(training(untied_base, conversations, run, **changes))
+    assert published == [2, 4, 6]
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoint-6")
+    calls = losses_that_fail_once(monkeypatch)
+    again = train(training(untied_base, conversations, run, **changes))
+    assert again.resumed_from == run / "checkpoint-4"
+    assert len(calls) == 1
+    assert again.eval["loss"] == straight.eval["loss"]
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "eval_loss" in line] == [2, 4, 6]
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        values = result if isinstance(result, tuple | list) else [result]
+        self.seen |= {tuple(value.shape) for value in values if isinstance(value, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
+def test_losses_never_hold_the_logits_of_a_batch_nor_another_embedding(
+    with_adapter: bool, run: Path, untied_base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = run if with_adapter else None
+    loaded = load_for_inference(
+        EvaluateSettings(model_name_or_path=str(untied_base), adapter=adapter, data_path="none", use_cpu=True)
+    )
+    use_packing(loaded.model)
+    examples = open_cache(cache)
+    vocabulary, width = loaded.model.get_input_embeddings().weight.shape
+    monkeypatch.setattr("t5tune.model.loss.LOGITS_AT_ONCE", 64 * vocabulary)
+    collator = PackedCollator(loaded.model.config.decoder_start_token_id)
+    with Shapes() as shapes:
+        measure_losses(loaded.model, HeadLoss(loaded.model, 0.0), examples, collator, 16)
+    rows = {math.prod(shape[:-1]) for shape in shapes.seen if shape[-1:] == (vocabulary,)}
+    assert max(rows) == 64 < sum(len(example.target_T) for example in examples)
+    assert (vocabulary, width) not in shapes.seen
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_keeps_its_key_value_cache_within_its_budget(
+    num_beams: int, untied_base: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = evaluated(untied_base, cache, tmp_path / "wide", num_beams=num_beams)
+    generate, budget = evaluation.generate, 4000
+    batches: list[tuple[int, int]] = []
+
+    def watched(model: Any, sources: list[list[int]], *arguments: Any, **options: Any) -> list[list[int]]:
+        batches.append((len(sources), max(map(len, sources))))
+        return generate(model, sources, *arguments, **options)
+
+    monkeypatch.setattr(evaluation, "generate", watched)
+    monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", budget)
+    narrow = evaluated(untied_base, cache, tmp_path / "narrow", num_beams=num_beams)
+    assert 1 < max(count for count, _ in batches) < 32
+    assert all(count == 1 or count * num_beams * (source + 12) <= budget for count, source in batches)
+    assert [line["prediction"] for line in predictions(narrow)] == [line["prediction"] for line in predictions(wide)]
+    assert figures(narrow) == pytest.approx(figures(wide), rel=1e-5)
+
+
+def test_all_ranks_go_on_with_half_a_batch_where_one_runs_out_of_memory(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+) -> None:
+    common = (
+        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", conversations,
+        "--learning-rate", "0", "--max-steps", "1", "--eval-generate", "12", "--per-device-eval-batch-size", "4",
+        "--report-samples", "0", "--use-cpu", "--json",
+    )  # fmt: skip
+    roomy = on_ranks(2, *common, "--output-dir", tmp_path / "roomy")
+    narrow = on_ranks(2, *common, "--output-dir", tmp_path / "narrow", calls=["tests.low_memory:room_for(2, 1)"])
+    assert roomy.code == narrow.code == 0, narrow.stderr
+    for what in ("losses", "replies"):
+        assert f"evaluate: {what}: out of memory with 4 examples at a time; going on with 2" in narrow.stderr
+    for name in FIGURES[1:]:
+        assert narrow.json["eval"][name] == pytest.approx(roomy.json["eval"][name], rel=1e-5), name
+    none = on_ranks(2, *common, "--output-dir", tmp_path / "none", calls=["tests.low_memory:room_for(0, 1)"])
+    assert none.code == 1
+    assert "out of memory: evaluate: losses of one example, of up to" in none.errors[0]
+    assert verify(tmp_path / "none" / "checkpoint-1") is None
 
 
 def test_the_last_step_is_evaluated_once(untied_base: Path, conversations: Path, tmp_path: Path) -> None:

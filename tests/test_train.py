@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -169,8 +170,6 @@ def test_wo_is_quantised_too_unless_it_is_not_to_be() -> None:
 
 
 def test_a_file_that_does_not_fit_its_config_is_refused_by_name(untied_base: Path, tmp_path: Path) -> None:
-    import shutil
-
     from t5tune.model.load import load_base
 
     shutil.copytree(untied_base, tmp_path / "base")
@@ -306,6 +305,61 @@ def test_tf32_is_left_out_with_a_word_where_no_gpu_has_it(
     events: list[Event] = []
     train(settings(untied_base, conversations, tmp_path / "run", max_steps=1, tf32=True), events.append)
     assert Note("tf32: left out, this CPU has no TensorFloat-32") in events
+
+
+def test_the_last_steps_have_a_line_of_metrics_too(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3, report_samples=0))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3, 5]
+
+
+def test_a_resumed_run_counts_tokens_and_loss_of_all_its_steps(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    chosen = settings(untied_base, conversations, run, max_steps=6, save_steps=4, logging_steps=3, report_samples=0)
+    straight = train(chosen)
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "result.json").unlink()
+    resumed = train(chosen)
+    assert resumed.resumed_from == run / "checkpoint-4"
+    assert resumed.tokens == straight.tokens
+    assert resumed.train_loss == pytest.approx(straight.train_loss, rel=1e-6)
+    per_step = train(chosen.model_copy(update={"output_dir": tmp_path / "other", "logging_steps": 1}))
+    assert straight.train_loss == pytest.approx(sum(losses(tmp_path / "other")) / 6, rel=1e-6)
+    assert per_step.train_loss == pytest.approx(straight.train_loss, rel=1e-6)
+
+
+def test_a_run_resumes_from_the_cache_of_its_conversations_as_from_the_file(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """prepare's seed says which examples are held out, and here none are."""
+    values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values, seed=7))
+    prepare(PrepareSettings(**{**values, "output_dir": tmp_path / "parted"}, eval_fraction=0.25, seed=3))
+    run = tmp_path / "run"
+    train(settings(untied_base, conversations, run))
+    straight = (run / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "result.json").unlink()
+    with pytest.raises(SettingsError, match="data: "):
+        train(settings(untied_base, tmp_path / "parted", run))
+    result = train(settings(untied_base, tmp_path / "cache", run))
+    assert result.resumed_from == run / "checkpoint-3"
+    assert (run / "adapter_model.safetensors").read_bytes() == straight
+
+
+def test_zero_0_logs_the_gradient_norm_that_it_does_not_clip(
+    still_base: Path,
+    conversations: Path,
+    one_batch: dict[str, float],
+    tmp_path: Path,
+    on_ranks: Callable[..., Finished],
+) -> None:
+    more = ("--num-data", "8", "--max-steps", "1", "--per-device-train-batch-size", "8", "--use-cpu")
+    more += ("--deepspeed", "zero0", "--max-grad-norm", "0")
+    done = on_ranks(1, *command(still_base, conversations, tmp_path / "run", *more))
+    assert done.code == 0, done.stderr
+    assert metrics(tmp_path / "run")[0]["grad_norm"] == pytest.approx(one_batch["grad_norm"], rel=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_losses(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
@@ -623,8 +677,6 @@ def test_the_live_base_equals_its_file_before_and_after_training(
 def test_two_ranks_of_zero3_resume_to_the_same_bits(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
 ) -> None:
-    import shutil
-
     run = tmp_path / "run"
     more = ["--deepspeed", "zero3", "--max-steps", "4", "--save-steps", "2", "--lora-dropout", "0.05"]
     more += ["--per-device-train-batch-size", "2", "--report-samples", "3"]

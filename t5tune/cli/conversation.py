@@ -21,6 +21,7 @@ HELP = """\
 Say something. What begins with / is a command; // says a slash.
   /reset             forget the conversation
   /undo              take back the last question and its answer
+  /history on|off    answer the whole conversation, or each message by itself
   /system TEXT       another system message; without TEXT the layout's own
   /template NAME     another layout of the conversation
   /adapter FOLDER    another adapter on the same base; `none` for the base alone
@@ -112,6 +113,19 @@ class _Talk:
             case "undo":
                 self.say("taken back" if self.turns else "there is nothing to take back")
                 self.turns = self.turns[:-2]
+            case "history":
+                if value not in ("on", "off", ""):
+                    raise SettingsError(
+                        f"/history: {value}: expected on or off", hint="/history alone says which it is"
+                    )
+                if value:
+                    self.chatter = self.chatter.with_history(value == "on")
+                kept = self.chatter.keeps_history
+                self.say(
+                    "history is on: replies are to the whole conversation"
+                    if kept
+                    else "history is off: each message is answered by itself"
+                )
             case "system":
                 self.chatter = self.chatter.with_system(value or None)
                 self.say("system message: " + (value or self.chatter.template.system_message or "none"))

@@ -5,13 +5,15 @@ r"""The token cache: a folder that holds each conversation's ids once, and the s
     conversations.bin  a row each: CONVERSATION, in columns (see data/columns.py)
     examples.bin     a row per answer, in the order of the data: EXAMPLE, in columns
     tokenizer/       the tokenizer that made the ids, added tokens included
-    template.yaml    the layout
+    template.yaml    the conversation template
+    training_data.json  how the examples were made, for who talks to the model (see weights/training_data.py)
     rejected.jsonl   the records that were refused, whole, with file, line, index, byte offset and reason
     manifest.json    format, columns, hashes, settings, counts, length percentiles, and the SHA-256 of each file
 
 The same inputs give the same bytes.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -28,12 +30,13 @@ from t5tune.data.encoding import Example, Span, example_of
 from t5tune.errors import DataError
 from t5tune.publish import sha256
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 CONVERSATION = ("start", "key")  # where it begins in tokens.bin; the same number for conversations of the same words
 EXAMPLE = ("conversation", *Span._fields)  # its conversation's number, and places counted from that one's start
 CONTENTS = {
-    "tokens.bin", "conversations.bin", "examples.bin", "tokenizer", "template.yaml", "rejected.jsonl", MANIFEST
+    "tokens.bin", "conversations.bin", "examples.bin", "tokenizer", "template.yaml", "training_data.json",
+    "rejected.jsonl", MANIFEST,
 }  # fmt: skip
 # what reading a cache takes from its manifest, and the type of each value
 NEEDED: dict[str, Any] = {
@@ -114,6 +117,10 @@ class Cache(Sequence[Example]):
     def number(self, index: int) -> int:
         """The number of an example in the whole cache."""
         return int(self._indices[index])
+
+    def hash_of_numbers(self) -> str:
+        """The SHA-256 of the numbers in the whole cache that these examples have."""
+        return hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()
 
     def first(self, count: int) -> "Cache":
         """The first `count` examples."""

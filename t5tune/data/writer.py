@@ -20,6 +20,7 @@ from t5tune.data.vocabulary import Lost
 from t5tune.publish import CHUNK
 
 REJECTED = "rejected.jsonl"
+FIRST_ANSWER = 1  # among a conversation's turns: a question is the first
 MOST_KINDS = 100  # of repairs that are counted by name: a field's name may be anything
 
 
@@ -107,9 +108,12 @@ class Writer:
         """Write examples.bin and conversations.bin; their columns, token counts and percentiles."""
         lengths: dict[str, Counter[int]] = {"source": Counter(), "target": Counter()}
         cut = Counter[str]()
+        with_earlier_turns = 0
 
         def look(rows: npt.NDArray[Any]) -> None:
+            nonlocal with_earlier_turns
             columns = dict(zip(EXAMPLE, rows.T.astype(np.int64), strict=True))
+            with_earlier_turns += int((columns["turn"] > FIRST_ANSWER).sum())
             for side, found in zip(lengths, lengths_of(columns.__getitem__), strict=True):
                 lengths[side].update(found.tolist())
                 cut[side] += int((columns[f"{side}_is_whole"] == 0).sum())
@@ -119,6 +123,7 @@ class Writer:
             "conversation_columns": narrow(wide[0], self.folder / "conversations.bin", CONVERSATION),
             "example_columns": narrow(wide[1], self.folder / "examples.bin", EXAMPLE, look),
         }
+        measured["examples_with_earlier_turns"] = with_earlier_turns
         for side, counted in lengths.items():
             measured[f"{side}_tokens"] = sum(length * count for length, count in counted.items())
             measured[f"truncated_{side}s"] = cut[side]

@@ -104,10 +104,18 @@ def memory_is_named(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        asked = re.search(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", str(error), re.IGNORECASE)
-        if not (asked or isinstance(error, MemoryError) or "out of memory" in str(error)):
+        if not is_out_of_memory(error):
             raise
+        asked = _ASKED.search(str(error))
         raise OutOfMemory(f"out of memory: {what}{f'; {asked[1]} at once' if asked else ''}", hint=hint) from error
+
+
+_ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is one of the many by which torch and Python say that memory ran out."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or bool(_ASKED.search(str(error)))
 
 
 def peak_memory(device: Any) -> int:

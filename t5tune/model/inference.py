@@ -11,7 +11,7 @@ from t5tune.errors import CheckpointError
 from t5tune.model.device import check_bf16, choose_device
 from t5tune.model.family import family_of
 from t5tune.model.load import load_base
-from t5tune.model.lora import load_adapter
+from t5tune.model.lora import load_adapter, use_token_rows
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.inference import InferenceSettings
@@ -19,6 +19,7 @@ from t5tune.weights.adapter import TEMPLATE, base_facts, read_adapter
 from t5tune.weights.adapter_config import CONFIG, read_adapter_config
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.fit import check_fit
+from t5tune.weights.training_data import TrainingData, read_training_data
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Loaded:
     Args:
         base, adapter: where its weights lie.
         tokenizer_folder: the adapter's, where it brings a tokenizer, else the base's.
+        training_data: how the examples were made that it was trained on; None: unknown.
         template_files: where the layout of its conversations may stand, the likeliest first.
         num_rows: rows of the embedding.
     """
@@ -37,6 +39,7 @@ class Loaded:
     model: Any
     tokenizer: Tokenizer
     tokenizer_folder: Path
+    training_data: TrainingData | None
     template_files: list[Path]
     num_rows: int
 
@@ -62,6 +65,7 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
     model = load_base(base, dtype, device, settings, family, report)
     if adapter is not None:
         model = load_adapter(model, adapter)
+        use_token_rows(model)  # PEFT would copy the whole embedding, and the head, in each forward
     folders = [base] if adapter is None else [adapter, base]
     tokenizer_folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), base)
     return Loaded(
@@ -70,6 +74,7 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
         model=model,
         tokenizer=load_tokenizer(tokenizer_folder),
         tokenizer_folder=tokenizer_folder,
+        training_data=read_training_data(folders[0]),
         template_files=[folder / TEMPLATE for folder in folders],
         num_rows=int(model.config.vocab_size),
     )

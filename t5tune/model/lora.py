@@ -64,6 +64,7 @@ def add_lora(
     )
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     use_token_rows(peft_model)
+    _share_embedding_rows(peft_model)
     if start == "loftq":
         _start_from_quantisation_error(peft_model, base)
     taken_out = {}
@@ -235,11 +236,15 @@ def _token_indices(model: Any, token_ids: list[int]) -> Any:
 
 
 def use_token_rows(peft_model: Any) -> None:
-    """Compute token rows as `TokenRows` does, and let encoder and decoder share those of the embedding."""
-    base = peft_model.base_model.model
-    for module in base.modules():
+    """Compute token rows as `TokenRows` does."""
+    for module in peft_model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = TokenRows
+
+
+def _share_embedding_rows(peft_model: Any) -> None:
+    """Let encoder and decoder train the same rows: T5 has one embedding."""
+    base = peft_model.base_model.model
     encoder, decoder = base.encoder.embed_tokens, base.decoder.embed_tokens
     if not base.config.tie_word_embeddings and hasattr(encoder, "token_adapter"):
         decoder.token_adapter.trainable_tokens_delta = encoder.token_adapter.trainable_tokens_delta
@@ -257,7 +262,7 @@ class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
-        if not output.ndim:  # the head gave the loss (see model/loss.py), and has taken the rows into account
+        if output.ndim < 2:  # the head gave losses (see model/loss.py), and has taken the rows into account
             return output
         for name in active_adapters:
             rows_KD, ids_K = self.rows(name, x.device)

@@ -3,6 +3,8 @@
     loss = HeadLoss(model, label_smoothing=0.0)
     with loss.of(labels_BT):
         total = model(**inputs).logits        # the sum over the labels, in place of the logits
+    with loss.of_each(labels_BT), torch.no_grad():
+        losses_N = model(**inputs).logits     # that of each label, for evaluation
 
 Trainer's own way is wrong for T5: it takes the mean of each micro-batch in the model's dtype, and multiplies loss and
 gradient by accumulation steps and ranks. Here it is the sum in fp32, which the trainer divides by the number of target
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from t5tune.model.lora import TokenRows
 
@@ -37,6 +40,7 @@ class HeadLoss:
         head = model.get_output_embeddings()
         self.label_smoothing = label_smoothing
         self.labels_N: torch.Tensor | None = None
+        self.sums = True
         self.token_rows = next((part for part in head.modules() if isinstance(part, TokenRows)), None)
         linear = next(part for part in head.modules() if isinstance(part, nn.Linear))
         linear.forward = partial(self._forward, linear, linear.forward)  # type: ignore[method-assign]
@@ -44,7 +48,18 @@ class HeadLoss:
     @contextmanager
     def of(self, labels: torch.Tensor) -> Iterator[None]:
         """While it lasts, the model's `logits` are the summed cross-entropy of these labels."""
-        self.labels_N = labels.flatten()
+        with self._knowing(labels, sums=True):
+            yield
+
+    @contextmanager
+    def of_each(self, labels: torch.Tensor) -> Iterator[None]:
+        """While it lasts, the model's `logits` are each of these labels' cross-entropy, flattened, not smoothed."""
+        with self._knowing(labels, sums=False):
+            yield
+
+    @contextmanager
+    def _knowing(self, labels: torch.Tensor, sums: bool) -> Iterator[None]:
+        self.labels_N, self.sums = labels.flatten(), sums
         try:
             yield
         finally:
@@ -57,9 +72,10 @@ class HeadLoss:
         if self.token_rows is not None:
             (name,) = self.token_rows.trainable_tokens_delta
             rows_KD, ids_K = self.token_rows.rows(name, hidden.device)
-        return summed_cross_entropy(
-            hidden.flatten(0, -2), linear.weight, self.labels_N, self.label_smoothing, rows_KD, ids_K
-        )
+        hidden_ND = hidden.flatten(0, -2)
+        if not self.sums:
+            return cross_entropies(hidden_ND, linear.weight, self.labels_N, rows_KD, ids_K)
+        return summed_cross_entropy(hidden_ND, linear.weight, self.labels_N, self.label_smoothing, rows_KD, ids_K)
 
 
 def summed_cross_entropy(
@@ -80,6 +96,57 @@ def summed_cross_entropy(
     return total
 
 
+@torch.no_grad()
+def cross_entropies(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    rows_KD: torch.Tensor | None = None,
+    ids_K: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The cross-entropy of each label, in fp32, 0 where it is IGNORED_LABEL; without a gradient.
+
+    Args:
+        rows_KD, ids_K: rows that stand in for those of `weight` at `ids`.
+    """
+    dtype, exact = _dtypes(hidden_ND, weight_VD)
+    losses_N = torch.zeros(len(hidden_ND), dtype=exact, device=hidden_ND.device)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        weight_VD = weight_VD.to(dtype)
+        rows_KD = None if rows_KD is None else rows_KD.to(exact)
+        for part in _chunks(len(hidden_ND), len(weight_VD)):
+            logits_CV = _logits(hidden_ND[part].to(dtype), weight_VD, rows_KD, ids_K, exact)
+            losses_N[part] = functional.cross_entropy(
+                logits_CV, labels_N[part], ignore_index=IGNORED_LABEL, reduction="none"
+            )
+    return losses_N
+
+
+def _dtypes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """(that of the head's product, that of the loss: fp32, or fp64 where a test computes in it)"""
+    device = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    return dtype, torch.promote_types(torch.float32, weight_VD.dtype)
+
+
+def _chunks(num_tokens: int, num_words: int) -> list[slice]:
+    size = max(1, LOGITS_AT_ONCE // num_words)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def _logits(
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    rows_KD: torch.Tensor | None,
+    ids_K: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
+    if rows_KD is not None:
+        logits_CV[:, ids_K] = hidden_CD.to(dtype) @ rows_KD.T
+    return logits_CV
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -91,26 +158,20 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows_KD: torch.Tensor | None,
         ids_K: torch.Tensor | None,
     ) -> torch.Tensor:
-        device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        dtype, exact = _dtypes(hidden_ND, weight_VD)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         wants_rows = ctx.needs_input_grad[4]
-        exact = torch.promote_types(torch.float32, weight_VD.dtype)  # fp64 where a test computes in it
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
         hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
         rows_grad_KD = torch.zeros_like(rows_KD, dtype=exact) if rows_KD is not None and wants_rows else None
         num_words = weight_VD.shape[0]
-        chunk = max(1, LOGITS_AT_ONCE // num_words)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden_ND.device.type, enabled=False):
             weight_VD = weight_VD.to(dtype)
             rows_KD = None if rows_KD is None else rows_KD.to(exact)
-            for start in range(0, len(hidden_ND), chunk):
-                part = slice(start, start + chunk)
+            for part in _chunks(len(hidden_ND), num_words):
                 hidden_CD = hidden_ND[part].to(dtype)
-                logits_CV = (hidden_CD @ weight_VD.T).to(exact)
-                if rows_KD is not None:
-                    logits_CV[:, ids_K] = hidden_CD.to(exact) @ rows_KD.T
+                logits_CV = _logits(hidden_CD, weight_VD, rows_KD, ids_K, exact)
                 is_target_C = labels_N[part] != IGNORED_LABEL
                 labels_C1 = labels_N[part, None].clamp_min(0)
                 target_C1 = logits_CV.gather(1, labels_C1)

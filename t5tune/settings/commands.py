@@ -143,6 +143,10 @@ class ChatSettings(ConversationSettings, InferenceSettings):
 
     prompt: str | None = Field(default=None, description="Answer this one message and stop.")
     system: str | None = Field(default=None, description="System message; default: the template's own.")
+    source_prefix: str | None = Field(
+        default=None,
+        description="Text before each message that doesn't begin with it; default: the source_prefix of training.",
+    )
     max_new_tokens: int = Field(default=512, gt=0, description="Longest reply (tokens).")
     temperature: float = Field(
         default=0.0, ge=0, description="0: the likeliest reply; above: sample, flatter as it grows."

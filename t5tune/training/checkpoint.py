@@ -16,7 +16,8 @@ from t5tune.publish import json_bytes, sha256, sync, sync_folder, write_json
 from t5tune.weights.strangers import inside
 
 MANIFEST = "t5tune_manifest.json"
-FORMAT = 2
+EVALUATION = "t5tune_evaluation.json"
+FORMAT = 3
 STAGED = ".saving-"
 
 
@@ -116,26 +117,46 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def publish(
-    staged: Path,
-    run: Path,
-    step: int,
-    world_size: int,
-    made_of: dict[str, Any],
-    keep: int | None,
-    best: int | None = None,
-) -> Path:
-    """Seal a staged checkpoint, rename it into the run, and delete those beyond the newest `keep` but `best`."""
+def publish(staged: Path, run: Path, step: int, world_size: int, made_of: dict[str, Any]) -> Path:
+    """Write the manifest of a staged checkpoint, and rename it into the run."""
     seal(staged, step, world_size, made_of)
     final = run / f"checkpoint-{step}"
     if final.exists():  # only one that doesn't verify can stand there: the run resumed from before it
         shutil.rmtree(final)
     staged.rename(final)
     sync(run)
+    return final
+
+
+def rotate(run: Path, keep: int | None, best: int | None) -> None:
+    """Delete the checkpoints beyond the newest `keep` but that of step `best`; None keeps all."""
     for old in checkpoints(run)[keep:] if keep else []:
         if old.name != f"checkpoint-{best}":
             shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def write_evaluation(folder: Path, line: dict[str, Any]) -> None:
+    """Add to a complete checkpoint what evaluating it found, so that a resumed run needn't evaluate it again.
+
+    Args:
+        line: the evaluation's line of Trainer's log history.
+
+    Raises:
+        WriteError: it can't be written.
+    """
+    # it belongs to this very checkpoint: a later one of the same step has another manifest
+    write_json(folder / EVALUATION, {"manifest": sha256(folder / MANIFEST), "line": line})
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What `write_evaluation` added, or None where it is missing, broken, or of another checkpoint."""
+    try:
+        found = json.loads(inside(folder, EVALUATION).read_bytes())
+        if found["manifest"] == sha256(folder / MANIFEST) and "eval_loss" in found["line"]:
+            return dict(found["line"])
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
+        pass
+    return None
 
 
 def remove_staged(run: Path) -> None:

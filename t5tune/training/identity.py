@@ -49,7 +49,9 @@ def identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: 
     ]
     values = settings.model_dump(mode="json", include={*chosen, "seed", "eval_fraction", "num_data", "family"})
     inputs = {name: value for name, value in cache.manifest["inputs"].items() if name != "data"}
-    held_out = {name: str(cache.manifest[name]) for name in ("eval_fraction", "seed")}
+    # held out by train or by prepare before it: what counts is which examples are left to learn from
+    values["eval_fraction"] = values["eval_fraction"] or cache.manifest["eval_fraction"]
+    values["num_data"] = values["num_data"] or inputs["num_data"]
     deepspeed = presets.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
     micro_batch = settings.tokens_per_batch or settings.per_device_train_batch_size
     return {
@@ -58,7 +60,7 @@ def identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: 
         "batch_tokens" if settings.tokens_per_batch else "batch": (
             micro_batch * settings.gradient_accumulation_steps * world_size
         ),
-        "data": _hash({name: cache.manifest["files"][name] for name in ROWS} | held_out),
+        "data": _hash({**{name: cache.manifest["files"][name] for name in ROWS}, "examples": cache.hash_of_numbers()}),
         "base": f"sha256:{base_hash}",
         "adapter": settings.adapter and _hash_of(settings.adapter, ADAPTER),
         "world_size": world_size,

@@ -30,6 +30,25 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank in its group, and how many there are."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def any_rank(flag: bool, device: Any) -> bool:
+    """Whether the flag is set on any rank. Every rank calls this at the same place."""
+    import torch
+    import torch.distributed as dist
+
+    if not is_distributed():
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     import torch.distributed as dist

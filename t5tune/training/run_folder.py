@@ -40,8 +40,8 @@ BASE = "base.json"  # see weights/remembered.py
 class Trained:
     """What train made. Times in seconds, memory in bytes; `tokens` are source and target tokens trained on.
 
-    `tokens_per_second` leaves out what evaluations and saves took, `seconds` is of everything. Of a run that was
-    resumed, tokens, times and the mean loss are of what came since.
+    All but three are of the whole run, however often it was resumed: `resumed_from`, `seconds` (of everything) and
+    `peak_memory_bytes` are of the process that finished it. `tokens_per_second` leaves out evaluations and saves.
     """
 
     run: Path

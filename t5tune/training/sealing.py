@@ -11,12 +11,20 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from t5tune.errors import CheckpointError, TrainingError, WriteError
-from t5tune.progress import Advanced, Event
-from t5tune.training.checkpoint import STAGED, checkpoints, publish, size_of
+from t5tune.progress import Advanced, Event, Note, Report
+from t5tune.training.checkpoint import (
+    STAGED,
+    checkpoints,
+    publish,
+    read_evaluation,
+    rotate,
+    size_of,
+    write_evaluation,
+)
 from t5tune.training.non_finite import NonFiniteSteps
-from t5tune.training.ranks import from_rank_0, gather
+from t5tune.training.ranks import any_rank, from_rank_0, gather
 from t5tune.training.saves import noted_saves
-from t5tune.training.stopping import StopRequest, agreed
+from t5tune.training.stopping import StopRequest
 
 AGAIN = "the same command goes on from there"
 
@@ -29,6 +37,7 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
     keep: number of checkpoints to keep beside the best; None: all.
     stop: what was asked of this process.
     non_finite: what is done about a loss or gradient that is no finite number.
+    report: where notes go.
 
     Its save_model notes in `failures` what it can't write.
     """
@@ -38,14 +47,17 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
     keep: int | None
     stop: StopRequest
     non_finite: NonFiniteSteps
+    report: Report
     is_stopped = False
     staging: Path | None = None
     failures: list[Exception]
     last_saved: int | None = None
     _has_begun = False
+    _rotates = True
     _step_loss: Any = None
     _skipped = 0
     _left_out = 0
+    _plain_norm: float | None = None
     _steps_per_epoch = 1
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -55,7 +67,7 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
 
     def is_asked_to_stop(self) -> bool:
         """Whether a rank got a signal. All ranks ask at the same places, and go by the same answer."""
-        self.is_stopped = self.is_stopped or agreed(self.stop, self.args.device)
+        self.is_stopped = self.is_stopped or any_rank(self.stop.name is not None, self.args.device)
         return self.is_stopped
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
@@ -64,24 +76,76 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         self._epoch = options["epoch"]
         if not self._has_begun:
             self._has_begun = True
+            self.last_saved = self.state.global_step or None  # it resumed from the checkpoint of that step
             self._skipped = self._skipped_by_deepspeed()
             self._watch_plain_optimizer()
+            self.on_resumed()
             if self.is_asked_to_stop():
                 self._save_checkpoint(self.model, None)
             elif self._evaluation_is_due():
-                self._determine_best_metric(self._evaluate(None, None), None)
+                self._evaluate_resumed()
             self.control.should_save = False
             if self.is_stopped or self.state.global_step >= self.state.max_steps:
                 self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*arguments, **options)
 
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Trainer's, but a checkpoint is saved before the evaluation of its step, which may fail or take long.
+
+        Checkpoints are rotated after the evaluation, which says whether this is the best of them.
+        """
+        evaluates = self.control.should_evaluate
+        if evaluates and self.control.should_save:
+            self.control.should_evaluate = False
+            self._rotates = False
+            try:
+                super()._maybe_log_save_evaluate(*arguments, **options)
+            finally:
+                self._rotates = True
+            self.control.should_evaluate = True
+        was_saved = self.last_saved == self.state.global_step
+        super()._maybe_log_save_evaluate(*arguments, **options)
+        if evaluates and was_saved and not self.is_stopped:
+            self._conclude_evaluation()
+
+    def _conclude_evaluation(self) -> None:
+        """Add what the evaluation found to the checkpoint of its step, which was saved before it, and rotate."""
+        if self.args.process_index != 0:
+            return
+        step = self.state.global_step
+        line = self._evaluation_of(step)
+        if line is not None:
+            try:
+                write_evaluation(self.run_folder / f"checkpoint-{step}", line)
+            except WriteError as error:
+                self.report(Note(f"{error.message}; a resumed run evaluates this step again", warning=True))
+        rotate(self.run_folder, self.keep, self.state.best_global_step)
+
+    def _evaluation_of(self, step: int) -> dict[str, Any] | None:
+        history = reversed(self.state.log_history)
+        return next((line for line in history if line["step"] == step and "eval_loss" in line), None)
+
+    def _evaluate_resumed(self) -> None:
+        """Evaluate the checkpoint that the run resumed from, unless that was done, and choose the best by it."""
+        step = self.state.global_step
+        is_first = self.args.process_index == 0
+        line = from_rank_0(read_evaluation(self.run_folder / f"checkpoint-{step}") if is_first else None)
+        if line is None:
+            metrics = self._evaluate(None, None)
+        else:
+            self.state.log_history.append(line)
+            metrics = line
+        self._determine_best_metric(metrics, None)
+        if not self.is_stopped:
+            self._conclude_evaluation()
+
     def _evaluation_is_due(self) -> bool:
         """Whether the run ended between a step and the evaluation that follows it."""
         step, strategy = self.state.global_step, self.args.eval_strategy
         if step == 0 or strategy == "no":
             return False
-        if any(line["step"] == step and "eval_loss" in line for line in self.state.log_history):
+        if self._evaluation_of(step) is not None:
             return False
         interval = self.state.eval_steps if strategy == "steps" else self._steps_per_epoch
         return bool(step >= self.state.max_steps or step % interval == 0)
@@ -97,6 +161,8 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
 
     def end_evaluation_when_asked(self, event: Event) -> None:
         """A report for what evaluates, which comes here on every rank after each batch."""
+        if isinstance(event, Note):
+            self.report(event)
         if isinstance(event, Advanced) and self.is_asked_to_stop():
             raise _EvaluationEnded
 
@@ -108,6 +174,8 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Trainer asks before the update; under DeepSpeed it has been made, or left out where the norm is no number."""
         norm = super()._get_grad_norm(model, grad_norm)
+        if norm is None:  # DeepSpeed's stage 0 measures it only where it clips
+            norm = self._plain_norm
         loss, self._step_loss = self._step_loss, None
         if self.is_deepspeed_enabled:
             skipped = self._skipped_by_deepspeed()
@@ -129,6 +197,7 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         def leave_out(optimizer: Any, *_: Any) -> None:
             parameters = [value for group in optimizer.param_groups for value in group["params"]]
             norm = torch.nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
+            self._plain_norm = float(norm)
             if not math.isfinite(norm):
                 self._left_out += 1
                 for value in parameters:
@@ -142,6 +211,10 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         worst = next((value for value in losses if not math.isfinite(value)), loss)
         examples = self.examples_of_step(self._epoch, (step - 1) % self._steps_per_epoch)
         self.non_finite.meet(step, worst, norm, examples, self.args.process_index == 0)
+
+    @abstractmethod
+    def on_resumed(self) -> None:
+        """Called before the first step of this process, whose state is that of a checkpoint or new."""
 
     @abstractmethod
     def examples_of_step(self, epoch: int, step: int) -> list[int]:
@@ -185,7 +258,9 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
     def _published(self, staging: Path, step: int) -> Exception | None:
         staged, best = staging / f"checkpoint-{step}", self.state.best_global_step
         try:
-            publish(staged, self.run_folder, step, self.args.world_size, self.made_of, self.keep, best)
+            publish(staged, self.run_folder, step, self.args.world_size, self.made_of)
+            if self._rotates:
+                rotate(self.run_folder, self.keep, best)
         except (OSError, CheckpointError, WriteError) as error:
             return error
         return None
@@ -241,13 +316,13 @@ class _EndWhenAsked(TrainerCallback):  # type: ignore[misc]
 
 
 class _LastStep(TrainerCallback):  # type: ignore[misc]
-    """The last step is evaluated and saved, and none is evaluated twice."""
+    """The last step is logged, evaluated and saved, and none is evaluated twice."""
 
     evaluated: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if state.global_step >= state.max_steps:
-            control.should_save = True
+            control.should_log = control.should_save = True
             control.should_evaluate = args.eval_strategy != "no"
         return control
 

@@ -5,7 +5,7 @@
         with stop.at_once():   # raised here, if one came: there is nothing to seal yet
             model = load()     # it cuts this off
         train(model)           # it is noted again, for the end of a step
-        if agreed(stop, device):
+        if any_rank(stop.name is not None, device):
             ...                # every rank comes here behind the same step
 
 Schedulers send SIGTERM or SIGUSR1 a while before they kill, a terminal that is closed sends SIGHUP, and the keyboard's
@@ -157,18 +157,6 @@ def listening() -> Iterator[StopRequest]:
         for number, handler in before.items():
             if signal.getsignal(number) == stop.receive:  # `launch` leaves them ignored, where one has come
                 signal.signal(number, handler)
-
-
-def agreed(stop: StopRequest, device: Any) -> bool:
-    """Whether any rank was asked to stop. Every rank calls this at the same place."""
-    import torch
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return stop.name is not None
-    asked = torch.tensor(int(stop.name is not None), device=device)
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return bool(asked)
 
 
 def outlast_signals(_worker: int) -> None:

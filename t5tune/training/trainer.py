@@ -35,6 +35,8 @@ from t5tune.weights.streaming import SafetensorsFile
 from t5tune.weights.tensors import Tensor
 
 TASK = "train"
+TOTALS = "T5TuneTotals"
+"""Among Trainer's stateful_callbacks of a checkpoint: tokens, summed loss of the steps, and seconds of training."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ class T5Trainer(SealingTrainer):
         weights_file: the file in it that `write` puts the tensors into.
         taken_out: LoRA matrices that were taken out of the base's weights (see weights.adapter.without_start).
         loraplus_lr_ratio: learning rate of the B matrices over that of the others.
-        collator: of evaluation's batches, and of training's where packed is None.
-        packed: of training's batches, where the model packs.
+        collator: of the batches of training and evaluation, packed where the model packs.
         group_by_length: fill each step with examples of about the same length.
         tokens_per_batch: source and target tokens of a micro-batch; None: a fixed number of examples.
         label_smoothing: share of the target's probability that goes to all words alike.
@@ -82,8 +83,7 @@ class T5Trainer(SealingTrainer):
         args: Any,
         train: Cache,
         held_out: Cache | None,
-        collator: PaddedCollator,
-        packed: PackedCollator | None,
+        collator: PaddedCollator | PackedCollator,
         write: Callable[[Path, dict[str, Tensor]], None],
         weights_file: str,
         taken_out: dict[str, Tensor],
@@ -104,14 +104,13 @@ class T5Trainer(SealingTrainer):
             args=args,
             train_dataset=ExampleDataset(train),
             eval_dataset=ExampleDataset(held_out) if held_out is not None else None,
-            data_collator=packed or collator,
+            data_collator=collator,
             compute_loss_func=_over_the_step,
         )
         self.write = write
         self.weights_file = weights_file
         self.taken_out = taken_out
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.eval_collator = collator
         self.head_loss = HeadLoss(model, label_smoothing)
         self.train_sampler = self._sampler(train, group_by_length, tokens_per_batch)
         self.made_of = made_of
@@ -127,6 +126,7 @@ class T5Trainer(SealingTrainer):
         self.first_step_at: float | None = None
         self.seconds_beside = 0.0  # since then, in evaluations and saves
         self.logged = (0, 0.0)  # tokens and seconds
+        self.before = {"tokens": 0, "loss": 0.0, "seconds": 0.0}  # of the run, until this process resumed it
         # DeepSpeed leaves frozen weights out of a checkpoint by their first names; T5's embedding has three
         model.register_state_dict_post_hook(_drop_frozen)
         self.remove_callback(PrinterCallback)
@@ -189,7 +189,7 @@ class T5Trainer(SealingTrainer):
         """
         examples, batch_size = self.eval_dataset.cache, self.args.per_device_eval_batch_size
         report = self.end_evaluation_when_asked
-        loss = measure_losses(self.model, examples, self.eval_collator, batch_size, report).mean
+        loss = measure_losses(self.model, self.head_loss, examples, self.data_collator, batch_size, report).mean
         figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if self.answers is not None:
             figures |= self.answers.score(self.model, examples, batch_size, report)
@@ -233,8 +233,9 @@ class T5Trainer(SealingTrainer):
             self.journal.write(self.state.global_step, logs)
 
     def seconds_training(self) -> float:
-        """Since the first step of this process, what evaluations and saves took left out."""
-        return time.monotonic() - self.first_step_at - self.seconds_beside if self.first_step_at is not None else 0.0
+        """Of the run, from each process's first step on, without evaluations and saves."""
+        here = time.monotonic() - self.first_step_at - self.seconds_beside if self.first_step_at is not None else 0.0
+        return float(self.before["seconds"]) + here
 
     @contextmanager
     def _beside_training(self) -> Iterator[None]:
@@ -250,15 +251,36 @@ class T5Trainer(SealingTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._beside_training():
+            self.state.stateful_callbacks[TOTALS] = self._totals()
             super()._save_checkpoint(model, trial)
 
+    def _totals(self) -> dict[str, float]:
+        """What a run that resumes from here has to add to. Every rank calls this."""
+        not_logged = self._tr_loss.detach().clone()
+        if is_distributed():
+            dist.all_reduce(not_logged)
+            not_logged /= dist.get_world_size()
+        return {
+            "tokens": self.total_tokens(),
+            "loss": self.before["loss"] + self._total_loss_scalar + float(not_logged),
+            "seconds": self.seconds_training(),
+        }
+
+    def on_resumed(self) -> None:
+        """Go on counting from what the checkpoint's run had counted."""
+        self.before = {**self.before, **self.state.stateful_callbacks.get(TOTALS, {})}
+        self.logged = (self.total_tokens(), self.seconds_training())
+
+    def mean_loss(self) -> float | None:
+        """The loss per target token, over all steps of the run; None before the first."""
+        return self._totals()["loss"] / self.state.global_step if self.state.global_step else None
+
     def total_tokens(self) -> int:
-        """Source and target tokens trained on since this process started, over all ranks."""
-        if not is_distributed():
-            return int(self.tokens)
+        """Source and target tokens that the run has trained on, over all ranks. Every rank calls this."""
         total = self.tokens.clone()
-        dist.all_reduce(total)
-        return int(total)
+        if is_distributed():
+            dist.all_reduce(total)
+        return int(self.before["tokens"]) + int(total)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained tensors with the fp32 values that the optimizer holds."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from t5tune.errors import CheckpointError
 from t5tune.weights.strangers import holds, inside, read_object
+from t5tune.weights.training_data import read_training_data, write_training_data
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "spiece")
@@ -31,11 +32,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def copy_template(file: Path, folder: Path) -> None:
-    """Copy the layout of conversations where there is one.
+    """Copy the conversation template where there is one, and training_data.json next to it.
 
     Raises:
-        CheckpointError: as `copy_tokenizer`.
-        SettingsError: it is none.
+        CheckpointError: as `copy_tokenizer`, or training_data.json is broken.
+        SettingsError: it is no conversation template.
     """
     if holds(file.parent, file.name):
         # parsed by whoever talks to the model: what they can't read is refused here
@@ -44,6 +45,8 @@ def copy_template(file: Path, folder: Path) -> None:
 
         template_from(read_yaml(file), file)
         shutil.copyfile(file, folder / file.name)
+    if (data := read_training_data(file.parent)) is not None:
+        write_training_data(folder, data)
 
 
 def copy_file(source: Path, name: str, folder: Path) -> None:
