@@ -19,11 +19,21 @@ open(figures, "w").write(f"{{used.ru_utime + used.ru_stime}} {{peak}}")
 """
 
 
+def one_gpu() -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES for one GPU: the first of those that this process sees.
+
+    A single process with several visible GPUs isn't a fair side: TrainingArguments counts them all, and multiplies the
+    batch by their number.
+    """
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+
+
 def run_script(body: str, arguments: list[Path], figures: Path, **environment: str) -> dict[str, float]:
     """Run Python that finds its `arguments`; wall and CPU seconds, start-up included, and peak memory (MB)."""
     started = time.perf_counter()
     command = [sys.executable, "-c", MEASURED.format(body=body), *map(str, arguments), str(figures)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    everything = {**os.environ, **one_gpu(), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=everything, check=False)
     wall = time.perf_counter() - started
     if done.returncode or not figures.is_file():
         sys.exit(done.stderr or done.stdout)
@@ -70,7 +80,8 @@ def write_base(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def _json_of(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    everything = {**os.environ, **one_gpu(), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=everything, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
