@@ -1,22 +1,37 @@
-"""How fast does training go? Stock Trainer and PEFT as FastChat runs them, beside budget batches and packed rows.
+"""How fast does training go? Trainer and PEFT as a user writes them today, FastChat's way, and ours.
 
     python benchmarks/train.py                                   # long-tailed lengths up to 512 tokens, in fp32
     python benchmarks/train.py --longest 2048 --dtype bfloat16
     python benchmarks/train.py --data sharegpt.json
 
 Trains LoRA on a random T5 by each way in a process of its own, on the same examples, with one thread and the same
-malloc settings, and prints one JSON line. Time is the process's CPU time, so that others on the machine count less; a
-token is useful if it is no padding. `of_peak` is the share of a large matrix product's speed, counting what the useful
-tokens need with frozen weights: forward, and the gradients of activations. benchmarks/gpu.py does the same on a GPU.
+malloc settings, and prints one JSON line that starts with the ratios. Time is the process's CPU time, so that others on
+the machine count less; a token is useful if it isn't padding. `of_peak` is the share of a large matrix product's speed,
+counting what the useful tokens need with frozen weights: forward, and the gradients of activations. benchmarks/gpu.py
+does the same on a GPU.
+
+The ways:
+
+    trainer         Trainer and PEFT, sdpa attention, batches grouped by length: train_sampling_strategy=group_by_length
+    trainer-random  the same with random batches
+    fastchat        Trainer and PEFT as FastChat runs them: random batches, eager attention
+    budget          ours, padded batches of a number of tokens
+    packed          ours, rows without padding
+    compiled        the same with --torch-compile
+
+Trainer's loss for T5 is its mean times accumulation steps and ranks. Both are 1 here, so it is right, and its speed is
+the same either way.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +43,26 @@ from t5tune.model.sizes import SIZES
 
 CPU = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
 CPU |= {"OMP_NUM_THREADS": "1"}
-WAYS = ("stock", "stock sdpa", "budget", "packed", "compiled")
+
+
+@dataclass(frozen=True)
+class StockWay:
+    """How Trainer and PEFT are set."""
+
+    attention: str  # attn_implementation of the model
+    sampling: str  # train_sampling_strategy of TrainingArguments
+
+
+STOCK_WAYS = {
+    "trainer": StockWay("sdpa", "group_by_length"),
+    "trainer-random": StockWay("sdpa", "random"),
+    "fastchat": StockWay("eager", "random"),
+}
+OUR_WAYS = ("budget", "packed", "compiled")
+PEERS = ("trainer", "fastchat")  # what ours are compared with, the headline first
+WAYS = (*STOCK_WAYS, *OUR_WAYS)
+# timed steps of a stock way, at least: its batches differ much in size and padding
+STOCK_BATCHES = 12
 POCKET = Path(__file__).parents[1] / "t5tune" / "pocket"
 
 
@@ -94,46 +128,104 @@ def ours(options: argparse.Namespace, folder: Path, packing: str, compiles: bool
     return measured(clock, sources, targets, batches, packing == "on", options)
 
 
-def stock(options: argparse.Namespace, attention: str, folder: Path) -> dict[str, Any]:
-    """FastChat's way: random batches of a number of examples, padded to their longest; HF's own loss."""
+def stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str, Any]:
+    """Train by one of STOCK_WAYS: nothing of t5tune's but the examples, and HF's own collator and loss."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSeq2SeqLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     from t5tune.data.cache import open_cache
 
     cache = open_cache(options.folder / "cache")
-    dtype = getattr(torch, options.dtype)
-    model = AutoModelForSeq2SeqLM.from_pretrained(options.folder / "base", dtype=dtype, attn_implementation=attention)
+    base = AutoModelForSeq2SeqLM.from_pretrained(
+        options.folder / "base", dtype=getattr(torch, options.dtype), attn_implementation=way.attention
+    )
     lora = LoraConfig(
         r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
     )
-    model = get_peft_model(model, lora)
+    sources, targets = cache.lengths()
+    # about as many tokens as our ways see
+    as_many = round(options.steps * options.tokens / (options.batch_size * (sources + targets).mean()))
+    count = min(max(STOCK_BATCHES, as_many) + 1, len(cache) // options.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=count,
+        train_sampling_strategy=way.sampling, use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16",
+        optim="adamw_torch_fused" if options.on_gpu else "adamw_torch",
+        tf32=True if options.on_gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
+        save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1000, remove_unused_columns=False,
+        log_level="error",
+    )  # fmt: skip
     clock, seen = Clock(options.on_gpu), []
+
+    class SpreadTrainer(Trainer):
+        """Takes some batches of the epoch that Trainer's own sampler makes: see `spread_batches`."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            self.sampler = super()._get_train_sampler(train_dataset)
+            order = list(self.sampler)
+            size = options.batch_size
+            whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+            return [index for batch in spread_batches(whole, count, sources, targets) for index in batch]
 
     class Ticks(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.tick()
 
-    def collate(indices: list[int]) -> dict[str, torch.Tensor]:
-        seen.append(indices)
-        pad = torch.nn.utils.rnn.pad_sequence
-        sources = [torch.from_numpy(cache[i].source_S.astype(np.int64)) for i in indices]
-        targets = [torch.from_numpy(cache[i].target_T.astype(np.int64)) for i in indices]
-        ids = pad(sources, batch_first=True)
-        return {"input_ids": ids, "attention_mask": ids.ne(0), "labels": pad(targets, True, -100)}
+    tokenizer = AutoTokenizer.from_pretrained(cache.tokenizer_folder)
+    # tensor cores want multiples of 8
+    pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8 if options.on_gpu else None)
 
-    sources, targets = cache.lengths()
-    # about as many tokens as our ways see: what random batches hold differs much from one to the next
-    as_many = options.steps * options.tokens / (options.batch_size * (sources + targets).mean())
-    steps = max(options.steps, round(as_many))
-    arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=steps,
-        use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16", save_strategy="no", report_to=[],
-        disable_tqdm=True, logging_steps=1000, remove_unused_columns=False, log_level="error",
+    def collate(rows: list[dict[str, Any]]) -> Any:
+        seen.append([row["index"] for row in rows])
+        return pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+
+    rows: Any = [
+        {"index": index, "input_ids": example.source_S.tolist(), "labels": example.target_T.tolist()}
+        for index, example in enumerate(cache)
+    ]
+    trainer = SpreadTrainer(
+        model=get_peft_model(base, lora), args=arguments, train_dataset=rows, data_collator=collate,
+        callbacks=[Ticks()],
     )  # fmt: skip
-    indices: Any = list(range(len(cache)))
-    Trainer(model=model, args=arguments, train_dataset=indices, data_collator=collate, callbacks=[Ticks()]).train()
-    return measured(clock, sources, targets, seen[:steps], False, options)
+    trainer.train()
+    used = {"attention": base.config._attn_implementation, "sampler": type(trainer.sampler).__name__}
+    return {**used, **measured(clock, sources, targets, seen[:count], False, options)}
+
+
+def spread_batches(batches: list[list[int]], count: int, sources: Any, targets: Any) -> list[list[int]]:
+    """The first of an epoch's batches, which warms up, and `count - 1` others that are like the rest of the epoch.
+
+    Trainer sorts by length, the longest first, in windows of 50 batches. The next few of them would be of long examples
+    alone, and say little about an epoch. So the rest is sorted by size and cut into equal parts, and of each part comes
+    the batch whose share of padding is nearest to that of the part.
+    """
+
+    def size(batch: list[int]) -> int:
+        return padded_tokens(sources[batch], targets[batch])
+
+    def useful(batch: list[int]) -> int:
+        return int(sources[batch].sum() + targets[batch].sum())
+
+    first, *others = batches
+    others.sort(key=size)
+    cuts = [round(len(others) * place / (count - 1)) for place in range(count)]
+    picked = [first]
+    for start, end in itertools.pairwise(cuts):
+        part = others[start:end]
+        share = sum(map(useful, part)) / sum(map(size, part))
+        picked.append(min(part, key=lambda batch: abs(useful(batch) / size(batch) - share)))
+    return picked
+
+
+def padded_tokens(sources: Any, targets: Any) -> int:
+    """Tokens of a padded batch of these lengths, padding included."""
+    return len(sources) * int(sources.max() + targets.max())
 
 
 def measured(
@@ -145,7 +237,7 @@ def measured(
     useful = sum(int(source.sum() + target.sum()) for source, target in lengths)
     computed = useful
     if not packed:
-        computed = sum(len(source) * int(source.max() + target.max()) for source, target in lengths)
+        computed = sum(padded_tokens(source, target) for source, target in lengths)
     operations = sum(needed(source, target, shape_of(options)) for source, target in lengths)
     return {
         "useful_tokens": useful,
@@ -192,10 +284,11 @@ def shape_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
-    """Every way in a process of its own, and how much faster packed rows are than the stock way."""
+    """Every way in a process of its own. First in the result: how many times as fast as its peers each of ours is."""
     names = ("size", "num_layers", "longest", "dtype", "dropout", "steps", "tokens", "batch_size")
-    results: dict[str, Any] = {name: getattr(options, name) for name in names}
-    results["data"] = options.data.name if options.data else "synthetic"
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings["data"] = options.data.name if options.data else "synthetic"
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="t5tune-bench-") as name:
         folder = Path(name)
         base = write_base(folder / "base", shape_of(options))
@@ -207,11 +300,18 @@ def compare(options: argparse.Namespace, environment: dict[str, str]) -> dict[st
         for way in options.ways:
             results[way] = run_self(*sys.argv[1:], "--way", way, "--folder", folder, **environment)
             print(way, results[way], file=sys.stderr)
-    for way in {"budget", "packed", "compiled"} & results.keys():
-        if "stock" in results:
-            ratio = results[way]["tokens_per_second"] / results["stock"]["tokens_per_second"]
-            results[f"{way}_over_stock"] = round(ratio, 2)
-    return results
+    return {**ratios(results), **settings, **results}
+
+
+def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The headline first: packed rows over the well-set Trainer."""
+    speeds = {way: result["tokens_per_second"] for way, result in results.items()}
+    return {
+        f"{way}_over_{peer}": round(speeds[way] / speeds[peer], 2)
+        for peer in PEERS
+        for way in ("packed", "compiled", "budget")
+        if {way, peer} <= speeds.keys()
+    }
 
 
 def run_way(options: argparse.Namespace) -> dict[str, Any]:
@@ -219,12 +319,12 @@ def run_way(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     run = options.folder / options.way
     ways: dict[str, Callable[[], dict[str, Any]]] = {
-        "stock": lambda: stock(options, "eager", run),
-        "stock sdpa": lambda: stock(options, "sdpa", run),
         "budget": lambda: ours(options, run, "off"),
         "packed": lambda: ours(options, run, "on"),
         "compiled": lambda: ours(options, run, "on", compiles=True),
     }
+    if options.way in STOCK_WAYS:
+        return stock(options, STOCK_WAYS[options.way], run)
     return ways[options.way]()
 
 

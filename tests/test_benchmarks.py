@@ -1,23 +1,153 @@
 """The benchmarks are run by hand; what of them must hold on any machine."""
 
 import importlib
+import json
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, t5tune
 
 BENCHMARKS = REPOSITORY / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def train() -> Iterator[Any]:
+    """benchmarks/train.py as a module; the benchmarks import each other from their own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("train")
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 conversations whose questions and answers have 1 to 50 words."""
+    path = tmp_path_factory.mktemp("bench") / "conversations.jsonl"
+    draw = random.Random(0)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(200):
+            turns = [{"from": who, "value": "the " * draw.randint(1, 50)} for who in ("human", "gpt")]
+            file.write(json.dumps({"conversations": turns}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(train: Any, conversations: Path) -> Any:
+    """Options of benchmarks/train.py for a tiny run, with the base and the token cache that it makes."""
+    arguments = ["--num-layers", "1", "--longest", "128", "--steps", "2", "--tokens", "512", "--batch-size", "4"]
+    options = train.parser_of("Tiny.").parse_args(arguments)
+    options.folder = conversations.parent
+    base = train.write_base(options.folder / "base", train.shape_of(options))
+    made = t5tune(
+        "prepare", "--model-name-or-path", base, "--data-path", conversations, "--output-dir",
+        options.folder / "cache", "--model-max-length", "128",
+    )  # fmt: skip
+    assert made.code == 0, made.stderr
+    return options
+
+
+def train_stock(train: Any, way: str, options: Any, folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
+    """Train by a way of Trainer and PEFT: the calls of sdpa, and longest minus shortest source of each batch."""
+    calls, seen = [], {}
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(None)
+        return attend(*arguments, **keywords)
+
+    def measured(clock: Any, sources: Any, targets: Any, batches: Any, packed: bool, options: Any) -> dict[str, Any]:
+        seen["spreads"] = [int(np.ptp(sources[batch])) for batch in batches]
+        return {}
+
+    patch.setattr("torch.nn.functional.scaled_dot_product_attention", counted)
+    patch.setattr(train, "measured", measured)
+    train.stock(options, train.STOCK_WAYS[way], folder)
+    return len(calls), seen["spreads"]
+
+
+def test_the_headline_peer_is_a_trainer_with_sdpa_and_batches_grouped_by_length(
+    train: Any, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, spreads = train_stock(train, "trainer", options, tmp_path / "trainer", monkeypatch)
+    steps = train.STOCK_BATCHES + 1
+    assert len(spreads) == steps
+    assert calls == 3 * steps  # a layer each of encoder and decoder: two self-attentions and a cross-attention
+    random_calls, random_spreads = train_stock(train, "trainer-random", options, tmp_path / "random", monkeypatch)
+    assert random_calls == calls
+    # not zero: the longest example of all is moved to the front, and the one that was there takes its place
+    assert np.mean(spreads[1:]) < np.mean(random_spreads[1:]) / 3
+
+
+def test_fastchat_s_way_has_eager_attention(
+    train: Any, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, _ = train_stock(train, "fastchat", options, tmp_path / "run", monkeypatch)
+    assert calls == 0
+
+
+def test_the_batches_of_a_stock_way_hold_as_much_padding_as_its_epoch(train: Any) -> None:
+    draw = np.random.default_rng(0)
+    sources, targets = (np.minimum(draw.lognormal(5, 1, 2000).astype(int) + 4, 512) for _ in range(2))
+    order = np.concatenate([window[np.argsort(-sources[window])] for window in draw.permutation(2000).reshape(5, 400)])
+    batches = order.reshape(250, 8).tolist()
+
+    def useful_share(batches: list[list[int]]) -> float:
+        useful = sum((sources + targets)[batch].sum() for batch in batches)
+        return float(useful / sum(train.padded_tokens(sources[batch], targets[batch]) for batch in batches))
+
+    picked = train.spread_batches(batches, 13, sources, targets)
+    assert picked[0] == batches[0]
+    assert len({tuple(batch) for batch in picked}) == 13
+    assert useful_share(picked[1:]) == pytest.approx(useful_share(batches), rel=0.02)
+    # what it is for: the next batches of the epoch have less padding
+    assert useful_share(batches[1:13]) > 1.05 * useful_share(batches)
+
+
+def test_train_prints_the_ratio_to_the_trainer_first(conversations: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, str(BENCHMARKS / "train.py"), "--data", str(conversations), "--num-layers", "1",
+        "--longest", "128", "--steps", "2", "--tokens", "512", "--batch-size", "4", "--ways", "trainer", "packed",
+    ]  # fmt: skip
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert next(iter(result)) == "packed_over_trainer"
+    assert result["trainer"]["attention"] == "sdpa"
+    assert result["trainer"]["sampler"] == "LengthGroupedSampler"
+    assert result["packed"]["useful_share"] == 1
+    speeds = [result[way]["tokens_per_second"] for way in ("packed", "trainer")]
+    assert result["packed_over_trainer"] == round(speeds[0] / speeds[1], 2)
+
+
+def test_train_compares_with_the_trainer_first_and_fastchat_second_by_default(train: Any) -> None:
+    ways = train.parser_of("Defaults.").parse_args([]).ways
+    speeds = {way: {"tokens_per_second": 1.0 + place} for place, way in enumerate(ways)}
+    assert list(train.ratios(speeds)) == [
+        "packed_over_trainer",
+        "compiled_over_trainer",
+        "budget_over_trainer",
+        "packed_over_fastchat",
+        "compiled_over_fastchat",
+        "budget_over_fastchat",
+    ]
 
 
 @pytest.mark.parametrize(
     ("visible", "one"),
     [(None, "0"), ("0,1,2,3", "0"), ("2,3", "2"), ("3", "3"), ("", ""), ("GPU-8a,GPU-1f", "GPU-8a")],
 )
-def test_each_side_of_a_benchmark_sees_one_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | None, one: str) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_each_side_of_a_benchmark_sees_one_gpu(
+    train: Any, monkeypatch: pytest.MonkeyPatch, visible: str | None, one: str
+) -> None:
     sides = importlib.import_module("sides")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
