@@ -12,7 +12,7 @@ does the same on a GPU.
 
 The ways:
 
-    trainer         Trainer and PEFT, sdpa attention, batches grouped by length: train_sampling_strategy=group_by_length
+    trainer         Trainer and PEFT, sdpa attention, train_sampling_strategy="group_by_length" over source and target
     trainer-random  the same with random batches
     fastchat        Trainer and PEFT as FastChat runs them: random batches, eager attention
     budget          ours, padded batches of a number of tokens
@@ -168,6 +168,9 @@ def stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str,
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             self.sampler = super()._get_train_sampler(train_dataset)
+            if way.sampling == "group_by_length":
+                # as from a "length" column of a datasets.Dataset; without one Trainer groups by the source alone
+                self.sampler.lengths = (sources + targets).tolist()
             order = list(self.sampler)
             size = options.batch_size
             whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]

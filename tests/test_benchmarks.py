@@ -55,7 +55,7 @@ def options(train: Any, conversations: Path) -> Any:
 
 
 def train_stock(train: Any, way: str, options: Any, folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
-    """Train by a way of Trainer and PEFT: the calls of sdpa, and longest minus shortest source of each batch."""
+    """Train by a way of Trainer and PEFT: the calls of sdpa, and longest minus shortest example of each batch."""
     calls, seen = [], {}
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -64,7 +64,7 @@ def train_stock(train: Any, way: str, options: Any, folder: Path, patch: pytest.
         return attend(*arguments, **keywords)
 
     def measured(clock: Any, sources: Any, targets: Any, batches: Any, packed: bool, options: Any) -> dict[str, Any]:
-        seen["spreads"] = [int(np.ptp(sources[batch])) for batch in batches]
+        seen["spreads"] = [int(np.ptp((sources + targets)[batch])) for batch in batches]
         return {}
 
     patch.setattr("torch.nn.functional.scaled_dot_product_attention", counted)
