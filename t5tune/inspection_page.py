@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from t5tune.data.records import LABELED_BAD
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.data.vocabulary import TextRun
 from t5tune.publish import write_file
@@ -45,9 +46,11 @@ def _page(examples: "Examples", statistics: "Statistics | None") -> Iterator[str
     yield '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     yield f"<title>{html.escape(cache.folder.name)}</title><style>{STYLE}</style>"
     yield f"<h1>{html.escape(str(cache.folder))}</h1>"
+    bad = manifest["rejected_by_reason"].get(LABELED_BAD, 0)
+    left_out = f"{bad:,} labeled bad and left out; " if bad else ""
     yield (
         f'<p class="facts">{len(cache):,} examples of {manifest["conversations"]:,} conversations; '
-        f"{manifest['rejected']:,} records refused; {manifest['unknown_tokens']:,} unknown tokens; "
+        f"{manifest['rejected'] - bad:,} records refused; {left_out}{manifest['unknown_tokens']:,} unknown tokens; "
         f"{manifest['truncated_sources']:,} sources and {manifest['truncated_targets']:,} targets cut</p>"
     )
     yield (

@@ -22,6 +22,7 @@ from t5tune.data.files import STDIN, Digest, find_files
 from t5tune.data.formats import Conversation
 from t5tune.data.pipeline import BYTES_PER_WORKER, Outcome, Recipe, Record, encode_records, read_record
 from t5tune.data.readers import read_records
+from t5tune.data.records import LABELED_BAD
 from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import UNKNOWN, Writable, extend_tokenizer
@@ -43,6 +44,7 @@ RECORD_BYTES = 512  # that a record takes beside its text
 MOST_LOST = 100  # characters that the manifest lists, and
 TOLD = 5  # that are told
 CHECK_REJECTED = 1000  # records before max_rejected_fraction stops a run that isn't over
+BAD = "labeled bad (label: false, kto_tag: false)"
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,12 @@ def _check_used(unused: list[str], writer: Writer, settings: PrepareSettings) ->
     for path in _paths(settings) if unused else []:
         names = [str(file) for file in find_files([path])]
         if set(names) <= set(unused):
+            bad = sum(writer.labeled_bad[name] for name in names)
             raise DataError(
                 f"data_path: {path}: no conversation to train on in it",
                 hint=next(
                     (f"the first: {writer.first_rejected[name]}" for name in names if name in writer.first_rejected),
-                    "it holds no record",
+                    _all_bad(bad) if bad else "it holds no record",
                 ),
             )
 
@@ -212,11 +215,16 @@ def _write(
             is_whole = False
             outcomes.close()
             break
-        if writer.num_records >= CHECK_REJECTED:
+        if writer.num_records - writer.rejected[LABELED_BAD] >= CHECK_REJECTED:
             _check_rejected(writer.rejected, writer.num_records, settings, files, _first(writer))
     _check_rejected(writer.rejected, writer.num_records, settings, files, _first(writer))
     if writer.num_examples == 0:
         dropped = _reasons(writer.rejected + writer.dropped)
+        if writer.num_records and writer.rejected[LABELED_BAD] == writer.num_records:
+            raise DataError(
+                f"data_path: {_named(files)}: {_all_bad(writer.num_records)}, so none is left to learn from",
+                hint="add examples labeled good (label: true, kto_tag: true), or rename a key with another meaning",
+            )
         if writer.dropped:
             hint = "its answers were left out by min_target_tokens or drop_truncated_targets"
         elif writer.first_rejected:
@@ -234,6 +242,14 @@ def _write(
 
 def _records(count: int) -> str:
     return "1 record" if count == 1 else f"{count} records"
+
+
+def _examples(count: int) -> str:
+    return "1 example" if count == 1 else f"{count} examples"
+
+
+def _all_bad(count: int) -> str:
+    return f"its only example is {BAD}" if count == 1 else f"all {count} examples are {BAD}"
 
 
 def _first(writer: Writer) -> str:
@@ -320,11 +336,15 @@ def _short(value: Any) -> str:
 def _check_rejected(
     rejected: Counter[str], num_records: int, settings: PrepareSettings, files: list[Path], hint: str
 ) -> None:
-    allowed, count = settings.max_rejected_fraction, rejected.total()
-    if allowed is not None and num_records and count > allowed * num_records:
+    allowed, bad = settings.max_rejected_fraction, rejected[LABELED_BAD]
+    # half of a KTO set is labeled bad, and nothing is wrong with it
+    broken = Counter({reason: count for reason, count in rejected.items() if reason != LABELED_BAD})
+    count, num_records = broken.total(), num_records - bad
+    if allowed is not None and count > allowed * num_records:
         raise DataError(
             f"data_path: {_named(files)}: {count} of {num_records} records refused "
-            f"({_reasons(rejected)}), more than max_rejected_fraction {allowed}",
+            f"({_reasons(broken)}), more than max_rejected_fraction {allowed}"
+            f"{f'; {bad} more are labeled bad, which does not count' if bad else ''}",
             hint=hint,
         )
 
@@ -347,9 +367,11 @@ def _lost(writer: Writer, writable: Writable) -> list[dict[str, Any]]:
 
 def _tell(manifest: dict[str, Any], folder: Path, report: Report) -> None:
     """Say what was refused, mended, left out, cut, or can't be written."""
-    if manifest["rejected"]:
-        reasons = _reasons(Counter(manifest["rejected_by_reason"]))
-        report(Note(f"{manifest['rejected']} records refused ({reasons}): {folder / REJECTED}", True))
+    reasons = Counter(manifest["rejected_by_reason"])
+    if bad := reasons.pop(LABELED_BAD, 0):
+        report(Note(f"{_examples(bad)} {BAD} left out of supervised training: {folder / REJECTED}", True))
+    if reasons:
+        report(Note(f"{reasons.total()} records refused ({_reasons(reasons)}): {folder / REJECTED}", True))
     if unused := manifest["unused_files"]:
         report(Note(f"no conversation to train on in {_named(unused)}", True))
     if manifest["repaired"]:

@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any, Literal
 
 from t5tune.data.cleaning import clean, plain
-from t5tune.data.records import Place, Refused
+from t5tune.data.learned import labels_of
+from t5tune.data.records import LABELED_BAD, Place, Refused
 from t5tune.data.tool_calls import called
 from t5tune.settings.data import ReadingSettings
 
@@ -72,8 +73,11 @@ def conversation_of(value: Any, place: Place, reading: ReadingSettings) -> Conve
         raise Refused("not_an_object", f"expected an object, found {_kind(value)}")
     repairs: Counter[str] = Counter()
     name, parser = _format_of(value, reading)
+    labels = labels_of(value, place, reading)
+    if bad := [key for key, is_good in labels.items() if not is_good]:
+        raise Refused(LABELED_BAD, f"{bad[0]}: false: labeled bad, so it is left out")
     used, entries = parser(value, reading, repairs)
-    _count_ignored("field", value, used | ANY, repairs)
+    _count_ignored("field", value, used | ANY | labels.keys(), repairs)
     if value.get("system") not in NOTHING:
         entries.insert(0, ("system", _text("system", value["system"])))
     system: str | None = None

@@ -12,6 +12,7 @@ from t5tune.errors import DataError, one_line
 
 INTEGERS = range(-(1 << 63), 1 << 64)
 MOST_DEPTH = 200  # of objects and lists inside each other; Python's own limit depends on who calls
+LABELED_BAD = "labeled_bad"  # the one reason for which a record is left out by design, not because it is broken
 REASONS = {
     "not_json": "the line is no JSON",
     "invalid_utf8": "bytes that are no UTF-8",
@@ -30,6 +31,7 @@ REASONS = {
     "misplaced_system": "a system turn that isn't the first",
     "same_role_twice": "two turns of one side in a row",
     "no_answer": "no answer to learn from",
+    LABELED_BAD: "an answer labeled bad (label: false, kto_tag: false), which supervised training doesn't learn",
     "duplicate": "said before, word for word (dedupe)",
 }
 STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}

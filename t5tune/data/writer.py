@@ -15,7 +15,7 @@ from t5tune.data.cache import CONVERSATION, EXAMPLE, lengths_of, percentiles
 from t5tune.data.columns import WIDE, narrow
 from t5tune.data.encoding import Encoded, ids_dtype
 from t5tune.data.pipeline import Accepted, Outcome, Record
-from t5tune.data.records import UNPARSED, Raw, Rejected, parse
+from t5tune.data.records import LABELED_BAD, UNPARSED, Raw, Rejected, parse
 from t5tune.data.vocabulary import Lost
 from t5tune.publish import CHUNK
 
@@ -41,7 +41,8 @@ class Writer:
         self.usable = Counter[str]()  # records by file, those that came again included
         self.unknown_tokens = 0
         self.rejected = Counter[str]()
-        self.first_rejected: dict[str, str] = {}  # file -> place and message
+        self.first_rejected: dict[str, str] = {}  # file -> place and message, of those that aren't labeled bad
+        self.labeled_bad = Counter[str]()  # records by file
         self.repaired = Counter[str]()
         self.dropped = Counter[str]()
         self.lost = Lost()
@@ -142,7 +143,10 @@ class Writer:
     def _reject(self, rejected: Rejected) -> None:
         place = rejected.place
         self.rejected[rejected.reason] += 1
-        self.first_rejected.setdefault(place.file, f"{place.file}:{place.line}: {rejected.message}")
+        if rejected.reason == LABELED_BAD:
+            self.labeled_bad[place.file] += 1
+        else:
+            self.first_rejected.setdefault(place.file, f"{place.file}:{place.line}: {rejected.message}")
         facts = {**vars(place), "reason": rejected.reason, "message": rejected.message}
         self._rejected.write(json.dumps(facts)[:-1] + ', "record": ')
         if isinstance(rejected.record, Path):

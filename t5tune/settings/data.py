@@ -80,7 +80,11 @@ class SelectionSettings(Settings):
         default=False, description="Leave out answers longer than model_max_length, instead of cutting them."
     )
     max_rejected_fraction: Annotated[float | None, Maybe] = Field(
-        default=None, ge=0, le=1, description="Stop where a larger share of the records is refused; default: never."
+        default=None,
+        ge=0,
+        le=1,
+        description="Stop where a larger share of the records is refused, not counting examples labeled bad; default: "
+        "never.",
     )
     num_workers: Annotated[int | None, Maybe] = Field(
         default=None, gt=0, description="Processes that encode; default: as many as the cores, fewer for little data."
