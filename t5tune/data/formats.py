@@ -11,17 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from t5tune.data.cleaning import clean, plain
-from t5tune.data.learned import labels_of
+from t5tune.data.learned import labels_of, weight_of
 from t5tune.data.records import LABELED_BAD, Place, Refused
-from t5tune.data.tool_calls import called
+from t5tune.data.tool_calls import PARTS, called, called_in_part, joined
 from t5tune.settings.data import ReadingSettings
 
 Role = Literal["human", "assistant"]
 Speaker = Literal["system", "human", "assistant"]
-Entries = list[tuple[Speaker, str]]
 
 ROLES: dict[str, Speaker] = {
     "system": "system",
@@ -42,15 +41,33 @@ ROLES: dict[str, Speaker] = {
 TURN_KEYS = (("from", "value"), ("role", "content"))
 ANY = {"id", "system"}  # keys that every format may bring
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # values that stand for no value
+UNUSED_PARTS = ("reasoning", "tools")  # types of content parts that no example is made of
 LONGEST_KEY = 40  # characters of a key's name that is counted
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said."""
+    """What one side said. An assistant turn of weight 0 is context for later turns, and not learned itself."""
 
     role: Role
     text: str
+    learned: bool = True
+
+    @property
+    def is_target(self) -> bool:
+        """Whether the model learns to write this turn."""
+        return self.role == "assistant" and self.learned
+
+
+class Entry(NamedTuple):
+    """A turn as a record has it."""
+
+    speaker: Speaker
+    text: str
+    learned: bool = True
+
+
+Entries = list[Entry]
 
 
 @dataclass(frozen=True)
@@ -79,10 +96,10 @@ def conversation_of(value: Any, place: Place, reading: ReadingSettings) -> Conve
     used, entries = parser(value, reading, repairs)
     _count_ignored("field", value, used | ANY | labels.keys(), repairs)
     if value.get("system") not in NOTHING:
-        entries.insert(0, ("system", _text("system", value["system"])))
+        entries.insert(0, Entry("system", _text("system", value["system"])))
     system: str | None = None
-    turns: list[tuple[Role, list[str]]] = []
-    for index, (speaker, said) in enumerate(entries):
+    turns: list[tuple[Role, list[str], set[bool]]] = []
+    for index, (speaker, said, learned) in enumerate(entries):
         text = plain(said, repairs)
         if reading.clean:
             text = clean(text, repairs)
@@ -96,17 +113,23 @@ def conversation_of(value: Any, place: Place, reading: ReadingSettings) -> Conve
             if not reading.merge_same_role:
                 raise Refused("same_role_twice", f"turn {index}: two turns of {speaker} in a row")
             turns[-1][1].append(text)
+            turns[-1][2].add(learned)
             repairs["merged_same_role_turns"] += 1
         else:
-            turns.append((speaker, [text]))
+            turns.append((speaker, [text], {learned}))
     if turns and turns[-1][0] == "human":
         repairs["trailing_human_turns"] += 1
         turns.pop()
-    said_by = tuple(Turn(role, "\n".join(texts)) for role, texts in turns)
+    said_by = tuple(Turn(role, "\n".join(texts), False not in learned) for role, texts, learned in turns)
+    if mixed := sum(len(learned) > 1 for _, _, learned in turns):  # a part of weight 0 must not be learned
+        repairs["merged_turns_not_learned"] += mixed
     if blank := sum(not turn.text.strip() for turn in said_by):
         repairs["blank_turns"] += blank
-    if not any(turn.role == "assistant" and turn.text.strip() for turn in said_by):
+    answers = [turn for turn in said_by if turn.role == "assistant" and turn.text.strip()]
+    if not answers:
         raise Refused("no_answer", f"no assistant turn with text to learn from ({name})")
+    if not any(turn.learned for turn in answers):
+        raise Refused("zero_weight", f"every assistant turn has weight 0, so there is none to learn ({name})")
     return Conversation(place, system or None, said_by, dict(sorted(repairs.items())))
 
 
@@ -153,9 +176,9 @@ def _answered(
     if isinstance(chosen, str):
         if not question:
             raise Refused("no_answer", "chosen: a text, and no prompt before it; source_column may name another key")
-        return asked | {"chosen"}, [*question, ("assistant", chosen)]
+        return asked | {"chosen"}, [*question, Entry("assistant", chosen)]
     answer = _turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
-    if not any(speaker == "human" for speaker, _ in answer):
+    if not any(entry.speaker == "human" for entry in answer):
         return asked | {"chosen"}, question + answer
     # a question that stands in the list is used, not ignored
     return {"chosen"} | (asked if set(question) <= set(answer) else set()), answer
@@ -167,24 +190,60 @@ def _turns(key: str, items: Any, repairs: Counter[str]) -> Entries:
     return [_turn(index, item, repairs) for index, item in enumerate(items)]
 
 
-def _turn(index: int, item: Any, repairs: Counter[str]) -> tuple[Speaker, str]:
+def _turn(index: int, item: Any, repairs: Counter[str]) -> Entry:
+    place = f"turn {index}"
     names = None
     if isinstance(item, dict):
         names = next((names for names in TURN_KEYS if item.get(names[0]) is not None), None)
-    calls = called(item, f"turn {index}") if names is not None else None
-    if names is None or (names[1] not in item and calls is None):
-        raise Refused("bad_turn", f"turn {index}: expected an object with from and value, or role and content")
+    given = called(item, place) if names is not None else None
+    if names is None or (names[1] not in item and given is None):
+        raise Refused("bad_turn", f"{place}: expected an object with from and value, or role and content")
     speaker = item[names[0]]
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise Refused("unknown_role", f"turn {index}: role {speaker!r:.80}; known are {', '.join(ROLES)}")
+        raise Refused("unknown_role", f"{place}: role {speaker!r:.80}; known are {', '.join(ROLES)}")
+    said, calls = _without_calls(place, item.get(names[1]), repairs)
+    used, learned = set(names), True
+    if given is not None:
+        used.add(given[0])
+        calls += given[1]
+    if (weight := weight_of(item)) is not None:
+        if role == "assistant":
+            learned = _is_learned(place, *weight, repairs)
+        if role == "assistant" or weight[1] == 0:  # no other turn is learned, and 0 is the usual way to say so
+            used.add(weight[0])
     if len(item) > len(names):
-        _count_ignored("turn_field", item, {*names, calls[0]} if calls else set(names), repairs)
-    said = item.get(names[1])
-    if calls is None:
-        return role, _text(f"turn {index}", said)
+        _count_ignored("turn_field", item, used, repairs)
+    if not calls:
+        return Entry(role, _text(place, said), learned)
     repairs["tool_calls_as_text"] += 1
-    return role, calls[1] if said in NOTHING else f"{_text(f'turn {index}', said)}\n{calls[1]}"
+    return Entry(role, joined(calls) if said in NOTHING else f"{_text(place, said)}\n{joined(calls)}", learned)
+
+
+def _is_learned(place: str, key: str, weight: float, repairs: Counter[str]) -> bool:
+    """Whether an assistant turn of this weight is learned."""
+    if weight < 0:
+        raise Refused("bad_turn", f"{place}: {key} {weight}: expected 0 (not learned) or 1")
+    if weight not in (0, 1):
+        repairs["weights_taken_as_1"] += 1
+    return weight != 0
+
+
+def _without_calls(place: str, content: Any, repairs: Counter[str]) -> tuple[Any, list[str]]:
+    """LLaMA-Factory's content parts without those of tool calls, and the texts of these; unused parts are counted."""
+    calls: list[str] = []
+    if not _has_parts(content) or all(part.get("type") == "text" for part in content):
+        return content, calls
+    rest = []
+    for part in content:
+        kind = part.get("type")
+        if kind in PARTS:
+            calls += called_in_part(part, place)
+        elif kind not in UNUSED_PARTS:
+            rest.append(part)
+        elif any(value not in NOTHING for key, value in part.items() if key != "type"):
+            repairs[f"ignored_part_{kind}"] += 1
+    return rest or "", calls
 
 
 def _alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> tuple[set[str], Entries]:
@@ -199,12 +258,13 @@ def _alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[st
     for index, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refused("bad_turn", f"history {index}: expected a pair of question and answer")
-        entries += [("human", _text(f"history {index}", pair[0])), ("assistant", _text(f"history {index}", pair[1]))]
-    entries.append(("human", question))
+        entries.append(Entry("human", _text(f"history {index}", pair[0])))
+        entries.append(Entry("assistant", _text(f"history {index}", pair[1])))
+    entries.append(Entry("human", question))
     asked = {"instruction", "input", "history"}
     if value.get("output") is None and value.get("chosen") is not None:
         return _answered(asked, entries, value, repairs)
-    return asked | {"output"}, [*entries, ("assistant", _text("output", value.get("output")))]
+    return asked | {"output"}, [*entries, Entry("assistant", _text("output", value.get("output")))]
 
 
 def _prompt_completion(
@@ -218,7 +278,7 @@ def _prompt_completion(
 
 
 def _text_or_turns(key: str, value: dict[str, Any], role: Role, repairs: Counter[str]) -> Entries:
-    return _turns(key, value[key], repairs) if isinstance(value[key], list) else [(role, _text(key, value[key]))]
+    return _turns(key, value[key], repairs) if isinstance(value[key], list) else [Entry(role, _text(key, value[key]))]
 
 
 def _source_target(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> tuple[set[str], Entries]:
@@ -234,7 +294,7 @@ def _pair(value: dict[str, Any], source: str, target: str, reading: ReadingSetti
         found = ", ".join(sorted(map(str, value))[:6])
         raise Refused("unknown_format", f"no column {', '.join(missing)}; the record has {found}")
     question = reading.source_prefix + _text(source, value[source])
-    return {source, target}, [("human", question), ("assistant", _text(target, value[target]))]
+    return {source, target}, [Entry("human", question), Entry("assistant", _text(target, value[target]))]
 
 
 _KEYS: dict[str, list[set[str]]] = {
@@ -253,13 +313,18 @@ _PARSERS: dict[str, Parser] = {
 }
 
 
+def _has_parts(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
+
+
 def _text(place: str, content: Any) -> str:
-    """A text, or OpenAI's list of parts of type text, joined."""
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+    """A text, or a list of parts of type text, joined: OpenAI's with `text`, LLaMA-Factory's with `value`."""
+    if _has_parts(content):
         other = next((part.get("type") for part in content if part.get("type") != "text"), None)
         if other is not None:
             raise Refused("not_text", f"{place}: a part of type {other!r}")
-        content = "\n".join(_text(place, part.get("text")) for part in content)
+        texts = [part["text"] if part.get("text") is not None else part.get("value") for part in content]
+        content = "\n".join(_text(place, text) for text in texts)
     if not isinstance(content, str):
         raise Refused("not_text", f"{place}: expected text, found {_kind(content)}")
     return content

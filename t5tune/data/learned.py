@@ -1,9 +1,12 @@
-"""What data says about whether an answer is good enough to learn.
+"""What data says about whether an answer is to be learned.
 
 labels_of({"prompt": "Hi", "completion": "Go away", "label": False}, place, reading)
 # {"label": False}
+weight_of({"role": "assistant", "content": "Hello.", "loss_weight": 0.0})
+# ("loss_weight", 0.0)
 
-Unpaired preference data (KTO) labels each record as a whole: TRL's `label`, LLaMA-Factory's `kto_tag`.
+Unpaired preference data (KTO) labels each record as a whole: TRL's `label`, LLaMA-Factory's `kto_tag`. A single turn
+may have a weight: OpenAI's `weight`, LLaMA-Factory's `loss_weight`.
 """
 
 import re
@@ -14,6 +17,7 @@ from t5tune.data.records import Place
 from t5tune.settings.data import ReadingSettings
 
 LABELS = ("label", "kto_tag")
+WEIGHTS = ("loss_weight", "weight")
 UNTYPED_FILE = re.compile(r"\.[ct]sv(?:\.gz|\.zst)?$", re.IGNORECASE)  # its cells are text, whatever they mean
 WORDS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
@@ -32,3 +36,8 @@ def labels_of(record: Mapping[str, Any], place: Place, reading: ReadingSettings)
         if isinstance(value, bool) and key not in (reading.source_column, reading.target_column):
             labels[key] = value
     return labels
+
+
+def weight_of(turn: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The key and the value of a turn's weight; None: it has none."""
+    return next(((key, turn[key]) for key in WEIGHTS if isinstance(turn.get(key), int | float)), None)

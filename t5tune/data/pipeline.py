@@ -110,11 +110,14 @@ class Pipeline:
         settings = self.recipe.settings
         room = settings.model_max_length - 1
         parts, dropped = [encoded], Counter[str]()
+        if unlearned := sum(not turn.learned and bool(turn.text.strip()) for turn in conversation.turns):
+            dropped["zero_weight_targets"] = unlearned
         if settings.split_long and len(encoded.ids) > room:
             pieces = split(conversation, self.recipe.template, self.encoder, room)
             parts = [encode_batch([part], self.encoder, settings.model_max_length)[0] for part in pieces]
         if settings.train_on == "last":
-            parts = [Encoded(part.ids, part.spans[-1:] if part is parts[-1] else []) for part in parts]
+            last = max((number for number, part in enumerate(parts) if part.spans), default=None)
+            parts = [Encoded(part.ids, part.spans[-1:] if number == last else []) for number, part in enumerate(parts)]
         for index, part in enumerate(parts):
             spans = []
             for span in part.spans:

@@ -31,6 +31,7 @@ REASONS = {
     "misplaced_system": "a system turn that isn't the first",
     "same_role_twice": "two turns of one side in a row",
     "no_answer": "no answer to learn from",
+    "zero_weight": "every assistant turn has weight 0",
     LABELED_BAD: "an answer labeled bad (label: false, kto_tag: false), which supervised training doesn't learn",
     "duplicate": "said before, word for word (dedupe)",
 }

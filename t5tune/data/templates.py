@@ -69,7 +69,7 @@ class Piece:
     """A run of text of a turn, counted from 0 (-1: the system line).
 
     `kind` is system, human, prefix (what a source ends with), gap (a space between a source and its answer
-    that belongs to neither) or answer.
+    that belongs to neither), answer, or context (an answer that is only read, as a part of later sources).
     """
 
     text: str
@@ -141,7 +141,7 @@ def lay_out(conversation: Conversation, template: Template) -> list[Piece]:
             pieces.append(Piece(template.question(turn.text, first=index == 0), "human", index))
         else:
             pieces += question_end(template, index)
-            pieces.append(Piece(template.answer(turn.text), "answer", index))
+            pieces.append(Piece(template.answer(turn.text), "answer" if turn.learned else "context", index))
     return pieces
 
 

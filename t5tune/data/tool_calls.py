@@ -1,7 +1,9 @@
 """OpenAI's tool calls as the text that ShareGPT's function_call turns hold.
 
 called({"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}, "turn 1")
-# ('tool_calls', '{"name": "add", "arguments": {"a": 1}}')
+# ('tool_calls', ['{"name": "add", "arguments": {"a": 1}}'])
+called_in_part({"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'}, "turn 1")
+# ['{"name": "add", "arguments": {"a": 1}}']
 """
 
 import json
@@ -10,10 +12,11 @@ from typing import Any
 from t5tune.data.records import Refused, parse
 
 KEYS = ("tool_calls", "function_call")  # the second is the older one, of one call
+PARTS = ("tool_call", "tool_calls")  # types of LLaMA-Factory's content parts; the second is the older one
 
 
-def called(message: dict[str, Any], place: str) -> tuple[str, str] | None:
-    """The key and the text of a message's calls, a JSON list where they are several; None: it makes none.
+def called(message: dict[str, Any], place: str) -> tuple[str, list[str]] | None:
+    """The key and the texts of a message's calls; None: it makes none.
 
     Raises:
         Refused: a call without a function's name.
@@ -22,8 +25,31 @@ def called(message: dict[str, Any], place: str) -> tuple[str, str] | None:
     if key is None:
         return None
     given = message[key]
-    calls = [_text(call, place) for call in (given if isinstance(given, list) else [given])]
-    return key, calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
+    return key, _texts(given, place)
+
+
+def called_in_part(part: dict[str, Any], place: str) -> list[str]:
+    """The texts of the calls that a content part holds as JSON.
+
+    Raises:
+        Refused: no JSON, or a call without a function's name.
+    """
+    given = part.get("value")
+    if isinstance(given, str):
+        try:
+            given = parse(given.encode())
+        except Refused:
+            raise Refused("bad_turn", f"{place}: a part of type {part['type']!r} whose value is no JSON") from None
+    return _texts(given, place)
+
+
+def joined(calls: list[str]) -> str:
+    """Several calls as one text: a JSON list."""
+    return calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
+
+
+def _texts(given: Any, place: str) -> list[str]:
+    return [_text(call, place) for call in (given if isinstance(given, list) else [given])]
 
 
 def _is_nothing(given: Any) -> bool:

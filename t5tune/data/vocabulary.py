@@ -82,7 +82,7 @@ def _costly(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> list[str]:
     writable, lost = Writable(tokenizer), Lost()
     answers = 0
     for conversation in sample:
-        answers += sum(turn.role == "assistant" for turn in conversation.turns)
+        answers += sum(turn.is_target for turn in conversation.turns)
         lost.add(writable.lost(conversation))
     held = ((text, number) for text, _, number in lost.worst())
     enough = takewhile(lambda item: item[1] >= SHARE * answers, held)
@@ -123,7 +123,7 @@ class Writable:
         """Characters (and runs of spaces, as two) of the answers that don't come back -> (how often, in how many)."""
         lost: dict[str, tuple[int, int]] = {}
         for turn in conversation.turns:
-            if turn.role == "assistant":
+            if turn.is_target:
                 for text, count in self._lost(turn.text):
                     before = lost.get(text, (0, 0))
                     lost[text] = before[0] + count, before[1] + 1
