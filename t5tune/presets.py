@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import SettingsError, suggestion
+from t5tune.reasons import reason_of
 
 
 def templates_folder() -> Path:
@@ -35,7 +36,7 @@ def read_deepspeed(name_or_path: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"deepspeed: {path}: not a JSON file: {error}") from error
+        raise SettingsError(f"deepspeed: {path}: can't be read: {reason_of(error)}") from error
     if not isinstance(value, dict):
         raise SettingsError(f"deepspeed: {path}: expected a JSON object")
     return value

@@ -29,6 +29,8 @@ from t5tune.data.columns import Columns, columns_named, mapped
 from t5tune.data.encoding import Example, Span, example_of
 from t5tune.errors import DataError
 from t5tune.publish import sha256
+from t5tune.reasons import reason_of
+from t5tune.settings.messages import reason_of as value_reason
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -182,9 +184,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: {what}", hint="name a folder that t5tune prepare wrote")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or "format" not in manifest:
+            raise ValueError("it has no format")
         version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+    except (OSError, ValueError, RecursionError) as error:
+        why = reason_of(error).lower() if isinstance(error, OSError) else reason_of(error)
         raise DataError(
             f"{folder / MANIFEST}: not the manifest of a token cache ({why})",
             hint="name a folder that t5tune prepare wrote",
@@ -198,7 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         try:
             TypeAdapter(kind).validate_python(manifest.get(name), strict=True)
         except ValidationError as error:
-            reason = f"{manifest[name]!r:.80}: {error.errors()[0]['msg']}" if name in manifest else "missing"
+            reason = f"{manifest[name]!r:.80}: {value_reason(error.errors()[0])}" if name in manifest else "missing"
             raise DataError(f"{folder / MANIFEST}: {name}: {reason}", hint="run t5tune prepare again") from None
     return dict(manifest)
 

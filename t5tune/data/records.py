@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from t5tune.errors import DataError, one_line
+from t5tune.reasons import json_reason
 
 INTEGERS = range(-(1 << 63), 1 << 64)
 MOST_DEPTH = 200  # of objects and lists inside each other; Python's own limit depends on who calls
@@ -122,7 +123,7 @@ def parse(data: bytes) -> Any:
             raise Refused("not_json", "not valid JSON: nothing stands where a value is expected") from None
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         where = f"{line}character {error.colno} of the record"
-        raise Refused("not_json", f"not valid JSON: {error.msg} at {where}") from None
+        raise Refused("not_json", f"not valid JSON: {json_reason(error)} at {where}") from None
 
 
 def check_characters(value: Any, place: str = "the record") -> None:

@@ -16,6 +16,12 @@ from t5tune.errors import DataError, DependencyError
 from t5tune.publish import CHUNK
 
 CELL_BYTES = 128  # that a cell takes beside its text
+CSV_REASONS = {  # by what the csv module says
+    "unexpected end of data": "the file ends within quotes",
+    "expected after": "there is text after a closing quote",
+    "field larger than field limit": "a cell is longer than max_record_bytes",
+    "new-line character": "a carriage return within a cell that has no quotes",
+}
 ROWS = 16  # of a Parquet file at a time, and
 ROWS_BYTES = 1 << 21  # about as many bytes of them
 _ORDINARY = re.compile(rb'[^",;\t\r\n]+')
@@ -62,7 +68,8 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int, spool: Path | No
             else:
                 yield Raw(place, dict(zip(head, cells, strict=True)), size)
     except csv.Error as error:
-        raise DataError(f"{path}:{lines.number}: not valid CSV: {error}") from error
+        reason = next((words for begin, words in CSV_REASONS.items() if begin in str(error)), str(error))
+        raise DataError(f"{path}:{lines.number}: not valid CSV: {reason}") from error
 
 
 def read_parquet(path: Path, max_bytes: int, spool: Path | None) -> Iterator[Raw | Rejected]:
@@ -104,7 +111,14 @@ def read_parquet(path: Path, max_bytes: int, spool: Path | None) -> Iterator[Raw
     except DataError:
         raise
     except Exception as error:  # pyarrow raises its own exceptions, and Python's plain ones
-        raise DataError(f"{path}: row {index}: broken Parquet: {error}", hint="get the file again") from error
+        raise DataError(
+            f"{path}: row {index}: broken Parquet: {_first_line(error)}", hint="get the file again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Pyarrow's reason without the lines that say where in its own code it arose."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _first_bytes(batches: Iterator[Any]) -> int:

@@ -9,12 +9,12 @@ where | parts the source from the target of this answer. The source of a later a
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from t5tune.data.formats import Conversation
-from t5tune.errors import SettingsError
+from t5tune.errors import SettingsError, suggestion
 from t5tune.presets import find_conversation_template
 from t5tune.progress import Note, Report, silent
 from t5tune.yaml_file import read_yaml
@@ -100,11 +100,12 @@ def load_template(name_or_path: str) -> Template:
 
 def template_from(values: dict[str, Any], place: Path) -> Template:
     """The layout that the values describe; `place` is the file that an error names."""
-    try:
-        template = Template(**values)
-    except TypeError as error:
-        reason = str(error).removeprefix("Template.__init__() ")
-        raise SettingsError(f"conversation_template: {place}: {reason}") from None
+    known = {field.name: field.default is MISSING for field in fields(Template)}
+    problems = [f"{name}: unknown field{suggestion(name, known)}" for name in values if name not in known]
+    problems += [f"{name}: missing" for name, is_needed in known.items() if is_needed and name not in values]
+    if problems:
+        raise SettingsError(*(f"conversation_template: {place}: {problem}" for problem in problems))
+    template = Template(**values)
     for name, value in asdict(template).items():
         if not isinstance(value, str):
             raise SettingsError(f"conversation_template: {place}: {name}: expected text, found {value!r}")

@@ -16,6 +16,7 @@ from typing import Any
 
 from t5tune.errors import DependencyError, ModelError
 from t5tune.publish import write_json
+from t5tune.reasons import reason_of
 
 CONFIG = "tokenizer_config.json"
 FILE = "tokenizer.json"
@@ -182,7 +183,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: can't be read: {error}") from error
+        raise ModelError(f"{path}: can't be read: {reason_of(error)}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object")
     return values

@@ -11,6 +11,7 @@ from t5tune import presets
 from t5tune.errors import SettingsError, suggestion
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
+from t5tune.settings.messages import reason_of
 from t5tune.settings.renamed import RENAMED
 
 PREFIX = "T5TUNE_"
@@ -122,9 +123,8 @@ def _with_known_names(
 
 def _problem(error: ErrorDetails, values: dict[str, _Value], model: type[Settings]) -> str:
     """One pydantic error as `lora_r: abc (--lora-r): not a whole number`."""
-    reason = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
-        return reason
+        return error["msg"].removeprefix("Value error, ")
     name = str(error["loc"][0])
     if error["type"] == "missing":
         typed = model.as_typed(name)
@@ -133,5 +133,4 @@ def _problem(error: ErrorDetails, values: dict[str, _Value], model: type[Setting
     given = values.get(name)
     shown = repr(given.value if given else error["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    reason = reason[0].lower() + reason[1:] if reason[1:2].islower() else reason  # "Input" but not "T5"
-    return f"{name}: {shown}{f' ({given.place})' if given else ''}: {reason}"
+    return f"{name}: {shown}{f' ({given.place})' if given else ''}: {reason_of(error)}"

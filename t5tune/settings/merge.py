@@ -1,5 +1,6 @@
 """Which adapters go into which base, and what comes out."""
 
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,7 +17,10 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 def _bytes(value: Any) -> Any:
     """ "5GB" as transformers writes sizes -> 5000000000."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", value.strip().upper())):
-        return int(float(match[1]) * UNITS.get(match[2], 1))
+        size = float(match[1]) * UNITS.get(match[2], 1)
+        if not math.isfinite(size):
+            raise ValueError("too large a size")
+        return int(size)
     return value
 
 

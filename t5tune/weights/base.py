@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError, ModelError, suggestion
+from t5tune.reasons import reason_of
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.weights.pocket import pocket_folder
 from t5tune.weights.strangers import read_object
@@ -60,7 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_object(path.parent, path.name)
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: can't be read: {error}") from error
+        raise ModelError(f"{path}: can't be read: {reason_of(error)}") from error
     except CheckpointError as error:
         raise ModelError(error.message, error.hint) from error
     if key := _asks_for_code(config):

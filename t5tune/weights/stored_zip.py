@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t5tune.errors import CheckpointError
+from t5tune.reasons import reason_of
 
 MAX_TABLE = 32 << 20
 CHUNK = 16 << 20
@@ -60,7 +61,7 @@ class StoredZip:
                 self.members = self._read_members()
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, struct.error) as error:
-            raise CheckpointError(f"{path}: can't be read: {error}") from error
+            raise CheckpointError(f"{path}: can't be read: {reason_of(error)}") from error
 
     def view(self, name: str) -> memoryview:
         """The member's bytes in the mapped file.

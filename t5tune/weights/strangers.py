@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
+from t5tune.reasons import reason_of
 from t5tune.weights.links import check_inside, is_file_name
 
 MAX_JSON = 32 << 20  # a tokenizer.json has 2 MB, an index of shards less
@@ -62,7 +63,7 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"{size} bytes; {MAX_JSON} is the most that is read")
         return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read: {error}") from error
+        raise CheckpointError(f"{path}: can't be read: {reason_of(error)}") from error
 
 
 def parse_object(text: bytes) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from t5tune.errors import CheckpointError
+from t5tune.reasons import reason_of
 from t5tune.weights.strangers import holds, parse_object, read_object
 from t5tune.weights.tensors import STORAGE, Place, Tensor
 from t5tune.weights.torch_file import read_torch_file
@@ -53,7 +54,7 @@ class SafetensorsFile:
                     raise CheckpointError(f"{path}: not a safetensors file: its header is {length} bytes long")
                 header = parse_object(file.read(length))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: can't be read as safetensors: {error}") from error
+            raise CheckpointError(f"{path}: can't be read as safetensors: {reason_of(error)}") from error
         self.data_begin = 8 + length
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):

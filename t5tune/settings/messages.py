@@ -1,0 +1,44 @@
+"""Pydantic's reasons why a value can't be used, in our words.
+
+reason_of({"type": "int_parsing", …})
+# "expected a whole number"
+"""
+
+from pydantic_core import ErrorDetails
+
+# by the type of the error; {…} is filled from its context
+REASONS = {
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "int_parsing_size": "too large a number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "string_type": "expected text",
+    "path_type": "expected a path",
+    "list_type": "expected a list",
+    "dict_type": "expected names with values",
+    "missing": "missing",
+    "literal_error": "expected {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+}
+
+
+def reason_of(error: ErrorDetails) -> str:
+    """Why the value can't be used."""
+    if error["type"] in REASONS:
+        context = error.get("ctx", {})
+        bounds = {
+            name: int(value) for name, value in context.items() if isinstance(value, float) and value == int(value)
+        }
+        return REASONS[error["type"]].format(**context | bounds)  # a bound of 1.0 is shown as 1
+    reason = error["msg"].removeprefix("Value error, ")
+    return reason[0].lower() + reason[1:] if reason[1:2].islower() else reason  # "Input" but not "T5"
