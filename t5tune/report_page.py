@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from t5tune.data.cache import Cache
 from t5tune.data.lengths import Lengths, length_histogram
+from t5tune.data.records import LABELED_BAD
 from t5tune.publish import write_file
 from t5tune.settings import TrainSettings
 from t5tune.svg import Series, histogram, line_chart, short
@@ -64,13 +66,13 @@ def write_report(
     run_folder: Path,
     settings: TrainSettings,
     result: dict[str, Any],
-    lengths: tuple[Lengths, Lengths],
+    cache: Cache,
 ) -> Path:
     """Write the page beside its place in the run folder, and rename it there.
 
     Args:
         result: the fields of `train`'s result.
-        lengths: of the examples' sources and targets, in tokens.
+        cache: the examples that were trained on.
     """
     lines = read_journal(run_folder)
     name = html.escape(str(run_folder))
@@ -85,8 +87,10 @@ def write_report(
         "</div>",
         *_evaluation(lines),
         *_samples(read_samples(run_folder)),
-        '<h2>Examples</h2><div class="charts">',
-        *_length_charts(lengths),
+        "<h2>Examples</h2>",
+        *_left_out(cache.manifest["rejected_by_reason"]),
+        '<div class="charts">',
+        *_length_charts(cache.lengths()),
         "</div>",
         *_settings(settings),
     ]
@@ -186,6 +190,18 @@ def _samples(samples: list[dict[str, str]]) -> list[str]:
         for sample in samples
     )
     return [f'<h2>Replies before and after</h2><table class="samples"><tr>{header}</tr>', *rows, "</table>"]
+
+
+def _left_out(by_reason: dict[str, int]) -> list[str]:
+    """What of the data no example was made of, where there is any."""
+    refused = {reason: count for reason, count in by_reason.items() if reason != LABELED_BAD}
+    parts = []
+    if bad := by_reason.get(LABELED_BAD, 0):
+        parts.append(f"labeled bad (label: false, kto_tag: false): {bad:,}")
+    if refused:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in refused.items())
+        parts.append(f"refused: {sum(refused.values()):,} ({reasons})")
+    return [f'<p class="soft">Records left out: {html.escape("; ".join(parts))}</p>'] if parts else []
 
 
 def _length_charts(lengths: tuple[Lengths, Lengths]) -> list[str]:

@@ -325,7 +325,7 @@ def _finish(run: Run, settings: TrainSettings, cache: Cache, state: Any, result:
     with writing(history):
         state.save_to_json(str(history))
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}
-    write_report(run.folder, settings, values, cache.lengths())
+    write_report(run.folder, settings, values, cache)
     if (card := run.folder / "README.md").is_file():  # of the step's adapter, before its figures were known
         about, code, how = card.read_text(encoding="utf-8").partition("\n```python\n")
         write_file(card, (about + outcome_lines(values) + code + how).encode())

@@ -178,6 +178,8 @@ def test_train_says_what_it_leaves_out_and_evaluate_does_not_score_it(tmp_path: 
     assert done.code == 0, done.stderr
     left_out = "2 examples labeled bad (label: false, kto_tag: false) left out of supervised training"
     assert f"warning: {left_out}: {tmp_path / 'run' / 'data' / 'rejected.jsonl'}" in done.stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Records left out: labeled bad (label: false, kto_tag: false): 2" in page
     done = t5tune("evaluate", *arguments, tmp_path / "scores", "--max-new-tokens", "1", "--json")
     assert done.code == 0, done.stderr
     assert done.json["examples"] == 1
