@@ -1,7 +1,9 @@
 """doctor on a machine that works, and on ones that are broken on purpose: a line a check, never a traceback."""
 
+import importlib.metadata
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from t5tune import doctor as doctor_module
 from t5tune.diagnosis import machine, probes
 from t5tune.diagnosis.finding import Finding
 from t5tune.doctor import PROBES, _probe
+from t5tune.requirements import check_versions, oldest_releases
 from tests.conftest import REPOSITORY, t5tune
 
 CANARY = "hf_canary0123456789"
@@ -21,6 +24,15 @@ def blocked(folder: Path, module: str, text: str) -> str:
     """A PYTHONPATH on which a module is `text` instead."""
     (folder / module).mkdir(parents=True)
     (folder / module / "__init__.py").write_text(text)
+    return os.pathsep.join([str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+
+
+def declaring(folder: Path, *requirements: str) -> str:
+    """A PYTHONPATH on which t5tune is installed and declares these requirements alone."""
+    metadata = folder / "t5tune-0.1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    lines = ["Metadata-Version: 2.4", "Name: t5tune", "Version: 0.1.0", *(f"Requires-Dist: {r}" for r in requirements)]
+    metadata.write_text("\n".join(lines) + "\n")
     return os.pathsep.join([str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
 
 
@@ -111,19 +123,74 @@ def test_versions_outside_of_what_was_tested_are_named(monkeypatch: pytest.Monke
             patch.setattr(machine.importlib.metadata, "version", lambda name: versions.get(name) or real(name))
             return by_name(machine.compare_versions())
 
-    found = with_versions({"torch": "2.1.0+cu118", "peft": "0.99.0", "transformers": "5.0.1"})
+    found = with_versions({"torch": "2.1.0+cu118", "peft": "0.99.0", "transformers": "5.23.1"})
     assert (found["torch"].state, found["peft"].state) == ("broken", "warning")
     assert "t5tune needs 2.6 or newer" in found["torch"].found
     assert "pip install --upgrade 'torch>=2.6'" in found["torch"].mend
     assert "tested up to" in found["peft"].found
-    assert "transformers 5.0.1" in found["packages"].found
+    assert "transformers 5.23.1" in found["packages"].found
 
 
-def test_the_tested_versions_are_of_packages_that_t5tune_asks_for() -> None:
+def test_an_older_release_than_declared_is_refused_with_the_upgrade(tmp_path: Path) -> None:
+    """doctor, train and chat judge by the requirements that the installed t5tune declares."""
+    env = {"PYTHONPATH": declaring(tmp_path, "transformers>=99.5", "numpy>=1.26", "absent-package>=1.0; extra == 'x'")}
+    version = importlib.metadata.version("transformers")
+    done = t5tune("doctor", "--json", env=env)
+    assert done.code == 1
+    found = {finding["check"]: finding for finding in done.json["findings"]}
+    assert found["transformers"] == {
+        "check": "transformers", "state": "broken", "found": f"{version}; t5tune needs 99.5 or newer",
+        "mend": "pip install --upgrade 'transformers>=99.5'",
+    }  # fmt: skip
+    assert found["packages"]["found"].startswith("numpy ")
+    assert "absent-package" not in found
+
+    run = ("--data-path", "pocket", "--output-dir", tmp_path / "run")
+    for command in (("train", *run), ("train", *run, "--dry-run"), ("chat", "--prompt", "hello")):
+        done = t5tune(*command, "--model-name-or-path", "pocket", env=env)
+        assert (done.code, done.errors) == (
+            1,
+            [
+                f"error: transformers: version {version} is installed; t5tune needs 99.5 or newer; "
+                "pip install --upgrade 'transformers>=99.5'"
+            ],
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "flags"),
+    [("bitsandbytes", ("--q-lora",)), ("deepspeed", ("--deepspeed", "zero2"))],
+)
+def test_only_what_a_run_uses_must_be_recent(package: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    env = {"PYTHONPATH": declaring(tmp_path, f"{package}>=99.5")}
+    run = ("train", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", tmp_path / "run")
+    assert t5tune(*run, "--dry-run", env=env).code == 0
+    done = t5tune(*run, "--dry-run", *flags, env=env)
+    assert done.code == 1
+    (error,) = done.errors
+    assert f"{package}: version {importlib.metadata.version(package)} is installed; t5tune needs 99.5" in error
+
+
+def test_without_metadata_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where t5tune runs from a source folder that was never installed."""
+
+    def requires(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    check_versions("torch", "transformers")
+    assert machine.compare_versions() == []
+
+
+def test_each_dependency_declares_the_oldest_release_that_works() -> None:
+    """`make floors` installs it, and doctor compares with it."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    asked = {line.partition(">=")[0].replace(".", "-") for line in project["dependencies"]}
-    assert set(machine.NEWEST) <= asked
-    assert {name.replace(".", "-") for name in machine._required()} <= asked
+    declared = [re.fullmatch(r"([a-z0-9.-]+)>=([\d.]+)(;.*)?", line) for line in project["dependencies"]]
+    assert all(declared), project["dependencies"]
+    names = {match[1] for match in declared if match}
+    assert set(machine.NEWEST) <= names
+    assert {name.replace("-", ".") for name in oldest_releases()} <= {name.replace("-", ".") for name in names}
 
 
 def test_a_driver_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

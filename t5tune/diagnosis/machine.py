@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from t5tune.diagnosis.finding import Finding, State
+from t5tune.requirements import is_older, oldest_releases, release_numbers, upgrade_command
 
 GIB = 1 << 30
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
@@ -55,17 +55,17 @@ def look() -> list[Finding]:
 def compare_versions() -> list[Finding]:
     """One line for the packages whose releases the tests know, and one for each other."""
     findings, known = [], []
-    for package, oldest in _required().items():
+    for package, oldest in oldest_releases().items():
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding(package, "broken", "not installed", f"pip install '{package}>={oldest}'"))
             continue
         newest = NEWEST.get(package)
-        if _numbers(version) < _numbers(oldest):
-            mend = f"pip install --upgrade '{package}>={oldest}'"
-            findings.append(Finding(package, "broken", f"{version}; t5tune needs {oldest} or newer", mend))
-        elif newest is not None and _numbers(version)[: len(_numbers(newest))] > _numbers(newest):
+        if is_older(version, oldest):
+            found = f"{version}; t5tune needs {oldest} or newer"
+            findings.append(Finding(package, "broken", found, upgrade_command(package, oldest)))
+        elif newest is not None and release_numbers(version)[: len(release_numbers(newest))] > release_numbers(newest):
             mend = f"if something fails: pip install '{package}=={newest}.*'"
             findings.append(Finding(package, "warning", f"{version}; tested up to {newest}", mend))
         elif newest is not None:
@@ -167,30 +167,3 @@ def _can_write(folder: Path) -> bool:
 def _hub_home() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface"))
-
-
-def _required() -> dict[str, str]:
-    """Package -> the oldest release that t5tune takes, for this platform, from its own metadata."""
-    required = {}
-    for line in importlib.metadata.requires("t5tune") or []:
-        requirement, _, marker = line.partition(";")
-        match = re.fullmatch(r"([A-Za-z0-9._-]+)>=([\d.]+)", requirement.strip())
-        if match and _applies(marker):
-            required[match[1]] = match[2]
-    return required
-
-
-def _applies(marker: str) -> bool:
-    """Whether a dependency's marker, of the few forms that pyproject.toml has, holds here."""
-    if "extra" in marker:
-        return False
-    if match := re.search(r"python_version\s*<\s*['\"]3\.(\d+)['\"]", marker):
-        return sys.version_info[1] < int(match[1])
-    if match := re.search(r"sys_platform\s*(==|!=)\s*['\"](\w+)['\"]", marker):
-        return (sys.platform == match[2]) is (match[1] == "==")
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """`2.13.0+cpu` -> (2, 13, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])

@@ -15,6 +15,7 @@ from torch import nn
 from t5tune.errors import DependencyError, ModelError
 from t5tune.model.family import ATTENTION, OVERFLOWS_FP16, family_of
 from t5tune.progress import Report, silent, track
+from t5tune.requirements import check_versions
 from t5tune.settings.quantisation import QuantisationSettings
 from t5tune.weights.base import read_config
 from t5tune.weights.streaming import Checkpoint
@@ -81,6 +82,7 @@ def load_base(
 
 def empty_model(config: dict[str, Any], dtype: torch.dtype, tied: bool) -> Any:
     """The transformers model of a known config.json, its tensors without data, its head tied as `tied` says."""
+    check_versions("transformers")  # older ones lack sdpa for T5, or leave an umT5 decoder without a causal mask
     from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
     values = CONFIG_MAPPING[config["model_type"]].from_dict(config)

@@ -12,6 +12,7 @@ from t5tune.data.templates import load_template
 from t5tune.errors import DependencyError, SettingsError, suggestion
 from t5tune.model.device import nvidia_driver
 from t5tune.model.family import family_of
+from t5tune.requirements import check_versions
 from t5tune.settings import TrainSettings
 from t5tune.training.compiler import lack
 from t5tune.training.run_folder import SHAPING
@@ -38,8 +39,11 @@ def check(settings: TrainSettings) -> None:
     Raises:
         SettingsError: an unknown field under training_args, a bad DeepSpeed configuration, another shape of examples
             than the cache's.
-        DependencyError: DeepSpeed or a tracker is asked for and not there.
+        DependencyError: DeepSpeed or a tracker is asked for and not there, or a library is older than t5tune needs.
     """
+    check_versions("torch", "transformers", "accelerate", "peft")
+    if settings.q_lora:
+        check_versions("bitsandbytes")
     chosen_trackers(settings.report_to)
     problems = _nothing_to_evaluate_on(settings) + _not_the_cache_s(settings) + _no_such_names(settings)
     if settings.training_args:
@@ -73,6 +77,7 @@ def check(settings: TrainSettings) -> None:
                 "deepspeed: the package isn't installed",
                 hint="pip install deepspeed (Linux); without it one process, or several without --deepspeed, train",
             )
+        check_versions("deepspeed")
         if "offload_optimizer" in configuration.get("zero_optimization", {}) and (lacks := lack()):
             raise DependencyError(
                 f"deepspeed: {settings.deepspeed}: its optimizer on the CPU is compiled at first use, and {lacks}",
