@@ -3,7 +3,7 @@ PYTHON ?= python3
 CHROMIUM ?= chromium
 BIN := .venv/bin
 
-.PHONY: quickstart test compatibility reliability fuzz check lint types build docs picture clean
+.PHONY: quickstart test compatibility floors reliability fuzz check lint types build docs picture clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -21,6 +21,10 @@ reliability: .venv/installed-dev
 compatibility: .venv/installed-dev build/transformers-4/installed
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[deploy]'
 	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/test_deploy.py tests/test_family.py
+
+# the tests with the oldest releases that pyproject.toml allows; PYTHON=python3.11 where python3 is newer
+floors: build/floors/installed
+	build/floors/bin/python -m pytest
 
 check: lint types test
 
@@ -64,4 +68,11 @@ clean:
 build/transformers-4/installed: .venv/bin/python
 	$(BIN)/python -m venv build/transformers-4
 	build/transformers-4/bin/pip install --disable-pip-version-check --quiet 'transformers<5' torch safetensors sentencepiece ctranslate2
+	touch $@
+
+# the requirements with == for >=, as constraints
+build/floors/installed: pyproject.toml
+	$(PYTHON) -m venv --clear build/floors
+	build/floors/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*(line.replace(">=", "==", 1) for line in project["dependencies"]), sep="\n")' > build/floors/constraints.txt
+	build/floors/bin/pip install --disable-pip-version-check --quiet --constraint build/floors/constraints.txt -e '.[dev]'
 	touch $@
