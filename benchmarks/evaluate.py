@@ -1,7 +1,7 @@
 """Peak memory of evaluating against that of training, on the same base and conversations.
 
     python benchmarks/evaluate.py --config mt5-small.json --data chats.json [--num-conversations 40] [--steps 8]
-        [--num-beams 1] [--model-max-length 2048] [--tokenizer FOLDER] [--vocabulary N]
+        [--num-beams 1] [--max-new-tokens N] [--model-max-length 2048] [--tokenizer FOLDER] [--vocabulary N]
 
 Makes a random base in the shape of a config.json (`--vocabulary` gives it another number of embedding rows), prepares
 the conversations, then runs `t5tune train` and `t5tune evaluate` at their default settings, each in a process of its
@@ -25,9 +25,8 @@ run(["train", "--model-name-or-path", base, "--data-path", cache, "--output-dir"
 """
 EVALUATE = """
 from t5tune.cli import run
-base, cache, folder, beams, new_tokens = arguments
-run(["evaluate", "--model-name-or-path", base, "--data-path", cache, "--output-dir", folder, "--num-beams", beams,
-     "--max-new-tokens", new_tokens, "--quiet"])
+base, cache, folder, *options = arguments
+run(["evaluate", "--model-name-or-path", base, "--data-path", cache, "--output-dir", folder, *options, "--quiet"])
 """
 
 
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--num-conversations", type=int, default=40)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--model-max-length", type=int, default=2048)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--vocabulary", type=int)
@@ -65,11 +64,10 @@ def compare(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     manifest = json.loads((cache / "manifest.json").read_text())
     train = run_script(TRAIN, [base, cache, folder / "run", str(chosen.steps)], folder / "train")
-    evaluate = run_script(
-        EVALUATE,
-        [base, cache, folder / "scores", str(chosen.num_beams), str(chosen.max_new_tokens)],
-        folder / "figures",
-    )
+    options = ["--num-beams", str(chosen.num_beams)]
+    if chosen.max_new_tokens:
+        options += ["--max-new-tokens", str(chosen.max_new_tokens)]
+    evaluate = run_script(EVALUATE, [base, cache, folder / "scores", *options], folder / "figures")
     return {
         "config": chosen.config.name,
         "vocabulary": config["vocab_size"],

@@ -19,7 +19,7 @@ from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
 from t5tune.data.pipeline import read_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import Rejected
+from t5tune.data.records import LABELED_BAD, Rejected
 from t5tune.data.templates import find_template, lay_out, template_from
 from t5tune.data.tokenizer import Tokenizer, answer_text, load_tokenizer, true_text
 from t5tune.data.vocabulary import extend_tokenizer
@@ -32,7 +32,7 @@ from t5tune.settings import EvaluateSettings, dump_settings
 from t5tune.weights.adapter import TEMPLATE
 from t5tune.weights.output import check_replaceable
 from t5tune.weights.pocket import conversations_file
-from t5tune.weights.training_data import HOW_READ, TrainingData
+from t5tune.weights.training_data import COLUMNS, READING, TrainingData
 from t5tune.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -149,10 +149,13 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
 
 def _as_trained(settings: EvaluateSettings, trained_on: TrainingData, report: Report) -> EvaluateSettings:
     """The settings with the columns and the prefix that the model was trained with, where none are given."""
+    names = {"source_prefix"} - settings.model_fields_set
+    if not (set(COLUMNS) & settings.model_fields_set):  # who sets one of them knows better how this data is made
+        names |= set(COLUMNS)
     taken = {
         name: getattr(trained_on, name)
-        for name in HOW_READ
-        if name not in settings.model_fields_set and getattr(trained_on, name) != getattr(settings, name)
+        for name in READING
+        if name in names and getattr(trained_on, name) != getattr(settings, name)
     }
     if taken:
         shown = ", ".join(f"{name} {value!r}" for name, value in taken.items())
@@ -192,7 +195,9 @@ def _questions(settings: EvaluateSettings, loaded: "Loaded", report: Report) -> 
                 cut += not (span.source_is_whole and span.target_is_whole)
         if settings.num_data is not None and len(examples) >= settings.num_data:
             break
-    if rejected:
+    if bad := sum(record.reason == LABELED_BAD for record in rejected):
+        report(Note(f"{bad} examples labeled bad (label: false, kto_tag: false) left out", True))
+    if rejected := [record for record in rejected if record.reason != LABELED_BAD]:
         first = rejected[0]
         place = f"{first.place.file}:{first.place.line}"
         report(Note(f"{len(rejected)} records refused, the first: {place}: {first.message}", True))

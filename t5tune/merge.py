@@ -38,7 +38,7 @@ from t5tune.weights.shards import Shard, plan_shards, write_shards
 from t5tune.weights.strangers import holds
 from t5tune.weights.streaming import Checkpoint
 from t5tune.weights.tensors import Tensor
-from t5tune.weights.training_data import TRAINING_DATA
+from t5tune.weights.training_data import TRAINING_DATA, read_training_data
 
 if TYPE_CHECKING:
     from t5tune.model.comparison import Difference
@@ -105,7 +105,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> Merged:
     with published_folder(settings.output_dir) as staged, _checkpoint_folder(settings, staged) as checkpoint:
         _write_weights(base, shards, changes, checkpoint, report)
         write_config(base.folder, checkpoint, tied, dtype, facts["family"])
-        _write_companions(settings, base, adapters, member, checkpoint)
+        _write_companions(settings, base, adapters, member, checkpoint, report)
         found = _verify(settings, base, adapters, facts, checkpoint, report) if verify else None
         if settings.to == "ctranslate2":
             agreement = _convert(settings, adapters[0].folder, checkpoint, staged, report)
@@ -238,13 +238,16 @@ def _write_weights(
 
 
 def _write_companions(
-    settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], member: Family, staged: Path
+    settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], member: Family, staged: Path, report: Report
 ) -> None:
     """The tokenizer, the layout of conversations, the card and the settings."""
     adapter = adapters[0].folder
     tokenizer_folder = adapter if holds(adapter, "tokenizer_config.json") else base.folder
     layout_folder = adapter if holds(adapter, TEMPLATE) else base.folder
     copy_companions(base.folder, tokenizer_folder, layout_folder / TEMPLATE, staged)
+    if any(read_training_data(other.folder) != read_training_data(adapter) for other in adapters[1:]):
+        (staged / TRAINING_DATA).unlink(missing_ok=True)
+        report(Note(f"no {TRAINING_DATA}: the adapters were trained on data of different kinds"))
     names = ", ".join(str(adapter.folder) for adapter in adapters)
     training = training_of_run(adapter) if len(adapters) == 1 else ""
     card = merged_card(settings.model_name_or_path, names, settings.to, member.converters, training)

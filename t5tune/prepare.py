@@ -36,7 +36,7 @@ from t5tune.settings.data import ReadingSettings, SelectionSettings, SplitSettin
 from t5tune.weights.adapter import TEMPLATE
 from t5tune.weights.base import find_base, read_config
 from t5tune.weights.pocket import conversations_file
-from t5tune.weights.training_data import HOW_READ, TrainingData, write_training_data
+from t5tune.weights.training_data import READING, TrainingData, write_training_data
 from t5tune.yaml_file import to_yaml
 
 SAMPLE = 8 << 20  # bytes of records that --add-tokens auto looks at
@@ -129,8 +129,9 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, like: Pat
                 unused = [str(file) for file in files if is_whole and not writer.usable[str(file)]]
                 _check_used(unused, writer, settings)
                 counts = writer.counts(settings.num_data)
-            how = {name: getattr(settings, name) for name in HOW_READ}
-            write_training_data(staged, TrainingData(counts["examples_with_earlier_turns"] > 0, **how))
+            reading = {name: getattr(settings, name) for name in READING}
+            reading["source_prefix"] = settings.source_prefix if writer.with_prefix else ""
+            write_training_data(staged, TrainingData(counts["examples_with_earlier_turns"] > 0, **reading))
             for file in inputs["data"]:
                 file["sha256"] = file["sha256"] or stdin.value
             manifest = {
@@ -145,6 +146,7 @@ def _prepared(settings: PrepareSettings, report: Report, in_use: bool, like: Pat
                 "seed": settings.seed,
                 "inputs": inputs,
                 "unused_files": unused,
+                "conversations_with_prefix": writer.with_prefix,
                 **counts,
                 "lost_characters": _lost(writer, Writable(tokenizer)),
                 "files": hash_files(staged),
@@ -372,6 +374,8 @@ def _tell(manifest: dict[str, Any], folder: Path, report: Report) -> None:
         report(Note(f"{_examples(bad)} {BAD} left out of supervised training: {folder / REJECTED}", True))
     if reasons:
         report(Note(f"{reasons.total()} records refused ({_reasons(reasons)}): {folder / REJECTED}", True))
+    if (prefix := manifest["inputs"]["source_prefix"]) and not manifest["conversations_with_prefix"]:
+        report(Note(f"source_prefix: {prefix!r} changed nothing: no record is a pair of source and target", True))
     if unused := manifest["unused_files"]:
         report(Note(f"no conversation to train on in {_named(unused)}", True))
     if manifest["repaired"]:

@@ -324,6 +324,8 @@ def test_history_is_kept_after_training_on_conversations_and_switched_by_hand(
     assert not talk.chatter.keeps_history
     talk.obey("history", "on")
     assert talk.chatter.keeps_history
+    talk.obey("adapter", str(of_pairs["adapter"]))
+    assert talk.chatter.keeps_history
     talk.obey("history", "off")
     assert not talk.chatter.keeps_history
     with pytest.raises(SettingsError, match="/history: maybe: expected on or off"):
@@ -342,3 +344,14 @@ def test_a_broken_account_of_the_training_data_is_refused_by_name(of_pairs: dict
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(CheckpointError, match=message):
             Chatter.load(settings(folder))
+
+
+def test_a_prefix_that_no_record_got_is_told_and_not_asked_with(
+    conversations: Path, untied_base: Path, tmp_path: Path
+) -> None:
+    values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
+    notes: list[Event] = []
+    prepare(PrepareSettings(**values, source_prefix="shorten: "), notes.append)
+    texts = [note.text for note in notes if isinstance(note, Note) and note.warning]
+    assert "source_prefix: 'shorten: ' changed nothing: no record is a pair of source and target" in texts
+    assert json.loads((tmp_path / "cache" / "training_data.json").read_text())["source_prefix"] == ""

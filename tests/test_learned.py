@@ -183,7 +183,7 @@ def test_train_says_what_it_leaves_out_and_evaluate_does_not_score_it(tmp_path: 
     done = t5tune("evaluate", *arguments, tmp_path / "scores", "--max-new-tokens", "1", "--json")
     assert done.code == 0, done.stderr
     assert done.json["examples"] == 1
-    assert f"2 records refused, the first: {data}:2: label: false: labeled bad, so it is left out" in done.stderr
+    assert "2 examples labeled bad (label: false, kto_tag: false) left out" in done.stderr
 
 
 def test_the_page_of_inspect_tells_left_out_from_refused(prepared: Callable[..., Any], tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class _Talk:
     stream: TextIO
     interactive: bool
     turns: list[Turn] = field(default_factory=list)
+    keeps_history: bool | None = None  # as /history says; None: as the model was trained
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
 
     def next_line(self) -> str | None:
@@ -119,7 +120,8 @@ class _Talk:
                         f"/history: {value}: expected on or off", hint="/history alone says which it is"
                     )
                 if value:
-                    self.chatter = self.chatter.with_history(value == "on")
+                    self.keeps_history = value == "on"
+                    self.chatter = self.chatter.with_history(self.keeps_history)
                 kept = self.chatter.keeps_history
                 self.say(
                     "history is on: replies are to the whole conversation"
@@ -138,6 +140,8 @@ class _Talk:
                 if not value:
                     raise SettingsError("/adapter: name a folder", hint="/adapter none takes it off")
                 self.chatter = self.chatter.with_adapter(None if value == "none" else Path(value), self.report)
+                if self.keeps_history is not None:
+                    self.chatter = self.chatter.with_history(self.keeps_history)
                 self.say(f"adapter: {value}")
             case "save":
                 if not value:

@@ -30,7 +30,7 @@ from t5tune.data.encoding import Example, Span, example_of
 from t5tune.errors import DataError
 from t5tune.publish import sha256
 from t5tune.reasons import reason_of
-from t5tune.settings.messages import reason_of as value_reason
+from t5tune.settings.messages import value_reason
 
 FORMAT = 4
 MANIFEST = "manifest.json"

@@ -72,12 +72,18 @@ Entries = list[Entry]
 
 @dataclass(frozen=True)
 class Conversation:
-    """A record that can be trained on. `repairs` counts what was mended or left out on the way, by kind."""
+    """A record that can be trained on.
+
+    Args:
+        repairs: what was repaired or left out on the way, counted by kind.
+        has_prefix: source_prefix was put before its question.
+    """
 
     place: Place
     system: str | None
     turns: tuple[Turn, ...]
     repairs: Mapping[str, int] = field(default_factory=dict)
+    has_prefix: bool = False
 
 
 def conversation_of(value: Any, place: Place, reading: ReadingSettings) -> Conversation:
@@ -130,7 +136,8 @@ def conversation_of(value: Any, place: Place, reading: ReadingSettings) -> Conve
         raise Refused("no_answer", f"no assistant turn with text to learn from ({name})")
     if not any(turn.learned for turn in answers):
         raise Refused("zero_weight", f"every assistant turn has weight 0, so there is none to learn ({name})")
-    return Conversation(place, system or None, said_by, dict(sorted(repairs.items())))
+    has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
+    return Conversation(place, system or None, said_by, dict(sorted(repairs.items())), has_prefix)
 
 
 def _count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:

@@ -60,6 +60,7 @@ class Accepted:
         key: a hash of what was said.
         unknown: tokens that stand for what the tokenizer has no token for.
         dropped: examples that were left out, by reason.
+        has_prefix: source_prefix was put before its question.
         lost: characters of the answers that the tokenizer can't write -> (how often they stand there, in how many
             answers).
     """
@@ -71,6 +72,7 @@ class Accepted:
     unknown: int
     dropped: dict[str, int] = field(default_factory=dict)
     lost: dict[str, tuple[int, int]] = field(default_factory=dict)
+    has_prefix: bool = False
 
 
 Record = Raw | Rejected
@@ -130,8 +132,8 @@ class Pipeline:
             parts[index] = Encoded(part.ids, spans)
         unknown = int(np.count_nonzero(encoded.ids == self.encoder.unk_token_id))
         lost = self.writable.lost(conversation)
-        place, repairs = conversation.place, conversation.repairs
-        return Accepted(place, repairs, parts, key_of(conversation), unknown, dict(dropped), lost)
+        place, repairs, key = conversation.place, conversation.repairs, key_of(conversation)
+        return Accepted(place, repairs, parts, key, unknown, dict(dropped), lost, conversation.has_prefix)
 
 
 def read_record(record: Record, reading: ReadingSettings) -> Conversation | Rejected:

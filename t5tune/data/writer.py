@@ -38,6 +38,7 @@ class Writer:
         self.num_records = 0
         self.num_examples = 0
         self.conversations = 0
+        self.with_prefix = 0  # conversations whose question got source_prefix
         self.usable = Counter[str]()  # records by file, those that came again included
         self.unknown_tokens = 0
         self.rejected = Counter[str]()
@@ -76,6 +77,7 @@ class Writer:
             self._reject(outcome)
             return
         self.conversations += 1
+        self.with_prefix += outcome.has_prefix
         self.unknown_tokens += outcome.unknown
         for kind, count in outcome.repairs.items():
             is_known = kind in self.repaired or len(self.repaired) < MOST_KINDS or not kind.startswith("ignored_")

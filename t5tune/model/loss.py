@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
@@ -38,27 +39,31 @@ class HeadLoss:
 
     def __init__(self, model: Any, label_smoothing: float) -> None:
         head = model.get_output_embeddings()
+        self.vocabulary = int(model.config.vocab_size)
         self.label_smoothing = label_smoothing
         self.labels_N: torch.Tensor | None = None
         self.sums = True
         self.token_rows = next((part for part in head.modules() if isinstance(part, TokenRows)), None)
+        if isinstance(head, LoraLayer):  # of an adapter that was made elsewhere: it adds to what its linear layer gives
+            head.forward = partial(self._adapted_forward, head.forward)
+            return
         linear = next(part for part in head.modules() if isinstance(part, nn.Linear))
         linear.forward = partial(self._forward, linear, linear.forward)  # type: ignore[method-assign]
 
     @contextmanager
     def of(self, labels: torch.Tensor) -> Iterator[None]:
         """While it lasts, the model's `logits` are the summed cross-entropy of these labels."""
-        with self._knowing(labels, sums=True):
+        with self._with_labels(labels, sums=True):
             yield
 
     @contextmanager
     def of_each(self, labels: torch.Tensor) -> Iterator[None]:
         """While it lasts, the model's `logits` are each of these labels' cross-entropy, flattened, not smoothed."""
-        with self._knowing(labels, sums=False):
+        with self._with_labels(labels, sums=False):
             yield
 
     @contextmanager
-    def _knowing(self, labels: torch.Tensor, sums: bool) -> Iterator[None]:
+    def _with_labels(self, labels: torch.Tensor, sums: bool) -> Iterator[None]:
         self.labels_N, self.sums = labels.flatten(), sums
         try:
             yield
@@ -76,6 +81,19 @@ class HeadLoss:
         if not self.sums:
             return cross_entropies(hidden_ND, linear.weight, self.labels_N, rows_KD, ids_K)
         return summed_cross_entropy(hidden_ND, linear.weight, self.labels_N, self.label_smoothing, rows_KD, ids_K)
+
+    def _adapted_forward(self, stock: Any, hidden: torch.Tensor) -> Any:
+        if self.labels_N is None:
+            return stock(hidden)
+        assert not self.sums, "the head isn't among what t5tune adapts"
+        hidden_ND = hidden.flatten(0, -2)
+        losses_N = [
+            functional.cross_entropy(
+                stock(hidden_ND[part]).float(), self.labels_N[part], ignore_index=IGNORED_LABEL, reduction="none"
+            )
+            for part in _chunks(len(hidden_ND), self.vocabulary)
+        ]
+        return torch.cat(losses_N)
 
 
 def summed_cross_entropy(

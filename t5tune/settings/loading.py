@@ -11,7 +11,7 @@ from t5tune import presets
 from t5tune.errors import SettingsError, suggestion
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
-from t5tune.settings.messages import reason_of
+from t5tune.settings.messages import value_reason
 from t5tune.settings.renamed import RENAMED
 
 PREFIX = "T5TUNE_"
@@ -133,4 +133,4 @@ def _problem(error: ErrorDetails, values: dict[str, _Value], model: type[Setting
     given = values.get(name)
     shown = repr(given.value if given else error["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{name}: {shown}{f' ({given.place})' if given else ''}: {reason_of(error)}"
+    return f"{name}: {shown}{f' ({given.place})' if given else ''}: {value_reason(error)}"

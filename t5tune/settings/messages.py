@@ -1,6 +1,6 @@
 """Pydantic's reasons why a value can't be used, in our words.
 
-reason_of({"type": "int_parsing", …})
+value_reason({"type": "int_parsing", …})
 # "expected a whole number"
 """
 
@@ -32,7 +32,7 @@ REASONS = {
 }
 
 
-def reason_of(error: ErrorDetails) -> str:
+def value_reason(error: ErrorDetails) -> str:
     """Why the value can't be used."""
     if error["type"] in REASONS:
         context = error.get("ctx", {})

@@ -2,7 +2,7 @@
 
 Neither takes more memory than a training step. The losses come from the same chunked head as in training; a batch
 has a limited number of tokens, and in generation of what its key-value cache takes; and where memory runs out all the
-same, all ranks go on with half of the examples at a time.
+same, all ranks continue with half of the examples at a time.
 
 Every rank makes the same number of forward passes, since under ZeRO-3 each of them gathers from all ranks.
 """
@@ -143,8 +143,8 @@ def _generation_bytes(model: Any, source: int, target: int, beams: int) -> int:
     config = model.config
     cache = beams * _key_value_bytes(model, source + target)
     scores = 2 * config.num_heads * source**2 * _bytes_per_value(model)  # the encoder's bias, and that with its mask
-    words = 4 * beams * config.vocab_size * 4  # a step's logits in fp32, and what beam search makes of them
-    return int(cache + scores + words)
+    logits = 4 * beams * config.vocab_size * 4  # a step's, in fp32, and what beam search makes of them
+    return int(cache + scores + logits)
 
 
 def _bytes_per_value(model: Any) -> int:
@@ -210,7 +210,9 @@ def _measure_all(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         batch_size = -(-size // 2)
-        report(Note(f"{task}: out of memory with {size} examples at a time; going on with {batch_size}", warning=True))
+        report(
+            Note(f"{task}: out of memory with {size} examples at a time; continuing with {batch_size}", warning=True)
+        )
         pending = [batch[i : i + batch_size] for batch in pending for i in range(0, len(batch), batch_size)]
     report(Finished(task))
     found = {index: value for part in gather(found) for index, value in part.items()}

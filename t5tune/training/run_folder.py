@@ -18,6 +18,7 @@ from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
 from t5tune.progress import Note, Report
 from t5tune.publish import write_file, writing
+from t5tune.reasons import reason_of
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.data import ReadingSettings, SelectionSettings
 from t5tune.training.checkpoint import newest, remove_staged
@@ -216,7 +217,7 @@ def read_result(folder: Path) -> Trained:
     try:
         values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{folder / RESULT}: missing or broken: {error}") from error
+        raise TrainingError(f"{folder / RESULT}: missing or broken: {reason_of(error)}") from error
     for name in ("run", "adapter", "resumed_from"):
         values[name] = Path(values[name]) if values[name] is not None else None
     return Trained(**values)

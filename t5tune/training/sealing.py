@@ -52,8 +52,8 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
     staging: Path | None = None
     failures: list[Exception]
     last_saved: int | None = None
-    _has_begun = False
     _rotates = True
+    _found_before: dict[str, Any] | None = None
     _step_loss: Any = None
     _skipped = 0
     _left_out = 0
@@ -70,23 +70,27 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         self.is_stopped = self.is_stopped or any_rank(self.stop.name is not None, self.args.device)
         return self.is_stopped
 
+    def begin(self, steps_per_epoch: int) -> None:
+        """Make up for what the process before this one left undone: a stop, or the evaluation of its last step.
+
+        Trainer comes here once everything is loaded, also where no step is left.
+        """
+        self._steps_per_epoch = steps_per_epoch
+        self.last_saved = self.state.global_step or None  # it resumed from the checkpoint of that step
+        self._skipped = self._skipped_by_deepspeed()
+        self._watch_plain_optimizer()
+        self.on_resumed()
+        if self.is_asked_to_stop():
+            self._save_checkpoint(self.model, None)
+        elif self._evaluation_is_due():
+            self._evaluate_resumed()
+        self.control.should_save = False
+        if self.is_stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """Train an epoch, or what is left of it: a checkpoint may be the last step's, or lack an evaluation."""
-        self._steps_per_epoch = options["num_update_steps_per_epoch"]
+        """Train an epoch, or what is left of it."""
         self._epoch = options["epoch"]
-        if not self._has_begun:
-            self._has_begun = True
-            self.last_saved = self.state.global_step or None  # it resumed from the checkpoint of that step
-            self._skipped = self._skipped_by_deepspeed()
-            self._watch_plain_optimizer()
-            self.on_resumed()
-            if self.is_asked_to_stop():
-                self._save_checkpoint(self.model, None)
-            elif self._evaluation_is_due():
-                self._evaluate_resumed()
-            self.control.should_save = False
-            if self.is_stopped or self.state.global_step >= self.state.max_steps:
-                self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*arguments, **options)
 
@@ -118,8 +122,8 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         if line is not None:
             try:
                 write_evaluation(self.run_folder / f"checkpoint-{step}", line)
-            except WriteError as error:
-                self.report(Note(f"{error.message}; a resumed run evaluates this step again", warning=True))
+            except (WriteError, OSError) as error:
+                self.report(Note(f"{_words(error)}; a resumed run evaluates this step again", warning=True))
         rotate(self.run_folder, self.keep, self.state.best_global_step)
 
     def _evaluation_of(self, step: int) -> dict[str, Any] | None:
@@ -130,15 +134,19 @@ class SealingTrainer(Trainer):  # type: ignore[misc]
         """Evaluate the checkpoint that the run resumed from, unless that was done, and choose the best by it."""
         step = self.state.global_step
         is_first = self.args.process_index == 0
-        line = from_rank_0(read_evaluation(self.run_folder / f"checkpoint-{step}") if is_first else None)
-        if line is None:
-            metrics = self._evaluate(None, None)
-        else:
-            self.state.log_history.append(line)
-            metrics = line
-        self._determine_best_metric(metrics, None)
+        self._found_before = from_rank_0(read_evaluation(self.run_folder / f"checkpoint-{step}") if is_first else None)
+        self._determine_best_metric(self._evaluate(None, None), None)
         if not self.is_stopped:
             self._conclude_evaluation()
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Trainer's, or what was found before this process resumed the run."""
+        line, self._found_before = self._found_before, None
+        if line is not None:
+            self.state.log_history.append(line)
+            return line
+        metrics: dict[str, float] = super().evaluate(*arguments, **options)
+        return metrics
 
     def _evaluation_is_due(self) -> bool:
         """Whether the run ended between a step and the evaluation that follows it."""
@@ -296,6 +304,16 @@ class _EvaluationEnded(Exception):
     """A signal came while evaluating."""
 
 
+class Begin(TrainerCallback):  # type: ignore[misc]
+    """Calls `begin`. It is to be the last of the callbacks, so that the others know of the training by then."""
+
+    def __init__(self, trainer: SealingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        self.trainer.begin(-(-len(train_dataloader) // args.gradient_accumulation_steps))
+
+
 class _EndWhenAsked(TrainerCallback):  # type: ignore[misc]
     """Behind each step: where a rank got a signal, save and stop, and leave the evaluation for later."""
 
@@ -331,4 +349,5 @@ class _LastStep(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_evaluate &= self.evaluated != state.global_step
+        control.should_log |= control.should_training_stop  # patience ends a run between two lines of metrics
         return control

@@ -28,7 +28,7 @@ from t5tune.training.evaluation import generate_replies, longest_target, measure
 from t5tune.training.journal import Journal
 from t5tune.training.non_finite import NonFiniteSteps
 from t5tune.training.ranks import is_distributed
-from t5tune.training.sealing import SealingTrainer
+from t5tune.training.sealing import Begin, SealingTrainer
 from t5tune.training.stopping import StopRequest, outlast_signals
 from t5tune.weights.adapter import saved_name, without_start
 from t5tune.weights.streaming import SafetensorsFile
@@ -134,6 +134,7 @@ class T5Trainer(SealingTrainer):
         if self.is_world_process_zero():
             self.add_callback(_Heartbeat(self.journal))
         self.add_callback(_EpochOf(self.train_sampler))
+        self.add_callback(Begin(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self.first_step_at is None:
@@ -216,9 +217,9 @@ class T5Trainer(SealingTrainer):
         if is_best:
             self.state.best_metric, self.state.best_global_step = metrics[name], self.state.global_step
         since = sum(step > (self.state.best_global_step or 0) for step in history)
-        if self.patience is not None and since >= self.patience:
-            self.control.should_training_stop = self.control.should_save = True
-        self.control.should_save |= is_best
+        is_over = self.patience is not None and since >= self.patience
+        self.control.should_training_stop |= is_over
+        self.control.should_save |= (is_best or is_over) and self.last_saved != self.state.global_step
         return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -228,6 +229,8 @@ class T5Trainer(SealingTrainer):
             logs["tokens_per_second"] = round((tokens - self.logged[0]) / max(seconds - self.logged[1], 1e-9), 1)
             self.logged = (tokens, seconds)
             logs["peak_memory_bytes"] = peak_memory(self.args.device)
+        if "train_loss" in logs:  # Trainer's covers the steps of this process alone
+            logs["train_loss"] = self.mean_loss() or logs["train_loss"]
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self.journal.write(self.state.global_step, logs)
@@ -251,7 +254,8 @@ class T5Trainer(SealingTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._beside_training():
-            self.state.stateful_callbacks[TOTALS] = self._totals()
+            if self.last_saved != self.state.global_step:
+                self.state.stateful_callbacks[TOTALS] = self._totals()
             super()._save_checkpoint(model, trial)
 
     def _totals(self) -> dict[str, float]:
@@ -267,7 +271,7 @@ class T5Trainer(SealingTrainer):
         }
 
     def on_resumed(self) -> None:
-        """Go on counting from what the checkpoint's run had counted."""
+        """Continue from what the run had counted when the checkpoint was saved."""
         self.before = {**self.before, **self.state.stateful_callbacks.get(TOTALS, {})}
         self.logged = (self.total_tokens(), self.seconds_training())
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from t5tune.errors import CheckpointError
+from t5tune.reasons import reason_of
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -16,7 +17,7 @@ def check_inside(folder: Path, path: Path) -> None:
     try:
         target, home = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
-        raise CheckpointError(f"{path}: a link that leads nowhere: {error}") from error
+        raise CheckpointError(f"{path}: a link that leads nowhere: {reason_of(error)}") from error
     cached = home.parent.parent if home.parent.name == "snapshots" else None
     in_cache = cached is not None and cached.name.startswith("models--") and target.parent == cached / "blobs"
     if not (target.is_relative_to(home) or in_cache):

@@ -19,7 +19,8 @@ from t5tune.weights.strangers import holds, read_object
 
 TRAINING_DATA = "training_data.json"
 FORMAT = 1
-HOW_READ = ("data_format", "source_column", "target_column", "source_prefix")
+COLUMNS = ("data_format", "source_column", "target_column")
+READING = (*COLUMNS, "source_prefix")
 """The settings of how records are read that come into the file."""
 
 
