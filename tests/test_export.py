@@ -202,7 +202,13 @@ def test_a_checkpoint_of_one_process_exports_its_adapter(plain: Path, tmp_path: 
 def test_an_export_has_all_that_the_adapter_needs_and_is_the_same_twice(zero3: Path, tmp_path: Path) -> None:
     result = run_export(zero3, tmp_path / "a")
     run_export(zero3, tmp_path / "b")
-    names = {"adapter_config.json", "adapter_model.safetensors", "non_lora_state.safetensors", "template.yaml"}
+    names = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "non_lora_state.safetensors",
+        "template.yaml",
+        "training_data.json",
+    }
     names |= {"tokenizer.json", "tokenizer_config.json", "README.md", "settings.yaml"}
     assert set(left_in(tmp_path / "a")) == names
     for name in names - {"settings.yaml"}:
