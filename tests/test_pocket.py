@@ -1,5 +1,6 @@
 """What makes the built-in model: the tokenizer is its script's, pretraining gives the same bits when it is cut off."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t5tune.requirements import is_older
 from tests.conftest import REPOSITORY
 
 MAKING = REPOSITORY / "examples" / "pocket"
@@ -35,6 +37,10 @@ def pretrained(output: Path, last: int = 0) -> int:
     return subprocess.run([sys.executable, "-c", SMALL_RUN, MAKING, output, str(last)], check=False).returncode
 
 
+@pytest.mark.skipif(
+    is_older(importlib.metadata.version("sentencepiece"), "0.2.3"),
+    reason="the packaged one was trained by sentencepiece 0.2.3, and older ones choose other pieces",
+)
 def test_the_packaged_tokenizer_is_what_its_script_makes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, MAKING / "make_tokenizer.py", "--output", tmp_path], check=True)
     made, packaged = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, FILES))

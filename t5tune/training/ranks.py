@@ -122,14 +122,12 @@ def meeting() -> Iterator[None]:
 
     try:
         yield
-    except RuntimeError as error:  # the base class: torch 2.6 raises it for a port in use
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
             raise TrainingError(
                 f"MASTER_PORT: {port}: something else listens there", hint="give all ranks another: MASTER_PORT=29511"
             ) from error
-        if not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
-            raise
         raise RankLost(
             f"rank {rank}: nobody answers at {host}:{port}, where the ranks meet",
             hint="start all ranks, and give them the same MASTER_ADDR and MASTER_PORT, which each can reach",
