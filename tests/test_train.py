@@ -310,6 +310,8 @@ def test_tf32_is_left_out_with_a_word_where_no_gpu_has_it(
 def test_the_last_steps_have_a_line_of_metrics_too(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     train(settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3, report_samples=0))
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3, 5]
+    saved = json.loads((tmp_path / "run" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert [line["step"] for line in saved["log_history"] if "loss" in line] == [1, 3, 5]
 
 
 def test_a_resumed_run_counts_tokens_and_loss_of_all_its_steps(

@@ -340,7 +340,7 @@ class _LastStep(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if state.global_step >= state.max_steps:
-            control.should_log = control.should_save = True
+            control.should_log = control.should_save = True  # the line is in the checkpoint then
             control.should_evaluate = args.eval_strategy != "no"
         return control
 
