@@ -192,8 +192,7 @@ def _measure_all(
         except (RuntimeError, MemoryError) as raised:
             if not is_out_of_memory(raised):
                 raise
-            # its frames would keep the tensors that there was no room for
-            results, error = {}, raised.with_traceback(None)
+            results, error = {}, raised
         # a rank that leaves a forward under ZeRO-3 leaves the others waiting for its part of the weights
         if error is not None and _is_sharded(model):
             raise _out_of_memory(task, batch, lengths) from error
@@ -205,7 +204,7 @@ def _measure_all(
             continue
         if size == 1:
             raise _out_of_memory(task, batch, lengths) from error
-        del results, error
+        del results, error  # its frames would keep the tensors that there was no room for
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
