@@ -1,6 +1,7 @@
 """Merged weights against stock PEFT's merge_and_unload, bit by bit."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,21 @@ def test_merged_weights_are_pefts_to_the_bit(
     base = bases(dtype, tied)
     adapter = trained(base, tmp_path / "adapter", tied, **KINDS[kind])
     assert_equal(merged(base, adapter, tmp_path / "out"), peft_merged(base, adapter, DTYPES[dtype], tied), base, 10)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_starts_are_decomposed_with_as_many_threads_as_peft_uses(
+    bases: Callable[[str, bool], Path], tmp_path: Path, kind: str
+) -> None:
+    """Another number of threads gives other last bits, and merge computes in threads of its own."""
+    base, before = bases("fp32", False), torch.get_num_threads()
+    torch.set_num_threads(2 if int(os.environ["OMP_NUM_THREADS"]) == 1 else 1)
+    try:
+        adapter = trained(base, tmp_path / "adapter", False, **KINDS[kind])
+        oracle = peft_merged(base, adapter, torch.float32, False)
+        assert_equal(merged(base, adapter, tmp_path / "out"), oracle, base, 10)
+    finally:
+        torch.set_num_threads(before)
 
 
 def give_biases(model: Any) -> None:

@@ -14,6 +14,8 @@ from t5tune.weights.tensors import Tensor
 
 def without_start(weight_OI: Tensor, name: str, kind: str, rank: int, scale: float) -> Tensor:
     """W - scale · B₀·A₀ in the dtype that transformers holds W in. `kind` is pissa or olora."""
+    # the decomposition's last bits depend on the number of threads, and a new thread has torch's only once it asks
+    torch.get_num_threads()
     stored = to_torch(weight_OI, TORCH_DTYPES[weight_OI.dtype])
     values_OI = stored.float()
     if kind == "pissa":
