@@ -445,4 +445,21 @@ def test_a_sentencepiece_model_without_protobuf_says_what_to_install(
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     with pytest.raises(DependencyError, match="SentencePiece model") as caught:
         load_tokenizer(sentencepiece_base)
-    assert "pip install protobuf" in str(caught.value.hint)
+    assert "pip install --upgrade protobuf" in str(caught.value.hint)
+
+
+def test_a_sentencepiece_model_with_too_old_a_protobuf_says_what_to_install(
+    sentencepiece_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("google.protobuf.runtime_version")
+    if (
+        "ValidateProtobufRuntimeVersion"
+        not in Path(sentencepiece.__file__, "../sentencepiece_model_pb2.py").resolve().read_text()
+    ):
+        pytest.skip("this release of sentencepiece takes any protobuf")
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
+    monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", raising=False)
+    monkeypatch.setattr(runtime, "MAJOR", 4)
+    with pytest.raises(DependencyError, match="SentencePiece model.*runtime 4") as caught:
+        load_tokenizer(sentencepiece_base)
+    assert "pip install --upgrade protobuf" in str(caught.value.hint)

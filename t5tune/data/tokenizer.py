@@ -108,7 +108,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     Raises:
         ModelError: no tokenizer in the folder, or a broken one.
-        DependencyError: a SentencePiece model, and no protobuf to read it.
+        DependencyError: a SentencePiece model, and no protobuf that can read it.
     """
     config = _read(folder / CONFIG)
     is_bytes = config.get("tokenizer_class") == "ByT5Tokenizer"
@@ -233,10 +233,10 @@ def _from_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str
     """As transformers 4 converts a T5's spiece.model: the sentinels stand behind its pieces, the highest first."""
     try:
         from sentencepiece import sentencepiece_model_pb2
-    except ImportError as error:
+    except Exception as error:  # no protobuf is an ImportError, one that is older than sentencepiece's a VersionError
         raise DependencyError(
-            f"{file}: a SentencePiece model, which can't be read here: {error}",
-            hint="pip install protobuf sentencepiece",
+            f"{file}: a SentencePiece model, which can't be read here: {' '.join(str(error).split())}",
+            hint="pip install --upgrade protobuf sentencepiece",
         ) from error
     from tokenizers import AddedToken, decoders, models, normalizers, processors
     from tokenizers import Tokenizer as Backend
