@@ -12,7 +12,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 fuzz: .venv/installed-dev
-	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_*.py -n 0 --timeout 7200
+	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adversarial/test_fuzz_*.py -n 0 --timeout 7200
 
 reliability: .venv/installed-dev
 	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability -n 0 --timeout 14400
@@ -20,7 +20,7 @@ reliability: .venv/installed-dev
 # what transformers 4, CTranslate2 and a stock tokenizer make of merged checkpoints
 compatibility: .venv/installed-dev build/transformers-4/installed
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[deploy]'
-	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/test_deploy.py tests/test_family.py
+	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/end_to_end/test_other_tools.py tests/end_to_end/test_families.py
 
 # the tests with the oldest releases that pyproject.toml allows; PYTHON=python3.11 where python3 is newer
 floors: build/floors/installed

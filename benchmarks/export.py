@@ -110,7 +110,7 @@ def make_checkpoint(folder: Path, config_file: Path) -> int:
     import numpy as np
     import torch
 
-    from t5tune.weights.fit import base_shapes
+    from t5tune.checkpoints.adapter_shapes import base_shapes
 
     config = json.loads(config_file.read_text())
     shapes = base_shapes(config)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from sides import memory_of_process, run_self
 
-from t5tune.weights.streaming import header_of
+from t5tune.checkpoints.safetensors import header_of
 
 SHAPES: dict[str, dict[str, int]] = {  # of Flan-T5
     "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},

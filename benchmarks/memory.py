@@ -5,8 +5,8 @@ python benchmarks/memory.py
 
 from pathlib import Path
 
+from t5tune.model.known_configs import SIZES
 from t5tune.model.memory import empty_model_of, parameter_counts, weight_bytes
-from t5tune.model.sizes import SIZES
 from t5tune.settings import PlanSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"

@@ -72,7 +72,7 @@ def write_random(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], sc
 
 def make_base(folder: Path, config: dict[str, Any]) -> int:
     """The base of the config's shape; returns its bytes."""
-    from t5tune.weights.fit import base_shapes
+    from t5tune.checkpoints.adapter_shapes import base_shapes
 
     folder.mkdir()
     dtype = DTYPES[config.get("dtype") or config.get("torch_dtype") or "float32"]
@@ -83,7 +83,7 @@ def make_base(folder: Path, config: dict[str, Any]) -> int:
 
 
 def make_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
-    from t5tune.weights.fit import base_shapes
+    from t5tune.checkpoints.adapter_shapes import base_shapes
 
     folder.mkdir()
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -113,8 +113,8 @@ def same(ours: Path, theirs: Path) -> bool:
     """Whether all that both hold are the same bits; PEFT's side may leave out what transformers takes for tied."""
     import torch
 
+    from t5tune.checkpoints.safetensors import Checkpoint
     from t5tune.model.load import to_torch
-    from t5tune.weights.streaming import Checkpoint
 
     left, right = Checkpoint(ours), Checkpoint(theirs)
     return all(

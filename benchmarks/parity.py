@@ -58,7 +58,7 @@ def with_mean_rows(folder: Path) -> Path:
     """The built-in model as FastChat would hand it to LoRA: every row of an added token the mean of all rows."""
     from transformers import AutoTokenizer
 
-    from t5tune.weights.pocket import pocket_folder
+    from t5tune.checkpoints.pocket import pocket_folder
 
     shutil.copytree(pocket_folder(), folder)
     count = len(AutoTokenizer.from_pretrained(folder))

@@ -69,7 +69,7 @@ def tokenizer_alone(folder: Path, data: Path, output: Path, threads: int) -> tup
 
 
 def ours(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
-    from t5tune.prepare import prepare
+    from t5tune.commands.prepare import prepare
     from t5tune.settings import PrepareSettings
 
     wall, cpu = time.perf_counter(), time.process_time()

@@ -60,11 +60,11 @@ def memory_of_process(name: str) -> int:
 
 
 def write_base(folder: Path, config: dict[str, Any]) -> Path:
-    """A random checkpoint of a shape of t5tune.model.sizes, its head untied, with the built-in tokenizer."""
+    """A random checkpoint of a shape of t5tune.model.known_configs, its head untied, with the built-in tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-    from t5tune.weights.pocket import pocket_folder
+    from t5tune.checkpoints.pocket import pocket_folder
 
     values = {**config, "tie_word_embeddings": False, "decoder_start_token_id": 0}
     config = AutoConfig.for_model(values.pop("model_type"), **values)

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from sides import memory_of_process, run_self, t5tune, write_base
 
-from t5tune.model.sizes import SIZES
+from t5tune.model.known_configs import SIZES
 
 CPU = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
 CPU |= {"OMP_NUM_THREADS": "1"}
@@ -103,10 +103,10 @@ class Clock:
 
 
 def ours(options: argparse.Namespace, folder: Path, packing: str, compiles: bool = False) -> dict[str, Any]:
+    from t5tune.commands.train import train
     from t5tune.data.cache import open_cache
     from t5tune.progress import Advanced, Event
     from t5tune.settings import TrainSettings
-    from t5tune.train import train
     from t5tune.training.batches import BudgetSampler
 
     clock = Clock(options.on_gpu)

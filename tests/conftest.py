@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.forks import Forks
+from tests.support.forks import Forks
 
 # where the tests were started in the background or by nohup these are ignored, and by every process below too
 signal.signal(signal.SIGINT, signal.default_int_handler)

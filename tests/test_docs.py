@@ -18,11 +18,11 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from t5tune.cli.options import _plain_type, normalise
+from t5tune.cli.summaries import SUMMARIES
 from t5tune.errors import SettingsError
-from t5tune.model.family import CONVERTERS, FAMILIES, GROUPS, LATER
+from t5tune.families import CONVERTERS, FAMILIES, GROUPS, LATER
 from t5tune.settings import COMMANDS, Settings
 from t5tune.settings.loading import load_settings
-from t5tune.verbs import SUMMARIES
 
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = REPOSITORY / "docs" / "commands.md"
@@ -61,7 +61,7 @@ def reference_text() -> str:
 
 
 def families_table() -> str:
-    """The table of docs/families.md: that of t5tune/model/family.py."""
+    """The table of docs/families.md: that of t5tune/families.py."""
     head = ["member", "such as", "`model_type`", "head", "feed-forward", "tokenizer", "free rows", "`--family`"]
     rows = [[*head, *CONVERTERS], ["---"] * (len(head) + len(CONVERTERS))]
     for key, family in FAMILIES.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t5tune.requirements import is_older
+from t5tune.compat.requirements import is_older
 from tests.conftest import REPOSITORY
 
 MAKING = REPOSITORY / "examples" / "pocket"

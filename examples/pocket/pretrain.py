@@ -31,7 +31,7 @@ from families import FAMILIES, SHARES, Turns, spelling
 from make_tokenizer import LONGEST_PIECE
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from t5tune.processes import die_with_parent
+from t5tune.io.processes import die_with_parent
 
 TOKENIZER = Path(__file__).parents[2] / "t5tune" / "pocket"
 SEED = 20261124

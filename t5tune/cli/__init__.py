@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 from t5tune import __version__
+from t5tune.cli.summaries import SUMMARIES
 from t5tune.errors import DependencyError, SettingsError, T5TuneError, suggestion
 from t5tune.progress import Note, Report, silent
-from t5tune.verbs import SUMMARIES
 
 if TYPE_CHECKING:
     from t5tune.cli.console import Screen
+    from t5tune.distributed.world import World
     from t5tune.settings import DoctorSettings, Settings, TrainSettings
-    from t5tune.training.launch import World
 
 EPILOG = (
     "Flags may be written with _ for -, a BOOL also as --flag and --no-flag, a list as a b, a,b or by repeating "
@@ -264,7 +264,7 @@ def _is_launched() -> bool:
 
 def _world() -> "World":
     """Where odd variables stand, `train` says so; other commands run alone."""
-    from t5tune.training.launch import World
+    from t5tune.distributed.world import World
 
     try:
         return World.from_environment()
@@ -280,7 +280,7 @@ def _leave_for_launcher(error: Exception) -> bool:
     """In a worker that `--num-processes` started: hand the error to the launching process, which shows it."""
     if not _is_worker():
         return False
-    from t5tune.training.launch import write_error
+    from t5tune.distributed.launcher import write_error
 
     write_error(error)
     return True
@@ -303,7 +303,7 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
 
     match settings:
         case PrepareSettings():
-            from t5tune.prepare import prepare
+            from t5tune.commands.prepare import prepare
 
             with _ending_on_signals():
                 return prepare(settings, report)
@@ -314,32 +314,32 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
         case TrainSettings():
             return _train(settings, report)
         case ExportSettings():
-            from t5tune.export import export
+            from t5tune.commands.export import export
 
             with _ending_on_signals():
                 return export(settings, report)
         case MergeSettings():
             # its products are small: threads of BLAS would wait for each other, and take their own memory
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-            from t5tune.merge import merge
+            from t5tune.commands.merge import merge
 
             with _ending_on_signals():
                 return merge(settings, report)
         case ChatSettings():
             if settings.prompt is None:
-                from t5tune.cli.conversation import converse
+                from t5tune.cli.chat import converse
 
                 return converse(settings, report, stream)
-            from t5tune.chat import chat
+            from t5tune.commands.chat import chat
 
             return chat(settings, report)
         case EvaluateSettings():
-            from t5tune.evaluate import evaluate
+            from t5tune.commands.evaluate import evaluate
 
             with _ending_on_signals():
                 return evaluate(settings, report)
         case InspectSettings():
-            from t5tune.cli.inspection import show
+            from t5tune.cli.inspect import show
 
             return show(settings, report, stream, as_json)
         case PlanSettings():
@@ -362,7 +362,7 @@ def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -
 
 def _doctor(settings: "DoctorSettings", report: Report, stream: TextIO, as_json: bool) -> None:
     from t5tune.cli import console, doctor
-    from t5tune.doctor import doctor as diagnose
+    from t5tune.commands.doctor import doctor as diagnose
 
     diagnosis = diagnose(settings, report)
     if as_json:
@@ -392,13 +392,14 @@ def _ending_on_signals() -> Iterator[None]:
 
 
 def _train(settings: "TrainSettings", report: Report) -> Any:
-    from t5tune.training.stopping import listening
+    from t5tune.distributed.signals import listening
 
     with listening() as stop:  # imports take seconds
-        from t5tune.processes import die_with_parent
+        from t5tune.commands.train import open_run, train
+        from t5tune.distributed.launcher import follow_deepspeed, launch
+        from t5tune.distributed.world import World
+        from t5tune.io.processes import die_with_parent
         from t5tune.settings import dump_settings
-        from t5tune.train import open_run, train
-        from t5tune.training.launch import World, follow_deepspeed, launch
         from t5tune.training.run_folder import read_result
 
         world = World.from_environment()

@@ -5,7 +5,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from t5tune.doctor import Diagnosis
+from t5tune.commands.doctor import Diagnosis
 
 STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic.fields import FieldInfo
 
+from t5tune.cli.summaries import SUMMARIES
 from t5tune.errors import suggestion
 from t5tune.settings import Settings
-from t5tune.settings.renamed import RENAMED
-from t5tune.verbs import SUMMARIES
+from t5tune.settings.legacy_names import RENAMED
 
 COMMON_PANEL = "Everywhere"
 TRUE_FALSE = {"true", "1", "yes", "on", "false", "0", "no", "off"}

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from t5tune.cli.console import as_json
-from t5tune.plan import GIB, Plan, StageMemory, plan
+from t5tune.commands.plan import GIB, Plan, StageMemory, plan
 from t5tune.progress import Report
 from t5tune.settings import PlanSettings
 

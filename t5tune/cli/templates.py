@@ -6,11 +6,11 @@ from typing import TextIO
 
 from t5tune.cli.console import as_json
 from t5tune.cli.plan import print_plan
-from t5tune.plan import plan, plan_of
+from t5tune.commands.plan import plan, plan_of
+from t5tune.commands.schema import schema
+from t5tune.commands.templates import templates
 from t5tune.progress import Note, Report
-from t5tune.schema import schema
 from t5tune.settings import SchemaSettings, TemplatesSettings, TrainSettings, dump_settings
-from t5tune.templates import templates
 
 
 def show_templates(settings: TemplatesSettings, report: Report, stream: TextIO, want_json: bool) -> None:
@@ -38,8 +38,8 @@ def show_dry_run(settings: TrainSettings, report: Report, stream: TextIO, want_j
 
     So what stands on stdout is a file for `--config`.
     """
-    from t5tune.training.check import check, missing_gpus
     from t5tune.training.run_folder import with_those_of_cache
+    from t5tune.training.validate import check, missing_gpus
 
     check(settings)
     if (problem := missing_gpus(settings)) is not None:

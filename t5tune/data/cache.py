@@ -2,11 +2,11 @@ r"""The token cache: a folder that holds each conversation's ids once, and the s
 
     tokens.bin       the ids of all conversations, one after the other: uint16 little-endian, or int32 where
                      the vocabulary is larger than 65,536
-    conversations.bin  a row each: CONVERSATION, in columns (see data/columns.py)
+    conversations.bin  a row each: CONVERSATION, in columns (see data/integer_table.py)
     examples.bin     a row per answer, in the order of the data: EXAMPLE, in columns
     tokenizer/       the tokenizer that made the ids, added tokens included
     template.yaml    the conversation template
-    training_data.json  how the examples were made, for who talks to the model (see weights/training_data.py)
+    training_data.json  how the examples were made, for who talks to the model (see checkpoints/training_data.py)
     rejected.jsonl   the records that were refused, whole, with file, line, index, byte offset and reason
     manifest.json    format, columns, hashes, settings, counts, length percentiles, and the SHA-256 of each file
 
@@ -25,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
-from t5tune.data.columns import Columns, columns_named, mapped
 from t5tune.data.encoding import Example, Span, example_of
+from t5tune.data.integer_table import Columns, columns_named, mapped
 from t5tune.errors import DataError
-from t5tune.publish import sha256
-from t5tune.reasons import reason_of
+from t5tune.io.atomic import sha256
+from t5tune.io.reasons import reason_of
 from t5tune.settings.messages import value_reason
 
 FORMAT = 4

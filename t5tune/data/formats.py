@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from t5tune.data.cleaning import clean, plain
-from t5tune.data.learned import labels_of, weight_of
+from t5tune.data.record_labels import labels_of, weight_of
 from t5tune.data.records import LABELED_BAD, Place, Refused
 from t5tune.data.tool_calls import PARTS, called, called_in_part, joined
 from t5tune.settings.data import ReadingSettings

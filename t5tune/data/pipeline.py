@@ -29,7 +29,7 @@ from t5tune.data.templates import Piece, Template, lay_out
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import Writable
 from t5tune.errors import TrainingError
-from t5tune.processes import python_module
+from t5tune.io.processes import python_module
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from t5tune.data.csv_parquet import read_csv, read_parquet
 from t5tune.data.files import BOM, STDIN, TEXT, Digest, kind_of, read_chunks
 from t5tune.data.records import STEPS, Place, Raw, Refused, Rejected, depths, parse
-from t5tune.data.tables import read_csv, read_parquet
 from t5tune.errors import DataError
 
 MOST_BYTES = 1 << 30  # of one record: beyond it the file is no set of conversations

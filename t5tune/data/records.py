@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from t5tune.errors import DataError, one_line
-from t5tune.reasons import json_reason
+from t5tune.io.reasons import json_reason
 
 INTEGERS = range(-(1 << 63), 1 << 64)
 MOST_DEPTH = 200  # of objects and lists inside each other; Python's own limit depends on who calls

@@ -15,9 +15,9 @@ from typing import Any
 
 from t5tune.data.formats import Conversation
 from t5tune.errors import SettingsError, suggestion
-from t5tune.presets import find_conversation_template
+from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report, silent
-from t5tune.yaml_file import read_yaml
+from t5tune.settings.packaged_templates import find_conversation_template
 
 DEFAULT = "fastchat-t5"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import DependencyError, ModelError
-from t5tune.publish import write_json
-from t5tune.reasons import reason_of
+from t5tune.io.atomic import write_json
+from t5tune.io.reasons import reason_of
 
 CONFIG = "tokenizer_config.json"
 FILE = "tokenizer.json"

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.cache import CONVERSATION, EXAMPLE, lengths_of, percentiles
-from t5tune.data.columns import WIDE, narrow
 from t5tune.data.encoding import Encoded, ids_dtype
+from t5tune.data.integer_table import WIDE, narrow
 from t5tune.data.pipeline import Accepted, Outcome, Record
 from t5tune.data.records import LABELED_BAD, UNPARSED, Raw, Rejected, parse
 from t5tune.data.vocabulary import Lost
-from t5tune.publish import CHUNK
+from t5tune.io.atomic import CHUNK
 
 REJECTED = "rejected.jsonl"
 FIRST_ANSWER = 1  # among a conversation's turns: a question is the first

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from t5tune.compat.requirements import is_older, oldest_releases, release_numbers, upgrade_command
 from t5tune.diagnosis.finding import Finding, State
-from t5tune.requirements import is_older, oldest_releases, release_numbers, upgrade_command
 
 GIB = 1 << 30
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)

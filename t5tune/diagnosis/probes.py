@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.diagnosis.finding import State
+from t5tune.distributed.deepspeed_build import leave_out_shared_memory
 from t5tune.model.device import nvidia_driver
-from t5tune.training.compiler import leave_out_shared_memory
 
 Probed = tuple[State, str, str]
 SLOW_BF16 = 3.0  # times fp32's time for a product, from which on a CPU has no bf16 arithmetic to speak of
@@ -121,8 +121,8 @@ def try_deepspeed() -> Probed:
 
 def try_training() -> Probed:
     """The main job: a step of LoRA on the built-in model, into a folder that is deleted."""
+    from t5tune.commands.train import train
     from t5tune.settings import TrainSettings, load_settings
-    from t5tune.train import train
 
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="t5tune-doctor-") as folder:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from t5tune.model.family import FAMILIES
+from t5tune.families import FAMILIES
 
 PACKABLE = {family.attention_layer for family in FAMILIES.values()}
 

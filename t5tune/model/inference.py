@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
+from t5tune.checkpoints.adapter import TEMPLATE, base_facts, read_adapter
+from t5tune.checkpoints.adapter_config import CONFIG, read_adapter_config
+from t5tune.checkpoints.adapter_shapes import check_fit
+from t5tune.checkpoints.base import find_base, read_config
+from t5tune.checkpoints.training_data import TrainingData, read_training_data
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import CheckpointError
+from t5tune.families import family_of
 from t5tune.model.device import check_bf16, choose_device
-from t5tune.model.family import family_of
 from t5tune.model.load import load_base
 from t5tune.model.lora import load_adapter, use_token_rows
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.inference import InferenceSettings
-from t5tune.weights.adapter import TEMPLATE, base_facts, read_adapter
-from t5tune.weights.adapter_config import CONFIG, read_adapter_config
-from t5tune.weights.base import find_base, read_config
-from t5tune.weights.fit import check_fit
-from t5tune.weights.training_data import TrainingData, read_training_data
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from t5tune.checkpoints.base import read_config
+from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.tensors import Tensor
+from t5tune.compat.requirements import check_versions
 from t5tune.errors import DependencyError, ModelError
-from t5tune.model.family import ATTENTION, OVERFLOWS_FP16, family_of
+from t5tune.families import ATTENTION, OVERFLOWS_FP16, family_of
 from t5tune.progress import Report, silent, track
-from t5tune.requirements import check_versions
-from t5tune.settings.quantisation import QuantisationSettings
-from t5tune.weights.base import read_config
-from t5tune.weights.streaming import Checkpoint
-from t5tune.weights.tensors import Tensor
+from t5tune.settings.quantization import QuantisationSettings
 
 TORCH_DTYPES = {
     "F64": torch.float64,

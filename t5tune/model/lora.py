@@ -16,14 +16,14 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from torch.nn import functional
 
+from t5tune.checkpoints.adapter import DECODER_ROWS, PREFIX, read_adapter, saved_name
+from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError
-from t5tune.model.family import GROUPS, target_modules
+from t5tune.families import GROUPS, target_modules
 from t5tune.model.load import to_torch
 from t5tune.settings.lora import LoraSettings
-from t5tune.weights.adapter import DECODER_ROWS, PREFIX, read_adapter, saved_name
-from t5tune.weights.streaming import Checkpoint
-from t5tune.weights.tensors import Tensor
 
 TAKEN_OUT = ("pissa", "olora")  # starts that move a part of each weight from the base into its adapter
 EMBEDDINGS = ("encoder.embed_tokens", "decoder.embed_tokens")

@@ -27,7 +27,7 @@ from t5tune.model.attention import Segments, can_pack, use_packing
 from t5tune.model.load import empty_model, quantised_linears
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import HeadLoss
-from t5tune.settings.quantisation import QuantisationSettings
+from t5tune.settings.quantization import QuantisationSettings
 
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
 PARTS = ("embedding", "head", "attention", "feed-forward", "rest")
@@ -53,7 +53,7 @@ def empty_model_of(config: dict[str, Any], settings: Any, num_token_rows: int, d
     """The model that `train` would train, on no device.
 
     Args:
-        config: what config.json holds, completed (model/family.py).
+        config: what config.json holds, completed (families.py).
         settings: BaseModel, LoRA, quantisation and training settings in one.
         num_token_rows: rows of added tokens that train.
         deepspeed: whether it keeps the adapters' fp32 masters itself.

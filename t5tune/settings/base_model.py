@@ -7,7 +7,7 @@ from pydantic import Field
 
 from t5tune.settings.fields import Maybe, Settings
 
-FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"]  # the keys of model/family.py
+FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"]  # the keys of families.py
 
 
 class BaseModelSettings(Settings):

@@ -18,7 +18,7 @@ from t5tune.settings.inference import InferenceSettings
 from t5tune.settings.lora import LoraSettings, StartSettings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
-from t5tune.settings.quantisation import QuantisationSettings
+from t5tune.settings.quantization import QuantisationSettings
 from t5tune.settings.training import EvaluationSettings, ProcessSettings, TrainingSettings
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.fields import Maybe
-from t5tune.settings.quantisation import QuantisationSettings
+from t5tune.settings.quantization import QuantisationSettings
 
 
 class InferenceSettings(QuantisationSettings, BaseModelSettings):

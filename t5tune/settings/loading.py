@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from t5tune import presets
 from t5tune.errors import SettingsError, suggestion
+from t5tune.settings import packaged_templates
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
+from t5tune.settings.legacy_names import RENAMED
 from t5tune.settings.messages import value_reason
-from t5tune.settings.renamed import RENAMED
 
 PREFIX = "T5TUNE_"
 Model = TypeVar("Model", bound=Settings)
@@ -65,7 +65,7 @@ def load_settings(
 
 def dump_settings(settings: Settings) -> str:
     """The settings as YAML that `--config` reads back to the same model."""
-    from t5tune.yaml_file import to_yaml
+    from t5tune.io.yaml_file import to_yaml
 
     header = f"# t5tune {settings.command} --config THIS_FILE does it again\n"
     return header + to_yaml(settings.model_dump(mode="json"))
@@ -74,9 +74,9 @@ def dump_settings(settings: Settings) -> str:
 def _from_file(file: str | None) -> dict[str, _Value]:
     if file is None:
         return {}
-    from t5tune.yaml_file import read_yaml
+    from t5tune.io.yaml_file import read_yaml
 
-    path = presets.find_run(file)
+    path = packaged_templates.find_run(file)
     return {name: _Value(value, f"{path}: {name}") for name, value in read_yaml(path).items()}
 
 

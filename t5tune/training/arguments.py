@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
+from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
-from t5tune.training.launch import World
 from t5tune.training.trackers import chosen_trackers
 
 

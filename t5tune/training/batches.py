@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from t5tune.data.batching import budget_batches, epoch_order, num_batches
 from t5tune.data.cache import Cache
 from t5tune.data.encoding import Example
-from t5tune.data.order import budget_batches, epoch_order, num_batches
 from t5tune.errors import SettingsError
 from t5tune.model.attention import Segments
 from t5tune.model.loss import IGNORED_LABEL

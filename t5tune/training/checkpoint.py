@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
-from t5tune.publish import json_bytes, sha256, sync, sync_folder, write_json
-from t5tune.weights.strangers import inside
+from t5tune.io.atomic import json_bytes, sha256, sync, sync_folder, write_json
+from t5tune.io.untrusted import inside
 
 MANIFEST = "t5tune_manifest.json"
 EVALUATION = "t5tune_evaluation.json"
@@ -25,7 +25,7 @@ def seal(folder: Path, step: int, world_size: int, made_of: dict[str, Any]) -> N
     """Write the manifest of a checkpoint's files, and sync all of it.
 
     Args:
-        made_of: what the run is made of (see training/identity.py).
+        made_of: what the run is made of (see training/resume_guard.py).
 
     Raises:
         CheckpointError: the folder holds a link, which can't be sealed.

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from t5tune.data.encoding import Example
+from t5tune.distributed.collectives import any_rank, gather, rank_and_size
 from t5tune.errors import OutOfMemory
 from t5tune.model.device import is_out_of_memory
 from t5tune.model.generation import generate
 from t5tune.model.loss import HeadLoss
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.training.batches import PackedCollator, PaddedCollator
-from t5tune.training.ranks import any_rank, gather, rank_and_size
 
 TASK = "evaluate"
 TOKENS_AT_ONCE = 8192  # source and target tokens of a batch of several examples

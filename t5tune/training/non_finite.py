@@ -16,8 +16,8 @@ import math
 from pathlib import Path
 
 from t5tune.errors import TrainingError
+from t5tune.io.atomic import append_line
 from t5tune.progress import Note, Report
-from t5tune.publish import append_line
 from t5tune.training.checkpoint import checkpoints
 
 FILE = "non_finite.jsonl"

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.fingerprint import base_facts
+from t5tune.checkpoints.hash_cache import file_states, recall, remember
 from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
+from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
+from t5tune.io.atomic import write_file, writing
+from t5tune.io.reasons import reason_of
+from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report
-from t5tune.publish import write_file, writing
-from t5tune.reasons import reason_of
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.data import ReadingSettings, SelectionSettings
 from t5tune.training.checkpoint import newest, remove_staged
-from t5tune.training.identity import check_same, identity
-from t5tune.training.launch import World
-from t5tune.weights.fingerprint import base_facts
-from t5tune.weights.remembered import file_states, recall, remember
-from t5tune.yaml_file import read_yaml
+from t5tune.training.resume_guard import check_same, identity
 
 SETTINGS = "settings.yaml"
 RESULT = "result.json"
@@ -34,7 +34,7 @@ SHAPING = {*ReadingSettings.model_fields, *SelectionSettings.model_fields, "mode
     "num_workers",
     "max_rejected_fraction",
 }  # settings that make examples of conversations
-BASE = "base.json"  # see weights/remembered.py
+BASE = "base.json"  # see checkpoints/hash_cache.py
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from t5tune.checkpoints.adapter import saved_name, without_start
+from t5tune.checkpoints.safetensors import SafetensorsFile
+from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.cache import Cache
 from t5tune.data.tokenizer import Tokenizer, answer_text, true_text
+from t5tune.distributed.collectives import is_distributed
+from t5tune.distributed.signals import StopRequest, outlast_signals
 from t5tune.errors import T5TuneError
 from t5tune.metrics import score
 from t5tune.model.device import peak_memory
@@ -25,14 +30,9 @@ from t5tune.model.loss import IGNORED_LABEL, HeadLoss
 from t5tune.progress import Advanced, Finished, Measured, Report, Started
 from t5tune.training.batches import BucketSampler, BudgetSampler, ExampleDataset, PackedCollator, PaddedCollator
 from t5tune.training.evaluation import generate_replies, longest_target, measure_losses, spread
-from t5tune.training.journal import Journal
+from t5tune.training.metrics_log import Journal
 from t5tune.training.non_finite import NonFiniteSteps
-from t5tune.training.ranks import is_distributed
-from t5tune.training.sealing import Begin, SealingTrainer
-from t5tune.training.stopping import StopRequest, outlast_signals
-from t5tune.weights.adapter import saved_name, without_start
-from t5tune.weights.streaming import SafetensorsFile
-from t5tune.weights.tensors import Tensor
+from t5tune.training.resumable_trainer import Begin, SealingTrainer
 
 TASK = "train"
 TOTALS = "T5TuneTotals"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.train import train
-from tests.reliability.runs import ZERO3, adapter, settings, start
+from t5tune.commands.train import train
+from tests.support.runs import ZERO3, adapter, settings, start
 
 
 @pytest.fixture(scope="session")

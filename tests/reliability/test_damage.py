@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from t5tune.commands.train import train
 from t5tune.errors import CheckpointError
-from t5tune.train import train
 from t5tune.training.checkpoint import newest
-from tests.reliability.runs import LONG, STEPS, adapter, settings
+from tests.support.runs import LONG, STEPS, adapter, settings
 
 
 def flip(path: Path) -> None:

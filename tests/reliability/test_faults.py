@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from t5tune.data.cache import open_cache
-from t5tune.publish import sha256
-from t5tune.training.journal import read_journal
-from tests.forks import FROM_THEN_ON, ONCE, SHORT, Forks, Thing
-from tests.reliability.runs import LONG, arguments, whole_steps
+from t5tune.io.atomic import sha256
+from t5tune.training.metrics_log import read_journal
+from tests.support.forks import FROM_THEN_ON, ONCE, SHORT, Forks, Thing
+from tests.support.runs import LONG, arguments, whole_steps
 
 KINDS = {
     "one process": (1, ()),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.train import train
-from tests.reliability.runs import LONG, Running, adapter, arguments, settings, whole_steps
+from t5tune.commands.train import train
+from tests.support.runs import LONG, Running, adapter, arguments, settings, whole_steps
 
 SIZES = range(3600, 7850, 425) if LONG else [5200]  # KiB
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from t5tune.checkpoints import fingerprint, hash_cache
+from t5tune.checkpoints.fingerprint import full_hash
+from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, SettingsError, Stopped
+from t5tune.io.atomic import sha256
 from t5tune.progress import Advanced, Event, Note, Started
-from t5tune.publish import sha256
-from t5tune.train import train
-from t5tune.weights import fingerprint, remembered
-from t5tune.weights.fingerprint import full_hash
-from t5tune.weights.streaming import Checkpoint
-from tests.reliability.runs import STEPS, adapter, settings
 from tests.reliability.test_stopping import stop_at
+from tests.support.runs import STEPS, adapter, settings
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_base_is_hashed_once_and_again_when_a_file_of_it_was_touched(
 
     assert go_on() == 1  # so new that a change might not show: not remembered
     assert not (run / "base.json").exists()
-    monkeypatch.setattr(remembered, "SECONDS_TO_SETTLE", -1.0)
+    monkeypatch.setattr(hash_cache, "SECONDS_TO_SETTLE", -1.0)
     assert [go_on(), go_on()] == [1, 0]
     changed, times = bytearray(file.read_bytes()), file.stat()
     changed[-20_000] ^= 1  # in the middle of a tensor, where the fingerprint doesn't look

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.train import train
+from t5tune.commands.train import train
 from t5tune.training.checkpoint import STAGED
-from tests.reliability.runs import (
+from tests.support.runs import (
     LONG,
     STEPS,
     ZERO3,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.forks import Forks
-from tests.reliability.runs import LONG, arguments, whole_steps
+from tests.support.forks import Forks
+from tests.support.runs import LONG, arguments, whole_steps
 
 WAYS = {
     "alone": (1, ()),
@@ -34,7 +34,7 @@ def test_an_overflow_of_one_rank_updates_nothing_and_is_told(
     run = tmp_path / "run"
     ranks, more = WAYS[way]
     command = arguments(untied_base, conversations, run, *FEW_STEPS, f"--on-non-finite={action}", *more)
-    done = forks.run(command, ranks, [f"tests.reliability.overflowing:overflow_at([5], {ranks - 1})"])
+    done = forks.run(command, ranks, [f"tests.support.overflowing:overflow_at([5], {ranks - 1})"])
     (line,) = map(json.loads, (run / "non_finite.jsonl").read_text().splitlines())
     assert (line["step"], line["action"], line["loss"], len(line["examples"])) == (5, action, None, 2 * ranks)
     if action == "stop":
@@ -58,7 +58,7 @@ def test_skipped_steps_are_limited_over_all_that_a_run_was_resumed(
 ) -> None:
     run = tmp_path / "run"
     command = arguments(untied_base, conversations, run, *FEW_STEPS, "--on-non-finite=skip", "--max-skipped-steps=2")
-    done = forks.run(command, calls=["tests.reliability.overflowing:overflow_at([3, 4, 7])"])
+    done = forks.run(command, calls=["tests.support.overflowing:overflow_at([3, 4, 7])"])
     assert done.codes == [1], done.log
     assert "step 7: the loss is inf" in done.log
     assert "max_skipped_steps: 2 were skipped before" in done.log
@@ -66,7 +66,7 @@ def test_skipped_steps_are_limited_over_all_that_a_run_was_resumed(
     assert whole_steps(run) == [6, 4, 2]
     with open(run / "non_finite.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # as a kill leaves it
-    done = forks.run(command, calls=["tests.reliability.overflowing:overflow_at([2])"])
+    done = forks.run(command, calls=["tests.support.overflowing:overflow_at([2])"])
     assert done.codes == [1], done.log
     assert "step 8: the loss is inf" in done.log
     assert "max_skipped_steps: 2 were skipped before" in done.log

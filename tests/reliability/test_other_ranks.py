@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.forks import Forks
-from tests.reliability.recording import recorded
-from tests.reliability.runs import LONG, STEPS, arguments
+from tests.support.forks import Forks
+from tests.support.recording import recorded
+from tests.support.runs import LONG, STEPS, arguments
 
 BATCH = 4  # examples of a step
 CHANGES = [(2, 1), (2, 4), (4, 2)] if LONG else [(2, 1)]
@@ -49,7 +49,7 @@ def test_the_same_examples_and_about_the_same_weights(
     def run(name: str, ranks: int, *calls: str) -> list[int]:
         more = ("--lora-dropout=0", "--packing=off", "--save-steps=1000", "--report-samples=0")
         more += ("--per-device-train-batch-size=1", f"--gradient-accumulation-steps={BATCH // ranks}")
-        record = f"tests.reliability.recording:record_to({str(tmp_path / f'{name}-steps')!r})"
+        record = f"tests.support.recording:record_to({str(tmp_path / f'{name}-steps')!r})"
         (tmp_path / f"{name}-steps").mkdir(exist_ok=True)
         done = forks.run(arguments(calm_base, conversations, tmp_path / name, *more), ranks, [record, *calls])
         assert "Traceback" not in done.log, done.log

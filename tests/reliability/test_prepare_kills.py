@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
-from t5tune.prepare import prepare
 from t5tune.settings import PrepareSettings
-from tests.reliability.runs import LONG, PATIENCE, Running
+from tests.support.runs import LONG, PATIENCE, Running
 
 KILLS = 50 if LONG else 4
 RECORDS = 4000

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.training.launch import first_host
-from tests.reliability.runs import (
+from t5tune.distributed.world import first_host
+from tests.support.runs import (
     LONG,
     STEPS,
     ZERO3,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import t5tune
-from tests.reliability.runs import LONG, adapter, arguments, kill, start, whole_steps
+from tests.support.runs import LONG, adapter, arguments, kill, start, whole_steps
 
 STAGES = {"alone": (), **{f"zero{stage}": (f"--deepspeed=zero{stage}", "--num-processes=2") for stage in (0, 2, 3)}}
 BASES = {

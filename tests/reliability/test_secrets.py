@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.reliability.runs import Running, arguments
+from tests.support.runs import Running, arguments
 
 CANARY = "canary-5e1f7c"
 TOKENS = {"HF_TOKEN": f"hf_{CANARY}", "WANDB_API_KEY": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY}

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from t5tune.commands.train import train
+from t5tune.distributed.signals import HANDED_ON, SECONDS_APART, listening
 from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Event, Started
-from t5tune.train import train
-from t5tune.training.stopping import HANDED_ON, SECONDS_APART, listening
 from tests.conftest import REPOSITORY
-from tests.forks import Forks
-from tests.reliability.runs import (
+from tests.support.forks import Forks
+from tests.support.runs import (
     LONG,
     STEPS,
     ZERO3,
@@ -113,7 +113,7 @@ def test_a_signal_while_the_data_is_prepared_leaves_nothing_half_made(
 
 def stop_in_prepare() -> None:
     """From here on rank 0 gets a SIGTERM when it begins to prepare the data."""
-    import t5tune.train as module
+    import t5tune.commands.train as module
 
     prepare = module.prepare
 
@@ -206,7 +206,7 @@ def test_control_c_is_not_for_what_a_script_put_into_the_background() -> None:
 def test_a_second_signal_stops_at_once_and_one_that_comes_two_ways_does_not(tmp_path: Path) -> None:
     waiting = """
 import time
-from t5tune.training.stopping import listening
+from t5tune.distributed.signals import listening
 with listening() as stop:
     print("ready", flush=True)
     while True:
@@ -240,7 +240,7 @@ sys.meta_path.insert(0, Asked())
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT"])
-@pytest.mark.parametrize("library", ["t5tune.train", "torch", "torch._C", "peft"])
+@pytest.mark.parametrize("library", ["t5tune.commands.train", "torch", "torch._C", "peft"])
 def test_a_signal_while_libraries_are_imported_ends_it_when_they_are(
     library: str, number: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -277,7 +277,7 @@ def test_no_library_swallows_a_signal(library: Callable[[], None]) -> None:
 
 def test_what_does_not_end_when_it_is_cut_off_is_left(tmp_path: Path) -> None:
     stubborn = """
-import t5tune.training.stopping as stopping
+import t5tune.distributed.signals as stopping
 stopping.SECONDS_TO_LEAVE = 0.2
 with stopping.listening() as stop, stop.at_once():
     try:

@@ -1,0 +1,240 @@
+"""report.html: what a run did, as one HTML file that needs no network.
+
+    write_report(run_folder, settings, result, cache)
+
+It is made from what stands in the run folder: metrics.jsonl, samples.json, and the cache that was trained on.
+"""
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from t5tune.data.cache import Cache
+from t5tune.data.histogram import Lengths, length_histogram
+from t5tune.data.records import LABELED_BAD
+from t5tune.io.atomic import write_file
+from t5tune.reports.svg import Series, histogram, line_chart, short
+from t5tune.settings import TrainSettings
+from t5tune.training.metrics_log import read_journal, read_samples
+
+FILE = "report.html"
+GIB = 1 << 30
+HEADLINES = ("loss", "perplexity", "exact_match", "rougeL")  # of the evaluation, beside its table
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --back: #fff; --text: #1f2937; --soft: #6b7280; --line: #d1d5db; --card: #f9fafb;
+  --c0: #2563eb; --c1: #c2410c; --c2: #15803d;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #0f172a; --text: #e2e8f0; --soft: #94a3b8; --line: #334155; --card: #1e293b;
+    --c0: #60a5fa; --c1: #fb923c; --c2: #4ade80;
+  }
+}
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; background: var(--back); color: var(--text);
+       max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
+.soft { color: var(--soft); margin: .2rem 0 1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; }
+.cards div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .8rem; }
+.cards b { display: block; font-size: 1.25rem; font-weight: 600; }
+.cards span { color: var(--soft); font-size: .85rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .9rem; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; }
+figcaption { font-weight: 600; font-size: .9rem; display: flex; justify-content: space-between; }
+svg { display: block; width: 100%; height: auto; }
+.axis { fill: var(--soft); font-size: 11px; } .grid { stroke: var(--line); stroke-width: .6; }
+polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.line-0 { stroke: var(--c0); } .line-1 { stroke: var(--c1); }
+.dot-0, .bar-0 { fill: var(--c0); } .dot-1, .bar-1 { fill: var(--c1); } .bar-2 { fill: var(--c2); }
+.legend { font-weight: 400; } .legend span { margin-left: .9rem; }
+.key-0 { color: var(--c0); } .key-1 { color: var(--c1); }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th { text-align: left; color: var(--soft); font-weight: 500; }
+th, td { border-bottom: 1px solid var(--line); padding: .4rem .8rem .4rem 0; vertical-align: top;
+         overflow-wrap: anywhere; }
+pre, td.text { white-space: pre-wrap; } code, pre { font: 13px/1.5 ui-monospace, monospace; }
+.samples { table-layout: fixed; } summary { cursor: pointer; color: var(--soft); margin-top: .6rem; }
+"""
+
+
+def write_report(
+    run_folder: Path,
+    settings: TrainSettings,
+    result: dict[str, Any],
+    cache: Cache,
+) -> Path:
+    """Write the page beside its place in the run folder, and rename it there.
+
+    Args:
+        result: the fields of `train`'s result.
+        cache: the examples that were trained on.
+    """
+    lines = read_journal(run_folder)
+    name = html.escape(str(run_folder))
+    parts = [
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{name}</title><style>{STYLE}</style><h1>{name}</h1>",
+        f'<p class="soft">{_subtitle(settings, result)}</p>',
+        f'<div class="cards">{"".join(_cards(result))}</div>',
+        '<h2>Training</h2><div class="charts">',
+        *_training_charts(lines),
+        "</div>",
+        *_evaluation(lines),
+        *_samples(read_samples(run_folder)),
+        "<h2>Examples</h2>",
+        *_left_out(cache.manifest["rejected_by_reason"]),
+        '<div class="charts">',
+        *_length_charts(cache.lengths()),
+        "</div>",
+        *_settings(settings),
+    ]
+    path = run_folder / FILE
+    write_file(path, "\n".join(parts).encode(errors="backslashreplace"))
+    return path
+
+
+def _subtitle(settings: TrainSettings, result: dict[str, Any]) -> str:
+    way = "every weight" if settings.train_mode == "full" else f"LoRA of rank {settings.lora_r}"
+    base = f" on a {settings.quant_type} base" if settings.q_lora else ""
+    share = result["trainable_parameters"] / max(result["total_parameters"], 1)
+    return html.escape(
+        f"{settings.model_name_or_path}: {way}{base}, {result['trainable_parameters']:,} of "
+        f"{result['total_parameters']:,} parameters ({share:.2%}), {result['examples']:,} examples"
+    )
+
+
+def _cards(result: dict[str, Any]) -> list[str]:
+    loss = result["train_loss"]
+    figures = [
+        ("steps", f"{result['steps']:,}"),
+        ("epochs", f"{result['epochs']:.3g}"),
+        ("mean training loss", "–" if loss is None else f"{loss:.4g}"),
+        *(
+            (f"held-out {name.replace('_', ' ')}", f"{result['eval'][name]:.4g}")
+            for name in HEADLINES
+            if name in result["eval"]
+        ),
+        ("tokens/s", short(result["tokens_per_second"])),
+        ("tokens", short(result["tokens"])),
+        ("peak memory a process", f"{result['peak_memory_bytes'] / GIB:.2f} GiB"),
+        ("process" if result["world_size"] == 1 else "processes", str(result["world_size"])),
+        ("time", _duration(result["seconds"])),
+    ]
+    return [f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in figures]
+
+
+def _training_charts(lines: list[dict[str, Any]]) -> list[str]:
+    def of(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
+        return [(line["step"], line[name] * scale) for line in lines if isinstance(line.get(name), int | float)]
+
+    return [
+        line_chart(
+            "Loss",
+            [Series("training", of("loss")), Series("held out", of("eval_loss"))],
+            "step",
+            may_be_logarithmic=True,
+        ),
+        line_chart("Learning rate", [Series("learning rate", of("learning_rate"))], "step"),
+        line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], "step", may_be_logarithmic=True),
+        line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))], "step"),
+        line_chart("Peak memory (GiB)", [Series("peak memory", of("peak_memory_bytes", 1 / GIB))], "step"),
+    ]
+
+
+def _shown(figures: dict[str, float]) -> dict[str, float]:
+    """The evaluation's own figures, without Trainer's clock."""
+    clocks = ("runtime", "samples_per_second", "steps_per_second")
+    return {name: value for name, value in figures.items() if name not in clocks}
+
+
+def _evaluation(lines: list[dict[str, Any]]) -> list[str]:
+    found = [
+        (line["step"], _shown({name.removeprefix("eval_"): v for name, v in line.items() if name.startswith("eval_")}))
+        for line in lines
+        if "eval_loss" in line
+    ]
+    if not found:
+        return []
+    names = list(found[-1][1])
+    header = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ["step", *names])
+    rows = (
+        f"<tr><td>{step:,}</td>{''.join(f'<td>{_figure(values[name])}</td>' for name in names)}</tr>"
+        for step, values in found
+        if set(names) <= values.keys()
+    )
+    return [f"<h2>Evaluation</h2><table><tr>{header}</tr>", *rows, "</table>"]
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _samples(samples: list[dict[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    columns: list[tuple[str, Callable[[dict[str, str]], str]]] = [
+        ("source", lambda sample: sample["source"]),
+        ("before", lambda sample: sample["before"]),
+        ("after", lambda sample: sample.get("after", "–")),
+        ("true answer", lambda sample: sample["target"]),
+    ]
+    header = "".join(f"<th>{name}</th>" for name, _ in columns)
+    rows = (
+        f"<tr>{''.join(f'<td class=text>{html.escape(text(sample))}</td>' for _, text in columns)}</tr>"
+        for sample in samples
+    )
+    return [f'<h2>Replies before and after</h2><table class="samples"><tr>{header}</tr>', *rows, "</table>"]
+
+
+def _left_out(by_reason: dict[str, int]) -> list[str]:
+    """What of the data no example was made of, where there is any."""
+    refused = {reason: count for reason, count in by_reason.items() if reason != LABELED_BAD}
+    parts = []
+    if bad := by_reason.get(LABELED_BAD, 0):
+        parts.append(f"labeled bad (label: false, kto_tag: false): {bad:,}")
+    if refused:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in refused.items())
+        parts.append(f"refused: {sum(refused.values()):,} ({reasons})")
+    return [f'<p class="soft">Records left out: {html.escape("; ".join(parts))}</p>'] if parts else []
+
+
+def _length_charts(lengths: tuple[Lengths, Lengths]) -> list[str]:
+    charts = []
+    for colour, name, values in ((0, "Source", lengths[0]), (2, "Target", lengths[1])):
+        bars = length_histogram(values)
+        charts.append(histogram(f"{name} length", bars.edges, bars.counts, "tokens", colour))
+    return charts
+
+
+def _settings(settings: TrainSettings) -> list[str]:
+    values = settings.model_dump(mode="json")
+    defaults = {name: field.get_default() for name, field in TrainSettings.model_fields.items()}
+    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    rest = {name: value for name, value in values.items() if name not in changed}
+
+    def table(part: dict[str, Any]) -> str:
+        rows = (
+            f"<tr><td><code>{name}</code></td><td><code>{html.escape(_text(value))}</code></td></tr>"
+            for name, value in part.items()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+    return ["<h2>Settings</h2>", table(changed), f"<details><summary>defaults</summary>{table(rest)}</details>"]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "–" if value in (None, "") else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,186 @@
+"""Headers, indexes, configs, `latest` and layouts of any content: read, or refused by a T5TuneError, and nothing else.
+
+`make fuzz` looks at FUZZ_EXAMPLES of each kind; the tests look at a few.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t5tune.checkpoints.adapter_config import CONFIG, check_foldable, pattern_value, read_adapter_config
+from t5tune.checkpoints.safetensors import Checkpoint, SafetensorsFile, header_of
+from t5tune.checkpoints.tensors import STORAGE
+from t5tune.checkpoints.zero_shards import find_deepspeed_folder
+from t5tune.errors import T5TuneError
+from t5tune.io.yaml_file import read_yaml
+from tests.adversarial.safetensors_files import with_header
+from tests.adversarial.test_export import bounded  # noqa: F401
+from tests.adversarial.test_fuzz_torch import edited, edits, many
+
+MODULE = "encoder.block.0.layer.0.SelfAttention.q"
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+near_entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "I8", "F99", 3]),
+        "shape": st.lists(st.integers(-2, 5) | json_values, max_size=3),
+        "data_offsets": st.lists(st.integers(-4, 40) | json_values, max_size=3),
+    }
+)
+names_of_files = st.text(max_size=12) | st.sampled_from(
+    [
+        "model-1.safetensors",
+        "../model-1.safetensors",
+        "/etc/passwd",
+        "MODEL-1.safetensors",
+        "model-1.safetensors\0",
+        ".",
+    ]
+)
+near_configs = st.dictionaries(
+    st.sampled_from(
+        [
+            "r",
+            "lora_alpha",
+            "rank_pattern",
+            "alpha_pattern",
+            "target_modules",
+            "modules_to_save",
+            "use_dora",
+            "auto_map",
+        ]
+        + ["trainable_token_indices", "base_model_name_or_path", "bias", "init_lora_weights", "lora_bias"]
+    ),
+    json_values
+    | st.lists(st.sampled_from(["q", "v", "lm_head", ""]), max_size=3)
+    | st.dictionaries(st.text(st.sampled_from(".*+?|()[]{}^$\\q1a"), max_size=14), st.integers(1, 9), max_size=3),
+)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def good_shard(path: Path) -> bytes:
+    """Two tensors, 32 bytes."""
+    data = bytes(range(32))
+    path.write_bytes(header_of({"a": ("F32", (2, 3)), "b": ("BF16", (4,))}, {"format": "pt"}) + data)
+    return path.read_bytes()
+
+
+def tried(read: Callable[[], Any], named: str) -> Any:
+    """What it gives, or None where it is refused by name."""
+    try:
+        return read()
+    except T5TuneError as error:
+        message = error.message
+    assert named in message
+    return None
+
+
+def size_of(file: SafetensorsFile) -> int:
+    return sum(file.tensor(name).nbytes for name in file.entries)
+
+
+@many
+@given(
+    st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "c"]), near_entries | json_values, max_size=4),
+    st.binary(max_size=40),
+)
+def test_any_header_is_read_or_refused(folder: Path, header: object, data: bytes) -> None:
+    path = folder / "fuzzed.safetensors"
+    with_header(path, json.dumps(header).encode(), data)
+    file = tried(lambda: SafetensorsFile(path), "fuzzed.safetensors")
+    assert file is None or size_of(file) == len(data)
+
+
+@many
+@given(edits)
+def test_a_safetensors_file_with_other_bytes_is_read_whole_or_refused(
+    folder: Path,
+    bounded: None,  # noqa: F811
+    changes: Any,
+) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(edited(good_shard(path), changes))
+    checkpoint = tried(lambda: Checkpoint(folder), folder.name)
+    if checkpoint is None:
+        return
+    (file,) = checkpoint.files
+    assert size_of(file) == path.stat().st_size - file.data_begin
+    for name in checkpoint.names():
+        dtype, shape = checkpoint.dtype_and_shape(name)
+        assert checkpoint.tensor(name).nbytes == math.prod(shape) * STORAGE[dtype].itemsize
+
+
+@many
+@given(
+    json_values
+    | st.fixed_dictionaries(
+        {"weight_map": st.dictionaries(st.sampled_from(["a", "b", "c"]), names_of_files | json_values, max_size=3)}
+    )
+)
+def test_any_index_names_the_shards_beside_it_or_is_refused(folder: Path, index: Any) -> None:
+    inner = folder / "base"
+    inner.mkdir(exist_ok=True)
+    for place in (inner, folder):
+        good_shard(place / "model-1.safetensors")
+    (inner / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = tried(lambda: Checkpoint(inner), "base")
+    if checkpoint is not None:
+        assert [path for path, _ in checkpoint.parts] == [inner / "model-1.safetensors"]
+        assert set(index["weight_map"]) <= set(checkpoint.names())
+
+
+@many
+@given(near_configs | json_values)
+def test_any_adapter_config_is_read_or_refused(folder: Path, values: Any) -> None:
+    good = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (folder / CONFIG).write_text(json.dumps(good | values if isinstance(values, dict) else values))
+    config = tried(lambda: read_adapter_config(folder), CONFIG)
+    if config is None:
+        return
+    tried(lambda: check_foldable(config, folder), CONFIG)
+    assert pattern_value(config.get("rank_pattern"), MODULE, config["r"]) >= 1
+    assert isinstance(pattern_value(config.get("alpha_pattern"), MODULE, config["lora_alpha"]), float)
+
+
+@many
+@given(st.binary(max_size=40) | st.text(max_size=12).map(str.encode) | st.sampled_from([b"step1", b"step1/", b"../x"]))
+def test_any_latest_names_a_folder_of_shards_in_it_or_is_refused(folder: Path, content: bytes) -> None:
+    for place in (folder / "run" / "step1", folder / "x"):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        (place / "mp_rank_00_model_states.pt").touch()
+    (folder / "run" / "latest").write_bytes(content)
+    found = tried(lambda: find_deepspeed_folder(folder / "run"), "run")
+    if found is not None:
+        assert found == folder / "run" / "step1"
+        assert content.strip() == b"step1"
+
+
+@many
+@given(
+    st.text(max_size=40)
+    | st.lists(
+        st.sampled_from(["a", ":", " ", "\n", "[", "]", "{", "}", "&x", "*x", "!!set", "?", "-", "0", "1", "~"])
+    ).map("".join)
+)
+def test_any_layout_is_read_or_refused(folder: Path, text: str) -> None:
+    path = folder / "template.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    values = tried(lambda: read_yaml(path), "template.yaml")
+    assert values is None or isinstance(values, dict)

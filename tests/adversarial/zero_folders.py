@@ -1,0 +1,332 @@
+"""Folders of two DeepSpeed ranks, good and bad: `python -m tests.adversarial.zero_folders FOLDER` writes the corpus.
+
+The good ones are made here from DeepSpeed's description of its layout, not by DeepSpeed, which
+tests/support/deepspeed_saves.py runs.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t5tune.io.atomic import json_bytes
+from t5tune.training.checkpoint import FORMAT
+
+PREFIX = "base_model.model."
+MODULE = PREFIX + "encoder.block.0.layer.0.SelfAttention.q"
+SHAPES = {f"{MODULE}.lora_A.default.weight": (3, 7), f"{MODULE}.lora_B.default.weight": (5, 3)}
+CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q"], "base_model_name_or_path": None}
+RANKS = 2
+
+Spoil = Callable[[Path], Any]
+
+
+def values() -> dict[str, torch.Tensor]:
+    """The right answer, by the names of PEFT's file."""
+    generator = torch.Generator().manual_seed(5)
+    return {name.replace(".default", ""): torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def make(folder: Path, stage: int = 3, padding: int = 0) -> Path:
+    """A folder as DeepSpeed leaves it: latest, global_step4 with the files of two ranks, and adapter_config.json."""
+    shards = folder / "global_step4"
+    shards.mkdir(parents=True)
+    (folder / "latest").write_text("global_step4")
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    flat = [value.flatten() for value in values().values()]
+    model = {
+        "module": {},
+        "param_shapes": [{name: torch.Size(shape) for name, shape in SHAPES.items()}],
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "global_steps": 4,
+        "dp_world_size": RANKS,
+        "mp_world_size": 1,
+    }
+    for rank in range(RANKS):
+        if stage == 3:
+            parts = []
+            for value in flat:
+                part = math.ceil(len(value) / RANKS)
+                padded = torch.cat([value, torch.zeros(part * RANKS - len(value))])
+                parts.append(padded[rank * part : (rank + 1) * part])
+            optimizer = {"fp32_flat_groups": [torch.cat(parts)], "zero_stage": 3, "partition_count": RANKS}
+            torch.save(model, shards / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        else:
+            whole = torch.cat([flat[0], torch.full((padding,), torch.nan), *flat[1:]])
+            part = math.ceil(len(whole) / RANKS)
+            groups = [whole[rank * part : (rank + 1) * part].clone()]
+            optimizer = {"single_partition_of_fp32_groups": groups, "zero_stage": stage, "partition_count": [RANKS]}
+            optimizer["param_alignment_paddings"] = [[padding, 0]]
+            torch.save(model, shards / "mp_rank_00_model_states.pt")
+        path = shards / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer, "ds_version": "0.0"}, path)
+    return folder
+
+
+def universal(folder: Path) -> Path:
+    """The same in DeepSpeed's universal layout."""
+    make(folder)
+    (folder / "latest").rename(folder / "latest_universal")
+    for path in (folder / "global_step4").glob("*_optim_states.pt"):
+        path.unlink()
+    for name, value in zip(SHAPES, values().values(), strict=True):
+        (folder / "global_step4" / "zero" / name).mkdir(parents=True)
+        torch.save(value.flatten(), folder / "global_step4" / "zero" / name / "fp32.pt")
+    return folder
+
+
+def shard(folder: Path, rank: int) -> Path:
+    return folder / "global_step4" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def model_file(folder: Path, rank: int = 0) -> Path:
+    return folder / "global_step4" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+
+
+def optimizer(rank: int = 1, **changes: Any) -> Spoil:
+    """Change a rank's optimizer state; a value that is a function gets the old one."""
+
+    def spoil(folder: Path) -> None:
+        state = torch.load(shard(folder, rank), weights_only=True)
+        found = state["optimizer_state_dict"]
+        for key, value in changes.items():
+            found[key] = value(found.get(key)) if callable(value) else value
+        torch.save(state, shard(folder, rank))
+
+    return spoil
+
+
+def model(**changes: Any) -> Spoil:
+    """Change rank 0's model states."""
+
+    def spoil(folder: Path) -> None:
+        state = torch.load(model_file(folder), weights_only=True)
+        for key, value in changes.items():
+            state[key] = value(state.get(key)) if callable(value) else value
+        torch.save(state, model_file(folder))
+
+    return spoil
+
+
+def without(key: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        state = torch.load(model_file(folder), weights_only=True)
+        del state[key]
+        torch.save(state, model_file(folder))
+
+    return spoil
+
+
+def config(**changes: Any) -> Spoil:
+    return lambda folder: (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
+
+
+def latest(content: bytes) -> Spoil:
+    return lambda folder: (folder / "latest").write_bytes(content)
+
+
+def linked(name: str) -> Spoil:
+    """Move a file or folder out, and leave a link to it."""
+
+    def spoil(folder: Path) -> None:
+        outside = folder.parent / "outside"
+        shutil.move(folder / name, outside)
+        (folder / name).symlink_to(outside)
+
+    return spoil
+
+
+def sealed(files: dict[str, Any]) -> str:
+    """A manifest whose own sum is right."""
+    manifest = {"format": FORMAT, "step": 4, "world_size": RANKS, "made_of": {}, "files": files}
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json_bytes({**manifest, "sha256": digest}).decode()
+
+
+def _longer(groups: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.cat([group, torch.ones(9)]) for group in groups]
+
+
+A, B = SHAPES
+STATES = "global_step4"
+
+FOLDERS: dict[str, tuple[Spoil, str]] = {
+    # ranks
+    "a rank missing": (lambda f: shard(f, 1).unlink(), "rank 1's is missing"),
+    "a rank twice": (
+        lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(f"bf16_{shard(f, 1).name}")),
+        "two files of rank 1",
+    ),
+    "a rank twice, by a zero": (
+        lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(shard(f, 1).name.replace("rank_1", "rank_01"))),
+        "two files of rank 1",
+    ),
+    "a rank of another run": (
+        lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(shard(f, 1).name.replace("rank_1", "rank_7"))),
+        "shards of ranks",
+    ),
+    "a file of tensor parallelism": (
+        lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(shard(f, 1).name.replace("rank_00", "rank_01"))),
+        "model parallelism",
+    ),
+    "a file of experts": (
+        lambda f: shutil.copy(model_file(f), model_file(f).with_name("expp_rank_0_mp_rank_00_optim_states.pt")),
+        "experts",
+    ),
+    "model states of a rank missing": (lambda f: model_file(f, 1).unlink(), "model states of ranks .0.*1's is missing"),
+    "no model states": (
+        lambda f: [model_file(f, rank).unlink() for rank in range(RANKS)],
+        "holds no shards|no checkpoint",
+    ),
+    "partition_count of 3": (optimizer(partition_count=3), "one of 3 ranks"),
+    "partition_count differs": (optimizer(0, partition_count=[2, 1]), "one of 1 ranks"),
+    "partition_count of text": (optimizer(partition_count="2"), "partition_count: expected a number"),
+    "partition_count missing": (optimizer(partition_count=None), "partition_count: expected a number"),
+    "groups of another partition": (optimizer(ds_zero_partition_groups=[{"partition_count": 4}]), "one of 4 ranks"),
+    "groups of text": (optimizer(ds_zero_partition_groups="x"), "expected a list"),
+    "another stage": (optimizer(zero_stage=2), "single_partition_of_fp32_groups|different runs"),
+    "stage 7": (optimizer(zero_stage=7), "zero_stage is none"),
+    "stage of text": (optimizer(zero_stage="3"), "zero_stage is none"),
+    "stage of a list": (optimizer(zero_stage=[3]), "zero_stage is none"),
+    "world of 3": (model(dp_world_size=3), "but 3 ranks trained"),
+    "world of 0": (model(dp_world_size=0), "0 ranks trained"),
+    "world of 2^39": (model(dp_world_size=1 << 39), "ranks trained"),
+    "world of text": (model(dp_world_size="2"), "dp_world_size: expected a number"),
+    "world of true": (model(dp_world_size=True), "dp_world_size: expected a number"),
+    "no world": (without("dp_world_size"), "dp_world_size: expected a number"),
+    "model parallelism": (model(mp_world_size=2), "model parallelism"),
+    "steps of text": (model(global_steps="4"), "global_steps: expected a number"),
+    "steps of -4": (model(global_steps=-4), "global_steps: expected a number"),
+    # states of the wrong types
+    "a list for a state": (lambda f: torch.save([1], model_file(f)), "expected an object"),
+    "a tensor for a state": (lambda f: torch.save(torch.ones(2), shard(f, 1)), "expected an object"),
+    "a list for the optimizer": (
+        lambda f: torch.save({"optimizer_state_dict": [1]}, shard(f, 1)),
+        "expected an object",
+    ),
+    "no optimizer": (lambda f: torch.save({}, shard(f, 1)), "expected an object"),
+    "no groups": (optimizer(fp32_flat_groups=[]), "holds no fp32_flat_groups"),
+    "groups of a dict": (optimizer(fp32_flat_groups={}), "holds no fp32_flat_groups"),
+    "groups of numbers": (optimizer(fp32_flat_groups=[1.0]), "holds no fp32_flat_groups"),
+    "groups of integers": (optimizer(fp32_flat_groups=[torch.arange(19)]), "I64, expected F32"),
+    "a group in another dtype": (optimizer(fp32_flat_groups=lambda g: [g[0].half()]), "different runs"),
+    "one group more": (optimizer(fp32_flat_groups=lambda g: [*g, torch.ones(2)]), "different runs|groups differ"),
+    "values too few": (optimizer(fp32_flat_groups=lambda g: [g[0][:-3].clone()]), "the shards end before it does"),
+    "values too many": (optimizer(fp32_flat_groups=_longer), "rank 1 holds 28 values, its parameters take 19"),
+    "a value that is none": (optimizer(fp32_flat_groups=lambda g: [g[0] * math.nan]), "NaN or infinity"),
+    "all zero": (lambda f: [optimizer(r, fp32_flat_groups=lambda g: [g[0] * 0])(f) for r in (0, 1)], "lora_B is zero"),
+    # names and shapes
+    "shapes of text": (model(param_shapes="x"), "expected an object"),
+    "shapes of a list": (model(param_shapes=[[A]]), "expected an object"),
+    "a shape of text": (model(param_shapes=[{A: "3, 7", B: (5, 3)}]), "expected names with their shapes"),
+    "a shape of floats": (model(param_shapes=[{A: (3.0, 7.0), B: (5, 3)}]), "expected names with their shapes"),
+    "a shape of -3": (model(param_shapes=[{A: (-3, 7), B: (5, 3)}]), "expected names with their shapes"),
+    "a shape of 2^60": (model(param_shapes=[{A: (1 << 60, 7), B: (5, 3)}]), "expected names with their shapes"),
+    "a shape of 2^39 x 2^39": (model(param_shapes=[{A: (1 << 39, 1 << 39), B: (5, 3)}]), "twice, or too large"),
+    "a shape of 2^38": (model(param_shapes=[{A: (1 << 38,), B: (5, 3)}]), "the shards end before it does"),
+    "a name of a number": (model(param_shapes=[{1: (3, 7), B: (5, 3)}]), "expected names with their shapes"),
+    "a name in two groups": (model(param_shapes=[{A: (3, 7)}, {A: (5, 3)}]), "twice"),
+    "no shapes": (model(param_shapes=[]), "names no trained parameter"),
+    "a pair torn": (model(param_shapes=[{A: (3, 7), "x": (5, 3)}]), "lora_B is missing"),
+    "a rank that the config denies": (config(r=4), "rank 3, but .* says r 4"),
+    "a config of text": (lambda f: (f / "adapter_config.json").write_text('"x"'), "expected a JSON object"),
+    "a config without an end": (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "can't be read"),
+    "a config of another kind": (config(peft_type="LOHA"), "only LORA"),
+    "alpha of text": (config(lora_alpha="6"), "is no number"),
+    "r of text": (config(r="3"), "rank 3, but|r: .*3"),
+    "target_modules that it doesn't adapt": (config(target_modules=["k"]), "target_modules k"),
+    "token rows that it doesn't have": (config(trainable_token_indices=[1]), "lists trained rows of tokens"),
+    # out of the folder
+    "latest: up": (latest(b"../outside"), "not the name of a folder"),
+    "latest: absolute": (latest(b"/etc"), "not the name of a folder"),
+    "latest: dots": (latest(b".."), "not the name of a folder"),
+    "latest: nothing": (latest(b""), "not the name of a folder"),
+    "latest: two names": (latest(b"global_step4\nx"), "not the name of a folder"),
+    "latest: zero bytes": (latest(b"global_step4\0"), "not the name of a folder"),
+    "latest: noise": (latest(bytes(range(128, 256))), "not the name of a folder|holds no shards"),
+    "latest: long": (latest(b"x" * (1 << 20)), "not the name of a folder"),
+    "latest: gone": (latest(b"global_step5"), "holds no shards"),
+    "a shard that is a link": (linked(f"{STATES}/zero_pp_rank_1_mp_rank_00_optim_states.pt"), "outside of the folder"),
+    "model states that are a link": (linked(f"{STATES}/zero_pp_rank_0_mp_rank_00_model_states.pt"), "outside"),
+    "shards in a linked folder": (linked(STATES), "outside of the folder"),
+    "a config that is a link": (linked("adapter_config.json"), "outside of the folder"),
+    "a tokenizer that is a link": (
+        lambda f: (f / "tokenizer.json").symlink_to("/etc/hostname"),
+        "outside of the folder",
+    ),
+    "latest that is a link": (linked("latest"), "outside of the folder"),
+    "a link to itself": (lambda f: (f / "tokenizer.json").symlink_to(f / "tokenizer.json"), "link"),
+    "a pipe for a shard": (lambda f: [shard(f, 1).unlink(), os.mkfifo(shard(f, 1))], "regular file"),
+    # seals
+    **{
+        f"a seal of {content[:12]}": (
+            lambda f, content=content: (f / "t5tune_manifest.json").write_text(content),  # type: ignore[misc]
+            "t5tune_manifest",
+        )
+        for content in (
+            "[]",
+            "3",
+            '{"files": []}',
+            '{"files": {"latest": 3}}',
+            '{"files": {"latest": {}}}',
+            "[" * 99_999,
+        )
+    },
+    "a seal of a file elsewhere": (
+        lambda f: (f / "t5tune_manifest.json").write_text(sealed({"../x": {"bytes": 1, "sha256": ""}})),
+        "not a file of this folder",
+    ),
+}
+
+
+def a_bit_of_a_value_flipped(folder: Path) -> None:
+    path = folder / STATES / "zero" / A / "fp32.pt"
+    data = bytearray(path.read_bytes())
+    place = bytes(data).find(next(iter(values().values())).flatten()[-2:].numpy().tobytes())
+    assert place > 0
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+UNIVERSALS: dict[str, tuple[Spoil, str]] = {
+    "a bit of a value flipped": (a_bit_of_a_value_flipped, r"fp32\.pt: .*differs from what was written"),
+    "a parameter missing": (lambda f: (f / STATES / "zero" / A / "fp32.pt").unlink(), r"fp32\.pt: missing"),
+    "a parameter too short": (
+        lambda f: torch.save(torch.ones(3), f / STATES / "zero" / A / "fp32.pt"),
+        r"expected a tensor of \[3, 7\]",
+    ),
+    "a parameter of text": (
+        lambda f: torch.save({"param": "x"}, f / STATES / "zero" / A / "fp32.pt"),
+        "expected a tensor",
+    ),
+    "a parameter of integers": (
+        lambda f: torch.save(torch.arange(21), f / STATES / "zero" / A / "fp32.pt"),
+        "expected a tensor",
+    ),
+    "a name that leads up": (model(param_shapes=[{"../../x": (3, 7), B: (5, 3)}]), "no name of a parameter"),
+    "a name that is absolute": (model(param_shapes=[{"/etc/x": (3, 7), B: (5, 3)}]), "no name of a parameter"),
+    "a name with a zero byte": (model(param_shapes=[{"x\0": (3, 7), B: (5, 3)}]), "no name of a parameter"),
+    "a name without an end": (model(param_shapes=[{"x" * 5000: (3, 7), B: (5, 3)}]), "no name of a parameter"),
+    "a parameter that is a link": (linked(f"{STATES}/zero/{A}/fp32.pt"), "outside of the folder"),
+    "a linked folder": (linked(f"{STATES}/zero"), "outside of the folder"),
+    "no shapes": (model(param_shapes=None), "names? no trained parameter"),
+}
+
+
+def write(folder: Path) -> None:
+    for name, (spoil, _) in FOLDERS.items():
+        spoil(make(folder / "shards" / name / "run"))
+    for name, (spoil, _) in UNIVERSALS.items():
+        spoil(universal(folder / "universal" / name / "run"))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

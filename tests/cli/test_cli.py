@@ -1,0 +1,280 @@
+"""The command line as a process: help, exit codes, one line an error, and one object on stdout with --json.
+
+`python tests/cli/test_cli.py` writes golden/options.txt anew.
+"""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+
+from t5tune import progress
+from t5tune.cli import build_app
+from t5tune.cli.console import Screen
+from t5tune.cli.summaries import SUMMARIES
+from t5tune.progress import Advanced, Measured, Started
+from t5tune.settings import COMMANDS, Settings
+
+if __name__ != "__main__":
+    from tests.conftest import Finished, t5tune
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "options.txt"
+PREPARED = [
+    "cache",
+    "conversations",
+    "rejected",
+    "examples",
+    "source_tokens",
+    "target_tokens",
+    "truncated_sources",
+    "truncated_targets",
+    "unknown_tokens",
+    "added_tokens",
+    "up_to_date",
+    "seconds",
+]
+
+
+def options_text() -> str:
+    """Every command's flags as the built app has them, with kind and default: one a line."""
+    lines: list[str] = []
+    for model in COMMANDS:
+        app: Any = typer.main.get_command(build_app(model.command))
+        lines.append(f"t5tune {model.command}")
+        for parameter in app.commands[model.command].params:
+            if getattr(parameter, "hidden", False):
+                continue
+            name, kind = parameter.opts[0], parameter.metavar or "SWITCH"
+            field = model.model_fields.get(parameter.name)
+            if field is None:
+                lines.append(f"  {name} {kind}")
+            else:
+                lines.append(f"  {name} {kind} {'required' if field.is_required() else repr(field.default)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def assert_refused(done: "Finished", *names: str) -> None:
+    """Exit 2, nothing but lines of `error: …` that name what is wrong, nothing on stdout."""
+    assert done.code == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.errors
+    said = "\n".join(done.errors)
+    for name in names:
+        assert name in said
+
+
+def test_the_options_are_those_of_the_golden_file() -> None:
+    assert options_text() == GOLDEN.read_text(encoding="utf-8"), (
+        "the options changed; if that is meant, renew the file: python tests/cli/test_cli.py"
+    )
+
+
+def test_every_setting_has_a_flag_or_is_for_yaml_only() -> None:
+    for model in COMMANDS:
+        app: Any = typer.main.get_command(build_app(model.command))
+        named = {parameter.name for parameter in app.commands[model.command].params}
+        missing = set(model.model_fields) - named
+        assert missing == ({"training_args"} if model.command in {"train", "plan"} else set())
+
+
+def test_help_lists_the_commands() -> None:
+    done = t5tune("--help")
+    assert done.code == 0
+    assert done.stderr == ""
+    for model in COMMANDS:
+        assert model.command in done.stdout
+        assert SUMMARIES[model.command] in done.stdout
+
+
+def test_without_arguments_the_help_is_shown_and_no_empty_error() -> None:
+    done = t5tune()
+    assert "prepare" in done.stdout + done.stderr
+    assert done.errors == []
+
+
+@pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
+def test_the_help_of_a_command_lists_its_flags(model: type[Settings]) -> None:
+    done = t5tune(model.command, "--help", env={"COLUMNS": "200"})
+    assert done.code == 0, done.stderr
+    assert done.stderr == ""
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if not extra.get("yaml_only") and not extra.get("positional"):
+            assert f"--{name.replace('_', '-')}" in done.stdout
+
+
+def test_the_version_is_printed() -> None:
+    from t5tune import __version__
+
+    done = t5tune("--version")
+    assert (done.code, done.stdout.strip()) == (0, __version__)
+
+
+def test_the_command_line_is_imported_without_heavy_packages() -> None:
+    code = (
+        "import sys, t5tune.cli; t5tune.cli.build_app('train'); "
+        "print([name for name in ('torch', 'transformers', 'peft', 'deepspeed') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_wrong_setting_is_a_line_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_rr: 8\nlora_dropout: much\n")
+    done = t5tune("train", "--config", file, "--lora-alfa", "8", "--save-steps", "soon", env={"T5TUNE_SEEED": "1"})
+    assert_refused(done, "--lora-alfa", f"{file}: lora_rr", "T5TUNE_SEEED", "lora_dropout: 'much'", "'soon'")
+    assert done.stderr.splitlines() == done.errors
+    assert len(done.errors) == 8  # the five above, and model_name_or_path, data_path and output_dir missing
+
+
+def test_an_unknown_command_is_refused_with_the_closest() -> None:
+    assert_refused(t5tune("trian"), "trian", "did you mean train?")
+
+
+def test_an_argument_too_many_is_refused() -> None:
+    done = t5tune("train", "stray")
+    assert_refused(done, "stray: stands behind no flag", "model_name_or_path: missing", "t5tune train --help")
+    assert_refused(t5tune("inspect", "one", "two"), "two")
+
+
+def test_what_stands_without_a_flag_is_named_so() -> None:
+    assert_refused(t5tune("inspect"), "cache: missing; give t5tune inspect CACHE or set it in a --config file")
+    assert_refused(t5tune("templates", "foo"), "action: 'foo' (ACTION): ")
+
+
+def test_a_missing_config_is_refused() -> None:
+    assert_refused(t5tune("train", "--config", "nowhere.yaml"), "nowhere.yaml", "pocket")
+
+
+def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:
+    arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache"]
+    done = t5tune("prepare", *arguments, "--data-path", "nowhere.jsonl")
+    assert_refused(done, "data_path: nowhere.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_base_is_refused(tmp_path: Path) -> None:
+    arguments = ["--model-name-or-path", tmp_path, "--output-dir", tmp_path / "cache", "--data-path", "pocket"]
+    assert_refused(t5tune("prepare", *arguments), f"model_name_or_path: {tmp_path}", "config.json")
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    done = t5tune("export", tmp_path, "--output-dir", tmp_path / "out")
+    assert_refused(done, f"checkpoint: {tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "out"]
+    assert_refused(t5tune("merge", *arguments, "--adapter", tmp_path), f"adapter: {tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_json_a_wrong_setting_is_an_object_on_stdout() -> None:
+    done = t5tune("export", "--json", "--format", "zip")
+    assert done.code == 2
+    assert set(done.json) == {"error"}
+    assert set(done.json["error"]) == {"kind", "message", "hint"}
+    assert done.json["error"]["kind"] == "SettingsError"
+    assert "format: 'zip' (--format)" in done.json["error"]["message"]
+    assert len(done.errors) == 3  # and checkpoint and output_dir, missing
+
+
+def test_with_json_what_a_command_finds_wrong_is_an_object_on_stdout(tmp_path: Path) -> None:
+    done = t5tune("export", tmp_path, "--output-dir", tmp_path / "out", "--json")
+    assert done.code == 2
+    error = done.json["error"]
+    assert set(error) == {"kind", "message", "hint"}
+    assert error["kind"] == "CheckpointError"
+    assert str(tmp_path) in error["message"]
+    assert error["hint"]
+
+
+def test_with_json_what_the_parser_finds_wrong_is_an_object_on_stdout() -> None:
+    done = t5tune("trian", "--json")
+    assert done.code == 2
+    assert done.json["error"]["kind"] == "SettingsError"
+    assert "trian" in done.json["error"]["message"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
+def test_the_launchers_local_rank_is_accepted_on_either_side_of_the_verb(before: bool, flag: str) -> None:
+    done = t5tune(*([flag, "train"] if before else ["train", flag]), "--fp16")
+    # all that is wrong is what this command line leaves out, and fp16
+    assert done.code == 2
+    keys = [line.removeprefix("error: ").split(":")[0] for line in done.errors]
+    assert keys == ["model_name_or_path", "data_path", "fp16", "output_dir"]
+    assert "local" not in "\n".join(done.errors)
+
+
+def test_prepare_prints_one_object_and_the_next_time_says_that_it_is_up_to_date(
+    tmp_path: Path, conversations: Path
+) -> None:
+    arguments = ["--model-name-or-path", "pocket", "--data-path", conversations, "--output-dir", tmp_path / "cache"]
+    done = t5tune("prepare", *arguments, "--json")
+    assert done.code == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert list(done.json) == PREPARED
+    assert done.json["cache"] == str(tmp_path / "cache")
+    assert done.json["conversations"] == 24
+    assert done.json["up_to_date"] is False
+    again = t5tune("prepare", *arguments, "--json", "--quiet")
+    assert again.code == 0
+    assert again.stderr == ""
+    assert again.json | {"seconds": 0, "up_to_date": False} == done.json | {"seconds": 0}
+    assert again.json["up_to_date"] is True
+    assert isinstance(again.json["seconds"], float)
+
+
+def test_prepare_prints_the_path_that_it_made(tmp_path: Path, conversations: Path) -> None:
+    arguments = ["--model-name-or-path", "pocket", "--data-path", conversations, "--output-dir", tmp_path / "cache"]
+    done = t5tune("prepare", *arguments)
+    assert done.code == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'cache'}\n"
+
+
+def test_at_80_columns_the_count_and_the_time_left_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    screen = Screen()
+    monkeypatch.setattr(screen, "console", Console(file=drawn, force_terminal=True, color_system=None, width=80))
+    screen(Started("train", 12_000, "steps"))
+    screen(Measured("train", 10, {"loss": 0.2849, "grad norm": 1.419, "lr": 0.019, "tokens/s": 4348.0}))
+    screen(Advanced("train", 1_200))
+    screen.close()
+    *_, last = [text for text in drawn.getvalue().splitlines() if "12000" in text]
+    assert " 1200/12000 steps 0:00:0" in last
+    assert last.rstrip().endswith(" left -:--:-- loss 0.2849")
+
+
+def test_a_log_says_where_a_long_task_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    screen = Screen()
+    monkeypatch.setattr(screen, "console", Console(file=drawn, width=80))
+    for task, seconds in (("short", 1000), ("long", 0), ("even", 0)):
+        screen(Started(task, 13, "batches"))
+        monkeypatch.setattr("t5tune.cli.console.SECONDS_BETWEEN_LINES", seconds)
+        screen(Advanced(task, 7))
+        if task != "even":
+            monkeypatch.setattr("t5tune.cli.console.SECONDS_BETWEEN_LINES", 1000)
+        screen(Advanced(task, 13))
+        screen(progress.Finished(task))
+    assert drawn.getvalue().splitlines() == [
+        *("long: 7 of 13 batches", "long: 13 of 13 batches"),
+        *("even: 7 of 13 batches", "even: 13 of 13 batches"),
+    ]
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(options_text(), encoding="utf-8")
+    print(json.dumps({"written": str(GOLDEN)}))

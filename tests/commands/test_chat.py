@@ -1,0 +1,356 @@
+"""Chat answers in the layout of training, whatever the model lies in."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.cli.chat import _Talk
+from t5tune.commands.chat import Chatter, chat, save_conversation
+from t5tune.commands.export import export
+from t5tune.commands.merge import merge
+from t5tune.commands.prepare import prepare
+from t5tune.commands.train import train
+from t5tune.data.cache import open_cache
+from t5tune.data.formats import Turn
+from t5tune.errors import CheckpointError, SettingsError
+from t5tune.progress import Event, Note, silent
+from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
+from tests.conftest import make_base
+
+PROMPT = "Hello, two tea for Mira please."
+
+
+@pytest.fixture(scope="module")
+def made(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run, its export, and its merged checkpoint."""
+    folder = tmp_path_factory.mktemp("chat")
+    train(
+        TrainSettings(
+            model_name_or_path=str(untied_base),
+            data_path=str(conversations),
+            output_dir=folder / "run",
+            max_steps=8,
+            learning_rate=2e-2,
+            use_cpu=True,
+        )
+    )
+    export(ExportSettings(checkpoint=folder / "run", output_dir=folder / "adapter"))
+    merge(
+        MergeSettings(
+            model_name_or_path=str(untied_base), adapter=folder / "adapter", output_dir=folder / "merged", verify=False
+        )
+    )
+    return {name: folder / name for name in ("run", "adapter", "merged")}
+
+
+def settings(base: Path, **changes: Any) -> ChatSettings:
+    return ChatSettings(model_name_or_path=str(base), max_new_tokens=12, use_cpu=True, **changes)
+
+
+def test_run_adapter_and_merged_checkpoint_give_one_reply(made: dict[str, Path], untied_base: Path) -> None:
+    replies = {
+        chat(settings(untied_base, adapter=made["run"], prompt=PROMPT)).reply,
+        chat(settings(untied_base, adapter=made["adapter"], prompt=PROMPT)).reply,
+        chat(settings(made["merged"], prompt=PROMPT)).reply,
+    }
+    assert len(replies) == 1
+    assert replies != {chat(settings(untied_base, prompt=PROMPT)).reply}
+
+
+def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path) -> None:
+    """The turns of the first conversation that has two, asked again, have the ids that training saw."""
+    from t5tune.data.encoding import encode_prompt
+    from t5tune.data.formats import Conversation
+    from t5tune.data.records import Place
+    from t5tune.data.templates import lay_out, question_end
+
+    cache = open_cache(made["run"] / "data")
+    lines = (Path(__file__).parents[2] / "examples/quickstart/train.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    place = next(index for index, record in enumerate(records) if len(record["conversations"]) >= 4)
+    first = sum(len(record["conversations"]) // 2 for record in records[:place])
+    record = records[place]
+    turns = [
+        Turn("human" if entry["from"] == "human" else "assistant", entry["value"]) for entry in record["conversations"]
+    ]
+    chatter = Chatter.load(settings(untied_base, adapter=made["run"]))
+    for example, end in ((first, 1), (first + 1, 3)):
+        pieces = lay_out(Conversation(Place("", 1, 0, 0), None, tuple(turns[:end])), chatter.template)
+        source = encode_prompt(pieces + question_end(chatter.template, end), chatter.encoder, 2048)
+        assert [*source, cache.eos_token_id] == cache[example].source_S.tolist()
+
+
+def test_sampling_follows_the_seed(made: dict[str, Path]) -> None:
+    ask = {"prompt": PROMPT, "temperature": 1.5}
+    first, again, other = (chat(settings(made["merged"], **ask, seed=seed)).reply for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_quantised_base_answers(made: dict[str, Path], untied_base: Path) -> None:
+    assert chat(settings(untied_base, adapter=made["run"], prompt=PROMPT, q_lora=True)).reply_tokens > 0
+
+
+def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"], "--max-new-tokens", "3"],
+        input=f"{PROMPT}\n/reset\n{PROMPT}\n/help\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
+    assert done.stdout == f"{expected}\n" * 2
+    assert "/reset             forget the conversation" in done.stderr
+
+
+def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    saved = tmp_path / "said.jsonl"
+    typed = f"{PROMPT[1:]}\x01{PROMPT[0]}\n\x1b[A\n/save {saved}\n/quit\n"  # Ctrl-A, arrow up
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"], "--max-new-tokens", "3"]
+    terminal = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal) as chatting:
+        os.close(theirs)
+        shown = b""
+        for line in typed.splitlines(keepends=True):
+            while b"you:" not in shown:
+                shown += os.read(ours, 4096)
+            shown = b""
+            os.write(ours, line.encode())
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while os.read(ours, 4096):
+                pass
+        assert chatting.wait(60) == 0
+    os.close(ours)
+    (record,) = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert [entry["value"] for entry in record["conversations"][::2]] == [PROMPT, PROMPT]
+
+
+def test_control_c_clears_a_line_and_other_signals_end_the_talk(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str | KeyboardInterrupt] = [KeyboardInterrupt(), PROMPT, KeyboardInterrupt(signal.SIGTERM)]
+
+    def typed(_prompt: str) -> str:
+        if isinstance(line := said.pop(0), KeyboardInterrupt):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    talk = _Talk(Chatter.load(settings(made["merged"]), silent), silent, io.StringIO(), interactive=True)
+    assert talk.next_line() == PROMPT
+    assert "/quit or Ctrl-D ends it" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        talk.next_line()
+
+
+def test_bytes_that_are_no_text_are_refused(made: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"]]
+    done = subprocess.run(command, input=b"Gr\xfc\n", capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert rb"error: the question: holds bytes that are no text: '\udcfc'; write UTF-8" in done.stderr
+
+
+def test_an_answer_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
+    chatter = Chatter.load(settings(made["merged"]))
+    pieces: list[str] = []
+    answer = chatter.reply([Turn("human", PROMPT)], pieces.append)
+    assert len(pieces) > 2
+    assert "".join(pieces) == answer.reply
+
+
+def test_commands_change_what_answers(made: dict[str, Path], untied_base: Path, tmp_path: Path) -> None:
+    """A pipe's commands, line by line, against the function of the library."""
+    lines = [
+        PROMPT,  # with the adapter, which stands for the model
+        "/undo",
+        "//" + PROMPT,  # a message that begins with a slash
+        f"/save {tmp_path / 'said.jsonl'}",
+        "/reset",
+        "/system Be kind.",
+        PROMPT,
+        f"/save {tmp_path / 'said.jsonl'}",
+        "/reset",
+        "/system",
+        "/template plain",
+        PROMPT,
+        "/reset",
+        "/adapter none",
+        "/template plain",
+        PROMPT,
+    ]
+    # the run names its base as it was given, a path
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["run"], "--max-new-tokens", "5"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+    def reply(prompt: str, **changes: Any) -> str:
+        asked = ChatSettings(model_name_or_path=str(untied_base), max_new_tokens=5, prompt=prompt, use_cpu=True)
+        return chat(asked.model_copy(update={"adapter": made["run"], **changes})).reply
+
+    replies = [
+        reply(PROMPT),
+        reply("/" + PROMPT),
+        reply(PROMPT, system="Be kind."),
+        reply(PROMPT, conversation_template="plain"),
+        reply(PROMPT, conversation_template="plain", adapter=None),
+    ]
+    assert done.stdout == "".join(f"{text}\n" for text in replies)
+    saved = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [record.get("system") for record in saved] == [None, "Be kind."]
+    assert saved[0]["conversations"] == [
+        {"from": "human", "value": "/" + PROMPT},
+        {"from": "gpt", "value": replies[1]},
+    ]
+
+
+def test_what_was_saved_is_read_by_prepare(tmp_path: Path) -> None:
+    turns = [Turn("human", "Tea?"), Turn("assistant", "Yes,\n{}")]
+    save_conversation(tmp_path / "said.jsonl", turns, None)
+    save_conversation(tmp_path / "said.jsonl", turns, "Be kind.")
+    made = prepare(
+        PrepareSettings(
+            model_name_or_path="pocket", data_path=str(tmp_path / "said.jsonl"), output_dir=tmp_path / "cache"
+        )
+    )
+    assert (made.conversations, made.rejected, made.examples) == (2, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/nonsense", "/nonsense: no such command"),
+        ("/template nowhere", "conversation_template: nowhere"),
+        ("/adapter nowhere", "nowhere"),
+        ("/save nowhere/said.jsonl", "/save: nothing was said yet"),
+    ],
+)
+def test_a_wrong_command_in_a_pipe_ends_it_with_a_line(made: dict[str, Path], line: str, said: str) -> None:
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"]]
+    done = subprocess.run(command, input=line + "\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (error,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+    assert said in error
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"d_model": 16}, "the base's weight is"), ({"num_layers": 3}, "no LoRA matrices of it"), ({"num_layers": 1}, "")],
+    ids=["another width", "more layers", "fewer layers"],
+)
+def test_an_adapter_of_another_base_is_refused(
+    changes: dict[str, int], said: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT loads what it finds a place for, and answers with half an adapter."""
+    other = make_base(tmp_path / "base", tied=False, **changes)
+    with pytest.raises(CheckpointError, match=said or "which the base doesn't have") as refused:
+        Chatter.load(settings(other, adapter=made["adapter"]))
+    assert str(made["adapter"]) in refused.value.message
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta device"])
+def test_a_device_that_is_not_there_is_refused(made: dict[str, Path], device: str) -> None:
+    with pytest.raises(SettingsError, match=f"device: {device}"):
+        Chatter.load(ChatSettings(model_name_or_path=str(made["merged"]), device=device))
+
+
+@pytest.fixture(scope="module")
+def of_pairs(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run on single pairs with a prefix, its export, and its merged checkpoint."""
+    folder = tmp_path_factory.mktemp("pairs")
+    pairs = [{"source": f"the lamp of {name} is red", "target": f"{name}: red"} for name in ("Ada", "Mira", "Otto")]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 4)))
+    values = {"model_name_or_path": str(untied_base), "data_path": str(folder / "pairs.jsonl")}
+    shaped = {"source_prefix": "shorten: ", "conversation_template": "plain", "max_steps": 8, "learning_rate": 2e-2}
+    train(TrainSettings(**values, **shaped, output_dir=folder / "run", use_cpu=True, report_samples=0))
+    export(ExportSettings(checkpoint=folder / "run", output_dir=folder / "adapter"))
+    merge(MergeSettings(model_name_or_path=str(untied_base), adapter=folder / "adapter", output_dir=folder / "merged"))
+    return {name: folder / name for name in ("run", "adapter", "merged")}
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
+def test_each_message_is_answered_by_itself_where_training_had_single_pairs(
+    kind: str, of_pairs: dict[str, Path]
+) -> None:
+    notes: list[Event] = []
+    chatter = Chatter.load(settings(of_pairs[kind]), notes.append)
+    assert sum("each message is answered by itself" in note.text for note in notes if isinstance(note, Note)) == 1
+    turns = [Turn("human", "the lamp of Mira is red"), Turn("assistant", "Mira: red"), Turn("human", PROMPT)]
+    alone, in_context = chatter.reply(turns[-1:]), chatter.reply(turns)
+    assert alone.reply == in_context.reply
+    assert alone.source_tokens == in_context.source_tokens
+    assert chatter.with_history(True).reply(turns).source_tokens > alone.source_tokens
+    # the prefix of training, unless it is there already or another is asked for
+    assert chatter.reply([Turn("human", f"shorten: {PROMPT}")]).source_tokens == alone.source_tokens
+    bare = Chatter.load(settings(of_pairs[kind], source_prefix=""))
+    assert bare.reply(turns[-1:]).source_tokens < alone.source_tokens
+
+
+def test_three_questions_in_one_chat_get_the_answers_of_three_chats(of_pairs: dict[str, Path]) -> None:
+    questions = [f"the lamp of {name} is red" for name in ("Otto", "Ada", "Mira")]
+    done = subprocess.run(
+        [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", of_pairs["merged"], "--max-new-tokens", "12"],
+        input="\n".join(questions) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    alone = [chat(settings(of_pairs["merged"], prompt=question)).reply for question in questions]
+    assert done.stdout.splitlines() == alone
+    assert "each message is answered by itself" in done.stderr
+    assert "as in training, each message begins with 'shorten: '" in done.stderr
+
+
+def test_history_is_kept_after_training_on_conversations_and_switched_by_hand(
+    made: dict[str, Path], of_pairs: dict[str, Path]
+) -> None:
+    assert Chatter.load(settings(made["merged"])).keeps_history
+    talk = _Talk(Chatter.load(settings(of_pairs["run"])), silent, io.StringIO(), interactive=False)
+    assert not talk.chatter.keeps_history
+    talk.obey("history", "on")
+    assert talk.chatter.keeps_history
+    talk.obey("adapter", str(of_pairs["adapter"]))
+    assert talk.chatter.keeps_history
+    talk.obey("history", "off")
+    assert not talk.chatter.keeps_history
+    with pytest.raises(SettingsError, match="/history: maybe: expected on or off"):
+        talk.obey("history", "maybe")
+
+
+def test_a_broken_account_of_the_training_data_is_refused_by_name(of_pairs: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(of_pairs["merged"], tmp_path / "merged")
+    path = folder / "training_data.json"
+    good = json.loads(path.read_text())
+    for change, message in (
+        ({"format": 9}, "format 9, this release reads 1"),
+        ({"has_earlier_turns": "yes"}, "has_earlier_turns: found 'yes'"),
+        ({"source_prefix": None}, "source_prefix: found None"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            Chatter.load(settings(folder))
+
+
+def test_a_prefix_that_no_record_got_is_told_and_not_asked_with(
+    conversations: Path, untied_base: Path, tmp_path: Path
+) -> None:
+    values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
+    notes: list[Event] = []
+    prepare(PrepareSettings(**values, source_prefix="shorten: "), notes.append)
+    texts = [note.text for note in notes if isinstance(note, Note) and note.warning]
+    assert "source_prefix: 'shorten: ' changed nothing: no record is a pair of source and target" in texts
+    assert json.loads((tmp_path / "cache" / "training_data.json").read_text())["source_prefix"] == ""

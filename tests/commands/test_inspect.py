@@ -1,0 +1,181 @@
+"""Inspect shows what the model will really see: the ids of the cache, what was cut, what is unknown, the lengths."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from t5tune.commands.inspect import inspect
+from t5tune.commands.prepare import prepare
+from t5tune.data.cache import open_cache
+from t5tune.errors import DataError, SettingsError
+from t5tune.settings import InspectSettings, PrepareSettings
+from tests.conftest import t5tune
+
+RECORDS = [
+    ["Hi", "Yes\n  {x}"],
+    ["lamp " * 50, "table " * 50, "And?", "猫 No"],
+    ["Hi", "a"],
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect")
+    lines = []
+    for texts in RECORDS:
+        turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+        lines.append(json.dumps({"conversations": turns}))
+    (folder / "data.jsonl").write_text("\n".join(lines * 1))
+    prepare(
+        PrepareSettings(
+            model_name_or_path="pocket",
+            data_path=str(folder / "data.jsonl"),
+            output_dir=folder / "cache",
+            model_max_length=40,
+            add_tokens=["\n", "{", "}"],
+        )
+    )
+    return folder / "cache"
+
+
+def test_every_example_as_json_is_what_the_cache_holds(cache: Path) -> None:
+    done = t5tune("inspect", cache, "--all", "--json")
+    assert done.code == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    opened, tokenizer = open_cache(cache), AutoTokenizer.from_pretrained(cache / "tokenizer")
+    assert [line["index"] for line in lines] == [0, 1, 2, 3]
+    assert [(line["conversation"], line["turn"]) for line in lines] == [(0, 1), (1, 1), (1, 3), (2, 1)]
+    for line, example in zip(lines, opened, strict=True):
+        assert line["source_ids"] == example.source_S.tolist()
+        assert line["target_ids"] == example.target_T.tolist()
+        assert line["source_text"] == tokenizer.decode(line["source_ids"], skip_special_tokens=False)[: -len("</s>")]
+    assert lines[0]["source_text"] == "Human: Hi Assistant:"
+    assert lines[0]["target_text"] == "Yes\n  {x}"
+    assert [line["truncated"] for line in lines] == [[], ["source", "target"], ["source"], []]
+
+
+@pytest.mark.parametrize("add_tokens", ["auto", "none", "fastchat"])
+def test_the_runs_of_text_joined_are_the_text(tmp_path: Path, add_tokens: str) -> None:
+    texts = ["Hi  there", '{"a": 1}', "a\n  b\n c", "  猫 {  x}  y \n", "\t- é", "Yes ½  no"]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [
+        {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
+    ]}))  # fmt: skip
+    prepare(
+        PrepareSettings(
+            model_name_or_path="pocket",
+            data_path=str(tmp_path / "data.jsonl"),
+            output_dir=tmp_path / "cache",
+            add_tokens=add_tokens,
+        )
+    )
+    examples = inspect(InspectSettings(cache=tmp_path / "cache", all=True)).examples
+    added = set(examples.cache.manifest["added_token_ids"])
+    assert len(examples) == 3
+    for example in examples:
+        runs = example.runs(examples.tokenizer, added)
+        shown = {side: "".join(run.text for run, _ in of_side) for side, of_side in runs.items()}
+        assert shown == {"source": f"{example.source_text}</s>", "target": f"{example.target_text}</s>"}
+
+
+def test_what_was_cut_is_shown_struck_out(cache: Path) -> None:
+    (example,) = inspect(InspectSettings(cache=cache, worst_cut=True)).examples
+    tokenizer = AutoTokenizer.from_pretrained(cache / "tokenizer")
+    assert example.index in {1, 2}
+    whole = [
+        *example.source_ids[: example.source_head],
+        *example.source_cut,
+        *example.source_ids[example.source_head : -1],
+    ]
+    assert tokenizer.decode(whole).startswith("Human: " + "lamp " * 50)
+    (cut,) = inspect(InspectSettings(cache=cache, example=1)).examples
+    assert tokenizer.decode([*cut.target_ids, *cut.target_cut]).strip() == ("table " * 50).strip()
+    done = t5tune("inspect", cache, "--example", 1, env={"FORCE_COLOR": "1", "COLUMNS": "200"})
+    assert "\x1b[2;9;32m" in done.stdout  # dim, struck out, in the target's colour
+    assert f"{len(cut.target_cut)} cut off" in done.stdout
+    assert "[cut: " not in done.stdout
+    plain = t5tune("inspect", cache, "--example", 1, env={"TERM": "dumb", "COLUMNS": "200"}).stdout
+    kept, whole = tokenizer.decode(cut.target_ids), tokenizer.decode([*cut.target_ids, *cut.target_cut])
+    assert f"{kept}[cut: {whole.removeprefix(kept)}]" in plain
+
+
+def test_the_example_with_unknown_tokens_is_found(cache: Path, tmp_path: Path) -> None:
+    (example,) = inspect(InspectSettings(cache=cache, unknown=True)).examples
+    assert example.index == 2
+    done = t5tune("inspect", cache, "--unknown")
+    assert "<unk> No" in done.stdout
+
+
+def test_where_no_example_is_such_it_says_so(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"source": "Hi", "target": "a"}), encoding="utf-8")
+    whole = tmp_path / "cache"
+    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data), output_dir=whole))
+    for flag, what in (("--worst-cut", "is cut"), ("--unknown", "has unknown tokens")):
+        done = t5tune("inspect", whole, flag)
+        assert done.code == 0
+        assert f"none of its 1 examples {what}" in " ".join(done.stderr.split())
+        assert t5tune("inspect", whole, flag, "--json").stdout == ""
+
+
+def test_the_histograms_count_every_example(cache: Path) -> None:
+    statistics = inspect(InspectSettings(cache=cache, stats=True, per_device_train_batch_size=2)).statistics
+    assert statistics is not None
+    sources, targets = open_cache(cache).lengths()
+    for histogram, lengths in ((statistics.source, sources), (statistics.target, targets)):
+        assert sum(histogram.counts) == 4
+        for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
+            assert count == np.sum((lengths >= low) & (lengths < high))
+    assert statistics.longest[0] == int(np.argmax(sources + targets))
+    assert 0 < statistics.padding_random < 1
+    done = t5tune("inspect", cache, "--stats")
+    assert done.code == 0
+    assert "padding in batches of 8" in done.stdout
+
+
+def test_the_page_is_one_file_with_everything_in_it(cache: Path, tmp_path: Path) -> None:
+    done = t5tune("inspect", cache, "--all", "--html", tmp_path / "page.html")
+    assert done.stdout.strip() == str(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<article>") == 4
+    assert "http" not in page
+    assert '<span class="cut">' in page
+    assert '<span class="unknown">&lt;unk&gt;</span>' in page
+    assert '<span class="added">{</span>x<span class="added">}</span>' in page
+
+
+def test_what_isnt_there_is_refused(cache: Path, tmp_path: Path) -> None:
+    def refused(**choice: Any) -> str:
+        with pytest.raises((DataError, SettingsError)) as caught:
+            inspect(InspectSettings(**{"cache": cache, **choice}))
+        return caught.value.message
+
+    assert "holds examples 0 to 3" in refused(example=4)
+    assert "choose the examples one way" in refused(example=1, all=True)
+    assert str(tmp_path) in refused(cache=tmp_path)
+    assert refused(cache=tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
+    (tmp_path / "data.jsonl").write_text("{}")
+    assert refused(cache=tmp_path / "data.jsonl") == f"{tmp_path / 'data.jsonl'}: a file, not a token cache"
+    assert "html: " in refused(html=tmp_path / "nowhere" / "page.html")
+    broken = tmp_path / "broken"
+    shutil.copytree(cache, broken)
+    manifest = json.loads((broken / "manifest.json").read_text())
+    columns = manifest.pop("example_columns")
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    assert "example_columns: missing" in refused(cache=broken)
+    for other in ({"turn": "|u1"}, columns | {"turn": "<f8"}, columns | {"turn": -1}, columns | {"conversation": 0}):
+        (broken / "manifest.json").write_text(json.dumps(manifest | {"example_columns": other}))
+        assert "manifest.json: example_columns: " in refused(cache=broken)
+
+
+def test_an_output_folder_that_cant_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = t5tune("prepare", "--model-name-or-path", "pocket", "--data-path", "pocket",
+                  "--output-dir", tmp_path / "file" / "cache")  # fmt: skip
+    assert done.code == 2
+    (error,) = done.errors
+    assert str(tmp_path / "file" / "cache") in error

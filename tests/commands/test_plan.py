@@ -1,0 +1,254 @@
+"""plan: bytes against what libraries really hold and a run really takes, batches, suggestions, and refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5tune.commands.plan import GIB, Plan, plan, read_size
+from t5tune.commands.prepare import prepare
+from t5tune.errors import ModelError, SettingsError
+from t5tune.model.known_configs import SIZES
+from t5tune.model.load import count_parameters, load_base
+from t5tune.model.memory import Lengths, empty_model_of, measure_step, quantised_bytes, weight_bytes
+from t5tune.settings import PlanSettings, PrepareSettings, QuantisationSettings, TrainSettings
+from tests.conftest import make_base, t5tune
+
+# parameters of the hub's checkpoints, as their safetensors headers count them
+PARAMETERS = {
+    "google/flan-t5-small": 76_961_152,
+    "google/flan-t5-base": 247_577_856,
+    "google/flan-t5-large": 783_150_080,
+    "google/flan-t5-xl": 2_849_757_184,
+    "google/flan-t5-xxl": 11_135_332_352,
+    "google-t5/t5-base": 222_903_552,
+    "google/mt5-small": 300_176_768,
+}
+
+
+def planned(model: str | Path, **changes: Any) -> Plan:
+    return plan(PlanSettings(model_name_or_path=str(model), **changes))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_known_shapes_have_the_parameters_of_their_checkpoints(name: str) -> None:
+    settings = PlanSettings(model_name_or_path=name, train_mode="full")
+    model = empty_model_of(SIZES[name], settings, 0, deepspeed=False)
+    assert count_parameters(model)[1] == PARAMETERS[name]
+
+
+def test_xxl_in_four_bits_takes_less_than_six_point_two_gigabytes(tmp_path: Path) -> None:
+    """From its config.json alone, `wo` in NF4 too."""
+    (tmp_path / "config.json").write_text(json.dumps(SIZES["google/flan-t5-xxl"]))
+    result = planned(tmp_path / "config.json", q_lora=True, num_gpus=1, source_length=8, target_length=8)
+    assert 6.0e9 < sum(result.weights.values()) < 6.2e9
+    assert result.precision == "nf4 base, bf16"
+    assert result.suggestion is None  # nobody said how large the GPU is
+
+
+@pytest.mark.parametrize("quantisation", [{}, {"double_quant": False}, {"quant_type": "int8"}, {"q_lora": False}])
+def test_weights_take_the_bytes_that_are_planned(quantisation: dict[str, Any], tmp_path: Path) -> None:
+    from bitsandbytes.nn import Params4bit
+
+    base = make_base(tmp_path / "base", tied=False, d_model=64, d_ff=256, d_kv=16)
+    settings = PlanSettings(model_name_or_path=str(base), bf16=True, train_mode="full", **{"q_lora": False})
+    chosen = QuantisationSettings(**{"q_lora": True, **quantisation})
+    config = json.loads((base / "config.json").read_text())
+    expected = weight_bytes(empty_model_of(config, settings, 0, deepspeed=True), chosen)
+    model = load_base(base, torch.bfloat16, torch.device("cpu"), chosen)
+    held = 0
+    for parameter in model.parameters():
+        held += parameter.numel() * parameter.element_size()
+        if isinstance(parameter, Params4bit):
+            state = parameter.quant_state
+            tensors = [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.state2.absmax, state.state2.code, state.offset]
+            held += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        elif hasattr(parameter, "SCB") and parameter.SCB is not None:
+            held += parameter.SCB.numel() * parameter.SCB.element_size()
+    assert sum(expected.values()) == pytest.approx(held, rel=0.01)
+
+
+def test_a_step_without_data_counts_what_a_real_one_keeps(untied_base: Path) -> None:
+    """The tensors that autograd keeps for the backward of a real model, against the count of a model without data."""
+    from t5tune.model.attention import Segments
+    from t5tune.model.lora import add_lora
+    from t5tune.model.loss import HeadLoss
+
+    settings = TrainSettings(model_name_or_path=str(untied_base), data_path="-", output_dir=Path("-"), packing="on")
+    config = json.loads((untied_base / "config.json").read_text())
+    lengths = Lengths((50, 40), (30, 20))
+    model = empty_model_of(config, settings, 0, deepspeed=False)
+    step = measure_step(model, lengths, settings, on_gpu=False, reentrant=False, autocast=True)
+
+    from t5tune.model.attention import use_packing
+
+    real, _ = add_lora(
+        load_base(untied_base, torch.float32, torch.device("cpu")), untied_base, settings, [], torch.float32
+    )
+    use_packing(real)
+    head_loss = HeadLoss(real.train(), 0.0)
+    own = {parameter.untyped_storage().data_ptr() for parameter in real.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    target = torch.ones(1, 50, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), head_loss.of(target):
+        real(
+            input_ids=torch.ones(1, 90, dtype=torch.int64),
+            decoder_input_ids=target,
+            packing=Segments(lengths.sources, lengths.targets),
+            use_cache=False,
+        )
+    assert sum(kept.values()) <= step.activations + step.gradients
+    assert step.activations < 1.6 * sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ({"gradient_checkpointing": True}, {}),
+        ({"bf16": True}, {}),
+        ({"q_lora": True}, {"bf16": True}),
+        ({"packing": "auto"}, {"packing": "off"}),
+        ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}),
+    ],
+)
+def test_what_saves_memory_is_planned_to_take_less(
+    better: dict[str, Any], worse: dict[str, Any], untied_base: Path
+) -> None:
+    config = json.loads((untied_base / "config.json").read_text())
+
+    def taken(per_device_train_batch_size: int = 4, **changes: Any) -> tuple[int, int]:
+        settings = PlanSettings(model_name_or_path="-", **changes)
+        model = empty_model_of(config, settings, 0, deepspeed=False)
+        lengths = Lengths((200, *[20] * (per_device_train_batch_size - 1)), (50,) * per_device_train_batch_size)
+        weights = sum(weight_bytes(model, settings).values())
+        return weights, measure_step(model, lengths, settings, False, False, True).activations
+
+    (weights, activations), (more_weights, more_activations) = taken(**better), taken(**worse)
+    assert weights <= more_weights
+    assert weights + activations < more_weights + more_activations
+
+
+@pytest.fixture(scope="module")
+def cache(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("caches") / "cache"
+    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(conversations), output_dir=folder))
+    return folder
+
+
+def test_a_cache_gives_steps_padding_and_its_longest_batch(cache: Path, tmp_path: Path) -> None:
+    from t5tune.commands.train import train
+    from t5tune.data.cache import open_cache
+
+    run = TrainSettings(
+        model_name_or_path="pocket", data_path=str(cache), output_dir=tmp_path / "run", use_cpu=True,
+        num_train_epochs=2, gradient_accumulation_steps=2, per_device_train_batch_size=4, report_samples=0,
+    )  # fmt: skip
+    result = planned(
+        "pocket", data_path=str(cache), use_cpu=True, num_train_epochs=2, gradient_accumulation_steps=2,
+        per_device_train_batch_size=4, packing="off",
+    )  # fmt: skip
+    trained = train(run)
+    assert result.steps == trained.steps
+    assert (result.trainable_parameters, result.total_parameters) == (
+        trained.trainable_parameters, trained.total_parameters
+    )  # fmt: skip
+    sources, targets = open_cache(cache).lengths()
+    assert result.examples == len(sources)
+    assert (result.source_length, result.target_length) <= (sources.max(), targets.max())
+    assert result.padding is not None
+    assert 0 < result.padding < 0.5
+
+
+def test_zero_shares_out_what_its_stage_shares() -> None:
+    result = planned(
+        "google/flan-t5-small", train_mode="full", gpu_memory="16GiB", num_gpus=4, bf16=True, deepspeed="zero2",
+        per_device_train_batch_size=1, source_length=16, target_length=16,
+    )  # fmt: skip
+    assert result.chosen == "zero2"
+    stages = {stage.stage: stage for stage in result.stages}
+    count = result.trainable_parameters
+    assert stages["zero2"].weights == 2 * count
+    assert stages["zero1"].optimizer == pytest.approx(12 * count / 4, rel=0.01)
+    assert stages["zero2"].gradients == pytest.approx(stages["zero1"].gradients / 4, rel=0.01)
+    assert stages["zero3"].weights == pytest.approx(stages["zero2"].weights / 4, rel=0.01)
+    assert stages["zero3-offload"].weights == stages["zero3-offload"].optimizer == 0
+    assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
+
+
+def test_the_suggestion_fits_and_is_a_setting_of_train(tmp_path: Path) -> None:
+    from t5tune.cli.options import normalise
+    from t5tune.model import fused
+    from t5tune.settings import load_settings
+
+    shape = {**SIZES["google/flan-t5-small"], "num_layers": 2, "num_decoder_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    for memory, expected in (
+        ("80GiB", "--bf16 --per"),
+        ("1000MiB", "--bf16 --gradient-checkpointing --per"),
+        ("980MiB", "--bf16 --gradient-checkpointing --q-lora --per"),
+    ):
+        result = planned(tmp_path, gpu_memory=memory, per_device_train_batch_size=1)
+        assert result.suggestion is not None
+        assert expected in result.suggestion.flags
+        assert result.suggestion.total < read_size(memory)
+        words = normalise(result.suggestion.flags.split(), TrainSettings)
+        flags = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2], strict=True))
+        load_settings(
+            TrainSettings, None, {}, {"model_name_or_path": "a", "data_path": "b", "output_dir": "c", **flags}
+        )
+    assert planned(tmp_path, gpu_memory="940MiB", per_device_train_batch_size=1).suggestion is None
+    assert fused.ELEMENTS_AT_ONCE < 1 << 20  # a GPU's way is left behind
+    assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 * GIB), ("24", 24 * GIB), ("24G", 24 * GIB), ("24GB", 24 * 10**9), ("800 MiB", 800 << 20)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "24 apples", "0GiB", "-1", "1.2.3GiB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="gpu_memory"):
+        read_size(text)
+
+
+def test_the_command_reads_a_run_s_settings_and_refuses_other_families(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model_name_or_path: google/flan-t5-small\ndata_path: x.jsonl\noutput_dir: y\n")
+    done = t5tune("plan", "--config", tmp_path / "run.yaml", "--gpu-memory", "16GiB")
+    assert done.code == 0, done.stderr
+    assert "76,961,152" not in done.stdout  # its adapters count too
+    assert "no DeepSpeed *" in done.stdout
+    assert "suggested: --bf16" in done.stdout
+    assert all(len(line) < 120 for line in done.stdout.splitlines())
+    bart = tmp_path / "config.json"
+    bart.write_text(json.dumps({"model_type": "bart"}))
+    with pytest.raises(ModelError, match="bart"):
+        planned(bart)
+
+
+def test_the_byte_table_of_the_docs_is_what_the_script_writes() -> None:
+    import runpy
+
+    from tests.conftest import REPOSITORY
+
+    page = runpy.run_path(str(REPOSITORY / "benchmarks" / "memory.py"))["page"]
+    assert (REPOSITORY / "docs" / "memory.md").read_text() == page(), "renew it: python benchmarks/memory.py"
+
+
+def test_quantised_bytes_count_scales_of_scales() -> None:
+    whole = QuantisationSettings(q_lora=True)
+    assert quantised_bytes(64 * 256, 64, whole) == 64 * 256 // 2 + 64 + 256 + 4 + 1024 + 4
+    assert len(SIZES) > 30

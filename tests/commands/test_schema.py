@@ -1,0 +1,135 @@
+"""Schemas for editors, templates to copy, a dry run, and completion.
+
+`python tests/commands/test_schema.py` writes templates/schemas/train.json anew.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t5tune.commands.schema import FOR_FLAGS, schema
+from t5tune.commands.templates import templates
+from t5tune.errors import SettingsError
+from t5tune.settings import COMMANDS, TemplatesSettings, TrainSettings, load_settings, packaged_templates
+
+SCHEMA = Path(__file__).parents[2] / "templates" / "schemas" / "train.json"
+
+if __name__ != "__main__":
+    from tests.conftest import t5tune
+
+
+def schema_text() -> str:
+    return json.dumps(schema("train"), indent=2, ensure_ascii=False) + "\n"
+
+
+def test_the_packaged_schema_is_that_of_the_settings() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "renew it: python tests/commands/test_schema.py"
+
+
+@pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
+def test_every_command_has_a_schema_with_its_settings(model: type) -> None:
+    described = schema(model.command)
+    assert set(described["properties"]) == set(model.model_fields)
+    assert "required" not in described
+    assert described["additionalProperties"] is False
+    assert not [name for setting in described["properties"].values() for name in FOR_FLAGS if name in setting]
+
+
+def test_a_schema_knows_choices_ranges_and_lists_in_one_line() -> None:
+    properties = schema("train")["properties"]
+    assert properties["quant_type"]["enum"] == ["nf4", "fp4", "int8"]
+    assert properties["lora_r"]["exclusiveMinimum"] == 0
+    assert {choice["type"] for choice in properties["lora_target_modules"]["anyOf"]} == {"array", "string"}
+
+
+@pytest.mark.parametrize("name", packaged_templates.names("runs"))
+def test_every_run_names_the_schema_and_a_copy_of_it_is_wired_to_its_own(name: str, tmp_path: Path) -> None:
+    packaged = packaged_templates.find_run(name)
+    first = packaged.read_text().splitlines()[0]
+    assert (packaged.parent / first.partition("$schema=")[2]).resolve() == SCHEMA.resolve()
+    run, beside = templates(TemplatesSettings(action="copy", name=name, to=tmp_path)).copied
+    named = run.read_text().splitlines()[0].partition("$schema=")[2]
+    assert run.parent / named == beside
+    assert json.loads(beside.read_text()) == schema("train")
+    properties = schema("train")["properties"]
+    from t5tune.io.yaml_file import read_yaml
+
+    assert read_yaml(run) == read_yaml(packaged)
+    assert read_yaml(run).keys() <= properties.keys()
+    load_settings(TrainSettings, str(run), {}, {})
+
+
+def test_templates_are_listed_shown_and_copied_but_never_over_a_file(tmp_path: Path) -> None:
+    listed = t5tune("templates")
+    assert listed.code == 0
+    assert "runs: " in listed.stdout
+    assert " zero3 " in listed.stdout
+    shown = t5tune("templates", "show", "zero3")
+    assert json.loads(shown.stdout)["zero_optimization"]["stage"] == 3
+    copied = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
+    assert copied.stdout.strip() == str(tmp_path / "mine.yaml")
+    again = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
+    assert again.code == 2
+    assert "stands there already" in again.stderr
+    for misspelt, meant in (("zer03", "zero3"), ("runs/poket", "runs/pocket")):
+        with pytest.raises(SettingsError, match=rf"{misspelt}: no such template; did you mean {meant}\?"):
+            templates(TemplatesSettings(action="show", name=misspelt))
+    refused = t5tune("train", "--config", "poket", "--dry-run")
+    assert refused.code == 2
+    assert (
+        "config: poket: no such file, and no template of that name; did you mean pocket? the templates"
+        in refused.stderr
+    )
+
+
+def test_a_dry_run_shows_settings_plan_and_command_and_makes_nothing(tmp_path: Path) -> None:
+    arguments = ["train", "--config", "pocket", "--output-dir", tmp_path / "run", "--dry-run", "--num-processes", "2"]
+    done = t5tune(*arguments)
+    assert done.code == 0, done.stderr
+    assert "lora_r: 8" in done.stdout
+    assert "no DeepSpeed *" in done.stdout
+    command = f"torchrun --nproc-per-node 2 -m t5tune train --config {tmp_path / 'run' / 'settings.yaml'}"
+    assert done.stdout.splitlines()[-1] == f"# starts, once it has written its settings: {command}"
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "zero" in line)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine.yaml").write_text(done.stdout)
+    settings, _ = load_settings(TrainSettings, file=str(tmp_path / "mine.yaml"))
+    assert not settings.dry_run
+    assert settings.num_processes == 2
+    wrong = t5tune(*arguments, "--report-to", "nothing-such")
+    assert wrong.code == 2
+    elsewhere = t5tune(*arguments[:-2], "--model-name-or-path", "google/flan-t5-small", "--num-gpus", "4")
+    assert elsewhere.code == 0, elsewhere.stderr
+    assert "warning: num_gpus: 4: this machine has " in elsewhere.stderr
+    assert "torchrun --nproc-per-node 4" in elsewhere.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "expected"), [("t5tune pl", 1, "plan"), ("t5tune train --lora-dr", 2, "--lora-dropout")]
+)
+def test_the_shell_completes_commands_and_flags(line: str, place: int, expected: str) -> None:
+    env = {**os.environ, "_T5TUNE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(place)}
+    command = [sys.executable, "-c", "from t5tune.cli import main; main()"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [expected], done.stderr
+
+
+if __name__ == "__main__":
+    SCHEMA.parent.mkdir(exist_ok=True)
+    SCHEMA.write_text(schema_text(), encoding="utf-8")
+    print(SCHEMA)
+
+
+def test_a_shells_name_behind_completion_is_no_command() -> None:
+    done = t5tune("--show-completion", "zsh")
+    assert done.code == 2
+    said = "--show-completion zsh: takes no value, it finds the shell that it runs in; t5tune --show-completion"
+    assert done.errors == [f"error: {said}"]
+
+
+def test_a_size_may_stand_with_its_unit() -> None:
+    assert {"type": "string"} in schema("merge")["properties"]["max_shard_size"]["anyOf"][0]["anyOf"]

@@ -1,0 +1,701 @@
+"""Training in one process and in two: what is loaded, what moves, what is logged, sealed and resumed."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5tune.commands.export import export
+from t5tune.commands.merge import merge
+from t5tune.commands.prepare import prepare
+from t5tune.commands.train import train
+from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
+from t5tune.progress import Advanced, Event, Measured, Note
+from t5tune.settings import (
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    QuantisationSettings,
+    TrainSettings,
+    load_settings,
+)
+from t5tune.training.trainer import T5Trainer
+from tests.conftest import Finished, make_base, t5tune
+
+TWO = ("--num-processes", "2")
+
+
+def settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
+    values = {
+        "model_name_or_path": str(base),
+        "data_path": str(data),
+        "output_dir": run,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "use_cpu": True,
+    }
+    return TrainSettings(**{**values, **changes})
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished_run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "one"
+    train(settings(untied_base, conversations, run, eval_fraction=0.2))
+    return run
+
+
+def test_loss_falls_and_the_result_counts_what_was_done(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    assert losses(finished_run)[-1] < losses(finished_run)[0]
+    assert result["steps"] == 6
+    assert result["world_size"] == 1
+    assert result["tokens"] > 0
+    assert result["eval"]["loss"] > 0
+    assert 0 < result["trainable_parameters"] < result["total_parameters"]
+    lines = [line for line in metrics(finished_run) if "loss" in line]
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch"} <= set(lines[0])
+
+
+def test_run_folder_loads_with_stock_peft_and_moves_only_the_adapter(finished_run: Path, untied_base: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM
+
+    weights = load_file(finished_run / "adapter_model.safetensors")
+    assert all(bool(value.any()) for name, value in weights.items() if "lora_B" in name)
+    base = AutoModelForSeq2SeqLM.from_pretrained(untied_base)
+    shared = base.shared.weight.detach().clone()
+    model = PeftModel.from_pretrained(base, str(finished_run))
+    assert torch.equal(base.shared.weight, shared)
+    loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items() if ".default" in name}
+    for name, value in weights.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_cards_tell_data_settings_and_held_out_figures(finished_run: Path, untied_base: Path, tmp_path: Path) -> None:
+    manifest = json.loads((finished_run / "data" / "manifest.json").read_text())
+    result = json.loads((finished_run / "result.json").read_text())
+    data = f"Data: {manifest['examples']} examples of 24 conversations, "
+    card = (finished_run / "README.md").read_text()
+    assert data in card
+    assert "learning_rate 0.01, per_device_train_batch_size 4" in card
+    figures = f"The run took 6 steps.\nHeld out: loss {result['eval']['loss']:.4g}"
+    assert figures in card
+    of_a_step = (finished_run / "checkpoint-3" / "README.md").read_text()
+    assert "Held out" not in of_a_step  # nor of the end: those figures aren't its
+    export(ExportSettings(checkpoint=finished_run / "checkpoint-3", output_dir=tmp_path / "exported"))
+    assert data in (tmp_path / "exported" / "README.md").read_text()
+    values = {"model_name_or_path": str(untied_base), "adapter": finished_run, "output_dir": tmp_path / "merged"}
+    merge(MergeSettings.model_validate(values | {"verify": False}))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert data in card
+    assert figures in card
+
+
+def test_base_is_loaded_bit_by_bit_as_its_file_says(base: Path) -> None:
+    from t5tune.model.load import load_base
+
+    file = load_file(base / "model.safetensors")
+    model = load_base(base, torch.float32, torch.device("cpu"))
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in file.items())
+    tied = "lm_head.weight" not in file
+    assert model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.shared.weight) is tied
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+
+
+def test_quantised_base_keeps_the_rest_bit_by_bit_and_answers_almost_alike(untied_base: Path) -> None:
+    from t5tune.model.load import load_base
+
+    file = load_file(untied_base / "model.safetensors")
+    plain = load_base(untied_base, torch.float32, torch.device("cpu"))
+    quantised = load_base(untied_base, torch.float32, torch.device("cpu"), QuantisationSettings(q_lora=True))
+    kept = [name for name, value in quantised.named_parameters() if type(value).__name__ != "Params4bit"]
+    assert {"shared.weight", "lm_head.weight"} <= set(kept)
+    assert all(torch.equal(quantised.get_parameter(name), file[name]) for name in kept)
+    assert sum(type(value).__name__ == "Params4bit" for value in quantised.parameters()) == 36
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 9, 10]])}
+    with torch.inference_mode():
+        a, b = plain(**inputs).logits, quantised(**inputs).logits
+    assert 0 < (a - b).abs().max() < 0.5 * a.abs().max()
+
+
+def test_wo_is_quantised_too_unless_it_is_not_to_be() -> None:
+    """In bf16, where 4-bit storage of the wrong dtype would turn its input into garbage without a word."""
+    from t5tune.checkpoints.pocket import pocket_folder
+    from t5tune.model.load import load_base
+
+    def load(**changes: Any) -> Any:
+        quantisation = QuantisationSettings(q_lora=True, **changes) if changes else None
+        return load_base(pocket_folder(), torch.bfloat16, torch.device("cpu"), quantisation)
+
+    models = {"whole": load(), "wo": load(quantize_wo=True), "no wo": load(quantize_wo=False)}
+    kinds = {
+        name: {type(value).__name__ for key, value in model.named_parameters() if ".wo." in key}
+        for name, model in models.items()
+    }
+    assert kinds == {"whole": {"Parameter"}, "wo": {"Params4bit"}, "no wo": {"Parameter"}}
+    for model in models.values():
+        for name in ("shared.weight", "lm_head.weight", "encoder.final_layer_norm.weight"):
+            assert model.get_parameter(name).dtype == torch.bfloat16
+    torch.manual_seed(0)
+    ids = torch.randint(50, 1500, (4, 24))
+    with torch.inference_mode():
+        logits = {name: model(input_ids=ids, decoder_input_ids=ids).logits.float() for name, model in models.items()}
+    off = {name: float((value - logits["whole"]).norm() / logits["whole"].norm()) for name, value in logits.items()}
+    assert off["wo"] != off["no wo"]
+    assert 0 < off["wo"] < 2 * off["no wo"] < 0.5
+
+
+def test_a_file_that_does_not_fit_its_config_is_refused_by_name(untied_base: Path, tmp_path: Path) -> None:
+    from t5tune.model.load import load_base
+
+    shutil.copytree(untied_base, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "d_ff": 48}))
+    with pytest.raises(ModelError, match=r"DenseReluDense.* in the file"):
+        load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
+    path.write_text(json.dumps({**config, "model_type": "bart"}))
+    with pytest.raises(ModelError, match="model_type 'bart'") as refused:
+        load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
+    for member in ("Flan-UL2", "ByT5", "fastchat-t5", "mT5", "umT5"):
+        assert member in str(refused.value.hint)
+    for later, name in (("longt5", "LongT5"), ("t5gemma", "T5Gemma")):
+        path.write_text(json.dumps({**config, "model_type": later}))
+        with pytest.raises(ModelError, match=f"{name} comes later"):
+            load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_token_rows_of_embedding_and_head_are_trained(
+    kind: str, conversations: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(f"{kind}_base")
+    train(settings(base, conversations, tmp_path / "run", max_steps=2, save_steps=2))
+    file = load_file(base / "model.safetensors")
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
+    newline, brace = (manifest["added_token_ids"][manifest["added_tokens"].index(token)] for token in ("\n", "{"))
+    rows = {name: value for name, value in weights.items() if "trainable_tokens_delta" in name}
+    if kind == "tied":
+        indices = {"shared": config["trainable_token_indices"]}
+        assert len(rows) == 1
+    else:
+        indices = config["trainable_token_indices"]
+        assert set(indices) == {"encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}
+    for module, ids in indices.items():
+        name = "lm_head.weight" if module == "lm_head" else "shared.weight"
+        trained = rows[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"]
+        for token in (newline, brace):
+            assert not torch.equal(trained[ids.index(token)], file[name][token]), (module, token)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"packing": "off"}, {"q_lora": True, "bf16": False}], ids=["packed", "padded", "nf4"]
+)
+def test_one_process_trains_on_one_gpu_however_many_it_sees(
+    more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    alone = train(settings(untied_base, conversations, tmp_path / "one", max_steps=2, **more))
+    choose_device = TrainingArguments._setup_devices.func
+
+    def choose_among_four(self: TrainingArguments) -> torch.device:
+        device = choose_device(self)
+        self._n_gpu = 4  # torch.cuda.device_count(), where it counts four
+        return device
+
+    patched = functools.cached_property(choose_among_four)
+    patched.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", patched)
+    among_four = train(settings(untied_base, conversations, tmp_path / "four", max_steps=2, **more))
+    assert among_four.tokens == alone.tokens
+    for name in ("loss", "grad_norm"):
+        one, four = ([line.get(name) for line in metrics(tmp_path / run)] for run in ("one", "four"))
+        assert one == four
+    adapters = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("one", "four")]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("more", [{}, {"q_lora": True}], ids=["lora", "q_lora"])
+def test_the_same_seed_gives_the_same_bits(
+    untied_base: Path, conversations: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    files = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(settings(untied_base, conversations, tmp_path / name, seed=seed, **more))
+        files[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+    assert files["a"] == files["b"] != files["c"]
+
+
+def test_q_lora_learns_too(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    result = train(settings(untied_base, conversations, tmp_path / "run", q_lora=True, bf16=False))
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert result.total_parameters > 40_000  # 4-bit weights count as what they stand for
+
+
+def test_tokens_per_second_leave_out_what_evaluations_take(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock on which each evaluation takes a year."""
+    year, passed = 3e7, 0.0
+    evaluate = T5Trainer.evaluation_loop
+
+    def slow(self: T5Trainer, *arguments: Any, **options: Any) -> Any:
+        nonlocal passed
+        passed += year
+        return evaluate(self, *arguments, **options)
+
+    monkeypatch.setattr(T5Trainer, "evaluation_loop", slow)
+    monkeypatch.setattr("t5tune.training.trainer.time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
+    result = train(settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=1))
+    assert passed == 6 * year
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert all(line["tokens_per_second"] > 1 for line in lines)
+    assert result.tokens_per_second > 1
+
+
+def test_evaluation_between_steps_changes_nothing_of_training(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    shared = {"q_lora": True, "bf16": False, "eval_fraction": 0.2, "max_steps": 4}
+    train(settings(untied_base, conversations, tmp_path / "a", **shared, eval_strategy="no"))
+    train(settings(untied_base, conversations, tmp_path / "b", **shared, eval_strategy="steps", eval_steps=1))
+    a, b = (tmp_path / name / "adapter_model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    assert sum("eval_loss" in line for line in metrics(tmp_path / "b")) == 4
+
+
+def test_bf16_keeps_fp32_adapters(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=2, bf16=True))
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    values = torch.cat([value.flatten() for value in weights.values()])
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_tf32_is_left_out_with_a_word_where_no_gpu_has_it(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=1, tf32=True), events.append)
+    assert Note("tf32: left out, this CPU has no TensorFloat-32") in events
+
+
+def test_the_last_steps_have_a_line_of_metrics_too(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3, report_samples=0))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3, 5]
+    saved = json.loads((tmp_path / "run" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert [line["step"] for line in saved["log_history"] if "loss" in line] == [1, 3, 5]
+
+
+def test_a_resumed_run_counts_tokens_and_loss_of_all_its_steps(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    chosen = settings(untied_base, conversations, run, max_steps=6, save_steps=4, logging_steps=3, report_samples=0)
+    straight = train(chosen)
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "result.json").unlink()
+    resumed = train(chosen)
+    assert resumed.resumed_from == run / "checkpoint-4"
+    assert resumed.tokens == straight.tokens
+    assert resumed.train_loss == pytest.approx(straight.train_loss, rel=1e-6)
+    per_step = train(chosen.model_copy(update={"output_dir": tmp_path / "other", "logging_steps": 1}))
+    assert straight.train_loss == pytest.approx(sum(losses(tmp_path / "other")) / 6, rel=1e-6)
+    assert per_step.train_loss == pytest.approx(straight.train_loss, rel=1e-6)
+
+
+def test_a_run_resumes_from_the_cache_of_its_conversations_as_from_the_file(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """prepare's seed says which examples are held out, and here none are."""
+    values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values, seed=7))
+    prepare(PrepareSettings(**{**values, "output_dir": tmp_path / "parted"}, eval_fraction=0.25, seed=3))
+    run = tmp_path / "run"
+    train(settings(untied_base, conversations, run))
+    straight = (run / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "result.json").unlink()
+    with pytest.raises(SettingsError, match="data: "):
+        train(settings(untied_base, tmp_path / "parted", run))
+    result = train(settings(untied_base, tmp_path / "cache", run))
+    assert result.resumed_from == run / "checkpoint-3"
+    assert (run / "adapter_model.safetensors").read_bytes() == straight
+
+
+def test_zero_0_logs_the_gradient_norm_that_it_does_not_clip(
+    still_base: Path,
+    conversations: Path,
+    one_batch: dict[str, float],
+    tmp_path: Path,
+    on_ranks: Callable[..., Finished],
+) -> None:
+    more = ("--num-data", "8", "--max-steps", "1", "--per-device-train-batch-size", "8", "--use-cpu")
+    more += ("--deepspeed", "zero0", "--max-grad-norm", "0")
+    done = on_ranks(1, *command(still_base, conversations, tmp_path / "run", *more))
+    assert done.code == 0, done.stderr
+    assert metrics(tmp_path / "run")[0]["grad_norm"] == pytest.approx(one_batch["grad_norm"], rel=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    for name, on in (("a", False), ("b", True)):
+        run = tmp_path / name
+        train(settings(untied_base, conversations, run, max_steps=2, lora_dropout=0.0, gradient_checkpointing=on))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+
+
+def test_two_runs_with_one_seed_are_equal_bit_by_bit(
+    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    train(settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2))
+    again = tmp_path / "run" / "adapter_model.safetensors"
+    assert again.read_bytes() == (finished_run / "adapter_model.safetensors").read_bytes()
+
+
+def test_resumes_from_the_newest_whole_checkpoint_to_the_same_bits(
+    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    notes: list[str] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+
+    train(settings(untied_base, conversations, run, eval_fraction=0.2))
+    for name in ("result.json", "adapter_model.safetensors"):
+        (run / name).unlink()
+    shard = run / "checkpoint-6" / "optimizer.pt"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    result = train(settings(untied_base, conversations, run, eval_fraction=0.2), report)
+    assert result.resumed_from == run / "checkpoint-3"
+    assert any("checkpoint-6/optimizer.pt: differs" in note for note in notes)
+    expected = (finished_run / "adapter_model.safetensors").read_bytes()
+    assert (run / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_finished_run_does_nothing_and_fresh_moves_it_aside(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = train(settings(untied_base, conversations, run, max_steps=1))
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train(settings(untied_base, conversations, run, max_steps=1)) == first
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert train(settings(untied_base, conversations, run, max_steps=1, logging_steps=5)) == first
+    with pytest.raises(SettingsError, match=f"lora_r: 8 in {run}, which is finished, 4 now"):
+        train(settings(untied_base, conversations, run, max_steps=1, lora_r=4))
+    with pytest.raises(SettingsError, match=r"data_path: .*conversations\.jsonl.* in .*, which is finished, .*other"):
+        train(settings(untied_base, tmp_path / "other.jsonl", run, max_steps=1))
+    train(settings(untied_base, conversations, run, max_steps=1, fresh=True))
+    assert (tmp_path / "run.1" / "result.json").is_file()
+    assert (run / "result.json").is_file()
+
+
+def test_what_another_command_made_is_no_run(
+    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """Its settings.yaml is its own."""
+    values = {"model_name_or_path": str(untied_base), "adapter": finished_run, "output_dir": tmp_path / "merged"}
+    merge(MergeSettings.model_validate(values | {"verify": False}))
+    before = sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert "settings.yaml" in before
+    with pytest.raises(SettingsError, match="holds something that is no run of t5tune"):
+        train(settings(untied_base, conversations, tmp_path / "merged"))
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == before
+
+
+def test_non_finite_loss_stops_before_the_update(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    broken = make_base(tmp_path / "base", tied=False)
+    weights = load_file(broken / "model.safetensors")
+    weights["encoder.final_layer_norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match="step 1: the loss is nan; no update was made; .*no checkpoint yet"):
+        train(settings(broken, conversations, tmp_path / "run"))
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_wrong_names_are_refused_before_anything_is_made(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(SettingsError, match="training_args.adam_beta: no such field.*did you mean adam_beta"):
+        train(settings(untied_base, conversations, run, training_args={"adam_beta": 0.9}))
+    with pytest.raises(SettingsError, match="training_args.torch_compile_mode: .*; set torch_compile"):
+        train(settings(untied_base, conversations, run, training_args={"torch_compile_mode": "max-autotune"}))
+    with pytest.raises(SettingsError, match="training_args.learning_rate: set learning_rate itself"):
+        train(settings(untied_base, conversations, run, training_args={"learning_rate": 0.9}))
+    with pytest.raises(SettingsError, match="deepspeed: zero5"):
+        train(settings(untied_base, conversations, run, deepspeed="zero5"))
+    assert not run.exists()
+    with pytest.raises(SettingsError, match="lora_target_modules: query: no such linear layer"):
+        train(settings(untied_base, conversations, run, lora_target_modules=["query"]))
+
+
+def test_measured_events_carry_loss_rate_and_speed(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=1), events.append)
+    measured = [event for event in events if isinstance(event, Measured)]
+    assert {"loss", "lr", "grad norm", "tokens/s"} <= set(measured[0].values)
+
+
+# --- two processes ---------------------------------------------------------------------------------------------
+
+
+def command(base: Path, data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "train", "--model-name-or-path", str(base), "--data-path", str(data), "--output-dir", str(run),
+        "--learning-rate", "1e-2", "--logging-steps", "1", "--lora-dropout", "0", "--report-samples", "0",
+        "--json", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def still_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untied base with no dropout, so that batches can be compared."""
+    folder = make_base(tmp_path_factory.mktemp("bases") / "still", tied=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_batch(still_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Loss and gradient norm of one step on eight examples, in one process."""
+    run = tmp_path_factory.mktemp("runs") / "batch"
+    train(
+        settings(
+            still_base, conversations, run, num_data=8, max_steps=1, per_device_train_batch_size=8, lora_dropout=0.0
+        )
+    )
+    return metrics(run)[0]
+
+
+BATCHES = {
+    "accumulated": ("--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2", "--use-cpu"),
+    "ddp": ("--per-device-train-batch-size", "4"),
+    "zero2": ("--per-device-train-batch-size", "4", "--deepspeed", "zero2"),
+    "zero3": ("--per-device-train-batch-size", "4", "--deepspeed", "zero3"),
+    "zero2-accumulated": (
+        "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", "--deepspeed", "zero2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", BATCHES)
+def test_a_batch_gives_one_loss_and_gradient_however_it_is_divided(
+    way: str,
+    still_base: Path,
+    conversations: Path,
+    one_batch: dict[str, float],
+    tmp_path: Path,
+    on_ranks: Callable[..., Finished],
+) -> None:
+    more = ("--num-data", "8", "--max-steps", "1", *BATCHES[way])
+    done = on_ranks(2, *command(still_base, conversations, tmp_path / "run", *more))
+    assert done.code == 0, done.stderr
+    line = metrics(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(one_batch["loss"], rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(one_batch["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("way", [("zero3", "--q-lora", "--no-bf16"), ("zero1", "--bf16"), ("zero0", "--bf16")])
+def test_deepspeed_stages_learn_and_save_the_fp32_masters(
+    way: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+) -> None:
+    more = ["--deepspeed", *way, "--max-steps", "3", "--per-device-train-batch-size", "4"]
+    done = on_ranks(2, *command(untied_base, conversations, tmp_path / "run", *more))
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    values = torch.cat([v.flatten() for v in load_file(tmp_path / "run" / "adapter_model.safetensors").values()])
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_examples_are_the_cache_s_and_another_shape_of_them_is_refused(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    made = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": cache}
+    prepare(PrepareSettings(**made, model_max_length=64, conversation_template="plain", train_on="last"))
+    asked = {"model_max_length": 32, "add_tokens": "none", "conversation_template": "turns"}
+    with pytest.raises(SettingsError) as caught:
+        train(settings(untied_base, cache, run, **asked))
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "add_tokens",
+        "model_max_length",
+        "conversation_template",
+    ]
+    assert f"model_max_length: 32 here, 64 in the cache {cache}" in caught.value.message
+    assert not run.exists()
+    agreed = {"model_max_length": 64, "conversation_template": "plain"}
+    train(settings(untied_base, cache, run, max_steps=1, report_samples=0, **agreed))
+    saved, _ = load_settings(TrainSettings, str(run / "settings.yaml"))
+    assert (saved.model_max_length, saved.train_on, saved.add_tokens) == (64, "last", ["auto"])
+    assert train(saved).steps == 1  # which is finished, and asked for the same
+
+
+def test_names_that_transformers_does_not_know_and_eval_data_are_named(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(SettingsError) as caught:
+        train(settings(untied_base, conversations, run, optim="adamw_torhc", lr_scheduler_type="cosin"))
+    assert [line.rpartition("; ")[2] for line in caught.value.problems] == [
+        "did you mean adamw_torch?", "did you mean cosine?"
+    ]  # fmt: skip
+    assert not run.exists()
+    (tmp_path / "dev.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match=r"^eval_data_path: .*dev\.jsonl: no conversation"):
+        train(settings(untied_base, conversations, run, eval_data_path=str(tmp_path / "dev.jsonl")))
+
+
+@pytest.mark.parametrize("more", [(), TWO])
+def test_a_second_run_is_kept_out_of_a_folder_while_one_trains_in_it(
+    more: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run, refused = tmp_path / "run", []
+    flags = ("--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run, "--use-cpu")
+
+    def meanwhile(event: Event) -> None:
+        if event == Advanced("train", 2):
+            refused.append(t5tune("train", *flags, *more))
+            refused.append(t5tune("train", *flags, *more, "--fresh"))
+
+    train(settings(untied_base, conversations, run, report_samples=0), meanwhile)
+    said = f"error: output_dir: {run}: another run trains here; wait for its end, or name another folder"
+    assert [(done.code, done.errors) for done in refused] == [(2, [said])] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert train(settings(untied_base, conversations, run, report_samples=0)).steps == 6
+
+
+def test_a_finished_run_of_two_processes_resumes_nothing(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    more = [*TWO, "--max-steps", "1"]
+    first = t5tune(*command(untied_base, conversations, tmp_path / "run", *more))
+    again = t5tune(*command(untied_base, conversations, tmp_path / "run", *more))
+    assert first.code == again.code == 0, first.stderr + again.stderr
+    assert first.json == again.json
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_runs_under_other_launchers(launcher: str, untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    arguments = command(untied_base, conversations, tmp_path / "run", "--max-steps", "1", "--use-cpu")
+    if launcher == "torchrun":
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "t5tune"]
+    else:
+        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "t5tune"]
+        arguments += ["--deepspeed", "zero2"]
+    # the deepspeed launcher asks torch how many GPUs there are; on a CPU it is told by --num_gpus and this
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *start, *arguments], capture_output=True, text=True, env=environment, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
+
+
+def test_an_error_in_the_workers_is_shown_once_with_its_exit_code(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    done = t5tune(
+        *command(
+            untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query", "--max-steps", "1"
+        )
+    )
+    assert done.code == 2
+    assert len(done.errors) == 1, done.stderr
+    assert "lora_target_modules: query" in done.errors[0]
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["kind"] == "SettingsError"
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "more"),
+    [
+        ("untied", "zero3", ()),
+        ("tied", "zero3", ()),
+        ("untied", "zero2", ()),
+        ("tied", "zero0", ()),
+        ("untied", "zero3", ("--q-lora", "--no-bf16")),
+        ("untied", None, ("--q-lora",)),
+    ],
+)
+def test_the_live_base_equals_its_file_before_and_after_training(
+    kind: str,
+    stage: str | None,
+    more: tuple[str, ...],
+    conversations: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    on_ranks: Callable[..., Finished],
+) -> None:
+    base, found = request.getfixturevalue(f"{kind}_base"), tmp_path / "found.json"
+    more = [*(("--deepspeed", stage) if stage else ()), *more, "--max-steps", "2"]
+    watch = f"tests.support.base_stays:watch({str(base)!r}, {str(found)!r})"
+    done = on_ranks(2 if stage else 1, *command(base, conversations, tmp_path / "run", *more), calls=[watch])
+    assert done.code == 0, done.stderr[-3000:]
+    before, after = json.loads(found.read_text())
+    assert before["different"] == after["different"] == []
+    names = {name.split()[1] for name in after["equal"]}
+    assert "shared.weight" in names
+    assert any(name.endswith("layer_norm.weight") for name in names)
+    if kind == "untied":
+        assert "lm_head.weight" in names
+
+
+def test_two_ranks_of_zero3_resume_to_the_same_bits(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+) -> None:
+    run = tmp_path / "run"
+    more = ["--deepspeed", "zero3", "--max-steps", "4", "--save-steps", "2", "--lora-dropout", "0.05"]
+    more += ["--per-device-train-batch-size", "2", "--report-samples", "3"]
+    arguments = command(untied_base, conversations, run, *more)
+    first = on_ranks(2, *arguments)
+    assert first.code == 0, first.stderr
+    straight = (run / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoint-4")
+    for name in ("result.json", "adapter_model.safetensors"):
+        (run / name).unlink()
+    again = on_ranks(2, *arguments)
+    assert again.code == 0, again.stderr
+    assert again.json["resumed_from"] == str(run / "checkpoint-2")
+    for name in ("tokens", "train_loss"):
+        assert again.json[name] == pytest.approx(first.json[name], rel=1e-6)
+    assert (run / "adapter_model.safetensors").read_bytes() == straight
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples) == 3
+    assert all({"source", "target", "before", "after"} == set(sample) for sample in samples)
+    assert "Replies before and after" in (run / "report.html").read_text()

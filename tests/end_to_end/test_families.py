@@ -1,0 +1,351 @@
+"""Each member of the family, trained, exported, merged and talked to; and the table that tells them apart."""
+
+import json
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
+
+from t5tune.checkpoints.adapter_shapes import base_shapes
+from t5tune.commands.chat import Chatter, chat
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.export import export
+from t5tune.commands.merge import merge
+from t5tune.commands.plan import plan
+from t5tune.commands.prepare import prepare
+from t5tune.commands.train import train
+from t5tune.compat.requirements import is_older
+from t5tune.data.cache import open_cache
+from t5tune.data.formats import Turn
+from t5tune.data.tokenizer import answer_text, load_tokenizer
+from t5tune.errors import ModelError
+from t5tune.families import BYTE_FALLBACK, BYTES, FAMILIES, LATER, Family, family_of
+from t5tune.model.known_configs import SIZES
+from t5tune.model.load import load_base
+from t5tune.model.lora import load_adapter
+from t5tune.settings import (
+    ChatSettings,
+    EvaluateSettings,
+    ExportSettings,
+    MergeSettings,
+    PlanSettings,
+    PrepareSettings,
+    TrainSettings,
+)
+from t5tune.settings.base_model import FamilyName
+from tests.conftest import REPOSITORY, t5tune
+
+ANSWERS = ["a line,\nand {another}", "two teas", "naïve"]
+PIECES = 700
+FASTCHATS = ["[PAD]", "<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
+CPU = torch.device("cpu")
+
+
+def make_tokenizer(family: Family, folder: Path) -> int:
+    """Tokenizer files as the hub has them for this member. Returns the number of entries."""
+    if family.tokenizer == BYTES:
+        special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125, **special}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return 384
+    corpus = folder.with_name("corpus.txt")
+    # T5's corpus had none of these
+    text = re.sub(r"[<{}`\\^~]", "", (REPOSITORY / "docs" / "decisions.md").read_text())
+    corpus.write_text("\n".join(text.splitlines()[:300]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=PIECES, model_type="unigram",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=family.tokenizer == BYTE_FALLBACK,
+        minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    (folder / "spiece.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 100}')
+    if family.name != "fastchat-t5":
+        return PIECES + 100
+    (folder / "added_tokens.json").write_text(
+        json.dumps({token: PIECES + 100 + i for i, token in enumerate(FASTCHATS)})
+    )
+    return PIECES + 100 + len(FASTCHATS)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small random base of each member, saved by stock transformers, its config.json as the hub's files are."""
+    made = {}
+    for key, family in FAMILIES.items():
+        folder = made[key] = tmp_path_factory.mktemp("family") / key
+        folder.mkdir()
+        entries = make_tokenizer(family, folder)
+        rows = family.tells.get("vocab_size", (entries + family.room,))[0]
+        config = {
+            "model_type": family.model_type, "is_encoder_decoder": True, "vocab_size": rows, "d_model": 32, "d_kv": 8,
+            "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+            "feed_forward_proj": family.feed_forward, "tie_word_embeddings": family.tied,
+            "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+        }  # fmt: skip
+        torch.manual_seed(7)
+        model = AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING[family.model_type].from_dict(config))
+        if not family.tied:
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(rows, 32) * 0.2)
+            model.config.tie_word_embeddings = False
+        model.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config))
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    pairs = zip(["Say it.", "What for Mira?", "How is it?"], ANSWERS, strict=True)
+    path.write_text("".join(json.dumps({"source": source, "target": target}) + "\n" for source, target in pairs))
+    return path
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the whole chain made of a base."""
+
+    base: Path
+    run: Path
+    adapter: Path
+    merged: Path
+    q_lora: bool
+
+
+@pytest.fixture(scope="module", params=[(key, q_lora) for key in FAMILIES for q_lora in (False, True)], ids=str)
+def made(
+    request: pytest.FixtureRequest, bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    key, q_lora = request.param
+    folder = tmp_path_factory.mktemp("made")
+    train(
+        TrainSettings(
+            model_name_or_path=str(bases[key]),
+            data_path=str(data),
+            output_dir=folder / "run",
+            use_cpu=True,
+            q_lora=q_lora,
+            bf16=False,
+            max_steps=3,
+            learning_rate=3e-2,
+            lora_target_modules=["all-linear"],
+            report_samples=0,
+        )  # fmt: skip
+    )
+    export(ExportSettings(checkpoint=folder / "run", output_dir=folder / "adapter"))
+    found = merge(
+        MergeSettings(
+            model_name_or_path=str(bases[key]),
+            adapter=folder / "adapter",
+            output_dir=folder / "merged",
+            onto="nf4" if q_lora else "base",
+            verify=True,
+        )  # fmt: skip
+    )
+    assert found.adapted_tensors > 0
+    return Made(bases[key], folder / "run", folder / "adapter", folder / "merged", q_lora)
+
+
+def logits_of(model: Any, made: Made) -> torch.Tensor:
+    example = open_cache(made.run / "data")[0]
+    source, target = torch.tensor([example.source_S.tolist()]), torch.tensor([[0, *example.target_T.tolist()[:-1]]])
+    with torch.inference_mode():
+        return model.eval()(input_ids=source, decoder_input_ids=target, use_cache=False).logits
+
+
+def load_stock(folder: Path) -> Any:
+    """The checkpoint as stock transformers loads it."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    if model.config.model_type == "umt5" and is_older(transformers.__version__, "5.24"):
+        # up to 5.23 transformers scales the decoder's output of every umT5 as if its head were tied
+        model.config.tie_word_embeddings = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    return model
+
+
+def test_a_member_is_trained_exported_merged_and_answers(made: Made) -> None:
+    family = family_of(json.loads((made.base / "config.json").read_text()), made.base)
+    cache = open_cache(made.run / "data")
+    tokenizer = load_tokenizer(made.run)
+    answers = [answer_text(tokenizer, example.target_T, "\n") for example in cache]
+    assert answers[:2] == ANSWERS[:2]
+    if family.tokenizer in (BYTES, BYTE_FALLBACK):
+        assert answers[2] == ANSWERS[2]
+    assert ("\n" in cache.manifest["added_tokens"]) == (family.room > 0)
+
+    before = logits_of(load_base(made.base, torch.float32, CPU), made)
+    adapted = logits_of(load_adapter(load_base(made.base, torch.float32, CPU), made.adapter), made)
+    assert float((adapted - before).abs().max()) > 1e-2  # it learned something
+
+    stock = PeftModel.from_pretrained(load_stock(made.base), made.adapter)
+    torch.testing.assert_close(logits_of(stock, made), adapted, rtol=1e-4, atol=1e-4)
+
+    merged = logits_of(load_stock(made.merged), made)
+    if not made.q_lora:
+        torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    ours = logits_of(load_base(made.merged, torch.float32, CPU), made)
+    torch.testing.assert_close(merged, ours, rtol=1e-4, atol=1e-4)
+
+    ask: dict[str, Any] = {"prompt": "Say it.", "max_new_tokens": 5, "use_cpu": True}
+    reply = chat(ChatSettings(model_name_or_path=str(made.merged), **ask))
+    assert reply.reply_tokens > 0
+    if not made.q_lora:
+        assert chat(ChatSettings(model_name_or_path=str(made.run), **ask)).reply == reply.reply
+    assert (made.merged / "spiece.model").is_file() == (family.tokenizer != BYTES)
+    assert ("llama.cpp" in (made.merged / "README.md").read_text()) == ("llama.cpp" in family.converters)
+
+
+def test_ctranslate2_answers_as_the_merged_model_does(made: Made, tmp_path: Path) -> None:
+    pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install ctranslate2")
+    family = family_of(json.loads((made.base / "config.json").read_text()), made.base)
+    assert "CTranslate2" in family.converters
+    found = merge(
+        MergeSettings(
+            model_name_or_path=str(made.base),
+            adapter=made.adapter,
+            output_dir=tmp_path / "converted",
+            onto="nf4" if made.q_lora else "base",
+            to="ctranslate2",
+            verify=False,
+        )  # fmt: skip
+    )
+    assert found.replies is not None
+    assert found.same_replies == found.replies > 0
+    tokens = json.loads((tmp_path / "converted" / "shared_vocabulary.json").read_text())
+    assert len(set(tokens)) == len(tokens) == load_file(made.base / "model.safetensors")["shared.weight"].shape[0]
+    assert all(tokens[index] == token for token, index in load_tokenizer(made.merged).vocabulary().items())
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_config_tells_the_shape_of_every_weight(key: str, bases: dict[str, Path]) -> None:
+    shapes = base_shapes(json.loads((bases[key] / "config.json").read_text()))
+    held = {name: tuple(tensor.shape) for name, tensor in load_file(bases[key] / "model.safetensors").items()}
+    assert held.items() <= shapes.items()
+    aliases = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    assert shapes.keys() - held.keys() <= aliases
+
+
+def test_fastchats_own_tokens_keep_their_ids(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    arguments = ("--data-path", data, "--output-dir", tmp_path / "cache")
+    assert t5tune("prepare", "--model-name-or-path", bases["fastchat-t5"], *arguments).code == 0
+    cache = open_cache(tmp_path / "cache")
+    assert cache.manifest["added_tokens"] == []
+    target = cache[0].target_T.tolist()
+    first = PIECES + 100
+    places = [FASTCHATS.index(text) for text in ("\n", "{", "}", "\n")]  # the layout ends an answer with a newline
+    assert [i - first for i in target if i >= first and FASTCHATS[i - first] != " "] == places
+
+
+def test_the_table_tells_published_checkpoints_apart() -> None:
+    for name, config in SIZES.items():
+        family = family_of(config, Path(name))
+        kind = name.rpartition("/")[2].lower().replace("v1_1", "v1.1").replace("-", " ")
+        assert any(kind.startswith(member.lower().replace("-", " ")) for member in family.name.split(", ")), name
+
+
+def test_the_table_holds_what_the_hubs_files_say(shared: Any) -> None:
+    for file in sorted(shared("configs").glob("*.json")):
+        config = json.loads(file.read_text())
+        family = family_of(config, file)
+        assert family == family_of(SIZES[next(n for n in SIZES if n.endswith(f"/{file.stem}"))], file)
+        assert config["vocab_size"] == family.rows, file.stem
+        assert config.get("tie_word_embeddings", True) == family.tied, file.stem
+        assert config.get("feed_forward_proj", family.default_feed_forward) == family.feed_forward, file.stem
+        assert family.completed(config).items() >= {k: v for k, v in config.items() if v is not None}.items()
+        for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+            assert config[name] == family.completed({})[name], file.stem
+
+
+def test_the_setting_offers_the_tables_keys() -> None:
+    assert set(typing.get_args(FamilyName)) == set(FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def stranger(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Flan-T5 under a name of its own, whose config.json leaves its control tokens out."""
+    folder = tmp_path_factory.mktemp("stranger") / "base"
+    folder.mkdir()
+    for file in bases["flan-t5"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "our_t5"}))
+    return folder
+
+
+def test_an_unknown_encoder_decoder_is_tried_as_a_member(
+    stranger: Path, bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    """Its run says what it was tried as, and the merged checkpoint is of the member's type."""
+    arguments: dict[str, Any] = {"data_path": str(data), "max_steps": 2, "learning_rate": 3e-2, "use_cpu": True}
+    for base, family, name in ((stranger, "flan-t5", "tried"), (bases["flan-t5"], None, "known")):
+        train(
+            TrainSettings(
+                model_name_or_path=str(base), output_dir=tmp_path / name, family=family, report_samples=0, **arguments
+            )
+        )
+    tried, known = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("tried", "known"))
+    assert all(tried[name].equal(known[name]) for name in known)
+    chatter = Chatter.load(ChatSettings(model_name_or_path=str(tmp_path / "tried"), max_new_tokens=3, use_cpu=True))
+    assert chatter.reply([Turn("human", "Say it.")]).reply_tokens > 0
+    merged = tmp_path / "merged"
+    merge(MergeSettings(model_name_or_path=str(stranger), adapter=tmp_path / "tried", output_dir=merged, verify=True))
+    assert json.loads((merged / "config.json").read_text())["model_type"] == "t5"
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(merged)).__name__ == "T5ForConditionalGeneration"
+    found = plan(PlanSettings(model_name_or_path=str(stranger), family="flan-t5"))
+    assert found.total_parameters == plan(PlanSettings(model_name_or_path=str(bases["flan-t5"]))).total_parameters
+
+
+def commands(base: Path, data: Path, output: Path) -> dict[str, Callable[[], object]]:
+    """Each command that takes a base."""
+    model: dict[str, Any] = {"model_name_or_path": str(base)}
+    reads: dict[str, Any] = {**model, "data_path": str(data), "output_dir": output}
+    return {
+        "prepare": lambda: prepare(PrepareSettings(**reads)),
+        "train": lambda: train(TrainSettings(**reads)),
+        "plan": lambda: plan(PlanSettings(**model)),
+        "chat": lambda: chat(ChatSettings(**model, prompt="Hi")),
+        "evaluate": lambda: evaluate(EvaluateSettings(**reads)),
+    }
+
+
+def test_a_base_that_is_not_of_the_family_is_refused_with_the_list(stranger: Path, data: Path, tmp_path: Path) -> None:
+    for name, run in commands(stranger, data, tmp_path / "out").items():
+        with pytest.raises(ModelError, match="model_type 'our_t5' can't be trained: t5tune doesn't know it") as refused:
+            run()
+        for family in FAMILIES.values():
+            assert family.name in str(refused.value.hint), name
+        assert "--family" in str(refused.value.hint)
+        assert list(tmp_path.iterdir()) == [], name
+    done = t5tune("prepare", "--model-name-or-path", stranger, "--data-path", data, "--output-dir", tmp_path / "out")
+    assert done.code == 2
+    (error,) = done.errors
+    assert "--family" in error
+
+
+@pytest.mark.parametrize("asked", [None, "t5"])
+def test_other_kinds_of_models_are_refused_whatever_is_asked(asked: str | None) -> None:
+    with pytest.raises(ModelError, match="'gpt2': no encoder-decoder"):
+        family_of({"model_type": "gpt2"}, Path("base"), asked)
+    with pytest.raises(ModelError, match="None: no encoder-decoder"):
+        family_of({}, Path("base"), asked)
+    for model_type, name in LATER.items():
+        with pytest.raises(ModelError, match=f"{name} comes later"):
+            family_of({"model_type": model_type, "is_encoder_decoder": True}, Path("base"), asked)
+
+
+def test_a_member_is_not_tried_as_another() -> None:
+    with pytest.raises(ModelError, match=r"family: umt5: .*'mt5', which is mT5"):
+        family_of({"model_type": "mt5"}, Path("base"), "umt5")
+    assert family_of({"model_type": "mt5"}, Path("base"), "mt5").name == "mT5"
+    with pytest.raises(ModelError, match="family: bart: not in the table"):
+        family_of({"model_type": "our_t5", "is_encoder_decoder": True}, Path("base"), "bart")

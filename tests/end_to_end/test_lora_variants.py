@@ -1,0 +1,484 @@
+"""LoRA's variants, quantised bases and full training: what is saved, and what merges, is what was trained."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5tune.checkpoints.adapter import DECODER_ROWS
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.export import export
+from t5tune.commands.merge import merge
+from t5tune.commands.prepare import prepare
+from t5tune.commands.train import train
+from t5tune.data.cache import open_cache
+from t5tune.errors import CheckpointError, SettingsError
+from t5tune.settings import (
+    EvaluateSettings,
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    QuantisationSettings,
+    TrainSettings,
+)
+from t5tune.settings.loading import load_settings
+from t5tune.training.run_folder import Trained
+from tests.conftest import Finished
+
+NORMS = ["layer_norm", "final_layer_norm", "relative_attention_bias"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all-linear": {"lora_target_modules": ["all-linear"]},
+    "rslora": {"lora_target_modules": ["attention"], "use_rslora": True, "lora_r": 16},
+    "dora": {"use_dora": True, "lora_target_modules": ["feed-forward", "q"]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa fast": {"init_lora_weights": "pissa_niter_4", "lora_r": 4},
+    "olora": {"init_lora_weights": "olora", "use_rslora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "lora+": {"loraplus_lr_ratio": 8},
+    "modules to save": {"modules_to_save": NORMS},
+}
+QUANTISED: dict[str, dict[str, Any]] = {
+    "nf4": {"double_quant": False},
+    "nf4 dq": {},
+    "fp4": {"quant_type": "fp4"},
+    "int8": {"quant_type": "int8"},
+    "loftq": {"init_lora_weights": "loftq"},
+    "dora": {"use_dora": True},
+}
+
+
+def settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
+    values = {
+        "model_name_or_path": str(base),
+        "data_path": str(data),
+        "eval_data_path": str(data),
+        "output_dir": run,
+        "max_steps": 6,
+        "save_steps": 3,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+    }
+    return TrainSettings(**{**values, **changes})
+
+
+def loss_of(model: Path, data: Path, output: Path, **changes: Any) -> float:
+    values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
+    return evaluate(EvaluateSettings(**values, max_new_tokens=1, **changes)).loss
+
+
+def trained_adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_live_model_saved_adapter_and_merged_checkpoint_agree(
+    name: str, base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """The live model's own loss, the loss of stock PEFT on the untouched base, and that of the merged file."""
+    result = train(settings(base, conversations, tmp_path / "run", **VARIANTS[name]))
+    saved = loss_of(tmp_path / "run", conversations, tmp_path / "a")
+    merged = MergeSettings(model_name_or_path=str(base), adapter=tmp_path / "run", output_dir=tmp_path / "merged")
+    assert merge(merged).max_error < 1e-3
+    folded = loss_of(tmp_path / "merged", conversations, tmp_path / "b")
+    assert result.eval["loss"] == pytest.approx(saved, rel=1e-4)
+    assert folded == pytest.approx(saved, rel=1e-4)
+    assert abs(saved - loss_of(base, conversations, tmp_path / "c")) > 1e-2
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_base_trains_and_its_adapter_fits_it(
+    name: str, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    changes = {"q_lora": True, "bf16": False, **QUANTISED[name]}
+    result = train(settings(untied_base, conversations, tmp_path / "run", **changes))
+    again = {key: changes[key] for key in ("q_lora", "quant_type", "double_quant") if key in changes}
+    saved = loss_of(tmp_path / "run", conversations, tmp_path / "a", **again)
+    # int8 rounds activations by the largest of a batch, so that other batches round otherwise
+    assert result.eval["loss"] == pytest.approx(saved, rel=3e-3 if name == "int8" else 1e-4)
+    assert saved < loss_of(untied_base, conversations, tmp_path / "b", **again) - 0.05
+
+
+def test_quantised_bases_differ_as_they_should(untied_base: Path) -> None:
+    from t5tune.model.load import load_base
+
+    file = load_file(untied_base / "model.safetensors")
+    name = "encoder.block.0.layer.1.DenseReluDense.wi_0"
+    x = torch.randn(50, file[f"{name}.weight"].shape[1], generator=torch.Generator().manual_seed(0))
+    exact = x @ file[f"{name}.weight"].T
+    errors = {}
+    for kind in ("int8", "nf4", "fp4"):
+        quantisation = QuantisationSettings(q_lora=True, quant_type=kind)
+        model = load_base(untied_base, torch.float32, torch.device("cpu"), quantisation)
+        with torch.inference_mode():
+            errors[kind] = float((model.get_submodule(name)(x) - exact).norm() / exact.norm())
+    assert 0 < errors["int8"] < 0.03 < errors["nf4"] < errors["fp4"] < 0.5
+
+
+def test_int8_is_quantized_from_values_on_the_cpu(untied_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes quantizes what comes to a GPU from the CPU, and leaves in bf16 what is on the GPU already."""
+    from bitsandbytes.nn import Int8Params
+
+    from t5tune.model.load import load_base
+
+    stock = Int8Params.to
+    came_from = []
+
+    def to(self: Int8Params, device: torch.device) -> Int8Params:
+        came_from.append((self.data.device.type, device.type))
+        return stock(self, "cpu")
+
+    monkeypatch.setattr(Int8Params, "to", to)
+    quantisation = QuantisationSettings(q_lora=True, quant_type="int8")
+    elsewhere = torch.device("meta")  # in place of a GPU
+    model = load_base(untied_base, torch.bfloat16, elsewhere, quantisation)
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    assert came_from == [("cpu", "meta")] * len(layers)
+    assert {module.weight.dtype for module in layers} == {torch.int8}
+    assert model.shared.weight.device == elsewhere
+
+
+def test_loftq_starts_nearer_to_the_base_than_4_bits_alone(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    from t5tune.model.load import load_base
+    from t5tune.model.lora import add_lora
+
+    file = load_file(untied_base / "model.safetensors")
+    needed = settings(untied_base, conversations, tmp_path, q_lora=True, bf16=False, lora_r=4)
+    starts = {}
+    for start in ("default", "loftq"):
+        chosen = needed.model_copy(update={"init_lora_weights": start})
+        model = load_base(untied_base, torch.float32, torch.device("cpu"), chosen)
+        model, _ = add_lora(model, untied_base, chosen, [], torch.float32)
+        starts[start] = model.eval()
+    name = "encoder.block.1.layer.0.SelfAttention.q"
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    exact = x @ file[f"{name}.weight"].T
+    with torch.inference_mode():
+        errors = {
+            start: float((model.base_model.model.get_submodule(name)(x) - exact).norm() / exact.norm())
+            for start, model in starts.items()
+        }
+    assert errors["loftq"] < 0.9 * errors["default"]
+
+
+def test_groups_name_the_layers_that_the_model_has(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=1, lora_target_modules=["all_linear"]))
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["k", "o", "q", "v", "wi_0", "wi_1", "wo"]
+    with pytest.raises(SettingsError, match="lora_target_modules: gate: no such linear layer") as raised:
+        train(settings(untied_base, conversations, tmp_path / "b", lora_target_modules=["q", "gate"]))
+    assert "attention, feed-forward, all-linear" in str(raised.value.hint)
+
+
+def test_loraplus_gives_b_its_own_rate(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    """Adam's first step moves each value by the learning rate, whatever its gradient."""
+    changes = {"max_steps": 1, "lora_dropout": 0.0, "learning_rate": 1e-3, "loraplus_lr_ratio": 16}
+    train(settings(untied_base, conversations, tmp_path / "run", **changes))
+    b = [value for name, value in trained_adapter(tmp_path / "run").items() if "lora_B" in name]
+    moved = torch.cat([value.abs().flatten() for value in b])
+    assert moved[moved > 0].median() == pytest.approx(16e-3, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def loraplus_start(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter with token rows whose B matrices are no longer zero, on a base without dropout."""
+    folder = tmp_path_factory.mktemp("loraplus")
+    base = shutil.copytree(untied_base, folder / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+    train(settings(base, conversations, folder / "start", max_steps=3))
+    return folder / "start"
+
+
+LORAPLUS = {
+    "max_steps": 6,
+    "save_steps": 6,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "lora_dropout": 0.0,
+    "loraplus_lr_ratio": 16,
+    "num_data": 8,
+    "max_grad_norm": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def loraplus_by_hand(loraplus_start: Path, conversations: Path) -> dict[str, torch.Tensor]:
+    """Six steps on the same eight examples: transformers' model, PEFT's adapter, torch's loss and optimizer."""
+    from peft import PeftModel
+    from transformers import T5ForConditionalGeneration
+
+    base = loraplus_start.parent / "base"
+    model = T5ForConditionalGeneration.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    model = PeftModel.from_pretrained(model, str(loraplus_start), is_trainable=True).eval()
+    encoder, decoder = model.base_model.model.encoder.embed_tokens, model.base_model.model.decoder.embed_tokens
+    decoder.token_adapter.trainable_tokens_delta = encoder.token_adapter.trainable_tokens_delta  # T5 has one embedding
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    fast = [value for name, value in named.items() if ".lora_B." in name]
+    slow = [value for name, value in named.items() if ".lora_B." not in name]
+    assert any("trainable_tokens_delta" in name for name in named)
+    optimizer = torch.optim.AdamW([{"params": slow, "lr": 1e-3}, {"params": fast, "lr": 16e-3}], weight_decay=0.0)
+    examples = [example for example in open_cache(loraplus_start / "data")][:8]
+    for _ in range(6):
+        losses = []
+        for example in examples:
+            source_1S, target_1T = (torch.from_numpy(ids)[None] for ids in (example.source_S, example.target_T))
+            logits_1TV = model(input_ids=source_1S, labels=target_1T).logits
+            losses.append(torch.nn.functional.cross_entropy(logits_1TV[0], target_1T[0], reduction="sum"))
+        (sum(losses) / sum(len(example.target_T) for example in examples)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name.replace(".default", ""): value.detach() for name, value in named.items()}
+
+
+@pytest.mark.parametrize("stage", [None, "zero0", "zero1", "zero2", "zero3"])
+def test_loraplus_learns_what_an_independent_loop_learns(
+    stage: str | None,
+    loraplus_start: Path,
+    loraplus_by_hand: dict[str, torch.Tensor],
+    conversations: Path,
+    tmp_path: Path,
+    on_ranks: Callable[..., Finished],
+) -> None:
+    """ZeRO-3's placeholders are all one-dimensional, as DoRA's norms are, which learn at B's rate."""
+    flags = [part for name, value in LORAPLUS.items() for part in (f"--{name}", value)]
+    done = on_ranks(
+        2 if stage else 1, "train", "--model-name-or-path", loraplus_start.parent / "base", "--data-path",
+        loraplus_start / "data", "--adapter", loraplus_start, "--output-dir", tmp_path / "run", "--use-cpu",
+        "--per-device-train-batch-size", "4" if stage else "8", "--report-samples", "0", "--json", *flags,
+        *(["--deepspeed", stage] if stage else []),
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    before, after = trained_adapter(loraplus_start), trained_adapter(tmp_path / "run")
+    assert loraplus_by_hand.keys() == after.keys() - {DECODER_ROWS}  # it shares the encoder's
+    for name, value in loraplus_by_hand.items():
+        error = (after[name] - value).norm() / (value - before[name]).norm()
+        assert error < 1e-3, name
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = {json.loads(line).get("learning_rate") for line in lines}
+    assert rates - {None} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [VARIANTS["dora"], VARIANTS["pissa"], VARIANTS["lora+"], VARIANTS["modules to save"], {"train_mode": "full"}],
+    ids=["dora", "pissa", "lora+", "modules to save", "full"],
+)
+def test_resuming_gives_the_bits_of_a_straight_run(
+    changes: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(settings(untied_base, conversations, run, **changes))
+    file = "model.safetensors" if "train_mode" in changes else "adapter_model.safetensors"
+    straight = (run / file).read_bytes()
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoint-6")
+    result = train(settings(untied_base, conversations, run, **changes))
+    assert result.resumed_from == run / "checkpoint-3"
+    assert (run / file).read_bytes() == straight
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa", "modules to save", "lora+"])
+def test_shards_of_two_ranks_export_what_was_saved_live(
+    name: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+) -> None:
+    options = []
+    for key, value in VARIANTS[name].items():
+        options += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    done = on_ranks(
+        2, "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
+        "--eval-data-path", conversations, "--max-steps", "2", "--learning-rate", "1e-2", "--deepspeed", "zero3",
+        "--report-samples", "0", "--json", *options,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    export(ExportSettings(checkpoint=tmp_path / "run", output_dir=tmp_path / "adapter"))
+    live, exported = trained_adapter(tmp_path / "run"), trained_adapter(tmp_path / "adapter")
+    assert live.keys() == exported.keys()
+    assert all(torch.equal(live[key], exported[key]) for key in live)
+    assert done.json["eval"]["loss"] == pytest.approx(
+        loss_of(tmp_path / "adapter", conversations, tmp_path / "out"), rel=1e-4
+    )
+
+
+# ---------------------------------------------------------------- full training
+
+
+def full(base: Path, data: Path, run: Path, **changes: Any) -> Trained:
+    return train(settings(base, data, run, train_mode="full", **{"learning_rate": 1e-3, **changes}))
+
+
+def test_full_training_ends_with_a_checkpoint_that_stock_transformers_loads(
+    base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    before = load_file(base / "model.safetensors")
+    result = full(base, conversations, tmp_path / "run")
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+    assert result.trainable_parameters == result.total_parameters
+    assert result.eval["loss"] == pytest.approx(loss_of(tmp_path / "run", conversations, tmp_path / "out"), rel=1e-5)
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(stock[name], value) for name, value in after.items())
+    tied = json.loads((tmp_path / "run" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied is ("lm_head.weight" not in before)
+
+
+def test_full_training_is_the_same_under_zero3(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+) -> None:
+    common = (
+        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--train-mode", "full",
+        "--max-steps", "2", "--learning-rate", "1e-3", "--lora-dropout", "0", "--json", "--no-group-by-length",
+        "--report-samples", "0",
+    )  # fmt: skip
+    ranks = on_ranks(2, *common, "--output-dir", tmp_path / "ranks", "--deepspeed", "zero3")
+    alone = on_ranks(2, *common, "--output-dir", tmp_path / "ddp")
+    assert ranks.code == alone.code == 0, ranks.stderr
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("ranks", "ddp"))
+    assert a.keys() == b.keys()
+    # dropout of 0.1 draws the same in both; sums over ranks are rounded otherwise
+    assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
+
+
+def test_a_fully_trained_run_is_no_adapter(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    full(untied_base, conversations, tmp_path / "run", max_steps=1)
+    with pytest.raises(CheckpointError, match="no adapter"):
+        export(ExportSettings(checkpoint=tmp_path / "run", output_dir=tmp_path / "out"))
+    values = {"model_name_or_path": str(untied_base), "adapter": tmp_path / "run", "output_dir": tmp_path / "out"}
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        merge(MergeSettings(**values))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_lora_weights": "pizza"}, "expected one of default, gaussian"),
+        ({"init_lora_weights": "pissa_niter_N"}, "expected one of default"),
+        ({"init_lora_weights": "eva"}, "gradients or activations"),
+        ({"init_lora_weights": "loftq"}, "which is off"),
+        ({"init_lora_weights": "pissa", "q_lora": True}, "4-bit under q_lora"),
+        ({"init_lora_weights": "olora", "use_dora": True}, "don't go together"),
+        ({"modules_to_save": "lm_head"}, "lm_head: PEFT's copy"),
+        ({"modules_to_save": "decoder.embed_tokens"}, "embed_tokens: PEFT's copy"),
+        ({"train_mode": "full", "q_lora": True}, "full training has no adapters"),
+        ({"train_mode": "full", "use_dora": True}, "full training has no adapters"),
+        ({"loraplus_lr_ratio": 0}, "greater than 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
+    with pytest.raises(SettingsError, match=message):
+        load_settings(TrainSettings, flags={**needed, **changes})
+
+
+def test_modules_to_save_that_are_not_there_or_quantised_are_refused(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="modules_to_save: adapter_norm: no such module"):
+        train(settings(untied_base, conversations, tmp_path / "a", modules_to_save=["adapter_norm"]))
+    changes = {"modules_to_save": ["wo"], "lora_target_modules": ["q"], "q_lora": True, "bf16": False}
+    with pytest.raises(SettingsError, match="modules_to_save: wo: holds quantised weights"):
+        train(settings(untied_base, conversations, tmp_path / "b", **changes))
+
+
+def test_int8_under_deepspeed_is_refused(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    changes = {"q_lora": True, "quant_type": "int8", "deepspeed": "zero2"}
+    with pytest.raises(SettingsError, match="quant_type: int8 weights can't go through DeepSpeed"):
+        train(settings(untied_base, conversations, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("ways", [{}, {"use_dora": True, "modules_to_save": NORMS}], ids=["lora", "dora and norms"])
+def test_training_starts_from_an_adapter_bit_by_bit(
+    ways: dict[str, Any], base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    train(settings(base, conversations, tmp_path / "first", **ways))
+    ways = {**ways, "adapter": tmp_path / "first", "eval_data_path": None, "max_steps": 1}
+    train(settings(base, conversations, tmp_path / "same", **ways, learning_rate=0))
+    train(settings(base, conversations, tmp_path / "more", **ways, learning_rate=1e-3))
+    first, same, more = (trained_adapter(tmp_path / name) for name in ("first", "same", "more"))
+    assert first.keys() == same.keys() == more.keys()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not any(torch.equal(first[name], more[name]) for name in first)
+
+
+def test_shards_start_from_an_adapter_bit_by_bit(
+    first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+) -> None:
+    done = on_ranks(
+        *(2, "train", "--model-name-or-path", untied_base, "--data-path", conversations),
+        *("--output-dir", tmp_path / "run", "--adapter", first_adapter, "--deepspeed", "zero3"),
+        *("--max-steps", "1", "--learning-rate", "0", "--report-samples", "0"),
+    )
+    assert done.code == 0, done.stderr
+    first, same = trained_adapter(first_adapter), trained_adapter(tmp_path / "run")
+    assert first.keys() == same.keys()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+
+
+def test_a_start_s_token_rows_stay_those_of_their_tokens(untied_base: Path, tmp_path: Path) -> None:
+    files = []
+    for name, answer in (("first", "日本 日"), ("other", "月水 月")):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("\n".join(json.dumps({"source": f"{n}?", "target": answer}) for n in range(8)))
+    more = {"eval_data_path": None, "max_steps": 1, "report_samples": 0}
+    train(settings(untied_base, files[0], tmp_path / "first", **more, conversation_template="plain"))
+    more["adapter"] = tmp_path / "first"
+    train(settings(untied_base, files[1], tmp_path / "same", **more, learning_rate=0))
+    first, same = (trained_adapter(tmp_path / name) for name in ("first", "same"))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    for name in ("tokenizer.json", "template.yaml"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    added = [open_cache(tmp_path / name / "data").added_tokens for name in ("first", "same")]
+    assert added[0] == added[1]
+    assert "日" in added[0]
+    values = {"model_name_or_path": str(untied_base), "data_path": str(files[1]), "output_dir": tmp_path / "cache"}
+    cache = prepare(PrepareSettings(**values)).cache
+    with pytest.raises(CheckpointError, match="its row [0-9]+ is of '.+', which the tokenizer here lacks or has elsew"):
+        train(settings(untied_base, cache, tmp_path / "refused", **more))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora_r": 4}, "r 8, but lora_r 4 here; give lora_r 8"),
+        ({"lora_alpha": 8}, "lora_alpha 16.0, but lora_alpha 8.0 here"),
+        ({"use_rslora": True}, "use_rslora False, but use_rslora True here"),
+        ({"lora_target_modules": ["q", "k", "v"]}, "this run trains .*k.lora_A.weight, which it lacks"),
+        ({"lora_target_modules": ["q"]}, "it holds .*v.lora_A.weight, which this run doesn't train"),
+        ({"add_tokens": ["none"]}, "it holds .*trainable_tokens_delta, which this run doesn't train"),
+        ({"add_tokens": ["fastchat"]}, "its rows are of other tokens"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_no_start(
+    changes: dict[str, Any], said: str, first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=f"adapter: {first_adapter}: .*{said.partition(';')[0]}") as refused:
+        train(settings(untied_base, conversations, tmp_path / "run", adapter=first_adapter, **changes))
+    assert refused.value.hint
+
+
+def test_a_folder_without_an_adapter_is_no_start(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"adapter.*{tmp_path}"):
+        train(settings(untied_base, conversations, tmp_path / "run", adapter=tmp_path))
+
+
+@pytest.fixture(scope="module")
+def first_adapter(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first") / "run"
+    train(settings(untied_base, conversations, folder, max_steps=1, eval_data_path=None))
+    return folder

@@ -1,0 +1,124 @@
+"""What training sets up on a device."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from t5tune.commands.train import train
+from t5tune.errors import SettingsError
+from t5tune.model.device import SPIN_VARIABLES, check_bf16
+from t5tune.model.load import load_base
+from t5tune.model.lora import load_adapter, load_sum
+from t5tune.settings import TrainSettings
+from t5tune.training.validate import check
+from tests.conftest import REPOSITORY
+
+STEPS = """
+import resource, torch
+from t5tune.model.device import keep_freed_memory
+if {kept}:
+    keep_freed_memory()
+def step():
+    return sum((torch.ones(4 << 20) * factor).sum() for factor in range(4))
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_used_again_without_asking_linux() -> None:
+    """Pages that are touched for the first time, in four steps of eight tensors of 16 MiB, 4,096 pages each."""
+    faults = {}
+    for kept in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS.format(kept=kept)], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        faults[kept] = int(done.stdout)
+    if faults[False] < 10_000:
+        pytest.skip("this malloc keeps large memory by itself")
+    assert faults[True] < faults[False] / 10
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "spins"),
+    [("", "", "3000"), ("OMP_WAIT_POLICY", "PASSIVE", "0"), ("GOMP_SPINCOUNT", "7", "7")],
+)
+def test_threads_spin_briefly_unless_the_user_says_how_long(variable: str, value: str, spins: str) -> None:
+    """As GNU's OpenMP itself tells it when torch is imported."""
+    environment = {name: text for name, text in os.environ.items() if name not in SPIN_VARIABLES}
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({variable: value} if variable else {})
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", "pocket", "--prompt", "Say hello."]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this torch carries another OpenMP")
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {spins}
+
+
+def settings(base: Path, data: Path, run: Path, optim: str) -> TrainSettings:
+    return TrainSettings(
+        model_name_or_path=str(base), data_path=str(data), output_dir=run, optim=optim, max_steps=2, use_cpu=True,
+        lora_r=64, lora_target_modules=["all-linear"], learning_rate=1e-2,
+    )  # fmt: skip
+
+
+def test_paged_optimizers_are_refused_without_a_gpu(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="optim: paged_adamw_8bit: pages between a GPU's memory"):
+        check(settings(untied_base, conversations, tmp_path / "run", "paged_adamw_8bit"))
+
+
+def test_an_8_bit_optimizer_trains_and_is_saved_in_8_bits(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    train(settings(untied_base, conversations, tmp_path / "run", "adamw_bnb_8bit"))
+    state = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    kept = [value for part in state.values() for value in _tensors(part) if value.numel() >= 4096]
+    assert {value.dtype for value in kept} == {torch.uint8}
+
+
+def _tensors(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [tensor for part in value.values() for tensor in _tensors(part)]
+    return [value] if hasattr(value, "numel") else []
+
+
+def test_an_adapter_is_read_onto_the_device_of_its_model(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's own choice is the first GPU that there is, which chat --use-cpu must leave alone."""
+    train(settings(untied_base, conversations, tmp_path / "run", "adamw_torch"))
+    for module in ("peft.peft_model", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.infer_device", lambda: "cuda")
+    model = load_base(untied_base, torch.float32, torch.device("cpu"))
+    loaded = load_adapter(model, tmp_path / "run")
+    assert {value.device.type for value in loaded.parameters()} == {"cpu"}
+    model = load_base(untied_base, torch.float32, torch.device("cpu"))
+    summed = load_sum(model, [tmp_path / "run", tmp_path / "run"], [0.5, 0.5])
+    assert {value.device.type for value in summed.parameters()} == {"cpu"}
+
+
+def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    generation = SimpleNamespace(major=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: generation)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    with pytest.raises(SettingsError, match="bf16: Tesla T4 has no bf16 arithmetic") as raised:
+        check_bf16(torch.device("cuda"))
+    assert "--no-bf16" in str(raised.value.hint)
+    check_bf16(torch.device("cpu"))
+    generation.major = 8
+    check_bf16(torch.device("cuda"))

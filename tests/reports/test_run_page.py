@@ -1,0 +1,269 @@
+"""report.html of a run: what it shows is what happened, it needs no network, and a browser draws it; the journal
+and the trackers beside it.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from t5tune.commands.train import train
+from t5tune.errors import DependencyError, SettingsError
+from t5tune.progress import silent
+from t5tune.reports.svg import Series, line_chart, short
+from t5tune.settings import TrainSettings
+from t5tune.training.metrics_log import Journal, read_journal
+from tests.commands.test_train import losses, metrics, settings
+from tests.conftest import t5tune
+
+CANARY = "hf_canary0123456789"
+CHARTS = [
+    "Loss", "Learning rate", "Gradient norm", "Tokens per second", "Peak memory (GiB)", "Source length",
+    "Target length",
+]  # fmt: skip
+PROBE = """<script>
+const charts = [...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect());
+document.body.innerHTML = '<pre id=found>' + JSON.stringify({
+  heights: charts.map(box => box.height),
+  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  back: getComputedStyle(document.body).backgroundColor,
+  text: getComputedStyle(document.body).color,
+  loaded: performance.getEntriesByType('resource').length,
+}) + '</pre>';
+</script>"""
+
+
+class Page(HTMLParser):
+    """What a reader finds in the page: charts by name with their lines and bars, and the cells of its tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.charts: dict[str, dict[str, list[Any]]] = {}
+        self.cells: list[str] = []
+        self.names: set[str] = set()
+        self._in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.names.add(tag)
+        if tag == "svg":
+            self.charts[str(values["aria-label"])] = {"lines": [], "bars": []}
+        elif tag == "polyline":
+            list(self.charts.values())[-1]["lines"].append(str(values["points"]).split())
+        elif tag == "rect":
+            list(self.charts.values())[-1]["bars"].append(float(str(values["height"])))
+        elif tag in {"td", "th"}:
+            self.cells.append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_cell &= tag not in {"td", "th"}
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "reported"
+    chosen = settings(untied_base, conversations, folder, eval_fraction=0.2, eval_steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", CANARY)
+        train(chosen)
+    return folder
+
+
+def test_the_page_shows_what_the_journal_and_the_cache_hold(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert list(page.charts) == CHARTS
+    assert [len(line) for line in page.charts["Loss"]["lines"]] == [6, 2]
+    assert all(len(page.charts[name]["lines"][0]) == 6 for name in CHARTS[1:5])
+    heights = [float(point.split(",")[1]) for point in page.charts["Loss"]["lines"][0]]
+    assert (heights[0] < heights[-1]) is (losses(run)[0] > losses(run)[-1])
+    result = json.loads((run / "result.json").read_text())
+    assert (
+        sum(int(count) for count in re.findall(r"<title>[\d,]+–[\d,]+: (\d+)</title>", text)) == 2 * result["examples"]
+    )
+    assert f"{result['eval']['loss']:.4g}" in page.cells
+    assert {"learning_rate", "0.01", "lora_r", "8"} <= set(page.cells)
+
+
+def test_the_page_is_one_file_without_scripts_links_or_secrets(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert not Page(text).names & {"script", "link", "img", "iframe", "object", "a"}
+    assert "://" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+    assert CANARY not in text
+
+
+def test_its_replies_are_those_of_the_base_and_of_the_trained_model(run: Path, untied_base: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples) == 3
+    cells = Page((run / "report.html").read_text()).cells
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    base = AutoModelForSeq2SeqLM.from_pretrained(untied_base).eval()
+
+    def reply(model: Any, source: str) -> str:
+        ids = model.generate(**tokenizer(source, return_tensors="pt"), max_new_tokens=20, do_sample=False)
+        return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+    before = [reply(base, sample["source"]) for sample in samples]
+    tuned = PeftModel.from_pretrained(base, str(run)).eval()
+    for sample, first in zip(samples, before, strict=True):
+        for name, found in (("before", first), ("after", reply(tuned, sample["source"]))):
+            # the reply in the page may be cut sooner or later than this one, nothing else
+            short, long = sorted((found.strip(), sample[name].strip()), key=len)
+            assert long.startswith(short), name
+            assert sample[name] in cells
+
+
+def test_replying_changes_nothing_of_training(
+    run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    quiet = settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=3, report_samples=0)
+    train(quiet)
+    assert not (tmp_path / "run" / "samples.json").exists()
+    assert "before" not in (tmp_path / "run" / "report.html").read_text()
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "run"))
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_it(scheme: str, run: Path, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium is installed")
+    page = tmp_path / "page.html"
+    page.write_text((run / "report.html").read_text() + PROBE)
+    # dark mode by the setting that stands for the system's: 0 is dark, 1 light
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=480,900", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--dump-dom",
+        page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    match = re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
+    assert match, done.stderr[-2000:]
+    found = json.loads(match[1])
+    assert len(found["heights"]) == len(CHARTS)
+    assert min(found["heights"]) > 100
+    assert found["overflow"] <= 0
+    assert found["loaded"] == 0
+    back, words = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("back", "text"))
+    assert (back > words) is (scheme == "light")
+
+
+def test_the_journal_beats_between_lines_and_is_read_past_resumes_and_cuts(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, seconds_between_beats=0)
+    journal.write(1, {"loss": 3.0})
+    journal.beat(1)
+    journal.write(2, {"loss": 2.0})
+    journal.write(2, {"eval_loss": 2.5})
+    journal.write(1, {"loss": 2.9})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]]
+    assert [line.get("heartbeat", False) for line in lines] == [False, True, False, False, False]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"]) for line in lines)
+    assert [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_journal(tmp_path)] == [
+        (1, 2.9, None),
+        (2, 2.0, 2.5),
+    ]
+    journal.write(4, {"loss": float("nan"), "grad_norm": float("inf")})
+    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last, parse_constant=pytest.fail).items() >= {"step": 4, "loss": None, "grad_norm": None}.items()
+    quiet = Journal(tmp_path, seconds_between_beats=1000)
+    quiet.beat(5)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines) + 2
+
+
+def test_slow_steps_leave_a_sign_of_life(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Journal.__init__, "__defaults__", (0.0, silent))
+    train(settings(untied_base, conversations, tmp_path / "run", max_steps=4, logging_steps=100, report_samples=0))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "heartbeat" in line] == [1, 2, 3, 4]
+
+
+def test_a_log_file_gets_plain_lines(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    done = t5tune(
+        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
+        "--max-steps", "4", "--logging-steps", "2", "--use-cpu", env={"TERM": "xterm-256color", "CI": "true"},
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train: step")]
+    assert [line.split()[2] for line in lines] == ["1", "2", "4"]
+    assert all("loss" in line and "tokens/s" in line for line in lines)
+    assert "\x1b" not in done.stderr
+    assert "\r" not in done.stderr
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_anything_is_made(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="report_to: tensorbord: no such tracker"):
+        train(settings(untied_base, conversations, tmp_path / "run", report_to=["tensorbord"]))
+    missing = [name for name in ("wandb", "mlflow", "trackio") if importlib.util.find_spec(name) is None]
+    for name in missing:
+        with pytest.raises(DependencyError, match=f"{name} isn't installed") as caught:
+            train(settings(untied_base, conversations, tmp_path / "run", report_to=[name]))
+        assert f"pip install {name}" in str(caught.value.hint)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_gets_the_figures(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(settings(untied_base, conversations, tmp_path / "run", report_to=["tensorboard"], report_samples=0))
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    logged = [event.value for event in accumulator.Scalars("train/loss")]
+    assert logged == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+
+
+def test_charts_leave_out_what_is_not_finite_and_thin_what_is_long() -> None:
+    long = [(float(step), 2.0) for step in range(10_000)]
+    assert len(re.findall(r"[\d.]+,[\d.]+", line_chart("A", [Series("a", long)], "step"))) <= 301
+    assert line_chart("A", [Series("a", [(1, float("nan"))])], "step") == ""
+    (points,) = re.findall(
+        r'points="(.*?)"', line_chart("A", [Series("a", [(1, 1), (2, float("inf")), (3, 2)])], "step")
+    )
+    assert len(points.split()) == 2
+    assert [short(value) for value in (0.00015, 12.5, 1200, 8718.9, 81_000, 3.2e6)] == [
+        "0.00015", "12.5", "1,200", "8,719", "81k", "3.2M",
+    ]  # fmt: skip
+
+
+def test_a_loss_that_falls_a_thousandfold_is_drawn_on_powers_of_ten() -> None:
+    def heights(*values: float) -> list[float]:
+        chart = line_chart("A", [Series("a", list(enumerate(values)))], "step", may_be_logarithmic=True)
+        return [float(place.split(",")[1]) for place in re.findall(r'points="(.*?)"', chart)[0].split()]
+
+    first, second, third = heights(10, 0.1, 0.001)
+    assert second - first == pytest.approx(third - second, abs=0.2)
+    first, second, third = heights(10, 6, 2)
+    assert second - first == pytest.approx(third - second, abs=0.2)
+    assert heights(1000, 0, 0)[1] == heights(1000, 0, 0)[2]  # there is no power of ten for nothing
+
+
+def test_the_settings_of_the_page_are_settings(run: Path) -> None:
+    cells = Page((run / "report.html").read_text()).cells
+    assert set(TrainSettings.model_fields) <= set(cells)
