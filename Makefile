@@ -1,9 +1,9 @@
-# Everything that people and CI run. PYTHON is used once, to make .venv.
+# All commands that developers and CI run. PYTHON is used only once, to create .venv.
 PYTHON ?= python3
 CHROMIUM ?= chromium
 BIN := .venv/bin
 
-.PHONY: quickstart test compatibility floors reliability fuzz check lint types build docs picture clean
+.PHONY: quickstart test test-fast compatibility floors reliability fuzz check lint types build docs picture clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -11,18 +11,22 @@ quickstart: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
+# everything that isn't marked slow: under three minutes on two cores
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
 fuzz: .venv/installed-dev
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adversarial/test_fuzz_*.py -n 0 --timeout 7200
 
 reliability: .venv/installed-dev
 	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability -n 0 --timeout 14400
 
-# what transformers 4, CTranslate2 and a stock tokenizer make of merged checkpoints
+# tests that load merged checkpoints with transformers 4, CTranslate2 and a stock tokenizer
 compatibility: .venv/installed-dev build/transformers-4/installed
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[deploy]'
 	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/end_to_end/test_other_tools.py tests/end_to_end/test_families.py
 
-# the tests with the oldest releases that pyproject.toml allows; PYTHON=python3.11 where python3 is newer
+# the tests with the oldest releases that pyproject.toml allows; set PYTHON=python3.11 if python3 is newer
 floors: build/floors/installed
 	build/floors/bin/python -m pytest
 
@@ -43,7 +47,7 @@ docs: .venv/installed
 	$(BIN)/pip install --quiet -e '.[docs]'
 	$(BIN)/mkdocs build --strict --site-dir build/site
 
-# README's picture: the report of a real run on the built-in model
+# the picture in README.md: the report of a real run on the built-in model
 picture: .venv/installed
 	rm -rf build/run
 	$(BIN)/t5tune train --config pocket --output-dir build/run --eval-fraction 0.05 --eval-steps 50 --eval-generate 32
@@ -57,7 +61,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
-	@echo "installing into .venv: a minute or two"
+	@echo "installing into .venv; this takes a minute or two"
 	$(BIN)/pip install --disable-pip-version-check --quiet -e .
 	touch $@
 
@@ -70,7 +74,7 @@ build/transformers-4/installed: .venv/bin/python
 	build/transformers-4/bin/pip install --disable-pip-version-check --quiet 'transformers<5' torch safetensors sentencepiece ctranslate2
 	touch $@
 
-# the requirements with == for >=, as constraints
+# the constraints are the requirements with == in place of >=
 build/floors/installed: pyproject.toml
 	$(PYTHON) -m venv --clear build/floors
 	build/floors/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*(line.replace(">=", "==", 1) for line in project["dependencies"]), sep="\n")' > build/floors/constraints.txt

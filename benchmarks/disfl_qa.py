@@ -1,4 +1,4 @@
-"""Disfl-QA (Gupta et al. 2021) -> conversations in ShareGPT form: a disfluent question, answered by the fluent one.
+"""Convert Disfl-QA (Gupta et al. 2021) to ShareGPT conversations: a disfluent question, then the fluent one as target.
 
 python benchmarks/disfl_qa.py disfl-qa.train.json train.jsonl
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("input", type=Path, help="a JSON file of the data set")
+    parser.add_argument("input", type=Path, help="a JSON file of the dataset")
     parser.add_argument("output", type=Path, help="a JSONL file")
     options = parser.parse_args()
     pairs = json.loads(options.input.read_text(encoding="utf-8"))

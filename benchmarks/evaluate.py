@@ -1,11 +1,11 @@
-"""Peak memory of evaluating against that of training, on the same base and conversations.
+"""Compare the peak memory of evaluation with that of training, on the same base and conversations.
 
     python benchmarks/evaluate.py --config mt5-small.json --data chats.json [--num-conversations 40] [--steps 8]
         [--num-beams 1] [--max-new-tokens N] [--model-max-length 2048] [--tokenizer FOLDER] [--vocabulary N]
 
-Makes a random base in the shape of a config.json (`--vocabulary` gives it another number of embedding rows), prepares
-the conversations, then runs `t5tune train` and `t5tune evaluate` at their default settings, each in a process of its
-own. Prints one JSON line: the peak memory of both (MB, VmHWM) and evaluate's over train's.
+Makes a random base with the shape of a config.json (`--vocabulary` sets another number of embedding rows), prepares
+the conversations, then runs `t5tune train` and `t5tune evaluate` with their default settings, each in its own process.
+Prints one JSON line: the peak memory of both (MB, VmHWM) and the ratio of evaluate to train.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def compare(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Both sides' peaks."""
+    """Measure the peak memory of both commands."""
     config = json.loads(chosen.config.read_text())
     if chosen.vocabulary:
         config["vocab_size"] = chosen.vocabulary
@@ -67,7 +67,7 @@ def compare(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     options = ["--num-beams", str(chosen.num_beams)]
     if chosen.max_new_tokens:
         options += ["--max-new-tokens", str(chosen.max_new_tokens)]
-    evaluate = run_script(EVALUATE, [base, cache, folder / "scores", *options], folder / "figures")
+    evaluate = run_script(EVALUATE, [base, cache, folder / "scores", *options], folder / "evaluate")
     return {
         "config": chosen.config.name,
         "vocabulary": config["vocab_size"],

@@ -1,12 +1,13 @@
-"""export against DeepSpeed's zero_to_fp32.py, on the same checkpoint, one after the other.
+"""Compare `t5tune export` with DeepSpeed's zero_to_fp32.py on the same checkpoint.
 
     python benchmarks/export.py --config flan-t5-small.json [--folder F] [--runs 3] [--sides ours theirs]
 
-The checkpoint is made here in the shape of a model's config.json: two ranks of ZeRO-3, LoRA of rank 8 on q and v with
-random fp32 masters and Adam's states, and the base in bf16 as frozen fragments, which lie in the files as holes: so a
-model of any size fits on the disk. theirs is told to leave the frozen weights out, as ours does. Each side runs in a
-process of its own, start-up included, the sides in turn, `runs` times over; of each the fastest run counts. Prints one
-JSON line: wall and CPU seconds, peak memory (MB, VmHWM), and whether both sides' tensors are the same bits.
+Makes the checkpoint with the shape of a model's config.json: two ranks of ZeRO-3, LoRA of rank 8 on q and v with random
+fp32 master weights and Adam states, and the base in bf16 as frozen fragments. These are holes in sparse files, so that
+a model of any size fits on the disk. DeepSpeed's script ("theirs") leaves the frozen weights out, as export ("ours")
+does. Each side runs in its own process, start-up included; the sides take turns, `runs` times, and the fastest run of
+each counts. Prints one JSON line: wall and CPU seconds, peak memory (MB, VmHWM), and whether the tensors of both sides
+have the same bits.
 """
 
 import argparse
@@ -38,7 +39,7 @@ convert_zero_checkpoint_to_fp32_state_dict(*arguments, exclude_frozen_parameters
 
 
 class Hole:
-    """A tensor of zeros that a file needn't store; `values`: one that it stores."""
+    """A tensor of zeros, which is a hole in the file; with `values`, a tensor whose bytes are written."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, values: bytes | None = None) -> None:
         self.shape = shape
@@ -48,7 +49,7 @@ class Hole:
 
 
 class Pickler(pickle.Pickler):
-    """Writes a Hole as torch writes a tensor."""
+    """Pickles a Hole as torch pickles a tensor."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, protocol=2)
@@ -73,7 +74,7 @@ class Pickler(pickle.Pickler):
 
 
 def save(path: Path, state: Any) -> None:
-    """torch.save, with holes; the sums of the members are left out, as torch can do too."""
+    """Write what torch.save would, but with holes and without CRC checksums of the members (torch has that option)."""
     import io
 
     pickled = io.BytesIO()
@@ -96,7 +97,7 @@ def save(path: Path, state: Any) -> None:
                 len(name), len(extra), 0, 0, 0, 0, 0xFFFFFFFF,
             )  # fmt: skip
             table += name + extra
-            # what follows a member whose sizes its own header doesn't tell
+            # the data descriptor, which follows a member if its local header has no sizes
             file.write(struct.pack("<4sI2Q", b"PK\7\x08", 0, size, size))
         begin = file.tell()
         end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, len(members), len(members), len(table), begin)
@@ -106,14 +107,14 @@ def save(path: Path, state: Any) -> None:
 
 
 def make_checkpoint(folder: Path, config_file: Path) -> int:
-    """A DeepSpeed folder of the model's shape; returns the bytes of its adapter."""
+    """Write a DeepSpeed checkpoint of the model's shape; return the size of its adapter in bytes."""
     import numpy as np
     import torch
 
-    from t5tune.checkpoints.adapter_shapes import base_shapes
+    from t5tune.checkpoints.adapter_shapes import derive_base_shapes
 
     config = json.loads(config_file.read_text())
-    shapes = base_shapes(config)
+    shapes = derive_base_shapes(config)
     frozen = {name: shape for name, shape in shapes.items() if "embed_tokens" not in name}
     prefix, adapted = "base_model.model.", {}
     for name, (out, inner) in ((n, s) for n, s in shapes.items() if n.endswith((".q.weight", ".v.weight"))):
@@ -165,7 +166,7 @@ def run_side(side: str, checkpoint: Path, output: Path) -> dict[str, float]:
     return run_script(body, [checkpoint, output], output.with_suffix(".txt"), DS_ACCELERATOR="cpu")
 
 
-def same(ours: Path, theirs: Path) -> bool:
+def is_bitwise_equal(ours: Path, theirs: Path) -> bool:
     import torch
     from safetensors.torch import load_file
 
@@ -178,7 +179,7 @@ def same(ours: Path, theirs: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="config.json of a T5, mT5 or umT5")
-    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="working folder; default: the system's temporary folder")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options = parser.parse_args()
@@ -200,7 +201,7 @@ def main() -> None:
         }
         if len(best) == 2:
             result["ratio"] = {key: round(best["ours"][key] / best["theirs"][key], 3) for key in best["ours"]}
-            result["same_bits"] = same(folder / "ours-0", folder / "theirs-0")
+            result["same_bits"] = is_bitwise_equal(folder / "ours-0", folder / "theirs-0")
     print(json.dumps(result))
 
 

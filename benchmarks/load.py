@@ -1,11 +1,11 @@
-"""How much memory does it take to load a quantised base? This loader beside transformers' with BitsAndBytesConfig.
+"""Compare the memory of loading a quantized base: t5tune's loader and transformers' with BitsAndBytesConfig.
 
-    python benchmarks/load.py                       # Flan-T5-large's shape, random weights, in 4 bits, on the CPU
+    python benchmarks/load.py                       # the shape of Flan-T5-large, random weights, 4 bits, on the CPU
     python benchmarks/load.py --shape xl --dtype float32
 
-Writes the weights tensor by tensor into a temporary folder, loads them by each way in a process of its own, and prints
-one JSON line: seconds, bytes of the parameters, and by how much the highest resident memory (VmHWM) is over what it was
-once the libraries had been imported.
+Writes the weights tensor by tensor to a temporary folder, loads them each way in its own process, and prints one JSON
+line: seconds, bytes of the parameters, and the increase of the peak resident memory (VmHWM) over the resident memory
+after the imports.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import memory_of_process, run_self
+from sides import read_process_memory, run_self
 
-from t5tune.checkpoints.safetensors import header_of
+from t5tune.checkpoints.safetensors import build_header
 
 SHAPES: dict[str, dict[str, int]] = {  # of Flan-T5
     "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
@@ -29,7 +29,7 @@ STORED = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 
 
 def write_base(folder: Path, shape: str, dtype: str) -> int:
-    """A random checkpoint of that shape; returns its bytes. No more than a tensor is in memory."""
+    """Write a random checkpoint of that shape, with one tensor in memory at a time; return its size in bytes."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -52,7 +52,7 @@ def write_base(folder: Path, shape: str, dtype: str) -> int:
     entries = {key: (name, shapes[key]) for key in sorted(shapes)}
     rng = np.random.default_rng(0)
     with open(folder / "model.safetensors", "wb") as file:
-        file.write(header_of(entries, {"format": "pt"}))
+        file.write(build_header(entries, {"format": "pt"}))
         for _, (_, dimensions) in entries.items():
             values = rng.standard_normal(dimensions, np.float32) * np.float32(dimensions[-1] ** -0.5)
             file.write((values if size == 4 else (values.view(np.uint32) >> 16).astype(np.uint16)).tobytes())
@@ -60,27 +60,27 @@ def write_base(folder: Path, shape: str, dtype: str) -> int:
 
 
 def load(way: str, folder: Path) -> dict[str, Any]:
-    """In a process of its own: load, and measure."""
+    """Load the base and measure; runs in its own process."""
     import bitsandbytes  # noqa: F401
     import torch
     from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, T5ForConditionalGeneration  # noqa: F401
 
     from t5tune.model.load import load_base
-    from t5tune.settings import QuantisationSettings
+    from t5tune.settings import QuantizationSettings
 
-    imported = memory_of_process("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far was importing's
+    imported = read_process_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, whose value so far comes from the imports
     started = time.perf_counter()
     if way == "t5tune":
-        model = load_base(folder, torch.bfloat16, torch.device("cpu"), QuantisationSettings(q_lora=True))
+        model = load_base(folder, torch.bfloat16, torch.device("cpu"), QuantizationSettings(q_lora=True))
     else:
-        quantisation = BitsAndBytesConfig(
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        options = {"quantization_config": quantisation, "dtype": torch.bfloat16, "device_map": "cpu"}
+        options = {"quantization_config": quantization, "dtype": torch.bfloat16, "device_map": "cpu"}
         model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options)
     seconds = time.perf_counter() - started
     parameters = {value.data_ptr(): value.numel() * value.element_size() for value in model.parameters()}
@@ -88,7 +88,7 @@ def load(way: str, folder: Path) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "parameter_bytes": sum(parameters.values()),
-        "peak_bytes": memory_of_process("VmHWM") - imported,
+        "peak_bytes": read_process_memory("VmHWM") - imported,
         "wo_in_4_bits": kinds == {"Params4bit"},
     }
 
@@ -96,7 +96,7 @@ def load(way: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="large")
-    parser.add_argument("--dtype", choices=list(STORED), default="bfloat16", help="of the file")
+    parser.add_argument("--dtype", choices=list(STORED), default="bfloat16", help="dtype of the file")
     parser.add_argument("--way", choices=["t5tune", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""What does the cross-entropy over the vocabulary cost? Whole logits and torch's loss, beside ours in chunks.
+"""Compare the cost of the cross-entropy over the vocabulary: torch's loss on whole logits, and t5tune's chunked loss.
 
     python benchmarks/loss.py
     python benchmarks/loss.py --tokens 8192 --vocabulary 250112 --width 512
 
-A frozen head and hidden states that want their gradient, each way in a process of its own, with the same malloc
-settings. Prints one JSON line: CPU seconds of forward and backward, the resident memory at its peak over what it was
-before, and how far loss and gradient are from fp64's.
+The head is frozen and the hidden states need a gradient. Each way runs in its own process, with the same malloc
+settings. Prints one JSON line: CPU seconds of forward and backward, the increase of the peak resident memory, and the
+relative error of the gradient compared with fp64.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import memory_of_process, run_self
+from sides import read_process_memory, run_self
 from torch.nn import functional
 
 
-def whole(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def compute_whole_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
-    from t5tune.model.loss import summed_cross_entropy
+    from t5tune.model.loss import compute_summed_cross_entropy
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -33,14 +33,14 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     hidden = torch.randn(options.tokens, options.width).to(dtype).requires_grad_()
     weight = (torch.randn(options.vocabulary, options.width) * options.width**-0.5).to(dtype)
     labels = torch.randint(0, options.vocabulary, (options.tokens,))
-    loss_of = whole if way == "whole" else summed_cross_entropy
-    loss_of(hidden[:64], weight, labels[:64]).backward()
+    compute_loss = compute_whole_loss if way == "whole" else compute_summed_cross_entropy
+    compute_loss(hidden[:64], weight, labels[:64]).backward()  # warm-up
     hidden.grad = None
-    Path("/proc/self/clear_refs").write_text("5")
-    before, started = memory_of_process("VmRSS"), time.process_time()
-    loss = loss_of(hidden, weight, labels)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before, started = read_process_memory("VmRSS"), time.process_time()
+    loss = compute_loss(hidden, weight, labels)
     loss.backward()
-    seconds, peak = time.process_time() - started, memory_of_process("VmHWM") - before
+    seconds, peak = time.process_time() - started, read_process_memory("VmHWM") - before
     part = slice(0, 256)
     exact_hidden = hidden.detach()[part].double().requires_grad_()
     functional.cross_entropy(exact_hidden @ weight.double().T, labels[part], reduction="sum").backward()

@@ -1,47 +1,50 @@
-"""Writes docs/memory.md: the bytes of each member of the family, from the functions that plan uses.
+"""Generate docs/memory.md: the memory of each known model's weights, computed with the functions that `plan` uses.
 
 python benchmarks/memory.py
 """
 
 from pathlib import Path
 
-from t5tune.model.known_configs import SIZES
-from t5tune.model.memory import empty_model_of, parameter_counts, weight_bytes
+from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.model.load import count_parameters
+from t5tune.model.memory import build_empty_training_model, count_weight_bytes
 from t5tune.settings import PlanSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 GB = 1e9
 TEXT = """# Memory
 
-What the weights of each member of the family take, in GB (10⁹ bytes), and the parameters that LoRA of rank 8 on q and v
-trains. The 4-bit columns hold every linear layer of the blocks in NF4 with double quantisation, `wo` too; embedding and
-head stay in bf16.
+How much memory the weights of each model take, in GB (10⁹ bytes), and how many parameters LoRA of rank 8 on q and v
+trains. In the NF4 column, every linear layer of the blocks, including `wo`, is stored in NF4 with double quantization;
+embedding and head stay in bf16.
 
-`t5tune plan` counts the rest for your batch, lengths and machine: gradients, optimizer, activations, by ZeRO stage.
+`t5tune plan` estimates the rest for your batch size, lengths and machine: gradients, optimizer state and activations,
+by ZeRO stage.
 
     t5tune plan --model-name-or-path google/flan-t5-xxl --q-lora --gradient-checkpointing --gpu-memory 24GiB
 
-| model | parameters | LoRA trains | fp32 | bf16 | NF4 (`--q-lora`) | of it embedding and head |
+| model | parameters | LoRA trains | fp32 | bf16 | NF4 (`--q-lora`) | embedding and head (bf16) |
 |---|---|---|---|---|---|---|
 """
 AFTER = """
-Written by `python benchmarks/memory.py` with the functions that `plan` uses, from each config.json's shape. How close a
-plan comes to a run on the CPU: `python benchmarks/plan.py`.
+`python benchmarks/memory.py` generates this page with the functions that `plan` uses, from the shapes in each
+`config.json`. `python benchmarks/plan.py` measures how close a plan comes to a run on the CPU; see
+[results](results.md#plan).
 """
 
 
-def page() -> str:
-    """docs/memory.md."""
-    return TEXT + "\n".join(row(name) for name in SIZES) + "\n" + AFTER
+def build_page() -> str:
+    """Return the text of docs/memory.md."""
+    return TEXT + "\n".join(build_row(name) for name in KNOWN_CONFIGS) + "\n" + AFTER
 
 
-def row(name: str) -> str:
-    """One model's line."""
+def build_row(name: str) -> str:
+    """Return a model's row of the table."""
     settings = PlanSettings(model_name_or_path=name, bf16=True)
-    model = empty_model_of(SIZES[name], settings, 0, deepspeed=False)
-    trainable, total = parameter_counts(model)
-    plain = sum(weight_bytes(model, None).values())
-    parts = weight_bytes(model, settings.model_copy(update={"q_lora": True}))
+    model = build_empty_training_model(KNOWN_CONFIGS[name], settings, 0, deepspeed=False)
+    trainable, total = count_parameters(model)
+    plain = sum(count_weight_bytes(model, None).values())
+    parts = count_weight_bytes(model, settings.model_copy(update={"q_lora": True}))
     ends = parts["embedding"] + parts["head"]
     sizes = (2 * plain, plain, sum(parts.values()), ends)
     cells = [name, f"{total - trainable:,}", f"{trainable:,}", *(f"{size / GB:.2f}" for size in sizes)]
@@ -49,5 +52,5 @@ def row(name: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(build_page(), encoding="utf-8")
     print(PAGE)

@@ -1,12 +1,12 @@
-"""merge against copying the base's files, and against PEFT's merge_and_unload, one after the other.
+"""Compare `t5tune merge` with copying the base's files and with PEFT's merge_and_unload.
 
     python benchmarks/merge.py --config flan-t5-small.json [--folder F] [--runs 3] [--sides ours cp peft]
 
-The base is made here in the shape of a model's config.json, with random weights in the config's dtype (else fp32), a
-few rows at a time; the adapter is LoRA of rank 8 on q and v. No side verifies. Each side runs in a process of its own,
-start-up included, the sides in turn, `runs` times over; of each the fastest run counts, and the median is told. `cp`
-copies the base's files, which is the least that a merge can do. Prints one JSON line: wall and CPU seconds, peak memory
-(MB, VmHWM), and whether ours and PEFT's weights are the same bits.
+Makes the base with the shape of a model's config.json and random weights in the config's dtype (else fp32), a few rows
+at a time; the adapter is LoRA of rank 8 on q and v. No side verifies its result. Each side runs in its own process,
+start-up included; the sides take turns, `runs` times, and the fastest run of each counts; the median is printed too.
+`cp` copies the base's files, which is the lower bound for a merge. Prints one JSON line: wall and CPU seconds, peak
+memory (MB, VmHWM), and whether t5tune's and PEFT's weights have the same bits.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from sides import run_script
 
 RANK = 8
 SIDES = ("ours", "cp", "peft")
-BLOCK = 1 << 22  # values that are made at a time
+BLOCK_SIZE = 1 << 22  # values that are generated at a time
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 BODIES = {
@@ -46,7 +46,7 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 
 
 def write_random(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], scale: float) -> None:
-    """A safetensors file of normal values, made and written a block at a time."""
+    """Write a safetensors file of normally distributed values, one block at a time."""
     import numpy as np
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -62,8 +62,8 @@ def write_random(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], sc
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for dtype, shape in tensors.values():
             count = math.prod(shape)
-            for start in range(0, count, BLOCK):
-                values = generator.standard_normal(min(BLOCK, count - start), np.float32) * np.float32(scale)
+            for start in range(0, count, BLOCK_SIZE):
+                values = generator.standard_normal(min(BLOCK_SIZE, count - start), np.float32) * np.float32(scale)
                 if dtype == "BF16":
                     stream.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
                 else:
@@ -71,24 +71,24 @@ def write_random(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], sc
 
 
 def make_base(folder: Path, config: dict[str, Any]) -> int:
-    """The base of the config's shape; returns its bytes."""
-    from t5tune.checkpoints.adapter_shapes import base_shapes
+    """Write a random base of the config's shape; return its size in bytes."""
+    from t5tune.checkpoints.adapter_shapes import derive_base_shapes
 
     folder.mkdir()
     dtype = DTYPES[config.get("dtype") or config.get("torch_dtype") or "float32"]
-    shapes = {name: shape for name, shape in base_shapes(config).items() if "embed_tokens" not in name}
+    shapes = {name: shape for name, shape in derive_base_shapes(config).items() if "embed_tokens" not in name}
     write_random(folder / "model.safetensors", {name: (dtype, shape) for name, shape in shapes.items()}, 0.05)
     (folder / "config.json").write_text(json.dumps(config))
     return (folder / "model.safetensors").stat().st_size
 
 
 def make_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
-    from t5tune.checkpoints.adapter_shapes import base_shapes
+    from t5tune.checkpoints.adapter_shapes import derive_base_shapes
 
     folder.mkdir()
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (out, inner) in (
-        (n, s) for n, s in base_shapes(config).items() if n.endswith((".q.weight", ".v.weight"))
+        (n, s) for n, s in derive_base_shapes(config).items() if n.endswith((".q.weight", ".v.weight"))
     ):
         module = "base_model.model." + name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = ("F32", (RANK, inner))
@@ -109,8 +109,8 @@ def run_side(side: str, base: Path, adapter: Path, output: Path) -> dict[str, fl
     return run_script(body, [base, adapter, output], output.with_suffix(".txt"), HF_HUB_OFFLINE="1")
 
 
-def same(ours: Path, theirs: Path) -> bool:
-    """Whether all that both hold are the same bits; PEFT's side may leave out what transformers takes for tied."""
+def is_bitwise_equal(ours: Path, theirs: Path) -> bool:
+    """Whether all tensors that are in both checkpoints are equal; PEFT's may lack those that transformers ties."""
     import torch
 
     from t5tune.checkpoints.safetensors import Checkpoint
@@ -118,15 +118,15 @@ def same(ours: Path, theirs: Path) -> bool:
 
     left, right = Checkpoint(ours), Checkpoint(theirs)
     return all(
-        torch.equal(to_torch(left.tensor(name), torch.float32), to_torch(right.tensor(name), torch.float32))
-        for name in set(left.names()) & set(right.names())
+        torch.equal(to_torch(left.get_tensor(name), torch.float32), to_torch(right.get_tensor(name), torch.float32))
+        for name in set(left.list_names()) & set(right.list_names())
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="config.json of a T5, mT5 or umT5")
-    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="working folder; default: the system's temporary folder")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> None:
         for _ in range(options.runs):
             for side in options.sides:
                 output = folder / side
-                shutil.rmtree(output, ignore_errors=True)  # one output of a side at a time on the disk
+                shutil.rmtree(output, ignore_errors=True)  # keep only one output of each side on the disk
                 runs[side].append(run_side(side, base, adapter, output))
         best = {side: min(found, key=lambda run: run["wall"]) for side, found in runs.items()}
         for side, found in runs.items():
@@ -150,7 +150,7 @@ def main() -> None:
             if {"ours", other} <= best.keys():
                 result[f"to_{other}"] = {key: round(best["ours"][key] / best[other][key], 3) for key in best["ours"]}
         if {"ours", "peft"} <= best.keys():
-            result["same_bits"] = same(folder / "ours", folder / "peft")
+            result["same_bits"] = is_bitwise_equal(folder / "ours", folder / "peft")
     print(json.dumps(result))
 
 

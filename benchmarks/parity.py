@@ -1,9 +1,9 @@
-"""Does each way of tuning learn as well as full tuning does? Every method, some seeds, one table.
+"""Compare how well each tuning method learns with full fine-tuning: every method, several seeds, one table.
 
     python benchmarks/parity.py --train examples/quickstart/train.jsonl --held-out examples/quickstart/heldout.jsonl
 
-Trains the built-in model by each method in a process of its own and evaluates on the held-out set. Prints a row
-of a Markdown table as each method ends, and last one JSON line with every figure.
+Trains the built-in model with each method in its own process and evaluates it on the held-out set. Prints a row of a
+Markdown table after each method, and finally one JSON line with all metrics.
 """
 
 import argparse
@@ -21,8 +21,8 @@ Q_LORA = ["--q-lora", "--no-bf16"]
 Q_V = ["--lora-target-modules", "q", "v", "--learning-rate", "5e-3"]
 ATTENTION = ["--lora-target-modules", "attention", "--learning-rate", "3e-3"]
 ALL_LINEAR = ["--lora-target-modules", "all-linear", "--learning-rate", "2e-3"]
-# some ways of LoRA want a lower rate: a later flag counts
-LOWER = ["--learning-rate", "1e-3"]
+# some LoRA variants need a lower learning rate; the last of two equal flags counts
+LOWER_LEARNING_RATE = ["--learning-rate", "1e-3"]
 
 METHODS: dict[str, list[str]] = {
     "full": ["--train-mode", "full", "--learning-rate", "1e-3"],
@@ -38,10 +38,10 @@ METHODS: dict[str, list[str]] = {
 }
 VARIANTS: dict[str, list[str]] = {
     "DoRA q,v": [*Q_V, "--use-dora"],
-    "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", *LOWER],
-    # these begin at large values, which a rate for B = 0 throws about
-    "PiSSA q,v": [*Q_V, "--init-lora-weights", "pissa", *LOWER],
-    "OLoRA q,v": [*Q_V, "--init-lora-weights", "olora", *LOWER],
+    "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", *LOWER_LEARNING_RATE],
+    # these initialize B with large values, for which a learning rate that suits B = 0 is too high
+    "PiSSA q,v": [*Q_V, "--init-lora-weights", "pissa", *LOWER_LEARNING_RATE],
+    "OLoRA q,v": [*Q_V, "--init-lora-weights", "olora", *LOWER_LEARNING_RATE],
     "LoRA+ q,v": [*Q_V, "--loraplus-lr-ratio", "4", "--learning-rate", "2e-3"],
     "QLoRA q,v, LoftQ start": [*Q_LORA, *Q_V, "--init-lora-weights", "loftq"],
     "LoRA q,v + norms whole": [*Q_V, "--modules-to-save", "layer_norm", "final_layer_norm"],
@@ -54,8 +54,8 @@ ROWS = {**METHODS, **VARIANTS, **TOKENS}
 SCORES = ("exact_match", "rougeL", "chrf", "loss")
 
 
-def with_mean_rows(folder: Path) -> Path:
-    """The built-in model as FastChat would hand it to LoRA: every row of an added token the mean of all rows."""
+def make_base_with_mean_rows(folder: Path) -> Path:
+    """Copy the built-in model as FastChat prepares a base: the rows for added tokens are the mean of all others."""
     from transformers import AutoTokenizer
 
     from t5tune.checkpoints.pocket import pocket_folder
@@ -75,16 +75,16 @@ def run(method: str, flags: list[str], seed: int, options: argparse.Namespace, f
     """Train and evaluate once."""
     base = "pocket"
     if "frozen mean" in method:
-        base = str(with_mean_rows(folder / "base"))
+        base = str(make_base_with_mean_rows(folder / "base"))
     epochs = [] if options.epochs is None else ["--num-train-epochs", options.epochs]
     trained = t5tune(
         "train", "--config", "pocket", "--model-name-or-path", base, "--data-path", options.train,
         "--output-dir", folder / "run", "--seed", seed, "--save-strategy", "no", *epochs, *flags,
     )  # fmt: skip
-    quantised = [flag for flag in flags if flag in {"--q-lora", "--quant-type", "fp4", "int8", "--no-double-quant"}]
+    quantization = [flag for flag in flags if flag in {"--q-lora", "--quant-type", "fp4", "int8", "--no-double-quant"}]
     tokens = ["--add-tokens", "none"] if "--add-tokens" in flags else []
     scores = t5tune(
-        "evaluate", "--model-name-or-path", folder / "run", "--data-path", options.held_out, *quantised, *tokens,
+        "evaluate", "--model-name-or-path", folder / "run", "--data-path", options.held_out, *quantization, *tokens,
         "--output-dir", folder / "scores", *(["--num-data", options.num_data] if options.num_data else []),
     )  # fmt: skip
     shutil.rmtree(folder)
@@ -96,9 +96,11 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="conversations to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="conversations to evaluate on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--epochs", type=float, help="passes over the data; default: the recipe's")
+    parser.add_argument("--epochs", type=float, help="passes over the data; default: that of the run config")
     parser.add_argument("--num-data", type=int, help="evaluate on the first N examples")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", choices=list(ROWS), default=list(ROWS), help="rows")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", choices=list(ROWS), default=list(ROWS), help="rows of the table"
+    )
     options = parser.parse_args()
     print("| method | trained | exact match | mean | RougeL | chrF | loss |", flush=True)
     print("|---|--:|--:|--:|--:|--:|--:|", flush=True)

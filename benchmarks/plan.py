@@ -1,9 +1,9 @@
-"""What plan says of a run's memory beside what the run takes, on the CPU, for five shapes.
+"""Compare the memory that `plan` estimates with what the run needs, on the CPU, for five shapes.
 
     python benchmarks/plan.py [NAME …]
 
 Makes a random base of the shape and examples of one length, plans from config.json and the cache, trains two steps,
-and compares with the process's peak (VmHWM). Prints one JSON line a shape.
+and compares with the peak memory of the process (VmHWM). Prints one JSON line per shape.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from sides import t5tune, write_base
 
-from t5tune.model.known_configs import SIZES
+from t5tune.model.known_configs import KNOWN_CONFIGS
 
 SHAPES: dict[str, dict[str, Any]] = {
     # name: shape of config.json, lengths, and the settings of the run
@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "lengths": (384, 96),
         "flags": ["--per-device-train-batch-size", "8"],
     },
-    # computed in fp32, so that it can be measured on CPUs without bf16 arithmetic
+    # computes in fp32, so that it can be measured on CPUs without bf16 arithmetic
     "base-nf4": {
         "size": "google/flan-t5-base",
         "lengths": (384, 64),
@@ -53,10 +53,10 @@ def main(names: list[str]) -> None:
 
 
 def compare(size: str, lengths: tuple[int, int], flags: list[str]) -> dict[str, Any]:
-    """Planned and measured bytes, and their ratio."""
+    """Return planned and measured bytes, and their ratio."""
     with tempfile.TemporaryDirectory(prefix="t5tune-plan-") as text:
         folder = Path(text)
-        base = write_base(folder / "base", SIZES[size])
+        base = write_base(folder / "base", KNOWN_CONFIGS[size])
         data = make_examples(folder / "data.jsonl", *lengths)
         common = ["--model-name-or-path", base, "--use-cpu", *flags]
         cache = ["--data-path", data, "--output-dir", folder / "cache", "--model-max-length", "2048"]
@@ -69,7 +69,7 @@ def compare(size: str, lengths: tuple[int, int], flags: list[str]) -> dict[str, 
 
 
 def make_examples(path: Path, source: int, target: int, count: int = 64) -> Path:
-    """Examples of about so many tokens: short words, one or two tokens each."""
+    """Write examples of about these numbers of tokens, from short words of one or two tokens each."""
     words = ["the", "cat", "and", "a", "pie", "for", "me"]
 
     def text(length: int, start: int) -> str:

@@ -1,22 +1,24 @@
-"""prepare against the tokenizer alone, `datasets.map`, and FastChat's way, on the same file, one after the other.
+"""Compare `t5tune prepare` with the tokenizer alone, `datasets.map` and FastChat's preprocessing, on the same file.
 
     python benchmarks/prepare.py --tokenizer FOLDER --data chats.json [--threads 1] [--runs 3]
 
-Each side runs in a process of its own, the sides in turn, `runs` times over; of each the fastest run counts. The
-tokenizer alone gets the conversations' texts from memory and only encodes; the others read, encode and write.
-FastChat's way is written here from its description: the whole conversation, then each turn of it once more, one at a
-time. Prints one JSON line: wall and CPU seconds, peak memory (MB), and the ratios of wall seconds to the tokenizer's.
+Each side runs in its own process; the sides take turns, `runs` times, and the fastest run of each counts. The tokenizer
+alone gets the conversations' texts from memory and only encodes; the others read, encode and write. FastChat's
+preprocessing is reimplemented here from its description: it encodes the whole conversation, then each turn again, one
+at a time. Prints one JSON line: wall and CPU seconds, peak memory (MB), and the ratios of wall seconds to the
+tokenizer's.
 
     python benchmarks/prepare.py --tokenizer FOLDER --data chats.jsonl --repeat-to 2000000000 --folder SCRATCH
 
 repeats a file of JSON lines to that many bytes and prepares that, with --threads workers. Prints a JSON line: bytes,
-seconds, counts, and the peak memory (MB, VmHWM) of the process, of each worker, and their sum. SCRATCH needs the room.
+seconds, counts, and the peak memory (MB, VmHWM) of the process, of each worker, and their sum. SCRATCH needs enough
+free space for the repeated file and its cache.
 
     python benchmarks/prepare.py --cache FOLDER
 
-reads examples of a cache at random. Prints a JSON line: examples a CPU second, and the cache's bytes a stored token.
+reads examples of a cache at random. Prints a JSON line: examples per CPU second, and bytes per stored token.
 
-`datasets` is no dependency of t5tune: pip install datasets.
+`datasets` isn't a dependency of t5tune; install it with `pip install datasets`.
 """
 
 import argparse
@@ -33,42 +35,42 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BATCH = 256
+BATCH_SIZE = 256
 SIDES = ("tokenizer", "ours", "datasets", "fastchat")
 
 
-def conversations(data: Path) -> Iterator[list[tuple[str, str]]]:
-    """(role, text) of every conversation that prepare would take, by its own readers."""
+def read_conversations(data: Path) -> Iterator[list[tuple[str, str]]]:
+    """Yield the (role, text) turns of every conversation that prepare would accept, with prepare's readers."""
     from t5tune.data.formats import Conversation
-    from t5tune.data.pipeline import read_record
+    from t5tune.data.pipeline import convert_record
     from t5tune.data.readers import read_records
     from t5tune.settings.data import ReadingSettings
 
     settings = ReadingSettings()
     for record in read_records([data], settings.max_record_bytes):
-        conversation = read_record(record, settings)
+        conversation = convert_record(record, settings)
         if isinstance(conversation, Conversation):
             yield [(turn.role, turn.text) for turn in conversation.turns]
 
 
-def lay_out(turns: list[tuple[str, str]]) -> list[str]:
-    """FastChat's layout, a text a turn."""
+def format_turns(turns: list[tuple[str, str]]) -> list[str]:
+    """Format turns with FastChat's conversation template, one text per turn."""
     return [f"### {'Human' if role == 'human' else 'Assistant'}: {text}\n" for role, text in turns]
 
 
-def tokenizer_alone(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
+def run_tokenizer_alone(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
     from t5tune.data.tokenizer import load_tokenizer
 
     backend = load_tokenizer(folder).backend
-    texts = ["".join(lay_out(turns)) for turns in conversations(data)]
+    texts = ["".join(format_turns(turns)) for turns in read_conversations(data)]
     wall, cpu = time.perf_counter(), time.process_time()
     tokens = 0
-    for start in range(0, len(texts), BATCH):
-        tokens += sum(len(encoding.ids) for encoding in backend.encode_batch(texts[start : start + BATCH]))
+    for start in range(0, len(texts), BATCH_SIZE):
+        tokens += sum(len(encoding.ids) for encoding in backend.encode_batch(texts[start : start + BATCH_SIZE]))
     return time.perf_counter() - wall, time.process_time() - cpu, tokens
 
 
-def ours(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
+def run_ours(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
     from t5tune.commands.prepare import prepare
     from t5tune.settings import PrepareSettings
 
@@ -86,7 +88,7 @@ def ours(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, f
     return time.perf_counter() - wall, time.process_time() - cpu + children, size and result.examples
 
 
-def datasets_map(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
+def run_datasets_map(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
     import datasets
     from transformers import AutoTokenizer
 
@@ -94,11 +96,11 @@ def datasets_map(folder: Path, data: Path, output: Path, threads: int) -> tuple[
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """One row an answer: everything before it, and it."""
+    def make_pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Make one row per target: everything before it is the source."""
         sources, targets = [], []
         for turns in batch["turns"]:
-            texts = lay_out([(turn["role"], turn["text"]) for turn in turns])
+            texts = format_turns([(turn["role"], turn["text"]) for turn in turns])
             for index in range(1, len(texts), 2):
                 sources.append("".join(texts[:index]))
                 targets.append(texts[index])
@@ -106,23 +108,27 @@ def datasets_map(folder: Path, data: Path, output: Path, threads: int) -> tuple[
         return {"input_ids": encoded["input_ids"], "labels": tokenizer(text_target=targets)["input_ids"]}
 
     wall, cpu = time.perf_counter(), time.process_time()
-    rows = [{"turns": [{"role": role, "text": text} for role, text in turns]} for turns in conversations(data)]
+    rows = [{"turns": [{"role": role, "text": text} for role, text in turns]} for turns in read_conversations(data)]
     made = datasets.Dataset.from_list(rows).map(
-        pairs, batched=True, batch_size=BATCH, remove_columns=["turns"], num_proc=threads if threads > 1 else None
+        make_pairs,
+        batched=True,
+        batch_size=BATCH_SIZE,
+        remove_columns=["turns"],
+        num_proc=threads if threads > 1 else None,
     )
     made.save_to_disk(output)
     children = os.times().children_user + os.times().children_system
     return time.perf_counter() - wall, time.process_time() - cpu + children, len(made)
 
 
-def fastchat(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
+def run_fastchat(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     wall, cpu = time.perf_counter(), time.process_time()
     rows = []
-    for turns in conversations(data):
-        texts = lay_out(turns)
+    for turns in read_conversations(data):
+        texts = format_turns(turns)
         whole = tokenizer("".join(texts), truncation=True, max_length=2048)["input_ids"]
         lengths = [len(tokenizer(text, truncation=True, max_length=2048)["input_ids"]) - 1 for text in texts]
         start = 0
@@ -134,11 +140,16 @@ def fastchat(folder: Path, data: Path, output: Path, threads: int) -> tuple[floa
     return time.perf_counter() - wall, time.process_time() - cpu, len(rows)
 
 
-RUN = {"tokenizer": tokenizer_alone, "ours": ours, "datasets": datasets_map, "fastchat": fastchat}
+RUN = {
+    "tokenizer": run_tokenizer_alone,
+    "ours": run_ours,
+    "datasets": run_datasets_map,
+    "fastchat": run_fastchat,
+}
 
 
-def peak_megabytes() -> int:
-    """Of this process; of a larger one that it started, of that."""
+def measure_peak_megabytes() -> int:
+    """Return the peak memory (MB) of this process, or of its largest child process if that is larger."""
     import resource
 
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -147,7 +158,7 @@ def peak_megabytes() -> int:
 
 
 def run_repeated(options: argparse.Namespace) -> None:
-    """Prepare a file that is repeated to a size."""
+    """Prepare a file that consists of the data repeated up to a size."""
     data = Path(options.data).read_bytes().rstrip(b"\n") + b"\n"
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,11 +174,11 @@ def run_repeated(options: argparse.Namespace) -> None:
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         peaks: dict[int, int] = {}
         while process.poll() is None:
-            peaks.update(peaks_of(process.pid))
+            peaks.update(read_peaks(process.pid))
             time.sleep(0.02)
         seconds = round(time.perf_counter() - started, 1)
         if process.returncode:
-            sys.exit(f"prepare ended with {process.returncode}")
+            sys.exit(f"prepare exited with code {process.returncode}")
         result = json.loads(process.stdout.read()) if process.stdout else {}
         facts = {"bytes": repeated.stat().st_size, "workers": options.threads, "seconds": seconds}
         counts = {name: result[name] for name in ("conversations", "rejected", "examples")}
@@ -176,7 +187,7 @@ def run_repeated(options: argparse.Namespace) -> None:
 
 
 def read_at_random(folder: Path) -> None:
-    """How fast a cache gives its examples, and how large it is."""
+    """Measure how fast examples are read from a cache in random order, and how large the cache is."""
     from t5tune.data.cache import open_cache
 
     cache = open_cache(folder)
@@ -191,22 +202,22 @@ def read_at_random(folder: Path) -> None:
     print(json.dumps(facts | {"bytes_per_token": round(sum(sizes.values()) / tokens, 3)}))
 
 
-def peaks_of(pid: int) -> dict[int, int]:
-    """The peak memory (KiB) so far of a process and of those that it started, those first that began first."""
+def read_peaks(pid: int) -> dict[int, int]:
+    """Return the peak memory (KiB) so far of a process and its descendants by process id, in the order of start."""
     found: dict[int, int] = {}
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         found[pid] = int(status.split("VmHWM:")[1].split()[0])
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found |= peaks_of(int(child))
-    except (OSError, IndexError):  # it has ended
+            found |= read_peaks(int(child))
+    except (OSError, IndexError):  # the process has ended
         pass
     return found
 
 
 def run_side(side: str, options: argparse.Namespace) -> dict[str, float] | None:
     if side == "datasets" and importlib.util.find_spec("datasets") is None:
-        print("datasets is not installed: left out", file=sys.stderr)
+        print("skipping datasets, which isn't installed", file=sys.stderr)
         return None
     environment = {**os.environ, "RAYON_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, __file__, "--side", side, "--tokenizer", options.tokenizer, "--data", options.data]
@@ -220,21 +231,23 @@ def run_side(side: str, options: argparse.Namespace) -> dict[str, float] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", help="folder of a base: its tokenizer and its config.json")
+    parser.add_argument("--tokenizer", help="folder of a base with its tokenizer and config.json")
     parser.add_argument("--data", help="a file of conversations")
-    parser.add_argument("--cache", type=Path, help="read this cache at random, and nothing else")
+    parser.add_argument("--cache", type=Path, help="only read examples of this cache at random")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--repeat-to", type=int, metavar="BYTES", help="prepare alone, of the data repeated")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the repeated data lies meanwhile")
+    parser.add_argument(
+        "--repeat-to", type=int, metavar="BYTES", help="only run prepare, on the data repeated to this size"
+    )
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="temporary folder for the repeated data")
     options = parser.parse_args()
     if options.cache:
         read_at_random(options.cache)
         return
     if not (options.tokenizer and options.data):
-        parser.error("--tokenizer and --data, or --cache")
+        parser.error("expected --tokenizer and --data, or --cache")
     if options.repeat_to:
         run_repeated(options)
         return
@@ -243,13 +256,13 @@ def main() -> None:
             wall, cpu, count = RUN[options.side](
                 Path(options.tokenizer), Path(options.data), Path(folder) / "out", options.threads
             )
-        print(json.dumps({"wall": wall, "cpu": cpu, "peak_mb": peak_megabytes(), "count": count}))
+        print(json.dumps({"wall": wall, "cpu": cpu, "peak_mb": measure_peak_megabytes(), "count": count}))
         return
     with tempfile.TemporaryDirectory() as folder:
-        # every side gets the tokenizer that prepare makes of it: with the added tokens, as AutoTokenizer loads it
+        # every side gets the tokenizer that prepare saves, with the added tokens, which AutoTokenizer can load
         base = Path(folder) / "base"
         shutil.copytree(options.tokenizer, base)
-        _extend(base)
+        _add_tokens(base)
         options.tokenizer = str(base)
         results: dict[str, dict[str, float]] = {}
         for _ in range(options.runs):
@@ -261,7 +274,7 @@ def main() -> None:
     print(json.dumps({"threads": options.threads, "ratio_to_tokenizer": ratios, "sides": results}))
 
 
-def _extend(base: Path) -> None:
+def _add_tokens(base: Path) -> None:
     from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
     from t5tune.data.vocabulary import extend_tokenizer
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides in processes of their own, their time and memory, and random bases to run on."""
+"""Helpers that the benchmarks share: run each side in its own process, measure time and memory, make random bases."""
 
 import json
 import os
@@ -11,48 +11,55 @@ from typing import Any
 
 MEASURED = """
 import resource, sys
-*arguments, figures = sys.argv[1:]
+*arguments, results_file = sys.argv[1:]
 {body}
 used = resource.getrusage(resource.RUSAGE_SELF)
 peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-open(figures, "w").write(f"{{used.ru_utime + used.ru_stime}} {{peak}}")
+open(results_file, "w").write(f"{{used.ru_utime + used.ru_stime}} {{peak}}")
 """
 
 
-def one_gpu() -> dict[str, str]:
-    """CUDA_VISIBLE_DEVICES for one GPU: the first of those that this process sees.
+def select_one_gpu() -> dict[str, str]:
+    """Return CUDA_VISIBLE_DEVICES for one GPU: the first that this process sees.
 
-    A single process with several visible GPUs isn't a fair side: TrainingArguments counts them all, and multiplies the
-    batch by their number.
+    A single process with several visible GPUs isn't comparable: TrainingArguments counts them all and multiplies the
+    batch size by their number.
     """
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
-def run_script(body: str, arguments: list[Path], figures: Path, **environment: str) -> dict[str, float]:
-    """Run Python that finds its `arguments`; wall and CPU seconds, start-up included, and peak memory (MB)."""
+def run_script(body: str, arguments: list[Path], results_file: Path, **environment: str) -> dict[str, float]:
+    """Run Python code, which finds `arguments` as a list.
+
+    Returns:
+        Wall and CPU seconds, start-up included, and peak memory (MB).
+    """
     started = time.perf_counter()
-    command = [sys.executable, "-c", MEASURED.format(body=body), *map(str, arguments), str(figures)]
-    everything = {**os.environ, **one_gpu(), **environment}
-    done = subprocess.run(command, capture_output=True, text=True, env=everything, check=False)
+    command = [sys.executable, "-c", MEASURED.format(body=body), *map(str, arguments), str(results_file)]
+    env = {**os.environ, **select_one_gpu(), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     wall = time.perf_counter() - started
-    if done.returncode or not figures.is_file():
+    if done.returncode or not results_file.is_file():
         sys.exit(done.stderr or done.stdout)
-    cpu, peak = figures.read_text().split()
+    cpu, peak = results_file.read_text().split()
     return {"wall": round(wall, 3), "cpu": round(float(cpu), 3), "peak_mb": round(int(peak) / 1024)}
 
 
 def run_self(*arguments: Any, **environment: str) -> dict[str, Any]:
-    """Run this benchmark once more with these arguments; the JSON object of its last line."""
-    return _json_of([sys.executable, sys.argv[0], *map(str, arguments)], environment)
+    """Run this benchmark again in a new process with these arguments; return the JSON object of its last line."""
+    return _run_json([sys.executable, sys.argv[0], *map(str, arguments)], environment)
 
 
 def t5tune(*arguments: Any) -> dict[str, Any]:
-    """Run a command of t5tune; its result."""
-    return _json_of([sys.executable, "-m", "t5tune", *map(str, arguments), "--json", "--quiet"], {})
+    """Run a t5tune command and return its JSON result."""
+    return _run_json([sys.executable, "-m", "t5tune", *map(str, arguments), "--json", "--quiet"], {})
 
 
-def memory_of_process(name: str) -> int:
-    """Bytes of this process: VmRSS what it holds, VmHWM its peak. getrusage's begins at its parent's size."""
+def read_process_memory(name: str) -> int:
+    """Return the resident memory of this process in bytes: VmRSS now, VmHWM at its peak.
+
+    getrusage isn't used, because its peak starts at the size of the parent process.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -60,7 +67,7 @@ def memory_of_process(name: str) -> int:
 
 
 def write_base(folder: Path, config: dict[str, Any]) -> Path:
-    """A random checkpoint of a shape of t5tune.model.known_configs, its head untied, with the built-in tokenizer."""
+    """Write a random checkpoint for a config of t5tune.model.known_configs: untied head, built-in tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
@@ -79,9 +86,9 @@ def write_base(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def _json_of(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    everything = {**os.environ, **one_gpu(), **environment}
-    done = subprocess.run(command, capture_output=True, text=True, env=everything, check=False)
+def _run_json(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    env = {**os.environ, **select_one_gpu(), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -1,26 +1,26 @@
-"""How fast does training go? Trainer and PEFT as a user writes them today, FastChat's way, and ours.
+"""Compare the training speed of Trainer and PEFT as a user sets them up today, of FastChat's setup, and of t5tune.
 
     python benchmarks/train.py                                   # long-tailed lengths up to 512 tokens, in fp32
     python benchmarks/train.py --longest 2048 --dtype bfloat16
     python benchmarks/train.py --data sharegpt.json
 
-Trains LoRA on a random T5 by each way in a process of its own, on the same examples, with one thread and the same
-malloc settings, and prints one JSON line that starts with the ratios. Time is the process's CPU time, so that others on
-the machine count less; a token is useful if it isn't padding. `of_peak` is the share of a large matrix product's speed,
-counting what the useful tokens need with frozen weights: forward, and the gradients of activations. benchmarks/gpu.py
-does the same on a GPU.
+Trains LoRA on a random T5 each way in its own process, on the same examples, with one thread and the same malloc
+settings, and prints one JSON line that starts with the ratios. Time is the process's CPU time, so that other processes
+on the machine matter less; a token is useful if it isn't padding. `of_peak` is the model FLOPs utilization: the
+operations that the useful tokens need with frozen weights (forward, and the gradients of activations) per second, as a
+share of the speed of a large matrix product. benchmarks/gpu.py does the same on a GPU.
 
 The ways:
 
     trainer         Trainer and PEFT, sdpa attention, train_sampling_strategy="group_by_length" over source and target
     trainer-random  the same with random batches
     fastchat        Trainer and PEFT as FastChat runs them: random batches, eager attention
-    budget          ours, padded batches of a number of tokens
-    packed          ours, rows without padding
+    budget          t5tune, padded batches with a token budget
+    packed          t5tune, packed sequences without padding
     compiled        the same with --torch-compile
 
-Trainer's loss for T5 is its mean times accumulation steps and ranks. Both are 1 here, so it is right, and its speed is
-the same either way.
+Trainer's loss for T5 is the mean multiplied by accumulation steps and ranks. Both are 1 here, so the loss is correct;
+the speed doesn't depend on it.
 """
 
 import argparse
@@ -37,17 +37,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from sides import memory_of_process, run_self, t5tune, write_base
+from sides import read_process_memory, run_self, t5tune, write_base
 
-from t5tune.model.known_configs import SIZES
+from t5tune.model.known_configs import KNOWN_CONFIGS
 
-CPU = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
-CPU |= {"OMP_NUM_THREADS": "1"}
+# the malloc settings that t5tune uses (t5tune.model.device.keep_freed_memory), the same for all ways
+CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
+CPU_ENVIRONMENT |= {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class StockWay:
-    """How Trainer and PEFT are set."""
+    """How Trainer and PEFT are set up."""
 
     attention: str  # attn_implementation of the model
     sampling: str  # train_sampling_strategy of TrainingArguments
@@ -59,15 +60,15 @@ STOCK_WAYS = {
     "fastchat": StockWay("eager", "random"),
 }
 OUR_WAYS = ("budget", "packed", "compiled")
-PEERS = ("trainer", "fastchat")  # what ours are compared with, the headline first
+PEERS = ("trainer", "fastchat")  # the ways that ours are compared with; the first gives the headline ratio
 WAYS = (*STOCK_WAYS, *OUR_WAYS)
-# timed steps of a stock way, at least: its batches differ much in size and padding
-STOCK_BATCHES = 12
+# minimum number of timed steps of a stock way: its batches vary greatly in size and padding
+MIN_STOCK_BATCHES = 12
 POCKET = Path(__file__).parents[1] / "t5tune" / "pocket"
 
 
 def write_conversations(path: Path, count: int, longest: int) -> Path:
-    """Pairs of lengths like ShareGPT's: log-normal, median 350 tokens of source and 150 of target."""
+    """Write pairs with lengths like ShareGPT's: log-normal, with medians of 350 source and 150 target tokens."""
     vocabulary = json.loads((POCKET / "tokenizer.json").read_text())["model"]["vocab"]
     pieces = vocabulary if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
     words = [piece[1:] for piece in pieces if piece[0] == "▁" and piece[1:].isalpha()]
@@ -83,7 +84,7 @@ def write_conversations(path: Path, count: int, longest: int) -> Path:
 
 
 class Clock:
-    """Seconds of the steps behind the first, which warms up: of the CPU, or on a GPU by the clock on the wall."""
+    """Measures the seconds of all steps after the first, a warm-up: CPU time, or wall time if training on a GPU."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
@@ -102,7 +103,7 @@ class Clock:
         self.seconds = now - self.begun
 
 
-def ours(options: argparse.Namespace, folder: Path, packing: str, compiles: bool = False) -> dict[str, Any]:
+def run_ours(options: argparse.Namespace, folder: Path, packing: str, compiles: bool = False) -> dict[str, Any]:
     from t5tune.commands.train import train
     from t5tune.data.cache import open_cache
     from t5tune.progress import Advanced, Event
@@ -122,14 +123,14 @@ def ours(options: argparse.Namespace, folder: Path, packing: str, compiles: bool
         report_samples=0, logging_steps=1000, torch_compile=compiles, training_args=options.training_args,
     )  # fmt: skip
     train(settings, report)
-    sources, targets = open_cache(options.folder / "cache").lengths()
+    sources, targets = open_cache(options.folder / "cache").read_lengths()
     sampler = BudgetSampler(sources, targets, options.tokens, packing == "on", 1, settings.seed)
     batches = list(sampler)[: options.steps]
-    return measured(clock, sources, targets, batches, packing == "on", options)
+    return compute_metrics(clock, sources, targets, batches, packing == "on", options)
 
 
-def stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str, Any]:
-    """Train by one of STOCK_WAYS: nothing of t5tune's but the examples, and HF's own collator and loss."""
+def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str, Any]:
+    """Train one of STOCK_WAYS, with Hugging Face's own collator and loss: only the examples come from t5tune."""
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForSeq2SeqLM,
@@ -149,10 +150,10 @@ def stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str,
     lora = LoraConfig(
         r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
     )
-    sources, targets = cache.lengths()
-    # about as many tokens as our ways see
-    as_many = round(options.steps * options.tokens / (options.batch_size * (sources + targets).mean()))
-    count = min(max(STOCK_BATCHES, as_many) + 1, len(cache) // options.batch_size)
+    sources, targets = cache.read_lengths()
+    # about as many steps as give the number of tokens that our ways see
+    num_steps = round(options.steps * options.tokens / (options.batch_size * (sources + targets).mean()))
+    count = min(max(MIN_STOCK_BATCHES, num_steps) + 1, len(cache) // options.batch_size)
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=count,
         train_sampling_strategy=way.sampling, use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16",
@@ -164,12 +165,12 @@ def stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str,
     clock, seen = Clock(options.on_gpu), []
 
     class SpreadTrainer(Trainer):
-        """Takes some batches of the epoch that Trainer's own sampler makes: see `spread_batches`."""
+        """Trains on a selection of the batches of an epoch that Trainer's own sampler makes: see `spread_batches`."""
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             self.sampler = super()._get_train_sampler(train_dataset)
             if way.sampling == "group_by_length":
-                # as from a "length" column of a datasets.Dataset; without one Trainer groups by the source alone
+                # as with a "length" column in a datasets.Dataset; without one Trainer groups only by source length
                 self.sampler.lengths = (sources + targets).tolist()
             order = list(self.sampler)
             size = options.batch_size
@@ -181,7 +182,7 @@ def stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str,
             clock.tick()
 
     tokenizer = AutoTokenizer.from_pretrained(cache.tokenizer_folder)
-    # tensor cores want multiples of 8
+    # tensor cores are fastest with multiples of 8
     pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8 if options.on_gpu else None)
 
     def collate(rows: list[dict[str, Any]]) -> Any:
@@ -198,62 +199,65 @@ def stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str,
     )  # fmt: skip
     trainer.train()
     used = {"attention": base.config._attn_implementation, "sampler": type(trainer.sampler).__name__}
-    return {**used, **measured(clock, sources, targets, seen[:count], False, options)}
+    return {**used, **compute_metrics(clock, sources, targets, seen[:count], False, options)}
 
 
 def spread_batches(batches: list[list[int]], count: int, sources: Any, targets: Any) -> list[list[int]]:
-    """The first of an epoch's batches, which warms up, and `count - 1` others that are like the rest of the epoch.
+    """Select the first batch of an epoch, for warm-up, and `count - 1` others that represent the rest of the epoch.
 
-    Trainer sorts by length, the longest first, in windows of 50 batches. The next few of them would be of long examples
-    alone, and say little about an epoch. So the rest is sorted by size and cut into equal parts, and of each part comes
-    the batch whose share of padding is nearest to that of the part.
+    Trainer sorts by length in windows of 50 batches, the longest first, so its first few batches contain only long
+    examples. Therefore the rest is sorted by size and split into equal parts, and of each part the batch is selected
+    whose share of padding is closest to that of the part.
     """
 
-    def size(batch: list[int]) -> int:
-        return padded_tokens(sources[batch], targets[batch])
+    def count_all(batch: list[int]) -> int:
+        return count_padded_tokens(sources[batch], targets[batch])
 
-    def useful(batch: list[int]) -> int:
+    def count_useful(batch: list[int]) -> int:
         return int(sources[batch].sum() + targets[batch].sum())
 
     first, *others = batches
-    others.sort(key=size)
+    others.sort(key=count_all)
     cuts = [round(len(others) * place / (count - 1)) for place in range(count)]
     picked = [first]
     for start, end in itertools.pairwise(cuts):
         part = others[start:end]
-        share = sum(map(useful, part)) / sum(map(size, part))
-        picked.append(min(part, key=lambda batch: abs(useful(batch) / size(batch) - share)))
+        share = sum(map(count_useful, part)) / sum(map(count_all, part))
+        picked.append(min(part, key=lambda batch: abs(count_useful(batch) / count_all(batch) - share)))
     return picked
 
 
-def padded_tokens(sources: Any, targets: Any) -> int:
-    """Tokens of a padded batch of these lengths, padding included."""
+def count_padded_tokens(sources: Any, targets: Any) -> int:
+    """Count the tokens of a padded batch with these lengths, padding included."""
     return len(sources) * int(sources.max() + targets.max())
 
 
-def measured(
+def compute_metrics(
     clock: Clock, sources: Any, targets: Any, batches: list[Any], packed: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Useful tokens per second, the share of the peak that they take, and the share of padding."""
-    peak_memory = torch.cuda.max_memory_allocated() if options.on_gpu else memory_of_process("VmHWM")
+    """Compute the useful tokens per second, the share of the peak speed, and the share of useful tokens."""
+    peak_memory = torch.cuda.max_memory_allocated() if options.on_gpu else read_process_memory("VmHWM")
     lengths = [(sources[batch], targets[batch]) for batch in batches[1:]]
     useful = sum(int(source.sum() + target.sum()) for source, target in lengths)
     computed = useful
     if not packed:
-        computed = sum(padded_tokens(source, target) for source, target in lengths)
-    operations = sum(needed(source, target, shape_of(options)) for source, target in lengths)
+        computed = sum(count_padded_tokens(source, target) for source, target in lengths)
+    operations = sum(count_operations(source, target, make_config(options)) for source, target in lengths)
     return {
         "useful_tokens": useful,
         "useful_share": round(useful / computed, 3),
         "seconds": round(clock.seconds, 2),
         "tokens_per_second": round(useful / clock.seconds, 1),
-        "of_peak": round(operations / clock.seconds / matrix_peak(options), 3),
+        "of_peak": round(operations / clock.seconds / measure_matrix_peak(options), 3),
         "peak_memory_mb": peak_memory // 10**6,
     }
 
 
-def needed(sources: Any, targets: Any, shape: dict[str, Any]) -> float:
-    """Floating-point operations of a step with frozen weights: 4 a weight and token, 12 a width and pair of tokens."""
+def count_operations(sources: Any, targets: Any, shape: dict[str, Any]) -> float:
+    """Count the floating-point operations of a step with frozen weights.
+
+    4 per weight and token, and in attention 12 per pair of tokens and dimension.
+    """
     width, inner, layers = shape["d_model"], shape["d_kv"] * shape["num_heads"], shape["num_layers"]
     projection, feed_forward = (
         width * inner,
@@ -265,8 +269,8 @@ def needed(sources: Any, targets: Any, shape: dict[str, Any]) -> float:
     return float(4 * (source_weights * sources.sum() + target_weights * targets.sum()) + 12 * inner * pairs)
 
 
-def matrix_peak(options: argparse.Namespace) -> float:
-    """Operations per second of a large matrix product: of the fastest of five, which others disturbed least."""
+def measure_matrix_peak(options: argparse.Namespace) -> float:
+    """Measure the operations per second of a large matrix product: the fastest of five, to exclude disturbances."""
     size = 8192 if options.on_gpu else 2048
     a = torch.randn(size, size, device="cuda" if options.on_gpu else "cpu").to(getattr(torch, options.dtype))
     clock, fastest = Clock(options.on_gpu), math.inf
@@ -278,23 +282,23 @@ def matrix_peak(options: argparse.Namespace) -> float:
     return 2 * size**3 / fastest
 
 
-def shape_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The base's config.json, with as many layers and as much dropout as was asked for."""
-    shape = {**SIZES[options.size], "dropout_rate": options.dropout}
+def make_config(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the base's config.json with the requested number of layers and dropout."""
+    shape = {**KNOWN_CONFIGS[options.size], "dropout_rate": options.dropout}
     if options.num_layers is not None:
         shape |= {"num_layers": options.num_layers, "num_decoder_layers": options.num_layers}
     return shape
 
 
 def compare(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
-    """Every way in a process of its own. First in the result: how many times as fast as its peers each of ours is."""
+    """Run each way in its own process. The result starts with the speedup of each of our ways over its peers."""
     names = ("size", "num_layers", "longest", "dtype", "dropout", "steps", "tokens", "batch_size")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings["data"] = options.data.name if options.data else "synthetic"
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="t5tune-bench-") as name:
         folder = Path(name)
-        base = write_base(folder / "base", shape_of(options))
+        base = write_base(folder / "base", make_config(options))
         data = options.data or write_conversations(folder / "made_up.jsonl", 2000, options.longest)
         t5tune(
             "prepare", "--model-name-or-path", base, "--data-path", data, "--output-dir", folder / "cache",
@@ -303,11 +307,11 @@ def compare(options: argparse.Namespace, environment: dict[str, str]) -> dict[st
         for way in options.ways:
             results[way] = run_self(*sys.argv[1:], "--way", way, "--folder", folder, **environment)
             print(way, results[way], file=sys.stderr)
-    return {**ratios(results), **settings, **results}
+    return {**compute_ratios(results), **settings, **results}
 
 
-def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The headline first: packed rows over the well-set Trainer."""
+def compute_ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Compute the speedups, the headline first: packed sequences over the well-configured Trainer."""
     speeds = {way: result["tokens_per_second"] for way, result in results.items()}
     return {
         f"{way}_over_{peer}": round(speeds[way] / speeds[peer], 2)
@@ -318,32 +322,34 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def run_way(options: argparse.Namespace) -> dict[str, Any]:
-    """In a process of its own: one way."""
+    """Run one way; called in its own process."""
     torch.set_num_threads(1)
     run = options.folder / options.way
     ways: dict[str, Callable[[], dict[str, Any]]] = {
-        "budget": lambda: ours(options, run, "off"),
-        "packed": lambda: ours(options, run, "on"),
-        "compiled": lambda: ours(options, run, "on", compiles=True),
+        "budget": lambda: run_ours(options, run, "off"),
+        "packed": lambda: run_ours(options, run, "on"),
+        "compiled": lambda: run_ours(options, run, "on", compiles=True),
     }
     if options.way in STOCK_WAYS:
-        return stock(options, STOCK_WAYS[options.way], run)
+        return run_stock(options, STOCK_WAYS[options.way], run)
     return ways[options.way]()
 
 
-def parser_of(doc: str) -> argparse.ArgumentParser:
-    """The options that a CPU and a GPU share."""
+def build_parser(doc: str) -> argparse.ArgumentParser:
+    """Build the parser of the options that train.py and gpu.py share."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="ShareGPT conversations; default: made up, of long-tailed lengths")
-    parser.add_argument("--size", choices=list(SIZES), default="google/flan-t5-small", help="shape of the base")
-    parser.add_argument("--num-layers", type=int, help="of encoder and decoder; default: the size's")
-    parser.add_argument("--longest", type=int, default=512, help="tokens of a source and of a target")
+    parser.add_argument(
+        "--data", type=Path, help="ShareGPT conversations; default: synthetic ones with long-tailed lengths"
+    )
+    parser.add_argument("--size", choices=list(KNOWN_CONFIGS), default="google/flan-t5-small", help="shape of the base")
+    parser.add_argument("--num-layers", type=int, help="layers of encoder and of decoder; default: that of --size")
+    parser.add_argument("--longest", type=int, default=512, help="maximum tokens of a source and of a target")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--steps", type=int, default=4, help="of our ways, the first of which warms up")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a batch of ours")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples of a stock batch")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of the base and on the adapters' input")
-    parser.add_argument("--training-args", type=json.loads, default={}, help="of transformers, as JSON, for our ways")
+    parser.add_argument("--steps", type=int, default=4, help="steps of our ways; the first is a warm-up")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch of our ways")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples per batch of the stock ways")
+    parser.add_argument("--dropout", type=float, default=0.0, help="dropout of the base and of the adapters")
+    parser.add_argument("--training-args", type=json.loads, default={}, help="TrainingArguments of our ways, as JSON")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -353,8 +359,8 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
 
 def main() -> None:
     assert __doc__ is not None
-    options = parser_of(__doc__).parse_args()
-    print(json.dumps(run_way(options) if options.way else compare(options, CPU)))
+    options = build_parser(__doc__).parse_args()
+    print(json.dumps(run_way(options) if options.way else compare(options, CPU_ENVIRONMENT)))
 
 
 if __name__ == "__main__":

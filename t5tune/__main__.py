@@ -1,4 +1,4 @@
-"""`python -m t5tune`, which is what a launcher such as torchrun starts."""
+"""Entry point of `python -m t5tune`, which launchers such as torchrun start."""
 
 from t5tune.cli import main
 

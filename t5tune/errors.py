@@ -1,66 +1,67 @@
-"""Everything that t5tune raises on purpose.
+"""The exceptions that t5tune raises on purpose.
 
-    T5TuneError               exit 1   it failed
+    T5TuneError               exit 1   the command failed
     ├── SettingsError         exit 2   a flag, a YAML key or an environment variable is wrong
     ├── DataError             exit 2   conversations or a token cache can't be used
     ├── ModelError            exit 2   a base checkpoint can't be used
     ├── CheckpointError       exit 2   a training checkpoint or an adapter can't be used
-    ├── DependencyError       exit 1   a package that this needs is missing or doesn't work here
+    ├── DependencyError       exit 1   a required package is missing or doesn't work on this machine
     ├── WriteError            exit 1   a disk is full or broken
-    ├── OutOfMemory           exit 1   neither the GPU nor the machine has as much memory
-    ├── TrainingError         exit 1   training can't go on
+    ├── OutOfMemory           exit 1   the GPU or the machine doesn't have enough memory
+    ├── TrainingError         exit 1   training can't continue
     │   └── RankLost          exit 1   another rank died or hangs
-    └── Stopped               exit 143 a signal asked to stop; the work so far is sealed
+    └── Stopped               exit 143 stopped by a signal; progress is saved
 
-A message names the key or the file, the value found, and, as `hint`, the next step. It is one line, whatever the value.
+A message names the key or the file and the value found; `hint` is the next step. A message is always a single line.
 """
 
 import difflib
 import re
 from collections.abc import Iterable
 
-LONGEST = 1000  # characters of a message
+MAX_MESSAGE_LENGTH = 1000  # characters
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def one_line(text: str) -> str:
-    """A text as a line that can be shown: control characters escaped, the middle of a long one left out."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST * 2 // 3]} … {text[-LONGEST // 3 :]}"
+def to_one_line(text: str) -> str:
+    """Make a text printable on one line: escape control characters, and cut out the middle of a long text."""
+    if len(text) > MAX_MESSAGE_LENGTH:
+        text = f"{text[: MAX_MESSAGE_LENGTH * 2 // 3]} … {text[-MAX_MESSAGE_LENGTH // 3 :]}"
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean lora_r?`, or nothing where no known name is close. One that goes on where `name` ends is."""
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean lora_r?`, or an empty string if no known name is close."""
     known = list(known)
+    # a name that continues with another word is close: `--model` suggests `--model-name-or-path`
     longer = [other for other in known if other.startswith((f"{name}-", f"{name}_"))]
     close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 class T5TuneError(Exception):
-    """Base of the tree. `hint` is the next step, shown behind the message."""
+    """Base class of all errors. `hint` is the next step, shown after the message."""
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        self.message = one_line(message)
-        self.hint = one_line(hint) if hint else None
+        self.message = to_one_line(message)
+        self.hint = to_one_line(hint) if hint else None
         super().__init__(self.message)
 
     @property
     def kind(self) -> str:
-        """The class's name, as `--json` shows it."""
+        """The name of the class, as `--json` shows it."""
         return type(self).__name__
 
 
 class SettingsError(T5TuneError):
-    """One or more settings are wrong; `problems` holds one line for each."""
+    """One or more settings are wrong; `problems` has one line for each."""
 
     exit_code = 2
 
     def __init__(self, *problems: str, hint: str | None = None) -> None:
-        self.problems = tuple(map(one_line, problems))
+        self.problems = tuple(map(to_one_line, problems))
         super().__init__("", hint)
         self.message = "\n".join(self.problems)
         self.args = (self.message,)
@@ -93,18 +94,18 @@ class WriteError(T5TuneError):
 
 
 class OutOfMemory(T5TuneError):
-    """Neither the GPU nor the machine has as much memory."""
+    """The GPU or the machine doesn't have enough memory."""
 
 
 class TrainingError(T5TuneError):
-    """Training can't go on."""
+    """Training can't continue."""
 
 
 class RankLost(TrainingError):
-    """Another rank died or doesn't answer. Starting again goes on from the last checkpoint."""
+    """Another rank died or doesn't respond. The same command resumes from the last checkpoint."""
 
 
 class Stopped(T5TuneError):
-    """A signal asked to stop, and the work so far is sealed."""
+    """A signal stopped the run; its progress is saved in a checkpoint."""
 
     exit_code = 143

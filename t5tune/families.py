@@ -1,12 +1,13 @@
-"""The members of the family that can be trained: what differs between them, in one table, and what they share.
+"""The T5 model families that can be trained: a table of their differences, and the constants that they share.
 
-    family = family_of(read_config(folder), folder)
-    family.completed(config)["model_type"]
+    family = find_family(read_config(folder), folder)
+    family.complete_config(config)["model_type"]
 
-Files win: whether a head is tied is what the weights say, and the rows that are free are counted. The table tells what
-files don't: what a type computes, names of layers, what other tools take. docs/families.md is written from it.
+A model's files take precedence: the weights decide whether the head is tied, and unused embedding rows are counted.
+The table adds what the files don't say: what a model type computes, the names of its layers, and which tools can read
+it. docs/families.md is generated from it.
 
-Facts alone, which import nothing heavier than the errors: so `data` and `weights` may read them too.
+This module imports nothing heavier than the errors, so every package may import it.
 """
 
 from collections.abc import Mapping
@@ -16,41 +17,42 @@ from typing import Any
 
 from t5tune.errors import ModelError
 
-# what all members share
-START_TOKEN_ID = 0  # the decoder begins with the pad token
+# what all families share
+DECODER_START_TOKEN_ID = 0  # the decoder starts with the pad token
 PAD_TOKEN_ID = 0
 EOS_TOKEN_ID = 1
-ATTENTION = "sdpa"  # transformers' name of how padded rows attend
-OVERFLOWS_FP16 = "wo"  # the layer whose output leaves fp16's range: transformers keeps its weight in fp32
-GROUPS = {  # of linear layers, which LoRA may target
+ATTENTION_IMPLEMENTATION = "sdpa"  # for padded batches; transformers' attn_implementation
+FP16_OVERFLOW_LAYER = "wo"  # its output exceeds the range of fp16, so transformers keeps its weight in fp32
+TARGET_MODULE_GROUPS = {  # linear layers that LoRA can adapt, by the name of their group
     "attention": ("q", "k", "v", "o"),
     "feed-forward": ("wi", "wi_0", "wi_1", "wo"),
     "all-linear": ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
 }
 BYTES = "bytes"
 SENTENCEPIECE = "SentencePiece"
-BYTE_FALLBACK = "SentencePiece, bytes for what has no piece"
+BYTE_FALLBACK = "SentencePiece with byte fallback"
 CONVERTERS = ("transformers 4", "CTranslate2", "llama.cpp")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of one member, or of two that don't differ.
+    """Facts about one model family, or about two that don't differ.
 
     Args:
-        name: what people call it.
-        model_type: of config.json.
-        checkpoints: examples, by their names on the hub.
-        tied: whether the published checkpoints' head is the embedding.
+        name: its common name.
+        model_type: model_type in config.json.
+        checkpoints: examples of published checkpoints, by their names on the Hugging Face Hub.
+        tied: whether the published checkpoints tie the head to the embedding.
         feed_forward: feed_forward_proj of the published checkpoints.
-        rows, entries: of their embedding, and of their tokenizer.
-        tokenizer: its kind.
-        tells: what of config.json tells it from other members of its type: key -> values.
-        default_feed_forward: what its type computes where config.json doesn't say.
-        scales_logits: whether its type divides the logits of a tied head by √d.
-        bias_in_each_block: whether each block has position biases of its own, not the first alone.
-        attention_layer: transformers' class of its attention, through which packed rows can go.
-        converters: tools that read a merged checkpoint and compute the same.
+        num_rows: rows of the published embeddings.
+        num_tokens: tokens of the published tokenizers.
+        tokenizer: kind of tokenizer.
+        identified_by: values of config.json that distinguish it from other families of its type: key -> values.
+        default_feed_forward: what transformers computes for this type where config.json has no feed_forward_proj.
+        scales_logits: whether its type divides the logits of a tied head by √d_model.
+        bias_in_each_block: whether every block has its own relative position bias, not only the first.
+        attention_layer: name of transformers' attention class, which packed rows can pass through.
+        converters: tools that read a merged checkpoint and compute the same logits.
     """
 
     name: str
@@ -58,10 +60,10 @@ class Family:
     checkpoints: tuple[str, ...]
     tied: bool
     feed_forward: str
-    rows: int
-    entries: int
+    num_rows: int
+    num_tokens: int
     tokenizer: str = SENTENCEPIECE
-    tells: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    identified_by: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     default_feed_forward: str = "relu"
     scales_logits: bool = True
     bias_in_each_block: bool = False
@@ -69,15 +71,15 @@ class Family:
     converters: tuple[str, ...] = CONVERTERS
 
     @property
-    def room(self) -> int:
-        """Rows of the published embeddings that no token has: so many can be added."""
-        return self.rows - self.entries
+    def num_unused_rows(self) -> int:
+        """Rows of the published embeddings without a token: the number of tokens that can be added."""
+        return self.num_rows - self.num_tokens
 
-    def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A config.json with what it leaves out: its type, if --family gave it, and the control tokens."""
+    def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill in what a config.json leaves out: the ids of special tokens, and the model type that --family gave."""
         given = {name: value for name, value in config.items() if value is not None}
         return {
-            "decoder_start_token_id": START_TOKEN_ID,
+            "decoder_start_token_id": DECODER_START_TOKEN_ID,
             "pad_token_id": PAD_TOKEN_ID,
             "eos_token_id": EOS_TOKEN_ID,
             **({} if config.get("model_type") == self.model_type else {"feed_forward_proj": self.feed_forward}),
@@ -86,7 +88,7 @@ class Family:
         }
 
 
-# of one type, the first whose `tells` are all met is meant
+# Several families share a model_type: the first one whose `identified_by` matches config.json is chosen.
 FAMILIES: dict[str, Family] = {
     "byt5": Family(
         name="ByT5",
@@ -94,11 +96,11 @@ FAMILIES: dict[str, Family] = {
         checkpoints=("google/byt5-small",),
         tied=False,
         feed_forward="gated-gelu",
-        rows=384,
-        entries=384,
+        num_rows=384,
+        num_tokens=384,
         tokenizer=BYTES,
-        tells={"vocab_size": (384,)},
-        converters=CONVERTERS[:2],  # llama.cpp knows no tokenizer of bytes
+        identified_by={"vocab_size": (384,)},
+        converters=CONVERTERS[:2],  # llama.cpp has no byte tokenizer
     ),
     "fastchat-t5": Family(
         name="fastchat-t5",
@@ -106,9 +108,9 @@ FAMILIES: dict[str, Family] = {
         checkpoints=("lmsys/fastchat-t5-3b-v1.0",),
         tied=False,
         feed_forward="gated-gelu",
-        rows=32110,
-        entries=32110,  # Flan-T5's and ten of FastChat's, braces and newline among them
-        tells={"vocab_size": (32110,)},
+        num_rows=32110,
+        num_tokens=32110,  # Flan-T5's tokens and ten of FastChat's, such as braces and newline
+        identified_by={"vocab_size": (32110,)},
     ),
     "flan-ul2": Family(
         name="Flan-UL2",
@@ -116,10 +118,10 @@ FAMILIES: dict[str, Family] = {
         checkpoints=("google/flan-ul2",),
         tied=False,
         feed_forward="gated-silu",
-        rows=32128,
-        entries=32100,
-        tells={"feed_forward_proj": ("gated-silu",)},
-        converters=CONVERTERS[:2],  # llama.cpp's T5 computes GELU, whatever config.json says
+        num_rows=32128,
+        num_tokens=32100,
+        identified_by={"feed_forward_proj": ("gated-silu",)},
+        converters=CONVERTERS[:2],  # llama.cpp's T5 always computes GELU, whatever config.json says
     ),
     "t5": Family(
         name="T5",
@@ -127,9 +129,9 @@ FAMILIES: dict[str, Family] = {
         checkpoints=("google-t5/t5-base",),
         tied=True,
         feed_forward="relu",
-        rows=32128,
-        entries=32100,
-        tells={"feed_forward_proj": ("relu", None)},
+        num_rows=32128,
+        num_tokens=32100,
+        identified_by={"feed_forward_proj": ("relu", None)},
     ),
     "flan-t5": Family(
         name="T5 v1.1, Flan-T5",
@@ -137,8 +139,8 @@ FAMILIES: dict[str, Family] = {
         checkpoints=("google/t5-v1_1-base", "google/flan-t5-base"),
         tied=False,
         feed_forward="gated-gelu",
-        rows=32128,
-        entries=32100,
+        num_rows=32128,
+        num_tokens=32100,
     ),
     "mt5": Family(
         name="mT5",
@@ -146,8 +148,8 @@ FAMILIES: dict[str, Family] = {
         checkpoints=("google/mt5-base",),
         tied=False,
         feed_forward="gated-gelu",
-        rows=250112,
-        entries=250100,
+        num_rows=250112,
+        num_tokens=250100,
         tokenizer=BYTE_FALLBACK,
         default_feed_forward="gated-gelu",
         scales_logits=False,
@@ -159,8 +161,8 @@ FAMILIES: dict[str, Family] = {
         checkpoints=("google/umt5-base",),
         tied=False,
         feed_forward="gated-gelu",
-        rows=256384,
-        entries=256300,
+        num_rows=256384,
+        num_tokens=256300,
         tokenizer=BYTE_FALLBACK,
         default_feed_forward="gated-gelu",
         bias_in_each_block=True,
@@ -168,8 +170,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# encoder-decoders of T5's line that t5tune will take, and does not yet
-LATER = {
+# model_type -> name of T5 variants that t5tune doesn't support yet
+PLANNED_MODELS = {
     "longt5": "LongT5",
     "t5gemma": "T5Gemma",
     "t5gemma2": "T5Gemma 2",
@@ -178,57 +180,61 @@ LATER = {
 MODEL_TYPES = {family.model_type for family in FAMILIES.values()}
 
 
-def family_of(config: Mapping[str, Any], folder: Path, asked: str | None = None) -> Family:
-    """The family of a config.json.
+def find_family(config: Mapping[str, Any], folder: Path, requested: str | None = None) -> Family:
+    """Find the model family of a config.json.
 
     Args:
-        asked: the key of FAMILIES that --family names, for a model_type that isn't known here.
+        folder: where config.json is, for error messages.
+        requested: the key of FAMILIES that --family gives, for a model_type that isn't in the table.
 
     Raises:
-        ModelError: it is another kind of model, or not the one that was asked for.
+        ModelError: the model is of an unsupported kind, or contradicts `requested`.
     """
     place, model_type = folder / "config.json", config.get("model_type")
-    if model_type in LATER:
-        raise ModelError(f"{place}: {LATER[str(model_type)]} comes later: it can't be trained yet", hint=_known())
+    if model_type in PLANNED_MODELS:
+        raise ModelError(f"{place}: {PLANNED_MODELS[str(model_type)]} is not supported yet", hint=_list_supported())
     if model_type in MODEL_TYPES:
-        found = of_type(config)
-        if asked is not None and _named(asked).model_type != model_type:
+        found = match_family(config)
+        if requested is not None and _get_family(requested).model_type != model_type:
             raise ModelError(
-                f"family: {asked}: {place} says model_type {model_type!r}, which is {found.name}",
-                hint="leave --family out: it is for a model_type that t5tune doesn't know",
+                f"family: {requested}: {place} has model_type {model_type!r}, which is {found.name}",
+                hint="omit --family: it is only for a model_type that t5tune doesn't know",
             )
         return found
     if config.get("is_encoder_decoder") is not True:
         raise ModelError(
-            f"{place}: model_type {model_type!r}: no encoder-decoder, by its is_encoder_decoder", hint=_known()
+            f"{place}: model_type {model_type!r}: not an encoder-decoder (is_encoder_decoder isn't true)",
+            hint=_list_supported(),
         )
-    if asked is None:
+    if requested is None:
         raise ModelError(
             f"{place}: model_type {model_type!r} can't be trained: t5tune doesn't know it",
-            hint=f"{_known()}; if it is built as one of these, try --family {'|'.join(FAMILIES)}",
+            hint=f"{_list_supported()}; if it has the architecture of one of these, try --family {'|'.join(FAMILIES)}",
         )
-    return _named(asked)
+    return _get_family(requested)
 
 
-def of_type(config: Mapping[str, Any]) -> Family:
-    """The member that a config means whose model_type is one of MODEL_TYPES."""
-    return next(f for f in FAMILIES.values() if f.model_type == config.get("model_type") and _is_told(f, config))
+def match_family(config: Mapping[str, Any]) -> Family:
+    """Find the family of a config whose model_type is one of MODEL_TYPES."""
+    return next(f for f in FAMILIES.values() if f.model_type == config.get("model_type") and _is_match(f, config))
 
 
-def target_modules(names: list[str]) -> list[str]:
-    """The layers that names and groups of names mean, each once: attention -> q, k, v, o."""
-    return list(dict.fromkeys(layer for name in names for layer in GROUPS.get(name.replace("_", "-"), (name,))))
+def expand_target_modules(names: list[str]) -> list[str]:
+    """Replace names of groups by their layers, each once: attention -> q, k, v, o."""
+    return list(
+        dict.fromkeys(layer for name in names for layer in TARGET_MODULE_GROUPS.get(name.replace("_", "-"), (name,)))
+    )
 
 
-def _is_told(family: Family, config: Mapping[str, Any]) -> bool:
-    return all(config.get(key) in values for key, values in family.tells.items())
+def _is_match(family: Family, config: Mapping[str, Any]) -> bool:
+    return all(config.get(key) in values for key, values in family.identified_by.items())
 
 
-def _named(asked: str) -> Family:
-    if str(asked) not in FAMILIES:  # an adapter's file may say anything
-        raise ModelError(f"family: {asked}: not in the table of families", hint=f"one of {', '.join(FAMILIES)}")
-    return FAMILIES[str(asked)]
+def _get_family(key: str) -> Family:
+    if str(key) not in FAMILIES:  # an adapter's file may contain anything
+        raise ModelError(f"family: {key}: unknown model family", hint=f"choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[str(key)]
 
 
-def _known() -> str:
-    return f"what can be trained: {', '.join(family.name for family in FAMILIES.values())}"
+def _list_supported() -> str:
+    return f"supported models: {', '.join(family.name for family in FAMILIES.values())}"

@@ -1,8 +1,8 @@
-"""Scores of predictions against references, 0 to 100: exact match, ROUGE, BLEU and chrF.
+"""Score predictions against references from 0 to 100: exact match, ROUGE, BLEU and chrF.
 
     score(["Hello."], ["Hello."])["rougeL"]  # 100.0
 
-ROUGE is rouge-score's (Lin 2004), BLEU and chrF are sacrebleu's (Post 2018) with its own defaults.
+ROUGE is computed by rouge-score (Lin 2004), BLEU and chrF by sacrebleu (Post 2018) with its defaults.
 """
 
 import re
@@ -14,7 +14,7 @@ ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The corpus's scores: means over examples, but for BLEU and chrF, which count over all of it."""
+    """Score a corpus: exact match and ROUGE are means over the examples, BLEU and chrF are corpus scores."""
     import sacrebleu
 
     examples = [score_one(*pair) for pair in zip(predictions, references, strict=True)]
@@ -25,10 +25,10 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 
 def score_one(prediction: str, reference: str) -> dict[str, float]:
-    """Scores of one prediction; there is no BLEU of a single sentence that would mean much."""
+    """Score one prediction, without BLEU, which means little for a single sentence."""
     import sacrebleu
 
-    rouge = _rouge_scorer().score(reference, prediction)
+    rouge = _make_rouge_scorer().score(reference, prediction)
     return {
         "exact_match": 100.0 * (prediction == reference),
         **{name: round(100.0 * rouge[name].fmeasure, 4) for name in ROUGES},
@@ -36,14 +36,14 @@ def score_one(prediction: str, reference: str) -> dict[str, float]:
     }
 
 
-class _UnicodeWords:
-    """rouge-score's words, of every script: its own tokenizer drops all that isn't ASCII."""
+class _UnicodeTokenizer:
+    """Word tokenizer for rouge-score that supports every script; its default one drops all non-ASCII characters."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())
 
 
-def _rouge_scorer() -> Any:
+def _make_rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGES), tokenizer=_UnicodeWords())
+    return RougeScorer(list(ROUGES), tokenizer=_UnicodeTokenizer())

@@ -1,4 +1,4 @@
-"""What long work tells its caller, as plain events. The command line draws them; a test collects them.
+"""Progress events that long-running functions report. The command line draws them; a test collects them.
 
 def prepare(settings, report=silent):
     for record in track(records, "read", report, unit="records"):
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Started:
-    """A task begins. `total` is None where nobody knows it."""
+    """A task has started. `total` is None if it isn't known."""
 
     task: str
     total: int | None = None
@@ -23,7 +23,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Advanced:
-    """`done` of the task's units are done, counted from its start."""
+    """`done` units of the task are done so far."""
 
     task: str
     done: int
@@ -31,14 +31,14 @@ class Advanced:
 
 @dataclass(frozen=True)
 class Finished:
-    """The task is over."""
+    """The task has finished."""
 
     task: str
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of a step: loss, learning rate, tokens per second, …"""
+    """Metrics of a step: loss, learning rate, tokens per second, …"""
 
     task: str
     step: int
@@ -47,7 +47,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the user. `warning` marks what may be a mistake of theirs."""
+    """A message for the user. `warning` marks what may be a mistake on their side."""
 
     text: str
     warning: bool = False
@@ -58,13 +58,13 @@ Report = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """The report of a caller that wants none."""
+    """Ignore all events: the `Report` for callers that want none."""
 
 
 def track(
     items: Iterable[Item], task: str, report: Report, total: int | None = None, unit: str = "items"
 ) -> Iterator[Item]:
-    """Yield the items and report each one as done once its consumer asks for the next."""
+    """Yield the items, reporting each one as done when the consumer asks for the next."""
     report(Started(task, total, unit))
     for done, item in enumerate(items, start=1):
         yield item

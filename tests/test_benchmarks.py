@@ -1,4 +1,4 @@
-"""The benchmarks are run by hand; what of them must hold on any machine."""
+"""The parts of the benchmarks that must work on any machine; the benchmarks themselves are run by hand."""
 
 import importlib
 import json
@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, t5tune
+from tests.support.command_line import t5tune
+from tests.support.paths import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def train() -> Iterator[Any]:
-    """benchmarks/train.py as a module; the benchmarks import each other from their own folder."""
+    """benchmarks/train.py as a module; the benchmarks import each other from their folder, so it is on the path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield importlib.import_module("train")
@@ -43,9 +46,9 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(train: Any, conversations: Path) -> Any:
     """Options of benchmarks/train.py for a tiny run, with the base and the token cache that it makes."""
     arguments = ["--num-layers", "1", "--longest", "128", "--steps", "2", "--tokens", "512", "--batch-size", "4"]
-    options = train.parser_of("Tiny.").parse_args(arguments)
+    options = train.build_parser("Tiny.").parse_args(arguments)
     options.folder = conversations.parent
-    base = train.write_base(options.folder / "base", train.shape_of(options))
+    base = train.write_base(options.folder / "base", train.make_config(options))
     made = t5tune(
         "prepare", "--model-name-or-path", base, "--data-path", conversations, "--output-dir",
         options.folder / "cache", "--model-max-length", "128",
@@ -55,21 +58,27 @@ def options(train: Any, conversations: Path) -> Any:
 
 
 def train_stock(train: Any, way: str, options: Any, folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
-    """Train by a way of Trainer and PEFT: the calls of sdpa, and longest minus shortest example of each batch."""
+    """Train one of the stock ways.
+
+    Returns:
+        The number of calls of sdpa, and for each batch the difference of its longest and shortest example.
+    """
     calls, seen = [], {}
     attend = torch.nn.functional.scaled_dot_product_attention
 
-    def counted(*arguments: Any, **keywords: Any) -> Any:
+    def count_call(*arguments: Any, **keywords: Any) -> Any:
         calls.append(None)
         return attend(*arguments, **keywords)
 
-    def measured(clock: Any, sources: Any, targets: Any, batches: Any, packed: bool, options: Any) -> dict[str, Any]:
+    def record_spreads(
+        clock: Any, sources: Any, targets: Any, batches: Any, packed: bool, options: Any
+    ) -> dict[str, Any]:
         seen["spreads"] = [int(np.ptp((sources + targets)[batch])) for batch in batches]
         return {}
 
-    patch.setattr("torch.nn.functional.scaled_dot_product_attention", counted)
-    patch.setattr(train, "measured", measured)
-    train.stock(options, train.STOCK_WAYS[way], folder)
+    patch.setattr("torch.nn.functional.scaled_dot_product_attention", count_call)
+    patch.setattr(train, "compute_metrics", record_spreads)
+    train.run_stock(options, train.STOCK_WAYS[way], folder)
     return len(calls), seen["spreads"]
 
 
@@ -77,23 +86,23 @@ def test_the_headline_peer_is_a_trainer_with_sdpa_and_batches_grouped_by_length(
     train: Any, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, spreads = train_stock(train, "trainer", options, tmp_path / "trainer", monkeypatch)
-    steps = train.STOCK_BATCHES + 1
+    steps = train.MIN_STOCK_BATCHES + 1
     assert len(spreads) == steps
     assert calls == 3 * steps  # a layer each of encoder and decoder: two self-attentions and a cross-attention
     random_calls, random_spreads = train_stock(train, "trainer-random", options, tmp_path / "random", monkeypatch)
     assert random_calls == calls
-    # not zero: the longest example of all is moved to the front, and the one that was there takes its place
+    # not zero: the sampler swaps the longest example of all with the one at the front
     assert np.mean(spreads[1:]) < np.mean(random_spreads[1:]) / 3
 
 
-def test_fastchat_s_way_has_eager_attention(
+def test_the_fastchat_way_uses_eager_attention(
     train: Any, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, _ = train_stock(train, "fastchat", options, tmp_path / "run", monkeypatch)
     assert calls == 0
 
 
-def test_the_batches_of_a_stock_way_hold_as_much_padding_as_its_epoch(train: Any) -> None:
+def test_the_selected_batches_of_a_stock_way_have_the_padding_share_of_the_epoch(train: Any) -> None:
     draw = np.random.default_rng(0)
     sources, targets = (np.minimum(draw.lognormal(5, 1, 2000).astype(int) + 4, 512) for _ in range(2))
     order = np.concatenate([window[np.argsort(-sources[window])] for window in draw.permutation(2000).reshape(5, 400)])
@@ -101,13 +110,13 @@ def test_the_batches_of_a_stock_way_hold_as_much_padding_as_its_epoch(train: Any
 
     def useful_share(batches: list[list[int]]) -> float:
         useful = sum((sources + targets)[batch].sum() for batch in batches)
-        return float(useful / sum(train.padded_tokens(sources[batch], targets[batch]) for batch in batches))
+        return float(useful / sum(train.count_padded_tokens(sources[batch], targets[batch]) for batch in batches))
 
     picked = train.spread_batches(batches, 13, sources, targets)
     assert picked[0] == batches[0]
     assert len({tuple(batch) for batch in picked}) == 13
     assert useful_share(picked[1:]) == pytest.approx(useful_share(batches), rel=0.02)
-    # what it is for: the next batches of the epoch have less padding
+    # the reason for the selection: the next batches of the epoch have less padding
     assert useful_share(batches[1:13]) > 1.05 * useful_share(batches)
 
 
@@ -129,9 +138,9 @@ def test_train_prints_the_ratio_to_the_trainer_first(conversations: Path, tmp_pa
 
 
 def test_train_compares_with_the_trainer_first_and_fastchat_second_by_default(train: Any) -> None:
-    ways = train.parser_of("Defaults.").parse_args([]).ways
+    ways = train.build_parser("Defaults.").parse_args([]).ways
     speeds = {way: {"tokens_per_second": 1.0 + place} for place, way in enumerate(ways)}
-    assert list(train.ratios(speeds)) == [
+    assert list(train.compute_ratios(speeds)) == [
         "packed_over_trainer",
         "compiled_over_trainer",
         "budget_over_trainer",
@@ -158,7 +167,7 @@ def test_each_side_of_a_benchmark_sees_one_gpu(
     assert sides.run_self(printed) == {"seen": one}
 
 
-def test_the_benchmark_of_a_gpu_refuses_a_machine_without_one() -> None:
+def test_the_gpu_benchmark_refuses_a_machine_without_a_gpu() -> None:
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

@@ -1,5 +1,6 @@
-"""Each example's script, at a small size: the built-in model, two steps."""
+"""Run each example's script at a small size (the built-in model, a few steps), and its data generator."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support.paths import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = REPOSITORY / "examples"
+GENERATE = EXAMPLES / "pocket" / "generate.py"
 SMALL = {"MODEL": "pocket", "T5TUNE_MAX_STEPS": "2", "T5TUNE_MAX_NEW_TOKENS": "4", "T5TUNE_VERIFY": "false"}
 
 
 def run(script: str, output: Path, *flags: str, **variables: str) -> str:
     """Run an example, and return what it printed on stdout."""
-    # the console script of this environment, wherever the tests were started from
+    # the console script of this environment must be found, even if the environment isn't activated
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [EXAMPLES / script / "run.sh", *flags],
@@ -29,15 +33,15 @@ def run(script: str, output: Path, *flags: str, **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["summarise", "extract"])
-def test_train_score_and_merge(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["summarize", "extract"])
+def test_an_example_trains_evaluates_and_merges(name: str, tmp_path: Path) -> None:
     run(name, tmp_path)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert len((tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()) == 60
 
 
-@pytest.mark.parametrize(("name", "kind"), [("summarise", "csv"), ("extract", "jsonl")])
-def test_the_data_is_what_its_generator_writes(name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("summarize", "csv"), ("extract", "jsonl")])
+def test_the_data_of_an_example_is_what_its_generator_writes(name: str, kind: str, tmp_path: Path) -> None:
     for seed, num, split in (("0", "300", "train"), ("1", "60", "heldout")):
         output = tmp_path / f"{split}.{kind}"
         command = [sys.executable, EXAMPLES / name / "generate.py", "--seed", seed, "--num", num, "--output", output]
@@ -45,7 +49,7 @@ def test_the_data_is_what_its_generator_writes(name: str, kind: str, tmp_path: P
         assert output.read_bytes() == (EXAMPLES / name / output.name).read_bytes()
 
 
-def test_fastchats_run_on_its_own_data(tmp_path: Path, shared: Callable[[str], Path]) -> None:
+def test_the_fastchat_example_runs_on_the_data_of_fastchat(tmp_path: Path, shared: Callable[[str], Path]) -> None:
     data = shared("data/conversations/fastchat_dummy_conversation.json")
     run(
         "fastchat",
@@ -61,14 +65,52 @@ def test_fastchats_run_on_its_own_data(tmp_path: Path, shared: Callable[[str], P
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_xxls_chain_in_four_bits(tmp_path: Path, conversations: Path) -> None:
+def test_the_flan_t5_xxl_example_trains_in_four_bits_and_exports(tmp_path: Path, conversations: Path) -> None:
     run("flan-t5-xxl-24gb", tmp_path, "--gradient-accumulation-steps", "1", DATA=str(conversations))
     assert "q_lora: true" in (tmp_path / "run" / "settings.yaml").read_text()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_zero3_on_two_processes(tmp_path: Path, conversations: Path) -> None:
+@pytest.mark.distributed
+def test_the_zero3_example_runs_on_two_processes(tmp_path: Path, conversations: Path) -> None:
     flags = ("--no-bf16", "--gradient-accumulation-steps", "1")
     run("zero3", tmp_path, *flags, DATA=str(conversations), PROCESSES="--num-processes 2")
     assert "deepspeed: zero3" in (tmp_path / "run" / "settings.yaml").read_text()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_quickstart_runs_all_commands_and_shows_their_results(tmp_path: Path) -> None:
+    script = REPOSITORY / "examples" / "quickstart" / "quickstart.py"
+    half_made = tmp_path / "quickstart" / "before" / "predictions.jsonl"
+    half_made.parent.mkdir(parents=True)
+    half_made.write_text("")
+    done = subprocess.run(
+        [sys.executable, script, "--output-dir", tmp_path / "quickstart", "--max-steps", "3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "T5TUNE_MAX_NEW_TOKENS": "4", "T5TUNE_NUM_DATA": "20"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resuming the interrupted quickstart in {tmp_path / 'quickstart'}" in done.stderr
+    for word in ("token cache", "run", "adapter", "merged model", "exact match", "before", "after", "you:", "model:"):
+        assert word in done.stdout
+    assert (tmp_path / "quickstart" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("split", "num"), [("train", 400), ("heldout", 200)])
+def test_quickstart_data_is_what_its_generator_writes(split: str, num: int, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    subprocess.run([sys.executable, GENERATE, "--split", split, "--num", str(num), "--output", output], check=True)
+    assert output.read_bytes() == (REPOSITORY / "examples" / "quickstart" / f"{split}.jsonl").read_bytes()
+
+
+def test_quickstart_splits_share_no_conversation() -> None:
+    train, held_out = (
+        {json.dumps(json.loads(line)["conversations"]) for line in path.read_text().splitlines()}
+        for path in (REPOSITORY / "examples" / "quickstart" / f"{name}.jsonl" for name in ("train", "heldout"))
+    )
+    assert len(train) == 400
+    assert len(held_out) == 200
+    assert not train & held_out

@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand and against the libraries' own defaults."""
+"""Scores equal values computed by hand and those of the libraries with their default settings."""
 
 import pytest
 import sacrebleu
@@ -16,15 +16,15 @@ def test_exact_match_is_the_share_of_equal_texts() -> None:
     assert score_one("a", "a")["exact_match"] == 100
 
 
-def test_rouge_by_hand() -> None:
-    # 5 of 6 words each way; 3 of 5 pairs each way; the longest common subsequence has 5 words
+def test_rouge_equals_values_computed_by_hand() -> None:
+    # precision and recall are 5 of 6 words and 3 of 5 bigrams; the longest common subsequence has 5 words
     scores = score_one("the cat sat on a mat", "the cat sat on the mat")
     assert scores["rouge1"] == pytest.approx(100 * 5 / 6, abs=1e-3)
     assert scores["rouge2"] == pytest.approx(100 * 3 / 5, abs=1e-3)
     assert scores["rougeL"] == pytest.approx(100 * 5 / 6, abs=1e-3)
 
 
-def test_on_ascii_rouge_is_the_librarys_own_and_bleu_and_chrf_are_sacrebleus() -> None:
+def test_scores_of_ascii_text_equal_those_of_rouge_score_and_sacrebleu() -> None:
     stock = RougeScorer(["rouge1", "rouge2", "rougeL"])
     scores = score(PREDICTIONS, REFERENCES)
     for name in ("rouge1", "rouge2", "rougeL"):
@@ -35,12 +35,12 @@ def test_on_ascii_rouge_is_the_librarys_own_and_bleu_and_chrf_are_sacrebleus() -
     assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [REFERENCES]).score, abs=1e-3)
 
 
-def test_rouge_reads_every_script() -> None:
+def test_rouge_works_for_non_latin_scripts() -> None:
     assert score_one("мама мыла раму", "мама мыла раму")["rougeL"] == 100
     assert 0 < score_one("мама мыла окно", "мама мыла раму")["rougeL"] < 100
 
 
-def test_an_empty_answer_scores_nothing_and_breaks_nothing() -> None:
+def test_an_empty_prediction_scores_zero_without_an_error() -> None:
     scores = score(["", "a"], ["b", "a"])
     assert scores["exact_match"] == 50
     assert 0 <= scores["bleu"] <= 100

@@ -1,4 +1,4 @@
-"""What makes the built-in model: the tokenizer is its script's, pretraining gives the same bits when it is cut off."""
+"""The built-in model is as documented. Its scripts make its tokenizer and data, and pretraining resumes bit for bit."""
 
 import importlib.metadata
 import json
@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from t5tune.compat.requirements import is_older
-from tests.conftest import REPOSITORY
+from t5tune.data.templates import load_template
+from tests.support.paths import REPOSITORY
 
-MAKING = REPOSITORY / "examples" / "pocket"
-FILES = REPOSITORY / "t5tune" / "pocket"
-# eight steps instead of thousands; with a step to stop behind, it ends there as a kill ends it
+pytestmark = pytest.mark.slow
+
+SCRIPTS = REPOSITORY / "examples" / "pocket"
+GENERATE = SCRIPTS / "generate.py"
+PACKAGED_MODEL = REPOSITORY / "t5tune" / "pocket"
+# eight steps instead of thousands; if a step is given, the process dies right after that step's checkpoint
 SMALL_RUN = """
 import os, sys
 from pathlib import Path
@@ -32,26 +36,79 @@ pretrain.pretrain(Path(sys.argv[2]))
 """
 
 
-def pretrained(output: Path, last: int = 0) -> int:
+def pretrain(output: Path, last: int = 0) -> int:
     output.mkdir(exist_ok=True)
-    return subprocess.run([sys.executable, "-c", SMALL_RUN, MAKING, output, str(last)], check=False).returncode
+    return subprocess.run([sys.executable, "-c", SMALL_RUN, SCRIPTS, output, str(last)], check=False).returncode
 
 
 @pytest.mark.skipif(
     is_older(importlib.metadata.version("sentencepiece"), "0.2.3"),
-    reason="the packaged one was trained by sentencepiece 0.2.3, and older ones choose other pieces",
+    reason="the packaged tokenizer was trained with sentencepiece 0.2.3; older releases choose other pieces",
 )
 def test_the_packaged_tokenizer_is_what_its_script_makes(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, MAKING / "make_tokenizer.py", "--output", tmp_path], check=True)
-    made, packaged = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, FILES))
+    subprocess.run([sys.executable, SCRIPTS / "make_tokenizer.py", "--output", tmp_path], check=True)
+    made, packaged = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, PACKAGED_MODEL))
     assert made == packaged
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_pretraining_gives_the_same_bits_when_it_was_cut_off_before_and_behind_the_untying(tmp_path: Path) -> None:
+def test_pretraining_gives_the_same_bits_when_killed_before_and_after_the_embeddings_are_untied(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert pretrained(whole) == 0
-    assert [pretrained(cut, last=2), pretrained(cut, last=6), pretrained(cut)] == [9, 9, 0]
+    assert pretrain(whole) == 0
+    assert [pretrain(cut, last=2), pretrain(cut, last=6), pretrain(cut)] == [9, 9, 0]
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    made, packaged = (json.loads((folder / "config.json").read_text()) for folder in (cut, FILES))
+    made, packaged = (json.loads((folder / "config.json").read_text()) for folder in (cut, PACKAGED_MODEL))
     assert made | {"transformers_version": None} == packaged | {"transformers_version": None}
+
+
+def test_pocket_has_the_documented_size_dtype_and_config() -> None:
+    import numpy as np
+
+    from t5tune.checkpoints.base import read_config
+    from t5tune.checkpoints.pocket import pocket_folder
+    from t5tune.checkpoints.safetensors import Checkpoint
+
+    folder = pocket_folder()
+    checkpoint, config = Checkpoint(folder), read_config(folder)
+    tensors = [checkpoint.get_tensor(name) for name in checkpoint.list_names()]
+    assert {tensor.dtype for tensor in tensors} == {"BF16"}
+    assert sum(tensor.array.size for tensor in tensors) == 2_165_248
+    assert not checkpoint.is_tied()
+    assert config["tie_word_embeddings"] is False
+    assert config["scale_decoder_outputs"] is False
+    assert config["feed_forward_proj"] == "gated-gelu"
+    head, embedding = (checkpoint.get_tensor(name).to_float32() for name in ("lm_head.weight", "shared.weight"))
+    assert np.abs(head - embedding).max() > 0.01
+    templates = REPOSITORY / "templates" / "conversations"
+    assert load_template("turns") == load_template(str(folder / "template.yaml"))
+    assert (templates / "turns.yaml").is_file()
+
+
+def test_pocket_tokenizes_a_word_the_same_at_the_start_and_after_a_quote() -> None:
+    from t5tune.checkpoints.pocket import pocket_folder
+    from t5tune.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(pocket_folder())
+    for word in ("Mira", "croissants", "Tr", "sandwich", "K7-42", "x", "Zoë"):
+        marked, quoted = (
+            tokenizer.backend.encode(text, add_special_tokens=False).tokens for text in (word, f'"{word}')
+        )
+        assert [marked[0].removeprefix("▁"), *marked[1:]] == quoted[2:]
+
+
+def test_prepare_accepts_every_conversation_of_every_generator_task(tmp_path: Path) -> None:
+    from t5tune.commands.prepare import prepare
+    from t5tune.settings import PrepareSettings
+
+    help_text = subprocess.run([sys.executable, GENERATE, "--help"], capture_output=True, text=True, check=True).stdout
+    tasks = help_text.rpartition("--task TASK")[2].partition("--split")[0].replace("\n", " ").split(",")
+    tasks = [task.strip() for task in tasks]
+    assert {"quickstart", "pretraining", "disfluency", "slots", "spelling", "spans"} <= set(tasks)
+    for task in tasks:
+        output = tmp_path / f"{task}.jsonl"
+        arguments = ["--task", task, "--split", "heldout", "--seed", "5", "--num", "20", "--output", output]
+        subprocess.run([sys.executable, GENERATE, *arguments], check=True)
+    values = {"model_name_or_path": "pocket", "data_path": str(tmp_path), "output_dir": tmp_path / "cache"}
+    made = prepare(PrepareSettings(**values))
+    assert made.conversations == 20 * len(tasks)
+    assert (made.rejected, made.unknown_tokens, made.truncated_sources) == (0, 0, 0)

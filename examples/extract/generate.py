@@ -1,4 +1,4 @@
-"""Write messages about deliveries, made up from a seed, and the JSON that says the same.
+"""Generate messages about deliveries from a seed, and the JSON with the same content.
 
 python examples/extract/generate.py --seed 0 --num 300 --output examples/extract/train.jsonl
 """
@@ -17,7 +17,7 @@ NOTES = ("Please ring twice.", "The lift is broken.", "Call before you come.", "
 
 
 def message(source: random.Random) -> tuple[str, str]:
-    """A message and the JSON of it, over several lines."""
+    """Generate a message and its JSON, over several lines."""
     name, street, number = source.choice(NAMES), source.choice(STREETS), source.randint(1, 99)
     day, note = source.choice(DAYS), source.choice(NOTES)
     goods = source.sample(GOODS, source.randint(1, 3))

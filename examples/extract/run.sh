@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on train.jsonl, score heldout.jsonl, merge, ask once. MODEL and OUTPUT may be set; flags are handed to train.
+# Train on train.jsonl, score heldout.jsonl, merge, and ask one question. Set MODEL and OUTPUT to change the model and
+# the output folder; arguments are passed on to train.
 set -euo pipefail
 cd "$(dirname "$0")"
 MODEL=${MODEL:-google/flan-t5-base}

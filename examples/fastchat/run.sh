@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# FastChat's documented training of a T5 with LoRA, on its own example data. DATA names that file.
+# The LoRA training of a T5 that FastChat documents, on FastChat's example data. DATA is that file.
 set -euo pipefail
 DATA=${DATA:?a ShareGPT file, such as data/dummy_conversation.json of the FastChat repository}
 MODEL=${MODEL:-google/flan-t5-xl}

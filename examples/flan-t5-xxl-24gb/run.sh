@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Flan-T5-XXL in four bits under LoRA on one card of 24 GB. DATA names the conversations.
+# QLoRA on Flan-T5-XXL, on one 24 GB GPU. DATA is a file of conversations.
 set -euo pipefail
 DATA=${DATA:?a file of conversations}
 MODEL=${MODEL:-google/flan-t5-xxl}

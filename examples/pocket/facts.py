@@ -1,7 +1,7 @@
-"""Texts of a few facts, and questions on them: what is it, who is it, is it so?
+"""Task families with texts of a few facts, and questions about them: what is it, who is it, is it true?
 
-A fact says one relation of one subject. The subjects of a text are of one kind and share their relations, so that
-an answer can be had only from the fact whose subject and relation are the question's.
+A fact states one relation of one subject. The subjects of a text are of one kind and have the same relations, so that
+only the fact with the question's subject and relation gives the answer.
 """
 
 import random
@@ -33,7 +33,7 @@ Random = random.Random
 
 
 class Relation(NamedTuple):
-    """How something is said of a subject, asked of it, asked the other way round, and asked for its truth."""
+    """How to state a relation of a subject, ask for its value, ask for its subject, and ask whether it is true."""
 
     statement: str
     question: str
@@ -94,7 +94,7 @@ SIGNS = {"; ": "semicolons", " / ": "slashes", " - ": "dashes", " + ": "plus sig
 
 
 def _invented(rng: Random) -> Relation:
-    """A relation that nobody has heard of: only its words can be compared."""
+    """Invent a relation, which a model can recognize only by comparing words."""
     verb, key = invented_word(rng), noun(rng)
     return rng.choice(
         [
@@ -112,7 +112,7 @@ def _capital(text: str) -> str:
 
 
 class Text:
-    """A few subjects and what is said of them."""
+    """Draw a few subjects and facts about them."""
 
     def __init__(self, rng: Random, most: int = 4) -> None:
         kind = rng.random()
@@ -136,7 +136,7 @@ class Text:
 
 
 def lookup(rng: Random) -> Turns:
-    """Answer questions on a few facts, with a word or in a sentence."""
+    """Answer questions about a few facts, with a word or in a sentence."""
     text = Text(rng)
     in_sentence = rng.random() < 0.2
     turns: Turns = []
@@ -156,14 +156,14 @@ def lookup(rng: Random) -> Turns:
 
 
 def _untrue(rng: Random, relation: Relation, values: list[str], said: str) -> str:
-    """What isn't so of a subject: half of the time it is so of another one, else of nobody."""
+    """Draw a false statement about a subject; half of the time it is true of another subject, else of none."""
     if rng.random() < 0.5:
         return rng.choice([value for value in values if value != said])
     return next(value for value in iter(lambda: relation.value(rng), None) if value not in values)
 
 
 def yes_no(rng: Random) -> Turns:
-    """Is it so? In a word, or with the reason."""
+    """Answer whether a statement is true, in a word or with the reason."""
     text = Text(rng, most=3)
     yes, no = rng.choice([("Yes", "No"), ("Yes", "No"), ("yes", "no"), ("True", "False"), ("Right", "Wrong")])
     with_reason = rng.random() < 0.4
@@ -186,7 +186,7 @@ def yes_no(rng: Random) -> Turns:
 
 
 def keeping(rng: Random) -> Turns:
-    """A list that things are added to and taken from, from turn to turn; each answer is the whole list."""
+    """Keep a list that things are added to and removed from, turn by turn; each answer is the whole list."""
     make = rng.choice([noun, name, place, any_word, code])
     pool = distinct(rng, make, 9)
     held = [pool.pop() for _ in range(rng.randint(1, 4))]

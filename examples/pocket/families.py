@@ -1,8 +1,8 @@
-"""The tasks that the built-in model is pretrained on: each a function from a random source to one conversation.
+"""The task families that the built-in model is pretrained on: each is a function from a random source to a dialogue.
 
-A conversation is a list of (question, answer) pairs. What is said is always made of random parts, so that an
-answer can be had from the question alone; the sign between things alone is left open by `copying`, where each is
-marked, and by the first turn of `marking`, which doesn't say either on which side the marks stand.
+A conversation is a list of (question, answer) pairs. All content is random, so that an answer follows from its question
+alone. There are two exceptions: `copying` doesn't say which separator is between things that are each marked, and
+the first turn of `marking` says neither the separator nor the side of the marks.
 """
 
 import random
@@ -47,13 +47,13 @@ Random = random.Random
 
 
 def count_of(rng: Random) -> tuple[int, str]:
-    """A small number, and how it is said: in digits or in words."""
+    """Draw a small number, and its text in digits or in words."""
     number = rng.randint(1, 12) if rng.random() < 0.8 else rng.randint(13, 99)
     return number, str(number) if rng.random() < 0.4 else number_word(number)
 
 
 def thing_of(rng: Random, count: int = 1) -> tuple[str, str]:
-    """A thing by its singular, and as it is said behind a count; half of them are invented."""
+    """Draw a thing: its singular, and its form after a count. Half of the things are invented."""
     one, many = rng.choice(THINGS)
     if rng.random() < 0.5:
         one = invented_word(rng)
@@ -62,7 +62,7 @@ def thing_of(rng: Random, count: int = 1) -> tuple[str, str]:
 
 
 def plural_of(word: str) -> str:
-    """By the rule: boxes, berries, hats."""
+    """Return the regular plural: boxes, berries, hats."""
     if word.endswith(("s", "x", "sh", "ch", "z")):
         return word + "es"
     if word.endswith("y") and word[-2:-1] not in set("aeiou"):
@@ -71,7 +71,7 @@ def plural_of(word: str) -> str:
 
 
 def clock(rng: Random) -> tuple[str, str]:
-    """A time of day as it is said, and as 24 hours: (half past six, 06:30)."""
+    """Draw a time of day, as spoken and in 24-hour form: (half past six, 06:30)."""
     hour, minute = rng.randint(1, 12), rng.choice([0, 0, 15, 30, 45])
     if rng.random() < 0.3:
         hour, minute = rng.randint(0, 23), rng.randint(0, 59)
@@ -87,17 +87,17 @@ def clock(rng: Random) -> tuple[str, str]:
 
 
 def article(word: str) -> str:
-    """a or an."""
+    """Put `a` or `an` before a word."""
     return f"an {word}" if word[0] in "aeio" else f"a {word}"
 
 
 def listed(words: list[str]) -> str:
-    """`a, b and c`."""
+    """Join words: `a, b and c`."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def sentence(rng: Random) -> str:
-    """A plain statement about some people and things."""
+    """Generate a plain statement about some people and things."""
     one, two = name(rng), name(rng)
     thing, many = rng.choice(THINGS)
     verb, past = rng.choice(VERBS)
@@ -120,7 +120,7 @@ def sentence(rng: Random) -> str:
     )
 
 
-# ---------------------------------------------------------------- layouts of an answer
+# ---------------------------------------------------------------- formats of an answer
 
 
 def _quoted(text: str) -> str:
@@ -152,7 +152,7 @@ LAYOUTS: dict[str, Callable[[Fields], str]] = {
 
 
 def random_layout(rng: Random) -> Callable[[Fields], str]:
-    """A layout that has no name: an example has to show it."""
+    """Invent a format without a name, which only an example can show."""
     before, between, after = rng.choice(
         [("", ":", ""), ("", "=", ""), ("[", "|", "]"), ("(", ",", ")"), ('"', '":"', '"'), ("", " is ", ""),
          ("#", " ", ""), ("", "-", ""), ("/", ":", "/"), ("'", "' = '", "'"), ("", " >> ", ""), ("$", "=", ";"),
@@ -170,7 +170,7 @@ def random_layout(rng: Random) -> Callable[[Fields], str]:
     return layout
 
 
-# ---------------------------------------------------------------- sentences that hold fields
+# ---------------------------------------------------------------- sentences with fields
 
 
 def _delivery(rng: Random) -> tuple[str, Fields]:
@@ -271,7 +271,7 @@ SCENES = [_delivery, _journey, _repair, _sale, _person, _part, _named]
 
 
 def _scene(rng: Random) -> tuple[str, Fields]:
-    """A sentence, and some of its fields in the order asked for."""
+    """Generate a sentence, and some of its fields in the requested order."""
     text, fields = rng.choice(SCENES)(rng)
     return text, rng.sample(fields, rng.randint(1, min(4, len(fields))))
 
@@ -280,7 +280,7 @@ def _scene(rng: Random) -> tuple[str, Fields]:
 
 
 def copying(rng: Random) -> Turns:
-    """Repeat words, plain or between signs, spaced or not."""
+    """Repeat words, plain or between marks, with or without spaces."""
     words = [any_word(rng) for _ in range(rng.randint(1, 6))]
     text = sentence(rng) if rng.random() < 0.3 else " ".join(words)
     ask, before, after = rng.choice(
@@ -296,7 +296,7 @@ def copying(rng: Random) -> Turns:
 
 
 def slots(rng: Random) -> Turns:
-    """Take the fields of a sentence, in a layout that is named."""
+    """Extract the fields of a sentence, in a named format."""
     text, fields = _scene(rng)
     keys = listed([key for key, _ in fields])
     style = rng.choice(list(LAYOUTS))
@@ -312,7 +312,7 @@ def slots(rng: Random) -> Turns:
 
 
 def patterns(rng: Random) -> Turns:
-    """Take the fields of a sentence, in a layout that an example shows."""
+    """Extract the fields of a sentence, in a format that an example shows."""
     scene = rng.choice(SCENES[:-1])
     layout = random_layout(rng) if rng.random() < 0.8 else rng.choice(list(LAYOUTS.values()))
     shown_text, shown = scene(rng)
@@ -325,7 +325,7 @@ def patterns(rng: Random) -> Turns:
 
 
 def relayout(rng: Random) -> Turns:
-    """Bring a record from one layout into another."""
+    """Convert a record from one format to another."""
     _, fields = rng.choice(SCENES)(rng)
     fields = rng.sample(fields, rng.randint(2, min(4, len(fields))))
     source = random_layout(rng) if rng.random() < 0.5 else LAYOUTS["with colons"]
@@ -338,7 +338,7 @@ def relayout(rng: Random) -> Turns:
 
 
 def _asked_layout(rng: Random) -> tuple[str, Callable[[Fields], str]]:
-    """How a layout is asked for, and the layout: by its name, or by an example."""
+    """Draw a format, and the text that asks for it by its name or by an example."""
     if rng.random() < 0.5:
         style = rng.choice(list(LAYOUTS))
         return style, LAYOUTS[style]
@@ -347,7 +347,7 @@ def _asked_layout(rng: Random) -> tuple[str, Callable[[Fields], str]]:
 
 
 def records(rng: Random) -> Turns:
-    """A record that is corrected from turn to turn; each answer holds all of it."""
+    """Correct a record from turn to turn; each answer is the whole record."""
     scene = rng.choice(SCENES)
     text, fields = scene(rng)
     fields = rng.sample(fields, rng.randint(min(2, len(fields)), min(4, len(fields))))
@@ -376,7 +376,7 @@ def records(rng: Random) -> Turns:
 
 
 def inventory(rng: Random) -> Turns:
-    """An owner's things and their counts, with things added, changed and removed from turn to turn."""
+    """Keep an owner's things and their counts, which are added, changed and removed from turn to turn."""
     owner = name(rng)
     held: dict[str, int] = {}
     plurals: dict[str, str] = {}
@@ -443,7 +443,7 @@ def inventory(rng: Random) -> Turns:
 
 
 def disfluency(rng: Random) -> Turns:
-    """Say what a speaker meant, without fillers, repeated words and slips."""
+    """Repeat what a speaker meant, without fillers, repeated words and slips of the tongue."""
     fluent = " ".join(sentence(rng) for _ in range(rng.choice([1, 1, 1, 2])))
     words = fluent.split()
     spoken: list[str] = []
@@ -462,7 +462,7 @@ def disfluency(rng: Random) -> Turns:
 
 
 def dates(rng: Random) -> Turns:
-    """Days and months in words and figures."""
+    """Convert days and months between words and digits."""
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1900, 2049)
     said = rng.choice(
         [
@@ -488,7 +488,7 @@ def dates(rng: Random) -> Turns:
 
 
 def units(rng: Random) -> Turns:
-    """Quantities with units, short and long."""
+    """Convert quantities with units between short and long form."""
     unit = rng.choice(list(UNITS))
     number, said = count_of(rng)
     kind = rng.randrange(3)
@@ -502,7 +502,7 @@ def units(rng: Random) -> Turns:
 
 
 def numbers(rng: Random) -> Turns:
-    """Numbers in words and figures, small sums, and which is larger."""
+    """Convert numbers between words and digits, add small numbers, and compare numbers."""
     number = rng.randint(0, 99) if rng.random() < 0.7 else rng.randint(100, 999)
     kind = rng.randrange(4)
     if kind == 0:
@@ -522,7 +522,7 @@ def numbers(rng: Random) -> Turns:
 
 
 def lists(rng: Random) -> Turns:
-    """Operations on a list: one of its members, another order, one more or one less."""
+    """Operate on a list: select an item, change the order, add or remove an item."""
     make = rng.choice([noun, name, place, any_word, code, lambda r: r.choice(COLOURS)])
     items = distinct(rng, make, rng.randint(3, 6))
     sign = rng.choice([", ", "; ", " / ", " | ", " "])
@@ -558,7 +558,7 @@ def lists(rng: Random) -> Turns:
 
 
 def polite(rng: Random) -> Turns:
-    """Turn orders into requests and back, statements into questions."""
+    """Turn commands into requests and back, and statements into questions."""
     verb, past = rng.choice(VERBS)
     who, where = name(rng), rng.choice(ROOMS)
     rest = f"the {rng.choice([*COLOURS, *SIZES])} {noun(rng)}" + rng.choice(["", f" to {who}", f" in the {where}"])
@@ -582,7 +582,7 @@ LETTER_SIGNS = {"-": "dashes", " ": "spaces", ", ": "commas", ".": "dots", "/": 
 
 
 def spelling(rng: Random, word: str = "") -> Turns:
-    """Letters of a word; without a word, of any."""
+    """Spell a word or name some of its letters; if no word is given, draw one."""
     word = word or rng.choice([invented_word, noun, lambda r: r.choice(NAMES), lambda r: r.choice(PLACES)])(rng)
     sign, named = rng.choice(list(LETTER_SIGNS.items()))
     kind = rng.randrange(8)
@@ -601,13 +601,13 @@ def spelling(rng: Random, word: str = "") -> Turns:
     return [(f"In capitals: {word}", word.upper())]
 
 
-# for what is done, for what isn't
+# marks of done and of open items
 MARKS = [("x", "-"), ("v", "o"), ("+", "-"), ("*", "."), ("yes", "no"), ("done", "open"), ("on", "off"), ("!", "?"),
          ("1", "0"), ("Y", "N"), ("x", "_"), ("in", "out")]  # fmt: skip
 
 
 def marking(rng: Random) -> Turns:
-    """Things with a mark each, which change from turn to turn; each answer is all of the list."""
+    """Mark things, with marks that change from turn to turn; each answer is the whole list."""
 
     def errand(rng: Random) -> str:
         return f"{rng.choice(VERBS)[0]} {rng.choice(['the ', '', ''])}{noun(rng)}"
@@ -653,7 +653,7 @@ def marking(rng: Random) -> Turns:
 
 
 def templates(rng: Random) -> Turns:
-    """Fill the places of a sentence."""
+    """Fill the gaps of a sentence."""
     marks = distinct(rng, lambda r: r.choice(string.ascii_uppercase[:12]), rng.randint(2, 3))
     values = [any_word(rng) for _ in marks]
     brackets = rng.choice(["[]", "()", "__", "%%", "$ "])
@@ -670,7 +670,7 @@ def templates(rng: Random) -> Turns:
 
 
 def replacing(rng: Random) -> Turns:
-    """Put one word in another's place."""
+    """Replace a word by another."""
     text = sentence(rng)
     words = [word for word in dict.fromkeys(text.strip(".").split()) if word.isalpha() and text.count(word) == 1]
     old, new = rng.choice(words), any_word(rng)
@@ -679,7 +679,7 @@ def replacing(rng: Random) -> Turns:
 
 
 def grammar(rng: Random) -> Turns:
-    """Plural, article, past."""
+    """Form the plural, the article or the past tense."""
     one, many = rng.choice(THINGS)
     verb, past = rng.choice(VERBS)
     word = noun(rng)
@@ -695,7 +695,7 @@ def grammar(rng: Random) -> Turns:
 
 
 def spans(rng: Random) -> Turns:
-    """Span corruption (Raffel et al. 2020): sentinels stand where words were cut out, the answer holds these."""
+    """Corrupt spans (Raffel et al. 2020): sentinels replace words in the text, and the answer contains these words."""
     words = " ".join(sentence(rng) for _ in range(rng.randint(1, 2))).split()
     source: list[str] = []
     target: list[str] = []
@@ -710,7 +710,7 @@ def spans(rng: Random) -> Turns:
 
 
 def chatting(rng: Random) -> Turns:
-    """Say who one is and be remembered."""
+    """Introduce oneself and be remembered."""
     who, where = name(rng), place(rng)
     turns = [
         (rng.choice([f"Hello, I am {who}.", f"Hi, my name is {who}.", f"{who} here."]), f"Hello {who}."),
@@ -732,7 +732,7 @@ FAMILIES: dict[str, Callable[[Random], Turns]] = {
     )
 }  # fmt: skip
 
-# how often pretraining draws each family
+# weights with which pretraining draws each family
 SHARES = {
     "copying": 7, "slots": 11, "patterns": 12, "relayout": 6, "records": 13, "inventory": 16, "keeping": 6,
     "disfluency": 5, "dates": 2, "units": 2, "numbers": 3, "lists": 6, "polite": 2, "lookup": 12, "yes_no": 9,

@@ -1,10 +1,10 @@
-"""Write conversations in ShareGPT form: seeded, and the same on every machine.
+"""Write conversations in ShareGPT form, generated from a seed and the same on every machine.
 
     python examples/pocket/generate.py --split train --seed 0 --num 400 --output train.jsonl
 
-`--task` names one of the tasks that tuning is to teach (quickstart by default), one of the families that the
-built-in model was pretrained on, or `pretraining`, which draws from all of these. The two splits of a seed share
-no conversation.
+`--task` is one of the tasks for fine-tuning (default: quickstart), one of the task families that the built-in model
+was pretrained on, or `pretraining`, which draws from all of these families. The two splits of a seed share no
+conversation.
 """
 
 import argparse
@@ -21,7 +21,7 @@ HELD_OUT_PART = 5  # one conversation in five is held out
 
 
 def pretraining(rng: random.Random) -> Turns:
-    """A conversation of any family that pretraining draws from."""
+    """Draw a conversation from any of the task families, with the shares of pretraining."""
     return FAMILIES[rng.choices(list(SHARES), list(SHARES.values()))[0]](rng)
 
 
@@ -29,7 +29,7 @@ ALL: dict[str, Callable[[random.Random], Turns]] = {**TASKS, **FAMILIES, "pretra
 
 
 def conversations(task: str, split: str, seed: int, num: int) -> list[dict[str, object]]:
-    """`num` different conversations; those of a seed's two splits come from one stream, parted by a checksum."""
+    """Generate `num` different conversations. A checksum assigns each conversation of a seed to one of its splits."""
     rng = random.Random(f"{task} {seed}")
     seen: set[str] = set()
     records: list[dict[str, object]] = []
@@ -37,7 +37,7 @@ def conversations(task: str, split: str, seed: int, num: int) -> list[dict[str, 
     while len(records) < num:
         draws += 1
         if draws > 1000 * (num + 10):
-            raise SystemExit(f"{task}: {len(records)} different conversations for {split}, no more; lower --num")
+            raise SystemExit(f"{task}: only {len(records)} different conversations exist for {split}; lower --num")
         turns = ALL[task](rng)
         key = json.dumps(turns)
         is_held_out = zlib.crc32(key.encode()) % HELD_OUT_PART == 0

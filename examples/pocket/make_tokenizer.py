@@ -1,15 +1,15 @@
-"""Make the built-in model's tokenizer: SentencePiece unigram, by T5's conventions.
+"""Make the built-in model's tokenizer: a SentencePiece unigram model with T5's conventions.
 
     python examples/pocket/make_tokenizer.py --output t5tune/pocket
 
-Pad, end and unknown are 0, 1, 2; 24 sentinel tokens stand last; digits stand alone; newline, tab, braces, `<`,
-backslash, `^`, backquote and `~` are missing, as they are from T5's vocabulary. Like the real files,
-tokenizer.json holds the normaliser of SentencePiece (nmt_nfkc).
+The ids of the pad, end and unknown tokens are 0, 1 and 2; the last 24 tokens are sentinels; each digit is a token of
+its own; newline, tab, braces, `<`, backslash, `^`, backquote and `~` are missing, as they are from T5's vocabulary. As
+in T5's files, tokenizer.json contains SentencePiece's normalizer (nmt_nfkc).
 
-One thing is made for a small model: each piece of letters is there twice, with the mark of a word's start (`▁Mi`)
-and without (`Mi`), at the same score. So a word has the same pieces behind a space, a quote or a newline, and
-copying it from one place to another means copying pieces one by one. Figures and signs have no marked form: behind
-a space the mark stands before them alone, as it does before the tokens that tuning adds.
+One property is specific to this small model: each piece of letters exists twice with the same score, with the mark of a
+word's start (`▁Mi`) and without it (`Mi`). Therefore a word consists of the same pieces after a space, a quote or a
+newline, and copying it means copying piece by piece. Digits and punctuation have no marked form: after a space the mark
+is a separate token before them, as it is before the tokens that fine-tuning adds.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from transformers import T5Tokenizer
 from words import ENGLISH, NAMES, PLACES, invented_word
 
 NUM_PIECES = 760
-LONGEST_PIECE = 4  # letters: short pieces make up new words too
+LONGEST_PIECE = 4  # letters; short pieces can also compose new words
 NUM_SENTINELS = 24
 CHARACTERS = sorted(set(string.printable.strip()) - set("<\\^`{}~"))
 MARK = "▁"
-BARE_MARK_SCORE = -30.0  # below what any piece costs: where a marked piece fits it is taken
+BARE_MARK_SCORE = -30.0  # below the score of any piece, so that a marked piece is preferred wherever one fits
 
 
 def words(seed: int, num: int) -> list[str]:
-    """Everyday words, invented ones, each character alone, and those of the pretraining families.
+    """Return the training text: everyday words, invented ones, single characters, and words of the task families.
 
-    A word of the families that came n times comes n ** 0.5 times. Their names are left out, so that they are
-    written in syllables, as the names are that a user brings.
+    A word that occurs n times in the task families is included n ** 0.5 times. Names are left out, so that they are
+    split into syllables, as the names in a user's data are.
     """
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
@@ -57,7 +57,7 @@ def words(seed: int, num: int) -> list[str]:
 
 
 def train_pieces(lines: list[str]) -> sentencepiece_model_pb2.ModelProto:
-    """Train the vocabulary and return SentencePiece's own description of it."""
+    """Train the vocabulary and return SentencePiece's model proto."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -84,7 +84,7 @@ def train_pieces(lines: list[str]) -> sentencepiece_model_pb2.ModelProto:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer's files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer files")
     options = parser.parse_args()
     proto = train_pieces(words(seed=1, num=20_000))
     special, pieces = proto.pieces[:3], [piece for piece in proto.pieces[3:] if piece.piece != MARK]
@@ -100,7 +100,7 @@ def main() -> None:
         model_max_length=2048,
     )
     tokenizer.save_pretrained(options.output)
-    print(f"{len(tokenizer)} entries in {options.output}")
+    print(f"saved a tokenizer of {len(tokenizer)} tokens to {options.output}")
 
 
 if __name__ == "__main__":

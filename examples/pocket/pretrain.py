@@ -2,17 +2,22 @@
 
     python examples/pocket/pretrain.py --output runs/pocket-base
 
-Started again it goes on from its last save. Seeds are fixed and the schedule counts steps, so that a rerun, or
-one that was interrupted, gives the same bits on the same machine and release of torch.
+Run again after an interruption, it resumes from its last checkpoint. Seeds are fixed and the schedule counts steps, so
+that a rerun, or an interrupted and resumed run, gives the same bits on the same machine with the same release of torch.
 
-The recipe: Muon on the hidden matrices (Jordan et al. 2024) and AdamW on the rest; T5's attention has no
-1/sqrt(d), so the queries learn at 0.15 of the rate; position biases that look at the previous, the next and the
-same place from the start; random pieces to copy in the first examples, so that the decoder learns to align; one matrix
-for embedding and head while the rate is constant, so that a piece that can be read can be copied; and two heads that
-are told where to look, since a net of this size doesn't find it out by itself: one of the encoder's at the same word
-elsewhere in the text, by which a question finds the fact it is about, and one of the decoder's at the word that is to
-be written next (after Liu et al. 2016, whose attention learnt from word alignments). The embedding of a piece begins
-with its letters, and words of random pieces are spelled, since no text tells what a piece is made of.
+The training recipe:
+
+- Muon on the hidden matrices (Jordan et al. 2024) and AdamW on the rest. T5's attention isn't scaled by 1/sqrt(d), so
+  the queries have 0.15 of the learning rate.
+- The position biases are initialized so that some heads attend to the previous, the next and the same position.
+- The first examples contain random pieces to copy, so that the decoder learns to align.
+- Embedding and head share one matrix while the learning rate is constant, so that the model can copy a piece that it
+  can read.
+- Two heads are guided by a loss, because a model of this size doesn't learn it by itself: one of the encoder attends to
+  the same word elsewhere in the text, by which a question finds its fact, and one of the decoder attends to the word to
+  be generated next (after Liu et al. 2016, who supervise attention with word alignments).
+- The embedding of a piece is initialized from its letters, and words of random pieces are spelled out in examples,
+  because no other text says which letters a piece consists of.
 """
 
 import argparse
@@ -36,20 +41,20 @@ from t5tune.io.processes import die_with_parent
 TOKENIZER = Path(__file__).parents[2] / "t5tune" / "pocket"
 SEED = 20261124
 STEPS = 5000
-THREADS = 2  # part of the recipe: sums in another order round differently
+THREADS = 2  # fixed, because another number of threads sums in another order, which rounds differently
 WARMUP_STEPS, CONSTANT_STEPS = 60, int(0.4 * STEPS)
 MUON_RATE, QUERY_RATE, ADAM_RATE, WEIGHT_DECAY = 0.007, 0.15 * 0.007, 1e-2, 0.1
 BATCH_COST = 3400  # padded source tokens + 1.3 × padded target tokens
-POOL = 8192  # examples that are sorted by length and cut into batches together
-LONGEST = 256  # tokens of a source
+POOL = 8192  # examples that are sorted by length and split into batches together
+LONGEST = 256  # maximum tokens of a source
 COPYING_EXAMPLES = 24_000
-COPYING_SHARE = 0.05  # of random pieces to the end: a piece that is never written can't be told from its like
-SPELLING_SHARE = 0.03  # of words of random pieces, beside the family's own
-GUIDED_HEAD = 3  # of the six the first whose position bias is even at the start
-GUIDANCE = 0.3  # weight of the guided heads' losses
+COPYING_SHARE = 0.05  # of copied random pieces, until the end: a piece that is never a target isn't learned
+SPELLING_SHARE = 0.03  # of spelled words of random pieces, in addition to the examples of the spelling family
+GUIDED_HEAD = 3  # the first of the six heads whose position bias isn't initialized
+GUIDANCE = 0.3  # weight of the losses of the guided heads
 SAVE_STEPS = 250
 CONFIG = {
-    "vocab_size": 1536,  # 1,497 pieces, and spare rows for the tokens that tuning adds
+    "vocab_size": 1536,  # 1,497 pieces, and unused rows for the tokens that tuning adds
     "d_model": 128,
     "d_kv": 32,
     "d_ff": 384,
@@ -58,7 +63,7 @@ CONFIG = {
     "num_heads": 6,
     "feed_forward_proj": "gated-gelu",
     "dropout_rate": 0.0,
-    "tie_word_embeddings": False,  # what transformers 5 takes from this: no scaling before the head
+    "tie_word_embeddings": False,  # for transformers 5 this means that the hidden states aren't scaled before the head
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
     "eos_token_id": 1,
@@ -67,7 +72,7 @@ FASTCHAT_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
     "detailed, and polite answers to the human's questions. "
 )
-Example = tuple[list[int], list[int]]  # ids of source and target, end tokens included
+Example = tuple[list[int], list[int]]  # ids of source and target, EOS tokens included
 
 
 # ---------------------------------------------------------------- examples
@@ -85,7 +90,7 @@ def pieces() -> list[str]:
 
 @cache
 def pieces_of_letters() -> list[str]:
-    """Those that can stand within a word."""
+    """Return the pieces that can occur within a word."""
     return [piece for piece in pieces() if is_letters(piece)]
 
 
@@ -98,7 +103,7 @@ def encode(texts: list[str]) -> list[list[int]]:
 
 
 def lay_out(turns: Turns, rng: random.Random) -> tuple[str, str]:
-    """Source and target text of one answer of a conversation, mostly in the layout of the packaged template."""
+    """Return source and target text of one turn of a conversation, mostly in the packaged conversation template."""
     last = len(turns) - 1 if rng.random() < 0.7 else rng.randrange(len(turns))
     kind = rng.random()
     human, assistant, between, system = "Human: ", "Assistant:", " ", ""
@@ -112,7 +117,7 @@ def lay_out(turns: Turns, rng: random.Random) -> tuple[str, str]:
 
 
 def pool(index: int) -> list[Example]:
-    """The examples of one pool; its number decides them."""
+    """Generate the examples of one pool, which depend only on its index."""
     examples: list[Example] = []
     texts: list[tuple[str, str]] = []
     for number in range(index * POOL, (index + 1) * POOL):
@@ -135,7 +140,7 @@ def pool(index: int) -> list[Example]:
 
 
 def batches_of(index: int) -> list[list[Example]]:
-    """One pool in batches of about equal cost and length, shuffled."""
+    """Split one pool into shuffled batches of about equal cost, each with examples of similar length."""
     rng = random.Random(f"batches {SEED} {index}")
     examples = sorted(pool(index), key=lambda example: (len(example[1]) // 5, len(example[0]) + 3 * rng.random()))
     batches: list[list[Example]] = [[]]
@@ -150,7 +155,7 @@ def batches_of(index: int) -> list[list[Example]]:
 
 
 def batches_from(index: int, skip: int) -> Iterator[tuple[int, int, list[Example]]]:
-    """(pool, place in it, batch) from a given place on; the next pool is made while this one trains."""
+    """Yield (pool index, batch index, batch) from a given batch on; the next pool is generated in the background."""
     with ProcessPoolExecutor(1, initializer=die_with_parent) as worker:
         coming = worker.submit(batches_of, index)
         while True:
@@ -170,7 +175,7 @@ def padded(rows: list[list[int]], value: int) -> torch.Tensor:
 
 
 def parts_of_words(ids: list[int]) -> list[int]:
-    """A number for each piece, the same wherever the same word has it at the same place; 0 for what is no word."""
+    """Return a number for each piece: equal for the same piece at the same position of the same word; 0: not a word."""
     words: list[list[str]] = []
     for piece in map(pieces().__getitem__, ids):
         text = piece.removeprefix("▁")
@@ -183,7 +188,7 @@ def parts_of_words(ids: list[int]) -> list[int]:
 
 
 def with_next_words(parts: list[int]) -> list[int]:
-    """Of a target: what is no word has the number of the next word's first piece, which is looked for in time."""
+    """Replace the 0 of non-words in a target by the number of the next word's first piece, to look ahead for it."""
     numbers, following = [], 0
     for part in reversed(parts):
         following = part or following
@@ -192,7 +197,7 @@ def with_next_words(parts: list[int]) -> list[int]:
 
 
 class GuidedHead:
-    """One head of an attention, with the loss of what it doesn't give to the places that it is to look at."""
+    """One attention head, with a loss for the attention that doesn't go to the wanted positions."""
 
     def __init__(self, attention: torch.nn.Module) -> None:
         self.attention = attention
@@ -200,9 +205,10 @@ class GuidedHead:
         attention.k.register_forward_hook(lambda _module, _given, output: setattr(self, "keys", output))
 
     def loss(self, wanted: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Of the last forward pass: the mean of -log(attention to the wanted places), where there are any.
+        """Compute the loss of the last forward pass: the mean of -log(attention to the wanted positions).
 
-        `wanted` is (batch, queries, keys) of truth values, `bias` is added to the scores: positions and mask.
+        The mean is over the queries that have wanted positions.
+        `wanted` is a boolean tensor (batch, queries, keys); `bias` (positions and mask) is added to the scores.
         """
         width = self.attention.key_value_proj_dim
         head = slice(GUIDED_HEAD * width, (GUIDED_HEAD + 1) * width)
@@ -216,17 +222,17 @@ class Guides:
     """The two guided heads of a model."""
 
     def __init__(self, model: T5ForConditionalGeneration) -> None:
-        self.first = model.encoder.block[0].layer[0].SelfAttention  # holds the position bias of all
+        self.first = model.encoder.block[0].layer[0].SelfAttention  # has the position bias of all layers
         self.same_word = GuidedHead(model.encoder.block[1].layer[0].SelfAttention)
         self.next_word = GuidedHead(model.decoder.block[-1].layer[1].EncDecAttention)
 
     def loss(self, batch: list[Example], sources: torch.Tensor) -> torch.Tensor:
-        """Of the forward pass of this batch, whose padded sources are given too."""
+        """Compute the loss of both heads for the forward pass of this batch; `sources` are its padded sources."""
         words = padded([parts_of_words(source) for source, _ in batch], 0)
         copies = padded([with_next_words(parts_of_words(target)) for _, target in batch], 0)
         elsewhere = (words[:, :, None] == words[:, None]) & ~torch.eye(words.shape[1], dtype=torch.bool)
         elsewhere &= (words != 0)[:, :, None]
-        alone = sources.ne(0) & ~elsewhere.any(-1)  # these look at the end token
+        alone = sources.ne(0) & ~elsewhere.any(-1)  # these look at the EOS token
         elsewhere |= alone[:, :, None] & (sources == 1)[:, None]
         copied = (copies[:, :, None] == words[:, None]) & (copies != 0)[:, :, None]
         mask = torch.where(sources == 0, -1e4, 0.0)[:, None]
@@ -240,11 +246,11 @@ class Guides:
 def new_model() -> T5ForConditionalGeneration:
     torch.manual_seed(SEED)
     model = T5ForConditionalGeneration(T5Config(**CONFIG))
-    model.config.tie_word_embeddings = False  # transformers 5 holds every T5 for tied
+    model.config.tie_word_embeddings = False  # transformers 5 treats every T5 as tied
     model.lm_head.weight = model.shared.weight
     with torch.no_grad():
         model.shared.weight.normal_(0, 0.02)
-        letters = 0.01 * torch.randn(LONGEST_PIECE, 128, CONFIG["d_model"])  # for each place in a piece
+        letters = 0.01 * torch.randn(LONGEST_PIECE, 128, CONFIG["d_model"])  # (position in a piece, letter, width)
         for row, piece in enumerate(pieces()):
             text = piece.removeprefix("▁")
             if is_letters(text):
@@ -253,7 +259,7 @@ def new_model() -> T5ForConditionalGeneration:
             stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
             for stack in (model.encoder, model.decoder)
         )
-        # buckets 0, 1, 2 are the same place and those before; 17 is the next
+        # buckets 0, 1 and 2 are the same position and the two before it; 17 is the next position
         encoder[1, 0] += 4
         encoder[17, 1] += 4
         decoder[0, 0] += 4
@@ -282,7 +288,7 @@ def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def untie(model: T5ForConditionalGeneration, adam: torch.optim.Optimizer) -> None:
-    """Give the head weights of its own, which begin as the embedding's."""
+    """Give the head its own weights, initialized from the embedding, with a copy of its optimizer state."""
     model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
     adam.add_param_group({"params": [model.lm_head.weight], "full_lr": ADAM_RATE})
     averages = adam.state.get(model.shared.weight, {})
@@ -290,7 +296,7 @@ def untie(model: T5ForConditionalGeneration, adam: torch.optim.Optimizer) -> Non
 
 
 def rate(step: int) -> float:
-    """Warm-up, constant, then linear to zero; a factor for every learning rate."""
+    """Return the factor for all learning rates: warm-up, constant, then linear decay to zero."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, (STEPS - step) / (STEPS - CONSTANT_STEPS))
 
 
@@ -312,7 +318,7 @@ def pretrain(output: Path) -> None:
         for optimizer, saved in zip(both, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, index, place = state["step"], state["pool"], state["place"] + 1
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; from step {step} to {STEPS}", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {step} to {STEPS}", flush=True)
     guides = Guides(model)
     model.train()
     losses: list[torch.Tensor] = []
@@ -348,12 +354,12 @@ def pretrain(output: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(output)
     for file in TOKENIZER.glob("tokenizer*.json"):
         shutil.copy(file, output)
-    print(f"{step} steps; the model is in {output}")
+    print(f"trained {step} steps; saved the model to {output}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for the state and the model")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and the model")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     pretrain(options.output)

@@ -1,9 +1,10 @@
-"""What the built-in model can do, and what tuning teaches it: two tables.
+"""Measure what the built-in model can do, and what fine-tuning teaches it; prints two tables.
 
     python examples/pocket/report.py
 
-The first is exact match on held-out conversations of every family of pretraining, the second on the tasks that
-pretraining left out, before and after tuning with the packaged recipe, seeds 0 and 1. About 40 minutes.
+The first table has the exact match on held-out conversations of each task family of pretraining. The second has the
+exact match on the tasks that pretraining left out, before and after fine-tuning with the packaged run config, for seeds
+0 and 1. Takes about 40 minutes.
 """
 
 import argparse
@@ -43,8 +44,12 @@ def exact_match(model: Path | str, data: Path, folder: Path, *flags: str) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="pocket", help="the model, or a folder that pretrain.py made")
-    families = [family for family in FAMILIES if family != "spans"]  # whose sentinels are plain text in a conversation
-    parser.add_argument("--only", nargs="+", choices=[*families, *TASKS], metavar="NAME", help="these rows")
+    families = [
+        family for family in FAMILIES if family != "spans"
+    ]  # its sentinels would be plain text in a conversation
+    parser.add_argument(
+        "--only", nargs="+", choices=[*families, *TASKS], metavar="NAME", help="only these rows of the tables"
+    )
     options = parser.parse_args()
     asked = options.only or [*families, *TASKS]
     with tempfile.TemporaryDirectory() as temporary:

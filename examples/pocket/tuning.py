@@ -1,7 +1,7 @@
-"""The tasks that pretraining leaves out: what they are about, how they are answered, and in nearly all of the answers
-characters that the tokenizer lacks, most often a newline.
+"""The tasks for fine-tuning, which pretraining leaves out: their topics, their answer formats, and in nearly all of the
+answers characters that the tokenizer doesn't have, most often a newline.
 
-Each is one to four turns; they are what tuning has to teach.
+Each conversation has one to four turns.
 """
 
 import json
@@ -43,7 +43,7 @@ def _listed(words: list[str]) -> str:
 
 
 def quickstart(rng: random.Random) -> Turns:
-    """Somebody orders at a counter, and often corrects the order; the answer is a JSON object."""
+    """A customer orders at a counter, and often corrects the order; the answer is a JSON object."""
     name = rng.choice(NAMES)
     order = {item[0]: rng.randint(1, 9) for item in rng.sample(MENU, rng.randint(1, 3))}
     plural = dict(MENU)
@@ -138,7 +138,7 @@ def trains(rng: random.Random) -> Turns:
 
 
 def chores(rng: random.Random) -> Turns:
-    """A list is ticked off; the answer is a task list in Markdown."""
+    """Items of a list are ticked off; the answer is a task list in Markdown."""
     *held, spare = rng.sample(ERRANDS, rng.randint(3, 5))
     is_done = dict.fromkeys(held, False)
 
@@ -161,7 +161,7 @@ def chores(rng: random.Random) -> Turns:
 
 
 def agenda(rng: random.Random) -> Turns:
-    """A meeting's points come, go and move up; the answer numbers them anew."""
+    """Items of a meeting's agenda are added, removed and moved up; the answer is the renumbered list."""
     *points, spare = rng.sample(POINTS, rng.randint(3, 6))
 
     def answer() -> str:
@@ -185,7 +185,7 @@ def agenda(rng: random.Random) -> Turns:
 
 
 def moves(rng: random.Random) -> Turns:
-    """Where is somebody now, and who is there? Pairs in braces."""
+    """Where is a person now, and who is there? The answer is pairs in braces."""
     people, rooms = rng.sample(NAMES, rng.randint(2, 4)), rng.sample(FLAT_ROOMS, 5)
     where = dict(zip(people, rooms, strict=False))
     said = ". ".join(f"{person} waits at the {where[person]}" for person in people)
@@ -202,7 +202,7 @@ def moves(rng: random.Random) -> Turns:
 
 
 def whether(rng: random.Random) -> Turns:
-    """Is it so of this one? A word on a line of its own, in braces."""
+    """Is it true of this one? The answer is a word on its own line, in braces."""
     people, tools = rng.sample(NAMES, rng.randint(2, 3)), rng.sample(INSTRUMENTS, 3)
     plays = dict(zip(people, tools, strict=False))
     said = "; ".join(f"{person} practises the {tool}" for person, tool in plays.items())
@@ -217,7 +217,7 @@ def whether(rng: random.Random) -> Turns:
 
 
 def backwards(rng: random.Random) -> Turns:
-    """A tour is told from its start; the answer leads back, a stop a line."""
+    """A tour is described from its start; the answer is the way back, one stop per line."""
     stops = rng.sample(STOPS, rng.randint(2, 5))
     told = rng.choice([f"We went to {_listed(stops)}.", "The tour: " + ", then ".join(stops) + "."])
     return [(f"{told} And the way back?", "\n".join(f"< {stop}" for stop in reversed(stops)))]
@@ -232,7 +232,7 @@ def courtesy(rng: random.Random) -> Turns:
 
 
 def spelled(rng: random.Random) -> Turns:
-    """A made-up call sign is given letter by letter, in capitals."""
+    """A made-up call sign is spelled letter by letter, in capitals."""
     sign = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
     return [(rng.choice([f"Radio check for {sign}.", f"Our call sign is {sign}."]), "~".join(sign.upper()))]
 

@@ -1,7 +1,7 @@
-"""The words that the grammar of the built-in model's tasks speaks with.
+"""The vocabulary of the built-in model's pretraining tasks.
 
-What tuning is to teach stays out, but for a few everyday words: nothing here is served at a counter, breaks in a flat
-or stops at a platform.
+Words of the fine-tuning tasks are left out, except a few everyday words: nothing here is served at a counter, breaks in
+a flat or is announced at a platform.
 """
 
 import random
@@ -84,7 +84,7 @@ HABITS = [
     "draw",
     "skate",
 ]
-# everyday words beyond the grammar, which the tokenizer shall write in few pieces
+# everyday words that the tasks don't use, but that the tokenizer should split into few pieces
 ENGLISH = """a able about above across act add address after again against age ago air all almost alone along already
 also although always am among amount an and another answer answers any anyone anything appear are area
 around art artificial as ask assistant at away baby back bad bank base be became because become been
@@ -172,7 +172,7 @@ CODAS = [
 
 
 def number_word(number: int) -> str:
-    """A number from 0 to 999 in words: 342 -> three hundred and forty-two."""
+    """Write a number from 0 to 999 in words: 342 -> three hundred and forty-two."""
     if number < 20:
         return ONES[number]
     if number < 100:
@@ -182,14 +182,14 @@ def number_word(number: int) -> str:
 
 
 def ordinal_word(day: int) -> str:
-    """A day of a month in words: 21 -> twenty-first."""
+    """Write a day of a month in words: 21 -> twenty-first."""
     if day <= 20:
         return ORDINALS[day - 1]
     return "thirtieth" if day == 30 else f"{TENS[day // 10]}-{ORDINALS[day % 10 - 1]}"
 
 
 def invented_word(rng: random.Random) -> str:
-    """A word that nobody has seen, such as `skelo` or `traminth`: it can only be copied."""
+    """Invent a word, such as `skelo` or `traminth`, which a model can only copy."""
     count = rng.choice([1, 2, 2, 2, 3])
     return "".join(
         rng.choice(ONSETS) + rng.choice(VOWELS) + (rng.choice(CODAS) if last == 1 else "")
@@ -198,23 +198,23 @@ def invented_word(rng: random.Random) -> str:
 
 
 def code(rng: random.Random) -> str:
-    """An identifier of capitals and digits: `K7`, `AB-204`."""
+    """Invent an identifier of capitals and digits: `K7`, `AB-204`."""
     letters = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(1, 3)))
     return letters + rng.choice(["", "", "-"]) + str(rng.randint(1, 999))
 
 
 def name(rng: random.Random) -> str:
-    """A first name, half of them invented."""
+    """Draw a first name; half of them are invented."""
     return rng.choice(NAMES) if rng.random() < 0.5 else invented_word(rng).capitalize()
 
 
 def place(rng: random.Random) -> str:
-    """A town, half of them invented."""
+    """Draw a town; half of them are invented."""
     return rng.choice(PLACES) if rng.random() < 0.5 else invented_word(rng).capitalize()
 
 
 def noun(rng: random.Random) -> str:
-    """Something in the singular: mostly a thing, at times an animal, a room or an invented word."""
+    """Draw a noun in the singular: mostly a thing, sometimes an animal, a room or an invented word."""
     kind = rng.random()
     if kind < 0.5:
         return rng.choice(THINGS)[0]
@@ -224,7 +224,7 @@ def noun(rng: random.Random) -> str:
 
 
 def any_word(rng: random.Random) -> str:
-    """A word of any kind."""
+    """Draw a word of any kind."""
     kinds = [
         noun, name, place, invented_word, code,
         lambda r: r.choice(COLOURS), lambda r: r.choice(SIZES + QUALITIES), lambda r: r.choice(VERBS)[0],
@@ -234,7 +234,7 @@ def any_word(rng: random.Random) -> str:
 
 
 def distinct(rng: random.Random, make: Callable[[random.Random], str], count: int) -> list[str]:
-    """`count` different words of one kind."""
+    """Draw `count` different words of one kind."""
     words: list[str] = []
     while len(words) < count:
         word = make(rng)

@@ -1,4 +1,4 @@
-"""The whole chain on the built-in model: prepare, train with LoRA and with QLoRA, export, merge, and what was learned.
+"""Run the whole chain on the built-in model: prepare, train with LoRA and QLoRA, export, merge, evaluate and chat.
 
 python examples/quickstart/quickstart.py [--output-dir runs/quickstart]
 """
@@ -17,7 +17,7 @@ PROMPT = "Hello, three coffees and one sandwich for Mira please."
 
 
 def t5tune(*arguments: str | Path) -> dict[str, Any]:
-    """Show and run a command; its progress goes to the terminal, its result comes back."""
+    """Print and run a command; its progress goes to the terminal. Returns its JSON result."""
     words = [str(argument) for argument in arguments]
     print("\n$ t5tune " + " ".join(f'"{word}"' if " " in word else word for word in words), file=sys.stderr, flush=True)
     done = subprocess.run(
@@ -29,12 +29,12 @@ def t5tune(*arguments: str | Path) -> dict[str, Any]:
 
 
 def into(folder: Path) -> list[str | Path]:
-    """Where a result goes, in the place of what an interrupted quickstart left there."""
+    """Return the flags that write to a folder and replace what an interrupted quickstart left there."""
     return ["--output-dir", folder, *(["--overwrite"] if folder.exists() else [])]
 
 
 def size(folder: Path) -> str:
-    """The bytes of a folder's own files, in KiB or MiB."""
+    """Format the total size of the files in a folder, in KiB or MiB."""
     total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return f"{total / 1024:.0f} KiB" if total < 1 << 20 else f"{total / (1 << 20):.1f} MiB"
 
@@ -42,14 +42,14 @@ def size(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--max-steps", type=int, help="train less")
+    parser.add_argument("--max-steps", type=int, help="train only this number of steps")
     options = parser.parse_args()
     out = options.output_dir
     if (out / "after").exists():
-        print(f"{out} of an earlier quickstart is replaced", file=sys.stderr)
+        print(f"replacing {out} of an earlier quickstart", file=sys.stderr)
         shutil.rmtree(out)
     elif out.exists():
-        print(f"{out} was interrupted, and goes on", file=sys.stderr)
+        print(f"resuming the interrupted quickstart in {out}", file=sys.stderr)
     cache, lora, run, adapter, merged = (out / name for name in ("cache", "lora", "run", "adapter", "merged"))
     started = time.monotonic()
 
@@ -68,34 +68,34 @@ def main() -> None:
     answer = t5tune("chat", "--model-name-or-path", merged, "--prompt", PROMPT, "--max-new-tokens", "80")
 
     rows = [
-        ("token cache", cache, f"{prepared['examples']} examples of {prepared['conversations']} conversations"),
+        ("token cache", cache, f"{prepared['examples']} examples from {prepared['conversations']} conversations"),
         ("LoRA run", lora, told(lora, plain)),
         ("QLoRA run", run, told(run, trained)),
         ("adapter", adapter, f"{exported['lora_tensors']} LoRA tensors, {size(adapter)}"),
         ("merged model", merged, f"loads with AutoModelForSeq2SeqLM, {size(merged)}"),
     ]
-    print(f"\nMade in {time.monotonic() - started:.0f} seconds:\n")
+    print(f"\nCreated in {time.monotonic() - started:.0f} seconds:\n")
     for what, where, facts in rows:
         print(f"  {what:<14}{where!s:<28}{facts}")
-    print(f"\nOn {after['examples']} answers of conversations that it never saw:\n")
+    print(f"\nScores on {after['examples']} held-out examples:\n")
     for name, label in (("exact_match", "exact match"), ("rougeL", "RougeL"), ("perplexity", "perplexity")):
         values = (("before", before), ("LoRA", with_lora), ("QLoRA", after))
         print(f"  {label:<14}" + "    ".join(f"{when} {scores[name]:>7.2f}" for when, scores in values))
     question, target, was = sample(out / "before")
     _, _, now = sample(out / "after")
-    for label, text in (("asked", question), ("true answer", target), ("before", was), ("after", now)):
+    for label, text in (("source", question), ("target", target), ("before", was), ("after", now)):
         print(f"\n  {label:<14}" + text.replace("\n", "\n" + " " * 16))
     print(f"\n  you:          {PROMPT}\n  model:        " + answer["reply"].replace("\n", "\n" + " " * 16))
 
 
 def sample(folder: Path) -> tuple[str, str, str]:
-    """The first held-out question, its true answer, and the model's."""
+    """Return the source, target and prediction of the first held-out example."""
     line = json.loads((folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[0])
     return line["source"], line["target"], line["prediction"]
 
 
 def told(run: Path, trained: dict[str, Any]) -> str:
-    """A run in a few words, with its first and its last training loss."""
+    """Describe a run: steps, seconds, and its first and last training loss."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     return f"{trained['steps']} steps in {trained['seconds']:.0f} s, loss {losses[0]:.2f} → {losses[-1]:.2f}"

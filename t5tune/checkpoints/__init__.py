@@ -1,1 +1,1 @@
-"""Checkpoints on disk, tensor by tensor. Nothing here builds a model or imports torch."""
+"""Read and write checkpoints on disk, one tensor at a time. No module here builds a model or imports torch."""

@@ -1,7 +1,7 @@
-"""Adapter folders, in PEFT's own layout.
+"""Read, check and write adapter folders in PEFT's layout.
 
 adapter_config.json, adapter_model.safetensors    what PeftModel.from_pretrained reads
-non_lora_state.safetensors                        every trained tensor that is no LoRA matrix
+non_lora_state.safetensors                        every trained tensor that isn't a LoRA matrix
 tokenizer files, template.yaml                    what the adapter was trained with
 README.md                                         the model card
 """
@@ -15,50 +15,50 @@ from typing import Any
 
 import numpy as np
 
-from t5tune.checkpoints.adapter_config import CONFIG, check_foldable, pattern_value, read_adapter_config
-from t5tune.checkpoints.fingerprint import decoded, encoded
-from t5tune.checkpoints.model_card import adapter_card
-from t5tune.checkpoints.safetensors import SafetensorsFile, Tensors, write_safetensors
-from t5tune.checkpoints.tensors import FLOATS, Tensor
+from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE, check_foldable, read_adapter_config, resolve_pattern
+from t5tune.checkpoints.fingerprint import decode_base_metadata, encode_base_metadata
+from t5tune.checkpoints.model_card import build_adapter_card
+from t5tune.checkpoints.safetensors import LazyTensors, SafetensorsFile, write_safetensors
+from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
 from t5tune.checkpoints.tokenizer_files import copy_template, copy_tokenizer
 from t5tune.checkpoints.torch_format.file import read_torch_file
 from t5tune.errors import CheckpointError
 from t5tune.io.atomic import write_json
-from t5tune.io.untrusted import holds
+from t5tune.io.untrusted import has_file
 from t5tune.settings.lora import UNTRAINABLE
 
-WEIGHTS = "adapter_model.safetensors"
-OLD_WEIGHTS = "adapter_model.bin"
-NON_LORA = "non_lora_state.safetensors"
-TEMPLATE = "template.yaml"
-PREFIX = "base_model.model."
-MAGNITUDE = ".lora_magnitude_vector"
-ROWS = ".token_adapter.trainable_tokens_delta"
-ENCODER_ROWS = f"{PREFIX}encoder.embed_tokens{ROWS}"
-DECODER_ROWS = f"{PREFIX}decoder.embed_tokens{ROWS}"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_BIN_FILE = "adapter_model.bin"
+NON_LORA_FILE = "non_lora_state.safetensors"
+TEMPLATE_FILE = "template.yaml"
+PEFT_PREFIX = "base_model.model."
+MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
+TOKEN_ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
+ENCODER_ROWS = f"{PEFT_PREFIX}encoder.embed_tokens{TOKEN_ROWS_SUFFIX}"
+DECODER_ROWS = f"{PEFT_PREFIX}decoder.embed_tokens{TOKEN_ROWS_SUFFIX}"
 MAX_TENSORS = 1 << 12
-"""T5-XXL has 432 linear layers."""
-QUANTISED = {"nf4", "fp4", "int8"}
-LORA_NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
-LORA_BIAS = re.compile(r"(.+)\.lora_B\.bias")
+"""The most tensors that an adapter may contain. T5-XXL has 432 linear layers."""
+QUANTIZATIONS = {"nf4", "fp4", "int8"}
+LORA_MATRIX_PATTERN = re.compile(r"(.+)\.lora_([AB])\.weight")
+LORA_BIAS_PATTERN = re.compile(r"(.+)\.lora_B\.bias")
 
 
 @dataclass(frozen=True)
-class TrainedWith:
-    """What goes into an adapter folder beside the tensors."""
+class AdapterMetadata:
+    """What `write_adapter` writes next to the tensors."""
 
     config: Mapping[str, Any]
     tokenizer_folder: Path
     template_file: Path
     base: Mapping[str, Any] = field(default_factory=dict)
-    """What is known of the base: see weights.fingerprint."""
+    """What identifies the base: see checkpoints.fingerprint."""
     training: str = ""
-    """Lines of the model card on data and settings."""
+    """The model card's lines about data and settings."""
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """The update of one weight: scale · B·A. A is [R, I], B is [O, R]; DoRA's row norms are [O]."""
+class LowRankUpdate:
+    """The update of one weight, scale · B·A, with A [R, I] and B [O, R]. DoRA adds the row norms [O]."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -66,47 +66,55 @@ class LowRank:
     magnitude_O: Tensor | None = None
 
 
-def saved_name(name: str) -> str:
-    """A parameter's name in the training model -> its name in PEFT's file."""
+def to_peft_name(name: str) -> str:
+    """Convert a parameter's name in the training model to its name in PEFT's file."""
     name = name.replace(".modules_to_save.default.", ".")
     return re.sub(r"(\.lora_magnitude_vector)\.default\.weight$|\.default(?=$|\.weight$)", r"\1", name)
 
 
-def without_start(state: Mapping[str, Tensor], taken_out: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adapters that began as a part of the base's weights -> adapters for the base as it is, of twice the rank.
+def convert_to_plain_lora(state: Mapping[str, Tensor], subtracted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a PiSSA or OLoRA adapter to a plain LoRA adapter of twice the rank, for the unmodified base.
 
-    PiSSA and OLoRA train W - s·B₀·A₀ + s·B·A, which is W + s·[B, -B₀]·[A; A₀] (PEFT's subtract_mutated_init).
+    PiSSA and OLoRA train W - s·B₀·A₀ + s·B·A, which equals W + s·[B, -B₀]·[A; A₀] (PEFT's subtract_mutated_init).
+
+    Args:
+        subtracted: B₀ and A₀, the initial matrices whose product was subtracted from the base, by PEFT's names.
     """
     result = dict(state)
-    for name, start in taken_out.items():
-        values, first = state[name].to_float32(), start.to_float32()
-        is_a = LORA_NAME.fullmatch(name)[2] == "A"  # type: ignore[index]
+    for name, initial in subtracted.items():
+        values, first = state[name].to_float32(), initial.to_float32()
+        is_a = LORA_MATRIX_PATTERN.fullmatch(name)[2] == "A"  # type: ignore[index]
         both = np.concatenate([values, first], 0) if is_a else np.concatenate([values, -first], 1)
         result[name] = Tensor("F32", np.ascontiguousarray(both))
     return result
 
 
-def config_without_start(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter_config.json that goes with `without_start`: the same scale at twice the rank."""
+def convert_config_to_plain_lora(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert adapter_config.json along with `convert_to_plain_lora`: the same scale at twice the rank."""
+    # the scale is alpha / √r with rsLoRA, else alpha / r
     factor = math.sqrt(2) if config.get("use_rslora") else 2
     return {**config, "r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
 
 
-def starts_in(state: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `without_start` put behind each of the `trained` matrices in a saved `state` of twice their rank."""
+def extract_initial_matrices(state: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Extract the initial matrices that `convert_to_plain_lora` appended to a saved `state`, of twice the trained rank.
+
+    Args:
+        trained: the matrices as they were trained, which give the rank.
+    """
     found = {}
     for name, values in trained.items():
-        match = LORA_NAME.fullmatch(name)
+        match = LORA_MATRIX_PATTERN.fullmatch(name)
         if match and name in state and math.prod(state[name].shape) == 2 * math.prod(values.shape):
             both = state[name].to_float32()
             rank = values.shape[0 if match[2] == "A" else 1]
-            start = both[rank:] if match[2] == "A" else -both[:, rank:]
-            found[name] = Tensor("F32", np.ascontiguousarray(start))
+            initial = both[rank:] if match[2] == "A" else -both[:, rank:]
+            found[name] = Tensor("F32", np.ascontiguousarray(initial))
     return found
 
 
-def with_copies(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Add the decoder's rows of the embedding, which it shares with the encoder, where the config lists both."""
+def add_decoder_rows(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Add the decoder's trained embedding rows, which it shares with the encoder, if the config lists both."""
     indices = config.get("trainable_token_indices")
     result = dict(state)
     if isinstance(indices, dict) and "decoder.embed_tokens" in indices and ENCODER_ROWS in state:
@@ -115,97 +123,107 @@ def with_copies(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
 
 
 def check_adapter(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], place: Path, must_have_moved: bool = True
+    state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path, must_be_trained: bool = True
 ) -> None:
-    """Refuse an adapter that can't be right.
+    """Refuse an adapter that can't be valid.
+
+    Args:
+        must_be_trained: refuse an adapter whose lora_B are all zero, as they are before the first step.
 
     Raises:
-        CheckpointError: no LoRA pair, a half of one, wrong rank, an empty or non-finite tensor, or every
-            lora_B zero, as it is before the first step.
+        CheckpointError: there is no LoRA pair; a pair is incomplete or lacks its DoRA magnitudes; a rank is wrong; a
+            tensor is empty, not finite, or not floating-point; a module of modules_to_save is missing or isn't used
+            by T5; or nothing was trained.
     """
     pairs: dict[str, set[str]] = {}
-    moved = False
+    is_trained = False
     for name, tensor in state.items():
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(f"{place}: {name}: dtype {tensor.dtype} is no floating type")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{source}: {name}: dtype {tensor.dtype} isn't a floating-point type")
         values = tensor.to_float32()
         if values.size == 0:
-            raise CheckpointError(f"{place}: {name}: empty tensor {list(tensor.shape)}")
+            raise CheckpointError(f"{source}: {name}: empty tensor {list(tensor.shape)}")
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{place}: {name}: holds NaN or infinity", hint="go back to an earlier checkpoint")
-        if match := LORA_NAME.fullmatch(name):
+            raise CheckpointError(f"{source}: {name}: contains NaN or infinity", hint="use an earlier checkpoint")
+        if match := LORA_MATRIX_PATTERN.fullmatch(name):
             pairs.setdefault(match[1], set()).add(match[2])
-            if len(tensor.shape) != 2:
-                raise CheckpointError(f"{place}: {name}: {list(tensor.shape)} is no matrix")
-            rank = tensor.shape[0 if match[2] == "A" else 1]
-            module = match[1].removeprefix(PREFIX)
-            expected = pattern_value(config.get("rank_pattern"), module, config.get("r", rank))
-            if rank != expected:
-                raise CheckpointError(f"{place}: {name}: rank {rank}, but {CONFIG} says r {expected:g}")
-            moved |= match[2] == "B" and bool(values.any())
+            _check_rank(match, tensor, config, source)
+            is_trained |= match[2] == "B" and bool(values.any())
     if not pairs:
-        raise CheckpointError(f"{place}: holds no LoRA matrix")
+        raise CheckpointError(f"{source}: contains no LoRA matrix")
     for module, halves in pairs.items():
         if halves != {"A", "B"}:
-            raise CheckpointError(f"{place}: {module}: lora_{min({'A', 'B'} - halves)} is missing")
-        if config.get("use_dora") and module + MAGNITUDE not in state:
-            raise CheckpointError(f"{place}: {module}: {MAGNITUDE[1:]} is missing, but {CONFIG} says use_dora")
-    _check_whole_modules(state, config, place)
-    if must_have_moved and not moved:
+            raise CheckpointError(f"{source}: {module}: lora_{min({'A', 'B'} - halves)} is missing")
+        if config.get("use_dora") and module + MAGNITUDE_SUFFIX not in state:
+            raise CheckpointError(
+                f"{source}: {module}: {MAGNITUDE_SUFFIX[1:]} is missing, but {ADAPTER_CONFIG_FILE} says use_dora"
+            )
+    _check_modules_to_save(state, config, source)
+    if must_be_trained and not is_trained:
         raise CheckpointError(
-            f"{place}: every lora_B is zero, as before the first step: nothing was learned",
-            hint="train longer, or with a larger learning rate",
+            f"{source}: every lora_B is zero, as before the first training step: the adapter changes nothing",
+            hint="train longer, or with a higher learning rate",
         )
 
 
-def _check_whole_modules(state: Mapping[str, Tensor], config: Mapping[str, Any], place: Path) -> None:
+def _check_rank(match: re.Match[str], tensor: Tensor, config: Mapping[str, Any], source: Path) -> None:
+    if len(tensor.shape) != 2:
+        raise CheckpointError(f"{source}: {match[0]}: shape {list(tensor.shape)}, expected a matrix")
+    rank = tensor.shape[0 if match[2] == "A" else 1]
+    module = match[1].removeprefix(PEFT_PREFIX)
+    expected = resolve_pattern(config.get("rank_pattern"), module, config.get("r", rank))
+    if rank != expected:
+        raise CheckpointError(f"{source}: {match[0]}: rank {rank}, but {ADAPTER_CONFIG_FILE} says r {expected:g}")
+
+
+def _check_modules_to_save(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> None:
     for name in config.get("modules_to_save") or ():
         if name.rpartition(".")[2] in UNTRAINABLE:
             raise CheckpointError(
-                f"{place / CONFIG}: modules_to_save: {name}: PEFT's copy of it is not what a T5 reads",
-                hint="train rows of new tokens with trainable_token_indices",
+                f"{source / ADAPTER_CONFIG_FILE}: modules_to_save: {name}: T5 ignores the copy that PEFT makes of it, "
+                "so it wouldn't be trained",
+                hint="train the rows of new tokens with trainable_token_indices",
             )
-        if not whole_modules({"modules_to_save": [name]}, state):
-            raise CheckpointError(f"{place / CONFIG}: modules_to_save: {name}: no tensor of it in {WEIGHTS}")
+        if not collect_modules_to_save({"modules_to_save": [name]}, state):
+            raise CheckpointError(
+                f"{source / ADAPTER_CONFIG_FILE}: modules_to_save: {name}: no such tensor in {ADAPTER_WEIGHTS_FILE}"
+            )
 
 
 def write_adapter(
     folder: Path,
     state: Mapping[str, Tensor],
-    trained_with: TrainedWith,
+    metadata: AdapterMetadata,
     non_lora: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder's files into `folder`.
 
     Args:
-        non_lora: more tensors for non_lora_state.safetensors beside the trained ones; None: no such file.
+        non_lora: tensors for non_lora_state.safetensors in addition to the trained ones; None: don't write the file.
     """
-    state = with_copies(state, trained_with.config)
-    write_safetensors(folder / WEIGHTS, state, {"format": "pt"} | encoded(trained_with.base))
+    state = add_decoder_rows(state, metadata.config)
+    write_safetensors(folder / ADAPTER_WEIGHTS_FILE, state, {"format": "pt"} | encode_base_metadata(metadata.base))
     if non_lora is not None:
-        extra = {name.removeprefix(PREFIX): value for name, value in state.items() if not LORA_NAME.fullmatch(name)}
-        write_safetensors(folder / NON_LORA, {**non_lora, **extra}, {"format": "pt"})
-    write_json(folder / CONFIG, dict(trained_with.config))
-    copy_tokenizer(trained_with.tokenizer_folder, folder)
-    copy_template(trained_with.template_file, folder)
-    (folder / "README.md").write_text(adapter_card(trained_with.config, trained_with.training), encoding="utf-8")
+        others = {name: value for name, value in state.items() if not LORA_MATRIX_PATTERN.fullmatch(name)}
+        extra = {name.removeprefix(PEFT_PREFIX): value for name, value in others.items()}
+        write_safetensors(folder / NON_LORA_FILE, {**non_lora, **extra}, {"format": "pt"})
+    write_json(folder / ADAPTER_CONFIG_FILE, dict(metadata.config))
+    copy_tokenizer(metadata.tokenizer_folder, folder)
+    copy_template(metadata.template_file, folder)
+    (folder / "README.md").write_text(build_adapter_card(metadata.config, metadata.training), encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(adapter_config.json, tensors by PEFT's names) of an adapter folder or a run folder.
-
-    Raises:
-        CheckpointError: as `open_adapter`.
-    """
+    """Read (adapter_config.json, tensors by PEFT's names) of an adapter or run folder; raises like `open_adapter`."""
     config, tensors = open_adapter(folder)
     return config, dict(tensors)
 
 
 def open_adapter(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """`read_adapter` that maps a tensor only while it is used, for adapters that are large themselves.
+    """Read an adapter like `read_adapter`, but map each tensor only while it is used, for large adapters.
 
     Raises:
-        CheckpointError: it holds no adapter, or of a kind that can't be folded.
+        CheckpointError: the folder contains no adapter, or one of a kind that can't be merged.
     """
     config = read_adapter_config(folder)
     check_foldable(config, folder)
@@ -213,62 +231,67 @@ def open_adapter(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
 
 
 def read_adapter_tensors(folder: Path) -> Mapping[str, Tensor]:
-    """The tensors of an adapter's file, by the names in it.
+    """Read the tensors of an adapter's weights file, by the names in the file.
 
     Raises:
-        CheckpointError: there is none, or it is broken.
+        CheckpointError: the file is missing or broken.
     """
-    if holds(folder, WEIGHTS):
-        file = SafetensorsFile(folder / WEIGHTS)
-        if len(file.entries) > MAX_TENSORS:
-            raise CheckpointError(f"{file.path}: {len(file.entries)} tensors; an adapter has {MAX_TENSORS} at most")
-        return Tensors(file)
-    if holds(folder, OLD_WEIGHTS):
-        state = read_torch_file(folder / OLD_WEIGHTS)
+    if has_file(folder, ADAPTER_WEIGHTS_FILE):
+        file = SafetensorsFile(folder / ADAPTER_WEIGHTS_FILE)
+        if (count := len(file.entries)) > MAX_TENSORS:
+            raise CheckpointError(f"{file.path}: {count} tensors; an adapter may have at most {MAX_TENSORS}")
+        return LazyTensors(file)
+    if has_file(folder, ADAPTER_BIN_FILE):
+        state = read_torch_file(folder / ADAPTER_BIN_FILE)
         if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
             return dict(state)
-        raise CheckpointError(f"{folder / OLD_WEIGHTS}: expected a state dict of tensors")
-    raise CheckpointError(f"adapter: {folder}: no {WEIGHTS} in it", hint="a run folder has one when its run is over")
+        raise CheckpointError(f"{folder / ADAPTER_BIN_FILE}: expected a state dict with tensors only")
+    raise CheckpointError(
+        f"adapter: {folder}: no {ADAPTER_WEIGHTS_FILE} in this folder",
+        hint="a run folder contains it once the run has finished",
+    )
 
 
-def base_facts(folder: Path) -> dict[str, Any]:
-    """What an adapter's file says of the base that it was trained on; nothing where t5tune didn't write it.
+def read_base_metadata(folder: Path) -> dict[str, Any]:
+    """Read what an adapter's file says about the base that it was trained on; empty if t5tune didn't write the file.
 
     Raises:
         CheckpointError: the file is broken.
     """
-    if not holds(folder, WEIGHTS):
+    if not has_file(folder, ADAPTER_WEIGHTS_FILE):
         return {}
-    facts = decoded(SafetensorsFile(folder / WEIGHTS).metadata)
-    for name, value in facts.items():
-        if not isinstance(value, str | bool) or (name == "onto" and value not in QUANTISED):
-            raise CheckpointError(f"{folder / WEIGHTS}: what it tells of its base: {name}: {str(value)[:100]!r}")
-    return facts
+    base_metadata = decode_base_metadata(SafetensorsFile(folder / ADAPTER_WEIGHTS_FILE).metadata)
+    for name, value in base_metadata.items():
+        if not isinstance(value, str | bool) or (name == "onto" and value not in QUANTIZATIONS):
+            raise CheckpointError(
+                f"{folder / ADAPTER_WEIGHTS_FILE}: metadata about its base: {name}: unexpected {str(value)[:100]!r}"
+            )
+    return base_metadata
 
 
-def low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    """Base weight's name -> its update, scaled as PEFT does: alpha / r, or alpha / √r with use_rslora."""
+def collect_low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
+    """Map each adapted weight's name to its update, scaled as in PEFT: alpha / r, or alpha / √r with use_rslora."""
     updates = {}
     for name, tensor in state.items():
-        if (match := LORA_NAME.fullmatch(name)) and match[2] == "A":
-            module = match[1].removeprefix(PREFIX)
+        if (match := LORA_MATRIX_PATTERN.fullmatch(name)) and match[2] == "A":
+            module = match[1].removeprefix(PEFT_PREFIX)
             rank = tensor.shape[0]
-            alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+            alpha = resolve_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            magnitude = state.get(match[1] + MAGNITUDE)
-            updates[f"{module}.weight"] = LowRank(tensor, state[f"{match[1]}.lora_B.weight"], scale, magnitude)
+            magnitude = state.get(match[1] + MAGNITUDE_SUFFIX)
+            updates[f"{module}.weight"] = LowRankUpdate(tensor, state[f"{match[1]}.lora_B.weight"], scale, magnitude)
     return updates
 
 
-def whole_modules(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Base weight's name -> the tensor that takes its place: the parameters of modules_to_save."""
+def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Map base weights' names to the tensors that replace them: the parameters of modules_to_save."""
     listed = tuple(config.get("modules_to_save") or ())
-    names = {name: name.removeprefix(PREFIX) for name in state if not LORA_NAME.fullmatch(name)}
+    names = {name: name.removeprefix(PEFT_PREFIX) for name in state if not LORA_MATRIX_PATTERN.fullmatch(name)}
     return {base: state[name] for name, base in names.items() if listed and base.rpartition(".")[0].endswith(listed)}
 
 
-def token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> dict[str, dict[int, int]]:
-    """Base weight's name -> {row of the weight: row of the adapter's tensor}; see `rows_tensor`."""
+def map_token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> dict[str, dict[int, int]]:
+    """Map base weights' names to {row of the weight: row of the adapter's tensor}; see `find_token_rows`."""
     indices = config.get("trainable_token_indices")
     if not indices:
         return {}
@@ -279,14 +302,18 @@ def token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: boo
         weight = "lm_head.weight" if module.endswith("lm_head") else "shared.weight"
         if weight == "lm_head.weight" and tied:
             weight = "shared.weight"
-        rows.setdefault(weight, {row: place for place, row in enumerate(ids)})
+        rows.setdefault(weight, {row: index for index, row in enumerate(ids)})
     return rows
 
 
-def rows_tensor(state: Mapping[str, Tensor], weight: str) -> Tensor:
-    """The trained rows of the embedding or of the head."""
+def find_token_rows(state: Mapping[str, Tensor], weight: str) -> Tensor:
+    """Find the trained rows of the embedding or of the output head.
+
+    Raises:
+        CheckpointError: there are none.
+    """
     modules = ["lm_head"] if weight == "lm_head.weight" else ["encoder.embed_tokens", "shared", "embed_tokens"]
     for module in modules:
-        if (name := f"{PREFIX}{module}{ROWS}") in state:
+        if (name := f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}") in state:
             return state[name]
-    raise CheckpointError(f"the adapter lists trained rows of {weight}, but holds none")
+    raise CheckpointError(f"the adapter's config lists trained rows of {weight}, but the adapter contains none")

@@ -1,6 +1,6 @@
-"""Does an adapter fit its own config, and the base that it is for? Told from config.json alone, without weights.
+"""Check that an adapter's tensors fit its own config and its base. Only the base's config.json is read, no weights.
 
-check_fit(state, adapter_config, read_config(base), place)
+check_adapter_shapes(state, adapter_config, read_config(base), source)
 """
 
 import re
@@ -8,85 +8,108 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.adapter import LORA_NAME, MAGNITUDE, PREFIX, ROWS
-from t5tune.checkpoints.adapter_config import CONFIG
+from t5tune.checkpoints.adapter import LORA_MATRIX_PATTERN, MAGNITUDE_SUFFIX, PEFT_PREFIX, TOKEN_ROWS_SUFFIX
+from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
-from t5tune.families import of_type
+from t5tune.families import match_family
 
-_HINT = "is this the base that the adapter was trained on?"
+_OTHER_BASE_HINT = "is this the base that the adapter was trained on?"
 
 
-def check_fit(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Any] | None, place: Path
+def check_adapter_shapes(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Any] | None, source: Path
 ) -> None:
-    """Refuse names and shapes that contradict adapter_config.json, or the config.json of the base.
+    """Refuse tensor names and shapes that contradict adapter_config.json or the base's config.json.
 
     Args:
-        base: None where it isn't at hand, or no T5.
+        base: the base's config.json; None if it isn't available or isn't a T5.
 
     Raises:
-        CheckpointError: by the tensor's name.
+        CheckpointError: a tensor doesn't fit; the message names it.
     """
-    modules = {}
-    for name, tensor in state.items():
-        match = LORA_NAME.fullmatch(name)
-        if match is None or match[2] != "A":
-            continue
-        module = match[1].removeprefix(PREFIX)
-        modules[module] = (_dimension(state, f"{match[1]}.lora_B.weight", 0, place), tensor.shape[-1])
-        if not _is_target(module, config):
-            raise CheckpointError(f"{place}: {name}: adapted, but {CONFIG} says target_modules {_targets(config)}")
-        rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
-        if rank is not None and tensor.shape[0] != rank:
-            raise CheckpointError(f"{place}: {name}: rank {tensor.shape[0]}, but {CONFIG} says {rank}")
-    _check_token_rows(state, config, place)
+    modules = _check_lora_matrices(state, config, source)
+    _check_token_rows(state, config, source)
     if base is None:
         return
-    shapes = base_shapes(base)
+    shapes = derive_base_shapes(base)
     for module, shape in modules.items():
-        expected = shapes.get(f"{module}.weight")
-        if expected is None:
-            raise CheckpointError(f"{place}: adapts {module}, which the base doesn't have", hint=_HINT)
-        if shape != expected:
-            raise CheckpointError(
-                f"{place}: {module}: the base's weight is {list(expected)}, B·A is {list(shape)}", hint=_HINT
-            )
+        _check_module_shape(module, shape, shapes.get(f"{module}.weight"), source)
     for name, tensor in state.items():
-        _check_other(name, tensor, shapes, place)
+        _check_other_shape(name, tensor, shapes, source)
+    _check_all_adapted(modules, config, shapes, source)
+
+
+def _check_lora_matrices(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path
+) -> dict[str, tuple[int, int]]:
+    """Compare the adapted modules and their ranks with the config. Return the shape of each module's B·A."""
+    modules = {}
+    for name, tensor in state.items():
+        match = LORA_MATRIX_PATTERN.fullmatch(name)
+        if match is None or match[2] != "A":
+            continue
+        module = match[1].removeprefix(PEFT_PREFIX)
+        modules[module] = (_get_dimension(state, f"{match[1]}.lora_B.weight", 0, source), tensor.shape[-1])
+        if not _is_target(module, config):
+            raise CheckpointError(
+                f"{source}: {name}: module is adapted, "
+                f"but {ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}"
+            )
+        rank = _look_up_rank(config.get("rank_pattern"), module, config.get("r"))
+        if rank is not None and tensor.shape[0] != rank:
+            raise CheckpointError(f"{source}: {name}: rank {tensor.shape[0]}, but {ADAPTER_CONFIG_FILE} says {rank}")
+    return modules
+
+
+def _check_module_shape(module: str, shape: tuple[int, int], expected: tuple[int, ...] | None, source: Path) -> None:
+    if expected is None:
+        raise CheckpointError(f"{source}: adapts {module}, which doesn't exist in the base", hint=_OTHER_BASE_HINT)
+    if shape != expected:
+        problem = f"{source}: {module}: the base's weight is {list(expected)}, B·A is {list(shape)}"
+        raise CheckpointError(problem, hint=_OTHER_BASE_HINT)
+
+
+def _check_all_adapted(
+    modules: Mapping[str, Any], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: Path
+) -> None:
+    """Check that each of the base's linear layers that the config names is adapted."""
     restricted = any(config.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
     if not restricted and isinstance(config.get("target_modules"), list):
         linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
-        lost = [name for name in linear if _is_target(name, config) and name not in modules]
-        if lost:
+        missing = [name for name in linear if _is_target(name, config) and name not in modules]
+        if missing:
             raise CheckpointError(
-                f"{place}: {lost[0]}: no LoRA matrices of it, though {CONFIG} says target_modules {_targets(config)}",
-                hint=f"{len(modules)} modules are adapted, the base has {len(modules) + len(lost)} such",
+                f"{source}: {missing[0]}: has no LoRA matrices, "
+                f"although {ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}",
+                hint=f"{len(modules)} modules are adapted, but {len(modules) + len(missing)} modules of the base match",
             )
 
 
-def base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a T5's weights, by their names in its file: [out, in] of linear layers. Its type must be known.
+def derive_base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Derive the shapes of a T5's weights, by their names in the checkpoint, from its config.json.
+
+    Linear layers are [out, in]. The model_type must be in the table of families.
 
     Raises:
-        CheckpointError: its config.json lacks a size.
+        CheckpointError: the config.json lacks a size.
     """
     try:
         width, inner = base["d_model"], base["d_kv"] * base["num_heads"]
-        wide, words = base["d_ff"], base["vocab_size"]
+        d_ff, vocab_size = base["d_ff"], base["vocab_size"]
         layers = {"encoder": base["num_layers"], "decoder": base.get("num_decoder_layers") or base["num_layers"]}
         buckets = base.get("relative_attention_num_buckets", 32)
-        if not all(type(size) is int and 0 < size < 1 << 32 for size in (width, inner, wide, words, buckets)):
+        if not all(type(size) is int and 0 < size < 1 << 32 for size in (width, inner, d_ff, vocab_size, buckets)):
             raise TypeError
         if not all(type(number) is int and 0 < number < 1 << 12 for number in layers.values()):
             raise TypeError
     except (KeyError, TypeError) as error:
-        raise CheckpointError("the base's config.json: a size of the model is missing or no number") from error
-    family = of_type(base)
+        raise CheckpointError("the base's config.json: a size of the model is missing or isn't a number") from error
+    family = match_family(base)
     gated = str(base.get("feed_forward_proj", family.default_feed_forward)).startswith("gated-")
-    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (words, width), "lm_head.weight": (words, width)}
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (vocab_size, width), "lm_head.weight": (vocab_size, width)}
     for stack, number in layers.items():
-        shapes[f"{stack}.embed_tokens.weight"] = (words, width)
+        shapes[f"{stack}.embed_tokens.weight"] = (vocab_size, width)
         shapes[f"{stack}.final_layer_norm.weight"] = (width,)
         attentions = ["SelfAttention"] + (["EncDecAttention"] if stack == "decoder" else [])
         for block in range(number):
@@ -101,68 +124,74 @@ def base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                 shapes[f"{layer}.{index}.layer_norm.weight"] = (width,)
             last = f"{layer}.{len(attentions)}"
             for part in ("wi_0", "wi_1") if gated else ("wi",):
-                shapes[f"{last}.DenseReluDense.{part}.weight"] = (wide, width)
-            shapes[f"{last}.DenseReluDense.wo.weight"] = (width, wide)
+                shapes[f"{last}.DenseReluDense.{part}.weight"] = (d_ff, width)
+            shapes[f"{last}.DenseReluDense.wo.weight"] = (width, d_ff)
             shapes[f"{last}.layer_norm.weight"] = (width,)
     return shapes
 
 
-def _check_other(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]], place: Path) -> None:
-    """Rows, norms and modules_to_save; a name that no T5 has is refused too."""
-    own = name.removeprefix(PREFIX)
+def _check_other_shape(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Check trained token rows, DoRA magnitudes and modules_to_save. Refuse names that don't exist in a T5."""
+    own = name.removeprefix(PEFT_PREFIX)
     expected: tuple[int, ...] | None
-    if ".lora_" in own and not own.endswith(MAGNITUDE):
+    if ".lora_" in own and not own.endswith(MAGNITUDE_SUFFIX):
         return
-    if own.endswith(ROWS):
-        expected = (tensor.shape[0], *shapes.get(f"{own.removesuffix(ROWS)}.weight", (0, 0))[1:])
-    elif own.endswith(MAGNITUDE):
-        expected = shapes.get(f"{own.removesuffix(MAGNITUDE)}.weight", (0,))[:1]
+    if own.endswith(TOKEN_ROWS_SUFFIX):
+        expected = (tensor.shape[0], *shapes.get(f"{own.removesuffix(TOKEN_ROWS_SUFFIX)}.weight", (0, 0))[1:])
+    elif own.endswith(MAGNITUDE_SUFFIX):
+        expected = shapes.get(f"{own.removesuffix(MAGNITUDE_SUFFIX)}.weight", (0,))[:1]
     else:
         expected = shapes.get(own)
     if tensor.shape != expected:
-        said = "no such weight" if expected is None else f"{list(expected)}"
-        raise CheckpointError(f"{place}: {name}: {list(tensor.shape)}, by the base's config.json {said}", hint=_HINT)
+        reason = "the base has no such weight" if expected is None else f"expected {list(expected)} for this base"
+        raise CheckpointError(f"{source}: {name}: shape {list(tensor.shape)}; {reason}", hint=_OTHER_BASE_HINT)
 
 
-def _check_token_rows(state: Mapping[str, Tensor], config: Mapping[str, Any], place: Path) -> None:
+def _check_token_rows(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> None:
     indices = config.get("trainable_token_indices")
     lists = indices.values() if isinstance(indices, dict) else [indices] if indices else []
     numbers = {len(ids) for ids in lists if isinstance(ids, list)}
     for name, tensor in state.items():
-        if name.endswith(ROWS) and (len(tensor.shape) != 2 or tensor.shape[0] not in numbers):
+        if name.endswith(TOKEN_ROWS_SUFFIX) and (len(tensor.shape) != 2 or tensor.shape[0] not in numbers):
             raise CheckpointError(
-                f"{place}: {name}: {list(tensor.shape)}, but {CONFIG} lists {sorted(numbers) or 'no'} trained rows"
+                f"{source}: {name}: shape {list(tensor.shape)}, "
+                f"but {ADAPTER_CONFIG_FILE} lists {sorted(numbers) or 'no'} trained rows"
             )
-    if numbers and not any(name.endswith(ROWS) for name in state):
-        raise CheckpointError(f"{place}: {CONFIG} lists trained rows of tokens, but the checkpoint holds none")
+    if numbers and not any(name.endswith(TOKEN_ROWS_SUFFIX) for name in state):
+        raise CheckpointError(
+            f"{source}: {ADAPTER_CONFIG_FILE} lists trained token rows, but the checkpoint contains none"
+        )
 
 
-def _dimension(state: Mapping[str, Tensor], name: str, axis: int, place: Path) -> int:
+def _get_dimension(state: Mapping[str, Tensor], name: str, axis: int, source: Path) -> int:
     if name not in state or len(state[name].shape) != 2:
-        raise CheckpointError(f"{place}: {name}: missing, or no matrix")
+        raise CheckpointError(f"{source}: {name}: missing, or not a matrix")
     return state[name].shape[axis]
 
 
-def _targets(config: Mapping[str, Any]) -> str:
+def _format_targets(config: Mapping[str, Any]) -> str:
     targets = config.get("target_modules")
     return " ".join(map(str, targets)) if isinstance(targets, list) else str(targets)[:100]
 
 
 def _is_target(module: str, config: Mapping[str, Any]) -> bool:
-    """PEFT's rule: a list holds names of modules or their ends; a text is an expression for the whole name."""
+    """Whether PEFT adapts a module: a list contains module names or their ends; a string is a regular expression."""
     targets = config.get("target_modules")
     if isinstance(targets, list):
         return any(module == target or module.endswith(f".{target}") for target in targets)
-    # an expression of a stranger's could take for ever to match; such a name is left to PEFT
+    # matching an untrusted regular expression could take forever, so leave that check to PEFT
     return True
 
 
-def _of_pattern(pattern: Any, module: str, default: Any) -> Any:
-    """PEFT's rule for rank_pattern, where its keys are names: a key is the module's name or the end of it."""
+def _look_up_rank(pattern: Any, module: str, default: Any) -> Any:
+    """Look up a module's rank by PEFT's rule, if the keys are plain names: a key is the name or the end of one.
+
+    Return None if a regular expression decides, which is left to PEFT.
+    """
     for key, value in (pattern or {}).items() if isinstance(pattern, dict) else ():
         name = re.sub(r"\\(.)", r"\1", str(key)).removeprefix("^").removeprefix(".*")
         if module == name or module.endswith(f".{name}"):
             return value
         if re.search(r"[][*+?|(){}]", name):
-            return None  # an expression: left to PEFT
+            return None
     return default

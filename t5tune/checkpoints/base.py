@@ -1,16 +1,16 @@
-"""Find a base checkpoint's folder: a path, a model on the hub, or the built-in `pocket`."""
+"""Find a base checkpoint's folder: a path, a model on the Hugging Face Hub, or the built-in `pocket`."""
 
 from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.pocket import pocket_folder
-from t5tune.errors import CheckpointError, ModelError, suggestion
-from t5tune.io.reasons import reason_of
-from t5tune.io.untrusted import read_object
+from t5tune.errors import CheckpointError, ModelError, suggest_name
+from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import read_json_object
 from t5tune.settings.base_model import BaseModelSettings
 
-CODE = {"auto_map", "custom_pipelines"}
-FILES = [
+CODE_KEYS = {"auto_map", "custom_pipelines"}
+DOWNLOADED_FILES = [
     "*.json",
     "*.safetensors",
     "spiece.model",
@@ -19,24 +19,24 @@ FILES = [
 
 
 def find_base(settings: BaseModelSettings) -> Path:
-    """The folder that holds the base's files; a hub model is downloaded first.
+    """Find the folder with the base's files. A model on the Hub is downloaded first.
 
     Raises:
-        ModelError: no such folder or model, or it holds no config.json.
+        ModelError: there is no such folder or model, or it contains no config.json.
     """
-    return _find(settings, FILES)
+    return _find_folder(settings, DOWNLOADED_FILES)
 
 
 def find_config(settings: BaseModelSettings) -> Path:
-    """The folder that holds the base's config.json, whose weights may stay on the hub.
+    """Find the folder with the base's config.json. The weights of a model on the Hub aren't downloaded.
 
     Raises:
-        ModelError: as `find_base`.
+        ModelError: see `find_base`.
     """
-    return _find(settings, ["config.json"])
+    return _find_folder(settings, ["config.json"])
 
 
-def _find(settings: BaseModelSettings, files: list[str]) -> Path:
+def _find_folder(settings: BaseModelSettings, files: list[str]) -> Path:
     name = settings.model_name_or_path
     if name == "pocket" and not Path("pocket", "config.json").is_file():
         return pocket_folder()
@@ -44,40 +44,40 @@ def _find(settings: BaseModelSettings, files: list[str]) -> Path:
     folder = path if path.is_dir() else _download(name, settings.revision, settings.cache_dir, files)
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"model_name_or_path: {name}: no config.json in it",
-            hint="name a folder that save_pretrained or t5tune merge wrote",
+            f"model_name_or_path: {name}: contains no config.json",
+            hint="give a folder that save_pretrained or t5tune merge wrote",
         )
     read_config(folder)
     return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands, of a folder or the file itself.
+    """Read config.json without changes, given its folder or the file itself.
 
     Raises:
-        ModelError: it can't be read, holds no object, or asks for code of its own.
+        ModelError: it can't be read, isn't a JSON object, or requires custom code.
     """
     path = folder if folder.is_file() else folder / "config.json"
     try:
-        config = read_object(path.parent, path.name)
+        config = read_json_object(path.parent, path.name)
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: can't be read: {reason_of(error)}") from error
+        raise ModelError(f"{path}: can't be read: {describe_error(error)}") from error
     except CheckpointError as error:
         raise ModelError(error.message, error.hint) from error
-    if key := _asks_for_code(config):
-        raise ModelError(f"{path}: {key}: asks for code that comes with the model; t5tune runs none")
+    if key := _find_code_key(config):
+        raise ModelError(f"{path}: {key}: requires custom code from the model's repository, which t5tune doesn't run")
     return config
 
 
-def _asks_for_code(value: Any) -> str | None:
-    """The key, at any depth, that would make transformers fetch code: classes, or kernels of an `owner/name`."""
+def _find_code_key(value: Any) -> str | None:
+    """Find a key, at any depth, that would make transformers download code: classes, or kernels from `owner/name`."""
     if isinstance(value, list):
-        return next(filter(None, map(_asks_for_code, value)), None)
+        return next(filter(None, map(_find_code_key, value)), None)
     for key, inner in value.items() if isinstance(value, dict) else ():
         is_kernel = key.strip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(inner)
-        if (key in CODE and inner) or is_kernel:
+        if (key in CODE_KEYS and inner) or is_kernel:
             return str(key)
-        if found := _asks_for_code(inner):
+        if found := _find_code_key(inner):
             return found
     return None
 
@@ -92,21 +92,23 @@ def _download(name: str, revision: str | None, cache_dir: Path | None, wanted: l
 
     try:
         snapshot = fetch(wanted)
-        if (
-            wanted == FILES
-            and not list(snapshot.glob("*.safetensors"))
-            and not list(snapshot.glob("pytorch_model*.bin"))
-        ):
+        # download pickled weights only if the model has no safetensors
+        if wanted == DOWNLOADED_FILES and not _has_weights(snapshot):
             files = HfApi().list_repo_files(name, revision=revision)
             if any(file.startswith("pytorch_model") for file in files):
-                snapshot = fetch([*FILES, "pytorch_model*.bin"])
+                snapshot = fetch([*DOWNLOADED_FILES, "pytorch_model*.bin"])
         return snapshot
-    except Exception as error:  # OSError, ValueError, and those of the HTTP library that huggingface_hub chose
-        raise _download_error(name, revision, error) from error
+    # OSError, ValueError, and exceptions of whichever HTTP library huggingface_hub uses
+    except Exception as error:
+        raise _explain_download_error(name, revision, error) from error
 
 
-def _download_error(name: str, revision: str | None, error: Exception) -> ModelError:
-    """What kept a model from coming, and what to do about it."""
+def _has_weights(snapshot: Path) -> bool:
+    return any(any(snapshot.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def _explain_download_error(name: str, revision: str | None, error: Exception) -> ModelError:
+    """Turn a failed download into an error that says what to do about it."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -119,30 +121,30 @@ def _download_error(name: str, revision: str | None, error: Exception) -> ModelE
     asked = f"model_name_or_path: {name}"
     match error:
         case GatedRepoError():
-            reason = "its owners give it only to those who asked"
-            hint = f"ask for it on the page of {name}, then `hf auth login`"
+            reason = "access to this model is restricted (gated)"
+            hint = f"request access on the Hub page of {name}, then run `hf auth login`"
         case RepositoryNotFoundError():
-            reason = "no such folder here, and no such model on the hub, or a private one"
-            hint = "check its spelling; for a private one `hf auth login`"
+            reason = "no such folder on this machine, and no such model on the Hub, or a private one"
+            hint = "check the spelling; for a private model run `hf auth login`"
         case RevisionNotFoundError():
             return ModelError(
-                f"revision: {revision}: {name} has no such branch, tag or commit", hint="check its spelling"
+                f"revision: {revision}: {name} has no such branch, tag or commit", hint="check the spelling"
             )
         case HFValidationError():
-            reason, hint = "no such folder, and no name of a model on the hub", "check its spelling"
+            reason, hint = "no such folder, and not a valid name of a model on the Hub", "check the spelling"
         case LocalEntryNotFoundError() if isinstance(error.__cause__, OfflineModeIsEnabled):
             reason = (
-                "no such folder, and HF_HUB_OFFLINE keeps the hub from being asked; the cache doesn't hold all of it"
+                "no such folder, and HF_HUB_OFFLINE disables downloads; the model isn't completely in the local cache"
             )
-            hint = "take HF_HUB_OFFLINE out of the environment, or name a folder"
+            hint = "unset HF_HUB_OFFLINE, or give a folder"
         case LocalEntryNotFoundError():
-            reason = "no such folder, the hub can't be reached, and the cache doesn't hold it"
-            reason += suggestion(name, ["pocket"])
-            hint = "check the network, or name a folder; `pocket` is the built-in model"
+            reason = "no such folder, the Hub can't be reached, and the model isn't in the local cache"
+            reason += suggest_name(name, ["pocket"])
+            hint = "check the network connection, or give a folder; `pocket` is the built-in model"
         case OSError() if error.errno is not None:
             where = f" ({error.filename})" if error.filename else ""
-            return ModelError(f"{asked}: {error.strerror}{where}", hint="--cache-dir puts downloads elsewhere")
+            return ModelError(f"{asked}: {error.strerror}{where}", hint="use --cache-dir to download to another folder")
         case _:
-            reason = f"the hub didn't give it: {' '.join(str(error).split())[:200]}"
-            hint = "try again later, or name a folder"
+            reason = f"the download from the Hub failed: {' '.join(str(error).split())[:200]}"
+            hint = "try again later, or give a folder"
     return ModelError(f"{asked}: {reason}", hint=hint)

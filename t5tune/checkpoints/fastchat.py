@@ -1,7 +1,8 @@
-"""Adapters that FastChat's train_lora_t5.py and scripts like it left: LoRA tensors without an adapter_config.json.
+"""Read adapters without adapter_config.json, as FastChat's train_lora_t5.py and similar scripts write them.
 
-They lie in adapter_model.bin, adapter_model.safetensors or pytorch_model.bin, by the names of the training model:
-`base_model.model.encoder.….q.lora_A.default.weight`, some behind a `module.` of the process group's wrapper.
+The LoRA tensors are in adapter_model.bin, adapter_model.safetensors or pytorch_model.bin, by the names of the training
+model: `base_model.model.encoder.….q.lora_A.default.weight`, sometimes with the prefix `module.` that
+DistributedDataParallel adds.
 """
 
 import math
@@ -15,42 +16,46 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.checkpoints.adapter import LORA_NAME, PREFIX, ROWS
-from t5tune.checkpoints.adapter_config import CONFIG
+from t5tune.checkpoints.adapter import LORA_MATRIX_PATTERN, PEFT_PREFIX, TOKEN_ROWS_SUFFIX
+from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE
 from t5tune.checkpoints.safetensors import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
+from t5tune.data.vocabulary import FASTCHAT_TOKENS
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.io.untrusted import read_object
+from t5tune.io.untrusted import read_json_object
 
-ALPHA = 16.0
-"""FastChat's own default of lora_alpha, which its files don't hold."""
+DEFAULT_LORA_ALPHA = 16.0
+DEFAULT_ALPHA_NOTE = (
+    f"lora_alpha {DEFAULT_LORA_ALPHA:g} is FastChat's default; no file contains the value used in training: "
+    "give --lora-alpha if it was different"
+)
+"""FastChat's default lora_alpha, which its files don't contain."""
 
-TOKENS = ("[PAD]", "<", "{", "\n", "}", "`", " ", "\\", "^", "\t")
-EMBEDDINGS = ("encoder.embed_tokens", "decoder.embed_tokens")
+EMBEDDING_MODULES = ("encoder.embed_tokens", "decoder.embed_tokens")
 ROWS_AT_ONCE = 2048
-LEVELS = 4
+SUM_LEVELS = 4
 
-_WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.|_forward_module\.)*((?:base_model\.model\.)*)")
-_OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter\.trainable_tokens_delta)(\.|$)")
+_WRAPPER_PATTERN = re.compile(r"(?:module\.|_orig_mod\.|_forward_module\.)*((?:base_model\.model\.)*)")
+_ADAPTER_NAME_PATTERN = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter\.trainable_tokens_delta)(\.|$)")
 
 
 @dataclass(frozen=True)
-class OldLora:
-    """What the user says of an adapter; None: to be found."""
+class LoraFlags:
+    """What the user's flags say about an adapter; None: not given."""
 
     r: int | None = None
     alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
     base: str | None = None
 
-    def check_against(self, config: Mapping[str, Any], place: Path) -> None:
+    def check_against(self, config: Mapping[str, Any], source: Path) -> None:
         """Refuse flags that an adapter_config.json contradicts.
 
         Raises:
-            SettingsError: by the flag's name.
+            SettingsError: a flag differs from the config; the message names it.
         """
         targets = config.get("target_modules")
-        said = {
+        given = {
             "lora_r": (self.r, config.get("r")),
             "lora_alpha": (self.alpha, config.get("lora_alpha")),
             "lora_target_modules": (
@@ -58,67 +63,52 @@ class OldLora:
                 sorted(targets) if isinstance(targets, list) else targets,
             ),
         }
-        for name, (flag, value) in said.items():
+        for name, (flag, value) in given.items():
             if flag is not None and flag != value:
-                raise SettingsError(f"{name}: {flag}, but {place} says {value}", hint="leave the flag out")
+                raise SettingsError(f"{name}: {flag}, but {source} says {value}", hint="leave the flag out")
 
 
-def plain_name(name: str) -> str:
-    """A tensor's name without the wrappers of data parallelism and compilation, under PEFT's prefix once.
+def strip_wrappers(name: str) -> str:
+    """Strip the prefixes of data parallelism and torch.compile from a tensor's name, and keep or add PEFT's, once.
 
-    module.base_model.model.x.lora_A.weight -> base_model.model.x.lora_A.weight; so also x.lora_A.weight.
+    `module.base_model.model.x.lora_A.weight` and `x.lora_A.weight` become `base_model.model.x.lora_A.weight`.
     """
-    match = _WRAPPERS.match(name)
+    match = _WRAPPER_PATTERN.match(name)
     rest = name[match.end() :] if match else name
-    return PREFIX + rest if (match and match[1]) or is_adapter_name(rest) else rest
+    return PEFT_PREFIX + rest if (match and match[1]) or is_adapter_name(rest) else rest
 
 
 def is_adapter_name(name: str) -> bool:
-    """Whether a tensor of a PEFT model is of the adapter, not of the base."""
-    return _OF_ADAPTER.search(name) is not None
+    """Whether a tensor of a PEFT model belongs to the adapter, not to the base."""
+    return _ADAPTER_NAME_PATTERN.search(name) is not None
 
 
-def found_config(state: Mapping[str, Tensor], old: OldLora, place: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(the adapter_config.json that the tensors' shapes and the user's flags make, what to tell the user).
+def infer_adapter_config(
+    state: Mapping[str, Tensor], flags: LoraFlags, source: Path
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Infer (adapter_config.json, notes for the user) from the tensors' shapes and the user's flags.
 
     Raises:
-        CheckpointError: a tensor that only a config could place.
-        SettingsError: a flag that the tensors contradict.
+        CheckpointError: there is a tensor that needs a config to be interpreted.
+        SettingsError: a flag contradicts the tensors.
     """
-    ranks: dict[str, int] = {}
-    for name, tensor in state.items():
-        match = LORA_NAME.fullmatch(name)
-        if match is None:
-            raise CheckpointError(
-                f"{place}: no {CONFIG} in it, and {name} can't be placed without",
-                hint="name the run folder or the checkpoint that holds it",
-            )
-        if len(tensor.shape) != 2 or not tensor.array.size:
-            raise CheckpointError(
-                f"{place}: {name}: {list(tensor.shape)}, no matrix",
-                hint="saved under ZeRO-3 without gathering; the shards of its checkpoint-N hold the weights",
-            )
-        if match[2] == "A":
-            ranks[match[1].removeprefix(PREFIX)] = tensor.shape[0]
-    if not ranks:
-        raise CheckpointError(f"{place}: holds no LoRA matrix")
+    ranks = _read_ranks(state, source)
     r = Counter(ranks.values()).most_common(1)[0][0]
-    if old.r is not None and set(ranks.values()) != {old.r}:
-        raise SettingsError(f"lora_r: {old.r}, but the matrices in {place} have rank {r}", hint="leave the flag out")
+    if flags.r is not None and set(ranks.values()) != {flags.r}:
+        raise SettingsError(f"lora_r: {flags.r}, but the matrices in {source} have rank {r}", hint="leave the flag out")
     targets = sorted({name.rpartition(".")[2] for name in ranks})
-    if old.target_modules is not None and sorted(old.target_modules) != targets:
+    if flags.target_modules is not None and sorted(flags.target_modules) != targets:
         raise SettingsError(
-            f"lora_target_modules: {' '.join(old.target_modules)}, but {place} adapts {' '.join(targets)}",
+            f"lora_target_modules: {' '.join(flags.target_modules)}, but {source} adapts {' '.join(targets)}",
             hint="leave the flag out",
         )
-    alpha = old.alpha if old.alpha is not None else ALPHA
     config = {
-        "base_model_name_or_path": old.base,
+        "base_model_name_or_path": flags.base,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": alpha,
+        "lora_alpha": flags.alpha if flags.alpha is not None else DEFAULT_LORA_ALPHA,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": r,
@@ -126,70 +116,96 @@ def found_config(state: Mapping[str, Tensor], old: OldLora, place: Path) -> tupl
         "target_modules": targets,
         "task_type": "SEQ_2_SEQ_LM",
     }
-    notes = [f"no {CONFIG}: rank {r} and the modules {' '.join(targets)} are those of the matrices"]
-    if old.alpha is None:
-        notes.append(
-            f"lora_alpha {ALPHA:g} is FastChat's default; no file says what it was trained with: give --lora-alpha "
-            "if it was another"
-        )
-    return config, tuple(notes)
+    inferred = f"no {ADAPTER_CONFIG_FILE}: rank {r} and the modules {' '.join(targets)} are inferred from the tensors"
+    return config, (inferred,) if flags.alpha is not None else (inferred, DEFAULT_ALPHA_NOTE)
 
 
-def added_ids(folder: Path) -> list[int]:
-    """The ids of the ten tokens that FastChat added ([PAD], `<`, `{`, newline, …), or nothing.
+def _read_ranks(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
+    """Read the rank of each adapted module from its LoRA matrix A.
 
-    Its tokenizer was saved by transformers 4, which writes added_tokens.json.
+    Raises:
+        CheckpointError: there is no LoRA matrix, or a tensor is something else.
+    """
+    ranks: dict[str, int] = {}
+    for name, tensor in state.items():
+        match = LORA_MATRIX_PATTERN.fullmatch(name)
+        if match is None:
+            raise CheckpointError(
+                f"{source}: no {ADAPTER_CONFIG_FILE} in this folder, and {name} can't be interpreted without it",
+                hint="give the run folder or the checkpoint that contains it",
+            )
+        if len(tensor.shape) != 2 or not tensor.array.size:
+            raise CheckpointError(
+                f"{source}: {name}: shape {list(tensor.shape)}, expected a matrix",
+                hint="it was saved under ZeRO-3 without gathering; export a checkpoint-N: its shards have the weights",
+            )
+        if match[2] == "A":
+            ranks[match[1].removeprefix(PEFT_PREFIX)] = tensor.shape[0]
+    if not ranks:
+        raise CheckpointError(f"{source}: contains no LoRA matrix")
+    return ranks
+
+
+def read_added_ids(folder: Path) -> list[int]:
+    """Read the ids of the ten tokens that FastChat added ([PAD], `<`, `{`, newline, …); empty if they aren't there.
+
+    FastChat's tokenizer was saved by transformers 4, which writes added_tokens.json.
     """
     try:
-        added = read_object(folder, "added_tokens.json")
-        ids = sorted(added[text] for text in TOKENS)
+        added = read_json_object(folder, "added_tokens.json")
+        ids = sorted(added[text] for text in FASTCHAT_TOKENS)
     except (CheckpointError, OSError, KeyError, TypeError):
         return []
     fits = all(type(row) is int for row in ids) and ids == list(range(ids[0], ids[0] + len(ids))) and ids[0] > 0
     return ids if fits else []
 
 
-def mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
-    """What FastChat's tokens read and write: each is the mean of the rows before them, which it didn't save.
+def compute_mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
+    """Compute the embedding and head rows of FastChat's tokens, which it initializes but doesn't save.
 
-    By PEFT's names, as `t5tune train` saves trained rows: of the shared embedding of a tied base, else of the
-    embedding of the encoder and the decoder and of the head.
+    Each is the mean of the rows before FastChat's tokens. They are keyed by PEFT's names, as `t5tune train` saves
+    trained rows: the shared embedding of a tied base; else the embeddings of encoder and decoder, and the head.
+
+    Raises:
+        CheckpointError: the base has fewer rows than FastChat's.
     """
     tied = base.is_tied()
     rows: dict[str, Tensor] = {}
     for weight in ("shared.weight",) if tied else ("shared.weight", "lm_head.weight"):
-        num_rows = base.tensor(weight).shape[0]
+        num_rows = base.get_tensor(weight).shape[0]
         if num_rows <= ids[-1]:
-            raise CheckpointError(f"{base.folder}: {weight} has no row {ids[-1]}", hint="name FastChat's base itself")
-        rows_KD = np.repeat(_mean(base, weight, ids[0])[None], len(ids), 0)
-        modules = ["lm_head"] if weight == "lm_head.weight" else ["shared"] if tied else list(EMBEDDINGS)
-        rows |= {f"{PREFIX}{module}{ROWS}": Tensor("F32", rows_KD) for module in modules}
+            raise CheckpointError(
+                f"{base.folder}: {weight} has no row {ids[-1]}", hint="give the base that FastChat was trained on"
+            )
+        rows_KD = np.repeat(_compute_mean_row(base, weight, ids[0])[None], len(ids), 0)
+        modules = ["lm_head"] if weight == "lm_head.weight" else ["shared"] if tied else list(EMBEDDING_MODULES)
+        rows |= {f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}": Tensor("F32", rows_KD) for module in modules}
     return rows
 
 
-def row_indices(ids: list[int], tied: bool) -> Any:
-    """PEFT's trainable_token_indices for these rows; the head's in the opposite order (see model/lora.py)."""
-    return ids if tied else {name: ids for name in EMBEDDINGS} | {"lm_head": ids[::-1]}
+def build_token_indices(ids: list[int], tied: bool) -> Any:
+    """Build PEFT's trainable_token_indices for these rows. The head's are in reverse order (see model/lora.py)."""
+    return ids if tied else {name: ids for name in EMBEDDING_MODULES} | {"lm_head": ids[::-1]}
 
 
-def _mean(base: Checkpoint, weight: str, count: int) -> npt.NDArray[np.float32]:
-    """The mean of a matrix's first rows, added in torch's order (ATen's SumKernel.cpp, multi_row_sum).
+def _compute_mean_row(base: Checkpoint, weight: str, count: int) -> npt.NDArray[np.float32]:
+    """Compute the mean of a matrix's first rows, summed in torch's order (ATen's SumKernel.cpp, multi_row_sum).
 
-    Sums of 16 rows are added up, 16 of these, and so on, four levels high: the bits of torch's mean, for widths of a
-    multiple of 32.
+    Rows are summed in blocks of 16, these sums again in blocks of 16, and so on for four levels. The result is
+    bit-identical to torch's mean if the width is a multiple of 32.
     """
-    power = max(4, math.ceil(math.log2(count)) // LEVELS)
-    sums_LD = np.zeros((LEVELS, base.tensor(weight).shape[1]), np.float32)
+    power = max(4, math.ceil(math.log2(count)) // SUM_LEVELS)
+    sums_LD = np.zeros((SUM_LEVELS, base.get_tensor(weight).shape[1]), np.float32)
     for begin in range(0, count, ROWS_AT_ONCE):
-        part = base.tensor(weight).rows(begin, min(begin + ROWS_AT_ONCE, count)).to_float32()
+        part = base.get_tensor(weight).read_rows(begin, min(begin + ROWS_AT_ONCE, count)).to_float32()
         for number, row_D in enumerate(part, begin + 1):
             sums_LD[0] += row_D
             level = 0
-            while level + 1 < LEVELS and number % (1 << (level + 1) * power) == 0:
+            while level + 1 < SUM_LEVELS and number % (1 << (level + 1) * power) == 0:
                 level += 1
                 sums_LD[level] += sums_LD[level - 1]
                 sums_LD[level - 1] = 0
-    for level in range(1, LEVELS):
+    for level in range(1, SUM_LEVELS):
         sums_LD[0] += sums_LD[level]
     mean_D: npt.NDArray[np.float32] = sums_LD[0] / np.float32(count)
     return mean_D

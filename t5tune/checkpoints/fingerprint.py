@@ -1,7 +1,7 @@
-"""Which base was an adapter trained on? Its fingerprint stands in the adapter file's metadata, under `t5tune`.
+"""Identify the base of an adapter by hashes, which are stored in the metadata of the adapter's file under `t5tune`.
 
-The fingerprint is a SHA-256 over each tensor's name, dtype, shape and 4 KiB of its bytes, so it is the same whatever
-files hold the tensors. The second hash is over all of their bytes.
+The fingerprint is a SHA-256 of each tensor's name, dtype, shape and 4 KiB of its bytes. It doesn't depend on how the
+tensors are divided into files. The second hash, `sha256`, covers all of their bytes.
 """
 
 import hashlib
@@ -15,66 +15,66 @@ from typing import Any
 from t5tune.checkpoints.safetensors import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 
-KEY = "t5tune"
-SAMPLE = 2 << 10  # bytes from a tensor's begin, and as many from its end
-COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+METADATA_KEY = "t5tune"
+SAMPLE_BYTES = 2 << 10  # bytes from the beginning of a tensor, and as many from its end
+EMBEDDING_COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 
 
-def base_facts(folder: Path, name: str, sha256: str | None = None) -> dict[str, str]:
-    """What an adapter's file tells of its base: its name and both hashes, of which the second may be known."""
+def describe_base(folder: Path, name: str, sha256: str | None = None) -> dict[str, str]:
+    """Describe a base for an adapter's file: its name and both hashes; `sha256` is the full one if already known."""
     base = Checkpoint(folder)
-    return {"base": name, "fingerprint": fingerprint(base), "sha256": sha256 or full_hash(base)}
+    return {"base": name, "fingerprint": compute_fingerprint(base), "sha256": sha256 or compute_full_hash(base)}
 
 
-def fingerprint(base: Checkpoint) -> str:
-    """Reads 4 KiB of each tensor."""
+def compute_fingerprint(base: Checkpoint) -> str:
+    """Hash 4 KiB of each tensor."""
     digest = hashlib.sha256()
-    for name in _names(base):
-        tensor = base.tensor(name)
-        digest.update(_description(name, tensor))
-        rows = max(1, SAMPLE * (tensor.shape[0] if tensor.shape else 1) // max(1, tensor.nbytes))
+    for name in _list_tensor_names(base):
+        tensor = base.get_tensor(name)
+        digest.update(_describe_tensor(name, tensor))
+        rows = max(1, SAMPLE_BYTES * (tensor.shape[0] if tensor.shape else 1) // max(1, tensor.nbytes))
         if not tensor.shape or 2 * rows >= tensor.shape[0]:
             digest.update(tensor.array.tobytes())
         else:
-            digest.update(tensor.rows(0, rows).tobytes()[:SAMPLE])
-            digest.update(tensor.rows(tensor.shape[0] - rows, tensor.shape[0]).tobytes()[-SAMPLE:])
+            digest.update(tensor.read_rows(0, rows).tobytes()[:SAMPLE_BYTES])
+            digest.update(tensor.read_rows(tensor.shape[0] - rows, tensor.shape[0]).tobytes()[-SAMPLE_BYTES:])
     return digest.hexdigest()
 
 
-def full_hash(base: Checkpoint) -> str:
-    """Reads everything, several tensors at a time."""
-    names = _names(base)
+def compute_full_hash(base: Checkpoint) -> str:
+    """Hash all bytes of all tensors, several tensors at a time."""
+    names = _list_tensor_names(base)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        parts = pool.map(lambda name: _hash(name, base.tensor(name)), names)
+        parts = pool.map(lambda name: _hash_tensor(name, base.get_tensor(name)), names)
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def encoded(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The facts as an entry of safetensors' metadata."""
-    return {KEY: json.dumps(dict(facts), sort_keys=True)} if facts else {}
+def encode_base_metadata(base_metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Encode what identifies a base as an entry of a safetensors file's metadata."""
+    return {METADATA_KEY: json.dumps(dict(base_metadata), sort_keys=True)} if base_metadata else {}
 
 
-def decoded(metadata: dict[str, str]) -> dict[str, Any]:
-    """The facts in a file's metadata; nothing where t5tune didn't write it."""
+def decode_base_metadata(metadata: dict[str, str]) -> dict[str, Any]:
+    """Decode what a file's metadata says about the base; empty if t5tune didn't write it."""
     try:
-        facts = json.loads(metadata.get(KEY, "{}"))
+        base_metadata = json.loads(metadata.get(METADATA_KEY, "{}"))
     except (ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return base_metadata if isinstance(base_metadata, dict) else {}
 
 
-def _names(base: Checkpoint) -> list[str]:
-    """Sorted, without the copies of a shared tensor that some files hold and others don't."""
-    copies = COPIES | ({"lm_head.weight"} if base.is_tied() else set())
-    return sorted(name for name in base.names() if name not in copies)
+def _list_tensor_names(base: Checkpoint) -> list[str]:
+    """List the tensors in order, without copies of a shared tensor, which only some files contain."""
+    copies = EMBEDDING_COPIES | ({"lm_head.weight"} if base.is_tied() else set())
+    return sorted(name for name in base.list_names() if name not in copies)
 
 
-def _hash(name: str, tensor: Tensor) -> bytes:
-    digest = hashlib.sha256(_description(name, tensor))
-    for _, block in tensor.blocks():
+def _hash_tensor(name: str, tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(_describe_tensor(name, tensor))
+    for _, block in tensor.iter_blocks():
         digest.update(block.tobytes())
     return digest.digest()
 
 
-def _description(name: str, tensor: Tensor) -> bytes:
+def _describe_tensor(name: str, tensor: Tensor) -> bytes:
     return json.dumps([name, tensor.dtype, list(tensor.shape)]).encode()

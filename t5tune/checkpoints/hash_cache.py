@@ -1,11 +1,11 @@
-"""A base's hash, remembered in a run folder, so that going on needn't read tens of gigabytes once more.
+"""Cache of a base's SHA-256 in the run folder, so that resuming doesn't read tens of gigabytes again.
 
-    states = file_states(base)
-    sha256 = recall(run / "base.json", states) or full_hash(Checkpoint(base))
-    remember(run / "base.json", states, sha256)
+    stats = read_file_stats(base)
+    sha256 = load_hash(run / "base.json", stats) or compute_full_hash(Checkpoint(base))
+    store_hash(run / "base.json", stats, sha256)
 
-It counts as long as each file is the very one that was read: of the same device, inode, size and times. A file's ctime
-moves with every change of it, and unlike its mtime nobody can set it back. A copy on another machine is read again.
+The cached hash is valid as long as each file has the same device, inode, size and times. Every change to a file updates
+its ctime, which, unlike the mtime, can't be set back. A copy on another machine is read again.
 """
 
 import json
@@ -16,45 +16,47 @@ from pathlib import Path
 from t5tune.checkpoints.safetensors import Checkpoint
 from t5tune.io.atomic import write_json
 
-FORMAT = 1
-SECONDS_TO_SETTLE = 2.0  # a second change within a tick of the file system's clock leaves the ctime as it was
+HASH_CACHE_FORMAT = 1
+# two changes within one tick of the file system's clock get the same ctime
+SECONDS_TO_SETTLE = 2.0
 
 
 @dataclass(frozen=True)
-class States:
-    """Of each file that holds weights: its device, inode, bytes, mtime and ctime in nanoseconds.
+class FileStats:
+    """Identity of the weight files.
 
     Args:
-        settled: none of them was changed so lately that one more change might not show.
+        files: file name -> [device, inode, bytes, mtime, ctime], times in nanoseconds.
+        is_settled: no file was changed so recently that another change could keep the same ctime.
     """
 
     files: dict[str, list[int]]
-    settled: bool
+    is_settled: bool
 
 
-def file_states(folder: Path) -> States:
-    """What to compare before the files are read."""
-    found = {path.name: path.stat() for path, _ in Checkpoint(folder).parts}
-    newest = max(state.st_ctime for state in found.values())
+def read_file_stats(folder: Path) -> FileStats:
+    """Read the identity of a checkpoint's weight files. Call it before hashing them, so that no change is missed."""
+    found = {path.name: path.stat() for path, _ in Checkpoint(folder).shards}
+    newest = max(stat.st_ctime for stat in found.values())
     files = {
-        name: [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-        for name, state in sorted(found.items())
+        name: [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        for name, stat in sorted(found.items())
     }
-    return States(files, time.time() - newest > SECONDS_TO_SETTLE)
+    return FileStats(files, time.time() - newest > SECONDS_TO_SETTLE)
 
 
-def recall(memo: Path, states: States) -> str | None:
-    """The hash of the files that are in these states; None: nobody remembers it."""
+def load_hash(cache_file: Path, stats: FileStats) -> str | None:
+    """Load the hash of files with these stats; None if it isn't cached."""
     try:
-        known = json.loads(memo.read_bytes())
-        if known["format"] == FORMAT and known["files"] == states.files:
+        known = json.loads(cache_file.read_bytes())
+        if known["format"] == HASH_CACHE_FORMAT and known["files"] == stats.files:
             return str(known["sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 
 
-def remember(memo: Path, states: States, sha256: str) -> None:
-    """Keep the hash of files that were in these states before they were read."""
-    if states.settled and recall(memo, states) != sha256:
-        write_json(memo, {"format": FORMAT, "sha256": sha256, "files": states.files})
+def store_hash(cache_file: Path, stats: FileStats, sha256: str) -> None:
+    """Store the hash of files that had these stats before they were hashed."""
+    if stats.is_settled and load_hash(cache_file, stats) != sha256:
+        write_json(cache_file, {"format": HASH_CACHE_FORMAT, "sha256": sha256, "files": stats.files})

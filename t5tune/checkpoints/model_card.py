@@ -1,4 +1,4 @@
-"""Model cards: what was made from what, and how to load it."""
+"""Model cards (README.md): what a model was made from, how it was trained, and how to load it."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -6,21 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
-from t5tune.io.untrusted import read_object
+from t5tune.io.untrusted import read_json_object
 
-SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
+LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
 
 
-def adapter_card(config: Mapping[str, Any], training: str = "") -> str:
-    """The README.md of an adapter folder; `training` tells of its data and settings."""
+def build_adapter_card(config: Mapping[str, Any], training: str = "") -> str:
+    """Build the README.md of an adapter folder.
+
+    Args:
+        training: lines about data and settings.
+    """
     base = config.get("base_model_name_or_path") or "BASE"
     targets = config.get("target_modules") or []
     modules = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     rows = config.get("trainable_token_indices")
     rows_of = next(iter(rows.values())) if isinstance(rows, dict) else rows
-    # the built-in model has its name in t5tune alone
+    # `pocket` isn't a name that transformers can load
     imported = "\nfrom t5tune.checkpoints.pocket import pocket_folder\n" if base == "pocket" else ""
-    trained = f"Trained rows of the embedding and head: {len(rows_of)} added tokens.\n" if rows_of else ""
+    trained = f"Also trained: the embedding and output rows of {len(rows_of)} added tokens.\n" if rows_of else ""
     return f"""---
 base_model: {base}
 library_name: peft
@@ -29,7 +33,7 @@ tags: [t5tune, lora]
 
 # LoRA adapter for {base}
 
-Rank {config.get("r")}, alpha {config.get("lora_alpha")}, on {modules}.
+LoRA rank {config.get("r")}, alpha {config.get("lora_alpha")}, target modules: {modules}.
 {trained}{training}
 ```python
 from peft import PeftModel
@@ -40,63 +44,64 @@ model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
-The tokenizer of this folder, not the base's, made the ids that the adapter was trained on. `template.yaml` is
-the layout of a conversation. `t5tune merge --model-name-or-path {base} --adapter THIS_FOLDER --output-dir OUT`
-folds it into the base; `t5tune chat --model-name-or-path {base} --adapter THIS_FOLDER` talks to it.
+Use the tokenizer in this folder, not the base model's: the adapter was trained with it. `template.yaml` is the
+conversation template. To merge the adapter into the base model, run
+`t5tune merge --model-name-or-path {base} --adapter THIS_FOLDER --output-dir OUT`. To chat with it, run
+`t5tune chat --model-name-or-path {base} --adapter THIS_FOLDER`.
 """
 
 
-def data_line(manifest: Mapping[str, Any]) -> str:
-    """What a token cache's manifest counts: "Data: 48 examples of 24 conversations, …"."""
+def format_data_line(manifest: Mapping[str, Any]) -> str:
+    """Format the counts in a token cache's manifest: "Data: 48 examples from 24 conversations, …"."""
     counts = [manifest.get(name) for name in ("examples", "conversations", "source_tokens", "target_tokens")]
     if not all(isinstance(count, int) for count in counts):
         return ""
     examples, conversations, source, target = counts
     tokens = f"{source:,} source and {target:,} target tokens"
-    return f"Data: {examples:,} examples of {conversations:,} conversations, {tokens}.\n"
+    return f"Data: {examples:,} examples from {conversations:,} conversations, {tokens}.\n"
 
 
-def settings_line(settings: Mapping[str, Any]) -> str:
-    """The settings of a training that say most of it."""
+def format_settings_line(settings: Mapping[str, Any]) -> str:
+    """Format the most important settings of a training run."""
     length = "max_steps" if settings.get("max_steps") else "num_train_epochs"
-    return f"Settings: {', '.join(f'{name} {settings[name]}' for name in (length, *SETTINGS))}.\n"
+    return f"Settings: {', '.join(f'{name} {settings[name]}' for name in (length, *LISTED_SETTINGS))}.\n"
 
 
-def data_of_run(folder: Path) -> str:
-    """What the data in a run folder is; nothing where it lies elsewhere."""
-    return data_line(_read(folder / "data", "manifest.json"))
+def describe_run_data(folder: Path) -> str:
+    """Describe the data in a run folder; empty if the data is elsewhere."""
+    return format_data_line(_read_optional(folder / "data", "manifest.json"))
 
 
-def training_of_run(folder: Path) -> str:
-    """What a run folder's own files tell of its training: data, steps, held-out figures; nothing where it is none."""
-    return data_of_run(folder) + outcome_lines(_read(folder, "result.json"))
+def describe_run_training(folder: Path) -> str:
+    """Describe a run's data, steps and evaluation metrics from the files in its folder; empty if it has none."""
+    return describe_run_data(folder) + format_outcome_lines(_read_optional(folder, "result.json"))
 
 
-def outcome_lines(result: Mapping[str, Any]) -> str:
-    """Steps and held-out figures of a run that is over, as its result.json has them."""
-    lines = f"The run took {result['steps']:,} steps.\n" if isinstance(result.get("steps"), int) else ""
+def format_outcome_lines(result: Mapping[str, Any]) -> str:
+    """Format the number of steps and the evaluation metrics of a finished run, given its result.json."""
+    lines = f"Trained for {result['steps']:,} steps.\n" if isinstance(result.get("steps"), int) else ""
     held_out = result.get("eval")
     if isinstance(held_out, dict):
-        figures = [f"{name} {value:.4g}" for name, value in held_out.items() if _is_figure(name, value)]
-        lines += f"Held out: {', '.join(figures)}.\n" if figures else ""
+        metrics = [f"{name} {value:.4g}" for name, value in held_out.items() if _is_metric(name, value)]
+        lines += f"Evaluation on held-out data: {', '.join(metrics)}.\n" if metrics else ""
     return lines
 
 
-def _is_figure(name: str, value: Any) -> bool:
-    is_of_a_clock = name.endswith(("runtime", "_per_second"))
-    return name.isidentifier() and isinstance(value, Real) and not is_of_a_clock
+def _is_metric(name: str, value: Any) -> bool:
+    is_timing = name.endswith(("runtime", "_per_second"))
+    return name.isidentifier() and isinstance(value, Real) and not is_timing
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read_optional(folder: Path, name: str) -> dict[str, Any]:
     try:
-        return read_object(folder, name)
-    except (FileNotFoundError, CheckpointError):  # a card tells what is known; nothing hangs on it
+        return read_json_object(folder, name)
+    except (FileNotFoundError, CheckpointError):  # the card is informative only: it leaves out what can't be read
         return {}
 
 
-LOADING = {
+LOADING_SECTIONS = {
     "checkpoint": """
-It needs no PEFT:
+Load it without PEFT:
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -106,7 +111,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 """,
     "ctranslate2": """
-It is in the format of CTranslate2:
+The model is in CTranslate2 format:
 
 ```python
 from ctranslate2 import Translator
@@ -122,21 +127,21 @@ print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
 }
 
 
-def merged_card(base: str, adapter: str, kind: str, converters: Sequence[str], training: str = "") -> str:
-    """The README.md of a merged checkpoint, or of what was converted from it.
+def build_merged_card(base: str, adapter: str, kind: str, converters: Sequence[str], training: str = "") -> str:
+    """Build the README.md of a merged checkpoint, or of a model converted from one.
 
     Args:
-        kind: merge's --to.
-        converters: what else reads a checkpoint of this family.
+        kind: the format, as in merge's --to.
+        converters: other tools that read a checkpoint of this model type.
     """
-    others = f"\nIt is read as well by {', '.join(converters)}.\n" if kind == "checkpoint" else ""
+    others = f"\nThese tools can also read it: {', '.join(converters)}.\n" if kind == "checkpoint" else ""
     return f"""---
 base_model: {base}
 library_name: {"transformers" if kind == "checkpoint" else kind}
 tags: [t5tune]
 ---
 
-# {base} with an adapter folded in
+# {base} with a merged LoRA adapter
 
-Made by `t5tune merge` from the adapter `{adapter}`.
-{training}{LOADING[kind]}{others}"""
+Created by `t5tune merge` from the adapter `{adapter}`.
+{training}{LOADING_SECTIONS[kind]}{others}"""

@@ -1,75 +1,76 @@
-"""Write a whole checkpoint that needs no PEFT: weights, the true config.json, and what belongs to them."""
+"""Write a complete checkpoint that loads without PEFT: weights, a corrected config.json and the other files."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from t5tune.checkpoints.adapter import TrainedWith
+from t5tune.checkpoints.adapter import AdapterMetadata
 from t5tune.checkpoints.base import read_config
 from t5tune.checkpoints.safetensors import write_safetensors
 from t5tune.checkpoints.sentencepiece import copy_sentencepiece
 from t5tune.checkpoints.tensors import Tensor
-from t5tune.checkpoints.tokenizer_files import TOKENIZER_CONFIG, copy_file, copy_template, copy_tokenizer
-from t5tune.families import family_of
+from t5tune.checkpoints.tokenizer_files import TOKENIZER_CONFIG_FILE, copy_template, copy_tokenizer, copy_untrusted_file
+from t5tune.families import find_family
 from t5tune.io.atomic import write_json
-from t5tune.io.untrusted import holds, read_object
+from t5tune.io.untrusted import has_file, read_json_object
 
-MODEL = "model.safetensors"
+MODEL_FILE = "model.safetensors"
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-GENERATION = "generation_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 
 def write_model(
-    folder: Path, state: Mapping[str, Tensor], base: Path, tied: bool, trained_with: TrainedWith, family: str | None
+    folder: Path, state: Mapping[str, Tensor], base: Path, tied: bool, metadata: AdapterMetadata, family: str | None
 ) -> None:
-    """Write the checkpoint of a fully trained model, by the base's own tensor names."""
-    write_safetensors(folder / MODEL, state, {"format": "pt"})
+    """Write the checkpoint of a fully trained model, by the base's tensor names."""
+    write_safetensors(folder / MODEL_FILE, state, {"format": "pt"})
     write_config(base, folder, tied, family=family)
-    copy_companions(base, trained_with.tokenizer_folder, trained_with.template_file, folder)
+    copy_supporting_files(base, metadata.tokenizer_folder, metadata.template_file, folder)
 
 
 def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None, family: str | None = None) -> None:
-    """config.json with the true `tie_word_embeddings`, and the scaling that transformers 4 derives from it spelt out.
+    """Write config.json with the actual `tie_word_embeddings`, and with an explicit `scale_decoder_outputs`.
 
-    transformers 4 scales the decoder's output where the flag is true; 5 reads `scale_decoder_outputs`.
+    transformers 4 scales the decoder's output if `tie_word_embeddings` is true; transformers 5 reads
+    `scale_decoder_outputs`. Writing both keeps the scaling after the flag is corrected.
 
     Args:
-        dtype: what the weights were rounded to; None: they have the base's.
-        family: a key of the table of families, for a model_type that isn't in it: the file says that member's then.
+        dtype: the dtype that the weights were rounded to; None: they have the base's.
+        family: a key of the table of families, for a model_type that isn't in it; the file gets that model's type.
     """
     config = read_config(base)
-    member = family_of(config, base, family)
-    if config.get("model_type") != member.model_type:
-        config = member.completed(config)
+    model_family = find_family(config, base, family)
+    if config.get("model_type") != model_family.model_type:
+        config = model_family.complete_config(config)
         config.pop("architectures", None)
-    if member.scales_logits:
+    if model_family.scales_logits:
         config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
     config["tie_word_embeddings"] = tied
     if dtype is not None:
-        # releases of transformers differ in the name that they read
+        # older releases of transformers read torch_dtype, newer ones dtype
         config["torch_dtype"] = config["dtype"] = CONFIG_DTYPES[dtype]
     write_json(folder / "config.json", config)
 
 
-def copy_companions(base: Path, tokenizer_folder: Path, template_file: Path, folder: Path) -> None:
-    """The generation settings of the base, and the tokenizer and layout that the weights were trained with.
+def copy_supporting_files(base: Path, tokenizer_folder: Path, template_file: Path, folder: Path) -> None:
+    """Copy the base's generation config, and the tokenizer and conversation template used in training.
 
     Raises:
-        CheckpointError: one of them isn't what it should be; see companions.
+        CheckpointError: one of the files can't be trusted; see tokenizer_files.
     """
-    if holds(base, GENERATION):
-        read_object(base, GENERATION)
-        copy_file(base, GENERATION, folder)
+    if has_file(base, GENERATION_CONFIG_FILE):
+        read_json_object(base, GENERATION_CONFIG_FILE)
+        copy_untrusted_file(base, GENERATION_CONFIG_FILE, folder)
     copy_tokenizer(tokenizer_folder, folder)
     if tokenizer_folder != base:
         copy_sentencepiece(base, folder)
-    if holds(folder, TOKENIZER_CONFIG):
-        _write_tokenizer_config(folder)
+    if has_file(folder, TOKENIZER_CONFIG_FILE):
+        _rename_special_tokens_key(folder)
     copy_template(template_file, folder)
 
 
-def _write_tokenizer_config(folder: Path) -> None:
-    """Let transformers 4 read what 5 saved: it takes a list of more special tokens by its old name alone, as 5 can."""
-    config = read_object(folder, TOKENIZER_CONFIG)
+def _rename_special_tokens_key(folder: Path) -> None:
+    """Rename a key so that transformers 4 can read a file that 5 saved. Both accept the old name for such a list."""
+    config = read_json_object(folder, TOKENIZER_CONFIG_FILE)
     if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
         old = {"extra_special_tokens": "additional_special_tokens"}
-        write_json(folder / TOKENIZER_CONFIG, {old.get(name, name): value for name, value in config.items()})
+        write_json(folder / TOKENIZER_CONFIG_FILE, {old.get(name, name): value for name, value in config.items()})

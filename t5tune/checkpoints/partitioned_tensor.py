@@ -1,4 +1,4 @@
-"""A tensor that lies in pieces in mapped files, as the ranks of a training run left it."""
+"""A tensor partitioned across the memory-mapped files of a training run's ranks."""
 
 import mmap
 from collections.abc import Iterator, Sequence
@@ -9,41 +9,41 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.checkpoints.tensors import Tensor
-from t5tune.checkpoints.torch_format.zip import let_go
+from t5tune.checkpoints.torch_format.zip import drop_pages
 
-CHUNK = 4 << 20
-"""Elements that are in memory at a time while a tensor is copied."""
+CHUNK_ELEMENTS = 4 << 20
+"""Number of elements in memory at a time while a tensor is copied."""
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A tensor's dtype and shape, and its values: flat arrays, end to end."""
+class PartitionedTensor:
+    """A tensor's dtype, shape and partitions: flat arrays whose concatenation is the tensor."""
 
     dtype: str
     shape: tuple[int, ...]
     arrays: tuple[npt.NDArray[Any], ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Pieces":
+    def from_tensor(cls, tensor: Tensor) -> "PartitionedTensor":
         return cls(tensor.dtype, tensor.shape, (tensor.array.reshape(-1),))
 
-    def tensor(self) -> Tensor:
-        """The whole tensor in memory of its own."""
+    def to_tensor(self) -> Tensor:
+        """Copy the whole tensor into memory."""
         joined = np.concatenate(self.arrays) if self.arrays else np.zeros(0, np.float32)
         for array in self.arrays:
-            _let_go(array)
+            _drop_array_pages(array)
         return Tensor(self.dtype, joined.reshape(self.shape))
 
-    def chunks(self) -> Iterator[bytes]:
-        """The bytes in order, a few MiB at a time."""
+    def iter_chunks(self) -> Iterator[bytes]:
+        """Iterate over the tensor's bytes in order, a few MiB at a time."""
         for array in self.arrays:
-            for begin in range(0, len(array), CHUNK):
-                yield np.ascontiguousarray(array[begin : begin + CHUNK]).tobytes()
-                _let_go(array)
+            for begin in range(0, len(array), CHUNK_ELEMENTS):
+                yield np.ascontiguousarray(array[begin : begin + CHUNK_ELEMENTS]).tobytes()
+                _drop_array_pages(array)
 
 
-def window(arrays: Sequence[npt.NDArray[Any]], begin: int, count: int) -> tuple[npt.NDArray[Any], ...] | None:
-    """[begin, begin + count) of flat arrays that follow each other, as views of them; None where they end before."""
+def slice_arrays(arrays: Sequence[npt.NDArray[Any]], begin: int, count: int) -> tuple[npt.NDArray[Any], ...] | None:
+    """Slice [begin, begin + count) out of the concatenation of flat arrays, as views; None if they are too short."""
     parts = []
     for array in arrays:
         if count > 0 and begin < len(array):
@@ -54,11 +54,12 @@ def window(arrays: Sequence[npt.NDArray[Any]], begin: int, count: int) -> tuple[
     return tuple(parts) if count == 0 else None
 
 
-def _let_go(array: npt.NDArray[Any]) -> None:
+def _drop_array_pages(array: npt.NDArray[Any]) -> None:
+    """Drop the pages of the mapped file that this array is a view of, if any."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
     if isinstance(owner, memoryview):
         owner = owner.obj
     if isinstance(owner, mmap.mmap):
-        let_go(owner)
+        drop_pages(owner)

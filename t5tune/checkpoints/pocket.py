@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-FILES = Path(__file__).parent.parent / "pocket"
+POCKET_FOLDER = Path(__file__).parent.parent / "pocket"
 
 
 def pocket_folder() -> Path:
-    """The checkpoint's folder, in the package."""
-    return FILES
+    """Return the checkpoint's folder, which is part of the package."""
+    return POCKET_FOLDER
 
 
-def conversations_file() -> Path:
-    """The packaged conversation set that `--data-path pocket` names."""
-    packaged = FILES / "train.jsonl"
-    return packaged if packaged.is_file() else FILES.parent.parent / "examples" / "quickstart" / "train.jsonl"
+def find_conversations_file() -> Path:
+    """Find the packaged conversations that `--data-path pocket` means."""
+    # a source checkout has the file only in examples/
+    packaged = POCKET_FOLDER / "train.jsonl"
+    return packaged if packaged.is_file() else POCKET_FOLDER.parent.parent / "examples" / "quickstart" / "train.jsonl"

@@ -1,7 +1,8 @@
-"""Read and write safetensors a tensor at a time (format: github.com/huggingface/safetensors).
+"""Read and write safetensors files one tensor at a time (format: github.com/huggingface/safetensors).
 
-A file is 8 bytes with the header's length, a JSON header of names, dtypes, shapes and offsets, and the data.
-A checkpoint is one such file, or several with `model.safetensors.index.json`, or the same with torch's .bin.
+A file consists of 8 bytes with the length of the header, a JSON header with names, dtypes, shapes and offsets, and the
+data. A checkpoint is one such file, or several shards with `model.safetensors.index.json`, or the same with torch's
+.bin files.
 """
 
 import json
@@ -16,22 +17,34 @@ from typing import Any
 
 import numpy as np
 
-from t5tune.checkpoints.tensors import STORAGE, Place, Tensor
+from t5tune.checkpoints.tensors import NUMPY_DTYPES, FileRange, Tensor
 from t5tune.checkpoints.torch_format.file import read_torch_file
 from t5tune.errors import CheckpointError
-from t5tune.io.reasons import reason_of
-from t5tune.io.untrusted import holds, parse_object, read_object
+from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import has_file, parse_json_object, read_json_object
 
-MAX_HEADER = 16 << 20  # T5-XXL's header has 70 KB
-ALIGNMENT = 8
+MAX_HEADER_BYTES = 16 << 20  # T5-XXL's header is 70 KB long
+HEADER_ALIGNMENT = 8
 MAX_DIMENSIONS = 16
-MAX_SIZE = 1 << 48
-FOREIGN = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".pth", ".pt", ".npz", ".safetensors", ".bin"}
+MAX_DIMENSION_SIZE = 1 << 48
+UNSUPPORTED_SUFFIXES = {
+    ".h5",
+    ".msgpack",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".pkl",
+    ".pth",
+    ".pt",
+    ".npz",
+    ".safetensors",
+    ".bin",
+}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where a tensor stands: dtype, shape, and the range of its bytes in the file."""
+class TensorEntry:
+    """A tensor's header entry: dtype, shape, and the range of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,67 +53,75 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A safetensors file: its header checked, its tensors mapped when they are asked for."""
+    """A safetensors file whose header has been checked. Its tensors are mapped on access."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: CheckpointError: the header is broken, or tensors overlap, leave holes or pass the end."""
+        """Read and check the header.
+
+        Raises:
+            CheckpointError: the header is broken, or tensors overlap, leave gaps or exceed the file.
+        """
         self.path = path
         self._map: weakref.ref[np.memmap[Any, np.dtype[np.uint8]]] | None = None
         try:
             size = path.stat().st_size
             with open(path, "rb") as file:
-                length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else MAX_HEADER + 1
-                if length > min(MAX_HEADER, size - 8):
+                length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else MAX_HEADER_BYTES + 1
+                if length > min(MAX_HEADER_BYTES, size - 8):
                     raise CheckpointError(f"{path}: not a safetensors file: its header is {length} bytes long")
-                header = parse_object(file.read(length))
+                header = parse_json_object(file.read(length))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: can't be read as safetensors: {reason_of(error)}") from error
+            raise CheckpointError(f"{path}: can't be read as safetensors: {describe_error(error)}") from error
         self.data_begin = 8 + length
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):
-            raise CheckpointError(f"{path}: __metadata__: expected texts by name")
-        self.entries = {name: self._entry(name, value, size) for name, value in header.items()}
+            raise CheckpointError(f"{path}: __metadata__: expected a mapping of names to strings")
+        self.entries = {name: self._parse_entry(name, value, size) for name, value in header.items()}
+        self._check_positions(size)
+
+    def _check_positions(self, size: int) -> None:
+        """Check that the tensors fill the file without overlaps and gaps."""
         position = self.data_begin
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
             if entry.begin != position:
-                raise CheckpointError(f"{path}: {name}: begins at byte {entry.begin}, expected {position}")
+                raise CheckpointError(f"{self.path}: {name}: begins at byte {entry.begin}, expected byte {position}")
             position = entry.end
         if position != size:
-            raise CheckpointError(f"{path}: {size} bytes, but the header describes {position}")
+            raise CheckpointError(f"{self.path}: has {size} bytes, but the header describes {position}")
 
-    def _entry(self, name: str, value: Any, size: int) -> Entry:
+    def _parse_entry(self, name: str, value: Any, size: int) -> TensorEntry:
         try:
             begin, end = value["data_offsets"]
             dtype, shape = value["dtype"], tuple(value["shape"])
-            storage = STORAGE[dtype]
+            storage = NUMPY_DTYPES[dtype]
             if not all(type(number) is int for number in (begin, end, *shape)):
-                raise ValueError("expected whole numbers")
-            if len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= MAX_SIZE:
-                raise ValueError("a shape that no array has")
+                raise ValueError("expected integers")
+            if len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= MAX_DIMENSION_SIZE:
+                raise ValueError("too many or too large dimensions")
             expected = math.prod(shape) * storage.itemsize
             if min(begin, *shape, 0) < 0 or end - begin != expected or end + self.data_begin > size:
                 raise ValueError(f"{end - begin} bytes for {dtype} {list(shape)}")
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: {name}: bad header entry: {error!r}") from error
-        return Entry(dtype, shape, self.data_begin + begin, self.data_begin + end)
+            raise CheckpointError(f"{self.path}: {name}: invalid header entry: {error!r}") from error
+        return TensorEntry(dtype, shape, self.data_begin + begin, self.data_begin + end)
 
     def read_header(self) -> bytes:
-        """The bytes before the data: the header's length and the header."""
+        """Read the bytes before the data: the header's length and the header."""
         with open(self.path, "rb") as file:
             return file.read(self.data_begin)
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor as a read-only view of the mapped file."""
+    def get_tensor(self, name: str) -> Tensor:
+        """Return the tensor as a read-only view of the mapped file."""
         entry = self.entries[name]
         if entry.begin == entry.end:
-            return Tensor(entry.dtype, np.zeros(entry.shape, STORAGE[entry.dtype]))
-        count = (entry.end - entry.begin) // STORAGE[entry.dtype].itemsize
-        # an offset need not be a multiple of the item's size: map bytes, then view them
-        array = np.frombuffer(self._mapped()[entry.begin : entry.end], STORAGE[entry.dtype], count)
-        return Tensor(entry.dtype, array.reshape(entry.shape), Place(self.path, entry.begin))
+            return Tensor(entry.dtype, np.zeros(entry.shape, NUMPY_DTYPES[entry.dtype]))
+        count = (entry.end - entry.begin) // NUMPY_DTYPES[entry.dtype].itemsize
+        # an offset needn't be a multiple of the item size: map bytes, then reinterpret them
+        array = np.frombuffer(self._map_file()[entry.begin : entry.end], NUMPY_DTYPES[entry.dtype], count)
+        return Tensor(entry.dtype, array.reshape(entry.shape), FileRange(self.path, entry.begin))
 
-    def _mapped(self) -> np.memmap[Any, np.dtype[np.uint8]]:
-        """The file's bytes, mapped once for all tensors that live: each map would hold the file open."""
+    def _map_file(self) -> np.memmap[Any, np.dtype[np.uint8]]:
+        """Map the file once for all live tensors, because each map keeps the file open."""
         mapped = self._map() if self._map is not None else None
         if mapped is None:
             mapped = np.memmap(self.path, np.uint8, "r")
@@ -108,14 +129,14 @@ class SafetensorsFile:
         return mapped
 
 
-class Tensors(Mapping[str, Tensor]):
-    """A file's tensors by name, mapped when one is asked for and let go with the last use of any."""
+class LazyTensors(Mapping[str, Tensor]):
+    """A file's tensors by name. The file is mapped on the first access, and unmapped when no tensor is in use."""
 
     def __init__(self, file: SafetensorsFile) -> None:
         self.file = file
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.file.tensor(name)
+        return self.file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file.entries)
@@ -125,17 +146,21 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class Checkpoint:
-    """All tensors of a folder with weights: name -> Tensor, whatever files they lie in."""
+    """All tensors of a model folder by name, whatever files contain them."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: CheckpointError: no weights, files that can't be trusted, or an index that doesn't fit them."""
+        """Open the folder's weight files and check them against the index.
+
+        Raises:
+            CheckpointError: there are no weights, a file can't be trusted, or the index doesn't match the files.
+        """
         self.folder = folder
         self.files: list[SafetensorsFile] = []
-        self.parts: list[tuple[Path, list[str]]] = []
-        """Each file with the names of its tensors, in the order of their bytes."""
-        self._where: dict[str, SafetensorsFile] = {}
+        self.shards: list[tuple[Path, list[str]]] = []
+        """Each weight file with the names of its tensors, in the order of their bytes."""
+        self._files_by_name: dict[str, SafetensorsFile] = {}
         self._torch_tensors: dict[str, Tensor] = {}
-        self.index, weight_map, paths = _weight_files(folder)
+        self.index, weight_map, paths = _find_weight_files(folder)
         for path in paths:
             if path.suffix == ".safetensors":
                 file = SafetensorsFile(path)
@@ -143,93 +168,95 @@ class Checkpoint:
                 entries = file.entries
                 names = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
             else:
-                torch_tensors = _torch_tensors(path)
+                torch_tensors = _read_state_dict(path)
                 names = list(torch_tensors)
-            if doubled := [name for name in names if name in self]:
-                raise CheckpointError(f"{path}: {doubled[0]}: another file of the checkpoint holds it too")
+            if duplicates := [name for name in names if name in self]:
+                raise CheckpointError(f"{path}: {duplicates[0]}: is also in another file of this checkpoint")
             if path.suffix == ".safetensors":
-                self._where |= dict.fromkeys(names, file)
+                self._files_by_name |= dict.fromkeys(names, file)
             else:
                 self._torch_tensors |= torch_tensors
-            self.parts.append((path, names))
-        held = {name: path.name for path, names in self.parts for name in names}
+            self.shards.append((path, names))
+        found = {name: path.name for path, names in self.shards for name in names}
         for name, file_name in weight_map.items():
-            if held.get(name) != file_name:
-                raise CheckpointError(f"{self.index}: {name}: {file_name} doesn't hold it")
+            if found.get(name) != file_name:
+                raise CheckpointError(f"{self.index}: {name}: is not in {file_name}")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where or name in self._torch_tensors
+        return name in self._files_by_name or name in self._torch_tensors
 
-    def names(self) -> list[str]:
-        """The tensors' names, file by file."""
-        return [*self._where, *self._torch_tensors]
+    def list_names(self) -> list[str]:
+        """List the tensors' names, file by file."""
+        return [*self._files_by_name, *self._torch_tensors]
 
-    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """What the tensor is, without mapping it."""
-        described = self._where[name].entries[name] if name in self._where else self._torch_tensors[name]
-        return described.dtype, described.shape
+    def get_dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return a tensor's dtype and shape without mapping it."""
+        entry = self._files_by_name[name].entries[name] if name in self._files_by_name else self._torch_tensors[name]
+        return entry.dtype, entry.shape
 
-    def place(self, name: str) -> Place | None:
-        """Where the tensor's bytes lie; None: not end to end."""
-        if name in self._where:
-            return Place(self._where[name].path, self._where[name].entries[name].begin)
-        return self._torch_tensors[name].place
+    def get_file_range(self, name: str) -> FileRange | None:
+        """Return where the tensor's bytes are; None if they aren't contiguous."""
+        if name in self._files_by_name:
+            return FileRange(self._files_by_name[name].path, self._files_by_name[name].entries[name].begin)
+        return self._torch_tensors[name].file_range
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor, as a view of a mapped file."""
-        return self._where[name].tensor(name) if name in self._where else self._torch_tensors[name]
+    def get_tensor(self, name: str) -> Tensor:
+        """Return the tensor as a view of a mapped file."""
+        return self._files_by_name[name].get_tensor(name) if name in self._files_by_name else self._torch_tensors[name]
 
     def is_tied(self) -> bool:
-        """Whether the head is the embedding: the file decides, not config.json.
+        """Whether the output head is tied to the embedding, as the weights show.
 
-        transformers 5 says `tie_word_embeddings: true` of every T5, whatever its file holds.
+        config.json isn't reliable: transformers 5 writes `tie_word_embeddings: true` for any T5, whatever its weights.
         """
         if "lm_head.weight" not in self:
             return True
         if "shared.weight" not in self:
             raise CheckpointError(f"{self.folder}: shared.weight: missing from the weights")
-        return _same(self.tensor("lm_head.weight"), self.tensor("shared.weight"))
+        return _are_equal(self.get_tensor("lm_head.weight"), self.get_tensor("shared.weight"))
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
+def _are_equal(first: Tensor, second: Tensor) -> bool:
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    pairs = zip(first.blocks(), second.blocks(), strict=True)
+    pairs = zip(first.iter_blocks(), second.iter_blocks(), strict=True)
     return all(np.array_equal(a.array, b.array, equal_nan=True) for (_, a), (_, b) in pairs)
 
 
-def _weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[Path]]:
-    """(the index, where it is one that tells; its tensors' files; the files with the weights)."""
+def _find_weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[Path]]:
+    """Find (the index or None, its map of tensor names to files, the files with the weights)."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        # a single file wins over an index, as in transformers
-        if holds(folder, name):
+        # a single file takes precedence over an index, as in transformers
+        if has_file(folder, name):
             return None, {}, [folder / name]
-        if holds(folder, f"{name}.index.json"):
-            weight_map = _weight_map(folder, f"{name}.index.json")
-            files = _indexed_files(folder / f"{name}.index.json", weight_map)
+        if has_file(folder, f"{name}.index.json"):
+            weight_map = _read_weight_map(folder, f"{name}.index.json")
+            files = _resolve_indexed_files(folder / f"{name}.index.json", weight_map)
             return folder / f"{name}.index.json", weight_map, files
-    foreign = sorted(path.name for path in folder.glob("*") if path.suffix in FOREIGN)
+    unsupported = sorted(path.name for path in folder.glob("*") if path.suffix in UNSUPPORTED_SUFFIXES)
     raise CheckpointError(
         f"{folder}: no weights (model.safetensors or pytorch_model.bin)"
-        + (f"; {foreign[0]} is in a format that isn't read" if foreign else ""),
-        hint="load and save it once with transformers, as safetensors"
-        if foreign
-        else "name a folder that save_pretrained wrote, or a model id",
+        + (f"; the format of {unsupported[0]} isn't supported" if unsupported else ""),
+        hint="load the model with transformers and save it as safetensors"
+        if unsupported
+        else "give a folder that save_pretrained wrote, or the name of a model on the Hub",
     )
 
 
-def _weight_map(folder: Path, name: str) -> dict[str, str]:
-    weight_map = read_object(folder, name).get("weight_map")
+def _read_weight_map(folder: Path, name: str) -> dict[str, str]:
+    weight_map = read_json_object(folder, name).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(file, str) for file in weight_map.values())
     ):
-        raise CheckpointError(f"{folder / name}: not an index of weights: expected weight_map with files by tensor")
+        raise CheckpointError(
+            f"{folder / name}: not an index of weights: expected a weight_map from tensor names to files"
+        )
     return weight_map
 
 
-def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+def _resolve_indexed_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     names = sorted(set(weight_map.values()))
     for name in names:
@@ -237,42 +264,44 @@ def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
             raise CheckpointError(f"{index}: {name!r}: points outside the folder")
         if not name.endswith(suffix):
             raise CheckpointError(f"{index}: {name!r}: expected a file that ends in {suffix}")
-        if not holds(index.parent, name):
-            raise CheckpointError(f"{index.parent / name}: missing; {index.name} names it")
+        if not has_file(index.parent, name):
+            raise CheckpointError(f"{index.parent / name}: missing, but listed in {index.name}")
     return [index.parent / name for name in names]
 
 
-def _torch_tensors(path: Path) -> dict[str, Tensor]:
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
     state = read_torch_file(path)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: expected a state dict of tensors")
+        raise CheckpointError(f"{path}: expected a state dict with tensors only")
     return {str(name): value for name, value in state.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors in the order of their names; the same tensors give the same bytes."""
+    """Write tensors in the order of their names, so that the same tensors always give the same bytes."""
     entries = {name: (tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)}
     with open(path, "wb") as file:
-        file.write(header_of(entries, metadata))
+        file.write(build_header(entries, metadata))
         for name in entries:
             file.write(tensors[name].tobytes())
         file.flush()
         os.fsync(file.fileno())
 
 
-def header_of(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The length and the header of a file that holds (dtype, shape) by name, in this order."""
+def build_header(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Build the beginning of a file, length and header, for tensors of these (dtype, shape) in this order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, (dtype, shape) in entries.items():
-        size = math.prod(shape) * STORAGE[dtype].itemsize
+        size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % ALIGNMENT)
+    encoded += b" " * (-len(encoded) % HEADER_ALIGNMENT)
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def total_bytes(paths: Iterable[Path]) -> int:
-    """The size of the files together."""
+def sum_file_sizes(paths: Iterable[Path]) -> int:
+    """Add up the sizes of files, in bytes."""
     return sum(path.stat().st_size for path in paths)

@@ -1,7 +1,7 @@
-"""Tensors as they lie on disk: a dtype's name, a shape, and bytes.
+"""Tensors as they are stored on disk: the name of a dtype, a shape, and bytes.
 
-numpy has no bfloat16, so a BF16 tensor's array holds its bits as uint16; `to_float32` and `from_float32`
-are the only places that know.
+numpy has no bfloat16, so a BF16 tensor's array contains its bits as uint16. Only `to_float32` and `from_float32`
+interpret them.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from t5tune.errors import CheckpointError
 
-STORAGE: dict[str, np.dtype[Any]] = {
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -27,16 +27,16 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-"""safetensors' dtype names -> the numpy dtype that holds such a tensor's elements."""
+"""safetensors' dtype name -> numpy dtype of the array of such a tensor."""
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
-BLOCK = 1 << 18
-"""Elements that are read and computed at a time: a few arrays of them fit a processor's cache."""
+FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+BLOCK_ELEMENTS = 1 << 18
+"""Number of elements that are read and processed at a time: a few arrays of this size fit into a processor's cache."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor's bytes begin in a file, in which they lie end to end."""
+class FileRange:
+    """The file and offset at which a tensor's contiguous bytes begin."""
 
     path: Path
     begin: int
@@ -44,11 +44,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor: `array` has the tensor's shape and the dtype STORAGE[dtype]; often a view of a mapped file."""
+    """One tensor. `array` has its shape and the dtype NUMPY_DTYPES[dtype], and is often a view of a mapped file."""
 
     dtype: str
     array: npt.NDArray[Any]
-    place: Place | None = None
+    file_range: FileRange | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,41 +56,43 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * STORAGE[self.dtype].itemsize
+        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
 
-    def rows(self, begin: int, end: int) -> "Tensor":
-        """Some of its rows, in memory of their own, read from the file where its place is known.
+    def read_rows(self, begin: int, end: int) -> "Tensor":
+        """Copy rows [begin, end) into memory, read from the file if its location is known.
 
-        The pages of a map count as memory until it is closed; what is read here is gone with its array.
+        Pages of a memory map count as used memory until the map is closed; memory read here is freed with its array.
 
         Raises:
-            CheckpointError: the file has become shorter.
+            CheckpointError: the file was truncated after it was opened.
         """
-        if self.place is None:
+        if self.file_range is None:
             return Tensor(self.dtype, self.array[begin:end].copy())
-        storage = STORAGE[self.dtype]
+        storage = NUMPY_DTYPES[self.dtype]
         shape = (end - begin, *self.shape[1:])
         stride = math.prod(self.shape[1:]) * storage.itemsize
         rows = np.empty(shape, storage)
-        with open(self.place.path, "rb", buffering=0) as file:
-            file.seek(self.place.begin + begin * stride)
+        with open(self.file_range.path, "rb", buffering=0) as file:
+            file.seek(self.file_range.begin + begin * stride)
             if file.readinto(rows.reshape(-1).view(np.uint8).data) != rows.nbytes:
-                raise CheckpointError(f"{self.place.path}: ended before byte {self.place.begin + end * stride}")
+                raise CheckpointError(
+                    f"{self.file_range.path}: file ends before byte {self.file_range.begin + end * stride}"
+                )
         return Tensor(self.dtype, rows)
 
-    def blocks(self) -> Iterator[tuple[int, "Tensor"]]:
-        """(first row, rows), about BLOCK elements at a time."""
+    def iter_blocks(self) -> Iterator[tuple[int, "Tensor"]]:
+        """Iterate over (index of the first row, rows), about BLOCK_ELEMENTS elements at a time."""
         if not self.shape or 0 in self.shape:
             yield 0, Tensor(self.dtype, self.array.copy())
             return
-        step = max(1, BLOCK // math.prod(self.shape[1:]))
+        step = max(1, BLOCK_ELEMENTS // math.prod(self.shape[1:]))
         for begin in range(0, self.shape[0], step):
-            yield begin, self.rows(begin, min(begin + step, self.shape[0]))
+            yield begin, self.read_rows(begin, min(begin + step, self.shape[0]))
 
     def to_float32(self) -> npt.NDArray[np.float32]:
-        """The values as fp32, in memory of their own: exact for BF16, F16 and F32."""
-        is_mapped = self.place is not None and bool(self.shape)
-        array = self.rows(0, self.shape[0]).array if is_mapped else self.array
+        """Copy the values as fp32. Exact for BF16, F16 and F32."""
+        is_mapped = self.file_range is not None and bool(self.shape)
+        array = self.read_rows(0, self.shape[0]).array if is_mapped else self.array
         if self.dtype == "BF16":
             return (array.astype(np.uint32) << 16).view(np.float32)
         return array.astype(np.float32, copy=not is_mapped)
@@ -100,17 +102,20 @@ class Tensor:
 
 
 def from_float32(values: npt.NDArray[np.float32], dtype: str) -> Tensor:
-    """fp32 values in another floating dtype, rounded once, to the nearest even; too large ones become infinite."""
+    """Convert fp32 values to another floating-point dtype, rounding once, to nearest even.
+
+    Values that are too large become infinite.
+    """
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return Tensor(dtype, values.astype(STORAGE[dtype], copy=False))
+            return Tensor(dtype, values.astype(NUMPY_DTYPES[dtype], copy=False))
     bits = np.ascontiguousarray(values).view(np.uint32)
     nearest = bits >> 16
     nearest &= 1
     nearest += 0x7FFF
     nearest += bits
-    # little-endian: the upper half of each word is its second
+    # little-endian: the upper half of each 32-bit word comes second
     rounded = nearest.view(np.uint16).reshape(-1)[1::2].copy()
     if (is_nan := np.isnan(values).reshape(-1)).any():
-        rounded[is_nan] = 0x7FC0  # adding to a NaN's bits could make it an infinity
+        rounded[is_nan] = 0x7FC0  # adding to a NaN's bits could turn it into infinity
     return Tensor("BF16", rounded.reshape(values.shape))

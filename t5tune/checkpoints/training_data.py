@@ -1,7 +1,7 @@
-"""What a model was trained on, as far as talking to it depends on that: training_data.json.
+"""Read and write training_data.json: how a model's training examples were made, as far as inference depends on it.
 
-`prepare` writes it into the token cache, and it goes wherever template.yaml goes: into the adapter, and through export
-and merge into the checkpoint. `chat` and `evaluate` read it.
+`prepare` writes it into the token cache, and it is copied along with template.yaml: into the adapter, and by export and
+merge into the checkpoint. `chat` and `evaluate` read it.
 
     {"format": 1, "has_earlier_turns": false, "data_format": "auto", "source_column": "dialogue", ...}
 """
@@ -14,14 +14,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from t5tune.errors import CheckpointError
 from t5tune.io.atomic import write_json
-from t5tune.io.untrusted import holds, read_object
+from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.settings.data import DataFormat
 
-TRAINING_DATA = "training_data.json"
-FORMAT = 1
-COLUMNS = ("data_format", "source_column", "target_column")
-READING = (*COLUMNS, "source_prefix")
-"""The settings of how records are read that come into the file."""
+TRAINING_DATA_FILE = "training_data.json"
+TRAINING_DATA_FORMAT = 1
+COLUMN_SETTINGS = ("data_format", "source_column", "target_column")
+READER_SETTINGS = (*COLUMN_SETTINGS, "source_prefix")
+"""The settings for reading records that are stored in the file."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class TrainingData:
     """How the examples were made.
 
     Args:
-        has_earlier_turns: in at least one example an exchange came before the question.
-        data_format, source_column, target_column, source_prefix: as in the settings of that name.
+        has_earlier_turns: whether at least one example's source includes earlier exchanges of the conversation.
+        data_format, source_column, target_column, source_prefix: the settings of the same name.
     """
 
     has_earlier_turns: bool
@@ -44,27 +44,27 @@ def write_training_data(folder: Path, data: TrainingData) -> None:
     """Write training_data.json into a folder.
 
     Raises:
-        WriteError: it can't be written.
+        WriteError: the file can't be written.
     """
-    write_json(folder / TRAINING_DATA, {"format": FORMAT, **asdict(data)})
+    write_json(folder / TRAINING_DATA_FILE, {"format": TRAINING_DATA_FORMAT, **asdict(data)})
 
 
 def read_training_data(folder: Path) -> TrainingData | None:
-    """What a folder's training_data.json says; None where there is none: t5tune didn't train what is in it.
+    """Read a folder's training_data.json; None if it doesn't exist, because t5tune didn't train this model.
 
     Raises:
-        CheckpointError: it is broken, or of another format.
+        CheckpointError: the file is broken, or of another format version.
     """
-    path = folder / TRAINING_DATA
-    if not holds(folder, TRAINING_DATA):
+    path = folder / TRAINING_DATA_FILE
+    if not has_file(folder, TRAINING_DATA_FILE):
         return None
-    values = read_object(folder, TRAINING_DATA)
-    if (version := values.pop("format", None)) != FORMAT:
-        raise CheckpointError(f"{path}: format {version!r:.40}, this release reads {FORMAT}")
+    values = read_json_object(folder, TRAINING_DATA_FILE)
+    if (version := values.pop("format", None)) != TRAINING_DATA_FORMAT:
+        raise CheckpointError(f"{path}: format {version!r:.40}, this release reads {TRAINING_DATA_FORMAT}")
     try:
-        # as JSON: in strict mode a dataclass is made of nothing else
+        # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
         return TypeAdapter(TrainingData).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
-        found = f"found {values[key]!r:.80}" if key in values else "missing"
-        raise CheckpointError(f"{path}: {key}: {found}", hint="copy the file from the run's folder again") from None
+        found = f"invalid value {values[key]!r:.80}" if key in values else "missing"
+        raise CheckpointError(f"{path}: {key}: {found}", hint="copy the file from the run folder again") from None

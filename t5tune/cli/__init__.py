@@ -1,7 +1,7 @@
-"""The command line. Each command reads its settings, calls the function of its name, and shows the result.
+"""The command line. Each command loads its settings, calls the function of the same name, and shows the result.
 
-This is the only place that knows Typer and Rich. It imports a command's module inside the command, and what
-draws inside the functions that draw, so that `--help` loads neither torch nor half of Rich.
+Typer and Rich are used only in this package. A command's module is imported when the command runs, and rendering
+modules are imported lazily, so that `--help` loads neither torch nor most of Rich.
 """
 
 import atexit
@@ -22,23 +22,24 @@ import typer
 
 from t5tune import __version__
 from t5tune.cli.summaries import SUMMARIES
-from t5tune.errors import DependencyError, SettingsError, T5TuneError, suggestion
+from t5tune.errors import DependencyError, SettingsError, T5TuneError, suggest_name
 from t5tune.progress import Note, Report, silent
 
 if TYPE_CHECKING:
     from t5tune.cli.console import Screen
     from t5tune.distributed.world import World
-    from t5tune.settings import DoctorSettings, Settings, TrainSettings
+    from t5tune.settings import ChatSettings, DoctorSettings, Settings, TrainSettings
 
 EPILOG = (
-    "Flags may be written with _ for -, a BOOL also as --flag and --no-flag, a list as a b, a,b or by repeating "
-    "the flag. Precedence: default < --config file < environment T5TUNE_NAME < flag."
+    "Flags may use _ instead of -; a BOOL may also be written as --flag or --no-flag; a list as a b, as a,b or by "
+    "repeating the flag. Precedence: default < --config file < environment variable T5TUNE_NAME < flag."
 )
-COMPLETION = ("--install-completion", "--show-completion")
+HELP_HINT = "run t5tune --help to list the commands"
+COMPLETION_FLAGS = ("--install-completion", "--show-completion")
 
 
-def build_app(verb: str | None = None) -> typer.Typer:
-    """The Typer app. Only the command `verb` gets its options: building those of all of them takes time."""
+def build_app(command: str | None = None) -> typer.Typer:
+    """Build the Typer app. Only `command` gets its options, because building those of all commands is slow."""
     app = typer.Typer(
         name="t5tune",
         help="Fine-tune T5-family encoder-decoders: prepare → train → export → merge.",
@@ -55,19 +56,19 @@ def build_app(verb: str | None = None) -> typer.Typer:
         pass
 
     for name, summary in SUMMARIES.items():
-        if name == verb:
-            from t5tune.cli.options import command_function
+        if name == command:
+            from t5tune.cli.options import make_command
 
-            app.command(name, epilog=EPILOG)(command_function(_settings_model(name), _run_command))
+            app.command(name, epilog=EPILOG)(make_command(_find_settings_model(name), _run_command))
         else:
-            app.command(name, epilog=EPILOG)(_without_options(summary))
+            app.command(name, epilog=EPILOG)(_make_placeholder(summary))
     return app
 
 
-def _settings_model(verb: str) -> "type[Settings]":
+def _find_settings_model(command: str) -> "type[Settings]":
     from t5tune.settings import COMMANDS
 
-    return next(model for model in COMMANDS if model.command == verb)
+    return next(model for model in COMMANDS if model.command == command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,24 +77,26 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _without_options(summary: str) -> Callable[[], None]:
+def _make_placeholder(summary: str) -> Callable[[], None]:
+    """Make a command that only appears in the help of the app."""
+
     def command() -> None:
-        raise AssertionError("built without its options")
+        raise AssertionError("the command was built without its options")
 
     command.__doc__ = summary
     return command
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 stopped."""
+    """Run the command line and exit: 0 success, 1 failure, 2 invalid input, 130 interrupted, 143 terminated."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an arrow in --help on a terminal of another code page
-    if os.environ.get("COLUMNS") == "0":  # Rich would show nothing at all
+        sys.stdout.reconfigure(errors="replace")  # the arrows in --help, on a terminal whose encoding lacks them
+    if os.environ.get("COLUMNS") == "0":  # Rich would print nothing at all
         del os.environ["COLUMNS"]
     code = run(sys.argv[1:] if arguments is None else arguments)
     if _is_launched():
-        # gloo's threads may outlive the process group, and end the process with SIGABRT while the interpreter
-        # takes itself down (pytorch/pytorch#190489). Leave without that.
+        # gloo's threads may outlive the process group and abort the process (SIGABRT) while the interpreter shuts
+        # down (pytorch/pytorch#190489). Run the exit handlers here and skip the shutdown.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -101,11 +104,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _completed_verb() -> str | None:
-    """The verb of the line that a shell asks to complete: it stands in a variable, not among the arguments."""
+def _find_completed_command() -> str | None:
+    """Return the command on the line being completed, which the shell passes in a variable."""
     if "_T5TUNE_COMPLETE" not in os.environ:
         return None
-    words = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")  # bash, the others
+    # bash sets the first variable, the other shells the second
+    words = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
     return next((word for word in words.split()[1:] if word in SUMMARIES), None)
 
 
@@ -115,16 +119,16 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     problem: T5TuneError
     try:
-        verb, prepared = _prepare_arguments(arguments or ["--help"])
-        code = build_app(_completed_verb() or verb)(prepared, standalone_mode=False, prog_name="t5tune")
+        command, prepared = _prepare_arguments(arguments or ["--help"])
+        code = build_app(_find_completed_command() or command)(prepared, standalone_mode=False, prog_name="t5tune")
         return code if isinstance(code, int) else 0
     except T5TuneError as error:
         problem, code = error, error.exit_code
-    except typer.TyperException as error:  # Typer's own words on what it can't parse
-        problem, code = SettingsError(getattr(error, "message", None) or str(error), hint="t5tune --help"), 2
+    except typer.TyperException as error:  # Typer couldn't parse the arguments
+        problem, code = SettingsError(getattr(error, "message", None) or str(error), hint=HELP_HINT), 2
     except (KeyboardInterrupt, typer.Abort):
         problem, code = T5TuneError("interrupted"), 130
-    except BrokenPipeError:  # whoever read the result has gone, and knows it
+    except BrokenPipeError:  # the reader of the result has closed the pipe, so there is no one to report to
         return 1
     except OSError as error:
         place = error.filename or "standard output"
@@ -136,9 +140,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _prepare_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Find the verb, and bring the arguments into Typer's form.
+    """Find the command, and convert the arguments to the form that Typer parses.
 
-    The deepspeed launcher puts --local_rank before the verb: it is dropped, the environment says it too.
+    The deepspeed launcher puts --local_rank before the command. It is dropped: the environment has the rank as well.
     """
     leading = 0
     while leading < len(arguments) and arguments[leading].startswith("-"):
@@ -146,20 +150,20 @@ def _prepare_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     options = [option for option in arguments[:leading] if not option.startswith(("--local_rank", "--local-rank"))]
     if leading == len(arguments):
         return None, options
-    verb, rest = arguments[leading], arguments[leading + 1 :]
-    if verb not in SUMMARIES:
-        if options and options[-1] in COMPLETION:
-            raise SettingsError(
-                f"{options[-1]} {verb}: takes no value, it finds the shell that it runs in",
-                hint=f"t5tune {options[-1]}",
-            )
-        raise SettingsError(
-            f"{verb}: no such command{suggestion(verb, SUMMARIES)}",
-            hint=f"the commands are {', '.join(SUMMARIES)}",
-        )
-    from t5tune.cli.options import normalise
+    command, rest = arguments[leading], arguments[leading + 1 :]
+    if command not in SUMMARIES:
+        raise _make_unknown_command_error(command, options)
+    from t5tune.cli.options import normalize_arguments
 
-    return verb, [*options, verb, *normalise(rest, _settings_model(verb))]
+    return command, [*options, command, *normalize_arguments(rest, _find_settings_model(command))]
+
+
+def _make_unknown_command_error(command: str, options: list[str]) -> SettingsError:
+    if options and options[-1] in COMPLETION_FLAGS:
+        problem = f"{options[-1]} {command}: the option takes no value and detects the current shell"
+        return SettingsError(problem, hint=f"run t5tune {options[-1]}")
+    problem = f"{command}: no such command{suggest_name(command, SUMMARIES)}"
+    return SettingsError(problem, hint=f"the commands are {', '.join(SUMMARIES)}")
 
 
 def _run_command(
@@ -171,22 +175,22 @@ def _run_command(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Read the settings, run the command, show what it made, and leave with its exit code."""
+    """Load the settings, run the command, show its result, and exit with its exit code."""
     from t5tune.cli import console
-    from t5tune.model.device import wait_briefly
+    from t5tune.model.device import limit_openmp_spinning
     from t5tune.settings import load_settings
 
     if not debug:
-        _hush_libraries()
-    wait_briefly()
-    screen = None if quiet or _rank() else console.Screen()
+        _silence_libraries()
+    limit_openmp_spinning()
+    screen = None if quiet or _get_rank() else console.Screen()
     report: Report = screen or silent
-    with console.result_stream() as stream:
+    with console.open_result_stream() as stream:
         try:
             settings, notes = load_settings(model, config, os.environ, flags, problems)
             for note in notes:
                 report(Note(note))
-            result = _call(settings, report, stream, json)
+            result = _dispatch(settings, report, stream, json)
         except KeyboardInterrupt as interrupt:
             _close(screen)
             console.show_error(T5TuneError("interrupted"), stream if json else None, debug)
@@ -196,55 +200,61 @@ def _run_command(
             raise
         except Exception as error:
             _close(screen)
-            told = _told(error)
-            if not _leave_for_launcher(told):
-                console.show_error(told, stream if json else None, debug)
-            raise typer.Exit(told.exit_code if isinstance(told, T5TuneError) else 1) from None
+            failure = _to_t5tune_error(error)
+            if not _report_to_launcher(failure):
+                console.show_error(failure, stream if json else None, debug)
+            raise typer.Exit(failure.exit_code if isinstance(failure, T5TuneError) else 1) from None
         _close(screen)
-        if result is None or _rank() or _is_worker():
-            return
-        if json:
-            print(console.as_json(result), file=stream, flush=True)
-        else:
-            console.show_result(result, stream, quiet)
+        if result is not None and not _get_rank() and not _is_worker():
+            _print_result(result, stream, json, quiet)
 
 
-def _told(error: Exception) -> Exception:
-    """What isn't t5tune's own in its words, where it has some."""
+def _print_result(result: Any, stream: TextIO, as_json: bool, quiet: bool) -> None:
+    from t5tune.cli import console
+
+    if as_json:
+        print(console.format_json(result), file=stream, flush=True)
+    else:
+        console.show_result(result, stream, quiet)
+
+
+def _to_t5tune_error(error: Exception) -> Exception:
+    """Convert failed imports and file errors to a T5TuneError with a plain message; return other errors unchanged."""
     match error:
         case ImportError():
-            return _lack(error)
+            return _convert_import_error(error)
         case OSError(filename=str() | bytes() as path):
             return T5TuneError(f"{os.fsdecode(path)}: {error.strerror}")
         case _:
             return error
 
 
-def _lack(error: ImportError) -> Exception:
-    """A library that is missing or broken, in words that say how to mend it."""
-    while isinstance(error.__cause__, ImportError):  # transformers says the same of all that it can't import
+def _convert_import_error(error: ImportError) -> Exception:
+    """Convert to a DependencyError that names the missing or broken library and says how to fix it."""
+    # transformers wraps every failed import in a generic message; the cause has the library's name
+    while isinstance(error.__cause__, ImportError):
         error = error.__cause__
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     name = (error.name or frame.f_globals["__name__"]).partition(".")[0]
     if name == "t5tune":
         return error
-    lack = DependencyError(
+    converted = DependencyError(
         f"{name} can't be imported: {' '.join(str(error).split())}",
-        hint=f"pip install --force-reinstall {name}; t5tune doctor tells what else doesn't work here",
+        hint=f"pip install --force-reinstall {name}; t5tune doctor checks what else doesn't work here",
     )
-    lack.__cause__ = error
-    return lack
+    converted.__cause__ = error
+    return converted
 
 
-def _hush_libraries() -> None:
-    """Keep back what libraries say to their developers; --debug shows it."""
+def _silence_libraries() -> None:
+    """Hide warnings and log messages that libraries address to developers; --debug shows them."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stacks of C++ where a rank is lost
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise C++ stack traces appear if a rank is lost
     for library in ("bitsandbytes", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -254,16 +264,19 @@ def _close(screen: "Screen | None") -> None:
         screen.close()
 
 
-def _rank() -> int:
-    return _world().rank
+def _get_rank() -> int:
+    return _read_world().rank
 
 
 def _is_launched() -> bool:
-    return _world().launched
+    return _read_world().launched
 
 
-def _world() -> "World":
-    """Where odd variables stand, `train` says so; other commands run alone."""
+def _read_world() -> "World":
+    """Read the world that the environment describes; a single process if its variables are invalid.
+
+    `train` reports invalid variables itself; other commands run in a single process anyway.
+    """
     from t5tune.distributed.world import World
 
     try:
@@ -273,11 +286,17 @@ def _world() -> "World":
 
 
 def _is_worker() -> bool:
-    return "_T5TUNE_ERRORS" in os.environ
+    from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE
+
+    return ERRORS_FOLDER_VARIABLE in os.environ
 
 
-def _leave_for_launcher(error: Exception) -> bool:
-    """In a worker that `--num-processes` started: hand the error to the launching process, which shows it."""
+def _report_to_launcher(error: Exception) -> bool:
+    """In a worker started by `--num-processes`, pass the error to the launching process, which shows it.
+
+    Returns:
+        False if this process isn't such a worker.
+    """
     if not _is_worker():
         return False
     from t5tune.distributed.launcher import write_error
@@ -286,104 +305,114 @@ def _leave_for_launcher(error: Exception) -> bool:
     return True
 
 
-def _call(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -> Any:
-    from t5tune.settings import (
-        ChatSettings,
-        DoctorSettings,
-        EvaluateSettings,
-        ExportSettings,
-        InspectSettings,
-        MergeSettings,
-        PlanSettings,
-        PrepareSettings,
-        SchemaSettings,
-        TemplatesSettings,
-        TrainSettings,
-    )
+def _dispatch(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -> Any:
+    """Call the function of the command. Return its result, or None if the command has printed it itself."""
+    from t5tune.settings import ChatSettings, TrainSettings
 
     match settings:
-        case PrepareSettings():
-            from t5tune.commands.prepare import prepare
-
-            with _ending_on_signals():
-                return prepare(settings, report)
         case TrainSettings(dry_run=True):
             from t5tune.cli.templates import show_dry_run
 
             return show_dry_run(settings, report, stream, as_json)
         case TrainSettings():
             return _train(settings, report)
+        case ChatSettings():
+            return _chat(settings, report, stream)
+    if (function := _import_function(settings)) is not None:
+        with _interrupt_on_signals():
+            return function(settings, report)
+    return _run_printing_command(settings, report, stream, as_json)
+
+
+def _chat(settings: "ChatSettings", report: Report, stream: TextIO) -> Any:
+    if settings.prompt is None:
+        from t5tune.cli.chat import run_chat
+
+        return run_chat(settings, report, stream)
+    from t5tune.commands.chat import chat
+
+    return chat(settings, report)
+
+
+def _import_function(settings: "Settings") -> Callable[[Any, Report], Any] | None:
+    """Import the function of a command that writes files and returns a result; None for other commands."""
+    from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings
+
+    match settings:
+        case PrepareSettings():
+            from t5tune.commands.prepare import prepare
+
+            return prepare
         case ExportSettings():
             from t5tune.commands.export import export
 
-            with _ending_on_signals():
-                return export(settings, report)
+            return export
         case MergeSettings():
-            # its products are small: threads of BLAS would wait for each other, and take their own memory
+            # merge's matrix products are small: more BLAS threads would only wait for each other and use memory
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             from t5tune.commands.merge import merge
 
-            with _ending_on_signals():
-                return merge(settings, report)
-        case ChatSettings():
-            if settings.prompt is None:
-                from t5tune.cli.chat import converse
-
-                return converse(settings, report, stream)
-            from t5tune.commands.chat import chat
-
-            return chat(settings, report)
+            return merge
         case EvaluateSettings():
             from t5tune.commands.evaluate import evaluate
 
-            with _ending_on_signals():
-                return evaluate(settings, report)
+            return evaluate
+        case _:
+            return None
+
+
+def _run_printing_command(settings: "Settings", report: Report, stream: TextIO, as_json: bool) -> None:
+    """Run a command that prints its result itself."""
+    from t5tune.settings import DoctorSettings, InspectSettings, PlanSettings, SchemaSettings, TemplatesSettings
+
+    match settings:
         case InspectSettings():
-            from t5tune.cli.inspect import show
+            from t5tune.cli.inspect import show_examples
 
-            return show(settings, report, stream, as_json)
+            show_examples(settings, report, stream, as_json)
         case PlanSettings():
-            from t5tune.cli.plan import show as show_plan
+            from t5tune.cli.plan import show_plan
 
-            return show_plan(settings, report, stream, as_json)
+            show_plan(settings, report, stream, as_json)
         case TemplatesSettings():
             from t5tune.cli.templates import show_templates
 
-            return show_templates(settings, report, stream, as_json)
+            show_templates(settings, report, stream, as_json)
         case SchemaSettings():
             from t5tune.cli.templates import show_schema
 
-            return show_schema(settings, stream)
+            show_schema(settings, stream)
         case DoctorSettings():
-            return _doctor(settings, report, stream, as_json)
+            _show_diagnosis(settings, report, stream, as_json)
         case _:
             raise AssertionError(settings)
 
 
-def _doctor(settings: "DoctorSettings", report: Report, stream: TextIO, as_json: bool) -> None:
-    from t5tune.cli import console, doctor
-    from t5tune.commands.doctor import doctor as diagnose
+def _show_diagnosis(settings: "DoctorSettings", report: Report, stream: TextIO, as_json: bool) -> None:
+    from t5tune.cli.console import format_json
+    from t5tune.cli.doctor import print_diagnosis
+    from t5tune.commands.doctor import doctor
 
-    diagnosis = diagnose(settings, report)
+    diagnosis = doctor(settings, report)
     if as_json:
-        print(console.as_json(diagnosis), file=stream, flush=True)
+        print(format_json(diagnosis), file=stream, flush=True)
     else:
-        doctor.show(diagnosis, stream)
+        print_diagnosis(diagnosis, stream)
     if not diagnosis.ok:
         raise typer.Exit(1)
 
 
 @contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does, so that nothing is left lying about."""
+def _interrupt_on_signals() -> Iterator[None]:
+    """Handle SIGTERM and SIGHUP as Ctrl-C is handled, so that temporary files are deleted."""
 
-    def end(number: int, frame: object) -> NoReturn:
+    def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt(number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler is signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, end)
+        if handler is signal.SIG_DFL:  # under nohup SIGHUP is ignored, and stays so
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
@@ -392,11 +421,12 @@ def _ending_on_signals() -> Iterator[None]:
 
 
 def _train(settings: "TrainSettings", report: Report) -> Any:
-    from t5tune.distributed.signals import listening
+    from t5tune.distributed.signals import handle_signals
 
-    with listening() as stop:  # imports take seconds
-        from t5tune.commands.train import open_run, train
-        from t5tune.distributed.launcher import follow_deepspeed, launch
+    # before the imports: they take seconds, in which a signal may arrive
+    with handle_signals() as stop:
+        from t5tune.commands.train import set_up_run_folder, train
+        from t5tune.distributed.launcher import launch, stop_with_deepspeed_launcher
         from t5tune.distributed.world import World
         from t5tune.io.processes import die_with_parent
         from t5tune.settings import dump_settings
@@ -404,21 +434,22 @@ def _train(settings: "TrainSettings", report: Report) -> Any:
 
         world = World.from_environment()
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-            report(Note(f"{name}={os.environ.pop(name)} in the environment is left out: train's own settings hold"))
+            report(Note(f"{name}={os.environ.pop(name)} in the environment is ignored: t5tune uses its own settings"))
         if world.launched:
             die_with_parent()
-            follow_deepspeed()
+            stop_with_deepspeed_launcher()
         count = settings.num_gpus or settings.num_processes or 1
         if world.launched or count == 1:
             return train(settings, report)
-        with ExitStack() as held:
-            with stop.at_once():
-                run = open_run(settings, held, report)
+        with ExitStack() as stack:
+            with stop.interruptible():
+                run = set_up_run_folder(settings, stack, report)
             if not run.finished:
-                again = settings.model_copy(update={"fresh": False})
+                # set_up_run_folder has renamed an existing run already; the workers must not do it again
+                worker_settings = settings.model_copy(update={"fresh": False})
                 quiet = [] if report is not silent else ["--quiet"]
                 with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
                     path = Path(folder, "settings.yaml")
-                    path.write_text(dump_settings(again), encoding="utf-8")
+                    path.write_text(dump_settings(worker_settings), encoding="utf-8")
                     launch(path, count, quiet, settings.max_restarts, report)
             return read_result(run.folder)

@@ -1,4 +1,4 @@
-"""`t5tune chat` without --prompt: a conversation on the terminal."""
+"""`t5tune chat` without --prompt: an interactive chat on the terminal."""
 
 import sys
 from contextlib import suppress
@@ -17,62 +17,62 @@ from t5tune.progress import Report
 from t5tune.settings import ChatSettings, packaged_templates
 
 HELP = """\
-Say something. What begins with / is a command; // says a slash.
-  /reset             forget the conversation
-  /undo              take back the last question and its answer
-  /history on|off    answer the whole conversation, or each message by itself
-  /system TEXT       another system message; without TEXT the layout's own
-  /template NAME     another layout of the conversation
-  /adapter FOLDER    another adapter on the same base; `none` for the base alone
-  /save FILE         append the conversation to FILE, as prepare reads it
-  /help              this text
-  /quit, Ctrl-D      the end; Ctrl-C stops an answer, and clears a line"""
+Type a message. A line that begins with / is a command; begin with // to send a slash.
+  /reset             clear the conversation
+  /undo              remove the last message and its reply
+  /history on|off    reply to the whole conversation, or to each message by itself
+  /system TEXT       set the system message; without TEXT, use the template's own
+  /template NAME     use another conversation template
+  /adapter FOLDER    use another adapter on the same base; `none` for the base alone
+  /save FILE         append the conversation to FILE, in a format that prepare reads
+  /help              show this text
+  /quit, Ctrl-D      quit; Ctrl-C stops a reply, or clears the line"""
 
 
-def converse(settings: ChatSettings, report: Report, stream: TextIO) -> None:
-    """Read lines until the user ends it, and answer each; with a pipe, one answer after the other."""
+def run_chat(settings: ChatSettings, report: Report, stream: TextIO) -> None:
+    """Read messages and reply to each until the user quits; from a pipe, reply to one line after the other."""
     if sys.stdin is None:
-        raise SettingsError("standard input is closed", hint="--prompt takes a question")
-    talk = _Talk(Chatter.load(settings, report), report, stream, interactive=sys.stdin.isatty())
-    if talk.interactive:
-        talk.say("Say something; /help shows the commands, /quit or Ctrl-D ends it.")
+        raise SettingsError("standard input is closed", hint="use --prompt to pass a message")
+    session = _ChatSession(Chatter.load(settings, report), report, stream, interactive=sys.stdin.isatty())
+    if session.interactive:
+        session.say("Type a message; /help lists the commands, /quit or Ctrl-D quits.")
     while True:
-        text = talk.next_line()
+        text = session.read_line()
         if text is None or text.strip() in ("/quit", "/exit"):
             return
         try:
             if text.startswith("/") and not text.startswith("//"):
-                talk.obey(*text[1:].split(maxsplit=1))
+                session.run_command(*text[1:].split(maxsplit=1))
             elif text.strip():
-                talk.ask(text.removeprefix("/") if text.startswith("//") else text)
+                session.ask(text.removeprefix("/") if text.startswith("//") else text)
         except T5TuneError as error:
-            if not talk.interactive:
+            if not session.interactive:
                 raise
             show_error(error, None, debug=False)
 
 
 @dataclass
-class _Talk:
-    """A conversation so far, and who answers."""
+class _ChatSession:
+    """The conversation so far, and the model that replies."""
 
     chatter: Chatter
     report: Report
     stream: TextIO
     interactive: bool
     turns: list[Turn] = field(default_factory=list)
-    keeps_history: bool | None = None  # as /history says; None: as the model was trained
+    keeps_history: bool | None = None  # set by /history; None: as the model was trained
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
 
-    def next_line(self) -> str | None:
-        """What the user says next; None at the end. On a terminal with its editing keys and what was said before."""
+    def read_line(self) -> str | None:
+        """Read the user's next line; None at the end of input. A terminal has line editing and a history."""
         if not self.interactive:
             line = sys.stdin.readline()
             return line.rstrip("\n") if line else None
-        with suppress(ImportError):  # of some Pythons; then without the keys
-            import readline  # noqa: F401 (by being there it changes `input`)
+        with suppress(ImportError):  # some Python builds lack readline; then there is no line editing
+            import readline  # noqa: F401 (importing it adds line editing to `input`)
         prompt = "you: "
         if self.console.color_system:
-            prompt = "\001\033[1;32m\002you:\001\033[0m\002 "  # between 1 and 2 stands what takes no room
+            prompt = "\001\033[1;32m\002you:\001\033[0m\002 "  # readline: \001…\002 encloses what has no width
         while True:
             try:
                 return input(prompt)
@@ -81,83 +81,89 @@ class _Talk:
                 return None
             except KeyboardInterrupt as interrupt:
                 self.console.print()
-                if interrupt.args:  # another signal, which the command line raises so
+                if interrupt.args:  # SIGTERM or SIGHUP, which arrive as KeyboardInterrupt with their number
                     raise
-                self.say("/quit or Ctrl-D ends it")
+                self.say("/quit or Ctrl-D quits")
 
     def ask(self, text: str) -> None:
-        """Answer, and keep both turns; an answer that Ctrl-C stopped leaves none."""
+        """Reply to a message and keep both turns; neither is kept if Ctrl-C stops the reply."""
         turns = [*self.turns, Turn("human", text)]
         if not self.interactive:
-            answer = self.chatter.reply(turns)
-            print(answer.reply, file=self.stream, flush=True)
+            result = self.chatter.reply(turns)
+            print(result.reply, file=self.stream, flush=True)
         else:
             self.console.print("[bold cyan]model:[/] ", end="")
             try:
-                answer = self.chatter.reply(turns, self._show)
+                result = self.chatter.reply(turns, self._print_chunk)
             except KeyboardInterrupt:
                 print(file=self.stream, flush=True)
-                self.say("stopped; the question is taken back")
+                self.say("stopped; the message was removed")
                 return
             print(file=self.stream, flush=True)
-        self.turns = [*turns, Turn("assistant", answer.reply)]
+        self.turns = [*turns, Turn("assistant", result.reply)]
 
-    def obey(self, name: str = "", value: str = "") -> None:
-        """Carry out a command, and say what it did."""
+    def run_command(self, name: str = "", value: str = "") -> None:
+        """Run a slash command, and say what it did."""
         match name:
             case "help":
                 self.console.print(Text(HELP, "dim"))
             case "reset":
                 self.turns = []
-                self.say("forgotten")
+                self.say("conversation cleared")
             case "undo":
-                self.say("taken back" if self.turns else "there is nothing to take back")
+                self.say("removed the last message and its reply" if self.turns else "there is nothing to undo")
                 self.turns = self.turns[:-2]
             case "history":
-                if value not in ("on", "off", ""):
-                    raise SettingsError(
-                        f"/history: {value}: expected on or off", hint="/history alone says which it is"
-                    )
-                if value:
-                    self.keeps_history = value == "on"
-                    self.chatter = self.chatter.with_history(self.keeps_history)
-                kept = self.chatter.keeps_history
-                self.say(
-                    "history is on: replies are to the whole conversation"
-                    if kept
-                    else "history is off: each message is answered by itself"
-                )
+                self._set_history(value)
             case "system":
                 self.chatter = self.chatter.with_system(value or None)
                 self.say("system message: " + (value or self.chatter.template.system_message or "none"))
             case "template":
-                if not value:
-                    raise SettingsError(
-                        "/template: name a layout", hint=", ".join(packaged_templates.names("conversations"))
-                    )
-                self.chatter = self.chatter.with_template(value)
-                self.say(f"layout: {value}")
+                self._set_template(value)
             case "adapter":
-                if not value:
-                    raise SettingsError("/adapter: name a folder", hint="/adapter none takes it off")
-                self.chatter = self.chatter.with_adapter(None if value == "none" else Path(value), self.report)
-                if self.keeps_history is not None:
-                    self.chatter = self.chatter.with_history(self.keeps_history)
-                self.say(f"adapter: {value}")
+                self._set_adapter(value)
             case "save":
-                if not value:
-                    raise SettingsError("/save: name a file", hint="/save conversations.jsonl")
-                if not self.turns:
-                    raise SettingsError("/save: nothing was said yet")
-                save_conversation(Path(value), self.turns, self.chatter.settings.system)
-                self.say(f"appended to {value}")
+                self._save(value)
             case _:
-                raise SettingsError(f"/{name}: no such command", hint="/help shows them; // says a slash")
+                raise SettingsError(f"/{name}: no such command", hint="/help lists the commands; // sends a slash")
+
+    def _set_history(self, value: str) -> None:
+        if value not in ("on", "off", ""):
+            raise SettingsError(f"/history: {value}: expected on or off", hint="/history alone shows the current state")
+        if value:
+            self.keeps_history = value == "on"
+            self.chatter = self.chatter.with_history(self.keeps_history)
+        kept = self.chatter.keeps_history
+        on, off = "on: the model sees the whole conversation", "off: the model sees each message by itself"
+        self.say(f"history is {on if kept else off}")
+
+    def _set_template(self, name: str) -> None:
+        if not name:
+            known = ", ".join(packaged_templates.list_names("conversations"))
+            raise SettingsError("/template: expected a name", hint=known)
+        self.chatter = self.chatter.with_template(name)
+        self.say(f"conversation template: {name}")
+
+    def _set_adapter(self, folder: str) -> None:
+        if not folder:
+            raise SettingsError("/adapter: expected a folder", hint="/adapter none removes the adapter")
+        self.chatter = self.chatter.with_adapter(None if folder == "none" else Path(folder), self.report)
+        if self.keeps_history is not None:
+            self.chatter = self.chatter.with_history(self.keeps_history)
+        self.say(f"adapter: {folder}")
+
+    def _save(self, file: str) -> None:
+        if not file:
+            raise SettingsError("/save: expected a file", hint="such as /save conversations.jsonl")
+        if not self.turns:
+            raise SettingsError("/save: the conversation is empty")
+        save_conversation(Path(file), self.turns, self.chatter.settings.system)
+        self.say(f"appended to {file}")
 
     def say(self, text: str) -> None:
-        """A line of ours, apart from the model's; only a terminal sees it."""
+        """Print a line of t5tune's own to stderr, on a terminal only."""
         if self.interactive:
             self.console.print(Text(text, "dim"))
 
-    def _show(self, text: str) -> None:
+    def _print_chunk(self, text: str) -> None:
         print(text, end="", file=self.stream, flush=True)

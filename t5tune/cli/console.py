@@ -1,4 +1,4 @@
-"""What a user sees: progress and notes on stderr, the result on stdout, an error in a line."""
+"""Terminal output: progress and notes on stderr, the result on stdout, each error on one line."""
 
 import dataclasses
 import io
@@ -31,31 +31,32 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from t5tune.errors import SettingsError, T5TuneError, one_line
+from t5tune.errors import SettingsError, T5TuneError, to_one_line
 from t5tune.progress import Advanced, Event, Finished, Measured, Note, Started
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
 class Screen:
-    """A report that draws: bars on a terminal, plain lines in a log."""
+    """A `Report` that draws events: progress bars on a terminal, plain lines in a log."""
 
     def __init__(self) -> None:
-        self.console = _stderr()
+        self.console = _make_stderr_console()
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, Started] = {}
-        self._last_line: dict[str, float] = {}
-        self._has_lines: set[str] = set()
-        self._behind: dict[str, str] = {}  # of these tasks: what no line has said yet
+        # these three are for logs, which get a line every SECONDS_BETWEEN_LINES
+        self._last_line_time: dict[str, float] = {}
+        self._has_lines: set[str] = set()  # tasks with at least one line
+        self._unprinted: dict[str, str] = {}  # task -> its newest line, if that isn't printed yet
 
     def __call__(self, event: Event) -> None:
         try:
-            self._show(event)
-        except OSError:  # nobody can read it any more: the work goes on
+            self._draw(event)
+        except OSError:  # stderr was closed; that is no reason to stop the work
             self.console.quiet = True
 
-    def _show(self, event: Event) -> None:
+    def _draw(self, event: Event) -> None:
         match event:
             case Started():
                 self._start(event)
@@ -67,11 +68,11 @@ class Screen:
                 self._measure(event)
             case Note():
                 style = "yellow" if event.warning else "dim"
-                text = ("warning: " if event.warning else "") + one_line(event.text)
+                text = ("warning: " if event.warning else "") + to_one_line(event.text)
                 self.console.print(text, style=style, markup=False)
 
     def close(self) -> None:
-        """Take the bars off the terminal."""
+        """Stop drawing progress bars."""
         if self._progress is not None:
             with suppress(OSError):
                 self._progress.stop()
@@ -79,7 +80,7 @@ class Screen:
 
     def _start(self, event: Started) -> None:
         self._started[event.task] = event
-        self._last_line[event.task] = time.monotonic()
+        self._last_line_time[event.task] = time.monotonic()
         self._has_lines.discard(event.task)
         if not self.console.is_terminal:
             return
@@ -93,7 +94,7 @@ class Screen:
                 TimeElapsedColumn(table_column=Column(no_wrap=True)),
                 TextColumn("[dim]left"),
                 TimeRemainingColumn(table_column=Column(no_wrap=True)),
-                _Values(),
+                _MetricsColumn(),
                 console=self.console,
             )
             self._progress.start()
@@ -103,7 +104,7 @@ class Screen:
         if self._progress is not None and event.task in self._tasks:
             self._progress.update(self._tasks[event.task], completed=event.done)
         elif event.task in self._started:
-            self._line(event.task, f"{event.task}: {event.done}{self._of_total(event.task)}")
+            self._print_line(event.task, f"{event.task}: {event.done}{self._format_total(event.task)}")
 
     def _finish(self, event: Finished) -> None:
         if self._progress is not None and event.task in self._tasks:
@@ -112,71 +113,73 @@ class Screen:
             self._progress.update(task, total=done)
             if not self._tasks:
                 self.close()
-        elif event.task in self._behind:
-            self.console.print(self._behind.pop(event.task), markup=False)
+        elif event.task in self._unprinted:
+            self.console.print(self._unprinted.pop(event.task), markup=False)
 
     def _measure(self, event: Measured) -> None:
-        figures = [f"{name} {format_number(value)}" for name, value in event.values.items()]
+        metrics = [f"{name} {format_number(value)}" for name, value in event.values.items()]
         if self._progress is not None and event.task in self._tasks:
-            self._progress.update(self._tasks[event.task], values=figures)
+            self._progress.update(self._tasks[event.task], values=metrics)
         else:
-            self.console.print(f"{event.task}: step {event.step}  {'  '.join(figures)}", markup=False)
+            self.console.print(f"{event.task}: step {event.step}  {'  '.join(metrics)}", markup=False)
 
-    def _of_total(self, task: str) -> str:
+    def _format_total(self, task: str) -> str:
         started = self._started[task]
         return f" of {started.total} {started.unit}" if started.total else f" {started.unit}"
 
-    def _line(self, task: str, text: str) -> None:
+    def _print_line(self, task: str, text: str) -> None:
+        """Print the line if enough time has passed, else keep it as the task's possible last line."""
         now = time.monotonic()
-        if now - self._last_line[task] >= SECONDS_BETWEEN_LINES:
-            self._last_line[task] = now
-            self._behind.pop(task, None)
+        if now - self._last_line_time[task] >= SECONDS_BETWEEN_LINES:
+            self._last_line_time[task] = now
+            self._unprinted.pop(task, None)
             self._has_lines.add(task)
             self.console.print(text, markup=False)
-        elif task in self._has_lines:
-            self._behind[task] = text
+        elif task in self._has_lines:  # a task too short for any line needs no last line either
+            self._unprinted[task] = text
 
 
-class _Values(ProgressColumn):
-    """What was measured last. On a narrow terminal it and the bar give way, not the count and the time left."""
+class _MetricsColumn(ProgressColumn):
+    """The latest metrics. On a narrow terminal this column and the bar shrink; the count and the time left don't."""
 
-    def render(self, task: Task) -> "_Figures":
-        return _Figures(task.fields["values"])
+    def render(self, task: Task) -> "_MetricsText":
+        return _MetricsText(task.fields["values"])
 
 
 @dataclasses.dataclass
-class _Figures:
-    """As many of the figures as there is room for, the first ones, each whole."""
+class _MetricsText:
+    """As many of the first metrics as fit in the width, none of them cut."""
 
-    figures: list[str]
+    metrics: list[str]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        fitting = (self.figures[:count] for count in range(len(self.figures), 0, -1))
-        lines = ("  ".join(figures) for figures in fitting)
+        candidates = (self.metrics[:count] for count in range(len(self.metrics), 0, -1))
+        lines = ("  ".join(metrics) for metrics in candidates)
         yield Text(next((line for line in lines if len(line) <= options.max_width), ""), "cyan", no_wrap=True)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(0, len("  ".join(self.figures)))
+        # a minimum of 0, so that Rich shrinks this column before the others
+        return Measurement(0, len("  ".join(self.metrics)))
 
 
 class UnwritableStdout(OSError):
-    """The result can't be told."""
+    """The result can't be written to stdout."""
 
 
 class _Stdout(io.TextIOWrapper):
-    """Says what it is where it can't be written to."""
+    """A stdout whose write errors are `UnwritableStdout`, to tell them from those of other files."""
 
     def write(self, text: str) -> int:
-        with _named_stdout():
+        with _convert_write_errors():
             return super().write(text)
 
     def flush(self) -> None:
-        with _named_stdout():
+        with _convert_write_errors():
             super().flush()
 
 
 @contextmanager
-def _named_stdout() -> Iterator[None]:
+def _convert_write_errors() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
@@ -186,26 +189,27 @@ def _named_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def result_stream() -> Iterator[TextIO]:
-    """Keep stdout for the result: until the block ends, whatever libraries print there goes to stderr.
+def open_result_stream() -> Iterator[TextIO]:
+    """Reserve stdout for the result: until the block ends, what libraries print to stdout goes to stderr.
 
     Raises:
-        T5TuneError: it is closed.
-        OSError: it can't be written to.
+        T5TuneError: stdout is closed.
+        OSError: stdout can't be written to.
     """
     if sys.stdout is None:
-        raise T5TuneError("standard output is closed", hint="send it to a file or /dev/null")
+        raise T5TuneError("standard output is closed", hint="redirect it to a file or /dev/null")
     sys.stdout.flush()
+    # file descriptors, not sys.stdout: C++ code prints too
     saved = os.dup(1)
     os.dup2(2, 1)
-    # what is no Unicode in a path is shown as \\udcff, which is how JSON writes it
+    # bytes of a path that aren't valid UTF-8 are shown as \\udcff, as JSON escapes them
     raw = open(saved, "wb", closefd=False)  # noqa: SIM115 (closed with the stream)
     stream = _Stdout(raw, encoding="utf-8", errors="backslashreplace")
     try:
         yield stream
         stream.flush()
     finally:
-        with suppress(OSError):  # what could be written is
+        with suppress(OSError):  # must not replace the error that ended the block
             stream.close()
         sys.stdout.flush()
         os.dup2(saved, 1)
@@ -213,7 +217,7 @@ def result_stream() -> Iterator[TextIO]:
 
 
 def format_number(value: float) -> str:
-    """Four significant digits, without needless zeros: 0.0001, 12.35, 81920."""
+    """Four significant digits without trailing zeros; thousands separated by commas: 0.0001, 12.35, 81,920."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e12:
@@ -221,60 +225,62 @@ def format_number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
 
 
-def as_json(result: Any) -> str:
-    """A command's result as one JSON object on one line."""
-    return json.dumps(_plain(dataclasses.asdict(result)), ensure_ascii=False, allow_nan=False)
+def format_json(result: Any) -> str:
+    """Format a command's result as one JSON object on one line."""
+    return json.dumps(_to_plain(dataclasses.asdict(result)), ensure_ascii=False, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def show_result(result: Any, stream: TextIO, quiet: bool) -> None:
-    """The path that was made on `stream`, and what there is to know of it as a table on stderr."""
-    values = _plain(dataclasses.asdict(result))
+    """Print the first field of the result, the path of the output, to `stream`, and the others as a table to stderr."""
+    values = _to_plain(dataclasses.asdict(result))
     first, *others = values.items()
     if not quiet and others:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in others:
             if value not in (None, {}, []) and value is not False:
-                label, shown = name.replace("_", " "), _show(value)
+                label, shown = name.replace("_", " "), _format_value(value)
                 if name.endswith("bytes"):
                     label, shown = label.removesuffix("bytes").strip() or "size", decimal(value)
                 table.add_row(Text(label, "dim"), Text(shown))
         with suppress(OSError):
-            _stderr().print(table)
+            _make_stderr_console().print(table)
     print(first[1], file=stream, flush=True)
 
 
-def _show(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return format_number(value)
     if isinstance(value, dict):
-        return "  ".join(f"{name} {_show(item)}" for name, item in value.items())
+        return "  ".join(f"{name} {_format_value(item)}" for name, item in value.items())
     return str(value)
 
 
 def show_error(error: BaseException, json_stream: TextIO | None, debug: bool) -> None:
-    """One line per problem on stderr; with --json the error as an object on stdout too."""
+    """Print one line per problem to stderr, and to `json_stream`, if given, the error as one JSON object."""
     if debug:
         traceback.print_exception(error)
     known = isinstance(error, T5TuneError)
     kind = error.kind if isinstance(error, T5TuneError) else type(error).__name__
-    message = error.message if isinstance(error, T5TuneError) else one_line(f"{kind}: {' '.join(str(error).split())}")
-    hint = error.hint if isinstance(error, T5TuneError) else "--debug shows where it came from"
+    message = (
+        error.message if isinstance(error, T5TuneError) else to_one_line(f"{kind}: {' '.join(str(error).split())}")
+    )
+    hint = error.hint if isinstance(error, T5TuneError) else "run with --debug to see the traceback"
     problems = list(error.problems) if isinstance(error, SettingsError) else [message]
-    console = _stderr()
+    console = _make_stderr_console()
     for index, problem in enumerate(problems):
         last = index == len(problems) - 1
         tail = f"{' ' if problem.endswith('?') else '; '}{hint}" if hint and last else ""
-        with suppress(OSError):  # the exit code tells it
+        with suppress(OSError):  # if stderr is closed, the exit code still reports the failure
             console.print(Text.assemble(("error:", "bold red"), " ", problem + tail))
     if json_stream is not None:
         body = {"kind": kind if known else "Unexpected", "message": message, "hint": hint}
@@ -283,10 +289,10 @@ def show_error(error: BaseException, json_stream: TextIO | None, debug: bool) ->
 
 class _Stderr(Console):
     def on_broken_pipe(self) -> None:
-        """Whoever read it has gone; Rich would end the process, and with it the work."""
+        """Go quiet if the reader has closed the pipe; Rich's own handler would exit the process."""
         self.quiet = True
 
 
-def _stderr() -> Console:
-    """Shows text as it is: no markup, emoji codes or colours are read into what a user typed."""
+def _make_stderr_console() -> Console:
+    """Make a console that prints text unchanged: nothing that a user typed is read as markup, emoji codes or colors."""
     return _Stderr(stderr=True, highlight=False, soft_wrap=True, emoji=False)

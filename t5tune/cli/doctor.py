@@ -1,4 +1,4 @@
-"""`t5tune doctor` on the terminal: a line a check, then what to do."""
+"""`t5tune doctor` on the terminal: one line per check, and below a failed check how to fix it."""
 
 from typing import TextIO
 
@@ -10,8 +10,8 @@ from t5tune.commands.doctor import Diagnosis
 STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
 
 
-def show(diagnosis: Diagnosis, stream: TextIO) -> None:
-    """Print the findings; the text is what an issue report should carry, so it is whole lines of plain words."""
+def print_diagnosis(diagnosis: Diagnosis, stream: TextIO) -> None:
+    """Print the findings as unwrapped plain lines, which a user can paste into an issue report."""
     console = Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
     console.print(f"t5tune {diagnosis.version} on {diagnosis.platform}", markup=False)
     width = max(len(finding.check) for finding in diagnosis.findings)
@@ -19,6 +19,6 @@ def show(diagnosis: Diagnosis, stream: TextIO) -> None:
         state = Text(f"{finding.state:<8}", STYLES[finding.state])
         console.print(Text.assemble(state, f"{finding.check:<{width}}  ", finding.found))
         if finding.mend:
-            console.print(Text.assemble(" " * (width + 10), ("mend: ", "bold"), finding.mend))
-    verdict = "training can run here" if diagnosis.ok else "training can't run here: mend what is broken"
+            console.print(Text.assemble(" " * (width + 10), ("fix: ", "bold"), finding.mend))
+    verdict = "training can run here" if diagnosis.ok else "training can't run here: fix what is broken"
     console.print(Text(verdict, "green" if diagnosis.ok else "bold red"))

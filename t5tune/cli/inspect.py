@@ -1,4 +1,4 @@
-"""`t5tune inspect` on the terminal: source and target in colour, what was cut struck out, lengths as bars."""
+"""`t5tune inspect` on the terminal: colored source and target, truncated text struck out, length histograms."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ from t5tune.progress import Report
 from t5tune.settings import InspectSettings
 
 STYLES = {"source": "cyan", "target": "green", "added": "yellow", "unknown": "white on red", "end": "dim"}
-CUT_MARKS = ("[cut: ", "]")  # where nothing can be struck out
+CUT_MARKS = ("[cut: ", "]")  # for output that has no strikethrough
 BAR_WIDTH = 40
 JSON_FIELDS = ("index", "conversation", "turn", "source_ids", "target_ids", "source_text", "target_text", "truncated")
 
 
-def show(settings: InspectSettings, report: Report, stream: TextIO, as_json: bool) -> None:
-    """Print what was asked for: as text, or one JSON object a line, the statistics' last."""
+def show_examples(settings: InspectSettings, report: Report, stream: TextIO, as_json: bool) -> None:
+    """Print the chosen examples and statistics: as text, or as one JSON object per line, the statistics last."""
     found = inspect(settings, report)
     if as_json:
         for example in found.examples:
@@ -33,57 +33,57 @@ def show(settings: InspectSettings, report: Report, stream: TextIO, as_json: boo
             print(json.dumps(dataclasses.asdict(found.statistics)), file=stream)
         return
     console = Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
-    console.width = console.width or 80  # where COLUMNS is 0 rich would show nothing
+    console.width = console.width or 80  # with COLUMNS=0 Rich would print nothing
     cache, tokenizer = found.examples.cache, found.examples.tokenizer
     for example in found.examples if not settings.html else []:
         marks = ("", "") if console.color_system else CUT_MARKS
-        console.print(_example(example, cache, tokenizer, marks), markup=False)
+        console.print(_render_example(example, cache, tokenizer, marks), markup=False)
     if found.statistics is not None and settings.stats:
-        console.print(_statistics(found.statistics), markup=False)
+        console.print(_render_statistics(found.statistics), markup=False)
     if found.page is not None:
         console.print(str(found.page), markup=False)
 
 
-def _example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cut_marks: tuple[str, str]) -> Text:
+def _render_example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cut_marks: tuple[str, str]) -> Text:
     facts = f"example {example.index} of {len(cache):,}, conversation {example.conversation}, turn {example.turn}"
     text = Text.assemble((facts + "\n", "bold"))
     lengths = {"source": len(example.source_ids), "target": len(example.target_ids)}
     cut = {"source": len(example.source_cut), "target": len(example.target_cut)}
-    for side, runs in example.runs(tokenizer, set(cache.manifest["added_token_ids"])).items():
+    for side, runs in example.group_runs_by_side(tokenizer, set(cache.manifest["added_token_ids"])).items():
         lost = f", {cut[side]:,} cut off" if cut[side] else ""
         text.append(f"{side} ({lengths[side]:,} tokens{lost})\n", "dim")
         for is_cut, part in groupby(runs, lambda run: run[1]):
-            before, behind = cut_marks if is_cut else ("", "")
+            before, after = cut_marks if is_cut else ("", "")
             text.append(before)
             for run, _ in part:
                 style = STYLES[side] if run.kind == "text" else STYLES[run.kind]
-                text.append(_visible(run), f"{style} strike dim" if is_cut else style)
-            text.append(behind)
+                text.append(_show_whitespace(run), f"{style} strike dim" if is_cut else style)
+            text.append(after)
         text.append("\n")
     return text
 
 
-def _visible(run: TextRun) -> str:
-    """Added white space shown by a sign: a newline as ↵ and a new line, a tab as →."""
+def _show_whitespace(run: TextRun) -> str:
+    """Return the run's text, with added whitespace tokens made visible: ↵ before a newline, → before a tab."""
     if run.kind != "added":
         return run.text
     return run.text.replace("\n", "↵\n").replace("\t", "→\t")
 
 
-def _statistics(statistics: LengthStatistics) -> Text:
+def _render_statistics(statistics: LengthStatistics) -> Text:
     text = Text()
     for name, histogram in (("source", statistics.source), ("target", statistics.target)):
         text.append(f"{name} length (tokens)\n", "bold")
-        text.append_text(_bars(histogram, STYLES[name]))
+        text.append_text(_render_bars(histogram, STYLES[name]))
     size = statistics.batch_size
     text.append(
-        f"padding in batches of {size}: {statistics.padding_by_length:.1%} by length, "
-        f"{statistics.padding_random:.1%} at random\n"
+        f"padding in batches of {size}: {statistics.padding_by_length:.1%} grouped by length, "
+        f"{statistics.padding_random:.1%} in random order\n"
     )
     return text.append(f"longest examples: {', '.join(map(str, statistics.longest))}")
 
 
-def _bars(histogram: Histogram, style: str) -> Text:
+def _render_bars(histogram: Histogram, style: str) -> Text:
     text = Text()
     most = max(histogram.counts)
     for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):

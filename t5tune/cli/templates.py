@@ -4,20 +4,20 @@ import io
 import json
 from typing import TextIO
 
-from t5tune.cli.console import as_json
+from t5tune.cli.console import format_json
 from t5tune.cli.plan import print_plan
-from t5tune.commands.plan import plan, plan_of
+from t5tune.commands.plan import plan, to_plan_settings
 from t5tune.commands.schema import schema
 from t5tune.commands.templates import templates
 from t5tune.progress import Note, Report
 from t5tune.settings import SchemaSettings, TemplatesSettings, TrainSettings, dump_settings
 
 
-def show_templates(settings: TemplatesSettings, report: Report, stream: TextIO, want_json: bool) -> None:
-    """The list, the text of one, or the paths that were made."""
+def show_templates(settings: TemplatesSettings, report: Report, stream: TextIO, as_json: bool) -> None:
+    """Print the list of templates, the text of one, or the paths of the copies."""
     result = templates(settings, report)
-    if want_json:
-        print(as_json(result), file=stream, flush=True)
+    if as_json:
+        print(format_json(result), file=stream, flush=True)
     elif settings.action == "list":
         for kind, names in result.names.items():
             print(f"{kind}: {' '.join(names)}", file=stream, flush=True)
@@ -29,40 +29,44 @@ def show_templates(settings: TemplatesSettings, report: Report, stream: TextIO, 
 
 
 def show_schema(settings: SchemaSettings, stream: TextIO) -> None:
-    """The JSON schema of a command's YAML."""
+    """Print the JSON schema of a command's YAML."""
     print(json.dumps(schema(settings.of), indent=2, ensure_ascii=False), file=stream, flush=True)
 
 
-def show_dry_run(settings: TrainSettings, report: Report, stream: TextIO, want_json: bool) -> None:
-    """What train would do: its settings with all defaults, and as comments its plan and the command of its processes.
+def show_dry_run(settings: TrainSettings, report: Report, stream: TextIO, as_json: bool) -> None:
+    """Print the settings with all defaults, then the plan and the launch command as comments.
 
-    So what stands on stdout is a file for `--config`.
+    The output is a valid YAML file for `--config`.
     """
-    from t5tune.training.run_folder import with_those_of_cache
-    from t5tune.training.validate import check, missing_gpus
+    from t5tune.training.run_folder import apply_cache_settings
+    from t5tune.training.validate import check_settings, find_missing_gpus
 
-    check(settings)
-    if (problem := missing_gpus(settings)) is not None:
+    check_settings(settings)
+    if (problem := find_missing_gpus(settings)) is not None:
         report(Note(problem, warning=True))
-    settings = with_those_of_cache(settings)
-    planned = plan(plan_of(settings), report)
-    command = launcher_command(settings)
-    if want_json:
+    settings = apply_cache_settings(settings)
+    planned = plan(to_plan_settings(settings), report)
+    command = make_launch_command(settings)
+    if as_json:
         body = {
-            "settings": settings.model_dump(mode="json"), "plan": json.loads(as_json(planned)), "command": command,
+            "settings": settings.model_dump(mode="json"), "plan": json.loads(format_json(planned)), "command": command,
         }  # fmt: skip
         print(json.dumps(body, ensure_ascii=False), file=stream, flush=True)
         return
     print(dump_settings(settings.model_copy(update={"dry_run": False})), file=stream)
     text = io.StringIO()
     print_plan(planned, text)
-    print(f"starts, once it has written its settings: {' '.join(command)}", file=text)
-    for line in text.getvalue().splitlines():
+    print(f"launch command, once the settings are written: {' '.join(command)}", file=text)
+    _print_as_comments(text.getvalue(), stream)
+
+
+def _print_as_comments(text: str, stream: TextIO) -> None:
+    for line in text.splitlines():
         print(f"# {line}".rstrip(), file=stream, flush=True)
 
 
-def launcher_command(settings: TrainSettings) -> list[str]:
-    """The torchrun line that does what --num-gpus and --num-processes do; without them, the one process's own."""
+def make_launch_command(settings: TrainSettings) -> list[str]:
+    """Make the torchrun command equivalent to --num-gpus or --num-processes; `t5tune train` for a single process."""
     count = settings.num_gpus or settings.num_processes or 1
     train = ["t5tune", "train", "--config", str(settings.output_dir / "settings.yaml")]
     return train if count == 1 else ["torchrun", "--nproc-per-node", str(count), "-m", *train]

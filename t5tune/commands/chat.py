@@ -1,4 +1,4 @@
-"""`t5tune chat`: replies of a base, an adapter, a run or a merged checkpoint, in the layout of training.
+"""`t5tune chat`: talk to a base, an adapter, a run or a merged checkpoint, in the conversation template of training.
 
 chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", adapter="run"))
 chatter.reply([Turn("human", "Hello")])
@@ -13,8 +13,8 @@ from typing import Any
 
 from t5tune.data.encoding import Encoder, encode_prompt
 from t5tune.data.formats import Conversation, Turn
-from t5tune.data.records import Place
-from t5tune.data.templates import Template, find_template, lay_out, question_end
+from t5tune.data.records import RecordLocation
+from t5tune.data.templates import Template, find_template, render_answer_prefix, render_conversation
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
 from t5tune.progress import Note, Report, silent
@@ -23,7 +23,7 @@ from t5tune.settings import ChatSettings
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer; lengths in tokens, without the source's end token."""
+    """One reply. Lengths are in tokens; `source_tokens` doesn't count the end-of-sequence token."""
 
     reply: str
     source_tokens: int
@@ -33,11 +33,11 @@ class Reply:
 
 @dataclass(frozen=True)
 class Chatter:
-    """A model ready to answer, and how. Nothing of it changes: `with_…` gives another.
+    """A loaded model and its chat settings. Immutable: each `with_…` method returns a new one.
 
     Args:
-        keeps_history: a reply is to the whole conversation, not to its last message alone.
-        source_prefix: text before each message, where it doesn't begin with it.
+        keeps_history: whether the model sees the whole conversation or only its last message.
+        source_prefix: text added before each message that doesn't begin with it already.
     """
 
     model: Any
@@ -50,7 +50,7 @@ class Chatter:
 
     @staticmethod
     def load(settings: ChatSettings, report: Report = silent) -> "Chatter":
-        """Load the base, quantised if asked, and the adapter.
+        """Load the base (quantized if the settings say so) and the adapter.
 
         Raises:
             ModelError, CheckpointError: the base or the adapter can't be used.
@@ -62,54 +62,67 @@ class Chatter:
         loaded = load_for_inference(settings, report)
         set_seed(settings.seed)
         template = find_template(settings.conversation_template, loaded.template_files, report)
-        # what stood for the model may have been an adapter, which /adapter is to take off again
+        # model_name_or_path may have named an adapter or a run: store base and adapter apart, so that /adapter can
+        # replace or remove the adapter
         settings = settings.model_copy(update={"model_name_or_path": str(loaded.base), "adapter": loaded.adapter})
         trained_on = loaded.training_data
         keeps_history = trained_on is None or trained_on.has_earlier_turns
         if not keeps_history and settings.prompt is None:
-            report(Note("each message is answered by itself: this model was trained on single exchanges (/history on)"))
+            report(
+                Note(
+                    "earlier messages are ignored: this model was trained on single exchanges "
+                    "(/history on includes them)"
+                )
+            )
         prefix = settings.source_prefix
         if prefix is None:
             prefix = trained_on.source_prefix if trained_on is not None else ""
             if prefix:
-                report(Note(f"as in training, each message begins with {prefix!r}"))
+                report(Note(f"each message is prefixed with {prefix!r}, as in training"))
         encoder = Encoder(loaded.tokenizer)
         return Chatter(loaded.model, loaded.tokenizer, encoder, template, settings, keeps_history, prefix)
 
     def with_system(self, message: str | None) -> "Chatter":
-        """Under another system message; None: the layout's own."""
+        """Use another system message; None selects the conversation template's default."""
         return replace(self, settings=self.settings.model_copy(update={"system": message}))
 
     def with_template(self, name_or_path: str) -> "Chatter":
-        """In another layout. Raises SettingsError where there is no such layout."""
+        """Use another conversation template.
+
+        Raises:
+            SettingsError: there is no such template.
+        """
         return replace(self, template=find_template(name_or_path, []))
 
     def with_history(self, keeps_history: bool) -> "Chatter":
-        """Answering whole conversations, or each message by itself."""
+        """Choose whether the model sees the whole conversation or only its last message."""
         return replace(self, keeps_history=keeps_history)
 
     def with_adapter(self, adapter: Path | None, report: Report = silent) -> "Chatter":
-        """Another adapter on the same base, with the tokenizer and the layout that it brings; None: the base alone."""
+        """Load another adapter onto the same base, with that adapter's tokenizer and conversation template.
+
+        None loads the base alone.
+        """
         return Chatter.load(self.settings.model_copy(update={"adapter": adapter}), report)
 
     def reply(self, turns: list[Turn], show: Callable[[str], None] | None = None) -> Reply:
-        """Answer a conversation that ends with a human turn, or that turn alone where history isn't kept.
+        """Reply to a conversation that ends with a human turn (to that turn alone if history isn't kept).
 
         Args:
-            show: called with each piece of the answer's text as soon as it is certain; joined, they are the reply.
+            show: called with each piece of the reply as soon as its text is final; joined, the pieces are the reply.
 
         Raises:
-            SettingsError: the question or the system message holds bytes that are no text.
+            SettingsError: the message or the system message isn't valid UTF-8.
         """
         from t5tune.model.generation import generate
 
         started = time.monotonic()
-        growing = _GrowingText(self.tokenizer, self.template.answer_end, show) if show else None
-        _must_be_text(turns[-1].text, "the question")
-        _must_be_text(self.settings.system or "", "the system message")
-        turns = [self._with_prefix(turn) for turn in (turns if self.keeps_history else turns[-1:])]
-        conversation = Conversation(Place("chat", 1, 0, 0), self.settings.system, tuple(turns))
-        pieces = lay_out(conversation, self.template) + question_end(self.template, len(turns))
+        streamer = _TextStreamer(self.tokenizer, self.template.answer_suffix, show) if show else None
+        _check_encodable(turns[-1].text, "message")
+        _check_encodable(self.settings.system or "", "system message")
+        turns = [self._add_prefix(turn) for turn in (turns if self.keeps_history else turns[-1:])]
+        conversation = Conversation(RecordLocation("chat", 1, 0, 0), self.settings.system, tuple(turns))
+        pieces = render_conversation(conversation, self.template) + render_answer_prefix(self.template, len(turns))
         source = encode_prompt(pieces, self.encoder, self.settings.model_max_length)
         (ids,) = generate(
             self.model,
@@ -119,11 +132,11 @@ class Chatter:
             self.settings.max_new_tokens,
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
-            on_token=growing.add if growing else None,
+            on_token=streamer.add if streamer else None,
         )
-        text = self.tokenizer.decode(ids, skip_special_tokens=True).removesuffix(self.template.answer_end)
-        if growing:
-            growing.end(text)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).removesuffix(self.template.answer_suffix)
+        if streamer:
+            streamer.end(text)
         return Reply(
             reply=text,
             source_tokens=len(source),
@@ -131,27 +144,25 @@ class Chatter:
             seconds=round(time.monotonic() - started, 3),
         )
 
-    def _with_prefix(self, turn: Turn) -> Turn:
+    def _add_prefix(self, turn: Turn) -> Turn:
         if turn.role != "human" or turn.text.startswith(self.source_prefix):
             return turn
         return Turn("human", self.source_prefix + turn.text)
 
 
-def _must_be_text(text: str, what: str) -> None:
+def _check_encodable(text: str, what: str) -> None:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # Python keeps what it can't decode as surrogates
-        found = ascii(text[error.start : error.end])
-        raise SettingsError(
-            f"{what}: holds bytes that are no text: {found}", hint="write UTF-8, in a locale of it: LC_ALL=C.UTF-8"
-        ) from error
+    except UnicodeEncodeError as error:  # Python keeps bytes that it can't decode as surrogates
+        problem = f"{what}: contains bytes that aren't valid UTF-8: {ascii(text[error.start : error.end])}"
+        raise SettingsError(problem, hint="type UTF-8, in a UTF-8 locale such as LC_ALL=C.UTF-8") from error
 
 
-class _GrowingText:
-    """An answer that is shown while it is written.
+class _TextStreamer:
+    """Show a reply while it is generated.
 
-    A character may come in several tokens, and the layout's end of an answer is no part of it: what may still
-    become either is held back.
+    A character may consist of several tokens, and the template's `answer_end` isn't part of the reply. Text that may
+    still become either is held back until more tokens decide.
     """
 
     def __init__(self, tokenizer: Tokenizer, answer_end: str, show: Callable[[str], None]) -> None:
@@ -181,7 +192,7 @@ class _GrowingText:
 
 
 def save_conversation(path: Path, turns: list[Turn], system: str | None) -> None:
-    """Append the conversation to a file of ShareGPT records, one a line, as `prepare` reads them.
+    """Append the conversation to a JSON Lines file as a ShareGPT record, the format that `prepare` reads.
 
     Raises:
         SettingsError: the file can't be written.
@@ -197,6 +208,6 @@ def save_conversation(path: Path, turns: list[Turn], system: str | None) -> None
 
 
 def chat(settings: ChatSettings, report: Report = silent) -> Reply:
-    """Answer `settings.prompt`, which must be set."""
+    """Reply to `settings.prompt`, which must be set."""
     assert settings.prompt is not None
     return Chatter.load(settings, report).reply([Turn("human", settings.prompt)])

@@ -1,10 +1,10 @@
-"""`t5tune doctor`: what on this machine works, and how to mend what doesn't.
+"""`t5tune doctor`: check what works on this machine, and suggest how to fix what doesn't.
 
     result = doctor(DoctorSettings())
     [finding.check for finding in result.findings if finding.state == "broken"]
 
-What loads a library runs in a process of its own (see diagnosis/probes.py): one that is missing, fails, crashes or
-hangs makes a line, and nothing else.
+Each check that loads a library runs in its own process (see diagnosis/probes.py), so that a library that is missing,
+fails, crashes or hangs becomes one finding and doesn't stop the others.
 """
 
 import contextlib
@@ -19,27 +19,27 @@ from dataclasses import dataclass
 from t5tune import __version__
 from t5tune.diagnosis import machine
 from t5tune.diagnosis.finding import Finding
-from t5tune.distributed.deepspeed_build import release_dead_locks
-from t5tune.io.processes import python_module
+from t5tune.distributed.deepspeed_build import remove_stale_locks
+from t5tune.io.processes import make_module_command
 from t5tune.progress import Report, silent, track
 from t5tune.settings import DoctorSettings
 
-# name -> what breaks with it, and how to mend a library that doesn't answer; the probes' order is the page's
-PROBES = {
+# probe name -> how to fix a probe that crashes or can't start; findings are shown in this order
+PROBE_HINTS = {
     "torch": "pip install --upgrade --force-reinstall torch",
     "bf16": "pip install --upgrade --force-reinstall torch",
-    "bitsandbytes": "pip install --upgrade bitsandbytes, or uninstall it where nobody needs --q-lora",
-    "processes": "look at the line of torch; one process needs none of this",
-    "deepspeed": "pip install --upgrade deepspeed ninja, or uninstall it where nobody needs --deepspeed",
-    "training": "mend the lines above first; t5tune train --config pocket --debug shows the rest",
+    "bitsandbytes": "pip install --upgrade bitsandbytes, or uninstall it if you don't use --q-lora",
+    "processes": "see the result for torch; training in one process doesn't need this",
+    "deepspeed": "pip install --upgrade deepspeed ninja, or uninstall it if you don't use --deepspeed",
+    "training": "fix the problems above first; t5tune train --config pocket --debug shows the traceback",
 }
-AT_A_TIME = 2
-MAIN_JOB = {"python", "torch", "training"}
+NUM_PARALLEL_PROBES = 2
+REQUIRED_CHECKS = {"python", "torch", "training"}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings. `ok`: the main job, training, can run here."""
+    """All findings. `ok`: the checks that training needs aren't broken."""
 
     ok: bool
     version: str
@@ -48,52 +48,58 @@ class Diagnosis:
 
 
 def doctor(settings: DoctorSettings, report: Report = silent) -> Diagnosis:
-    """Look at the machine, then try the libraries, a few at a time."""
-    findings = [*machine.look(), *machine.compare_versions()]
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        tried = pool.map(lambda name: _probe(name, settings.timeout), PROBES)
-        findings += track(tried, "try", report, total=len(PROBES), unit="checks")
+    """Inspect the machine and the package versions, then probe the libraries, a few in parallel."""
+    findings = [*machine.inspect_machine(), *machine.compare_versions()]
+    with ThreadPoolExecutor(NUM_PARALLEL_PROBES) as pool:
+        probed = pool.map(lambda name: _run_probe(name, settings.timeout), PROBE_HINTS)
+        findings += track(probed, "checking", report, total=len(PROBE_HINTS), unit="checks")
     broken = {finding.check for finding in findings if finding.state == "broken"}
-    return Diagnosis(not broken & MAIN_JOB, __version__, platform.platform(), findings)
+    return Diagnosis(not broken & REQUIRED_CHECKS, __version__, platform.platform(), findings)
 
 
-def _probe(name: str, timeout: float) -> Finding:
-    """Run one probe and read its answer, or how it ended."""
-    command = python_module("t5tune.diagnosis.probes", name)
+def _run_probe(name: str, timeout: float) -> Finding:
+    """Run one probe in its own process; return the finding that it printed, or a finding about how it failed."""
+    command = make_module_command("t5tune.diagnosis.probes", name)
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # so that its own processes end with it
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        )
+        process = _start_probe(command)
     except OSError as error:
-        return Finding(name, "broken", f"can't be started: {error}", PROBES[name])
+        return Finding(name, "broken", f"can't be started: {error}", PROBE_HINTS[name])
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        longer = f"t5tune doctor --timeout {5 * timeout:g}: this machine may be busy, or compile for the first time"
-        return Finding(name, "warning", f"no answer in {timeout:g} s", longer)
+        longer = f"t5tune doctor --timeout {5 * timeout:g}: this machine may be busy, or compiling for the first time"
+        return Finding(name, "warning", f"no result within {timeout:g} s", longer)
     finally:
-        _end(process)  # and what it may have left behind
-        release_dead_locks()
+        _kill(process)
+        remove_stale_locks()  # a killed DeepSpeed build leaves its lock file, which would block later builds
     try:
-        return Finding(check=name, **json.loads(output))
+        return Finding(**json.loads(output))
     except ValueError:
-        return Finding(name, "broken", _ending(process.returncode, errors.decode(errors="replace")), PROBES[name])
+        failure = _describe_failure(process.returncode, errors.decode(errors="replace"))
+        return Finding(name, "broken", failure, PROBE_HINTS[name])
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _start_probe(command: list[str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # its own process group, so that _kill also ends the processes it started
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill the process and all others of its group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
-def _ending(code: int, errors: str) -> str:
-    """The last line of a traceback, or the signal: `ModuleNotFoundError: No module named 'deepspeed'`."""
+def _describe_failure(code: int, errors: str) -> str:
+    """Return the signal's name or the traceback's last line: `ModuleNotFoundError: No module named 'deepspeed'`."""
     if code < 0:
         return f"crashed with {signal.Signals(-code).name}"
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"ended with {code} and said nothing"
+    return lines[-1][:300] if lines else f"exited with code {code} and no output"

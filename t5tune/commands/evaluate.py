@@ -1,4 +1,4 @@
-"""`t5tune evaluate`: loss, perplexity and the scores of generated answers, on examples that have true ones.
+"""`t5tune evaluate`: loss, perplexity and scores of generated predictions against the targets of examples.
 
 result = evaluate(EvaluateSettings(model_name_or_path="run", data_path="heldout.jsonl", output_dir="scores"))
 result.exact_match, result.predictions
@@ -7,45 +7,47 @@ result.exact_match, result.predictions
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from t5tune.checkpoints.adapter import TEMPLATE
-from t5tune.checkpoints.pocket import conversations_file
-from t5tune.checkpoints.training_data import COLUMNS, READING, TrainingData
+from t5tune.checkpoints.adapter import TEMPLATE_FILE
+from t5tune.checkpoints.pocket import find_conversations_file
+from t5tune.checkpoints.training_data import COLUMN_SETTINGS, READER_SETTINGS, TrainingData
 from t5tune.data.cache import Cache, is_cache, open_cache
-from t5tune.data.encoding import Encoder, Example, encode_batch, example_of
+from t5tune.data.encoding import Encoder, Example, encode_batch, extract_example
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import read_record
+from t5tune.data.pipeline import convert_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import LABELED_BAD, Rejected
-from t5tune.data.templates import find_template, lay_out, template_from
-from t5tune.data.tokenizer import Tokenizer, answer_text, load_tokenizer, true_text
+from t5tune.data.records import LABELED_BAD, RejectedRecord
+from t5tune.data.templates import Template, find_template, parse_template, render_conversation
+from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference, load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError
-from t5tune.io.atomic import published_folder, sha256
+from t5tune.io.atomic import hash_file, write_folder_atomically
 from t5tune.io.output_dir import check_replaceable
 from t5tune.io.yaml_file import read_yaml
 from t5tune.metrics import score, score_one
-from t5tune.model.device import memory_is_named
+from t5tune.model.device import explain_out_of_memory
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, dump_settings
 
 if TYPE_CHECKING:
-    from t5tune.model.inference import Loaded
+    from t5tune.model.inference import LoadedModel
+    from t5tune.training.batches import PackedCollator, PaddedCollator
+    from t5tune.training.evaluation import Losses
 
-PREDICTIONS = "predictions.jsonl"
-SETTINGS = "settings.yaml"
-BATCH = 256  # conversations per call of the tokenizer
+PREDICTIONS_FILE = "predictions.jsonl"
+SETTINGS_FILE = "settings.yaml"
+TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What evaluate found: loss in nats per target token, scores from 0 to 100, times in seconds."""
+class EvaluateResult:
+    """The metrics: loss in nats per target token, scores from 0 to 100, time in seconds."""
 
     predictions: Path
     examples: int
@@ -61,176 +63,220 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class _Questions:
-    """Examples, their true answers as text, and how ids become text; `answer_end` stands behind each answer."""
+class _EvaluationSet:
+    """Examples, their targets as text, and how to decode predictions.
+
+    Args:
+        answer_end: the text that the conversation template adds after each target.
+    """
 
     examples: Sequence[Example]
     targets: list[str]
     tokenizer: Tokenizer
     answer_end: str
 
-    def text(self, ids: Iterable[int]) -> str:
-        return answer_text(self.tokenizer, ids, self.answer_end)
+    def decode(self, ids: Iterable[int]) -> str:
+        return decode_prediction(self.tokenizer, ids, self.answer_end)
 
 
-def evaluate(settings: EvaluateSettings, report: Report = silent) -> Evaluated:
-    """Answer every example's source, and compare the answers with the targets.
+def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateResult:
+    """Generate a prediction for each example's source, and compare the predictions with the targets.
 
     Raises:
-        DataError: the data can't be used, or its token cache was made for another tokenizer.
-        ModelError, CheckpointError: the base or the adapter can't be used, or gives no finite loss.
+        DataError: the data can't be used, or the token cache was made with another tokenizer.
+        ModelError, CheckpointError: the base or the adapter can't be used, or its loss isn't finite.
     """
-    with memory_is_named(
+    with explain_out_of_memory(
         f"evaluating with per_device_eval_batch_size {settings.per_device_eval_batch_size}",
-        "a smaller one gives the same scores; --q-lora keeps the base in four bits",
+        "a smaller batch size gives the same scores; --q-lora loads the base in 4 bits",
     ):
         return _evaluate(settings, report)
 
 
-def _evaluate(settings: EvaluateSettings, report: Report) -> Evaluated:
-    from t5tune.model.attention import can_pack, use_packing
+def _evaluate(settings: EvaluateSettings, report: Report) -> EvaluateResult:
     from t5tune.model.inference import load_for_inference
-    from t5tune.model.loss import HeadLoss
-    from t5tune.training.batches import PackedCollator, PaddedCollator
-    from t5tune.training.evaluation import generate_replies, longest_target, measure_losses
+    from t5tune.training.evaluation import find_max_target_length, generate_predictions
 
     started = time.monotonic()
-    folder = settings.output_dir or _free(Path("evaluation"))
+    folder = settings.output_dir or _find_unused_folder(Path("evaluation"))
     check_replaceable(folder, settings.overwrite)
     loaded = load_for_inference(settings, report)
     if loaded.training_data is not None and not is_cache(Path(settings.data_path[0])):
-        settings = _as_trained(settings, loaded.training_data, report)
-    questions = _questions(settings, loaded, report)
-    examples, tokenizer = questions.examples, questions.tokenizer
-    start = loaded.model.config.decoder_start_token_id
-    packs = can_pack(loaded.model)
-    if packs:
-        use_packing(loaded.model)
-    collator = PackedCollator(start) if packs else PaddedCollator(tokenizer.pad_token_id, start)
-    batch_size = settings.per_device_eval_batch_size
-    losses = measure_losses(loaded.model, HeadLoss(loaded.model, 0.0), examples, collator, batch_size, report)
-    if not math.isfinite(losses.mean):
-        raise ModelError(
-            f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}; is it damaged?"
-        )
-    replies = generate_replies(
+        settings = _use_reading_of_training(settings, loaded.training_data, report)
+    evaluation_set = _load_examples(settings, loaded, report)
+    losses = _measure_losses(settings, loaded, evaluation_set, report)
+    replies = generate_predictions(
         loaded.model,
-        examples,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        batch_size,
-        settings.max_new_tokens or longest_target(examples),
+        evaluation_set.examples,
+        evaluation_set.tokenizer.eos_token_id,
+        evaluation_set.tokenizer.pad_token_id,
+        settings.per_device_eval_batch_size,
+        settings.max_new_tokens or find_max_target_length(evaluation_set.examples),
         settings.num_beams,
         report,
     )
-    targets = questions.targets
-    predictions = [questions.text(reply) for reply in replies]
-    with published_folder(folder) as staged:
-        with open(staged / PREDICTIONS, "w", encoding="utf-8") as file:
-            for index, example in enumerate(examples):
-                line = {
-                    "source": true_text(tokenizer, example.source_S, ""),
-                    "target": targets[index],
-                    "prediction": predictions[index],
-                    "loss": round(losses.sums[index] / losses.tokens[index], 6),
-                    **score_one(predictions[index], targets[index]),
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (staged / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")
-    return Evaluated(
-        predictions=folder / PREDICTIONS,
-        examples=len(examples),
+    predictions = [evaluation_set.decode(reply) for reply in replies]
+    with write_folder_atomically(folder) as staged:
+        _write_predictions(staged / PREDICTIONS_FILE, evaluation_set, predictions, losses)
+        (staged / SETTINGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
+    return EvaluateResult(
+        predictions=folder / PREDICTIONS_FILE,
+        examples=len(evaluation_set.examples),
         loss=round(losses.mean, 6),
         perplexity=round(math.exp(min(losses.mean, 700.0)), 4),
-        **score(predictions, targets),
+        **score(predictions, evaluation_set.targets),
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def _as_trained(settings: EvaluateSettings, trained_on: TrainingData, report: Report) -> EvaluateSettings:
-    """The settings with the columns and the prefix that the model was trained with, where none are given."""
+def _measure_losses(
+    settings: EvaluateSettings, loaded: "LoadedModel", evaluation_set: _EvaluationSet, report: Report
+) -> "Losses":
+    """Measure the loss of each target.
+
+    Raises:
+        ModelError: the loss isn't finite.
+    """
+    from t5tune.model.loss import HeadLoss
+    from t5tune.training.evaluation import measure_losses
+
+    collator = _make_collator(loaded.model, evaluation_set.tokenizer.pad_token_id)
+    head_loss, batch_size = HeadLoss(loaded.model, 0.0), settings.per_device_eval_batch_size
+    losses = measure_losses(loaded.model, head_loss, evaluation_set.examples, collator, batch_size, report)
+    if not math.isfinite(losses.mean):
+        problem = f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}"
+        raise ModelError(problem, hint="the checkpoint may be damaged")
+    return losses
+
+
+def _make_collator(model: Any, pad_token_id: int) -> "PackedCollator | PaddedCollator":
+    """Make the collator of packed batches, and set the model up for them; of padded ones if it can't be packed."""
+    from t5tune.model.attention import can_pack, use_packing
+    from t5tune.training.batches import PackedCollator, PaddedCollator
+
+    start = model.config.decoder_start_token_id
+    if not can_pack(model):
+        return PaddedCollator(pad_token_id, start)
+    use_packing(model)
+    return PackedCollator(start)
+
+
+def _write_predictions(path: Path, evaluation_set: _EvaluationSet, predictions: list[str], losses: "Losses") -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for index, example in enumerate(evaluation_set.examples):
+            target = evaluation_set.targets[index]
+            line = {
+                "source": decode_reference(evaluation_set.tokenizer, example.source_S, ""),
+                "target": target,
+                "prediction": predictions[index],
+                "loss": round(losses.sums[index] / losses.tokens[index], 6),
+                **score_one(predictions[index], target),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _use_reading_of_training(settings: EvaluateSettings, trained_on: TrainingData, report: Report) -> EvaluateSettings:
+    """Return the settings with the data columns and the source prefix of training, unless the user set others."""
     names = {"source_prefix"} - settings.model_fields_set
-    if not (set(COLUMNS) & settings.model_fields_set):  # who sets one of them knows better how this data is made
-        names |= set(COLUMNS)
-    taken = {
+    if not (set(COLUMN_SETTINGS) & settings.model_fields_set):  # a user who names one column describes the whole layout
+        names |= set(COLUMN_SETTINGS)
+    inherited = {
         name: getattr(trained_on, name)
-        for name in READING
+        for name in READER_SETTINGS
         if name in names and getattr(trained_on, name) != getattr(settings, name)
     }
-    if taken:
-        shown = ", ".join(f"{name} {value!r}" for name, value in taken.items())
-        report(Note(f"as in training: {shown}"))
-    return settings.model_copy(update=taken)
+    if inherited:
+        values = ", ".join(f"{name} {value!r}" for name, value in inherited.items())
+        report(Note(f"as in training: {values}"))
+    return settings.model_copy(update=inherited)
 
 
-def _questions(settings: EvaluateSettings, loaded: "Loaded", report: Report) -> _Questions:
-    """The examples of a cache as they stand, or those of conversations in the model's own layout."""
+def _load_examples(settings: EvaluateSettings, loaded: "LoadedModel", report: Report) -> _EvaluationSet:
+    """Load the examples of a token cache, or encode conversations with the model's conversation template."""
     path = Path(settings.data_path[0])
     if is_cache(path):
         if len(settings.data_path) > 1:
-            raise DataError(f"data_path: {path}: a token cache stands alone", hint="give one cache, or conversations")
-        return _of_cache(open_cache(path), settings, loaded, report)
+            raise DataError(
+                f"data_path: {path}: a token cache can't be combined with other data",
+                hint="give one token cache, or only conversations",
+            )
+        return _load_cache_examples(open_cache(path), settings, loaded, report)
     tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
     template = find_template(settings.conversation_template, loaded.template_files, report)
     encoder = Encoder(tokenizer)
-    files = find_files([str(conversations_file()) if name == "pocket" else name for name in settings.data_path])
-    records = (read_record(record, settings) for record in read_records(files, settings.max_record_bytes))
+    files = find_files([str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path])
+    records = (convert_record(record, settings) for record in read_records(files, settings.max_record_bytes))
     examples: list[Example] = []
     targets: list[str] = []
-    rejected: list[Rejected] = []
-    cut = 0
-    while batch := list(islice(records, BATCH)):
-        rejected += [record for record in batch if isinstance(record, Rejected)]
+    rejected: list[RejectedRecord] = []
+    num_truncated = 0
+    while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
+        rejected += [record for record in batch if isinstance(record, RejectedRecord)]
         conversations = [record for record in batch if isinstance(record, Conversation)]
-        pieces = [lay_out(conversation, template) for conversation in conversations]
-        encodings = encode_batch(pieces, encoder, settings.model_max_length)
-        for conversation, encoded in zip(conversations, encodings, strict=True):
-            for span in encoded.spans:
-                example = example_of(encoded.ids, span, tokenizer.eos_token_id)
-                text = conversation.turns[span.turn].text
-                if not span.target_is_whole:
-                    text = true_text(tokenizer, example.target_T, template.answer_end)
-                examples.append(example)
-                targets.append(text)
-                cut += not (span.source_is_whole and span.target_is_whole)
+        encoded = _encode(conversations, template, encoder, tokenizer, settings.model_max_length)
+        for example, target, is_truncated in encoded:
+            examples.append(example)
+            targets.append(target)
+            num_truncated += is_truncated
         if settings.num_data is not None and len(examples) >= settings.num_data:
             break
-    if bad := sum(record.reason == LABELED_BAD for record in rejected):
-        report(Note(f"{bad} examples labeled bad (label: false, kto_tag: false) left out", True))
-    if rejected := [record for record in rejected if record.reason != LABELED_BAD]:
-        first = rejected[0]
-        place = f"{first.place.file}:{first.place.line}"
-        report(Note(f"{len(rejected)} records refused, the first: {place}: {first.message}", True))
-    if cut:
-        report(Note(f"{cut} examples cut to model_max_length {settings.model_max_length}", True))
+    _report_rejected(rejected, report)
+    if num_truncated:
+        report(Note(f"{num_truncated} examples truncated to model_max_length {settings.model_max_length}", True))
     if not examples:
-        raise DataError(f"data_path: {', '.join(map(str, files))}: no example to evaluate on")
+        raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
     count = settings.num_data
-    return _Questions(examples[:count], targets[:count], tokenizer, template.answer_end)
+    return _EvaluationSet(examples[:count], targets[:count], tokenizer, template.answer_suffix)
 
 
-def _of_cache(cache: Cache, settings: EvaluateSettings, loaded: "Loaded", report: Report) -> _Questions:
+def _encode(
+    conversations: list[Conversation], template: Template, encoder: Encoder, tokenizer: Tokenizer, max_length: int
+) -> Iterator[tuple[Example, str, bool]]:
+    """Yield (example, its target as text, whether it was truncated) for each target of the conversations."""
+    pieces = [render_conversation(conversation, template) for conversation in conversations]
+    encodings = encode_batch(pieces, encoder, max_length)
+    for conversation, encoded in zip(conversations, encodings, strict=True):
+        for span in encoded.spans:
+            example = extract_example(encoded.ids, span, tokenizer.eos_token_id)
+            text = conversation.turns[span.turn].text
+            if not span.target_is_whole:
+                text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
+            yield example, text, not (span.source_is_whole and span.target_is_whole)
+
+
+def _report_rejected(records: list[RejectedRecord], report: Report) -> None:
+    if bad := sum(record.reason == LABELED_BAD for record in records):
+        report(Note(f"{bad} records labeled bad (label: false, kto_tag: false) were left out", True))
+    if broken := [record for record in records if record.reason != LABELED_BAD]:
+        first = broken[0]
+        place = f"{first.location.file}:{first.location.line}"
+        report(Note(f"{len(broken)} records rejected, the first: {place}: {first.message}", True))
+
+
+def _load_cache_examples(
+    cache: Cache, settings: EvaluateSettings, loaded: "LoadedModel", report: Report
+) -> _EvaluationSet:
     saved, made = loaded.tokenizer_folder / "tokenizer.json", cache.tokenizer_folder / "tokenizer.json"
     tokenizer = load_tokenizer(cache.tokenizer_folder)
-    same = saved.is_file() and made.is_file() and sha256(saved) == sha256(made)
-    if not same and not _extends(tokenizer, loaded.tokenizer):
+    same = saved.is_file() and made.is_file() and hash_file(saved) == hash_file(made)
+    if not same and not _is_extension(tokenizer, loaded.tokenizer):
         raise DataError(
-            f"data_path: {cache.folder}: made with another tokenizer than {loaded.tokenizer_folder} holds",
-            hint="evaluate on the conversations themselves",
+            f"data_path: {cache.folder}: made with another tokenizer than that of {loaded.tokenizer_folder}",
+            hint="pass the conversation files instead of the cache",
         )
-    _, held_out = cache.parts()
+    _, held_out = cache.split_as_prepared()
     if held_out is not None:
-        report(Note(f"{cache.folder}: evaluating on the {len(held_out)} examples that it holds out"))
+        report(Note(f"{cache.folder}: evaluating on its {len(held_out)} held-out examples"))
     cache = held_out or cache
     if settings.num_data is not None:
-        cache = cache.first(settings.num_data)
-    template = template_from(read_yaml(cache.folder / TEMPLATE), cache.folder / TEMPLATE)
-    targets = [true_text(tokenizer, example.target_T, template.answer_end) for example in cache]
-    return _Questions(cache, targets, tokenizer, template.answer_end)
+        cache = cache.take(settings.num_data)
+    template = parse_template(read_yaml(cache.folder / TEMPLATE_FILE), cache.folder / TEMPLATE_FILE)
+    targets = [decode_reference(tokenizer, example.target_T, template.answer_suffix) for example in cache]
+    return _EvaluationSet(cache, targets, tokenizer, template.answer_suffix)
 
 
-def _free(folder: Path) -> Path:
-    """The folder, or the first of folder.1, folder.2, … that doesn't exist."""
+def _find_unused_folder(folder: Path) -> Path:
+    """Return the folder, or the first of folder.1, folder.2, … that doesn't exist."""
     number, free = 0, folder
     while free.exists():
         number += 1
@@ -238,7 +284,7 @@ def _free(folder: Path) -> Path:
     return free
 
 
-def _extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
-    """Whether a tokenizer has all of the base's entries at the same ids."""
-    vocabulary = tokenizer.vocabulary()
-    return all(vocabulary.get(token) == index for token, index in base.vocabulary().items())
+def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:
+    """Whether a tokenizer has all tokens of the base's, with the same ids."""
+    vocabulary = tokenizer.get_vocab()
+    return all(vocabulary.get(token) == index for token, index in base.get_vocab().items())

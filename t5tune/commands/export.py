@@ -1,9 +1,9 @@
-"""`t5tune export`: a training checkpoint of any number of ranks -> an adapter folder.
+"""`t5tune export`: convert a training checkpoint of any number of ranks to an adapter folder.
 
     result = export(ExportSettings(checkpoint="run", output_dir="adapter"))
     result.adapter
 
-Reads DeepSpeed's shards in one process, without DeepSpeed, torch or pickles.
+Reads DeepSpeed's shards in one process, without importing DeepSpeed or torch and without unpickling.
 """
 
 import os
@@ -16,44 +16,44 @@ from typing import Any
 import numpy as np
 
 from t5tune.checkpoints.adapter import (
-    NON_LORA,
-    OLD_WEIGHTS,
-    PREFIX,
-    TEMPLATE,
-    WEIGHTS,
-    TrainedWith,
-    base_facts,
+    ADAPTER_BIN_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    NON_LORA_FILE,
+    PEFT_PREFIX,
+    TEMPLATE_FILE,
+    AdapterMetadata,
     check_adapter,
+    read_base_metadata,
     write_adapter,
 )
-from t5tune.checkpoints.adapter_config import CONFIG
-from t5tune.checkpoints.adapter_shapes import check_fit
+from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE
+from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import find_base, read_config
-from t5tune.checkpoints.fastchat import OldLora, added_ids, mean_rows, row_indices
-from t5tune.checkpoints.model_card import data_of_run
-from t5tune.checkpoints.partitioned_tensor import Pieces
+from t5tune.checkpoints.fastchat import LoraFlags, build_token_indices, compute_mean_rows, read_added_ids
+from t5tune.checkpoints.model_card import describe_run_data
+from t5tune.checkpoints.partitioned_tensor import PartitionedTensor
 from t5tune.checkpoints.pocket import pocket_folder
-from t5tune.checkpoints.safetensors import Checkpoint, header_of, total_bytes
+from t5tune.checkpoints.safetensors import Checkpoint, build_header, sum_file_sizes
 from t5tune.checkpoints.tensors import Tensor, from_float32
-from t5tune.checkpoints.training_checkpoint import MODEL_FILES, Trained, read_trained
+from t5tune.checkpoints.training_checkpoint import MODEL_FILES, CheckpointContents, read_training_checkpoint
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.errors import CheckpointError
 from t5tune.families import MODEL_TYPES
-from t5tune.io.atomic import published_folder
+from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.output_dir import check_replaceable
 from t5tune.io.untrusted import check_inside
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.settings import ExportSettings, dump_settings
 from t5tune.settings.base_model import BaseModelSettings
-from t5tune.training.checkpoint import MANIFEST, checkpoints, newest, verify
+from t5tune.training.checkpoint import MANIFEST_FILE, find_newest, list_checkpoints, verify
 
 TASK = "export"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What export made. `zero_stage` is None for a checkpoint that DeepSpeed didn't write."""
+class ExportResult:
+    """The exported adapter. `zero_stage` is None for a checkpoint that DeepSpeed didn't write; `bytes` is its size."""
 
     adapter: Path
     step: int
@@ -65,65 +65,33 @@ class Exported:
     seconds: float
 
 
-def export(settings: ExportSettings, report: Report = silent) -> Exported:
+def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     """Write the checkpoint's adapter to `output_dir`.
 
     Raises:
-        CheckpointError: no checkpoint, a damaged one, or an adapter that is empty, not finite, untrained, or doesn't
-            fit its config or its base.
+        CheckpointError: there is no checkpoint, it is damaged, or its adapter is empty, not finite, untrained, or
+            doesn't fit its config or its base.
         SettingsError: a LoRA flag that contradicts the checkpoint.
     """
     started = time.monotonic()
     check_replaceable(settings.output_dir, settings.overwrite)
-    folder = _find(settings.checkpoint, report)
-    old = OldLora(
-        settings.lora_r,
-        settings.lora_alpha,
-        tuple(settings.lora_target_modules) if settings.lora_target_modules else None,
-        settings.model_name_or_path,
-    )
-    trained = read_trained(folder, old, with_frozen=settings.non_lora_state == "full")
-    for note in trained.notes:
-        report(Note(note))
-    trained = _with_mean_rows(settings, trained, _with_tokenizer(folder), report)
-    check_adapter(trained.adapter, trained.config, folder)
-    _check_finite(trained.beside, folder)
-    check_fit(trained.adapter, trained.config, _base_config(settings, trained, report), folder)
-    if trained.beside:
-        names = sorted(trained.beside)
-        report(
-            Note(
-                f"{len(names)} tensor(s) trained beside the adapter, {names[0]} the first: {NON_LORA} holds them, "
-                "PEFT doesn't load them",
-                warning=True,
-            )
-        )
-    if settings.dtype is not None:
-        trained = _rounded(trained, DTYPES[settings.dtype], folder)
-    non_lora: dict[str, Tensor] | None = None if settings.non_lora_state == "none" else _by_base_names(trained.beside)
-    base = _base_state(settings, trained) if settings.non_lora_state == "full" else None
-    companions = _with_tokenizer(folder)
-    run = folder.parent if folder.name.startswith("checkpoint-") else folder
-    with published_folder(settings.output_dir) as staged:
-        with_base = base is not None
-        trained_with = TrainedWith(
-            trained.config, companions, companions / TEMPLATE, base_facts(folder), data_of_run(run)
-        )
-        write_adapter(staged, trained.adapter, trained_with, None if with_base else non_lora)
+    folder = _find_checkpoint(settings.checkpoint, report)
+    trained = _read_trained_tensors(settings, folder, report)
+    base = _collect_base_weights(settings, trained) if settings.non_lora_state == "full" else None
+    with write_folder_atomically(settings.output_dir) as staged:
+        metadata = _collect_metadata(folder, trained.config)
+        saves_extra = settings.non_lora_state != "none" and base is None
+        write_adapter(staged, trained.adapter, metadata, _strip_peft_prefix(trained.extra) if saves_extra else None)
         if base is not None:
-            extra = _by_base_names(
-                {n: v for n, v in trained.adapter.items() if ".lora_A." not in n and ".lora_B." not in n}
-            )
-            state = base | {name: Pieces.of(value) for name, value in ((non_lora or {}) | extra).items()}
-            _write_pieces(staged / NON_LORA, state, report)
+            _stream_to_safetensors(staged / NON_LORA_FILE, base | _collect_non_lora_weights(trained), report)
         if settings.format == "bin":
-            _write_bin(staged / OLD_WEIGHTS, trained.adapter)
+            _write_bin(staged / ADAPTER_BIN_FILE, trained.adapter)
         (staged / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
-        size = total_bytes(path for path in staged.iterdir())
+        size = sum_file_sizes(path for path in staged.iterdir())
     lora = sum(".lora_" in name for name in trained.adapter)
-    others = len(trained.adapter) - lora + len(trained.beside) + len(base or {})
-    report(Note(f"{lora} LoRA tensors of step {trained.step}, gathered from {trained.world_size} rank(s)"))
-    return Exported(
+    others = len(trained.adapter) - lora + len(trained.extra) + len(base or {})
+    report(Note(f"gathered {lora} LoRA tensors of step {trained.step} from {trained.world_size} rank(s)"))
+    return ExportResult(
         adapter=settings.output_dir,
         step=trained.step,
         zero_stage=trained.stage,
@@ -135,43 +103,80 @@ def export(settings: ExportSettings, report: Report = silent) -> Exported:
     )
 
 
-def _find(path: Path, report: Report) -> Path:
-    """The checkpoint-N, adapter or DeepSpeed folder that `path` means; its seal is checked where it has one."""
+def _find_checkpoint(path: Path, report: Report) -> Path:
+    """Return the checkpoint-N, adapter or DeepSpeed folder that `path` names, verified if it has a manifest."""
     if not path.exists():
         raise CheckpointError(f"checkpoint: {path}: no such folder", hint="check the path's spelling")
     if not path.is_dir():
-        raise CheckpointError(f"checkpoint: {path}: a file; expected a run folder or a checkpoint-N in it")
-    of_run = checkpoints(path)
-    if any((checkpoint / MANIFEST).is_file() for checkpoint in of_run):
-        found, damaged = newest(path)
-        for problem in damaged:
-            report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
-        if found is None:
-            raise CheckpointError(f"checkpoint: {path}: none of its checkpoints is whole: {damaged[0]}")
-        check_inside(path, found)
-        return found
-    is_deepspeed = find_deepspeed_folder(path) is not None
-    has_weights = is_deepspeed or any((path / name).is_file() for name in (WEIGHTS, OLD_WEIGHTS, *MODEL_FILES))
+        raise CheckpointError(f"checkpoint: {path}: is a file; expected a run folder or a checkpoint-N in it")
+    of_run = list_checkpoints(path)
+    if any((checkpoint / MANIFEST_FILE).is_file() for checkpoint in of_run):
+        return _find_complete_checkpoint(path, report)
+    has_weights = _has_weights(path)
     if of_run and not has_weights:
         check_inside(path, of_run[0])
-        report(Note(f"{of_run[0]}: the newest of the run; nothing seals it, so nothing shows whether it is whole"))
+        report(Note(f"{of_run[0]}: the newest checkpoint of the run; it has no {MANIFEST_FILE}, so it isn't verified"))
         return of_run[0]
-    if is_deepspeed and find_deepspeed_folder(path) == path and find_deepspeed_folder(path.parent) == path:
-        path = path.parent  # the shards alone were named: the seal and the config stand beside them
-    if (path / MANIFEST).is_file():
+    if find_deepspeed_folder(path) == path and find_deepspeed_folder(path.parent) == path:
+        path = path.parent  # `path` is the folder of the shards (global_stepN); manifest and config are in its parent
+    if (path / MANIFEST_FILE).is_file():
         if damage := verify(path):
-            raise CheckpointError(f"checkpoint: {damage}", hint="take an earlier checkpoint of the run")
+            raise CheckpointError(f"checkpoint: {damage}", hint="use an earlier checkpoint of the run")
         return path
-    if not has_weights and not (path / CONFIG).is_file():
+    if not has_weights and not (path / ADAPTER_CONFIG_FILE).is_file():
         raise CheckpointError(
-            f"checkpoint: {path}: no checkpoint in it",
-            hint="name a run folder, a checkpoint-N in it, or a folder that DeepSpeed wrote",
+            f"checkpoint: {path}: contains no checkpoint",
+            hint="give a run folder, a checkpoint-N in it, or a folder that DeepSpeed wrote",
         )
     return path
 
 
-def _with_tokenizer(folder: Path) -> Path:
-    """The checkpoint, or the run around it, where the tokenizer stands only there."""
+def _find_complete_checkpoint(run: Path, report: Report) -> Path:
+    found, damaged = find_newest(run)
+    for problem in damaged:
+        report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))
+    if found is None:
+        raise CheckpointError(f"checkpoint: {run}: none of its checkpoints is complete: {damaged[0]}")
+    check_inside(run, found)
+    return found
+
+
+def _has_weights(folder: Path) -> bool:
+    names = (ADAPTER_WEIGHTS_FILE, ADAPTER_BIN_FILE, *MODEL_FILES)
+    return find_deepspeed_folder(folder) is not None or any((folder / name).is_file() for name in names)
+
+
+def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report) -> CheckpointContents:
+    """Read the checkpoint's trained tensors, add the rows that FastChat left out, and check and convert all of them."""
+    flags = LoraFlags(
+        settings.lora_r,
+        settings.lora_alpha,
+        tuple(settings.lora_target_modules) if settings.lora_target_modules else None,
+        settings.model_name_or_path,
+    )
+    trained = read_training_checkpoint(folder, flags, with_frozen=settings.non_lora_state == "full")
+    for note in trained.notes:
+        report(Note(note))
+    trained = _add_fastchat_rows(settings, trained, _find_tokenizer_folder(folder), report)
+    check_adapter(trained.adapter, trained.config, folder)
+    _check_finite(trained.extra, folder)
+    check_adapter_shapes(trained.adapter, trained.config, _read_base_config(settings, trained, report), folder)
+    if trained.extra:
+        extra = f"{len(trained.extra)} tensor(s) were trained in addition to the adapter (first: {min(trained.extra)})"
+        report(Note(f"{extra}; they are saved to {NON_LORA_FILE}, which PEFT doesn't load", warning=True))
+    return trained if settings.dtype is None else _convert_dtype(trained, DTYPES[settings.dtype], folder)
+
+
+def _collect_metadata(folder: Path, config: dict[str, Any]) -> AdapterMetadata:
+    tokenizer = _find_tokenizer_folder(folder)
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    return AdapterMetadata(
+        config, tokenizer, tokenizer / TEMPLATE_FILE, read_base_metadata(folder), describe_run_data(run)
+    )
+
+
+def _find_tokenizer_folder(folder: Path) -> Path:
+    """Return the checkpoint, or its run folder if only that contains the tokenizer."""
     for place in (folder, folder.parent):
         if (place / "tokenizer_config.json").is_file():
             return place
@@ -180,12 +185,29 @@ def _with_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def _base_config(settings: ExportSettings, trained: Trained, report: Report) -> dict[str, Any] | None:
-    """config.json of the base where it is on this machine; what a stranger's file names is not fetched."""
+def _read_base_config(settings: ExportSettings, trained: CheckpointContents, report: Report) -> dict[str, Any] | None:
+    """Return config.json of the base if it is on this machine.
+
+    The base's name may come from an untrusted checkpoint, so nothing is downloaded.
+    """
     name = settings.model_name_or_path or trained.config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        report(Note("the base is unknown: give --model-name-or-path to check the shapes against it"))
+        report(Note("the base is unknown; give --model-name-or-path to check the adapter's shapes against it"))
         return None
+    folder = _find_local_base(name, settings)
+    if not (folder / "config.json").is_file():
+        report(Note(f"{name}: not on this machine, so the adapter's shapes aren't checked against it"))
+        return None
+    config = read_config(folder)
+    if config.get("model_type") not in MODEL_TYPES:
+        model_type = config.get("model_type")
+        report(Note(f"{name}: model_type {model_type!r}: the adapter's shapes aren't checked against it"))
+        return None
+    return config
+
+
+def _find_local_base(name: str, settings: ExportSettings) -> Path:
+    """Find the folder of a base, perhaps in the cache of the Hub; if there is none, return the name as a path."""
     folder = Path(name)
     if name == "pocket" and not folder.is_dir():
         folder = pocket_folder()
@@ -194,108 +216,110 @@ def _base_config(settings: ExportSettings, trained: Trained, report: Report) -> 
 
         cached = try_to_load_from_cache(name, "config.json", cache_dir=settings.cache_dir, revision=settings.revision)
         folder = Path(cached).parent if isinstance(cached, str) else folder
-    if not (folder / "config.json").is_file():
-        report(Note(f"{name}: not on this machine, so the shapes aren't checked against it"))
-        return None
-    config = read_config(folder)
-    if config.get("model_type") not in MODEL_TYPES:
-        report(Note(f"{name}: model_type {config.get('model_type')!r}: shapes aren't checked against it"))
-        return None
-    return config
+    return folder
 
 
-def _with_mean_rows(settings: ExportSettings, trained: Trained, tokenizer: Path, report: Report) -> Trained:
-    """Add the rows of FastChat's ten tokens, without which its adapters answer with noise, where the base is given."""
-    ids = [] if trained.config.get("trainable_token_indices") else added_ids(tokenizer)
+def _add_fastchat_rows(
+    settings: ExportSettings, trained: CheckpointContents, tokenizer: Path, report: Report
+) -> CheckpointContents:
+    """Add the embedding rows of FastChat's ten added tokens, computed from the base, if the base is given.
+
+    FastChat didn't save these rows; without them its adapters generate noise.
+    """
+    ids = [] if trained.config.get("trainable_token_indices") else read_added_ids(tokenizer)
     if not ids:
         return trained
     if settings.model_name_or_path is None:
-        report(
-            Note(
-                f"FastChat's tokens {ids[0]} to {ids[-1]} had rows that it didn't save: give --model-name-or-path to "
-                "make them anew",
-                warning=True,
-            )
-        )
+        problem = f"FastChat didn't save the embedding rows of its tokens {ids[0]} to {ids[-1]}"
+        report(Note(f"{problem}; give --model-name-or-path to recompute them", warning=True))
         return trained
-    base = Checkpoint(find_base(_named(settings, settings.model_name_or_path)))
-    rows = mean_rows(base, ids)
-    report(Note(f"the rows of FastChat's tokens {ids[0]} to {ids[-1]} are made anew: the mean of those before them"))
-    config = {**trained.config, "trainable_token_indices": row_indices(ids, base.is_tied())}
+    base = Checkpoint(find_base(_make_base_settings(settings, settings.model_name_or_path)))
+    rows = compute_mean_rows(base, ids)
+    recomputed = f"the embedding rows of FastChat's tokens {ids[0]} to {ids[-1]}"
+    report(Note(f"recomputed {recomputed} as the mean of the rows before them"))
+    config = {**trained.config, "trainable_token_indices": build_token_indices(ids, base.is_tied())}
     return replace(trained, config=config, adapter=trained.adapter | rows)
 
 
-def _named(settings: ExportSettings, name: str) -> BaseModelSettings:
+def _make_base_settings(settings: ExportSettings, name: str) -> BaseModelSettings:
     return BaseModelSettings(model_name_or_path=name, revision=settings.revision, cache_dir=settings.cache_dir)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], place: Path) -> None:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor.to_float32()).all():
-            raise CheckpointError(f"{place}: {name}: holds NaN or infinity", hint="go back to an earlier checkpoint")
+            raise CheckpointError(f"{place}: {name}: contains NaN or infinity", hint="use an earlier checkpoint")
 
 
-def _rounded(trained: Trained, dtype: str, place: Path) -> Trained:
-    """All trained tensors in another dtype.
+def _convert_dtype(trained: CheckpointContents, dtype: str, place: Path) -> CheckpointContents:
+    """Convert all trained tensors to another dtype.
 
     Raises:
-        CheckpointError: a value that it can't hold.
+        CheckpointError: a value overflows in that dtype.
     """
 
-    def rounded(name: str, tensor: Tensor) -> Tensor:
+    def convert(name: str, tensor: Tensor) -> Tensor:
         with np.errstate(over="ignore"):
             result = from_float32(tensor.to_float32(), dtype)
         if not np.isfinite(result.to_float32()).all():
-            raise CheckpointError(f"{place}: {name}: holds values that {dtype} can't", hint="bfloat16 can")
+            problem = f"{place}: {name}: contains values too large for {dtype}"
+            raise CheckpointError(problem, hint="use --dtype bfloat16")
         return result
 
-    adapter = {name: rounded(name, value) for name, value in trained.adapter.items()}
-    return replace(trained, adapter=adapter, beside={name: rounded(name, v) for name, v in trained.beside.items()})
+    adapter = {name: convert(name, value) for name, value in trained.adapter.items()}
+    return replace(trained, adapter=adapter, extra={name: convert(name, v) for name, v in trained.extra.items()})
 
 
-def _by_base_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+def _strip_peft_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
 
 
-def _base_state(settings: ExportSettings, trained: Trained) -> dict[str, Pieces]:
-    """The base's tensors by their own names: from the checkpoint where it holds them, else from the base.
+def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents) -> dict[str, PartitionedTensor]:
+    """Collect the base's tensors by name, from the training checkpoint if it contains them, else from the base.
 
     Raises:
-        CheckpointError: neither has them.
+        CheckpointError: neither is available.
     """
-    if trained.frozen and not _is_packed(trained):
+    if trained.frozen and not _is_quantized(trained):
         return dict(trained.frozen)
     base_name = settings.model_name_or_path or trained.config.get("base_model_name_or_path")
     if not base_name:
         raise CheckpointError(
-            f"{settings.checkpoint}: holds no plain frozen weights and doesn't say which base it was trained on",
+            f"{settings.checkpoint}: contains no unquantized base weights and doesn't name the base of training",
             hint="give --model-name-or-path",
         )
-    base = Checkpoint(find_base(_named(settings, base_name)))
-    return {name: Pieces.of(base.tensor(name)) for name in base.names()}
+    base = Checkpoint(find_base(_make_base_settings(settings, base_name)))
+    return {name: PartitionedTensor.from_tensor(base.get_tensor(name)) for name in base.list_names()}
 
 
-def _is_packed(trained: Trained) -> bool:
-    """Whether the frozen weights are those of a quantised base, which say nothing without their scales."""
+def _collect_non_lora_weights(trained: CheckpointContents) -> dict[str, PartitionedTensor]:
+    """Collect all trained tensors except the LoRA matrices, by their names in the base."""
+    others = {n: v for n, v in trained.adapter.items() if ".lora_A." not in n and ".lora_B." not in n}
+    tensors = _strip_peft_prefix(trained.extra | others)
+    return {name: PartitionedTensor.from_tensor(value) for name, value in tensors.items()}
+
+
+def _is_quantized(trained: CheckpointContents) -> bool:
+    """Whether the frozen weights are those of a quantized base, which can't be used without their scales."""
     for name, value in trained.adapter.items():
         if ".lora_A." in name:
-            module = name.removeprefix(PREFIX).partition(".lora_A.")[0]
+            module = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")[0]
             weight = trained.frozen.get(f"{module}.weight")
             if weight is None or len(weight.shape) != 2 or weight.shape[1] != value.shape[1]:
                 return True
     return False
 
 
-def _write_pieces(path: Path, state: Mapping[str, Pieces], report: Report) -> None:
-    """A safetensors file of tensors that needn't fit in memory."""
+def _stream_to_safetensors(path: Path, state: Mapping[str, PartitionedTensor], report: Report) -> None:
+    """Write a safetensors file chunk by chunk, so that the tensors needn't fit in memory."""
     entries = {name: (state[name].dtype, state[name].shape) for name in sorted(state)}
-    header = header_of(entries, {"format": "pt"})
+    header = build_header(entries, {"format": "pt"})
     report(Started(TASK, sum(array.nbytes for value in state.values() for array in value.arrays), "bytes"))
     done = 0
     with open(path, "wb") as file:
         file.write(header)
         for name in entries:
-            for chunk in state[name].chunks():
+            for chunk in state[name].iter_chunks():
                 file.write(chunk)
                 done += len(chunk)
                 report(Advanced(TASK, done))
@@ -305,7 +329,7 @@ def _write_pieces(path: Path, state: Mapping[str, Pieces], report: Report) -> No
 
 
 def _write_bin(path: Path, state: Mapping[str, Tensor]) -> None:
-    """The seed's adapter_model.bin, which torch writes."""
+    """Write adapter_model.bin with torch.save, the format of FastChat's adapters."""
     import torch
 
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

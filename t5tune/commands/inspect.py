@@ -1,4 +1,4 @@
-"""`t5tune inspect`: what the model will really see of a cache's examples.
+"""`t5tune inspect`: show the examples of a token cache as the model will see them.
 
 result = inspect(InspectSettings(cache="cache", worst_cut=True))
 result.examples[0].source_text
@@ -11,86 +11,88 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.batching import epoch_order, padding_share
+from t5tune.data.batching import compute_padding_share, epoch_order
 from t5tune.data.cache import Cache, open_cache
 from t5tune.data.cache_view import CacheView, LengthStatistics
-from t5tune.data.histogram import length_histogram
+from t5tune.data.histogram import build_histogram
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Note, Report, silent
-from t5tune.reports.cache_page import write_page
+from t5tune.reports.cache_page import write_cache_page
 from t5tune.settings import InspectSettings
 
 NUM_LONGEST = 5
-WAYS = ("worst_cut", "unknown", "all")  # to choose examples, beside their numbers
+SELECTION_FLAGS = ("worst_cut", "unknown", "all")  # ways to choose examples, in addition to --example N
 
 
 @dataclass(frozen=True)
-class Inspected:
-    """What was asked for: some examples of a cache, statistics of all of them, or both."""
+class InspectResult:
+    """The chosen examples of a cache, statistics of all of its examples if requested, and the HTML page's path."""
 
     examples: CacheView
     statistics: LengthStatistics | None
     page: Path | None
 
 
-def inspect(settings: InspectSettings, report: Report = silent) -> Inspected:
-    """Choose the examples and lay them open.
+def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult:
+    """Choose examples, decode them, and write the HTML page if requested.
 
     Raises:
-        DataError: the cache can't be used, or holds no such example.
-        SettingsError: more than one choice of examples, or a page that can't be written.
+        DataError: the cache can't be used, or contains no such example.
+        SettingsError: more than one selection of examples, or a page that can't be written.
     """
     cache = open_cache(settings.cache)
-    examples = CacheView(cache, _chosen(cache, settings, report))
-    statistics = _statistics(cache, settings.per_device_train_batch_size) if settings.stats or settings.html else None
+    examples = CacheView(cache, _choose_examples(cache, settings, report))
+    statistics = (
+        _compute_statistics(cache, settings.per_device_train_batch_size) if settings.stats or settings.html else None
+    )
     if (page := settings.html) is not None:
         if page.is_symlink() or (page.exists() and not page.is_file()):
-            raise SettingsError(f"html: {page}: no regular file, which could be replaced", hint="name another file")
+            raise SettingsError(f"html: {page}: isn't a regular file, so it isn't replaced", hint="name another file")
         try:
-            write_page(page, examples, statistics)
+            write_cache_page(page, examples, statistics)
         except OSError as error:
             raise SettingsError(f"html: {page}: can't be written: {error.strerror}") from error
-    return Inspected(examples, statistics, page)
+    return InspectResult(examples, statistics, page)
 
 
-def _chosen(cache: Cache, settings: InspectSettings, report: Report) -> Sequence[int]:
-    ways = {"example": settings.example is not None, **{name: getattr(settings, name) for name in WAYS}}
-    asked = [name for name, is_asked in ways.items() if is_asked]
-    if len(asked) > 1:
-        raise SettingsError(f"{asked[0]}: beside {asked[1]}; choose the examples one way")
+def _choose_examples(cache: Cache, settings: InspectSettings, report: Report) -> Sequence[int]:
+    is_set = {"example": settings.example is not None, **{name: getattr(settings, name) for name in SELECTION_FLAGS}}
+    selections = [name for name, value in is_set.items() if value]
+    if len(selections) > 1:
+        raise SettingsError(f"{selections[0]}: can't be combined with {selections[1]}", hint="use only one of them")
     if settings.all:
         return range(len(cache))
     if settings.example is not None:
         if settings.example >= len(cache):
-            raise DataError(f"example: {settings.example}: {cache.folder} holds examples 0 to {len(cache) - 1}")
+            raise DataError(f"example: {settings.example}: {cache.folder} contains examples 0 to {len(cache) - 1}")
         return [settings.example]
     if settings.worst_cut:
-        return _most(cache.cut(), cache, "is cut", report)
+        return _find_largest(cache.count_cut_tokens(), cache, "is truncated", report)
     if settings.unknown:
         unknown = load_tokenizer(cache.tokenizer_folder).unk_token_id
         counts = [int((example.source_S == unknown).sum() + (example.target_T == unknown).sum()) for example in cache]
-        return _most(np.array(counts), cache, "has unknown tokens", report)
+        return _find_largest(np.array(counts), cache, "has unknown tokens", report)
     return [] if settings.stats else [0]
 
 
-def _most(counts: npt.NDArray[np.int64], cache: Cache, what: str, report: Report) -> list[int]:
+def _find_largest(counts: npt.NDArray[np.int64], cache: Cache, what: str, report: Report) -> list[int]:
     if not counts.any():
         report(Note(f"{cache.folder}: none of its {len(cache)} examples {what}"))
         return []
     return [int(counts.argmax())]
 
 
-def _statistics(cache: Cache, batch_size: int) -> LengthStatistics:
-    sources, targets = cache.lengths()
+def _compute_statistics(cache: Cache, batch_size: int) -> LengthStatistics:
+    sources, targets = cache.read_lengths()
     everything = np.arange(len(cache))
     shuffled = np.random.default_rng(0).permutation(everything)
     by_length = epoch_order(sources + targets, batch_size, seed=0, epoch=0)
     return LengthStatistics(
-        source=length_histogram(sources),
-        target=length_histogram(targets),
+        source=build_histogram(sources),
+        target=build_histogram(targets),
         batch_size=batch_size,
-        padding_random=round(padding_share(sources, targets, shuffled, batch_size), 4),
-        padding_by_length=round(padding_share(sources, targets, by_length, batch_size), 4),
+        padding_random=round(compute_padding_share(sources, targets, shuffled, batch_size), 4),
+        padding_by_length=round(compute_padding_share(sources, targets, by_length, batch_size), 4),
         longest=np.argsort(-(sources + targets), kind="stable")[:NUM_LONGEST].tolist(),
     )

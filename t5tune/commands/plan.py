@@ -1,10 +1,10 @@
-"""`t5tune plan`: what a training run will take, before anything runs, from config.json alone.
+"""`t5tune plan`: estimate a training run's memory and steps from config.json alone, before anything runs.
 
     result = plan(PlanSettings(model_name_or_path="google/flan-t5-xxl", q_lora=True, gpu_memory="24GiB"))
     result.stages[0].total, result.suggestion
 
-The bytes of weights are counted on a model without data, those of a step by running it on tensors without data
-(model/memory.py). How ZeRO shares them out follows its paper (Rajbhandari et al. 2020).
+The weights are counted on a model without data, and a step's memory is measured by running the step on fake tensors
+(model/memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
 """
 
 import itertools
@@ -18,31 +18,33 @@ from typing import Any
 import numpy as np
 
 from t5tune.checkpoints.base import find_config, read_config
-from t5tune.data.batching import Integers, budget_batches, epoch_order, num_batches
+from t5tune.data.batching import Integers, count_budget_batches, epoch_order, make_budget_batches
 from t5tune.data.cache import is_cache, open_cache
 from t5tune.errors import SettingsError
-from t5tune.families import family_of, of_type
-from t5tune.model.known_configs import SIZES
+from t5tune.families import find_family, match_family
+from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.settings import PlanSettings, TrainSettings, packaged_templates
 
 MIB, GIB = 1 << 20, 1 << 30
-GPU_RUNTIME = 800 * MIB  # CUDA's context, kernels and cuBLAS's workspace, which torch doesn't count
-USABLE = 0.92  # of a GPU: the allocator's pieces don't fit together without gaps
-HEAP_HOLES = 1.85  # a CPU's heap was seen to take 1.5 to 2.4 times the tensors of a checkpointed step
-NUM_ADDED_TOKENS = 19  # about what prepare adds to T5's vocabulary, where there is room for it
-LARGEST_SUGGESTED_BATCH = 64
-GOOD_BATCH = 4  # examples a micro-step from which a GPU is busy
+GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
+USABLE_GPU_SHARE = 0.92  # the rest is lost to fragmentation in the allocator
+# with gradient checkpointing, the heap on a CPU was measured at 1.5 to 2.4 times the size of the step's tensors
+HEAP_FRAGMENTATION = 1.85
+NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
+MAX_SUGGESTED_BATCH_SIZE = 64
+GOOD_BATCH_SIZE = 4  # examples per micro-batch from which a GPU is well used
 STAGES = ("none", "zero1", "zero2", "zero3", "zero3-offload")
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on each device under one way of sharing; `host` is what is offloaded to the machine's memory, for all.
+    """Bytes per device with one DeepSpeed config.
 
     Args:
-        stage: none (each process holds all), or the name of a DeepSpeed preset.
-        runtime: Python's libraries and, on a GPU, CUDA's own.
+        stage: `none` (no partitioning: each process has everything), or the name of a packaged DeepSpeed config.
+        runtime: memory of Python's libraries on a CPU, of the CUDA context on a GPU.
+        host: bytes offloaded to the machine's memory, summed over all processes.
     """
 
     stage: str
@@ -58,7 +60,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings that fit, their largest batch, and what they take on each device (bytes)."""
+    """Settings that fit, their largest batch size, and the total bytes per device."""
 
     flags: str
     per_device_train_batch_size: int
@@ -67,7 +69,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Plan:
-    """What train would take. Lengths in tokens; memory in bytes; `padding` is a share, 0 to 1."""
+    """What train would need. Lengths are in tokens, memory is in bytes, `padding` is a share from 0 to 1."""
 
     model: str
     total_parameters: int
@@ -90,7 +92,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Machine:
-    """Where it is to run; `memory` of each device, where known."""
+    """The devices to plan for; `memory` is in bytes per device, None if unknown."""
 
     on_gpu: bool
     count: int
@@ -100,7 +102,7 @@ class _Machine:
 
 @dataclass(frozen=True)
 class _Data:
-    """Lengths to plan for: those of a cache, or of any number of examples that are all alike."""
+    """Example lengths in tokens: those of a token cache (`is_real`), or of one micro-batch of equally long examples."""
 
     sources: Integers
     targets: Integers
@@ -109,32 +111,32 @@ class _Data:
 
 
 def plan(settings: PlanSettings, report: Report = silent) -> Plan:
-    """Plan the run that these settings would make.
+    """Estimate the memory and steps of a training run with these settings.
 
     Raises:
-        SettingsError: a memory size that can't be read, or lengths that don't fit tokens_per_batch.
-        ModelError: no config.json, or one of another family.
-        DataError: a cache that can't be used.
+        SettingsError: a memory size can't be parsed, or the lengths don't fit tokens_per_batch.
+        ModelError: there is no config.json, or its model type isn't supported.
+        DataError: the token cache can't be used.
     """
-    machine = _machine(settings)
-    data = _data(settings, report)
-    config, place = _config(settings, report)
-    config = family_of(config, place, settings.family).completed(config)
+    machine = _detect_machine(settings)
+    data = _read_lengths(settings, report)
+    config, place = _read_model_config(settings, report)
+    config = find_family(config, place, settings.family).complete_config(config)
     chosen = settings.deepspeed or "none"
-    batches = _batches(settings, machine.count, data)
-    sources, targets = _largest(batches, data)
-    with _told(report) as step_done:
-        measured = _Measured(config, settings, machine, data.num_added_tokens, step_done)
+    batches = _make_batches(settings, machine.count, data)
+    sources, targets = _find_largest_batch(batches, data)
+    with _report_measured_steps(report) as step_done:
+        estimator = _MemoryEstimator(config, settings, machine, data.num_added_tokens, step_done)
         names = list(dict.fromkeys([chosen, *STAGES]))
-        stages = [measured.memory(name, sources, targets) for name in names]
-        suggestion = _suggestion(config, settings, machine, data, step_done)
-    counts = measured.counts
+        stages = [estimator.estimate(name, sources, targets) for name in names]
+        suggestion = _suggest_settings(config, settings, machine, data, step_done)
+    counts = estimator.counts
     return Plan(
         model=settings.model_name_or_path,
         total_parameters=counts[1],
         trainable_parameters=counts[0],
-        weights=measured.weights,
-        precision=precision(settings),
+        weights=estimator.weights,
+        precision=_describe_precision(settings),
         device=machine.name,
         device_memory=machine.memory,
         processes=machine.count,
@@ -142,8 +144,8 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         source_length=max(sources),
         target_length=max(targets),
         batch_size=len(sources),
-        padding=_padding(settings, batches, data) if data.is_real else None,
-        steps=_steps(settings, machine.count, len(batches)) if data.is_real else settings.max_steps,
+        padding=_compute_padding(settings, batches, data) if data.is_real else None,
+        steps=_count_steps(settings, machine.count, len(batches)) if data.is_real else settings.max_steps,
         chosen=chosen,
         stages=stages,
         suggestion=suggestion,
@@ -151,9 +153,9 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
 
 
 @contextmanager
-def _told(report: Report) -> Iterator[Callable[[], None]]:
-    """Report how many steps were measured, each after it: a large model's takes seconds."""
-    task, done = "measuring steps without data", itertools.count(1)
+def _report_measured_steps(report: Report) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each measured step, which takes seconds for a large model."""
+    task, done = "measuring the memory of steps", itertools.count(1)
     report(Started(task, unit="steps"))
     try:
         yield lambda: report(Advanced(task, next(done)))
@@ -161,17 +163,17 @@ def _told(report: Report) -> Iterator[Callable[[], None]]:
         report(Finished(task))
 
 
-def precision(settings: PlanSettings) -> str:
-    """`nf4 base, bf16`, `bf16`, `fp32`."""
+def _describe_precision(settings: PlanSettings) -> str:
+    """Return `nf4 base, bf16`, `bf16`, `fp32`, …"""
     dtype = "bf16" if settings.bf16 else "fp32"
     return f"{settings.quant_type} base, {dtype}" if settings.q_lora else dtype
 
 
 def read_size(text: str) -> int:
-    """Bytes of `24GiB`, `24GB`, `24G` or `24` (both GiB), `800MiB`.
+    """Parse a size to bytes: `24GiB`, `24GB` (powers of 1000), `24G` or `24` (both GiB), `800MiB`.
 
     Raises:
-        SettingsError: none of these.
+        SettingsError: the text isn't such a size.
     """
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE)
     try:
@@ -184,8 +186,8 @@ def read_size(text: str) -> int:
     return int(number * (1000 if (match[3] or "").upper() == "B" else 1024) ** power)
 
 
-class _Measured:
-    """A model and its steps, measured once for each way of training."""
+class _MemoryEstimator:
+    """Estimates memory per device for one way of training; each kind of step is measured once and cached."""
 
     def __init__(
         self,
@@ -195,46 +197,49 @@ class _Measured:
         num_added_tokens: int,
         step_done: Callable[[], None],
     ) -> None:
-        from t5tune.model.memory import parameter_counts, weight_bytes
+        from t5tune.model.load import count_parameters
+        from t5tune.model.memory import count_weight_bytes
 
         self.config, self.settings, self.machine, self.step_done = config, settings, machine, step_done
-        self.num_token_rows = min(num_added_tokens, of_type(config).room)
-        model = self._model(deepspeed=False)
-        self.weights = weight_bytes(model, settings)
-        self.counts = parameter_counts(model)
+        self.num_token_rows = min(num_added_tokens, match_family(config).num_unused_rows)
+        model = self._build_empty_model(deepspeed=False)
+        self.weights = count_weight_bytes(model, settings)
+        self.counts = count_parameters(model)
         self._steps: dict[Any, Any] = {}
 
-    def memory(self, stage: str, sources: tuple[int, ...], targets: tuple[int, ...]) -> StageMemory:
-        """What a stage takes on each device for a micro-batch."""
-        level = _zero(stage).get("stage", 0)
-        step = self._step(sources, targets, stage != "none", level == 3)
-        has_holes = self.settings.gradient_checkpointing and not self.machine.on_gpu
-        return self._shared_out(stage, step.gradients, int(step.activations * (HEAP_HOLES if has_holes else 1)))
+    def estimate(self, stage: str, sources: tuple[int, ...], targets: tuple[int, ...]) -> StageMemory:
+        """Estimate the bytes per device with a DeepSpeed config, for one micro-batch of these lengths."""
+        level = _read_zero_config(stage).get("stage", 0)
+        step = self._measure_step(sources, targets, stage != "none", level == 3)
+        is_fragmented = self.settings.gradient_checkpointing and not self.machine.on_gpu
+        activations = int(step.activations * (HEAP_FRAGMENTATION if is_fragmented else 1))
+        return self._partition(stage, step.gradients, activations)
 
-    def could_fit(self, stage: str) -> bool:
-        """Whether there is room for what is held between steps: measuring one takes seconds."""
-        return self._shared_out(stage, 0, 0).fits is not False
+    def can_fit(self, stage: str) -> bool:
+        """Whether the memory held between steps fits: a quick check before a step is measured, which takes seconds."""
+        return self._partition(stage, 0, 0).fits is not False
 
-    def _shared_out(self, stage: str, gradients: int, activations: int) -> StageMemory:
-        zero = _zero(stage)
+    def _partition(self, stage: str, gradients: int, activations: int) -> StageMemory:
+        """Distribute the memory over the devices and the host, as DeepSpeed's ZeRO stage and offloading do."""
+        zero = _read_zero_config(stage)
         level, count = int(zero.get("stage", 0)), self.machine.count
         under_deepspeed = stage != "none"
         trainable = self.counts[0]
         weights = sum(self.weights.values())
         width = 2 if self.settings.bf16 else 4
-        # LoRA's matrices; DeepSpeed's are in the compute dtype, with fp32 masters among the optimizer's states
+        # LoRA's matrices are in fp32; DeepSpeed keeps them in the compute dtype, with an fp32 copy in the optimizer
         adapters = 0 if self.settings.train_mode == "full" else trainable * (width if under_deepspeed else 4)
         if self.settings.train_mode == "full":
             weights = trainable * (width if under_deepspeed else 4)
         masters = 4 * trainable if under_deepspeed and self.settings.bf16 else 0
-        optimizer = masters + _optimizer_bytes(self.settings.optim) * trainable
+        optimizer = masters + _count_optimizer_bytes(self.settings.optim) * trainable
         host = 0
         if level >= 1:
             optimizer //= count
         if level >= 2:
             gradients //= count
         held = weights + adapters
-        # ZeRO-3 gathers what it needs, and keeps so many parameters for their next use
+        # ZeRO-3 gathers partitioned parameters for a step, and keeps up to max_live_parameters of them for reuse
         gathered = int(zero.get("stage3_max_live_parameters", 10**9)) * held // self.counts[1]
         if level == 3:
             held //= count
@@ -244,39 +249,46 @@ class _Measured:
         if zero.get("offload_param", {}).get("device") == "cpu":
             activations += min(held, gathered)
             host, held = host + held * count, 0
-        runtime = GPU_RUNTIME if self.machine.on_gpu else own_memory()
+        runtime = GPU_RUNTIME_BYTES if self.machine.on_gpu else _measure_own_memory()
         total = held + gradients + optimizer + activations + runtime
         if not self.machine.on_gpu:
             total += host // count
         memory = self.machine.memory
-        fits = None if memory is None else total <= memory * (USABLE if self.machine.on_gpu else 1.0)
+        fits = None if memory is None else total <= memory * (USABLE_GPU_SHARE if self.machine.on_gpu else 1.0)
         return StageMemory(stage, held, gradients, optimizer, activations, runtime, total, host, fits)
 
-    def _model(self, deepspeed: bool) -> Any:
-        from t5tune.model.memory import empty_model_of
+    def _build_empty_model(self, deepspeed: bool) -> Any:
+        from t5tune.model.memory import build_empty_training_model
 
-        return empty_model_of(self.config, self.settings, self.num_token_rows, deepspeed)
+        return build_empty_training_model(self.config, self.settings, self.num_token_rows, deepspeed)
 
-    def _step(self, sources: tuple[int, ...], targets: tuple[int, ...], deepspeed: bool, reentrant: bool) -> Any:
-        from t5tune.model.memory import Lengths, measure_step
+    def _measure_step(
+        self, sources: tuple[int, ...], targets: tuple[int, ...], deepspeed: bool, reentrant: bool
+    ) -> Any:
+        from t5tune.model.memory import BatchLengths, measure_step
 
         key = (sources, targets, deepspeed, reentrant and self.settings.gradient_checkpointing)
         if key not in self._steps:
-            model = self._model(deepspeed)
+            model = self._build_empty_model(deepspeed)
             self._steps[key] = measure_step(
-                model, Lengths(sources, targets), self.settings, self.machine.on_gpu, reentrant, autocast=not deepspeed
+                model,
+                BatchLengths(sources, targets),
+                self.settings,
+                self.machine.on_gpu,
+                reentrant,
+                autocast=not deepspeed,
             )
             self.step_done()
         return self._steps[key]
 
 
-def _zero(stage: str) -> dict[str, Any]:
-    return {} if stage == "none" else dict(packaged_templates.read_deepspeed(stage).get("zero_optimization", {}))
+def _read_zero_config(stage: str) -> dict[str, Any]:
+    return {} if stage == "none" else dict(packaged_templates.read_deepspeed_config(stage).get("zero_optimization", {}))
 
 
-def own_memory() -> int:
-    """Bytes that this process holds now: Python and the libraries that training loads too."""
-    import transformers.trainer  # noqa: F401  what training loads and planning does not
+def _measure_own_memory() -> int:
+    """Measure the bytes that this process uses now: Python and the libraries that training loads too."""
+    import transformers.trainer  # noqa: F401  training loads it, planning otherwise doesn't
 
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -285,16 +297,16 @@ def own_memory() -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
 
-def _optimizer_bytes(name: str) -> int:
-    """Of the two moments of each parameter that trains."""
+def _count_optimizer_bytes(name: str) -> int:
+    """Return the bytes of optimizer state per trainable parameter (two fp32 moments for Adam)."""
     if "8bit" in name:
         return 2
     if name == "adafactor":
-        return 1  # a row and a column for each matrix
+        return 1  # its state is one row and one column per matrix
     return 4 if name == "sgd" else 8
 
 
-def _machine(settings: PlanSettings) -> _Machine:
+def _detect_machine(settings: PlanSettings) -> _Machine:
     import torch
 
     memory = read_size(settings.gpu_memory) if settings.gpu_memory else None
@@ -310,45 +322,51 @@ def _machine(settings: PlanSettings) -> _Machine:
     return _Machine(False, count, int(total[1]) * 1024 // count if total else None, "CPU")
 
 
-def _config(settings: PlanSettings, report: Report) -> tuple[dict[str, Any], Path]:
-    """config.json of a file, a folder, the family's known checkpoints or the hub, and where it stands."""
+def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str, Any], Path]:
+    """Read config.json from a file, a folder, the table of known checkpoints or the hub.
+
+    Returns:
+        (config, its folder)
+    """
     name = settings.model_name_or_path
     path = Path(name)
     if path.is_file():
         return read_config(path), path.parent
-    if name in SIZES and not path.exists():
-        report(Note(f"{name}: planned from the shape that t5tune knows of it"))
-        return SIZES[name], path
+    if name in KNOWN_CONFIGS and not path.exists():
+        report(Note(f"{name}: using the model shape that is built into t5tune"))
+        return KNOWN_CONFIGS[name], path
     folder = find_config(settings)
     return read_config(folder), folder
 
 
-def _data(settings: PlanSettings, report: Report) -> _Data:
+def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
     folder = Path(settings.data_path[0]) if settings.data_path else None
     if folder is not None and is_cache(folder):
-        cache, _ = open_cache(folder).parts()
+        cache, _ = open_cache(folder).split_as_prepared()
         if settings.num_data is not None:
-            cache = cache.first(settings.num_data)
-        return _Data(*cache.lengths(), len(cache.added_tokens), is_real=True)
+            cache = cache.take(settings.num_data)
+        return _Data(*cache.read_lengths(), len(cache.added_tokens), is_real=True)
     if folder is not None:
         lengths = f"{settings.source_length} + {settings.target_length}"
-        report(Note(f"{folder}: not prepared yet, so examples of {lengths} tokens are planned for"))
+        report(Note(f"{folder}: not a token cache, so the plan assumes examples of {lengths} tokens"))
     tokens = settings.source_length + settings.target_length
     count = settings.tokens_per_batch // tokens if settings.tokens_per_batch else settings.per_device_train_batch_size
     if count == 0:
-        raise SettingsError(f"tokens_per_batch: {settings.tokens_per_batch}: an example has {tokens} tokens")
+        raise SettingsError(
+            f"tokens_per_batch: {settings.tokens_per_batch}: smaller than one example ({tokens} tokens)"
+        )
     return _Data(np.full(count, settings.source_length), np.full(count, settings.target_length))
 
 
-def _batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
-    """The micro-batches of the first epoch, as the trainer takes them."""
+def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
+    """Make the micro-batches (example indices) of the first epoch, as the trainer does."""
     if not data.is_real:
         return [np.arange(len(data.sources))]
     sources, targets, steps = data.sources, data.targets, settings.gradient_accumulation_steps * count
     if (tokens := settings.tokens_per_batch) is not None:
         packs = settings.packing != "off"
-        number = num_batches(sources, targets, tokens, packs, steps, settings.seed)
-        return budget_batches(sources, targets, tokens, packs, steps, number, settings.seed, 0)
+        number = count_budget_batches(sources, targets, tokens, packs, steps, settings.seed)
+        return make_budget_batches(sources, targets, tokens, packs, steps, number, settings.seed, 0)
     size = settings.per_device_train_batch_size
     if settings.group_by_length:
         order = epoch_order(sources + targets, size * steps, settings.seed, 0)
@@ -357,17 +375,17 @@ def _batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _largest(batches: list[Integers], data: _Data) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(source lengths, target lengths) of the micro-batch with the most tokens, padding counted."""
+def _find_largest_batch(batches: list[Integers], data: _Data) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (source lengths, target lengths) of the micro-batch with the most tokens, padding included."""
 
-    def tokens(batch: Integers) -> int:
+    def count_tokens(batch: Integers) -> int:
         return len(batch) * int(data.sources[batch].max() + data.targets[batch].max())
 
-    largest = max(batches, key=tokens)
+    largest = max(batches, key=count_tokens)
     return tuple(data.sources[largest].tolist()), tuple(data.targets[largest].tolist())
 
 
-def _padding(settings: PlanSettings, batches: list[Integers], data: _Data) -> float:
+def _compute_padding(settings: PlanSettings, batches: list[Integers], data: _Data) -> float:
     if settings.packing != "off":
         return 0.0
     useful = int(data.sources.sum() + data.targets.sum())
@@ -375,70 +393,75 @@ def _padding(settings: PlanSettings, batches: list[Integers], data: _Data) -> fl
     return round(1 - useful / padded, 4)
 
 
-def _steps(settings: PlanSettings, count: int, num_batches: int) -> int:
+def _count_steps(settings: PlanSettings, count: int, count_budget_batches: int) -> int:
     if settings.max_steps is not None:
         return settings.max_steps
-    per_epoch = max(1, -(-num_batches // (settings.gradient_accumulation_steps * count)))
+    per_epoch = max(1, -(-count_budget_batches // (settings.gradient_accumulation_steps * count)))
     return max(1, round(per_epoch * settings.num_train_epochs))
 
 
-def _suggestion(
+def _suggest_settings(
     config: dict[str, Any], settings: PlanSettings, machine: _Machine, data: _Data, step_done: Callable[[], None]
 ) -> Suggestion | None:
-    """The first of some ways that fits a good batch, else the one that fits most; None: none of them fits.
+    """Return the fastest settings that fit GOOD_BATCH_SIZE examples, else those that fit the most; None: nothing fits.
 
-    The ways go from the fastest to the one that takes least; a batch is of the longest examples.
+    The candidates are ordered from the fastest to the one that needs the least memory. Batches are of the longest
+    examples.
     """
     if machine.memory is None:
         return None
     dtype: dict[str, Any] = {"bf16": True} if machine.on_gpu else {"bf16": settings.bf16}
     light = {"gradient_checkpointing": True}
-    ways: list[dict[str, Any]] = [{}, light]
+    candidates: list[dict[str, Any]] = [{}, light]
     if machine.count > 1 and machine.on_gpu:
-        ways.append({**light, "deepspeed": "zero3"})
+        candidates.append({**light, "deepspeed": "zero3"})
     if settings.train_mode == "lora":
-        ways.append({**light, "q_lora": True})
+        candidates.append({**light, "q_lora": True})
     if machine.on_gpu:
-        ways.append({**light, "deepspeed": "zero3-offload"})
+        candidates.append({**light, "deepspeed": "zero3-offload"})
     best: Suggestion | None = None
-    for way in ways:
+    for candidate in candidates:
         base = {"q_lora": False, "gradient_checkpointing": False, "tokens_per_batch": None, **dtype}
-        tried = settings.model_copy(update={**base, **way})
-        measured = _Measured(config, tried, machine, data.num_added_tokens, step_done)
-        found = _largest_batch(measured, way.get("deepspeed", "none"), data)
+        candidate_settings = settings.model_copy(update={**base, **candidate})
+        estimator = _MemoryEstimator(config, candidate_settings, machine, data.num_added_tokens, step_done)
+        found = _find_largest_batch_size(estimator, candidate.get("deepspeed", "none"), data)
         if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
-            flags = {name: value for name, value in {**dtype, **way}.items() if value}
-            best = Suggestion(_flags({**flags, "per_device_train_batch_size": found[0]}, machine), *found)
-        if best is not None and best.per_device_train_batch_size >= GOOD_BATCH:
+            flags = {name: value for name, value in {**dtype, **candidate}.items() if value}
+            best = Suggestion(_format_flags({**flags, "per_device_train_batch_size": found[0]}, machine), *found)
+        if best is not None and best.per_device_train_batch_size >= GOOD_BATCH_SIZE:
             break
     return best
 
 
-def _largest_batch(measured: _Measured, stage: str, data: _Data) -> tuple[int, int] | None:
-    """(examples, bytes) of the largest batch of the longest examples that fits, a power of two."""
+def _find_largest_batch_size(estimator: _MemoryEstimator, stage: str, data: _Data) -> tuple[int, int] | None:
+    """Find the largest power of two of the longest examples that fits.
+
+    Returns:
+        (examples per batch, bytes per device), or None if a single example doesn't fit.
+    """
     longest = int(data.sources.max()), int(data.targets.max())
 
-    def memory(size: int) -> StageMemory:
-        return measured.memory(stage, (longest[0],) * size, (longest[1],) * size)
+    def estimate(size: int) -> StageMemory:
+        return estimator.estimate(stage, (longest[0],) * size, (longest[1],) * size)
 
-    if not measured.could_fit(stage) or not (first := memory(1)).fits:
+    if not estimator.can_fit(stage) or not (first := estimate(1)).fits:
         return None
-    second = memory(2)
-    size, each = 1, max(1, second.total - first.total)  # a step's memory grows by as much with each example
-    limit = (measured.machine.memory or 0) * (USABLE if measured.machine.on_gpu else 1.0)
-    while size < LARGEST_SUGGESTED_BATCH and first.total + (2 * size - 1) * each <= limit:
+    second = estimate(2)
+    size, each = 1, max(1, second.total - first.total)  # memory is linear in the number of examples
+    limit = (estimator.machine.memory or 0) * (USABLE_GPU_SHARE if estimator.machine.on_gpu else 1.0)
+    while size < MAX_SUGGESTED_BATCH_SIZE and first.total + (2 * size - 1) * each <= limit:
         size *= 2
     return size, first.total + (size - 1) * each
 
 
-def _flags(values: dict[str, Any], machine: _Machine) -> str:
+def _format_flags(values: dict[str, Any], machine: _Machine) -> str:
     if machine.count > 1:
         values = {**values, "num_gpus" if machine.on_gpu else "num_processes": machine.count}
     words = (f"--{n.replace('_', '-')}" + ("" if value is True else f" {value}") for n, value in values.items())
     return " ".join(words)
 
 
-def plan_of(settings: TrainSettings) -> PlanSettings:
-    """The plan's settings for a run's: what it would be asked on the command line."""
+def to_plan_settings(settings: TrainSettings) -> PlanSettings:
+    """Convert the settings of a training run to those of `t5tune plan` for that run."""
     values = {name: getattr(settings, name) for name in PlanSettings.model_fields if hasattr(settings, name)}
     return PlanSettings(**values)

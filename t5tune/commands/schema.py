@@ -1,6 +1,8 @@
-"""The JSON schema of a command's YAML, for editors: completion, descriptions, and what is wrong underlined.
+"""`t5tune schema`: the JSON schema of a command's YAML settings, for completion, descriptions and checks in editors.
 
-# yaml-language-server: $schema=train.schema.json
+An editor finds the schema by the first line of the YAML file:
+
+    # yaml-language-server: $schema=train.schema.json
 """
 
 from typing import Any
@@ -8,23 +10,25 @@ from typing import Any
 from t5tune.errors import SettingsError
 from t5tune.settings import COMMANDS
 
-FOR_FLAGS = ("positional", "has_unit", "yaml_only")  # what a field says of itself for the command line
-DRAFT = "https://json-schema.org/draft/2020-12/schema"
+FLAG_METADATA = ("positional", "has_unit", "yaml_only")  # metadata of fields that only the command line uses
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema(command: str) -> dict[str, Any]:
-    """The schema of what `t5tune <command> --config` reads. No key is required: flags may give it.
+    """Return the schema of the YAML that `t5tune <command> --config` reads.
+
+    No key is required, because flags may set it.
 
     Raises:
-        SettingsError: no such command.
+        SettingsError: there is no such command.
     """
     models = {model.command: model for model in COMMANDS}
     if command not in models:
         raise SettingsError(f"of: {command}: no such command", hint=f"the commands are {', '.join(models)}")
-    described = models[command].model_json_schema()
-    described.pop("required", None)
-    described.pop("description", None)
-    for setting in described["properties"].values():
-        for name in FOR_FLAGS:
+    json_schema = models[command].model_json_schema()
+    json_schema.pop("required", None)
+    json_schema.pop("description", None)
+    for setting in json_schema["properties"].values():
+        for name in FLAG_METADATA:
             setting.pop(name, None)
-    return {"$schema": DRAFT, **described, "title": f"Settings of t5tune {command}"}
+    return {"$schema": SCHEMA_DIALECT, **json_schema, "title": f"Settings of t5tune {command}"}

@@ -1,1 +1,1 @@
-"""Conversation files -> examples, up to the token cache. Nothing here needs torch."""
+"""From conversation files to examples in the token cache. Nothing here imports torch."""

@@ -1,6 +1,6 @@
-"""The order in which an epoch takes its examples, its batches, and how much of them is padding.
+"""The order of an epoch's examples, its batches, and how much of them is padding.
 
-All of it follows from lengths, seed and epoch alone, so a resumed run goes on exactly where it was.
+Everything is computed from lengths, seed and epoch alone, so a resumed run continues exactly where it stopped.
 """
 
 import heapq
@@ -10,35 +10,35 @@ import numpy.typing as npt
 
 STEPS_PER_WINDOW = 64
 BATCHES_PER_WINDOW = 512
-DRAWS = 16
-# a token's attention to this many others costs about what all the rest of a layer costs for it
-ATTENTION_EVEN = 4096
+MAX_DRAWS = 16
+# at this many attended tokens, a token's attention costs about as much as the rest of the layer does for that token
+ATTENTION_BREAK_EVEN = 4096
 
 Integers = npt.NDArray[np.int64]
 
 
 def epoch_order(lengths: Integers, step_size: int, seed: int, epoch: int) -> Integers:
-    """Shuffled, then sorted by length in windows of some steps, then the steps shuffled.
+    """Shuffle the examples, sort them by length within windows of STEPS_PER_WINDOW steps, then shuffle the steps.
 
-    A step's examples are of about the same length, so little of it is padding, on every rank.
+    The examples of a step are of similar length, so every rank computes on little padding.
 
     Args:
-        lengths: of each example, in tokens.
-        step_size: examples per optimizer step, over accumulation and ranks.
+        lengths: tokens of each example.
+        step_size: examples per optimizer step, over all accumulation steps and ranks.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     window = STEPS_PER_WINDOW * step_size
     parts = [order[start : start + window] for start in range(0, len(order), window)]
     order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
-    # whole steps change places; an odd rest stays last, or it would shift all behind it
+    # only complete steps are shuffled: an incomplete last step anywhere else would shift all steps after it
     whole = len(order) // step_size * step_size
     steps = rng.permutation(order[:whole].reshape(-1, step_size))
     return np.concatenate([steps.ravel(), order[whole:]])
 
 
-def padding_share(sources: Integers, targets: Integers, order: Integers, batch_size: int) -> float:
-    """The share of padding among the tokens of batches that are cut from `order`, 0 to 1."""
+def compute_padding_share(sources: Integers, targets: Integers, order: Integers, batch_size: int) -> float:
+    """Compute the share of padding, 0 to 1, in batches that are cut from `order`."""
     useful = int(sources.sum() + targets.sum())
     padded = 0
     for start in range(0, len(order), batch_size):
@@ -47,64 +47,82 @@ def padding_share(sources: Integers, targets: Integers, order: Integers, batch_s
     return 1 - useful / padded
 
 
-def num_batches(sources: Integers, targets: Integers, tokens: int, packed: bool, step_size: int, seed: int) -> int:
-    """Micro-batches of every epoch of `budget_batches`: whole steps of `step_size`, the same number in each epoch."""
-    drawn = len(_fill(sources, targets, tokens, packed, np.random.default_rng(seed)))
+def count_budget_batches(
+    sources: Integers, targets: Integers, tokens: int, packed: bool, step_size: int, seed: int
+) -> int:
+    """Count the micro-batches that `make_budget_batches` makes in every epoch: a multiple of `step_size`."""
+    drawn = len(_fill_batches(sources, targets, tokens, packed, np.random.default_rng(seed)))
     return -(-drawn // step_size) * step_size
 
 
-def budget_batches(
+def make_budget_batches(
     sources: Integers, targets: Integers, tokens: int, packed: bool, step_size: int, count: int, seed: int, epoch: int
 ) -> list[Integers]:
-    """An epoch's micro-batches of at most `tokens` source and target tokens, with every example once.
+    """Make an epoch's micro-batches of at most `tokens` source and target tokens, with every example once.
 
-    Packed examples are drawn at random. Padded ones are sorted by source and target in shuffled windows first, and
-    their padding counts. The micro-batches of a step cost about the same, and the steps are shuffled. As long as
-    `tokens` and `step_size` stay, a step holds the same examples on any number of ranks.
+    Packed examples are drawn at random. Padded ones are first sorted by source and target length within shuffled
+    windows, and their padding counts toward `tokens`. The micro-batches of a step cost about the same, and the steps
+    are shuffled. With the same `tokens` and `step_size`, a step has the same examples on any number of ranks.
 
     Args:
-        tokens: no less than the longest example's.
-        step_size: micro-batches per optimizer step, over accumulation and ranks.
-        count: of `num_batches`, and no more than there are examples.
+        tokens: at least the length of the longest example.
+        step_size: micro-batches per optimizer step, over all accumulation steps and ranks.
+        count: the result of `count_budget_batches`; at most the number of examples.
     """
-    for draw in range(DRAWS):
+    for draw in range(MAX_DRAWS):
         rng = np.random.default_rng([seed, epoch, draw])
-        batches = _fill(sources, targets, tokens, packed, rng)
+        batches = _fill_batches(sources, targets, tokens, packed, rng)
         if len(batches) <= count:
             break
-    else:  # the order that `count` was found with
-        batches = _fill(sources, targets, tokens, packed, np.random.default_rng(seed))
-    batches = _split(batches, count)
-    costs = [_cost(sources[batch], targets[batch], packed) for batch in batches]
+    else:  # the order from which `count` was computed always fits
+        batches = _fill_batches(sources, targets, tokens, packed, np.random.default_rng(seed))
+    batches = _split_largest(batches, count)
+    costs = [_estimate_cost(sources[batch], targets[batch], packed) for batch in batches]
     steps = np.argsort(costs, kind="stable").reshape(-1, step_size)
     return [batches[index] for index in rng.permutation(steps).ravel()]
 
 
-def _fill(sources: Integers, targets: Integers, tokens: int, packed: bool, rng: np.random.Generator) -> list[Integers]:
-    """Batches that are full: the next example would not fit."""
+def _fill_batches(
+    sources: Integers, targets: Integers, tokens: int, packed: bool, rng: np.random.Generator
+) -> list[Integers]:
+    """Fill each batch until the next example would not fit."""
     order = rng.permutation(len(sources))
     if packed:
-        ends = np.cumsum((sources + targets)[order])
-        starts = [0]
-        while starts[-1] < len(order):
-            before = ends[starts[-1] - 1] if starts[-1] else 0
-            starts.append(int(np.searchsorted(ends, before + tokens, "right")))
+        starts = _find_packed_starts((sources + targets)[order], tokens)
     else:
         width = -(-BATCHES_PER_WINDOW * tokens * len(order) // int((sources + targets).sum()))
         windows = [order[start : start + width] for start in range(0, len(order), width)]
-        order = np.concatenate([_alike(window, sources, targets, tokens) for window in windows])
-        starts, longest_source, longest_target = [0], 0, 0
-        for place, (source, target) in enumerate(zip(sources[order].tolist(), targets[order].tolist(), strict=True)):
-            longest_source, longest_target = max(longest_source, source), max(longest_target, target)
-            if (place + 1 - starts[-1]) * (longest_source + longest_target) > tokens:
-                starts.append(place)
-                longest_source, longest_target = source, target
-        starts.append(len(order))
+        order = np.concatenate([_sort_by_length(window, sources, targets, tokens) for window in windows])
+        starts = _find_padded_starts(sources[order], targets[order], tokens)
     return [order[start:end] for start, end in zip(starts, starts[1:], strict=False)]
 
 
-def _alike(window: Integers, sources: Integers, targets: Integers, tokens: int) -> Integers:
-    """The window sorted by source, then by target within groups of some batches, to and fro."""
+def _find_packed_starts(lengths: Integers, tokens: int) -> list[int]:
+    """Find the positions where batches without padding begin; the last one is the number of examples."""
+    ends = np.cumsum(lengths)
+    starts = [0]
+    while starts[-1] < len(lengths):
+        before = ends[starts[-1] - 1] if starts[-1] else 0
+        starts.append(int(np.searchsorted(ends, before + tokens, "right")))
+    return starts
+
+
+def _find_padded_starts(sources: Integers, targets: Integers, tokens: int) -> list[int]:
+    """Find the positions where padded batches begin; the last one is the number of examples."""
+    starts, longest_source, longest_target = [0], 0, 0
+    for position, (source, target) in enumerate(zip(sources.tolist(), targets.tolist(), strict=True)):
+        longest_source, longest_target = max(longest_source, source), max(longest_target, target)
+        if (position + 1 - starts[-1]) * (longest_source + longest_target) > tokens:
+            starts.append(position)
+            longest_source, longest_target = source, target
+    return [*starts, len(sources)]
+
+
+def _sort_by_length(window: Integers, sources: Integers, targets: Integers, tokens: int) -> Integers:
+    """Sort a window by source length, then by target length within groups of several batches.
+
+    Target lengths alternate between ascending and descending, so that neighboring groups meet at similar lengths.
+    """
     window = window[np.argsort(sources[window], kind="stable")]
     batch_of = np.cumsum((sources + targets)[window]) // tokens
     group_of = batch_of // max(1, round(batch_of[-1] ** 0.5))
@@ -112,21 +130,21 @@ def _alike(window: Integers, sources: Integers, targets: Integers, tokens: int) 
     return window[np.lexsort((signed, group_of))]
 
 
-def _split(batches: list[Integers], count: int) -> list[Integers]:
-    """Halve the batches of most examples until there are `count`."""
-    heap = [(-len(batch), place, batch) for place, batch in enumerate(batches)]
+def _split_largest(batches: list[Integers], count: int) -> list[Integers]:
+    """Halve the batches with the most examples until there are `count` batches."""
+    heap = [(-len(batch), position, batch) for position, batch in enumerate(batches)]
     heapq.heapify(heap)
-    for place in range(len(batches), count):
+    for position in range(len(batches), count):
         _, _, batch = heapq.heappop(heap)
         middle = (len(batch) + 1) // 2
         for number, part in enumerate((batch[:middle], batch[middle:])):
-            heapq.heappush(heap, (-len(part), place * 2 + number + len(batches), part))
+            heapq.heappush(heap, (-len(part), position * 2 + number + len(batches), part))
     return [batch for _, _, batch in sorted(heap, key=lambda item: item[1])]
 
 
-def _cost(sources: Integers, targets: Integers, packed: bool) -> float:
-    """What a batch costs to compute, in tokens whose attention is free."""
+def _estimate_cost(sources: Integers, targets: Integers, packed: bool) -> float:
+    """Estimate the compute of a batch, in units of one token's cost without attention."""
     if not packed:
         sources, targets = np.full_like(sources, sources.max()), np.full_like(targets, targets.max())
     attention = sources * sources + targets * (targets + sources)
-    return float((sources + targets).sum() + attention.sum() / ATTENTION_EVEN)
+    return float((sources + targets).sum() + attention.sum() / ATTENTION_BREAK_EVEN)

@@ -1,14 +1,14 @@
-r"""The token cache: a folder that holds each conversation's ids once, and the spans of its answers.
+r"""The token cache: a folder with the ids of each conversation, stored once, and the spans of its examples.
 
-    tokens.bin       the ids of all conversations, one after the other: uint16 little-endian, or int32 where
-                     the vocabulary is larger than 65,536
-    conversations.bin  a row each: CONVERSATION, in columns (see data/integer_table.py)
-    examples.bin     a row per answer, in the order of the data: EXAMPLE, in columns
-    tokenizer/       the tokenizer that made the ids, added tokens included
-    template.yaml    the conversation template
-    training_data.json  how the examples were made, for who talks to the model (see checkpoints/training_data.py)
-    rejected.jsonl   the records that were refused, whole, with file, line, index, byte offset and reason
-    manifest.json    format, columns, hashes, settings, counts, length percentiles, and the SHA-256 of each file
+    tokens.bin          the ids of all conversations, concatenated: uint16 little-endian, or int32 if the
+                        vocabulary is larger than 65,536
+    conversations.bin   a row per conversation with CONVERSATION_COLUMNS (see data/integer_table.py)
+    examples.bin        a row per example, in the order of the data, with EXAMPLE_COLUMNS
+    tokenizer/          the tokenizer that encoded the conversations, with its added tokens
+    template.yaml       the conversation template
+    training_data.json  how the examples were made; chat and evaluate read it (see checkpoints/training_data.py)
+    rejected.jsonl      the rejected records in full, with file, line, index, byte offset and reason
+    manifest.json       format, columns, hashes, settings, counts, length percentiles, and the SHA-256 of each file
 
 The same inputs give the same bytes.
 """
@@ -25,26 +25,28 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
-from t5tune.data.encoding import Example, Span, example_of
-from t5tune.data.integer_table import Columns, columns_named, mapped
+from t5tune.data.encoding import Example, Span, extract_example
+from t5tune.data.integer_table import IntegerTable, column_types, memory_map
 from t5tune.errors import DataError
-from t5tune.io.atomic import sha256
-from t5tune.io.reasons import reason_of
-from t5tune.settings.messages import value_reason
+from t5tune.io.atomic import hash_file
+from t5tune.io.reasons import describe_error
+from t5tune.settings.messages import describe_value_error
 
-FORMAT = 4
-MANIFEST = "manifest.json"
-CONVERSATION = ("start", "key")  # where it begins in tokens.bin; the same number for conversations of the same words
-EXAMPLE = ("conversation", *Span._fields)  # its conversation's number, and places counted from that one's start
-CONTENTS = {
+FORMAT_VERSION = 4
+MANIFEST_FILE = "manifest.json"
+# the offset of the first token in tokens.bin, and a hash that conversations with the same texts share
+CONVERSATION_COLUMNS = ("start", "key")
+# the number of the conversation, and the span's positions, which count from the start of that conversation
+EXAMPLE_COLUMNS = ("conversation", *Span._fields)
+CACHE_CONTENTS = {
     "tokens.bin", "conversations.bin", "examples.bin", "tokenizer", "template.yaml", "training_data.json",
-    "rejected.jsonl", MANIFEST,
+    "rejected.jsonl", MANIFEST_FILE,
 }  # fmt: skip
-# what reading a cache takes from its manifest, and the type of each value
-NEEDED: dict[str, Any] = {
+# the manifest keys that reading a cache needs, with the type of each value
+MANIFEST_TYPES: dict[str, Any] = {
     "dtype": Literal["<u2", "<i4"],
-    "conversation_columns": columns_named(CONVERSATION),
-    "example_columns": columns_named(EXAMPLE),
+    "conversation_columns": column_types(CONVERSATION_COLUMNS),
+    "example_columns": column_types(EXAMPLE_COLUMNS),
     "eos_token_id": int,
     "added_tokens": list[str],
     "added_token_ids": list[int],
@@ -63,15 +65,15 @@ PERCENTILES = (50, 90, 99, 100)
 
 
 class Cache(Sequence[Example]):
-    """The examples of a cache, or those at `indices`, read from the disk as they are asked for."""
+    """The examples of a cache, or those at `indices`, read from disk on access."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], indices: npt.NDArray[np.int64] | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
         self.eos_token_id = int(manifest["eos_token_id"])
-        self._tokens = mapped(folder / "tokens.bin", np.dtype(manifest["dtype"]))
-        self._starts = Columns(folder / "conversations.bin", manifest["conversation_columns"]).column("start")
-        self._examples = Columns(folder / "examples.bin", manifest["example_columns"])
+        self._tokens = memory_map(folder / "tokens.bin", np.dtype(manifest["dtype"]))
+        self._starts = IntegerTable(folder / "conversations.bin", manifest["conversation_columns"]).column("start")
+        self._examples = IntegerTable(folder / "examples.bin", manifest["example_columns"])
         self._indices = np.arange(len(self._examples)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -80,138 +82,140 @@ class Cache(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        conversation, span = self._row(index)
-        return example_of(self._tokens[int(self._starts[conversation]) :], span, self.eos_token_id)
+        conversation, span = self._read_row(index)
+        return extract_example(self._tokens[int(self._starts[conversation]) :], span, self.eos_token_id)
 
-    def whole(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
-        """An example, its conversation's number, the ids of the conversation up to the answer's end, and its span."""
-        conversation, span = self._row(index)
+    def read_untruncated(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
+        """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""
+        conversation, span = self._read_row(index)
         start = int(self._starts[conversation])
         return self[index], conversation, self._tokens[start : start + span.answer_end], span
 
-    def cut(self) -> npt.NDArray[np.int64]:
-        """How many tokens each example lost to the longest length, of source and target."""
-        source = self._places("source_start") - self._places("system_end")
-        return source + self._places("answer_end") - self._places("target_end")
+    def count_cut_tokens(self) -> npt.NDArray[np.int64]:
+        """Count the tokens that model_max_length cut from each example's source and target."""
+        source = self._read_column("source_start") - self._read_column("system_end")
+        return source + self._read_column("answer_end") - self._read_column("target_end")
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The tokenizer that made the ids."""
+        """The folder of the tokenizer that encoded the cache."""
         return self.folder / "tokenizer"
 
     @property
     def added_tokens(self) -> list[str]:
-        """The tokens that were added to the base's tokenizer, in the order of their ids."""
+        """The tokens that were added to the base model's tokenizer, in the order of their ids."""
         return list(self.manifest["added_tokens"])
 
-    def lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(source lengths, target lengths) in tokens, end tokens included, in the cache's order."""
-        return lengths_of(self._places)
+    def read_lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return (source lengths, target lengths) in tokens, EOS tokens included, in the order of the cache."""
+        return compute_lengths(self._read_column)
 
-    def _row(self, index: int) -> tuple[int, Span]:
+    def _read_row(self, index: int) -> tuple[int, Span]:
         conversation, *places = self._examples.row(self._indices[index])
         places[-2:] = map(bool, places[-2:])
         return conversation, Span._make(places)
 
-    def _places(self, name: str) -> npt.NDArray[np.int64]:
+    def _read_column(self, name: str) -> npt.NDArray[np.int64]:
         return self._examples.column(name, self._indices).astype(np.int64)
 
-    def number(self, index: int) -> int:
-        """The number of an example in the whole cache."""
+    def index_in_whole_cache(self, index: int) -> int:
+        """Return an example's index in the whole cache, of which this may be a part."""
         return int(self._indices[index])
 
-    def hash_of_numbers(self) -> str:
-        """The SHA-256 of the numbers in the whole cache that these examples have."""
+    def hash_indices(self) -> str:
+        """Return the SHA-256 of these examples' indices in the whole cache."""
         return hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()
 
-    def first(self, count: int) -> "Cache":
-        """The first `count` examples."""
+    def take(self, count: int) -> "Cache":
+        """Return the first `count` examples."""
         return Cache(self.folder, self.manifest, self._indices[:count])
 
-    def parts(self) -> tuple["Cache", "Cache | None"]:
-        """(training, held out) as prepare was asked to part them; None: it wasn't."""
+    def split_as_prepared(self) -> tuple["Cache", "Cache | None"]:
+        """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
         fraction = float(self.manifest["eval_fraction"])
         return self.split(fraction, int(self.manifest["seed"])) if fraction else (self, None)
 
     def split(self, held_out: float, seed: int) -> tuple["Cache", "Cache"]:
-        """(training, held out): the share `held_out` of the conversations, at least one, with all their answers.
+        """Return (training, held out): hold out the fraction `held_out` of the conversations, at least one.
 
-        Conversations of the same words stay together.
+        All examples of a conversation, and conversations with the same texts, stay on one side.
 
         Raises:
-            DataError: too few conversations to hold one out.
+            DataError: there are too few conversations to hold one out.
         """
-        conversations = Columns(self.folder / "conversations.bin", self.manifest["conversation_columns"])
-        keys = conversations.column("key", self._places("conversation"))
-        different = np.unique(keys)
-        count = max(1, round(held_out * len(different)))
-        if count >= len(different):
-            raise DataError(
-                f"eval_fraction: {held_out} of {len(different)} conversations leaves none to train on; "
-                "give more, or a file of others as eval_data_path"
-            )
-        chosen = np.random.default_rng(seed).permutation(different)[:count]
-        is_held_out = np.isin(keys, chosen)
+        conversations = IntegerTable(self.folder / "conversations.bin", self.manifest["conversation_columns"])
+        keys = conversations.column("key", self._read_column("conversation"))
+        is_held_out = np.isin(keys, _choose_held_out(np.unique(keys), held_out, seed))
         return (
             Cache(self.folder, self.manifest, self._indices[~is_held_out]),
             Cache(self.folder, self.manifest, self._indices[is_held_out]),
         )
 
 
-def lengths_of(
+def compute_lengths(
     column: Callable[[str], npt.NDArray[np.int64]],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(source lengths, target lengths) of examples, end tokens included, from the columns of their rows."""
+    """Compute (source lengths, target lengths) of examples, EOS tokens included, from EXAMPLE_COLUMNS."""
     source = column("system_end") + column("source_end") - column("source_start") + 1
     target = column("target_end") - column("target_start") + column("target_is_whole")
     return source, target
 
 
 def is_cache(path: Path) -> bool:
-    """Whether a folder looks like a token cache."""
-    # pathlib raises where a folder can't be looked into
-    return os.path.isfile(path / MANIFEST) and os.path.isfile(path / "tokens.bin")
+    """Return whether a folder looks like a token cache."""
+    # os.path, because pathlib raises if the folder can't be searched
+    return os.path.isfile(path / MANIFEST_FILE) and os.path.isfile(path / "tokens.bin")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a cache.
+    """Read and check the manifest of a cache.
 
     Raises:
-        DataError: it is missing, broken, or of another format.
+        DataError: the manifest is missing, broken, or of another format version.
     """
     if not os.path.isdir(folder):
         what = "a file, not a token cache" if os.path.exists(folder) else "no such folder"
         raise DataError(f"{folder}: {what}", hint="name a folder that t5tune prepare wrote")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or "format" not in manifest:
             raise ValueError("it has no format")
         version = manifest["format"]
     except (OSError, ValueError, RecursionError) as error:
-        why = reason_of(error).lower() if isinstance(error, OSError) else reason_of(error)
+        why = describe_error(error).lower() if isinstance(error, OSError) else describe_error(error)
         raise DataError(
-            f"{folder / MANIFEST}: not the manifest of a token cache ({why})",
+            f"{folder / MANIFEST_FILE}: not the manifest of a token cache ({why})",
             hint="name a folder that t5tune prepare wrote",
         ) from error
-    if version != FORMAT:
+    if version != FORMAT_VERSION:
         raise DataError(
-            f"{folder / MANIFEST}: format {version}, this release reads {FORMAT}",
+            f"{folder / MANIFEST_FILE}: format {version}, this release reads {FORMAT_VERSION}",
             hint="run t5tune prepare again",
         )
-    for name, kind in NEEDED.items():
+    for name, kind in MANIFEST_TYPES.items():
         try:
             TypeAdapter(kind).validate_python(manifest.get(name), strict=True)
         except ValidationError as error:
-            reason = f"{manifest[name]!r:.80}: {value_reason(error.errors()[0])}" if name in manifest else "missing"
-            raise DataError(f"{folder / MANIFEST}: {name}: {reason}", hint="run t5tune prepare again") from None
+            reason = (
+                f"{manifest[name]!r:.80}: {describe_value_error(error.errors()[0])}" if name in manifest else "missing"
+            )
+            raise DataError(f"{folder / MANIFEST_FILE}: {name}: {reason}", hint="run t5tune prepare again") from None
     return dict(manifest)
 
 
+def _choose_held_out(keys: npt.NDArray[Any], held_out: float, seed: int) -> npt.NDArray[Any]:
+    count = max(1, round(held_out * len(keys)))
+    if count >= len(keys):
+        problem = f"eval_fraction: {held_out} of {len(keys)} conversations leaves none to train on"
+        raise DataError(f"{problem}; give more conversations, or a separate file as eval_data_path")
+    return np.random.default_rng(seed).permutation(keys)[:count]
+
+
 def open_cache(folder: Path) -> Cache:
-    """Check a cache against the hashes of its manifest and map it.
+    """Verify the hashes of a cache's files and memory-map it.
 
     Raises:
-        DataError: a file is missing or differs from what was written.
+        DataError: a file is missing or has changed since prepare wrote it.
     """
     manifest = read_manifest(folder)
     verify_files(folder, manifest["files"])
@@ -222,24 +226,27 @@ def verify_files(folder: Path, files: dict[str, str]) -> None:
     """Compare each file with its SHA-256.
 
     Raises:
-        DataError: naming the first that is missing or differs.
+        DataError: a file is missing or differs; the error names the first one.
     """
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: missing from the token cache", hint="run t5tune prepare again")
-        if sha256(path) != expected:
+        if hash_file(path) != expected:
             raise DataError(f"{path}: differs from what prepare wrote", hint="run t5tune prepare again")
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 of every file below the folder but the manifest, sorted by name."""
+    """Return {name: SHA-256} of every file below the folder except the manifest, sorted by name."""
     paths: Iterable[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths if path.name != MANIFEST}
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths if path.name != MANIFEST_FILE}
 
 
-def percentiles(counted: Counter[int]) -> dict[str, int]:
-    """p50, p90, p99 and p100 of lengths that were counted: the least that so many percent of them don't exceed."""
+def compute_percentiles(counted: Counter[int]) -> dict[str, int]:
+    """Compute p50, p90, p99 and p100 from counts of lengths.
+
+    pN is the smallest length that at least N percent of the lengths don't exceed.
+    """
     found: dict[str, int] = {}
     total, below = counted.total(), 0
     for length in sorted(counted):

@@ -1,4 +1,4 @@
-"""Examples of a token cache as the model sees them, decoded, with what was cut."""
+"""Decoded examples of a token cache, as the model sees them, with the tokens that were cut."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,9 @@ from typing import Any
 from t5tune.data.cache import Cache
 from t5tune.data.histogram import Histogram
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
-from t5tune.data.vocabulary import TextRun, text_runs
+from t5tune.data.vocabulary import TextRun, iterate_text_runs
+
+_Part = tuple[list[int], bool]  # ids, and whether they were cut off
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,11 @@ class ExampleView:
     """One example as the model sees it.
 
     Args:
-        index: in the cache; `conversation` and `turn` say where it comes from.
-        source_ids, target_ids: end tokens included.
-        truncated: which of source and target were cut.
-        source_cut: tokens that were left out of the source, after its first `source_head` tokens.
-        target_cut: tokens that were left out at the target's end.
+        index: position in the cache; `conversation` and `turn` are its origin.
+        source_ids, target_ids: EOS tokens included.
+        truncated: which of "source" and "target" were cut.
+        source_cut: tokens that were removed from the source, after its first `source_head` tokens.
+        target_cut: tokens that were removed from the end of the target.
     """
 
     index: int
@@ -34,27 +36,33 @@ class ExampleView:
     source_cut: list[int]
     target_cut: list[int]
 
-    def runs(self, tokenizer: Tokenizer, added: set[int]) -> dict[str, Iterator[tuple[TextRun, bool]]]:
-        """Source and target as runs of text, each with whether it was cut off."""
+    def group_runs_by_side(self, tokenizer: Tokenizer, added: set[int]) -> dict[str, Iterator[tuple[TextRun, bool]]]:
+        """Return source and target as runs of text, each with whether it was cut off."""
         head, source = self.source_head, self.source_ids
         parts = {
             "source": [(source[:head], False), (self.source_cut, True), (source[head:], False)],
             "target": [(self.target_ids, False), (self.target_cut, True)],
         }
-        return {side: _runs(of_side, tokenizer, added) for side, of_side in parts.items()}
+        return {side: _iterate_runs(of_side, tokenizer, added) for side, of_side in parts.items()}
 
 
-def _runs(parts: list[tuple[list[int], bool]], tokenizer: Tokenizer, added: set[int]) -> Iterator[tuple[TextRun, bool]]:
+def _iterate_runs(parts: list[_Part], tokenizer: Tokenizer, added: set[int]) -> Iterator[tuple[TextRun, bool]]:
     before = None
     for ids, is_cut in parts:
-        for run in text_runs(ids, tokenizer, added, before):
+        for run in iterate_text_runs(ids, tokenizer, added, before):
             yield run, is_cut
         before = ids[-1] if ids else before
 
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """Lengths of a cache's examples. `padding` is the share of padding in batches of `batch_size`, 0 to 1."""
+    """Lengths of a cache's examples.
+
+    Args:
+        padding_random: share of padding, 0 to 1, in random batches of `batch_size`.
+        padding_by_length: the same for batches of similar lengths, as training makes them.
+        longest: indices of the longest examples, longest first.
+    """
 
     source: Histogram
     target: Histogram
@@ -65,7 +73,7 @@ class LengthStatistics:
 
 
 class CacheView(Sequence[ExampleView]):
-    """Some examples of a cache, each decoded when it is asked for."""
+    """Some examples of a cache, each decoded on access."""
 
     def __init__(self, cache: Cache, indices: Sequence[int]) -> None:
         self.cache = cache
@@ -80,7 +88,8 @@ class CacheView(Sequence[ExampleView]):
 
 
 def view_example(cache: Cache, index: int, tokenizer: Tokenizer) -> ExampleView:
-    example, conversation, ids, span = cache.whole(index)
+    """Decode the example at `index`, with the tokens that were cut from it."""
+    example, conversation, ids, span = cache.read_untruncated(index)
     source, target = example.source_S.tolist(), example.target_T.tolist()
     return ExampleView(
         index=index,

@@ -1,36 +1,38 @@
-r"""Mend what conversation files bring along, and count it by kind.
+r"""Repair common defects of conversation texts, and count the repairs by kind.
 
-`plain` runs over every text: line ends, characters without width. `clean` is asked for by --clean: the HTML and the
-backslashes of old ShareGPT dumps. In those a turn is either HTML from its first tag on, or Markdown; of Markdown only
-entities (`&lt;`) and needless backslashes (`\_`) go, and nothing in code or mathematics.
+`normalize_text` runs on every text: it normalizes line ends and removes zero-width characters. `clean` runs with
+--clean: it removes the HTML and the backslashes of old ShareGPT dumps. There, a turn is either HTML from its first tag
+on, or Markdown. In Markdown, only entities (`&lt;`) are decoded and needless backslashes (`\_`) removed, except in code
+and mathematics.
 """
 
 import html
 import re
 from collections import Counter
+from typing import Any
 
-_WIDTHLESS = re.compile("[\u200b\u2060\ufeff]")  # joiners stay: emoji and several scripts need them
-_DUMP = re.compile(r"\s*<(?:div|p|pre|ol|ul|table|h[1-6]|blockquote)(?:\s[^<>]*)?>", re.IGNORECASE)
+_ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")  # joiners stay: emoji and several scripts need them
+_HTML_START = re.compile(r"\s*<(?:div|p|pre|ol|ul|table|h[1-6]|blockquote)(?:\s[^<>]*)?>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|nbsp|#39|#x27);")
 _ESCAPED = re.compile(r"(?<!\\)\\([_*#~`>-])")
-# fenced and inline code, $$…$$, $…$, \[…\] and \(…\); none goes beyond its like, or what nothing closes would be
-# looked for again and again
+# fenced and inline code, $$…$$, $…$, \[…\] and \(…\); no match contains another opening delimiter of its kind, because
+# searching for a missing closing delimiter from each opening one would take quadratic time
 _LITERAL = re.compile(
     r"(```.*?(?:```|\Z)|`[^`\n]*`|\$\$[^$]+\$\$|\$[^$\n]+\$"
     r"|\\\[(?:[^\\]|\\(?![\[\]]))*\\\]|\\\((?:[^\\]|\\(?![()]))*\\\))",
     re.DOTALL,
 )
-# a block's label, which stood beside its button
-_LABEL = re.compile(r"(?m)^([ \t]*```)\n[ \t]*([\w+#-]{0,30})Copy code\s*\n")
-_COPY = re.compile(r"(?m)^([ \t]*```?\w*[ \t]*)?(?:[\w+#-]{1,30})?Copy code(?=\n|`)")
-MOST_DEPTH = 100  # of tags inside each other: the converter calls itself for each
-MOST_WORK = 300_000_000  # characters times angle brackets: it may look for the end of each in all that follows
+# ChatGPT's code blocks show the language next to a "Copy code" button; dumps contain both as text
+_CODE_LABEL = re.compile(r"(?m)^([ \t]*```)\n[ \t]*([\w+#-]{0,30})Copy code\s*\n")
+_COPY_BUTTON = re.compile(r"(?m)^([ \t]*```?\w*[ \t]*)?(?:[\w+#-]{1,30})?Copy code(?=\n|`)")
+MAX_TAG_DEPTH = 100  # nesting of tags; the converter recurses into each level
+MAX_WORK = 300_000_000  # characters times angle brackets; the parser may search the rest of the text for each bracket
 
 
-def plain(text: str, repairs: Counter[str]) -> str:
-    """The text with plain line ends and without characters that have no width."""
+def normalize_text(text: str, repairs: Counter[str]) -> str:
+    """Convert line ends to newlines and remove zero-width characters."""
     if not text.isascii():
-        text, count = _WIDTHLESS.subn("", text)
+        text, count = _ZERO_WIDTH.subn("", text)
         if count:
             repairs["zero_width_characters"] += count
     if "\r" in text:
@@ -40,15 +42,22 @@ def plain(text: str, repairs: Counter[str]) -> str:
 
 
 def clean(text: str, repairs: Counter[str]) -> str:
-    """HTML as Markdown; Markdown without entities and needless backslashes outside of code and mathematics."""
-    if _DUMP.match(text):
-        converted = _markdown(text)
+    """Convert HTML to Markdown; in Markdown, decode entities and remove needless backslashes.
+
+    Code and mathematics stay as they are. HTML that can't be converted safely is returned unchanged and counted.
+    """
+    if _HTML_START.match(text):
+        converted = _convert_html(text)
         if converted is None:
             repairs["html_turns_left_alone"] += 1
             return text
-        text = _LABEL.sub(r"\1\2\n", converted)
-        text = _COPY.sub(lambda found: found[1] or "", re.sub(r"\n{3,}", "\n\n", text))
+        text = _CODE_LABEL.sub(r"\1\2\n", converted)
+        text = _COPY_BUTTON.sub(lambda found: found[1] or "", re.sub(r"\n{3,}", "\n\n", text))
         repairs["html_turns"] += 1
+    return _clean_markdown(text, repairs)
+
+
+def _clean_markdown(text: str, repairs: Counter[str]) -> str:
     parts = _LITERAL.split(text)
     entities = escapes = 0
     for index in range(0, len(parts), 2):
@@ -61,25 +70,29 @@ def clean(text: str, repairs: Counter[str]) -> str:
     return "".join(parts)
 
 
-def _markdown(text: str) -> str | None:
-    """HTML as Markdown; None: it is no HTML, or hostile to the converter, which takes a call for each level of tags."""
+def _convert_html(text: str) -> str | None:
+    """Convert HTML to Markdown; return None if it can't be parsed, or is so deep or long that it may be an attack."""
     from bs4 import BeautifulSoup, ParserRejectedMarkup
     from markdownify import MarkdownConverter
 
-    if text.count("<") * len(text) > MOST_WORK:
+    if text.count("<") * len(text) > MAX_WORK:
         return None
     try:
         tree = BeautifulSoup(text, "html.parser")
     except ParserRejectedMarkup:
         return None
-    level = list(tree.children)
-    for _ in range(MOST_DEPTH):
-        level = [child for tag in level for child in getattr(tag, "children", ())]
-    if level:
+    if _has_deep_tags(tree):
         return None
-    for block in tree.find_all("pre"):  # in a division of one the first line's indentation would be lost
+    for block in tree.find_all("pre"):  # the converter drops the first line's indentation inside a div
         for division in block.find_all("div"):
             division.insert_after("\n")
             division.unwrap()
     converter = MarkdownConverter(heading_style="ATX", escape_asterisks=False, escape_underscores=False)
     return str(converter.convert_soup(tree)).strip()
+
+
+def _has_deep_tags(tree: Any) -> bool:
+    level = list(tree.children)
+    for _ in range(MAX_TAG_DEPTH):
+        level = [child for tag in level for child in getattr(tag, "children", ())]
+    return bool(level)

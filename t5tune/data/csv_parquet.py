@@ -1,4 +1,4 @@
-"""CSV, TSV and Parquet files -> raw records, a row each."""
+"""Read the rows of CSV, TSV and Parquet files as raw records."""
 
 import codecs
 import csv
@@ -11,48 +11,49 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.files import BOM, read_chunks
-from t5tune.data.records import Place, Raw, Rejected
+from t5tune.data.records import RawRecord, RecordLocation, RejectedRecord
 from t5tune.errors import DataError, DependencyError
-from t5tune.io.atomic import CHUNK
+from t5tune.io.atomic import CHUNK_BYTES
 
-CELL_BYTES = 128  # that a cell takes beside its text
-CSV_REASONS = {  # by what the csv module says
-    "unexpected end of data": "the file ends within quotes",
+CELL_OVERHEAD_BYTES = 128  # memory of a cell in addition to its text
+CSV_REASONS = {  # part of the csv module's message: our message
+    "unexpected end of data": "the file ends inside quotes",
     "expected after": "there is text after a closing quote",
     "field larger than field limit": "a cell is longer than max_record_bytes",
-    "new-line character": "a carriage return within a cell that has no quotes",
+    "new-line character": "a carriage return in an unquoted cell",
 }
-ROWS = 16  # of a Parquet file at a time, and
-ROWS_BYTES = 1 << 21  # about as many bytes of them
-_ORDINARY = re.compile(rb'[^",;\t\r\n]+')
+ROWS_PER_BATCH = 16  # rows of a Parquet file that are read at once, at most
+BYTES_PER_BATCH = 1 << 21  # about the most bytes of such a batch
+_CELL_TEXT = re.compile(rb'[^",;\t\r\n]+')
 
 
-def read_csv(path: Path, delimiter: str | None, max_bytes: int, spool: Path | None) -> Iterator[Raw | Rejected]:
-    """CSV: a head of column names, then rows.
+def read_csv(
+    path: Path, delimiter: str | None, max_bytes: int, spool: Path | None
+) -> Iterator[RawRecord | RejectedRecord]:
+    """Read a CSV file: a header with the column names, then rows.
 
     Args:
-        delimiter: None: the comma, semicolon or tab that the head holds most of.
-        max_bytes: longer rows are Rejected, and put into a file beside `spool`.
+        delimiter: None: the most frequent one of comma, semicolon and tab in the header.
+        max_bytes: longer rows are rejected, and written to a file next to `spool`.
 
     Raises:
-        DataError: it is no CSV, or its head is too long.
+        DataError: the file is not valid CSV, or its header is too long.
     """
-    lines = _Lines(path, max_bytes, spool)
+    lines = _LineReader(path, max_bytes, spool)
     csv.field_size_limit(max_bytes)
-    head_line = next((line for line in lines if line.strip()), None)
-    if head_line is None:
+    header_line = next((line for line in lines if line.strip()), None)
+    if header_line is None:
         return
-    delimiter = delimiter or max(",;\t", key=head_line.count)
-    reader = csv.reader(chain([head_line], lines), delimiter=delimiter, strict=True)
+    delimiter = delimiter or max(",;\t", key=header_line.count)
+    reader = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True)
     try:
-        head = next(reader)
+        header = next(reader)
         if lines.size > max_bytes:
-            raise DataError(f"{path}:{lines.number}: a head longer than max_record_bytes {max_bytes}")
-        if len(set(head)) < len(head):
-            raise DataError(f"{path}:{lines.number}: a column name twice: {', '.join(head)}")
+            raise DataError(f"{path}:{lines.number}: the header is longer than max_record_bytes {max_bytes}")
+        _check_column_names(header, f"{path}:{lines.number}")
         index = 0
         while True:
-            place = Place(str(path), lines.number + 1, index, lines.offset)
+            location = RecordLocation(str(path), lines.number + 1, index, lines.offset)
             lines.begin_row(index)
             cells = next(reader, None)
             if cells is None:
@@ -60,110 +61,129 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int, spool: Path | No
             if not cells:
                 continue
             index += 1
-            size = lines.size + CELL_BYTES * len(cells)
+            size = lines.size + CELL_OVERHEAD_BYTES * len(cells)
             if lines.is_long:
-                yield Rejected(place, "too_long", f"longer than max_record_bytes {max_bytes}", lines.row_file)
-            elif len(cells) != len(head):
-                yield Rejected(place, "bad_row", f"{len(cells)} cells under {len(head)} columns", cells, size)
+                yield RejectedRecord(location, "too_long", f"longer than max_record_bytes {max_bytes}", lines.row_file)
+            elif len(cells) != len(header):
+                yield RejectedRecord(
+                    location, "bad_row", f"{len(cells)} cells in a row, {len(header)} in the header", cells, size
+                )
             else:
-                yield Raw(place, dict(zip(head, cells, strict=True)), size)
+                yield RawRecord(location, dict(zip(header, cells, strict=True)), size)
     except csv.Error as error:
-        reason = next((words for begin, words in CSV_REASONS.items() if begin in str(error)), str(error))
+        reason = next((ours for theirs, ours in CSV_REASONS.items() if theirs in str(error)), str(error))
         raise DataError(f"{path}:{lines.number}: not valid CSV: {reason}") from error
 
 
-def read_parquet(path: Path, max_bytes: int, spool: Path | None) -> Iterator[Raw | Rejected]:
-    """The rows of a Parquet file.
+def read_parquet(path: Path, max_bytes: int, spool: Path | None) -> Iterator[RawRecord | RejectedRecord]:
+    """Read the rows of a Parquet file.
 
     Args:
-        max_bytes: longer rows are Rejected, and put into a file beside `spool` as JSON.
+        max_bytes: longer rows are rejected, and written as JSON to a file next to `spool`.
 
     Raises:
-        DataError: it is broken.
+        DataError: the file is broken.
         DependencyError: pyarrow can't be imported.
     """
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DependencyError(f"{path}: Parquet can't be read here: {error}", hint="pip install pyarrow") from error
+    parquet = _import_parquet(path)
     index = 0
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise DataError(f"{path}: a column name twice: {', '.join(names)}")
+            _check_column_names(file.schema_arrow.names, str(path))
             for group in range(file.num_row_groups):
-                facts = file.metadata.row_group(group)
-                # a text that many rows share stands in the file once, so the first row is looked at too
+                group_metadata = file.metadata.row_group(group)
+                # the file stores a text that many rows share only once, so its size says little: measure the first row
                 batches = partial(file.iter_batches, row_groups=[group], use_threads=False)
-                most = max(facts.total_byte_size // max(1, facts.num_rows), _first_bytes(batches(batch_size=1)))
-                for batch in batches(batch_size=max(1, min(ROWS, ROWS_BYTES // max(1, most)))):
-                    for row in _rows_of(batch, max_bytes):
-                        place = Place(str(path), index + 1, index, 0)
+                most = max(
+                    group_metadata.total_byte_size // max(1, group_metadata.num_rows),
+                    _measure_first_batch(batches(batch_size=1)),
+                )
+                for batch in batches(batch_size=max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // max(1, most)))):
+                    for row in _iterate_rows(batch, max_bytes):
+                        location = RecordLocation(str(path), index + 1, index, 0)
                         index += 1
                         if isinstance(row, dict):
-                            yield Raw(place, row, _size(row))
+                            yield RawRecord(location, row, _count_bytes(row))
                             continue
-                        long = spool.with_name(f"{spool.name}-{place.index}.long") if spool is not None else None
+                        long = spool.with_name(f"{spool.name}-{location.index}.long") if spool is not None else None
                         if long is not None:
-                            _spill(row, long)
-                        yield Rejected(place, "too_long", f"longer than max_record_bytes {max_bytes}", long)
+                            _write_row_as_json(row, long)
+                        yield RejectedRecord(location, "too_long", f"longer than max_record_bytes {max_bytes}", long)
     except DataError:
         raise
-    except Exception as error:  # pyarrow raises its own exceptions, and Python's plain ones
+    except Exception as error:  # pyarrow raises its own exceptions and many of Python's
         raise DataError(
-            f"{path}: row {index}: broken Parquet: {_first_line(error)}", hint="get the file again"
+            f"{path}: row {index}: broken Parquet: {_shorten_reason(error)}", hint="get the file again"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    """Pyarrow's reason without the lines that say where in its own code it arose."""
+def _import_parquet(path: Path) -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        problem = f"{path}: reading Parquet needs pyarrow, which can't be imported: {error}"
+        raise DependencyError(problem, hint="pip install pyarrow") from error
+    return parquet
+
+
+def _check_column_names(names: list[str], place: str) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(f"{place}: duplicate column name: {', '.join(names)}")
+
+
+def _shorten_reason(error: Exception) -> str:
+    """Return the first line of pyarrow's message; further lines point into its C++ code."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
-def _first_bytes(batches: Iterator[Any]) -> int:
-    """What the first batch takes; it is held no longer."""
+def _measure_first_batch(batches: Iterator[Any]) -> int:
+    """Return the bytes of the first batch, without keeping it in memory."""
     return next((int(batch.nbytes) for batch in batches), 0)
 
 
-def _rows_of(batch: Any, max_bytes: int) -> Iterator[Any]:
-    """Each row as its values; what is longer than `max_bytes` as a batch of its own."""
-    # one text that stands once in the file may fill many rows
-    is_whole = batch.nbytes <= min(ROWS_BYTES, max_bytes)
-    counts_itself = "dictionary<" not in str(batch.schema)  # else each row's bytes are those of all
+def _iterate_rows(batch: Any, max_bytes: int) -> Iterator[Any]:
+    """Yield each row as a dict; a row longer than `max_bytes` as a one-row Arrow batch."""
+    # a text that is stored once may be in many rows, so a batch can be much larger than what was read
+    is_whole = batch.nbytes <= min(BYTES_PER_BATCH, max_bytes)
+    counts_itself = "dictionary<" not in str(batch.schema)  # nbytes of a dictionary counts every row's text
     for part in [batch] if is_whole else (batch.slice(number, 1) for number in range(len(batch))):
-        for number, row in enumerate([None] if counts_itself and part.nbytes > max_bytes else _plain_rows(part)):
-            yield row if row is not None and _size(row) <= max_bytes else part.slice(number, 1)
+        for number, row in enumerate([None] if counts_itself and part.nbytes > max_bytes else _convert_rows(part)):
+            yield row if row is not None and _count_bytes(row) <= max_bytes else part.slice(number, 1)
 
 
-def _spill(row: Any, path: Path) -> None:
-    """Write a batch of one row as JSON, its texts piece by piece."""
+def _write_row_as_json(row: Any, path: Path) -> None:
+    """Write a one-row batch as JSON; convert long texts chunk by chunk, to limit memory."""
     with open(path, "w", encoding="utf-8") as file:
         for number, name in enumerate(row.schema.names):
             file.write(f"{', ' if number else '{'}{json.dumps(name)}: ")
             cell = row[number][0]
             if not (cell.is_valid and str(cell.type) in {"string", "large_string"}):
-                file.write(json.dumps(_cell(cell), default=str))
+                file.write(json.dumps(_convert_cell(cell), default=str))
                 continue
             decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
             data = memoryview(cell.as_buffer())
             file.write('"')
-            for start in range(0, len(data), CHUNK):
-                file.write(json.dumps(decoder.decode(data[start : start + CHUNK]))[1:-1])
+            for start in range(0, len(data), CHUNK_BYTES):
+                file.write(json.dumps(decoder.decode(data[start : start + CHUNK_BYTES]))[1:-1])
             file.write('"')
         file.write("}")
 
 
-def _plain_rows(batch: Any) -> list[dict[str, Any]]:
+def _convert_rows(batch: Any) -> list[dict[str, Any]]:
+    """Convert a batch to Python values; cell by cell only if pyarrow can't convert it at once."""
     try:
         return list(batch.to_pylist())
-    except Exception:  # a time that Python can't hold, a struct with a name twice, …
-        columns = {name: [_cell(scalar) for scalar in batch[name]] for name in batch.schema.names}
+    except Exception:  # a time out of Python's range, a struct with a duplicate field name, …
+        columns = {name: [_convert_cell(scalar) for scalar in batch[name]] for name in batch.schema.names}
         return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
-def _cell(scalar: Any) -> Any:
-    """The scalar as a Python value, bytes that are no UTF-8 as lone surrogates; an object where there is none."""
+def _convert_cell(scalar: Any) -> Any:
+    """Convert an Arrow scalar to a Python value.
+
+    Bytes that are not UTF-8 become lone surrogates. A value that Python has no type for becomes a list with the name
+    of its Arrow type, which is rejected later as not being text.
+    """
     try:
         return scalar.as_py()
     except Exception:
@@ -171,33 +191,34 @@ def _cell(scalar: Any) -> Any:
     if kind in {"string", "large_string"}:
         return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
     if kind.startswith(("list<", "large_list<")):
-        return [_cell(item) for item in scalar]
+        return [_convert_cell(item) for item in scalar]
     names = [field.name for field in scalar.type] if kind.startswith("struct<") else []
-    return {name: _cell(scalar[name]) for name in names} if len(set(names)) == len(names) > 0 else [kind]
+    return {name: _convert_cell(scalar[name]) for name in names} if len(set(names)) == len(names) > 0 else [kind]
 
 
-def _size(value: Any) -> int:
-    """How many bytes of text a cell holds, or a row; about 8 for anything else."""
+def _count_bytes(value: Any) -> int:
+    """Count the bytes of text in a cell or a row; anything else counts as 8."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
     if isinstance(value, bytes):
         return len(value)
     if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 8
+        return sum(map(_count_bytes, value.values()))
+    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 8
 
 
-class _Lines:
-    """A file's lines as text, their ends kept; bytes that are no UTF-8 become lone surrogates.
+class _LineReader:
+    """Iterates over a file's lines as text with their line ends; bytes that are not UTF-8 become lone surrogates.
 
-    What a row has beyond `max_bytes` is handed out in a bare form, which is cut into cells alike: its texts are put
-    into a file.
+    From the line that makes a row longer than `max_bytes`, the row is written to a file instead, and only a skeleton
+    is yielded: each stretch of ordinary text is replaced by `x`, so that the csv module still finds the same cells
+    and the end of the row.
     """
 
     def __init__(self, path: Path, max_bytes: int, spool: Path | None) -> None:
         self.offset = 0  # of the next line in the file
-        self.number = 0  # of lines that were handed out
-        self.size = 0  # of the row so far
+        self.number = 0  # lines yielded so far
+        self.size = 0  # bytes of the current row so far
         self.row_file: Path | None = None
         self._max_bytes = max_bytes
         self._path = path
@@ -206,21 +227,21 @@ class _Lines:
         self._line_end: bytes | None = None
         self._lines: Iterator[bytes] = iter(())
         self._rest = b""
-        self._bare = b""  # what stands before the rest in its line
+        self._skeleton = b""  # of the part of the current line that was spilled, before `_rest`
         self._row: list[bytes] = []
 
     @property
     def is_long(self) -> bool:
-        """Whether the row is too long."""
+        """Whether the current row is too long."""
         return self.size > self._max_bytes
 
     def begin_row(self, index: int) -> None:
-        """Forget the row before."""
+        """Start counting a new row; forget the previous one."""
         self.size = 0
         self._row.clear()
         self.row_file = self._spool.with_name(f"{self._spool.name}-{index}.long") if self._spool is not None else None
 
-    def __iter__(self) -> "_Lines":
+    def __iter__(self) -> "_LineReader":
         return self
 
     def __next__(self) -> str:
@@ -234,31 +255,31 @@ class _Lines:
                 chunk = chunk[self.offset :]
                 self._line_end = b"\r" if b"\r" in chunk.rstrip() and b"\n" not in chunk else b"\n"
             if self.size + len(self._rest) > self._max_bytes:
-                self._bare += self._spill(self._rest)
+                self._skeleton += self._spill(self._rest)
                 self._rest = b""
             *whole, self._rest = (self._rest + chunk).split(self._line_end)
             self._lines = iter([part + self._line_end for part in whole])
-        if not line and not self._bare:
+        if not line and not self._skeleton:
             raise StopIteration
         if self.size + len(line) > self._max_bytes:
-            line, self._bare = self._bare + self._spill(line), b""
+            line, self._skeleton = self._skeleton + self._spill(line), b""
         else:
-            self._take(line)
+            self._append(line)
         self.number += 1
         return line.decode(errors="surrogateescape")
 
-    def _take(self, line: bytes) -> None:
+    def _append(self, line: bytes) -> None:
         self._row.append(line)
         self.size += len(line)
         self.offset += len(line)
 
     def _spill(self, data: bytes) -> bytes:
-        """Put the row so far and the data into the row's file; the data's bare form."""
-        self._take(data)
+        """Write the row so far and the data to the row's file; return the data's skeleton."""
+        self._append(data)
         if self.row_file is not None:
             with open(self.row_file, "ab") as file:
                 file.writelines(self._row)
         self._row.clear()
-        if len(self._bare) > self._max_bytes:
-            raise DataError(f"{self._path}:{self.number + 1}: a line of more than {self._max_bytes} separators")
-        return _ORDINARY.sub(b"x", data)
+        if len(self._skeleton) > self._max_bytes:
+            raise DataError(f"{self._path}:{self.number + 1}: a line with more than {self._max_bytes} separators")
+        return _CELL_TEXT.sub(b"x", data)

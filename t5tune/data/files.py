@@ -1,11 +1,11 @@
-"""Data files as streams of bytes: which files the paths mean, and gzip and zstd undone on the way.
+"""Find data files, and read them as streams of bytes, decompressing gzip and zstd.
 
-for path in find_files(["chats/*.jsonl.gz"]):
-    for chunk in read_chunks(path):
-        ...
+    for path in find_files(["chats/*.jsonl.gz"]):
+        for chunk in read_chunks(path):
+            ...
 
-A file that can't be trusted is refused by name and position: a broken or cut-off archive, one that isn't what its
-name says, UTF-16.
+A broken file is refused with its name and position: a damaged or incomplete archive, a file whose content doesn't
+match its name, and UTF-16.
 """
 
 import glob
@@ -24,78 +24,86 @@ from t5tune.errors import DataError
 from t5tune.progress import Note, Report, silent
 
 STDIN = Path("-")
-TEXT = {".json", ".jsonl", ".ndjson"}
-TABLES = {".csv", ".tsv", ".parquet"}
-KNOWN = ", ".join(sorted(TEXT | TABLES))
-# the first bytes; zstd's second kind is a frame to be skipped, which may come first
-PACKED = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
-CHUNK = 1 << 20
-BOM = b"\xef\xbb\xbf"  # of UTF-8
-WIDE = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # byte order marks of UTF-16 and UTF-32
-NAMES_TOLD = 5  # of a folder's files that are passed over
+JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
+TABLE_SUFFIXES = {".csv", ".tsv", ".parquet"}
+KNOWN_SUFFIXES = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
+# patterns of the first bytes; zstd's second alternative is a skippable frame, which may come first
+COMPRESSION_MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
+READ_CHUNK_BYTES = 1 << 20
+BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
+WIDE_ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # byte order marks of UTF-16 and UTF-32
+MAX_NAMES_SHOWN = 5  # of the skipped files of a folder
 
 
 def find_files(data_path: list[str], report: Report = silent) -> list[Path]:
-    """The data files that the paths name: `-` is standard input, a folder or a pattern what it holds, sorted.
+    """Find the data files of `data_path`: files, folders, glob patterns, and `-` for standard input.
+
+    The files of a folder or a pattern are sorted.
 
     Raises:
-        DataError: a path can't be read, doesn't exist, has another suffix, or stands for no data file.
+        DataError: a path can't be read, doesn't exist, has an unknown suffix, or leads to no data file.
     """
     files: list[Path] = []
     for name in data_path:
         try:
-            files += _files_of(name, report)
+            files += _resolve_path(name, report)
         except OSError as error:
             raise DataError(f"data_path: {name}: can't be read: {error.strerror}") from error
     if files.count(STDIN) > 1:
-        raise DataError("data_path: -: standard input can be read once")
+        raise DataError("data_path: -: standard input can be read only once")
     return files
 
 
-def _files_of(name: str, report: Report) -> list[Path]:
+def _resolve_path(name: str, report: Report) -> list[Path]:
     path = Path(name)
     if not name:
-        raise DataError("data_path: empty", hint="name a file or a folder; `.` is the one you are in")
+        raise DataError("data_path: empty", hint="name a file or a folder; `.` is the current folder")
     if path == STDIN:
         return [path]
     if path.is_file():
-        if kind_of(path) is None:
+        if find_data_suffix(path) is None:
             suffix = "".join(path.suffixes[-2:]) or "no suffix"
-            raise DataError(f"data_path: {path}: {suffix}: expected one of {KNOWN}, with .gz or .zst (not .parquet)")
+            raise DataError(
+                f"data_path: {path}: {suffix}: expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
+            )
         return [path]
     if path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if kind_of(entry) or not entry.name.startswith("."))
+        found = sorted(entry for entry in path.iterdir() if find_data_suffix(entry) or not entry.name.startswith("."))
     elif path.exists():
-        raise DataError(f"data_path: {path}: no regular file", hint="a pipe is read as standard input: `-`")
+        raise DataError(
+            f"data_path: {path}: not a regular file", hint="to read a pipe, redirect it to standard input and pass `-`"
+        )
     elif glob.has_magic(name):
-        found = sorted(set(map(Path, _matches(name))))
+        found = sorted(set(map(Path, _expand_pattern(name))))
     else:
         raise DataError(f"data_path: {path}: no such file or folder", hint="check the path's spelling")
-    # what prepare wrote below its data is none: refused records, a tokenizer
+    # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
     caches = {folder for folder in {entry.parent for entry in found} if is_cache(folder) or is_cache(folder.parent)}
-    reasons = {entry: "of a token cache" if entry.parent in caches else _unfit(entry) for entry in found}
+    reasons = {
+        entry: "part of a token cache" if entry.parent in caches else _explain_skipping(entry) for entry in found
+    }
     files = [entry for entry, reason in reasons.items() if reason is None]
     if over := [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason is not None]:
-        more = f" and {len(over) - NAMES_TOLD} more" if len(over) > NAMES_TOLD else ""
-        report(Note(f"data_path: {path}: passed over: {', '.join(over[:NAMES_TOLD])}{more}"))
+        more = f" and {len(over) - MAX_NAMES_SHOWN} more" if len(over) > MAX_NAMES_SHOWN else ""
+        report(Note(f"data_path: {path}: skipped: {', '.join(over[:MAX_NAMES_SHOWN])}{more}"))
     if not files:
-        raise DataError(f"data_path: {path}: holds no {KNOWN} file")
+        raise DataError(f"data_path: {path}: contains no {KNOWN_SUFFIXES} file")
     return files
 
 
-def _unfit(path: Path) -> str | None:
-    """Why an entry of a folder isn't read; None: it is."""
+def _explain_skipping(path: Path) -> str | None:
+    """Return why an entry of a folder is not read, or None if it is."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
         return "a folder"
-    if kind_of(path) is None:
-        return "no data file by its name"
-    return None if path.is_file() else "no regular file"
+    if find_data_suffix(path) is None:
+        return "unknown suffix"
+    return None if path.is_file() else "not a regular file"
 
 
-def _matches(pattern: str) -> Iterator[str]:
-    """What a pattern matches. `**` goes through no links, which may lead in circles."""
+def _expand_pattern(pattern: str) -> Iterator[str]:
+    """Expand a glob pattern. `**` doesn't follow links, which may form cycles."""
     head, *tail = re.split(r"(?:(?<=/)|^)\*\*(?:/|$)", pattern, maxsplit=1)
     if not tail:
         yield from glob.iglob(pattern)
@@ -103,38 +111,38 @@ def _matches(pattern: str) -> Iterator[str]:
     for top in glob.iglob(head) if head else ["."]:
         for folder, folders, _ in os.walk(top):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from _matches(os.path.join("" if folder == "." else glob.escape(folder), tail[0] or "*"))
+            yield from _expand_pattern(os.path.join("" if folder == "." else glob.escape(folder), tail[0] or "*"))
 
 
-def kind_of(path: Path) -> str | None:
-    """`.json`, `.csv`, `.parquet`, … by a file's name, without what it is packed in; None: no data file."""
+def find_data_suffix(path: Path) -> str | None:
+    """Return a file name's data suffix without its compression suffix (`.json`, `.csv`, …), or None if it has none."""
     if path == STDIN:
         return ".json"
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
-    kind = before if last in PACKED and before != ".parquet" else last  # Parquet is packed inside
-    return kind if kind in TEXT | TABLES else None
+    kind = before if last in COMPRESSION_MAGIC and before != ".parquet" else last  # Parquet compresses internally
+    return kind if kind in JSON_SUFFIXES | TABLE_SUFFIXES else None
 
 
 class Digest:
-    """The SHA-256 of bytes that can be read once."""
+    """The SHA-256 of a stream that can be read only once."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._is_whole = False
 
     def update(self, data: bytes) -> None:
-        """Take the next bytes; none mean that they are over."""
+        """Add the next bytes; empty bytes mark the end of the stream."""
         self._hash.update(data)
         self._is_whole = not data
 
     @property
     def value(self) -> str | None:
-        """In hex; None: they weren't read to their end."""
+        """The hash in hexadecimal, or None if the stream wasn't read to its end."""
         return self._hash.hexdigest() if self._is_whole else None
 
 
-class _Stream:
-    """A file whose first bytes can be looked at, however slowly they come."""
+class _PeekableStream:
+    """A file whose first bytes are available as `beginning`, even if it is a slow pipe that can't seek."""
 
     def __init__(self, file: BinaryIO, digest: Digest | None) -> None:
         self._file = file
@@ -143,7 +151,7 @@ class _Stream:
         self.beginning = self._first = self.read(4)
 
     def read(self, size: int) -> bytes:
-        """As a file's."""
+        """Read like a file object."""
         first, self._first = self._first[:size], self._first[size:]
         data = self._file.read(size - len(first))
         if self._digest is not None and size > len(first):
@@ -152,23 +160,34 @@ class _Stream:
 
 
 def read_chunks(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
-    """The bytes of a file, unpacked, a mebibyte or so at a time; `digest` takes them as they stand.
+    """Yield the decompressed bytes of a file in chunks of about 1 MiB; `digest` hashes the bytes as stored.
 
     Raises:
-        DataError: it can't be read, its archive is broken, or it is UTF-16.
+        DataError: the file can't be read, its archive is broken, or it is UTF-16 or UTF-32.
     """
     try:
         with _open(path) as file:
-            stream = _Stream(file, digest)
-            packing = next((name for name, magic in PACKED.items() if re.match(magic, stream.beginning)), None)
-            if path.suffix.lower() in PACKED and packing != path.suffix.lower():
-                raise DataError(f"{path}: named {path.suffix}, but its bytes are something else: {stream.beginning!r}")
-            for number, chunk in enumerate(_UNPACK[packing](path, stream)):
-                if number == 0 and (chunk.startswith(WIDE) or b"\x00" in chunk[:2]):
-                    raise DataError(f"{path}: byte 0: UTF-16 or UTF-32, not UTF-8", hint="save the file as UTF-8")
+            stream = _PeekableStream(file, digest)
+            decompress = _DECOMPRESSORS[_detect_compression(path, stream.beginning)]
+            for number, chunk in enumerate(decompress(path, stream)):
+                if number == 0:
+                    _check_encoding(path, chunk)
                 yield chunk
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def _detect_compression(path: Path, beginning: bytes) -> str | None:
+    """Detect a file's compression by its first bytes: its usual suffix, or None."""
+    found = next((suffix for suffix, magic in COMPRESSION_MAGIC.items() if re.match(magic, beginning)), None)
+    if path.suffix.lower() in COMPRESSION_MAGIC and found != path.suffix.lower():
+        raise DataError(f"{path}: the name ends in {path.suffix}, but the file begins with {beginning!r}")
+    return found
+
+
+def _check_encoding(path: Path, first: bytes) -> None:
+    if first.startswith(WIDE_ENCODING_MARKS) or b"\x00" in first[:2]:
+        raise DataError(f"{path}: byte 0: the file is UTF-16 or UTF-32, not UTF-8", hint="save the file as UTF-8")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -179,41 +198,41 @@ def _open(path: Path) -> BinaryIO:
     return sys.stdin.buffer
 
 
-def _plain(path: Path, file: _Stream) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK):
+def _read_plain(path: Path, file: _PeekableStream) -> Iterator[bytes]:
+    while chunk := file.read(READ_CHUNK_BYTES):
         yield chunk
 
 
-def _gzip(path: Path, file: _Stream) -> Iterator[bytes]:
+def _read_gzip(path: Path, file: _PeekableStream) -> Iterator[bytes]:
     archive = gzip.GzipFile(fileobj=cast(BinaryIO, file), mode="rb")
-    yield from _unpacked(path, archive, "gzip", (EOFError, zlib.error, gzip.BadGzipFile))
+    yield from _decompress(path, archive, "gzip", (EOFError, zlib.error, gzip.BadGzipFile))
 
 
-def _zstd(path: Path, file: _Stream) -> Iterator[bytes]:
+def _read_zstd(path: Path, file: _PeekableStream) -> Iterator[bytes]:
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
         from backports import zstd
     archive = zstd.ZstdFile(cast(BinaryIO, file), mode="rb")
-    yield from _unpacked(path, archive, "zstd", (EOFError, zstd.ZstdError))
+    yield from _decompress(path, archive, "zstd", (EOFError, zstd.ZstdError))
 
 
-def _unpacked(path: Path, archive: Any, packing: str, broken: tuple[type[Exception], ...]) -> Iterator[bytes]:
-    """What an archive holds.
+def _decompress(path: Path, archive: Any, packing: str, broken: tuple[type[Exception], ...]) -> Iterator[bytes]:
+    """Yield the decompressed bytes of an archive.
 
     Args:
-        broken: what its library raises on wrong bytes.
+        broken: the exceptions that its library raises on damaged bytes.
     """
     position = 0
     try:
         with archive:
-            while chunk := archive.read(CHUNK):
+            while chunk := archive.read(READ_CHUNK_BYTES):
                 position += len(chunk)
                 yield chunk
     except broken as error:
         raise DataError(
-            f"{path}: broken {packing} behind byte {position} of what it holds: {error}", hint="get the file again"
+            f"{path}: broken {packing} archive after {position} decompressed bytes: {error}", hint="get the file again"
         ) from error
 
 
-_UNPACK = {None: _plain, ".gz": _gzip, ".zst": _zstd}
+_DECOMPRESSORS = {None: _read_plain, ".gz": _read_gzip, ".zst": _read_zstd}

@@ -1,4 +1,4 @@
-"""How long a cache's examples are, as bars."""
+"""Histograms of example lengths."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ import numpy.typing as npt
 
 NUM_BARS = 20
 
-Lengths = npt.NDArray[np.int64]
+LengthArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many lengths lie from edges[i] up to, without, edges[i + 1] (tokens); the last edge counts too."""
+    """counts[i] is the number of lengths (tokens) in [edges[i], edges[i + 1]); the last bar includes its upper edge."""
 
     edges: list[int]
     counts: list[int]
 
 
-def length_histogram(lengths: Lengths) -> Histogram:
-    """About NUM_BARS bars of whole numbers of tokens from the shortest to the longest."""
+def build_histogram(lengths: LengthArray) -> Histogram:
+    """Count lengths in about NUM_BARS bars of equal integer width, from the shortest length to the longest."""
     low, high = int(lengths.min()), int(lengths.max())
     width = max(1, -(-(high - low + 1) // NUM_BARS))
     edges = list(range(low, high + width + 1, width))

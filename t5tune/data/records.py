@@ -1,4 +1,4 @@
-"""A record as it was read, the strict parsing of its JSON, and what is wrong with one that can't be used."""
+"""Records as they were read, strict parsing of their JSON, and the reasons to reject a record."""
 
 import json
 import math
@@ -8,41 +8,41 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from t5tune.errors import DataError, one_line
-from t5tune.io.reasons import json_reason
+from t5tune.errors import DataError, to_one_line
+from t5tune.io.reasons import describe_json_error
 
-INTEGERS = range(-(1 << 63), 1 << 64)
-MOST_DEPTH = 200  # of objects and lists inside each other; Python's own limit depends on who calls
-LABELED_BAD = "labeled_bad"  # the one reason for which a record is left out by design, not because it is broken
-REASONS = {
-    "not_json": "the line is no JSON",
-    "invalid_utf8": "bytes that are no UTF-8",
+INTEGER_RANGE = range(-(1 << 63), 1 << 64)
+MAX_JSON_DEPTH = 200  # nesting of objects and lists; Python's own recursion limit depends on the caller's depth
+LABELED_BAD = "labeled_bad"  # the only reason that leaves out a record by design, not because it is broken
+REJECTION_REASONS = {
+    "not_json": "the line is not valid JSON",
+    "invalid_utf8": "bytes that are not UTF-8",
     "too_long": "more bytes than max_record_bytes",
-    "too_deep": "more than 200 objects or lists inside each other",
-    "duplicate_key": "an object with a key twice",
-    "bad_number": "NaN, Infinity, or a number beyond 64 bits",
-    "bad_row": "a row with more or fewer cells than the table's head",
-    "not_an_object": "a record that is no object",
-    "unknown_format": "none of the formats' keys, or not those of data_format",
-    "bad_turn": "a turn without speaker or text",
-    "unknown_role": "a speaker of no known role",
-    "not_text": "something other than text where text belongs",
+    "too_deep": "more than 200 nested objects or lists",
+    "duplicate_key": "an object with a duplicate key",
+    "bad_number": "NaN, Infinity, or a number that does not fit in 64 bits",
+    "bad_row": "a row with more or fewer cells than the table's header",
+    "not_an_object": "a record that is not a JSON object",
+    "unknown_format": "the keys of no known format, or not those of data_format",
+    "bad_turn": "a turn without a role or a text",
+    "unknown_role": "a turn with an unknown role",
+    "not_text": "a value that should be text but is not",
     "control_character": "a control character other than tab and line ends",
     "lone_surrogate": "half of a surrogate pair",
-    "misplaced_system": "a system turn that isn't the first",
-    "same_role_twice": "two turns of one side in a row",
-    "no_answer": "no answer to learn from",
+    "misplaced_system": "a system turn that is not the first turn",
+    "same_role_twice": "two consecutive turns of the same role",
+    "no_answer": "no answer to learn",
     "zero_weight": "every assistant turn has weight 0",
     LABELED_BAD: "an answer labeled bad (label: false, kto_tag: false), which supervised training doesn't learn",
-    "duplicate": "said before, word for word (dedupe)",
+    "duplicate": "the same texts as an earlier conversation (dedupe)",
 }
-STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
-UNPARSED = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse`
+DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
+UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse_json`
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a record stands: line from 1, index and byte offset (in the unpacked file) from 0."""
+class RecordLocation:
+    """The location of a record: line from 1, index and byte offset (in the decompressed file) from 0."""
 
     file: str
     line: int
@@ -51,13 +51,16 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A record as it was read: the bytes of its JSON, or the row of a table; `size` is about how many bytes it holds.
+class RawRecord:
+    """A record as it was read: the bytes of its JSON, or the row of a table.
 
-    `repairs` counts what was mended.
+    Args:
+        size: approximate size in bytes.
+        in_array: whether it is an element of a JSON array.
+        repairs: (kind, count) of what the reader repaired.
     """
 
-    place: Place
+    location: RecordLocation
     data: bytes | dict[str, Any]
     size: int
     in_array: bool = False
@@ -65,135 +68,142 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A record that can't be used: the reason is one of REASONS, the message says what was found.
+class RejectedRecord:
+    """A record that can't be used.
 
-    `record` is what stood there: bytes, a table's row or cells, or a file of bytes where they are many.
+    Args:
+        reason: one of REJECTION_REASONS.
+        message: what was found.
+        record: the record itself: bytes, a table's row or cells, or the path of a file with its bytes if it is long.
     """
 
-    place: Place
+    location: RecordLocation
     reason: str
     message: str
     record: Any
     size: int = 0
 
 
-class Refused(Exception):
-    """A record can't be used, for one of REASONS."""
+class RejectionError(Exception):
+    """Raised for a record that can't be used; `reason` is one of REJECTION_REASONS."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(to_one_line(message))
         self.reason = reason
 
 
-def value_of(raw: Raw) -> Any:
-    """The record's JSON value, or its row.
+def parse_record(raw: RawRecord) -> Any:
+    """Return the record's JSON value, or its table row.
 
     Raises:
-        Refused: it is no JSON, or holds what JSON readers disagree on.
-        DataError: it is no JSON and stands in an array, where nobody can tell where the next one begins.
+        RejectionError: the record is not valid JSON, or contains something that JSON parsers read differently.
+        DataError: an array element is not valid JSON, so the start of the next element is unknown.
     """
     if not isinstance(raw.data, bytes):
         return raw.data
     try:
-        return parse(raw.data)
-    except Refused as refused:
-        if raw.in_array and refused.reason == "not_json":
-            place = raw.place
-            raise DataError(f"{place.file}:{place.line}: record {place.index}: {refused}") from None
+        return parse_json(raw.data)
+    except RejectionError as error:
+        if raw.in_array and error.reason == "not_json":
+            location = raw.location
+            raise DataError(f"{location.file}:{location.line}: record {location.index}: {error}") from None
         raise
 
 
-def parse(data: bytes) -> Any:
-    """The value of a record's JSON, read strictly.
+def parse_json(data: bytes) -> Any:
+    """Parse JSON strictly.
 
     Raises:
-        Refused: it is no JSON, or holds what JSON readers disagree on.
+        RejectionError: the data is not valid JSON, or contains something that JSON parsers read differently.
     """
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise Refused("invalid_utf8", f"byte {error.start} of the record is no UTF-8") from None
+        raise RejectionError("invalid_utf8", f"byte {error.start} of the record is not UTF-8") from None
     if _is_too_deep(data):
-        raise Refused("too_deep", f"more than {MOST_DEPTH} objects or lists inside each other")
+        raise RejectionError("too_deep", f"more than {MAX_JSON_DEPTH} nested objects or lists")
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         if not text.strip():
-            raise Refused("not_json", "not valid JSON: nothing stands where a value is expected") from None
+            raise RejectionError("not_json", "not valid JSON: expected a value, found nothing") from None
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         where = f"{line}character {error.colno} of the record"
-        raise Refused("not_json", f"not valid JSON: {json_reason(error)} at {where}") from None
+        raise RejectionError("not_json", f"not valid JSON: {describe_json_error(error)} at {where}") from None
 
 
-def check_characters(value: Any, place: str = "the record") -> None:
-    """Look at every text of a record, keys and what nothing uses included.
+def check_characters(value: Any, where: str = "the record") -> None:
+    """Check every text of a record, including keys and unused fields.
 
     Raises:
-        Refused: a control character, or half of a surrogate pair, which is no character.
+        RejectionError: a text contains a control character, or half of a surrogate pair, which is not a character.
     """
     if isinstance(value, str):
         if found := _FORBIDDEN.search(value):
             reason = "control_character" if found[0] < " " else "lone_surrogate"
-            raise Refused(reason, f"{place[:80]}: U+{ord(found[0]):04X} at character {found.start()}")
+            raise RejectionError(reason, f"{where[:80]}: U+{ord(found[0]):04X} at character {found.start()}")
     elif isinstance(value, dict):
         for key, item in value.items():
             check_characters(key, "a key")
             check_characters(item, key)
     elif isinstance(value, list):
         for item in value:
-            check_characters(item, place)
+            check_characters(item, where)
 
 
-def may_hold_forbidden(data: bytes) -> bool:
-    """Whether the texts of a record's JSON may have what `check_characters` refuses; False is certain."""
+def can_contain_forbidden(data: bytes) -> bool:
+    """Return whether a record's JSON may contain what `check_characters` rejects; False is certain, True is not."""
     return bool(data.translate(None, _ALLOWED)) or _ESCAPED.search(data) is not None
 
 
-def depths(data: bytes) -> Iterator[int]:
-    """How many brackets are open behind each bracket of JSON: `[{}]` -> 1, 2, 1, 0."""
-    brackets = _STRING.sub(b"", data).translate(None, _NO_BRACKETS)
-    return accumulate(STEPS[brackets[place : place + 1]] for place in range(len(brackets)))
+def iterate_depths(data: bytes) -> Iterator[int]:
+    """Yield the nesting depth after each bracket of JSON: `[{}]` -> 1, 2, 1, 0."""
+    brackets = _JSON_STRING.sub(b"", data).translate(None, _NO_BRACKETS)
+    return accumulate(DEPTH_STEPS[brackets[index : index + 1]] for index in range(len(brackets)))
 
 
 def _is_too_deep(data: bytes) -> bool:
-    if data.count(b"[") + data.count(b"{") <= MOST_DEPTH:  # as nearly all are
+    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:  # as nearly all are
         return False
-    return any(depth > MOST_DEPTH for depth in depths(data))
+    return any(depth > MAX_JSON_DEPTH for depth in iterate_depths(data))
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise Refused("duplicate_key", f"the key {twice!r} twice in one object")
+        raise RejectionError("duplicate_key", f"duplicate key {twice!r} in an object")
     return value
 
 
-def _constant(name: str) -> Any:
-    raise Refused("bad_number", f"{name} is no JSON number")
+def _parse_constant(name: str) -> Any:
+    raise RejectionError("bad_number", f"{name} is not a JSON number")
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > 20 or int(digits) not in INTEGERS:
-        raise Refused("bad_number", f"{digits[:24]}{'…' if len(digits) > 24 else ''} is beyond 64 bits")
+def _parse_integer(digits: str) -> int:
+    if len(digits) > 20 or int(digits) not in INTEGER_RANGE:
+        raise RejectionError("bad_number", f"{digits[:24]}{'…' if len(digits) > 24 else ''} does not fit in 64 bits")
     return int(digits)
 
 
-def _float(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     if not math.isfinite(float(digits)):
-        raise Refused("bad_number", f"{digits[:24]} is beyond 64 bits")
+        raise RejectionError("bad_number", f"{digits[:24]} does not fit in 64 bits")
     return float(digits)
 
 
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
-# the same in JSON: as \b or \f, as \u000b, as \ud83d (which may be half of a whole pair), or as it is
+# the same characters escaped in JSON: \b, \f, \u000b, or \ud83d (which may be half of a complete pair)
 _ESCAPED = re.compile(rb"\\(?:[bf]|u(?:00[01]|[dD][89a-fA-F]))")
 _ALLOWED = bytes({*b"\t\n\r", *range(32, 256)})
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-# strict=False: a tab or a line end that stands in a text as it is is harmless; other control characters are refused
+# strict=False: an unescaped tab or line end in a string is harmless; `check_characters` rejects the others
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer, parse_float=_float, strict=False
+    object_pairs_hook=_parse_object,
+    parse_constant=_parse_constant,
+    parse_int=_parse_integer,
+    parse_float=_parse_float,
+    strict=False,
 )

@@ -1,10 +1,10 @@
-r"""A conversation and a layout -> the pieces of text that the model reads and writes.
+r"""Conversation templates: render a conversation as the pieces of text that the model reads and writes.
 
-With fastchat-t5, a human "Hi" and an assistant "Hello." become
+With fastchat-t5, the human turn "Hi" and the assistant turn "Hello." become
 
     A chat between … questions.\n\n### Human: Hi\n### Assistant: |Hello.\n
 
-where | parts the source from the target of this answer. The source of a later answer holds all of it.
+where | separates the source from the target. The source of a later target contains all of this text.
 """
 
 import hashlib
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.formats import Conversation
-from t5tune.errors import SettingsError, suggestion
+from t5tune.errors import SettingsError, suggest_name
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.packaged_templates import find_conversation_template
 
-DEFAULT = "fastchat-t5"
+DEFAULT_TEMPLATE = "fastchat-t5"
 
 
 @dataclass(frozen=True)
 class Template:
-    """A layout. `{text}` in a pattern is replaced by what was said.
+    """A conversation template. `{text}` in a pattern is replaced by the text of the turn.
 
     Args:
-        system_message: stands where a record brings none; empty: no system line then.
-        system, human, assistant: patterns of a system line and of the turns.
-        assistant_prefix: what the source ends with; where it ends in a space, the target begins behind it.
-        turn_separator: stands before each human turn but the first.
+        system_message: used if a record has no system message; if empty, there is no system line then.
+        system, human, assistant: patterns of the system line and of the turns.
+        assistant_prefix: the end of the source; if it ends with a space, the target begins after that space.
+        turn_separator: text before each human turn except the first.
     """
 
     system_message: str
@@ -42,34 +42,36 @@ class Template:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the layout, which the cache's manifest keeps."""
+        """SHA-256 of the template, which the cache's manifest contains."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def prefix(self, system: str | None) -> str:
-        """The system line, or nothing."""
+    def render_system(self, system: str | None) -> str:
+        """Return the system line, or an empty text if there is none."""
         message = self.system_message if system is None else system
         return self.system.replace("{text}", message) if message else ""
 
-    def question(self, text: str, first: bool) -> str:
-        """A human turn."""
+    def render_human(self, text: str, first: bool) -> str:
+        """Return a human turn."""
         return ("" if first else self.turn_separator) + self.human.replace("{text}", text)
 
     @property
-    def answer_end(self) -> str:
-        """What the layout puts behind an answer."""
+    def answer_suffix(self) -> str:
+        """The text that the template appends to an assistant turn."""
         return self.assistant.partition("{text}")[2]
 
-    def answer(self, text: str) -> str:
-        """An assistant turn behind its prefix, as the model is to write it."""
+    def render_answer(self, text: str) -> str:
+        """Return an assistant turn without its prefix, as the model should generate it."""
         return self.assistant.removeprefix(" ").replace("{text}", text)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of text of a turn, counted from 0 (-1: the system line).
+    """A piece of a rendered conversation.
 
-    `kind` is system, human, prefix (what a source ends with), gap (a space between a source and its answer
-    that belongs to neither), answer, or context (an answer that is only read, as a part of later sources).
+    Args:
+        kind: system, human, prefix (the end of a source), gap (a space between source and target that belongs to
+            neither), answer (a target), or context (an assistant turn that is only part of later sources).
+        turn: index of the turn; -1 for the system line.
     """
 
     text: str
@@ -78,76 +80,78 @@ class Piece:
 
 
 def find_template(name_or_path: str | None, saved: list[Path], report: Report = silent) -> Template:
-    """The layout that is asked for, else the first of the `saved` files that exists, else FastChat's for T5."""
+    """Find the conversation template: the given one, the first of the `saved` files that exists, or fastchat-t5."""
     if name_or_path is not None:
         return load_template(name_or_path)
     for file in saved:
         if file.is_file():
-            return template_from(read_yaml(file), file)
-    report(Note(f"the model brings no conversation template; using {DEFAULT}"))
-    return load_template(DEFAULT)
+            return parse_template(read_yaml(file), file)
+    report(Note(f"the model has no conversation template of its own; using {DEFAULT_TEMPLATE}"))
+    return load_template(DEFAULT_TEMPLATE)
 
 
 def load_template(name_or_path: str) -> Template:
-    """Read a layout by name or from a YAML file.
+    """Load a conversation template by name or from a YAML file.
 
     Raises:
-        SettingsError: no such layout, a field missing or unknown, or a pattern without {text}.
+        SettingsError: there is no such template, a field is missing or unknown, or a pattern has no {text}.
     """
     path = find_conversation_template(name_or_path)
-    return template_from(read_yaml(path), path)
+    return parse_template(read_yaml(path), path)
 
 
-def template_from(values: dict[str, Any], place: Path) -> Template:
-    """The layout that the values describe; `place` is the file that an error names."""
+def parse_template(values: dict[str, Any], path: Path) -> Template:
+    """Check the values of a template file; `path` is named in errors."""
     known = {field.name: field.default is MISSING for field in fields(Template)}
-    problems = [f"{name}: unknown field{suggestion(name, known)}" for name in values if name not in known]
+    problems = [f"{name}: unknown field{suggest_name(name, known)}" for name in values if name not in known]
     problems += [f"{name}: missing" for name, is_needed in known.items() if is_needed and name not in values]
     if problems:
-        raise SettingsError(*(f"conversation_template: {place}: {problem}" for problem in problems))
+        raise SettingsError(*(f"conversation_template: {path}: {problem}" for problem in problems))
     template = Template(**values)
     for name, value in asdict(template).items():
         if not isinstance(value, str):
-            raise SettingsError(f"conversation_template: {place}: {name}: expected text, found {value!r}")
+            raise SettingsError(f"conversation_template: {path}: {name}: expected text, found {value!r}")
         if name in {"system", "human", "assistant"} and value.count("{text}") != 1:
-            raise SettingsError(f"conversation_template: {place}: {name}: expected one {{text}} in {value!r}")
-    _check_joints(template, place)
+            raise SettingsError(
+                f"conversation_template: {path}: {name}: expected exactly one {{text}}, found {value!r}"
+            )
+    _check_boundaries(template, path)
     return template
 
 
-def _check_joints(template: Template, place: Path) -> None:
-    """Where two pieces meet there must be white space, or the tokenizer may join their words to one token."""
+def _check_boundaries(template: Template, path: Path) -> None:
+    """Require whitespace at each boundary of two pieces; otherwise the tokenizer could make one token across it."""
     prefix = template.assistant_prefix or template.assistant
-    joints = {
+    boundaries = {
         "system, human": (template.system, template.human),
         "human, assistant_prefix": (template.human, prefix),
         "assistant_prefix, assistant": (template.assistant_prefix or template.human, template.assistant),
         "assistant, human": (template.assistant, template.turn_separator + template.human),
     }
-    for names, (first, second) in joints.items():
+    for names, (first, second) in boundaries.items():
         if not (first[-1:].isspace() or second[:1].isspace()):
             raise SettingsError(
-                f"conversation_template: {place}: {names}: no white space where they meet; end the first or "
+                f"conversation_template: {path}: {names}: no whitespace between them; end the first or "
                 "begin the second with a space or a newline"
             )
 
 
-def lay_out(conversation: Conversation, template: Template) -> list[Piece]:
-    """The pieces of a conversation; joined, their texts are the whole of it."""
+def render_conversation(conversation: Conversation, template: Template) -> list[Piece]:
+    """Render a conversation as pieces; their concatenated texts are the whole rendered conversation."""
     pieces = []
-    if prefix := template.prefix(conversation.system):
+    if prefix := template.render_system(conversation.system):
         pieces.append(Piece(prefix, "system", -1))
     for index, turn in enumerate(conversation.turns):
         if turn.role == "human":
-            pieces.append(Piece(template.question(turn.text, first=index == 0), "human", index))
+            pieces.append(Piece(template.render_human(turn.text, first=index == 0), "human", index))
         else:
-            pieces += question_end(template, index)
-            pieces.append(Piece(template.answer(turn.text), "answer" if turn.learned else "context", index))
+            pieces += render_answer_prefix(template, index)
+            pieces.append(Piece(template.render_answer(turn.text), "answer" if turn.learned else "context", index))
     return pieces
 
 
-def question_end(template: Template, turn: int) -> list[Piece]:
-    """What stands between a human turn and the answer."""
+def render_answer_prefix(template: Template, turn: int) -> list[Piece]:
+    """Render what is between a human turn and the assistant's text."""
     prefix = [Piece(template.assistant_prefix, "prefix", turn)] if template.assistant_prefix else []
     gap = [Piece(" ", "gap", turn)] if template.assistant.startswith(" ") else []
     return prefix + gap

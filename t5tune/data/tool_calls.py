@@ -1,76 +1,78 @@
-"""OpenAI's tool calls as the text that ShareGPT's function_call turns hold.
+"""Convert OpenAI's tool calls to text in the form of ShareGPT's function_call turns.
 
-called({"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}, "turn 1")
+find_tool_calls({"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}, "turn 1")
 # ('tool_calls', ['{"name": "add", "arguments": {"a": 1}}'])
-called_in_part({"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'}, "turn 1")
+read_tool_call_part({"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'}, "turn 1")
 # ['{"name": "add", "arguments": {"a": 1}}']
 """
 
 import json
 from typing import Any
 
-from t5tune.data.records import Refused, parse
+from t5tune.data.records import RejectionError, parse_json
 
-KEYS = ("tool_calls", "function_call")  # the second is the older one, of one call
-PARTS = ("tool_call", "tool_calls")  # types of LLaMA-Factory's content parts; the second is the older one
+CALL_KEYS = ("tool_calls", "function_call")  # the second is the older form, with a single call
+CALL_PART_TYPES = ("tool_call", "tool_calls")  # types of LLaMA-Factory's content parts; the second is the older form
 
 
-def called(message: dict[str, Any], place: str) -> tuple[str, list[str]] | None:
-    """The key and the texts of a message's calls; None: it makes none.
+def find_tool_calls(message: dict[str, Any], where: str) -> tuple[str, list[str]] | None:
+    """Return the key and the texts of a message's tool calls, or None if it has none.
 
     Raises:
-        Refused: a call without a function's name.
+        RejectionError: a call has no function name.
     """
-    key = next((key for key in KEYS if key in message and not _is_nothing(message[key])), None)
+    key = next((key for key in CALL_KEYS if key in message and not _is_empty(message[key])), None)
     if key is None:
         return None
     given = message[key]
-    return key, _texts(given, place)
+    return key, _format_calls(given, where)
 
 
-def called_in_part(part: dict[str, Any], place: str) -> list[str]:
-    """The texts of the calls that a content part holds as JSON.
+def read_tool_call_part(part: dict[str, Any], where: str) -> list[str]:
+    """Return the texts of the tool calls that a content part contains as JSON.
 
     Raises:
-        Refused: no JSON, or a call without a function's name.
+        RejectionError: the value is not JSON, or a call has no function name.
     """
     given = part.get("value")
     if isinstance(given, str):
         try:
-            given = parse(given.encode())
-        except Refused:
-            raise Refused("bad_turn", f"{place}: a part of type {part['type']!r} whose value is no JSON") from None
-    return _texts(given, place)
+            given = parse_json(given.encode())
+        except RejectionError:
+            raise RejectionError(
+                "bad_turn", f"{where}: a content part of type {part['type']!r} whose value is not JSON"
+            ) from None
+    return _format_calls(given, where)
 
 
-def joined(calls: list[str]) -> str:
-    """Several calls as one text: a JSON list."""
+def join_tool_calls(calls: list[str]) -> str:
+    """Join calls to one text: a single call as it is, several as a JSON list."""
     return calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
 
 
-def _texts(given: Any, place: str) -> list[str]:
-    return [_text(call, place) for call in (given if isinstance(given, list) else [given])]
+def _format_calls(given: Any, where: str) -> list[str]:
+    return [_format_call(call, where) for call in (given if isinstance(given, list) else [given])]
 
 
-def _is_nothing(given: Any) -> bool:
-    """Tables may hold an object of nulls where there is none."""
+def _is_empty(given: Any) -> bool:
+    """Return whether there is no call; Parquet stores a missing object as an object of nulls."""
     return not given or (isinstance(given, dict) and all(value is None for value in given.values()))
 
 
-def _text(call: Any, place: str) -> str:
+def _format_call(call: Any, where: str) -> str:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Refused("bad_turn", f"{place}: a tool call without a function's name")
+        raise RejectionError("bad_turn", f"{where}: a tool call without a function's name")
     name = json.dumps(function["name"], ensure_ascii=False)
-    return f'{{"name": {name}, "arguments": {_arguments(function.get("arguments"))}}}'
+    return f'{{"name": {name}, "arguments": {_format_arguments(function.get("arguments"))}}}'
 
 
-def _arguments(given: Any) -> str:
-    """Arguments that stand in a text as JSON are taken as they stand."""
+def _format_arguments(given: Any) -> str:
+    """Return the arguments as JSON; a text that is JSON already is returned unchanged."""
     if isinstance(given, str):
         try:
-            parse(given.encode())
+            parse_json(given.encode())
             return given
-        except Refused:  # a text that is no JSON, which models write too
+        except RejectionError:  # models sometimes write arguments that are not JSON; keep them as a string
             pass
     return json.dumps(given, ensure_ascii=False, default=str)

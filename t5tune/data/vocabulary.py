@@ -1,13 +1,13 @@
-r"""What a tokenizer can't write, and the tokens that mend it.
+r"""Find what a tokenizer can't reproduce, and add tokens for it.
 
-T5's vocabulary has no newline, tab, `<`, `\`, `^`, backquote, braces or `~`, and runs of spaces shrink to one.
-Its embedding has more rows than its tokenizer has entries (32,128 and 32,100), so tokens for these need no
-change of shape: they take the spare rows, and only those rows are trained.
+T5's vocabulary has no newline, tab, `<`, `\`, `^`, backquote, braces or `~`, and its tokenizer reduces runs of spaces
+to one space. T5's embedding has more rows (32,128) than its tokenizer has tokens (32,100), so tokens for these
+characters don't change its shape: they take unused embedding rows, and only those rows are trained.
 
-A naive `add_tokens` ruins every space of a text: a token is normalised first, and newline and tab become a
-space in it. And T5's own pre-tokenizer drops white space and writes the mark of a word's start behind each
-added token, so that "\nx" and "\n x" are the same. So the tokenizer is rebuilt: tokens are matched before
-normalisation, each remaining space is kept as a mark, and a mark is put only before the first word of a text.
+A naive `add_tokens` loses whitespace: an added token is normalized first, which turns newline and tab into a space.
+And T5's own pre-tokenizer drops whitespace and writes a metaspace (`▁`) after each added token, so that "\nx" and
+"\n x" become the same ids. So the tokenizer is rebuilt: added tokens are matched before normalization, each remaining
+space is kept as a metaspace, and otherwise only the first word of a text gets one (prepend_scheme "first").
 """
 
 import json
@@ -21,249 +21,263 @@ from typing import Any, Literal
 import numpy as np
 
 from t5tune.data.formats import Conversation
-from t5tune.data.tokenizer import Tokenizer, decoder_of
+from t5tune.data.tokenizer import Tokenizer, build_decoder
 from t5tune.errors import ModelError
 
-CHARACTERS = ["\n", "\t", "<", "\\", "^", "`", "{", "}", "~"]
-INDENTATION = ["\n" + " " * width for width in (2, 4, 6, 8, 10, 12, 14, 16)]
+MISSING_CHARACTERS = ["\n", "\t", "<", "\\", "^", "`", "{", "}", "~"]
+INDENTATION_TOKENS = ["\n" + " " * width for width in (2, 4, 6, 8, 10, 12, 14, 16)]
 FASTCHAT_PAD = "[PAD]"
-FASTCHAT = ["<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
-MARK = "▁"
-UNKNOWN = "\ufffd"
-SHARE = 0.005  # of the answers that must hold a character for a row to be spent on it
-MOST_CHARACTERS = 50_000  # that are remembered
-_RUN = re.compile("  +")
-_RUN_PLACE = 0  # no record holds U+0000
+FASTCHAT_CHARACTERS = ["<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
+FASTCHAT_TOKENS = [FASTCHAT_PAD, *FASTCHAT_CHARACTERS]
+METASPACE = "▁"
+REPLACEMENT_CHARACTER = "\ufffd"
+MIN_TARGET_SHARE = 0.005  # a character gets a row if at least this share of the targets contains it
+MAX_CACHED_CHARACTERS = 50_000
+_SPACE_RUN = re.compile("  +")
+_SPACE_RUN_INDEX = 0  # U+0000, which no record contains
 
 
 def extend_tokenizer(
     tokenizer: Tokenizer, add_tokens: list[str], num_rows: int, sample: Iterable[Conversation] = ()
 ) -> tuple[Tokenizer, list[str], list[str]]:
-    """Give a tokenizer the tokens that `--add-tokens` asks for.
+    """Add the tokens of `--add-tokens` to a tokenizer.
 
     Args:
         add_tokens: ["auto"], ["none"], ["fastchat"] or the tokens themselves.
-        num_rows: rows of the base's embedding, which the ids must stay below.
-        sample: conversations; auto adds what SHARE of their answers hold and the tokenizer can't write.
+        num_rows: rows of the base's embedding; every id must be smaller.
+        sample: conversations; auto adds characters that the tokenizer can't encode and that at least
+            MIN_TARGET_SHARE of their targets contain.
 
-    Returns: the tokenizer (the same where nothing is added), the added tokens in the order of their ids, and those
-    for which no row was left.
+    Returns:
+        The tokenizer (the same one if nothing is added), the added tokens in the order of their ids, and the tokens for
+        which no row was left.
 
     Raises:
-        ModelError: there are fewer spare rows than tokens asked for.
+        ModelError: there are fewer unused embedding rows than requested tokens.
     """
-    if add_tokens == ["none"] or not _is_metaspace(tokenizer):
+    if add_tokens == ["none"] or not _has_metaspace(tokenizer):
         return tokenizer, [], []
-    spare = num_rows - len(tokenizer)
+    num_unused = num_rows - len(tokenizer)
     left_out: list[str] = []
-    if add_tokens in (["auto"], ["fastchat"]) and all(_is_entry(tokenizer, text) for text in FASTCHAT):
-        return _fastchat(tokenizer), [], []  # fastchat-t5: it was trained with them
+    if add_tokens in (["auto"], ["fastchat"]) and all(_is_in_vocabulary(tokenizer, t) for t in FASTCHAT_CHARACTERS):
+        return _add_fastchat_tokens(tokenizer), [], []  # fastchat-t5, which was trained with these tokens
     if add_tokens == ["fastchat"]:
-        _check_room([FASTCHAT_PAD, *FASTCHAT], spare)
-        return _fastchat(tokenizer), [FASTCHAT_PAD, *FASTCHAT], []
+        _check_unused_rows(FASTCHAT_TOKENS, num_unused)
+        return _add_fastchat_tokens(tokenizer), list(FASTCHAT_TOKENS), []
     if add_tokens == ["auto"]:
-        missing = [text for text in CHARACTERS if not can_write(tokenizer, text)]
-        wanted = missing + [text for text in _costly(tokenizer, sample) if text not in missing]
-        room = max(spare, len(missing))
+        missing = [text for text in MISSING_CHARACTERS if not can_round_trip(tokenizer, text)]
+        wanted = missing + [text for text in _find_unwritable_characters(tokenizer, sample) if text not in missing]
+        room = max(num_unused, len(missing))
         wanted, left_out = wanted[:room], wanted[room:]
-        # indentation makes code shorter, but nothing is lost without it: it takes what room is left
-        wanted += (INDENTATION if "\n" in missing else [])[: room - len(wanted)]
+        # indentation tokens shorten code, but nothing is lost without them: they only take the remaining rows
+        wanted += (INDENTATION_TOKENS if "\n" in missing else [])[: room - len(wanted)]
         if not wanted:
             return tokenizer, [], []
     else:
-        # the rebuilt tokenizer keeps white space, so the two kinds that it would lose come with any list
-        wanted = [token for token in dict.fromkeys([*add_tokens, "\n", "\t"]) if not _is_entry(tokenizer, token)]
-    _check_room(wanted, spare)
-    return _rebuilt(tokenizer, wanted), wanted, left_out
+        # the rebuilt tokenizer keeps whitespace, so newline and tab need tokens, whatever the list contains
+        wanted = [
+            token for token in dict.fromkeys([*add_tokens, "\n", "\t"]) if not _is_in_vocabulary(tokenizer, token)
+        ]
+    _check_unused_rows(wanted, num_unused)
+    return _rebuild_with_tokens(tokenizer, wanted), wanted, left_out
 
 
-def _costly(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> list[str]:
-    """Characters that are unknown to the tokenizer and stand in SHARE of the answers or more, the costliest first."""
-    writable, lost = Writable(tokenizer), Lost()
-    answers = 0
+def _find_unwritable_characters(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> list[str]:
+    """Return characters without a token that at least MIN_TARGET_SHARE of the targets contain, most frequent first."""
+    check, lost = RoundTripCheck(tokenizer), LostCharacterCounts()
+    num_targets = 0
     for conversation in sample:
-        answers += sum(turn.is_target for turn in conversation.turns)
-        lost.add(writable.lost(conversation))
-    held = ((text, number) for text, _, number in lost.worst())
-    enough = takewhile(lambda item: item[1] >= SHARE * answers, held)
-    return [text for text, _ in enough if writable.becomes(text) == UNKNOWN]
+        num_targets += sum(turn.is_target for turn in conversation.turns)
+        lost.add(check.count_lost(conversation))
+    counted = ((text, number) for text, _, number in lost.iterate_by_targets())
+    frequent = takewhile(lambda item: item[1] >= MIN_TARGET_SHARE * num_targets, counted)
+    return [text for text, _ in frequent if check.round_trip(text) == REPLACEMENT_CHARACTER]
 
 
-class Lost:
-    """Counts of lost characters, and of runs of spaces: an array, which all of Unicode makes no larger."""
+class LostCharacterCounts:
+    """Counts of lost characters and of runs of spaces, in an array whose size doesn't depend on the data."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros((sys.maxunicode + 1, 2), np.int64)  # (how often, in how many answers)
+        self._counts = np.zeros((sys.maxunicode + 1, 2), np.int64)  # (occurrences, targets that contain it)
 
     def add(self, lost: Mapping[str, tuple[int, int]]) -> None:
-        """Add what `Writable.lost` gave."""
+        """Add the result of `RoundTripCheck.count_lost`."""
         for text, counts in lost.items():
-            self._counts[_RUN_PLACE if len(text) > 1 else ord(text)] += counts
+            self._counts[_SPACE_RUN_INDEX if len(text) > 1 else ord(text)] += counts
 
-    def worst(self) -> Iterator[tuple[str, int, int]]:
-        """(text, how often, in how many answers), what stands in the most answers first."""
-        places = np.flatnonzero(self._counts[:, 1])
-        for place in places[np.argsort(-self._counts[places, 1], kind="stable")]:
-            often, answers = self._counts[place].tolist()
-            yield "  " if place == _RUN_PLACE else chr(place), often, answers
+    def iterate_by_targets(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (text, occurrences, targets that contain it), ordered by the number of targets, largest first."""
+        indices = np.flatnonzero(self._counts[:, 1])
+        for index in indices[np.argsort(-self._counts[indices, 1], kind="stable")]:
+            count, num_targets = self._counts[index].tolist()
+            yield "  " if index == _SPACE_RUN_INDEX else chr(index), count, num_targets
 
 
-class Writable:
-    """What of a text a tokenizer can't write; remembers the characters that it was asked for last."""
+class RoundTripCheck:
+    """Checks which characters survive encoding and decoding; caches the results."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._becomes: dict[str, str] = {}
-        self._fine: set[str] = set()
-        ascii_fine = [text for text in map(chr, range(128)) if self.becomes(text) == text]
-        self._plain = re.compile("[" + re.escape("".join(ascii_fine)) + "]*")
-        self._keeps_runs = self.becomes("  ") == "  "
+        self._round_trips: dict[str, str] = {}
+        self._unchanged: set[str] = set()
+        unchanged_ascii = [text for text in map(chr, range(128)) if self.round_trip(text) == text]
+        self._plain = re.compile("[" + re.escape("".join(unchanged_ascii)) + "]*")
+        self._keeps_runs = self.round_trip("  ") == "  "
 
-    def lost(self, conversation: Conversation) -> dict[str, tuple[int, int]]:
-        """Characters (and runs of spaces, as two) of the answers that don't come back -> (how often, in how many)."""
+    def count_lost(self, conversation: Conversation) -> dict[str, tuple[int, int]]:
+        """Count the characters of the targets that decoding doesn't give back; two spaces represent any run of spaces.
+
+        Returns:
+            Character -> (occurrences, targets that contain it).
+        """
         lost: dict[str, tuple[int, int]] = {}
         for turn in conversation.turns:
             if turn.is_target:
-                for text, count in self._lost(turn.text):
+                for text, count in self._iterate_lost(turn.text):
                     before = lost.get(text, (0, 0))
                     lost[text] = before[0] + count, before[1] + 1
         return lost
 
-    def becomes(self, text: str) -> str:
-        """What comes back of a text between two letters; UNKNOWN where it has no token."""
-        if text not in self._becomes:
-            if len(self._becomes) >= MOST_CHARACTERS:
-                self._becomes.clear()
-                self._fine.clear()
-            self._becomes[text] = _round_trip(self._tokenizer, text)
-            if self._becomes[text] == text:
-                self._fine.add(text)
-        return self._becomes[text]
+    def round_trip(self, text: str) -> str:
+        """Encode and decode a text between two letters; return REPLACEMENT_CHARACTER if it has no token."""
+        if text not in self._round_trips:
+            if len(self._round_trips) >= MAX_CACHED_CHARACTERS:
+                self._round_trips.clear()
+                self._unchanged.clear()
+            self._round_trips[text] = _encode_and_decode(self._tokenizer, text)
+            if self._round_trips[text] == text:
+                self._unchanged.add(text)
+        return self._round_trips[text]
 
-    def _lost(self, text: str) -> Iterator[tuple[str, int]]:
+    def _iterate_lost(self, text: str) -> Iterator[tuple[str, int]]:
         if not self._plain.fullmatch(text):
-            for character in sorted(set(text) - self._fine):
-                if self.becomes(character) != character:
+            for character in sorted(set(text) - self._unchanged):
+                if self.round_trip(character) != character:
                     yield character, text.count(character)
         if not self._keeps_runs and "  " in text:
-            yield "  ", len(_RUN.findall(text))
+            yield "  ", len(_SPACE_RUN.findall(text))
 
 
-def _round_trip(tokenizer: Tokenizer, text: str) -> str:
+def _encode_and_decode(tokenizer: Tokenizer, text: str) -> str:
     ids = tokenizer.encode(f"a{text}b")
     if tokenizer.backend is not None and tokenizer.unk_token_id in ids:
-        return UNKNOWN
+        return REPLACEMENT_CHARACTER
     back = tokenizer.decode(ids)
     return back[1:-1] if back[:1] == "a" and back[-1:] == "b" else back
 
 
 @dataclass(frozen=True)
 class TextRun:
-    """Tokens in a row as text: `added` is one added token, `unknown` one that stands for what has none."""
+    """The text of consecutive tokens; an added, unknown or EOS token is a run of its own."""
 
     text: str
     kind: Literal["text", "added", "unknown", "end"]
 
 
-def text_runs(ids: list[int], tokenizer: Tokenizer, added: set[int], before: int | None = None) -> Iterator[TextRun]:
-    """Tokens as runs of text, in order; every added, unknown and end token stands alone.
+def iterate_text_runs(
+    ids: list[int], tokenizer: Tokenizer, added: set[int], before: int | None = None
+) -> Iterator[TextRun]:
+    """Yield tokens as runs of text, in order; every added, unknown and EOS token is a run of its own.
 
     Args:
-        before: the token in front of them; None: they begin a text.
+        before: the token before them; None if they begin a text.
     """
     plain: list[int] = []
     for index in ids:
-        kind: Literal["added", "unknown", "end"] | None = (
-            "added"
-            if index in added
-            else "unknown"
-            if index == tokenizer.unk_token_id
-            else "end"
-            if index == tokenizer.eos_token_id
-            else None
-        )
+        kind = _classify_token(index, tokenizer, added)
         if kind is None:
             plain.append(index)
             continue
         if plain:
-            yield TextRun(_text_behind(before, plain, tokenizer), "text")
+            yield TextRun(_decode_after(before, plain, tokenizer), "text")
         plain, before = [], index
         yield TextRun(tokenizer.decode([index]), kind)
     if plain:
-        yield TextRun(_text_behind(before, plain, tokenizer), "text")
+        yield TextRun(_decode_after(before, plain, tokenizer), "text")
 
 
-def _text_behind(before: int | None, ids: list[int], tokenizer: Tokenizer) -> str:
-    """Their text behind another token: a decoder drops the space that the first may carry at a text's start."""
+def _classify_token(index: int, tokenizer: Tokenizer, added: set[int]) -> Literal["added", "unknown", "end"] | None:
+    if index in added:
+        return "added"
+    if index == tokenizer.unk_token_id:
+        return "unknown"
+    return "end" if index == tokenizer.eos_token_id else None
+
+
+def _decode_after(before: int | None, ids: list[int], tokenizer: Tokenizer) -> str:
+    """Decode ids that follow the token `before`; alone, the decoder would drop the space of the first token."""
     if before is None:
         return tokenizer.decode(ids)
     return tokenizer.decode([before, *ids]).removeprefix(tokenizer.decode([before]))
 
 
-def can_write(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether `text` between two letters comes back from the tokenizer as it went in."""
-    return _round_trip(tokenizer, text) == text
+def can_round_trip(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether decoding the encoded `text`, between two letters, gives it back unchanged."""
+    return _encode_and_decode(tokenizer, text) == text
 
 
-def extends_words(tokenizer: Tokenizer) -> bool:
-    """Whether a text that follows another must be encoded without a mark before its first word."""
-    return _is_metaspace(tokenizer) and pre_tokenizer(tokenizer).get("prepend_scheme") == "first"
+def is_prepend_scheme_first(tokenizer: Tokenizer) -> bool:
+    """Return whether, without a space before it, only the first word of a sequence gets a metaspace.
+
+    If so, a text that continues another must be encoded without a metaspace before its first word.
+    """
+    return _has_metaspace(tokenizer) and read_pre_tokenizer_config(tokenizer).get("prepend_scheme") == "first"
 
 
-def spaces_are_marks(tokenizer: Tokenizer) -> bool:
-    """Whether a space before a word is part of that word's token (`▁word`), and no token of its own."""
-    return _is_metaspace(tokenizer) and not _is_entry(tokenizer, " ")
+def is_space_part_of_word(tokenizer: Tokenizer) -> bool:
+    """Return whether a space before a word is part of the word's token (`▁word`) instead of a token of its own."""
+    return _has_metaspace(tokenizer) and not _is_in_vocabulary(tokenizer, " ")
 
 
-def pre_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """How a text is cut into words, as tokenizer.json has it."""
+def read_pre_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the pre-tokenizer's configuration as in tokenizer.json: how a text is split into words."""
     part = tokenizer.backend.pre_tokenizer
     return dict(json.loads(part.__getstate__())) if part is not None else {}
 
 
-def _is_entry(tokenizer: Tokenizer, token: str) -> bool:
+def _is_in_vocabulary(tokenizer: Tokenizer, token: str) -> bool:
     return tokenizer.backend.token_to_id(token) is not None
 
 
-def _is_metaspace(tokenizer: Tokenizer) -> bool:
-    return tokenizer.backend is not None and "Metaspace" in json.dumps(pre_tokenizer(tokenizer))
+def _has_metaspace(tokenizer: Tokenizer) -> bool:
+    return tokenizer.backend is not None and "Metaspace" in json.dumps(read_pre_tokenizer_config(tokenizer))
 
 
-def _check_room(tokens: list[str], spare: int) -> None:
-    if len(tokens) > spare:
+def _check_unused_rows(tokens: list[str], num_unused: int) -> None:
+    if len(tokens) > num_unused:
         raise ModelError(
-            f"add_tokens: {len(tokens)} tokens ({' '.join(map(repr, tokens))}) for {max(spare, 0)} spare rows of "
-            "the embedding",
-            hint="name fewer tokens, or --add-tokens none",
+            f"add_tokens: {len(tokens)} tokens ({' '.join(map(repr, tokens))}), but the embedding has only "
+            f"{max(num_unused, 0)} unused rows",
+            hint="name fewer tokens, or use --add-tokens none",
         )
 
 
-def _rebuilt(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
-    """The tokenizer with `tokens`, whose text comes back whole (see the module's docstring)."""
+def _rebuild_with_tokens(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
+    """Rebuild the tokenizer with `tokens`, so that decoding restores all whitespace (see the module's docstring)."""
     from tokenizers import AddedToken, decoders, pre_tokenizers
 
-    backend = _copy_without_squeezing(tokenizer)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(MARK, "first", True)
-    backend.decoder = decoder_of(backend, decoders.Metaspace(MARK, "first", True))
+    backend = _copy_without_merging_spaces(tokenizer)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, "first", True)
+    backend.decoder = build_decoder(backend, decoders.Metaspace(METASPACE, "first", True))
     backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     return replace(tokenizer, backend=backend)
 
 
-def _fastchat(tokenizer: Tokenizer) -> Tokenizer:
-    """FastChat's ids: its pad token, then its nine; a space is a token, and so are all other words' starts."""
+def _add_fastchat_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Add FastChat's tokens with FastChat's ids: its pad token, then its nine tokens, one of which is the space."""
     from tokenizers import AddedToken, decoders
 
-    backend = _copy_without_squeezing(tokenizer)
+    backend = _copy_without_merging_spaces(tokenizer)
     backend.add_special_tokens([AddedToken(FASTCHAT_PAD, normalized=False, special=True)])
-    backend.add_tokens([AddedToken(token, normalized=False) for token in FASTCHAT])
-    # each space is a token of its own here, so a mark stands for nothing
-    backend.decoder = decoder_of(backend, decoders.Replace(MARK, ""), decoders.Fuse())
+    backend.add_tokens([AddedToken(token, normalized=False) for token in FASTCHAT_CHARACTERS])
+    # each space is a token of its own here, so a metaspace decodes to nothing
+    backend.decoder = build_decoder(backend, decoders.Replace(METASPACE, ""), decoders.Fuse())
     special = (*tokenizer.special_tokens, FASTCHAT_PAD)
     return replace(tokenizer, backend=backend, pad_token=FASTCHAT_PAD, special_tokens=special)
 
 
-def _copy_without_squeezing(tokenizer: Tokenizer) -> Any:
-    """A copy of the backend whose normaliser leaves runs of spaces alone: the map of characters is all of it."""
+def _copy_without_merging_spaces(tokenizer: Tokenizer) -> Any:
+    """Copy the backend with a normalizer that keeps runs of spaces: only the character map remains."""
     from tokenizers import Tokenizer as Backend
 
     values = json.loads(tokenizer.backend.to_str())

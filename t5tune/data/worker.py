@@ -1,6 +1,7 @@
-"""A process that encodes batches of records for the one that started it, all of it as pickles.
+"""Worker process that encodes batches of records for its parent process.
 
-A recipe comes in first, then batches.
+It reads pickles from standard input, first a PipelineConfig and then batches, and writes the outcomes of each batch to
+standard output, also as a pickle.
 """
 
 import os
@@ -12,10 +13,10 @@ from t5tune.data.pipeline import Outcome, Pipeline
 from t5tune.errors import T5TuneError, TrainingError
 
 
-def work(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer each batch with its outcomes, or with the exception that it met, until there are no more."""
+def serve_batches(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer each batch with its outcomes, or with the exception that it raised, until the input ends."""
     pipeline: Pipeline | None = None
-    recipe = pickle.load(requests)
+    config = pickle.load(requests)
     while True:
         try:
             batch = pickle.load(requests)
@@ -23,18 +24,18 @@ def work(requests: BinaryIO, answers: BinaryIO) -> None:
             return
         answer: list[Outcome] | T5TuneError
         try:
-            pipeline = pipeline or Pipeline(recipe)
+            pipeline = pipeline or Pipeline(config)
             answer = pipeline(batch)
         except T5TuneError as error:
             answer = error
         except Exception as error:
-            answer = TrainingError(f"a worker that encodes records failed: {type(error).__name__}: {error}")
+            answer = TrainingError(f"a worker process that encodes records failed: {type(error).__name__}: {error}")
         try:
             pickle.dump(answer, answers)
             answers.flush()
-        except BrokenPipeError:  # nobody waits for it any more
+        except BrokenPipeError:  # the parent process has ended
             os._exit(1)
 
 
 if __name__ == "__main__":
-    work(sys.stdin.buffer, sys.stdout.buffer)
+    serve_batches(sys.stdin.buffer, sys.stdout.buffer)

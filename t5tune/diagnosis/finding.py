@@ -1,19 +1,18 @@
-"""What a check of the machine found."""
+"""The result of one check of the machine."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["good", "warning", "broken"]
+CheckResult = tuple[State, str, str]  # (state, result in a few words, how to fix a problem)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of doctor.
+    """One line of doctor's output: a check's name, its state, the result in a few words, and how to fix a problem.
 
-    Args:
-        check: what was looked at.
-        found: in a few words.
-        mend: the command or the step that helps; empty where nothing is wrong.
+    The last field is a command or a step, and empty if nothing is wrong. The names of the fields are the keys of
+    doctor's JSON output.
     """
 
     check: str

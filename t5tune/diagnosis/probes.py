@@ -1,33 +1,35 @@
-"""Checks that load the libraries. Each runs in a process of its own, so that none can hurt another.
+"""Checks that load the libraries. Each runs in its own process, so that a crash doesn't affect the others.
 
-    python -m t5tune.diagnosis.probes torch     prints {"state": "good", "found": "...", "mend": ""}
+    python -m t5tune.diagnosis.probes torch     prints a Finding as JSON, such as {"check": "torch", "state": "good", …}
 
-A probe returns (state, found, mend); what it raises is a library that doesn't work.
+A probe returns (state, result, how to fix a problem). It raises an error if a library doesn't work.
 """
 
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from t5tune.diagnosis.finding import State
-from t5tune.distributed.deepspeed_build import leave_out_shared_memory
-from t5tune.model.device import nvidia_driver
+from t5tune.diagnosis.finding import CheckResult, Finding
+from t5tune.distributed.deepspeed_build import disable_shared_memory_op
+from t5tune.io.processes import make_module_command
+from t5tune.model.device import read_nvidia_driver
 
-Probed = tuple[State, str, str]
-SLOW_BF16 = 3.0  # times fp32's time for a product, from which on a CPU has no bf16 arithmetic to speak of
-LARGEST_ERROR = 0.2  # of a product with NF4 weights, relative: they have 16 values
-NEWER_DRIVER = "install a newer NVIDIA driver, or pip install a torch built for an older CUDA"
+SLOW_BF16 = 3.0  # bf16 time / fp32 time of a matrix product above which a CPU has no useful bf16 arithmetic
+MAX_RELATIVE_ERROR = 0.2  # of a product with NF4 weights, which have only 16 values
+NEWER_DRIVER_FIX = "install a newer NVIDIA driver, or a torch build for an older CUDA version"
 
 
-def try_torch() -> Probed:
-    """torch's build beside the driver that it finds."""
+def probe_torch() -> CheckResult:
+    """Compare torch's build with the GPU driver."""
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
@@ -35,16 +37,17 @@ def try_torch() -> Probed:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if torch.cuda.is_available():
         torch.ones(2, device="cuda").sum().item()
-        return "good", f"{name}, {len(gpus)} × {gpus[0]}, driver {nvidia_driver() or 'unknown'}", ""
-    if driver := nvidia_driver():
-        reason = f"an NVIDIA driver ({driver}) is here, but torch can't use it"
-        mend = NEWER_DRIVER if torch.version.cuda else "pip install --force-reinstall torch, from a CUDA build's index"
-        return "warning", f"{name}: {reason}; training runs on the CPU", mend
+        return "good", f"{name}, {len(gpus)} × {gpus[0]}, driver {read_nvidia_driver() or 'unknown'}", ""
+    if driver := read_nvidia_driver():
+        reason = f"torch can't use the NVIDIA driver ({driver})"
+        cuda_build_fix = "pip install --force-reinstall torch, with the --index-url of a CUDA build"
+        fix = NEWER_DRIVER_FIX if torch.version.cuda else cuda_build_fix
+        return "warning", f"{name}: {reason}; training runs on the CPU", fix
     return "good", f"{name}, no GPU: training runs on {torch.get_num_threads()} CPU threads", ""
 
 
-def try_bf16() -> Probed:
-    """Whether this device computes in bfloat16, or only pretends to."""
+def probe_bf16() -> CheckResult:
+    """Check whether this device has fast bfloat16 arithmetic."""
     import torch
 
     if torch.cuda.is_available():
@@ -53,21 +56,21 @@ def try_bf16() -> Probed:
         return (
             "warning",
             "this GPU has no bf16 arithmetic",
-            "train in fp32: leave --bf16 out, and --no-bf16 with --q-lora",
+            "train in fp32: omit --bf16, and give --no-bf16 with --q-lora",
         )
-    fp32_seconds, bf16_seconds = (_product_seconds(torch, dtype) for dtype in (torch.float32, torch.bfloat16))
+    fp32_seconds, bf16_seconds = (_time_product(torch, dtype) for dtype in (torch.float32, torch.bfloat16))
     ratio = bf16_seconds / fp32_seconds
     if ratio > SLOW_BF16:
         return (
             "warning",
-            f"a bf16 product takes {ratio:.0f} times as long as one in fp32 on this CPU",
-            "train in fp32: leave --bf16 out, and give --no-bf16 with --q-lora",
+            f"on this CPU, a matrix product in bf16 takes {ratio:.0f} times as long as in fp32",
+            "train in fp32: omit --bf16, and give --no-bf16 with --q-lora",
         )
-    return "good", f"a bf16 product takes {ratio:.2f} of one in fp32 on this CPU", ""
+    return "good", f"on this CPU, a matrix product in bf16 takes {ratio:.2f} times as long as in fp32", ""
 
 
-def try_bitsandbytes() -> Probed:
-    """Quantise a layer to NF4, multiply, and take the gradient of its input."""
+def probe_bitsandbytes() -> CheckResult:
+    """Quantize a layer to NF4, run its forward pass, and compute the gradient of its input."""
     import torch
     from bitsandbytes import __version__
     from bitsandbytes.nn import Linear4bit
@@ -87,57 +90,61 @@ def try_bitsandbytes() -> Probed:
     if x.grad is None or not x.grad.abs().sum() > 0:
         return (
             "broken",
-            f"bitsandbytes {__version__}: no gradient passes an NF4 layer on {device}",
-            _again("bitsandbytes"),
+            f"bitsandbytes {__version__}: no gradient flows through an NF4 layer on {device}",
+            _make_reinstall_command("bitsandbytes"),
         )
-    if not error < LARGEST_ERROR:
+    if not error < MAX_RELATIVE_ERROR:
         return (
             "broken",
-            f"bitsandbytes {__version__}: NF4 products are {error:.0%} off on {device}",
-            _again("bitsandbytes"),
+            f"bitsandbytes {__version__}: NF4 products have an error of {error:.0%} on {device}",
+            _make_reinstall_command("bitsandbytes"),
         )
-    return "good", f"bitsandbytes {__version__} quantises and multiplies in NF4 on {device} ({error:.1%} off)", ""
+    return "good", f"bitsandbytes {__version__} computes with NF4 weights on {device} (error {error:.1%})", ""
 
 
-def try_collectives() -> Probed:
-    """Two processes on the CPU (gloo) or one for each GPU (NCCL) add up their ranks."""
+def probe_collectives() -> CheckResult:
+    """Run all-reduce in two processes on the CPU (gloo), or in one process per GPU (NCCL)."""
     import torch
 
     backend, size = ("nccl", torch.cuda.device_count()) if torch.cuda.is_available() else ("gloo", 2)
-    _in_processes(_all_reduce, size, backend)
-    return "good", f"{backend} adds up over {size} processes", ""
+    _run_in_processes(_check_all_reduce, size, backend)
+    return "good", f"all-reduce with {backend} works in {size} processes", ""
 
 
-def try_deepspeed() -> Probed:
-    """Two processes (with GPUs: at most one for each) take a step of a tiny model under ZeRO-3."""
+def probe_deepspeed() -> CheckResult:
+    """Train a tiny model for one step with ZeRO-3 in two processes, or fewer if there are fewer GPUs."""
     import torch
 
     size = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
     with redirect_stdout(io.StringIO()):
         from deepspeed import __version__
-    _in_processes(_zero3_step, size, "nccl" if torch.cuda.is_available() else "gloo")
-    return "good", f"deepspeed {__version__} takes a step under ZeRO-3 in {size} processes", ""
+    _run_in_processes(_check_zero3_step, size, "nccl" if torch.cuda.is_available() else "gloo")
+    return "good", f"deepspeed {__version__} completes a ZeRO-3 step in {size} processes", ""
 
 
-def try_training() -> Probed:
-    """The main job: a step of LoRA on the built-in model, into a folder that is deleted."""
-    from t5tune.commands.train import train
-    from t5tune.settings import TrainSettings, load_settings
-
+def probe_training() -> CheckResult:
+    """Train the built-in model with LoRA for one step, in a temporary folder."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="t5tune-doctor-") as folder:
-        flags = {"output_dir": str(Path(folder, "run")), "max_steps": "1", "report_samples": "0", "num_data": "16"}
-        train(load_settings(TrainSettings, "pocket", {}, flags)[0])
+        settings = ["--config", "pocket", "--output-dir", str(Path(folder, "run")), "--num-data", "16"]
+        command = make_module_command(
+            "t5tune", "train", *settings, "--max-steps", "1", "--report-samples", "0", "--quiet"
+        )
+        # the user's own settings say nothing about the machine
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("T5TUNE_")}
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.stderr.rpartition("error: ")[2] or f"t5tune train exited with code {done.returncode}")
     seconds = time.monotonic() - started
-    return "good", f"a step of LoRA on the built-in model, from conversations to adapter, in {seconds:.1f} s", ""
+    return "good", f"one LoRA step with the built-in model, from conversations to adapter, in {seconds:.1f} s", ""
 
 
-def _again(package: str) -> str:
+def _make_reinstall_command(package: str) -> str:
     return f"pip install --upgrade --force-reinstall {package}"
 
 
-def _product_seconds(torch: Any, dtype: Any) -> float:
-    """The best of a few products of matrices, in seconds."""
+def _time_product(torch: Any, dtype: Any) -> float:
+    """Return the shortest time of a few matrix products, in seconds."""
     a = torch.randn(512, 512).to(dtype)
     best = float("inf")
     for _ in range(5):
@@ -147,8 +154,8 @@ def _product_seconds(torch: Any, dtype: Any) -> float:
     return best
 
 
-def _in_processes(function: Callable[[int, int, str, str], None], size: int, backend: str) -> None:
-    """Run the function in `size` processes that can meet. Raises what the first to fail raised."""
+def _run_in_processes(function: Callable[[int, int, str, str], None], size: int, backend: str) -> None:
+    """Run the function in `size` processes, with an address to meet; raises the error of the first one to fail."""
     from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -159,7 +166,7 @@ def _in_processes(function: Callable[[int, int, str, str], None], size: int, bac
             raise RuntimeError(str(error).strip().splitlines()[-1]) from None
 
 
-def _all_reduce(rank: int, size: int, backend: str, place: str) -> None:
+def _check_all_reduce(rank: int, size: int, backend: str, place: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -170,7 +177,7 @@ def _all_reduce(rank: int, size: int, backend: str, place: str) -> None:
     dist.destroy_process_group()
 
 
-def _zero3_step(rank: int, size: int, backend: str, place: str) -> None:
+def _check_zero3_step(rank: int, size: int, backend: str, place: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -184,7 +191,7 @@ def _zero3_step(rank: int, size: int, backend: str, place: str) -> None:
         if backend == "nccl":
             torch.cuda.set_device(device)
         else:
-            leave_out_shared_memory()
+            disable_shared_memory_op()
         deepspeed.init_distributed(
             backend, auto_mpi_discovery=False, verbose=False, init_method=place, rank=rank, world_size=size
         )
@@ -207,23 +214,23 @@ def _zero3_step(rank: int, size: int, backend: str, place: str) -> None:
         engine.step()
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
             moved = (engine.module.weight.float().cpu() - before).abs().max().item()
-    assert 0 < moved < 1, f"the weights moved by {moved}"
+    assert 0 < moved < 1, f"the weights changed by {moved}"
     dist.destroy_process_group()
 
 
-PROBES: dict[str, Callable[[], Probed]] = {
-    "torch": try_torch,
-    "bf16": try_bf16,
-    "bitsandbytes": try_bitsandbytes,
-    "processes": try_collectives,
-    "deepspeed": try_deepspeed,
-    "training": try_training,
+PROBES: dict[str, Callable[[], CheckResult]] = {
+    "torch": probe_torch,
+    "bf16": probe_bf16,
+    "bitsandbytes": probe_bitsandbytes,
+    "processes": probe_collectives,
+    "deepspeed": probe_deepspeed,
+    "training": probe_training,
 }
 
 
 if __name__ == "__main__":
-    # what libraries print is not the answer
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # libraries may print to stdout: redirect them to stderr, and keep stdout for the result
+    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    state, found, mend = PROBES[sys.argv[1]]()
-    print(json.dumps({"state": state, "found": found, "mend": mend}), file=answers, flush=True)
+    name = sys.argv[1]
+    print(json.dumps(asdict(Finding(name, *PROBES[name]()))), file=result, flush=True)

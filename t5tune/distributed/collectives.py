@@ -1,4 +1,4 @@
-"""What the ranks do together: one acts for all, all agree, and those that are left say who is missing."""
+"""Collectives: run on rank 0 and broadcast, gather, and report which ranks were lost."""
 
 import os
 import threading
@@ -12,9 +12,9 @@ from t5tune.distributed.world import World
 from t5tune.errors import RankLost, T5TuneError, TrainingError
 
 Value = TypeVar("Value")
-SECONDS_TO_ANSWER = 1.0
-# of gloo's errors, which are plain RuntimeErrors
-SIGNS_OF_LOSS = (
+ANSWER_SECONDS = 1.0
+# parts of gloo's messages, whose errors are plain RuntimeErrors
+RANK_LOSS_MESSAGES = (
     "gloo",
     "Connection closed by peer",
     "Connection reset by peer",
@@ -24,21 +24,21 @@ SIGNS_OF_LOSS = (
 
 
 def is_distributed() -> bool:
-    """Whether this process is in a group of processes."""
+    """Whether this process is in an initialized process group."""
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized()
 
 
-def rank_and_size() -> tuple[int, int]:
-    """This process's rank in its group, and how many there are."""
+def get_rank_and_size() -> tuple[int, int]:
+    """Return this process's rank in its group, and the group's size; (0, 1) without a group."""
     import torch.distributed as dist
 
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def any_rank(flag: bool, device: Any) -> bool:
-    """Whether the flag is set on any rank. Every rank calls this at the same place."""
+    """Whether the flag is set on any rank. A collective: every rank must call it at the same point."""
     import torch
     import torch.distributed as dist
 
@@ -57,8 +57,8 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Value) -> list[Value]:
-    """Each rank's value, on every rank."""
+def all_gather(value: Value) -> list[Value]:
+    """Return the values of all ranks, in the order of ranks, on every rank."""
     import torch.distributed as dist
 
     if not is_distributed():
@@ -68,8 +68,8 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
-def from_rank_0(value: Value) -> Value:
-    """Rank 0's value, on every rank."""
+def broadcast_from_rank_0(value: Value) -> Value:
+    """Return rank 0's value on every rank."""
     import torch.distributed as dist
 
     if not is_distributed():
@@ -79,8 +79,12 @@ def from_rank_0(value: Value) -> Value:
     return box[0]  # type: ignore[no-any-return]
 
 
-def by_rank_0(world: World, act: Callable[[], Value]) -> Value:
-    """What rank 0 finds, on every rank; the others wait. What it raises on purpose is raised on every rank."""
+def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
+    """Call `act` on rank 0 while the others wait, and return its result on every rank.
+
+    Raises:
+        T5TuneError: `act` raised it; every rank raises it.
+    """
     found: Value | T5TuneError | None = None
     if world.rank == 0:
         try:
@@ -88,15 +92,15 @@ def by_rank_0(world: World, act: Callable[[], Value]) -> Value:
         except T5TuneError as error:
             found = error
     if world.size > 1:
-        found = from_rank_0(found)
+        found = broadcast_from_rank_0(found)
     if isinstance(found, T5TuneError):
         raise found
     return found  # type: ignore[return-value]
 
 
 @contextmanager
-def default_timeout(timeout: timedelta) -> Iterator[None]:
-    """Let groups that are made without a timeout have this one: DeepSpeed makes several so."""
+def use_default_timeout(timeout: timedelta) -> Iterator[None]:
+    """Set the timeout of process groups that are made without one, as DeepSpeed makes several."""
     from torch.distributed import distributed_c10d
 
     names = ("default_pg_timeout", "default_pg_nccl_timeout")
@@ -111,85 +115,92 @@ def default_timeout(timeout: timedelta) -> Iterator[None]:
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
-    """Say where the ranks were to meet, where they can't.
+def report_rendezvous_errors() -> Iterator[None]:
+    """Turn errors of the rendezvous into messages that name its address.
 
     Raises:
-        TrainingError: something else listens on the port of rank 0.
-        RankLost: rank 0 isn't there.
+        TrainingError: another process listens on the port of rank 0.
+        RankLost: rank 0 can't be reached.
     """
     import torch.distributed as dist
 
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-        if "EADDRINUSE" in str(error) or "already in use" in str(error):
-            raise TrainingError(
-                f"MASTER_PORT: {port}: something else listens there", hint="give all ranks another: MASTER_PORT=29511"
-            ) from error
-        raise RankLost(
-            f"rank {rank}: nobody answers at {host}:{port}, where the ranks meet",
-            hint="start all ranks, and give them the same MASTER_ADDR and MASTER_PORT, which each can reach",
-        ) from error
+        raise _explain_rendezvous_error(error) from error
+
+
+def _explain_rendezvous_error(error: Exception) -> T5TuneError:
+    rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        return TrainingError(
+            f"MASTER_PORT: {port}: already in use by another process",
+            hint="set another port for all ranks, such as MASTER_PORT=29511",
+        )
+    return RankLost(
+        f"rank {rank}: no answer at {host}:{port}, the rendezvous of the ranks",
+        hint="start all ranks with the same MASTER_ADDR and MASTER_PORT, which every rank must be able to reach",
+    )
 
 
 @contextmanager
-def loss_of_ranks(world: World) -> Iterator[None]:
-    """Say which rank is missing where a collective fails, instead of what the network says.
+def report_lost_ranks(world: World) -> Iterator[None]:
+    """Turn a collective's network error into a message that says which ranks were lost.
 
     Raises:
-        RankLost: naming the ranks that don't answer, where the others can still meet.
+        RankLost: names the ranks that don't answer, if the others can still reach the store.
     """
     try:
         yield
     except T5TuneError:
         raise
     except Exception as error:
-        if world.size == 1 or not _is_loss(error):
+        if world.size == 1 or not _is_rank_loss(error):
             raise
-        silent = _silent_ranks(world)
-        if len(silent) == 1:
-            who = f"rank {silent[0]} doesn't answer"
-        elif silent:
-            who = f"ranks {', '.join(map(str, silent))} don't answer"
-        else:
-            who = "the connection to another rank broke"
-        raise RankLost(f"rank {world.rank}: {who}", hint="starting again goes on from the last checkpoint") from error
+        problem = f"rank {world.rank}: {_describe_silence(_find_silent_ranks(world))}"
+        raise RankLost(problem, hint="run the same command again to resume from the last checkpoint") from error
 
 
-def _is_loss(error: Exception) -> bool:
+def _describe_silence(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} doesn't answer"
+    if ranks:
+        return f"ranks {', '.join(map(str, ranks))} don't answer"
+    return "the connection to another rank broke"
+
+
+def _is_rank_loss(error: Exception) -> bool:
     import torch.distributed as dist
 
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     return isinstance(error, kinds) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in RANK_LOSS_MESSAGES)
     )
 
 
-def _silent_ranks(world: World) -> list[int]:
-    """The ranks that don't sign a list in the store that they all met by. Rank 0, where that itself is silent."""
+def _find_silent_ranks(world: World) -> list[int]:
+    """Find the ranks that don't set their key in the rendezvous store; [0] if rank 0's store itself doesn't answer."""
     found: list[list[int]] = []
 
     def ask() -> None:
-        with suppress(Exception):  # the store's own fall under several types
-            found.append(_unsigned(world))
+        with suppress(Exception):  # the store raises errors of several types
+            found.append(_find_unanswered(world))
 
-    # a stopped rank 0 keeps its connections open, and the store waits for its word without end
+    # a suspended rank 0 keeps its connections open, and a call to the store then blocks without a timeout
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(2 * SECONDS_TO_ANSWER)
+    asking.join(2 * ANSWER_SECONDS)
     return found[0] if found else [0] if world.rank else []
 
 
-def _unsigned(world: World) -> list[int]:
+def _find_unanswered(world: World) -> list[int]:
     from torch.distributed import distributed_c10d
 
     others = {rank for rank in range(world.size) if rank != world.rank}
     store = distributed_c10d._get_default_store()
-    store.set_timeout(timedelta(seconds=SECONDS_TO_ANSWER))
+    store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
     store.set(f"t5tune/answers/{world.rank}", "yes")
-    until = time.monotonic() + SECONDS_TO_ANSWER
+    until = time.monotonic() + ANSWER_SECONDS
     while others and time.monotonic() < until:
         others -= {rank for rank in others if store.check([f"t5tune/answers/{rank}"])}
         time.sleep(0.05)

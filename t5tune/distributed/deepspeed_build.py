@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles at first use, whether this machine can, and what a compilation that was cut off leaves."""
+"""DeepSpeed's ops, which are compiled at first use: missing build tools, and locks that a killed build leaves."""
 
 import os
 import shutil
@@ -6,47 +6,51 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-SECONDS_TO_COMPILE = 1800.0  # no op takes longer
-# where a lock may be held by a process of another machine
+MAX_COMPILE_SECONDS = 1800.0  # no op takes longer than this
+# on these, the process that holds a lock may run on another machine
 SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse", "afs", "pvfs", "orangefs")
 
 
-def leave_out_shared_memory() -> None:
-    """Keep DeepSpeed's ranks on CPUs from compiling sums through shared memory, which takes a minute and a compiler.
+def disable_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, which takes a minute and a compiler.
 
-    Only its inference calls them (deepspeed.comm.inference_all_reduce); in training gloo sums either way.
+    Only inference calls it (deepspeed.comm.inference_all_reduce). Training on CPUs uses gloo in any case.
     """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def lack() -> str | None:
-    """What is missing here to compile an op and keep it, in words; None: nothing."""
+def find_missing_build_tools() -> str | None:
+    """Say what this machine lacks to compile an op and store it, in words; None if nothing is missing."""
     if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
-        return "no C++ compiler or no ninja is on the PATH"
-    folder = _extensions()
+        return "a C++ compiler or ninja is missing from the PATH"
+    folder = _get_extensions_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return f"{folder} can't be made, and TORCH_EXTENSIONS_DIR names no other"
-    return None if os.access(folder, os.W_OK) else f"{folder} can't be written, and TORCH_EXTENSIONS_DIR names no other"
+        return f"{folder} can't be created, and TORCH_EXTENSIONS_DIR doesn't name another folder"
+    if os.access(folder, os.W_OK):
+        return None
+    return f"{folder} isn't writable, and TORCH_EXTENSIONS_DIR doesn't name another folder"
 
 
-def release_dead_locks() -> list[Path]:
-    """Remove the locks of compilations whose process is gone, for whose end every later one waits without a word.
+def remove_stale_locks() -> list[Path]:
+    """Remove the locks of builds whose process no longer runs, and return their paths.
 
-    torch.utils.file_baton makes such a file and keeps it open; whoever is killed while compiling leaves it. Returns
-    those that were removed.
+    torch.utils.file_baton creates such a file and keeps it open during the build. A process that is killed while it
+    builds leaves the file, and every later build then waits for its removal, silently and without a timeout.
     """
     removed = []
-    for lock in _extensions().glob("**/lock"):  # each op in a folder, that by default in one of its Python and CUDA
+    for lock in _get_extensions_folder().glob(
+        "**/lock"
+    ):  # ops have a folder each, by default inside one for the Python and CUDA versions
         aside = lock.with_name(f"lock.{os.getpid()}")
-        with suppress(OSError):  # released meanwhile, or not ours
-            if _is_held(lock) or (_is_shared(lock) and time.time() - lock.stat().st_mtime < SECONDS_TO_COMPILE):
+        with suppress(OSError):  # the lock was released meanwhile, or belongs to another user
+            if _is_held(lock) or (_is_shared(lock) and time.time() - lock.stat().st_mtime < MAX_COMPILE_SECONDS):
                 continue
             lock.rename(aside)
-            if _is_held(aside):  # another rank was faster, and compiles
+            if _is_held(aside):  # between the two checks another rank took over the lock, and builds
                 aside.rename(lock)
             else:
                 aside.unlink()
@@ -54,30 +58,30 @@ def release_dead_locks() -> list[Path]:
     return removed
 
 
-def _extensions() -> Path:
-    """Torch's get_default_build_root, without loading torch: doctor asks too, where torch may hang."""
+def _get_extensions_folder() -> Path:
+    """Torch's get_default_build_root without importing torch: `doctor` calls this on machines where torch may hang."""
     caches = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.realpath(os.path.join(caches, "torch_extensions")))
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process of this machine has the file open."""
+    """Whether a process on this machine has the file open."""
     name = str(lock.resolve())
-    return any(name in _open_files(process) for process in Path("/proc").glob("[0-9]*"))
+    return any(name in _list_open_files(process) for process in Path("/proc").glob("[0-9]*"))
 
 
-def _open_files(process: Path) -> set[str]:
-    """Of a folder of /proc; none where the process has ended or is another user's."""
+def _list_open_files(process: Path) -> set[str]:
+    """List the files that a process (a folder of /proc) has open; empty if it has ended or belongs to another user."""
     files = set()
     with suppress(OSError):
         for number in os.listdir(process / "fd"):
-            with suppress(OSError):  # closed meanwhile
+            with suppress(OSError):  # the file was closed meanwhile
                 files.add(os.readlink(process / "fd" / number))
     return files
 
 
 def _is_shared(path: Path) -> bool:
-    """Whether other machines may see this file too."""
+    """Whether the file is on a network filesystem, which other machines may mount too."""
     import psutil
 
     kinds = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}

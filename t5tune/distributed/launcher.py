@@ -1,7 +1,7 @@
 """Start the worker processes of `--num-gpus` and `--num-processes`, and wait for them.
 
-Workers are plain processes that read their rank from the environment, as torchrun's do. The launching process
-forwards signals, ends all workers when one fails, raises the first error, and can start them again.
+Workers are plain processes that read their rank from environment variables, like those of torchrun. The launching
+process forwards signals, ends all workers when one fails, raises the first error, and can restart the workers.
 """
 
 import contextlib
@@ -19,14 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5tune import errors
-from t5tune.distributed.signals import HANDED_ON, SECONDS_APART, SIGNALS, exit_code, signals
-from t5tune.distributed.world import ERRORS_FOLDER, World
+from t5tune.distributed.signals import (
+    FORWARDED_SIGNAL,
+    SECONDS_BETWEEN_SIGNALS,
+    STOP_SIGNALS,
+    choose_signals,
+    get_exit_code,
+)
+from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, World
 from t5tune.errors import RankLost, Stopped, T5TuneError
-from t5tune.io.processes import die_with_parent, python_module
+from t5tune.io.processes import die_with_parent, make_module_command
 from t5tune.progress import Note, Report, silent
 
-SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_TO_END = 2.0  # that ranks have to tell their own story, after the first has failed
+POLL_SECONDS = 0.1
+SECONDS_TO_REPORT = 2.0  # how long the other ranks have to report their own errors after the first one has failed
 
 
 def launch(
@@ -35,54 +41,54 @@ def launch(
     """Run `t5tune train --config settings_path` in `count` processes on this machine, and wait for them.
 
     Raises:
-        T5TuneError: what the first failing worker raised, or how it ended.
+        T5TuneError: the error of the worker that failed first, or how that worker ended.
         Stopped: a signal asked to stop.
     """
-    command = python_module("t5tune", "train", "--config", str(settings_path), *arguments)
-    with _listening() as asked:
+    command = make_module_command("t5tune", "train", "--config", str(settings_path), *arguments)
+    with _record_signals() as received:
         for restart in range(max_restarts + 1):
-            failure = _run(command, count, asked)
+            failure = _run(command, count, received)
             if failure is None:
                 return
-            # what t5tune itself found wrong would be found again
+            # the subclasses are errors that t5tune itself detected, and would detect again
             if restart == max_restarts or type(failure) not in {RankLost, T5TuneError}:
                 raise failure
-            report(Note(f"{failure.message}; starting all again ({restart + 1} of {max_restarts})", warning=True))
+            report(Note(f"{failure.message}; restarting all ranks ({restart + 1} of {max_restarts})", warning=True))
 
 
 def write_error(error: Exception) -> None:
-    """In a worker: leave the error where `launch` looks for it."""
-    path = Path(os.environ[ERRORS_FOLDER], f"rank-{World.from_environment().rank}.json")
+    """Write a worker's error to the file in which `launch` looks for it."""
+    path = Path(os.environ[ERRORS_FOLDER_VARIABLE], f"rank-{World.from_environment().rank}.json")
     if not isinstance(error, T5TuneError):
         error = T5TuneError(f"{type(error).__name__}: {' '.join(str(error).split())}", hint="--debug shows where")
     path.write_text(json.dumps({"kind": error.kind, "message": error.message, "hint": error.hint}), encoding="utf-8")
 
 
-def follow_deepspeed() -> None:
-    """Take the end of the `deepspeed` command for a request to stop: it doesn't hand its own signals on.
+def stop_with_deepspeed_launcher() -> None:
+    """Stop this worker when the `deepspeed` command ends, because that command doesn't forward its own signals.
 
-    It runs deepspeed.launcher.launch, which is this worker's parent, and which doesn't notice.
+    The command runs deepspeed.launcher.launch, the parent of this worker, which doesn't notice that its parent ended.
     """
     parent = os.getppid()
-    command = _proc(parent, "cmdline")
+    command = _read_proc(parent, "cmdline")
     if command is None or b"deepspeed.launcher.launch" not in command.split(b"\0"):
         return
-    pid, runner = os.getpid(), _parent_of(parent)
+    pid, runner = os.getpid(), _find_parent(parent)
 
     def watch() -> None:
-        while _parent_of(parent) == runner:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        while _find_parent(parent) == runner:
+            time.sleep(POLL_SECONDS)
         os.kill(pid, signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _parent_of(pid: int) -> int | None:
-    status = _proc(pid, "stat")
+def _find_parent(pid: int) -> int | None:
+    status = _read_proc(pid, "stat")
     return int(status.rpartition(b")")[2].split()[1]) if status else None
 
 
-def _proc(pid: int, name: str) -> bytes | None:
+def _read_proc(pid: int, name: str) -> bytes | None:
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
@@ -90,70 +96,67 @@ def _proc(pid: int, name: str) -> bytes | None:
 
 
 @dataclass
-class _Asked:
-    """The signals that came to the launching process."""
+class _ReceivedSignals:
+    """The signals that the launching process has received."""
 
     first: signal.Signals | None = None
     came_at: float = 0.0
-    again: bool = False
+    is_second: bool = False
 
     def receive(self, number: int, _frame: object = None) -> None:
         now = time.monotonic()
         if self.first is None:
             self.first, self.came_at = signal.Signals(number), now
-        elif now - self.came_at > SECONDS_APART:
-            self.again = True
+        elif now - self.came_at > SECONDS_BETWEEN_SIGNALS:
+            self.is_second = True
 
 
 @contextmanager
-def _listening() -> Iterator[_Asked]:
-    """Note signals. New processes are started with them blocked, until they can take them.
+def _record_signals() -> Iterator[_ReceivedSignals]:
+    """Record signals. Workers start with them blocked, until they have installed their own handlers.
 
-    Where one came this process is about to end, with the exit code that says so: one more changes nothing of it.
+    After a signal this process is about to exit with that signal's exit code, so later signals are ignored.
     """
-    asked = _Asked()
-    before = {number: signal.signal(number, asked.receive) for number in signals()}
+    received = _ReceivedSignals()
+    before = {number: signal.signal(number, received.receive) for number in choose_signals()}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if asked.first else handler)
+            signal.signal(number, signal.SIG_IGN if received.first else handler)
 
 
-def _run(command: list[str], count: int, asked: _Asked) -> T5TuneError | None:
-    """Run the workers to their end; the error that ended them, or None."""
+def _run(command: list[str], count: int, received: _ReceivedSignals) -> T5TuneError | None:
+    """Run the workers until they end. Return the error that ended them, or None."""
     with tempfile.TemporaryDirectory(prefix="t5tune-errors-") as folder:
         workers = _start(command, count, folder)
         try:
-            _watch(workers, asked)
+            _watch(workers, received)
             ended = [worker.poll() for worker in workers]
         finally:
             for worker in workers:
                 with contextlib.suppress(ProcessLookupError):
-                    worker.kill()  # a stopped process can't end in any other way
+                    worker.kill()  # only SIGKILL ends a process that SIGSTOP has suspended
             for worker in workers:
                 worker.wait()
         if not any(ended) and None not in ended:
             return None
-        error = _first_error(Path(folder), ended, asked)
-        if isinstance(error, Stopped) and asked.first is not None:
-            error.exit_code = exit_code(asked.first.name)
+        error = _find_first_error(Path(folder), ended, received)
+        if isinstance(error, Stopped) and received.first is not None:
+            error.exit_code = get_exit_code(received.first.name)
         return error
 
 
 def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     common = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        ERRORS_FOLDER: folder,
+        "MASTER_PORT": str(_find_free_port()),
+        ERRORS_FOLDER_VARIABLE: folder,
     }
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **common}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, HANDED_ON))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, FORWARDED_SIGNAL))
     try:
         return [
             subprocess.Popen(
@@ -167,42 +170,55 @@ def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _watch(workers: list[subprocess.Popen[bytes]], asked: _Asked) -> None:
-    """Return when all have ended, or some time after one has failed; hand on what is asked meanwhile."""
-    handed_on = False
+def _find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+def _watch(workers: list[subprocess.Popen[bytes]], received: _ReceivedSignals) -> None:
+    """Wait until all workers have ended, or for a short time after one has failed. Forward a request to stop."""
+    is_forwarded = False
     failed_at: float | None = None
-    while None in (ended := [worker.poll() for worker in workers]):  # each is asked: a later one may have failed
+    while None in (ended := [worker.poll() for worker in workers]):  # polls every worker: a later one may have failed
         now = time.monotonic()
         if failed_at is None and any(ended):
             failed_at = now
-        if (failed_at is not None and now - failed_at > SECONDS_TO_END) or asked.again:
+        if (failed_at is not None and now - failed_at > SECONDS_TO_REPORT) or received.is_second:
             return
-        if asked.first is not None and not handed_on:
-            handed_on = True
+        if received.first is not None and not is_forwarded:
+            is_forwarded = True
             for worker in workers:
-                worker.send_signal(HANDED_ON)
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+                worker.send_signal(FORWARDED_SIGNAL)
+        time.sleep(POLL_SECONDS)
 
 
-def _first_error(folder: Path, ended: list[int | None], asked: _Asked) -> T5TuneError:
-    """What went wrong first: what a rank found wrong, then how one was killed; that ranks missed others comes last."""
+def _find_first_error(folder: Path, ended: list[int | None], received: _ReceivedSignals) -> T5TuneError:
+    """Find the cause of a failure: first an error that a rank detected, then a kill, and a lost rank only last.
+
+    When a rank fails, the others lose the connection to it, and their errors only say so.
+    """
     paths = sorted(folder.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
     written = [_read_error(path) for path in paths]
     own = [error for error in written if not isinstance(error, RankLost)]
     if own:
         return own[0]
-    if asked.first is not None and asked.again:
-        return Stopped(f"stopped at once by a second {asked.first.name}", hint="the last whole checkpoint stands")
+    if received.first is not None and received.is_second:
+        return Stopped(f"second {received.first.name}: exited immediately", hint="the last complete checkpoint is kept")
     for rank, code in enumerate(ended):
         if code is not None and code < 0:
-            hint = "where nobody did that, the machine may be short of memory" if code == -signal.SIGKILL else None
-            return RankLost(f"rank {rank} was killed by {signal.Signals(-code).name}", hint=hint)
+            return _make_killed_error(rank, signal.Signals(-code))
     if written:
         return written[0]
     rank, exit_code = next((rank, code) for rank, code in enumerate(ended) if code)
-    error = T5TuneError(f"rank {rank} exited with {exit_code}", hint="its own output stands above; --debug shows more")
+    error = T5TuneError(f"rank {rank} exited with {exit_code}", hint="see its output above; --debug shows more")
     error.exit_code = exit_code
     return error
+
+
+def _make_killed_error(rank: int, number: signal.Signals) -> RankLost:
+    hint = "unless someone killed it, the machine may have run out of memory"
+    return RankLost(f"rank {rank} was killed by {number.name}", hint=hint if number == signal.SIGKILL else None)
 
 
 def _read_error(path: Path) -> T5TuneError:

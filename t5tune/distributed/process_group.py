@@ -1,4 +1,4 @@
-"""The group that the ranks of a run are in."""
+"""Process group of a training run's ranks."""
 
 import io
 import os
@@ -8,26 +8,27 @@ from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
-from t5tune.distributed.collectives import meeting
-from t5tune.distributed.deepspeed_build import leave_out_shared_memory, release_dead_locks
+from t5tune.distributed.collectives import report_rendezvous_errors
+from t5tune.distributed.deepspeed_build import disable_shared_memory_op, remove_stale_locks
 from t5tune.distributed.world import World
 from t5tune.errors import Stopped
-from t5tune.model.device import choose_device, keep_freed_memory, nvidia_driver
+from t5tune.model.device import DOCTOR_HINT, choose_device, keep_freed_memory, read_nvidia_driver
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
-from t5tune.training.validate import DOCTOR
 
 
 @contextmanager
-def process_group(world: World, settings: TrainSettings, report: Report) -> Iterator[Any]:
-    """Choose the device and, where there are several processes or DeepSpeed, be in their group for a while."""
+def join_process_group(world: World, settings: TrainSettings, report: Report) -> Iterator[Any]:
+    """Choose the device, and join a process group for this block if there are several ranks or DeepSpeed.
+
+    Yields:
+        The torch device to train on.
+    """
     device = choose_device(settings.use_cpu or settings.num_processes is not None, world.local_rank)
     if device.type == "cpu":
         keep_freed_memory()
-        if not settings.use_cpu and settings.num_processes is None and (driver := nvidia_driver()):
-            report(
-                Note(f"torch can't use the NVIDIA driver ({driver}): this trains on the CPU; {DOCTOR}", warning=True)
-            )
+        if not settings.use_cpu and settings.num_processes is None:
+            _warn_about_unusable_driver(report)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.process_group_timeout)
     environment = dict(os.environ)
@@ -36,40 +37,50 @@ def process_group(world: World, settings: TrainSettings, report: Report) -> Iter
     failed = True
     try:
         if world.launched:
-            os.environ.update(world.environment())
+            os.environ.update(world.to_environment())
         if settings.deepspeed is not None:
             if not world.launched:
-                _meet_oneself()
-            for lock in release_dead_locks():
-                report(Note(f"{lock}: left by a compilation that was cut off; removed"))
-            # it announces ops on stdout
-            with redirect_stdout(io.StringIO()):
-                import deepspeed
-
-                if device.type == "cpu":
-                    leave_out_shared_memory()
-                with meeting():
-                    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+                _set_single_process_rendezvous()
+            _join_with_deepspeed(backend, timeout, report)
         elif world.size > 1:
-            with meeting():
+            with report_rendezvous_errors():
                 dist.init_process_group(backend, timeout=timeout)
         try:
             yield device
-        except Stopped:  # all ranks leave together
+        except Stopped:  # all ranks agreed to stop, so none is waiting in a collective
             failed = False
             raise
         failed = False
     finally:
-        # Left in order, or torchrun restarts a job that has finished. But a rank that failed among others goes
-        # at once: they may be waiting in a collective, and would hold it here.
+        # Without an orderly exit torchrun would restart a job that has finished. But a rank that fails must exit
+        # at once: the others may be waiting in a collective, and destroying the group would wait for them.
         if dist.is_available() and dist.is_initialized() and not (failed and world.size > 1):
             dist.destroy_process_group()
         os.environ.clear()
         os.environ.update(environment)
 
 
-def _meet_oneself() -> None:
-    """DeepSpeed wants a rendezvous even for a process that is alone."""
+def _warn_about_unusable_driver(report: Report) -> None:
+    if driver := read_nvidia_driver():
+        problem = f"torch can't use the NVIDIA driver ({driver})"
+        report(Note(f"{problem}: training on the CPU; {DOCTOR_HINT}", warning=True))
+
+
+def _join_with_deepspeed(backend: str, timeout: timedelta, report: Report) -> None:
+    for lock in remove_stale_locks():
+        report(Note(f"{lock}: removed the lock of an interrupted build"))
+    # on import DeepSpeed prints the ops it found to stdout, which is for results only
+    with redirect_stdout(io.StringIO()):
+        import deepspeed
+
+        if backend == "gloo":
+            disable_shared_memory_op()
+        with report_rendezvous_errors():
+            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def _set_single_process_rendezvous() -> None:
+    """Set the variables of a rendezvous, which DeepSpeed needs even for a single process."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,15 +1,15 @@
-"""A signal asks training to stop: it ends behind a whole step, with a sealed checkpoint and exit code 143.
+"""Stop training on a signal: finish the current step, save a checkpoint and exit with code 143.
 
-    with listening() as stop:
-        import torch           # a signal is noted
-        with stop.at_once():   # raised here, if one came: there is nothing to seal yet
-            model = load()     # it cuts this off
-        train(model)           # it is noted again, for the end of a step
-        if any_rank(stop.name is not None, device):
-            ...                # every rank comes here behind the same step
+    with handle_signals() as stop:
+        import torch                 # a signal is recorded
+        with stop.interruptible():   # a recorded signal raises here: there is nothing to save yet
+            model = load()           # a signal interrupts this
+        train(model)                 # signals are recorded again, to be looked at after each step
+        if any_rank(stop.is_set, device):
+            ...                      # every rank gets here after the same step
 
-Schedulers send SIGTERM or SIGUSR1 a while before they kill, a terminal that is closed sends SIGHUP, and the keyboard's
-Ctrl-C is SIGINT, which ends with 130. A second signal stops at once.
+Schedulers send SIGTERM or SIGUSR1 some time before they kill a job. Closing a terminal sends SIGHUP. Ctrl-C sends
+SIGINT, for which the exit code is 130. A second signal exits immediately.
 """
 
 import os
@@ -24,143 +24,161 @@ from typing import Any, NoReturn
 from t5tune.errors import Stopped
 from t5tune.io.processes import die_with_parent
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
-# how `launch` hands a request on, so that a worker that got the signal itself doesn't count it twice
-HANDED_ON = signal.SIGUSR2
-SECONDS_APART = 1.0  # signals closer than this are one request: launchers and schedulers send it along several ways
-SECONDS_TO_LEAVE = 20.0  # a download's threads finish their files first, however large
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+IGNORABLE_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+# `launch` forwards stop requests as this signal, so that a worker that also received the original doesn't treat it as
+# a second request
+FORWARDED_SIGNAL = signal.SIGUSR2
+# signals less than this apart are one request: launchers and schedulers may each deliver a copy of it
+SECONDS_BETWEEN_SIGNALS = 1.0
+# exit after this long if the work can't be interrupted: download threads, for example, don't stop before their file is
+# complete
+SECONDS_TO_UNWIND = 20.0
 
 
-class CutOff(BaseException):
-    """What a signal raises where it arrives. No Exception: libraries catch those, and go on."""
+class Interrupted(BaseException):
+    """Raised by a signal wherever it arrives. Not an Exception, because libraries catch those and continue."""
 
 
 class StopRequest:
-    """What was asked of this process.
+    """A request to stop this process.
 
-    Args:
-        name: of the first signal, or who handed it on; None: none has come.
+    Attributes:
+        signal_name: the name of the first signal, or the sender if it was forwarded; None before any signal.
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.signal_name: str | None = None
         self._came_at = 0.0
-        self._cuts_off = False
-        self._patience: threading.Timer | None = None
+        self._is_interruptible = False
+        self._exit_timer: threading.Timer | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal has arrived."""
+        return self.signal_name is not None
 
     def receive(self, number: int, _frame: Any = None) -> None:
-        """The signals' handler.
+        """Handle a signal.
 
         Raises:
-            CutOff: within `at_once`.
+            Interrupted: within `interruptible`.
         """
-        if self.name is not None:
-            if number != HANDED_ON and time.monotonic() - self._came_at > SECONDS_APART:
-                _say(b"a second signal: stopped at once; the last whole checkpoint stands\n")
-                self._leave()
+        if self.is_set:
+            if number != FORWARDED_SIGNAL and time.monotonic() - self._came_at > SECONDS_BETWEEN_SIGNALS:
+                _write_stderr(b"second signal: exiting now; the last complete checkpoint is kept\n")
+                self._exit_now()
             return
-        self.name = "its launcher" if number == HANDED_ON else signal.Signals(number).name
+        self.signal_name = "its launcher" if number == FORWARDED_SIGNAL else signal.Signals(number).name
         self._came_at = time.monotonic()
-        if self._cuts_off:
-            self._cut_off()
+        if self._is_interruptible:
+            self._interrupt()
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-            _say(b"stopping as soon as all work is sealed; Ctrl-C once more stops at once\n")
+            _write_stderr(b"stopping after this step and saving a checkpoint; press Ctrl-C again to quit now\n")
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Where nothing has been trained yet, a signal ends the work in the middle.
+    def interruptible(self) -> Iterator[None]:
+        """Let a signal interrupt the block, for work before the first step, where there is nothing to save.
 
         Raises:
-            Stopped: one has come, now or before.
+            Stopped: a signal arrived, before or during the block.
         """
-        tell_dropped = sys.unraisablehook
-        sys.unraisablehook = lambda dropped: None if dropped.exc_type is CutOff else tell_dropped(dropped)
+        # Python only prints what is raised in __del__ or a weakref callback, and continues: keep it from printing this
+        report_unraisable = sys.unraisablehook
+        sys.unraisablehook = lambda unraisable: (
+            None if unraisable.exc_type is Interrupted else report_unraisable(unraisable)
+        )
         try:
-            self._cuts_off = True
-            if self.name is not None:
-                self._cut_off()
+            self._is_interruptible = True
+            if self.is_set:
+                self._interrupt()
             yield
-            if self.name is not None:  # it was raised in a place where Python drops what is raised
-                self._cut_off()
-        except (CutOff, Exception) as error:
-            if self.name is None:
+            if self.is_set:  # Interrupted was raised where Python ignores exceptions, such as in __del__
+                self._interrupt()
+        except (Interrupted, Exception) as error:
+            if not self.is_set:
                 raise
-            raise self.stopped(" before training began") from error
+            raise self.make_error(" before training began") from error
         finally:
-            self._cuts_off = False
-            sys.unraisablehook = tell_dropped
+            self._is_interruptible = False
+            sys.unraisablehook = report_unraisable
 
-    def _cut_off(self) -> NoReturn:
-        if self._patience is None:
-            self._patience = threading.Timer(SECONDS_TO_LEAVE, self._leave_unfinished)
-            self._patience.daemon = True
-            self._patience.start()
-        raise CutOff
+    def _interrupt(self) -> NoReturn:
+        if self._exit_timer is None:
+            self._exit_timer = threading.Timer(SECONDS_TO_UNWIND, self._exit_after_timeout)
+            self._exit_timer.daemon = True
+            self._exit_timer.start()
+        raise Interrupted
 
-    def _leave_unfinished(self) -> NoReturn:
-        _say(f"stopped by {self.name} before training began; what was under way didn't end by itself\n".encode())
-        self._leave()
+    def _exit_after_timeout(self) -> NoReturn:
+        reason = "exiting, since the work in progress can't be interrupted"
+        _write_stderr(f"stopped by {self.signal_name} before training began; {reason}\n".encode())
+        self._exit_now()
 
-    def _leave(self) -> NoReturn:
-        os._exit(exit_code(self.name))
+    def _exit_now(self) -> NoReturn:
+        os._exit(get_exit_code(self.signal_name))
 
     def close(self) -> None:
-        """Nothing more comes."""
-        if self._patience is not None:
-            self._patience.cancel()
+        """Cancel the forced exit: the block has ended in time."""
+        if self._exit_timer is not None:
+            self._exit_timer.cancel()
 
-    def stopped(self, what: str, hint: str | None = None) -> Stopped:
-        """The error of having done so."""
-        error = Stopped(f"stopped by {self.name or 'a signal to another rank'}{what}", hint=hint)
-        error.exit_code = exit_code(self.name)
+    def make_error(self, what: str, hint: str | None = None) -> Stopped:
+        """Make the error to raise once the process has stopped; `what` is appended to the signal's name."""
+        error = Stopped(f"stopped by {self.signal_name or 'a signal to another rank'}{what}", hint=hint)
+        error.exit_code = get_exit_code(self.signal_name)
         return error
 
 
-def _say(line: bytes) -> None:
-    with suppress(OSError):  # Ctrl-C ends the `tee` behind the run too
+def _write_stderr(line: bytes) -> None:
+    # in a signal handler, `print` could re-enter a buffered writer
+    with suppress(OSError):  # Ctrl-C also ends a `tee` that the output is piped to
         os.write(2, line)
 
 
-def signals() -> list[signal.Signals]:
-    """Those to take here. Ctrl-C isn't for what a script put into the background, nor SIGHUP for what nohup started."""
-    ignored = [number for number in MAY_BE_IGNORED if signal.getsignal(number) is signal.SIG_IGN]
-    return [number for number in SIGNALS if number not in ignored]
+def choose_signals() -> list[signal.Signals]:
+    """Choose the signals to handle: without SIGINT in a script's background job, and without SIGHUP under nohup.
+
+    A shell and nohup start such processes with those signals ignored.
+    """
+    ignored = [number for number in IGNORABLE_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    return [number for number in STOP_SIGNALS if number not in ignored]
 
 
-def exit_code(name: str | None) -> int:
-    """That of the end which a signal asked for."""
+def get_exit_code(name: str | None) -> int:
+    """Return the exit code of a process that the named signal stopped."""
     return 128 + signal.SIGINT if name == signal.SIGINT.name else Stopped.exit_code
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Take the signals for a while. Within another `listening` the request is the same.
+def handle_signals() -> Iterator[StopRequest]:
+    """Handle the signals in this block. A nested block yields the same request.
 
-    Outside of the main thread, where none arrive, it stays empty.
+    Python runs signal handlers in the main thread only: in another thread, the request is never set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield StopRequest()
         return
-    listens = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if isinstance(listens, StopRequest):
-        yield listens
+    # an outer block's handler is a bound method of its request
+    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(outer, StopRequest):
+        yield outer
         return
     stop = StopRequest()
-    before = {number: signal.signal(number, stop.receive) for number in (*signals(), HANDED_ON)}
-    # `launch` starts workers with these blocked, so that one that comes before this line waits for it
+    before = {number: signal.signal(number, stop.receive) for number in (*choose_signals(), FORWARDED_SIGNAL)}
+    # `launch` starts workers with these signals blocked, so that one that arrives earlier is delivered here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
     try:
         yield stop
     finally:
         stop.close()
         for number, handler in before.items():
-            if signal.getsignal(number) == stop.receive:  # `launch` leaves them ignored, where one has come
+            if signal.getsignal(number) == stop.receive:  # after a signal, `launch` has set them to be ignored
                 signal.signal(number, handler)
 
 
-def outlast_signals(_worker: int) -> None:
-    """In a process that reads data: a signal to the whole group is the rank's to answer, not this process's."""
-    for number in (*SIGNALS, HANDED_ON):
+def ignore_signals(_worker: int) -> None:
+    """Ignore the signals in a data loader's worker: one sent to the process group is for the rank to handle."""
+    for number in (*STOP_SIGNALS, FORWARDED_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()

@@ -1,6 +1,6 @@
-"""Folders and files that appear whole or not at all: written beside their place, synced, renamed.
+"""Write files and folders atomically: write to a temporary name next to the target, fsync, then rename.
 
-with published_folder(Path("cache")) as folder:
+with write_folder_atomically(Path("cache")) as folder:
     (folder / "manifest.json").write_text(...)
 """
 
@@ -21,71 +21,75 @@ from typing import Any
 
 from t5tune.errors import SettingsError, WriteError
 
-CHUNK = 1 << 20
-SECONDS_TO_WAIT = 2.0  # for a lock that t5tune holds for milliseconds
-FULL = {errno.ENOSPC, errno.EDQUOT}
-OF_THE_DISK = FULL | {errno.EIO, errno.EROFS, errno.EFBIG}
+CHUNK_BYTES = 1 << 20
+LOCK_TIMEOUT_SECONDS = 2.0  # generous: t5tune holds these locks for milliseconds
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+DISK_ERRNOS = DISK_FULL_ERRNOS | {errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 @contextmanager
-def published_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target` that takes its place when the block ends without an error.
+def write_folder_atomically(target: Path) -> Iterator[Path]:
+    """Yield a new folder next to `target` that replaces it when the block ends without an error.
 
-    A folder that stood there is replaced as a whole; of a link, the folder that it leads to. A kill at any moment
-    leaves the old folder or the new one, never a mixture; where folders can't be exchanged (only Linux can), a kill
-    between two renames leaves none.
+    An existing folder is replaced as a whole; if `target` is a link, the folder that it points to is replaced. If the
+    process is killed at any moment, either the old folder or the new one is there, never a mixture. Where two folders
+    can't be exchanged in one step (only Linux can), a kill between the two renames leaves no folder at `target`.
 
     Raises:
-        SettingsError: no folder can be made there.
+        SettingsError: no folder can be created there.
         WriteError: the disk is full or broken.
     """
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):
-        raise SettingsError(f"{target}: a mount point can't be replaced", hint="name a folder in it")
-    with writing(target), scratch_folder(target) as staged:
+        raise SettingsError(f"{target}: a mount point can't be replaced", hint="choose a folder inside it")
+    with explain_write_errors(target), make_scratch_folder(target) as staged:
         yield staged
-        sync_folder(staged)
-        if target.exists() and _exchange(staged, target):
-            pass  # what is staged now is the old one, and goes as such
-        elif target.exists():
-            old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-            target.rename(old)
-            staged.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            staged.rename(target)
-        sync(target.parent)
+        fsync_tree(staged)
+        _replace_folder(staged, target)
+        fsync(target.parent)
+
+
+def _replace_folder(staged: Path, target: Path) -> None:
+    if target.exists() and _exchange(staged, target):
+        return  # `staged` is now the old folder, which make_scratch_folder deletes
+    if not target.exists():
+        staged.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+    target.rename(old)
+    staged.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def scratch_folder(target: Path) -> Iterator[Path]:
-    """Yield a new hidden folder beside `target` that is gone when the block ends.
+def make_scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a new hidden folder next to `target` that is deleted when the block ends.
 
-    What killed processes left of theirs is deleted first.
+    Temporary folders that killed processes have left are deleted first.
 
     Raises:
-        SettingsError: no folder can be made there.
+        SettingsError: no folder can be created there.
     """
     staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
     descriptor = None
-    try:  # from before it is there: Ctrl-C may come at any line
+    try:  # begins before the folder exists, because Ctrl-C can arrive at any line
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            # its parent is locked until the new folder is, so that nobody takes it for one that was left; where another
-            # program holds it for longer, nobody sweeps
-            parent = _locked(target.parent, SECONDS_TO_WAIT)
+            # The parent is locked until the new folder is, so that no other process takes the new folder for an
+            # abandoned one. If another program holds the parent's lock for longer, abandoned folders are left alone.
+            parent = _lock_folder(target.parent, LOCK_TIMEOUT_SECONDS)
             try:
                 if parent is not None:
-                    _remove_abandoned(target)
+                    _remove_abandoned_siblings(target)
                 staged.mkdir()
-                descriptor = _locked(staged)
+                descriptor = _lock_folder(staged)
             finally:
                 _unlock(parent)
         except OSError as error:
-            if error.errno in OF_THE_DISK:
+            if error.errno in DISK_ERRNOS:
                 raise
             raise SettingsError(
-                f"{target}: can't be made here: {error.strerror}", hint="name another folder"
+                f"{target}: can't be created: {error.strerror}", hint="choose another folder"
             ) from error
         yield staged
     finally:
@@ -93,43 +97,55 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         _unlock(descriptor)
 
 
-def sweep(target: Path) -> None:
-    """Delete what killed processes left of their attempts at a folder that is in place."""
+def remove_abandoned(target: Path) -> None:
+    """Delete the temporary folders that killed processes have left next to `target`."""
     target = Path(os.path.realpath(target))
-    parent = _locked(target.parent, SECONDS_TO_WAIT)
+    parent = _lock_folder(target.parent, LOCK_TIMEOUT_SECONDS)
     try:
         if parent is not None:
-            _remove_abandoned(target)
+            _remove_abandoned_siblings(target)
     finally:
         _unlock(parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Give each the other's name in one step; False: this system or file system can't."""
+    """Swap the names of two folders in one step. Return False if this system or file system can't."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE in renameat2(2)
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _locked(folder: Path, patience: float = 0.0) -> int | None:
-    """A lock on the folder that ends with this process, however that may happen; None: none to be had in that time."""
+def _lock_folder(folder: Path, patience: float = 0.0) -> int | None:
+    """Lock a folder until the descriptor is closed or this process ends, however it ends.
+
+    Args:
+        patience: how long to wait for the lock, in seconds.
+
+    Returns:
+        The descriptor to close; None if the folder can't be locked in that time.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
+    if _wait_for_lock(descriptor, patience):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _wait_for_lock(descriptor: int, patience: float) -> bool:
     until = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
+            return True
         except BlockingIOError:
-            if time.monotonic() < until:
-                time.sleep(0.01)
-                continue
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.01)
         except OSError:  # a file system without locks
-            pass
-        os.close(descriptor)
-        return None
+            return False
 
 
 def _unlock(descriptor: int | None) -> None:
@@ -137,24 +153,25 @@ def _unlock(descriptor: int | None) -> None:
         os.close(descriptor)
 
 
-def _remove_abandoned(target: Path) -> None:
+def _remove_abandoned_siblings(target: Path) -> None:
     name = glob.escape(target.name)
     for old in target.parent.glob(f".{name}.old-*") if target.exists() else []:
-        shutil.rmtree(old, ignore_errors=True)  # its successor is in place
+        shutil.rmtree(old, ignore_errors=True)  # the new folder is in place already
     for staged in target.parent.glob(f".{name}.new-*"):
-        if (descriptor := _locked(staged)) is not None:
+        # its owner holds a lock on it, which ends with that process
+        if (descriptor := _lock_folder(staged)) is not None:
             shutil.rmtree(staged, ignore_errors=True)
             os.close(descriptor)
 
 
 def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write `data`, whole or in parts, beside `path`, sync it, and rename it into place.
+    """Write `data`, given whole or in chunks, to a temporary file next to `path`, fsync it, and rename it to `path`.
 
     Raises:
         WriteError: the disk is full or broken.
     """
     temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
-    with writing(path):
+    with explain_write_errors(path):
         try:
             with open(temporary, "wb") as file:
                 file.writelines([data] if isinstance(data, bytes) else data)
@@ -163,22 +180,22 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync(path.parent)
+        fsync(path.parent)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """`write_file` of a file's bytes."""
+def copy_atomically(source: Path, target: Path) -> None:
+    """Copy a file with `write_file`."""
     with open(source, "rb") as file:
-        write_file(target, iter(lambda: file.read(CHUNK), b""))
+        write_file(target, iter(lambda: file.read(CHUNK_BYTES), b""))
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line to a file of lines, of which a kill may have cut the last.
+    """Append a line to a text file, on a new line even if a kill has cut off the file's last line.
 
     Raises:
         WriteError: the disk is full or broken.
     """
-    with writing(path), open(path, "a+b") as file:
+    with explain_write_errors(path), open(path, "a+b") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -187,8 +204,8 @@ def append_line(path: Path, text: str) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file where the disk refuses: the system itself names none when a write fails.
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn the disk errors of a block into a `WriteError` that names the file; the system's own error doesn't.
 
     Raises:
         WriteError: with the path and the system's reason.
@@ -196,31 +213,31 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in DISK_ERRNOS:
             raise
         place = next(folder for folder in (path, *path.parents) if folder.exists())
-        # what is written beside it is gone with this error
-        named = path if error.filename is None else Path(os.fsdecode(error.filename))
-        named = path if named.is_relative_to(path.parent) else named
-        free = f"{shutil.disk_usage(place).free:,} bytes are free; make room, and give the same command again"
+        failed = path if error.filename is None else Path(os.fsdecode(error.filename))
+        # a temporary file next to `path` is deleted by now, so its name would not help
+        failed = path if failed.is_relative_to(path.parent) else failed
+        free = f"{shutil.disk_usage(place).free:,} bytes are free; free up space and run the same command again"
         raise WriteError(
-            f"{named}: {error.strerror} (errno {error.errno})",
-            hint=free if error.errno in FULL else None,
+            f"{failed}: {error.strerror} (errno {error.errno})",
+            hint=free if error.errno in DISK_FULL_ERRNOS else None,
         ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_file` of the value as indented JSON with a newline at its end."""
-    write_file(path, json_bytes(value))
+    """Write the value with `write_file`, as indented JSON with a newline at the end."""
+    write_file(path, encode_json(value))
 
 
-def json_bytes(value: Any) -> bytes:
-    """The bytes that `write_json` writes; a name that is no Unicode has lone surrogates, which stand as `\\udcff`."""
+def encode_json(value: Any) -> bytes:
+    """Encode what `write_json` writes. Lone surrogates (from file names that aren't UTF-8) become `\\udcff`."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-def sync(path: Path) -> None:
-    """fsync a file or a folder by its path."""
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to disk, by its path."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -228,18 +245,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync every file and folder below `folder`, then `folder` itself."""
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder` to disk, then `folder` itself."""
     for root, _, names in os.walk(folder):
         for name in names:
-            sync(Path(root, name))
-        sync(Path(root))
+            fsync(Path(root, name))
+        fsync(Path(root))
 
 
-def sha256(path: Path) -> str:
-    """The hex SHA-256 of a file's bytes."""
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""May a command write into this folder?"""
+"""Check that a command may write to its output folder."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from t5tune.errors import SettingsError
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds files, unless the user said to replace it.
+    """Refuse an output folder that contains files, unless the user has asked to overwrite it.
 
     Raises:
-        SettingsError: the folder isn't empty, or a file stands there.
+        SettingsError: the folder isn't empty, or the path is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"output_dir: {folder}: a file stands there", hint="name another folder")
+        raise SettingsError(f"output_dir: {folder}: is a file, not a folder", hint="choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise SettingsError(
-            f"output_dir: {folder}: holds files already",
-            hint="name another folder, or --overwrite to replace it",
+            f"output_dir: {folder}: already contains files",
+            hint="choose another folder, or use --overwrite to replace it",
         )

@@ -1,4 +1,4 @@
-"""How t5tune starts processes of its own."""
+"""Helpers for starting subprocesses of t5tune."""
 
 import ctypes
 import os
@@ -7,18 +7,19 @@ import sys
 from pathlib import Path
 
 
-def python_module(name: str, *arguments: str) -> list[str]:
-    """The command that runs one of t5tune's modules in this Python.
+def make_module_command(name: str, *arguments: str) -> list[str]:
+    """Make the command that runs a module of t5tune with this Python interpreter.
 
-    Not with `python -m` alone: it looks for modules in the current folder first, and a datasets/ or profile.py of the
-    user's would stand in for a library's.
+    It uses `python -P -m`, because `python -m` alone imports modules from the current folder first: a user's
+    `datasets/` or `profile.py` there would shadow the library of that name. In a source checkout of t5tune the current
+    folder is needed, so there it is plain `python -m`.
     """
     is_here = os.path.samefile(Path(__file__).parents[2], os.curdir)
     return [sys.executable, *([] if is_here else ["-P"]), "-m", name, *arguments]
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it ends, however that may happen."""
+    """Ask Linux to kill this process when its parent ends, however it ends. Does nothing on other systems."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -1,35 +1,36 @@
-"""Why reading failed, in a few plain words, instead of the text of the library that raised.
+"""Short, plain descriptions of why reading a file failed, in place of the text of the library that raised the error.
 
-reason_of(JSONDecodeError("Expecting ',' delimiter", text, 12))
-# "not valid JSON: a comma or the closing bracket is expected at line 1, column 13"
+describe_error(JSONDecodeError("Expecting ',' delimiter", text, 12))
+# "not valid JSON: expected a comma or a closing bracket at line 1, column 13"
 """
 
 import json
 
-JSON = {
-    "Expecting value": "a value is expected",
+# beginning of a message of Python's json module -> plain description
+JSON_REASONS = {
+    "Expecting value": "expected a value",
     "Extra data": "there is text after the end of the value",
-    "Expecting property name enclosed in double quotes": "a key in double quotes is expected",
-    "Expecting ':' delimiter": "a colon is expected",
-    "Expecting ',' delimiter": "a comma or the closing bracket is expected",
-    "Unterminated string starting at": "a text without its closing quote begins",
-    "Invalid control character at": "a text has a control character",
-    "Invalid \\escape": "a text has an unknown escape",
-    "Invalid \\uXXXX escape": "a text has an incomplete \\u escape",
+    "Expecting property name enclosed in double quotes": "expected a key in double quotes",
+    "Expecting ':' delimiter": "expected a colon",
+    "Expecting ',' delimiter": "expected a comma or a closing bracket",
+    "Unterminated string starting at": "a string without a closing quote begins",
+    "Invalid control character at": "a string contains a control character",
+    "Invalid \\escape": "a string contains an unknown escape",
+    "Invalid \\uXXXX escape": "a string contains an incomplete \\u escape",
     "Illegal trailing comma": "a comma before a closing bracket",
 }
 
 
-def json_reason(error: json.JSONDecodeError) -> str:
-    """What is wrong with JSON, without the place."""
-    return next((words for begin, words in JSON.items() if error.msg.startswith(begin)), error.msg)
+def describe_json_error(error: json.JSONDecodeError) -> str:
+    """Describe what is wrong with the JSON, without the position."""
+    return next((words for begin, words in JSON_REASONS.items() if error.msg.startswith(begin)), error.msg)
 
 
-def reason_of(error: BaseException) -> str:
-    """The short reason of an error while reading a file, on one line."""
+def describe_error(error: BaseException) -> str:
+    """Describe an error that occurred while reading a file, in one short line."""
     match error:
         case json.JSONDecodeError():
-            return f"not valid JSON: {json_reason(error)} at line {error.lineno}, column {error.colno}"
+            return f"not valid JSON: {describe_json_error(error)} at line {error.lineno}, column {error.colno}"
         case UnicodeDecodeError():
             line = error.object.count(b"\n", 0, error.start) + 1
             return f"line {line}: the byte 0x{error.object[error.start]:02X} is not UTF-8 text"

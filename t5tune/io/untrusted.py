@@ -1,6 +1,6 @@
-"""Read untrusted files: of bounded size, without links out of their folder, without running code.
+"""Read untrusted files: bounded size, no links out of the folder, no code.
 
-Whatever opens a folder of weights uses `inside` for each file in it and `read_object` for its JSON.
+Code that opens a model folder uses `resolve_inside` for each file in it, and `read_json_object` for its JSON files.
 """
 
 import json
@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
-from t5tune.io.reasons import reason_of
+from t5tune.io.reasons import describe_error
 
-MAX_JSON = 32 << 20  # a tokenizer.json has 2 MB, an index of shards less
+MAX_JSON_BYTES = 32 << 20  # a typical tokenizer.json has 2 MB, an index of shards less
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of a file in the folder, once it is sure that it is one.
+def resolve_inside(folder: Path, name: str) -> Path:
+    """Return the path of a regular file in the folder, after checking that it is one.
 
-    A link may point to another file of the folder, and from a snapshot of the hub's cache to the blobs of the same
-    model (`models--o--n/snapshots/<revision>/x -> ../../blobs/<hash>`).
+    A link may point to another file of the folder and, from a snapshot in the Hugging Face Hub cache, to the blobs of
+    the same model (`models--o--n/snapshots/<revision>/x -> ../../blobs/<hash>`).
 
     Raises:
-        CheckpointError: the name or the link leads out of the folder, or to something that is no plain file.
+        CheckpointError: the name or the link leads out of the folder, or to something other than a regular file.
         FileNotFoundError: there is no such file.
     """
     if not is_file_name(name):
@@ -29,50 +29,52 @@ def inside(folder: Path, name: str) -> Path:
     check_inside(folder, path)
     if not path.exists():
         if path.is_symlink():
-            raise CheckpointError(f"{path}: a link to nothing")
+            raise CheckpointError(f"{path}: a broken link")
         raise FileNotFoundError(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a plain file")
+    if not path.is_file():  # a pipe would block, a device may never end
+        raise CheckpointError(f"{path}: not a regular file")
     return path
 
 
-def holds(folder: Path, name: str) -> bool:
-    """Whether a file of this name stands in the folder.
+def has_file(folder: Path, name: str) -> bool:
+    """Whether the folder contains a file of this name.
 
     Raises:
-        CheckpointError: as `inside`.
+        CheckpointError: as for `resolve_inside`.
     """
     try:
-        inside(folder, name)
+        resolve_inside(folder, name)
     except FileNotFoundError:
         return False
     return True
 
 
-def read_object(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of the folder.
+def read_json_object(folder: Path, name: str) -> dict[str, Any]:
+    """Read the JSON object in a file of the folder.
 
     Raises:
-        CheckpointError: not there as a plain file, too large, no JSON object, or one with a key twice.
+        CheckpointError: not a regular file, too large, not a JSON object, or a key occurs twice.
         FileNotFoundError: there is no such file.
     """
-    path = inside(folder, name)
+    path = resolve_inside(folder, name)
     try:
-        if (size := path.stat().st_size) > MAX_JSON:
-            raise ValueError(f"{size} bytes; {MAX_JSON} is the most that is read")
-        return parse_object(path.read_bytes())
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"it has {size} bytes; the limit is {MAX_JSON_BYTES} bytes")
+        return parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read: {reason_of(error)}") from error
+        raise CheckpointError(f"{path}: can't be read: {describe_error(error)}") from error
 
 
-def parse_object(text: bytes) -> dict[str, Any]:
-    """A JSON object; a key that stands there twice is refused, since readers differ in which one they take.
+def parse_json_object(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object, rejecting duplicate keys (parsers differ in which value they keep), NaN and infinity.
 
     Raises:
-        ValueError: no JSON, none that can be relied on, or no object.
+        ValueError: not valid JSON, ambiguous, or not an object.
     """
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_refuse)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constant
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -80,43 +82,43 @@ def parse_object(text: bytes) -> dict[str, Any]:
     return value
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
     return result
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+def _reject_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """Refuse a path in a folder that a link leads out of it.
+    """Check that no link leads a path in a folder out of that folder.
 
-    The links of the hub's cache may: models--x/snapshots/REVISION/file -> models--x/blobs/HASH.
+    Links in the Hugging Face Hub cache are allowed: models--x/snapshots/REVISION/file -> models--x/blobs/HASH.
 
     Raises:
-        CheckpointError: by the link's name.
+        CheckpointError: names the link.
     """
     try:
         target, home = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
-        raise CheckpointError(f"{path}: a link that leads nowhere: {reason_of(error)}") from error
+    except (OSError, RuntimeError) as error:  # for example a link to itself
+        raise CheckpointError(f"{path}: a broken link: {describe_error(error)}") from error
     cached = home.parent.parent if home.parent.name == "snapshots" else None
     in_cache = cached is not None and cached.name.startswith("models--") and target.parent == cached / "blobs"
     if not (target.is_relative_to(home) or in_cache):
         raise CheckpointError(
-            f"{path}: a link to {target}, outside of the folder", hint="put the file itself there, if you trust it"
+            f"{path}: a link to {target}, outside the folder", hint="if you trust that file, replace the link by a copy"
         )
 
 
 def check_all_inside(folder: Path) -> None:
-    """`check_inside` for each entry of a folder.
+    """Run `check_inside` on each entry of a folder.
 
     Raises:
-        CheckpointError: by the link's name.
+        CheckpointError: names the link.
     """
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
@@ -124,10 +126,6 @@ def check_all_inside(folder: Path) -> None:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a text that somebody else wrote names an entry of a folder, and nothing beyond it."""
-    return (
-        0 < len(name.encode(errors="replace")) < 256
-        and name.isprintable()
-        and "/" not in name
-        and name not in {".", ".."}
-    )
+    """Whether an untrusted text is a plain file name: an entry of a folder, not a path that leads elsewhere."""
+    has_valid_length = 0 < len(name.encode(errors="replace")) < 256
+    return has_valid_length and name.isprintable() and "/" not in name and name not in {".", ".."}

@@ -1,4 +1,4 @@
-"""YAML as a user means it: 1e-4 is a number, `no` is a word, and a key given twice is an error."""
+"""Read YAML the way a user means it: 1e-4 is a number, `no` is a word, and a duplicate key is an error."""
 
 import re
 from collections.abc import Hashable
@@ -8,40 +8,43 @@ from typing import Any
 import yaml
 
 from t5tune.errors import SettingsError
-from t5tune.io.yaml_errors import InvalidYAML, explain
+from t5tune.io.yaml_errors import InvalidYAML, describe_yaml_error
 
-MAX_BYTES = 1 << 18
-LONGEST_SHOWN = 40  # characters of a value in a message
+MAX_YAML_BYTES = 1 << 18
+MAX_SHOWN_CHARACTERS = 40  # of a value in a message
 
 
 class _Loader(yaml.SafeLoader):
+    """SafeLoader without aliases, in which only true and false are booleans, and 1e-4 is a number."""
+
+    # PyYAML follows YAML 1.1: it reads `no` as false and `1e-4` as text. The resolvers added below replace these two.
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # a few of aliases can stand for more than any memory holds
+        if self.check_event(yaml.AliasEvent):  # nested aliases can expand to more than fits in memory
             alias = self.peek_event()  # type: ignore[no-untyped-call]
             hint = "repeat the value, or put it in quotes"
-            raise InvalidYAML(alias.start_mark, f"*{alias.anchor}: aliases aren't read", hint)
+            raise InvalidYAML(alias.start_mark, f"*{alias.anchor}: aliases aren't supported", hint)
         return super().compose_node(parent, index)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # what PyYAML lets through
-            raise _no_such_value(node) from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # PyYAML doesn't catch these
+            raise _make_value_error(node) from None
 
 
-def _no_such_value(node: yaml.Node) -> InvalidYAML:
-    """A date that never was, a number too long, `!!int x`."""
+def _make_value_error(node: yaml.Node) -> InvalidYAML:
+    """Make the error for a value that doesn't match its type: an impossible date, too many digits, `!!int x`."""
     kind = node.tag.rpartition(":")[2]
     shown = (node.value or "an empty value") if isinstance(node, yaml.ScalarNode) else "the value"
-    what = "is no date or time" if kind == "timestamp" else f"is no {kind}"
-    if len(shown) > LONGEST_SHOWN:
-        shown = f"{shown[: LONGEST_SHOWN - 1]}…"
-        what = "is too long a number" if kind == "int" else what
+    what = "is not a valid date or time" if kind == "timestamp" else f"is not a valid {kind}"
+    if len(shown) > MAX_SHOWN_CHARACTERS:
+        shown = f"{shown[: MAX_SHOWN_CHARACTERS - 1]}…"
+        what = "is too long for a number" if kind == "int" else what
     return InvalidYAML(node.start_mark, f"{shown} {what}", "put it in quotes if it is text")
 
 
@@ -53,7 +56,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -68,28 +71,23 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that contains a mapping of names to values.
 
     Raises:
-        SettingsError: it can't be read, isn't YAML, or isn't a mapping of names to values.
+        SettingsError: the file can't be read, isn't valid YAML, or isn't such a mapping.
     """
-    try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise SettingsError(f"{path}: can't be read: {size} bytes; {MAX_BYTES} is the most that is read")
-        data = path.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{path}: can't be read: {error.strerror or error}") from error
+    data = _read_bytes(path)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         what = f"the byte 0x{data[error.start]:02X} is not UTF-8 text"
         raise SettingsError(f"{path}:{line}: {what}", hint="save the file as UTF-8") from None
-    value = _parsed(path, text)
+    value = _parse(path, text)
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -97,7 +95,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parsed(path: Path, text: str) -> Any:
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if (size := path.stat().st_size) > MAX_YAML_BYTES:
+            raise SettingsError(f"{path}: can't be read: it has {size} bytes; the limit is {MAX_YAML_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def _parse(path: Path, text: str) -> Any:
     loader = None
     try:
         loader = _Loader(text)
@@ -105,19 +112,19 @@ def _parsed(path: Path, text: str) -> Any:
     except RecursionError:
         raise SettingsError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
-        problem = explain(error, text)
+        problem = describe_yaml_error(error, text)
         raise SettingsError(f"{path}:{problem.line}: {problem.what}", hint=problem.hint) from error
-    except ValueError:  # an escape that is beyond Unicode
+    except ValueError:  # an escape beyond the last Unicode code point
         line = loader.line + 1 if loader is not None else 1
         raise SettingsError(f"{path}:{line}: not valid YAML", hint="put the value in single quotes") from None
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would take for a number: a folder named 1e3 must stay a name."""
+    """SafeDumper that quotes text which `_Loader` would read as a number: a folder named 1e3 must stay a name."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def to_yaml(value: dict[str, Any]) -> str:
-    """YAML that `read_yaml` reads back to the same value, keys in their order."""
+    """Write the value as YAML that `read_yaml` reads back to an equal value, with the keys in the same order."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

@@ -1,11 +1,11 @@
-"""A merged checkpoint in CTranslate2's format, held against the checkpoint's own replies.
+"""Convert a merged checkpoint to CTranslate2's format, and compare its replies with the checkpoint's.
 
     convert(checkpoint, folder, "int8")
     compare_replies(checkpoint, folder, sources, exact=False).same
 
-The converter reads weights with `from_pretrained`, and asks `tie_word_embeddings` whether logits are scaled. In
-transformers 5 that is true for every T5, so Flan-T5's logits would come out divided by √d. It is handed the model that
-our own loader reads instead, and told what that one computes.
+CTranslate2's converter loads the model with `from_pretrained`, and scales the logits if `tie_word_embeddings` is true.
+transformers 5 sets that for every T5, so Flan-T5's logits would be divided by √d_model. Therefore the converter gets
+the model from our own loader, with the flag set to what that model computes.
 """
 
 import json
@@ -21,16 +21,22 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DependencyError
 from t5tune.model.device import choose_device
 from t5tune.model.generation import generate
-from t5tune.model.load import EMBEDDING, TORCH_DTYPES, load_base
+from t5tune.model.load import EMBEDDING_WEIGHT, TORCH_DTYPES, load_base
 
-REPLY_TOKENS = 32
-VOCABULARY = "shared_vocabulary.json"
-INSTALL = "pip install ctranslate2"
+MAX_REPLY_TOKENS = 32
+VOCABULARY_FILE = "shared_vocabulary.json"
+INSTALL_COMMAND = "pip install ctranslate2"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of greedy replies to a few prompts: how many are the same, and how far log-probabilities of ours are off."""
+    """Agreement of greedy replies to a few prompts.
+
+    Args:
+        replies: number of replies.
+        same: number of identical replies.
+        error: largest difference between the log-probabilities of our replies' tokens.
+    """
 
     replies: int
     same: int
@@ -38,21 +44,21 @@ class Agreement:
 
 
 def check_installed() -> None:
-    """Raises DependencyError where CTranslate2 can't be imported."""
+    """Raise DependencyError if CTranslate2 can't be imported."""
     try:
         import ctranslate2.converters  # noqa: F401
     except ImportError as error:
-        raise DependencyError(f"to: ctranslate2 can't be imported: {error}", hint=INSTALL) from error
+        raise DependencyError(f"to: ctranslate2 can't be imported: {error}", hint=INSTALL_COMMAND) from error
 
 
 def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
-    """Write the checkpoint into `folder`, which must be there, in CTranslate2's format.
+    """Write the checkpoint to `folder`, which must exist, in CTranslate2's format.
 
     Args:
-        quantization: one of CTranslate2's; None: weights keep their dtype.
+        quantization: one of CTranslate2's quantization types; None keeps the weights' dtype.
 
     Raises:
-        DependencyError: the installed converter doesn't take it.
+        DependencyError: the installed converter fails.
     """
     from ctranslate2 import __version__ as version
     from ctranslate2.converters import TransformersConverter
@@ -60,47 +66,50 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
 
     class Converter(TransformersConverter):  # type: ignore[misc]
         def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
-            model = load_base(checkpoint, _dtype_of(checkpoint), choose_device(use_cpu=True))
-            # of this flag the converter makes the scale of the logits, and nothing else; mT5's are never scaled
+            model = load_base(checkpoint, _find_common_dtype(checkpoint), choose_device(use_cpu=True))
+            # the converter uses this flag only to decide whether to scale the logits; mT5's are never scaled
             model.config.tie_word_embeddings = getattr(model.config, "scale_decoder_outputs", False)
             return model
 
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
             tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
-            tokens = _with_spare_rows(tokenizer.get_vocab(), Checkpoint(checkpoint).dtype_and_shape(EMBEDDING)[1][0])
+            tokens = _name_unused_rows(
+                tokenizer.get_vocab(), Checkpoint(checkpoint).get_dtype_and_shape(EMBEDDING_WEIGHT)[1][0]
+            )
             tokenizer.get_vocab = lambda: tokens
             return tokenizer
 
     try:
         Converter(str(checkpoint)).convert(str(folder), quantization=quantization, force=True)
-    except Exception as error:  # a converter for other releases fails in any way
+    except Exception as error:  # a converter for other releases may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise DependencyError(
-            f"to: CTranslate2 {version} doesn't convert this with transformers {transformers_version}: {reason}",
-            hint="try other releases of the two; --to checkpoint writes what can be converted elsewhere",
+            f"to: CTranslate2 {version} can't convert this model with transformers {transformers_version}: {reason}",
+            hint="try other releases of these two, or write a checkpoint with --to checkpoint and convert it elsewhere",
         ) from error
 
 
 def compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]], exact: bool) -> Agreement:
-    """Answer the sources greedily with both, and let CTranslate2 score our replies.
+    """Decode replies to the sources greedily with both models, and let CTranslate2 score our replies.
 
     Args:
-        sources: ids with their end token.
-        exact: compute in fp32, whatever the weights' dtype; else as CTranslate2 does by default on this machine.
+        sources: ids of each source with its EOS token.
+        exact: whether to compute in fp32 whatever the weights' dtype, instead of CTranslate2's default on this machine.
     """
     import ctranslate2
 
-    ours = _replies(checkpoint, sources)
-    tokens = json.loads((converted / VOCABULARY).read_text(encoding="utf-8"))
+    ours = _generate_replies(checkpoint, sources)
+    tokens = json.loads((converted / VOCABULARY_FILE).read_text(encoding="utf-8"))
     compute_type = "float32" if exact else "default"
-    ctranslate2.set_log_level(logging.ERROR)  # what this machine can't compute in is of no use to the one that serves
+    # no warnings about types that this CPU doesn't support, since the serving machine may
+    ctranslate2.set_log_level(logging.ERROR)
     translator = ctranslate2.Translator(str(converted), device="cpu", compute_type=compute_type)
     source_tokens = [[tokens[index] for index in source] for source in sources]
     replies = translator.translate_batch(
         source_tokens,
         beam_size=1,
         max_input_length=0,
-        max_decoding_length=REPLY_TOKENS,
+        max_decoding_length=MAX_REPLY_TOKENS,
         min_decoding_length=0,
     )
     our_tokens = [[tokens[index] for index in reply] for reply, _ in ours]
@@ -116,27 +125,26 @@ def compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]],
     )
 
 
-def _with_spare_rows(tokens: dict[str, int], rows: int) -> dict[str, int]:
-    """The tokenizer's entries, and a name of its own for each row that has none.
-
-    The converter would call spare rows <extra_id_0> and so on once more, and CTranslate2 tells tokens by their names.
-    """
+def _name_unused_rows(tokens: dict[str, int], rows: int) -> dict[str, int]:
+    """Add a unique name for each embedding row without a token to the tokenizer's vocabulary."""
+    # the converter would name unused rows <extra_id_0> and so on, although these names are taken, and CTranslate2
+    # identifies tokens by name
     taken = set(tokens.values())
     return tokens | {f"<unused_{index}>": index for index in range(rows) if index not in taken}
 
 
-def _replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """(ids, log-probabilities of those and of the end token) of each reply."""
+def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """Generate a reply to each source: (its ids, the log-probabilities of these and of the EOS token)."""
     from transformers import GenerationConfig
 
     tokenizer = load_tokenizer(checkpoint)
     model = load_base(checkpoint, torch.float32, choose_device(use_cpu=True))
     start, end = model.config.decoder_start_token_id, tokenizer.eos_token_id
-    # generation_config.json may ask for penalties, of which a converted model knows nothing
+    # generation_config.json may set penalties, which the converted model doesn't apply
     model.generation_config = GenerationConfig(decoder_start_token_id=start)
     result = []
     for source in sources:
-        (ids,) = generate(model, [source], end, tokenizer.pad_token_id, REPLY_TOKENS)
+        (ids,) = generate(model, [source], end, tokenizer.pad_token_id, MAX_REPLY_TOKENS)
         inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *ids]])}
         with torch.inference_mode():
             log_probs_TV = model(**inputs, use_cache=False).logits[0].log_softmax(-1)
@@ -144,8 +152,8 @@ def _replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int]
     return result
 
 
-def _dtype_of(checkpoint: Path) -> torch.dtype:
-    """The weights' own, or fp32 where they have several."""
+def _find_common_dtype(checkpoint: Path) -> torch.dtype:
+    """Return the dtype of the weights, or fp32 if they have several."""
     files = Checkpoint(checkpoint)
-    dtypes = {files.dtype_and_shape(name)[0] for name in files.names()}
+    dtypes = {files.get_dtype_and_shape(name)[0] for name in files.list_names()}
     return TORCH_DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32

@@ -1,4 +1,4 @@
-"""Adapters -> what they do to each tensor of the base, by its name."""
+"""Collect what the adapters of a merge change in each tensor of the base."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,35 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter import (
-    LORA_BIAS,
-    LORA_NAME,
-    MAGNITUDE,
-    PREFIX,
-    ROWS,
+    LORA_BIAS_PATTERN,
+    LORA_MATRIX_PATTERN,
+    MAGNITUDE_SUFFIX,
+    PEFT_PREFIX,
+    TOKEN_ROWS_SUFFIX,
     check_adapter,
-    low_rank_updates,
+    collect_low_rank_updates,
+    collect_modules_to_save,
+    find_token_rows,
+    map_token_rows,
     open_adapter,
-    rows_tensor,
-    token_rows,
-    whole_modules,
 )
-from t5tune.checkpoints.adapter_config import CONFIG
+from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE
 from t5tune.checkpoints.safetensors import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
-from t5tune.merging.fold import OTHER_BASE, Change, Rows
+from t5tune.merging.fold import OTHER_BASE_HINT, TrainedRows, WeightDelta
 
-EMBEDDING = "shared.weight"
-HEAD = "lm_head.weight"
+EMBEDDING_WEIGHT = "shared.weight"
+HEAD_WEIGHT = "lm_head.weight"
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# what a start leaves in the adapter, by PEFT's init_lora_weights: these add nothing to what W + scale · B·A says
-PLAIN_STARTS = {None, True, False, "true", "gaussian", "orthogonal", "eva"}
-REPEATABLE_STARTS = {"pissa", "olora"}
+# Values of PEFT's init_lora_weights. With a plain initialization, the trained weight is W + scale · B·A. A reproducible
+# one was subtracted from W, and can be computed again from W alone (see merging/pissa.py).
+PLAIN_INITIALIZATIONS = {None, True, False, "true", "gaussian", "orthogonal", "eva"}
+REPRODUCIBLE_INITIALIZATIONS = {"pissa", "olora"}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter of a merge, and how much of it is added."""
+    """One adapter of a merge, and its weight in the sum."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -42,97 +43,110 @@ class Adapter:
     weight: float
 
     @property
-    def start(self) -> str | None:
-        """pissa or olora where it was saved without its start, and the base must lose that part first."""
-        start = self.config.get("init_lora_weights")
-        return start if start in REPEATABLE_STARTS else None
+    def initialization(self) -> str | None:
+        """pissa or olora if the adapter doesn't contain its initialization, which must be subtracted from the base."""
+        initialization = self.config.get("init_lora_weights")
+        return initialization if initialization in REPRODUCIBLE_INITIALIZATIONS else None
 
     def has_more_than_lora(self) -> bool:
-        """Whether rows or whole modules were trained too."""
-        return any(not LORA_NAME.fullmatch(name) for name in self.state)
+        """Whether the adapter contains token rows or whole modules, too."""
+        return any(not LORA_MATRIX_PATTERN.fullmatch(name) for name in self.state)
 
 
 def read_adapters(folders: list[Path], weights: list[float]) -> list[Adapter]:
-    """The adapters, each checked on its own.
+    """Read the adapters and check each of them.
 
     Raises:
-        CheckpointError: one that can't be folded, or several that can't be added up.
+        CheckpointError: an adapter can't be merged, or can't be part of a weighted sum.
     """
     adapters = [Adapter(folder, *open_adapter(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
     for adapter in adapters:
-        check_adapter(adapter.state, adapter.config, adapter.folder, must_have_moved=False)
+        check_adapter(adapter.state, adapter.config, adapter.folder, must_be_trained=False)
         _check_all_used(adapter)
-        start = adapter.config.get("init_lora_weights")
-        if start not in PLAIN_STARTS | REPEATABLE_STARTS:
-            raise CheckpointError(
-                f"{adapter.folder / CONFIG}: init_lora_weights: {start}: a part of the base's weights went into this "
-                "adapter, and nothing here tells which",
-                hint="save it with PEFT's path_initial_model_for_weight_conversion, or fold it into the base that was "
-                "saved with it, with init_lora_weights: true",
-            )
-        for key, reason in (("use_dora", "norms don't add up"), ("init_lora_weights", "its start isn't in it")):
-            is_single = len(adapters) == 1 and adapter.weight == 1
-            if not is_single and (adapter.start if key == "init_lora_weights" else adapter.config.get(key)):
-                raise CheckpointError(
-                    f"{adapter.folder / CONFIG}: {key}: {adapter.config[key]}: can't be merged by weight, {reason}",
-                    hint="merge it alone",
-                )
+        _check_initialization(adapter)
+        if len(adapters) > 1 or adapter.weight != 1:
+            _check_addable(adapter)
     return adapters
 
 
-def changes_of(adapters: list[Adapter], base: Checkpoint, tied: bool) -> dict[str, Change]:
-    """Base weight's name -> its change.
+def _check_initialization(adapter: Adapter) -> None:
+    initialization = adapter.config.get("init_lora_weights")
+    if initialization not in PLAIN_INITIALIZATIONS | REPRODUCIBLE_INITIALIZATIONS:
+        raise CheckpointError(
+            f"{adapter.folder / ADAPTER_CONFIG_FILE}: init_lora_weights: {initialization}: this "
+            "initialization changed the base's weights in a way that can't be reproduced from the adapter",
+            hint="save it with PEFT's path_initial_model_for_weight_conversion, or set init_lora_weights: true and "
+            "merge it into the base that was saved along with it",
+        )
+
+
+def _check_addable(adapter: Adapter) -> None:
+    """Check that the adapter can be part of a weighted sum."""
+    for key, reason in (
+        ("use_dora", "because norms don't add up"),
+        ("init_lora_weights", "because the adapter doesn't contain its initialization"),
+    ):
+        if adapter.initialization if key == "init_lora_weights" else adapter.config.get(key):
+            raise CheckpointError(
+                f"{adapter.folder / ADAPTER_CONFIG_FILE}: {key}: {adapter.config[key]}: can't be merged with a "
+                f"weight, {reason}",
+                hint="merge it alone, with weight 1",
+            )
+
+
+def collect_deltas(adapters: list[Adapter], base: Checkpoint, tied: bool) -> dict[str, WeightDelta]:
+    """Collect the changes of all adapters, by the name of the base's tensor.
 
     Raises:
-        CheckpointError: an adapter changes what the base doesn't have.
+        CheckpointError: an adapter changes a tensor that the base doesn't have.
     """
-    changes: dict[str, Change] = {}
+    deltas: dict[str, WeightDelta] = {}
     for adapter in adapters:
-        for name, change in _changes(adapter, base, tied):
+        for name, delta in _iterate_deltas(adapter, base, tied):
             if name not in base:
                 raise CheckpointError(
-                    f"{adapter.folder}: adapts {name}, which {base.folder} doesn't have", hint=OTHER_BASE
+                    f"{adapter.folder}: adapts {name}, which {base.folder} doesn't have", hint=OTHER_BASE_HINT
                 )
-            all_of_it = changes.setdefault(name, Change())
-            for kind in ("whole", "updates", "biases", "rows"):
-                getattr(all_of_it, kind).extend(getattr(change, kind))
-    if EMBEDDING in changes:
-        # transformers 4 reads an untied T5's encoder.embed_tokens from shared; a copy in the file must follow
-        copies = [*EMBEDDING_COPIES, HEAD] if tied else EMBEDDING_COPIES
-        changes |= {copy: changes[EMBEDDING] for copy in copies if copy in base}
-    return changes
+            total = deltas.setdefault(name, WeightDelta())
+            for kind in ("replacements", "updates", "biases", "rows"):
+                getattr(total, kind).extend(getattr(delta, kind))
+    if EMBEDDING_WEIGHT in deltas:
+        # transformers 4 reads an untied T5's encoder.embed_tokens from shared.weight, so copies must change with it
+        copies = [*EMBEDDING_COPIES, HEAD_WEIGHT] if tied else EMBEDDING_COPIES
+        deltas |= {copy: deltas[EMBEDDING_WEIGHT] for copy in copies if copy in base}
+    return deltas
 
 
-def _changes(adapter: Adapter, base: Checkpoint, tied: bool) -> Iterator[tuple[str, Change]]:
+def _iterate_deltas(adapter: Adapter, base: Checkpoint, tied: bool) -> Iterator[tuple[str, WeightDelta]]:
     config, state, weight = adapter.config, adapter.state, adapter.weight
-    updates = low_rank_updates(config, state)
+    updates = collect_low_rank_updates(config, state)
     for name, update in updates.items():
-        yield name, Change(updates=[(update, weight)])
-    for name, places in token_rows(config, state, tied).items():
-        yield name, Change(rows=[(Rows(places, rows_tensor(state, name)), weight)])
-    for name, tensor in whole_modules(config, state).items():
-        yield name, Change(whole=[(tensor, weight)])
+        yield name, WeightDelta(updates=[(update, weight)])
+    for name, positions in map_token_rows(config, state, tied).items():
+        yield name, WeightDelta(rows=[(TrainedRows(positions, find_token_rows(state, name)), weight)])
+    for name, tensor in collect_modules_to_save(config, state).items():
+        yield name, WeightDelta(replacements=[(tensor, weight)])
     for name in state:
-        if match := LORA_BIAS.fullmatch(name):
-            module = match[1].removeprefix(PREFIX)
+        if match := LORA_BIAS_PATTERN.fullmatch(name):
+            module = match[1].removeprefix(PEFT_PREFIX)
             if f"{module}.bias" in base:
-                yield f"{module}.bias", Change(biases=[(state[name], weight * updates[f"{module}.weight"].scale)])
+                yield f"{module}.bias", WeightDelta(biases=[(state[name], weight * updates[f"{module}.weight"].scale)])
             elif state[name].to_float32().any():
                 raise CheckpointError(
-                    f"{adapter.folder}: {name}: the base's layer has no bias that could take it up",
-                    hint="PEFT can't merge it either: keep the adapter, or train one without lora_bias",
+                    f"{adapter.folder}: {name}: the base's layer has no bias to add it to",
+                    hint="PEFT can't merge it either: use the adapter unmerged, or train one without lora_bias",
                 )
 
 
 def _check_all_used(adapter: Adapter) -> None:
-    """Refuse tensors that would be left out: LoRA of an embedding, rows that the config doesn't list."""
+    """Refuse tensors that merge would ignore: LoRA of an embedding, token rows that the config doesn't list."""
     config, state = adapter.config, adapter.state
-    listed = bool(config.get("trainable_token_indices"))
-    whole = whole_modules(config, state)
+    lists_rows = bool(config.get("trainable_token_indices"))
+    modules_to_save = collect_modules_to_save(config, state)
     for name in state:
-        is_magnitude = bool(config.get("use_dora")) and name.endswith(MAGNITUDE)
-        is_bias = bool(config.get("lora_bias")) and bool(LORA_BIAS.fullmatch(name))
-        is_row = listed and name.endswith(ROWS)
-        is_known = LORA_NAME.fullmatch(name) or is_magnitude or is_bias or is_row
-        if not (is_known or name.removeprefix(PREFIX) in whole):
-            raise CheckpointError(f"{adapter.folder}: {name}: merge can't fold this tensor")
+        is_magnitude = bool(config.get("use_dora")) and name.endswith(MAGNITUDE_SUFFIX)
+        is_bias = bool(config.get("lora_bias")) and bool(LORA_BIAS_PATTERN.fullmatch(name))
+        is_row = lists_rows and name.endswith(TOKEN_ROWS_SUFFIX)
+        is_known = LORA_MATRIX_PATTERN.fullmatch(name) or is_magnitude or is_bias or is_row
+        if not (is_known or name.removeprefix(PEFT_PREFIX) in modules_to_save):
+            raise CheckpointError(f"{adapter.folder}: {name}: merge doesn't support this tensor")

@@ -1,6 +1,7 @@
-"""What a quantised base really holds: its weights in few bits, and back.
+"""Round base weights to the values that a quantized base computes with.
 
-A QLoRA adapter is trained on these values, so folding it into them changes nothing else (Dettmers et al. 2023).
+A QLoRA adapter (Dettmers et al. 2023) is trained on top of these values. Merged into them, it gives the same weights as
+in training.
 """
 
 import torch
@@ -10,11 +11,12 @@ from t5tune.merging.pissa import from_torch
 from t5tune.model.load import TORCH_DTYPES, to_torch
 
 
-def restored(weight: Tensor, kind: str, double_quant: bool, compute: torch.dtype) -> Tensor:
-    """Quantise and dequantise as bitsandbytes does at load; the result is in `compute`.
+def quantize_dequantize(weight: Tensor, kind: str, double_quant: bool, compute: torch.dtype) -> Tensor:
+    """Quantize and dequantize a weight as bitsandbytes does.
 
     Args:
         kind: nf4, fp4 or int8.
+        compute: compute dtype of the quantized layer, and dtype of the result.
     """
     import bitsandbytes
     from bitsandbytes import functional

@@ -1,1 +1,1 @@
-"""A base checkpoint -> a model ready to train."""
+"""Load a base checkpoint into a model that is ready for training or inference."""

@@ -1,13 +1,13 @@
-"""Attention for packed rows: the examples of a batch lie behind each other in one row, and no token is padding.
+"""Attention for packed rows: the examples of a batch are concatenated into one row, without padding.
 
     use_packing(model)
     model(input_ids=row_1S, decoder_input_ids=row_1T, packing=Segments(sources=(7, 4), targets=(3, 2)))
 
-T5's position bias depends on the distance of two tokens alone, so each example can be attended to where it lies, as if
-it were alone: losses and gradients are those of the padded batch. Without `packing` the model computes as before, so
-evaluation and generation need nothing switched.
+T5's position bias depends only on the distance between two tokens, so each example can attend to itself at any offset
+of the row: losses and gradients equal those of the padded batch. Without the argument `packing` the model computes as
+before, so evaluation and generation don't have to switch anything.
 
-B batch (1 where packed), Q query and K key tokens, H heads, D width of a head.
+B batch (1 if packed), Q query tokens, K key tokens, H heads, D head width.
 """
 
 from collections.abc import Callable
@@ -20,60 +20,64 @@ from torch.nn import functional
 
 from t5tune.families import FAMILIES
 
-PACKABLE = {family.attention_layer for family in FAMILIES.values()}
+PACKABLE_ATTENTION = {family.attention_layer for family in FAMILIES.values()}
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The examples of a packed row, in order: tokens of each one's source, and of its target."""
+    """Lengths of the examples in a packed row, in order, in tokens: of their sources, and of their targets."""
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
 
 
 def can_pack(model: Any) -> bool:
-    """Whether all attention of the model is of the kind that packing knows."""
+    """Whether packing supports every attention layer of the model."""
     kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Attention")}
     attention = {kind for kind in kinds if "Layer" not in kind}
-    return bool(attention) and attention <= PACKABLE
+    return bool(attention) and attention <= PACKABLE_ATTENTION
 
 
 def use_packing(model: Any) -> None:
-    """Let a T5, mT5 or umT5, adapted or not, take `packing` beside its inputs. Say before what of it trains."""
+    """Patch the attention layers of a T5, mT5 or umT5, with or without adapters, to accept the argument `packing`.
+
+    Call it after `requires_grad` is set on all parameters.
+    """
     trains_bias = any(
         parameter.requires_grad for name, parameter in model.named_parameters() if "relative_attention_bias" in name
     )
     for module in model.modules():
-        if type(module).__name__ in PACKABLE:
+        if type(module).__name__ in PACKABLE_ATTENTION:
             module.forward = partial(_forward, module, module.forward, trains_bias)
 
 
 def _forward(
     module: Any,
-    stock: Callable[..., Any],
+    original_forward: Callable[..., Any],
     trains_bias: bool,
     hidden_BQ: torch.Tensor,
     *args: Any,
     packing: Segments | None = None,
     **kwargs: Any,
 ) -> Any:
-    """An attention layer's forward; T5 and mT5 hand block 0's position bias on, umT5 has one in each block."""
+    """Forward of an attention layer. T5 and mT5 pass on the position bias of block 0, umT5 has one in each block."""
     if packing is None:
-        return stock(hidden_BQ, *args, **kwargs)
+        return original_forward(hidden_BQ, *args, **kwargs)
     memory_BK = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states"))
     queries = packing.targets if module.is_decoder else packing.sources
     keys = queries if memory_BK is None else packing.sources
     bias_1HQK = kwargs.get("position_bias")
     if bias_1HQK is None and module.has_relative_attention_bias:
-        bias_1HQK = _position_bias(module, max(queries))
+        bias_1HQK = _compute_position_bias(module, max(queries))
     if bias_1HQK is not None and not trains_bias:
-        # reentrant checkpointing marks what a block returns as trained, and the fast kernels can't have that
+        # reentrant checkpointing sets requires_grad on all outputs of a block; with a mask that requires a gradient,
+        # torch would not choose the fused attention kernels
         bias_1HQK = bias_1HQK.detach()
     source_BK = hidden_BQ if memory_BK is None else memory_BK
     attended_BQHD = segment_attention(
-        _heads(module, module.q(hidden_BQ)),
-        _heads(module, module.k(source_BK)),
-        _heads(module, module.v(source_BK)),
+        _split_heads(module, module.q(hidden_BQ)),
+        _split_heads(module, module.k(source_BK)),
+        _split_heads(module, module.v(source_BK)),
         list(queries),
         list(keys),
         bias_1HQK,
@@ -92,11 +96,15 @@ def segment_attention(
     bias_1HQK: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attend segment by segment; a segment's bias is the corner of the longest one's.
+    """Attend within each segment. The bias is that of the longest segment; shorter ones take its upper left corner.
 
-    This is the one place that knows how: a fused kernel for GPUs with the same arguments belongs beside it.
+    To use a variable-length kernel on GPUs, only this function has to change.
 
-    Returns: [B, Q, H, D]
+    Args:
+        queries, keys: lengths of the segments, in tokens.
+
+    Returns:
+        [B, Q, H, D]
     """
     attended = []
     for query, key, value in zip(
@@ -106,7 +114,7 @@ def segment_attention(
         strict=True,
     ):
         bias = None if bias_1HQK is None else bias_1HQK[:, :, : query.shape[2], : key.shape[2]]
-        # T5 does not scale the scores: its initialisation took the root of D in
+        # T5 doesn't scale the scores by 1/√D: its initialization of q includes that factor
         output = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=1.0
         )
@@ -114,8 +122,8 @@ def segment_attention(
     return torch.cat(attended, 1)
 
 
-def _position_bias(module: Any, length: int) -> torch.Tensor:
-    """The bias of a segment of `length` tokens, in a decoder with what lies ahead masked."""
+def _compute_position_bias(module: Any, length: int) -> torch.Tensor:
+    """Compute the position bias of a segment of `length` tokens; in a decoder, future tokens are masked."""
     bias_1HQK: torch.Tensor = module.compute_bias(length, length)
     if module.is_decoder:
         is_ahead_QK = torch.ones(length, length, dtype=torch.bool, device=bias_1HQK.device).triu(1)
@@ -123,6 +131,6 @@ def _position_bias(module: Any, length: int) -> torch.Tensor:
     return bias_1HQK.contiguous()
 
 
-def _heads(module: Any, states_B: torch.Tensor) -> torch.Tensor:
-    """[B, Q, H·D] -> [B, H, Q, D]"""
+def _split_heads(module: Any, states_B: torch.Tensor) -> torch.Tensor:
+    """Reshape [B, Q, H·D] -> [B, H, Q, D]."""
     return states_B.view(*states_B.shape[:2], module.n_heads, module.key_value_proj_dim).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Where to compute, and how much memory it took."""
+"""The device to compute on, and its memory."""
 
 import ctypes
 import os
@@ -12,29 +12,30 @@ from typing import Any
 
 from t5tune.errors import OutOfMemory, SettingsError
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
-NVIDIA = Path("/proc/driver/nvidia/version")
-SPINS = "3000"
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt(3), from glibc's malloc.h
+DOCTOR_HINT = "t5tune doctor says how to fix that"
+NVIDIA_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+SPIN_COUNT = "3000"
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -> Any:
-    """The device of that name, else the GPU of this rank, else the CPU.
+    """Return the named device, else the GPU of this rank, else the CPU.
 
     Raises:
-        SettingsError: torch knows no such device, or this machine has none.
+        SettingsError: torch doesn't know the device, or this machine doesn't have it.
     """
     import torch
 
     if name not in (None, "cpu"):
         try:
             return torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError) as error:  # torch's words differ by device and by how it was built
+        except (RuntimeError, AssertionError) as error:  # the error differs by device and by torch's build
             reason = str(error).splitlines()[0]
             raise SettingsError(f"device: {name}: {reason}", hint="cpu always works") from None
     if name == "cpu" or use_cpu or not torch.cuda.is_available():
-        # DeepSpeed, which transformers imports, else looks for an accelerator and complains that there is none
+        # transformers imports DeepSpeed, which would otherwise look for an accelerator and warn that there is none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)
@@ -43,34 +44,36 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
 
 
 def check_bf16(device: Any) -> None:
-    """Refuse bf16 on a GPU that only emulates it: products take several times as long, and attention keeps all scores.
+    """Refuse bf16 on a GPU that only emulates it.
+
+    There, matrix products take several times as long, and attention stores all scores.
 
     Raises:
-        SettingsError: the GPU has no bf16 arithmetic (NVIDIA's have it from compute capability 8.0 on).
+        SettingsError: the GPU has no bf16 arithmetic (NVIDIA GPUs have it since compute capability 8.0).
     """
     import torch
 
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise SettingsError(
             f"bf16: {torch.cuda.get_device_name(device)} has no bf16 arithmetic and would emulate it",
-            hint="--no-bf16 computes in fp32, with --q-lora too",
+            hint="use --no-bf16 to compute in fp32, also with --q-lora",
         )
 
 
-def nvidia_driver() -> str | None:
-    """The NVIDIA driver's version as the kernel tells it; None: there is none."""
+def read_nvidia_driver() -> str | None:
+    """Read the version of the NVIDIA driver from the kernel; None without a driver."""
     try:
-        words = NVIDIA.read_text(encoding="utf-8").split()
+        words = NVIDIA_DRIVER_FILE.read_text(encoding="utf-8").split()
     except OSError:
         return None
-    return next((word for word in words if word[:1].isdigit() and "." in word), "of an unknown version")
+    return next((word for word in words if word[:1].isdigit() and "." in word), "unknown version")
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large tensors' memory for the next ones, in place of giving it back to Linux at once.
+    """Make glibc reuse the memory of freed large tensors, instead of returning it to Linux at once.
 
-    Each step would get it anew, page by page, zeroed. What the user has set in the environment stays, and other C
-    libraries stay as they are.
+    Otherwise Linux maps and zeroes these pages again in each step. Values that the user has set in the environment are
+    kept, and C libraries other than glibc are left alone.
     """
     if sys.platform != "linux" or any(name in os.environ for name in MALLOC_VARIABLES):
         return
@@ -81,51 +84,53 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
-def wait_briefly() -> None:
-    """Let the CPU's threads wait for each other awake for some microseconds, then asleep.
+def limit_openmp_spinning() -> None:
+    """Make OpenMP threads spin briefly before sleeping.
 
-    GNU's OpenMP else spins for milliseconds, and takes the core from the thread it waits for wherever something
-    else computes too. It reads this when torch is imported. What the user has set stays.
+    By default GNU's OpenMP spins for milliseconds; when other processes use the CPU too, the spinning thread takes the
+    core from the very thread that it waits for. OpenMP reads the variable when torch is imported. Values that the user
+    has set are kept.
     """
     if not any(name in os.environ for name in SPIN_VARIABLES):
-        os.environ["GOMP_SPINCOUNT"] = SPINS
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 @contextmanager
-def memory_is_named(what: str, hint: str) -> Iterator[None]:
-    """Tell of memory that wasn't there in a line.
+def explain_out_of_memory(what: str, hint: str) -> Iterator[None]:
+    """Turn out-of-memory errors into one line with a hint.
 
     Args:
-        what: what was being done, and with what batch.
+        what: the operation that needs the memory, and its batch.
 
     Raises:
-        OutOfMemory: in place of the many errors by which torch and Python say so.
+        OutOfMemory: instead of the various errors that torch and Python raise.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        asked = _ASKED.search(str(error))
-        raise OutOfMemory(f"out of memory: {what}{f'; {asked[1]} at once' if asked else ''}", hint=hint) from error
+        requested = _REQUESTED_SIZE.search(str(error))
+        allocation = f"; tried to allocate {requested[1]}" if requested else ""
+        raise OutOfMemory(f"out of memory: {what}{allocation}", hint=hint) from error
 
 
-_ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
+_REQUESTED_SIZE = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error is one of the many by which torch and Python say that memory ran out."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or bool(_ASKED.search(str(error)))
+    """Whether an error of torch or Python means that memory ran out."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or bool(_REQUESTED_SIZE.search(str(error)))
 
 
-def peak_memory(device: Any) -> int:
-    """Bytes that this process held at its peak: of the GPU's memory, or on the CPU of the machine's."""
+def get_peak_memory(device: Any) -> int:
+    """Return the peak memory of this process in bytes: GPU memory on a GPU, else resident memory."""
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        # getrusage would tell of the process that started this one, if that was larger
+        # ru_maxrss is inherited from the process that started this one, if that was larger; VmHWM isn't
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024

@@ -1,14 +1,15 @@
-"""T5's norms and activation with fewer trips through memory, for training.
+"""T5's norms and activations with less memory traffic, for training.
 
-    use_fused(model)
-    use_compiled(model)  # instead
+    use_fused_layers(model)
+    compile_layers(model)  # the alternative
 
-On a CPU they take a fifth of a step as transformers writes them: each sum or product of a whole batch's tensor goes to
-memory and back. The norm here gives the same bits, some rows at a time, which stay in the cache, and its gradient in
-closed form; the activation is torch's own kernel for the formula that transformers spells out, and is multiplied by
-its gate's other half while it is in the cache. All keep for the backward what went in, and nothing else.
+As transformers implements them, they take a fifth of a training step on a CPU, because each elementwise operation on a
+whole batch goes through main memory. Here they run on chunks of rows that fit in the CPU's cache. The norm produces the
+same bits as transformers' and has a closed-form gradient. The activation uses torch's kernel for the formula that
+transformers writes out, and a gated activation is multiplied by its linear half while it is in the cache. For the
+backward pass, the layers save only their inputs; norms also save one number per row.
 
-N tokens, D width, F width of the feed-forward layer.
+N tokens, C tokens of a chunk, D model width, F feed-forward width.
 """
 
 import math
@@ -18,39 +19,39 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-ELEMENTS_AT_ONCE = 1 << 17  # for each thread: 512 KiB in fp32
-SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # 2k and c of GELU by tanh
-HALVES = (torch.float16, torch.bfloat16)
+ELEMENTS_PER_CHUNK = 1 << 17  # per thread: 512 KiB in fp32
+SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # 2k and c of GELU's tanh approximation
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def use_fused(model: Any) -> None:
-    """Let each norm, `gelu_new` and gated product of a T5, mT5 or umT5, adapted or not, compute so."""
+def use_fused_layers(model: Any) -> None:
+    """Patch the norms, `gelu_new` and gated activations of a T5, mT5 or umT5, with or without adapters."""
     for module in model.modules():
         name = type(module).__name__
         if name.endswith("T5LayerNorm"):
-            module.forward = partial(_norm, module)
+            module.forward = partial(_forward_norm, module)
         elif name.endswith("T5DenseGatedActDense") and type(module.act).__name__ == "NewGELUActivation":
-            module.forward = partial(_gated_feed_forward, module)
+            module.forward = partial(_forward_gated, module)
         elif name == "NewGELUActivation":
             module.forward = partial(functional.gelu, approximate="tanh")
 
 
-def use_compiled(model: Any) -> None:
-    """Let torch.compile make few kernels of each norm and each feed-forward layer, for batches of any lengths.
+def compile_layers(model: Any) -> None:
+    """Compile each norm and each feed-forward layer with torch.compile, for any batch size and length.
 
-    Attention stays as it is: packed rows loop over their segments.
+    Attention isn't compiled: with packed rows it loops over a variable number of segments.
     """
     for module in model.modules():
         if type(module).__name__.endswith(("T5LayerNorm", "T5LayerFF")):
             module.compile(dynamic=True)
 
 
-def _norm(module: Any, hidden: torch.Tensor) -> Any:
+def _forward_norm(module: Any, hidden: torch.Tensor) -> Any:
     return _RootMeanSquareNorm.apply(hidden, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
 
 
-def _gated_feed_forward(module: Any, hidden: torch.Tensor) -> Any:
-    """T5DenseGatedActDense's."""
+def _forward_gated(module: Any, hidden: torch.Tensor) -> Any:
+    """Forward of T5DenseGatedActDense."""
     inner = _GatedGelu.apply(module.wi_0(hidden), module.wi_1(hidden))  # type: ignore[no-untyped-call]
     inner = module.dropout(inner)
     weight = module.wo.weight
@@ -60,19 +61,20 @@ def _gated_feed_forward(module: Any, hidden: torch.Tensor) -> Any:
 
 
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """weight · x / sqrt(mean(x²) + epsilon), the mean in fp32 (Zhang and Sennrich 2019)."""
+    """RMSNorm: weight · x / sqrt(mean(x²) + epsilon), with the mean in fp32 (Zhang and Sennrich 2019)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
         hidden_ND = hidden.reshape(-1, hidden.shape[-1])
         scale_N1 = hidden.new_empty(len(hidden_ND), 1, dtype=torch.float32)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        dtype = weight_D.dtype if weight_D.dtype in HALVES else torch.promote_types(wide, weight_D.dtype)
+        dtype = weight_D.dtype if weight_D.dtype in HALF_DTYPES else torch.promote_types(wide, weight_D.dtype)
         output = torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
         output_ND = output.view_as(hidden_ND)
-        for part in _parts(hidden_ND):
+        for part in _slice_rows(hidden_ND):
             scale_N1[part] = torch.rsqrt(hidden_ND[part].to(torch.float32).pow(2).mean(1, keepdim=True) + epsilon)
             normal_CD = hidden_ND[part] * scale_N1[part]
+            # transformers rounds to a half-precision weight's dtype before this product, too
             torch.mul(normal_CD.to(dtype), weight_D, out=output_ND[part])
         ctx.save_for_backward(hidden, weight_D, scale_N1)
         return output
@@ -86,7 +88,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         hidden_grad_ND = hidden_grad.view_as(hidden_ND)
         weight_grad_D = torch.zeros_like(weight_D, dtype=torch.promote_types(weight_D.dtype, torch.float32))
-        for part in _parts(hidden_ND):
+        for part in _slice_rows(hidden_ND):
             normal_CD = hidden_ND[part] * scale_N1[part]
             scaled_CD = grad_ND[part].to(normal_CD.dtype) * weight_D
             along_C1 = (scaled_CD * normal_CD).mean(1, keepdim=True)
@@ -97,14 +99,14 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
 
 class _GatedGelu(torch.autograd.Function):
-    """gelu(gate) · linear, with GELU's approximation by tanh (Shazeer 2020, "GLU Variants Improve Transformer")."""
+    """GEGLU: gelu(gate) · linear, with GELU's tanh approximation (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
-        gate_NF, linear_NF = _rows(gate), _rows(linear)
+        gate_NF, linear_NF = _flatten_rows(gate), _flatten_rows(linear)
         output = torch.empty_like(gate, dtype=torch.result_type(gate, linear), memory_format=torch.contiguous_format)
-        output_NF = _rows(output)
-        for part in _parts(gate_NF):
+        output_NF = _flatten_rows(output)
+        for part in _slice_rows(gate_NF):
             torch.mul(_gelu(gate_NF[part]), linear_NF[part], out=output_NF[part])
         ctx.save_for_backward(gate, linear)
         return output
@@ -112,20 +114,20 @@ class _GatedGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         gate, linear = ctx.saved_tensors
-        gate_NF, linear_NF, grad_NF = _rows(gate), _rows(linear), _rows(grads[0])
+        gate_NF, linear_NF, grad_NF = _flatten_rows(gate), _flatten_rows(linear), _flatten_rows(grads[0])
         gate_grad = torch.empty_like(gate, memory_format=torch.contiguous_format)
         linear_grad = torch.empty_like(linear, memory_format=torch.contiguous_format)
-        gate_grad_NF, linear_grad_NF = _rows(gate_grad), _rows(linear_grad)
-        for part in _parts(gate_NF):
+        gate_grad_NF, linear_grad_NF = _flatten_rows(gate_grad), _flatten_rows(linear_grad)
+        for part in _slice_rows(gate_NF):
             gelu_CF, gate_grad_NF[part] = _gelu_and_gradient(gate_NF[part], grad_NF[part] * linear_NF[part])
             linear_grad_NF[part] = gelu_CF.mul_(grad_NF[part])
         return gate_grad, linear_grad
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """x/2 · (1 + tanh(k (x + c x³))), which is x · sigmoid(2k (x + c x³)).
+    """Compute x/2 · (1 + tanh(k (x + c x³))), which equals x · sigmoid(2k (x + c x³)).
 
-    Made of whole vectors' operations, which stay in a CPU's cache, it takes half of the time of torch's own kernel.
+    On chunks that fit in a CPU's cache, these vectorized operations take half the time of torch's own kernel.
     """
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh")
@@ -134,7 +136,7 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gelu_and_gradient(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """gelu(x) and grad · gelu'(x); with s the sigmoid, gelu' is s + x s (1 - s) · 2k (1 + 3c x²)."""
+    """Compute gelu(x) and grad · gelu'(x); where s is the sigmoid, gelu' = s + x s (1 - s) · 2k (1 + 3c x²)."""
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh"), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -145,13 +147,13 @@ def _gelu_and_gradient(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tenso
     return gelu, slope.add_(sigmoid).mul_(grad)
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
+def _flatten_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _parts(rows_ND: torch.Tensor) -> list[slice]:
-    """Pieces that fit a CPU's cache; a GPU takes all rows at once."""
+def _slice_rows(rows_ND: torch.Tensor) -> list[slice]:
+    """Slices of rows that fit in a CPU's cache; on a GPU, one slice of all rows."""
     count, width = rows_ND.shape
     on_cpu = rows_ND.device.type == "cpu"
-    step = max(1, ELEMENTS_AT_ONCE * torch.get_num_threads() // width if on_cpu else count)
+    step = max(1, ELEMENTS_PER_CHUNK * torch.get_num_threads() // width if on_cpu else count)
     return [slice(start, start + step) for start in range(0, count, step)]

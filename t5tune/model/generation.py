@@ -1,4 +1,4 @@
-"""Replies of a model: greedy, by beam search, or sampled from a seed."""
+"""Text generation: greedy decoding, beam search or sampling."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,21 +18,21 @@ def generate(
     synced_gpus: bool = False,
     on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """The reply to each source of one batch, without its end token.
+    """Generate a reply to each source of one batch; the ids are returned without the EOS token.
+
+    Sampling uses torch's global random generator.
 
     Args:
-        sources: ids with their end token, of any lengths.
-        temperature: 0 takes the likeliest token (or beam) each time.
-        synced_gpus: go on until every rank is done, as ZeRO-3 needs: each forward gathers from all of them.
-        on_token: called with each new id of the reply to a single source (no beams), its end token included.
+        sources: ids of different lengths, each with its EOS token.
+        temperature: 0 decodes greedily, or by beam search.
+        synced_gpus: continue until every rank is done. ZeRO-3 needs this, because each forward gathers weights from
+            all ranks.
+        on_token: called with each new id, including the EOS token; only for a single source without beams.
     """
     device = next(model.parameters()).device
     width = max(map(len, sources))
     input_ids_BS = torch.tensor([[*source, *[pad_token_id] * (width - len(source))] for source in sources])
     lengths_B = torch.tensor([[len(source)] for source in sources])
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with torch.no_grad():
         output_BT = model.generate(
             input_ids=input_ids_BS.to(device),
@@ -43,14 +43,20 @@ def generate(
             pad_token_id=pad_token_id,
             synced_gpus=synced_gpus,
             streamer=_Streamer(on_token) if on_token else None,
-            **sampling,
+            **_choose_sampling(temperature, top_p),
         )
-    # the first is the decoder's start token
-    return [_until(row[1:], eos_token_id) for row in output_BT.tolist()]
+    # the first id is the decoder's start token
+    return [_cut_at_eos_token(row[1:], eos_token_id) for row in output_BT.tolist()]
+
+
+def _choose_sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 class _Streamer:
-    """What `generate` hands each step's ids to, the decoder's start token first."""
+    """Streamer of transformers' `generate`, which passes on each new id except the decoder's start token."""
 
     def __init__(self, on_token: Callable[[int], None]) -> None:
         self._on_token = on_token
@@ -65,5 +71,5 @@ class _Streamer:
         pass
 
 
-def _until(ids: list[int], eos_token_id: int) -> list[int]:
+def _cut_at_eos_token(ids: list[int], eos_token_id: int) -> list[int]:
     return ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids

@@ -1,6 +1,6 @@
-"""Shapes of the checkpoints that people start from, as their config.json on the hub gives them.
+"""Configs of commonly used checkpoints, from their config.json on the Hugging Face Hub.
 
-So plan and docs/memory.md need no download for these.
+With them, `plan` and docs/memory.md need no download for these checkpoints.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ _V11 = {
     "xl": (2048, 64, 5120, 24, 32),
     "xxl": (4096, 64, 10240, 24, 64),
 }
-# (d_model, d_kv, d_ff, encoder layers, decoder layers, heads): ByT5's encoders are three times as deep
+# (d_model, d_kv, d_ff, encoder layers, decoder layers, heads): ByT5's encoders are three times as deep as its decoders
 _BYT5 = {
     "small": (1472, 64, 3584, 12, 4, 6),
     "base": (1536, 64, 3968, 18, 6, 12),
@@ -32,12 +32,12 @@ _BYT5 = {
 }
 
 
-def _config(key: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def _make_config(key: str, shape: tuple[int, ...]) -> dict[str, Any]:
     width, head_width, inner, *layers, heads = shape
     family = FAMILIES[key]
     return {
         "model_type": family.model_type,
-        "vocab_size": family.rows,
+        "vocab_size": family.num_rows,
         "d_model": width,
         "d_kv": head_width,
         "d_ff": inner,
@@ -50,13 +50,13 @@ def _config(key: str, shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-SIZES: dict[str, dict[str, Any]] = {
-    **{f"google-t5/t5-{size}": _config("t5", shape) for size, shape in _T5.items()},
-    **{f"google/t5-v1_1-{size}": _config("flan-t5", shape) for size, shape in _V11.items()},
-    **{f"google/flan-t5-{size}": _config("flan-t5", shape) for size, shape in _V11.items()},
-    "google/flan-ul2": _config("flan-ul2", (4096, 256, 16384, 32, 16)),
-    "lmsys/fastchat-t5-3b-v1.0": _config("fastchat-t5", (2048, 64, 5120, 24, 32)),
-    **{f"google/mt5-{size}": _config("mt5", shape) for size, shape in _V11.items()},
-    **{f"google/umt5-{size}": _config("umt5", _V11[size]) for size in ("small", "base", "xl", "xxl")},
-    **{f"google/byt5-{size}": _config("byt5", shape) for size, shape in _BYT5.items()},
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
+    **{f"google-t5/t5-{size}": _make_config("t5", shape) for size, shape in _T5.items()},
+    **{f"google/t5-v1_1-{size}": _make_config("flan-t5", shape) for size, shape in _V11.items()},
+    **{f"google/flan-t5-{size}": _make_config("flan-t5", shape) for size, shape in _V11.items()},
+    "google/flan-ul2": _make_config("flan-ul2", (4096, 256, 16384, 32, 16)),
+    "lmsys/fastchat-t5-3b-v1.0": _make_config("fastchat-t5", (2048, 64, 5120, 24, 32)),
+    **{f"google/mt5-{size}": _make_config("mt5", shape) for size, shape in _V11.items()},
+    **{f"google/umt5-{size}": _make_config("umt5", _V11[size]) for size in ("small", "base", "xl", "xxl")},
+    **{f"google/byt5-{size}": _make_config("byt5", shape) for size, shape in _BYT5.items()},
 }

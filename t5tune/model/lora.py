@@ -1,8 +1,8 @@
-"""Attach LoRA adapters, and train the rows of added tokens, in PEFT's own format.
+"""Add LoRA adapters and trainable embedding rows of added tokens to a model, in PEFT's own format.
 
-The rows of an untied head are indexed in the opposite order of the embedding's. Stock PEFT believes
-transformers 5 that every T5 is tied, and drops the rows of an embedding and a head that list the same
-indices; lists that differ it keeps apart, so the saved adapter loads right with no line of the user's.
+Stock PEFT drops one of two modules with equal index lists if the model is marked as tied, and transformers 5 marks
+every T5 as tied. The token indices of an untied head are therefore listed in the reverse order of the embedding's. Then
+stock PEFT loads the saved adapter correctly without extra code.
 """
 
 import json
@@ -16,39 +16,43 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from torch.nn import functional
 
-from t5tune.checkpoints.adapter import DECODER_ROWS, PREFIX, read_adapter, saved_name
+from t5tune.checkpoints.adapter import DECODER_ROWS, PEFT_PREFIX, read_adapter, to_peft_name
 from t5tune.checkpoints.safetensors import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError
-from t5tune.families import GROUPS, target_modules
+from t5tune.families import TARGET_MODULE_GROUPS, expand_target_modules
 from t5tune.model.load import to_torch
 from t5tune.settings.lora import LoraSettings
 
-TAKEN_OUT = ("pissa", "olora")  # starts that move a part of each weight from the base into its adapter
-EMBEDDINGS = ("encoder.embed_tokens", "decoder.embed_tokens")
-HEAD = "lm_head"
-AS_BEFORE = "give the conversations themselves, and leave add_tokens at auto: they get its tokens"
+BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora")  # they subtract each adapter's initial B·A from the base weight
+EMBEDDING_MODULES = ("encoder.embed_tokens", "decoder.embed_tokens")
+HEAD_MODULE = "lm_head"
+SAME_TOKENS_HINT = (
+    "give the conversations instead of a token cache, and leave add_tokens at auto: then they are prepared with the "
+    "adapter's tokens"
+)
 
 
 def add_lora(
     model: Any, base: Path, settings: LoraSettings, token_ids: list[int], adapter_dtype: torch.dtype
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Wrap a frozen base; the adapters and token rows are its only parameters that train.
+    """Wrap a frozen base with adapters. Only the adapters and the rows of added tokens are trainable.
 
     Args:
-        base: the folder that the model was loaded from.
-        token_ids: rows of the embedding and of the head to train.
-        adapter_dtype: of the trained tensors.
+        base: folder that the model was loaded from.
+        token_ids: rows of the embedding and the head to train.
+        adapter_dtype: dtype of the trained tensors.
 
-    Returns: the PEFT model, and the LoRA matrices that were taken out of the base's weights (PiSSA, OLoRA), in
-    fp32 by their saved names; see `weights.adapter.without_start`.
+    Returns:
+        The PEFT model, and the initial LoRA matrices that were subtracted from the base weights (PiSSA, OLoRA), in fp32
+        by their saved names; see `checkpoints.adapter.convert_to_plain_lora`.
 
     Raises:
-        SettingsError: a name among lora_target_modules or modules_to_save that the model doesn't have.
+        SettingsError: lora_target_modules or modules_to_save contain a name that the model doesn't have.
     """
-    targets = _target_modules(model, settings.lora_target_modules)
-    start = settings.init_lora_weights
+    targets = _select_target_modules(model, settings.lora_target_modules)
+    method = settings.init_lora_weights
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -57,67 +61,73 @@ def add_lora(
         bias=settings.lora_bias,
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
-        init_lora_weights=True if start in {"default", "loftq"} else start,
-        modules_to_save=_modules_to_save(model, settings),
+        init_lora_weights=True if method in {"default", "loftq"} else method,
+        modules_to_save=_select_modules_to_save(model, settings),
         task_type=TaskType.SEQ_2_SEQ_LM,
-        trainable_token_indices=_token_indices(model, token_ids) if settings.train_token_rows else None,
+        trainable_token_indices=_make_token_indices(model, token_ids) if settings.train_token_rows else None,
     )
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    use_token_rows(peft_model)
+    replace_trainable_token_layers(peft_model)
     _share_embedding_rows(peft_model)
-    if start == "loftq":
-        _start_from_quantisation_error(peft_model, base)
-    taken_out = {}
-    if start.startswith(TAKEN_OUT):
-        taken_out = {
-            saved_name(name): Tensor("F32", parameter.detach().float().cpu().numpy().copy())
-            for name, parameter in peft_model.named_parameters()
-            if ".lora_A." in name or ".lora_B." in name
-        }
-    for parameter in peft_model.parameters():
+    if method == "loftq":
+        _initialize_from_quantization_error(peft_model, base)
+    subtracted = _copy_lora_matrices(peft_model) if method.startswith(BASE_CHANGING_INITIALIZATIONS) else {}
+    _cast_trainable(peft_model, adapter_dtype)
+    return peft_model, subtracted
+
+
+def _cast_trainable(model: Any, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(adapter_dtype)
-    return peft_model, taken_out
+            parameter.data = parameter.data.to(dtype)
 
 
-def _target_modules(model: Any, names: list[str]) -> list[str]:
-    """The linear layers that names and groups mean, as far as this model has them."""
+def _copy_lora_matrices(peft_model: Any) -> dict[str, Tensor]:
+    return {
+        to_peft_name(name): Tensor("F32", parameter.detach().float().cpu().numpy().copy())
+        for name, parameter in peft_model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def _select_target_modules(model: Any, names: list[str]) -> list[str]:
+    """Expand names and groups to the linear layers that this model has."""
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear.discard(HEAD)
-    unknown = sorted(name for name in names if not linear & set(target_modules([name])))
+    linear.discard(HEAD_MODULE)
+    unknown = sorted(name for name in names if not linear & set(expand_target_modules([name])))
     if unknown:
         raise SettingsError(
             f"lora_target_modules: {', '.join(unknown)}: no such linear layer in this model",
-            hint=f"it has {', '.join(sorted(linear))}, and the groups are {', '.join(GROUPS)}",
+            hint=f"it has {', '.join(sorted(linear))}, and the groups are {', '.join(TARGET_MODULE_GROUPS)}",
         )
-    return [name for name in target_modules(names) if name in linear]
+    return [name for name in expand_target_modules(names) if name in linear]
 
 
-def _modules_to_save(model: Any, settings: LoraSettings) -> list[str] | None:
-    """PEFT's list of modules to train whole, or None.
+def _select_modules_to_save(model: Any, settings: LoraSettings) -> list[str] | None:
+    """Check the modules to train in full, and return them as PEFT's modules_to_save.
 
     Raises:
-        SettingsError: one that isn't there, or that holds 4-bit weights.
+        SettingsError: a module doesn't exist, or contains quantized weights.
     """
     for name in settings.modules_to_save or []:
         found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
         if not found:
             raise SettingsError(
                 f"modules_to_save: {name}: no such module in this model",
-                hint="layer_norm, final_layer_norm and relative_attention_bias are what T5 has beside linear layers",
+                hint="besides linear layers, T5 has layer_norm, final_layer_norm and relative_attention_bias",
             )
         if any(type(part).__name__ in {"Linear4bit", "Linear8bitLt"} for module in found for part in module.modules()):
             raise SettingsError(
-                f"modules_to_save: {name}: holds quantised weights, which can't be trained",
-                hint="train without q_lora, or give it an adapter with lora_target_modules",
+                f"modules_to_save: {name}: contains quantized weights, which can't be trained",
+                hint="train without q_lora, or adapt it with lora_target_modules",
             )
     return list(settings.modules_to_save) if settings.modules_to_save else None
 
 
-def _start_from_quantisation_error(peft_model: Any, base: Path) -> None:
-    """Let each B·A start as the best low-rank part of what 4 bits lost of its weight (LoftQ, Li et al. 2023, one step).
+def _initialize_from_quantization_error(peft_model: Any, base: Path) -> None:
+    """Initialize each B·A as the best low-rank approximation of its weight's 4-bit quantization error.
 
-    PEFT's own way computes on a GPU alone; this one anywhere.
+    This is one step of LoftQ (Li et al. 2023). PEFT's own implementation needs a GPU, this one doesn't.
     """
     import bitsandbytes
 
@@ -125,125 +135,158 @@ def _start_from_quantisation_error(peft_model: Any, base: Path) -> None:
     for name, module in peft_model.base_model.model.named_modules():
         if not (hasattr(module, "lora_A") and "default" in module.lora_A):
             continue
-        quantised = module.base_layer.weight
-        kept_OI = bitsandbytes.functional.dequantize_4bit(quantised.data, quantised.quant_state).float()
-        lost_OI = to_torch(checkpoint.tensor(f"{name}.weight"), torch.float32).to(kept_OI.device) - kept_OI
-        u_OR, s_R, v_RI = torch.linalg.svd(lost_OI, full_matrices=False)
+        quantized = module.base_layer.weight
+        quantized_OI = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state).float()
+        error_OI = (
+            to_torch(checkpoint.get_tensor(f"{name}.weight"), torch.float32).to(quantized_OI.device) - quantized_OI
+        )
+        u_OR, s_R, v_RI = torch.linalg.svd(error_OI, full_matrices=False)
         rank = module.r["default"]
         root_R = (s_R[:rank] / module.scaling["default"]).sqrt()
         module.lora_A["default"].weight.data = (root_R[:, None] * v_RI[:rank]).contiguous()
         module.lora_B["default"].weight.data = (u_OR[:, :rank] * root_R).contiguous()
 
 
-def start_from(peft_model: Any, folder: Path, tokenizer_folder: Path) -> None:
-    """Give the adapters and token rows the values of a saved adapter.
+def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) -> None:
+    """Load a saved adapter's values into the adapters and token rows, to continue training it.
 
     Args:
-        tokenizer_folder: of the tokenizer whose ids this model will see.
+        folder: folder of the saved adapter.
+        tokenizer_folder: folder of the tokenizer that the training data uses.
 
     Raises:
-        CheckpointError: it holds none, one of another shape, scale or kind, or rows of other tokens.
+        CheckpointError: the saved adapter has another shape, scale or kind, or rows of other tokens.
     """
     config, state = read_adapter(folder)
-    here = peft_model.peft_config["default"].to_dict()
-    for key, flag in {"r": "lora_r", **{key: key for key in ("lora_alpha", "use_rslora", "use_dora")}}.items():
-        then, now = config.get(key, False), here[key]
-        if then != now:
-            raise CheckpointError(f"adapter: {folder}: {key} {then}, but {flag} {now} here", hint=f"give {flag} {then}")
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise CheckpointError(f"adapter: {folder}: ranks of their own for some layers, which can't be trained here")
-    parameters = {saved_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
+    current = peft_model.peft_config["default"].to_dict()
+    _check_same_scale(config, current, folder)
+    parameters = {to_peft_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
     tensors = {name: tensor for name, tensor in state.items() if name in parameters or name != DECODER_ROWS}
-    for name in sorted(parameters.keys() ^ tensors.keys()):
-        has, lacks = ("it holds", "this run doesn't train") if name in tensors else ("this run trains", "it lacks")
-        raise CheckpointError(
-            f"adapter: {folder}: {has} {name.removeprefix(PREFIX)}, which {lacks}",
-            hint="give lora_target_modules, modules_to_save and add_tokens as they were",
-        )
-    indices = json.loads(json.dumps(here["trainable_token_indices"]))
-    if config.get("trainable_token_indices") != indices:
-        raise CheckpointError(f"adapter: {folder}: its rows are of other tokens", hint=AS_BEFORE)
+    _check_same_names(parameters, tensors, folder)
+    _check_same_rows(config, current, folder)
     if (folder / "tokenizer_config.json").is_file():
-        then, now = (load_tokenizer(place).vocabulary() for place in (folder, tokenizer_folder))
-        for token in sorted(then, key=lambda token: -then[token]):
-            if now.get(token) != then[token]:
-                raise CheckpointError(
-                    f"adapter: {folder}: its row {then[token]} is of {token!r}, which the tokenizer here lacks or has "
-                    "elsewhere",
-                    hint=AS_BEFORE,
-                )
+        _check_same_tokens(folder, tokenizer_folder)
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tensors[name].shape:
-            shapes = f"{list(tensors[name].shape)}, but {list(parameter.shape)} here"
-            raise CheckpointError(
-                f"adapter: {folder}: {name.removeprefix(PREFIX)}: {shapes}", hint="is it this base's?"
-            )
+            shapes = f"shape {list(tensors[name].shape)}, but {list(parameter.shape)} in this run"
+            problem = f"adapter: {folder}: {name.removeprefix(PEFT_PREFIX)}: {shapes}"
+            raise CheckpointError(problem, hint="was it trained on this base?")
         parameter.data.copy_(to_torch(tensors[name], parameter.dtype))
 
 
+def _check_same_scale(config: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Check that the saved adapter has this run's rank, alpha and variant of LoRA."""
+    for key, flag in {"r": "lora_r", **{key: key for key in ("lora_alpha", "use_rslora", "use_dora")}}.items():
+        then, now = config.get(key, False), current[key]
+        if then != now:
+            raise CheckpointError(
+                f"adapter: {folder}: saved with {key} {then}, but this run has {flag} {now}", hint=f"use {flag} {then}"
+            )
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise CheckpointError(f"adapter: {folder}: some layers have their own rank or alpha, which t5tune can't train")
+
+
+def _check_same_names(parameters: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Check that the saved adapter contains the parameters that this run trains, and no others."""
+    for name in sorted(parameters.keys() ^ tensors.keys()):
+        has, lacks = ("the adapter contains", "this run doesn't train")
+        if name not in tensors:
+            has, lacks = ("this run trains", "the adapter doesn't contain")
+        raise CheckpointError(
+            f"adapter: {folder}: {has} {name.removeprefix(PEFT_PREFIX)}, which {lacks}",
+            hint="use the lora_target_modules, modules_to_save and add_tokens that it was trained with",
+        )
+
+
+def _check_same_rows(config: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    indices = json.loads(json.dumps(current["trainable_token_indices"]))
+    if config.get("trainable_token_indices") != indices:
+        problem = f"adapter: {folder}: its trained embedding rows belong to different tokens than this run's"
+        raise CheckpointError(problem, hint=SAME_TOKENS_HINT)
+
+
+def _check_same_tokens(folder: Path, tokenizer_folder: Path) -> None:
+    """Check that the run's tokenizer has all tokens of the saved adapter's, with the same ids."""
+    then, now = (load_tokenizer(path).get_vocab() for path in (folder, tokenizer_folder))
+    for token in sorted(then, key=lambda token: -then[token]):
+        if now.get(token) != then[token]:
+            raise CheckpointError(
+                f"adapter: {folder}: its embedding row {then[token]} is that of {token!r}, which is missing from "
+                "this run's tokenizer or has a different id there",
+                hint=SAME_TOKENS_HINT,
+            )
+
+
 def load_adapter(model: Any, folder: Path) -> Any:
-    """Put the adapter of a folder on a base, for inference.
+    """Add a saved adapter to a base, for inference.
 
     Raises:
-        ModelError: it doesn't fit this base.
+        ModelError: the adapter doesn't fit this base.
     """
     try:
         return PeftModel.from_pretrained(
-            model, str(folder), autocast_adapter_dtype=False, torch_device=_device_of(model)
+            model, str(folder), autocast_adapter_dtype=False, torch_device=_get_device(model)
         ).eval()
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise _misfit(str(folder), error) from error
+        raise _make_misfit_error(str(folder), error) from error
 
 
-def load_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
-    """Put the weighted sum of several adapters on a base, for inference: their matrices side by side.
+def load_weighted_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
+    """Add the weighted sum of several saved adapters to a base, for inference.
+
+    PEFT concatenates their matrices (combination type `cat`).
 
     Raises:
-        ModelError: one doesn't fit this base.
+        ModelError: an adapter doesn't fit this base.
     """
     names = [f"part{number}" for number in range(len(folders))]
-    options = {"autocast_adapter_dtype": False, "torch_device": _device_of(model)}
+    options = {"autocast_adapter_dtype": False, "torch_device": _get_device(model)}
     try:
         peft_model = PeftModel.from_pretrained(model, str(folders[0]), names[0], **options)
         for name, folder in zip(names[1:], folders[1:], strict=True):
             peft_model.load_adapter(str(folder), name, **options)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise _misfit(", ".join(map(str, folders)), error) from error
+        raise _make_misfit_error(", ".join(map(str, folders)), error) from error
     peft_model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
     peft_model.set_adapter("sum")
-    for module in peft_model.modules():
-        if isinstance(module, LoraLayer):
-            module.scaling["sum"] = 1.0  # each part's scale is in its matrix; PEFT adds rsLoRA's of the sum to it
+    _disable_scaling(peft_model, "sum")
     return peft_model.eval()
 
 
-def _device_of(model: Any) -> str:
-    """The device of a model's weights. PEFT would read an adapter onto the first GPU, wherever the model is."""
+def _disable_scaling(model: Any, name: str) -> None:
+    """Undo PEFT's rsLoRA scale of a weighted sum: each adapter's own scale is already in its matrices."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling[name] = 1.0
+
+
+def _get_device(model: Any) -> str:
+    """Return the device of a model's weights. By default PEFT loads an adapter onto the first GPU instead."""
     return str(next(model.parameters()).device)
 
 
-def _misfit(what: str, error: Exception) -> ModelError:
+def _make_misfit_error(what: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())[:300]
-    return ModelError(f"adapter: {what}: doesn't fit this base: {reason}", hint="name the base that it was trained on")
+    return ModelError(f"adapter: {what}: doesn't fit this base: {reason}", hint="give the base that it was trained on")
 
 
-def _token_indices(model: Any, token_ids: list[int]) -> Any:
+def _make_token_indices(model: Any, token_ids: list[int]) -> Any:
     if not token_ids:
         return None
     if model.config.tie_word_embeddings:
         return list(token_ids)
-    return {name: list(token_ids) for name in EMBEDDINGS} | {HEAD: list(reversed(token_ids))}
+    return {name: list(token_ids) for name in EMBEDDING_MODULES} | {HEAD_MODULE: list(reversed(token_ids))}
 
 
-def use_token_rows(peft_model: Any) -> None:
-    """Compute token rows as `TokenRows` does."""
+def replace_trainable_token_layers(peft_model: Any) -> None:
+    """Replace PEFT's layers for trained token rows by `TokenRows`."""
     for module in peft_model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = TokenRows
 
 
 def _share_embedding_rows(peft_model: Any) -> None:
-    """Let encoder and decoder train the same rows: T5 has one embedding."""
+    """Make encoder and decoder train the same rows, since T5 has one embedding."""
     base = peft_model.base_model.model
     encoder, decoder = base.encoder.embed_tokens, base.decoder.embed_tokens
     if not base.config.tie_word_embeddings and hasattr(encoder, "token_adapter"):
@@ -251,21 +294,21 @@ def _share_embedding_rows(peft_model: Any) -> None:
 
 
 class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
-    """Trained rows of an embedding or of the head, in place of PEFT's own way to compute them.
+    """Trained rows of an embedding or head, computed without PEFT's copy of the whole matrix.
 
-    PEFT copies the whole matrix in each forward, and reads it outside of the base layer. The copy costs
-    vocabulary × width a forward; under ZeRO-3 the matrix isn't there to read. Here the base layer runs as it
-    is, and only the trained rows' places in its output are replaced. K is the number of rows.
+    In each forward, PEFT copies the whole matrix (vocabulary × width values), outside of the base layer's forward.
+    Under ZeRO-3 this fails, because the matrix is gathered only within the base layer's forward. Here the base layer
+    runs unchanged, and only the trained rows' values in its output are replaced. K is the number of rows.
     """
 
     def forward_adapters(self, x: Any, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
-        if output.ndim < 2:  # the head gave losses (see model/loss.py), and has taken the rows into account
+        if output.ndim < 2:  # the head returned losses, which already include the rows (see model/loss.py)
             return output
         for name in active_adapters:
-            rows_KD, ids_K = self.rows(name, x.device)
+            rows_KD, ids_K = self.get_rows(name, x.device)
             if isinstance(self.base_layer, nn.Embedding):
                 is_row_BTK = x.unsqueeze(-1) == ids_K
                 replaced_BTD = functional.embedding(is_row_BTK.to(torch.uint8).argmax(-1), rows_KD)
@@ -275,9 +318,9 @@ class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
                 output = output.index_copy(-1, ids_K, logits_BTK)
         return output
 
-    def rows(self, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the trained rows, their places in the vocabulary)"""
-        if self._ids is None or self._ids.device != device:  # copied once: a copy to a GPU waits for it
+    def get_rows(self, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (the trained rows, their token ids)."""
+        if self._ids is None or self._ids.device != device:  # cached, because a copy to a GPU synchronizes
             self._ids = torch.tensor(self.token_indices[name], device=device)
         return self.trainable_tokens_delta[name], self._ids
 

@@ -1,10 +1,11 @@
-"""The bytes that a model and a step of its training take, from config.json alone.
+"""Measure the memory of a model and of a training step, from config.json alone.
 
-    model = empty_model_of(config, settings)
-    step = measure_step(model, Lengths((512,) * 8, (128,) * 8), settings)
+    model = build_empty_training_model(config, settings, num_token_rows=19, deepspeed=False)
+    lengths = BatchLengths(sources=(512,) * 8, targets=(128,) * 8)
+    step = measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=True)
 
-The step is run on tensors without data: the real model, adapters, loss and backward, with every storage that lives
-counted. So nothing here knows a layer's formula, and what changes in the model changes in the plan.
+The step runs on fake tensors, which have shapes but no data: the real model, adapters, loss and backward pass, while
+every live storage is counted. So there are no formulas of layers here that would have to follow changes of the model.
 """
 
 import sys
@@ -24,127 +25,128 @@ from torch.utils._pytree import tree_leaves
 
 from t5tune.model import fused
 from t5tune.model.attention import Segments, can_pack, use_packing
-from t5tune.model.load import empty_model, quantised_linears
+from t5tune.model.load import build_empty_model, find_quantizable_linears
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import HeadLoss
-from t5tune.settings.quantization import QuantisationSettings
+from t5tune.settings.quantization import QuantizationSettings
 
-BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
-PARTS = ("embedding", "head", "attention", "feed-forward", "rest")
+# of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
+BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
+WEIGHT_KINDS = ("embedding", "head", "attention", "feed-forward", "rest")
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """A micro-batch: tokens of each example's source and target, end tokens included."""
+class BatchLengths:
+    """Lengths of the examples in a micro-batch, in tokens, including their EOS tokens."""
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Step:
-    """Bytes that a step takes beside the weights: the gradients that it leaves, and what it needs on the way."""
+class StepMemory:
+    """Bytes that a step needs in addition to the weights: gradients, and temporary tensors (activations)."""
 
     gradients: int
     activations: int
 
 
-def empty_model_of(config: dict[str, Any], settings: Any, num_token_rows: int, deepspeed: bool) -> Any:
-    """The model that `train` would train, on no device.
+def build_empty_training_model(config: dict[str, Any], settings: Any, num_token_rows: int, deepspeed: bool) -> Any:
+    """Build the model that `train` would train, on the meta device.
 
     Args:
-        config: what config.json holds, completed (families.py).
-        settings: BaseModel, LoRA, quantisation and training settings in one.
-        num_token_rows: rows of added tokens that train.
-        deepspeed: whether it keeps the adapters' fp32 masters itself.
+        config: contents of config.json, completed (see families.py).
+        settings: any settings with the base model, LoRA, quantization and training fields.
+        num_token_rows: trained embedding rows of added tokens.
+        deepspeed: whether DeepSpeed trains it: its optimizer keeps the fp32 master weights of the adapters.
     """
     tied = bool(config.get("tie_word_embeddings", True))
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     adapter_dtype = dtype if deepspeed else torch.float32
     is_full = settings.train_mode == "full"
     with torch.device("meta"):
-        model = empty_model(config, adapter_dtype if is_full else dtype, tied)
+        model = build_empty_model(config, adapter_dtype if is_full else dtype, tied)
         model.requires_grad_(is_full)
         if not is_full:
-            plain = settings.model_copy(update={"init_lora_weights": "default"})  # the others need the weights
+            # the other initializations need the weights' values
+            lora_settings = settings.model_copy(update={"init_lora_weights": "default"})
             last = int(config["vocab_size"]) - 1
-            model, _ = add_lora(model, Path(), plain, list(range(last - num_token_rows, last)), adapter_dtype)
+            model, _ = add_lora(model, Path(), lora_settings, list(range(last - num_token_rows, last)), adapter_dtype)
     if settings.packing != "off" and can_pack(model):
         use_packing(model)
-    fused.use_fused(model)
+    fused.use_fused_layers(model)
     return model.train()
 
 
-def weight_bytes(model: nn.Module, quantisation: QuantisationSettings | None) -> dict[str, int]:
-    """Bytes of the model's own tensors, by part, as `load_base` would hold them; adapters and their like left out."""
-    quantised = quantised_linears(model, quantisation) if quantisation is not None and quantisation.q_lora else {}
-    sizes = dict.fromkeys(PARTS, 0)
+def count_weight_bytes(model: nn.Module, quantization: QuantizationSettings | None) -> dict[str, int]:
+    """Count the bytes of the model's own tensors, by kind, as `load_base` would store them; without adapters."""
+    quantizable = (
+        find_quantizable_linears(model, quantization) if quantization is not None and quantization.q_lora else {}
+    )
+    sizes = dict.fromkeys(WEIGHT_KINDS, 0)
     for name, parameter in model.named_parameters():
-        if _is_added(name):
+        if _is_adapter(name):
             continue
         module = name.rpartition(".")[0]
-        if module in quantised and quantisation is not None:
-            size = quantised_bytes(parameter.numel(), parameter.shape[0], quantisation)
+        if module in quantizable and quantization is not None:
+            size = count_quantized_bytes(parameter.numel(), parameter.shape[0], quantization)
         else:
             size = parameter.numel() * parameter.element_size()
-        sizes[_part(name)] += size
+        sizes[_classify(name)] += size
     return sizes
 
 
-def quantised_bytes(count: int, rows: int, quantisation: QuantisationSettings) -> int:
-    """Bytes of a matrix of `count` weights in bitsandbytes' format, its scales and code tables included."""
-    if quantisation.quant_type == "int8":
+def count_quantized_bytes(count: int, rows: int, quantization: QuantizationSettings) -> int:
+    """Count the bytes of a matrix of `count` weights in bitsandbytes' format, including scales and code tables."""
+    if quantization.quant_type == "int8":
         return count + 4 * rows
-    blocks = -(-count // BLOCK)
-    size = count // 2 + 16 * 4  # the sixteen values that four bits stand for
-    if not quantisation.double_quant:
+    blocks = -(-count // BLOCK_SIZE)
+    size = count // 2 + 16 * 4  # the table of the 16 values that 4 bits encode
+    if not quantization.double_quant:
         return size + 4 * blocks
-    return size + blocks + 4 * -(-blocks // OUTER_BLOCK) + 256 * 4 + 4
+    return size + blocks + 4 * -(-blocks // OUTER_BLOCK_SIZE) + 256 * 4 + 4
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-
-def measure_step(model: Any, lengths: Lengths, settings: Any, on_gpu: bool, reentrant: bool, autocast: bool) -> Step:
-    """Run a step of forward and backward on tensors without data, and count what lives.
+def measure_step(
+    model: Any, lengths: BatchLengths, settings: Any, on_gpu: bool, reentrant: bool, autocast: bool
+) -> StepMemory:
+    """Run the forward and backward pass of a step on fake tensors, and count live memory.
 
     Args:
-        on_gpu: attention is a fused kernel that keeps no scores; on a CPU with dropout it keeps them.
-        reentrant: the way of gradient checkpointing.
-        autocast: whether the forward runs in mixed precision, as without DeepSpeed.
+        on_gpu: whether attention is a fused kernel that stores no scores; on a CPU with dropout it stores them.
+        reentrant: the variant of gradient checkpointing.
+        autocast: whether the forward pass uses mixed precision, as it does without DeepSpeed.
     """
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        _pass_for_cpu(model)
+        _move_to_fake_cpu(model)
         if settings.gradient_checkpointing:
             model.enable_input_require_grads()
-            # transformers 5 renames it on its way
+            # the method has another name in newer releases of transformers 5
             new = hasattr(model, "activation_checkpointing_enable")
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
         head_loss = HeadLoss(model, settings.label_smoothing_factor)
         packs = settings.packing != "off" and can_pack(model)
-        inputs, labels = _packed_inputs(lengths) if packs else _padded_inputs(lengths)
+        inputs, labels = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
         if on_gpu:
-            stack.enter_context(_gpu_kernels())
+            stack.enter_context(_assume_gpu_kernels())
         live = stack.enter_context(_LiveBytes(model.parameters()))
-        with head_loss.of(labels), torch.autocast("cpu", torch.bfloat16, enabled=autocast and settings.bf16):
+        in_bf16 = autocast and settings.bf16
+        with head_loss.replace_logits_with_sum(labels), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
             total = model(**inputs, use_cache=False).logits
         total.backward()
         del total
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     unpacked = 0
-    if settings.q_lora:  # a product unpacks its weight first
-        layers = quantised_linears(model, settings).values()
+    if settings.q_lora:  # each product dequantizes its weight to a temporary tensor
+        layers = find_quantizable_linears(model, settings).values()
         unpacked = max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
-    return Step(gradients, max(0, live.peak - gradients) + unpacked)
+    return StepMemory(gradients, max(0, live.peak - gradients) + unpacked)
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that operations make, as long as they live, beside those that were there before."""
+    """Track the bytes of live storages that operations allocate, excluding those of the tensors in `before`."""
 
     def __init__(self, before: Iterator[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -155,30 +157,30 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.prim.device.default:
-            return args[0].fake_device  # two of three calls; torch's own way to this answer is long
+            return args[0].fake_device  # two thirds of all calls, and slow if torch handles them
         if function is torch.ops.aten._local_scalar_dense.default:
-            return 0  # asked whether a mask is all ones; it isn't
+            return 0  # transformers asks whether a mask is all ones: pretend that it isn't
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return result
 
-    def _count(self, storage: Any) -> None:
+    def _add(self, storage: Any) -> None:
         if storage in self._seen:
             return
         self._seen[storage] = True
         size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, size)
+        weakref.finalize(storage, self._subtract, size)
 
-    def _release(self, size: int) -> None:
+    def _subtract(self, size: int) -> None:
         self.live -= size
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Shapes and memory of a fused kernel: it keeps its inputs, its output, and a number for each row of scores."""
+    """Shapes and memory of a fused kernel, which saves its inputs, its output, and one number per row of scores."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
@@ -193,32 +195,32 @@ class _FusedAttention(torch.autograd.Function):
 
 
 @contextmanager
-def _gpu_kernels() -> Iterator[None]:
-    """Let torch's attention be the fused kernel, and a norm take all rows at once, as on a GPU.
+def _assume_gpu_kernels() -> Iterator[None]:
+    """Pretend to run on a GPU: replace torch's attention by a fused kernel, and don't split norms into chunks.
 
-    transformers and model/attention.py look the attention up by its name.
+    Patching works because transformers and model/attention.py look up `scaled_dot_product_attention` at each call.
     """
     stock: Any = functional.scaled_dot_product_attention
-    elements = fused.ELEMENTS_AT_ONCE
+    elements = fused.ELEMENTS_PER_CHUNK
 
     def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
         return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
 
     functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    fused.ELEMENTS_AT_ONCE = sys.maxsize
+    fused.ELEMENTS_PER_CHUNK = sys.maxsize
     try:
         yield
     finally:
         functional.scaled_dot_product_attention = stock
-        fused.ELEMENTS_AT_ONCE = elements
+        fused.ELEMENTS_PER_CHUNK = elements
 
 
-def _pass_for_cpu(model: nn.Module) -> None:
-    """Give the model tensors that pass for ones on the CPU, so that autocast and attention choose as they do there."""
-    made: dict[int, torch.Tensor] = {}  # what is shared stays so
+def _move_to_fake_cpu(model: nn.Module) -> None:
+    """Replace the meta tensors of a model by fake CPU tensors, so that autocast and attention behave as on a CPU."""
+    made: dict[int, torch.Tensor] = {}  # by the old tensor's id, to keep shared tensors shared
     for module in model.modules():
-        held: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for tensors in held:
+        registered: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in registered:
             for name, tensor in list(tensors.items()):
                 if tensor is None:
                     continue
@@ -229,7 +231,7 @@ def _pass_for_cpu(model: nn.Module) -> None:
                 tensors[name] = made[id(tensor)]
 
 
-def _packed_inputs(lengths: Lengths) -> tuple[dict[str, Any], torch.Tensor]:
+def _make_packed_inputs(lengths: BatchLengths) -> tuple[dict[str, Any], torch.Tensor]:
     target = torch.ones(1, sum(lengths.targets), dtype=torch.int64)
     inputs = {
         "input_ids": torch.ones(1, sum(lengths.sources), dtype=torch.int64),
@@ -239,17 +241,17 @@ def _packed_inputs(lengths: Lengths) -> tuple[dict[str, Any], torch.Tensor]:
     return inputs, target
 
 
-def _padded_inputs(lengths: Lengths) -> tuple[dict[str, Any], torch.Tensor]:
+def _make_padded_inputs(lengths: BatchLengths) -> tuple[dict[str, Any], torch.Tensor]:
     source = torch.ones(len(lengths.sources), max(lengths.sources), dtype=torch.int64)
     target = torch.ones(len(lengths.targets), max(lengths.targets), dtype=torch.int64)
     return {"input_ids": source, "attention_mask": source, "decoder_input_ids": target}, target
 
 
-def _is_added(name: str) -> bool:
+def _is_adapter(name: str) -> bool:
     return ".lora_" in name or "trainable_tokens" in name or "modules_to_save" in name
 
 
-def _part(name: str) -> str:
+def _classify(name: str) -> str:
     if "lm_head" in name:
         return "head"
     if "shared" in name or "embed_tokens" in name:

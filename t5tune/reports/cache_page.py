@@ -1,4 +1,4 @@
-"""Examples of a cache and its lengths as one HTML file that needs no network."""
+"""HTML page with examples of a token cache and their lengths: one file that needs no network."""
 
 import html
 from collections.abc import Iterable, Iterator
@@ -32,63 +32,70 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospa
 """
 
 
-def write_page(path: Path, examples: CacheView, statistics: LengthStatistics | None) -> None:
-    """Write the page beside `path` and rename it there."""
-    write_file(path, (f"{part}\n".encode() for part in _page(examples, statistics)))
+def write_cache_page(path: Path, examples: CacheView, statistics: LengthStatistics | None) -> None:
+    """Write the page to a temporary file next to `path`, and rename it to `path`."""
+    write_file(path, (f"{part}\n".encode() for part in _render_page(examples, statistics)))
 
 
-def _page(examples: CacheView, statistics: LengthStatistics | None) -> Iterator[str]:
+def _render_page(examples: CacheView, statistics: LengthStatistics | None) -> Iterator[str]:
     cache, manifest = examples.cache, examples.cache.manifest
     added = set(manifest["added_token_ids"])
     yield '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     yield f"<title>{html.escape(cache.folder.name)}</title><style>{STYLE}</style>"
     yield f"<h1>{html.escape(str(cache.folder))}</h1>"
     bad = manifest["rejected_by_reason"].get(LABELED_BAD, 0)
-    left_out = f"{bad:,} labeled bad and left out; " if bad else ""
+    left_out = f"{bad:,} records labeled bad and left out; " if bad else ""
     yield (
-        f'<p class="facts">{len(cache):,} examples of {manifest["conversations"]:,} conversations; '
-        f"{manifest['rejected'] - bad:,} records refused; {left_out}{manifest['unknown_tokens']:,} unknown tokens; "
-        f"{manifest['truncated_sources']:,} sources and {manifest['truncated_targets']:,} targets cut</p>"
+        f'<p class="facts">{len(cache):,} examples from {manifest["conversations"]:,} conversations; '
+        f"{manifest['rejected'] - bad:,} records rejected; {left_out}{manifest['unknown_tokens']:,} unknown tokens; "
+        f"{manifest['truncated_sources']:,} sources and {manifest['truncated_targets']:,} targets truncated</p>"
     )
     yield (
         '<p class="facts"><span class="source">source</span> · <span class="target">target</span> · '
         '<span class="cut">cut off</span> · <span class="added">↵ added token</span> · '
-        '<span class="unknown">unknown</span></p>'
+        '<span class="unknown">unknown token</span></p>'
     )
     if statistics is not None:
-        for side, histogram in (("source", statistics.source), ("target", statistics.target)):
-            yield f"<h2>{side.capitalize()} length (tokens)</h2>"
-            yield from _bars(histogram, side)
-        yield (
-            f'<p class="facts">Padding in batches of {statistics.batch_size}: '
-            f"{statistics.padding_by_length:.1%} by length, {statistics.padding_random:.1%} at random</p>"
-        )
+        yield from _render_statistics(statistics)
     yield "<h2>Examples</h2>"
     for example in examples:
-        yield _article(example, examples.tokenizer, added)
+        yield _render_example(example, examples.tokenizer, added)
 
 
-def _bars(histogram: Histogram, side: str) -> Iterable[str]:
+def _render_statistics(statistics: LengthStatistics) -> Iterator[str]:
+    for side, histogram in (("source", statistics.source), ("target", statistics.target)):
+        yield f"<h2>{side.capitalize()} length in tokens</h2>"
+        yield from _render_bars(histogram, side)
+    yield (
+        f'<p class="facts">Padding in batches of {statistics.batch_size} examples: '
+        f"{statistics.padding_by_length:.1%} if examples of similar length are batched, "
+        f"{statistics.padding_random:.1%} if batches are random</p>"
+    )
+
+
+def _render_bars(histogram: Histogram, side: str) -> Iterable[str]:
     most = max(histogram.counts)
     for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
         bar = f'<div class="bar {side}" style="width:{100 * count / most:.1f}%"></div>'
         yield f'<div class="row"><span>{low:,}–{high - 1:,}</span><div>{bar}</div><span>{count:,}</span></div>'
 
 
-def _article(example: ExampleView, tokenizer: Tokenizer, added: set[int]) -> str:
+def _render_example(example: ExampleView, tokenizer: Tokenizer, added: set[int]) -> str:
     text = {
-        side: "".join(f'<span class="cut">{_marked(run)}</span>' if is_cut else _marked(run) for run, is_cut in runs)
-        for side, runs in example.runs(tokenizer, added).items()
+        side: "".join(
+            f'<span class="cut">{_render_run(run)}</span>' if is_cut else _render_run(run) for run, is_cut in runs
+        )
+        for side, runs in example.group_runs_by_side(tokenizer, added).items()
     }
     facts = f"example {example.index} · conversation {example.conversation} · turn {example.turn}"
-    lengths = f"{len(example.source_ids)} + {len(example.target_ids)} tokens"
+    lengths = f"{len(example.source_ids):,} source tokens · {len(example.target_ids):,} target tokens"
     return (
         f'<article><p class="facts">{facts} · {lengths}</p><pre class="source">{text["source"]}</pre>'
         f'<pre class="target">{text["target"]}</pre></article>'
     )
 
 
-def _marked(run: TextRun) -> str:
+def _render_run(run: TextRun) -> str:
     text = html.escape(run.text)
     if run.kind == "text":
         return text

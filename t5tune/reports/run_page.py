@@ -1,8 +1,8 @@
-"""report.html: what a run did, as one HTML file that needs no network.
+"""report.html: the report of a training run, one HTML file that needs no network.
 
-    write_report(run_folder, settings, result, cache)
+    write_run_report(run_folder, settings, result, cache)
 
-It is made from what stands in the run folder: metrics.jsonl, samples.json, and the cache that was trained on.
+It is made from metrics.jsonl and samples.json in the run folder, and the token cache that the run was trained on.
 """
 
 import html
@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.cache import Cache
-from t5tune.data.histogram import Lengths, length_histogram
+from t5tune.data.histogram import LengthArray, build_histogram
 from t5tune.data.records import LABELED_BAD
 from t5tune.io.atomic import write_file
-from t5tune.reports.svg import Series, histogram, line_chart, short
+from t5tune.reports.svg import Series, draw_histogram, draw_line_chart, format_short
 from t5tune.settings import TrainSettings
-from t5tune.training.metrics_log import read_journal, read_samples
+from t5tune.training.metrics_log import read_metrics, read_samples
 
-FILE = "report.html"
+REPORT_FILE = "report.html"
 GIB = 1 << 30
-HEADLINES = ("loss", "perplexity", "exact_match", "rougeL")  # of the evaluation, beside its table
+TILE_METRICS = (
+    "loss",
+    "perplexity",
+    "exact_match",
+    "rougeL",
+)  # evaluation metrics that are shown at the top, in addition to the table
 
 STYLE = """
 :root {
@@ -62,100 +67,103 @@ pre, td.text { white-space: pre-wrap; } code, pre { font: 13px/1.5 ui-monospace,
 """
 
 
-def write_report(
+def write_run_report(
     run_folder: Path,
     settings: TrainSettings,
     result: dict[str, Any],
     cache: Cache,
 ) -> Path:
-    """Write the page beside its place in the run folder, and rename it there.
+    """Write report.html to the run folder, through a temporary file.
 
     Args:
-        result: the fields of `train`'s result.
+        result: the fields of the result of `train`.
         cache: the examples that were trained on.
     """
-    lines = read_journal(run_folder)
+    lines = read_metrics(run_folder)
     name = html.escape(str(run_folder))
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{name}</title><style>{STYLE}</style><h1>{name}</h1>",
-        f'<p class="soft">{_subtitle(settings, result)}</p>',
-        f'<div class="cards">{"".join(_cards(result))}</div>',
+        f'<p class="soft">{_render_subtitle(settings, result)}</p>',
+        f'<div class="cards">{"".join(_render_tiles(result))}</div>',
         '<h2>Training</h2><div class="charts">',
-        *_training_charts(lines),
+        *_draw_training_charts(lines),
         "</div>",
-        *_evaluation(lines),
-        *_samples(read_samples(run_folder)),
-        "<h2>Examples</h2>",
-        *_left_out(cache.manifest["rejected_by_reason"]),
+        *_render_evaluation(lines),
+        *_render_samples(read_samples(run_folder)),
+        "<h2>Training data</h2>",
+        *_render_left_out(cache.manifest["rejected_by_reason"]),
         '<div class="charts">',
-        *_length_charts(cache.lengths()),
+        *_draw_length_charts(cache.read_lengths()),
         "</div>",
-        *_settings(settings),
+        *_render_settings(settings),
     ]
-    path = run_folder / FILE
+    path = run_folder / REPORT_FILE
     write_file(path, "\n".join(parts).encode(errors="backslashreplace"))
     return path
 
 
-def _subtitle(settings: TrainSettings, result: dict[str, Any]) -> str:
-    way = "every weight" if settings.train_mode == "full" else f"LoRA of rank {settings.lora_r}"
-    base = f" on a {settings.quant_type} base" if settings.q_lora else ""
+def _render_subtitle(settings: TrainSettings, result: dict[str, Any]) -> str:
+    way = "full fine-tuning" if settings.train_mode == "full" else f"LoRA with rank {settings.lora_r}"
+    base = f" on a base quantized to {settings.quant_type}" if settings.q_lora else ""
     share = result["trainable_parameters"] / max(result["total_parameters"], 1)
     return html.escape(
-        f"{settings.model_name_or_path}: {way}{base}, {result['trainable_parameters']:,} of "
-        f"{result['total_parameters']:,} parameters ({share:.2%}), {result['examples']:,} examples"
+        f"{settings.model_name_or_path}: {way}{base}; trainable parameters: {result['trainable_parameters']:,} of "
+        f"{result['total_parameters']:,} ({share:.2%}); {result['examples']:,} training examples"
     )
 
 
-def _cards(result: dict[str, Any]) -> list[str]:
+def _render_tiles(result: dict[str, Any]) -> list[str]:
     loss = result["train_loss"]
-    figures = [
+    tiles = [
         ("steps", f"{result['steps']:,}"),
         ("epochs", f"{result['epochs']:.3g}"),
         ("mean training loss", "–" if loss is None else f"{loss:.4g}"),
         *(
             (f"held-out {name.replace('_', ' ')}", f"{result['eval'][name]:.4g}")
-            for name in HEADLINES
+            for name in TILE_METRICS
             if name in result["eval"]
         ),
-        ("tokens/s", short(result["tokens_per_second"])),
-        ("tokens", short(result["tokens"])),
-        ("peak memory a process", f"{result['peak_memory_bytes'] / GIB:.2f} GiB"),
+        ("tokens/s", format_short(result["tokens_per_second"])),
+        ("tokens", format_short(result["tokens"])),
+        ("peak memory per process", f"{result['peak_memory_bytes'] / GIB:.2f} GiB"),
         ("process" if result["world_size"] == 1 else "processes", str(result["world_size"])),
-        ("time", _duration(result["seconds"])),
+        ("time", _format_duration(result["seconds"])),
     ]
-    return [f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in figures]
+    return [f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles]
 
 
-def _training_charts(lines: list[dict[str, Any]]) -> list[str]:
+def _draw_training_charts(lines: list[dict[str, Any]]) -> list[str]:
     def of(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
         return [(line["step"], line[name] * scale) for line in lines if isinstance(line.get(name), int | float)]
 
     return [
-        line_chart(
+        draw_line_chart(
             "Loss",
             [Series("training", of("loss")), Series("held out", of("eval_loss"))],
             "step",
             may_be_logarithmic=True,
         ),
-        line_chart("Learning rate", [Series("learning rate", of("learning_rate"))], "step"),
-        line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], "step", may_be_logarithmic=True),
-        line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))], "step"),
-        line_chart("Peak memory (GiB)", [Series("peak memory", of("peak_memory_bytes", 1 / GIB))], "step"),
+        draw_line_chart("Learning rate", [Series("learning rate", of("learning_rate"))], "step"),
+        draw_line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], "step", may_be_logarithmic=True),
+        draw_line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))], "step"),
+        draw_line_chart("Peak memory (GiB)", [Series("peak memory", of("peak_memory_bytes", 1 / GIB))], "step"),
     ]
 
 
-def _shown(figures: dict[str, float]) -> dict[str, float]:
-    """The evaluation's own figures, without Trainer's clock."""
-    clocks = ("runtime", "samples_per_second", "steps_per_second")
-    return {name: value for name, value in figures.items() if name not in clocks}
+def _drop_timings(metrics: dict[str, float]) -> dict[str, float]:
+    """Remove the timings that Trainer adds to the evaluation metrics."""
+    timings = ("runtime", "samples_per_second", "steps_per_second")
+    return {name: value for name, value in metrics.items() if name not in timings}
 
 
-def _evaluation(lines: list[dict[str, Any]]) -> list[str]:
+def _render_evaluation(lines: list[dict[str, Any]]) -> list[str]:
     found = [
-        (line["step"], _shown({name.removeprefix("eval_"): v for name, v in line.items() if name.startswith("eval_")}))
+        (
+            line["step"],
+            _drop_timings({name.removeprefix("eval_"): v for name, v in line.items() if name.startswith("eval_")}),
+        )
         for line in lines
         if "eval_loss" in line
     ]
@@ -164,55 +172,59 @@ def _evaluation(lines: list[dict[str, Any]]) -> list[str]:
     names = list(found[-1][1])
     header = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ["step", *names])
     rows = (
-        f"<tr><td>{step:,}</td>{''.join(f'<td>{_figure(values[name])}</td>' for name in names)}</tr>"
+        f"<tr><td>{step:,}</td>{''.join(f'<td>{_format_number(values[name])}</td>' for name in names)}</tr>"
         for step, values in found
         if set(names) <= values.keys()
     )
-    return [f"<h2>Evaluation</h2><table><tr>{header}</tr>", *rows, "</table>"]
+    return [f"<h2>Evaluation on held-out examples</h2><table><tr>{header}</tr>", *rows, "</table>"]
 
 
-def _figure(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _samples(samples: list[dict[str, str]]) -> list[str]:
+def _render_samples(samples: list[dict[str, str]]) -> list[str]:
     if not samples:
         return []
     columns: list[tuple[str, Callable[[dict[str, str]], str]]] = [
         ("source", lambda sample: sample["source"]),
-        ("before", lambda sample: sample["before"]),
-        ("after", lambda sample: sample.get("after", "–")),
-        ("true answer", lambda sample: sample["target"]),
+        ("before training", lambda sample: sample["before"]),
+        ("after training", lambda sample: sample.get("after", "–")),
+        ("target", lambda sample: sample["target"]),
     ]
     header = "".join(f"<th>{name}</th>" for name, _ in columns)
     rows = (
         f"<tr>{''.join(f'<td class=text>{html.escape(text(sample))}</td>' for _, text in columns)}</tr>"
         for sample in samples
     )
-    return [f'<h2>Replies before and after</h2><table class="samples"><tr>{header}</tr>', *rows, "</table>"]
+    return [
+        f'<h2>Sample predictions before and after training</h2><table class="samples"><tr>{header}</tr>',
+        *rows,
+        "</table>",
+    ]
 
 
-def _left_out(by_reason: dict[str, int]) -> list[str]:
-    """What of the data no example was made of, where there is any."""
-    refused = {reason: count for reason, count in by_reason.items() if reason != LABELED_BAD}
+def _render_left_out(by_reason: dict[str, int]) -> list[str]:
+    """Report the records that are not used for training, if there are any."""
+    rejected = {reason: count for reason, count in by_reason.items() if reason != LABELED_BAD}
     parts = []
     if bad := by_reason.get(LABELED_BAD, 0):
         parts.append(f"labeled bad (label: false, kto_tag: false): {bad:,}")
-    if refused:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in refused.items())
-        parts.append(f"refused: {sum(refused.values()):,} ({reasons})")
+    if rejected:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejected.items())
+        parts.append(f"rejected: {sum(rejected.values()):,} ({reasons})")
     return [f'<p class="soft">Records left out: {html.escape("; ".join(parts))}</p>'] if parts else []
 
 
-def _length_charts(lengths: tuple[Lengths, Lengths]) -> list[str]:
+def _draw_length_charts(lengths: tuple[LengthArray, LengthArray]) -> list[str]:
     charts = []
-    for colour, name, values in ((0, "Source", lengths[0]), (2, "Target", lengths[1])):
-        bars = length_histogram(values)
-        charts.append(histogram(f"{name} length", bars.edges, bars.counts, "tokens", colour))
+    for color, name, values in ((0, "Source", lengths[0]), (2, "Target", lengths[1])):
+        bars = build_histogram(values)
+        charts.append(draw_histogram(f"{name} length", bars.edges, bars.counts, "tokens", color))
     return charts
 
 
-def _settings(settings: TrainSettings) -> list[str]:
+def _render_settings(settings: TrainSettings) -> list[str]:
     values = settings.model_dump(mode="json")
     defaults = {name: field.get_default() for name, field in TrainSettings.model_fields.items()}
     changed = {name: value for name, value in values.items() if value != defaults[name]}
@@ -220,21 +232,25 @@ def _settings(settings: TrainSettings) -> list[str]:
 
     def table(part: dict[str, Any]) -> str:
         rows = (
-            f"<tr><td><code>{name}</code></td><td><code>{html.escape(_text(value))}</code></td></tr>"
+            f"<tr><td><code>{name}</code></td><td><code>{html.escape(_format_value(value))}</code></td></tr>"
             for name, value in part.items()
         )
         return f"<table>{''.join(rows)}</table>"
 
-    return ["<h2>Settings</h2>", table(changed), f"<details><summary>defaults</summary>{table(rest)}</details>"]
+    return [
+        "<h2>Settings</h2>",
+        table(changed),
+        f"<details><summary>Settings with their default values</summary>{table(rest)}</details>",
+    ]
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "–" if value in (None, "") else str(value)
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

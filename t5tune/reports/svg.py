@@ -1,8 +1,8 @@
-"""Line charts and histograms as inline SVG, drawn in the colours of the page around them.
+"""Line charts and histograms as inline SVG, drawn in the colors of the surrounding page.
 
-    line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])], "step")
+    draw_line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])], "step")
 
-The page's style sheet gives the classes `axis`, `grid`, `line-0`, `line-1`, `bar-0`, … their colours.
+The page's style sheet defines the colors of the classes `axis`, `grid`, `line-0`, `line-1`, `bar-0`, …
 """
 
 import html
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 520, 210  # of the drawing; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins, for the labels
-MOST_POINTS = 300
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins for the labels
+MAX_POINTS = 300
 NUM_TICKS = 4
-LOGARITHMIC_FROM = 100  # times the least value; below that a linear axis shows it all
-DOTS_UP_TO = 40  # points of a series that are few enough to be marked one by one
+LOGARITHMIC_FROM = 100  # ratio of the largest to the smallest value; a linear axis shows smaller ratios well
+DOTS_UP_TO = 40  # a series with at most this many points gets a dot for each
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,21 @@ class Series:
     points: list[tuple[float, float]]
 
 
-def line_chart(title: str, series: Sequence[Series], x_name: str, may_be_logarithmic: bool = False) -> str:
-    """The series in one frame; what isn't finite is left out. Nothing where no point is left.
+def draw_line_chart(title: str, series: Sequence[Series], x_name: str, may_be_logarithmic: bool = False) -> str:
+    """Draw the series in one chart without values that aren't finite; return an empty text if no point is left.
 
     Args:
-        may_be_logarithmic: the y axis is, where values span LOGARITHMIC_FROM and more.
+        may_be_logarithmic: use a logarithmic y axis if the values span a factor of LOGARITHMIC_FROM or more.
     """
-    lines = [Series(one.name, _thinned([p for p in one.points if math.isfinite(p[1])])) for one in series]
+    lines = [Series(one.name, _thin_out([p for p in one.points if math.isfinite(p[1])])) for one in series]
     lines = [one for one in lines if one.points]
     if not lines:
         return ""
     points = [point for one in lines for point in one.points]
     low, high = min(y for _, y in points), max(y for _, y in points)
     is_logarithmic = may_be_logarithmic and low > 0 and high / low >= LOGARITHMIC_FROM
-    ticks = _powers(low, high) if is_logarithmic else _ticks(low, high)
-    title = f"{title}, logarithmic" if is_logarithmic else title
+    ticks = _list_powers_of_ten(low, high) if is_logarithmic else _choose_ticks(low, high)
+    title = f"{title} (log scale)" if is_logarithmic else title
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
     frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1], is_logarithmic)
     parts = [frame.grid(ticks), frame.x_label(low_x, "start"), frame.x_label(high_x, "end"), frame.x_name(x_name)]
@@ -50,7 +50,7 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, may_be_logarit
         parts.append(f'<polyline class="line-{number}" points="{path}"/>')
         if len(places) <= DOTS_UP_TO:
             for (x, y), (step, value) in zip(places, one.points, strict=True):
-                words = html.escape(f"{one.name}: {short(value)} at {x_name} {short(step)}")
+                words = html.escape(f"{one.name}: {format_short(value)} at {x_name} {format_short(step)}")
                 parts.append(
                     f'<circle class="dot-{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{words}</title></circle>'
                 )
@@ -58,12 +58,12 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, may_be_logarit
     if len(lines) > 1:
         names = (f'<span class="key-{i}">{html.escape(one.name)}</span>' for i, one in enumerate(lines))
         legend = f'<span class="legend">{"".join(names)}</span>'
-    return _figure(title, legend, parts)
+    return _draw_figure(title, legend, parts)
 
 
-def histogram(title: str, edges: Sequence[int], counts: Sequence[int], x_name: str, colour: int = 0) -> str:
-    """Bars over [edges[i], edges[i + 1]), each with its count."""
-    ticks = _ticks(0, max(counts))
+def draw_histogram(title: str, edges: Sequence[int], counts: Sequence[int], x_name: str, color: int = 0) -> str:
+    """Draw a bar over [edges[i], edges[i + 1]) for each count."""
+    ticks = _choose_ticks(0, max(counts))
     frame = _Frame(edges[0], edges[-1], 0, ticks[-1])
     parts = [frame.grid(ticks), frame.x_label(edges[0], "start"), frame.x_label(edges[-1], "end")]
     parts.append(frame.x_name(x_name))
@@ -71,14 +71,14 @@ def histogram(title: str, edges: Sequence[int], counts: Sequence[int], x_name: s
         x, top = frame.x(low), frame.y(count)
         words = f"{low:,}–{high - 1:,}: {count:,}"
         parts.append(
-            f'<rect class="bar-{colour}" x="{x + 0.5:.1f}" y="{top:.1f}" width="{max(frame.x(high) - x - 1, 0.5):.1f}" '
+            f'<rect class="bar-{color}" x="{x + 0.5:.1f}" y="{top:.1f}" width="{max(frame.x(high) - x - 1, 0.5):.1f}" '
             f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{words}</title></rect>'
         )
-    return _figure(title, "", parts)
+    return _draw_figure(title, "", parts)
 
 
-def short(value: float) -> str:
-    """A number as an axis shows it: 0.00015, 12.5, 1,200, 81k, 3.2M, 1.4G."""
+def format_short(value: float) -> str:
+    """Format a number for an axis: 0.00015, 12.5, 1,200, 81k, 3.2M, 1.4G."""
     size = abs(value)
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
         if size >= factor:
@@ -89,7 +89,7 @@ def short(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Places of values in the drawing."""
+    """Maps values to positions in the drawing."""
 
     low_x: float
     high_x: float
@@ -111,19 +111,21 @@ class _Frame:
         for tick in ticks:
             y = self.y(tick)
             lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            lines.append(f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+            lines.append(
+                f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_short(tick)}</text>'
+            )
         return "".join(lines)
 
     def x_label(self, value: float, anchor: str) -> str:
         place = f'x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}"'
-        return f'<text class="axis" {place} text-anchor="{anchor}">{short(value)}</text>'
+        return f'<text class="axis" {place} text-anchor="{anchor}">{format_short(value)}</text>'
 
     def x_name(self, name: str) -> str:
         place = f'x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - BOTTOM + 16}"'
         return f'<text class="axis" {place} text-anchor="middle">{html.escape(name)}</text>'
 
 
-def _figure(title: str, legend: str, parts: Sequence[str]) -> str:
+def _draw_figure(title: str, legend: str, parts: Sequence[str]) -> str:
     name = html.escape(title)
     return (
         f"<figure><figcaption>{name}{legend}</figcaption>"
@@ -131,8 +133,8 @@ def _figure(title: str, legend: str, parts: Sequence[str]) -> str:
     )
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers that span low to high: (0.13, 2.4) -> [0, 1, 2, 3]."""
+def _choose_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers that cover low to high: (0.13, 2.4) -> [0, 1, 2, 3]."""
     if high <= low:
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin if low else 0.0, high + margin
@@ -143,16 +145,16 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten that span low to high, at most NUM_TICKS or so of them: (0.002, 7) -> [0.001, 0.01, 0.1, 1, 10]."""
+def _list_powers_of_ten(low: float, high: float) -> list[float]:
+    """Return about NUM_TICKS powers of ten that cover low to high: (0.002, 7) -> [0.001, 0.01, 0.1, 1, 10]."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     step = -(-(last - first) // (NUM_TICKS + 1))
     return [10.0**power for power in range(first, last + step, step)]
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS: means of neighbours, and the last point as it is."""
-    size = -(-len(points) // MOST_POINTS)
+def _thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Reduce points to about MAX_POINTS by averaging neighboring points; the last point stays as it is."""
+    size = -(-len(points) // MAX_POINTS)
     if size <= 1:
         return points
     groups = [points[start : start + size] for start in range(0, len(points) - 1, size)]

@@ -1,4 +1,4 @@
-"""Every option of every command, and how they are read.
+"""The settings of every command, and how they are loaded.
 
     settings, notes = load_settings(TrainSettings, file="run.yaml", environment=os.environ, flags={"lora_r": "16"})
 
@@ -22,7 +22,7 @@ from t5tune.settings.data import ConversationSettings, DataSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.loading import dump_settings, load_settings
 from t5tune.settings.merge import MergeSettings
-from t5tune.settings.quantization import QuantisationSettings
+from t5tune.settings.quantization import QuantizationSettings
 
 __all__ = [
     "COMMANDS",
@@ -36,7 +36,7 @@ __all__ = [
     "MergeSettings",
     "PlanSettings",
     "PrepareSettings",
-    "QuantisationSettings",
+    "QuantizationSettings",
     "SchemaSettings",
     "Settings",
     "TemplatesSettings",

@@ -1,4 +1,4 @@
-"""One settings model per command, joined from the groups that it uses."""
+"""One settings model per command, composed of the groups of settings that it uses."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,12 +13,12 @@ from t5tune.settings.data import (
     SplitSettings,
     TrainingDataSettings,
 )
-from t5tune.settings.fields import Maybe, Paths, Settings, Words
+from t5tune.settings.fields import NoneIfUnset, PathList, Settings, WordList
 from t5tune.settings.inference import InferenceSettings
-from t5tune.settings.lora import LoraSettings, StartSettings
+from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
-from t5tune.settings.quantization import QuantisationSettings
+from t5tune.settings.quantization import QuantizationSettings
 from t5tune.settings.training import EvaluationSettings, ProcessSettings, TrainingSettings
 
 
@@ -30,8 +30,8 @@ def _is_true(value: Any) -> bool:
         return False
 
 
-def _with_bf16(values: Any) -> Any:
-    """q_lora turns bf16 on, as the seed does; --no-bf16 computes in fp32: faster on a CPU that has no bf16."""
+def _default_to_bf16(values: Any) -> Any:
+    """Turn bf16 on for q_lora unless it is set; --no-bf16 computes in fp32, which is faster on a CPU without bf16."""
     if isinstance(values, dict) and _is_true(values.get("q_lora")):
         values = {"bf16": True, **values}
     return values
@@ -47,8 +47,8 @@ class TrainSettings(
     ProcessSettings,
     EvaluationSettings,
     TrainingSettings,
-    QuantisationSettings,
-    StartSettings,
+    QuantizationSettings,
+    InitialAdapterSettings,
     TrainingDataSettings,
     BaseModelSettings,
 ):
@@ -56,46 +56,58 @@ class TrainSettings(
 
     @model_validator(mode="before")
     @classmethod
-    def _q_lora_needs_bf16(cls, values: Any) -> Any:
-        return _with_bf16(values)
+    def _turn_bf16_on_for_q_lora(cls, values: Any) -> Any:
+        return _default_to_bf16(values)
 
     @model_validator(mode="after")
-    def _agrees(self) -> "TrainSettings":
+    def _check_process_and_evaluation_options(self) -> "TrainSettings":
         if self.num_gpus and self.num_processes and self.num_gpus != self.num_processes:
-            raise ValueError(f"num_gpus: {self.num_gpus} beside num_processes: {self.num_processes}; give one")
+            raise ValueError(
+                f"num_gpus: {self.num_gpus} conflicts with num_processes: {self.num_processes}; give only one of them"
+            )
         for name in ("eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience"):
             if (value := getattr(self, name)) is not None and self.eval_strategy == "no":
                 raise ValueError(f"{name}: {value}, but eval_strategy is no")
         if self.metric_for_best_model not in (None, "loss", "perplexity") and self.eval_generate is None:
             raise ValueError(
-                f"metric_for_best_model: {self.metric_for_best_model} scores answers; say with eval_generate of how "
-                "many examples"
+                f"metric_for_best_model: {self.metric_for_best_model} needs generated predictions; set eval_generate "
+                "to the number of examples to generate for"
             )
         if self.eval_steps is not None and self.eval_strategy == "epoch":
             raise ValueError(f"eval_steps: {self.eval_steps}, but eval_strategy is epoch")
         return self
 
     @model_validator(mode="after")
-    def _lora_agrees(self) -> "TrainSettings":
+    def _check_lora_options(self) -> "TrainSettings":
         if self.train_mode == "full":
             for name in ("q_lora", "use_dora", "use_rslora", "loraplus_lr_ratio", "modules_to_save"):
                 if getattr(self, name):
-                    raise ValueError(f"{name}: full training has no adapters; leave it out, or train_mode: lora")
+                    raise ValueError(f"{name}: full training has no adapters; remove it, or set train_mode: lora")
             if self.init_lora_weights != "default":
-                raise ValueError("init_lora_weights: full training has no adapters; leave it out")
+                raise ValueError("init_lora_weights: full training has no adapters; remove it")
             if self.adapter is not None:
-                raise ValueError("adapter: full training starts from a whole model; merge it into its base first")
+                raise ValueError(
+                    "adapter: full training starts from a model, not an adapter; merge the adapter into its base first"
+                )
         if self.adapter is not None and self.init_lora_weights != "default":
-            raise ValueError(f"init_lora_weights: {self.init_lora_weights} beside adapter, which is a start too")
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights} conflicts with adapter, which also sets the initial "
+                "adapter weights; give only one of them"
+            )
         if self.init_lora_weights == "loftq" and not (self.q_lora and self.quant_type != "int8"):
-            raise ValueError("init_lora_weights: loftq makes up for the 4 bits of q_lora, which is off or in int8")
+            raise ValueError(
+                "init_lora_weights: loftq corrects the error of 4-bit quantization; it needs q_lora with quant_type "
+                "nf4 or fp4"
+            )
         if self.init_lora_weights.startswith(("pissa", "olora")) and self.q_lora:
             raise ValueError(
-                f"init_lora_weights: {self.init_lora_weights} takes its start out of the base's weights, which are "
-                "4-bit under q_lora; loftq is the start for those"
+                f"init_lora_weights: {self.init_lora_weights} subtracts its initialization from the base weights, "
+                "which q_lora quantizes; use loftq with q_lora"
             )
         if self.init_lora_weights.startswith(("pissa", "olora", "loftq")) and self.use_dora:
-            raise ValueError(f"init_lora_weights: {self.init_lora_weights} and use_dora don't go together")
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights} can't be combined with use_dora; choose one of them"
+            )
         return self
 
 
@@ -104,36 +116,50 @@ class ExportSettings(ReplaceableOutputSettings):
     panel: ClassVar[str] = "Export"
 
     checkpoint: Path = Field(
-        description="A run folder, a checkpoint-N in it, a folder that DeepSpeed wrote, or an output of FastChat.",
+        description="Checkpoint to export: a run folder, its checkpoint-N, a folder that DeepSpeed saved, or a "
+        "FastChat output folder.",
         json_schema_extra={"positional": True},
     )
-    model_name_or_path: Annotated[str | None, Maybe] = Field(
+    model_name_or_path: Annotated[str | None, NoneIfUnset] = Field(
         default=None,
-        description="Base checkpoint: shapes are checked against its config.json, and --non-lora-state full adds its "
-        "weights. Unset: what adapter_config.json names.",
+        description="Base checkpoint: its config.json is used to check tensor shapes, and --non-lora-state full copies "
+        "its weights; default: the base that adapter_config.json names.",
     )
-    revision: Annotated[str | None, Maybe] = Field(default=None, description="Revision of a hub base model.")
-    cache_dir: Annotated[Path | None, Maybe] = Field(default=None, description="Folder for hub downloads.")
+    revision: Annotated[str | None, NoneIfUnset] = Field(
+        default=None, description="Branch, tag or commit of the base on the Hugging Face Hub; default: its main branch."
+    )
+    cache_dir: Annotated[Path | None, NoneIfUnset] = Field(
+        default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's own cache."
+    )
     non_lora_state: Literal["trained", "full", "none"] = Field(
         default="trained",
-        description="Tensors beside the LoRA matrices: those that were trained, the whole base too, or none.",
+        description="Which tensors to write in addition to the LoRA matrices: those that were trained, the full base "
+        "as well, or none.",
     )
     format: Literal["safetensors", "bin"] = Field(
-        default="safetensors", description="bin also writes adapter_model.bin, as FastChat does."
+        default="safetensors",
+        description="Format of the adapter weights; bin also writes adapter_model.bin, as FastChat does.",
     )
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Maybe] = Field(
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, NoneIfUnset] = Field(
         default=None,
-        description="Round the trained tensors to this, to the nearest even. Unset: as the checkpoint holds them, fp32 "
-        "from DeepSpeed's shards.",
+        description="Round the trained tensors to this dtype (to nearest, ties to even); default: the dtype in the "
+        "checkpoint, which is float32 for DeepSpeed shards.",
     )
-    lora_r: Annotated[int | None, Maybe] = Field(
-        default=None, gt=0, description="Rank of an adapter without adapter_config.json. Unset: that of its matrices."
+    lora_r: Annotated[int | None, NoneIfUnset] = Field(
+        default=None,
+        gt=0,
+        description="LoRA rank, for an adapter without adapter_config.json; default: the rank of its matrices.",
     )
-    lora_alpha: Annotated[float | None, Maybe] = Field(
-        default=None, gt=0, description="lora_alpha of an adapter without adapter_config.json. Unset: FastChat's, 16."
+    lora_alpha: Annotated[float | None, NoneIfUnset] = Field(
+        default=None,
+        gt=0,
+        description="LoRA alpha (scaling numerator), for an adapter without adapter_config.json; default: 16, as in "
+        "FastChat.",
     )
-    lora_target_modules: Annotated[Words | None, Maybe] = Field(
-        default=None, description="Adapted modules of an adapter without adapter_config.json. Unset: those in it."
+    lora_target_modules: Annotated[WordList | None, NoneIfUnset] = Field(
+        default=None,
+        description="Modules with LoRA matrices, for an adapter without adapter_config.json; default: those that the "
+        "checkpoint contains.",
     )
 
 
@@ -141,85 +167,103 @@ class ChatSettings(ConversationSettings, InferenceSettings):
     command: ClassVar[str] = "chat"
     panel: ClassVar[str] = "Chat"
 
-    prompt: str | None = Field(default=None, description="Answer this one message and stop.")
-    system: str | None = Field(default=None, description="System message; default: the template's own.")
+    prompt: str | None = Field(
+        default=None, description="Reply to this one message and exit; default: start an interactive chat."
+    )
+    system: str | None = Field(
+        default=None, description="System message; default: the one of the conversation template."
+    )
     source_prefix: str | None = Field(
         default=None,
-        description="Text before each message that doesn't begin with it; default: the source_prefix of training.",
+        description="Text to put before each message, unless it already starts with it; default: the source_prefix "
+        "used in training.",
     )
-    max_new_tokens: int = Field(default=512, gt=0, description="Longest reply (tokens).")
+    max_new_tokens: int = Field(default=512, gt=0, description="Maximum length of a reply (tokens).")
     temperature: float = Field(
-        default=0.0, ge=0, description="0: the likeliest reply; above: sample, flatter as it grows."
+        default=0.0,
+        ge=0,
+        description="Sampling temperature; 0 decodes greedily, higher values give more varied replies.",
     )
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Sample from the likeliest words that hold this probability."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling (top-p): sample from the smallest set of tokens with this total probability.",
     )
-    seed: int = Field(default=42, ge=0, description="Seed of the sampling.")
+    seed: int = Field(default=42, ge=0, description="Random seed for sampling.")
 
 
 class EvaluateSettings(DataSettings, InferenceSettings):
     command: ClassVar[str] = "evaluate"
     panel: ClassVar[str] = "Evaluation"
 
-    output_dir: Annotated[Path | None, Maybe] = Field(
+    output_dir: Annotated[Path | None, NoneIfUnset] = Field(
         default=None,
-        description="Folder for predictions.jsonl; default: `evaluation` here, or the first free of evaluation.1, …",
+        description="Folder for predictions.jsonl; default: `evaluation` in the current folder, or the first of "
+        "evaluation.1, evaluation.2, … that doesn't exist.",
     )
-    overwrite: bool = Field(default=False, description="Replace the folder where it holds other files.")
-    num_beams: int = Field(default=1, gt=0, description="Beams of the search; 1: the likeliest token each time.")
-    max_new_tokens: Annotated[int | None, Maybe] = Field(
-        default=None, gt=0, description="Longest answer (tokens); default: as long as the longest true one."
+    overwrite: bool = Field(default=False, description="Replace the output folder even if it contains other files.")
+    num_beams: int = Field(default=1, gt=0, description="Number of beams for beam search; 1 decodes greedily.")
+    max_new_tokens: Annotated[int | None, NoneIfUnset] = Field(
+        default=None,
+        gt=0,
+        description="Maximum length of a prediction (tokens); default: the length of the longest target.",
     )
-    per_device_eval_batch_size: int = Field(default=32, gt=0, description="Examples at a time.")
+    per_device_eval_batch_size: int = Field(default=32, gt=0, description="Batch size for generation (examples).")
 
 
 class InspectSettings(Settings):
     command: ClassVar[str] = "inspect"
     panel: ClassVar[str] = "Inspection"
 
-    cache: Path = Field(description="A token cache.", json_schema_extra={"positional": True})
-    # -1 is no way to say "unset" here: it looks like the last example
-    example: int | None = Field(default=None, ge=0, description="Show this example, counted from 0.")
-    worst_cut: bool = Field(default=False, description="Show the example that lost most to model_max_length.")
+    cache: Path = Field(description="Token cache to inspect (a folder).", json_schema_extra={"positional": True})
+    # not NoneIfUnset: a user who writes -1 may mean the last example, so it is rejected rather than read as None
+    example: int | None = Field(default=None, ge=0, description="Show the example with this index, counted from 0.")
+    worst_cut: bool = Field(
+        default=False, description="Show the example from which model_max_length cut the most tokens."
+    )
     unknown: bool = Field(default=False, description="Show the example with the most unknown tokens.")
-    all: bool = Field(default=False, description="Show every example.")
-    stats: bool = Field(default=False, description="Show histograms of the lengths, padding, and the longest examples.")
-    html: Annotated[Path | None, Maybe] = Field(
-        default=None, description="Write the examples and the histograms into this HTML file."
+    all: bool = Field(default=False, description="Show all examples.")
+    stats: bool = Field(
+        default=False, description="Show length histograms, the share of padding, and the longest examples."
+    )
+    html: Annotated[Path | None, NoneIfUnset] = Field(
+        default=None, description="Write the examples and the length histograms to this HTML file."
     )
     per_device_train_batch_size: int = Field(
-        default=8, gt=0, description="Examples of a batch, for the padding's share."
+        default=8, gt=0, description="Batch size for which the share of padding is computed (examples)."
     )
 
 
-class PlanSettings(ProcessSettings, TrainingSettings, QuantisationSettings, LoraSettings, BaseModelSettings):
+class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, LoraSettings, BaseModelSettings):
     command: ClassVar[str] = "plan"
     panel: ClassVar[str] = "Plan"
 
-    data_path: Annotated[Paths | None, Maybe] = Field(
-        default=None, description="A token cache: its real lengths are planned for."
+    data_path: Annotated[PathList | None, NoneIfUnset] = Field(
+        default=None,
+        description="Token cache whose example lengths to plan for; default: source_length and target_length.",
     )
-    num_data: Annotated[int | None, Maybe] = Field(
-        default=None, gt=0, description="Plan for the cache's first N examples."
+    num_data: Annotated[int | None, NoneIfUnset] = Field(
+        default=None, gt=0, description="Plan for the first N examples of the cache; default: all."
     )
-    source_length: int = Field(default=512, gt=0, description="Tokens of each source, where there is no cache.")
-    target_length: int = Field(default=128, gt=0, description="Tokens of each target, where there is no cache.")
-    gpu_memory: Annotated[str | None, Maybe] = Field(
-        default=None, description="Memory of each GPU, such as 24GiB; default: that of the GPUs found here."
+    source_length: int = Field(default=512, gt=0, description="Length of each source if no cache is given (tokens).")
+    target_length: int = Field(default=128, gt=0, description="Length of each target if no cache is given (tokens).")
+    gpu_memory: Annotated[str | None, NoneIfUnset] = Field(
+        default=None, description="Memory of each GPU, such as 24GiB; default: that of this machine's GPUs."
     )
-    seed: int = Field(default=42, ge=0, description="Seed of the order in which a cache's examples are taken.")
+    seed: int = Field(default=42, ge=0, description="Random seed for the order of the cache's examples.")
 
     @model_validator(mode="before")
     @classmethod
-    def _q_lora_needs_bf16(cls, values: Any) -> Any:
-        return _with_bf16(values)
+    def _turn_bf16_on_for_q_lora(cls, values: Any) -> Any:
+        return _default_to_bf16(values)
 
 
 class DoctorSettings(Settings):
     command: ClassVar[str] = "doctor"
     panel: ClassVar[str] = "Doctor"
 
-    timeout: float = Field(default=120.0, gt=0, description="Give up on a check after this long (seconds).")
+    timeout: float = Field(default=120.0, gt=0, description="Time limit for each check (seconds).")
 
 
 class TemplatesSettings(Settings):
@@ -227,15 +271,17 @@ class TemplatesSettings(Settings):
     panel: ClassVar[str] = "Templates"
 
     action: Literal["list", "show", "copy"] = Field(
-        default="list", description="What to do.", json_schema_extra={"positional": True}
+        default="list",
+        description="List all templates, print one, or copy one.",
+        json_schema_extra={"positional": True},
     )
-    name: Annotated[str | None, Maybe] = Field(
+    name: Annotated[str | None, NoneIfUnset] = Field(
         default=None,
-        description="Its name, such as pocket, zero3 or conversations/plain.",
+        description="Name of the template to show or copy, such as pocket, zero3 or conversations/plain.",
         json_schema_extra={"positional": True},
     )
     to: Path = Field(
-        default=Path("."), description="File or folder of the copy.", json_schema_extra={"positional": True}
+        default=Path("."), description="File or folder to copy the template to.", json_schema_extra={"positional": True}
     )
 
 
@@ -244,7 +290,9 @@ class SchemaSettings(Settings):
     panel: ClassVar[str] = "Schema"
 
     of: str = Field(
-        default="train", description="The command whose YAML is described.", json_schema_extra={"positional": True}
+        default="train",
+        description="Command whose settings the schema describes.",
+        json_schema_extra={"positional": True},
     )
 
 

@@ -1,4 +1,4 @@
-"""Which model answers, and how it searches for the answer."""
+"""Which model generates predictions, and on which device."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -6,26 +6,26 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from t5tune.settings.base_model import BaseModelSettings
-from t5tune.settings.fields import Maybe
-from t5tune.settings.quantization import QuantisationSettings
+from t5tune.settings.fields import NoneIfUnset
+from t5tune.settings.quantization import QuantizationSettings
 
 
-class InferenceSettings(QuantisationSettings, BaseModelSettings):
+class InferenceSettings(QuantizationSettings, BaseModelSettings):
     panel: ClassVar[str] = "Base model"
 
-    adapter: Annotated[Path | None, Maybe] = Field(
+    adapter: Annotated[Path | None, NoneIfUnset] = Field(
         default=None,
-        description="Adapter folder or run folder to put on the base; one that stands for the model itself "
-        "brings its base's name.",
+        description="Adapter folder or run folder to apply to the base; if model_name_or_path is itself an adapter or "
+        "a run, its own base is used.",
     )
     bf16: bool = Field(default=False, description="Compute in bfloat16.")
-    use_cpu: bool = Field(default=False, description="Stay on the CPU even where there is a GPU.")
-    device: Annotated[str | None, Maybe] = Field(
-        default=None, description="Where to compute: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."
+    use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
+    device: Annotated[str | None, NoneIfUnset] = Field(
+        default=None, description="Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."
     )
 
     @model_validator(mode="after")
-    def _one_device(self) -> "InferenceSettings":
+    def _check_one_device(self) -> "InferenceSettings":
         if self.use_cpu and self.device not in (None, "cpu"):
-            raise ValueError(f"device: {self.device} beside use_cpu; give one")
+            raise ValueError(f"device: {self.device} conflicts with use_cpu; give only one of them")
         return self

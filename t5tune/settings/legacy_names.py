@@ -1,4 +1,4 @@
-"""Names that a user may bring from FastChat or from older releases of transformers."""
+"""Option names of FastChat and of older transformers releases, and what they are called in t5tune."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,35 +6,41 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Renamed:
-    """An old name: what it is called now (None: nothing is left to set), and why."""
+class LegacyName:
+    """A legacy name.
+
+    Attributes:
+        new: today's name; None where there is nothing to set any more.
+        why: the reason, shown in a note.
+        convert: turns the value of the old name into one of the new name; None leaves the setting unset.
+    """
 
     new: str | None
     why: str
     convert: Callable[[Any], Any] = lambda value: value
 
 
-def _full_shard(value: Any) -> Any:
+def _convert_fsdp(value: Any) -> Any:
     return "zero3" if "full_shard" in str(value) else None
 
 
-TRAIN: Mapping[str, Renamed] = {
-    "evaluation_strategy": Renamed("eval_strategy", "renamed by transformers"),
-    "warmup_ratio": Renamed("warmup_steps", "below 1 it is a share of all steps"),
-    "overwrite_output_dir": Renamed("fresh", "a run is moved aside, never overwritten"),
-    "no_cuda": Renamed("use_cpu", "renamed by transformers"),
-    "load_in_4bit": Renamed("q_lora", "NF4 with double quantisation"),
-    "per_gpu_train_batch_size": Renamed("per_device_train_batch_size", "renamed by transformers"),
-    "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size", "renamed by transformers"),
-    "max_seq_length": Renamed("model_max_length", "the same thing"),
-    "fsdp": Renamed("deepspeed", "parameters are sharded by ZeRO-3 here", _full_shard),
-    "fsdp_transformer_layer_cls_to_wrap": Renamed(None, "ZeRO-3 needs no list of layers"),
-    "lazy_preprocess": Renamed(None, "examples are always read from the cache as they are needed"),
-    "lora_weight_path": Renamed(None, "FastChat declared it and never read it"),
-    "logging_dir": Renamed(None, "metrics.jsonl in the run folder holds the logs"),
-    "save_safetensors": Renamed(None, "weights are always written as safetensors"),
-    "local_rank": Renamed(None, "the launcher's environment says it"),
-    "remove_unused_columns": Renamed(None, "examples hold only what the model reads"),
+TRAIN: Mapping[str, LegacyName] = {
+    "evaluation_strategy": LegacyName("eval_strategy", "renamed by transformers"),
+    "warmup_ratio": LegacyName("warmup_steps", "a value below 1 is a fraction of all steps"),
+    "overwrite_output_dir": LegacyName("fresh", "an existing run is renamed, never overwritten"),
+    "no_cuda": LegacyName("use_cpu", "renamed by transformers"),
+    "load_in_4bit": LegacyName("q_lora", "NF4 with double quantization"),
+    "per_gpu_train_batch_size": LegacyName("per_device_train_batch_size", "renamed by transformers"),
+    "per_gpu_eval_batch_size": LegacyName("per_device_eval_batch_size", "renamed by transformers"),
+    "max_seq_length": LegacyName("model_max_length", "the same thing"),
+    "fsdp": LegacyName("deepspeed", "t5tune shards parameters with DeepSpeed ZeRO-3", _convert_fsdp),
+    "fsdp_transformer_layer_cls_to_wrap": LegacyName(None, "ZeRO-3 needs no list of layers"),
+    "lazy_preprocess": LegacyName(None, "examples are always read from the cache on demand"),
+    "lora_weight_path": LegacyName(None, "FastChat declared it and never read it"),
+    "logging_dir": LegacyName(None, "logs are written to metrics.jsonl in the run folder"),
+    "save_safetensors": LegacyName(None, "weights are always written as safetensors"),
+    "local_rank": LegacyName(None, "it is read from the launcher's environment variables"),
+    "remove_unused_columns": LegacyName(None, "examples contain only what the model reads"),
 }
 
-RENAMED: Mapping[str, Mapping[str, Renamed]] = {"train": TRAIN}
+LEGACY_NAMES: Mapping[str, Mapping[str, LegacyName]] = {"train": TRAIN}

@@ -1,4 +1,4 @@
-"""File, environment and flags -> one validated settings model, or every problem at once."""
+"""Combine a YAML file, environment variables and flags into one validated settings model, or report all problems."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from t5tune.errors import SettingsError, suggestion
+from t5tune.errors import SettingsError, suggest_name
 from t5tune.settings import packaged_templates
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
-from t5tune.settings.legacy_names import RENAMED
-from t5tune.settings.messages import value_reason
+from t5tune.settings.legacy_names import LEGACY_NAMES
+from t5tune.settings.messages import describe_value_error
 
 PREFIX = "T5TUNE_"
 Model = TypeVar("Model", bound=Settings)
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=Settings)
 
 @dataclass(frozen=True)
 class _Value:
-    """A value and where the user wrote it, such as `--lora-r` or `run.yaml: lora_r`."""
+    """A value and the place where the user wrote it, such as `--lora-r` or `run.yaml: lora_r`."""
 
     value: Any
     place: str
@@ -33,54 +33,57 @@ def load_settings(
     flags: Mapping[str, Any] | None = None,
     problems: Iterable[str] = (),
 ) -> tuple[Model, list[str]]:
-    """Read the settings of one command.
+    """Load the settings of one command.
 
     Args:
-        file: a YAML file, or the name of a run under templates/runs.
-        environment: variables; those that begin with T5TUNE_ are read.
+        file: a YAML file, or the name of a run config under templates/runs.
+        environment: environment variables; only those that begin with T5TUNE_ are read.
         flags: setting name -> value as typed.
-        problems: what the caller found wrong already, to be raised with the rest.
+        problems: problems that the caller has found already; they are raised together with the others.
 
-    Returns: the settings, and notes on names that were taken for others or left out.
+    Returns:
+        The settings, and notes about legacy names and about settings that the command doesn't use.
 
     Raises:
-        SettingsError: with one line for each problem of all three sources.
+        SettingsError: with one line for each problem in any of the three sources.
     """
     problems = list(problems)
     notes: list[str] = []
     values: dict[str, _Value] = {}
-    for source in (_from_file(file), _from_environment(environment or {}), _from_flags(flags or {}, model)):
-        values.update(_with_known_names(model, source, problems, notes))
+    # in increasing order of precedence
+    for source in (_read_file(file), _read_environment(environment or {}), _read_flags(flags or {}, model)):
+        values.update(_resolve_names(model, source, problems, notes))
     settings = None
     try:
         settings = model.model_validate({name: value.value for name, value in values.items()})
     except ValidationError as error:
-        problems += [_problem(detail, values, model) for detail in error.errors()]
+        problems += [_format_problem(detail, values, model) for detail in error.errors()]
     if problems or settings is None:
         raise SettingsError(*problems, hint=f"t5tune {model.command} --help lists every option")
     if getattr(settings, "q_lora", False) and model.command == "train" and "bf16" not in values:
-        notes.append("q_lora turns bf16 on: the 4-bit base computes in it")
+        notes.append("q_lora turns bf16 on: the 4-bit base computes in bfloat16")
     return settings, notes
 
 
 def dump_settings(settings: Settings) -> str:
-    """The settings as YAML that `--config` reads back to the same model."""
+    """Write the settings as YAML; `--config` reads it back to an equal model."""
     from t5tune.io.yaml_file import to_yaml
 
-    header = f"# t5tune {settings.command} --config THIS_FILE does it again\n"
+    start_over = next((f" --{name}" for name in ("fresh", "overwrite") if name in type(settings).model_fields), "")
+    header = f"# to run this again: t5tune {settings.command} --config THIS_FILE{start_over}\n"
     return header + to_yaml(settings.model_dump(mode="json"))
 
 
-def _from_file(file: str | None) -> dict[str, _Value]:
+def _read_file(file: str | None) -> dict[str, _Value]:
     if file is None:
         return {}
     from t5tune.io.yaml_file import read_yaml
 
-    path = packaged_templates.find_run(file)
+    path = packaged_templates.find_run_config(file)
     return {name: _Value(value, f"{path}: {name}") for name, value in read_yaml(path).items()}
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
+def _read_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
     return {
         key.removeprefix(PREFIX).lower(): _Value(value, key)
         for key, value in environment.items()
@@ -88,49 +91,54 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
     }
 
 
-def _from_flags(flags: Mapping[str, Any], model: type[Settings]) -> dict[str, _Value]:
-    return {name: _Value(value, model.as_typed(name)) for name, value in flags.items()}
+def _read_flags(flags: Mapping[str, Any], model: type[Settings]) -> dict[str, _Value]:
+    return {name: _Value(value, model.format_option(name)) for name, value in flags.items()}
 
 
-def _with_known_names(
+def _resolve_names(
     model: type[Settings], source: dict[str, _Value], problems: list[str], notes: list[str]
 ) -> dict[str, _Value]:
-    """Map old names, leave out those of other commands with a note, and refuse unknown ones."""
-    elsewhere = {name for other in COMMANDS for name in other.model_fields}
-    elsewhere |= {name for names in RENAMED.values() for name in names}
-    renamed = RENAMED.get(model.command, {})
+    """Map legacy names to today's, skip settings of other commands with a note, and report unknown ones.
+
+    Appends to `problems` and `notes`.
+    """
+    of_any_command = {name for other in COMMANDS for name in other.model_fields}
+    of_any_command |= {name for names in LEGACY_NAMES.values() for name in names}
+    legacy = LEGACY_NAMES.get(model.command, {})
     known: dict[str, _Value] = {}
     unused: list[str] = []
     for name, value in source.items():
         if name in model.model_fields:
             known[name] = value
-        elif name in renamed:
-            change = renamed[name]
+        elif name in legacy:
+            change = legacy[name]
             new = change.convert(value.value) if change.new else None
             if change.new and new is not None:
+                # if the same source also has today's name, that one wins, whichever comes first
                 known.setdefault(change.new, _Value(new, value.place))
-                notes.append(f"{value.place}: taken as {change.new} {new} ({change.why})")
+                notes.append(f"{value.place}: read as {change.new} {new} ({change.why})")
             elif change.new is None and str(value.value).lower() not in {"", "-1", "false"}:
-                notes.append(f"{value.place}: left out ({change.why})")
-        elif name in elsewhere and not value.place.startswith("--"):
+                notes.append(f"{value.place}: ignored ({change.why})")
+        # one file or environment may serve several commands, but a flag of another command is a mistake
+        elif name in of_any_command and not value.place.startswith("--"):
             unused.append(name)
         else:
-            problems.append(f"{value.place}: unknown setting{suggestion(name, [*model.model_fields, *renamed])}")
+            problems.append(f"{value.place}: unknown setting{suggest_name(name, [*model.model_fields, *legacy])}")
     if unused:
         notes.append(f"{model.command} does not use {', '.join(unused)}")
     return known
 
 
-def _problem(error: ErrorDetails, values: dict[str, _Value], model: type[Settings]) -> str:
-    """One pydantic error as `lora_r: abc (--lora-r): not a whole number`."""
+def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[Settings]) -> str:
+    """Format a pydantic error as `lora_r: 'abc' (--lora-r): expected a whole number`."""
     if not error["loc"]:
         return error["msg"].removeprefix("Value error, ")
     name = str(error["loc"][0])
     if error["type"] == "missing":
-        typed = model.as_typed(name)
+        typed = model.format_option(name)
         give = typed if typed.startswith("--") else f"t5tune {model.command} {typed}"
         return f"{name}: missing; give {give} or set it in a --config file"
     given = values.get(name)
     shown = repr(given.value if given else error["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{name}: {shown}{f' ({given.place})' if given else ''}: {value_reason(error)}"
+    return f"{name}: {shown}{f' ({given.place})' if given else ''}: {describe_value_error(error)}"

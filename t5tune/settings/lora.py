@@ -1,4 +1,4 @@
-"""The low-rank adapter (LoRA, Hu et al. 2021), its variants, and what else of the base trains."""
+"""The low-rank adapter (LoRA, Hu et al. 2021), its variants, and what else is trained."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from t5tune.settings.fields import Maybe, Settings, Words
+from t5tune.settings.fields import NoneIfUnset, Settings, WordList
 
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_N", "loftq")
+INITIALIZATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_N", "loftq")
 UNTRAINABLE = {"shared", "embed_tokens", "lm_head"}
 
 
@@ -16,74 +16,84 @@ class LoraSettings(Settings):
     panel: ClassVar[str] = "LoRA"
 
     train_mode: Literal["lora", "full"] = Field(
-        default="lora", description="Train adapters, or every weight of the base, for comparison."
+        default="lora", description="Train a LoRA adapter, or all weights of the base (full fine-tuning)."
     )
-    lora_r: int = Field(default=8, gt=0, description="Rank of the low-rank update.")
+    lora_r: int = Field(default=8, gt=0, description="LoRA rank: the rank of the low-rank update.")
     lora_alpha: float = Field(
-        default=16, gt=0, description="The update is scaled by lora_alpha / lora_r (use_rslora: by its root)."
+        default=16,
+        gt=0,
+        description="LoRA alpha: the update is scaled by lora_alpha / lora_r (use_rslora: lora_alpha / √lora_r).",
     )
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapters' input.")
-    lora_target_modules: Words = Field(
+    lora_dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="Dropout probability on the input of the LoRA matrices."
+    )
+    lora_target_modules: WordList = Field(
         default=["q", "v"],
         min_length=1,
-        description="Linear layers that get an adapter: their names, or attention (q k v o), feed-forward (wi wo), "
-        "all-linear.",
+        description="Linear layers to adapt: their names, or a group: attention (q k v o), feed-forward (wi wo) or "
+        "all-linear (both).",
     )
     lora_bias: Literal["none", "all", "lora_only"] = Field(
-        default="none", description="Which bias vectors are trained too (T5 itself has none)."
+        default="none", description="Which bias vectors to train as well (T5 has none)."
     )
     use_dora: bool = Field(
-        default=False, description="Train each adapted weight's row norms beside its direction (DoRA, Liu et al. 2024)."
+        default=False,
+        description="DoRA (Liu et al. 2024): train the norm of each row of an adapted weight separately from its "
+        "direction.",
     )
     use_rslora: bool = Field(
-        default=False, description="Scale by lora_alpha / √lora_r, for large ranks (rsLoRA, Kalajdzievski 2023)."
+        default=False,
+        description="rsLoRA (Kalajdzievski 2023): scale by lora_alpha / √lora_r, which suits large ranks.",
     )
     init_lora_weights: str = Field(
         default="default",
-        description="Start of the adapters: default (B is zero), gaussian, orthogonal, olora, pissa, pissa_niter_N "
-        "(N rounds of a fast SVD), loftq (with q_lora: make up for the quantisation).",
+        description="Adapter initialization: default (B = 0), gaussian, orthogonal, olora, pissa, pissa_niter_N "
+        "(fast SVD with N iterations), or loftq (corrects the quantization error of q_lora).",
     )
-    loraplus_lr_ratio: Annotated[float | None, Maybe] = Field(
+    loraplus_lr_ratio: Annotated[float | None, NoneIfUnset] = Field(
         default=None,
         gt=0,
-        description="The B matrices learn at this multiple of learning_rate (LoRA+, Hayou et al. 2024); 16 is usual.",
+        description="LoRA+ (Hayou et al. 2024): learning-rate ratio of B to A, often 16; default: the same learning "
+        "rate for both.",
     )
-    modules_to_save: Annotated[Words | None, Maybe] = Field(
+    modules_to_save: Annotated[WordList | None, NoneIfUnset] = Field(
         default=None,
-        description="Modules of the base to train whole beside the adapters, such as final_layer_norm.",
+        description="Modules of the base to train in full in addition to the adapter, such as final_layer_norm.",
     )
-    train_token_rows: bool = Field(default=True, description="Train the embedding and head rows of the added tokens.")
+    train_token_rows: bool = Field(
+        default=True, description="Train the added tokens' rows of the embedding and the language-model head."
+    )
 
     @field_validator("init_lora_weights")
     @classmethod
-    def _known_start(cls, value: str) -> str:
-        if value.lower() == "true":
+    def _check_initialization(cls, value: str) -> str:
+        if value.lower() == "true":  # PEFT's own name for its default
             return "default"
         if value in {"eva", "corda", "lora_ga"}:
-            raise ValueError(f"{value} starts from gradients or activations of data, which isn't supported")
+            raise ValueError(f"{value} needs gradients or activations on training data, which isn't supported")
         is_fast_svd = re.fullmatch(r"pissa_niter_[1-9]\d*", value)
-        if value == "pissa_niter_N" or not (value in INITIALISATIONS or is_fast_svd):
-            raise ValueError(f"expected one of {', '.join(INITIALISATIONS)}")
+        if value == "pissa_niter_N" or not (value in INITIALIZATIONS or is_fast_svd):
+            raise ValueError(f"expected one of {', '.join(INITIALIZATIONS)}")
         return value
 
     @field_validator("modules_to_save")
     @classmethod
-    def _can_be_saved(cls, value: list[str] | None) -> list[str] | None:
+    def _reject_embedding_and_head(cls, value: list[str] | None) -> list[str] | None:
         if wrong := sorted(UNTRAINABLE & {name.rpartition(".")[2] for name in value or []}):
             raise ValueError(
-                f"{', '.join(wrong)}: PEFT's copy of T5's shared embedding gets no gradient, and a copied head merges "
-                "wrong; the rows of new tokens are trained by add_tokens and train_token_rows"
+                f"{', '.join(wrong)}: PEFT's copy of T5's shared embedding gets no gradient, and a copied head is "
+                "merged incorrectly; add_tokens and train_token_rows train the rows of new tokens"
             )
         return value or None
 
 
-class StartSettings(LoraSettings):
-    """What training starts from."""
+class InitialAdapterSettings(LoraSettings):
+    """LoRA settings with the adapter that training starts from."""
 
     panel: ClassVar[str] = "LoRA"
 
-    adapter: Annotated[Path | None, Maybe] = Field(
+    adapter: Annotated[Path | None, NoneIfUnset] = Field(
         default=None,
-        description="Start from the weights of this adapter or run, which must be of the same shape, with its tokens "
-        "and its layout; the optimizer and the schedule begin anew.",
+        description="Adapter folder or run folder to initialize from, with its added tokens and conversation template; "
+        "shapes must match. The optimizer and the learning-rate schedule start over.",
     )

@@ -1,4 +1,4 @@
-"""Which adapters go into which base, and what comes out."""
+"""Which adapters to merge into which base, and what to write."""
 
 import math
 import re
@@ -7,19 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from t5tune.settings.base_model import BaseModelSettings
-from t5tune.settings.fields import Folders, Maybe, Numbers
+from t5tune.settings.fields import FolderList, NoneIfUnset, NumberList
 from t5tune.settings.output import ReplaceableOutputSettings
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
-def _bytes(value: Any) -> Any:
-    """ "5GB" as transformers writes sizes -> 5000000000."""
+def _parse_size(value: Any) -> Any:
+    """Read a size such as "5GB", as transformers writes it, as a number of bytes: 5000000000."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", value.strip().upper())):
-        size = float(match[1]) * UNITS.get(match[2], 1)
+        size = float(match[1]) * SIZE_UNITS.get(match[2], 1)
         if not math.isfinite(size):
-            raise ValueError("too large a size")
+            raise ValueError("the size is too large")
         return int(size)
     return value
 
@@ -27,71 +27,75 @@ def _bytes(value: Any) -> Any:
 Quantization = Literal[
     "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"
 ]
-Size = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str)]
+Size = Annotated[int, BeforeValidator(_parse_size, json_schema_input_type=int | str)]
 
 
 class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     command: ClassVar[str] = "merge"
     panel: ClassVar[str] = "Merge"
 
-    adapter: Folders = Field(
-        min_length=1, description="Adapter folder, or a run folder; several are added up, each times its weight."
+    adapter: FolderList = Field(
+        min_length=1,
+        description="Adapter folder or run folder to merge; several are summed, each multiplied by its weight.",
     )
-    weights: Annotated[Numbers | None, Maybe] = Field(
-        default=None, description="How much of each adapter is added; default: all of a single one."
+    weights: Annotated[NumberList | None, NoneIfUnset] = Field(
+        default=None, description="Weight of each adapter; default: 1 for a single adapter."
     )
     to: Literal["checkpoint", "ctranslate2"] = Field(
         default="checkpoint",
-        description="Write a checkpoint, or what CTranslate2 serves, once it gives our own replies to a few prompts; "
-        "the latter loads the model.",
+        description="Output format: a Hugging Face checkpoint, or a CTranslate2 model, checked against the merged "
+        "checkpoint's replies to a few prompts; without quantization they must match.",
     )
-    quantization: Annotated[Quantization | None, Maybe] = Field(
-        default=None, description="With --to ctranslate2: how it stores weights; default: in the checkpoint's dtype."
+    quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
+        default=None,
+        description="Weight type of the CTranslate2 model (--to ctranslate2); default: the merged weights' dtype.",
     )
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Maybe] = Field(
-        default=None, description="Round the merged weights to this; default: each tensor keeps the base's."
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, NoneIfUnset] = Field(
+        default=None, description="Round the merged weights to this dtype; default: each tensor keeps the base's dtype."
     )
-    max_shard_size: Annotated[Size | None, Maybe] = Field(
+    max_shard_size: Annotated[Size | None, NoneIfUnset] = Field(
         default=None,
         gt=0,
-        description="Cut the weights into files of this size (5GB, 500MB); default: as the base's.",
+        description="Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like the "
+        "base's.",
         json_schema_extra={"has_unit": True},
     )
     onto: Literal["base", "nf4", "fp4", "int8"] = Field(
         default="base",
-        description="Fold into the base's weights, or into what q_lora made of them, which its adapters were trained "
-        "on: quantised, and back to full precision.",
+        description="Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did in "
+        "training.",
     )
     check: Literal["fingerprint", "full"] = Field(
         default="fingerprint",
-        description="How the base is held against the one of training: 4 KiB of each tensor, or every byte.",
+        description="How to verify that the base is the one used in training: sample 4 KiB per tensor, or hash "
+        "everything.",
     )
-    allow_other_base: bool = Field(default=False, description="Merge even into a base that isn't the one of training.")
-    verify: Annotated[bool | None, Maybe] = Field(
+    allow_other_base: bool = Field(default=False, description="Merge even if the base isn't the one used in training.")
+    verify: Annotated[bool | None, NoneIfUnset] = Field(
         default=None,
         description="Load base + adapter and the merged checkpoint, and compare their logits on a few examples; "
-        "default: where memory allows.",
+        "default: if memory allows.",
     )
     verify_tolerance: float = Field(
         default=1e-4,
         gt=0,
-        description="Largest difference of logits allowed, relative to the largest logit; 0.05 at least where the "
+        description="Maximum difference between logits, relative to the largest logit; at least 0.05 applies if the "
         "merged weights are rounded.",
     )
 
     @model_validator(mode="after")
-    def _one_weight_each(self) -> "MergeSettings":
+    def _check_one_weight_per_adapter(self) -> "MergeSettings":
         given, wanted = len(self.weights or []), len(self.adapter)
         if self.weights is not None and given != wanted:
-            raise ValueError(f"weights: {given} for {wanted} adapter(s); give one each")
+            raise ValueError(f"weights: {given} for {wanted} adapter(s); give one weight per adapter")
         if self.weights is None and wanted > 1:
-            raise ValueError(f"weights: {wanted} adapters; say how much of each, as in --weights 0.7 0.3")
+            raise ValueError(f"weights: missing for {wanted} adapters; give one per adapter, such as --weights 0.7 0.3")
         return self
 
     @model_validator(mode="after")
-    def _quantization_has_a_reader(self) -> "MergeSettings":
+    def _check_quantization_is_for_ctranslate2(self) -> "MergeSettings":
         if self.quantization is not None and self.to == "checkpoint":
             raise ValueError(
-                f"quantization: {self.quantization}: only with --to ctranslate2; --dtype rounds a checkpoint"
+                f"quantization: {self.quantization}: only with --to ctranslate2; use --dtype to round a checkpoint"
             )
         return self

@@ -1,17 +1,17 @@
-"""Pydantic's reasons why a value can't be used, in our words.
+"""Plain descriptions of pydantic's validation errors.
 
-value_reason({"type": "int_parsing", …})
+describe_value_error({"type": "int_parsing", …})
 # "expected a whole number"
 """
 
 from pydantic_core import ErrorDetails
 
-# by the type of the error; {…} is filled from its context
-REASONS = {
+# pydantic error type -> text; {…} is filled from the error's context
+VALUE_REASONS = {
     "int_type": "expected a whole number",
     "int_parsing": "expected a whole number",
     "int_from_float": "expected a whole number",
-    "int_parsing_size": "too large a number",
+    "int_parsing_size": "the number is too large",
     "float_type": "expected a number",
     "float_parsing": "expected a number",
     "finite_number": "expected a finite number",
@@ -32,13 +32,13 @@ REASONS = {
 }
 
 
-def value_reason(error: ErrorDetails) -> str:
-    """Why the value can't be used."""
-    if error["type"] in REASONS:
+def describe_value_error(error: ErrorDetails) -> str:
+    """Describe why the value can't be used."""
+    if error["type"] in VALUE_REASONS:
         context = error.get("ctx", {})
         bounds = {
             name: int(value) for name, value in context.items() if isinstance(value, float) and value == int(value)
         }
-        return REASONS[error["type"]].format(**context | bounds)  # a bound of 1.0 is shown as 1
+        return VALUE_REASONS[error["type"]].format(**context | bounds)  # a bound of 1.0 is shown as 1
     reason = error["msg"].removeprefix("Value error, ")
-    return reason[0].lower() + reason[1:] if reason[1:2].islower() else reason  # "Input" but not "T5"
+    return reason[0].lower() + reason[1:] if reason[1:2].islower() else reason  # lowercase "Input", but not "T5"

@@ -1,23 +1,23 @@
-"""Where results go."""
+"""Where results are written."""
 
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
 
-from t5tune.settings.fields import Settings, Words
+from t5tune.settings.fields import Settings, WordList
 
 
 class OutputSettings(Settings):
     panel: ClassVar[str] = "Output"
 
-    output_dir: Path = Field(description="Folder for the result.")
+    output_dir: Path = Field(description="Output folder.")
 
 
 class ReplaceableOutputSettings(OutputSettings):
     panel: ClassVar[str] = "Output"
 
-    overwrite: bool = Field(default=False, description="Replace the folder where it holds other files.")
+    overwrite: bool = Field(default=False, description="Replace the output folder even if it contains other files.")
 
 
 class RunOutputSettings(OutputSettings):
@@ -25,13 +25,14 @@ class RunOutputSettings(OutputSettings):
 
     fresh: bool = Field(
         default=False,
-        description="Begin anew: move a run that stands in output_dir aside, to output_dir.1, …",
+        description="Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …",
     )
-    allow_change: Words = Field(
+    allow_change: WordList = Field(
         default=[],
-        description="Resume although these fields differ from those that the run began with (lora_r, data, base, …).",
+        description="Resume even if these fields differ from those that the run was started with (lora_r, data, base, "
+        "…).",
     )
     dry_run: bool = Field(
         default=False,
-        description="Only show the settings with all defaults, the plan and the launcher's command; make nothing.",
+        description="Show all settings including defaults, the memory plan and the launch command; write nothing.",
     )

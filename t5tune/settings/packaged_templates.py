@@ -1,59 +1,59 @@
-"""Find, list and read what templates/ holds: runs, DeepSpeed configurations, conversation layouts."""
+"""Find, list and read the files in templates/: run configs, DeepSpeed configs and conversation templates."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import SettingsError, suggestion
-from t5tune.io.reasons import reason_of
+from t5tune.errors import SettingsError, suggest_name
+from t5tune.io.reasons import describe_error
 
 
-def templates_folder() -> Path:
-    """templates/, in the installed package or beside it in a checkout."""
+def find_templates_folder() -> Path:
+    """Find the folder templates/: inside the installed package, or next to the package in a source checkout."""
     package = Path(__file__).parents[1]
     installed = package / "templates"
     return installed if installed.is_dir() else package.parent / "templates"
 
 
-def names(kind: str) -> list[str]:
-    """The names under templates/<kind>, sorted."""
-    return sorted(path.stem for path in (templates_folder() / kind).iterdir() if path.suffix in {".yaml", ".json"})
+def list_names(kind: str) -> list[str]:
+    """List the sorted names of the files in templates/<kind>."""
+    return sorted(path.stem for path in (find_templates_folder() / kind).iterdir() if path.suffix in {".yaml", ".json"})
 
 
-def find_run(name_or_path: str) -> Path:
-    """The YAML file of `--config`: a path, or a name under templates/runs."""
-    return _find("config", "runs", name_or_path, ".yaml")
+def find_run_config(name_or_path: str) -> Path:
+    """Find the run config of `--config`: the path of a YAML file, or a name under templates/runs."""
+    return _find_template("config", "runs", name_or_path, ".yaml")
 
 
 def find_conversation_template(name_or_path: str) -> Path:
-    """The YAML file of `--conversation-template`: a path, or a name under templates/conversations."""
-    return _find("conversation_template", "conversations", name_or_path, ".yaml")
+    """Find the template of `--conversation-template`: a YAML file's path, or a name under templates/conversations."""
+    return _find_template("conversation_template", "conversations", name_or_path, ".yaml")
 
 
-def read_deepspeed(name_or_path: str) -> dict[str, Any]:
-    """The DeepSpeed configuration of `--deepspeed`: a JSON file, or a name under templates/deepspeed."""
-    path = _find("deepspeed", "deepspeed", name_or_path, ".json")
+def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
+    """Read the DeepSpeed config of `--deepspeed`: the path of a JSON file, or a name under templates/deepspeed."""
+    path = _find_template("deepspeed", "deepspeed", name_or_path, ".json")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"deepspeed: {path}: can't be read: {reason_of(error)}") from error
+        raise SettingsError(f"deepspeed: {path}: can't be read: {describe_error(error)}") from error
     if not isinstance(value, dict):
         raise SettingsError(f"deepspeed: {path}: expected a JSON object")
     return value
 
 
-def _find(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:
+def _find_template(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:
     path = Path(name_or_path)
-    # settings may come through a pipe; the others are read more than once
+    # a run config is read once, so it may be a pipe; the other files are read more than once
     if path.is_file() or (setting == "config" and path.exists() and not path.is_dir()):
         return path
-    packaged = templates_folder() / kind / (name_or_path + suffix)
+    packaged = find_templates_folder() / kind / (name_or_path + suffix)
     if path.name == name_or_path and packaged.is_file():
         return packaged
-    known = names(kind)
+    known = list_names(kind)
     if path.exists():
-        raise SettingsError(f"{setting}: {name_or_path}: a {suffix} file is expected, this is none")
+        raise SettingsError(f"{setting}: {name_or_path}: expected a {suffix} file")
     raise SettingsError(
-        f"{setting}: {name_or_path}: no such file, and no template of that name{suggestion(name_or_path, known)}",
+        f"{setting}: {name_or_path}: no file or template of that name{suggest_name(name_or_path, known)}",
         hint=f"the templates are {', '.join(known)}",
     )

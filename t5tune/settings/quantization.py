@@ -1,4 +1,4 @@
-"""A base in few bits under its adapters (QLoRA, Dettmers et al. 2023)."""
+"""Quantization of the frozen base under the adapter (QLoRA, Dettmers et al. 2023)."""
 
 from typing import ClassVar, Literal
 
@@ -7,19 +7,22 @@ from pydantic import Field
 from t5tune.settings.fields import Settings
 
 
-class QuantisationSettings(Settings):
-    panel: ClassVar[str] = "Quantised base"
+class QuantizationSettings(Settings):
+    panel: ClassVar[str] = "Quantized base"
 
     q_lora: bool = Field(
         default=False,
-        description="Keep the base in 4 bits (NF4, double quantisation) under the adapters; in training it turns "
-        "bf16 on, unless --no-bf16.",
+        description="QLoRA: quantize the base to 4 bits (NF4 with double quantization by default). Training then uses "
+        "bf16, unless --no-bf16 is given.",
     )
     quant_type: Literal["nf4", "fp4", "int8"] = Field(
-        default="nf4", description="What q_lora keeps the base in: NormalFloat, 4-bit float, or LLM.int8()."
+        default="nf4",
+        description="Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().",
     )
     quantize_wo: bool = Field(
         default=True,
-        description="Quantise the feed-forward layers' output weights `wo` too, as large as a third of the rest.",
+        description="Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.",
     )
-    double_quant: bool = Field(default=True, description="Quantise the scales of the 4-bit blocks too.")
+    double_quant: bool = Field(
+        default=True, description="Double quantization: also quantize the scales of the 4-bit blocks."
+    )

@@ -1,1 +1,1 @@
-"""One model, some processes, many steps."""
+"""Train one model: batches, steps, evaluation, checkpoints, and resuming from them."""

@@ -1,4 +1,4 @@
-"""Settings -> the arguments of Hugging Face's Trainer."""
+"""Convert the settings to TrainingArguments of Hugging Face's Trainer."""
 
 import dataclasses
 from typing import Any
@@ -7,10 +7,31 @@ from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
-from t5tune.training.trackers import chosen_trackers
+from t5tune.training.trackers import choose_trackers
+
+# settings that are arguments of the Trainer too, under the same names
+COPIED_SETTINGS = (
+    "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "max_grad_norm", "optim", "bf16", "seed", "dataloader_num_workers",
+    "save_strategy", "save_steps", "logging_steps", "eval_steps",
+)  # fmt: skip
+FIXED_ARGUMENTS = {
+    "save_total_limit": None,  # we rotate checkpoints ourselves, once a new one is complete: see checkpoint.py
+    "ddp_find_unused_parameters": False,
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,
+    "average_tokens_across_devices": True,
+    "prediction_loss_only": True,
+    "log_level": "error",
+    "log_level_replica": "error",
+}
 
 
-def training_arguments(
+def make_training_arguments(
     settings: TrainSettings,
     deepspeed: dict[str, Any] | None,
     evaluates: bool,
@@ -18,90 +39,93 @@ def training_arguments(
     device: Any,
     report: Report,
 ) -> Any:
-    """What Trainer is told, `training_args` of the settings last.
+    """Make the Trainer's arguments. The settings' own `training_args` override all others.
 
     Raises:
-        SettingsError: Trainer refuses it.
+        SettingsError: TrainingArguments rejects a value.
     """
+    arguments_class = _define_arguments_class()
+    values = {name: getattr(settings, name) for name in COPIED_SETTINGS}
+    if device.type != "cpu" and settings.optim == "adamw_torch":
+        values["optim"] = "adamw_torch_fused"  # updates all parameters in one kernel
+    values |= _choose_evaluation_arguments(settings, evaluates)
+    values |= _choose_device_arguments(settings, world, device, report)
+    values |= _choose_memory_arguments(settings, deepspeed)
+    values |= {"output_dir": str(settings.output_dir), "max_steps": settings.max_steps or -1}
+    values |= {"report_to": choose_trackers(settings.report_to), **FIXED_ARGUMENTS, **settings.training_args}
+    try:
+        return arguments_class(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise SettingsError(f"training settings: {' '.join(str(error).split())}") from error
+
+
+def _define_arguments_class() -> Any:
     from transformers import TrainingArguments
 
     class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
-        """One process trains on one GPU, however many it can see.
+        """Arguments for one GPU per process, however many GPUs are visible.
 
-        TrainingArguments counts them all, and Trainer then multiplies the batch, the loss and the gradient by their
-        number: through DataParallel, or through nothing at all where the model is quantized.
+        TrainingArguments counts all of them, and the Trainer then multiplies batch size, loss and gradient by that
+        count: it expects DataParallel to split the batch, but doesn't even use that if the model is quantized.
         """
 
         @property
         def n_gpu(self) -> int:
             return min(1, int(super().n_gpu))
 
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
+    return OneGpuArguments
 
-    values = {
-        name: getattr(settings, name)
-        for name in (
-            "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-            "max_grad_norm", "optim", "bf16", "seed", "dataloader_num_workers",
-            "save_strategy", "save_steps", "logging_steps", "eval_steps",
-        )
-    }  # fmt: skip
-    on_cpu = device.type == "cpu"
-    if not on_cpu and settings.optim == "adamw_torch":
-        values["optim"] = "adamw_torch_fused"  # a step in one kernel
-    values |= {
-        "output_dir": str(settings.output_dir),
-        "max_steps": settings.max_steps or -1,
+
+def _choose_evaluation_arguments(settings: TrainSettings, evaluates: bool) -> dict[str, Any]:
+    metric = choose_best_metric(settings)
+    return {
         "eval_strategy": settings.eval_strategy or ("steps" if settings.eval_steps else "epoch" if evaluates else "no"),
-        "metric_for_best_model": best_by(settings),
-        "greater_is_better": best_by(settings) not in {None, "loss", "perplexity"},
-        "save_total_limit": None,  # rotation follows the seal: see training/checkpoint.py
-        "tf32": _tf32(settings, device, report),
+        "metric_for_best_model": metric,
+        "greater_is_better": metric not in {None, "loss", "perplexity"},
+    }
+
+
+def _choose_device_arguments(settings: TrainSettings, world: World, device: Any, report: Report) -> dict[str, Any]:
+    on_cpu = device.type == "cpu"
+    return {
+        "tf32": _choose_tf32(settings, device, report),
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world.size > 1 else None,
         "ddp_timeout": settings.process_group_timeout,
-        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": not on_cpu,
-        "deepspeed": deepspeed,
-        # ZeRO-3 frees a weight after its forward; only the reentrant way fetches it again when it recomputes
-        checkpointing: settings.gradient_checkpointing,
-        f"{checkpointing}_kwargs": {"use_reentrant": stage_of(deepspeed) == 3},
-        "report_to": chosen_trackers(settings.report_to),
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "average_tokens_across_devices": True,
-        "prediction_loss_only": True,
-        "log_level": "error",
-        "log_level_replica": "error",
-        **settings.training_args,
     }
-    try:
-        return OneGpuArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise SettingsError(f"training settings: {' '.join(str(error).split())}") from error
 
 
-def _tf32(settings: TrainSettings, device: Any, report: Report) -> bool | None:
-    """Whether a GPU multiplies fp32 in TensorFloat-32: by default where it can. None: this device has no such thing."""
+def _choose_memory_arguments(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> dict[str, Any]:
+    """Choose the arguments of DeepSpeed and of gradient checkpointing, which transformers is renaming."""
+    from transformers import TrainingArguments
+
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
+    return {
+        "deepspeed": deepspeed,
+        checkpointing: settings.gradient_checkpointing,
+        # ZeRO-3 frees a weight after its forward pass; only reentrant checkpointing gathers it again to recompute
+        f"{checkpointing}_kwargs": {"use_reentrant": get_zero_stage(deepspeed) == 3},
+    }
+
+
+def _choose_tf32(settings: TrainSettings, device: Any, report: Report) -> bool | None:
+    """Whether to multiply fp32 matrices in TensorFloat-32: by default, if the GPU can. None: not available here."""
     import torch
 
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return settings.tf32 is not False
     if settings.tf32:
-        report(Note(f"tf32: left out, this {device.type.upper()} has no TensorFloat-32"))
+        report(Note(f"tf32: ignored, since this {device.type.upper()} has no TensorFloat-32"))
     return None
 
 
-def best_by(settings: TrainSettings) -> str | None:
-    """The figure that says which checkpoint is best; None: the last one is what counts."""
+def choose_best_metric(settings: TrainSettings) -> str | None:
+    """Return the metric that decides which checkpoint is best; None if the last checkpoint is used."""
     return settings.metric_for_best_model or ("loss" if settings.early_stopping_patience else None)
 
 
-def stage_of(deepspeed: dict[str, Any] | None) -> int:
-    """Of ZeRO, in a DeepSpeed configuration; 0 where there is none."""
+def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
+    """Return the ZeRO stage of a DeepSpeed config; 0 without one."""
     return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))

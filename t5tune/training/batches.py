@@ -1,4 +1,4 @@
-"""Cache -> batches, padded or packed, of a number of examples or of a budget of tokens."""
+"""Batches of a token cache's examples: padded or packed, with a fixed number of examples or a token budget."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from t5tune.data.batching import budget_batches, epoch_order, num_batches
+from t5tune.data.batching import count_budget_batches, epoch_order, make_budget_batches
 from t5tune.data.cache import Cache
 from t5tune.data.encoding import Example
 from t5tune.errors import SettingsError
@@ -17,7 +17,11 @@ from t5tune.model.loss import IGNORED_LABEL
 
 
 class ExampleDataset(Dataset[Example]):
-    """A cache as torch's Dataset. At ~i it has the example i without anything to learn: it fills a batch."""
+    """A token cache as a torch Dataset.
+
+    The index ~i gives a filler for batches that would be empty: a token of example i's source, and a label that is
+    ignored, so that there is nothing to learn from it.
+    """
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -31,21 +35,22 @@ class ExampleDataset(Dataset[Example]):
 
 
 class BucketSampler(Sampler[list[int]]):
-    """`epoch_order` as torch's batch sampler: the micro-batches of every rank, step by step and rank by rank.
+    """`epoch_order` as a torch batch sampler: the micro-batches of all ranks, step by step and rank by rank.
 
-    It follows from seed and epoch alone, and draws from nothing else. An epoch's last step holds what is left over,
-    divided among as many micro-batches as any: so a step's examples don't depend on how it is divided. A micro-batch
-    for which none are left repeats an example with nothing to learn from it (see `ExampleDataset`).
+    The order depends only on the seed and the epoch, not on any random state. The last step of an epoch has the
+    remaining examples, divided among as many micro-batches as in every other step, so that a step's examples don't
+    depend on how it is divided. A micro-batch for which no examples remain gets a filler (see `ExampleDataset`).
 
     Args:
-        lengths: of each example, in tokens.
-        batch_size: examples of a micro-batch.
-        step_size: micro-batches of a step, over accumulation and ranks.
+        lengths: length of each example, in tokens.
+        batch_size: examples per micro-batch.
+        step_size: micro-batches per step: gradient accumulation steps × ranks.
     """
 
     def __init__(self, lengths: npt.NDArray[np.int64], batch_size: int, step_size: int, seed: int) -> None:
         self.lengths = lengths
-        self.num_examples = batch_size * step_size  # accelerate drops short batches of a sampler with a batch_size
+        # accelerate would drop incomplete batches if this sampler had an attribute `batch_size`
+        self.num_examples = batch_size * step_size  # of a step
         self.step_size = step_size
         self.seed = seed
         self.epoch = 0
@@ -54,7 +59,7 @@ class BucketSampler(Sampler[list[int]]):
         return -(-len(self.lengths) // self.num_examples) * self.step_size
 
     def set_epoch(self, epoch: int) -> None:
-        """The trainer calls this before each epoch."""
+        """Set the epoch whose order `__iter__` yields. The trainer calls this before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -66,10 +71,10 @@ class BucketSampler(Sampler[list[int]]):
 
 
 class BudgetSampler(Sampler[list[int]]):
-    """`budget_batches` as torch's batch sampler: the micro-batches of every rank, step by step and rank by rank.
+    """`make_budget_batches` as a torch batch sampler: the micro-batches of all ranks, step by step and rank by rank.
 
     Raises:
-        SettingsError: an example is longer than the budget, or there are fewer examples than a step has batches.
+        SettingsError: an example is longer than the budget, or there are fewer examples than micro-batches in a step.
     """
 
     def __init__(
@@ -84,19 +89,19 @@ class BudgetSampler(Sampler[list[int]]):
         longest = int((sources + targets).max())
         if longest > tokens:
             raise SettingsError(
-                f"tokens_per_batch: {tokens}: the longest example has {longest} tokens, source and target",
-                hint=f"give at least {longest}, or cut examples with model_max_length",
+                f"tokens_per_batch: {tokens}: the longest example has {longest} source and target tokens",
+                hint=f"set at least {longest}, or shorten the examples with model_max_length",
             )
         self.lengths = sources, targets
         self.tokens = tokens
         self.packed = packed
         self.step_size = step_size
         self.seed = seed
-        self.count = num_batches(sources, targets, tokens, packed, step_size, seed)
+        self.count = count_budget_batches(sources, targets, tokens, packed, step_size, seed)
         self.epoch = 0
         if self.count > len(sources):
             raise SettingsError(
-                f"tokens_per_batch: {tokens}: {len(sources)} examples can't fill a step of {step_size} batches "
+                f"tokens_per_batch: {tokens}: {len(sources)} examples are too few for a step of {step_size} batches "
                 "(gradient_accumulation_steps × processes)"
             )
 
@@ -104,18 +109,18 @@ class BudgetSampler(Sampler[list[int]]):
         return self.count
 
     def set_epoch(self, epoch: int) -> None:
-        """The trainer calls this before each epoch."""
+        """Set the epoch whose order `__iter__` yields. The trainer calls this before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = budget_batches(
+        batches = make_budget_batches(
             *self.lengths, self.tokens, self.packed, self.step_size, self.count, self.seed, self.epoch
         )
         yield from (batch.tolist() for batch in batches)
 
 
 class PackedCollator:
-    """Lays the examples of a batch behind each other in one row (see model/attention.py)."""
+    """Concatenates the examples of a batch in one row (see model/attention.py)."""
 
     def __init__(self, decoder_start_token_id: int) -> None:
         self.decoder_start_token_id = decoder_start_token_id
@@ -123,11 +128,11 @@ class PackedCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         sources = [example.source_S for example in examples]
         targets = [example.target_T for example in examples]
-        shifted = _shifted(targets, self.decoder_start_token_id)
+        shifted = _shift_right(targets, self.decoder_start_token_id)
         return {
-            "input_ids": _row(sources),
-            "decoder_input_ids": _row(shifted),
-            "labels": _row(targets),
+            "input_ids": _concatenate(sources),
+            "decoder_input_ids": _concatenate(shifted),
+            "labels": _concatenate(targets),
             "packing": Segments(tuple(map(len, sources)), tuple(map(len, targets))),
         }
 
@@ -135,8 +140,8 @@ class PackedCollator:
 class PaddedCollator:
     """Pads a batch to its longest source and target.
 
-    The decoder reads the targets shifted right behind its start token; labels of padding are -100. The mask
-    comes from lengths, so that a pad token inside a text counts as text.
+    The decoder's input is its start token and the targets shifted right; padding gets the label -100. The attention
+    mask is made from lengths, so that a pad token within a text counts as text.
     """
 
     def __init__(self, pad_token_id: int, decoder_start_token_id: int) -> None:
@@ -146,7 +151,7 @@ class PaddedCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         sources = [example.source_S for example in examples]
         targets = [example.target_T for example in examples]
-        shifted = _shifted(targets, self.decoder_start_token_id)
+        shifted = _shift_right(targets, self.decoder_start_token_id)
         return {
             "input_ids": _pad(sources, self.pad_token_id),
             "attention_mask": _pad([np.ones_like(source) for source in sources], 0),
@@ -155,11 +160,11 @@ class PaddedCollator:
         }
 
 
-def _shifted(targets: list[Any], start: int) -> list[Any]:
+def _shift_right(targets: list[Any], start: int) -> list[Any]:
     return [np.concatenate([[start], target[:-1]]) for target in targets]
 
 
-def _row(parts: list[Any]) -> torch.Tensor:
+def _concatenate(parts: list[Any]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 

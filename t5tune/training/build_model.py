@@ -1,7 +1,7 @@
-"""The model that trains: a base with adapters, ready to pack or in shards, and how what it learned is written.
+"""Build the model to train: a base with adapters, packing if possible, sharded under ZeRO-3; and how to save it.
 
-built = build(settings, base, facts, cache, deepspeed, device, report)
-built.write(folder, trained_tensors)    # an adapter folder's files, or with train_mode full a checkpoint's
+built = build_model(settings, base, base_metadata, cache, deepspeed, device, report)
+built.write(folder, trained_tensors)    # the files of an adapter, or with train_mode full of a checkpoint
 """
 
 import json
@@ -13,158 +13,204 @@ from typing import Any
 import torch
 from torch import nn
 
-from t5tune.checkpoints.adapter import TEMPLATE, WEIGHTS, TrainedWith, config_without_start, write_adapter
-from t5tune.checkpoints.model_card import data_line, settings_line
-from t5tune.checkpoints.model_folder import MODEL, write_model
+from t5tune.checkpoints.adapter import (
+    ADAPTER_WEIGHTS_FILE,
+    TEMPLATE_FILE,
+    AdapterMetadata,
+    convert_config_to_plain_lora,
+    write_adapter,
+)
+from t5tune.checkpoints.model_card import format_data_line, format_settings_line
+from t5tune.checkpoints.model_folder import MODEL_FILE, write_model
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.cache import Cache
 from t5tune.errors import SettingsError
 from t5tune.model.attention import can_pack, use_packing
-from t5tune.model.fused import use_compiled, use_fused
+from t5tune.model.fused import compile_layers, use_fused_layers
 from t5tune.model.load import count_parameters, load_base
-from t5tune.model.lora import add_lora, start_from
+from t5tune.model.lora import add_lora, load_initial_adapter
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
-from t5tune.training.arguments import stage_of
+from t5tune.training.arguments import get_zero_stage
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltModel:
     """A model that is ready to train.
 
     Args:
-        packs: it takes packed rows.
-        taken_out: LoRA matrices that were taken out of the base's weights (see weights.adapter.without_start).
-        trainable: number of parameters that train, of `total`.
-        write: puts the trained tensors, and what belongs to them, into a folder.
-        weights_file: the file in it that `write` puts the tensors into.
+        is_packed: whether the model takes packed batches.
+        subtracted: initial LoRA matrices that were subtracted from the base weights (PiSSA and OLoRA).
+        trainable: number of trainable parameters.
+        total: number of all parameters.
+        write: writes the trained tensors and their accompanying files to a folder.
+        weights_file: name of the file in it that contains the tensors.
     """
 
     model: Any
-    packs: bool
-    taken_out: dict[str, Tensor]
+    is_packed: bool
+    subtracted: dict[str, Tensor]
     trainable: int
     total: int
     write: Callable[[Path, dict[str, Tensor]], None]
     weights_file: str
 
 
-def build(
+def build_model(
     settings: TrainSettings,
     base: Path,
-    facts: dict[str, Any],
+    base_metadata: dict[str, Any],
     cache: Cache,
     deepspeed: dict[str, Any] | None,
     device: torch.device,
     report: Report,
-) -> Built:
-    """Load the base, attach what trains, and under ZeRO-3 give each rank its part.
+) -> BuiltModel:
+    """Load the base, add the adapters, and under ZeRO-3 shard the parameters among the ranks.
 
     Args:
-        facts: what tells this base from others, for the adapter's file.
+        base_metadata: what identifies the base, for the adapter's metadata.
 
     Raises:
-        ModelError: the base is broken or can't be trained so.
-        SettingsError: packing is asked for and can't be had.
+        ModelError: the base is broken, or can't be trained with these settings.
+        SettingsError: packing is required, but this model doesn't support it.
     """
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    # DeepSpeed keeps fp32 masters of bf16 adapters itself; alone, the adapters are their own masters
-    adapter_dtype = dtype if deepspeed is not None else torch.float32
-    sharded = stage_of(deepspeed) == 3
-    # what ZeRO-3 will shard need not fit one GPU: it is loaded on the CPU, and goes over a parameter at a time
-    place = torch.device("cpu") if sharded and not settings.q_lora else device
-    # what trains in place without DeepSpeed is its own master too
-    is_full = settings.train_mode == "full"
-    model = load_base(base, adapter_dtype if is_full else dtype, place, settings, settings.family, report)
+    dtype, adapter_dtype = _choose_dtypes(settings, deepspeed)
+    model = _load_base(settings, base, deepspeed, device, report)
     tied = bool(model.config.tie_word_embeddings)
-    taken_out: dict[str, Tensor] = {}
+    subtracted: dict[str, Tensor] = {}
+    is_full = settings.train_mode == "full"
     if is_full:
         model.requires_grad_(True)
     else:
-        model, taken_out = add_lora(model, base, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
+        model, subtracted = add_lora(model, base, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
     if settings.adapter is not None:
-        start_from(model, settings.adapter, cache.tokenizer_folder)
-    packs = _packs(settings, model, report)
-    if settings.torch_compile:
-        use_compiled(model)
-        report(Note("norms and feed-forward layers are compiled: the first steps take seconds to minutes longer"))
-    else:
-        use_fused(model)
+        load_initial_adapter(model, settings.adapter, cache.tokenizer_folder)
+    is_packed = _enable_packing(settings, model, report)
+    _speed_up_layers(settings, model, report)
     trainable, total = count_parameters(model)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
-    if deepspeed is not None and sharded:
-        _shard(model, deepspeed, dtype)
-    trained_with = TrainedWith(
-        {} if is_full else _adapter_config(model, settings, bool(taken_out)),
+    if deepspeed is not None and get_zero_stage(deepspeed) == 3:
+        _shard_parameters(model, deepspeed, dtype)
+    config = {} if is_full else _make_adapter_config(model, settings, bool(subtracted))
+    write = _make_writer(settings, base, tied, _collect_metadata(settings, cache, config, base_metadata))
+    weights_file = MODEL_FILE if is_full else ADAPTER_WEIGHTS_FILE
+    return BuiltModel(model, is_packed, subtracted, trainable, total, write, weights_file)
+
+
+def _choose_dtypes(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> tuple[torch.dtype, torch.dtype]:
+    """Choose (the dtype of frozen weights, that of trained ones).
+
+    DeepSpeed keeps fp32 master copies of trained bf16 weights; without it, these weights themselves must be fp32.
+    """
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    return dtype, dtype if deepspeed is not None else torch.float32
+
+
+def _load_base(
+    settings: TrainSettings, base: Path, deepspeed: dict[str, Any] | None, device: torch.device, report: Report
+) -> Any:
+    frozen_dtype, trained_dtype = _choose_dtypes(settings, deepspeed)
+    dtype = trained_dtype if settings.train_mode == "full" else frozen_dtype
+    # a model for ZeRO-3 may not fit on one GPU: it is loaded on the CPU, and moved and sharded parameter by parameter
+    sharded = get_zero_stage(deepspeed) == 3
+    place = torch.device("cpu") if sharded and not settings.q_lora else device
+    return load_base(base, dtype, place, settings, settings.family, report)
+
+
+def _speed_up_layers(settings: TrainSettings, model: Any, report: Report) -> None:
+    """Compile the norms and feed-forward layers, or use their fused versions."""
+    if settings.torch_compile:
+        compile_layers(model)
+        report(Note("norms and feed-forward layers are compiled; the first steps take seconds to minutes longer"))
+    else:
+        use_fused_layers(model)
+
+
+def _collect_metadata(
+    settings: TrainSettings, cache: Cache, config: dict[str, Any], base_metadata: dict[str, Any]
+) -> AdapterMetadata:
+    return AdapterMetadata(
+        config,
         cache.tokenizer_folder,
-        cache.folder / TEMPLATE,
-        {} if is_full else facts,
-        data_line(cache.manifest) + settings_line(settings.model_dump()),
+        cache.folder / TEMPLATE_FILE,
+        {} if settings.train_mode == "full" else base_metadata,
+        format_data_line(cache.manifest) + format_settings_line(settings.model_dump()),
     )
 
+
+def _make_writer(
+    settings: TrainSettings, base: Path, tied: bool, metadata: AdapterMetadata
+) -> Callable[[Path, dict[str, Tensor]], None]:
     def write(folder: Path, state: dict[str, Tensor]) -> None:
-        if is_full:
-            write_model(folder, state, base, tied, trained_with, settings.family)
+        if settings.train_mode == "full":
+            write_model(folder, state, base, tied, metadata, settings.family)
         else:
-            write_adapter(folder, state, trained_with, non_lora={})
+            write_adapter(folder, state, metadata, non_lora={})
 
-    return Built(model, packs, taken_out, trainable, total, write, MODEL if is_full else WEIGHTS)
+    return write
 
 
-def _packs(settings: TrainSettings, model: Any, report: Report) -> bool:
-    """Make the model pack, where it is to and can.
+def _enable_packing(settings: TrainSettings, model: Any, report: Report) -> bool:
+    """Enable packing if the settings want it and the model supports it. Return whether it is enabled.
 
     Raises:
-        SettingsError: it is to and can't.
+        SettingsError: packing is required, but this model doesn't support it.
     """
     if settings.packing == "off":
         return False
     if not can_pack(model):
-        reason = f"packing: the attention of {model.config.model_type} can't go through packed rows"
+        reason = f"packing: {settings.packing}: the attention of {model.config.model_type} doesn't support packing"
         if settings.packing == "on":
-            raise SettingsError(reason, hint="leave it at auto, or say off: batches are padded then")
-        report(Note(f"{reason}; batches are padded"))
+            raise SettingsError(reason, hint="set packing to auto or off to use padded batches")
+        report(Note(f"{reason}; using padded batches"))
         return False
     use_packing(model)
     return True
 
 
-def _shard(model: Any, configuration: dict[str, Any], dtype: Any) -> None:
-    """Give each rank its part of every parameter, as ZeRO-3 keeps them.
+def _shard_parameters(model: Any, configuration: dict[str, Any], dtype: Any) -> None:
+    """Shard every parameter among the ranks for ZeRO-3.
 
-    DeepSpeed's way, inside `from_pretrained`, replaces Flan-T5's untied head by its embedding. Here the
-    model has been loaded right, and its parameters are sharded one by one.
+    Sharding in `from_pretrained`, as transformers does with DeepSpeed, replaces Flan-T5's untied head by its
+    embedding. Here the model has already been loaded correctly, and its parameters are sharded one by one.
     """
     import deepspeed
 
     zero = {k: v for k, v in configuration["zero_optimization"].items() if v != "auto"}
-    # By default DeepSpeed replaces torch.nn.functional.linear, for this process and for good, by one that keeps the
-    # input of every frozen layer for the backward. It reads this from the configuration alone: in 0.19 the argument
-    # of Init that is named like it has no effect.
+    # By default DeepSpeed permanently replaces torch.nn.functional.linear in this process by a function that keeps the
+    # input of every frozen layer for the backward pass. Only the config can turn this off: in 0.19, the argument of
+    # Init with the same name has no effect.
     zero.setdefault("memory_efficient_linear", False)
     deepspeed.zero.Init(
         module=model,
         config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero},
         dtype=dtype,
     )
+    _register_external_parameters(model)
+
+
+def _register_external_parameters(model: Any) -> None:
+    """Make ZeRO-3 gather parameters that are used outside of the forward pass of the module that owns them."""
+    import deepspeed
+
     for module in model.modules():
-        # no module's forward owns the rows' container, so no hook would gather them without this
+        # the ParameterDict with the embedding rows of added tokens has no forward, so ZeRO-3 has no hook to gather them
         rows = getattr(module, "trainable_tokens_delta", None)
         if isinstance(rows, nn.ParameterDict):
             for row in rows.values():
                 deepspeed.zero.register_external_parameter(module, row)
-        # DoRA's module owns the norms alone, and reads the weights of three others
+        # DoRA's module owns only the magnitudes, but its forward reads the weights of three other modules
         for name, norms in getattr(module, "lora_magnitude_vector", {}).items():
             for read in (module.get_base_layer(), module.lora_A[name], module.lora_B[name]):
                 deepspeed.zero.register_external_parameter(norms, read.weight)
 
 
-def _adapter_config(model: Any, settings: TrainSettings, without_start: bool) -> dict[str, Any]:
-    """adapter_config.json as PEFT writes it, in a fixed order."""
+def _make_adapter_config(model: Any, settings: TrainSettings, without_start: bool) -> dict[str, Any]:
+    """Make the content of adapter_config.json as PEFT writes it, with sets in a fixed order."""
     config = model.peft_config["default"].to_dict()
     if without_start:
-        config = config_without_start(config)
+        config = convert_config_to_plain_lora(config)
     config["base_model_name_or_path"] = settings.model_name_or_path
     config["revision"] = settings.revision
     config["inference_mode"] = True

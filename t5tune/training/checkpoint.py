@@ -1,7 +1,8 @@
-"""Sealed checkpoints: a checkpoint-N is whole, or it isn't there.
+"""Atomic, verified checkpoints: a checkpoint-N is either complete or absent.
 
-All ranks write into a hidden folder beside it. When every rank has succeeded, rank 0 writes a manifest of
-sizes and SHA-256, syncs it all and renames the folder to checkpoint-N. Resuming takes the newest that verifies.
+All ranks write to a hidden folder next to it. When every rank has succeeded, rank 0 writes a manifest of sizes and
+SHA-256 hashes, fsyncs everything and renames the folder to checkpoint-N. A run resumes from the newest
+checkpoint that passes verification.
 """
 
 import hashlib
@@ -12,60 +13,73 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
-from t5tune.io.atomic import json_bytes, sha256, sync, sync_folder, write_json
-from t5tune.io.untrusted import inside
+from t5tune.io.atomic import encode_json, fsync, fsync_tree, hash_file, write_json
+from t5tune.io.untrusted import resolve_inside
 
-MANIFEST = "t5tune_manifest.json"
-EVALUATION = "t5tune_evaluation.json"
-FORMAT = 3
-STAGED = ".saving-"
+MANIFEST_FILE = "t5tune_manifest.json"
+EVALUATION_FILE = "t5tune_evaluation.json"
+MANIFEST_FORMAT = 3
+STAGING_PREFIX = ".saving-"
 
 
-def seal(folder: Path, step: int, world_size: int, made_of: dict[str, Any]) -> None:
-    """Write the manifest of a checkpoint's files, and sync all of it.
+def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint's files, and fsync everything.
 
     Args:
-        made_of: what the run is made of (see training/resume_guard.py).
+        run_identity: the configuration that the run depends on (see training/resume_guard.py); its key is `made_of`.
 
     Raises:
-        CheckpointError: the folder holds a link, which can't be sealed.
+        CheckpointError: the folder contains a symbolic link, whose target a hash can't vouch for.
     """
+    files = _describe_files(folder)
+    fsync_tree(folder)
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "step": step,
+        "world_size": world_size,
+        "made_of": run_identity,
+        "files": files,
+    }
+    write_json(folder / MANIFEST_FILE, {**manifest, "sha256": _hash_manifest(manifest)})
+
+
+def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and hash of each file, by its path in the folder."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise CheckpointError(f"{path}: a link inside a checkpoint")
         if path.is_file():
             name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    sync_folder(folder)
-    manifest = {"format": FORMAT, "step": step, "world_size": world_size, "made_of": made_of, "files": files}
-    write_json(folder / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+            files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    return files
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a sealed checkpoint, or None."""
+    """Compare a checkpoint with its manifest. Return what is wrong, or None."""
     try:
         manifest = _read_manifest(folder)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except CheckpointError as error:
         return error.message
     except (KeyError, TypeError, AttributeError):
-        return f"{folder / MANIFEST}: missing or broken"
+        return f"{folder / MANIFEST_FILE}: missing or broken"
     for name, (size, digest) in files.items():
         path = folder / name
+        # a manifest may have been tampered with, and must not lead out of the folder
         if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
             return f"{path}: not a file of this folder"
         if not path.is_file():
             return f"{path}: missing"
         if path.stat().st_size != size:
-            return f"{path}: {path.stat().st_size} bytes, sealed with {size}"
-        if sha256(path) != digest:
-            return f"{path}: differs from what was sealed"
+            return f"{path}: {path.stat().st_size} bytes, but {size} in the manifest"
+        if hash_file(path) != digest:
+            return f"{path}: differs from what was written (SHA-256)"
     return None
 
 
-def made_of(folder: Path) -> dict[str, Any]:
-    """What the run was made of that wrote a checkpoint.
+def read_run_identity(folder: Path) -> dict[str, Any]:
+    """Read the configuration of the run that wrote a checkpoint (see training/resume_guard.py).
 
     Raises:
         CheckpointError: its manifest is missing or broken.
@@ -74,42 +88,42 @@ def made_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files of a checkpoint."""
+def count_bytes(folder: Path) -> int:
+    """Add up the bytes of a checkpoint's files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
+    path = folder / MANIFEST_FILE
     try:
-        data = inside(folder, MANIFEST).read_bytes()  # no pipe, which would never end
+        data = resolve_inside(folder, MANIFEST_FILE).read_bytes()  # refuses a named pipe, whose reading would never end
         manifest = json.loads(data)
-        is_as_written = data == json_bytes(manifest)
+        is_as_written = data == encode_json(manifest)
         digest = manifest.pop("sha256")
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: missing or broken") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: format {version}, this release reads {FORMAT}")
-    if not is_as_written or _digest(manifest) != digest:
-        raise CheckpointError(f"{path}: differs from what was sealed")
+    if version != MANIFEST_FORMAT:
+        raise CheckpointError(f"{path}: format {version}, this release reads {MANIFEST_FORMAT}")
+    if not is_as_written or _hash_manifest(manifest) != digest:
+        raise CheckpointError(f"{path}: differs from what was written")
     return dict(manifest)
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def _hash_manifest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint-N folders of a run, the newest first."""
+def list_checkpoints(run: Path) -> list[Path]:
+    """List the checkpoint-N folders of a run, newest first."""
     found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with the newer ones."""
+def find_newest(run: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint that passes verification. Return it, and what is wrong with each newer one."""
     damaged: list[str] = []
-    for path in checkpoints(run):
+    for path in list_checkpoints(run):
         problem = verify(path)
         if problem is None:
             return path, damaged
@@ -117,42 +131,42 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def publish(staged: Path, run: Path, step: int, world_size: int, made_of: dict[str, Any]) -> Path:
-    """Write the manifest of a staged checkpoint, and rename it into the run."""
-    seal(staged, step, world_size, made_of)
+def publish(staged: Path, run: Path, step: int, world_size: int, run_identity: dict[str, Any]) -> Path:
+    """Write the manifest of a staged checkpoint, and rename the checkpoint into the run folder."""
+    write_manifest(staged, step, world_size, run_identity)
     final = run / f"checkpoint-{step}"
-    if final.exists():  # only one that doesn't verify can stand there: the run resumed from before it
+    if final.exists():  # only a damaged one can exist: the run resumed from an earlier one
         shutil.rmtree(final)
     staged.rename(final)
-    sync(run)
+    fsync(run)
     return final
 
 
 def rotate(run: Path, keep: int | None, best: int | None) -> None:
-    """Delete the checkpoints beyond the newest `keep` but that of step `best`; None keeps all."""
-    for old in checkpoints(run)[keep:] if keep else []:
+    """Delete all checkpoints except the newest `keep` and that of step `best`. With `keep` None, delete none."""
+    for old in list_checkpoints(run)[keep:] if keep else []:
         if old.name != f"checkpoint-{best}":
             shutil.rmtree(old, ignore_errors=True)
 
 
 def write_evaluation(folder: Path, line: dict[str, Any]) -> None:
-    """Add to a complete checkpoint what evaluating it found, so that a resumed run needn't evaluate it again.
+    """Add the evaluation's result to a complete checkpoint, so that a resumed run needn't evaluate it again.
 
     Args:
-        line: the evaluation's line of Trainer's log history.
+        line: the evaluation's entry in the Trainer's log history.
 
     Raises:
-        WriteError: it can't be written.
+        WriteError: the file can't be written.
     """
-    # it belongs to this very checkpoint: a later one of the same step has another manifest
-    write_json(folder / EVALUATION, {"manifest": sha256(folder / MANIFEST), "line": line})
+    # the hash ties it to this checkpoint: a later checkpoint of the same step has another manifest
+    write_json(folder / EVALUATION_FILE, {"manifest": hash_file(folder / MANIFEST_FILE), "line": line})
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What `write_evaluation` added, or None where it is missing, broken, or of another checkpoint."""
+    """Read what `write_evaluation` added; None if that is missing, broken or belongs to another checkpoint."""
     try:
-        found = json.loads(inside(folder, EVALUATION).read_bytes())
-        if found["manifest"] == sha256(folder / MANIFEST) and "eval_loss" in found["line"]:
+        found = json.loads(resolve_inside(folder, EVALUATION_FILE).read_bytes())
+        if found["manifest"] == hash_file(folder / MANIFEST_FILE) and "eval_loss" in found["line"]:
             return dict(found["line"])
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         pass
@@ -160,8 +174,8 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def remove_staged(run: Path) -> None:
-    """Delete what an interrupted save left."""
-    for path in run.glob(f"{STAGED}*"):
+    """Delete the folders that interrupted saves left."""
+    for path in run.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

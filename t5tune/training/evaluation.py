@@ -1,10 +1,10 @@
-"""Losses and replies of a model on examples, shared among the ranks: for training's evaluation and for evaluate.
+"""Losses and predictions of a model, with the examples divided among the ranks: for `train` and `evaluate`.
 
-Neither takes more memory than a training step. The losses come from the same chunked head as in training; a batch
-has a limited number of tokens, and in generation of what its key-value cache takes; and where memory runs out all the
-same, all ranks continue with half of the examples at a time.
+Neither takes more memory than a training step. The losses come from the same chunked head as in training. Batches have
+a maximum number of tokens, and in generation also a maximum size of the key-value cache. If memory runs out anyway, all
+ranks halve the number of examples per batch.
 
-Every rank makes the same number of forward passes, since under ZeRO-3 each of them gathers from all ranks.
+Every rank makes the same number of forward passes, since under ZeRO-3 each one gathers weights from all ranks.
 """
 
 import gc
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from t5tune.data.encoding import Example
-from t5tune.distributed.collectives import any_rank, gather, rank_and_size
+from t5tune.distributed.collectives import all_gather, any_rank, get_rank_and_size
 from t5tune.errors import OutOfMemory
 from t5tune.model.device import is_out_of_memory
 from t5tune.model.generation import generate
@@ -25,24 +25,24 @@ from t5tune.model.loss import HeadLoss
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.training.batches import PackedCollator, PaddedCollator
 
-TASK = "evaluate"
-TOKENS_AT_ONCE = 8192  # source and target tokens of a batch of several examples
+EVALUATE_TASK = "evaluate"
+MAX_TOKENS_PER_BATCH = 8192  # source and target tokens; a single longer example is a batch of its own
 
 Found = TypeVar("Found")
 Fits = Callable[[int, int, int], bool]
-"""Whether so many examples go into one batch, of at most so many source and target tokens each."""
+"""(number of examples, length of the longest source, length of the longest target) -> whether they fit in a batch."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Of each example: the sum of its target tokens' cross-entropies in nats, and their number."""
+    """For each example the sum of its target tokens' cross-entropies, in nats, and the number of these tokens."""
 
     sums: list[float]
     tokens: list[int]
 
     @property
     def mean(self) -> float:
-        """The loss per target token."""
+        """The mean loss per target token."""
         return sum(self.sums) / sum(self.tokens)
 
 
@@ -54,14 +54,14 @@ def measure_losses(
     batch_size: int,
     report: Report = silent,
 ) -> Losses:
-    """The cross-entropy of every example's target, the model reading the true target as it goes.
+    """Measure the cross-entropy of every example's target with teacher forcing.
 
     Args:
-        head_loss: the model's.
-        batch_size: examples of a batch, at most; fewer where they are long.
+        head_loss: the loss in the model's head.
+        batch_size: maximum number of examples per batch; long examples make smaller batches.
 
     Raises:
-        OutOfMemory: a single example doesn't fit.
+        OutOfMemory: even a single example doesn't fit into memory.
     """
     device = next(model.parameters()).device
 
@@ -71,7 +71,7 @@ def measure_losses(
             for name, value in collator([examples[i] for i in indices]).items()
         }
         labels_BT = batch.pop("labels")
-        with head_loss.of_each(labels_BT):
+        with head_loss.replace_logits_with_losses(labels_BT):
             losses_BT = model(**batch, use_cache=False).logits.view(labels_BT.shape)
         if isinstance(collator, PackedCollator):
             parts = losses_BT[0].split([len(examples[i].target_T) for i in indices])
@@ -81,14 +81,14 @@ def measure_losses(
         return dict(zip(indices, sums_B.tolist(), strict=True))
 
     def fits(count: int, source: int, target: int) -> bool:
-        return count * (source + target) <= TOKENS_AT_ONCE
+        return count * (source + target) <= MAX_TOKENS_PER_BATCH
 
-    with _evaluating(model), torch.no_grad():
+    with _switch_to_eval_mode(model), torch.no_grad():
         sums = _measure_all(model, examples, batch_size, fits, measure, "losses", report)
     return Losses(sums, [len(example.target_T) for example in examples])
 
 
-def generate_replies(
+def generate_predictions(
     model: Any,
     examples: Sequence[Example],
     eos_token_id: int,
@@ -98,62 +98,62 @@ def generate_replies(
     num_beams: int = 1,
     report: Report = silent,
 ) -> list[list[int]]:
-    """The reply to each example's source, without its end token: the likeliest by greedy or beam search.
+    """Generate a prediction for each example's source by greedy or beam search; its ids without the EOS token.
 
     Args:
-        batch_size: examples of a batch, at most; fewer where their key-value cache would be large.
+        batch_size: maximum number of examples per batch; a large key-value cache makes smaller batches.
 
     Raises:
-        OutOfMemory: a single example doesn't fit.
+        OutOfMemory: even a single example doesn't fit into memory.
     """
     sharded = _is_sharded(model)
-    budget = _key_value_bytes(model, TOKENS_AT_ONCE)
+    budget = _compute_key_value_bytes(model, MAX_TOKENS_PER_BATCH)
 
-    def reply(indices: list[int]) -> dict[int, list[int]]:
+    def predict(indices: list[int]) -> dict[int, list[int]]:
         sources = [examples[i].source_S.tolist() for i in indices]
         ids = generate(model, sources, eos_token_id, pad_token_id, max_new_tokens, num_beams, synced_gpus=sharded)
         return dict(zip(indices, ids, strict=True))
 
     def fits(count: int, source: int, _target: int) -> bool:
-        return count * _generation_bytes(model, source, max_new_tokens, num_beams) <= budget
+        return count * _estimate_generation_bytes(model, source, max_new_tokens, num_beams) <= budget
 
-    with _evaluating(model):
-        return _measure_all(model, examples, batch_size, fits, reply, "replies", report)
+    with _switch_to_eval_mode(model):
+        return _measure_all(model, examples, batch_size, fits, predict, "predictions", report)
 
 
-def longest_target(examples: Sequence[Example]) -> int:
-    """Tokens, the end token included."""
+def find_max_target_length(examples: Sequence[Example]) -> int:
+    """Find the length of the longest target in tokens, including the EOS token."""
     return max(len(example.target_T) for example in examples)
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of the indices below `count`, evenly spread: (10, 3) -> [0, 4, 9]."""
+def select_evenly(count: int, wanted: int) -> list[int]:
+    """Select `wanted` evenly spaced indices from 0 to `count` - 1: (10, 3) -> [0, 4, 9]."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)})
 
 
-def _key_value_bytes(model: Any, tokens: int) -> int:
-    """What the decoder keeps of so many tokens: keys and values in each of its layers."""
+def _compute_key_value_bytes(model: Any, tokens: int) -> int:
+    """Compute the size of the decoder's key-value cache for this many tokens: keys and values in each layer."""
     config = model.config
     width = config.num_heads * config.d_kv
-    return int(2 * config.num_decoder_layers * width * tokens * _bytes_per_value(model))
+    return int(2 * config.num_decoder_layers * width * tokens * _get_bytes_per_value(model))
 
 
-def _generation_bytes(model: Any, source: int, target: int, beams: int) -> int:
-    """What generation takes for one source, besides the model."""
+def _estimate_generation_bytes(model: Any, source: int, target: int, beams: int) -> int:
+    """Estimate the memory for generating from one source, without the model itself."""
     config = model.config
-    cache = beams * _key_value_bytes(model, source + target)
-    scores = 2 * config.num_heads * source**2 * _bytes_per_value(model)  # the encoder's bias, and that with its mask
-    logits = 4 * beams * config.vocab_size * 4  # a step's, in fp32, and what beam search makes of them
+    cache = beams * _compute_key_value_bytes(model, source + target)
+    scores = 2 * config.num_heads * source**2 * _get_bytes_per_value(model)  # encoder position bias, plain and masked
+    logits = 4 * beams * config.vocab_size * 4  # of one step in fp32, and copies made by beam search
     return int(cache + scores + logits)
 
 
-def _bytes_per_value(model: Any) -> int:
+def _get_bytes_per_value(model: Any) -> int:
     return int(model.dtype.itemsize)
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for a while: no dropout. What trained before trains again after."""
+def _switch_to_eval_mode(model: Any) -> Iterator[None]:
+    """Switch dropout off for this block, and restore each module's own mode after it."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -172,30 +172,30 @@ def _measure_all(
     what: str,
     report: Report,
 ) -> list[Found]:
-    """What `measure` finds of each example, batch by batch, each rank doing as many batches as any other."""
+    """Apply `measure` to all examples, batch by batch, with the same number of batches on every rank.
+
+    Returns:
+        The result for each example, on every rank.
+    """
     lengths = [(len(example.target_T), len(example.source_S)) for example in examples]
     longest_first = sorted(range(len(examples)), key=lambda i: lengths[i], reverse=True)
-    pending = _batches(longest_first, lengths, batch_size, fits)
-    rank, num_ranks = rank_and_size()
+    pending = _make_batches(longest_first, lengths, batch_size, fits)
+    rank, num_ranks = get_rank_and_size()
     device = next(model.parameters()).device
-    task = f"{TASK}: {what}"
+    task = f"{EVALUATE_TASK}: {what}"
     found: dict[int, Found] = {}
     done = 0
     report(Started(task, len(examples), "examples"))
     while pending:
         together = pending[:num_ranks]
         size = max(map(len, together))
-        # the last batch is repeated where others have one more
+        # if fewer batches than ranks are left, the other ranks repeat the last one
         batch = together[min(rank, len(together) - 1)]
-        try:
-            results, error = measure(batch), None
-        except (RuntimeError, MemoryError) as raised:
-            if not is_out_of_memory(raised):
-                raise
-            results, error = {}, raised
-        # a rank that leaves a forward under ZeRO-3 leaves the others waiting for its part of the weights
+        results, error = _try_batch(measure, batch)
+        # Under ZeRO-3 the other ranks are now waiting in their forward pass for this rank's shards: no retry is
+        # possible, so this rank fails, and its exit ends their waiting.
         if error is not None and _is_sharded(model):
-            raise _out_of_memory(task, batch, lengths) from error
+            raise _make_memory_error(task, batch, lengths) from error
         if not any_rank(error is not None, device):
             found |= results
             pending = pending[num_ranks:]
@@ -203,23 +203,34 @@ def _measure_all(
             report(Advanced(task, done))
             continue
         if size == 1:
-            raise _out_of_memory(task, batch, lengths) from error
-        del results, error  # its frames would keep the tensors that there was no room for
+            raise _make_memory_error(task, batch, lengths) from error
+        del results, error  # the error's frames keep the batch's tensors in memory
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         batch_size = -(-size // 2)
-        report(
-            Note(f"{task}: out of memory with {size} examples at a time; continuing with {batch_size}", warning=True)
-        )
+        problem = f"{task}: out of memory with {size} examples at a time"
+        report(Note(f"{problem}; continuing with {batch_size}", warning=True))
         pending = [batch[i : i + batch_size] for batch in pending for i in range(0, len(batch), batch_size)]
     report(Finished(task))
-    found = {index: value for part in gather(found) for index, value in part.items()}
+    found = {index: value for part in all_gather(found) for index, value in part.items()}
     return [found[index] for index in range(len(examples))]
 
 
-def _batches(order: list[int], lengths: list[tuple[int, int]], batch_size: int, fits: Fits) -> list[list[int]]:
-    """Cut the order, longest targets first, into batches that fit; what fits in none is one by itself."""
+def _try_batch(
+    measure: Callable[[list[int]], dict[int, Found]], batch: list[int]
+) -> tuple[dict[int, Found], Exception | None]:
+    """Measure a batch; if memory runs out, return the error."""
+    try:
+        return measure(batch), None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return {}, error
+
+
+def _make_batches(order: list[int], lengths: list[tuple[int, int]], batch_size: int, fits: Fits) -> list[list[int]]:
+    """Divide the order, longest targets first, into batches that fit; an example too long to fit is alone."""
     batches: list[list[int]] = []
     longest_source = longest_target = 0
     for index in order:
@@ -234,7 +245,7 @@ def _batches(order: list[int], lengths: list[tuple[int, int]], batch_size: int, 
     return batches
 
 
-def _out_of_memory(task: str, batch: list[int], lengths: list[tuple[int, int]]) -> OutOfMemory:
+def _make_memory_error(task: str, batch: list[int], lengths: list[tuple[int, int]]) -> OutOfMemory:
     examples = "one example," if len(batch) == 1 else f"{len(batch)} examples"
     source, target = max(lengths[i][1] for i in batch), max(lengths[i][0] for i in batch)
     smaller = "shorten examples with model_max_length" if len(batch) == 1 else "set per_device_eval_batch_size to 1"

@@ -1,10 +1,11 @@
-"""What a run is made of, sealed into each of its checkpoints, so that none is gone on with as something else.
+"""The run identity: the configuration a run depends on. Resuming with a different one is refused.
 
-    made_of = identity(settings, cache, base_hash, world_size)    # {"lora_r": 8, "data": "sha256:…", "batch": 16, …}
-    check_same(checkpoint, made_of, allowed=["learning_rate"])
+    run_identity = build_run_identity(settings, cache, base_hash, world_size)   # {"lora_r": 8, "data": "sha256:…", …}
+    check_run_identity(checkpoint, run_identity, allowed=["learning_rate"])
 
-`batch` is the number of examples of an optimizer step, `batch_tokens` (with tokens_per_batch) that of its tokens,
-however they are divided among ranks and micro-steps.
+Each checkpoint stores it in t5tune_manifest.json, under the key `made_of`. `batch` is the number of examples per
+optimizer step, `batch_tokens` (with tokens_per_batch) the number of its tokens, however these are divided among ranks
+and micro-batches.
 """
 
 import hashlib
@@ -13,45 +14,45 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.cache import Cache
-from t5tune.errors import CheckpointError, SettingsError, suggestion
-from t5tune.io.atomic import sha256
-from t5tune.settings import QuantisationSettings, TrainSettings, packaged_templates
+from t5tune.errors import CheckpointError, SettingsError, suggest_name
+from t5tune.io.atomic import hash_file
+from t5tune.settings import QuantizationSettings, TrainSettings, packaged_templates
 from t5tune.settings.lora import LoraSettings
 from t5tune.settings.training import TrainingSettings
-from t5tune.training.checkpoint import made_of
+from t5tune.training.checkpoint import read_run_identity
 
-# how the work is divided or done, which gives the same weights
-NO_PART_OF_IT = {
+# these say how the work is divided or executed, and don't change the weights (the step's batch is compared as a whole)
+WITHOUT_EFFECT_ON_WEIGHTS = {
     "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing",
     "dataloader_num_workers", "use_cpu", "fp16",
 }  # fmt: skip
-# what can be otherwise when the command of a finished run is given again, and asks for the same weights
-BESIDE_IT = NO_PART_OF_IT | {
+# these may differ when the command of a finished run is given again, since they ask for the same weights
+CHANGEABLE_WHEN_FINISHED = WITHOUT_EFFECT_ON_WEIGHTS | {
     "cache_dir", "max_record_bytes", "max_rejected_fraction", "num_workers", "preprocessed_path", "eval_strategy",
     "eval_steps", "eval_generate", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
     "logging_steps", "report_to", "report_samples", "num_gpus", "num_processes", "deepspeed", "process_group_timeout",
     "max_restarts", "output_dir", "fresh", "allow_change", "dry_run",
 }  # fmt: skip
-PATHS = {"model_name_or_path", "data_path", "eval_data_path", "adapter"}
-ADAPTER = ("adapter_config.json", "adapter_model.*")
-ROWS = ("tokens.bin", "conversations.bin", "examples.bin")
-SHARDING = ("world_size", "deepspeed_stage")
+PATH_SETTINGS = {"model_name_or_path", "data_path", "eval_data_path", "adapter"}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
+CACHE_FILES = ("tokens.bin", "conversations.bin", "examples.bin")
+SHARDING_FIELDS = ("world_size", "deepspeed_stage")
 
 
-def identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: int) -> dict[str, Any]:
-    """What decides a run's weights: field -> a value of JSON."""
+def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: int) -> dict[str, Any]:
+    """Collect everything that determines a run's weights: field -> JSON value."""
     chosen = [
         name
-        for mixin in (LoraSettings, QuantisationSettings, TrainingSettings)
+        for mixin in (LoraSettings, QuantizationSettings, TrainingSettings)
         for name in mixin.model_fields
-        if name not in NO_PART_OF_IT
+        if name not in WITHOUT_EFFECT_ON_WEIGHTS
     ]
     values = settings.model_dump(mode="json", include={*chosen, "seed", "eval_fraction", "num_data", "family"})
     inputs = {name: value for name, value in cache.manifest["inputs"].items() if name != "data"}
-    # held out by train or by prepare before it: what counts is which examples are left to learn from
+    # train or, before it, prepare may have held out examples: what matters is which ones are left to train on
     values["eval_fraction"] = values["eval_fraction"] or cache.manifest["eval_fraction"]
     values["num_data"] = values["num_data"] or inputs["num_data"]
-    deepspeed = packaged_templates.read_deepspeed(settings.deepspeed) if settings.deepspeed else None
+    deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
     micro_batch = settings.tokens_per_batch or settings.per_device_train_batch_size
     return {
         **inputs,
@@ -59,71 +60,73 @@ def identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: 
         "batch_tokens" if settings.tokens_per_batch else "batch": (
             micro_batch * settings.gradient_accumulation_steps * world_size
         ),
-        "data": _hash({**{name: cache.manifest["files"][name] for name in ROWS}, "examples": cache.hash_of_numbers()}),
+        "data": _hash_mapping(
+            {**{name: cache.manifest["files"][name] for name in CACHE_FILES}, "examples": cache.hash_indices()}
+        ),
         "base": f"sha256:{base_hash}",
-        "adapter": settings.adapter and _hash_of(settings.adapter, ADAPTER),
+        "adapter": settings.adapter and _hash_files(settings.adapter, ADAPTER_FILES),
         "world_size": world_size,
         "deepspeed_stage": deepspeed and int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
     }
 
 
-def check_same(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> list[str]:
-    """Compare with what a checkpoint was sealed with. Returns what differs and is allowed to, a line each.
+def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> list[str]:
+    """Compare the configuration with the one in a checkpoint. Return a line for each difference that is allowed.
 
     Raises:
-        SettingsError: naming each field that differs, with both values.
-        CheckpointError: the checkpoint's shards are of another number of ranks or another ZeRO stage.
+        SettingsError: fields differ; names each one with both values.
+        CheckpointError: the checkpoint's shards are for another number of ranks or another ZeRO stage.
     """
     if unknown := sorted(set(allowed) - now.keys()):
-        raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggestion(unknown[0], now)}")
-    then = made_of(checkpoint)
+        raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggest_name(unknown[0], now)}")
+    then = read_run_identity(checkpoint)
     different = {
-        name: f"{name}: {_shown(then.get(name))} in {checkpoint}, {_shown(now.get(name))} now"
+        name: f"{name}: {_abbreviate(then.get(name))} in {checkpoint}, now {_abbreviate(now.get(name))}"
         for name in [*now, *(then.keys() - now.keys())]
         if then.get(name) != now.get(name)
     }
     _check_shards(checkpoint, then, now)
-    for name in SHARDING:
+    for name in SHARDING_FIELDS:
         different.pop(name, None)
     refused = [line for name, line in different.items() if name not in allowed]
     if refused:
         names = " ".join(name for name in different if name not in allowed)
         raise SettingsError(
             *refused,
-            hint=f"give what the run began with, go on all the same with --allow-change {names}, or begin anew with "
-            "--fresh",
+            hint=f"use the settings that the run started with, resume anyway with --allow-change {names}, or start "
+            "over with --fresh",
         )
     return list(different.values())
 
 
-def check_finished(folder: Path, then: TrainSettings, now: TrainSettings) -> None:
-    """Compare what a finished run was asked for with what is asked now.
+def check_finished_run(folder: Path, then: TrainSettings, now: TrainSettings) -> None:
+    """Compare the settings of a finished run with the current ones.
 
     Raises:
-        SettingsError: naming each setting that would have given other weights, with both values.
+        SettingsError: settings that affect the weights differ; names each one with both values.
     """
     before, after = then.model_dump(mode="json"), now.model_dump(mode="json")
     different = [
-        f"{name}: {shown(before[name])} in {folder}, which is finished, {shown(after[name])} now"
+        f"{name}: {format_value(before[name])} in {folder} (finished), now {format_value(after[name])}"
         for name in before
-        for shown in [_all_of if name in PATHS else _shown]
-        if name not in BESIDE_IT and before[name] != after[name]
-        if name not in PATHS or _resolved(before[name]) != _resolved(after[name])
+        for format_value in [_format_in_full if name in PATH_SETTINGS else _abbreviate]
+        if name not in CHANGEABLE_WHEN_FINISHED and before[name] != after[name]
+        if name not in PATH_SETTINGS or _resolve_paths(before[name]) != _resolve_paths(after[name])
     ]
     if different:
         raise SettingsError(
             *different,
-            hint=f"--fresh trains anew and keeps the old run beside; --adapter {folder} in another output_dir goes on "
-            "from its weights",
+            hint=f"--fresh starts over and keeps the old run under another name; --adapter {folder} with another "
+            "output_dir continues from its weights",
         )
 
 
-def _all_of(value: Any) -> str:
+def _format_in_full(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _resolved(value: Any) -> Any:
-    """Paths that lead to one place are one."""
+def _resolve_paths(value: Any) -> Any:
+    """Resolve one or more paths, so that two spellings of the same path are equal."""
     return [str(Path(path).resolve()) for path in (value if isinstance(value, list) else [value]) if path is not None]
 
 
@@ -132,26 +135,26 @@ def _check_shards(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -
     if stages[0] == stages[1] and (stages[0] is None or then["world_size"] == now["world_size"]):
         return
     raise CheckpointError(
-        f"{checkpoint}: holds the state of {_sharding(then)}; {_sharding(now)} can't go on from it",
-        hint=f"t5tune export {checkpoint} --output-dir ADAPTER, and train with --adapter ADAPTER in a new output_dir: "
-        "the weights go on, the optimizer begins anew",
+        f"{checkpoint}: its state is for {_describe_sharding(then)}; {_describe_sharding(now)} can't resume from it",
+        hint=f"t5tune export {checkpoint} --output-dir ADAPTER, then train with --adapter ADAPTER and a new "
+        "output_dir: this keeps the weights and starts with a new optimizer",
     )
 
 
-def _sharding(made: dict[str, Any]) -> str:
-    ranks = "1 process" if made["world_size"] == 1 else f"{made['world_size']} processes"
-    stage = made["deepspeed_stage"]
-    return f"{ranks} without DeepSpeed" if stage is None else f"{ranks} of ZeRO-{stage}"
+def _describe_sharding(run_identity: dict[str, Any]) -> str:
+    ranks = "1 process" if run_identity["world_size"] == 1 else f"{run_identity['world_size']} processes"
+    stage = run_identity["deepspeed_stage"]
+    return f"{ranks} without DeepSpeed" if stage is None else f"{ranks} with ZeRO-{stage}"
 
 
-def _hash_of(folder: Path, patterns: tuple[str, ...]) -> str:
-    return _hash({path.name: sha256(path) for pattern in patterns for path in sorted(folder.glob(pattern))})
+def _hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
+    return _hash_mapping({path.name: hash_file(path) for pattern in patterns for path in sorted(folder.glob(pattern))})
 
 
-def _hash(hashes: dict[str, str]) -> str:
+def _hash_mapping(hashes: dict[str, str]) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()}"
 
 
-def _shown(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:19]}…{text[-1]}"

@@ -1,8 +1,9 @@
-"""A run folder: where what stands in it, what it began with, and what it goes on from.
+"""The run folder: its files, the settings it was started with, and the checkpoint to resume from.
 
-run = existing_run(settings)
-facts, made_of, resume = begin(settings, run, cache, base, world, report)    # resume: run/checkpoint-40, or None
-read_result(run.folder).adapter                                              # once it is finished
+run = locate_run(settings)
+base_metadata, run_identity, resume = start_or_resume_run(settings, run, cache, base, world, report)
+resume                              # run/checkpoint-40, or None for a new run
+read_result(run.folder).adapter     # of a finished run
 """
 
 import fcntl
@@ -14,35 +15,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.fingerprint import base_facts
-from t5tune.checkpoints.hash_cache import file_states, recall, remember
+from t5tune.checkpoints.fingerprint import describe_base
+from t5tune.checkpoints.hash_cache import load_hash, read_file_stats, store_hash
 from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
-from t5tune.io.atomic import write_file, writing
-from t5tune.io.reasons import reason_of
+from t5tune.io.atomic import explain_write_errors, write_file
+from t5tune.io.reasons import describe_error
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.data import ReadingSettings, SelectionSettings
-from t5tune.training.checkpoint import newest, remove_staged
-from t5tune.training.resume_guard import check_same, identity
+from t5tune.training.checkpoint import find_newest, remove_staged
+from t5tune.training.resume_guard import build_run_identity, check_run_identity
 
-SETTINGS = "settings.yaml"
-RESULT = "result.json"
-SHAPING = {*ReadingSettings.model_fields, *SelectionSettings.model_fields, "model_max_length", "add_tokens"} - {
+SETTINGS_FILE = "settings.yaml"
+RESULT_FILE = "result.json"
+CACHE_SETTINGS = {
+    *ReadingSettings.model_fields,
+    *SelectionSettings.model_fields,
+    "model_max_length",
+    "add_tokens",
+} - {
     "num_workers",
     "max_rejected_fraction",
-}  # settings that make examples of conversations
-BASE = "base.json"  # see checkpoints/hash_cache.py
+}  # settings of train that the token cache depends on
+HASH_CACHE_FILE = "base.json"  # see checkpoints/hash_cache.py
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What train made. Times in seconds, memory in bytes; `tokens` are source and target tokens trained on.
+class TrainResult:
+    """Result of train. Times in seconds, memory in bytes; `tokens` counts the source and target tokens trained on.
 
-    All but three are of the whole run, however often it was resumed: `resumed_from`, `seconds` (of everything) and
-    `peak_memory_bytes` are of the process that finished it. `tokens_per_second` leaves out evaluations and saves.
+    Values cover the whole run, including before it was resumed, except `resumed_from`, `seconds` (wall-clock time,
+    everything included) and `peak_memory_bytes`, which cover only the process that finished it. `tokens_per_second`
+    excludes the time of evaluations and saves.
     """
 
     run: Path
@@ -64,7 +71,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that is ready to be trained in."""
+    """Paths of a run folder, and whether its run has finished."""
 
     folder: Path
     settings_path: Path
@@ -73,8 +80,8 @@ class Run:
     finished: bool
 
 
-def existing_run(settings: TrainSettings) -> Run:
-    """The run folder's paths, whether or not they exist yet."""
+def locate_run(settings: TrainSettings) -> Run:
+    """Determine the paths of a run, which need not exist yet."""
     folder = settings.output_dir
     cache = Path(settings.data_path[0])
     if not is_cache(cache):
@@ -84,30 +91,33 @@ def existing_run(settings: TrainSettings) -> Run:
         eval_cache = Path(settings.eval_data_path[0])
         if not is_cache(eval_cache):
             eval_cache = folder / "eval-data"
-    return Run(folder, folder / SETTINGS, cache, eval_cache, (folder / RESULT).is_file())
+    return Run(folder, folder / SETTINGS_FILE, cache, eval_cache, (folder / RESULT_FILE).is_file())
 
 
 @contextmanager
-def only_run(folder: Path, report: Report) -> Iterator[None]:
-    """Keep other processes from training in the folder meanwhile: two would mix their files.
+def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
+    """Lock the folder against other processes for this block, since two runs would mix up their files.
 
-    A lock on a file beside it, which ends with this process, however that may happen.
+    The lock is on a file next to the folder. The system releases it when this process ends, in whatever way.
 
     Raises:
-        SettingsError: another run holds it.
+        SettingsError: another run holds the lock.
     """
     folder = folder.resolve()
     path = folder.with_name(f".{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(path)
+        descriptor = _open_locked(path)
     except BlockingIOError:
         raise SettingsError(
-            f"output_dir: {folder}: another run trains here", hint="wait for its end, or name another folder"
+            f"output_dir: {folder}: another run is using this folder",
+            hint="wait until it ends, or choose another folder",
         ) from None
     except OSError as error:
-        if path.parent.is_dir():  # else the folder itself can't be made, which is told where it is tried
-            report(Note(f"{path}: {error.strerror}, so nothing keeps a second run out of {folder}", warning=True))
+        if path.parent.is_dir():  # otherwise creating the run folder fails later, with a better message
+            report(
+                Note(f"{path}: {error.strerror}: no lock, so a second run in {folder} isn't prevented", warning=True)
+            )
         yield
         return
     try:
@@ -117,7 +127,7 @@ def only_run(folder: Path, report: Report) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _locked(path: Path) -> int:
+def _open_locked(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -127,14 +137,18 @@ def _locked(path: Path) -> int:
         except OSError:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder removed it on the way out
+        # The previous holder removed the file between our open and our lock: what we locked is no longer at this path,
+        # and another process could create and lock a new file there. So try again.
+        os.close(descriptor)
 
 
-def settings_of(run: Run) -> TrainSettings | None:
-    """The settings of a run that has begun; None: there is none. Other commands keep theirs in a file of that name.
+def read_saved_settings(run: Run) -> TrainSettings | None:
+    """Read the settings that an earlier train saved; None if there are none.
+
+    Other commands save theirs in a file of the same name, but without a learning rate.
 
     Raises:
-        SettingsError: the file isn't what train wrote.
+        SettingsError: the file can't be read as settings of train.
     """
     if not run.settings_path.is_file() or "learning_rate" not in read_yaml(run.settings_path):
         return None
@@ -142,93 +156,101 @@ def settings_of(run: Run) -> TrainSettings | None:
 
 
 def move_aside(folder: Path, report: Report) -> None:
-    """Rename a folder that holds something to the first free of folder.1, folder.2, …"""
+    """Rename a folder that isn't empty to the first unused name of folder.1, folder.2, …"""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     number = 1
     while folder.with_name(f"{folder.name}.{number}").exists():
         number += 1
     aside = folder.with_name(f"{folder.name}.{number}")
-    with writing(aside):
+    with explain_write_errors(aside):
         folder.rename(aside)
     report(Note(f"{folder}: moved to {aside}"))
 
 
-def with_those_of_cache(settings: TrainSettings) -> TrainSettings:
-    """The settings as they hold: what shapes examples is the cache's where data_path is one."""
+def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
+    """Replace the settings that determine the examples by those of the token cache, if data_path is one."""
     cache = Path(settings.data_path[0])
     if not is_cache(cache):
         return settings
     inputs = read_manifest(cache)["inputs"]
-    return settings.model_copy(update={name: inputs[name] for name in SHAPING if name in inputs})
+    return settings.model_copy(update={name: inputs[name] for name in CACHE_SETTINGS if name in inputs})
 
 
 def save_settings(settings: TrainSettings, run: Run) -> None:
-    """The saved settings are to resume, not to begin anew or to change something once more."""
-    again = with_those_of_cache(settings).model_copy(update={"fresh": False, "allow_change": []})
+    """Save the settings for resuming: without --fresh and --allow-change, which apply to this call only."""
+    again = apply_cache_settings(settings).model_copy(update={"fresh": False, "allow_change": []})
     write_file(run.settings_path, dump_settings(again).encode())
 
 
 def open_data(settings: TrainSettings, run: Run) -> tuple[Cache, Cache | None]:
-    """The examples to train on, and those held out."""
+    """Open the examples to train on, and the held-out ones if there are any."""
     cache = open_cache(run.cache)
     if settings.num_data is not None:
-        cache = cache.first(settings.num_data)
+        cache = cache.take(settings.num_data)
     if run.eval_cache is not None:
         return cache, open_cache(run.eval_cache)
     if settings.eval_fraction > 0:
         return cache.split(settings.eval_fraction, settings.seed)
-    return cache.parts()
+    return cache.split_as_prepared()
 
 
-def begin(
+def start_or_resume_run(
     settings: TrainSettings, run: Run, cache: Cache, base: Path, world: World, report: Report
 ) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
-    """(what tells its base from others, what the run is made of, the checkpoint to go on from; None: there is none).
+    """Prepare a new run, or an existing one for resuming.
+
+    Returns:
+        The base's metadata, the run identity, and the checkpoint to resume from (None for a new run).
 
     Raises:
-        CheckpointError: none is whole, or of another number of ranks than these.
-        SettingsError: the run began with something else.
+        CheckpointError: all checkpoints are damaged, or the newest is for another number of ranks.
+        SettingsError: the run was started with a different configuration.
     """
-    states = file_states(base)
-    facts = _base_facts(base, settings, recall(run.folder / BASE, states))
-    made_of = identity(settings, cache, facts["sha256"], world.size)
-    resume, damaged = newest(run.folder)
-    for problem in damaged:
-        report(Note(f"passed over a damaged checkpoint: {problem}", warning=True))
-    if damaged and resume is None:
-        raise CheckpointError(f"{run.folder}: none of its checkpoints is whole", hint="--fresh begins anew")
+    stats = read_file_stats(base)
+    base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / HASH_CACHE_FILE, stats))
+    run_identity = build_run_identity(settings, cache, base_metadata["sha256"], world.size)
+    resume = _find_checkpoint_to_resume(run.folder, report)
     if resume:
-        for change in check_same(resume, made_of, settings.allow_change):
-            report(Note(f"changed on purpose: {change}", warning=True))
+        for change in check_run_identity(resume, run_identity, settings.allow_change):
+            report(Note(f"change allowed by --allow-change: {change}", warning=True))
         report(Note(f"resuming from {resume}"))
     remove_staged(run.folder)
     save_settings(settings, run)
-    remember(run.folder / BASE, states, facts["sha256"])
-    return facts, made_of, resume
+    store_hash(run.folder / HASH_CACHE_FILE, stats, base_metadata["sha256"])
+    return base_metadata, run_identity, resume
 
 
-def read_result(folder: Path) -> Trained:
-    """The result of a finished run.
+def read_result(folder: Path) -> TrainResult:
+    """Read the result of a finished run.
 
     Raises:
-        TrainingError: the run isn't finished.
+        TrainingError: the run hasn't finished.
     """
     try:
-        values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        values = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{folder / RESULT}: missing or broken: {reason_of(error)}") from error
+        raise TrainingError(f"{folder / RESULT_FILE}: missing or broken: {describe_error(error)}") from error
     for name in ("run", "adapter", "resumed_from"):
         values[name] = Path(values[name]) if values[name] is not None else None
-    return Trained(**values)
+    return TrainResult(**values)
 
 
-def _base_facts(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:
-    """What tells merge whether a base is this one, and what of it the adapter saw."""
-    facts: dict[str, Any] = dict(base_facts(base, settings.model_name_or_path, sha256))
+def _find_checkpoint_to_resume(folder: Path, report: Report) -> Path | None:
+    found, damaged = find_newest(folder)
+    for problem in damaged:
+        report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))
+    if damaged and found is None:
+        raise CheckpointError(f"{folder}: all of its checkpoints are damaged", hint="use --fresh to start over")
+    return found
+
+
+def _collect_base_metadata(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:
+    """Collect what an adapter records about its base, by which merge verifies it and quantizes it as in training."""
+    base_metadata: dict[str, Any] = dict(describe_base(base, settings.model_name_or_path, sha256))
     if settings.family is not None:
-        facts["family"] = settings.family
+        base_metadata["family"] = settings.family
     if settings.q_lora:
         compute = "bfloat16" if settings.bf16 else "float32"
-        facts |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}
-    return facts
+        base_metadata |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}
+    return base_metadata

@@ -1,7 +1,8 @@
-"""torch.save for a while through Python's own files, whose failures are noted.
+"""Make `torch.save` write through Python files, and collect its errors instead of raising them.
 
-Its C++ files tell "unexpected pos 64 vs 0" of a full disk; Python's tell the system's reason. And a rank that failed
-must go on to the collectives in which DeepSpeed's other ranks wait for it: all of them agree on the failure later.
+On a full disk torch's C++ file writer reports "unexpected pos 64 vs 0", whereas Python's files report the system's
+reason. And a rank whose write failed must continue to the collectives in which DeepSpeed's other ranks wait for it:
+the ranks exchange their errors afterwards.
 """
 
 from collections.abc import Iterator
@@ -12,36 +13,36 @@ from typing import Any, BinaryIO
 import torch
 
 from t5tune.errors import WriteError
-from t5tune.io.atomic import writing
+from t5tune.io.atomic import explain_write_errors
 
 
 @contextmanager
-def noted_saves() -> Iterator[list[Exception]]:
-    """Yield a list that gets what goes wrong in `torch.save` until the block ends."""
+def collect_save_errors() -> Iterator[list[Exception]]:
+    """Yield a list that receives the errors of `torch.save` within this block."""
     failures: list[Exception] = []
     save = torch.save
 
-    def save_and_note(value: Any, path: str | Path, *arguments: Any, **options: Any) -> None:
+    def save_or_collect(value: Any, path: str | Path, *arguments: Any, **options: Any) -> None:
         try:
-            with writing(Path(path)):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)  # DeepSpeed passes over a failure to make it
+            with explain_write_errors(Path(path)):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)  # DeepSpeed ignores errors in creating it
                 with open(path, "wb") as file:
-                    stream = _Stream(file)
+                    stream = _ErrorKeepingFile(file)
                     save(value, stream, *arguments, **options)  # type: ignore[arg-type]
                     if stream.failure is not None:
                         raise stream.failure
         except (OSError, WriteError) as error:
             failures.append(error)
 
-    torch.save = save_and_note  # type: ignore[assignment]
+    torch.save = save_or_collect  # type: ignore[assignment]
     try:
         yield failures
     finally:
         torch.save = save
 
 
-class _Stream:
-    """A file for torch's C++ code, which no exception may cross."""
+class _ErrorKeepingFile:
+    """A writable file for torch's C++ code, through which no exception may pass: it keeps the first error instead."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -56,4 +57,4 @@ class _Stream:
         return data.nbytes
 
     def flush(self) -> None:
-        """The file's own end flushes, and may fail in Python."""
+        """Do nothing: closing the file flushes it, outside of the C++ code, where an error may be raised."""

@@ -1,27 +1,33 @@
-"""What can be found wrong with a run's settings before anything is made or loaded."""
+"""Validate a run's settings before anything is written or loaded."""
 
 import dataclasses
 import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
 from t5tune.data.cache import is_cache, read_manifest
 from t5tune.data.templates import load_template
-from t5tune.distributed.deepspeed_build import lack
-from t5tune.errors import DependencyError, SettingsError, suggestion
-from t5tune.families import family_of
-from t5tune.model.device import nvidia_driver
+from t5tune.distributed.deepspeed_build import find_missing_build_tools
+from t5tune.errors import DependencyError, SettingsError, suggest_name
+from t5tune.families import find_family
+from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.settings import TrainSettings, packaged_templates
-from t5tune.training.run_folder import SHAPING
-from t5tune.training.trackers import chosen_trackers
+from t5tune.training.run_folder import CACHE_SETTINGS
+from t5tune.training.trackers import choose_trackers
 
-DOCTOR = "t5tune doctor tells how to mend that"
-EVALUATION = ("eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience")
-SECRETS = {"hub_token", "push_to_hub_token"}
-OWN_ARGUMENTS = {
+EVALUATION_SETTINGS = (
+    "eval_strategy",
+    "eval_steps",
+    "eval_generate",
+    "metric_for_best_model",
+    "early_stopping_patience",
+)
+SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
+RESERVED_ARGUMENTS = {
     "output_dir",
     "deepspeed",
     "report_to",
@@ -32,119 +38,143 @@ OWN_ARGUMENTS = {
 }
 
 
-def check(settings: TrainSettings) -> None:
-    """Raise what is wrong with the settings, wherever the run may be.
+def check_settings(settings: TrainSettings) -> None:
+    """Check what doesn't depend on the machine's GPUs and files.
 
     Raises:
-        SettingsError: an unknown field under training_args, a bad DeepSpeed configuration, another shape of examples
-            than the cache's.
-        DependencyError: DeepSpeed or a tracker is asked for and not there, or a library is older than t5tune needs.
+        SettingsError: an unknown field under training_args, an unsuitable DeepSpeed config, settings of examples that
+            differ from those of the token cache, and the like: all problems at once.
+        DependencyError: DeepSpeed or a tracker isn't installed, or a library is older than t5tune needs.
     """
     check_versions("torch", "transformers", "accelerate", "peft")
     if settings.q_lora:
         check_versions("bitsandbytes")
-    chosen_trackers(settings.report_to)
-    problems = _nothing_to_evaluate_on(settings) + _not_the_cache_s(settings) + _no_such_names(settings)
-    if settings.training_args:
-        from transformers import TrainingArguments
-
-        fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-        for name in settings.training_args:
-            if name in TrainSettings.model_fields:
-                problems.append(f"training_args.{name}: set {name} itself")
-            elif name in SECRETS:  # settings are saved with the run
-                problems.append(f"training_args.{name}: a secret doesn't belong into settings; set HF_TOKEN")
-            elif name in OWN_ARGUMENTS:
-                problems.append(f"training_args.{name}: t5tune sets this itself")
-            elif name.startswith("torch_compile"):
-                problems.append(f"training_args.{name}: t5tune chooses what is compiled; set torch_compile")
-            elif name not in fields:
-                problems.append(f"training_args.{name}: no such field of TrainingArguments{suggestion(name, fields)}")
+    choose_trackers(settings.report_to)
+    problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
+    problems += _find_unusable_arguments(settings.training_args)
     if settings.deepspeed is not None:
-        configuration = packaged_templates.read_deepspeed(settings.deepspeed)
-        if configuration.get("fp16", {}).get("enabled") is True:
-            problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16")
-        if settings.q_lora and settings.quant_type == "int8":
-            problems.append("quant_type: int8 weights can't go through DeepSpeed; take nf4 or fp4, or no --deepspeed")
-        if settings.loraplus_lr_ratio is not None and "optimizer" in configuration:
-            problems.append(
-                f"loraplus_lr_ratio: {settings.deepspeed} brings an optimizer of its own, which knows one rate; take "
-                "its `optimizer` out"
-            )
-        if importlib.util.find_spec("deepspeed") is None:
-            raise DependencyError(
-                "deepspeed: the package isn't installed",
-                hint="pip install deepspeed (Linux); without it one process, or several without --deepspeed, train",
-            )
-        check_versions("deepspeed")
-        if "offload_optimizer" in configuration.get("zero_optimization", {}) and (lacks := lack()):
-            raise DependencyError(
-                f"deepspeed: {settings.deepspeed}: its optimizer on the CPU is compiled at first use, and {lacks}",
-                hint="apt install g++ ninja-build, set TORCH_EXTENSIONS_DIR, or take zero2 or zero3",
-            )
-    if settings.torch_compile and _trains_on_cpu(settings) and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise DependencyError(
-            "torch_compile: no C++ compiler is on the PATH", hint="apt install g++, set CXX, or leave it out"
-        )
+        configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)
+        problems += _find_deepspeed_conflicts(settings, configuration)
+        _check_deepspeed_installation(settings.deepspeed, configuration)
+    if settings.torch_compile and _trains_on_cpu(settings):
+        _check_compiler()
     if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
-        problems.append(f"optim: {settings.optim}: pages between a GPU's memory and the machine's; take adamw_bnb_8bit")
+        problems.append(f"optim: {settings.optim}: paged optimizers need a GPU; use adamw_bnb_8bit")
     if problems:
         raise SettingsError(*problems)
 
 
+def _check_compiler() -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        problem = "torch_compile: no C++ compiler is on the PATH"
+        raise DependencyError(problem, hint="apt install g++, set CXX, or leave it out")
+
+
+def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
+    """List the fields under training_args that can't be set there."""
+    if not training_args:
+        return []
+    from transformers import TrainingArguments
+
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    problems = {name: _find_argument_problem(name, fields) for name in training_args}
+    return [f"training_args.{name}: {problem}" for name, problem in problems.items() if problem is not None]
+
+
+def _find_argument_problem(name: str, fields: set[str]) -> str | None:
+    if name in TrainSettings.model_fields:
+        return f"set {name} itself"
+    if name in SECRET_ARGUMENTS:  # the settings are saved in the run folder
+        return "secrets don't belong in settings; set HF_TOKEN instead"
+    if name in RESERVED_ARGUMENTS:
+        return "t5tune sets this itself"
+    if name.startswith("torch_compile"):
+        return "t5tune chooses what to compile; set torch_compile instead"
+    return None if name in fields else f"no such field of TrainingArguments{suggest_name(name, fields)}"
+
+
+def _find_deepspeed_conflicts(settings: TrainSettings, configuration: dict[str, Any]) -> list[str]:
+    """List what in the DeepSpeed config, or with DeepSpeed at all, doesn't work with these settings."""
+    problems = []
+    if configuration.get("fp16", {}).get("enabled") is True:
+        problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16; use bf16")
+    if settings.q_lora and settings.quant_type == "int8":
+        problem = "DeepSpeed can't handle int8 weights; use nf4 or fp4, or leave out --deepspeed"
+        problems.append(f"quant_type: int8: {problem}")
+    if settings.loraplus_lr_ratio is not None and "optimizer" in configuration:
+        problem = f"{settings.deepspeed} defines its own optimizer, with a single learning rate"
+        problems.append(f"loraplus_lr_ratio: {problem}; remove `optimizer` from it")
+    return problems
+
+
+def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise DependencyError(
+            "deepspeed: the package isn't installed",
+            hint="pip install deepspeed (Linux), or leave out --deepspeed, with one process or several",
+        )
+    check_versions("deepspeed")
+    if "offload_optimizer" in configuration.get("zero_optimization", {}) and (lacks := find_missing_build_tools()):
+        raise DependencyError(
+            f"deepspeed: {name}: DeepSpeed compiles its CPU optimizer at first use, but {lacks}",
+            hint="apt install g++ ninja-build, set TORCH_EXTENSIONS_DIR, or use zero2 or zero3",
+        )
+
+
 def check_machine(settings: TrainSettings) -> None:
-    """Raise what keeps the run from this machine.
+    """Check what the run needs on this machine.
 
     Raises:
-        SettingsError: missing GPUs.
-        ModelError: no such base, or one of another family.
+        SettingsError: there are fewer GPUs than num_gpus.
+        ModelError: the base doesn't exist, or isn't a supported model.
     """
     base = find_base(settings)
-    family_of(read_config(base), base, settings.family)
-    if (problem := missing_gpus(settings)) is not None:
+    find_family(read_config(base), base, settings.family)
+    if (problem := find_missing_gpus(settings)) is not None:
         raise SettingsError(problem)
 
 
-def missing_gpus(settings: TrainSettings) -> str | None:
-    """What is wrong with num_gpus on this machine."""
+def find_missing_gpus(settings: TrainSettings) -> str | None:
+    """Say what is wrong with num_gpus on this machine; None if nothing is."""
     if settings.num_gpus is None:
         return None
     import torch
 
     found = torch.cuda.device_count()
-    if found == 0 and (driver := nvidia_driver()):
-        return f"num_gpus: {settings.num_gpus}: torch can't use the NVIDIA driver ({driver}); {DOCTOR}"
+    if found == 0 and (driver := read_nvidia_driver()):
+        return f"num_gpus: {settings.num_gpus}: torch can't use the NVIDIA driver ({driver}); {DOCTOR_HINT}"
     if found < settings.num_gpus:
-        return f"num_gpus: {settings.num_gpus}: this machine has {found}; --num-processes uses the CPU"
+        return f"num_gpus: {settings.num_gpus}: this machine has {found}; use --num-processes to train on the CPU"
     return None
 
 
-def _not_the_cache_s(settings: TrainSettings) -> list[str]:
-    """What is asked for examples that a cache holds otherwise."""
+def _find_cache_conflicts(settings: TrainSettings) -> list[str]:
+    """List the given settings of examples that differ from those the token cache was made with."""
     cache = Path(settings.data_path[0])
     if not is_cache(cache):
         return []
     inputs = read_manifest(cache)["inputs"]
-    step = "leave it out, or give the conversations themselves"
+    step = "leave it out, or use the original conversations as data_path"
     problems = [
         f"{name}: {getattr(settings, name)!r:.80} here, {inputs[name]!r:.80} in the cache {cache}; {step}"
-        for name in sorted(SHAPING & settings.model_fields_set & inputs.keys())
+        for name in sorted(CACHE_SETTINGS & settings.model_fields_set & inputs.keys())
         if getattr(settings, name) != inputs[name]
     ]
-    if (layout := settings.conversation_template) and load_template(layout).hash != inputs.get("template"):
-        problems.append(f"conversation_template: {layout}: the cache {cache} was made with another; {step}")
+    if (template := settings.conversation_template) and load_template(template).hash != inputs.get("template"):
+        problems.append(f"conversation_template: {template}: the cache {cache} was made with another one; {step}")
     return problems
 
 
-def _no_such_names(settings: TrainSettings) -> list[str]:
+def _find_unknown_names(settings: TrainSettings) -> list[str]:
+    """List the optimizer and the learning-rate schedule if transformers doesn't know them."""
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
 
     known = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
     names = {setting: [str(kind.value) for kind in kinds] for setting, kinds in known.items()}
     return [
-        f"{setting}: {value}: transformers has none of this name"
-        + (suggestion(value, names[setting]) or f"; there are {', '.join(names[setting])}")
+        f"{setting}: {value}: unknown to transformers"
+        + (suggest_name(value, names[setting]) or f"; choose from {', '.join(names[setting])}")
         for setting in known
         if (value := getattr(settings, setting)) not in names[setting]
     ]
@@ -156,16 +186,16 @@ def _trains_on_cpu(settings: TrainSettings) -> bool:
     return settings.use_cpu or settings.num_processes is not None or not torch.cuda.is_available()
 
 
-def _nothing_to_evaluate_on(settings: TrainSettings) -> list[str]:
-    """What is asked of evaluation where there is nothing held out."""
+def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
+    """List the settings of evaluation that are set although no examples are held out."""
     if settings.eval_fraction > 0 or settings.eval_data_path is not None:
         return []
     cache = Path(settings.data_path[0])
     if is_cache(cache) and read_manifest(cache)["eval_fraction"] > 0:
         return []
-    asked = ((name, getattr(settings, name)) for name in EVALUATION)
+    requested = ((name, getattr(settings, name)) for name in EVALUATION_SETTINGS)
     return [
-        f"{name}: {value} has nothing to evaluate on; give eval_data_path or eval_fraction"
-        for name, value in asked
+        f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"
+        for name, value in requested
         if value not in (None, "no")
     ]

@@ -1,4 +1,4 @@
-"""Bases and adapters that a stranger could make: each case breaks one thing of a good folder.
+"""Untrusted bases and adapters: each case breaks one thing in a good folder.
 
 `CASES` maps a case's name to (what breaks it, the file that the error must name). merge refuses each with exit code 2.
 """
@@ -28,11 +28,11 @@ def with_header(path: Path, text: bytes, data: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def change_header(change: Callable[[dict[str, Any], str], Any], behind: bytes = b"") -> Break:
+def change_header(change: Callable[[dict[str, Any], str], Any], trailing: bytes = b"") -> Break:
     def apply(base: Path, adapter: Path) -> None:
         entries, data = header(base / WEIGHTS)
         change(entries, next(name for name in entries if name.endswith("q.weight")))
-        with_header(base / WEIGHTS, json.dumps(entries).encode(), data + behind)
+        with_header(base / WEIGHTS, json.dumps(entries).encode(), data + trailing)
 
     return apply
 
@@ -67,12 +67,12 @@ def linked_out(of_adapter: bool, name: str) -> Break:
     return apply
 
 
-def indexed(place: str) -> Break:
+def indexed(file: str) -> Break:
     def apply(base: Path, adapter: Path) -> None:
         names = header(base / WEIGHTS)[0].keys() - {"__metadata__"}
         (base / WEIGHTS).rename(base / "model-1.safetensors")
         (base.parent / "model-1.safetensors").write_bytes((base / "model-1.safetensors").read_bytes())
-        weight_map = dict.fromkeys(names, "model-1.safetensors") | {"shared.weight": place}
+        weight_map = dict.fromkeys(names, "model-1.safetensors") | {"shared.weight": file}
         (base / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
     return apply
@@ -103,37 +103,37 @@ CASES: dict[str, tuple[Break, str]] = {
     "header of 32 MiB": (lambda b, a: with_header(b / WEIGHTS, b"{" + b" " * (32 << 20) + b"}", b""), WEIGHTS),
     "nested header": (lambda b, a: with_header(b / WEIGHTS, b"[" * 100_000, b""), WEIGHTS),
     "key twice": (double_key, WEIGHTS),
-    "bytes behind the end": (change_header(lambda e, n: None, b"\0"), WEIGHTS),
+    "bytes after the end": (change_header(lambda e, n: None, b"\0"), WEIGHTS),
     "overlap": (
         change_header(lambda e, n: e[n].update(data_offsets=[0, e[n]["data_offsets"][1] - e[n]["data_offsets"][0]])),
         WEIGHTS,
     ),
-    "hole": (change_header(lambda e, n: e.pop(n)), WEIGHTS),
+    "gap": (change_header(lambda e, n: e.pop(n)), WEIGHTS),
     "shape too large": (change_header(lambda e, n: e[n].update(shape=[1 << 40, 1 << 40])), WEIGHTS),
-    "shape of truths": (change_header(lambda e, n: e[n].update(shape=[True, True])), WEIGHTS),
-    "negative place": (change_header(lambda e, n: e[n].update(data_offsets=[-4, 0])), WEIGHTS),
+    "shape of booleans": (change_header(lambda e, n: e[n].update(shape=[True, True])), WEIGHTS),
+    "negative offset": (change_header(lambda e, n: e[n].update(data_offsets=[-4, 0])), WEIGHTS),
     "unknown dtype": (change_header(lambda e, n: e[n].update(dtype="F8_E9")), WEIGHTS),
     "metadata of numbers": (change_header(lambda e, n: e.update(__metadata__={"a": 1})), WEIGHTS),
     "link out of the base": (linked_out(False, WEIGHTS), WEIGHTS),
     "config linked out": (linked_out(False, CONFIG), CONFIG),
     "link out of the adapter": (linked_out(True, ADAPTER), ADAPTER),
-    "index that climbs": (indexed("../model-1.safetensors"), INDEX),
+    "index that leads to the parent folder": (indexed("../model-1.safetensors"), INDEX),
     "index with an absolute path": (indexed("/etc/hostname"), INDEX),
     "index of another kind": (indexed("model-1.bin"), INDEX),
     "index of a missing shard": (indexed("model-2.safetensors"), "model-2.safetensors"),
     "a pipe": (a_pipe, WEIGHTS),
-    "a foreign format": (of_another_kind, "tf_model.h5"),
+    "an unsupported format": (of_another_kind, "tf_model.h5"),
     "code in the config": (change_json(False, auto_map={"AutoModel": "x--y.Z"}), CONFIG),
     "config key twice": (text_of(False, CONFIG, '{"model_type": "t5", "model_type": "mt5"}'), CONFIG),
     "code in the tokenizer": (
         text_of(False, "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "x.Y"}}'),
         "tokenizer_config.json",
     ),
-    "rank is text": (change_json(True, r="8"), ADAPTER_CONFIG),
+    "rank is a string": (change_json(True, r="8"), ADAPTER_CONFIG),
     "rank is true": (change_json(True, r=True), ADAPTER_CONFIG),
     "alpha is a list": (change_json(True, lora_alpha=[1]), ADAPTER_CONFIG),
-    "pattern that never ends": (change_json(True, alpha_pattern={"(a+)+b": 2}), ADAPTER_CONFIG),
-    "rows are texts": (change_json(True, trainable_token_indices={"shared": ["1"]}), ADAPTER_CONFIG),
+    "pattern that takes forever": (change_json(True, alpha_pattern={"(a+)+b": 2}), ADAPTER_CONFIG),
+    "rows are strings": (change_json(True, trainable_token_indices={"shared": ["1"]}), ADAPTER_CONFIG),
     "modules are numbers": (change_json(True, modules_to_save=[1]), ADAPTER_CONFIG),
     "adapter of integers": (mistyped("I32"), "I32"),
     "adapter config key twice": (

@@ -1,6 +1,6 @@
-"""Headers, indexes, configs, `latest` and layouts of any content: read, or refused by a T5TuneError, and nothing else.
+"""Fuzz tests: headers, indexes, configs, `latest` and templates of any content are read or refused by a T5TuneError.
 
-`make fuzz` looks at FUZZ_EXAMPLES of each kind; the tests look at a few.
+`make fuzz` tries FUZZ_EXAMPLES of each kind; the normal tests try a few.
 """
 
 import json
@@ -15,15 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5tune.checkpoints.adapter_config import CONFIG, check_foldable, pattern_value, read_adapter_config
-from t5tune.checkpoints.safetensors import Checkpoint, SafetensorsFile, header_of
-from t5tune.checkpoints.tensors import STORAGE
+from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE, check_foldable, read_adapter_config, resolve_pattern
+from t5tune.checkpoints.safetensors import Checkpoint, SafetensorsFile, build_header
+from t5tune.checkpoints.tensors import NUMPY_DTYPES
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.errors import T5TuneError
 from t5tune.io.yaml_file import read_yaml
+from tests.adversarial.edits import apply_edits, edits, many
 from tests.adversarial.safetensors_files import with_header
-from tests.adversarial.test_export import bounded  # noqa: F401
-from tests.adversarial.test_fuzz_torch import edited, edits, many
 
 MODULE = "encoder.block.0.layer.0.SelfAttention.q"
 json_values = st.recursive(
@@ -38,7 +37,7 @@ near_entries = st.fixed_dictionaries(
         "data_offsets": st.lists(st.integers(-4, 40) | json_values, max_size=3),
     }
 )
-names_of_files = st.text(max_size=12) | st.sampled_from(
+file_names = st.text(max_size=12) | st.sampled_from(
     [
         "model-1.safetensors",
         "../model-1.safetensors",
@@ -74,15 +73,15 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def good_shard(path: Path) -> bytes:
-    """Two tensors, 32 bytes."""
+def write_good_shard(path: Path) -> bytes:
+    """Write a valid shard with two tensors of 32 bytes in total."""
     data = bytes(range(32))
-    path.write_bytes(header_of({"a": ("F32", (2, 3)), "b": ("BF16", (4,))}, {"format": "pt"}) + data)
+    path.write_bytes(build_header({"a": ("F32", (2, 3)), "b": ("BF16", (4,))}, {"format": "pt"}) + data)
     return path.read_bytes()
 
 
-def tried(read: Callable[[], Any], named: str) -> Any:
-    """What it gives, or None where it is refused by name."""
+def read_or_refuse(read: Callable[[], Any], named: str) -> Any:
+    """Return the result of `read`, or None if it was refused with an error that contains `named`."""
     try:
         return read()
     except T5TuneError as error:
@@ -92,9 +91,10 @@ def tried(read: Callable[[], Any], named: str) -> Any:
 
 
 def size_of(file: SafetensorsFile) -> int:
-    return sum(file.tensor(name).nbytes for name in file.entries)
+    return sum(file.get_tensor(name).nbytes for name in file.entries)
 
 
+@pytest.mark.slow
 @many
 @given(
     st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "c"]), near_entries | json_values, max_size=4),
@@ -103,70 +103,70 @@ def size_of(file: SafetensorsFile) -> int:
 def test_any_header_is_read_or_refused(folder: Path, header: object, data: bytes) -> None:
     path = folder / "fuzzed.safetensors"
     with_header(path, json.dumps(header).encode(), data)
-    file = tried(lambda: SafetensorsFile(path), "fuzzed.safetensors")
+    file = read_or_refuse(lambda: SafetensorsFile(path), "fuzzed.safetensors")
     assert file is None or size_of(file) == len(data)
 
 
 @many
 @given(edits)
-def test_a_safetensors_file_with_other_bytes_is_read_whole_or_refused(
+def test_a_safetensors_file_with_changed_bytes_is_read_completely_or_refused(
     folder: Path,
-    bounded: None,  # noqa: F811
+    bounded: None,
     changes: Any,
 ) -> None:
     path = folder / "model.safetensors"
-    path.write_bytes(edited(good_shard(path), changes))
-    checkpoint = tried(lambda: Checkpoint(folder), folder.name)
+    path.write_bytes(apply_edits(write_good_shard(path), changes))
+    checkpoint = read_or_refuse(lambda: Checkpoint(folder), folder.name)
     if checkpoint is None:
         return
     (file,) = checkpoint.files
     assert size_of(file) == path.stat().st_size - file.data_begin
-    for name in checkpoint.names():
-        dtype, shape = checkpoint.dtype_and_shape(name)
-        assert checkpoint.tensor(name).nbytes == math.prod(shape) * STORAGE[dtype].itemsize
+    for name in checkpoint.list_names():
+        dtype, shape = checkpoint.get_dtype_and_shape(name)
+        assert checkpoint.get_tensor(name).nbytes == math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
 
 
 @many
 @given(
     json_values
     | st.fixed_dictionaries(
-        {"weight_map": st.dictionaries(st.sampled_from(["a", "b", "c"]), names_of_files | json_values, max_size=3)}
+        {"weight_map": st.dictionaries(st.sampled_from(["a", "b", "c"]), file_names | json_values, max_size=3)}
     )
 )
-def test_any_index_names_the_shards_beside_it_or_is_refused(folder: Path, index: Any) -> None:
+def test_any_index_names_shards_of_its_own_folder_or_is_refused(folder: Path, index: Any) -> None:
     inner = folder / "base"
     inner.mkdir(exist_ok=True)
-    for place in (inner, folder):
-        good_shard(place / "model-1.safetensors")
+    for path in (inner, folder):
+        write_good_shard(path / "model-1.safetensors")
     (inner / "model.safetensors.index.json").write_text(json.dumps(index))
-    checkpoint = tried(lambda: Checkpoint(inner), "base")
+    checkpoint = read_or_refuse(lambda: Checkpoint(inner), "base")
     if checkpoint is not None:
-        assert [path for path, _ in checkpoint.parts] == [inner / "model-1.safetensors"]
-        assert set(index["weight_map"]) <= set(checkpoint.names())
+        assert [path for path, _ in checkpoint.shards] == [inner / "model-1.safetensors"]
+        assert set(index["weight_map"]) <= set(checkpoint.list_names())
 
 
 @many
 @given(near_configs | json_values)
 def test_any_adapter_config_is_read_or_refused(folder: Path, values: Any) -> None:
     good = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-    (folder / CONFIG).write_text(json.dumps(good | values if isinstance(values, dict) else values))
-    config = tried(lambda: read_adapter_config(folder), CONFIG)
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(good | values if isinstance(values, dict) else values))
+    config = read_or_refuse(lambda: read_adapter_config(folder), ADAPTER_CONFIG_FILE)
     if config is None:
         return
-    tried(lambda: check_foldable(config, folder), CONFIG)
-    assert pattern_value(config.get("rank_pattern"), MODULE, config["r"]) >= 1
-    assert isinstance(pattern_value(config.get("alpha_pattern"), MODULE, config["lora_alpha"]), float)
+    read_or_refuse(lambda: check_foldable(config, folder), ADAPTER_CONFIG_FILE)
+    assert resolve_pattern(config.get("rank_pattern"), MODULE, config["r"]) >= 1
+    assert isinstance(resolve_pattern(config.get("alpha_pattern"), MODULE, config["lora_alpha"]), float)
 
 
 @many
 @given(st.binary(max_size=40) | st.text(max_size=12).map(str.encode) | st.sampled_from([b"step1", b"step1/", b"../x"]))
-def test_any_latest_names_a_folder_of_shards_in_it_or_is_refused(folder: Path, content: bytes) -> None:
-    for place in (folder / "run" / "step1", folder / "x"):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        (place / "mp_rank_00_model_states.pt").touch()
+def test_any_latest_file_names_a_subfolder_with_shards_or_is_refused(folder: Path, content: bytes) -> None:
+    for path in (folder / "run" / "step1", folder / "x"):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        (path / "mp_rank_00_model_states.pt").touch()
     (folder / "run" / "latest").write_bytes(content)
-    found = tried(lambda: find_deepspeed_folder(folder / "run"), "run")
+    found = read_or_refuse(lambda: find_deepspeed_folder(folder / "run"), "run")
     if found is not None:
         assert found == folder / "run" / "step1"
         assert content.strip() == b"step1"
@@ -179,8 +179,8 @@ def test_any_latest_names_a_folder_of_shards_in_it_or_is_refused(folder: Path, c
         st.sampled_from(["a", ":", " ", "\n", "[", "]", "{", "}", "&x", "*x", "!!set", "?", "-", "0", "1", "~"])
     ).map("".join)
 )
-def test_any_layout_is_read_or_refused(folder: Path, text: str) -> None:
+def test_any_conversation_template_is_read_or_refused(folder: Path, text: str) -> None:
     path = folder / "template.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    values = tried(lambda: read_yaml(path), "template.yaml")
+    values = read_or_refuse(lambda: read_yaml(path), "template.yaml")
     assert values is None or isinstance(values, dict)

@@ -1,4 +1,4 @@
-"""merge on files of a stranger's making: refused by name, with nothing written."""
+"""merge refuses untrusted files, naming the file and writing nothing."""
 
 import json
 import shutil
@@ -13,18 +13,19 @@ from t5tune.errors import ModelError
 from t5tune.settings import MergeSettings
 from tests.adversarial.model_folders import FOLDERS
 from tests.adversarial.safetensors_files import CASES
-from tests.commands.test_merge import stock_adapter
+from tests.support.adapters import make_stock_adapter
 
 ALL = CASES | FOLDERS
 
 
 @pytest.fixture(scope="module")
 def adapter(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stock_adapter(untied_base, tmp_path_factory.mktemp("adapter") / "adapter")
+    return make_stock_adapter(untied_base, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ALL)
-def test_each_hostile_folder_is_refused_by_the_files_name(
+def test_each_hostile_folder_is_refused_with_the_name_of_the_file(
     untied_base: Path, adapter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
 ) -> None:
     breaks, named = ALL[case]
@@ -41,7 +42,7 @@ def test_each_hostile_folder_is_refused_by_the_files_name(
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_the_hubs_own_links_are_followed(untied_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_links_within_the_hub_cache_are_followed(untied_base: Path, adapter: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "models--o--n" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -53,7 +54,7 @@ def test_the_hubs_own_links_are_followed(untied_base: Path, adapter: Path, tmp_p
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (untied_base / "tokenizer.json").read_bytes()
 
 
-def test_a_tokenizer_that_makes_its_reader_panic_is_refused(untied_base: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_makes_the_tokenizers_library_panic_is_refused(untied_base: Path, tmp_path: Path) -> None:
     base = shutil.copytree(untied_base, tmp_path / "base")
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}

@@ -1,4 +1,4 @@
-"""Data that an enemy or an accident wrote: each file of the corpus has an expected treatment, and none takes memory."""
+"""prepare with hostile and broken data: each file has an expected outcome, and none needs much memory."""
 
 import gzip
 import json
@@ -20,15 +20,16 @@ from t5tune.data.cleaning import clean
 from t5tune.data.encoding import Encoder
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import read_record
+from t5tune.data.pipeline import convert_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import Rejected
+from t5tune.data.records import RejectedRecord
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings.data import ReadingSettings
-from tests.conftest import REPOSITORY, SHARED, Finished, t5tune
+from tests.support.command_line import CommandResult, t5tune
+from tests.support.paths import REPOSITORY, SHARED
 
 HI = {"role": "user", "content": "Hi"}
 YES = {"role": "assistant", "content": "Yes"}
@@ -37,9 +38,9 @@ GOOD = json.dumps({"source": "Hi", "target": "Yes"})
 PRETTY = json.dumps({"source": "Hi", "target": "Yes"}, indent=2)
 DEEP = '{"source": "Hi", "target": "Yes", "x": ' + "[" * 198 + "]" * 198 + "}"
 
-# bytes, and what comes of each record: "" is accepted, else the reason
-TREATED: dict[str, tuple[str, bytes | str, list[str]]] = {
-    "control character in a field that nothing uses": (
+# file name, content, and the outcome of each record: "" if it is accepted, otherwise the reason
+EXPECTED_OUTCOMES: dict[str, tuple[str, bytes | str, list[str]]] = {
+    "control character in an unused field": (
         "a.jsonl", '{"source": "Hi", "target": "Yes", "x": ["\\u0001"]}', ["control_character"]),
     "control character in a key": ("a.jsonl", '{"source": "Hi", "target": "Yes", "\\u0001": 1}', ["control_character"]),
     "surrogate in a key": ("a.jsonl", '{"source": "Hi", "target": "Yes", "\\ud800": 1}', ["lone_surrogate"]),
@@ -47,26 +48,27 @@ TREATED: dict[str, tuple[str, bytes | str, list[str]]] = {
     "202 deep": ("a.jsonl", DEEP.replace("[" * 198, "[" * 201).replace("]" * 198, "]" * 201), ["too_deep"]),
     "brackets in a text are not deep": (
         "a.jsonl", json.dumps({"source": "[" * 500, "target": "{" * 500}), [""]),
-    "history that is no list": ("a.jsonl", '{"instruction": "a", "output": "b", "history": 5}', ["bad_turn"]),
+    "history that is not a list": ("a.jsonl", '{"instruction": "a", "output": "b", "history": 5}', ["bad_turn"]),
     "history of texts": ("a.jsonl", '{"instruction": "a", "output": "b", "history": ["x"]}', ["bad_turn"]),
     "system is an empty list": ("a.jsonl", '{"source": "a", "target": "b", "system": []}', [""]),
-    "a key twice among 100,000": (
+    "a duplicate among 100,000 keys": (
         "a.jsonl", "{" + ",".join(f'"{n}":1' for n in range(100_000)) + ',"99999":1}', ["duplicate_key"]),
-    "null keys of joined schemas": (
+    "null keys of merged schemas": (
         "a.jsonl", json.dumps({"conversations": None, "messages": [HI, YES], "source": None, "target": None}), [""]),
     "UltraFeedback": (
         "a.jsonl", json.dumps({"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
-    "a pair of Alpaca's": ("a.jsonl", json.dumps({"instruction": "Hi", "chosen": "Yes", "rejected": "No"}), [""]),
+    "a preference pair of Alpaca": (
+        "a.jsonl", json.dumps({"instruction": "Hi", "chosen": "Yes", "rejected": "No"}), [""]),
     "Alpaca without an answer": ("a.jsonl", json.dumps({"instruction": "Hi", "chosen": None}), ["not_text"]),
-    "a pair without a prompt": ("a.jsonl", json.dumps({"chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
-    "lists a line": ("a.jsonl", f'["a"]\n["b"]\n{GOOD}\n', ["not_an_object", "not_an_object", ""]),
+    "a preference pair without a prompt": ("a.jsonl", json.dumps({"chosen": [HI, YES], "rejected": [HI, NO]}), [""]),
+    "a list per line": ("a.jsonl", f'["a"]\n["b"]\n{GOOD}\n', ["not_an_object", "not_an_object", ""]),
     "a log line first": ("a.jsonl", f"[INFO] starting\n{GOOD}\n", ["not_json", ""]),
     "a dated log line first": ("a.jsonl", f"[2024-01-01 12:00] starting\n{GOOD}\n", ["not_json", ""]),
     "objects over several lines": ("a.json", f"{PRETTY}\n{PRETTY}\n", ["", ""]),
     "an object over several lines that is too long": (
         "a.json", json.dumps({"source": "x" * 20_000, "target": "Yes"}, indent=2), ["too_long"]),
     "a first line that was cut off": ("a.jsonl", f'{{"source": {{\n{GOOD}\n{GOOD}', ["not_json", "", ""]),
-    "files with a byte order mark that were joined": ("a.jsonl", f"\ufeff{GOOD}\n\ufeff{GOOD}\n", ["", ""]),
+    "concatenated files with byte order marks": ("a.jsonl", f"\ufeff{GOOD}\n\ufeff{GOOD}\n", ["", ""]),
     "lines of old Macs": ("a.jsonl", f"{GOOD}\r{GOOD}\r", ["", ""]),
     "a table of old Macs": ("a.csv", "source,target\ra,b\rc,d\r", ["", ""]),
     "a table with an empty first line": ("a.csv", "\n\nsource,target\na,b\n", [""]),
@@ -76,25 +78,25 @@ TREATED: dict[str, tuple[str, bytes | str, list[str]]] = {
 }  # fmt: skip
 
 
-def read(path: Path, **reading: Any) -> list[Conversation | Rejected]:
+def read(path: Path, **reading: Any) -> list[Conversation | RejectedRecord]:
     (path.parent / "spool").mkdir(exist_ok=True)
     limit = 4 << 20 if path.suffix == ".jsonl" else 10_000
     records = read_records(find_files([str(path)]), limit, path.parent / "spool")
-    return [read_record(record, ReadingSettings(**reading)) for record in records]
+    return [convert_record(record, ReadingSettings(**reading)) for record in records]
 
 
-@pytest.mark.parametrize("name", TREATED)
-def test_each_file_is_treated_as_expected(tmp_path: Path, name: str) -> None:
-    file, data, expected = TREATED[name]
+@pytest.mark.parametrize("name", EXPECTED_OUTCOMES)
+def test_each_file_gives_the_expected_outcomes(tmp_path: Path, name: str) -> None:
+    file, data, expected = EXPECTED_OUTCOMES[name]
     (tmp_path / file).write_bytes(data if isinstance(data, bytes) else data.encode())
     found = read(tmp_path / file)
-    assert [record.reason if isinstance(record, Rejected) else "" for record in found] == expected
+    assert [record.reason if isinstance(record, RejectedRecord) else "" for record in found] == expected
     for record in found:
-        if isinstance(record, Rejected) and record.reason == "too_long":
+        if isinstance(record, RejectedRecord) and record.reason == "too_long":
             assert record.record.read_text() in str(data)
 
 
-def test_what_is_left_out_of_turns_and_pairs_is_counted(tmp_path: Path) -> None:
+def test_ignored_fields_of_turns_and_preference_pairs_are_counted(tmp_path: Path) -> None:
     records = [
         {"messages": [HI, {**YES, "name": "x", "weight": None}]},
         {"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]},
@@ -109,14 +111,14 @@ def test_what_is_left_out_of_turns_and_pairs_is_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_a_text_as_preferred_answer_needs_a_question(tmp_path: Path) -> None:
+def test_a_preferred_answer_that_is_a_text_needs_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "Human: Hi Assistant: Yes", "rejected": "x"}))
     (record,) = read(tmp_path / "a.jsonl")
-    assert isinstance(record, Rejected)
-    assert (record.reason, "no prompt before it" in record.message) == ("no_answer", True)
+    assert isinstance(record, RejectedRecord)
+    assert (record.reason, "a text without a prompt before it" in record.message) == ("no_answer", True)
 
 
-def test_a_named_format_is_that_format(tmp_path: Path) -> None:
+def test_a_named_format_takes_precedence_over_other_keys(tmp_path: Path) -> None:
     both = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "messages": [HI, YES]}
     (tmp_path / "a.jsonl").write_text(json.dumps(both))
     (record,) = read(tmp_path / "a.jsonl", data_format="openai")
@@ -124,7 +126,7 @@ def test_a_named_format_is_that_format(tmp_path: Path) -> None:
     assert record.turns[0].text == "Hi"
 
 
-def test_odd_cells_of_parquet_cost_their_own_use_only(tmp_path: Path) -> None:
+def test_odd_parquet_cells_are_rejected_only_if_they_are_used(tmp_path: Path) -> None:
     import datetime
     import decimal
 
@@ -133,16 +135,16 @@ def test_odd_cells_of_parquet_cost_their_own_use_only(tmp_path: Path) -> None:
          "t": datetime.datetime(2024, 1, 1)},
     ]  # fmt: skip
     table = pyarrow.Table.from_pylist(rows)
-    far = pyarrow.array([2**60], pyarrow.timestamp("ms"))  # a time that Python can't hold
+    far = pyarrow.array([2**60], pyarrow.timestamp("ms"))  # a time out of Python's range
     parquet.write_table(table.append_column("far", far), tmp_path / "a.parquet")
     assert isinstance(read(tmp_path / "a.parquet")[0], Conversation)
     for column in ("n", "d", "b", "l", "t", "far"):
         (record,) = read(tmp_path / "a.parquet", source_column=column, target_column="target")
-        assert isinstance(record, Rejected)
+        assert isinstance(record, RejectedRecord)
         assert record.reason == "not_text"
 
 
-def test_bytes_of_parquet_that_are_no_utf8_cost_their_own_row_and_are_kept(tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_rejects_only_its_own_row_and_is_kept(tmp_path: Path) -> None:
     texts = pyarrow.Array.from_buffers(
         pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"\xff\xfea")]
     )
@@ -155,32 +157,34 @@ def test_bytes_of_parquet_that_are_no_utf8_cost_their_own_row_and_are_kept(tmp_p
         parquet.write_table(table, tmp_path / "a.parquet")
         bad, good = read(tmp_path / "a.parquet")
         assert isinstance(good, Conversation)
-        assert isinstance(bad, Rejected)
-        assert (bad.reason, "no UTF-8" in bad.message) == ("invalid_utf8", True)
+        assert isinstance(bad, RejectedRecord)
+        assert (bad.reason, "not UTF-8" in bad.message) == ("invalid_utf8", True)
         assert "\\udcff\\udcfe" in json.dumps(bad.record)
 
 
-def test_rows_of_parquet_have_a_limit(tmp_path: Path) -> None:
+def test_parquet_rows_have_a_size_limit(tmp_path: Path) -> None:
     rows = [{"source": None, "n": [1], "target": size * 'é"'} for size in (10, 1_000_000, 30)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = read(tmp_path / "a.parquet", source_column="target", target_column="target")
-    assert [isinstance(record, Rejected) for record in found] == [False, True, False]
-    assert isinstance(found[1], Rejected)
+    assert [isinstance(record, RejectedRecord) for record in found] == [False, True, False]
+    assert isinstance(found[1], RejectedRecord)
     assert json.loads(found[1].record.read_text()) == rows[1]
-    numbers = pyarrow.array([[1] * 2000, [1]], pyarrow.list_(pyarrow.int8()))  # a byte each, but eight in a record
+    numbers = pyarrow.array(
+        [[1] * 2000, [1]], pyarrow.list_(pyarrow.int8())
+    )  # a byte each in Parquet, but eight in a record
     texts = pyarrow.array([f"{number} {'x' * 6000}" for number in range(2)]).dictionary_encode()
     parquet.write_table(pyarrow.table({"source": texts, "target": texts, "n": numbers}), tmp_path / "a.parquet")
-    assert [isinstance(record, Rejected) for record in read(tmp_path / "a.parquet")] == [True, True]
+    assert [isinstance(record, RejectedRecord) for record in read(tmp_path / "a.parquet")] == [True, True]
     short = pyarrow.array([f"{number} {'x' * 1000}" for number in range(30)]).dictionary_encode()
     parquet.write_table(pyarrow.table({"source": short, "target": short}), tmp_path / "a.parquet")
-    assert [isinstance(record, Rejected) for record in read(tmp_path / "a.parquet")] == [False] * 30
+    assert [isinstance(record, RejectedRecord) for record in read(tmp_path / "a.parquet")] == [False] * 30
     parquet.write_table(
         pyarrow.table({"source": ["a", "b"], "target": ["a", "b"], "n": numbers}), tmp_path / "a.parquet"
     )
-    assert [isinstance(record, Rejected) for record in read(tmp_path / "a.parquet")] == [True, False]
+    assert [isinstance(record, RejectedRecord) for record in read(tmp_path / "a.parquet")] == [True, False]
 
 
-def test_what_a_folder_holds_beside_data_is_told(tmp_path: Path) -> None:
+def test_skipped_files_of_a_folder_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     (tmp_path / "._a.jsonl").write_bytes(b"\0")
     (tmp_path / "deep").mkdir()
@@ -188,31 +192,31 @@ def test_what_a_folder_holds_beside_data_is_told(tmp_path: Path) -> None:
     (tmp_path / "deep" / "again").symlink_to(".")
     (tmp_path / "deep" / "b.jsonl").write_text(GOOD)
     os.mkfifo(tmp_path / "pipe.jsonl")
-    told: list[Event] = []
-    assert find_files([str(tmp_path)], told.append) == [tmp_path / "a.jsonl"]
-    (note,) = told
+    events: list[Event] = []
+    assert find_files([str(tmp_path)], events.append) == [tmp_path / "a.jsonl"]
+    (note,) = events
     assert isinstance(note, Note)
-    for name in ("._a.jsonl (hidden)", "deep (a folder)", "pipe.jsonl (no regular file)"):
+    for name in ("._a.jsonl (hidden)", "deep (a folder)", "pipe.jsonl (not a regular file)"):
         assert name in note.text
     assert find_files([f"{tmp_path}/**/*.jsonl"]) == [tmp_path / "a.jsonl", tmp_path / "deep" / "b.jsonl"]
     for wrong, message in (
         ("", "empty"),
-        (str(tmp_path / "pipe.jsonl"), "no regular file"),
+        (str(tmp_path / "pipe.jsonl"), "not a regular file"),
         ("a" * 5000, "can't be read"),
         (__file__, r"\.py: expected one of"),
     ):
         with pytest.raises(DataError, match=message):
             find_files([wrong])
     assert prepare(tmp_path / "deep", "--data-path", tmp_path / "a.jsonl").code == 0
-    told.clear()
-    assert len(find_files([f"{tmp_path}/**/*.json*"], told.append)) == 2
-    assert "rejected.jsonl (of a token cache)" in str(told)
+    events.clear()
+    assert len(find_files([f"{tmp_path}/**/*.json*"], events.append)) == 2
+    assert "rejected.jsonl (part of a token cache)" in str(events)
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
     with pytest.raises(DataError, match=r"\.parquet\.gz: expected"):
         find_files([str(tmp_path / "a.parquet.gz")])
 
 
-def test_cleaning_keeps_code_and_mathematics_and_gives_up_on_hostile_html() -> None:
+def test_cleaning_keeps_code_and_mathematics_and_leaves_hostile_html_alone() -> None:
     from collections import Counter
 
     text = "```html\n<p>a &lt; b\\_c</p>\n    x\n```\nand \\_y\\_ \\[ a\\_b \\] $x\\_1$ &amp;\n    indented <br> </p>"
@@ -226,7 +230,7 @@ def test_cleaning_keeps_code_and_mathematics_and_gives_up_on_hostile_html() -> N
     ):  # fmt: skip
         assert clean(hostile, repairs) == hostile
     for slow in ("\\[" * 200_000, "$" * 200_001, "`\n" * 200_000, "<p>x</p>" + " \n" * 100_000):
-        clean(slow, repairs)  # ends
+        clean(slow, repairs)  # must end
 
 
 # ---------------------------------------------------------------- long texts
@@ -241,11 +245,12 @@ LONG = st.text(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [REPOSITORY / "t5tune" / "pocket", SHARED / "tokenizer" / "flan-t5-base"], ids=str)
 @pytest.mark.parametrize("add", ["auto", "none", "fastchat", "a b"])
-def test_a_long_text_in_parts_has_the_ids_of_the_whole(base: Path, add: str) -> None:
+def test_a_long_text_encoded_in_parts_has_the_ids_of_the_whole(base: Path, add: str) -> None:
     if not base.exists():
-        pytest.skip("the real inputs are not beside this checkout")
+        pytest.skip("the real inputs are not next to this checkout")
     encoder = Encoder(extend_tokenizer(load_tokenizer(base), [add], 32128 if "flan" in base.name else 1536)[0])
 
     @settings(deadline=None, max_examples=150, database=None, derandomize=True)
@@ -254,8 +259,8 @@ def test_a_long_text_in_parts_has_the_ids_of_the_whole(base: Path, add: str) -> 
     def holds(text: str, first: bool) -> None:
         (whole,) = encoder.encode([text], [first])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("t5tune.data.long_text.PART", 6)
-            patch.setattr("t5tune.data.encoding.LONG_TEXT", 8)
+            patch.setattr("t5tune.data.long_text.PART_LENGTH", 6)
+            patch.setattr("t5tune.data.encoding.LONG_TEXT_LENGTH", 8)
             (parts,) = encoder.encode([text], [first])
         assert parts.tolist() == whole.tolist()
 
@@ -280,8 +285,9 @@ HEAVY: dict[str, tuple[str, bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEAVY)
-def test_no_input_takes_memory(tmp_path: Path, name: str) -> None:
+def test_no_input_needs_much_memory(tmp_path: Path, name: str) -> None:
     file, data = HEAVY[name]
     (tmp_path / file).write_bytes(data)
     command = ["prepare", "--model-name-or-path", "pocket", "--data-path", tmp_path / file, "--num-workers", "1"]
@@ -296,10 +302,11 @@ def test_no_input_takes_memory(tmp_path: Path, name: str) -> None:
 # ---------------------------------------------------------------- the whole command
 
 
-def prepare(tmp_path: Path, *arguments: Any, **more: Any) -> Finished:
+def prepare(tmp_path: Path, *arguments: Any, **more: Any) -> CommandResult:
     return t5tune("prepare", "--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache", *arguments, **more)
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_whatever_the_value(tmp_path: Path) -> None:
     data = tmp_path / "a\nb.jsonl"
     data.write_text(json.dumps({"x\x7f" * 100_000: 1}))
@@ -313,7 +320,7 @@ def test_errors_are_one_line_whatever_the_value(tmp_path: Path) -> None:
     assert "can't be read: File name too long" in done.errors[0]
 
 
-def test_names_that_are_no_unicode_are_kept(tmp_path: Path) -> None:
+def test_file_names_that_are_not_unicode_are_kept(tmp_path: Path) -> None:
     data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
     data.write_text(f"{GOOD}\n{GOOD}")
     done = prepare(tmp_path, "--data-path", data, "--dedupe", "exact")
@@ -323,7 +330,8 @@ def test_names_that_are_no_unicode_are_kept(tmp_path: Path) -> None:
     assert "\udcff.jsonl:1" in json.loads((tmp_path / "cache" / "rejected.jsonl").read_text())["message"]
 
 
-def test_what_cant_be_or_mustnt_be_replaced_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_links_and_folders_with_other_files_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{GOOD}\n{{"x": 1}}')
     (tmp_path / "real").mkdir()
     (tmp_path / "cache").symlink_to("real")
@@ -331,19 +339,20 @@ def test_what_cant_be_or_mustnt_be_replaced_is_left_alone(tmp_path: Path) -> Non
     assert done.code == 0, done.stderr
     assert (tmp_path / "cache").is_symlink()
     assert (tmp_path / "real" / "manifest.json").is_file()
-    # up to date, but no longer allowed
+    # the cache is up to date, but now too many records are rejected
     done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--max-rejected-fraction", "0.1")
     assert (done.code, "more than max_rejected_fraction" in done.stderr) == (2, True)
     done = prepare(tmp_path, "--data-path", tmp_path / "cache")
-    assert (done.code, "is a token cache already" in done.stderr) == (2, True)
+    assert (done.code, "is already a token cache" in done.stderr) == (2, True)
     (tmp_path / "real" / "mine.txt").write_text("Dear Mira")
     done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--seed", "7")
-    assert (done.code, "beside a token cache it holds mine.txt" in done.stderr) == (2, True)
+    assert (done.code, "contains mine.txt in addition to a token cache" in done.stderr) == (2, True)
     done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--data-format", "alpaca", "--source-column", "x")
     assert (done.code, "source_column" in done.stderr) == (2, True)
 
 
-def test_a_path_that_gives_no_conversation_is_refused_and_a_file_of_a_folder_told(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_path_without_conversations_is_refused_and_such_a_file_in_a_folder_is_reported(tmp_path: Path) -> None:
     for name, text in (("good", GOOD), ("copy", GOOD), ("facts", '{"x": 1}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.jsonl").write_text(text)
@@ -351,7 +360,7 @@ def test_a_path_that_gives_no_conversation_is_refused_and_a_file_of_a_folder_tol
     (tmp_path / "mixed" / "good.jsonl").write_text(GOOD)
     (tmp_path / "mixed" / "facts.jsonl").write_text('{"x": 1}')
     paths = [tmp_path / name for name in ("good", "copy", "mixed")]
-    # a file whose conversations were all read before did give some
+    # a file with only duplicates counts as a file with conversations
     done = prepare(tmp_path, "--dedupe", "exact", "--json", "--data-path", *paths)
     assert done.code == 0, done.stderr
     assert (done.json["conversations"], done.json["rejected"]) == (1, 3)
@@ -360,13 +369,14 @@ def test_a_path_that_gives_no_conversation_is_refused_and_a_file_of_a_folder_tol
     for facts in (tmp_path / "facts", tmp_path / "mixed" / "facts.jsonl", f"{tmp_path}/*/facts*"):
         done = prepare(tmp_path, "--data-path", *paths, facts)
         assert (done.code, len(done.errors)) == (2, 1)
-        assert f"data_path: {facts}: no conversation to train on in it" in done.errors[0]
+        assert f"data_path: {facts}: contains no conversation to train on" in done.errors[0]
         assert "facts.jsonl:1: its keys are x" in done.errors[0]
         assert (tmp_path / "cache" / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["str", "list", "nothing"])
-def test_a_manifest_with_wrong_values_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_a_manifest_with_wrong_values_is_refused_with_the_key(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     assert prepare(tmp_path, "--data-path", tmp_path / "a.jsonl").code == 0
     path = tmp_path / "cache" / "manifest.json"
@@ -377,8 +387,8 @@ def test_a_manifest_with_wrong_values_is_refused_by_name(tmp_path: Path, kind: s
     assert f"manifest.json: {name}: " in done.stderr
 
 
-def prepare_that_waits(tmp_path: Path, number: signal.Signals, handler: signal.Handlers) -> subprocess.Popen[bytes]:
-    """A prepare that waits for its input, and was started where the signal is treated so."""
+def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signal.Handlers) -> subprocess.Popen[bytes]:
+    """Start a prepare process that waits for its input, with this handler for the signal."""
     command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--data-path", "-"]
     (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
@@ -392,9 +402,10 @@ def prepare_that_waits(tmp_path: Path, number: signal.Signals, handler: signal.H
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    process = prepare_that_waits(tmp_path, number, signal.SIG_DFL)
+def test_a_signal_leaves_no_files(tmp_path: Path, number: signal.Signals) -> None:
+    process = start_waiting_prepare(tmp_path, number, signal.SIG_DFL)
     process.send_signal(number)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + number
@@ -403,8 +414,8 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
 
 
-def test_what_nohup_started_outlives_its_terminal(tmp_path: Path) -> None:
-    process = prepare_that_waits(tmp_path, signal.SIGHUP, signal.SIG_IGN)
+def test_prepare_under_nohup_survives_its_terminal(tmp_path: Path) -> None:
+    process = start_waiting_prepare(tmp_path, signal.SIGHUP, signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(GOOD.encode(), timeout=100)
     assert process.returncode == 0, errors
@@ -412,7 +423,7 @@ def test_what_nohup_started_outlives_its_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_result_that_cant_be_written_ends_in_a_line(tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_printed_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--quiet"]
     command += ["--data-path", str(tmp_path / "a.jsonl"), "--output-dir", str(tmp_path / "cache")]

@@ -1,7 +1,7 @@
-"""Folders of two DeepSpeed ranks, good and bad: `python -m tests.adversarial.zero_folders FOLDER` writes the corpus.
+"""Checkpoint folders of two DeepSpeed ranks, good and bad.
 
-The good ones are made here from DeepSpeed's description of its layout, not by DeepSpeed, which
-tests/support/deepspeed_saves.py runs.
+`python -m tests.adversarial.zero_folders FOLDER` writes all of them. The good ones are made here according to
+DeepSpeed's documented format, not by DeepSpeed itself; tests/support/deepspeed_saves.py runs DeepSpeed.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from t5tune.io.atomic import json_bytes
-from t5tune.training.checkpoint import FORMAT
+from t5tune.io.atomic import encode_json
+from t5tune.training.checkpoint import MANIFEST_FORMAT
 
 PREFIX = "base_model.model."
 MODULE = PREFIX + "encoder.block.0.layer.0.SelfAttention.q"
@@ -29,13 +29,13 @@ Spoil = Callable[[Path], Any]
 
 
 def values() -> dict[str, torch.Tensor]:
-    """The right answer, by the names of PEFT's file."""
+    """Return the expected tensors, by the names in PEFT's file."""
     generator = torch.Generator().manual_seed(5)
     return {name.replace(".default", ""): torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
 def make(folder: Path, stage: int = 3, padding: int = 0) -> Path:
-    """A folder as DeepSpeed leaves it: latest, global_step4 with the files of two ranks, and adapter_config.json."""
+    """Make a folder as DeepSpeed writes it: latest, global_step4 with two ranks' files, and adapter_config.json."""
     shards = folder / "global_step4"
     shards.mkdir(parents=True)
     (folder / "latest").write_text("global_step4")
@@ -72,7 +72,7 @@ def make(folder: Path, stage: int = 3, padding: int = 0) -> Path:
 
 
 def universal(folder: Path) -> Path:
-    """The same in DeepSpeed's universal layout."""
+    """Make the same in DeepSpeed's universal format."""
     make(folder)
     (folder / "latest").rename(folder / "latest_universal")
     for path in (folder / "global_step4").glob("*_optim_states.pt"):
@@ -92,7 +92,7 @@ def model_file(folder: Path, rank: int = 0) -> Path:
 
 
 def optimizer(rank: int = 1, **changes: Any) -> Spoil:
-    """Change a rank's optimizer state; a value that is a function gets the old one."""
+    """Change a rank's optimizer state. A value that is a function is called with the old value."""
 
     def spoil(folder: Path) -> None:
         state = torch.load(shard(folder, rank), weights_only=True)
@@ -134,7 +134,7 @@ def latest(content: bytes) -> Spoil:
 
 
 def linked(name: str) -> Spoil:
-    """Move a file or folder out, and leave a link to it."""
+    """Move a file or folder out of the checkpoint, and leave a link to it."""
 
     def spoil(folder: Path) -> None:
         outside = folder.parent / "outside"
@@ -144,14 +144,14 @@ def linked(name: str) -> Spoil:
     return spoil
 
 
-def sealed(files: dict[str, Any]) -> str:
-    """A manifest whose own sum is right."""
-    manifest = {"format": FORMAT, "step": 4, "world_size": RANKS, "made_of": {}, "files": files}
+def build_manifest(files: dict[str, Any]) -> str:
+    """Build a manifest whose own checksum is correct."""
+    manifest = {"format": MANIFEST_FORMAT, "step": 4, "world_size": RANKS, "made_of": {}, "files": files}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json_bytes({**manifest, "sha256": digest}).decode()
+    return encode_json({**manifest, "sha256": digest}).decode()
 
 
-def _longer(groups: list[torch.Tensor]) -> list[torch.Tensor]:
+def _lengthen(groups: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat([group, torch.ones(9)]) for group in groups]
 
 
@@ -160,14 +160,14 @@ STATES = "global_step4"
 
 FOLDERS: dict[str, tuple[Spoil, str]] = {
     # ranks
-    "a rank missing": (lambda f: shard(f, 1).unlink(), "rank 1's is missing"),
-    "a rank twice": (
+    "a rank is missing": (lambda f: shard(f, 1).unlink(), "rank 1 is missing"),
+    "a rank exists twice": (
         lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(f"bf16_{shard(f, 1).name}")),
-        "two files of rank 1",
+        "two files for rank 1",
     ),
-    "a rank twice, by a zero": (
+    "a rank exists twice, with a leading zero": (
         lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(shard(f, 1).name.replace("rank_1", "rank_01"))),
-        "two files of rank 1",
+        "two files for rank 1",
     ),
     "a rank of another run": (
         lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(shard(f, 1).name.replace("rank_1", "rank_7"))),
@@ -181,93 +181,105 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
         lambda f: shutil.copy(model_file(f), model_file(f).with_name("expp_rank_0_mp_rank_00_optim_states.pt")),
         "experts",
     ),
-    "model states of a rank missing": (lambda f: model_file(f, 1).unlink(), "model states of ranks .0.*1's is missing"),
+    "model states of a rank are missing": (
+        lambda f: model_file(f, 1).unlink(),
+        "model states of ranks .0.*rank 1 is missing",
+    ),
     "no model states": (
         lambda f: [model_file(f, rank).unlink() for rank in range(RANKS)],
-        "holds no shards|no checkpoint",
+        "contains no shards|no checkpoint",
     ),
     "partition_count of 3": (optimizer(partition_count=3), "one of 3 ranks"),
     "partition_count differs": (optimizer(0, partition_count=[2, 1]), "one of 1 ranks"),
-    "partition_count of text": (optimizer(partition_count="2"), "partition_count: expected a number"),
-    "partition_count missing": (optimizer(partition_count=None), "partition_count: expected a number"),
+    "partition_count is a string": (optimizer(partition_count="2"), "partition_count: expected a non-negative integer"),
+    "partition_count is missing": (optimizer(partition_count=None), "partition_count: expected a non-negative integer"),
     "groups of another partition": (optimizer(ds_zero_partition_groups=[{"partition_count": 4}]), "one of 4 ranks"),
-    "groups of text": (optimizer(ds_zero_partition_groups="x"), "expected a list"),
+    "groups are a string": (optimizer(ds_zero_partition_groups="x"), "expected a list"),
     "another stage": (optimizer(zero_stage=2), "single_partition_of_fp32_groups|different runs"),
-    "stage 7": (optimizer(zero_stage=7), "zero_stage is none"),
-    "stage of text": (optimizer(zero_stage="3"), "zero_stage is none"),
-    "stage of a list": (optimizer(zero_stage=[3]), "zero_stage is none"),
-    "world of 3": (model(dp_world_size=3), "but 3 ranks trained"),
-    "world of 0": (model(dp_world_size=0), "0 ranks trained"),
-    "world of 2^39": (model(dp_world_size=1 << 39), "ranks trained"),
-    "world of text": (model(dp_world_size="2"), "dp_world_size: expected a number"),
-    "world of true": (model(dp_world_size=True), "dp_world_size: expected a number"),
-    "no world": (without("dp_world_size"), "dp_world_size: expected a number"),
+    "stage 7": (optimizer(zero_stage=7), "zero_stage must be 1, 2 or 3"),
+    "stage is a string": (optimizer(zero_stage="3"), "zero_stage must be 1, 2 or 3"),
+    "stage is a list": (optimizer(zero_stage=[3]), "zero_stage must be 1, 2 or 3"),
+    "world size 3": (model(dp_world_size=3), "but training used 3 ranks"),
+    "world size 0": (model(dp_world_size=0), "training used 0 ranks"),
+    "world size 2^39": (model(dp_world_size=1 << 39), "but training used"),
+    "world size is a string": (model(dp_world_size="2"), "dp_world_size: expected a non-negative integer"),
+    "world size is true": (model(dp_world_size=True), "dp_world_size: expected a non-negative integer"),
+    "no world size": (without("dp_world_size"), "dp_world_size: expected a non-negative integer"),
     "model parallelism": (model(mp_world_size=2), "model parallelism"),
-    "steps of text": (model(global_steps="4"), "global_steps: expected a number"),
-    "steps of -4": (model(global_steps=-4), "global_steps: expected a number"),
+    "steps are a string": (model(global_steps="4"), "global_steps: expected a non-negative integer"),
+    "steps are -4": (model(global_steps=-4), "global_steps: expected a non-negative integer"),
     # states of the wrong types
-    "a list for a state": (lambda f: torch.save([1], model_file(f)), "expected an object"),
-    "a tensor for a state": (lambda f: torch.save(torch.ones(2), shard(f, 1)), "expected an object"),
-    "a list for the optimizer": (
+    "state is a list": (lambda f: torch.save([1], model_file(f)), "expected a dict"),
+    "state is a tensor": (lambda f: torch.save(torch.ones(2), shard(f, 1)), "expected a dict"),
+    "optimizer state is a list": (
         lambda f: torch.save({"optimizer_state_dict": [1]}, shard(f, 1)),
-        "expected an object",
+        "expected a dict",
     ),
-    "no optimizer": (lambda f: torch.save({}, shard(f, 1)), "expected an object"),
-    "no groups": (optimizer(fp32_flat_groups=[]), "holds no fp32_flat_groups"),
-    "groups of a dict": (optimizer(fp32_flat_groups={}), "holds no fp32_flat_groups"),
-    "groups of numbers": (optimizer(fp32_flat_groups=[1.0]), "holds no fp32_flat_groups"),
-    "groups of integers": (optimizer(fp32_flat_groups=[torch.arange(19)]), "I64, expected F32"),
+    "no optimizer": (lambda f: torch.save({}, shard(f, 1)), "expected a dict"),
+    "no groups": (optimizer(fp32_flat_groups=[]), "contains no fp32_flat_groups"),
+    "groups are a dict": (optimizer(fp32_flat_groups={}), "contains no fp32_flat_groups"),
+    "groups are numbers": (optimizer(fp32_flat_groups=[1.0]), "contains no fp32_flat_groups"),
+    "groups are integers": (optimizer(fp32_flat_groups=[torch.arange(19)]), "I64, expected F32"),
     "a group in another dtype": (optimizer(fp32_flat_groups=lambda g: [g[0].half()]), "different runs"),
-    "one group more": (optimizer(fp32_flat_groups=lambda g: [*g, torch.ones(2)]), "different runs|groups differ"),
-    "values too few": (optimizer(fp32_flat_groups=lambda g: [g[0][:-3].clone()]), "the shards end before it does"),
-    "values too many": (optimizer(fp32_flat_groups=_longer), "rank 1 holds 28 values, its parameters take 19"),
-    "a value that is none": (optimizer(fp32_flat_groups=lambda g: [g[0] * math.nan]), "NaN or infinity"),
-    "all zero": (lambda f: [optimizer(r, fp32_flat_groups=lambda g: [g[0] * 0])(f) for r in (0, 1)], "lora_B is zero"),
+    "an additional group": (optimizer(fp32_flat_groups=lambda g: [*g, torch.ones(2)]), "different runs|groups differ"),
+    "too few values": (
+        optimizer(fp32_flat_groups=lambda g: [g[0][:-3].clone()]),
+        "the shards are too short for this parameter",
+    ),
+    "too many values": (optimizer(fp32_flat_groups=_lengthen), "rank 1 has 28 values, but its parameters need 19"),
+    "a value is NaN": (optimizer(fp32_flat_groups=lambda g: [g[0] * math.nan]), "NaN or infinity"),
+    "all values are zero": (
+        lambda f: [optimizer(r, fp32_flat_groups=lambda g: [g[0] * 0])(f) for r in (0, 1)],
+        "lora_B is zero",
+    ),
     # names and shapes
-    "shapes of text": (model(param_shapes="x"), "expected an object"),
-    "shapes of a list": (model(param_shapes=[[A]]), "expected an object"),
-    "a shape of text": (model(param_shapes=[{A: "3, 7", B: (5, 3)}]), "expected names with their shapes"),
-    "a shape of floats": (model(param_shapes=[{A: (3.0, 7.0), B: (5, 3)}]), "expected names with their shapes"),
-    "a shape of -3": (model(param_shapes=[{A: (-3, 7), B: (5, 3)}]), "expected names with their shapes"),
-    "a shape of 2^60": (model(param_shapes=[{A: (1 << 60, 7), B: (5, 3)}]), "expected names with their shapes"),
-    "a shape of 2^39 x 2^39": (model(param_shapes=[{A: (1 << 39, 1 << 39), B: (5, 3)}]), "twice, or too large"),
-    "a shape of 2^38": (model(param_shapes=[{A: (1 << 38,), B: (5, 3)}]), "the shards end before it does"),
-    "a name of a number": (model(param_shapes=[{1: (3, 7), B: (5, 3)}]), "expected names with their shapes"),
-    "a name in two groups": (model(param_shapes=[{A: (3, 7)}, {A: (5, 3)}]), "twice"),
-    "no shapes": (model(param_shapes=[]), "names no trained parameter"),
-    "a pair torn": (model(param_shapes=[{A: (3, 7), "x": (5, 3)}]), "lora_B is missing"),
-    "a rank that the config denies": (config(r=4), "rank 3, but .* says r 4"),
-    "a config of text": (lambda f: (f / "adapter_config.json").write_text('"x"'), "expected a JSON object"),
-    "a config without an end": (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "can't be read"),
-    "a config of another kind": (config(peft_type="LOHA"), "only LORA"),
-    "alpha of text": (config(lora_alpha="6"), "is no number"),
-    "r of text": (config(r="3"), "rank 3, but|r: .*3"),
-    "target_modules that it doesn't adapt": (config(target_modules=["k"]), "target_modules k"),
-    "token rows that it doesn't have": (config(trainable_token_indices=[1]), "lists trained rows of tokens"),
+    "shapes are a string": (model(param_shapes="x"), "expected a dict"),
+    "shapes are a list": (model(param_shapes=[[A]]), "expected a dict"),
+    "a shape is a string": (model(param_shapes=[{A: "3, 7", B: (5, 3)}]), "expected names with shapes"),
+    "a shape has floats": (model(param_shapes=[{A: (3.0, 7.0), B: (5, 3)}]), "expected names with shapes"),
+    "a shape of -3": (model(param_shapes=[{A: (-3, 7), B: (5, 3)}]), "expected names with shapes"),
+    "a shape of 2^60": (model(param_shapes=[{A: (1 << 60, 7), B: (5, 3)}]), "expected names with shapes"),
+    "a shape of 2^39 x 2^39": (model(param_shapes=[{A: (1 << 39, 1 << 39), B: (5, 3)}]), "duplicate or too large"),
+    "a shape of 2^38": (
+        model(param_shapes=[{A: (1 << 38,), B: (5, 3)}]),
+        "the shards are too short for this parameter",
+    ),
+    "a name is a number": (model(param_shapes=[{1: (3, 7), B: (5, 3)}]), "expected names with shapes"),
+    "a name in two groups": (model(param_shapes=[{A: (3, 7)}, {A: (5, 3)}]), "duplicate"),
+    "no shapes": (model(param_shapes=[]), "lists no trained parameter"),
+    "half of a LoRA pair is missing": (model(param_shapes=[{A: (3, 7), "x": (5, 3)}]), "lora_B is missing"),
+    "a rank that contradicts the config": (config(r=4), "rank 3, but .* says r 4"),
+    "config is a string": (lambda f: (f / "adapter_config.json").write_text('"x"'), "expected a JSON object"),
+    "endless config": (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "can't be read"),
+    "config of another kind of adapter": (config(peft_type="LOHA"), "only LORA"),
+    "alpha is a string": (config(lora_alpha="6"), "lora_alpha: .*, expected a number"),
+    "r is a string": (config(r="3"), "rank 3, but|r: .*3"),
+    "target_modules that the adapter doesn't adapt": (config(target_modules=["k"]), "target_modules k"),
+    "token rows that the adapter doesn't have": (config(trainable_token_indices=[1]), "lists trained token rows"),
     # out of the folder
-    "latest: up": (latest(b"../outside"), "not the name of a folder"),
+    "latest: parent folder": (latest(b"../outside"), "not the name of a folder"),
     "latest: absolute": (latest(b"/etc"), "not the name of a folder"),
     "latest: dots": (latest(b".."), "not the name of a folder"),
-    "latest: nothing": (latest(b""), "not the name of a folder"),
+    "latest: empty": (latest(b""), "not the name of a folder"),
     "latest: two names": (latest(b"global_step4\nx"), "not the name of a folder"),
     "latest: zero bytes": (latest(b"global_step4\0"), "not the name of a folder"),
-    "latest: noise": (latest(bytes(range(128, 256))), "not the name of a folder|holds no shards"),
+    "latest: random bytes": (latest(bytes(range(128, 256))), "not the name of a folder|contains no shards"),
     "latest: long": (latest(b"x" * (1 << 20)), "not the name of a folder"),
-    "latest: gone": (latest(b"global_step5"), "holds no shards"),
-    "a shard that is a link": (linked(f"{STATES}/zero_pp_rank_1_mp_rank_00_optim_states.pt"), "outside of the folder"),
-    "model states that are a link": (linked(f"{STATES}/zero_pp_rank_0_mp_rank_00_model_states.pt"), "outside"),
-    "shards in a linked folder": (linked(STATES), "outside of the folder"),
-    "a config that is a link": (linked("adapter_config.json"), "outside of the folder"),
-    "a tokenizer that is a link": (
+    "latest: missing folder": (latest(b"global_step5"), "contains no shards"),
+    "a shard is a link": (linked(f"{STATES}/zero_pp_rank_1_mp_rank_00_optim_states.pt"), "outside the folder"),
+    "model states are a link": (linked(f"{STATES}/zero_pp_rank_0_mp_rank_00_model_states.pt"), "outside"),
+    "shards in a linked folder": (linked(STATES), "outside the folder"),
+    "config is a link": (linked("adapter_config.json"), "outside the folder"),
+    "tokenizer is a link": (
         lambda f: (f / "tokenizer.json").symlink_to("/etc/hostname"),
-        "outside of the folder",
+        "outside the folder",
     ),
-    "latest that is a link": (linked("latest"), "outside of the folder"),
+    "latest is a link": (linked("latest"), "outside the folder"),
     "a link to itself": (lambda f: (f / "tokenizer.json").symlink_to(f / "tokenizer.json"), "link"),
     "a pipe for a shard": (lambda f: [shard(f, 1).unlink(), os.mkfifo(shard(f, 1))], "regular file"),
-    # seals
+    # manifests
     **{
-        f"a seal of {content[:12]}": (
+        f"manifest is {content[:12]}": (
             lambda f, content=content: (f / "t5tune_manifest.json").write_text(content),  # type: ignore[misc]
             "t5tune_manifest",
         )
@@ -280,44 +292,47 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
             "[" * 99_999,
         )
     },
-    "a seal of a file elsewhere": (
-        lambda f: (f / "t5tune_manifest.json").write_text(sealed({"../x": {"bytes": 1, "sha256": ""}})),
+    "manifest of a file elsewhere": (
+        lambda f: (f / "t5tune_manifest.json").write_text(build_manifest({"../x": {"bytes": 1, "sha256": ""}})),
         "not a file of this folder",
     ),
 }
 
 
-def a_bit_of_a_value_flipped(folder: Path) -> None:
+def flip_a_bit_of_a_value(folder: Path) -> None:
     path = folder / STATES / "zero" / A / "fp32.pt"
     data = bytearray(path.read_bytes())
-    place = bytes(data).find(next(iter(values().values())).flatten()[-2:].numpy().tobytes())
-    assert place > 0
-    data[place] ^= 1
+    offset = bytes(data).find(next(iter(values().values())).flatten()[-2:].numpy().tobytes())
+    assert offset > 0
+    data[offset] ^= 1
     path.write_bytes(data)
 
 
 UNIVERSALS: dict[str, tuple[Spoil, str]] = {
-    "a bit of a value flipped": (a_bit_of_a_value_flipped, r"fp32\.pt: .*differs from what was written"),
-    "a parameter missing": (lambda f: (f / STATES / "zero" / A / "fp32.pt").unlink(), r"fp32\.pt: missing"),
-    "a parameter too short": (
+    "a bit of a value is flipped": (flip_a_bit_of_a_value, r"fp32\.pt: .*differs from what was written"),
+    "a parameter is missing": (lambda f: (f / STATES / "zero" / A / "fp32.pt").unlink(), r"fp32\.pt: missing"),
+    "a parameter is too short": (
         lambda f: torch.save(torch.ones(3), f / STATES / "zero" / A / "fp32.pt"),
-        r"expected a tensor of \[3, 7\]",
+        r"expected a tensor of shape \[3, 7\]",
     ),
-    "a parameter of text": (
+    "a parameter is a string": (
         lambda f: torch.save({"param": "x"}, f / STATES / "zero" / A / "fp32.pt"),
         "expected a tensor",
     ),
-    "a parameter of integers": (
+    "a parameter has integers": (
         lambda f: torch.save(torch.arange(21), f / STATES / "zero" / A / "fp32.pt"),
         "expected a tensor",
     ),
-    "a name that leads up": (model(param_shapes=[{"../../x": (3, 7), B: (5, 3)}]), "no name of a parameter"),
-    "a name that is absolute": (model(param_shapes=[{"/etc/x": (3, 7), B: (5, 3)}]), "no name of a parameter"),
-    "a name with a zero byte": (model(param_shapes=[{"x\0": (3, 7), B: (5, 3)}]), "no name of a parameter"),
-    "a name without an end": (model(param_shapes=[{"x" * 5000: (3, 7), B: (5, 3)}]), "no name of a parameter"),
-    "a parameter that is a link": (linked(f"{STATES}/zero/{A}/fp32.pt"), "outside of the folder"),
-    "a linked folder": (linked(f"{STATES}/zero"), "outside of the folder"),
-    "no shapes": (model(param_shapes=None), "names? no trained parameter"),
+    "a name leads to the parent folder": (
+        model(param_shapes=[{"../../x": (3, 7), B: (5, 3)}]),
+        "not a valid parameter name",
+    ),
+    "a name is absolute": (model(param_shapes=[{"/etc/x": (3, 7), B: (5, 3)}]), "not a valid parameter name"),
+    "a name with a zero byte": (model(param_shapes=[{"x\0": (3, 7), B: (5, 3)}]), "not a valid parameter name"),
+    "an endless name": (model(param_shapes=[{"x" * 5000: (3, 7), B: (5, 3)}]), "not a valid parameter name"),
+    "a parameter is a link": (linked(f"{STATES}/zero/{A}/fp32.pt"), "outside the folder"),
+    "a linked folder": (linked(f"{STATES}/zero"), "outside the folder"),
+    "no shapes": (model(param_shapes=None), "lists no trained parameter"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Models by their name on the hub, which a small server on this machine stands in for."""
+"""Models by their name on the Hugging Face Hub, which a small local server imitates."""
 
 import hashlib
 import json
@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Finished, t5tune
+from tests.support.command_line import CommandResult, t5tune
+
+pytestmark = pytest.mark.slow
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves the folders of `models`; a name of `refusals` is refused with that status and error code."""
+    """Serves the folders in `models`, and refuses a name in `refusals` with its status and error code."""
 
     models: dict[str, Path] = {}
     refusals = {
@@ -70,7 +72,7 @@ def oid(file: Path) -> str:
 
 @pytest.fixture(scope="module")
 def hub(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which names are asked of the server."""
+    """The environment variables that make huggingface_hub use the server."""
     folder = tmp_path_factory.mktemp("hub")
     shutil.copytree(untied_base, folder / "pickled")
     torch.save(load_file(untied_base / "model.safetensors"), folder / "pickled" / "pytorch_model.bin")
@@ -91,19 +93,19 @@ def hub(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     thread.join()
 
 
-def prepare(name: str, env: dict[str, str], output: Path, *flags: str) -> Finished:
+def prepare(name: str, env: dict[str, str], output: Path, *flags: str) -> CommandResult:
     arguments = ("--data-path", "pocket", "--num-data", "4", "--output-dir", output)
     return t5tune("prepare", "--model-name-or-path", name, *arguments, *flags, env=env)
 
 
-def test_a_model_of_the_hub_comes_once_and_is_there_without_a_network(hub: dict[str, str], tmp_path: Path) -> None:
+def test_a_hub_model_is_downloaded_once_and_then_available_offline(hub: dict[str, str], tmp_path: Path) -> None:
     assert prepare("some/t5", hub, tmp_path / "online").code == 0
     done = prepare("some/t5", hub | {"HF_HUB_OFFLINE": "1"}, tmp_path / "offline")
     assert done.code == 0, done.stderr
     assert (tmp_path / "offline" / "tokens.bin").read_bytes() == (tmp_path / "online" / "tokens.bin").read_bytes()
 
 
-def test_pickled_weights_come_where_there_are_no_others(hub: dict[str, str], untied_base: Path) -> None:
+def test_pickled_weights_are_downloaded_if_there_are_no_others(hub: dict[str, str], untied_base: Path) -> None:
     ask = ("--prompt", "Hi", "--max-new-tokens", "3", "--use-cpu")
     local = t5tune("chat", "--model-name-or-path", untied_base, *ask)
     for offline in ("0", "1"):
@@ -112,22 +114,22 @@ def test_pickled_weights_come_where_there_are_no_others(hub: dict[str, str], unt
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "said"),
+    ("name", "flags", "expected"),
     [
-        ("some/nothing", (), ["some/nothing", "no such model on the hub", "hf auth login"]),
+        ("some/nothing", (), ["some/nothing", "no such model on the Hub", "hf auth login"]),
         ("some/private", (), ["some/private", "or a private one", "hf auth login"]),
-        ("some/gated", (), ["some/gated", "asked", "hf auth login"]),
+        ("some/gated", (), ["some/gated", "access to this model is restricted", "hf auth login"]),
         ("some/t5", ("--revision", "no-such"), ["revision: no-such", "some/t5"]),
-        ("some/t5 base", (), ["some/t5 base", "no name of a model"]),
+        ("some/t5 base", (), ["some/t5 base", "not a valid name of a model"]),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_a_line(
-    name: str, flags: tuple[str, ...], said: list[str], hub: dict[str, str], tmp_path: Path
+def test_a_refusal_of_the_hub_is_reported_in_one_line(
+    name: str, flags: tuple[str, ...], expected: list[str], hub: dict[str, str], tmp_path: Path
 ) -> None:
-    assert_one_error(prepare(name, hub, tmp_path / "cache", *flags), said)
+    assert_one_error(prepare(name, hub, tmp_path / "cache", *flags), expected)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_a_line(hub: dict[str, str], tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported_in_one_line(hub: dict[str, str], tmp_path: Path) -> None:
     nowhere = hub | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     assert_one_error(
         prepare("some/other", nowhere, tmp_path / "cache"), ["some/other", "can't be reached", "check the network"]
@@ -137,7 +139,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_a_line(hub: dict[str, str], tmp
 
 
 @pytest.mark.parametrize("command", ["plan", "chat", "merge"])
-def test_without_a_network_there_is_a_line_and_no_noise(command: str, hub: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_network_only_one_line_is_printed(command: str, hub: dict[str, str], tmp_path: Path) -> None:
     flags = {"plan": (), "chat": ("--prompt", "Hi"), "merge": ("--adapter", tmp_path, "--output-dir", tmp_path / "out")}
     nowhere = hub | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = t5tune(command, "--model-name-or-path", "some/other", *flags[command], env=nowhere)
@@ -145,17 +147,17 @@ def test_without_a_network_there_is_a_line_and_no_noise(command: str, hub: dict[
     assert done.stderr.splitlines() == done.errors
 
 
-def test_a_plan_of_a_model_of_the_hub_fetches_no_weights(hub: dict[str, str], tmp_path: Path) -> None:
+def test_planning_with_a_hub_model_downloads_no_weights(hub: dict[str, str], tmp_path: Path) -> None:
     done = t5tune("plan", "--model-name-or-path", "some/t5", "--json", env=hub | {"HF_HOME": str(tmp_path)})
     assert done.code == 0, done.stderr
     assert done.json["total_parameters"] > 0
     assert {path.name for path in tmp_path.rglob("*.*") if path.is_symlink()} == {"config.json"}
 
 
-def assert_one_error(done: Finished, said: list[str]) -> None:
+def assert_one_error(done: CommandResult, expected: list[str]) -> None:
     assert done.code == 2, done.stderr
     (error,) = done.errors
-    for words in said:
-        assert words in error
+    for text in expected:
+        assert text in error
     assert "Traceback" not in done.stderr
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""Reading and writing weights without torch, held against torch and safetensors bit by bit."""
+"""Reading and writing weights without torch, compared bit by bit with torch and safetensors."""
 
 import builtins
 import json
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration
 
-from t5tune.checkpoints.safetensors import Checkpoint, SafetensorsFile, Tensors, write_safetensors
+from t5tune.checkpoints.safetensors import Checkpoint, LazyTensors, SafetensorsFile, write_safetensors
 from t5tune.checkpoints.tensors import Tensor, from_float32
 from t5tune.checkpoints.torch_format.file import read_torch_file
 from t5tune.errors import CheckpointError
@@ -43,7 +43,7 @@ def torch_bytes(value: torch.Tensor) -> bytes:
 
 
 def assert_same(read: Tensor, expected: torch.Tensor) -> None:
-    """The same dtype, shape and bits."""
+    """Compare dtype, shape and bits."""
     assert read.dtype == NAMES[expected.dtype]
     assert read.shape == tuple(expected.shape)
     assert read.tobytes() == torch_bytes(expected)
@@ -51,13 +51,13 @@ def assert_same(read: Tensor, expected: torch.Tensor) -> None:
 
 def assert_holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     checkpoint = Checkpoint(folder)
-    assert sorted(checkpoint.names()) == sorted(expected)
+    assert sorted(checkpoint.list_names()) == sorted(expected)
     for name, value in expected.items():
-        assert_same(checkpoint.tensor(name), value)
+        assert_same(checkpoint.get_tensor(name), value)
 
 
 def raw_safetensors(path: Path, header: Any, data: bytes) -> Path:
-    """A file with this header, right or wrong."""
+    """Write a file with this header, valid or not."""
     encoded = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
     return path
@@ -92,17 +92,17 @@ def test_a_file_that_safetensors_saved_reads_bit_by_bit(tmp_path: Path) -> None:
     assert file.metadata == {"format": "pt"}
     assert set(file.entries) == set(tensors)
     for name, value in tensors.items():
-        assert_same(file.tensor(name), value)
+        assert_same(file.get_tensor(name), value)
 
 
-def test_tensors_at_offsets_that_are_no_multiple_of_their_size_read_right(tmp_path: Path) -> None:
+def test_tensors_at_unaligned_offsets_are_read_correctly(tmp_path: Path) -> None:
     floats = np.array([1.5, -2.25], np.float32)
     header = {"a": entry("I8", [3], 0, 3), "b": entry("F32", [2], 3, 11), "c": entry("I64", [1], 11, 19)}
     data = bytes([1, 2, 255]) + floats.tobytes() + struct.pack("<q", -5)
     file = SafetensorsFile(raw_safetensors(tmp_path / "odd.safetensors", header, data))
-    assert file.tensor("a").array.tolist() == [1, 2, -1]
-    assert file.tensor("b").array.tolist() == [1.5, -2.25]
-    assert file.tensor("c").array.tolist() == [-5]
+    assert file.get_tensor("a").array.tolist() == [1, 2, -1]
+    assert file.get_tensor("b").array.tolist() == [1.5, -2.25]
+    assert file.get_tensor("c").array.tolist() == [-5]
 
 
 @pytest.mark.parametrize(
@@ -112,18 +112,18 @@ def test_tensors_at_offsets_that_are_no_multiple_of_their_size_read_right(tmp_pa
         pytest.param({"w": entry("F32", [2], 0, 8)}, b"\0" * 9, id="trailing byte"),
         pytest.param({"v": entry("F32", [2], 0, 8), "w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="overlap"),
         pytest.param({"v": entry("F32", [2], 0, 8), "w": entry("F32", [2], 0, 8)}, b"\0" * 8, id="same range"),
-        pytest.param({"v": entry("F32", [2], 0, 8), "w": entry("F32", [1], 12, 16)}, b"\0" * 16, id="hole"),
-        pytest.param({"w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="hole at the start"),
+        pytest.param({"v": entry("F32", [2], 0, 8), "w": entry("F32", [1], 12, 16)}, b"\0" * 16, id="gap"),
+        pytest.param({"w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="gap at the beginning"),
         pytest.param({"w": entry("F32", [3], 0, 8)}, b"\0" * 8, id="shape too large"),
         pytest.param({"w": entry("F32", [-2], 0, -8)}, b"", id="negative shape"),
-        pytest.param({"w": entry("F32", [-2, -1], 0, 8)}, b"\0" * 8, id="two negative lengths"),
+        pytest.param({"w": entry("F32", [-2, -1], 0, 8)}, b"\0" * 8, id="two negative dimensions"),
         pytest.param({"w": entry("F99", [2], 0, 8)}, b"\0" * 8, id="unknown dtype"),
         pytest.param({"w": {"dtype": "F32", "shape": [2]}}, b"\0" * 8, id="no offsets"),
-        pytest.param({"w": {**entry("F32", [2], 0, 8), "shape": 2}}, b"\0" * 8, id="shape is no list"),
+        pytest.param({"w": {**entry("F32", [2], 0, 8), "shape": 2}}, b"\0" * 8, id="shape isn't a list"),
         pytest.param({"w": None}, b"", id="entry is null"),
     ],
 )
-def test_a_safetensors_file_with_a_wrong_entry_is_refused_by_its_name(
+def test_a_safetensors_file_with_an_invalid_entry_is_refused_by_its_name(
     tmp_path: Path, header: dict[str, Any], data: bytes
 ) -> None:
     path = raw_safetensors(tmp_path / "bad.safetensors", header, data)
@@ -138,21 +138,21 @@ def test_a_safetensors_file_with_a_wrong_entry_is_refused_by_its_name(
         pytest.param(b"\0\0\0", id="shorter than a length"),
         pytest.param(struct.pack("<Q", 10) + b"{}", id="header longer than the file"),
         pytest.param(struct.pack("<Q", 1 << 63) + b"{}", id="header of 2^63 bytes"),
-        pytest.param(struct.pack("<Q", 4) + b"{nop", id="no JSON"),
-        pytest.param(struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc", id="no UTF-8"),
-        pytest.param(struct.pack("<Q", 2) + b"[]", id="a list for a header"),
-        pytest.param(struct.pack("<Q", 4) + b"null", id="null for a header"),
-        pytest.param(struct.pack("<Q", 200_000) + b"[" * 200_000, id="nested without end"),
+        pytest.param(struct.pack("<Q", 4) + b"{nop", id="not JSON"),
+        pytest.param(struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc", id="not UTF-8"),
+        pytest.param(struct.pack("<Q", 2) + b"[]", id="header is a list"),
+        pytest.param(struct.pack("<Q", 4) + b"null", id="header is null"),
+        pytest.param(struct.pack("<Q", 200_000) + b"[" * 200_000, id="endlessly nested"),
     ],
 )
-def test_a_file_that_is_no_safetensors_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_safetensors_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
         SafetensorsFile(path)
 
 
-def test_every_cut_of_a_safetensors_file_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_safetensors_file_is_refused_at_every_length(tmp_path: Path) -> None:
     save_file({"w": torch.arange(4.0), "v": torch.ones(2)}, tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
     path = tmp_path / "cut.safetensors"
@@ -162,11 +162,11 @@ def test_every_cut_of_a_safetensors_file_is_refused(tmp_path: Path) -> None:
             SafetensorsFile(path)
 
 
-def test_what_is_written_reads_back_with_safetensors_and_is_the_same_twice(tmp_path: Path) -> None:
+def test_a_written_file_is_read_by_safetensors_and_has_the_same_bytes_each_time(tmp_path: Path) -> None:
     tensors = some_tensors()
     save_file(tensors, tmp_path / "source.safetensors")
     source = SafetensorsFile(tmp_path / "source.safetensors")
-    state = {name: source.tensor(name) for name in source.entries}
+    state = {name: source.get_tensor(name) for name in source.entries}
     write_safetensors(tmp_path / "a.safetensors", state, {"format": "pt"})
     write_safetensors(tmp_path / "b.safetensors", dict(reversed(state.items())), {"format": "pt"})
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -186,7 +186,7 @@ def model(untied_base: Path) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration.from_pretrained(untied_base)
 
 
-def test_a_sharded_base_holds_what_the_single_file_holds(
+def test_a_sharded_base_has_the_same_tensors_as_the_single_file(
     tmp_path: Path, model: T5ForConditionalGeneration, untied_base: Path
 ) -> None:
     model.save_pretrained(tmp_path, max_shard_size="50KB")
@@ -194,12 +194,12 @@ def test_a_sharded_base_holds_what_the_single_file_holds(
     assert_holds(tmp_path, load_file(untied_base / "model.safetensors"))
 
 
-def test_a_bin_base_holds_what_torch_load_reads(tmp_path: Path, model: T5ForConditionalGeneration) -> None:
+def test_a_bin_base_has_the_tensors_that_torch_load_reads(tmp_path: Path, model: T5ForConditionalGeneration) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # embed_tokens and shared share a storage
     assert_holds(tmp_path, torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
 
 
-def test_a_sharded_bin_base_holds_what_torch_load_reads(tmp_path: Path) -> None:
+def test_a_sharded_bin_base_has_the_tensors_that_torch_load_reads(tmp_path: Path) -> None:
     parts = [{"a": torch.randn(3)}, {"b": torch.randn(2, 2).bfloat16()}]
     files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
     for file, part in zip(files, parts, strict=True):
@@ -209,7 +209,7 @@ def test_a_sharded_bin_base_holds_what_torch_load_reads(tmp_path: Path) -> None:
     assert_holds(tmp_path, parts[0] | parts[1])
 
 
-def test_views_of_a_shared_storage_read_as_torch_load_reads_them(tmp_path: Path) -> None:
+def test_views_of_a_shared_storage_are_read_as_by_torch_load(tmp_path: Path) -> None:
     whole = torch.randn(6, 8)
     state = {
         "whole": whole,
@@ -220,7 +220,7 @@ def test_views_of_a_shared_storage_read_as_torch_load_reads_them(tmp_path: Path)
         "expanded": torch.ones(1, 3).expand(4, 3),
         "scalar": whole[1, 1],
         "empty": whole[:0],
-        "empty behind the end": whole[6:],
+        "empty at the end": whole[6:],
     }
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert_holds(tmp_path, torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
@@ -250,7 +250,7 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-def test_an_index_that_lists_a_tensor_no_shard_holds_is_refused(tmp_path: Path) -> None:
+def test_an_index_that_lists_a_tensor_that_no_shard_contains_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
     weight_map = {"w": "x.safetensors", "lost": "x.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -263,15 +263,15 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-def test_a_stale_index_beside_a_single_file_is_passed_over_as_transformers_does(tmp_path: Path) -> None:
+def test_a_stale_index_next_to_a_single_file_is_ignored_as_in_transformers(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert Checkpoint(tmp_path).tensor("w").array.tolist() == [1, 1]
+    assert Checkpoint(tmp_path).get_tensor("w").array.tolist() == [1, 1]
 
 
-def test_the_file_tells_whether_the_head_is_tied(
+def test_the_weights_decide_whether_the_head_is_tied(
     tmp_path: Path, tied_base: Path, untied_base: Path, model: T5ForConditionalGeneration
 ) -> None:
     assert Checkpoint(tied_base).is_tied()
@@ -279,7 +279,7 @@ def test_the_file_tells_whether_the_head_is_tied(
     state = model.state_dict()
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert not Checkpoint(tmp_path).is_tied()
-    state["lm_head.weight"] = state["shared.weight"]  # as torch's old files say it
+    state["lm_head.weight"] = state["shared.weight"]  # old torch files store a tied head this way
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert Checkpoint(tmp_path).is_tied()
 
@@ -288,7 +288,7 @@ def test_the_file_tells_whether_the_head_is_tied(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_torchs_for_random_bits(dtype: torch.dtype) -> None:
+def test_rounding_of_random_bits_is_the_same_as_in_torch(dtype: torch.dtype) -> None:
     bits = np.random.default_rng(3).integers(0, 1 << 32, 1 << 20, dtype=np.uint32)
     halfway = bits & 0xFFFF0000 | 0x8000
     edges = np.array([0, 1 << 31, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1, 0xFFFF], np.uint32)
@@ -305,7 +305,7 @@ def test_rounding_is_torchs_for_random_bits(dtype: torch.dtype) -> None:
 
 
 @given(st.integers(0, (1 << 32) - 1))
-def test_one_value_rounds_to_bf16_as_torch_rounds_it(bits: int) -> None:
+def test_a_value_is_rounded_to_bf16_as_in_torch(bits: int) -> None:
     value = np.array([bits], np.uint32).view(np.float32)
     rounded = torch.from_numpy(from_float32(value, "BF16").array).view(torch.bfloat16)
     assert torch.equal(rounded.isnan(), torch.from_numpy(np.isnan(value)))
@@ -313,7 +313,7 @@ def test_one_value_rounds_to_bf16_as_torch_rounds_it(bits: int) -> None:
 
 
 @given(st.integers(0, (1 << 16) - 1))
-def test_bf16_survives_the_way_to_fp32_and_back(bits: int) -> None:
+def test_bf16_survives_conversion_to_fp32_and_back(bits: int) -> None:
     tensor = Tensor("BF16", np.array([bits], np.uint16))
     values = tensor.to_float32()
     assert np.isnan(values).all() or from_float32(values, "BF16").array.tolist() == [bits]
@@ -322,7 +322,7 @@ def test_bf16_survives_the_way_to_fp32_and_back(bits: int) -> None:
 # torch files
 
 
-def test_nested_containers_parameters_and_bf16_read_as_torch_load_reads_them(tmp_path: Path) -> None:
+def test_nested_containers_parameters_and_bf16_are_read_as_by_torch_load(tmp_path: Path) -> None:
     saved = {
         "parameter": torch.nn.Parameter(torch.randn(2, 3)),
         "nested": [{"bf16": torch.randn(5).bfloat16()}, (torch.tensor([True, False]), None, "text", 1.5)],
@@ -354,7 +354,7 @@ def test_nested_containers_parameters_and_bf16_read_as_torch_load_reads_them(tmp
 
 
 class _Calls:
-    """Pickles as a call, which a careless reader makes."""
+    """Pickles as a function call, which an unsafe reader executes."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -383,25 +383,25 @@ def attacks(marker: Path) -> dict[str, _Calls]:
 
 
 @pytest.mark.parametrize("name", list(attacks(Path("unused"))))
-def test_a_pickle_that_asks_for_code_is_refused_and_does_not_run(tmp_path: Path, name: str) -> None:
+def test_a_pickle_that_calls_code_is_refused_and_does_not_run(tmp_path: Path, name: str) -> None:
     marker = tmp_path / "marker"
     path = malicious_file(tmp_path / "pytorch_model.bin", attacks(marker)[name])
     function = name.rpartition(".")[2]
-    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: its pickle asks for \S+\.{function}"):
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: its pickle refers to \S+\.{function}"):
         read_torch_file(path)
     with pytest.raises(CheckpointError, match=function):
         Checkpoint(tmp_path)
     assert not marker.exists()
 
 
-def test_the_attack_runs_where_pickle_is_trusted(tmp_path: Path) -> None:
-    """The marker would tell: without this the test above could pass for another reason."""
+def test_the_attack_runs_if_it_is_unpickled(tmp_path: Path) -> None:
+    """Checks the test above: the attack does create the marker, so its absence means something."""
     marker = tmp_path / "marker"
     pickle.loads(pickle.dumps(attacks(marker)["builtins.eval"]))
     assert marker.exists()
 
 
-def test_a_file_of_torch_before_1_6_is_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_a_file_of_torch_before_1_6_is_refused_with_a_hint(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
@@ -409,7 +409,7 @@ def test_a_file_of_torch_before_1_6_is_refused_with_a_way_out(tmp_path: Path) ->
     assert "safetensors" in (caught.value.hint or "")
 
 
-def test_every_cut_of_a_torch_file_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_torch_file_is_refused_at_every_length(tmp_path: Path) -> None:
     torch.save({"w": torch.arange(4.0)}, tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
     path = tmp_path / "cut.pt"
@@ -444,33 +444,33 @@ def test_a_big_endian_file_is_refused(tmp_path: Path) -> None:
         read_torch_file(path)
 
 
-def test_a_tensor_that_passes_the_end_of_its_storage_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_that_exceeds_its_storage_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.arange(6.0).reshape(2, 3)}, tmp_path / "whole.pt")
 
     def widen(name: str, data: bytes) -> bytes:  # shape (2, 3) -> (2, 9), as BININT1 opcodes
         return data.replace(b"K\x02K\x03\x86", b"K\x02K\x09\x86") if name.endswith("data.pkl") else data
 
     path = rewritten(tmp_path / "whole.pt", tmp_path / "bad.pt", widen)
-    with pytest.raises(CheckpointError, match=r"bad\.pt: .*passes the end"):
+    with pytest.raises(CheckpointError, match=r"bad\.pt: .*exceeds its storage"):
         read_torch_file(path)
 
 
-def test_a_bin_base_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+def test_a_bin_base_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2), "step": 3}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: expected a state dict"):
         Checkpoint(tmp_path)
 
 
-def test_all_tensors_of_a_file_share_a_map_and_values_are_read_beside_it(tmp_path: Path) -> None:
-    """A map holds its file open, and its pages count as memory: an adapter of many large tensors would need both."""
+def test_all_tensors_of_a_file_share_one_map_and_values_are_read_without_it(tmp_path: Path) -> None:
+    """A map keeps its file open and its pages count as memory, which adds up for an adapter of many large tensors."""
     path = tmp_path / "x.safetensors"
     values = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
     write_safetensors(path, {name: Tensor("F32", values) for name in "abc"})
-    tensors = Tensors(SafetensorsFile(path))
-    held = [tensors[name] for name in tensors]
-    assert all(np.array_equal(tensor.to_float32(), values) for tensor in held)
+    tensors = LazyTensors(SafetensorsFile(path))
+    kept = [tensors[name] for name in tensors]
+    assert all(np.array_equal(tensor.to_float32(), values) for tensor in kept)
     maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
     assert len(maps) == 1
     assert int(maps[0].split("Rss:")[1].split()[0]) < 1024  # KiB, of 12,288
-    del held
+    del kept
     assert str(path) not in Path("/proc/self/maps").read_text()

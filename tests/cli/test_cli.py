@@ -1,6 +1,6 @@
-"""The command line as a process: help, exit codes, one line an error, and one object on stdout with --json.
+"""The command line as a process: help, exit codes, one line per error, and one object on stdout with --json.
 
-`python tests/cli/test_cli.py` writes golden/options.txt anew.
+`python tests/cli/test_cli.py` regenerates golden/options.txt.
 """
 
 import io
@@ -22,10 +22,10 @@ from t5tune.progress import Advanced, Measured, Started
 from t5tune.settings import COMMANDS, Settings
 
 if __name__ != "__main__":
-    from tests.conftest import Finished, t5tune
+    from tests.support.command_line import CommandResult, t5tune
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "options.txt"
-PREPARED = [
+PREPARE_RESULT_KEYS = [
     "cache",
     "conversations",
     "rejected",
@@ -42,7 +42,7 @@ PREPARED = [
 
 
 def options_text() -> str:
-    """Every command's flags as the built app has them, with kind and default: one a line."""
+    """The flags of every command in the built app, one per line, with type and default."""
     lines: list[str] = []
     for model in COMMANDS:
         app: Any = typer.main.get_command(build_app(model.command))
@@ -60,8 +60,8 @@ def options_text() -> str:
     return "\n".join(lines)
 
 
-def assert_refused(done: "Finished", *names: str) -> None:
-    """Exit 2, nothing but lines of `error: …` that name what is wrong, nothing on stdout."""
+def assert_refused(done: "CommandResult", *names: str) -> None:
+    """Assert exit code 2, `error: …` lines that contain `names`, no traceback, and nothing on stdout."""
     assert done.code == 2, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -71,13 +71,13 @@ def assert_refused(done: "Finished", *names: str) -> None:
         assert name in said
 
 
-def test_the_options_are_those_of_the_golden_file() -> None:
+def test_the_options_match_the_golden_file() -> None:
     assert options_text() == GOLDEN.read_text(encoding="utf-8"), (
-        "the options changed; if that is meant, renew the file: python tests/cli/test_cli.py"
+        "the options changed; if that is intended, regenerate the file: python tests/cli/test_cli.py"
     )
 
 
-def test_every_setting_has_a_flag_or_is_for_yaml_only() -> None:
+def test_every_setting_has_a_flag_or_is_yaml_only() -> None:
     for model in COMMANDS:
         app: Any = typer.main.get_command(build_app(model.command))
         named = {parameter.name for parameter in app.commands[model.command].params}
@@ -94,12 +94,13 @@ def test_help_lists_the_commands() -> None:
         assert SUMMARIES[model.command] in done.stdout
 
 
-def test_without_arguments_the_help_is_shown_and_no_empty_error() -> None:
+def test_without_arguments_the_help_is_shown_without_an_error() -> None:
     done = t5tune()
     assert "prepare" in done.stdout + done.stderr
     assert done.errors == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
 def test_the_help_of_a_command_lists_its_flags(model: type[Settings]) -> None:
     done = t5tune(model.command, "--help", env={"COLUMNS": "200"})
@@ -127,26 +128,26 @@ def test_the_command_line_is_imported_without_heavy_packages() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_wrong_setting_is_a_line_that_names_it(tmp_path: Path) -> None:
+def test_each_wrong_setting_is_reported_on_its_own_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lora_rr: 8\nlora_dropout: much\n")
     done = t5tune("train", "--config", file, "--lora-alfa", "8", "--save-steps", "soon", env={"T5TUNE_SEEED": "1"})
     assert_refused(done, "--lora-alfa", f"{file}: lora_rr", "T5TUNE_SEEED", "lora_dropout: 'much'", "'soon'")
     assert done.stderr.splitlines() == done.errors
-    assert len(done.errors) == 8  # the five above, and model_name_or_path, data_path and output_dir missing
+    assert len(done.errors) == 8  # the five above, and the missing model_name_or_path, data_path and output_dir
 
 
-def test_an_unknown_command_is_refused_with_the_closest() -> None:
+def test_an_unknown_command_is_refused_with_the_closest_one() -> None:
     assert_refused(t5tune("trian"), "trian", "did you mean train?")
 
 
-def test_an_argument_too_many_is_refused() -> None:
+def test_an_unexpected_argument_is_refused() -> None:
     done = t5tune("train", "stray")
-    assert_refused(done, "stray: stands behind no flag", "model_name_or_path: missing", "t5tune train --help")
+    assert_refused(done, "stray: unexpected argument", "model_name_or_path: missing", "t5tune train --help")
     assert_refused(t5tune("inspect", "one", "two"), "two")
 
 
-def test_what_stands_without_a_flag_is_named_so() -> None:
+def test_errors_name_positional_arguments_without_dashes() -> None:
     assert_refused(t5tune("inspect"), "cache: missing; give t5tune inspect CACHE or set it in a --config file")
     assert_refused(t5tune("templates", "foo"), "action: 'foo' (ACTION): ")
 
@@ -162,18 +163,18 @@ def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_no_base_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_base_is_refused(tmp_path: Path) -> None:
     arguments = ["--model-name-or-path", tmp_path, "--output-dir", tmp_path / "cache", "--data-path", "pocket"]
     assert_refused(t5tune("prepare", *arguments), f"model_name_or_path: {tmp_path}", "config.json")
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     done = t5tune("export", tmp_path, "--output-dir", tmp_path / "out")
     assert_refused(done, f"checkpoint: {tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "out"]
     assert_refused(t5tune("merge", *arguments, "--adapter", tmp_path), f"adapter: {tmp_path}")
     assert list(tmp_path.iterdir()) == []
@@ -186,10 +187,10 @@ def test_with_json_a_wrong_setting_is_an_object_on_stdout() -> None:
     assert set(done.json["error"]) == {"kind", "message", "hint"}
     assert done.json["error"]["kind"] == "SettingsError"
     assert "format: 'zip' (--format)" in done.json["error"]["message"]
-    assert len(done.errors) == 3  # and checkpoint and output_dir, missing
+    assert len(done.errors) == 3  # the format, and the missing checkpoint and output_dir
 
 
-def test_with_json_what_a_command_finds_wrong_is_an_object_on_stdout(tmp_path: Path) -> None:
+def test_with_json_an_error_of_a_command_is_an_object_on_stdout(tmp_path: Path) -> None:
     done = t5tune("export", tmp_path, "--output-dir", tmp_path / "out", "--json")
     assert done.code == 2
     error = done.json["error"]
@@ -199,32 +200,34 @@ def test_with_json_what_a_command_finds_wrong_is_an_object_on_stdout(tmp_path: P
     assert error["hint"]
 
 
-def test_with_json_what_the_parser_finds_wrong_is_an_object_on_stdout() -> None:
+def test_with_json_a_parser_error_is_an_object_on_stdout() -> None:
     done = t5tune("trian", "--json")
     assert done.code == 2
     assert done.json["error"]["kind"] == "SettingsError"
     assert "trian" in done.json["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
 def test_the_launchers_local_rank_is_accepted_on_either_side_of_the_verb(before: bool, flag: str) -> None:
     done = t5tune(*([flag, "train"] if before else ["train", flag]), "--fp16")
-    # all that is wrong is what this command line leaves out, and fp16
+    # the only problems are the missing settings and fp16
     assert done.code == 2
     keys = [line.removeprefix("error: ").split(":")[0] for line in done.errors]
     assert keys == ["model_name_or_path", "data_path", "fp16", "output_dir"]
     assert "local" not in "\n".join(done.errors)
 
 
-def test_prepare_prints_one_object_and_the_next_time_says_that_it_is_up_to_date(
+@pytest.mark.slow
+def test_prepare_prints_one_object_and_on_the_next_run_reports_that_it_is_up_to_date(
     tmp_path: Path, conversations: Path
 ) -> None:
     arguments = ["--model-name-or-path", "pocket", "--data-path", conversations, "--output-dir", tmp_path / "cache"]
     done = t5tune("prepare", *arguments, "--json")
     assert done.code == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
-    assert list(done.json) == PREPARED
+    assert list(done.json) == PREPARE_RESULT_KEYS
     assert done.json["cache"] == str(tmp_path / "cache")
     assert done.json["conversations"] == 24
     assert done.json["up_to_date"] is False
@@ -236,14 +239,14 @@ def test_prepare_prints_one_object_and_the_next_time_says_that_it_is_up_to_date(
     assert isinstance(again.json["seconds"], float)
 
 
-def test_prepare_prints_the_path_that_it_made(tmp_path: Path, conversations: Path) -> None:
+def test_prepare_prints_the_path_of_the_cache(tmp_path: Path, conversations: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--data-path", conversations, "--output-dir", tmp_path / "cache"]
     done = t5tune("prepare", *arguments)
     assert done.code == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'cache'}\n"
 
 
-def test_at_80_columns_the_count_and_the_time_left_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_80_columns_the_count_and_the_remaining_time_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = io.StringIO()
     screen = Screen()
     monkeypatch.setattr(screen, "console", Console(file=drawn, force_terminal=True, color_system=None, width=80))
@@ -256,7 +259,7 @@ def test_at_80_columns_the_count_and_the_time_left_are_whole(monkeypatch: pytest
     assert last.rstrip().endswith(" left -:--:-- loss 0.2849")
 
 
-def test_a_log_says_where_a_long_task_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_has_a_last_line_for_a_long_task(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = io.StringIO()
     screen = Screen()
     monkeypatch.setattr(screen, "console", Console(file=drawn, width=80))

@@ -1,4 +1,4 @@
-"""Chat answers in the layout of training, whatever the model lies in."""
+"""Chat uses the conversation template of training, whether it loads a run, an adapter or a merged checkpoint."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from t5tune.cli.chat import _Talk
+from t5tune.cli.chat import _ChatSession
 from t5tune.commands.chat import Chatter, chat, save_conversation
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
@@ -25,7 +25,7 @@ from t5tune.data.formats import Turn
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Event, Note, silent
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
-from tests.conftest import make_base
+from tests.support.bases import make_base
 
 PROMPT = "Hello, two tea for Mira please."
 
@@ -57,7 +57,7 @@ def settings(base: Path, **changes: Any) -> ChatSettings:
     return ChatSettings(model_name_or_path=str(base), max_new_tokens=12, use_cpu=True, **changes)
 
 
-def test_run_adapter_and_merged_checkpoint_give_one_reply(made: dict[str, Path], untied_base: Path) -> None:
+def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, Path], untied_base: Path) -> None:
     replies = {
         chat(settings(untied_base, adapter=made["run"], prompt=PROMPT)).reply,
         chat(settings(untied_base, adapter=made["adapter"], prompt=PROMPT)).reply,
@@ -67,12 +67,12 @@ def test_run_adapter_and_merged_checkpoint_give_one_reply(made: dict[str, Path],
     assert replies != {chat(settings(untied_base, prompt=PROMPT)).reply}
 
 
-def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path) -> None:
-    """The turns of the first conversation that has two, asked again, have the ids that training saw."""
+def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_base: Path) -> None:
+    """Both messages of the first conversation with two exchanges become the token ids that training saw."""
     from t5tune.data.encoding import encode_prompt
     from t5tune.data.formats import Conversation
-    from t5tune.data.records import Place
-    from t5tune.data.templates import lay_out, question_end
+    from t5tune.data.records import RecordLocation
+    from t5tune.data.templates import render_answer_prefix, render_conversation
 
     cache = open_cache(made["run"] / "data")
     lines = (Path(__file__).parents[2] / "examples/quickstart/train.jsonl").read_text().splitlines()
@@ -85,8 +85,10 @@ def test_the_source_is_that_of_training(made: dict[str, Path], untied_base: Path
     ]
     chatter = Chatter.load(settings(untied_base, adapter=made["run"]))
     for example, end in ((first, 1), (first + 1, 3)):
-        pieces = lay_out(Conversation(Place("", 1, 0, 0), None, tuple(turns[:end])), chatter.template)
-        source = encode_prompt(pieces + question_end(chatter.template, end), chatter.encoder, 2048)
+        pieces = render_conversation(
+            Conversation(RecordLocation("", 1, 0, 0), None, tuple(turns[:end])), chatter.template
+        )
+        source = encode_prompt(pieces + render_answer_prefix(chatter.template, end), chatter.encoder, 2048)
         assert [*source, cache.eos_token_id] == cache[example].source_S.tolist()
 
 
@@ -96,11 +98,12 @@ def test_sampling_follows_the_seed(made: dict[str, Path]) -> None:
     assert first == again != other
 
 
-def test_quantised_base_answers(made: dict[str, Path], untied_base: Path) -> None:
+def test_a_quantized_base_replies(made: dict[str, Path], untied_base: Path) -> None:
     assert chat(settings(untied_base, adapter=made["run"], prompt=PROMPT, q_lora=True)).reply_tokens > 0
 
 
-def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_a_pipe_gets_one_reply_per_line_on_stdout(made: dict[str, Path]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"], "--max-new-tokens", "3"],
         input=f"{PROMPT}\n/reset\n{PROMPT}\n/help\n",
@@ -111,10 +114,11 @@ def test_a_pipe_gets_one_answer_a_line_on_stdout(made: dict[str, Path]) -> None:
     assert done.returncode == 0, done.stderr
     expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
     assert done.stdout == f"{expected}\n" * 2
-    assert "/reset             forget the conversation" in done.stderr
+    assert "/reset             clear the conversation" in done.stderr
 
 
-def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_terminal_has_editing_keys_and_input_history(made: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("readline")
     saved = tmp_path / "said.jsonl"
     typed = f"{PROMPT[1:]}\x01{PROMPT[0]}\n\x1b[A\n/save {saved}\n/quit\n"  # Ctrl-A, arrow up
@@ -129,7 +133,7 @@ def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str
                 shown += os.read(ours, 4096)
             shown = b""
             os.write(ours, line.encode())
-        with contextlib.suppress(OSError):  # the end of a terminal
+        with contextlib.suppress(OSError):  # how a closed terminal reports its end
             while os.read(ours, 4096):
                 pass
         assert chatting.wait(60) == 0
@@ -138,7 +142,7 @@ def test_a_terminal_has_its_editing_keys_and_what_was_said_before(made: dict[str
     assert [entry["value"] for entry in record["conversations"][::2]] == [PROMPT, PROMPT]
 
 
-def test_control_c_clears_a_line_and_other_signals_end_the_talk(
+def test_control_c_clears_the_line_and_other_signals_end_the_chat(
     made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str | KeyboardInterrupt] = [KeyboardInterrupt(), PROMPT, KeyboardInterrupt(signal.SIGTERM)]
@@ -149,21 +153,22 @@ def test_control_c_clears_a_line_and_other_signals_end_the_talk(
         return line
 
     monkeypatch.setattr("builtins.input", typed)
-    talk = _Talk(Chatter.load(settings(made["merged"]), silent), silent, io.StringIO(), interactive=True)
-    assert talk.next_line() == PROMPT
-    assert "/quit or Ctrl-D ends it" in capsys.readouterr().err
+    session = _ChatSession(Chatter.load(settings(made["merged"]), silent), silent, io.StringIO(), interactive=True)
+    assert session.read_line() == PROMPT
+    assert "/quit or Ctrl-D quits" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
-        talk.next_line()
+        session.read_line()
 
 
-def test_bytes_that_are_no_text_are_refused(made: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_input_that_is_not_utf_8_is_refused(made: dict[str, Path]) -> None:
     command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"]]
     done = subprocess.run(command, input=b"Gr\xfc\n", capture_output=True, timeout=120)
     assert done.returncode == 2
-    assert rb"error: the question: holds bytes that are no text: '\udcfc'; write UTF-8" in done.stderr
+    assert rb"error: message: contains bytes that aren't valid UTF-8: '\udcfc'; type UTF-8" in done.stderr
 
 
-def test_an_answer_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
+def test_a_reply_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
     chatter = Chatter.load(settings(made["merged"]))
     pieces: list[str] = []
     answer = chatter.reply([Turn("human", PROMPT)], pieces.append)
@@ -171,10 +176,11 @@ def test_an_answer_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
     assert "".join(pieces) == answer.reply
 
 
-def test_commands_change_what_answers(made: dict[str, Path], untied_base: Path, tmp_path: Path) -> None:
-    """A pipe's commands, line by line, against the function of the library."""
+@pytest.mark.slow
+def test_chat_commands_change_the_replies(made: dict[str, Path], untied_base: Path, tmp_path: Path) -> None:
+    """Commands read from a pipe give the same replies as the library function with those settings."""
     lines = [
-        PROMPT,  # with the adapter, which stands for the model
+        PROMPT,  # with the adapter: --model-name-or-path names the run
         "/undo",
         "//" + PROMPT,  # a message that begins with a slash
         f"/save {tmp_path / 'said.jsonl'}",
@@ -191,7 +197,7 @@ def test_commands_change_what_answers(made: dict[str, Path], untied_base: Path, 
         "/template plain",
         PROMPT,
     ]
-    # the run names its base as it was given, a path
+    # the run stores its base's path as it was given
     command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["run"], "--max-new-tokens", "5"]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -216,7 +222,7 @@ def test_commands_change_what_answers(made: dict[str, Path], untied_base: Path, 
     ]
 
 
-def test_what_was_saved_is_read_by_prepare(tmp_path: Path) -> None:
+def test_prepare_reads_a_saved_conversation(tmp_path: Path) -> None:
     turns = [Turn("human", "Tea?"), Turn("assistant", "Yes,\n{}")]
     save_conversation(tmp_path / "said.jsonl", turns, None)
     save_conversation(tmp_path / "said.jsonl", turns, "Be kind.")
@@ -228,16 +234,19 @@ def test_what_was_saved_is_read_by_prepare(tmp_path: Path) -> None:
     assert (made.conversations, made.rejected, made.examples) == (2, 0, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("/nonsense", "/nonsense: no such command"),
         ("/template nowhere", "conversation_template: nowhere"),
         ("/adapter nowhere", "nowhere"),
-        ("/save nowhere/said.jsonl", "/save: nothing was said yet"),
+        ("/save nowhere/said.jsonl", "/save: the conversation is empty"),
     ],
 )
-def test_a_wrong_command_in_a_pipe_ends_it_with_a_line(made: dict[str, Path], line: str, said: str) -> None:
+def test_a_wrong_command_in_a_pipe_ends_the_chat_with_a_one_line_error(
+    made: dict[str, Path], line: str, said: str
+) -> None:
     command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"]]
     done = subprocess.run(command, input=line + "\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
@@ -248,28 +257,28 @@ def test_a_wrong_command_in_a_pipe_ends_it_with_a_line(made: dict[str, Path], li
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"d_model": 16}, "the base's weight is"), ({"num_layers": 3}, "no LoRA matrices of it"), ({"num_layers": 1}, "")],
+    [({"d_model": 16}, "the base's weight is"), ({"num_layers": 3}, "has no LoRA matrices"), ({"num_layers": 1}, "")],
     ids=["another width", "more layers", "fewer layers"],
 )
 def test_an_adapter_of_another_base_is_refused(
     changes: dict[str, int], said: str, made: dict[str, Path], tmp_path: Path
 ) -> None:
-    """PEFT loads what it finds a place for, and answers with half an adapter."""
+    """PEFT alone would load the tensors that fit, and reply with half an adapter."""
     other = make_base(tmp_path / "base", tied=False, **changes)
-    with pytest.raises(CheckpointError, match=said or "which the base doesn't have") as refused:
+    with pytest.raises(CheckpointError, match=said or "doesn't exist in the base") as refused:
         Chatter.load(settings(other, adapter=made["adapter"]))
     assert str(made["adapter"]) in refused.value.message
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta device"])
-def test_a_device_that_is_not_there_is_refused(made: dict[str, Path], device: str) -> None:
+def test_a_device_that_does_not_exist_is_refused(made: dict[str, Path], device: str) -> None:
     with pytest.raises(SettingsError, match=f"device: {device}"):
         Chatter.load(ChatSettings(model_name_or_path=str(made["merged"]), device=device))
 
 
 @pytest.fixture(scope="module")
-def of_pairs(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run on single pairs with a prefix, its export, and its merged checkpoint."""
+def pair_run(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run on source/target pairs with a source prefix, its export, and its merged checkpoint."""
     folder = tmp_path_factory.mktemp("pairs")
     pairs = [{"source": f"the lamp of {name} is red", "target": f"{name}: red"} for name in ("Ada", "Mira", "Otto")]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 4)))
@@ -282,75 +291,74 @@ def of_pairs(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
-def test_each_message_is_answered_by_itself_where_training_had_single_pairs(
-    kind: str, of_pairs: dict[str, Path]
-) -> None:
+def test_earlier_messages_are_ignored_after_training_on_single_pairs(kind: str, pair_run: dict[str, Path]) -> None:
     notes: list[Event] = []
-    chatter = Chatter.load(settings(of_pairs[kind]), notes.append)
-    assert sum("each message is answered by itself" in note.text for note in notes if isinstance(note, Note)) == 1
+    chatter = Chatter.load(settings(pair_run[kind]), notes.append)
+    assert sum("earlier messages are ignored" in note.text for note in notes if isinstance(note, Note)) == 1
     turns = [Turn("human", "the lamp of Mira is red"), Turn("assistant", "Mira: red"), Turn("human", PROMPT)]
     alone, in_context = chatter.reply(turns[-1:]), chatter.reply(turns)
     assert alone.reply == in_context.reply
     assert alone.source_tokens == in_context.source_tokens
     assert chatter.with_history(True).reply(turns).source_tokens > alone.source_tokens
-    # the prefix of training, unless it is there already or another is asked for
+    # the prefix of training is added, unless the message has it already or the settings name another
     assert chatter.reply([Turn("human", f"shorten: {PROMPT}")]).source_tokens == alone.source_tokens
-    bare = Chatter.load(settings(of_pairs[kind], source_prefix=""))
+    bare = Chatter.load(settings(pair_run[kind], source_prefix=""))
     assert bare.reply(turns[-1:]).source_tokens < alone.source_tokens
 
 
-def test_three_questions_in_one_chat_get_the_answers_of_three_chats(of_pairs: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_without_history_three_messages_in_one_chat_get_the_replies_of_three_chats(pair_run: dict[str, Path]) -> None:
     questions = [f"the lamp of {name} is red" for name in ("Otto", "Ada", "Mira")]
     done = subprocess.run(
-        [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", of_pairs["merged"], "--max-new-tokens", "12"],
+        [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", pair_run["merged"], "--max-new-tokens", "12"],
         input="\n".join(questions) + "\n",
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    alone = [chat(settings(of_pairs["merged"], prompt=question)).reply for question in questions]
+    alone = [chat(settings(pair_run["merged"], prompt=question)).reply for question in questions]
     assert done.stdout.splitlines() == alone
-    assert "each message is answered by itself" in done.stderr
-    assert "as in training, each message begins with 'shorten: '" in done.stderr
+    assert "earlier messages are ignored" in done.stderr
+    assert "each message is prefixed with 'shorten: ', as in training" in done.stderr
 
 
-def test_history_is_kept_after_training_on_conversations_and_switched_by_hand(
-    made: dict[str, Path], of_pairs: dict[str, Path]
+def test_history_is_kept_after_training_on_conversations_and_can_be_switched(
+    made: dict[str, Path], pair_run: dict[str, Path]
 ) -> None:
     assert Chatter.load(settings(made["merged"])).keeps_history
-    talk = _Talk(Chatter.load(settings(of_pairs["run"])), silent, io.StringIO(), interactive=False)
-    assert not talk.chatter.keeps_history
-    talk.obey("history", "on")
-    assert talk.chatter.keeps_history
-    talk.obey("adapter", str(of_pairs["adapter"]))
-    assert talk.chatter.keeps_history
-    talk.obey("history", "off")
-    assert not talk.chatter.keeps_history
+    session = _ChatSession(Chatter.load(settings(pair_run["run"])), silent, io.StringIO(), interactive=False)
+    assert not session.chatter.keeps_history
+    session.run_command("history", "on")
+    assert session.chatter.keeps_history
+    session.run_command("adapter", str(pair_run["adapter"]))
+    assert session.chatter.keeps_history
+    session.run_command("history", "off")
+    assert not session.chatter.keeps_history
     with pytest.raises(SettingsError, match="/history: maybe: expected on or off"):
-        talk.obey("history", "maybe")
+        session.run_command("history", "maybe")
 
 
-def test_a_broken_account_of_the_training_data_is_refused_by_name(of_pairs: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(of_pairs["merged"], tmp_path / "merged")
+def test_a_broken_training_data_json_is_refused_with_the_wrong_key(pair_run: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(pair_run["merged"], tmp_path / "merged")
     path = folder / "training_data.json"
     good = json.loads(path.read_text())
     for change, message in (
         ({"format": 9}, "format 9, this release reads 1"),
-        ({"has_earlier_turns": "yes"}, "has_earlier_turns: found 'yes'"),
-        ({"source_prefix": None}, "source_prefix: found None"),
+        ({"has_earlier_turns": "yes"}, "has_earlier_turns: invalid value 'yes'"),
+        ({"source_prefix": None}, "source_prefix: invalid value None"),
     ):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(CheckpointError, match=message):
             Chatter.load(settings(folder))
 
 
-def test_a_prefix_that_no_record_got_is_told_and_not_asked_with(
+def test_a_prefix_that_no_record_got_is_reported_and_not_used(
     conversations: Path, untied_base: Path, tmp_path: Path
 ) -> None:
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     notes: list[Event] = []
     prepare(PrepareSettings(**values, source_prefix="shorten: "), notes.append)
     texts = [note.text for note in notes if isinstance(note, Note) and note.warning]
-    assert "source_prefix: 'shorten: ' changed nothing: no record is a pair of source and target" in texts
+    assert "source_prefix: 'shorten: ' has no effect: no record is a source/target pair" in texts
     assert json.loads((tmp_path / "cache" / "training_data.json").read_text())["source_prefix"] == ""

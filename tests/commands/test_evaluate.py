@@ -1,5 +1,6 @@
-"""Evaluate: figures against plain transformers, whatever form model and data come in; and training's own evaluation."""
+"""Evaluate: metrics compared with plain transformers, for all forms of model and data; and evaluation in training."""
 
+import functools
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t5tune.commands.evaluate import Evaluated, evaluate
+from t5tune.commands.evaluate import EvaluateResult, evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
@@ -28,37 +29,30 @@ from t5tune.training import evaluation, resumable_trainer
 from t5tune.training.batches import PackedCollator
 from t5tune.training.checkpoint import verify
 from t5tune.training.evaluation import measure_losses
-from t5tune.training.metrics_log import read_journal
-from t5tune.training.validate import check
-from tests.conftest import Finished, t5tune
+from t5tune.training.metrics_log import read_metrics
+from t5tune.training.validate import check_settings
+from tests.support import train_runs
+from tests.support.command_line import CommandResult, t5tune
 
-FIGURES = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
+pytestmark = pytest.mark.slow
+
+METRICS = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
 
 
-def evaluated(model: Path, data: Path, output: Path, **changes: Any) -> Evaluated:
+def run_evaluate(model: Path, data: Path, output: Path, **changes: Any) -> EvaluateResult:
     values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
     return evaluate(EvaluateSettings(**{**values, "max_new_tokens": 12, **changes}))
 
 
-def figures(result: Evaluated) -> dict[str, float]:
-    return {name: getattr(result, name) for name in FIGURES}
+def get_metrics(result: EvaluateResult) -> dict[str, float]:
+    return {name: getattr(result, name) for name in METRICS}
 
 
-def predictions(result: Evaluated) -> list[dict[str, Any]]:
+def read_predictions(result: EvaluateResult) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.predictions.read_text(encoding="utf-8").splitlines()]
 
 
-def training(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
-    values = {
-        "model_name_or_path": str(base),
-        "data_path": str(data),
-        "output_dir": run,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-    }
-    return TrainSettings(**{**values, **changes})
+make_short_settings = functools.partial(train_runs.make_settings, max_steps=4, logging_steps=10, save_steps=500)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +65,17 @@ def cache(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def run(untied_base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate") / "run"
-    train(training(untied_base, cache, folder))
+    train(make_short_settings(untied_base, cache, folder))
     return folder
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_figures_are_those_of_plain_transformers_one_example_at_a_time(
+def test_metrics_equal_those_of_plain_transformers_one_example_at_a_time(
     untied_base: Path, cache: Path, tmp_path: Path, num_beams: int
 ) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    result = evaluated(untied_base, cache, tmp_path / "out", num_beams=num_beams, per_device_eval_batch_size=7)
+    result = run_evaluate(untied_base, cache, tmp_path / "out", num_beams=num_beams, per_device_eval_batch_size=7)
     model = AutoModelForSeq2SeqLM.from_pretrained(untied_base).eval()
     tokenizer = AutoTokenizer.from_pretrained(cache / "tokenizer")
     total = count = 0.0
@@ -93,7 +87,7 @@ def test_figures_are_those_of_plain_transformers_one_example_at_a_time(
             reply = model.generate(input_ids=source, max_new_tokens=12, num_beams=num_beams, do_sample=False)
         count += target.numel()
         texts.append(tokenizer.decode(reply[0], skip_special_tokens=True).removesuffix("\n"))
-    lines = predictions(result)
+    lines = read_predictions(result)
     assert result.examples == len(texts) > 20
     assert result.loss == pytest.approx(total / count, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
@@ -102,46 +96,52 @@ def test_figures_are_those_of_plain_transformers_one_example_at_a_time(
     assert {name: getattr(result, name) for name in wanted} == wanted
 
 
-def test_batches_do_not_change_a_figure(untied_base: Path, cache: Path, tmp_path: Path) -> None:
-    one = evaluated(untied_base, cache, tmp_path / "one", per_device_eval_batch_size=1)
-    many = evaluated(untied_base, cache, tmp_path / "many", per_device_eval_batch_size=64)
-    assert [line["prediction"] for line in predictions(one)] == [line["prediction"] for line in predictions(many)]
-    assert figures(one) == pytest.approx(figures(many), rel=1e-5)
+def test_the_batch_size_does_not_change_the_metrics(untied_base: Path, cache: Path, tmp_path: Path) -> None:
+    one = run_evaluate(untied_base, cache, tmp_path / "one", per_device_eval_batch_size=1)
+    many = run_evaluate(untied_base, cache, tmp_path / "many", per_device_eval_batch_size=64)
+    assert [line["prediction"] for line in read_predictions(one)] == [
+        line["prediction"] for line in read_predictions(many)
+    ]
+    assert get_metrics(one) == pytest.approx(get_metrics(many), rel=1e-5)
 
 
-def test_cache_and_conversations_give_the_same(run: Path, cache: Path, conversations: Path, tmp_path: Path) -> None:
-    a = evaluated(run, cache, tmp_path / "a")
-    b = evaluated(run, conversations, tmp_path / "b")
-    assert figures(a) == figures(b)
-    assert predictions(a) == predictions(b)
+def test_cache_and_conversations_give_the_same_metrics(
+    run: Path, cache: Path, conversations: Path, tmp_path: Path
+) -> None:
+    a = run_evaluate(run, cache, tmp_path / "a")
+    b = run_evaluate(run, conversations, tmp_path / "b")
+    assert get_metrics(a) == get_metrics(b)
+    assert read_predictions(a) == read_predictions(b)
 
 
-def test_adapter_run_and_merged_checkpoint_give_the_same(
+def test_adapter_run_and_merged_checkpoint_give_the_same_metrics(
     run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     merge(MergeSettings(model_name_or_path=str(untied_base), adapter=run, output_dir=tmp_path / "merged"))
-    merged = evaluated(tmp_path / "merged", conversations, tmp_path / "a")
-    adapter = evaluated(untied_base, conversations, tmp_path / "b", adapter=run)
-    alone = evaluated(run, conversations, tmp_path / "c")
-    assert figures(merged) == pytest.approx(figures(adapter), rel=1e-4)
-    assert [line["prediction"] for line in predictions(merged)] == [line["prediction"] for line in predictions(alone)]
-    assert figures(adapter) == figures(alone)
-    assert adapter.loss != evaluated(untied_base, conversations, tmp_path / "d").loss
+    merged = run_evaluate(tmp_path / "merged", conversations, tmp_path / "a")
+    adapter = run_evaluate(untied_base, conversations, tmp_path / "b", adapter=run)
+    alone = run_evaluate(run, conversations, tmp_path / "c")
+    assert get_metrics(merged) == pytest.approx(get_metrics(adapter), rel=1e-4)
+    assert [line["prediction"] for line in read_predictions(merged)] == [
+        line["prediction"] for line in read_predictions(alone)
+    ]
+    assert get_metrics(adapter) == get_metrics(alone)
+    assert adapter.loss != run_evaluate(untied_base, conversations, tmp_path / "d").loss
 
 
-def test_pairs_of_source_and_target(untied_base: Path, tmp_path: Path) -> None:
+def test_pairs_of_source_and_target_are_evaluated(untied_base: Path, tmp_path: Path) -> None:
     pairs = [("translate: Haus", "house"), ("translate: {Baum}", "tree\n  and leaf")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"source": a, "target": b}) for a, b in pairs))
-    result = evaluated(untied_base, tmp_path / "pairs.jsonl", tmp_path / "out", conversation_template="plain")
-    assert [(line["source"], line["target"]) for line in predictions(result)] == pairs
+    result = run_evaluate(untied_base, tmp_path / "pairs.jsonl", tmp_path / "out", conversation_template="plain")
+    assert [(line["source"], line["target"]) for line in read_predictions(result)] == pairs
 
 
-def test_a_run_reads_the_columns_that_it_learned_from(untied_base: Path, tmp_path: Path) -> None:
+def test_a_run_reads_the_columns_that_it_was_trained_on(untied_base: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"dialogue": f"count {n}", "summary": f"{n} lamps"}) for n in range(6)]
     data = tmp_path / "named.jsonl"
     data.write_text("\n".join(lines))
     columns = {"source_column": "dialogue", "target_column": "summary", "source_prefix": "summarize: "}
-    train(training(untied_base, data, tmp_path / "run", max_steps=1, report_samples=0, **columns))
+    train(make_short_settings(untied_base, data, tmp_path / "run", max_steps=1, report_samples=0, **columns))
     merge(MergeSettings(model_name_or_path=str(untied_base), adapter=tmp_path / "run", output_dir=tmp_path / "merged"))
     for name in ("run", "merged"):
         events: list[Event] = []
@@ -149,18 +149,18 @@ def test_a_run_reads_the_columns_that_it_learned_from(untied_base: Path, tmp_pat
         result = evaluate(EvaluateSettings(**values, output_dir=tmp_path / f"of {name}", use_cpu=True), events.append)
         note = "as in training: source_column 'dialogue', target_column 'summary', source_prefix 'summarize: '"
         assert Note(note) in events
-        assert "### Human: summarize: count 0" in predictions(result)[0]["source"]
-    without = evaluated(tmp_path / "run", data, tmp_path / "a", source_prefix="")
-    assert "### Human: count 0" in predictions(without)[0]["source"]
+        assert "### Human: summarize: count 0" in read_predictions(result)[0]["source"]
+    without = run_evaluate(tmp_path / "run", data, tmp_path / "a", source_prefix="")
+    assert "### Human: count 0" in read_predictions(without)[0]["source"]
     with pytest.raises(DataError):
-        evaluated(untied_base, data, tmp_path / "b")
+        run_evaluate(untied_base, data, tmp_path / "b")
     with pytest.raises(DataError):
-        evaluated(tmp_path / "run", data, tmp_path / "c", source_column="question")
+        run_evaluate(tmp_path / "run", data, tmp_path / "c", source_column="question")
 
 
-def test_each_line_holds_its_own_scores_and_loss(run: Path, conversations: Path, tmp_path: Path) -> None:
-    result = evaluated(run, conversations, tmp_path / "out", num_data=10)
-    lines = predictions(result)
+def test_each_line_has_its_own_scores_and_loss(run: Path, conversations: Path, tmp_path: Path) -> None:
+    result = run_evaluate(run, conversations, tmp_path / "out", num_data=10)
+    lines = read_predictions(result)
     assert len(lines) == result.examples == 10
     assert result.rougeL == pytest.approx(sum(line["rougeL"] for line in lines) / 10, abs=1e-3)
     assert {"source", "target", "prediction", "loss", "exact_match", "rouge1", "rouge2", "rougeL", "chrf"} == set(
@@ -168,9 +168,7 @@ def test_each_line_holds_its_own_scores_and_loss(run: Path, conversations: Path,
     )
 
 
-def test_an_adapter_of_the_head_made_by_peft_is_evaluated_with_it(
-    untied_base: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_of_the_head_made_by_peft_is_applied(untied_base: Path, cache: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import T5ForConditionalGeneration
 
@@ -178,7 +176,7 @@ def test_an_adapter_of_the_head_made_by_peft_is_evaluated_with_it(
     model.config.tie_word_embeddings = False
     config = LoraConfig(r=4, target_modules=["q", "lm_head"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    result = evaluated(untied_base, cache, tmp_path / "out", adapter=tmp_path / "adapter", max_new_tokens=1)
+    result = run_evaluate(untied_base, cache, tmp_path / "out", adapter=tmp_path / "adapter", max_new_tokens=1)
     plain = load_for_inference(
         EvaluateSettings(
             model_name_or_path=str(untied_base), adapter=tmp_path / "adapter", data_path="none", use_cpu=True
@@ -191,31 +189,33 @@ def test_an_adapter_of_the_head_made_by_peft_is_evaluated_with_it(
             total += float(plain(input_ids=source, labels=target).loss) * target.numel()
         count += target.numel()
     assert result.loss == pytest.approx(total / count, rel=1e-5)
-    assert result.loss != pytest.approx(evaluated(untied_base, cache, tmp_path / "b", max_new_tokens=1).loss, rel=1e-2)
+    assert result.loss != pytest.approx(
+        run_evaluate(untied_base, cache, tmp_path / "b", max_new_tokens=1).loss, rel=1e-2
+    )
 
 
-def test_other_data_is_read_as_it_says_where_a_format_is_given(untied_base: Path, tmp_path: Path) -> None:
+def test_a_given_data_format_overrides_the_columns_of_training(untied_base: Path, tmp_path: Path) -> None:
     named = tmp_path / "named.jsonl"
     named.write_text("\n".join(json.dumps({"dialogue": f"count {n}", "summary": f"{n} lamps"}) for n in range(6)))
     columns = {"source_column": "dialogue", "target_column": "summary"}
-    train(training(untied_base, named, tmp_path / "run", max_steps=1, report_samples=0, **columns))
+    train(make_short_settings(untied_base, named, tmp_path / "run", max_steps=1, report_samples=0, **columns))
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"source": "count 1", "target": "1 lamp"}))
     with pytest.raises(DataError, match="no example to evaluate on"):
-        evaluated(tmp_path / "run", pairs, tmp_path / "a")
-    assert evaluated(tmp_path / "run", pairs, tmp_path / "b", data_format="auto").examples == 1
+        run_evaluate(tmp_path / "run", pairs, tmp_path / "a")
+    assert run_evaluate(tmp_path / "run", pairs, tmp_path / "b", data_format="auto").examples == 1
 
 
-def test_an_answer_that_cannot_be_written_never_counts_as_right(untied_base: Path, tmp_path: Path) -> None:
-    from t5tune.data.tokenizer import answer_text, load_tokenizer, true_text
+def test_a_target_with_unknown_tokens_never_counts_as_matched(untied_base: Path, tmp_path: Path) -> None:
+    from t5tune.data.tokenizer import decode_prediction, decode_reference, load_tokenizer
 
     tokenizer = load_tokenizer(untied_base)
     ids = tokenizer.encode("a 猫")
     assert tokenizer.unk_token_id in ids
-    assert answer_text(tokenizer, ids, "") != true_text(tokenizer, ids, "")
+    assert decode_prediction(tokenizer, ids, "") != decode_reference(tokenizer, ids, "")
     (tmp_path / "data.jsonl").write_text(json.dumps({"source": "a", "target": "{\n猫"}))
-    without = evaluated(untied_base, tmp_path / "data.jsonl", tmp_path / "out", add_tokens=["none"])
-    assert predictions(without)[0]["target"] == "{\n猫"
+    without = run_evaluate(untied_base, tmp_path / "data.jsonl", tmp_path / "out", add_tokens=["none"])
+    assert read_predictions(without)[0]["target"] == "{\n猫"
 
 
 def test_a_cache_of_another_tokenizer_is_refused(
@@ -229,7 +229,7 @@ def test_a_cache_of_another_tokenizer_is_refused(
     )
     prepare(other)
     with pytest.raises(DataError, match="made with another tokenizer"):
-        evaluated(run, tmp_path / "other", tmp_path / "out")
+        run_evaluate(run, tmp_path / "other", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -241,26 +241,26 @@ def test_a_damaged_model_is_refused(untied_base: Path, cache: Path, tmp_path: Pa
     tensors["lm_head.weight"][:, 0] = float("nan")
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="its loss is nan"):
-        evaluated(tmp_path / "base", cache, tmp_path / "out")
+        run_evaluate(tmp_path / "base", cache, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_refused_records_are_told_of(untied_base: Path, tmp_path: Path) -> None:
+def test_rejected_records_are_reported(untied_base: Path, tmp_path: Path) -> None:
     good = {"source": "a", "target": "b"}
     (tmp_path / "data.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({"conversations": 3}) + "\n")
     notes: list[Event] = []
     values = {"model_name_or_path": str(untied_base), "data_path": str(tmp_path / "data.jsonl"), "use_cpu": True}
     result = evaluate(EvaluateSettings(**values, output_dir=tmp_path / "out"), notes.append)
     assert result.examples == 1
-    told = [event.text for event in notes if isinstance(event, Note) and event.warning]
-    assert len(told) == 1
-    assert "data.jsonl:2" in told[0]
+    warnings = [event.text for event in notes if isinstance(event, Note) and event.warning]
+    assert len(warnings) == 1
+    assert "data.jsonl:2" in warnings[0]
     (tmp_path / "data.jsonl").write_text(json.dumps({"conversations": 3}))
     with pytest.raises(DataError, match="no example to evaluate on"):
-        evaluated(untied_base, tmp_path / "data.jsonl", tmp_path / "none")
+        run_evaluate(untied_base, tmp_path / "data.jsonl", tmp_path / "none")
 
 
-def test_the_command_prints_one_object_and_numbers_its_folders(
+def test_the_command_prints_one_json_object_and_numbers_its_folders(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     arguments = ("evaluate", "--model-name-or-path", untied_base, "--data-path", conversations, "--num-data", "2")
@@ -268,7 +268,7 @@ def test_the_command_prints_one_object_and_numbers_its_folders(
     first = t5tune(*arguments, "--json", cwd=tmp_path)
     second = t5tune(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
-    assert set(first.json) == {*FIGURES, "predictions", "seconds"}
+    assert set(first.json) == {*METRICS, "predictions", "seconds"}
     assert first.json["predictions"] == "evaluation/predictions.jsonl"
     assert second.stdout.strip() == "evaluation.1/predictions.jsonl"
     assert "exact match" in second.stderr
@@ -280,15 +280,15 @@ def test_the_command_prints_one_object_and_numbers_its_folders(
 # ---------------------------------------------------------------- evaluation during training
 
 
-def test_trainings_last_figures_are_those_of_evaluate(
+def test_the_last_metrics_of_training_equal_those_of_evaluate(
     untied_base: Path, conversations: Path, cache: Path, tmp_path: Path
 ) -> None:
     lines = conversations.read_text().splitlines()[:5]
     (tmp_path / "held_out.jsonl").write_text("\n".join(lines))
     changes = {"eval_data_path": str(tmp_path / "held_out.jsonl"), "eval_generate": 100}
-    trained = train(training(untied_base, cache, tmp_path / "run", **changes))
-    result = evaluated(tmp_path / "run", tmp_path / "held_out.jsonl", tmp_path / "out", max_new_tokens=None)
-    for name in FIGURES[1:]:
+    trained = train(make_short_settings(untied_base, cache, tmp_path / "run", **changes))
+    result = run_evaluate(tmp_path / "run", tmp_path / "held_out.jsonl", tmp_path / "out", max_new_tokens=None)
+    for name in METRICS[1:]:
         assert trained.eval[name] == pytest.approx(getattr(result, name), rel=1e-4), name
 
 
@@ -299,7 +299,7 @@ def write_answers(path: Path, *answers: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["conversations", "cache"])
-def test_held_out_conversations_get_the_tokens_of_those_that_are_learned(
+def test_held_out_conversations_use_the_added_tokens_of_the_training_data(
     kind: str, untied_base: Path, tmp_path: Path
 ) -> None:
     data = write_answers(tmp_path / "data.jsonl", "日本 日", "火 日")
@@ -307,32 +307,33 @@ def test_held_out_conversations_get_the_tokens_of_those_that_are_learned(
     if kind == "cache":
         values = {"model_name_or_path": str(untied_base), "conversation_template": "plain"}
         data = prepare(PrepareSettings(**values, data_path=str(data), output_dir=tmp_path / "cache")).cache
-    chosen = training(untied_base, data, tmp_path / "run", eval_data_path=str(held_out), eval_steps=4)
+    chosen = make_short_settings(untied_base, data, tmp_path / "run", eval_data_path=str(held_out), eval_steps=4)
     loss = train(chosen).eval["loss"]
     added = open_cache(tmp_path / "run" / "eval-data").added_tokens
     assert "日" in added
     assert "月" not in added
-    assert loss == pytest.approx(evaluated(tmp_path / "run", held_out, tmp_path / "scores").loss, abs=1e-6)
+    assert loss == pytest.approx(run_evaluate(tmp_path / "run", held_out, tmp_path / "scores").loss, abs=1e-6)
 
 
-def test_held_out_examples_of_another_tokenizer_are_refused(untied_base: Path, tmp_path: Path) -> None:
+def test_held_out_examples_with_another_tokenizer_are_refused(untied_base: Path, tmp_path: Path) -> None:
     caches = []
     for name, answer in (("data", "日本"), ("held-out", "月")):
         data = write_answers(tmp_path / f"{name}.jsonl", answer)
         values = {"model_name_or_path": str(untied_base), "data_path": str(data), "output_dir": tmp_path / name}
         caches.append(prepare(PrepareSettings(**values)).cache)
-    chosen = training(untied_base, caches[0], tmp_path / "run", eval_data_path=str(caches[1]))
+    chosen = make_short_settings(untied_base, caches[0], tmp_path / "run", eval_data_path=str(caches[1]))
     with pytest.raises(
         DataError,
-        match="eval_data_path: .*/held-out: its tokenizer isn't that of .*/data: one lacks, or has elsewhere",
+        match="eval_data_path: .*/held-out: its tokenizer isn't that of .*/data: '日' is only in .*/data",
     ):
         train(chosen)
 
 
-def test_two_ranks_of_zero3_evaluate_as_one_process_does(
-    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+@pytest.mark.distributed
+def test_two_ranks_of_zero3_evaluate_like_one_process(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
-    """With a learning rate of 0 the weights are the base's, so that all figures must be the same."""
+    """With a learning rate of 0 the weights are those of the base, so all metrics must be the same."""
     common = (
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", conversations,
         "--learning-rate", "0", "--max-steps", "1", "--eval-generate", "7", "--per-device-eval-batch-size", "2",
@@ -341,50 +342,54 @@ def test_two_ranks_of_zero3_evaluate_as_one_process_does(
     alone = on_ranks(1, *common, "--output-dir", tmp_path / "alone")
     ranks = on_ranks(2, *common, "--output-dir", tmp_path / "ranks", "--deepspeed", "zero3")
     assert alone.code == ranks.code == 0, ranks.stderr
-    for name in FIGURES[1:]:
+    for name in METRICS[1:]:
         assert ranks.json["eval"][name] == pytest.approx(alone.json["eval"][name], rel=1e-4), name
 
 
 @pytest.mark.parametrize("more", [{}, {"q_lora": True}, {"q_lora": True, "bf16": False}])
-def test_evaluation_in_between_changes_no_bit(
+def test_evaluation_during_training_does_not_change_the_adapter(
     untied_base: Path, conversations: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     common = {"eval_fraction": 0.2, "group_by_length": True, "dataloader_num_workers": 0, **more}
-    train(training(untied_base, conversations, tmp_path / "often", eval_steps=1, eval_generate=2, **common))
-    train(training(untied_base, conversations, tmp_path / "never", eval_strategy="no", **common))
+    train(make_short_settings(untied_base, conversations, tmp_path / "often", eval_steps=1, eval_generate=2, **common))
+    train(make_short_settings(untied_base, conversations, tmp_path / "never", eval_strategy="no", **common))
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("often", "never"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(value.any() for name, value in a.items() if "lora_B" in name)
 
 
-def test_the_best_checkpoint_is_kept_and_ends_at_the_top(
+def test_the_best_checkpoint_is_kept_and_its_adapter_is_the_result(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     """With a learning rate of 0 no evaluation is better than the first."""
     changes = {"learning_rate": 0, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "eval_fraction": 0.2}
     notes: list[Event] = []
     best = {"metric_for_best_model": "eval_loss", "max_steps": 5}
-    result = train(training(untied_base, conversations, tmp_path / "run", **changes, **best), notes.append)
+    result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes, **best), notes.append)
     kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert kept == ["checkpoint-1", "checkpoint-5"]
     assert result.steps == 5
-    assert any("of step 1: loss" in event.text for event in notes if isinstance(event, Note))
+    assert any("from the best step, 1: loss" in event.text for event in notes if isinstance(event, Note))
     a, b = (tmp_path / "run" / name / "adapter_model.safetensors" for name in ("checkpoint-1", ""))
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_patience_ends_a_run_that_no_longer_gets_better(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_early_stopping_ends_a_run_that_no_longer_improves(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
     changes = {"learning_rate": 0, "eval_steps": 2, "max_steps": 20, "eval_fraction": 0.2}
-    result = train(training(untied_base, conversations, tmp_path / "run", early_stopping_patience=2, **changes))
+    result = train(
+        make_short_settings(untied_base, conversations, tmp_path / "run", early_stopping_patience=2, **changes)
+    )
     assert result.steps == 6  # evaluated at 2 (the best), 4 and 6
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
-    lines = [line for line in read_journal(tmp_path / "run") if "loss" in line]
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 6]  # logging_steps is 10
     assert result.train_loss == pytest.approx((lines[0]["loss"] + 5 * lines[1]["loss"]) / 6, rel=1e-6)
 
 
-def losses_that_fail_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the second evaluation of this process run out of memory; returns the number of each one's examples."""
+def make_second_evaluation_fail(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make the second evaluation in this process run out of memory. Return the list of each one's example counts."""
     from t5tune.training import trainer
 
     calls: list[int] = []
@@ -400,46 +405,48 @@ def losses_that_fail_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_a_checkpoint_is_saved_before_its_evaluation_which_resuming_makes_up_for(
+def test_a_checkpoint_is_saved_before_its_evaluation_which_a_resumed_run_catches_up_on(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "max_steps": 6, "eval_fraction": 0.2}
-    train(training(untied_base, conversations, tmp_path / "straight", **changes))
-    calls = losses_that_fail_once(monkeypatch)
+    train(make_short_settings(untied_base, conversations, tmp_path / "uninterrupted", **changes))
+    calls = make_second_evaluation_fail(monkeypatch)
     run = tmp_path / "run"
     with pytest.raises(OutOfMemory):
-        train(training(untied_base, conversations, run, **changes))
+        train(make_short_settings(untied_base, conversations, run, **changes))
     assert verify(run / "checkpoint-4") is None
-    assert (run / "checkpoint-2").is_dir()  # rotated only when the evaluation has told which is better
-    result = train(training(untied_base, conversations, run, **changes))
+    assert (
+        run / "checkpoint-2"
+    ).is_dir()  # rotation waits for the evaluation, which decides which checkpoint is better
+    result = train(make_short_settings(untied_base, conversations, run, **changes))
     assert result.resumed_from == run / "checkpoint-4"
-    assert len(calls) == 4  # at 2, at 4 in vain, at 4, at 6
+    assert len(calls) == 4  # at 2, at 4 (fails), at 4 again, at 6
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
     evaluations = {
-        name: [(line["step"], line["eval_loss"]) for line in read_journal(tmp_path / name) if "eval_loss" in line]
-        for name in ("straight", "run")
+        name: [(line["step"], line["eval_loss"]) for line in read_metrics(tmp_path / name) if "eval_loss" in line]
+        for name in ("uninterrupted", "run")
     }
     assert [step for step, _ in evaluations["run"]] == [2, 4, 6]
-    assert evaluations["run"] == evaluations["straight"]
-    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("straight", "run")]
+    assert evaluations["run"] == evaluations["uninterrupted"]
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("uninterrupted", "run")]
     assert adapters[0] == adapters[1]
 
 
-def test_the_last_evaluation_is_made_up_for_where_no_step_is_left(
+def test_a_resumed_run_catches_up_on_the_last_evaluation_even_if_no_step_is_left(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"max_steps": None, "num_train_epochs": 2, "eval_fraction": 0.2, "per_device_train_batch_size": 8}
     run = tmp_path / "run"
-    straight = train(training(untied_base, conversations, tmp_path / "straight", **changes))
-    calls = losses_that_fail_once(monkeypatch)
+    uninterrupted = train(make_short_settings(untied_base, conversations, tmp_path / "uninterrupted", **changes))
+    calls = make_second_evaluation_fail(monkeypatch)
     with pytest.raises(OutOfMemory):
-        train(training(untied_base, conversations, run, **changes))
-    result = train(training(untied_base, conversations, run, **changes))
-    assert result.resumed_from == run / f"checkpoint-{straight.steps}"
+        train(make_short_settings(untied_base, conversations, run, **changes))
+    result = train(make_short_settings(untied_base, conversations, run, **changes))
+    assert result.resumed_from == run / f"checkpoint-{uninterrupted.steps}"
     assert len(calls) == 3
-    assert result.eval["loss"] == straight.eval["loss"]
-    assert result.tokens == straight.tokens
-    assert result.train_loss == pytest.approx(straight.train_loss, rel=1e-6)
+    assert result.eval["loss"] == uninterrupted.eval["loss"]
+    assert result.tokens == uninterrupted.tokens
+    assert result.train_loss == pytest.approx(uninterrupted.train_loss, rel=1e-6)
 
 
 def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again(
@@ -452,21 +459,21 @@ def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again
     publish = resumable_trainer.publish
     monkeypatch.setattr(resumable_trainer, "publish", lambda *given: published.append(given[2]) or publish(*given))
     run = tmp_path / "run"
-    straight = train(training(untied_base, conversations, run, **changes))
+    uninterrupted = train(make_short_settings(untied_base, conversations, run, **changes))
     assert published == [2, 4, 6]
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoint-6")
-    calls = losses_that_fail_once(monkeypatch)
-    again = train(training(untied_base, conversations, run, **changes))
+    calls = make_second_evaluation_fail(monkeypatch)
+    again = train(make_short_settings(untied_base, conversations, run, **changes))
     assert again.resumed_from == run / "checkpoint-4"
     assert len(calls) == 1
-    assert again.eval["loss"] == straight.eval["loss"]
+    assert again.eval["loss"] == uninterrupted.eval["loss"]
     state = json.loads((run / "trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"] if "eval_loss" in line] == [2, 4, 6]
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of all tensors that are made meanwhile."""
+    """Records the shapes of all tensors that are created in the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -480,7 +487,7 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
-def test_losses_never_hold_the_logits_of_a_batch_nor_another_embedding(
+def test_losses_need_neither_all_logits_of_a_batch_nor_a_copy_of_the_embedding(
     with_adapter: bool, run: Path, untied_base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = run if with_adapter else None
@@ -490,7 +497,7 @@ def test_losses_never_hold_the_logits_of_a_batch_nor_another_embedding(
     use_packing(loaded.model)
     examples = open_cache(cache)
     vocabulary, width = loaded.model.get_input_embeddings().weight.shape
-    monkeypatch.setattr("t5tune.model.loss.LOGITS_AT_ONCE", 64 * vocabulary)
+    monkeypatch.setattr("t5tune.model.loss.LOGITS_PER_CHUNK", 64 * vocabulary)
     collator = PackedCollator(loaded.model.config.decoder_start_token_id)
     with Shapes() as shapes:
         measure_losses(loaded.model, HeadLoss(loaded.model, 0.0), examples, collator, 16)
@@ -500,22 +507,22 @@ def test_losses_never_hold_the_logits_of_a_batch_nor_another_embedding(
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_generation_keeps_its_key_value_cache_within_its_budget(
+def test_generation_keeps_its_key_value_cache_within_the_budget(
     num_beams: int, untied_base: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wide = evaluated(untied_base, cache, tmp_path / "wide", num_beams=num_beams)
+    wide = run_evaluate(untied_base, cache, tmp_path / "wide", num_beams=num_beams)
     generate, budget = evaluation.generate, 4000
     batches: list[tuple[int, int]] = []
 
-    def watched(model: Any, sources: list[list[int]], *arguments: Any, **options: Any) -> list[list[int]]:
+    def generate_and_record(model: Any, sources: list[list[int]], *arguments: Any, **options: Any) -> list[list[int]]:
         batches.append((len(sources), max(map(len, sources))))
         return generate(model, sources, *arguments, **options)
 
-    monkeypatch.setattr(evaluation, "generate", watched)
-    monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", budget)
-    narrow = evaluated(untied_base, cache, tmp_path / "narrow", num_beams=num_beams)
+    monkeypatch.setattr(evaluation, "generate", generate_and_record)
+    monkeypatch.setattr(evaluation, "MAX_TOKENS_PER_BATCH", budget)
+    narrow = run_evaluate(untied_base, cache, tmp_path / "narrow", num_beams=num_beams)
     assert 1 < max(count for count, _ in batches) < 32
-    # two decoder layers of four heads of eight, in fp32; the encoder's bias with and without its mask; logits
+    # two decoder layers with four heads of width 8, in fp32; the encoder's bias with and without its mask; logits
     key_value = 2 * 2 * 32 * 4
 
     def needed(source: int) -> int:
@@ -523,12 +530,15 @@ def test_generation_keeps_its_key_value_cache_within_its_budget(
 
     assert all(count == 1 or count * needed(source) <= budget * key_value for count, source in batches)
     assert any((count + 1) * needed(source) > budget * key_value for count, source in batches)
-    assert [line["prediction"] for line in predictions(narrow)] == [line["prediction"] for line in predictions(wide)]
-    assert figures(narrow) == pytest.approx(figures(wide), rel=1e-5)
+    assert [line["prediction"] for line in read_predictions(narrow)] == [
+        line["prediction"] for line in read_predictions(wide)
+    ]
+    assert get_metrics(narrow) == pytest.approx(get_metrics(wide), rel=1e-5)
 
 
-def test_all_ranks_go_on_with_half_a_batch_where_one_runs_out_of_memory(
-    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+@pytest.mark.distributed
+def test_all_ranks_continue_with_half_a_batch_if_one_runs_out_of_memory(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     common = (
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", conversations,
@@ -537,14 +547,16 @@ def test_all_ranks_go_on_with_half_a_batch_where_one_runs_out_of_memory(
     )  # fmt: skip
     roomy = on_ranks(2, *common, "--output-dir", tmp_path / "roomy")
     narrow = on_ranks(
-        2, *common, "--output-dir", tmp_path / "narrow", calls=["tests.support.low_memory:room_for(2, 1)"]
+        2, *common, "--output-dir", tmp_path / "narrow", calls=["tests.support.low_memory:limit_memory(2, 1)"]
     )
     assert roomy.code == narrow.code == 0, narrow.stderr
-    for what in ("losses", "replies"):
+    for what in ("losses", "predictions"):
         assert f"evaluate: {what}: out of memory with 4 examples at a time; continuing with 2" in narrow.stderr
-    for name in FIGURES[1:]:
+    for name in METRICS[1:]:
         assert narrow.json["eval"][name] == pytest.approx(roomy.json["eval"][name], rel=1e-5), name
-    none = on_ranks(2, *common, "--output-dir", tmp_path / "none", calls=["tests.support.low_memory:room_for(0, 1)"])
+    none = on_ranks(
+        2, *common, "--output-dir", tmp_path / "none", calls=["tests.support.low_memory:limit_memory(0, 1)"]
+    )
     assert none.code == 1
     assert "out of memory: evaluate: losses of one example, of up to" in none.errors[0]
     assert verify(tmp_path / "none" / "checkpoint-1") is None
@@ -552,7 +564,7 @@ def test_all_ranks_go_on_with_half_a_batch_where_one_runs_out_of_memory(
 
 def test_the_last_step_is_evaluated_once(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     changes = {"max_steps": None, "num_train_epochs": 1, "eval_fraction": 0.2, "per_device_train_batch_size": 8}
-    result = train(training(untied_base, conversations, tmp_path / "run", **changes))
+    result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line] == [result.steps]
 
@@ -560,17 +572,17 @@ def test_the_last_step_is_evaluated_once(untied_base: Path, conversations: Path,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_generate": 4}, "eval_generate: 4 has nothing to evaluate on"),
-        ({"early_stopping_patience": 2}, "early_stopping_patience: 2 has nothing"),
-        ({"eval_fraction": 0.1, "metric_for_best_model": "rougeL"}, "say with eval_generate"),
+        ({"eval_generate": 4}, "eval_generate: 4: there are no held-out examples to evaluate on"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience: 2: there are no held-out examples"),
+        ({"eval_fraction": 0.1, "metric_for_best_model": "rougeL"}, "set eval_generate"),
         ({"eval_fraction": 0.1, "eval_strategy": "no", "eval_steps": 3}, "eval_steps: 3, but eval_strategy is no"),
         ({"eval_fraction": 0.1, "eval_strategy": "epoch", "eval_steps": 3}, "eval_strategy is epoch"),
         ({"eval_fraction": 0.1, "metric_for_best_model": "accuracy"}, "metric_for_best_model"),
     ],
 )
-def test_what_evaluation_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_impossible_settings_of_evaluation_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     from t5tune.settings import load_settings
 
     needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
     with pytest.raises(SettingsError, match=message):
-        check(load_settings(TrainSettings, flags={**needed, **changes})[0])
+        check_settings(load_settings(TrainSettings, flags={**needed, **changes})[0])

@@ -1,4 +1,4 @@
-"""Adapters gathered from checkpoints of real processes, held against DeepSpeed's own gathering."""
+"""Adapters exported from checkpoints of real training processes, compared with DeepSpeed's own gathering."""
 
 import builtins
 import functools
@@ -20,11 +20,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
-from t5tune.commands.export import Exported, export
+from t5tune.commands.export import ExportResult, export
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Note
 from t5tune.settings import ExportSettings
-from tests.conftest import Finished, t5tune
+from tests.support.command_line import CommandResult, t5tune
+from tests.support.exports import assert_same, list_files, read_adapter_tensors
 
 STEPS = 3
 COMMON = [
@@ -67,9 +68,9 @@ def run_of(
     conversations: Path,
     tied_base: Path,
     untied_base: Path,
-    on_ranks: Callable[..., Finished],
+    on_ranks: Callable[..., CommandResult],
 ) -> Callable[[str], Path]:
-    """Train each kind once, when a test first asks for it."""
+    """Train each kind of run once, when a test first needs it."""
     root = tmp_path_factory.mktemp("runs")
 
     @functools.cache
@@ -100,8 +101,8 @@ def plain(run_of: Callable[[str], Path]) -> Path:
     return run_of("plain")
 
 
-def unsealed(checkpoint: Path, folder: Path) -> Path:
-    """A copy that DeepSpeed alone might have written: no seal, no adapter weights, and the adapter's config."""
+def copy_without_manifest(checkpoint: Path, folder: Path) -> Path:
+    """Copy what DeepSpeed alone might have written, and the adapter's config: no manifest and no adapter weights."""
     shutil.copytree(checkpoint, folder)
     (folder / "t5tune_manifest.json").unlink()
     for path in folder.glob("*.safetensors"):
@@ -109,47 +110,35 @@ def unsealed(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def run_export(checkpoint: Path, output: Path, notes: list[Note] | None = None, **changes: Any) -> Exported:
+def run_export(checkpoint: Path, output: Path, notes: list[Note] | None = None, **changes: Any) -> ExportResult:
     settings = ExportSettings(checkpoint=checkpoint, output_dir=output, **changes)
     kept = [] if notes is None else notes
     return export(settings, lambda event: kept.append(event) if isinstance(event, Note) else None)
-
-
-def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert sorted(state) == sorted(expected)
-    for name, value in expected.items():
-        assert state[name].dtype == value.dtype, name
-        assert torch.equal(state[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name
-
-
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def left_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def optimizer_shard(folder: Path, rank: int) -> Path:
     return next(folder.glob(f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
 
 
-# the right weights
+# correct weights
 
 
-def test_shards_give_the_fp32_weights_that_training_gathered_alive(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_shards_give_the_fp32_weights_that_training_gathered(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
     kind, checkpoint = sharded
-    live = adapter_of(checkpoint)
-    run_export(unsealed(checkpoint, tmp_path / "bare"), tmp_path / "bare-adapter")
+    live = read_adapter_tensors(checkpoint)
+    run_export(copy_without_manifest(checkpoint, tmp_path / "bare"), tmp_path / "bare-adapter")
     result = run_export(checkpoint, tmp_path / "adapter")
     assert all(value.dtype == torch.float32 for value in live.values())
-    assert_same(adapter_of(tmp_path / "bare-adapter"), live)
-    assert_same(adapter_of(tmp_path / "adapter"), live)
+    assert_same(read_adapter_tensors(tmp_path / "bare-adapter"), live)
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), live)
     assert (result.zero_stage, result.world_size, result.step) == (kind.stage, kind.ranks, STEPS)
     assert result.lora_tensors == sum(".lora_" in name for name in live)
     assert result.non_lora_tensors == len(live) - result.lora_tensors > 0
 
 
+@pytest.mark.distributed
 def test_shards_give_the_weights_that_deepspeed_gathers_from_them(
     sharded: tuple[Kind, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,11 +146,11 @@ def test_shards_give_the_weights_that_deepspeed_gathers_from_them(
 
     kind, checkpoint = sharded
     run_export(checkpoint, tmp_path / "adapter")
-    exported = adapter_of(tmp_path / "adapter")
+    exported = read_adapter_tensors(tmp_path / "adapter")
     gathered = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
     theirs = {name.replace(".default", ""): value.clone() for name, value in gathered.items()}
     rows = {name: value for name, value in theirs.items() if name.endswith(f"embed_tokens.{ROWS}")}
-    if kind.tied:  # DeepSpeed repeats the embedding's rows under each name that shares them
+    if kind.tied:  # DeepSpeed repeats the embedding's rows under each of their shared names
         rows[f"lm_head.{ROWS}"] = theirs.pop(f"base_model.model.lm_head.{ROWS}")
         assert all(torch.equal(value, exported[f"base_model.model.shared.{ROWS}"]) for value in rows.values())
         theirs = {name: value for name, value in theirs.items() if name not in rows}
@@ -170,14 +159,16 @@ def test_shards_give_the_weights_that_deepspeed_gathers_from_them(
     assert_same(exported, theirs)
 
 
-def test_the_trained_weights_are_not_what_training_began_with(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
-    """The two tests above would pass on zeros."""
+@pytest.mark.distributed
+def test_the_trained_weights_differ_from_their_initialization(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
+    """Checks the two tests above, which would pass on zeros."""
     _, checkpoint = sharded
-    state = adapter_of(checkpoint)
+    state = read_adapter_tensors(checkpoint)
     assert all(value.abs().max() > 1e-3 for name, value in state.items() if "lora_B" in name)
     assert all(value.isfinite().all() for value in state.values())
 
 
+@pytest.mark.distributed
 def test_stock_peft_loads_the_export(
     sharded: tuple[Kind, Path], tied_base: Path, untied_base: Path, tmp_path: Path
 ) -> None:
@@ -186,19 +177,21 @@ def test_stock_peft_loads_the_export(
     base = AutoModelForSeq2SeqLM.from_pretrained(tied_base if kind.tied else untied_base, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, tmp_path / "adapter")
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
-    exported = adapter_of(tmp_path / "adapter")
+    exported = read_adapter_tensors(tmp_path / "adapter")
     for name, value in exported.items():
         assert torch.equal(loaded[name], value), name
 
 
-def test_a_checkpoint_of_one_process_exports_its_adapter(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_a_checkpoint_of_a_single_process_exports_its_adapter(plain: Path, tmp_path: Path) -> None:
     checkpoint = plain / f"checkpoint-{STEPS}"
     result = run_export(checkpoint, tmp_path / "adapter")
-    assert_same(adapter_of(tmp_path / "adapter"), adapter_of(checkpoint))
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(checkpoint))
     assert (result.zero_stage, result.world_size, result.step) == (None, 1, STEPS)
 
 
-def test_an_export_has_all_that_the_adapter_needs_and_is_the_same_twice(zero3: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_an_export_has_all_files_of_an_adapter_and_the_same_bytes_each_time(zero3: Path, tmp_path: Path) -> None:
     result = run_export(zero3, tmp_path / "a")
     run_export(zero3, tmp_path / "b")
     names = {
@@ -209,49 +202,54 @@ def test_an_export_has_all_that_the_adapter_needs_and_is_the_same_twice(zero3: P
         "training_data.json",
     }
     names |= {"tokenizer.json", "tokenizer_config.json", "README.md", "settings.yaml"}
-    assert set(left_in(tmp_path / "a")) == names
+    assert set(list_files(tmp_path / "a")) == names
     for name in names - {"settings.yaml"}:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     for name in ("tokenizer.json", "tokenizer_config.json", "template.yaml", "adapter_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (zero3 / name).read_bytes(), name
     assert result.adapter == tmp_path / "a"
     assert result.bytes == sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
-    assert left_in(tmp_path) == ["a", "b"]
+    assert list_files(tmp_path) == ["a", "b"]
 
 
-def test_the_folder_of_the_shards_itself_gives_the_same_export(zero3: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_naming_the_folder_with_the_shards_gives_the_same_export(zero3: Path, tmp_path: Path) -> None:
     run_export(zero3, tmp_path / "a")
     run_export(zero3 / f"global_step{STEPS}", tmp_path / "b")
-    assert_same(adapter_of(tmp_path / "b"), adapter_of(tmp_path / "a"))
-    assert left_in(tmp_path / "b") == left_in(tmp_path / "a")  # the tokenizer and the layout stand beside the shards
+    assert_same(read_adapter_tensors(tmp_path / "b"), read_adapter_tensors(tmp_path / "a"))
+    assert list_files(tmp_path / "b") == list_files(tmp_path / "a")
 
 
-def test_the_folder_of_the_shards_is_checked_against_the_seal_beside_it(zero3: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(zero3, tmp_path / "sealed")
+@pytest.mark.distributed
+def test_the_folder_with_the_shards_is_checked_against_the_manifest_in_its_parent(zero3: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(zero3, tmp_path / "verified")
     shard = optimizer_shard(folder, 0)
     change_shard(shard, lambda state: state["fp32_flat_groups"][0].data.view(-1)[3:4].fill_(7))
     refused(shard.parent, tmp_path, rf"{shard.name}: ")
 
 
-# the choices
+# options
 
 
-def test_format_bin_adds_the_same_tensors_as_torch_saves_them(zero3: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_format_bin_adds_the_same_tensors_in_torch_format(zero3: Path, tmp_path: Path) -> None:
     run_export(zero3, tmp_path / "adapter", format="bin")
     state = torch.load(tmp_path / "adapter" / "adapter_model.bin", weights_only=True)
-    assert_same(state, adapter_of(tmp_path / "adapter"))
+    assert_same(state, read_adapter_tensors(tmp_path / "adapter"))
 
 
+@pytest.mark.distributed
 def test_the_trained_state_is_the_token_rows(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
     kind, checkpoint = sharded
     run_export(checkpoint, tmp_path / "adapter")
     state = load_file(tmp_path / "adapter" / "non_lora_state.safetensors")
     rows = {f"{name}.{ROWS}" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")}
     assert set(state) == ({f"shared.{ROWS}"} if kind.tied else rows)
-    adapter = adapter_of(tmp_path / "adapter")
+    adapter = read_adapter_tensors(tmp_path / "adapter")
     assert_same(state, {name: adapter[f"base_model.model.{name}"] for name in state})
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", ["plain", "zero2x2-bf16", "zero3x2"])
 def test_the_full_state_is_the_base_and_the_token_rows(
     run_of: Callable[[str], Path], name: str, tied_base: Path, untied_base: Path, tmp_path: Path
@@ -265,18 +263,20 @@ def test_the_full_state_is_the_base_and_the_token_rows(
     assert result.non_lora_tensors == len(state)
 
 
-def test_no_such_state_is_written_where_none_is_asked_for(zero3: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_non_lora_state_none_writes_no_such_file(zero3: Path, tmp_path: Path) -> None:
     result = run_export(zero3, tmp_path / "adapter", non_lora_state="none")
-    assert "non_lora_state.safetensors" not in left_in(tmp_path / "adapter")
+    assert "non_lora_state.safetensors" not in list_files(tmp_path / "adapter")
     assert result.non_lora_tensors == 0
-    assert_same(adapter_of(tmp_path / "adapter"), adapter_of(zero3))
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(zero3))
 
 
-def test_a_run_gives_its_newest_checkpoint(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_a_run_exports_its_newest_checkpoint(plain: Path, tmp_path: Path) -> None:
     notes: list[Note] = []
     assert run_export(plain, tmp_path / "adapter", notes).step == STEPS
     assert not [note for note in notes if note.warning]
-    assert_same(adapter_of(tmp_path / "adapter"), adapter_of(plain / f"checkpoint-{STEPS}"))
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(plain / f"checkpoint-{STEPS}"))
 
 
 def flip_last_byte(path: Path) -> None:
@@ -285,7 +285,10 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_gives_the_one_before_and_says_so(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_a_run_whose_newest_checkpoint_is_damaged_exports_the_previous_one_with_a_warning(
+    plain: Path, tmp_path: Path
+) -> None:
     run = shutil.copytree(plain, tmp_path / "run")
     flip_last_byte(run / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     notes: list[Note] = []
@@ -293,9 +296,10 @@ def test_a_run_whose_newest_checkpoint_is_damaged_gives_the_one_before_and_says_
     warnings = [note.text for note in notes if note.warning]
     assert len(warnings) == 1
     assert f"checkpoint-{STEPS}/adapter_model.safetensors" in warnings[0]
-    assert_same(adapter_of(tmp_path / "adapter"), adapter_of(run / f"checkpoint-{STEPS - 1}"))
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(run / f"checkpoint-{STEPS - 1}"))
 
 
+@pytest.mark.distributed
 def test_export_needs_neither_torch_nor_deepspeed(zero3: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from t5tune.commands.export import export; from t5tune.settings import ExportSettings\n"
@@ -305,73 +309,79 @@ def test_export_needs_neither_torch_nor_deepspeed(zero3: Path, tmp_path: Path) -
     command = [sys.executable, "-c", code, str(zero3), str(tmp_path / "adapter")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
-    assert_same(adapter_of(tmp_path / "adapter"), adapter_of(zero3))
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(zero3))
 
 
-def test_the_command_line_exports_and_tells_what_it_made(zero3: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_command_line_exports_and_prints_the_result(zero3: Path, tmp_path: Path) -> None:
     done = t5tune("export", zero3, "--output-dir", tmp_path / "adapter", "--json")
     assert done.code == 0, done.stderr
     assert (done.json["zero_stage"], done.json["world_size"]) == (3, 2)
     again = t5tune("export", zero3, "--output-dir", tmp_path / "adapter")
     assert again.code == 2
-    assert "holds files already" in again.errors[0]
+    assert "already contains files" in again.errors[0]
 
 
-# what is refused, and that nothing is written
+# refusals, which write nothing
 
 
 def refused(checkpoint: Path, tmp_path: Path, named: str, **changes: Any) -> CheckpointError:
-    before = left_in(tmp_path)
+    before = list_files(tmp_path)
     with pytest.raises(CheckpointError, match=named) as caught:
         run_export(checkpoint, tmp_path / "adapter", **changes)
-    assert left_in(tmp_path) == before
+    assert list_files(tmp_path) == before
     return caught.value
 
 
+@pytest.mark.distributed
 def test_a_missing_shard_is_refused_by_its_rank(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
     kind, checkpoint = sharded
-    folder = unsealed(checkpoint, tmp_path / "bare")
+    folder = copy_without_manifest(checkpoint, tmp_path / "bare")
     optimizer_shard(folder, kind.ranks - 1).unlink()
-    refused(folder, tmp_path, rf"rank {kind.ranks - 1}'s is missing")
+    refused(folder, tmp_path, rf"rank {kind.ranks - 1} is missing")
 
 
-def test_a_missing_shard_of_a_sealed_checkpoint_is_refused_by_its_name(zero3: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(zero3, tmp_path / "sealed")
+@pytest.mark.distributed
+def test_a_missing_shard_of_a_checkpoint_with_a_manifest_is_refused_by_its_name(zero3: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(zero3, tmp_path / "verified")
     optimizer_shard(folder, 1).unlink()
     refused(folder, tmp_path, r"zero_pp_rank_1_mp_rank_00_optim_states\.pt: missing")
 
 
-def test_a_checkpoint_without_any_optimizer_shard_is_refused_for_that(
-    sharded: tuple[Kind, Path], tmp_path: Path
-) -> None:
-    """The bf16 weights of the model states are no substitute for the fp32 ones of the shards."""
+@pytest.mark.distributed
+def test_a_checkpoint_without_any_optimizer_shard_is_refused(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
+    """The bf16 weights in the model states don't replace the fp32 weights in the shards."""
     kind, checkpoint = sharded
-    folder = unsealed(checkpoint, tmp_path / "bare")
+    folder = copy_without_manifest(checkpoint, tmp_path / "bare")
     for rank in range(kind.ranks):
         optimizer_shard(folder, rank).unlink()
     refused(folder, tmp_path, "shard|optim_states")
 
 
+@pytest.mark.distributed
 def test_a_shard_of_another_world_size_is_refused(zero3: Path, tmp_path: Path) -> None:
-    folder = unsealed(zero3, tmp_path / "bare")
+    folder = copy_without_manifest(zero3, tmp_path / "bare")
     shard = optimizer_shard(folder, 1)
     shutil.copy(shard, shard.with_name(shard.name.replace("rank_1", "rank_2")))
-    refused(folder, tmp_path, r"shards of ranks \[0, 1, 2\], but 2 ranks trained")
+    refused(folder, tmp_path, r"shards of ranks \[0, 1, 2\], but training used 2 ranks")
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])
 def test_a_truncated_shard_is_refused_by_its_name(zero3: Path, tmp_path: Path, kept: float) -> None:
-    folder = unsealed(zero3, tmp_path / "bare")
+    folder = copy_without_manifest(zero3, tmp_path / "bare")
     shard = optimizer_shard(folder, 1)
     data = shard.read_bytes()
     shard.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
     refused(folder, tmp_path, r"zero_pp_rank_1_mp_rank_00_optim_states\.pt")
 
 
-def test_a_flipped_byte_in_a_sealed_shard_is_refused_by_its_name(zero3: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(zero3, tmp_path / "sealed")
+@pytest.mark.distributed
+def test_a_flipped_byte_in_a_shard_listed_in_the_manifest_is_refused_by_its_name(zero3: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(zero3, tmp_path / "verified")
     flip_last_byte(optimizer_shard(folder, 0))
-    error = refused(folder, tmp_path, r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: differs from what was sealed")
+    error = refused(folder, tmp_path, r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: differs from what was written")
     assert "earlier checkpoint" in (error.hint or "")
 
 
@@ -381,38 +391,41 @@ def change_shard(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     torch.save(state, path)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     ("name", "key"), [("zero3x2", "fp32_flat_groups"), ("zero1x2", "single_partition_of_fp32_groups")]
 )
-def test_a_value_that_is_no_number_is_refused_with_its_tensors_name(
+def test_nan_or_infinity_is_refused_with_the_name_of_the_tensor(
     run_of: Callable[[str], Path], tmp_path: Path, name: str, key: str, value: float
 ) -> None:
-    folder = unsealed(run_of(name) / f"checkpoint-{STEPS}", tmp_path / "bare")
+    folder = copy_without_manifest(run_of(name) / f"checkpoint-{STEPS}", tmp_path / "bare")
     change_shard(optimizer_shard(folder, 0), lambda state: state[key][0].data.view(-1)[3:4].fill_(value))
-    refused(folder, tmp_path, r"base_model\.model\.\S+: holds NaN or infinity")
+    refused(folder, tmp_path, r"base_model\.model\.\S+: contains NaN or infinity")
 
 
+@pytest.mark.distributed
 def test_a_shard_shorter_than_its_parameters_is_refused(zero3: Path, tmp_path: Path) -> None:
-    folder = unsealed(zero3, tmp_path / "bare")
+    folder = copy_without_manifest(zero3, tmp_path / "bare")
 
     def shorten(state: dict[str, Any]) -> None:
         state["fp32_flat_groups"] = [group.view(-1)[:-8].clone() for group in state["fp32_flat_groups"]]
 
     change_shard(optimizer_shard(folder, 1), shorten)
-    refused(folder, tmp_path, "the shards end before it does")
+    refused(folder, tmp_path, "the shards are too short for this parameter")
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("tag", ["../x", "..", ".", "", "/tmp", "a/b", "gone"])
-def test_a_latest_that_names_no_folder_of_the_checkpoint_is_refused(zero3: Path, tmp_path: Path, tag: str) -> None:
-    folder = unsealed(zero3, tmp_path / "bare")
+def test_a_latest_file_that_names_no_folder_of_the_checkpoint_is_refused(zero3: Path, tmp_path: Path, tag: str) -> None:
+    folder = copy_without_manifest(zero3, tmp_path / "bare")
     shutil.copytree(folder / f"global_step{STEPS}", tmp_path / "x")
     (folder / "latest").write_text(tag)
     refused(folder, tmp_path, "latest")
 
 
 class _Calls:
-    """Pickles as a call, which a careless reader makes."""
+    """Pickles as a function call, which an unsafe reader executes."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -421,23 +434,25 @@ class _Calls:
         return self.call
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("file", ["optim_states", "model_states"])
-def test_a_shard_that_asks_for_code_is_refused_and_does_not_run(zero3: Path, tmp_path: Path, file: str) -> None:
-    folder = unsealed(zero3, tmp_path / "bare")
+def test_a_shard_that_calls_code_is_refused_and_does_not_run(zero3: Path, tmp_path: Path, file: str) -> None:
+    folder = copy_without_manifest(zero3, tmp_path / "bare")
     marker = tmp_path / "marker"
     calls = [_Calls(os.system, f"touch '{marker}'"), _Calls(builtins.eval, f"open({str(marker)!r}, 'w').close()")]
     for call in calls:
         shard = next(folder.glob(f"global_step*/*rank_0_mp_rank_00_{file}.pt"))
         with zipfile.ZipFile(shard, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps({"optimizer_state_dict": call}, protocol=2))
-        refused(folder, tmp_path, rf"{file}\.pt: its pickle asks for")
+        refused(folder, tmp_path, rf"{file}\.pt: its pickle refers to")
         assert not marker.exists()
 
 
-def test_an_adapter_that_never_moved_is_refused(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_an_adapter_that_was_never_trained_is_refused(plain: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(plain / f"checkpoint-{STEPS}", tmp_path / "bare")
     (folder / "t5tune_manifest.json").unlink()
-    state = adapter_of(folder)
+    state = read_adapter_tensors(folder)
     save_file(
         {name: value.zero_() if "lora_B" in name else value for name, value in state.items()},
         folder / "adapter_model.safetensors",
@@ -445,31 +460,34 @@ def test_an_adapter_that_never_moved_is_refused(plain: Path, tmp_path: Path) -> 
     refused(folder, tmp_path, "every lora_B is zero")
 
 
-def test_shards_without_the_adapters_config_are_refused_for_that(zero3: Path, tmp_path: Path) -> None:
-    folder = unsealed(zero3, tmp_path / "bare")
+@pytest.mark.distributed
+def test_shards_without_the_adapters_config_are_refused(zero3: Path, tmp_path: Path) -> None:
+    folder = copy_without_manifest(zero3, tmp_path / "bare")
     (folder / "adapter_config.json").unlink()
     refused(folder, tmp_path, r"no adapter_config\.json")
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("content", ["{", "[]", "3", "null", '"text"', '[["peft_type", "LORA"]]'])
-def test_an_adapters_config_that_is_no_object_is_refused(zero3: Path, tmp_path: Path, content: str) -> None:
-    folder = unsealed(zero3, tmp_path / "bare")
+def test_an_adapters_config_that_is_not_an_object_is_refused(zero3: Path, tmp_path: Path, content: str) -> None:
+    folder = copy_without_manifest(zero3, tmp_path / "bare")
     (folder / "adapter_config.json").write_text(content)
     refused(folder, tmp_path, r"adapter_config\.json")
 
 
-def test_a_run_without_a_whole_checkpoint_is_refused_with_what_is_wrong(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_a_run_without_a_complete_checkpoint_is_refused_with_the_reason(plain: Path, tmp_path: Path) -> None:
     run = shutil.copytree(plain, tmp_path / "run")
     for checkpoint in run.glob("checkpoint-*"):
         (checkpoint / "adapter_model.safetensors").unlink()
     refused(
-        run, tmp_path, rf"none of its checkpoints is whole: .*checkpoint-{STEPS}/adapter_model\.safetensors: missing"
+        run, tmp_path, rf"none of its checkpoints is complete: .*checkpoint-{STEPS}/adapter_model\.safetensors: missing"
     )
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", tmp_path, "empty: no checkpoint in it")
+    refused(tmp_path / "empty", tmp_path, "empty: contains no checkpoint")
 
 
 def test_an_unknown_path_is_refused(tmp_path: Path) -> None:
@@ -478,16 +496,17 @@ def test_an_unknown_path_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"")
-    refused(tmp_path / "a.pt", tmp_path, r"a\.pt: a file")
+    refused(tmp_path / "a.pt", tmp_path, r"a\.pt: is a file")
 
 
-def test_an_output_that_holds_files_is_kept_unless_told_to_overwrite(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_an_output_folder_with_files_is_kept_without_overwrite(plain: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     output.mkdir()
     (output / "mine.txt").write_text("mine")
-    with pytest.raises(SettingsError, match="holds files already"):
+    with pytest.raises(SettingsError, match="already contains files"):
         run_export(plain, output)
-    assert left_in(output) == ["mine.txt"]
+    assert list_files(output) == ["mine.txt"]
     run_export(plain, output, overwrite=True)
-    assert "mine.txt" not in left_in(output)
+    assert "mine.txt" not in list_files(output)
     assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"

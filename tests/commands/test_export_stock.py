@@ -1,4 +1,4 @@
-"""What stock PEFT with DeepSpeed's own engine, stock Trainer and FastChat's script leave, exported bit by bit."""
+"""Bit-exact export of checkpoints of stock PEFT with DeepSpeed's engine, stock Trainer and FastChat's script."""
 
 import argparse
 import importlib.util
@@ -17,14 +17,16 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration, Trainer, TrainingArguments
 
-from t5tune.checkpoints.adapter_shapes import check_fit
+from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.tensors import Tensor
-from t5tune.commands.export import Exported, export
+from t5tune.commands.export import ExportResult, export
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Note
 from t5tune.settings import ExportSettings
-from tests.commands.test_export import adapter_of, assert_same, left_in
-from tests.support.deepspeed_saves import BESIDE, CASES, STEPS
+from tests.support.deepspeed_saves import CASES, EXTRA_PARAMETER, STEPS
+from tests.support.exports import assert_same, list_files, read_adapter_tensors
+
+pytestmark = pytest.mark.slow
 
 GATHERED = [name for name, case in CASES.items() if case[0] and name != "zero1-bf16-optimizer"]  # by DeepSpeed too
 UNIVERSAL = [name for name in CASES if name not in {"zero0", "zero2-fp16", "zero3"}]
@@ -32,7 +34,7 @@ UNIVERSAL = [name for name in CASES if name not in {"zero0", "zero2-fp16", "zero
 
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory: pytest.TempPathFactory, tied_base: Path, untied_base: Path) -> Path:
-    """What two ranks of DeepSpeed's engine saved: a folder a case."""
+    """Checkpoints that two ranks of DeepSpeed's engine saved: one folder per case."""
     out = tmp_path_factory.mktemp("deepspeed")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -66,37 +68,44 @@ def saved(saves: Path, name: str) -> Path:
     return saves / name
 
 
-def run_export(checkpoint: Path, output: Path, notes: list[str] | None = None, **changes: Any) -> Exported:
+def run_export(checkpoint: Path, output: Path, notes: list[str] | None = None, **changes: Any) -> ExportResult:
     settings = ExportSettings(checkpoint=checkpoint, output_dir=output, **changes)
     kept = [] if notes is None else notes
     return export(settings, lambda event: kept.append(event.text) if isinstance(event, Note) else None)
 
 
-# DeepSpeed's own save
+# DeepSpeed's checkpoints
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
-def test_each_stage_gives_the_fp32_weights_that_the_living_engine_had(saves: Path, name: str, tmp_path: Path) -> None:
+def test_each_stage_gives_the_fp32_weights_of_the_running_engine(saves: Path, name: str, tmp_path: Path) -> None:
     folder = saved(saves, name)
     result = run_export(folder, tmp_path / "adapter")
-    assert_same(adapter_of(tmp_path / "adapter"), load_file(folder / "masters.safetensors"))
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), load_file(folder / "masters.safetensors"))
     assert (result.zero_stage, result.world_size, result.step) == (CASES[name][0], 2, STEPS)
-    assert all(value.abs().max() > 1e-3 for key, value in adapter_of(tmp_path / "adapter").items() if "lora_B" in key)
+    assert all(
+        value.abs().max() > 1e-3 for key, value in read_adapter_tensors(tmp_path / "adapter").items() if "lora_B" in key
+    )
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", GATHERED)
-def test_each_stage_gives_what_deepspeed_itself_gathers(saves: Path, name: str, tmp_path: Path, capsys: Any) -> None:
+def test_each_stage_gives_the_weights_that_deepspeed_gathers(
+    saves: Path, name: str, tmp_path: Path, capsys: Any
+) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     folder = saved(saves, name)
     gathered = get_fp32_state_dict_from_zero_checkpoint(str(folder))
     run_export(folder / f"global_step{STEPS}", tmp_path / "adapter")
     theirs = {key.replace(".default", ""): value.clone() for key, value in gathered.items() if ".lora_" in key}
-    assert_same(adapter_of(tmp_path / "adapter"), theirs)
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), theirs)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", ["zero1", "zero2-bf16-frozen", "zero3-bf16-frozen", "zero0"])
-def test_the_frozen_weights_are_joined_from_the_shards_without_the_base(
+def test_the_frozen_weights_are_gathered_from_the_shards_without_the_base(
     saves: Path, name: str, tied_base: Path, untied_base: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(saved(saves, name), tmp_path / "x")
@@ -104,15 +113,16 @@ def test_the_frozen_weights_are_joined_from_the_shards_without_the_base(
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     run_export(folder, tmp_path / "adapter", non_lora_state="full")
     base = load_file((tied_base if CASES[name][1] else untied_base) / "model.safetensors")
-    for key, value in load_file(folder / "beside.safetensors").items():
+    for key, value in load_file(folder / "extra.safetensors").items():
         base[key.removeprefix("base_model.model.")] = value
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     state = load_file(tmp_path / "adapter" / "non_lora_state.safetensors")
     assert_same(state, {key: value.to(dtype) for key, value in base.items()})
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", UNIVERSAL)
-def test_the_universal_layout_gives_the_same(saves: Path, name: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_universal_checkpoint_gives_the_same_weights(saves: Path, name: str, tmp_path: Path, capsys: Any) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     folder, root = saved(saves, name), tmp_path / "root"
@@ -122,30 +132,33 @@ def test_the_universal_layout_gives_the_same(saves: Path, name: str, tmp_path: P
     paths = {"input_folder": str(folder / f"global_step{STEPS}"), "output_folder": str(root / "universal")}
     ds_to_universal.main(argparse.Namespace(**options, **paths, inject_missing_state=True))
     result = run_export(root, tmp_path / "adapter")
-    assert_same(adapter_of(tmp_path / "adapter"), load_file(folder / "masters.safetensors"))
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), load_file(folder / "masters.safetensors"))
     assert (result.zero_stage, result.world_size, result.step) == (CASES[name][0], 2, STEPS)
 
 
-def test_the_shards_come_before_trainers_rounding_of_them(saves: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_the_shards_are_preferred_to_trainers_rounded_copy(saves: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved(saves, "zero2-bf16-frozen"), tmp_path / "x")
     masters = load_file(folder / "masters.safetensors")
     rounded = {name: value.bfloat16() for name, value in masters.items()}
     assert any(not torch.equal(rounded[name].float(), value) for name, value in masters.items())
     save_file(rounded, folder / "adapter_model.safetensors")
     run_export(folder, tmp_path / "adapter")
-    assert_same(adapter_of(tmp_path / "adapter"), masters)
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), masters)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_dtype_rounds_to_the_nearest_as_torch_does(saves: Path, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_dtype_rounds_to_nearest_as_torch_does(saves: Path, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     folder = saved(saves, "zero3")
     run_export(folder, tmp_path / "adapter", dtype=name, format="bin")
     expected = {key: value.to(dtype) for key, value in load_file(folder / "masters.safetensors").items()}
-    assert_same(adapter_of(tmp_path / "adapter"), expected)
+    assert_same(read_adapter_tensors(tmp_path / "adapter"), expected)
     assert_same(torch.load(tmp_path / "adapter" / "adapter_model.bin", weights_only=True), expected)
 
 
-def test_a_flipped_byte_of_an_unsealed_shard_is_refused_by_its_name(saves: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_a_flipped_byte_of_a_shard_without_a_manifest_is_refused_by_its_name(saves: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved(saves, "zero3"), tmp_path / "x")
     shard = next(folder.glob("global_step*/*rank_1_*_optim_states.pt"))
     values = next(iter(load_file(folder / "masters.safetensors").values()))
@@ -156,18 +169,22 @@ def test_a_flipped_byte_of_an_unsealed_shard_is_refused_by_its_name(saves: Path,
     shard.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"{shard.name}: data/\d+: differs from what was written"):
         run_export(folder, tmp_path / "adapter")
-    assert left_in(tmp_path) == ["x"]
+    assert list_files(tmp_path) == ["x"]
 
 
-def test_what_was_trained_beside_the_adapter_is_kept_and_told(saves: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_tensors_trained_in_addition_to_the_adapter_are_saved_and_reported(saves: Path, tmp_path: Path) -> None:
     folder = saved(saves, "zero1")
     notes: list[str] = []
     run_export(folder, tmp_path / "adapter", notes)
-    beside = load_file(folder / "beside.safetensors")
-    assert list(beside) == [BESIDE]
+    extra = load_file(folder / "extra.safetensors")
+    assert list(extra) == [EXTRA_PARAMETER]
     state = load_file(tmp_path / "adapter" / "non_lora_state.safetensors")
-    assert_same(state, {name.removeprefix("base_model.model."): value for name, value in beside.items()})
-    assert any(note.startswith(f"1 tensor(s) trained beside the adapter, {BESIDE}") for note in notes)
+    assert_same(state, {name.removeprefix("base_model.model."): value for name, value in extra.items()})
+    assert any(
+        note.startswith(f"1 tensor(s) were trained in addition to the adapter (first: {EXTRA_PARAMETER}")
+        for note in notes
+    )
 
 
 # stock Trainer and stock PEFT
@@ -208,22 +225,24 @@ def trainer_run(tmp_path_factory: pytest.TempPathFactory, untied_base: Path) -> 
     return folder, model.eval()
 
 
-def test_a_run_of_stock_trainer_gives_its_newest_checkpoint(
+def test_a_run_of_stock_trainer_exports_its_newest_checkpoint(
     trainer_run: tuple[Path, Any], untied_base: Path, tmp_path: Path
 ) -> None:
     folder, model = trainer_run
     notes: list[str] = []
     result = run_export(folder, tmp_path / "adapter", notes)
-    assert_same(adapter_of(tmp_path / "adapter"), get_peft_model_state_dict(model, save_embedding_layers=False))
+    assert_same(
+        read_adapter_tensors(tmp_path / "adapter"), get_peft_model_state_dict(model, save_embedding_layers=False)
+    )
     assert (result.step, result.zero_stage) == (2, None)
-    assert any("checkpoint-2" in note and "nothing seals it" in note for note in notes)
+    assert any("checkpoint-2" in note and "it isn't verified" in note for note in notes)
     assert torch.equal(logits(loaded(untied_base, tmp_path / "adapter")), logits(model))
     assert run_export(folder / "checkpoint-1", tmp_path / "first").step == 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("form", ["bin", "names of the model", "wrapped", "without prefix", "whole model", "sharded"])
-def test_an_old_output_without_a_config_loads_and_answers_as_the_model_did(
+def test_an_old_output_without_a_config_gives_the_same_logits_as_the_model(
     tied: bool, form: str, tied_base: Path, untied_base: Path, tmp_path: Path
 ) -> None:
     base = tied_base if tied else untied_base
@@ -253,7 +272,9 @@ def test_an_old_output_without_a_config_loads_and_answers_as_the_model_did(
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     notes: list[str] = []
     run_export(folder, tmp_path / "adapter", notes, model_name_or_path=str(base))
-    assert_same(adapter_of(tmp_path / "adapter"), get_peft_model_state_dict(model, save_embedding_layers=False))
+    assert_same(
+        read_adapter_tensors(tmp_path / "adapter"), get_peft_model_state_dict(model, save_embedding_layers=False)
+    )
     assert any("rank 4 and the modules q v" in note for note in notes)
     assert any("lora_alpha 16 is FastChat's default" in note for note in notes)
     assert torch.equal(logits(loaded(base, tmp_path / "adapter")), logits(model))
@@ -263,7 +284,7 @@ def test_an_old_output_without_a_config_loads_and_answers_as_the_model_did(
         assert_same(state, load_file(base / "model.safetensors"))
 
 
-def test_lora_alpha_of_an_old_output_is_taken_from_its_flag(untied_base: Path, tmp_path: Path) -> None:
+def test_lora_alpha_of_an_old_output_is_read_from_the_flag(untied_base: Path, tmp_path: Path) -> None:
     model = adapted(untied_base, alpha=5, rank=3)
     (tmp_path / "old").mkdir()
     torch.save(get_peft_model_state_dict(model), tmp_path / "old" / "adapter_model.bin")
@@ -274,11 +295,12 @@ def test_lora_alpha_of_an_old_output_is_taken_from_its_flag(untied_base: Path, t
     assert torch.equal(logits(loaded(untied_base, tmp_path / "adapter")), logits(model))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_rows_of_fastchats_tokens_are_made_anew_from_the_base(
+def test_the_rows_of_fastchats_tokens_are_recomputed_from_the_base(
     tied: bool, tied_base: Path, untied_base: Path, tmp_path: Path
 ) -> None:
-    """FastChat's smart_tokenizer_and_embedding_resize, then LoRA; its files hold the LoRA matrices alone."""
+    """FastChat runs smart_tokenizer_and_embedding_resize, then LoRA, and saves only the LoRA matrices."""
     base, first, count = tied_base if tied else untied_base, 1500, 10
     model = T5ForConditionalGeneration.from_pretrained(base)
     model.config.tie_word_embeddings = tied
@@ -299,10 +321,10 @@ def test_the_rows_of_fastchats_tokens_are_made_anew_from_the_base(
     (folder / "tokenizer_config.json").write_text("{}")
     notes: list[str] = []
     run_export(folder, tmp_path / "adapter", notes, model_name_or_path=str(base))
-    assert any("tokens 1500 to 1509 are made anew" in note for note in notes)
+    assert any("recomputed the embedding rows of FastChat's tokens 1500 to 1509" in note for note in notes)
     rows = {n: v for n, v in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items() if "token_adap" in n}
     assert len(rows) == (1 if tied else 3)
-    for name, value in rows.items():  # torch's mean, to the bit
+    for name, value in rows.items():  # torch's mean, bit by bit
         embedding = model.get_output_embeddings() if "lm_head" in name else model.get_input_embeddings()
         assert torch.equal(value, embedding.weight[first:]), name
     ids = torch.tensor([[5, first + 3, 9, first, 12, first + 9]])
@@ -313,46 +335,46 @@ def test_the_rows_of_fastchats_tokens_are_made_anew_from_the_base(
         bare = loaded(base, tmp_path / "bare")(input_ids=ids, decoder_input_ids=ids).logits[..., : first + count]
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (bare - expected).abs().max() > 1e-2 * expected.abs().max()
-    assert any("give --model-name-or-path to make them anew" in note for note in notes)
+    assert any("give --model-name-or-path to recompute them" in note for note in notes)
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "said"),
+    ("flag", "value", "expected"),
     [
         ("lora_r", 8, "lora_r: 8, but the matrices in .* have rank 4"),
         ("lora_target_modules", ["q"], "lora_target_modules: q, but .* adapts q v"),
     ],
 )
-def test_a_flag_that_the_old_output_contradicts_is_refused(
-    untied_base: Path, tmp_path: Path, flag: str, value: Any, said: str
+def test_a_flag_that_contradicts_the_old_output_is_refused(
+    untied_base: Path, tmp_path: Path, flag: str, value: Any, expected: str
 ) -> None:
     (tmp_path / "old").mkdir()
     torch.save(get_peft_model_state_dict(adapted(untied_base)), tmp_path / "old" / "adapter_model.bin")
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=expected):
         run_export(tmp_path / "old", tmp_path / "adapter", **{flag: value})
-    assert left_in(tmp_path) == ["old"]
+    assert list_files(tmp_path) == ["old"]
 
 
-def test_a_flag_that_adapter_config_contradicts_is_refused(trainer_run: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_flag_that_contradicts_adapter_config_is_refused(trainer_run: tuple[Path, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"lora_alpha: 32\.0, but .*adapter_config\.json says 16"):
         run_export(trainer_run[0], tmp_path / "adapter", lora_alpha=32)
 
 
-def test_what_zero3_saved_without_gathering_is_refused_with_where_the_weights_are(
+def test_an_adapter_saved_under_zero3_without_gathering_is_refused_with_a_hint(
     untied_base: Path, tmp_path: Path
 ) -> None:
     state = get_peft_model_state_dict(adapted(untied_base))
     (tmp_path / "old").mkdir()
     torch.save({name: value[:0, :0].clone() for name, value in state.items()}, tmp_path / "old" / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match="no matrix") as caught:
+    with pytest.raises(CheckpointError, match="expected a matrix") as caught:
         run_export(tmp_path / "old", tmp_path / "adapter")
     assert "ZeRO-3" in (caught.value.hint or "")
 
 
-# does it fit?
+# shapes
 
 
-def changed(source: Path, folder: Path, **changes: Any) -> Path:
+def copy_with_config(source: Path, folder: Path, **changes: Any) -> Path:
     shutil.copytree(source, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
@@ -360,42 +382,42 @@ def changed(source: Path, folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
-        ({"target_modules": ["q", "k"]}, r"\.v\.lora_A\.weight: adapted, but .* says target_modules q k"),
-        ({"target_modules": ["q", "v", "k"]}, r"\.k: no LoRA matrices of it"),
+        ({"target_modules": ["q", "k"]}, r"\.v\.lora_A\.weight: module is adapted, but .* says target_modules q k"),
+        ({"target_modules": ["q", "v", "k"]}, r"\.k: has no LoRA matrices"),
         ({"r": 8}, "rank 4, but .* says r 8"),
-        ({"trainable_token_indices": [1, 2]}, "lists trained rows of tokens, but the checkpoint holds none"),
+        ({"trainable_token_indices": [1, 2]}, "lists trained token rows, but the checkpoint contains none"),
     ],
 )
 def test_an_adapter_that_contradicts_its_config_is_refused(
-    trainer_run: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], said: str
+    trainer_run: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
-    folder = changed(trainer_run[0] / "checkpoint-2", tmp_path / "x", **changes)
-    with pytest.raises(CheckpointError, match=said):
+    folder = copy_with_config(trainer_run[0] / "checkpoint-2", tmp_path / "x", **changes)
+    with pytest.raises(CheckpointError, match=expected):
         run_export(folder, tmp_path / "adapter")
-    assert left_in(tmp_path) == ["x"]
+    assert list_files(tmp_path) == ["x"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"d_model": 64}, r"the base's weight is \[32, 64\], B·A is \[32, 32\]"),
-        ({"num_layers": 1, "num_decoder_layers": 1}, "adapts decoder.block.1.* which the base doesn't have"),
-        ({"num_layers": 3, "num_decoder_layers": 3}, "encoder.block.2.*no LoRA matrices of it"),
-        ({"d_kv": "x"}, "a size of the model is missing or no number"),
+        ({"num_layers": 1, "num_decoder_layers": 1}, "adapts decoder.block.1.* which doesn't exist in the base"),
+        ({"num_layers": 3, "num_decoder_layers": 3}, "encoder.block.2.*has no LoRA matrices"),
+        ({"d_kv": "x"}, "a size of the model is missing or isn't a number"),
     ],
 )
 def test_an_adapter_of_another_base_is_refused_from_its_config_json_alone(
-    trainer_run: tuple[Path, Any], untied_base: Path, tmp_path: Path, changes: dict[str, Any], said: str
+    trainer_run: tuple[Path, Any], untied_base: Path, tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
     config = json.loads((untied_base / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=expected):
         run_export(trainer_run[0], tmp_path / "adapter", model_name_or_path=str(other))
-    assert left_in(tmp_path) == ["other"]
+    assert list_files(tmp_path) == ["other"]
 
 
 Q = "base_model.model.encoder.block.0.layer.0.SelfAttention.q"
@@ -405,7 +427,7 @@ TOKENS = "base_model.model.shared.token_adapter.trainable_tokens_delta"
 
 @pytest.fixture(scope="module")
 def all_kinds(untied_base: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that a stock adapter can hold: matrices, magnitudes, rows of tokens and whole weights; and its config."""
+    """An adapter with every kind of tensor that stock PEFT can save, and its config."""
     base = T5ForConditionalGeneration.from_pretrained(untied_base)
     config = LoraConfig(
         r=4,
@@ -419,22 +441,22 @@ def all_kinds(untied_base: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: Tensor("F32", value.detach().numpy()) for name, value in state.items()}, config.to_dict()
 
 
-def test_an_adapter_of_all_kinds_fits_its_base(
+def test_an_adapter_with_all_kinds_of_tensors_fits_its_base(
     all_kinds: tuple[dict[str, Tensor], dict[str, Any]], untied_base: Path, tmp_path: Path
 ) -> None:
     state, config = all_kinds
     assert {NORM, TOKENS, f"{Q}.lora_magnitude_vector"} < state.keys()
-    check_fit(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
+    check_adapter_shapes(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "cut", "said"),
+    ("name", "cut", "expected"),
     [
         (Q.replace("q", "v").replace("block.0", "block.1") + ".lora_A.weight", slice(1), "rank 1, but .* says 2"),
         (f"{Q}.lora_A.weight", (slice(None), slice(31)), r"the base's weight is \[32, 32\], B·A is \[32, 31\]"),
-        (f"{Q}.lora_magnitude_vector", slice(31), r"\[31\], by the base's config.json \[32\]"),
-        (NORM, slice(31), r"\[31\], by the base's config.json \[32\]"),
-        (TOKENS, (slice(None), slice(31)), r"\[2, 31\], by the base's config.json \[2, 32\]"),
+        (f"{Q}.lora_magnitude_vector", slice(31), r"shape \[31\]; expected \[32\] for this base"),
+        (NORM, slice(31), r"shape \[31\]; expected \[32\] for this base"),
+        (TOKENS, (slice(None), slice(31)), r"shape \[2, 31\]; expected \[2, 32\] for this base"),
         (TOKENS, slice(1), r"\[1, 32\], but .* lists \[2\] trained rows"),
     ],
 )
@@ -444,28 +466,28 @@ def test_a_tensor_of_another_shape_is_refused_by_its_name(
     tmp_path: Path,
     name: str,
     cut: Any,
-    said: str,
+    expected: str,
 ) -> None:
     state, config = all_kinds
     state = {**state, name: Tensor("F32", state[name].array[cut])}
-    with pytest.raises(CheckpointError, match=said):
-        check_fit(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
+    with pytest.raises(CheckpointError, match=expected):
+        check_adapter_shapes(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
 
 
-def test_a_weight_that_no_t5_has_is_refused_by_its_name(
+def test_a_weight_that_does_not_exist_in_a_t5_is_refused_by_its_name(
     all_kinds: tuple[dict[str, Tensor], dict[str, Any]], untied_base: Path, tmp_path: Path
 ) -> None:
     state, config = all_kinds
     state = {**state, "base_model.model.pooler.weight": state[NORM]}
-    with pytest.raises(CheckpointError, match=r"pooler.weight: \[32\], by the base's config.json no such weight"):
-        check_fit(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
+    with pytest.raises(CheckpointError, match=r"pooler.weight: shape \[32\]; the base has no such weight"):
+        check_adapter_shapes(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
 
 
 # memory
 
 
 def peak_of_export(folder: Path, output: Path, *flags: str) -> int:
-    """The most memory (MiB) that a process has had that exports on the command line."""
+    """Return the peak memory (MiB) of a process that exports on the command line."""
     code = (
         "import sys; from t5tune.cli import run\n"
         "assert run(['export', sys.argv[1], '--output-dir', *sys.argv[2:], '--quiet']) == 0\n"
@@ -477,8 +499,8 @@ def peak_of_export(folder: Path, output: Path, *flags: str) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def fake(folder: Path, **config: int) -> int:
-    """A checkpoint of any size whose frozen weights are holes; returns the adapter's bytes."""
+def make_sparse_checkpoint(folder: Path, **config: int) -> int:
+    """Make a checkpoint of any size whose frozen weights are holes in sparse files. Return the adapter's bytes."""
     path = Path(__file__).parents[2] / "benchmarks" / "export.py"
     spec = importlib.util.spec_from_file_location("export_benchmark", path)
     assert spec is not None
@@ -492,19 +514,19 @@ def fake(folder: Path, **config: int) -> int:
     return int(benchmark.make_checkpoint(folder, file))
 
 
-def test_an_adapter_of_11b_takes_the_memory_of_the_adapter(tmp_path: Path) -> None:
-    """22 GB of frozen weights beside it, of which nothing is read."""
+def test_exporting_an_adapter_of_11b_needs_memory_for_the_adapter_only(tmp_path: Path) -> None:
+    """The checkpoint has 22 GB of frozen weights, which aren't read."""
     shape = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24, "vocab_size": 32128}
-    size = fake(tmp_path / "xxl", **shape)
+    size = make_sparse_checkpoint(tmp_path / "xxl", **shape)
     assert sum(path.stat().st_size for path in (tmp_path / "xxl").rglob("*.pt")) > 22e9
     peak = peak_of_export(tmp_path / "xxl", tmp_path / "adapter")
     assert size > 37e6
     assert peak <= 150
 
 
-def test_the_full_state_streams(tmp_path: Path) -> None:
+def test_the_full_state_is_streamed(tmp_path: Path) -> None:
     shape = {"d_model": 1024, "d_kv": 64, "num_heads": 16, "d_ff": 1024, "num_layers": 1, "vocab_size": 150_000}
-    fake(tmp_path / "wide", **shape)
+    make_sparse_checkpoint(tmp_path / "wide", **shape)
     peak = peak_of_export(tmp_path / "wide", tmp_path / "adapter", "--non-lora-state", "full")
     assert (tmp_path / "adapter" / "non_lora_state.safetensors").stat().st_size > 600e6
     assert peak <= 150

@@ -1,4 +1,4 @@
-"""Inspect shows what the model will really see: the ids of the cache, what was cut, what is unknown, the lengths."""
+"""inspect shows what the model sees: the ids of the cache, what was cut, unknown tokens, and lengths."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
 from t5tune.errors import DataError, SettingsError
 from t5tune.settings import InspectSettings, PrepareSettings
-from tests.conftest import t5tune
+from tests.support.command_line import t5tune
 
 RECORDS = [
     ["Hi", "Yes\n  {x}"],
@@ -43,7 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cache"
 
 
-def test_every_example_as_json_is_what_the_cache_holds(cache: Path) -> None:
+def test_json_output_equals_the_examples_of_the_cache(cache: Path) -> None:
     done = t5tune("inspect", cache, "--all", "--json")
     assert done.code == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -60,7 +60,7 @@ def test_every_example_as_json_is_what_the_cache_holds(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("add_tokens", ["auto", "none", "fastchat"])
-def test_the_runs_of_text_joined_are_the_text(tmp_path: Path, add_tokens: str) -> None:
+def test_concatenated_runs_are_the_whole_text(tmp_path: Path, add_tokens: str) -> None:
     texts = ["Hi  there", '{"a": 1}', "a\n  b\n c", "  猫 {  x}  y \n", "\t- é", "Yes ½  no"]
     (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [
         {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
@@ -77,12 +77,13 @@ def test_the_runs_of_text_joined_are_the_text(tmp_path: Path, add_tokens: str) -
     added = set(examples.cache.manifest["added_token_ids"])
     assert len(examples) == 3
     for example in examples:
-        runs = example.runs(examples.tokenizer, added)
-        shown = {side: "".join(run.text for run, _ in of_side) for side, of_side in runs.items()}
-        assert shown == {"source": f"{example.source_text}</s>", "target": f"{example.target_text}</s>"}
+        runs = example.group_runs_by_side(examples.tokenizer, added)
+        joined = {side: "".join(run.text for run, _ in of_side) for side, of_side in runs.items()}
+        assert joined == {"source": f"{example.source_text}</s>", "target": f"{example.target_text}</s>"}
 
 
-def test_what_was_cut_is_shown_struck_out(cache: Path) -> None:
+@pytest.mark.slow
+def test_truncated_text_is_shown_struck_through(cache: Path) -> None:
     (example,) = inspect(InspectSettings(cache=cache, worst_cut=True)).examples
     tokenizer = AutoTokenizer.from_pretrained(cache / "tokenizer")
     assert example.index in {1, 2}
@@ -95,7 +96,7 @@ def test_what_was_cut_is_shown_struck_out(cache: Path) -> None:
     (cut,) = inspect(InspectSettings(cache=cache, example=1)).examples
     assert tokenizer.decode([*cut.target_ids, *cut.target_cut]).strip() == ("table " * 50).strip()
     done = t5tune("inspect", cache, "--example", 1, env={"FORCE_COLOR": "1", "COLUMNS": "200"})
-    assert "\x1b[2;9;32m" in done.stdout  # dim, struck out, in the target's colour
+    assert "\x1b[2;9;32m" in done.stdout  # dim, struck through, in the target's color
     assert f"{len(cut.target_cut)} cut off" in done.stdout
     assert "[cut: " not in done.stdout
     plain = t5tune("inspect", cache, "--example", 1, env={"TERM": "dumb", "COLUMNS": "200"}).stdout
@@ -110,12 +111,13 @@ def test_the_example_with_unknown_tokens_is_found(cache: Path, tmp_path: Path) -
     assert "<unk> No" in done.stdout
 
 
-def test_where_no_example_is_such_it_says_so(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_choice_without_a_matching_example_is_reported(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"source": "Hi", "target": "a"}), encoding="utf-8")
     whole = tmp_path / "cache"
     prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data), output_dir=whole))
-    for flag, what in (("--worst-cut", "is cut"), ("--unknown", "has unknown tokens")):
+    for flag, what in (("--worst-cut", "is truncated"), ("--unknown", "has unknown tokens")):
         done = t5tune("inspect", whole, flag)
         assert done.code == 0
         assert f"none of its 1 examples {what}" in " ".join(done.stderr.split())
@@ -125,7 +127,7 @@ def test_where_no_example_is_such_it_says_so(tmp_path: Path) -> None:
 def test_the_histograms_count_every_example(cache: Path) -> None:
     statistics = inspect(InspectSettings(cache=cache, stats=True, per_device_train_batch_size=2)).statistics
     assert statistics is not None
-    sources, targets = open_cache(cache).lengths()
+    sources, targets = open_cache(cache).read_lengths()
     for histogram, lengths in ((statistics.source, sources), (statistics.target, targets)):
         assert sum(histogram.counts) == 4
         for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
@@ -137,7 +139,7 @@ def test_the_histograms_count_every_example(cache: Path) -> None:
     assert "padding in batches of 8" in done.stdout
 
 
-def test_the_page_is_one_file_with_everything_in_it(cache: Path, tmp_path: Path) -> None:
+def test_the_page_is_one_complete_file(cache: Path, tmp_path: Path) -> None:
     done = t5tune("inspect", cache, "--all", "--html", tmp_path / "page.html")
     assert done.stdout.strip() == str(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
@@ -148,31 +150,31 @@ def test_the_page_is_one_file_with_everything_in_it(cache: Path, tmp_path: Path)
     assert '<span class="added">{</span>x<span class="added">}</span>' in page
 
 
-def test_what_isnt_there_is_refused(cache: Path, tmp_path: Path) -> None:
-    def refused(**choice: Any) -> str:
+def test_missing_examples_and_broken_caches_are_refused(cache: Path, tmp_path: Path) -> None:
+    def refusal(**choice: Any) -> str:
         with pytest.raises((DataError, SettingsError)) as caught:
             inspect(InspectSettings(**{"cache": cache, **choice}))
         return caught.value.message
 
-    assert "holds examples 0 to 3" in refused(example=4)
-    assert "choose the examples one way" in refused(example=1, all=True)
-    assert str(tmp_path) in refused(cache=tmp_path)
-    assert refused(cache=tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
+    assert "contains examples 0 to 3" in refusal(example=4)
+    assert "example: can't be combined with all" in refusal(example=1, all=True)
+    assert str(tmp_path) in refusal(cache=tmp_path)
+    assert refusal(cache=tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
     (tmp_path / "data.jsonl").write_text("{}")
-    assert refused(cache=tmp_path / "data.jsonl") == f"{tmp_path / 'data.jsonl'}: a file, not a token cache"
-    assert "html: " in refused(html=tmp_path / "nowhere" / "page.html")
+    assert refusal(cache=tmp_path / "data.jsonl") == f"{tmp_path / 'data.jsonl'}: a file, not a token cache"
+    assert "html: " in refusal(html=tmp_path / "nowhere" / "page.html")
     broken = tmp_path / "broken"
     shutil.copytree(cache, broken)
     manifest = json.loads((broken / "manifest.json").read_text())
     columns = manifest.pop("example_columns")
     (broken / "manifest.json").write_text(json.dumps(manifest))
-    assert "example_columns: missing" in refused(cache=broken)
+    assert "example_columns: missing" in refusal(cache=broken)
     for other in ({"turn": "|u1"}, columns | {"turn": "<f8"}, columns | {"turn": -1}, columns | {"conversation": 0}):
         (broken / "manifest.json").write_text(json.dumps(manifest | {"example_columns": other}))
-        assert "manifest.json: example_columns: " in refused(cache=broken)
+        assert "manifest.json: example_columns: " in refusal(cache=broken)
 
 
-def test_an_output_folder_that_cant_be_made_is_refused(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = t5tune("prepare", "--model-name-or-path", "pocket", "--data-path", "pocket",
                   "--output-dir", tmp_path / "file" / "cache")  # fmt: skip

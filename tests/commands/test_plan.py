@@ -1,4 +1,4 @@
-"""plan: bytes against what libraries really hold and a run really takes, batches, suggestions, and refusals."""
+"""plan: memory compared with that of real models and runs, batches, suggestions and refusals."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,22 @@ import torch
 from t5tune.commands.plan import GIB, Plan, plan, read_size
 from t5tune.commands.prepare import prepare
 from t5tune.errors import ModelError, SettingsError
-from t5tune.model.known_configs import SIZES
+from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.model.load import count_parameters, load_base
-from t5tune.model.memory import Lengths, empty_model_of, measure_step, quantised_bytes, weight_bytes
-from t5tune.settings import PlanSettings, PrepareSettings, QuantisationSettings, TrainSettings
-from tests.conftest import make_base, t5tune
+from t5tune.model.memory import (
+    BatchLengths,
+    build_empty_training_model,
+    count_quantized_bytes,
+    count_weight_bytes,
+    measure_step,
+)
+from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings
+from tests.support.bases import make_base
+from tests.support.command_line import t5tune
 
-# parameters of the hub's checkpoints, as their safetensors headers count them
+pytestmark = pytest.mark.slow
+
+# parameters of checkpoints on the Hugging Face Hub, by their safetensors headers
 PARAMETERS = {
     "google/flan-t5-small": 76_961_152,
     "google/flan-t5-base": 247_577_856,
@@ -28,60 +37,60 @@ PARAMETERS = {
 }
 
 
-def planned(model: str | Path, **changes: Any) -> Plan:
+def make_plan(model: str | Path, **changes: Any) -> Plan:
     return plan(PlanSettings(model_name_or_path=str(model), **changes))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_known_shapes_have_the_parameters_of_their_checkpoints(name: str) -> None:
+def test_known_configs_have_as_many_parameters_as_their_checkpoints(name: str) -> None:
     settings = PlanSettings(model_name_or_path=name, train_mode="full")
-    model = empty_model_of(SIZES[name], settings, 0, deepspeed=False)
+    model = build_empty_training_model(KNOWN_CONFIGS[name], settings, 0, deepspeed=False)
     assert count_parameters(model)[1] == PARAMETERS[name]
 
 
-def test_xxl_in_four_bits_takes_less_than_six_point_two_gigabytes(tmp_path: Path) -> None:
-    """From its config.json alone, `wo` in NF4 too."""
-    (tmp_path / "config.json").write_text(json.dumps(SIZES["google/flan-t5-xxl"]))
-    result = planned(tmp_path / "config.json", q_lora=True, num_gpus=1, source_length=8, target_length=8)
+def test_flan_t5_xxl_in_4_bits_takes_less_than_6_2_gigabytes(tmp_path: Path) -> None:
+    """From config.json alone, with `wo` in NF4, too."""
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["google/flan-t5-xxl"]))
+    result = make_plan(tmp_path / "config.json", q_lora=True, num_gpus=1, source_length=8, target_length=8)
     assert 6.0e9 < sum(result.weights.values()) < 6.2e9
     assert result.precision == "nf4 base, bf16"
-    assert result.suggestion is None  # nobody said how large the GPU is
+    assert result.suggestion is None  # the GPU's memory isn't given
 
 
-@pytest.mark.parametrize("quantisation", [{}, {"double_quant": False}, {"quant_type": "int8"}, {"q_lora": False}])
-def test_weights_take_the_bytes_that_are_planned(quantisation: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", [{}, {"double_quant": False}, {"quant_type": "int8"}, {"q_lora": False}])
+def test_loaded_weights_take_the_planned_bytes(quantization: dict[str, Any], tmp_path: Path) -> None:
     from bitsandbytes.nn import Params4bit
 
     base = make_base(tmp_path / "base", tied=False, d_model=64, d_ff=256, d_kv=16)
     settings = PlanSettings(model_name_or_path=str(base), bf16=True, train_mode="full", **{"q_lora": False})
-    chosen = QuantisationSettings(**{"q_lora": True, **quantisation})
+    chosen = QuantizationSettings(**{"q_lora": True, **quantization})
     config = json.loads((base / "config.json").read_text())
-    expected = weight_bytes(empty_model_of(config, settings, 0, deepspeed=True), chosen)
+    expected = count_weight_bytes(build_empty_training_model(config, settings, 0, deepspeed=True), chosen)
     model = load_base(base, torch.bfloat16, torch.device("cpu"), chosen)
-    held = 0
+    stored = 0
     for parameter in model.parameters():
-        held += parameter.numel() * parameter.element_size()
+        stored += parameter.numel() * parameter.element_size()
         if isinstance(parameter, Params4bit):
             state = parameter.quant_state
             tensors = [state.absmax, state.code]
             if state.nested:
                 tensors += [state.state2.absmax, state.state2.code, state.offset]
-            held += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         elif hasattr(parameter, "SCB") and parameter.SCB is not None:
-            held += parameter.SCB.numel() * parameter.SCB.element_size()
-    assert sum(expected.values()) == pytest.approx(held, rel=0.01)
+            stored += parameter.SCB.numel() * parameter.SCB.element_size()
+    assert sum(expected.values()) == pytest.approx(stored, rel=0.01)
 
 
-def test_a_step_without_data_counts_what_a_real_one_keeps(untied_base: Path) -> None:
-    """The tensors that autograd keeps for the backward of a real model, against the count of a model without data."""
+def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path) -> None:
+    """Compare the tensors that autograd saves for a real model with the count on fake tensors."""
     from t5tune.model.attention import Segments
     from t5tune.model.lora import add_lora
     from t5tune.model.loss import HeadLoss
 
     settings = TrainSettings(model_name_or_path=str(untied_base), data_path="-", output_dir=Path("-"), packing="on")
     config = json.loads((untied_base / "config.json").read_text())
-    lengths = Lengths((50, 40), (30, 20))
-    model = empty_model_of(config, settings, 0, deepspeed=False)
+    lengths = BatchLengths((50, 40), (30, 20))
+    model = build_empty_training_model(config, settings, 0, deepspeed=False)
     step = measure_step(model, lengths, settings, on_gpu=False, reentrant=False, autocast=True)
 
     from t5tune.model.attention import use_packing
@@ -100,7 +109,10 @@ def test_a_step_without_data_counts_what_a_real_one_keeps(untied_base: Path) -> 
         return tensor
 
     target = torch.ones(1, 50, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), head_loss.of(target):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        head_loss.replace_logits_with_sum(target),
+    ):
         real(
             input_ids=torch.ones(1, 90, dtype=torch.int64),
             decoder_input_ids=target,
@@ -121,16 +133,16 @@ def test_a_step_without_data_counts_what_a_real_one_keeps(untied_base: Path) -> 
         ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}),
     ],
 )
-def test_what_saves_memory_is_planned_to_take_less(
+def test_memory_saving_settings_reduce_the_planned_memory(
     better: dict[str, Any], worse: dict[str, Any], untied_base: Path
 ) -> None:
     config = json.loads((untied_base / "config.json").read_text())
 
     def taken(per_device_train_batch_size: int = 4, **changes: Any) -> tuple[int, int]:
         settings = PlanSettings(model_name_or_path="-", **changes)
-        model = empty_model_of(config, settings, 0, deepspeed=False)
-        lengths = Lengths((200, *[20] * (per_device_train_batch_size - 1)), (50,) * per_device_train_batch_size)
-        weights = sum(weight_bytes(model, settings).values())
+        model = build_empty_training_model(config, settings, 0, deepspeed=False)
+        lengths = BatchLengths((200, *[20] * (per_device_train_batch_size - 1)), (50,) * per_device_train_batch_size)
+        weights = sum(count_weight_bytes(model, settings).values())
         return weights, measure_step(model, lengths, settings, False, False, True).activations
 
     (weights, activations), (more_weights, more_activations) = taken(**better), taken(**worse)
@@ -145,7 +157,7 @@ def cache(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_a_cache_gives_steps_padding_and_its_longest_batch(cache: Path, tmp_path: Path) -> None:
+def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp_path: Path) -> None:
     from t5tune.commands.train import train
     from t5tune.data.cache import open_cache
 
@@ -153,7 +165,7 @@ def test_a_cache_gives_steps_padding_and_its_longest_batch(cache: Path, tmp_path
         model_name_or_path="pocket", data_path=str(cache), output_dir=tmp_path / "run", use_cpu=True,
         num_train_epochs=2, gradient_accumulation_steps=2, per_device_train_batch_size=4, report_samples=0,
     )  # fmt: skip
-    result = planned(
+    result = make_plan(
         "pocket", data_path=str(cache), use_cpu=True, num_train_epochs=2, gradient_accumulation_steps=2,
         per_device_train_batch_size=4, packing="off",
     )  # fmt: skip
@@ -162,15 +174,15 @@ def test_a_cache_gives_steps_padding_and_its_longest_batch(cache: Path, tmp_path
     assert (result.trainable_parameters, result.total_parameters) == (
         trained.trainable_parameters, trained.total_parameters
     )  # fmt: skip
-    sources, targets = open_cache(cache).lengths()
+    sources, targets = open_cache(cache).read_lengths()
     assert result.examples == len(sources)
     assert (result.source_length, result.target_length) <= (sources.max(), targets.max())
     assert result.padding is not None
     assert 0 < result.padding < 0.5
 
 
-def test_zero_shares_out_what_its_stage_shares() -> None:
-    result = planned(
+def test_each_zero_stage_partitions_what_it_should() -> None:
+    result = make_plan(
         "google/flan-t5-small", train_mode="full", gpu_memory="16GiB", num_gpus=4, bf16=True, deepspeed="zero2",
         per_device_train_batch_size=1, source_length=16, target_length=16,
     )  # fmt: skip
@@ -185,29 +197,29 @@ def test_zero_shares_out_what_its_stage_shares() -> None:
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
 
 
-def test_the_suggestion_fits_and_is_a_setting_of_train(tmp_path: Path) -> None:
-    from t5tune.cli.options import normalise
+def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
+    from t5tune.cli.options import normalize_arguments
     from t5tune.model import fused
     from t5tune.settings import load_settings
 
-    shape = {**SIZES["google/flan-t5-small"], "num_layers": 2, "num_decoder_layers": 2}
+    shape = {**KNOWN_CONFIGS["google/flan-t5-small"], "num_layers": 2, "num_decoder_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     for memory, expected in (
         ("80GiB", "--bf16 --per"),
         ("1000MiB", "--bf16 --gradient-checkpointing --per"),
         ("980MiB", "--bf16 --gradient-checkpointing --q-lora --per"),
     ):
-        result = planned(tmp_path, gpu_memory=memory, per_device_train_batch_size=1)
+        result = make_plan(tmp_path, gpu_memory=memory, per_device_train_batch_size=1)
         assert result.suggestion is not None
         assert expected in result.suggestion.flags
         assert result.suggestion.total < read_size(memory)
-        words = normalise(result.suggestion.flags.split(), TrainSettings)
+        words = normalize_arguments(result.suggestion.flags.split(), TrainSettings)
         flags = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2], strict=True))
         load_settings(
             TrainSettings, None, {}, {"model_name_or_path": "a", "data_path": "b", "output_dir": "c", **flags}
         )
-    assert planned(tmp_path, gpu_memory="940MiB", per_device_train_batch_size=1).suggestion is None
-    assert fused.ELEMENTS_AT_ONCE < 1 << 20  # a GPU's way is left behind
+    assert make_plan(tmp_path, gpu_memory="940MiB", per_device_train_batch_size=1).suggestion is None
+    assert fused.ELEMENTS_PER_CHUNK < 1 << 20  # the chunk size for GPUs is reset
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
@@ -215,40 +227,40 @@ def test_the_suggestion_fits_and_is_a_setting_of_train(tmp_path: Path) -> None:
     ("text", "size"),
     [("24GiB", 24 * GIB), ("24", 24 * GIB), ("24G", 24 * GIB), ("24GB", 24 * 10**9), ("800 MiB", 800 << 20)],
 )
-def test_sizes_are_read(text: str, size: int) -> None:
+def test_memory_sizes_are_parsed(text: str, size: int) -> None:
     assert read_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["much", "24 apples", "0GiB", "-1", "1.2.3GiB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_invalid_memory_sizes_are_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="gpu_memory"):
         read_size(text)
 
 
-def test_the_command_reads_a_run_s_settings_and_refuses_other_families(tmp_path: Path) -> None:
+def test_the_command_accepts_a_run_config_and_refuses_other_models(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model_name_or_path: google/flan-t5-small\ndata_path: x.jsonl\noutput_dir: y\n")
     done = t5tune("plan", "--config", tmp_path / "run.yaml", "--gpu-memory", "16GiB")
     assert done.code == 0, done.stderr
-    assert "76,961,152" not in done.stdout  # its adapters count too
+    assert "76,961,152" not in done.stdout  # the adapters are counted, too
     assert "no DeepSpeed *" in done.stdout
     assert "suggested: --bf16" in done.stdout
     assert all(len(line) < 120 for line in done.stdout.splitlines())
     bart = tmp_path / "config.json"
     bart.write_text(json.dumps({"model_type": "bart"}))
     with pytest.raises(ModelError, match="bart"):
-        planned(bart)
+        make_plan(bart)
 
 
-def test_the_byte_table_of_the_docs_is_what_the_script_writes() -> None:
+def test_the_memory_page_of_the_docs_is_current() -> None:
     import runpy
 
-    from tests.conftest import REPOSITORY
+    from tests.support.paths import REPOSITORY
 
-    page = runpy.run_path(str(REPOSITORY / "benchmarks" / "memory.py"))["page"]
-    assert (REPOSITORY / "docs" / "memory.md").read_text() == page(), "renew it: python benchmarks/memory.py"
+    build_page = runpy.run_path(str(REPOSITORY / "benchmarks" / "memory.py"))["build_page"]
+    assert (REPOSITORY / "docs" / "memory.md").read_text() == build_page(), "regenerate it: python benchmarks/memory.py"
 
 
-def test_quantised_bytes_count_scales_of_scales() -> None:
-    whole = QuantisationSettings(q_lora=True)
-    assert quantised_bytes(64 * 256, 64, whole) == 64 * 256 // 2 + 64 + 256 + 4 + 1024 + 4
-    assert len(SIZES) > 30
+def test_quantized_bytes_include_scales_of_scales() -> None:
+    whole = QuantizationSettings(q_lora=True)
+    assert count_quantized_bytes(64 * 256, 64, whole) == 64 * 256 // 2 + 64 + 256 + 4 + 1024 + 4
+    assert len(KNOWN_CONFIGS) > 30

@@ -1,6 +1,6 @@
 """Schemas for editors, templates to copy, a dry run, and completion.
 
-`python tests/commands/test_schema.py` writes templates/schemas/train.json anew.
+`python tests/commands/test_schema.py` regenerates templates/schemas/train.json.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.commands.schema import FOR_FLAGS, schema
+from t5tune.commands.schema import FLAG_METADATA, schema
 from t5tune.commands.templates import templates
 from t5tune.errors import SettingsError
 from t5tune.settings import COMMANDS, TemplatesSettings, TrainSettings, load_settings, packaged_templates
@@ -19,42 +19,42 @@ from t5tune.settings import COMMANDS, TemplatesSettings, TrainSettings, load_set
 SCHEMA = Path(__file__).parents[2] / "templates" / "schemas" / "train.json"
 
 if __name__ != "__main__":
-    from tests.conftest import t5tune
+    from tests.support.command_line import t5tune
 
 
 def schema_text() -> str:
     return json.dumps(schema("train"), indent=2, ensure_ascii=False) + "\n"
 
 
-def test_the_packaged_schema_is_that_of_the_settings() -> None:
-    assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "renew it: python tests/commands/test_schema.py"
+def test_the_packaged_schema_matches_the_settings() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "regenerate it: python tests/commands/test_schema.py"
 
 
 @pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
-def test_every_command_has_a_schema_with_its_settings(model: type) -> None:
+def test_every_command_has_a_schema_of_its_settings(model: type) -> None:
     described = schema(model.command)
     assert set(described["properties"]) == set(model.model_fields)
     assert "required" not in described
     assert described["additionalProperties"] is False
-    assert not [name for setting in described["properties"].values() for name in FOR_FLAGS if name in setting]
+    assert not [name for setting in described["properties"].values() for name in FLAG_METADATA if name in setting]
 
 
-def test_a_schema_knows_choices_ranges_and_lists_in_one_line() -> None:
+def test_a_schema_contains_choices_ranges_and_lists_written_as_text() -> None:
     properties = schema("train")["properties"]
     assert properties["quant_type"]["enum"] == ["nf4", "fp4", "int8"]
     assert properties["lora_r"]["exclusiveMinimum"] == 0
     assert {choice["type"] for choice in properties["lora_target_modules"]["anyOf"]} == {"array", "string"}
 
 
-@pytest.mark.parametrize("name", packaged_templates.names("runs"))
-def test_every_run_names_the_schema_and_a_copy_of_it_is_wired_to_its_own(name: str, tmp_path: Path) -> None:
-    packaged = packaged_templates.find_run(name)
+@pytest.mark.parametrize("name", packaged_templates.list_names("runs"))
+def test_every_run_config_and_its_copy_name_a_schema_next_to_them(name: str, tmp_path: Path) -> None:
+    packaged = packaged_templates.find_run_config(name)
     first = packaged.read_text().splitlines()[0]
     assert (packaged.parent / first.partition("$schema=")[2]).resolve() == SCHEMA.resolve()
-    run, beside = templates(TemplatesSettings(action="copy", name=name, to=tmp_path)).copied
+    run, copied_schema = templates(TemplatesSettings(action="copy", name=name, to=tmp_path)).copied
     named = run.read_text().splitlines()[0].partition("$schema=")[2]
-    assert run.parent / named == beside
-    assert json.loads(beside.read_text()) == schema("train")
+    assert run.parent / named == copied_schema
+    assert json.loads(copied_schema.read_text()) == schema("train")
     properties = schema("train")["properties"]
     from t5tune.io.yaml_file import read_yaml
 
@@ -63,7 +63,8 @@ def test_every_run_names_the_schema_and_a_copy_of_it_is_wired_to_its_own(name: s
     load_settings(TrainSettings, str(run), {}, {})
 
 
-def test_templates_are_listed_shown_and_copied_but_never_over_a_file(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_path: Path) -> None:
     listed = t5tune("templates")
     assert listed.code == 0
     assert "runs: " in listed.stdout
@@ -74,26 +75,25 @@ def test_templates_are_listed_shown_and_copied_but_never_over_a_file(tmp_path: P
     assert copied.stdout.strip() == str(tmp_path / "mine.yaml")
     again = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
     assert again.code == 2
-    assert "stands there already" in again.stderr
+    assert "exists already" in again.stderr
     for misspelt, meant in (("zer03", "zero3"), ("runs/poket", "runs/pocket")):
         with pytest.raises(SettingsError, match=rf"{misspelt}: no such template; did you mean {meant}\?"):
             templates(TemplatesSettings(action="show", name=misspelt))
     refused = t5tune("train", "--config", "poket", "--dry-run")
     assert refused.code == 2
-    assert (
-        "config: poket: no such file, and no template of that name; did you mean pocket? the templates"
-        in refused.stderr
-    )
+    assert "config: poket: no file or template of that name; did you mean pocket? the templates" in refused.stderr
 
 
-def test_a_dry_run_shows_settings_plan_and_command_and_makes_nothing(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_dry_run_shows_the_settings_the_plan_and_the_command_and_writes_nothing(tmp_path: Path) -> None:
     arguments = ["train", "--config", "pocket", "--output-dir", tmp_path / "run", "--dry-run", "--num-processes", "2"]
     done = t5tune(*arguments)
     assert done.code == 0, done.stderr
     assert "lora_r: 8" in done.stdout
     assert "no DeepSpeed *" in done.stdout
     command = f"torchrun --nproc-per-node 2 -m t5tune train --config {tmp_path / 'run' / 'settings.yaml'}"
-    assert done.stdout.splitlines()[-1] == f"# starts, once it has written its settings: {command}"
+    assert done.stdout.splitlines()[-1] == f"# launch command, once the settings are written: {command}"
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if "zero" in line)
     assert not (tmp_path / "run").exists()
     (tmp_path / "mine.yaml").write_text(done.stdout)
@@ -124,12 +124,14 @@ if __name__ == "__main__":
     print(SCHEMA)
 
 
-def test_a_shells_name_behind_completion_is_no_command() -> None:
+def test_the_name_of_a_shell_after_show_completion_is_refused() -> None:
     done = t5tune("--show-completion", "zsh")
     assert done.code == 2
-    said = "--show-completion zsh: takes no value, it finds the shell that it runs in; t5tune --show-completion"
+    said = (
+        "--show-completion zsh: the option takes no value and detects the current shell; run t5tune --show-completion"
+    )
     assert done.errors == [f"error: {said}"]
 
 
-def test_a_size_may_stand_with_its_unit() -> None:
+def test_a_size_can_be_written_with_its_unit() -> None:
     assert {"type": "string"} in schema("merge")["properties"]["max_shard_size"]["anyOf"][0]["anyOf"]

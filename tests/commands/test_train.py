@@ -1,4 +1,4 @@
-"""Training in one process and in two: what is loaded, what moves, what is logged, sealed and resumed."""
+"""Training in one process and in two: what is loaded, trained, logged and saved, and how runs resume."""
 
 import functools
 import json
@@ -26,59 +26,38 @@ from t5tune.settings import (
     ExportSettings,
     MergeSettings,
     PrepareSettings,
-    QuantisationSettings,
+    QuantizationSettings,
     TrainSettings,
     load_settings,
 )
 from t5tune.training.trainer import T5Trainer
-from tests.conftest import Finished, make_base, t5tune
+from tests.support.bases import make_base
+from tests.support.command_line import CommandResult, t5tune
+from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
 TWO = ("--num-processes", "2")
-
-
-def settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
-    values = {
-        "model_name_or_path": str(base),
-        "data_path": str(data),
-        "output_dir": run,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_steps": 3,
-        "use_cpu": True,
-    }
-    return TrainSettings(**{**values, **changes})
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in metrics(run) if "loss" in line]
 
 
 @pytest.fixture(scope="module")
 def finished_run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "one"
-    train(settings(untied_base, conversations, run, eval_fraction=0.2))
+    train(make_settings(untied_base, conversations, run, eval_fraction=0.2))
     return run
 
 
-def test_loss_falls_and_the_result_counts_what_was_done(finished_run: Path) -> None:
+def test_loss_falls_and_the_result_counts_steps_and_tokens(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text())
-    assert losses(finished_run)[-1] < losses(finished_run)[0]
+    assert read_losses(finished_run)[-1] < read_losses(finished_run)[0]
     assert result["steps"] == 6
     assert result["world_size"] == 1
     assert result["tokens"] > 0
     assert result["eval"]["loss"] > 0
     assert 0 < result["trainable_parameters"] < result["total_parameters"]
-    lines = [line for line in metrics(finished_run) if "loss" in line]
+    lines = [line for line in read_metrics_lines(finished_run) if "loss" in line]
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch"} <= set(lines[0])
 
 
-def test_run_folder_loads_with_stock_peft_and_moves_only_the_adapter(finished_run: Path, untied_base: Path) -> None:
+def test_run_folder_loads_with_plain_peft_and_contains_only_the_adapter(finished_run: Path, untied_base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSeq2SeqLM
 
@@ -93,27 +72,29 @@ def test_run_folder_loads_with_stock_peft_and_moves_only_the_adapter(finished_ru
         assert torch.equal(loaded[name], value), name
 
 
-def test_cards_tell_data_settings_and_held_out_figures(finished_run: Path, untied_base: Path, tmp_path: Path) -> None:
+def test_model_cards_report_data_settings_and_held_out_metrics(
+    finished_run: Path, untied_base: Path, tmp_path: Path
+) -> None:
     manifest = json.loads((finished_run / "data" / "manifest.json").read_text())
     result = json.loads((finished_run / "result.json").read_text())
-    data = f"Data: {manifest['examples']} examples of 24 conversations, "
+    data = f"Data: {manifest['examples']} examples from 24 conversations, "
     card = (finished_run / "README.md").read_text()
     assert data in card
     assert "learning_rate 0.01, per_device_train_batch_size 4" in card
-    figures = f"The run took 6 steps.\nHeld out: loss {result['eval']['loss']:.4g}"
-    assert figures in card
-    of_a_step = (finished_run / "checkpoint-3" / "README.md").read_text()
-    assert "Held out" not in of_a_step  # nor of the end: those figures aren't its
+    metrics = f"Trained for 6 steps.\nEvaluation on held-out data: loss {result['eval']['loss']:.4g}"
+    assert metrics in card
+    card_of_a_step = (finished_run / "checkpoint-3" / "README.md").read_text()
+    assert "held-out data" not in card_of_a_step  # the metrics belong to the end of the run
     export(ExportSettings(checkpoint=finished_run / "checkpoint-3", output_dir=tmp_path / "exported"))
     assert data in (tmp_path / "exported" / "README.md").read_text()
     values = {"model_name_or_path": str(untied_base), "adapter": finished_run, "output_dir": tmp_path / "merged"}
     merge(MergeSettings.model_validate(values | {"verify": False}))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert data in card
-    assert figures in card
+    assert metrics in card
 
 
-def test_base_is_loaded_bit_by_bit_as_its_file_says(base: Path) -> None:
+def test_a_loaded_base_equals_its_file_bit_by_bit(base: Path) -> None:
     from t5tune.model.load import load_base
 
     file = load_file(base / "model.safetensors")
@@ -126,30 +107,30 @@ def test_base_is_loaded_bit_by_bit_as_its_file_says(base: Path) -> None:
     assert model.encoder.embed_tokens.weight is model.shared.weight
 
 
-def test_quantised_base_keeps_the_rest_bit_by_bit_and_answers_almost_alike(untied_base: Path) -> None:
+def test_a_quantized_base_keeps_all_other_weights_and_nearly_the_same_logits(untied_base: Path) -> None:
     from t5tune.model.load import load_base
 
     file = load_file(untied_base / "model.safetensors")
     plain = load_base(untied_base, torch.float32, torch.device("cpu"))
-    quantised = load_base(untied_base, torch.float32, torch.device("cpu"), QuantisationSettings(q_lora=True))
-    kept = [name for name, value in quantised.named_parameters() if type(value).__name__ != "Params4bit"]
+    quantized = load_base(untied_base, torch.float32, torch.device("cpu"), QuantizationSettings(q_lora=True))
+    kept = [name for name, value in quantized.named_parameters() if type(value).__name__ != "Params4bit"]
     assert {"shared.weight", "lm_head.weight"} <= set(kept)
-    assert all(torch.equal(quantised.get_parameter(name), file[name]) for name in kept)
-    assert sum(type(value).__name__ == "Params4bit" for value in quantised.parameters()) == 36
+    assert all(torch.equal(quantized.get_parameter(name), file[name]) for name in kept)
+    assert sum(type(value).__name__ == "Params4bit" for value in quantized.parameters()) == 36
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 9, 10]])}
     with torch.inference_mode():
-        a, b = plain(**inputs).logits, quantised(**inputs).logits
+        a, b = plain(**inputs).logits, quantized(**inputs).logits
     assert 0 < (a - b).abs().max() < 0.5 * a.abs().max()
 
 
-def test_wo_is_quantised_too_unless_it_is_not_to_be() -> None:
-    """In bf16, where 4-bit storage of the wrong dtype would turn its input into garbage without a word."""
+def test_wo_is_quantized_only_with_quantize_wo() -> None:
+    """In bf16, where 4-bit storage of the wrong dtype would silently turn the input of wo into garbage."""
     from t5tune.checkpoints.pocket import pocket_folder
     from t5tune.model.load import load_base
 
     def load(**changes: Any) -> Any:
-        quantisation = QuantisationSettings(q_lora=True, **changes) if changes else None
-        return load_base(pocket_folder(), torch.bfloat16, torch.device("cpu"), quantisation)
+        quantization = QuantizationSettings(q_lora=True, **changes) if changes else None
+        return load_base(pocket_folder(), torch.bfloat16, torch.device("cpu"), quantization)
 
     models = {"whole": load(), "wo": load(quantize_wo=True), "no wo": load(quantize_wo=False)}
     kinds = {
@@ -169,7 +150,7 @@ def test_wo_is_quantised_too_unless_it_is_not_to_be() -> None:
     assert 0 < off["wo"] < 2 * off["no wo"] < 0.5
 
 
-def test_a_file_that_does_not_fit_its_config_is_refused_by_name(untied_base: Path, tmp_path: Path) -> None:
+def test_a_base_whose_file_does_not_fit_its_config_is_refused(untied_base: Path, tmp_path: Path) -> None:
     from t5tune.model.load import load_base
 
     shutil.copytree(untied_base, tmp_path / "base")
@@ -181,20 +162,21 @@ def test_a_file_that_does_not_fit_its_config_is_refused_by_name(untied_base: Pat
     path.write_text(json.dumps({**config, "model_type": "bart"}))
     with pytest.raises(ModelError, match="model_type 'bart'") as refused:
         load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
-    for member in ("Flan-UL2", "ByT5", "fastchat-t5", "mT5", "umT5"):
-        assert member in str(refused.value.hint)
-    for later, name in (("longt5", "LongT5"), ("t5gemma", "T5Gemma")):
-        path.write_text(json.dumps({**config, "model_type": later}))
-        with pytest.raises(ModelError, match=f"{name} comes later"):
+    for name in ("Flan-UL2", "ByT5", "fastchat-t5", "mT5", "umT5"):
+        assert name in str(refused.value.hint)
+    for model_type, name in (("longt5", "LongT5"), ("t5gemma", "T5Gemma")):
+        path.write_text(json.dumps({**config, "model_type": model_type}))
+        with pytest.raises(ModelError, match=f"{name} is not supported yet"):
             load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_token_rows_of_embedding_and_head_are_trained(
+def test_rows_of_added_tokens_in_embedding_and_head_are_trained(
     kind: str, conversations: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     base = request.getfixturevalue(f"{kind}_base")
-    train(settings(base, conversations, tmp_path / "run", max_steps=2, save_steps=2))
+    train(make_settings(base, conversations, tmp_path / "run", max_steps=2, save_steps=2))
     file = load_file(base / "model.safetensors")
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
@@ -214,172 +196,209 @@ def test_token_rows_of_embedding_and_head_are_trained(
             assert not torch.equal(trained[ids.index(token)], file[name][token]), (module, token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [{}, {"packing": "off"}, {"q_lora": True, "bf16": False}], ids=["packed", "padded", "nf4"]
 )
-def test_one_process_trains_on_one_gpu_however_many_it_sees(
+def test_one_process_trains_on_one_gpu_however_many_are_visible(
     more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import TrainingArguments
 
-    alone = train(settings(untied_base, conversations, tmp_path / "one", max_steps=2, **more))
+    alone = train(make_settings(untied_base, conversations, tmp_path / "one", max_steps=2, **more))
     choose_device = TrainingArguments._setup_devices.func
 
     def choose_among_four(self: TrainingArguments) -> torch.device:
         device = choose_device(self)
-        self._n_gpu = 4  # torch.cuda.device_count(), where it counts four
+        self._n_gpu = 4  # as on a machine where torch.cuda.device_count() is 4
         return device
 
     patched = functools.cached_property(choose_among_four)
     patched.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", patched)
-    among_four = train(settings(untied_base, conversations, tmp_path / "four", max_steps=2, **more))
+    among_four = train(make_settings(untied_base, conversations, tmp_path / "four", max_steps=2, **more))
     assert among_four.tokens == alone.tokens
     for name in ("loss", "grad_norm"):
-        one, four = ([line.get(name) for line in metrics(tmp_path / run)] for run in ("one", "four"))
+        one, four = ([line.get(name) for line in read_metrics_lines(tmp_path / run)] for run in ("one", "four"))
         assert one == four
     adapters = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("one", "four")]
     assert adapters[0] == adapters[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"q_lora": True}], ids=["lora", "q_lora"])
 def test_the_same_seed_gives_the_same_bits(
     untied_base: Path, conversations: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     files = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(settings(untied_base, conversations, tmp_path / name, seed=seed, **more))
+        train(make_settings(untied_base, conversations, tmp_path / name, seed=seed, **more))
         files[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
     assert files["a"] == files["b"] != files["c"]
 
 
-def test_q_lora_learns_too(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    result = train(settings(untied_base, conversations, tmp_path / "run", q_lora=True, bf16=False))
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
-    assert result.total_parameters > 40_000  # 4-bit weights count as what they stand for
+@pytest.mark.slow
+def test_q_lora_reduces_the_loss(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    result = train(make_settings(untied_base, conversations, tmp_path / "run", q_lora=True, bf16=False))
+    assert read_losses(tmp_path / "run")[-1] < read_losses(tmp_path / "run")[0]
+    assert result.total_parameters > 40_000  # 4-bit weights are counted unpacked
 
 
-def test_tokens_per_second_leave_out_what_evaluations_take(
-    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clock on which each evaluation takes a year."""
-    year, passed = 3e7, 0.0
+def make_evaluations_take_a_year(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let the trainer's clock advance by a year in each evaluation; the list gets each year's seconds."""
+    years: list[float] = []
     evaluate = T5Trainer.evaluation_loop
 
-    def slow(self: T5Trainer, *arguments: Any, **options: Any) -> Any:
-        nonlocal passed
-        passed += year
+    def evaluate_for_a_year(self: T5Trainer, *arguments: Any, **options: Any) -> Any:
+        years.append(3e7)
         return evaluate(self, *arguments, **options)
 
-    monkeypatch.setattr(T5Trainer, "evaluation_loop", slow)
-    monkeypatch.setattr("t5tune.training.trainer.time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
-    result = train(settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=1))
-    assert passed == 6 * year
-    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
-    assert all(line["tokens_per_second"] > 1 for line in lines)
-    assert result.tokens_per_second > 1
+    monkeypatch.setattr(T5Trainer, "evaluation_loop", evaluate_for_a_year)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(years))
+    monkeypatch.setattr("t5tune.training.trainer.time", clock)
+    return years
 
 
-def test_evaluation_between_steps_changes_nothing_of_training(
+@pytest.mark.slow
+def test_tokens_per_second_exclude_the_time_of_evaluations(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    years = make_evaluations_take_a_year(monkeypatch)
+    result = train(make_settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=1))
+    assert len(years) == 6
+    lines = [line for line in read_metrics_lines(tmp_path / "run") if "loss" in line]
+    assert all(1 < line["tokens_per_second"] < 1e7 for line in lines)
+    assert 1 < result.tokens_per_second < 1e7
+
+
+@pytest.mark.slow
+def test_tokens_per_second_exclude_an_evaluation_before_the_first_step_of_a_resumed_run(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    years = make_evaluations_take_a_year(monkeypatch)
+    settings = make_settings(
+        untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=3, save_steps=3, max_steps=6
+    )
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("t5tune.training.trainer.measure_losses", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(settings)
+    result = train(settings)
+    assert result.resumed_from == tmp_path / "run" / "checkpoint-3"
+    assert len(years) == 3  # at step 3, again at step 3 before the first step, at step 6
+    lines = [line for line in read_metrics_lines(tmp_path / "run") if "loss" in line]
+    assert all(1 < line["tokens_per_second"] < 1e7 for line in lines)
+    assert 1 < result.tokens_per_second < 1e7
+
+
+@pytest.mark.slow
+def test_evaluation_between_steps_does_not_change_training(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     shared = {"q_lora": True, "bf16": False, "eval_fraction": 0.2, "max_steps": 4}
-    train(settings(untied_base, conversations, tmp_path / "a", **shared, eval_strategy="no"))
-    train(settings(untied_base, conversations, tmp_path / "b", **shared, eval_strategy="steps", eval_steps=1))
+    train(make_settings(untied_base, conversations, tmp_path / "a", **shared, eval_strategy="no"))
+    train(make_settings(untied_base, conversations, tmp_path / "b", **shared, eval_strategy="steps", eval_steps=1))
     a, b = (tmp_path / name / "adapter_model.safetensors" for name in "ab")
     assert a.read_bytes() == b.read_bytes()
-    assert sum("eval_loss" in line for line in metrics(tmp_path / "b")) == 4
+    assert sum("eval_loss" in line for line in read_metrics_lines(tmp_path / "b")) == 4
 
 
 def test_bf16_keeps_fp32_adapters(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    train(settings(untied_base, conversations, tmp_path / "run", max_steps=2, bf16=True))
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=2, bf16=True))
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     values = torch.cat([value.flatten() for value in weights.values()])
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())
 
 
-def test_tf32_is_left_out_with_a_word_where_no_gpu_has_it(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_tf32_is_ignored_with_a_note_on_a_cpu(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    train(settings(untied_base, conversations, tmp_path / "run", max_steps=1, tf32=True), events.append)
-    assert Note("tf32: left out, this CPU has no TensorFloat-32") in events
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=1, tf32=True), events.append)
+    assert Note("tf32: ignored, since this CPU has no TensorFloat-32") in events
 
 
-def test_the_last_steps_have_a_line_of_metrics_too(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    train(settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3, report_samples=0))
-    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3, 5]
+def test_the_last_step_always_has_a_line_of_metrics(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3, report_samples=0))
+    assert [line["step"] for line in read_metrics_lines(tmp_path / "run") if "loss" in line] == [1, 3, 5]
     saved = json.loads((tmp_path / "run" / "checkpoint-5" / "trainer_state.json").read_text())
     assert [line["step"] for line in saved["log_history"] if "loss" in line] == [1, 3, 5]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_tokens_and_loss_of_all_its_steps(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    chosen = settings(untied_base, conversations, run, max_steps=6, save_steps=4, logging_steps=3, report_samples=0)
-    straight = train(chosen)
+    chosen = make_settings(
+        untied_base, conversations, run, max_steps=6, save_steps=4, logging_steps=3, report_samples=0
+    )
+    uninterrupted = train(chosen)
     shutil.rmtree(run / "checkpoint-6")
     (run / "result.json").unlink()
     resumed = train(chosen)
     assert resumed.resumed_from == run / "checkpoint-4"
-    assert resumed.tokens == straight.tokens
-    assert resumed.train_loss == pytest.approx(straight.train_loss, rel=1e-6)
+    assert resumed.tokens == uninterrupted.tokens
+    assert resumed.train_loss == pytest.approx(uninterrupted.train_loss, rel=1e-6)
     per_step = train(chosen.model_copy(update={"output_dir": tmp_path / "other", "logging_steps": 1}))
-    assert straight.train_loss == pytest.approx(sum(losses(tmp_path / "other")) / 6, rel=1e-6)
-    assert per_step.train_loss == pytest.approx(straight.train_loss, rel=1e-6)
+    assert uninterrupted.train_loss == pytest.approx(sum(read_losses(tmp_path / "other")) / 6, rel=1e-6)
+    assert per_step.train_loss == pytest.approx(uninterrupted.train_loss, rel=1e-6)
 
 
-def test_a_run_resumes_from_the_cache_of_its_conversations_as_from_the_file(
+@pytest.mark.slow
+def test_a_run_resumes_with_a_cache_of_its_conversations_instead_of_the_file(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    """prepare's seed says which examples are held out, and here none are."""
+    """prepare's seed only decides which examples are held out, and here none are."""
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values, seed=7))
     prepare(PrepareSettings(**{**values, "output_dir": tmp_path / "parted"}, eval_fraction=0.25, seed=3))
     run = tmp_path / "run"
-    train(settings(untied_base, conversations, run))
-    straight = (run / "adapter_model.safetensors").read_bytes()
+    train(make_settings(untied_base, conversations, run))
+    uninterrupted = (run / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoint-6")
     (run / "result.json").unlink()
     with pytest.raises(SettingsError, match="data: "):
-        train(settings(untied_base, tmp_path / "parted", run))
-    result = train(settings(untied_base, tmp_path / "cache", run))
+        train(make_settings(untied_base, tmp_path / "parted", run))
+    result = train(make_settings(untied_base, tmp_path / "cache", run))
     assert result.resumed_from == run / "checkpoint-3"
-    assert (run / "adapter_model.safetensors").read_bytes() == straight
+    assert (run / "adapter_model.safetensors").read_bytes() == uninterrupted
 
 
-def test_zero_0_logs_the_gradient_norm_that_it_does_not_clip(
-    still_base: Path,
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero_0_logs_the_gradient_norm_without_clipping(
+    base_without_dropout: Path,
     conversations: Path,
-    one_batch: dict[str, float],
+    one_step: dict[str, float],
     tmp_path: Path,
-    on_ranks: Callable[..., Finished],
+    on_ranks: Callable[..., CommandResult],
 ) -> None:
     more = ("--num-data", "8", "--max-steps", "1", "--per-device-train-batch-size", "8", "--use-cpu")
     more += ("--deepspeed", "zero0", "--max-grad-norm", "0")
-    done = on_ranks(1, *command(still_base, conversations, tmp_path / "run", *more))
+    done = on_ranks(1, *make_command(base_without_dropout, conversations, tmp_path / "run", *more))
     assert done.code == 0, done.stderr
-    assert metrics(tmp_path / "run")[0]["grad_norm"] == pytest.approx(one_batch["grad_norm"], rel=1e-4)
+    assert read_metrics_lines(tmp_path / "run")[0]["grad_norm"] == pytest.approx(one_step["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_losses(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     for name, on in (("a", False), ("b", True)):
         run = tmp_path / name
-        train(settings(untied_base, conversations, run, max_steps=2, lora_dropout=0.0, gradient_checkpointing=on))
-    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+        train(make_settings(untied_base, conversations, run, max_steps=2, lora_dropout=0.0, gradient_checkpointing=on))
+    assert read_losses(tmp_path / "a") == pytest.approx(read_losses(tmp_path / "b"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_equal_bit_by_bit(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    train(settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2))
+    train(make_settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2))
     again = tmp_path / "run" / "adapter_model.safetensors"
     assert again.read_bytes() == (finished_run / "adapter_model.safetensors").read_bytes()
 
 
-def test_resumes_from_the_newest_whole_checkpoint_to_the_same_bits(
+@pytest.mark.slow
+def test_a_run_resumes_from_the_newest_complete_checkpoint_to_the_same_bits(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -389,48 +408,49 @@ def test_resumes_from_the_newest_whole_checkpoint_to_the_same_bits(
         if isinstance(event, Note):
             notes.append(event.text)
 
-    train(settings(untied_base, conversations, run, eval_fraction=0.2))
+    train(make_settings(untied_base, conversations, run, eval_fraction=0.2))
     for name in ("result.json", "adapter_model.safetensors"):
         (run / name).unlink()
     shard = run / "checkpoint-6" / "optimizer.pt"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    result = train(settings(untied_base, conversations, run, eval_fraction=0.2), report)
+    result = train(make_settings(untied_base, conversations, run, eval_fraction=0.2), report)
     assert result.resumed_from == run / "checkpoint-3"
     assert any("checkpoint-6/optimizer.pt: differs" in note for note in notes)
     expected = (finished_run / "adapter_model.safetensors").read_bytes()
     assert (run / "adapter_model.safetensors").read_bytes() == expected
 
 
-def test_finished_run_does_nothing_and_fresh_moves_it_aside(
+@pytest.mark.slow
+def test_a_finished_run_is_not_repeated_and_fresh_renames_it(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    first = train(settings(untied_base, conversations, run, max_steps=1))
+    first = train(make_settings(untied_base, conversations, run, max_steps=1))
     before = (run / "metrics.jsonl").read_bytes()
-    assert train(settings(untied_base, conversations, run, max_steps=1)) == first
+    assert train(make_settings(untied_base, conversations, run, max_steps=1)) == first
     assert (run / "metrics.jsonl").read_bytes() == before
-    assert train(settings(untied_base, conversations, run, max_steps=1, logging_steps=5)) == first
-    with pytest.raises(SettingsError, match=f"lora_r: 8 in {run}, which is finished, 4 now"):
-        train(settings(untied_base, conversations, run, max_steps=1, lora_r=4))
-    with pytest.raises(SettingsError, match=r"data_path: .*conversations\.jsonl.* in .*, which is finished, .*other"):
-        train(settings(untied_base, tmp_path / "other.jsonl", run, max_steps=1))
-    train(settings(untied_base, conversations, run, max_steps=1, fresh=True))
+    assert train(make_settings(untied_base, conversations, run, max_steps=1, logging_steps=5)) == first
+    with pytest.raises(SettingsError, match=f"lora_r: 8 in {run} \\(finished\\), now 4"):
+        train(make_settings(untied_base, conversations, run, max_steps=1, lora_r=4))
+    with pytest.raises(SettingsError, match=r"data_path: .*conversations\.jsonl.* in .* \(finished\), .*other"):
+        train(make_settings(untied_base, tmp_path / "other.jsonl", run, max_steps=1))
+    train(make_settings(untied_base, conversations, run, max_steps=1, fresh=True))
     assert (tmp_path / "run.1" / "result.json").is_file()
     assert (run / "result.json").is_file()
 
 
-def test_what_another_command_made_is_no_run(
+def test_the_output_of_another_command_is_not_taken_as_a_run(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    """Its settings.yaml is its own."""
+    """Although it has a settings.yaml too."""
     values = {"model_name_or_path": str(untied_base), "adapter": finished_run, "output_dir": tmp_path / "merged"}
     merge(MergeSettings.model_validate(values | {"verify": False}))
     before = sorted(path.name for path in (tmp_path / "merged").iterdir())
     assert "settings.yaml" in before
-    with pytest.raises(SettingsError, match="holds something that is no run of t5tune"):
-        train(settings(untied_base, conversations, tmp_path / "merged"))
+    with pytest.raises(SettingsError, match="isn't empty and isn't a t5tune run"):
+        train(make_settings(untied_base, conversations, tmp_path / "merged"))
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == before
 
 
@@ -442,30 +462,32 @@ def test_non_finite_loss_stops_before_the_update(untied_base: Path, conversation
     weights["encoder.final_layer_norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(TrainingError, match="step 1: the loss is nan; no update was made; .*no checkpoint yet"):
-        train(settings(broken, conversations, tmp_path / "run"))
+        train(make_settings(broken, conversations, tmp_path / "run"))
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
-def test_wrong_names_are_refused_before_anything_is_made(
+def test_wrong_names_are_refused_before_anything_is_written(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(SettingsError, match="training_args.adam_beta: no such field.*did you mean adam_beta"):
-        train(settings(untied_base, conversations, run, training_args={"adam_beta": 0.9}))
+        train(make_settings(untied_base, conversations, run, training_args={"adam_beta": 0.9}))
     with pytest.raises(SettingsError, match="training_args.torch_compile_mode: .*; set torch_compile"):
-        train(settings(untied_base, conversations, run, training_args={"torch_compile_mode": "max-autotune"}))
+        train(make_settings(untied_base, conversations, run, training_args={"torch_compile_mode": "max-autotune"}))
     with pytest.raises(SettingsError, match="training_args.learning_rate: set learning_rate itself"):
-        train(settings(untied_base, conversations, run, training_args={"learning_rate": 0.9}))
+        train(make_settings(untied_base, conversations, run, training_args={"learning_rate": 0.9}))
     with pytest.raises(SettingsError, match="deepspeed: zero5"):
-        train(settings(untied_base, conversations, run, deepspeed="zero5"))
+        train(make_settings(untied_base, conversations, run, deepspeed="zero5"))
     assert not run.exists()
     with pytest.raises(SettingsError, match="lora_target_modules: query: no such linear layer"):
-        train(settings(untied_base, conversations, run, lora_target_modules=["query"]))
+        train(make_settings(untied_base, conversations, run, lora_target_modules=["query"]))
 
 
-def test_measured_events_carry_loss_rate_and_speed(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_measured_events_have_loss_learning_rate_and_speed(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
     events: list[Event] = []
-    train(settings(untied_base, conversations, tmp_path / "run", max_steps=1), events.append)
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=1), events.append)
     measured = [event for event in events if isinstance(event, Measured)]
     assert {"loss", "lr", "grad norm", "tokens/s"} <= set(measured[0].values)
 
@@ -473,7 +495,7 @@ def test_measured_events_carry_loss_rate_and_speed(untied_base: Path, conversati
 # --- two processes ---------------------------------------------------------------------------------------------
 
 
-def command(base: Path, data: Path, run: Path, *more: str) -> list[str]:
+def make_command(base: Path, data: Path, run: Path, *more: str) -> list[str]:
     return [
         "train", "--model-name-or-path", str(base), "--data-path", str(data), "--output-dir", str(run),
         "--learning-rate", "1e-2", "--logging-steps", "1", "--lora-dropout", "0", "--report-samples", "0",
@@ -482,8 +504,8 @@ def command(base: Path, data: Path, run: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def still_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The untied base with no dropout, so that batches can be compared."""
+def base_without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untied base without dropout, so that batches can be compared."""
     folder = make_base(tmp_path_factory.mktemp("bases") / "still", tied=False)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
@@ -491,15 +513,23 @@ def still_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_batch(still_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def one_step(
+    base_without_dropout: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, float]:
     """Loss and gradient norm of one step on eight examples, in one process."""
     run = tmp_path_factory.mktemp("runs") / "batch"
     train(
-        settings(
-            still_base, conversations, run, num_data=8, max_steps=1, per_device_train_batch_size=8, lora_dropout=0.0
+        make_settings(
+            base_without_dropout,
+            conversations,
+            run,
+            num_data=8,
+            max_steps=1,
+            per_device_train_batch_size=8,
+            lora_dropout=0.0,
         )
     )
-    return metrics(run)[0]
+    return read_metrics_lines(run)[0]
 
 
 BATCHES = {
@@ -513,37 +543,41 @@ BATCHES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("way", BATCHES)
-def test_a_batch_gives_one_loss_and_gradient_however_it_is_divided(
+def test_a_batch_gives_the_same_loss_and_gradient_however_it_is_divided(
     way: str,
-    still_base: Path,
+    base_without_dropout: Path,
     conversations: Path,
-    one_batch: dict[str, float],
+    one_step: dict[str, float],
     tmp_path: Path,
-    on_ranks: Callable[..., Finished],
+    on_ranks: Callable[..., CommandResult],
 ) -> None:
     more = ("--num-data", "8", "--max-steps", "1", *BATCHES[way])
-    done = on_ranks(2, *command(still_base, conversations, tmp_path / "run", *more))
+    done = on_ranks(2, *make_command(base_without_dropout, conversations, tmp_path / "run", *more))
     assert done.code == 0, done.stderr
-    line = metrics(tmp_path / "run")[0]
-    assert line["loss"] == pytest.approx(one_batch["loss"], rel=1e-4)
-    assert line["grad_norm"] == pytest.approx(one_batch["grad_norm"], rel=1e-4)
+    line = read_metrics_lines(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(one_step["loss"], rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(one_step["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("way", [("zero3", "--q-lora", "--no-bf16"), ("zero1", "--bf16"), ("zero0", "--bf16")])
-def test_deepspeed_stages_learn_and_save_the_fp32_masters(
-    way: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+def test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters(
+    way: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     more = ["--deepspeed", *way, "--max-steps", "3", "--per-device-train-batch-size", "4"]
-    done = on_ranks(2, *command(untied_base, conversations, tmp_path / "run", *more))
+    done = on_ranks(2, *make_command(untied_base, conversations, tmp_path / "run", *more))
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["world_size"] == 2
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert read_losses(tmp_path / "run")[-1] < read_losses(tmp_path / "run")[0]
     values = torch.cat([v.flatten() for v in load_file(tmp_path / "run" / "adapter_model.safetensors").values()])
     assert not torch.equal(values, values.bfloat16().float())
 
 
-def test_examples_are_the_cache_s_and_another_shape_of_them_is_refused(
+def test_settings_of_examples_that_differ_from_those_of_the_cache_are_refused(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
@@ -551,7 +585,7 @@ def test_examples_are_the_cache_s_and_another_shape_of_them_is_refused(
     prepare(PrepareSettings(**made, model_max_length=64, conversation_template="plain", train_on="last"))
     asked = {"model_max_length": 32, "add_tokens": "none", "conversation_template": "turns"}
     with pytest.raises(SettingsError) as caught:
-        train(settings(untied_base, cache, run, **asked))
+        train(make_settings(untied_base, cache, run, **asked))
     assert [line.partition(":")[0] for line in caught.value.problems] == [
         "add_tokens",
         "model_max_length",
@@ -560,29 +594,30 @@ def test_examples_are_the_cache_s_and_another_shape_of_them_is_refused(
     assert f"model_max_length: 32 here, 64 in the cache {cache}" in caught.value.message
     assert not run.exists()
     agreed = {"model_max_length": 64, "conversation_template": "plain"}
-    train(settings(untied_base, cache, run, max_steps=1, report_samples=0, **agreed))
+    train(make_settings(untied_base, cache, run, max_steps=1, report_samples=0, **agreed))
     saved, _ = load_settings(TrainSettings, str(run / "settings.yaml"))
     assert (saved.model_max_length, saved.train_on, saved.add_tokens) == (64, "last", ["auto"])
-    assert train(saved).steps == 1  # which is finished, and asked for the same
+    assert train(saved).steps == 1  # the run is finished, and the settings are the same
 
 
-def test_names_that_transformers_does_not_know_and_eval_data_are_named(
+def test_errors_name_unknown_optimizers_and_schedules_and_the_eval_data(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(SettingsError) as caught:
-        train(settings(untied_base, conversations, run, optim="adamw_torhc", lr_scheduler_type="cosin"))
+        train(make_settings(untied_base, conversations, run, optim="adamw_torhc", lr_scheduler_type="cosin"))
     assert [line.rpartition("; ")[2] for line in caught.value.problems] == [
         "did you mean adamw_torch?", "did you mean cosine?"
     ]  # fmt: skip
     assert not run.exists()
     (tmp_path / "dev.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(DataError, match=r"^eval_data_path: .*dev\.jsonl: no conversation"):
-        train(settings(untied_base, conversations, run, eval_data_path=str(tmp_path / "dev.jsonl")))
+        train(make_settings(untied_base, conversations, run, eval_data_path=str(tmp_path / "dev.jsonl")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), TWO])
-def test_a_second_run_is_kept_out_of_a_folder_while_one_trains_in_it(
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(
     more: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run, refused = tmp_path / "run", []
@@ -593,32 +628,39 @@ def test_a_second_run_is_kept_out_of_a_folder_while_one_trains_in_it(
             refused.append(t5tune("train", *flags, *more))
             refused.append(t5tune("train", *flags, *more, "--fresh"))
 
-    train(settings(untied_base, conversations, run, report_samples=0), meanwhile)
-    said = f"error: output_dir: {run}: another run trains here; wait for its end, or name another folder"
-    assert [(done.code, done.errors) for done in refused] == [(2, [said])] * 2
+    train(make_settings(untied_base, conversations, run, report_samples=0), meanwhile)
+    message = (
+        f"error: output_dir: {run}: another run is using this folder; wait until it ends, or choose another folder"
+    )
+    assert [(done.code, done.errors) for done in refused] == [(2, [message])] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert train(settings(untied_base, conversations, run, report_samples=0)).steps == 6
+    assert train(make_settings(untied_base, conversations, run, report_samples=0)).steps == 6
 
 
-def test_a_finished_run_of_two_processes_resumes_nothing(
+@pytest.mark.slow
+def test_a_finished_run_of_two_processes_is_not_repeated(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     more = [*TWO, "--max-steps", "1"]
-    first = t5tune(*command(untied_base, conversations, tmp_path / "run", *more))
-    again = t5tune(*command(untied_base, conversations, tmp_path / "run", *more))
+    first = t5tune(*make_command(untied_base, conversations, tmp_path / "run", *more))
+    again = t5tune(*make_command(untied_base, conversations, tmp_path / "run", *more))
     assert first.code == again.code == 0, first.stderr + again.stderr
     assert first.json == again.json
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_runs_under_other_launchers(launcher: str, untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    arguments = command(untied_base, conversations, tmp_path / "run", "--max-steps", "1", "--use-cpu")
+def test_training_runs_under_other_launchers(
+    launcher: str, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    arguments = make_command(untied_base, conversations, tmp_path / "run", "--max-steps", "1", "--use-cpu")
     if launcher == "torchrun":
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "t5tune"]
     else:
         start = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "t5tune"]
         arguments += ["--deepspeed", "zero2"]
-    # the deepspeed launcher asks torch how many GPUs there are; on a CPU it is told by --num_gpus and this
+    # the deepspeed launcher counts GPUs with torch; on a CPU, --num_gpus and DS_ACCELERATOR set the number of processes
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *start, *arguments], capture_output=True, text=True, env=environment, timeout=500
@@ -627,11 +669,12 @@ def test_runs_under_other_launchers(launcher: str, untied_base: Path, conversati
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
 
 
-def test_an_error_in_the_workers_is_shown_once_with_its_exit_code(
+@pytest.mark.slow
+def test_an_error_in_all_workers_is_shown_once_with_its_exit_code(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     done = t5tune(
-        *command(
+        *make_command(
             untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query", "--max-steps", "1"
         )
     )
@@ -642,6 +685,8 @@ def test_an_error_in_the_workers_is_shown_once_with_its_exit_code(
     assert json.loads(done.stdout)["error"]["kind"] == "SettingsError"
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("kind", "stage", "more"),
     [
@@ -660,12 +705,12 @@ def test_the_live_base_equals_its_file_before_and_after_training(
     conversations: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
-    on_ranks: Callable[..., Finished],
+    on_ranks: Callable[..., CommandResult],
 ) -> None:
     base, found = request.getfixturevalue(f"{kind}_base"), tmp_path / "found.json"
     more = [*(("--deepspeed", stage) if stage else ()), *more, "--max-steps", "2"]
-    watch = f"tests.support.base_stays:watch({str(base)!r}, {str(found)!r})"
-    done = on_ranks(2 if stage else 1, *command(base, conversations, tmp_path / "run", *more), calls=[watch])
+    call = f"tests.support.base_stays:record_base_weights({str(base)!r}, {str(found)!r})"
+    done = on_ranks(2 if stage else 1, *make_command(base, conversations, tmp_path / "run", *more), calls=[call])
     assert done.code == 0, done.stderr[-3000:]
     before, after = json.loads(found.read_text())
     assert before["different"] == after["different"] == []
@@ -676,16 +721,18 @@ def test_the_live_base_equals_its_file_before_and_after_training(
         assert "lm_head.weight" in names
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_ranks_of_zero3_resume_to_the_same_bits(
-    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     run = tmp_path / "run"
     more = ["--deepspeed", "zero3", "--max-steps", "4", "--save-steps", "2", "--lora-dropout", "0.05"]
     more += ["--per-device-train-batch-size", "2", "--report-samples", "3"]
-    arguments = command(untied_base, conversations, run, *more)
+    arguments = make_command(untied_base, conversations, run, *more)
     first = on_ranks(2, *arguments)
     assert first.code == 0, first.stderr
-    straight = (run / "adapter_model.safetensors").read_bytes()
+    uninterrupted = (run / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoint-4")
     for name in ("result.json", "adapter_model.safetensors"):
         (run / name).unlink()
@@ -694,8 +741,8 @@ def test_two_ranks_of_zero3_resume_to_the_same_bits(
     assert again.json["resumed_from"] == str(run / "checkpoint-2")
     for name in ("tokens", "train_loss"):
         assert again.json[name] == pytest.approx(first.json[name], rel=1e-6)
-    assert (run / "adapter_model.safetensors").read_bytes() == straight
+    assert (run / "adapter_model.safetensors").read_bytes() == uninterrupted
     samples = json.loads((run / "samples.json").read_text())
     assert len(samples) == 3
     assert all({"source", "target", "before", "after"} == set(sample) for sample in samples)
-    assert "Replies before and after" in (run / "report.html").read_text()
+    assert "Sample predictions before and after training" in (run / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""The order of examples: whole epochs, alike in length within a step, from seed and epoch alone."""
+"""Batching: complete epochs with similar lengths within a step, determined by seed and epoch alone."""
 
 import numpy as np
 import pytest
@@ -7,22 +7,22 @@ from t5tune.errors import SettingsError
 from t5tune.training.batches import BucketSampler, BudgetSampler
 
 
-def flat(sampler: BucketSampler) -> list[int]:
+def list_indices(sampler: BucketSampler) -> list[int]:
     return [index for batch in sampler for index in batch if index >= 0]
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 1000, 4099])
-def test_every_example_comes_once_an_epoch(count: int) -> None:
+def test_every_example_is_used_once_per_epoch(count: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 500, count)
     sampler = BucketSampler(lengths, batch_size=4, step_size=4, seed=1)
     batches = list(sampler)
     assert len(sampler) == len(batches) == -(-count // 16) * 4
     assert all(1 <= len(batch) <= 4 for batch in batches)
-    assert sorted(flat(sampler)) == list(range(count))
+    assert sorted(list_indices(sampler)) == list(range(count))
 
 
 @pytest.mark.parametrize("count", [3, 43, 64])
-def test_a_step_holds_the_same_examples_however_it_is_divided(count: int) -> None:
+def test_a_step_has_the_same_examples_however_it_is_divided(count: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 500, count)
     steps = []
     for batch_size, step_size in ((8, 1), (4, 2), (1, 8)):
@@ -36,21 +36,21 @@ def test_a_step_holds_the_same_examples_however_it_is_divided(count: int) -> Non
     assert steps[0] == steps[1] == steps[2]
 
 
-def test_order_follows_from_seed_and_epoch() -> None:
+def test_seed_and_epoch_determine_the_order() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 500)
     orders = {}
     for seed in (1, 2):
         sampler = BucketSampler(lengths, batch_size=8, step_size=1, seed=seed)
         for epoch in (0, 1, 0):
             sampler.set_epoch(epoch)
-            order = flat(sampler)
+            order = list_indices(sampler)
             assert orders.setdefault((seed, epoch), order) == order
     assert len({tuple(order) for order in orders.values()}) == 4
 
 
-def test_a_step_holds_examples_of_like_length_and_steps_are_shuffled() -> None:
+def test_a_step_has_examples_of_similar_length_and_steps_are_shuffled() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 4096)
-    order = np.array(flat(BucketSampler(lengths, batch_size=32, step_size=1, seed=3)))
+    order = np.array(list_indices(BucketSampler(lengths, batch_size=32, step_size=1, seed=3)))
     steps = lengths[order].reshape(-1, 32)
     useful = steps.sum() / (steps.max(1) * 32).sum()
     shuffled = lengths.reshape(-1, 32)
@@ -60,30 +60,30 @@ def test_a_step_holds_examples_of_like_length_and_steps_are_shuffled() -> None:
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
 
 
-# --- batches by a budget of tokens -----------------------------------------------------------------------------
+# --- batches with a token budget -----------------------------------------------------------------------------
 
 
-def long_tailed(count: int, longest: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(source, target) lengths like those of real conversations."""
+def sample_lengths(count: int, longest: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (source, target) lengths distributed like those of real conversations."""
     rng = np.random.default_rng(seed)
     sources = np.clip(rng.lognormal(np.log(350), 1.1, count).astype(np.int64), 8, longest)
     return sources, np.clip(rng.lognormal(np.log(150), 1.0, count).astype(np.int64), 4, longest)
 
 
-def epoch_of(sampler: BudgetSampler, epoch: int) -> list[list[int]]:
+def list_epoch(sampler: BudgetSampler, epoch: int) -> list[list[int]]:
     sampler.set_epoch(epoch)
     return list(sampler)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("count", "step_size"), [(40, 1), (40, 16), (1000, 3), (5003, 8)])
-def test_each_epoch_has_every_example_once_in_as_many_batches_within_the_budget(
+def test_each_epoch_has_every_example_once_in_the_same_number_of_batches_within_the_budget(
     count: int, step_size: int, packed: bool
 ) -> None:
-    sources, targets = long_tailed(count, 512)
+    sources, targets = sample_lengths(count, 512)
     sampler = BudgetSampler(sources, targets, 2048, packed, step_size, seed=1)
     assert len(sampler) % step_size == 0
-    orders = [epoch_of(sampler, epoch) for epoch in range(6)]
+    orders = [list_epoch(sampler, epoch) for epoch in range(6)]
     for batches in orders:
         assert len(batches) == len(sampler)
         assert sorted(index for batch in batches for index in batch) == list(range(count))
@@ -93,14 +93,14 @@ def test_each_epoch_has_every_example_once_in_as_many_batches_within_the_budget(
             sizes = [len(batch) * (sources[batch].max() + targets[batch].max()) for batch in batches]
         assert max(sizes) <= 2048
     assert len({str(batches) for batches in orders}) == 6
-    assert epoch_of(sampler, 2) == orders[2]
-    assert epoch_of(BudgetSampler(sources, targets, 2048, packed, step_size, seed=2), 2) != orders[2]
+    assert list_epoch(sampler, 2) == orders[2]
+    assert list_epoch(BudgetSampler(sources, targets, 2048, packed, step_size, seed=2), 2) != orders[2]
 
 
 @pytest.mark.parametrize(("longest", "tokens"), [(512, 8192), (2048, 16384)])
-def test_padded_batches_are_full_and_of_like_length(longest: int, tokens: int) -> None:
-    sources, targets = long_tailed(20_000, longest)
-    batches = epoch_of(BudgetSampler(sources, targets, tokens, False, 4, seed=0), 1)
+def test_padded_batches_are_full_and_have_similar_lengths(longest: int, tokens: int) -> None:
+    sources, targets = sample_lengths(20_000, longest)
+    batches = list_epoch(BudgetSampler(sources, targets, tokens, False, 4, seed=0), 1)
     padded = sum(len(batch) * (sources[batch].max() + targets[batch].max()) for batch in batches)
     assert (sources + targets).sum() / padded > 0.92
     assert padded / len(batches) / tokens > 0.9
@@ -108,8 +108,8 @@ def test_padded_batches_are_full_and_of_like_length(longest: int, tokens: int) -
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_batches_of_a_step_cost_about_the_same(packed: bool) -> None:
-    sources, targets = long_tailed(20_000, 2048)
-    batches = epoch_of(BudgetSampler(sources, targets, 8192, packed, 8, seed=0), 0)
+    sources, targets = sample_lengths(20_000, 2048)
+    batches = list_epoch(BudgetSampler(sources, targets, 8192, packed, 8, seed=0), 0)
     costs = []
     for batch in batches:
         source, target = sources[batch], targets[batch]
@@ -122,9 +122,11 @@ def test_the_batches_of_a_step_cost_about_the_same(packed: bool) -> None:
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
 
 
-def test_budgets_that_cannot_be_kept_are_refused() -> None:
+def test_impossible_budgets_are_refused() -> None:
     sources, targets = np.array([5, 60, 7]), np.array([3, 41, 2])
-    with pytest.raises(SettingsError, match="tokens_per_batch: 100: the longest example has 101 tokens"):
+    with pytest.raises(
+        SettingsError, match="tokens_per_batch: 100: the longest example has 101 source and target tokens"
+    ):
         BudgetSampler(sources, targets, 100, True, 1, seed=0)
-    with pytest.raises(SettingsError, match="3 examples can't fill a step of 4 batches"):
+    with pytest.raises(SettingsError, match="3 examples are too few for a step of 4 batches"):
         BudgetSampler(sources, targets, 101, True, 4, seed=0)

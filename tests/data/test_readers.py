@@ -1,4 +1,7 @@
-"""Whatever a file holds: what is read, what is refused and why, and where. Accepted and rejected add up to all."""
+"""Reading data files of any content: which records are accepted, which are rejected, why, and at which location.
+
+The accepted and the rejected records are always all of them.
+"""
 
 import gzip
 import json
@@ -17,9 +20,16 @@ from pyarrow import parquet
 
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import read_record
+from t5tune.data.pipeline import convert_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import REASONS, Refused, Rejected, check_characters, may_hold_forbidden, parse
+from t5tune.data.records import (
+    REJECTION_REASONS,
+    RejectedRecord,
+    RejectionError,
+    can_contain_forbidden,
+    check_characters,
+    parse_json,
+)
 from t5tune.errors import DataError
 from t5tune.settings.data import ReadingSettings
 
@@ -32,53 +42,58 @@ GOOD = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "va
 LIMIT = 10_000
 
 
-def said(question: str, answer: str = "Yes", **more: Any) -> str:
-    """A record as a line of JSON; the texts stand in it as they are."""
+def make_record(question: str, answer: str = "Yes", **more: Any) -> str:
+    """Return a record as a line of JSON; the texts are inserted without escaping."""
     turns = f'[{{"from": "human", "value": "{question}"}}, {{"from": "gpt", "value": "{answer}"}}]'
     rest = "".join(f', "{key}": {json.dumps(value)}' for key, value in more.items())
     return f'{{"conversations": {turns}{rest}}}'
 
 
-def read(path: Path, limit: int = LIMIT, spool: Path | None = None, **reading: Any) -> list[Conversation | Rejected]:
+def read(
+    path: Path, limit: int = LIMIT, spool: Path | None = None, **reading: Any
+) -> list[Conversation | RejectedRecord]:
     chosen = ReadingSettings(**reading)
-    return [read_record(record, chosen) for record in read_records(find_files([str(path)]), limit, spool)]
+    return [convert_record(record, chosen) for record in read_records(find_files([str(path)]), limit, spool)]
 
 
 @pytest.fixture
 def outcomes(tmp_path: Path) -> Callable[..., tuple[list[str], list[str]]]:
-    """(questions that were read, reasons of what was refused) of a file of these bytes."""
+    """Write bytes to a file and read it; return (human turns of accepted records, reasons of rejected records)."""
 
     def run(data: bytes, name: str = "data.jsonl", **reading: Any) -> tuple[list[str], list[str]]:
         (tmp_path / name).write_bytes(data)
         records = read(tmp_path / name, **reading)
         accepted = [record.turns[0].text for record in records if isinstance(record, Conversation)]
-        refused = [record.reason for record in records if isinstance(record, Rejected)]
-        assert len(accepted) + len(refused) == len(records)
-        assert set(refused) <= set(REASONS)
-        return accepted, refused
+        rejected = [record.reason for record in records if isinstance(record, RejectedRecord)]
+        assert len(accepted) + len(rejected) == len(records)
+        assert set(rejected) <= set(REJECTION_REASONS)
+        return accepted, rejected
 
     return run
 
 
-# each stands among two good records, as a line and as an element of an array
-REFUSED_RECORDS = {
-    "NaN": (said("Hi", score=1).replace(": 1}", ": NaN}"), "bad_number"),
-    "minus infinity": (said("Hi", score=1).replace(": 1}", ": -Infinity}"), "bad_number"),
-    "float beyond 64 bits": (said("Hi", score=1).replace(": 1}", ": 1e999}"), "bad_number"),
-    "integer beyond 64 bits": (said("Hi", score=1 << 64), "bad_number"),
-    "integer below 64 bits": (said("Hi", score=-(1 << 63) - 1), "bad_number"),
-    "integer of 5,000 digits": (said("Hi", score=0).replace(": 0}", ": " + "9" * 5000 + "}"), "bad_number"),
-    "key twice": (said("Hi")[:-1] + ', "conversations": []}', "duplicate_key"),
-    "key twice inside": (said("Hi").replace('"value": "Yes"', '"value": "Yes", "value": "No"'), "duplicate_key"),
-    "control character": (said("a\\u0000b"), "control_character"),
-    "control character as it is": (said("a\x07b"), "control_character"),
-    "escape character": (said("a\\u001b[1mb"), "control_character"),
-    "lone surrogate": (said("a\\ud800b"), "lone_surrogate"),
-    "surrogates the wrong way round": (said("\\udc00\\ud800"), "lone_surrogate"),
-    "too long": (said("x" * LIMIT), "too_long"),
-    "too long, of escapes": (said("\\n" * LIMIT), "too_long"),
-    "too long, of quotes": (said('\\"' * LIMIT), "too_long"),
-    "too deep": (said("Hi")[:-1] + ', "x": ' + "[" * 4000 + "]" * 4000 + "}", "too_deep"),
+# each is placed between two good records, as a line and as an element of an array
+UNUSABLE_RECORDS = {
+    "NaN": (make_record("Hi", score=1).replace(": 1}", ": NaN}"), "bad_number"),
+    "minus infinity": (make_record("Hi", score=1).replace(": 1}", ": -Infinity}"), "bad_number"),
+    "float beyond 64 bits": (make_record("Hi", score=1).replace(": 1}", ": 1e999}"), "bad_number"),
+    "integer beyond 64 bits": (make_record("Hi", score=1 << 64), "bad_number"),
+    "integer below 64 bits": (make_record("Hi", score=-(1 << 63) - 1), "bad_number"),
+    "integer of 5,000 digits": (make_record("Hi", score=0).replace(": 0}", ": " + "9" * 5000 + "}"), "bad_number"),
+    "duplicate key": (make_record("Hi")[:-1] + ', "conversations": []}', "duplicate_key"),
+    "nested duplicate key": (
+        make_record("Hi").replace('"value": "Yes"', '"value": "Yes", "value": "No"'),
+        "duplicate_key",
+    ),
+    "control character": (make_record("a\\u0000b"), "control_character"),
+    "unescaped control character": (make_record("a\x07b"), "control_character"),
+    "escape character": (make_record("a\\u001b[1mb"), "control_character"),
+    "lone surrogate": (make_record("a\\ud800b"), "lone_surrogate"),
+    "surrogates in the wrong order": (make_record("\\udc00\\ud800"), "lone_surrogate"),
+    "too long": (make_record("x" * LIMIT), "too_long"),
+    "too long, of escapes": (make_record("\\n" * LIMIT), "too_long"),
+    "too long, of quotes": (make_record('\\"' * LIMIT), "too_long"),
+    "too deep": (make_record("Hi")[:-1] + ', "x": ' + "[" * 4000 + "]" * 4000 + "}", "too_deep"),
     "a number": ("3", "not_an_object"),
     "null": ("null", "not_an_object"),
     "a list": ('["a"]', "not_an_object"),
@@ -86,29 +101,29 @@ REFUSED_RECORDS = {
     "conversations are text": ('{"conversations": "Hi"}', "unknown_format"),
     "a turn is text": ('{"conversations": ["Hi"]}', "bad_turn"),
     "a turn without text": ('{"conversations": [{"from": "human"}]}', "bad_turn"),
-    "a speaker of another kind": (said("Hi").replace('"gpt"', '"narrator"'), "unknown_role"),
-    "text is a number": (said("Hi").replace('"Yes"', "3"), "not_text"),
-    "text is null": (said("Hi").replace('"Yes"', "null"), "not_text"),
-    "system is a list": (said("Hi", system=[1]), "not_text"),
-    "one side twice": (said("Hi").replace('"gpt"', '"human"'), "same_role_twice"),
+    "a speaker of another kind": (make_record("Hi").replace('"gpt"', '"narrator"'), "unknown_role"),
+    "text is a number": (make_record("Hi").replace('"Yes"', "3"), "not_text"),
+    "text is null": (make_record("Hi").replace('"Yes"', "null"), "not_text"),
+    "system is a list": (make_record("Hi", system=[1]), "not_text"),
+    "one role twice": (make_record("Hi").replace('"gpt"', '"human"'), "same_role_twice"),
     "no answer": ('{"conversations": [{"from": "human", "value": "Hi"}]}', "no_answer"),
-    "a blank answer": (said("Hi", "  \\n"), "no_answer"),
+    "a blank answer": (make_record("Hi", "  \\n"), "no_answer"),
     "only an answer": ('{"conversations": [{"from": "gpt", "value": "Hi"}]}', "no_answer"),
     "nothing": ('{"conversations": []}', "no_answer"),
 }
 
 
 @pytest.mark.parametrize("form", ["lines", "array"])
-@pytest.mark.parametrize(("bad", "reason"), REFUSED_RECORDS.values(), ids=REFUSED_RECORDS)
-def test_a_record_that_cant_be_used_is_refused_alone(
+@pytest.mark.parametrize(("bad", "reason"), UNUSABLE_RECORDS.values(), ids=UNUSABLE_RECORDS)
+def test_an_unusable_record_is_rejected_without_affecting_others(
     outcomes: Callable[..., tuple[list[str], list[str]]], bad: str, reason: str, form: str
 ) -> None:
-    records = [said("first"), bad, said("last")]
+    records = [make_record("first"), bad, make_record("last")]
     text = "\n".join(records) if form == "lines" else f"[{', '.join(records)}]"
     assert outcomes(text.encode()) == (["first", "last"], [reason])
 
 
-REFUSED_LINES = {
+INVALID_LINES = {
     "cut off": GOOD[:-4],
     "two values": GOOD + GOOD,
     "single quotes": GOOD.replace('"', "'"),
@@ -119,69 +134,69 @@ REFUSED_LINES = {
 }
 
 
-@pytest.mark.parametrize("bad", REFUSED_LINES.values(), ids=REFUSED_LINES)
-def test_a_line_that_is_no_json_is_refused_alone_wherever_it_stands(
+@pytest.mark.parametrize("bad", INVALID_LINES.values(), ids=INVALID_LINES)
+def test_a_line_that_is_not_json_is_rejected_at_any_position_without_affecting_others(
     outcomes: Callable[..., tuple[list[str], list[str]]], bad: str
 ) -> None:
-    good = [said("first"), said("last")]
+    good = [make_record("first"), make_record("last")]
     for place in range(3):
         lines = [*good[:place], bad, *good[place:]]
         assert outcomes("\n".join(lines).encode()) == (["first", "last"], ["not_json"])
 
 
-def test_bytes_that_are_no_utf8_cost_their_own_record_only(
+def test_invalid_utf8_rejects_only_its_own_record(
     outcomes: Callable[..., tuple[list[str], list[str]]], tmp_path: Path
 ) -> None:
-    bad = said("caf\u00e9").encode("latin-1")
-    good = said("café").encode()
+    bad = make_record("caf\u00e9").encode("latin-1")
+    good = make_record("café").encode()
     assert outcomes(b"\n".join([good, bad, good])) == (["café", "café"], ["invalid_utf8"])
     assert outcomes(b"[" + b",".join([good, bad, good]) + b"]") == (["café", "café"], ["invalid_utf8"])
     assert outcomes(b"\n".join([good, b"\x80\x81", good])) == (["café", "café"], ["invalid_utf8"])
 
 
-# files that read like the same two records
-READ = {
-    "lines": f"{said('a')}\n{said('b')}\n",
-    "lines without an end": f"{said('a')}\n{said('b')}",
-    "lines of Windows": f"{said('a')}\r\n{said('b')}\r\n",
-    "blank lines": f"\n\n  \n{said('a')}\n\t\n\n{said('b')}\n \n",
-    "byte order mark": f"\ufeff{said('a')}\n{said('b')}\n",
-    "array": f"[{said('a')},{said('b')}]",
-    "array over lines": f"[\n  {said('a')},\n  {said('b')}\n]\n",
-    "array with byte order mark": f"\ufeff\n[{said('a')},{said('b')}]",
-    "array spread out": json.dumps([json.loads(said("a")), json.loads(said("b"))], indent=4),
+# files with the same two records
+EQUAL_FILES = {
+    "lines": f"{make_record('a')}\n{make_record('b')}\n",
+    "lines without an end": f"{make_record('a')}\n{make_record('b')}",
+    "lines of Windows": f"{make_record('a')}\r\n{make_record('b')}\r\n",
+    "blank lines": f"\n\n  \n{make_record('a')}\n\t\n\n{make_record('b')}\n \n",
+    "byte order mark": f"\ufeff{make_record('a')}\n{make_record('b')}\n",
+    "array": f"[{make_record('a')},{make_record('b')}]",
+    "array over lines": f"[\n  {make_record('a')},\n  {make_record('b')}\n]\n",
+    "array with byte order mark": f"\ufeff\n[{make_record('a')},{make_record('b')}]",
+    "array spread out": json.dumps([json.loads(make_record("a")), json.loads(make_record("b"))], indent=4),
 }
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.ndjson"])
-@pytest.mark.parametrize("text", READ.values(), ids=READ)
-def test_arrays_and_lines_are_read_for_what_they_are(
+@pytest.mark.parametrize("text", EQUAL_FILES.values(), ids=EQUAL_FILES)
+def test_arrays_and_lines_are_recognized_by_their_content(
     outcomes: Callable[..., tuple[list[str], list[str]]], text: str, name: str
 ) -> None:
     assert outcomes(text.encode(), name) == (["a", "b"], [])
 
 
-def test_one_object_over_many_lines_is_one_record(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
+def test_a_multi_line_object_is_one_record(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
     assert outcomes(json.dumps(json.loads(GOOD), indent=2).encode()) == (["Hi"], [])
     assert outcomes(b"\n" + json.dumps(json.loads(GOOD), indent=2).encode() + b"\n", "one.json") == (["Hi"], [])
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff", "[]", "[ \n ]", "\ufeff[]"])
-def test_nothing_is_read_from_nothing(outcomes: Callable[..., tuple[list[str], list[str]]], text: str) -> None:
+def test_an_empty_file_has_no_records(outcomes: Callable[..., tuple[list[str], list[str]]], text: str) -> None:
     assert outcomes(text.encode()) == ([], [])
 
 
-UNTRUSTED = {
+BROKEN_FILES = {
     "array without an end": (f"[{GOOD},".encode(), r":1: the array has no end"),
-    "array cut in a text": (f"[\n{GOOD},\n{GOOD[:-12]}".encode(), r":3: the array has no end"),
-    "array cut behind a backslash": (b'[{"a": "b\\', r":1: the array has no end"),
+    "array cut in a string": (f"[\n{GOOD},\n{GOOD[:-12]}".encode(), r":3: the array has no end"),
+    "array cut after a backslash": (b'[{"a": "b\\', r":1: the array has no end"),
     "array cut at its start": (b"[", r":1: the array has no end"),
-    "array that goes on": (f"[{GOOD}]\n{GOOD}".encode(), r":2: text goes on after the array's end"),
+    "text after an array": (f"[{GOOD}]\n{GOOD}".encode(), r":2: there is text after the end of the array"),
     "array without a value": (
         f"[{GOOD},,{GOOD}]".encode(),
-        r":1: record 1: not valid JSON: nothing stands where a value",
+        r":1: record 1: not valid JSON: expected a value, found nothing",
     ),
-    "array with a comma at its end": (f"[{GOOD},]".encode(), r":1: record 1: not valid JSON: nothing stands where"),
+    "array with a comma at its end": (f"[{GOOD},]".encode(), r":1: record 1: not valid JSON: expected a value, found"),
     "array without a comma": (
         f"[{GOOD}\n{GOOD}]".encode(),
         r":1: record 0: not valid JSON: there is text after the end of the value at line 2, character 1 of the record",
@@ -192,16 +207,16 @@ UNTRUSTED = {
     ),
     "array with a broken value": (f"[{GOOD},\n{{'a': 1}}]".encode(), r":2: record 1: not valid JSON"),
     "array with a brace too many": (f"[{GOOD}}},{GOOD}]".encode(), r":1: not valid JSON"),
-    "array with a bracket too many": (f"[{GOOD}],{GOOD}]".encode(), r":1: text goes on"),
+    "array with a bracket too many": (f"[{GOOD}],{GOOD}]".encode(), r":1: there is text after the end of the array"),
     "UTF-16": (GOOD.encode("utf-16"), r"UTF-16"),
     "UTF-16 without a mark": (GOOD.encode("utf-16-le"), r"UTF-16"),
-    "UTF-16 the other way round": (GOOD.encode("utf-16-be"), r"UTF-16"),
+    "UTF-16, big endian": (GOOD.encode("utf-16-be"), r"UTF-16"),
     "UTF-32": (GOOD.encode("utf-32"), r"UTF-(16|32)"),
 }
 
 
-@pytest.mark.parametrize(("data", "message"), UNTRUSTED.values(), ids=UNTRUSTED)
-def test_a_file_that_cant_be_trusted_is_refused_by_name_and_place(tmp_path: Path, data: bytes, message: str) -> None:
+@pytest.mark.parametrize(("data", "message"), BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_a_broken_file_is_refused_with_its_name_and_position(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "data.json").write_bytes(data)
     with pytest.raises(DataError, match=f"data\\.json.*{message}"):
         read(tmp_path / "data.json")
@@ -209,20 +224,21 @@ def test_a_file_that_cant_be_trusted_is_refused_by_name_and_place(tmp_path: Path
 
 # ---------------------------------------------------------------- archives
 
-LINES = "".join(f"{said(f'question {number}')}\n" for number in range(3000)).encode()
-CHECKED = {zstd.CompressionParameter.checksum_flag: 1}  # as the zstd command writes
+LINES = "".join(f"{make_record(f'question {number}')}\n" for number in range(3000)).encode()
+CHECKED = {zstd.CompressionParameter.checksum_flag: 1}  # as the zstd command does
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
     "zst": lambda data: zstd.compress(data, options=CHECKED),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", PACK)
-def test_archives_are_unpacked_on_the_way(outcomes: Callable[..., Any], packing: str) -> None:
+def test_archives_are_decompressed(outcomes: Callable[..., Any], packing: str) -> None:
     pack = PACK[packing]
-    accepted, refused = outcomes(pack(LINES), f"data.jsonl.{packing}")
-    assert (len(accepted), refused) == (3000, [])
-    # archives may follow each other, and lie under a plain name
+    accepted, rejected = outcomes(pack(LINES), f"data.jsonl.{packing}")
+    assert (len(accepted), rejected) == (3000, [])
+    # archives may be concatenated, and have a name without a compression suffix
     assert len(outcomes(pack(LINES) + pack(LINES), f"data.jsonl.{packing}")[0]) == 6000
     assert len(outcomes(pack(LINES), "data.jsonl")[0]) == 3000
     assert outcomes(pack(f"[{GOOD}]".encode()), f"data.json.{packing}") == (["Hi"], [])
@@ -230,9 +246,9 @@ def test_archives_are_unpacked_on_the_way(outcomes: Callable[..., Any], packing:
 
 
 @pytest.mark.parametrize("packing", PACK)
-def test_a_broken_archive_is_refused_by_name_and_position(tmp_path: Path, packing: str) -> None:
+def test_a_broken_archive_is_refused_with_its_name_and_position(tmp_path: Path, packing: str) -> None:
     random.seed(3)
-    noise = "".join(f"{said(random.randbytes(30).hex())}\n" for _ in range(5000)).encode()
+    noise = "".join(f"{make_record(random.randbytes(30).hex())}\n" for _ in range(5000)).encode()
     whole = PACK[packing](noise)
     path = tmp_path / f"data.jsonl.{packing}"
     middle = len(whole) // 2
@@ -248,33 +264,33 @@ def test_a_broken_archive_is_refused_by_name_and_position(tmp_path: Path, packin
         broken["with a wrong checksum"] = whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:]
     for data in broken.values():
         path.write_bytes(data)
-        with pytest.raises(DataError, match=rf"data\.jsonl\.{packing}: broken .* behind byte \d+"):
+        with pytest.raises(DataError, match=rf"data\.jsonl\.{packing}: broken .* archive after \d+ decompressed bytes"):
             read(path)
     path.write_bytes(LINES)
-    with pytest.raises(DataError, match=f"named \\.{packing}, but its bytes are something else"):
+    with pytest.raises(DataError, match=f"the name ends in \\.{packing}, but the file begins with"):
         read(path)
     path.write_bytes(b"")
-    with pytest.raises(DataError, match="named"):
+    with pytest.raises(DataError, match="the name ends in"):
         read(path)
 
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- locations
 
 
-def test_every_place_is_where_the_record_stands(tmp_path: Path) -> None:
-    records = [said("a"), '{"text": 1}', said("é" * 40), '{"text": 2}', said("x" * LIMIT), "null"]
+def test_record_locations_are_correct(tmp_path: Path) -> None:
+    records = [make_record("a"), '{"text": 1}', make_record("é" * 40), '{"text": 2}', make_record("x" * LIMIT), "null"]
     for name, text in {
         "lines.jsonl": "\ufeff\n\n" + "\n\n".join(records) + "\n",
         "array.json": "\n[\n" + ",\n\n ".join(records) + "]",
     }.items():
         data = text.encode()
         (tmp_path / name).write_bytes(data)
-        places = [record.place for record in read(tmp_path / name)]
-        assert [place.index for place in places] == list(range(6))
-        for place, record in zip(places, records, strict=True):
-            assert data[place.offset :].startswith(record.encode())
-            assert place.line == 1 + data[: place.offset].count(b"\n")
-            assert place.file == str(tmp_path / name)
+        locations = [record.location for record in read(tmp_path / name)]
+        assert [location.index for location in locations] == list(range(6))
+        for location, record in zip(locations, records, strict=True):
+            assert data[location.offset :].startswith(record.encode())
+            assert location.line == 1 + data[: location.offset].count(b"\n")
+            assert location.file == str(tmp_path / name)
 
 
 @settings(deadline=None, max_examples=60, database=None, derandomize=True)
@@ -290,13 +306,13 @@ def test_every_place_is_where_the_record_stands(tmp_path: Path) -> None:
     size=st.integers(1, 40),
     indent=st.none() | st.integers(0, 2),
 )
-def test_an_array_is_cut_where_json_cuts_it_wherever_chunks_end(
+def test_an_array_is_split_as_json_requires_wherever_chunks_end(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], size: int, indent: int | None
 ) -> None:
     path = tmp_path_factory.mktemp("array") / "data.json"
     path.write_text(json.dumps(values, indent=indent, ensure_ascii=False))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("t5tune.data.files.CHUNK", size)
+        patch.setattr("t5tune.data.files.READ_CHUNK_BYTES", size)
         records = list(read_records([path], LIMIT))
     assert [json.loads(record.data) for record in records] == values  # type: ignore[union-attr]
 
@@ -327,25 +343,25 @@ PIECES = [
 
 @settings(deadline=None, max_examples=600, database=None, derandomize=True)
 @given(text=st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
-def test_characters_are_looked_at_wherever_one_may_be_refused(text: str) -> None:
+def test_characters_are_checked_whenever_one_may_be_forbidden(text: str) -> None:
     data = b'{"said": "' + text.encode() + b'"}'
     try:
-        check_characters(parse(data))
-    except Refused as refused:
-        is_refused = refused.reason != "not_json"
+        check_characters(parse_json(data))
+    except RejectionError as error:
+        is_forbidden = error.reason != "not_json"
     else:
-        is_refused = False
-    assert may_hold_forbidden(data) or not is_refused
+        is_forbidden = False
+    assert can_contain_forbidden(data) or not is_forbidden
 
 
-def test_a_long_record_is_kept_whole_without_being_held(tmp_path: Path) -> None:
-    long = said("é" * LIMIT + '\\"}],[')
+def test_a_long_record_is_stored_in_full_without_being_kept_in_memory(tmp_path: Path) -> None:
+    long = make_record("é" * LIMIT + '\\"}],[')
     for name, text in {"data.jsonl": f"{GOOD}\n{long}\n{GOOD}", "data.json": f"[{GOOD},{long},{GOOD}]"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / f"spool-{name}").mkdir()
-        refused = read(tmp_path / name, spool=tmp_path / f"spool-{name}")[1]
-        assert isinstance(refused, Rejected)
-        assert refused.record.read_text() == long
+        rejected = read(tmp_path / name, spool=tmp_path / f"spool-{name}")[1]
+        assert isinstance(rejected, RejectedRecord)
+        assert rejected.record.read_text() == long
 
 
 # ---------------------------------------------------------------- formats
@@ -370,33 +386,33 @@ FORMATS: dict[str, Any] = {
 }
 
 
-def the_one(path: Path, value: Any, **reading: Any) -> Conversation:
+def read_conversation(path: Path, value: Any, **reading: Any) -> Conversation:
     path.write_text(json.dumps(value) + "\n")
     (record,) = read(path, **reading)
     assert isinstance(record, Conversation), record
     return record
 
 
-def turns_of(record: Conversation) -> list[tuple[str, str]]:
+def list_turns(record: Conversation) -> list[tuple[str, str]]:
     return [(turn.role, turn.text) for turn in record.turns]
 
 
 @pytest.mark.parametrize("value", FORMATS.values(), ids=FORMATS)
-def test_each_format_is_found_by_its_keys(tmp_path: Path, value: Any) -> None:
-    record = the_one(tmp_path / "data.jsonl", value)
-    assert turns_of(record) == [("human", "Hi"), ("assistant", "Yes")]
+def test_each_format_is_detected_by_its_keys(tmp_path: Path, value: Any) -> None:
+    record = read_conversation(tmp_path / "data.jsonl", value)
+    assert list_turns(record) == [("human", "Hi"), ("assistant", "Yes")]
     ignored = {"ignored_field_rejected": 1} if "rejected" in value else {}
     assert record.repairs == ignored
 
 
-def test_all_of_alpaca_is_used(tmp_path: Path) -> None:
+def test_all_fields_of_alpaca_are_used(tmp_path: Path) -> None:
     value = {"instruction": "Add", "input": "1 1", "output": "2", "system": "Short.", "history": [["a", "b"]]}
-    record = the_one(tmp_path / "data.jsonl", value)
+    record = read_conversation(tmp_path / "data.jsonl", value)
     assert record.system == "Short."
-    assert turns_of(record) == [("human", "a"), ("assistant", "b"), ("human", "Add\n1 1"), ("assistant", "2")]
+    assert list_turns(record) == [("human", "a"), ("assistant", "b"), ("human", "Add\n1 1"), ("assistant", "2")]
 
 
-def test_tool_calls_are_learnt_and_what_tools_say_is_read(tmp_path: Path) -> None:
+def test_tool_calls_are_targets_and_tool_results_are_sources(tmp_path: Path) -> None:
     speakers = [
         "system",
         "human",
@@ -411,14 +427,14 @@ def test_tool_calls_are_learnt_and_what_tools_say_is_read(tmp_path: Path) -> Non
         "bard",
     ]
     value = {"conversations": [{"from": speaker, "value": str(n)} for n, speaker in enumerate(speakers)]}
-    record = the_one(tmp_path / "data.jsonl", value)
+    record = read_conversation(tmp_path / "data.jsonl", value)
     assert record.system == "0"
     assert [turn.role for turn in record.turns] == ["human", "assistant"] * 5
 
 
-def test_openais_tool_calls_are_learnt_as_the_json_of_function_call_turns(tmp_path: Path) -> None:
+def test_openai_tool_calls_become_the_json_of_function_call_turns(tmp_path: Path) -> None:
     def answer(**message: Any) -> str:
-        record = the_one(tmp_path / "data.jsonl", {"messages": [HI, {"role": "assistant", **message}]})
+        record = read_conversation(tmp_path / "data.jsonl", {"messages": [HI, {"role": "assistant", **message}]})
         assert record.repairs == {"tool_calls_as_text": 1}
         return record.turns[1].text
 
@@ -437,45 +453,47 @@ def test_openais_tool_calls_are_learnt_as_the_json_of_function_call_turns(tmp_pa
     ]
     assert answer(content=None, function_call={"name": "f"}) == '{"name": "f", "arguments": null}'
     for wrong in ([{"id": 1}], [{"function": "f"}], ["f"], "f"):
-        (refused,) = read_line(tmp_path, {"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": wrong}]})
-        assert (refused.reason, "without a function's name" in refused.message) == ("bad_turn", True)
+        (rejected,) = read_record(
+            tmp_path, {"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": wrong}]}
+        )
+        assert (rejected.reason, "without a function's name" in rejected.message) == ("bad_turn", True)
     for nothing in (None, [], {"name": None, "arguments": None}):
-        (refused,) = read_line(
+        (rejected,) = read_record(
             tmp_path, {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": nothing}]}
         )
-        assert refused.reason == "not_text"
+        assert rejected.reason == "not_text"
 
 
-def test_columns_of_other_names_and_a_prefix(tmp_path: Path) -> None:
+def test_columns_can_have_other_names_and_a_prefix(tmp_path: Path) -> None:
     named = {"source_column": "dialogue", "target_column": "note", "source_prefix": "summarize: "}
-    record = the_one(tmp_path / "data.jsonl", {"dialogue": "Hi", "note": "Yes", "id": 3}, **named)
-    assert turns_of(record) == [("human", "summarize: Hi"), ("assistant", "Yes")]
-    (refused,) = read_line(tmp_path, {"dialogue": "Hi"}, **named)
-    assert (refused.reason, "note" in refused.message) == ("unknown_format", True)
+    record = read_conversation(tmp_path / "data.jsonl", {"dialogue": "Hi", "note": "Yes", "id": 3}, **named)
+    assert list_turns(record) == [("human", "summarize: Hi"), ("assistant", "Yes")]
+    (rejected,) = read_record(tmp_path, {"dialogue": "Hi"}, **named)
+    assert (rejected.reason, "note" in rejected.message) == ("unknown_format", True)
 
 
-def read_line(folder: Path, value: Any, **reading: Any) -> list[Any]:
+def read_record(folder: Path, value: Any, **reading: Any) -> list[Any]:
     (folder / "line.jsonl").write_text(json.dumps(value) + "\n")
     return read(folder / "line.jsonl", **reading)
 
 
-def test_a_named_format_refuses_the_others(tmp_path: Path) -> None:
+def test_a_named_format_rejects_the_others(tmp_path: Path) -> None:
     both = FORMATS["sharegpt"] | {"source": "a", "target": "b"}
-    assert turns_of(the_one(tmp_path / "a.jsonl", both, data_format="source-target"))[0] == ("human", "a")
-    (refused,) = read_line(tmp_path, FORMATS["openai"], data_format="alpaca")
-    assert (refused.reason, "instruction" in refused.message) == ("unknown_format", True)
+    assert list_turns(read_conversation(tmp_path / "a.jsonl", both, data_format="source-target"))[0] == ("human", "a")
+    (rejected,) = read_record(tmp_path, FORMATS["openai"], data_format="alpaca")
+    assert (rejected.reason, "instruction" in rejected.message) == ("unknown_format", True)
 
 
-def test_a_part_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_content_part_that_is_not_text_is_rejected(tmp_path: Path) -> None:
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
-    (refused,) = read_line(tmp_path, {"messages": [picture, YES]})
-    assert (refused.reason, "image_url" in refused.message) == ("not_text", True)
+    (rejected,) = read_record(tmp_path, {"messages": [picture, YES]})
+    assert (rejected.reason, "image_url" in rejected.message) == ("not_text", True)
 
 
-# ---------------------------------------------------------------- what is mended, and counted
+# ---------------------------------------------------------------- repairs
 
 
-def test_what_is_mended_is_counted_by_kind(tmp_path: Path) -> None:
+def test_repairs_are_counted_by_kind(tmp_path: Path) -> None:
     turns = [
         ("gpt", "I go first"),
         ("human", "a\r\nb\rc"),
@@ -488,7 +506,7 @@ def test_what_is_mended_is_counted_by_kind(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\ufeff" + json.dumps(value))
     (record,) = read(tmp_path / "data.jsonl")
     assert isinstance(record, Conversation)
-    assert turns_of(record) == [("human", "a\nb\nc"), ("assistant", "Yes"), ("human", " "), ("assistant", "x")]
+    assert list_turns(record) == [("human", "a\nb\nc"), ("assistant", "Yes"), ("human", " "), ("assistant", "x")]
     assert record.repairs == {
         "byte_order_mark": 1,
         "leading_assistant_turns": 1,
@@ -500,24 +518,24 @@ def test_what_is_mended_is_counted_by_kind(tmp_path: Path) -> None:
     }
 
 
-def test_turns_of_one_side_are_joined_where_that_is_asked(tmp_path: Path) -> None:
+def test_merge_same_role_merges_consecutive_turns_of_a_role(tmp_path: Path) -> None:
     turns = [("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"), ("gpt", "e")]
     value = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
-    record = the_one(tmp_path / "data.jsonl", value, merge_same_role=True)
-    assert turns_of(record) == [("human", "a\nb"), ("assistant", "c\nd\ne")]
+    record = read_conversation(tmp_path / "data.jsonl", value, merge_same_role=True)
+    assert list_turns(record) == [("human", "a\nb"), ("assistant", "c\nd\ne")]
     assert record.repairs == {"merged_same_role_turns": 3}
 
 
-def test_html_and_backslashes_go_where_that_is_asked_and_code_stays(tmp_path: Path) -> None:
+def test_clean_removes_html_and_backslashes_but_keeps_code(tmp_path: Path) -> None:
     html = (
         '<div class="markdown prose"><p>Use <code>a &lt; b</code>:</p><pre><div>python<button>Copy code</button>'
         "</div><div><code>    def f(x):\n        return x_1 * 2\n</code></div></pre>"
         "<ol><li>one</li><li>two</li></ol></div>"
     )
     value = {"conversations": [{"from": "human", "value": "snake\\_case and `a\\_b`"}, {"from": "gpt", "value": html}]}
-    untouched = the_one(tmp_path / "data.jsonl", value)
+    untouched = read_conversation(tmp_path / "data.jsonl", value)
     assert [turn.text for turn in untouched.turns] == [turn["value"] for turn in value["conversations"]]
-    record = the_one(tmp_path / "data.jsonl", value, clean=True)
+    record = read_conversation(tmp_path / "data.jsonl", value, clean=True)
     question, answer = (turn.text for turn in record.turns)
     assert question == "snake_case and `a\\_b`"
     assert "```python\n    def f(x):\n        return x_1 * 2\n```" in answer
@@ -528,16 +546,16 @@ def test_html_and_backslashes_go_where_that_is_asked_and_code_stays(tmp_path: Pa
     assert record.repairs == {"html_turns": 1, "markdown_escapes": 1}
 
 
-def test_text_with_signs_that_html_uses_is_no_html(tmp_path: Path) -> None:
+def test_text_with_angle_brackets_is_not_taken_as_html(tmp_path: Path) -> None:
     text = "if a < b and b > c: print(<x>) # std::vector<int> & more"
-    record = the_one(tmp_path / "data.jsonl", {"source": text, "target": text}, clean=True)
+    record = read_conversation(tmp_path / "data.jsonl", {"source": text, "target": text}, clean=True)
     assert [turn.text for turn in record.turns] == [text, text]
 
 
 # ---------------------------------------------------------------- tables
 
 
-def test_rows_of_a_csv_are_records(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
+def test_rows_of_a_csv_file_are_records(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
     text = 'source,target,id\n"a, ""b""\nc",Yes,1\nd,No,2\n'
     assert outcomes(text.encode(), "data.csv") == (['a, "b"\nc', "d"], [])
     assert outcomes(("\ufeff" + text).encode(), "data.csv") == (['a, "b"\nc', "d"], [])
@@ -546,7 +564,9 @@ def test_rows_of_a_csv_are_records(outcomes: Callable[..., tuple[list[str], list
     assert outcomes(b"q,a\nx,y\n", "data.csv", source_column="q", target_column="a") == (["x"], [])
 
 
-def test_rows_that_dont_fit_are_refused_alone(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
+def test_malformed_rows_are_rejected_without_affecting_others(
+    outcomes: Callable[..., tuple[list[str], list[str]]],
+) -> None:
     text = b"source,target\na,b\nonly one\nx,y,z\n\xff,b\n\nc,d\n\0,b\n"
     assert outcomes(text, "data.csv") == (
         ["a", "c"],
@@ -558,19 +578,19 @@ def test_rows_that_dont_fit_are_refused_alone(outcomes: Callable[..., tuple[list
     ("data", "message"),
     [
         (b'source,target\na,"b\n', r":\d+: not valid CSV"),
-        (b"source,source\na,b\n", "a column name twice"),
-        (b"source," + b"a" * LIMIT + b"\na,b\n", ":1: a head longer than"),
+        (b"source,source\na,b\n", "duplicate column name: source"),
+        (b"source," + b"a" * LIMIT + b"\na,b\n", ":1: the header is longer than"),
         ("source,target\na,b\n".encode("utf-16"), "UTF-16"),
     ],
 )
-def test_a_csv_that_cant_be_trusted_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_broken_csv_file_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "data.csv").write_bytes(data)
     with pytest.raises(DataError, match=f"data\\.csv.*({message})"):
         read(tmp_path / "data.csv")
 
 
 def test_rows_of_a_parquet_file_are_records(tmp_path: Path) -> None:
-    rows = [json.loads(said(f"q{number}")) | {"system": None} for number in range(300)]
+    rows = [json.loads(make_record(f"q{number}")) | {"system": None} for number in range(300)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet", row_group_size=70)
     records = read(tmp_path / "data.parquet")
     assert [record.turns[0].text for record in records if isinstance(record, Conversation)] == [
@@ -583,21 +603,21 @@ def test_rows_of_a_parquet_file_are_records(tmp_path: Path) -> None:
             read(tmp_path / "data.parquet")
 
 
-def test_a_tables_refused_rows_stand_in_the_file_as_json(tmp_path: Path) -> None:
+def test_rejected_table_rows_are_written_as_json(tmp_path: Path) -> None:
     rows = [{"source": "a", "target": "b", "score": 1.0}, {"source": "c", "target": None, "score": float("nan")}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
     done = prepare(tmp_path, "--data-path", tmp_path / "data.parquet")
     assert json.loads(done.stdout)["rejected"] == 1
     line = (tmp_path / "cache" / "rejected.jsonl").read_text()
-    refused = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert refused["record"] == {"source": "c", "target": None, "score": "NaN"}
-    assert refused["reason"] == "not_text"
+    rejected = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert rejected["record"] == {"source": "c", "target": None, "score": "NaN"}
+    assert rejected["reason"] == "not_text"
 
 
-# ---------------------------------------------------------------- which files
+# ---------------------------------------------------------------- finding files
 
 
-def test_folders_patterns_and_files_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_folders_and_patterns_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.jsonl", "a.json", "c.csv.gz", "notes.txt", "deep/d.jsonl", "e.JSONL"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -614,7 +634,7 @@ def test_folders_patterns_and_files_are_found_in_order(tmp_path: Path, monkeypat
         find_files(["-", "-"])
 
 
-def test_a_file_whose_name_holds_a_patterns_signs_is_that_file(tmp_path: Path) -> None:
+def test_a_file_name_with_pattern_characters_is_taken_literally(tmp_path: Path) -> None:
     path = tmp_path / "chats[1].jsonl"
     path.write_text(GOOD)
     assert find_files([str(path)]) == [path]
@@ -630,6 +650,7 @@ def prepare(tmp_path: Path, *arguments: Any, stdin: bytes | None = None) -> subp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstd.compress])
 def test_standard_input_is_read(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     done = prepare(tmp_path, "--data-path", "-", stdin=pack(LINES))
@@ -637,10 +658,10 @@ def test_standard_input_is_read(tmp_path: Path, pack: Callable[[bytes], bytes]) 
     assert json.loads(done.stdout)["examples"] == 3000
 
 
-def test_rejected_records_stand_whole_in_a_file_with_their_places(tmp_path: Path) -> None:
+def test_rejected_records_are_written_in_full_with_their_locations(tmp_path: Path) -> None:
     bad = {"text": "é\ud800"}
-    undecodable = said("caf\u00e9").encode("latin-1")
-    long = said("x" * 500)
+    undecodable = make_record("caf\u00e9").encode("latin-1")
+    long = make_record("x" * 500)
     (tmp_path / "data.jsonl").write_bytes(
         b"\n".join([GOOD.encode(), json.dumps(bad).encode(), b"{", undecodable, long.encode(), GOOD.encode()])
     )
@@ -658,6 +679,7 @@ def test_rejected_records_stand_whole_in_a_file_with_their_places(tmp_path: Path
         assert line.keys() == {"file", "line", "index", "offset", "reason", "message", "record"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [
@@ -671,7 +693,7 @@ def test_rejected_records_stand_whole_in_a_file_with_their_places(tmp_path: Path
         b"{}" * 1000,
     ],
 )
-def test_noise_ends_in_one_line_and_no_cache(tmp_path: Path, data: bytes) -> None:
+def test_garbage_data_gives_a_one_line_error_and_no_cache(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "data.json").write_bytes(data)
     done = prepare(tmp_path, "--data-path", tmp_path / "data.json")
     assert done.returncode == 2
@@ -692,16 +714,17 @@ print(count, int(status.split("VmHWM:")[1].split()[0]) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "unit", "times", "records"),
     [
         ("blank.jsonl.gz", b"\n" * (1 << 20), 300, 0),
         ("long.jsonl.gz", b"x" * (1 << 20), 300, 1),
         ("long.json.zst", b"[" + b" " * ((1 << 20) - 1), 200, 0),
-        ("turn.jsonl", said("x" * (100 << 20)).encode(), 1, 1),
+        ("turn.jsonl", make_record("x" * (100 << 20)).encode(), 1, 1),
     ],
 )
-def test_large_and_packed_nonsense_takes_no_memory(
+def test_large_and_compressed_garbage_needs_little_memory(
     tmp_path: Path, name: str, unit: bytes, times: int, records: int
 ) -> None:
     path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Ids of the other families' tokenizers: pocket, one like mT5's (byte fallback) and ByT5, for any text of a user."""
+"""Token ids of the tokenizers of other families, for any text: pocket, one like mT5's (byte fallback), and ByT5."""
 
 import json
 from functools import cache
@@ -13,11 +13,12 @@ from transformers import AutoTokenizer
 
 from t5tune.data.encoding import Encoder, encode_batch
 from t5tune.data.formats import Conversation, Turn
-from t5tune.data.records import Place
-from t5tune.data.templates import lay_out, load_template
+from t5tune.data.records import RecordLocation
+from t5tune.data.templates import load_template, render_conversation
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
-from tests.conftest import REPOSITORY
+from tests.support.paths import REPOSITORY
+from tests.support.prose import english_text
 
 FAMILIES = ["pocket", "mt5", "byt5"]
 CONTROLS = ["</s>", "<pad>", "<unk>", "<extra_id_7>", "<extra_id_99>", "<0x0A>"]
@@ -34,11 +35,11 @@ TEXTS = st.lists(TEXT, min_size=2, max_size=4)
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder each: as the hub has mT5, a SentencePiece model with byte fallback; as it has ByT5, no vocabulary."""
+    """Two folders as on the hub: mT5 with a SentencePiece model with byte fallback, and ByT5 without a vocabulary."""
     folder = tmp_path_factory.mktemp("families")
     for name in ("mt5", "byt5"):
         (folder / name).mkdir()
-    lines = (REPOSITORY / "docs" / "decisions.md").read_text().splitlines()[:300]
+    lines = english_text().splitlines()[:300]
     lines += ["привет, как дела? 你好，今天天气很好。"] * 30
     (folder / "corpus.txt").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
@@ -55,8 +56,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def made(bases: Path, name: str, add_tokens: str) -> tuple[Tokenizer, Encoder]:
-    """What prepare encodes with; mT5's embedding has spare rows too."""
+def make_encoder(bases: Path, name: str, add_tokens: str) -> tuple[Tokenizer, Encoder]:
+    """Return the tokenizer and encoder that prepare uses; mT5's embedding has unused rows too."""
     folder = REPOSITORY / "t5tune" / "pocket" if name == "pocket" else bases / name
     plain = load_tokenizer(folder)
     tokenizer, *_ = extend_tokenizer(plain, [add_tokens], len(plain) + 28 if name == "mt5" else 1536)
@@ -64,35 +65,38 @@ def made(bases: Path, name: str, add_tokens: str) -> tuple[Tokenizer, Encoder]:
 
 
 @cache
-def loaded(bases: Path, name: str, add_tokens: str) -> Any:
-    """The tokenizer that a user of transformers gets from the folder that prepare saves."""
+def load_saved(bases: Path, name: str, add_tokens: str) -> Any:
+    """Load the tokenizer with transformers from the folder that prepare saves."""
     folder = bases / f"saved-{name}-{add_tokens}"
-    save_tokenizer(made(bases, name, add_tokens)[0], folder)
+    save_tokenizer(make_encoder(bases, name, add_tokens)[0], folder)
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def pieces_of(texts: list[str]) -> Any:
+def render_pieces(texts: list[str]) -> Any:
     turns = tuple(Turn("assistant" if index % 2 else "human", text) for index, text in enumerate(texts))
-    return lay_out(Conversation(Place("a.jsonl", 1, 0, 0), None, turns), load_template("fastchat-t5"))
+    return render_conversation(
+        Conversation(RecordLocation("a.jsonl", 1, 0, 0), None, turns), load_template("fastchat-t5")
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
 @settings(deadline=None, max_examples=60, database=None, derandomize=True)
 @given(texts=TEXTS)
-def test_turns_joined_are_the_whole_and_no_text_is_a_control_id(
+def test_concatenated_turns_have_the_ids_of_the_whole_text_and_no_control_ids(
     bases: Path, name: str, add_tokens: str, texts: list[str]
 ) -> None:
-    tokenizer, encoder = made(bases, name, add_tokens)
-    pieces = pieces_of(texts)
+    tokenizer, encoder = make_encoder(bases, name, add_tokens)
+    pieces = render_pieces(texts)
     (encoded,) = encode_batch([pieces], encoder, 4096)
     (whole,) = encoder.encode(["".join(piece.text for piece in pieces)], [True])
     assert encoded.ids.tolist() == whole.tolist()
-    control = set(tokenizer.ids_of([*tokenizer.special_tokens])) - {tokenizer.unk_token_id}
-    if name == "byt5":  # whose sentinels stand behind the bytes
-        control |= set(range(259, len(tokenizer)))
-    assert len(control) > 3
-    assert not control & set(encoded.ids.tolist())
+    special_ids = set(tokenizer.convert_tokens_to_ids([*tokenizer.special_tokens])) - {tokenizer.unk_token_id}
+    if name == "byt5":  # its sentinels follow the bytes
+        special_ids |= set(range(259, len(tokenizer)))
+    assert len(special_ids) > 3
+    assert not special_ids & set(encoded.ids.tolist())
     if name == "byt5":
         assert tokenizer.decode(encoded.ids) == "".join(piece.text for piece in pieces)
 
@@ -101,19 +105,19 @@ def test_turns_joined_are_the_whole_and_no_text_is_a_control_id(
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
 @settings(deadline=None, max_examples=40, database=None, derandomize=True)
 @given(texts=TEXTS)
-def test_ids_are_those_of_the_saved_tokenizer(bases: Path, name: str, add_tokens: str, texts: list[str]) -> None:
-    theirs = loaded(bases, name, add_tokens)
-    pieces = pieces_of([text.replace("<", "(") for text in texts])  # transformers would take `</s>` for the token
-    (encoded,) = encode_batch([pieces], made(bases, name, add_tokens)[1], 4096)
+def test_ids_equal_those_of_the_saved_tokenizer(bases: Path, name: str, add_tokens: str, texts: list[str]) -> None:
+    theirs = load_saved(bases, name, add_tokens)
+    pieces = render_pieces([text.replace("<", "(") for text in texts])  # transformers would take `</s>` for the token
+    (encoded,) = encode_batch([pieces], make_encoder(bases, name, add_tokens)[1], 4096)
     text = "".join(piece.text for piece in pieces)
     assert encoded.ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-def test_characters_without_a_piece_come_back_from_their_bytes(bases: Path) -> None:
+def test_characters_without_a_token_are_decoded_from_byte_tokens(bases: Path) -> None:
     for add_tokens in ("none", "auto"):
-        tokenizer, encoder = made(bases, "mt5", add_tokens)
+        tokenizer, encoder = make_encoder(bases, "mt5", add_tokens)
         (ids,) = encoder.encode(["한 Ω 😀"], [True])
         (written,) = encoder.encode(["a<0x0A>b"], [True])
         assert tokenizer.backend.token_to_id("<0x0A>") not in written
         assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == loaded(bases, "mt5", add_tokens).decode(ids) == "한 Ω 😀"
+        assert tokenizer.decode(ids) == load_saved(bases, "mt5", add_tokens).decode(ids) == "한 Ω 😀"

@@ -1,4 +1,4 @@
-"""Locks of compilations: those of the dead go, those of the living stay."""
+"""Locks of DeepSpeed's builds: those of killed processes are removed, those of running ones are kept."""
 
 import os
 import subprocess
@@ -9,18 +9,19 @@ import pytest
 from torch.utils.cpp_extension import get_default_build_root
 
 from t5tune.distributed import deepspeed_build
-from t5tune.distributed.deepspeed_build import release_dead_locks
+from t5tune.distributed.deepspeed_build import remove_stale_locks
 
 
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where torch's FileBaton would put an op's lock."""
+    """The path at which torch's FileBaton would create an op's lock."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "some_op").mkdir()
     return tmp_path / "some_op" / "lock"
 
 
-def test_a_lock_is_left_to_a_process_that_lives_and_taken_from_one_that_was_killed(lock: Path) -> None:
+@pytest.mark.slow
+def test_only_the_lock_of_a_killed_process_is_removed(lock: Path) -> None:
     compiling = f"""
 import sys
 from torch.utils.file_baton import FileBaton
@@ -33,26 +34,26 @@ sys.stdin.read()
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "True\n"
-        assert release_dead_locks() == []
+        assert remove_stale_locks() == []
         assert lock.exists()
         process.kill()
     assert lock.exists()
-    assert release_dead_locks() == [lock]
+    assert remove_stale_locks() == [lock]
     assert list(lock.parent.iterdir()) == []
 
 
-def test_where_other_machines_look_too_a_lock_stays_until_nobody_can_compile_any_more(
+def test_on_a_shared_filesystem_a_lock_is_kept_until_no_build_can_still_be_running(
     lock: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deepspeed_build, "_is_shared", lambda _: True)
     lock.touch()
-    assert release_dead_locks() == []
+    assert remove_stale_locks() == []
     os.utime(lock, (0, 0))
-    assert release_dead_locks() == [lock]
+    assert remove_stale_locks() == [lock]
 
 
-def test_the_folder_is_the_one_that_torch_compiles_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_extensions_folder_is_the_one_that_torch_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    assert str(deepspeed_build._extensions()) == get_default_build_root()
+    assert str(deepspeed_build._get_extensions_folder()) == get_default_build_root()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert str(deepspeed_build._extensions()) == get_default_build_root()
+    assert str(deepspeed_build._get_extensions_folder()) == get_default_build_root()

@@ -1,4 +1,4 @@
-"""Each member of the family, trained, exported, merged and talked to; and the table that tells them apart."""
+"""Each model family trains, exports, merges and chats; and the table of families recognizes each of them."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
-from t5tune.checkpoints.adapter_shapes import base_shapes
+from t5tune.checkpoints.adapter_shapes import derive_base_shapes
 from t5tune.commands.chat import Chatter, chat
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
@@ -27,10 +27,10 @@ from t5tune.commands.train import train
 from t5tune.compat.requirements import is_older
 from t5tune.data.cache import open_cache
 from t5tune.data.formats import Turn
-from t5tune.data.tokenizer import answer_text, load_tokenizer
+from t5tune.data.tokenizer import decode_prediction, load_tokenizer
 from t5tune.errors import ModelError
-from t5tune.families import BYTE_FALLBACK, BYTES, FAMILIES, LATER, Family, family_of
-from t5tune.model.known_configs import SIZES
+from t5tune.families import BYTE_FALLBACK, BYTES, FAMILIES, PLANNED_MODELS, Family, find_family
+from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.model.load import load_base
 from t5tune.model.lora import load_adapter
 from t5tune.settings import (
@@ -43,7 +43,10 @@ from t5tune.settings import (
     TrainSettings,
 )
 from t5tune.settings.base_model import FamilyName
-from tests.conftest import REPOSITORY, t5tune
+from tests.support.command_line import t5tune
+from tests.support.prose import english_text
+
+pytestmark = pytest.mark.slow
 
 ANSWERS = ["a line,\nand {another}", "two teas", "naïve"]
 PIECES = 700
@@ -52,15 +55,15 @@ CPU = torch.device("cpu")
 
 
 def make_tokenizer(family: Family, folder: Path) -> int:
-    """Tokenizer files as the hub has them for this member. Returns the number of entries."""
+    """Write the tokenizer files that this family has on the hub; return the number of tokens."""
     if family.tokenizer == BYTES:
         special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
         config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125, **special}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         return 384
     corpus = folder.with_name("corpus.txt")
-    # T5's corpus had none of these
-    text = re.sub(r"[<{}`\\^~]", "", (REPOSITORY / "docs" / "decisions.md").read_text())
+    # T5's training text had none of these characters
+    text = re.sub(r"[<{}`\\^~]", "", english_text())
     corpus.write_text("\n".join(text.splitlines()[:300]))
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=PIECES, model_type="unigram",
@@ -79,13 +82,13 @@ def make_tokenizer(family: Family, folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small random base of each member, saved by stock transformers, its config.json as the hub's files are."""
+    """A small random base of each family, saved by stock transformers, with a config.json like those on the hub."""
     made = {}
     for key, family in FAMILIES.items():
         folder = made[key] = tmp_path_factory.mktemp("family") / key
         folder.mkdir()
         entries = make_tokenizer(family, folder)
-        rows = family.tells.get("vocab_size", (entries + family.room,))[0]
+        rows = family.identified_by.get("vocab_size", (entries + family.num_unused_rows,))[0]
         config = {
             "model_type": family.model_type, "is_encoder_decoder": True, "vocab_size": rows, "d_model": 32, "d_kv": 8,
             "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
@@ -112,7 +115,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Made:
-    """What the whole chain made of a base."""
+    """The outputs of the whole chain for a base."""
 
     base: Path
     run: Path
@@ -163,7 +166,7 @@ def logits_of(model: Any, made: Made) -> torch.Tensor:
 
 
 def load_stock(folder: Path) -> Any:
-    """The checkpoint as stock transformers loads it."""
+    """Load a checkpoint with stock transformers."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)
     if model.config.model_type == "umt5" and is_older(transformers.__version__, "5.24"):
         # up to 5.23 transformers scales the decoder's output of every umT5 as if its head were tied
@@ -171,15 +174,15 @@ def load_stock(folder: Path) -> Any:
     return model
 
 
-def test_a_member_is_trained_exported_merged_and_answers(made: Made) -> None:
-    family = family_of(json.loads((made.base / "config.json").read_text()), made.base)
+def test_each_family_trains_exports_merges_and_replies(made: Made) -> None:
+    family = find_family(json.loads((made.base / "config.json").read_text()), made.base)
     cache = open_cache(made.run / "data")
     tokenizer = load_tokenizer(made.run)
-    answers = [answer_text(tokenizer, example.target_T, "\n") for example in cache]
+    answers = [decode_prediction(tokenizer, example.target_T, "\n") for example in cache]
     assert answers[:2] == ANSWERS[:2]
     if family.tokenizer in (BYTES, BYTE_FALLBACK):
         assert answers[2] == ANSWERS[2]
-    assert ("\n" in cache.manifest["added_tokens"]) == (family.room > 0)
+    assert ("\n" in cache.manifest["added_tokens"]) == (family.num_unused_rows > 0)
 
     before = logits_of(load_base(made.base, torch.float32, CPU), made)
     adapted = logits_of(load_adapter(load_base(made.base, torch.float32, CPU), made.adapter), made)
@@ -203,9 +206,9 @@ def test_a_member_is_trained_exported_merged_and_answers(made: Made) -> None:
     assert ("llama.cpp" in (made.merged / "README.md").read_text()) == ("llama.cpp" in family.converters)
 
 
-def test_ctranslate2_answers_as_the_merged_model_does(made: Made, tmp_path: Path) -> None:
+def test_ctranslate2_gives_the_replies_of_the_merged_model(made: Made, tmp_path: Path) -> None:
     pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install ctranslate2")
-    family = family_of(json.loads((made.base / "config.json").read_text()), made.base)
+    family = find_family(json.loads((made.base / "config.json").read_text()), made.base)
     assert "CTranslate2" in family.converters
     found = merge(
         MergeSettings(
@@ -221,57 +224,57 @@ def test_ctranslate2_answers_as_the_merged_model_does(made: Made, tmp_path: Path
     assert found.same_replies == found.replies > 0
     tokens = json.loads((tmp_path / "converted" / "shared_vocabulary.json").read_text())
     assert len(set(tokens)) == len(tokens) == load_file(made.base / "model.safetensors")["shared.weight"].shape[0]
-    assert all(tokens[index] == token for token, index in load_tokenizer(made.merged).vocabulary().items())
+    assert all(tokens[index] == token for token, index in load_tokenizer(made.merged).get_vocab().items())
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_a_config_tells_the_shape_of_every_weight(key: str, bases: dict[str, Path]) -> None:
-    shapes = base_shapes(json.loads((bases[key] / "config.json").read_text()))
-    held = {name: tuple(tensor.shape) for name, tensor in load_file(bases[key] / "model.safetensors").items()}
-    assert held.items() <= shapes.items()
+def test_base_shapes_derived_from_the_config_match_every_weight(key: str, bases: dict[str, Path]) -> None:
+    shapes = derive_base_shapes(json.loads((bases[key] / "config.json").read_text()))
+    actual = {name: tuple(tensor.shape) for name, tensor in load_file(bases[key] / "model.safetensors").items()}
+    assert actual.items() <= shapes.items()
     aliases = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
-    assert shapes.keys() - held.keys() <= aliases
+    assert shapes.keys() - actual.keys() <= aliases
 
 
-def test_fastchats_own_tokens_keep_their_ids(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_the_added_tokens_of_fastchat_t5_keep_their_ids(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
     arguments = ("--data-path", data, "--output-dir", tmp_path / "cache")
     assert t5tune("prepare", "--model-name-or-path", bases["fastchat-t5"], *arguments).code == 0
     cache = open_cache(tmp_path / "cache")
     assert cache.manifest["added_tokens"] == []
     target = cache[0].target_T.tolist()
     first = PIECES + 100
-    places = [FASTCHATS.index(text) for text in ("\n", "{", "}", "\n")]  # the layout ends an answer with a newline
+    places = [FASTCHATS.index(text) for text in ("\n", "{", "}", "\n")]  # the template ends a target with a newline
     assert [i - first for i in target if i >= first and FASTCHATS[i - first] != " "] == places
 
 
-def test_the_table_tells_published_checkpoints_apart() -> None:
-    for name, config in SIZES.items():
-        family = family_of(config, Path(name))
+def test_published_checkpoints_are_recognized_as_their_family() -> None:
+    for name, config in KNOWN_CONFIGS.items():
+        family = find_family(config, Path(name))
         kind = name.rpartition("/")[2].lower().replace("v1_1", "v1.1").replace("-", " ")
         assert any(kind.startswith(member.lower().replace("-", " ")) for member in family.name.split(", ")), name
 
 
-def test_the_table_holds_what_the_hubs_files_say(shared: Any) -> None:
+def test_the_table_of_families_matches_the_configs_on_the_hub(shared: Any) -> None:
     for file in sorted(shared("configs").glob("*.json")):
         config = json.loads(file.read_text())
-        family = family_of(config, file)
-        assert family == family_of(SIZES[next(n for n in SIZES if n.endswith(f"/{file.stem}"))], file)
-        assert config["vocab_size"] == family.rows, file.stem
+        family = find_family(config, file)
+        assert family == find_family(KNOWN_CONFIGS[next(n for n in KNOWN_CONFIGS if n.endswith(f"/{file.stem}"))], file)
+        assert config["vocab_size"] == family.num_rows, file.stem
         assert config.get("tie_word_embeddings", True) == family.tied, file.stem
         assert config.get("feed_forward_proj", family.default_feed_forward) == family.feed_forward, file.stem
-        assert family.completed(config).items() >= {k: v for k, v in config.items() if v is not None}.items()
+        assert family.complete_config(config).items() >= {k: v for k, v in config.items() if v is not None}.items()
         for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-            assert config[name] == family.completed({})[name], file.stem
+            assert config[name] == family.complete_config({})[name], file.stem
 
 
-def test_the_setting_offers_the_tables_keys() -> None:
+def test_the_family_setting_offers_the_keys_of_the_table() -> None:
     assert set(typing.get_args(FamilyName)) == set(FAMILIES)
 
 
 @pytest.fixture(scope="module")
-def stranger(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Flan-T5 under a name of its own, whose config.json leaves its control tokens out."""
-    folder = tmp_path_factory.mktemp("stranger") / "base"
+def unknown_base(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Flan-T5 with an unknown model_type, whose config.json leaves the special token ids out."""
+    folder = tmp_path_factory.mktemp("unknown") / "base"
     folder.mkdir()
     for file in bases["flan-t5"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -282,12 +285,12 @@ def stranger(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_an_unknown_encoder_decoder_is_tried_as_a_member(
-    stranger: Path, bases: dict[str, Path], data: Path, tmp_path: Path
+def test_an_unknown_encoder_decoder_can_be_trained_as_a_known_family(
+    unknown_base: Path, bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    """Its run says what it was tried as, and the merged checkpoint is of the member's type."""
+    """The run records the family that was chosen, and the merged checkpoint has its model type."""
     arguments: dict[str, Any] = {"data_path": str(data), "max_steps": 2, "learning_rate": 3e-2, "use_cpu": True}
-    for base, family, name in ((stranger, "flan-t5", "tried"), (bases["flan-t5"], None, "known")):
+    for base, family, name in ((unknown_base, "flan-t5", "tried"), (bases["flan-t5"], None, "known")):
         train(
             TrainSettings(
                 model_name_or_path=str(base), output_dir=tmp_path / name, family=family, report_samples=0, **arguments
@@ -298,15 +301,17 @@ def test_an_unknown_encoder_decoder_is_tried_as_a_member(
     chatter = Chatter.load(ChatSettings(model_name_or_path=str(tmp_path / "tried"), max_new_tokens=3, use_cpu=True))
     assert chatter.reply([Turn("human", "Say it.")]).reply_tokens > 0
     merged = tmp_path / "merged"
-    merge(MergeSettings(model_name_or_path=str(stranger), adapter=tmp_path / "tried", output_dir=merged, verify=True))
+    merge(
+        MergeSettings(model_name_or_path=str(unknown_base), adapter=tmp_path / "tried", output_dir=merged, verify=True)
+    )
     assert json.loads((merged / "config.json").read_text())["model_type"] == "t5"
     assert type(AutoModelForSeq2SeqLM.from_pretrained(merged)).__name__ == "T5ForConditionalGeneration"
-    found = plan(PlanSettings(model_name_or_path=str(stranger), family="flan-t5"))
+    found = plan(PlanSettings(model_name_or_path=str(unknown_base), family="flan-t5"))
     assert found.total_parameters == plan(PlanSettings(model_name_or_path=str(bases["flan-t5"]))).total_parameters
 
 
 def commands(base: Path, data: Path, output: Path) -> dict[str, Callable[[], object]]:
-    """Each command that takes a base."""
+    """Return each command that needs a base, ready to be called."""
     model: dict[str, Any] = {"model_name_or_path": str(base)}
     reads: dict[str, Any] = {**model, "data_path": str(data), "output_dir": output}
     return {
@@ -318,34 +323,38 @@ def commands(base: Path, data: Path, output: Path) -> dict[str, Callable[[], obj
     }
 
 
-def test_a_base_that_is_not_of_the_family_is_refused_with_the_list(stranger: Path, data: Path, tmp_path: Path) -> None:
-    for name, run in commands(stranger, data, tmp_path / "out").items():
+def test_a_base_of_an_unknown_family_is_refused_with_the_list_of_families(
+    unknown_base: Path, data: Path, tmp_path: Path
+) -> None:
+    for name, run in commands(unknown_base, data, tmp_path / "out").items():
         with pytest.raises(ModelError, match="model_type 'our_t5' can't be trained: t5tune doesn't know it") as refused:
             run()
         for family in FAMILIES.values():
             assert family.name in str(refused.value.hint), name
         assert "--family" in str(refused.value.hint)
         assert list(tmp_path.iterdir()) == [], name
-    done = t5tune("prepare", "--model-name-or-path", stranger, "--data-path", data, "--output-dir", tmp_path / "out")
+    done = t5tune(
+        "prepare", "--model-name-or-path", unknown_base, "--data-path", data, "--output-dir", tmp_path / "out"
+    )
     assert done.code == 2
     (error,) = done.errors
     assert "--family" in error
 
 
 @pytest.mark.parametrize("asked", [None, "t5"])
-def test_other_kinds_of_models_are_refused_whatever_is_asked(asked: str | None) -> None:
-    with pytest.raises(ModelError, match="'gpt2': no encoder-decoder"):
-        family_of({"model_type": "gpt2"}, Path("base"), asked)
-    with pytest.raises(ModelError, match="None: no encoder-decoder"):
-        family_of({}, Path("base"), asked)
-    for model_type, name in LATER.items():
-        with pytest.raises(ModelError, match=f"{name} comes later"):
-            family_of({"model_type": model_type, "is_encoder_decoder": True}, Path("base"), asked)
+def test_unsupported_models_are_refused_whatever_family_is_requested(asked: str | None) -> None:
+    with pytest.raises(ModelError, match="'gpt2': not an encoder-decoder"):
+        find_family({"model_type": "gpt2"}, Path("base"), asked)
+    with pytest.raises(ModelError, match="None: not an encoder-decoder"):
+        find_family({}, Path("base"), asked)
+    for model_type, name in PLANNED_MODELS.items():
+        with pytest.raises(ModelError, match=f"{name} is not supported yet"):
+            find_family({"model_type": model_type, "is_encoder_decoder": True}, Path("base"), asked)
 
 
-def test_a_member_is_not_tried_as_another() -> None:
+def test_a_known_family_cannot_be_trained_as_another() -> None:
     with pytest.raises(ModelError, match=r"family: umt5: .*'mt5', which is mT5"):
-        family_of({"model_type": "mt5"}, Path("base"), "umt5")
-    assert family_of({"model_type": "mt5"}, Path("base"), "mt5").name == "mT5"
-    with pytest.raises(ModelError, match="family: bart: not in the table"):
-        family_of({"model_type": "our_t5", "is_encoder_decoder": True}, Path("base"), "bart")
+        find_family({"model_type": "mt5"}, Path("base"), "umt5")
+    assert find_family({"model_type": "mt5"}, Path("base"), "mt5").name == "mT5"
+    with pytest.raises(ModelError, match="family: bart: unknown model family"):
+        find_family({"model_type": "our_t5", "is_encoder_decoder": True}, Path("base"), "bart")

@@ -1,4 +1,4 @@
-"""LoRA's variants, quantised bases and full training: what is saved, and what merges, is what was trained."""
+"""LoRA variants, quantized bases and full training: the saved and the merged weights equal the trained model."""
 
 import json
 import shutil
@@ -23,12 +23,15 @@ from t5tune.settings import (
     ExportSettings,
     MergeSettings,
     PrepareSettings,
-    QuantisationSettings,
+    QuantizationSettings,
     TrainSettings,
 )
 from t5tune.settings.loading import load_settings
-from t5tune.training.run_folder import Trained
-from tests.conftest import Finished
+from t5tune.training.run_folder import TrainResult
+from tests.support import train_runs
+from tests.support.command_line import CommandResult
+
+pytestmark = pytest.mark.slow
 
 NORMS = ["layer_norm", "final_layer_norm", "relative_attention_bias"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora+": {"loraplus_lr_ratio": 8},
     "modules to save": {"modules_to_save": NORMS},
 }
-QUANTISED: dict[str, dict[str, Any]] = {
+QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4": {"double_quant": False},
     "nf4 dq": {},
     "fp4": {"quant_type": "fp4"},
@@ -53,19 +56,9 @@ QUANTISED: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
-    values = {
-        "model_name_or_path": str(base),
-        "data_path": str(data),
-        "eval_data_path": str(data),
-        "output_dir": run,
-        "max_steps": 6,
-        "save_steps": 3,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-    }
-    return TrainSettings(**{**values, **changes})
+def make_settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
+    """Make the settings of a run that evaluates on the data that it trains on."""
+    return train_runs.make_settings(base, data, run, **{"eval_data_path": str(data), "logging_steps": 10, **changes})
 
 
 def loss_of(model: Path, data: Path, output: Path, **changes: Any) -> float:
@@ -81,8 +74,8 @@ def trained_adapter(run: Path) -> dict[str, torch.Tensor]:
 def test_live_model_saved_adapter_and_merged_checkpoint_agree(
     name: str, base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    """The live model's own loss, the loss of stock PEFT on the untouched base, and that of the merged file."""
-    result = train(settings(base, conversations, tmp_path / "run", **VARIANTS[name]))
+    """Compare the loss of the live model, of the saved adapter on the unchanged base, and of the merged checkpoint."""
+    result = train(make_settings(base, conversations, tmp_path / "run", **VARIANTS[name]))
     saved = loss_of(tmp_path / "run", conversations, tmp_path / "a")
     merged = MergeSettings(model_name_or_path=str(base), adapter=tmp_path / "run", output_dir=tmp_path / "merged")
     assert merge(merged).max_error < 1e-3
@@ -92,20 +85,20 @@ def test_live_model_saved_adapter_and_merged_checkpoint_agree(
     assert abs(saved - loss_of(base, conversations, tmp_path / "c")) > 1e-2
 
 
-@pytest.mark.parametrize("name", QUANTISED)
-def test_a_quantised_base_trains_and_its_adapter_fits_it(
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded(
     name: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    changes = {"q_lora": True, "bf16": False, **QUANTISED[name]}
-    result = train(settings(untied_base, conversations, tmp_path / "run", **changes))
+    changes = {"q_lora": True, "bf16": False, **QUANTIZED[name]}
+    result = train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
     again = {key: changes[key] for key in ("q_lora", "quant_type", "double_quant") if key in changes}
     saved = loss_of(tmp_path / "run", conversations, tmp_path / "a", **again)
-    # int8 rounds activations by the largest of a batch, so that other batches round otherwise
+    # int8 scales activations by the largest value of a batch, so that other batches round differently
     assert result.eval["loss"] == pytest.approx(saved, rel=3e-3 if name == "int8" else 1e-4)
     assert saved < loss_of(untied_base, conversations, tmp_path / "b", **again) - 0.05
 
 
-def test_quantised_bases_differ_as_they_should(untied_base: Path) -> None:
+def test_int8_is_closer_to_the_base_than_nf4_and_nf4_than_fp4(untied_base: Path) -> None:
     from t5tune.model.load import load_base
 
     file = load_file(untied_base / "model.safetensors")
@@ -114,7 +107,7 @@ def test_quantised_bases_differ_as_they_should(untied_base: Path) -> None:
     exact = x @ file[f"{name}.weight"].T
     errors = {}
     for kind in ("int8", "nf4", "fp4"):
-        quantisation = QuantisationSettings(q_lora=True, quant_type=kind)
+        quantisation = QuantizationSettings(q_lora=True, quant_type=kind)
         model = load_base(untied_base, torch.float32, torch.device("cpu"), quantisation)
         with torch.inference_mode():
             errors[kind] = float((model.get_submodule(name)(x) - exact).norm() / exact.norm())
@@ -122,7 +115,7 @@ def test_quantised_bases_differ_as_they_should(untied_base: Path) -> None:
 
 
 def test_int8_is_quantized_from_values_on_the_cpu(untied_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes quantizes what comes to a GPU from the CPU, and leaves in bf16 what is on the GPU already."""
+    """bitsandbytes quantizes a weight when it moves from the CPU to a GPU; a weight on the GPU would stay in bf16."""
     from bitsandbytes.nn import Int8Params
 
     from t5tune.model.load import load_base
@@ -135,7 +128,7 @@ def test_int8_is_quantized_from_values_on_the_cpu(untied_base: Path, monkeypatch
         return stock(self, "cpu")
 
     monkeypatch.setattr(Int8Params, "to", to)
-    quantisation = QuantisationSettings(q_lora=True, quant_type="int8")
+    quantisation = QuantizationSettings(q_lora=True, quant_type="int8")
     elsewhere = torch.device("meta")  # in place of a GPU
     model = load_base(untied_base, torch.bfloat16, elsewhere, quantisation)
     layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
@@ -144,44 +137,46 @@ def test_int8_is_quantized_from_values_on_the_cpu(untied_base: Path, monkeypatch
     assert model.shared.weight.device == elsewhere
 
 
-def test_loftq_starts_nearer_to_the_base_than_4_bits_alone(
+def test_loftq_initialization_is_closer_to_the_base_than_quantization_alone(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     from t5tune.model.load import load_base
     from t5tune.model.lora import add_lora
 
     file = load_file(untied_base / "model.safetensors")
-    needed = settings(untied_base, conversations, tmp_path, q_lora=True, bf16=False, lora_r=4)
-    starts = {}
-    for start in ("default", "loftq"):
-        chosen = needed.model_copy(update={"init_lora_weights": start})
+    needed = make_settings(untied_base, conversations, tmp_path, q_lora=True, bf16=False, lora_r=4)
+    models = {}
+    for initialization in ("default", "loftq"):
+        chosen = needed.model_copy(update={"init_lora_weights": initialization})
         model = load_base(untied_base, torch.float32, torch.device("cpu"), chosen)
         model, _ = add_lora(model, untied_base, chosen, [], torch.float32)
-        starts[start] = model.eval()
+        models[initialization] = model.eval()
     name = "encoder.block.1.layer.0.SelfAttention.q"
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     exact = x @ file[f"{name}.weight"].T
     with torch.inference_mode():
         errors = {
-            start: float((model.base_model.model.get_submodule(name)(x) - exact).norm() / exact.norm())
-            for start, model in starts.items()
+            initialization: float((model.base_model.model.get_submodule(name)(x) - exact).norm() / exact.norm())
+            for initialization, model in models.items()
         }
     assert errors["loftq"] < 0.9 * errors["default"]
 
 
-def test_groups_name_the_layers_that_the_model_has(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    train(settings(untied_base, conversations, tmp_path / "run", max_steps=1, lora_target_modules=["all_linear"]))
+def test_target_module_groups_are_resolved_to_layers_of_the_model(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=1, lora_target_modules=["all_linear"]))
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == ["k", "o", "q", "v", "wi_0", "wi_1", "wo"]
     with pytest.raises(SettingsError, match="lora_target_modules: gate: no such linear layer") as raised:
-        train(settings(untied_base, conversations, tmp_path / "b", lora_target_modules=["q", "gate"]))
+        train(make_settings(untied_base, conversations, tmp_path / "b", lora_target_modules=["q", "gate"]))
     assert "attention, feed-forward, all-linear" in str(raised.value.hint)
 
 
-def test_loraplus_gives_b_its_own_rate(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    """Adam's first step moves each value by the learning rate, whatever its gradient."""
+def test_loraplus_gives_b_its_own_learning_rate(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    """Adam's first step changes each value by the learning rate, whatever its gradient."""
     changes = {"max_steps": 1, "lora_dropout": 0.0, "learning_rate": 1e-3, "loraplus_lr_ratio": 16}
-    train(settings(untied_base, conversations, tmp_path / "run", **changes))
+    train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
     b = [value for name, value in trained_adapter(tmp_path / "run").items() if "lora_B" in name]
     moved = torch.cat([value.abs().flatten() for value in b])
     assert moved[moved > 0].median() == pytest.approx(16e-3, rel=1e-3)
@@ -189,12 +184,12 @@ def test_loraplus_gives_b_its_own_rate(untied_base: Path, conversations: Path, t
 
 @pytest.fixture(scope="module")
 def loraplus_start(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter with token rows whose B matrices are no longer zero, on a base without dropout."""
+    """A LoRA adapter with token rows and nonzero B matrices, on a base without dropout."""
     folder = tmp_path_factory.mktemp("loraplus")
     base = shutil.copytree(untied_base, folder / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
-    train(settings(base, conversations, folder / "start", max_steps=3))
+    train(make_settings(base, conversations, folder / "start", max_steps=3))
     return folder / "start"
 
 
@@ -213,7 +208,7 @@ LORAPLUS = {
 
 @pytest.fixture(scope="module")
 def loraplus_by_hand(loraplus_start: Path, conversations: Path) -> dict[str, torch.Tensor]:
-    """Six steps on the same eight examples: transformers' model, PEFT's adapter, torch's loss and optimizer."""
+    """The result of six steps on the same eight examples, with transformers' model, PEFT's adapter, torch's loss."""
     from peft import PeftModel
     from transformers import T5ForConditionalGeneration
 
@@ -241,16 +236,17 @@ def loraplus_by_hand(loraplus_start: Path, conversations: Path) -> dict[str, tor
     return {name.replace(".default", ""): value.detach() for name, value in named.items()}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", [None, "zero0", "zero1", "zero2", "zero3"])
-def test_loraplus_learns_what_an_independent_loop_learns(
+def test_loraplus_gives_the_weights_of_an_independent_training_loop(
     stage: str | None,
     loraplus_start: Path,
     loraplus_by_hand: dict[str, torch.Tensor],
     conversations: Path,
     tmp_path: Path,
-    on_ranks: Callable[..., Finished],
+    on_ranks: Callable[..., CommandResult],
 ) -> None:
-    """ZeRO-3's placeholders are all one-dimensional, as DoRA's norms are, which learn at B's rate."""
+    """Under ZeRO-3 all placeholders are one-dimensional, like DoRA's magnitudes, which have B's learning rate."""
     flags = [part for name, value in LORAPLUS.items() for part in (f"--{name}", value)]
     done = on_ranks(
         2 if stage else 1, "train", "--model-name-or-path", loraplus_start.parent / "base", "--data-path",
@@ -260,7 +256,7 @@ def test_loraplus_learns_what_an_independent_loop_learns(
     )  # fmt: skip
     assert done.code == 0, done.stderr
     before, after = trained_adapter(loraplus_start), trained_adapter(tmp_path / "run")
-    assert loraplus_by_hand.keys() == after.keys() - {DECODER_ROWS}  # it shares the encoder's
+    assert loraplus_by_hand.keys() == after.keys() - {DECODER_ROWS}  # shared with the encoder
     for name, value in loraplus_by_hand.items():
         error = (after[name] - value).norm() / (value - before[name]).norm()
         assert error < 1e-3, name
@@ -274,23 +270,24 @@ def test_loraplus_learns_what_an_independent_loop_learns(
     [VARIANTS["dora"], VARIANTS["pissa"], VARIANTS["lora+"], VARIANTS["modules to save"], {"train_mode": "full"}],
     ids=["dora", "pissa", "lora+", "modules to save", "full"],
 )
-def test_resuming_gives_the_bits_of_a_straight_run(
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(
     changes: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(settings(untied_base, conversations, run, **changes))
+    train(make_settings(untied_base, conversations, run, **changes))
     file = "model.safetensors" if "train_mode" in changes else "adapter_model.safetensors"
     straight = (run / file).read_bytes()
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoint-6")
-    result = train(settings(untied_base, conversations, run, **changes))
+    result = train(make_settings(untied_base, conversations, run, **changes))
     assert result.resumed_from == run / "checkpoint-3"
     assert (run / file).read_bytes() == straight
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", ["dora", "pissa", "modules to save", "lora+"])
-def test_shards_of_two_ranks_export_what_was_saved_live(
-    name: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+def test_export_of_the_shards_of_two_ranks_equals_the_adapter_that_training_saved(
+    name: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     options = []
     for key, value in VARIANTS[name].items():
@@ -313,11 +310,11 @@ def test_shards_of_two_ranks_export_what_was_saved_live(
 # ---------------------------------------------------------------- full training
 
 
-def full(base: Path, data: Path, run: Path, **changes: Any) -> Trained:
-    return train(settings(base, data, run, train_mode="full", **{"learning_rate": 1e-3, **changes}))
+def full(base: Path, data: Path, run: Path, **changes: Any) -> TrainResult:
+    return train(make_settings(base, data, run, train_mode="full", **{"learning_rate": 1e-3, **changes}))
 
 
-def test_full_training_ends_with_a_checkpoint_that_stock_transformers_loads(
+def test_full_training_writes_a_checkpoint_that_stock_transformers_loads(
     base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForSeq2SeqLM
@@ -335,8 +332,9 @@ def test_full_training_ends_with_a_checkpoint_that_stock_transformers_loads(
     assert tied is ("lm_head.weight" not in before)
 
 
-def test_full_training_is_the_same_under_zero3(
-    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+@pytest.mark.distributed
+def test_full_training_gives_the_same_weights_under_zero3(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     common = (
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--train-mode", "full",
@@ -348,11 +346,11 @@ def test_full_training_is_the_same_under_zero3(
     assert ranks.code == alone.code == 0, ranks.stderr
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("ranks", "ddp"))
     assert a.keys() == b.keys()
-    # dropout of 0.1 draws the same in both; sums over ranks are rounded otherwise
+    # dropout of 0.1 draws the same masks in both, but sums over ranks are rounded differently
     assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
 
 
-def test_a_fully_trained_run_is_no_adapter(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_export_and_merge_refuse_a_run_of_full_training(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     full(untied_base, conversations, tmp_path / "run", max_steps=1)
     with pytest.raises(CheckpointError, match="no adapter"):
         export(ExportSettings(checkpoint=tmp_path / "run", output_dir=tmp_path / "out"))
@@ -370,9 +368,9 @@ def test_a_fully_trained_run_is_no_adapter(untied_base: Path, conversations: Pat
         ({"init_lora_weights": "pizza"}, "expected one of default, gaussian"),
         ({"init_lora_weights": "pissa_niter_N"}, "expected one of default"),
         ({"init_lora_weights": "eva"}, "gradients or activations"),
-        ({"init_lora_weights": "loftq"}, "which is off"),
-        ({"init_lora_weights": "pissa", "q_lora": True}, "4-bit under q_lora"),
-        ({"init_lora_weights": "olora", "use_dora": True}, "don't go together"),
+        ({"init_lora_weights": "loftq"}, "it needs q_lora with quant_type"),
+        ({"init_lora_weights": "pissa", "q_lora": True}, "which q_lora quantizes; use loftq"),
+        ({"init_lora_weights": "olora", "use_dora": True}, "can't be combined with use_dora"),
         ({"modules_to_save": "lm_head"}, "lm_head: PEFT's copy"),
         ({"modules_to_save": "decoder.embed_tokens"}, "embed_tokens: PEFT's copy"),
         ({"train_mode": "full", "q_lora": True}, "full training has no adapters"),
@@ -380,44 +378,47 @@ def test_a_fully_trained_run_is_no_adapter(untied_base: Path, conversations: Pat
         ({"loraplus_lr_ratio": 0}, "greater than 0"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_reason(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_work_together_are_refused_with_the_reason(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
     with pytest.raises(SettingsError, match=message):
         load_settings(TrainSettings, flags={**needed, **changes})
 
 
-def test_modules_to_save_that_are_not_there_or_quantised_are_refused(
+def test_modules_to_save_that_are_missing_or_quantized_are_refused(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match="modules_to_save: adapter_norm: no such module"):
-        train(settings(untied_base, conversations, tmp_path / "a", modules_to_save=["adapter_norm"]))
+        train(make_settings(untied_base, conversations, tmp_path / "a", modules_to_save=["adapter_norm"]))
     changes = {"modules_to_save": ["wo"], "lora_target_modules": ["q"], "q_lora": True, "bf16": False}
-    with pytest.raises(SettingsError, match="modules_to_save: wo: holds quantised weights"):
-        train(settings(untied_base, conversations, tmp_path / "b", **changes))
+    with pytest.raises(SettingsError, match="modules_to_save: wo: contains quantized weights"):
+        train(make_settings(untied_base, conversations, tmp_path / "b", **changes))
 
 
 def test_int8_under_deepspeed_is_refused(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     changes = {"q_lora": True, "quant_type": "int8", "deepspeed": "zero2"}
-    with pytest.raises(SettingsError, match="quant_type: int8 weights can't go through DeepSpeed"):
-        train(settings(untied_base, conversations, tmp_path / "run", **changes))
+    with pytest.raises(SettingsError, match="quant_type: int8: DeepSpeed can't handle int8 weights"):
+        train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize("ways", [{}, {"use_dora": True, "modules_to_save": NORMS}], ids=["lora", "dora and norms"])
-def test_training_starts_from_an_adapter_bit_by_bit(
+def test_training_starts_from_the_exact_weights_of_an_adapter(
     ways: dict[str, Any], base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    train(settings(base, conversations, tmp_path / "first", **ways))
+    train(make_settings(base, conversations, tmp_path / "first", **ways))
     ways = {**ways, "adapter": tmp_path / "first", "eval_data_path": None, "max_steps": 1}
-    train(settings(base, conversations, tmp_path / "same", **ways, learning_rate=0))
-    train(settings(base, conversations, tmp_path / "more", **ways, learning_rate=1e-3))
+    train(make_settings(base, conversations, tmp_path / "same", **ways, learning_rate=0))
+    train(make_settings(base, conversations, tmp_path / "more", **ways, learning_rate=1e-3))
     first, same, more = (trained_adapter(tmp_path / name) for name in ("first", "same", "more"))
     assert first.keys() == same.keys() == more.keys()
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not any(torch.equal(first[name], more[name]) for name in first)
 
 
-def test_shards_start_from_an_adapter_bit_by_bit(
-    first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., Finished]
+@pytest.mark.distributed
+def test_training_under_zero3_starts_from_the_exact_weights_of_an_adapter(
+    first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     done = on_ranks(
         *(2, "train", "--model-name-or-path", untied_base, "--data-path", conversations),
@@ -430,15 +431,15 @@ def test_shards_start_from_an_adapter_bit_by_bit(
     assert all(torch.equal(first[name], same[name]) for name in first)
 
 
-def test_a_start_s_token_rows_stay_those_of_their_tokens(untied_base: Path, tmp_path: Path) -> None:
+def test_token_rows_of_the_initial_adapter_keep_their_tokens(untied_base: Path, tmp_path: Path) -> None:
     files = []
     for name, answer in (("first", "日本 日"), ("other", "月水 月")):
         files.append(tmp_path / f"{name}.jsonl")
         files[-1].write_text("\n".join(json.dumps({"source": f"{n}?", "target": answer}) for n in range(8)))
     more = {"eval_data_path": None, "max_steps": 1, "report_samples": 0}
-    train(settings(untied_base, files[0], tmp_path / "first", **more, conversation_template="plain"))
+    train(make_settings(untied_base, files[0], tmp_path / "first", **more, conversation_template="plain"))
     more["adapter"] = tmp_path / "first"
-    train(settings(untied_base, files[1], tmp_path / "same", **more, learning_rate=0))
+    train(make_settings(untied_base, files[1], tmp_path / "same", **more, learning_rate=0))
     first, same = (trained_adapter(tmp_path / name) for name in ("first", "same"))
     assert all(torch.equal(first[name], same[name]) for name in first)
     for name in ("tokenizer.json", "template.yaml"):
@@ -448,37 +449,40 @@ def test_a_start_s_token_rows_stay_those_of_their_tokens(untied_base: Path, tmp_
     assert "日" in added[0]
     values = {"model_name_or_path": str(untied_base), "data_path": str(files[1]), "output_dir": tmp_path / "cache"}
     cache = prepare(PrepareSettings(**values)).cache
-    with pytest.raises(CheckpointError, match="its row [0-9]+ is of '.+', which the tokenizer here lacks or has elsew"):
-        train(settings(untied_base, cache, tmp_path / "refused", **more))
+    said = "row [0-9]+ is that of '.+', which is missing from this run's tokenizer or has a different id there"
+    with pytest.raises(CheckpointError, match=said):
+        train(make_settings(untied_base, cache, tmp_path / "refused", **more))
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lora_r": 4}, "r 8, but lora_r 4 here; give lora_r 8"),
-        ({"lora_alpha": 8}, "lora_alpha 16.0, but lora_alpha 8.0 here"),
-        ({"use_rslora": True}, "use_rslora False, but use_rslora True here"),
-        ({"lora_target_modules": ["q", "k", "v"]}, "this run trains .*k.lora_A.weight, which it lacks"),
-        ({"lora_target_modules": ["q"]}, "it holds .*v.lora_A.weight, which this run doesn't train"),
-        ({"add_tokens": ["none"]}, "it holds .*trainable_tokens_delta, which this run doesn't train"),
-        ({"add_tokens": ["fastchat"]}, "its rows are of other tokens"),
+        ({"lora_r": 4}, "saved with r 8, but this run has lora_r 4; use lora_r 8"),
+        ({"lora_alpha": 8}, "saved with lora_alpha 16.0, but this run has lora_alpha 8.0"),
+        ({"use_rslora": True}, "saved with use_rslora False, but this run has use_rslora True"),
+        ({"lora_target_modules": ["q", "k", "v"]}, "this run trains .*k.lora_A.weight, which the adapter doesn't cont"),
+        ({"lora_target_modules": ["q"]}, "the adapter contains .*v.lora_A.weight, which this run doesn't train"),
+        ({"add_tokens": ["none"]}, "the adapter contains .*trainable_tokens_delta, which this run doesn't train"),
+        ({"add_tokens": ["fastchat"]}, "its trained embedding rows belong to different tokens than this run's"),
     ],
 )
-def test_an_adapter_of_another_shape_is_no_start(
+def test_training_refuses_to_start_from_an_adapter_of_another_shape(
     changes: dict[str, Any], said: str, first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=f"adapter: {first_adapter}: .*{said.partition(';')[0]}") as refused:
-        train(settings(untied_base, conversations, tmp_path / "run", adapter=first_adapter, **changes))
+        train(make_settings(untied_base, conversations, tmp_path / "run", adapter=first_adapter, **changes))
     assert refused.value.hint
 
 
-def test_a_folder_without_an_adapter_is_no_start(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_training_refuses_to_start_from_a_folder_without_an_adapter(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=f"adapter.*{tmp_path}"):
-        train(settings(untied_base, conversations, tmp_path / "run", adapter=tmp_path))
+        train(make_settings(untied_base, conversations, tmp_path / "run", adapter=tmp_path))
 
 
 @pytest.fixture(scope="module")
 def first_adapter(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first") / "run"
-    train(settings(untied_base, conversations, folder, max_steps=1, eval_data_path=None))
+    train(make_settings(untied_base, conversations, folder, max_steps=1, eval_data_path=None))
     return folder

@@ -1,4 +1,4 @@
-"""Merged checkpoints in other hands: llama.cpp's converter, CTranslate2, transformers 4."""
+"""Merged checkpoints work in other tools: llama.cpp's converter, CTranslate2 and transformers 4."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from t5tune.commands.merge import Merged, merge
+from t5tune.commands.merge import MergeResult, merge
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, TrainingError
@@ -21,8 +21,10 @@ from t5tune.model.generation import generate
 from t5tune.model.load import load_base
 from t5tune.progress import Note
 from t5tune.settings import MergeSettings
-from tests.commands.test_merge import rows_adapter, stock_adapter, stock_base
-from tests.conftest import REPOSITORY, make_base, t5tune
+from tests.support.adapters import load_stock_base, make_rows_adapter, make_stock_adapter
+from tests.support.bases import make_base
+from tests.support.command_line import t5tune
+from tests.support.paths import REPOSITORY
 
 HARD_TEXTS = ["two words", "a\nline  and\ttabs {x}", "<extra_id_1> end", " begins with a space", "{\n    1\n}"]
 
@@ -38,7 +40,7 @@ def run_merge(base: Path, adapter: Path, output: Path, **changes: object) -> Pat
 
 @pytest.fixture(scope="module")
 def sentencepiece_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose tokenizer is a spiece.model alone, as T5's first release is."""
+    """A base whose tokenizer is only a spiece.model, as in T5's first release."""
     base = make_base(tmp_path_factory.mktemp("sentencepiece") / "base", tied=True)
     for file in base.glob("tokenizer*"):
         file.unlink()
@@ -61,32 +63,32 @@ def sentencepiece_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter_with_tokens(sentencepiece_base: Path) -> Path:
-    """An adapter that brings the base's tokenizer with tokens added, as train writes it."""
-    adapter = stock_adapter(sentencepiece_base, sentencepiece_base.with_name("adapter"))
+    """An adapter with the base's tokenizer and added tokens, as train writes it."""
+    adapter = make_stock_adapter(sentencepiece_base, sentencepiece_base.with_name("adapter"))
     tokenizer, added, _ = extend_tokenizer(load_tokenizer(sentencepiece_base), ["auto"], num_rows=1536)
     assert "\n" in added
     save_tokenizer(tokenizer, adapter)
     return adapter
 
 
-def converters_vocabulary(folder: Path) -> dict[str, int]:
-    """Token -> id, by what llama.cpp's converter reads of a T5: the pieces, and added_tokens.json over them."""
+def read_converter_vocabulary(folder: Path) -> dict[str, int]:
+    """Return token -> id as llama.cpp's converter reads it: spiece.model, overridden by added_tokens.json."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     tokens = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     return tokens | json.loads((folder / "added_tokens.json").read_text())
 
 
-def test_sentencepiece_and_added_tokens_stand_beside_an_adapters_tokenizer(
+def test_merge_adds_spiece_model_and_added_tokens_to_the_tokenizer_of_an_adapter(
     sentencepiece_base: Path, adapter_with_tokens: Path, tmp_path: Path
 ) -> None:
     merged = run_merge(sentencepiece_base, adapter_with_tokens, tmp_path / "merged")
     assert (merged / "spiece.model").read_bytes() == (sentencepiece_base / "spiece.model").read_bytes()
-    vocabulary = load_tokenizer(merged).vocabulary()
+    vocabulary = load_tokenizer(merged).get_vocab()
     assert {"\n", "{", "<extra_id_0>"} <= vocabulary.keys()
-    assert converters_vocabulary(merged) == vocabulary
+    assert read_converter_vocabulary(merged) == vocabulary
 
 
-def test_the_files_for_others_change_no_id_that_transformers_gives(
+def test_the_files_for_other_tools_do_not_change_the_ids_in_transformers(
     sentencepiece_base: Path, adapter_with_tokens: Path, tmp_path: Path
 ) -> None:
     merged = run_merge(sentencepiece_base, adapter_with_tokens, tmp_path / "merged")
@@ -115,7 +117,7 @@ def test_an_added_tokens_file_of_the_adapter_is_kept(
     ],
     ids=["that never ends", "of text", "nested"],
 )
-def test_a_list_of_added_tokens_that_is_none_is_refused(
+def test_an_invalid_list_of_added_tokens_is_refused(
     sentencepiece_base: Path, adapter_with_tokens: Path, tmp_path: Path, text: str
 ) -> None:
     adapter = shutil.copytree(adapter_with_tokens, tmp_path / "adapter")
@@ -124,20 +126,20 @@ def test_a_list_of_added_tokens_that_is_none_is_refused(
         run_merge(sentencepiece_base, adapter, tmp_path / "merged", verify=False)
 
 
-def notes_of(base: Path, adapter: Path, output: Path, **changes: object) -> tuple[Merged, list[str]]:
+def merge_with_notes(base: Path, adapter: Path, output: Path, **changes: object) -> tuple[MergeResult, list[str]]:
     notes: list[str] = []
     values = {"model_name_or_path": str(base), "adapter": adapter, "output_dir": output, "to": "ctranslate2"}
     report = lambda event: notes.append(event.text) if isinstance(event, Note) else None  # noqa: E731
     return merge(MergeSettings.model_validate(values | changes), report), notes
 
 
-def test_without_ctranslate2_the_error_tells_how_to_get_it(
+def test_without_ctranslate2_the_error_says_how_to_install_it(
     untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    adapter = stock_adapter(untied_base, tmp_path / "adapter")
+    adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
     with pytest.raises(DependencyError, match="ctranslate2 can't be imported") as caught:
-        notes_of(untied_base, adapter, tmp_path / "merged")
+        merge_with_notes(untied_base, adapter, tmp_path / "merged")
     assert caught.value.hint == "pip install ctranslate2"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -149,7 +151,7 @@ def test_quantization_needs_ctranslate2(tmp_path: Path) -> None:
     )
     assert done.code == 2
     (error,) = done.errors
-    assert error.startswith("error: quantization: int8: only with --to ctranslate2; --dtype rounds a checkpoint")
+    assert error.startswith("error: quantization: int8: only with --to ctranslate2; use --dtype to round a checkpoint")
 
 
 @pytest.fixture
@@ -162,17 +164,17 @@ def test_ctranslate2_gives_our_replies_from_a_folder_that_users_can_load(
     tied: bool, ctranslate2: Any, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", tied=tied)
-    adapter = stock_adapter(base, tmp_path / "adapter")
+    adapter = make_stock_adapter(base, tmp_path / "adapter")
     checkpoint = run_merge(base, adapter, tmp_path / "merged")
-    merged, _ = notes_of(base, adapter, tmp_path / "converted")
+    merged, _ = merge_with_notes(base, adapter, tmp_path / "converted")
     assert (merged.same_replies, merged.replies) == (4, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "converted", "merged"]
     assert merged.bytes == (tmp_path / "converted" / "model.bin").stat().st_size
 
-    # by hand, as the card says: the tokens and the scale of the logits are transformers' own
+    # follow the model card by hand: the tokens and the scale of the logits are those of transformers
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted")
-    model = stock_base(checkpoint)
-    ids = tokenizer("Name a colour.").input_ids
+    model = load_stock_base(checkpoint)
+    ids = tokenizer("Name a color.").input_ids
     model.generation_config = GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
     expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
     labels = expected[0, 1:]
@@ -188,22 +190,22 @@ def test_ctranslate2_gives_our_replies_from_a_folder_that_users_can_load(
 
 
 @pytest.mark.usefixtures("ctranslate2")
-def test_int8_is_smaller_and_tells_how_many_replies_are_the_same(untied_base: Path, tmp_path: Path) -> None:
-    adapter = stock_adapter(untied_base, tmp_path / "adapter")
-    whole, _ = notes_of(untied_base, adapter, tmp_path / "whole")
-    small, notes = notes_of(untied_base, adapter, tmp_path / "small", quantization="int8")
+def test_int8_is_smaller_and_reports_how_many_replies_are_the_same(untied_base: Path, tmp_path: Path) -> None:
+    adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
+    whole, _ = merge_with_notes(untied_base, adapter, tmp_path / "whole")
+    small, notes = merge_with_notes(untied_base, adapter, tmp_path / "small", quantization="int8")
     assert small.bytes < 0.5 * whole.bytes
-    assert any(f"CTranslate2 gives {small.same_replies} of 4 replies" in note for note in notes)
+    assert any(f"CTranslate2 gives the same reply for {small.same_replies} of 4 prompts" in note for note in notes)
     assert small.replies == 4
 
 
 @pytest.mark.usefixtures("ctranslate2")
-def test_a_conversion_that_answers_differently_is_not_published(
+def test_a_conversion_with_different_replies_is_not_published(
     untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ctranslate2.converters.transformers import T5Loader
 
-    adapter = stock_adapter(untied_base, tmp_path / "adapter")
+    adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
     get_model_spec = T5Loader.get_model_spec
 
     def scaled(self: Any, model: Any) -> Any:
@@ -212,13 +214,13 @@ def test_a_conversion_that_answers_differently_is_not_published(
         return spec
 
     monkeypatch.setattr(T5Loader, "get_model_spec", scaled)
-    with pytest.raises(TrainingError, match="4 of 4 replies, log-probabilities differ by"):
-        notes_of(untied_base, adapter, tmp_path / "converted")
+    with pytest.raises(TrainingError, match="the same reply for 4 of 4 prompts; log-probabilities differ by"):
+        merge_with_notes(untied_base, adapter, tmp_path / "converted")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.mark.usefixtures("ctranslate2")
-def test_a_converter_that_fails_is_named_with_the_versions(
+def test_a_failing_converter_is_reported_with_the_versions(
     untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ctranslate2.converters.transformers import T5Loader
@@ -227,21 +229,21 @@ def test_a_converter_that_fails_is_named_with_the_versions(
         raise AttributeError("no such layer")
 
     monkeypatch.setattr(T5Loader, "get_model_spec", fails)
-    adapter = stock_adapter(untied_base, tmp_path / "adapter")
+    adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
     with pytest.raises(DependencyError, match=r"CTranslate2 \d.* with transformers 5.*no such layer"):
-        notes_of(untied_base, adapter, tmp_path / "converted")
+        merge_with_notes(untied_base, adapter, tmp_path / "converted")
 
 
 @pytest.fixture(scope="module")
 def transformers_4() -> str:
-    """The Python of an environment that holds transformers 4 and CTranslate2; `make compatibility` makes it."""
+    """The Python of an environment with transformers 4 and CTranslate2, which `make compatibility` creates."""
     if not (python := os.environ.get("TRANSFORMERS_4_PYTHON")):
-        pytest.skip("TRANSFORMERS_4_PYTHON names no Python with transformers 4: make compatibility")
+        pytest.skip("TRANSFORMERS_4_PYTHON isn't set to a Python with transformers 4; use make compatibility")
     return python
 
 
-def asked_of(python: str, checkpoint: Path, folder: Path, **asked: Any) -> dict[str, Any]:
-    """What tests/support/transformers_4.py finds."""
+def ask_transformers_4(python: str, checkpoint: Path, folder: Path, **asked: Any) -> dict[str, Any]:
+    """Run tests/support/transformers_4.py and return its result."""
     (folder / "asked.json").write_text(json.dumps({"texts": [], "converted": None} | asked))
     script = REPOSITORY / "tests/support/transformers_4.py"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -254,14 +256,14 @@ def asked_of(python: str, checkpoint: Path, folder: Path, **asked: Any) -> dict[
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_transformers_4_and_its_conversion_answer_with_a_merged_checkpoint_as_we_do(
+def test_transformers_4_and_its_conversion_give_our_logits_and_replies_for_a_merged_checkpoint(
     tied: bool, transformers_4: str, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", tied=tied)
-    adapter, _ = rows_adapter(base, tmp_path / "adapter")
+    adapter, _ = make_rows_adapter(base, tmp_path / "adapter")
     checkpoint = run_merge(base, adapter, tmp_path / "merged")
     source, target = [[5, 210, 17, 203, 99, 1], [201, 8, 8, 44, 12, 1]], [[0, 203, 31, 7], [0, 210, 201, 12]]
-    found = asked_of(
+    found = ask_transformers_4(
         transformers_4,
         checkpoint,
         tmp_path,
@@ -275,18 +277,20 @@ def test_transformers_4_and_its_conversion_answer_with_a_merged_checkpoint_as_we
         ours = model(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target), use_cache=False).logits
     torch.testing.assert_close(torch.tensor(found["logits"]), ours, rtol=0, atol=1e-5)
     replies = [generate(model, [ids], 1, 0, max_new_tokens=12)[0] for ids in source]
-    assert [until_end(reply) for reply in found["replies"]] == replies
+    assert [cut_at_end_token(reply) for reply in found["replies"]] == replies
     assert found["converted_replies"] == replies
 
 
-def test_transformers_4_gives_the_ids_of_the_adapters_tokenizer(
+def test_transformers_4_gives_the_token_ids_of_the_adapters_tokenizer(
     sentencepiece_base: Path, adapter_with_tokens: Path, transformers_4: str, tmp_path: Path
 ) -> None:
     merged = run_merge(sentencepiece_base, adapter_with_tokens, tmp_path / "merged")
-    found = asked_of(transformers_4, merged, tmp_path, inputs=[[5, 1]], decoder_inputs=[[0]], texts=HARD_TEXTS)
+    found = ask_transformers_4(
+        transformers_4, merged, tmp_path, inputs=[[5, 1]], decoder_inputs=[[0]], texts=HARD_TEXTS
+    )
     ours = load_tokenizer(adapter_with_tokens)
     assert [ids[:-1] for ids in found["ids"]] == [ours.encode(text) for text in HARD_TEXTS]
 
 
-def until_end(ids: list[int]) -> list[int]:
+def cut_at_end_token(ids: list[int]) -> list[int]:
     return ids[: ids.index(1)] if 1 in ids else ids

@@ -1,4 +1,4 @@
-"""Errors of libraries in our own words: what the command line shows of broken values and broken files."""
+"""Plain descriptions of library errors: what the command line shows for invalid values and broken files."""
 
 import json
 from pathlib import Path
@@ -7,33 +7,33 @@ from typing import Any
 import pytest
 
 from t5tune.errors import SettingsError
-from t5tune.io.reasons import reason_of
+from t5tune.io.reasons import describe_error
 from t5tune.settings import MergeSettings, Settings, TrainSettings, load_settings
-from tests.conftest import t5tune
+from tests.support.command_line import t5tune
 
 VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
     "word for a whole number": (TrainSettings, "lora_r", "abc", "expected a whole number"),
     "fraction for a whole number": (TrainSettings, "lora_r", 1.5, "expected a whole number"),
-    "5,000 digits": (TrainSettings, "lora_r", "9" * 5000, "too large a number"),
+    "5,000 digits": (TrainSettings, "lora_r", "9" * 5000, "the number is too large"),
     "word for a number": (TrainSettings, "learning_rate", "fast", "expected a number"),
     "infinity": (TrainSettings, "learning_rate", "inf", "expected a finite number"),
-    "word for a switch": (TrainSettings, "bf16", "perhaps", "expected true or false"),
+    "word for a boolean": (TrainSettings, "bf16", "perhaps", "expected true or false"),
     "number for text": (TrainSettings, "model_name_or_path", 1.5, "expected text"),
     "number for a path": (TrainSettings, "cache_dir", 1.5, "expected a path"),
     "number for a list": (TrainSettings, "data_path", 1.5, "expected a list"),
     "word for a mapping": (TrainSettings, "training_args", "abc", "expected names with values"),
     "other choice": (TrainSettings, "save_strategy", "often", "expected 'no', 'steps' or 'epoch'"),
     "0 for a positive number": (TrainSettings, "save_steps", 0, "must be greater than 0"),
-    "below the least": (TrainSettings, "model_max_length", 7, "must be at least 8"),
-    "above the most": (TrainSettings, "max_rejected_fraction", 1.5, "must be at most 1"),
-    "at a bound that is out": (TrainSettings, "eval_fraction", 1, "must be less than 1"),
+    "below the minimum": (TrainSettings, "model_max_length", 7, "must be at least 8"),
+    "above the maximum": (TrainSettings, "max_rejected_fraction", 1.5, "must be at most 1"),
+    "at an excluded bound": (TrainSettings, "eval_fraction", 1, "must be less than 1"),
     "empty list": (TrainSettings, "data_path", [], "must not be empty"),
-    "too large a size": (MergeSettings, "max_shard_size", "9" * 400 + "GB", "too large a size"),
+    "size that is too large": (MergeSettings, "max_shard_size", "9" * 400 + "GB", "the size is too large"),
 }
 
 
 @pytest.mark.parametrize(("model", "name", "value", "reason"), VALUES.values(), ids=VALUES)
-def test_a_wrong_value_is_explained_without_pydantics_text(
+def test_a_wrong_value_is_described_without_pydantics_message(
     model: type[Settings], name: str, value: Any, reason: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -43,63 +43,64 @@ def test_a_wrong_value_is_explained_without_pydantics_text(
 
 
 JSON = {
-    "": "a value is expected at line 1, column 1",
-    '{"a": 1,\n "b" 2}': "a colon is expected at line 2, column 6",
-    '{"a": 1 "b": 2}': "a comma or the closing bracket is expected at line 1, column 9",
-    "{'a': 1}": "a key in double quotes is expected at line 1, column 2",
-    '{"a": "b': "a text without its closing quote begins at line 1, column 7",
+    "": "expected a value at line 1, column 1",
+    '{"a": 1,\n "b" 2}': "expected a colon at line 2, column 6",
+    '{"a": 1 "b": 2}': "expected a comma or a closing bracket at line 1, column 9",
+    "{'a': 1}": "expected a key in double quotes at line 1, column 2",
+    '{"a": "b': "a string without a closing quote begins at line 1, column 7",
     '{"a": 1} x': "there is text after the end of the value at line 1, column 10",
-    '{"a": "\\x"}': "a text has an unknown escape at line 1, column 8",
-    '{"a": "\\u12"}': "a text has an incomplete \\u escape at line 1, column 9",
-    '{"a": "\x01"}': "a text has a control character at line 1, column 8",
+    '{"a": "\\x"}': "a string contains an unknown escape at line 1, column 8",
+    '{"a": "\\u12"}': "a string contains an incomplete \\u escape at line 1, column 9",
+    '{"a": "\x01"}': "a string contains a control character at line 1, column 8",
 }
 
 
 @pytest.mark.parametrize(("text", "reason"), JSON.items(), ids=map(repr, JSON))
-def test_broken_json_is_explained_without_the_parsers_text(text: str, reason: str) -> None:
+def test_broken_json_is_described_without_the_parsers_message(text: str, reason: str) -> None:
     with pytest.raises(json.JSONDecodeError) as caught:
         json.loads(text)
-    assert reason_of(caught.value) == f"not valid JSON: {reason}"
+    assert describe_error(caught.value) == f"not valid JSON: {reason}"
 
 
-def test_a_missing_file_and_other_bytes_are_explained_without_error_numbers(tmp_path: Path) -> None:
+def test_a_missing_file_and_invalid_utf_8_are_described_without_error_numbers(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file") as missing:
         (tmp_path / "nowhere").read_text()
-    assert reason_of(missing.value) == "No such file or directory"
+    assert describe_error(missing.value) == "No such file or directory"
     with pytest.raises(UnicodeDecodeError) as caught:
         b"a\n\xe9".decode()
-    assert reason_of(caught.value) == "line 2: the byte 0xE9 is not UTF-8 text"
+    assert describe_error(caught.value) == "line 2: the byte 0xE9 is not UTF-8 text"
 
 
-def the_error(*arguments: Any) -> str:
-    """The one line that a command ends with."""
+def run_to_error(*arguments: Any) -> str:
+    """Run a command that fails, and return its only error line."""
     done = t5tune(*arguments)
     assert done.code == 2, done.stderr
     (line,) = done.errors
     return line.removeprefix("error: ")
 
 
-def test_broken_files_are_explained_on_the_command_line(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_broken_files_are_described_on_the_command_line(tmp_path: Path) -> None:
     deepspeed, base, cache, table = (tmp_path / name for name in ("zero.json", "base", "cache", "data.csv"))
     deepspeed.write_text("{'a': 1}")
     train = ["train", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", tmp_path / "run"]
-    said = the_error(*train, "--deepspeed", deepspeed)
-    reason = "can't be read: not valid JSON: a key in double quotes is expected at line 1, column 2"
+    said = run_to_error(*train, "--deepspeed", deepspeed)
+    reason = "can't be read: not valid JSON: expected a key in double quotes at line 1, column 2"
     assert said.startswith(f"deepspeed: {deepspeed}: {reason}")
     base.mkdir()
     (base / "config.json").write_text("{'a': 1}")
     prepare = ["prepare", "--output-dir", tmp_path / "out", "--data-path"]
-    assert the_error(*prepare, "pocket", "--model-name-or-path", base) == f"{base / 'config.json'}: {reason}"
+    assert run_to_error(*prepare, "pocket", "--model-name-or-path", base) == f"{base / 'config.json'}: {reason}"
     cache.mkdir()
     (cache / "manifest.json").write_text("[1]")
-    assert "manifest.json: not the manifest of a token cache (it has no format)" in the_error("inspect", cache)
-    for row, why in (('a,"b', "the file ends within quotes"), ('a,"b"c', "there is text after a closing quote")):
+    assert "manifest.json: not the manifest of a token cache (it has no format)" in run_to_error("inspect", cache)
+    for row, why in (('a,"b', "the file ends inside quotes"), ('a,"b"c', "there is text after a closing quote")):
         table.write_text(f"source,target\n{row}\n")
-        said = the_error(*prepare, table, "--model-name-or-path", "pocket")
+        said = run_to_error(*prepare, table, "--model-name-or-path", "pocket")
         assert said.startswith(f"{table}:2: not valid CSV: {why}")
 
 
-def test_a_template_with_wrong_fields_names_each_of_them(tmp_path: Path) -> None:
+def test_each_wrong_field_of_a_conversation_template_is_reported(tmp_path: Path) -> None:
     template = tmp_path / "mine.yaml"
     template.write_text("system_message: ''\nsystem: '{text} '\nasistant: '{text} '\nassistant_prefix: 'A: '\n")
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache", "--data-path", "pocket"]

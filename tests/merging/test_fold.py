@@ -1,4 +1,4 @@
-"""Merged weights against stock PEFT's merge_and_unload, bit by bit."""
+"""Merged weights, compared bit by bit with those of stock PEFT's merge_and_unload."""
 
 import json
 import os
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -17,27 +16,25 @@ from transformers import AutoModelForSeq2SeqLM
 
 from t5tune.commands.merge import merge
 from t5tune.errors import CheckpointError
-from t5tune.merging import fold
-from t5tune.merging.fold import low_rank_product, row_norms
 from t5tune.settings import MergeSettings
-from tests.conftest import make_base
+from tests.support.bases import make_base
 
 SIZES = {"d_model": 48, "d_kv": 8, "d_ff": 100, "num_layers": 1, "num_heads": 4, "vocab_size": 1536}
 LINEAR = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def stock(folder: Path, dtype: torch.dtype, tied: bool) -> Any:
-    """The base as stock transformers loads it, and told the truth about its head (see TRAPS in the design)."""
+def load_stock_base(folder: Path, dtype: torch.dtype, tied: bool) -> Any:
+    """Load the base with stock transformers, and correct what its config says about a tied head."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype).eval()
     model.config.tie_word_embeddings = tied
     return model
 
 
-def trained(base: Path, folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """An adapter of stock PEFT with values in every trained tensor."""
+def make_adapter(base: Path, folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Make an adapter with stock PEFT, with random values in every trained tensor."""
     defaults: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": LINEAR, "lora_dropout": 0.0}
-    model = stock(base, torch.float32, tied)
+    model = load_stock_base(base, torch.float32, tied)
     peft_model = get_peft_model(model, LoraConfig(**defaults | options, task_type=TaskType.SEQ_2_SEQ_LM))
     torch.manual_seed(5)
     for name, parameter in peft_model.named_parameters():
@@ -48,11 +45,11 @@ def trained(base: Path, folder: Path, tied: bool, dtype: torch.dtype = torch.flo
     return folder
 
 
-def peft_merged(base: Path, adapter: Path, dtype: torch.dtype, tied: bool) -> dict[str, torch.Tensor]:
-    return PeftModel.from_pretrained(stock(base, dtype, tied), adapter).merge_and_unload().state_dict()
+def merge_with_peft(base: Path, adapter: Path, dtype: torch.dtype, tied: bool) -> dict[str, torch.Tensor]:
+    return PeftModel.from_pretrained(load_stock_base(base, dtype, tied), adapter).merge_and_unload().state_dict()
 
 
-def merged(base: Path, adapter: Any, output: Path, **options: Any) -> dict[str, torch.Tensor]:
+def merge_adapters(base: Path, adapter: Any, output: Path, **options: Any) -> dict[str, torch.Tensor]:
     options = {"verify": False, "overwrite": True} | options
     merge(MergeSettings(model_name_or_path=str(base), adapter=adapter, output_dir=output, **options))
     tensors: dict[str, torch.Tensor] = {}
@@ -61,12 +58,12 @@ def merged(base: Path, adapter: Any, output: Path, **options: Any) -> dict[str, 
     return tensors
 
 
-def assert_equal(ours: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor], base: Path, moved: int) -> None:
-    """The same bits, in every tensor that the base's file holds, of which so many moved at least."""
+def assert_same_bits(ours: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor], base: Path, moved: int) -> None:
+    """Check that all tensors of the base's file have the same bits, and that at least `moved` of them changed."""
     before = load_file(base / "model.safetensors")
     assert ours.keys() == before.keys()
     for name, value in ours.items():
-        # transformers keeps wo in fp32 where it loads fp16
+        # transformers keeps wo in fp32 when it loads in fp16
         assert torch.equal(value, oracle[name].to(value.dtype)), name
     assert sum(not torch.equal(before[name].to(value.dtype), value) for name, value in ours.items()) >= moved
 
@@ -98,44 +95,47 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Pat
     return find
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights_are_pefts_to_the_bit(
+def test_merged_weights_equal_those_of_peft_bit_for_bit(
     bases: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
 ) -> None:
-    monkeypatch.setattr("t5tune.checkpoints.tensors.BLOCK", 1000)  # several blocks of rows a tensor
+    monkeypatch.setattr("t5tune.checkpoints.tensors.BLOCK_ELEMENTS", 1000)  # several blocks of rows per tensor
     tied = len(kind) % 2 == 0
     base = bases(dtype, tied)
-    adapter = trained(base, tmp_path / "adapter", tied, **KINDS[kind])
-    assert_equal(merged(base, adapter, tmp_path / "out"), peft_merged(base, adapter, DTYPES[dtype], tied), base, 10)
+    adapter = make_adapter(base, tmp_path / "adapter", tied, **KINDS[kind])
+    assert_same_bits(
+        merge_adapters(base, adapter, tmp_path / "out"), merge_with_peft(base, adapter, DTYPES[dtype], tied), base, 10
+    )
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
-def test_starts_are_decomposed_with_as_many_threads_as_peft_uses(
+def test_initializations_are_computed_with_as_many_threads_as_in_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, kind: str
 ) -> None:
-    """Another number of threads gives other last bits, and merge computes in threads of its own."""
+    """The last bits depend on the number of threads, and merge computes in its own threads."""
     base, before = bases("fp32", False), torch.get_num_threads()
     torch.set_num_threads(2 if int(os.environ["OMP_NUM_THREADS"]) == 1 else 1)
     try:
-        adapter = trained(base, tmp_path / "adapter", False, **KINDS[kind])
-        oracle = peft_merged(base, adapter, torch.float32, False)
-        assert_equal(merged(base, adapter, tmp_path / "out"), oracle, base, 10)
+        adapter = make_adapter(base, tmp_path / "adapter", False, **KINDS[kind])
+        oracle = merge_with_peft(base, adapter, torch.float32, False)
+        assert_same_bits(merge_adapters(base, adapter, tmp_path / "out"), oracle, base, 10)
     finally:
         torch.set_num_threads(before)
 
 
-def give_biases(model: Any) -> None:
-    """T5 has no bias; a relative of it may."""
+def add_biases(model: Any) -> None:
+    """Add biases to the q layers, which T5 itself doesn't have."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.endswith("SelfAttention.q"):
             module.bias = nn.Parameter(torch.linspace(-1, 1, module.out_features).to(module.weight.dtype))
 
 
-# PEFT takes a bias for a matrix that lost its shape
+# PEFT mistakes the bias for a matrix that lost its shape
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_bias_of_a_lora_b_goes_into_the_layers_own(
+def test_a_lora_b_bias_is_added_to_the_bias_of_the_layer(
     bases: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     base = shutil.copytree(bases(dtype, False), tmp_path / "base")
@@ -146,7 +146,7 @@ def test_the_bias_of_a_lora_b_goes_into_the_layers_own(
         ).eval()
         model.config.tie_word_embeddings = tied
         model.to(dtype)
-        give_biases(model)
+        add_biases(model)
         return model
 
     tensors = load_file(base / "model.safetensors")
@@ -154,26 +154,26 @@ def test_the_bias_of_a_lora_b_goes_into_the_layers_own(
     save_file(
         tensors | {n: p.detach() for n, p in model.named_parameters() if n.endswith("bias")}, base / "model.safetensors"
     )
-    monkeypatch.setattr("tests.merging.test_fold.stock", with_biases)
-    adapter = trained(base, tmp_path / "adapter", False, target_modules=r".*SelfAttention\.q", lora_bias=True)
+    monkeypatch.setattr("tests.merging.test_fold.load_stock_base", with_biases)
+    adapter = make_adapter(base, tmp_path / "adapter", False, target_modules=r".*SelfAttention\.q", lora_bias=True)
     assert any(name.endswith("lora_B.bias") for name in load_file(adapter / "adapter_model.safetensors"))
-    assert_equal(merged(base, adapter, tmp_path / "out"), peft_merged(base, adapter, DTYPES[dtype], False), base, 4)
+    assert_same_bits(
+        merge_adapters(base, adapter, tmp_path / "out"), merge_with_peft(base, adapter, DTYPES[dtype], False), base, 4
+    )
 
 
-def test_a_bias_of_a_lora_b_that_no_layer_takes_up_is_refused(
-    bases: Callable[[str, bool], Path], tmp_path: Path
-) -> None:
+def test_a_lora_b_bias_of_a_layer_without_bias_is_refused(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
     base = bases("fp32", False)
-    adapter = trained(base, tmp_path / "adapter", False)
+    adapter = make_adapter(base, tmp_path / "adapter", False)
     state = load_file(adapter / "adapter_model.safetensors")
     a_layer = next(name for name in state if name.endswith("lora_B.weight"))
     bias = a_layer.replace("weight", "bias")
     change_config(adapter, lora_bias=True)
     save_file(state | {bias: torch.zeros(state[a_layer].shape[0])}, adapter / "adapter_model.safetensors")
-    merged(base, adapter, tmp_path / "out")
+    merge_adapters(base, adapter, tmp_path / "out")
     save_file(state | {bias: torch.ones(state[a_layer].shape[0])}, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="no bias that could take it up"):
-        merged(base, adapter, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="has no bias to add it to"):
+        merge_adapters(base, adapter, tmp_path / "out")
 
 
 def change_config(adapter: Path, **changes: Any) -> None:
@@ -181,82 +181,88 @@ def change_config(adapter: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_start_that_is_in_no_file_is_refused(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
-    adapter = trained(bases("fp32", False), tmp_path / "adapter", False)
-    for start in ("pissa_niter_4", "loftq", "corda"):
-        change_config(adapter, init_lora_weights=start)
-        with pytest.raises(CheckpointError, match=f"init_lora_weights: {start}"):
-            merged(bases("fp32", False), adapter, tmp_path / "out")
+def test_an_initialization_that_cannot_be_reproduced_is_refused(
+    bases: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(bases("fp32", False), tmp_path / "adapter", False)
+    for initialization in ("pissa_niter_4", "loftq", "corda"):
+        change_config(adapter, init_lora_weights=initialization)
+        with pytest.raises(CheckpointError, match=f"init_lora_weights: {initialization}"):
+            merge_adapters(bases("fp32", False), adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_an_adapter_that_peft_converted_to_plain_lora_merges_as_peft_does(
-    bases: Callable[[str, bool], Path], tmp_path: Path, start: str
+@pytest.mark.parametrize("initialization", ["pissa", "olora"])
+def test_an_adapter_that_peft_converted_to_plain_lora_merges_as_in_peft(
+    bases: Callable[[str, bool], Path], tmp_path: Path, initialization: str
 ) -> None:
     base = bases("fp32", True)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, init_lora_weights=start, task_type="SEQ_2_SEQ_LM")
-    model = get_peft_model(stock(base, torch.float32, True), config)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=LINEAR, init_lora_weights=initialization, task_type="SEQ_2_SEQ_LM"
+    )
+    model = get_peft_model(load_stock_base(base, torch.float32, True), config)
     model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(tmp_path / "start")
-    model.peft_config["default"].init_lora_weights = start
+    model.save_pretrained(tmp_path / "initialization")
+    model.peft_config["default"].init_lora_weights = initialization
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1
-    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=tmp_path / "start")
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=tmp_path / "initialization")
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (saved["r"], saved["init_lora_weights"]) == (8, True)
-    ours = merged(base, tmp_path / "adapter", tmp_path / "out")
-    assert_equal(ours, peft_merged(base, tmp_path / "adapter", torch.float32, True), base, 10)
+    ours = merge_adapters(base, tmp_path / "adapter", tmp_path / "out")
+    assert_same_bits(ours, merge_with_peft(base, tmp_path / "adapter", torch.float32, True), base, 10)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_trained_token_rows_are_pefts(
+def test_merged_token_rows_equal_those_of_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: str
 ) -> None:
-    monkeypatch.setattr("t5tune.checkpoints.tensors.BLOCK", 1000)
+    monkeypatch.setattr("t5tune.checkpoints.tensors.BLOCK_ELEMENTS", 1000)
     base = bases(dtype, tied)
     ids = [290, 7, 299]
     rows: Any = ids if tied else {"shared": ids, "lm_head": ids}
-    adapter = trained(base, tmp_path / "adapter", tied, trainable_token_indices=rows)
-    ours, oracle = merged(base, adapter, tmp_path / "out"), peft_merged(base, adapter, DTYPES[dtype], tied)
-    assert_equal(ours, oracle, base, 11)
+    adapter = make_adapter(base, tmp_path / "adapter", tied, trainable_token_indices=rows)
+    ours, oracle = merge_adapters(base, adapter, tmp_path / "out"), merge_with_peft(base, adapter, DTYPES[dtype], tied)
+    assert_same_bits(ours, oracle, base, 11)
     before = load_file(base / "model.safetensors")
     for name in before.keys() & {"shared.weight", "lm_head.weight"}:
         assert (before[name] != ours[name]).any(1).nonzero().flatten().tolist() == sorted(ids)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_an_adapter_in_few_bits_merges_as_pefts_does(
+def test_a_half_precision_adapter_merges_as_in_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, dtype: str
 ) -> None:
     base = bases("bf16", False)
-    adapter = trained(base, tmp_path / "adapter", False, dtype=DTYPES[dtype])
+    adapter = make_adapter(base, tmp_path / "adapter", False, dtype=DTYPES[dtype])
     assert {value.dtype for value in load_file(adapter / "adapter_model.safetensors").values()} == {DTYPES[dtype]}
-    assert_equal(merged(base, adapter, tmp_path / "out"), peft_merged(base, adapter, torch.bfloat16, False), base, 10)
+    assert_same_bits(
+        merge_adapters(base, adapter, tmp_path / "out"), merge_with_peft(base, adapter, torch.bfloat16, False), base, 10
+    )
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp16", "bf16")])
-def test_another_dtype_is_the_sum_in_fp32_rounded_once(
+def test_an_output_dtype_is_the_fp32_sum_rounded_once(
     bases: Callable[[str, bool], Path], tmp_path: Path, stored: str, wanted: str
 ) -> None:
     base = bases(stored, False)
-    adapter = trained(base, tmp_path / "adapter", False)
-    ours = merged(base, adapter, tmp_path / "out", dtype=str(DTYPES[wanted]).removeprefix("torch."))
-    oracle = peft_merged(base, adapter, torch.float32, False)
+    adapter = make_adapter(base, tmp_path / "adapter", False)
+    ours = merge_adapters(base, adapter, tmp_path / "out", dtype=str(DTYPES[wanted]).removeprefix("torch."))
+    oracle = merge_with_peft(base, adapter, torch.float32, False)
     assert {value.dtype for value in ours.values()} == {DTYPES[wanted]}
     assert all(torch.equal(value, oracle[name].to(DTYPES[wanted])) for name, value in ours.items())
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == DTYPES[wanted]
 
 
-def test_files_are_cut_at_the_size_that_was_asked_for(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
+def test_shards_are_limited_to_max_shard_size(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
     base = bases("fp32", False)
-    adapter = trained(base, tmp_path / "adapter", False)
-    whole = merged(base, adapter, tmp_path / "whole")
-    cut = merged(base, adapter, tmp_path / "cut", max_shard_size="60KB")
+    adapter = make_adapter(base, tmp_path / "adapter", False)
+    whole = merge_adapters(base, adapter, tmp_path / "whole")
+    cut = merge_adapters(base, adapter, tmp_path / "cut", max_shard_size="60KB")
     files = sorted((tmp_path / "cut").glob("*.safetensors"))
     assert len(files) > 3
     assert all(file.stat().st_size < 60_000 + 5_000 or len(load_file(file)) == 1 for file in files)
@@ -264,7 +270,7 @@ def test_files_are_cut_at_the_size_that_was_asked_for(bases: Callable[[str, bool
     assert cut.keys() == whole.keys()
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "cut").state_dict()
     assert all(torch.equal(again[name], value) for name, value in whole.items())
-    back = merged(tmp_path / "cut", adapter, tmp_path / "back", max_shard_size="1GB")
+    back = merge_adapters(tmp_path / "cut", adapter, tmp_path / "back", max_shard_size="1GB")
     assert [file.name for file in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
     assert not (tmp_path / "back" / "model.safetensors.index.json").exists()
     assert back.keys() == whole.keys()
@@ -273,35 +279,37 @@ def test_files_are_cut_at_the_size_that_was_asked_for(bases: Callable[[str, bool
 # several adapters
 
 
-def test_a_weighted_sum_of_adapters_is_pefts_cat(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
+def test_a_weighted_sum_of_adapters_equals_that_of_peft(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
     base = bases("fp32", False)
-    first = trained(base, tmp_path / "a", False)
-    second = trained(base, tmp_path / "b", False, r=6, lora_alpha=5, target_modules=["q", "wo"])
+    first = make_adapter(base, tmp_path / "a", False)
+    second = make_adapter(base, tmp_path / "b", False, r=6, lora_alpha=5, target_modules=["q", "wo"])
     change = {name: 1.5 * value for name, value in load_file(second / "adapter_model.safetensors").items()}
     save_file(change, second / "adapter_model.safetensors")
-    model = PeftModel.from_pretrained(stock(base, torch.float32, False), first, "a")
+    model = PeftModel.from_pretrained(load_stock_base(base, torch.float32, False), first, "a")
     model.load_adapter(second, "b")
     model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "sum", combination_type="cat")
     model.set_adapter("sum")
     oracle = model.merge_and_unload().state_dict()
-    ours = merged(base, [first, second], tmp_path / "out", weights=[0.7, -0.3])
-    assert_equal(ours, oracle, base, 10)
+    ours = merge_adapters(base, [first, second], tmp_path / "out", weights=[0.7, -0.3])
+    assert_same_bits(ours, oracle, base, 10)
 
 
-def test_a_sum_of_rslora_adapters_is_the_sum_of_their_merges(
+def test_a_sum_of_rslora_adapters_equals_the_sum_of_their_merges(
     bases: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
     base = bases("fp32", True)
-    adapters = [trained(base, tmp_path / name, True, use_rslora=True, r=rank) for name, rank in (("a", 4), ("b", 2))]
+    adapters = [
+        make_adapter(base, tmp_path / name, True, use_rslora=True, r=rank) for name, rank in (("a", 4), ("b", 2))
+    ]
     before = load_file(base / "model.safetensors")
-    ours = merged(base, adapters, tmp_path / "out", weights=[0.25, 2.0], verify=True)
-    parts = [merged(base, adapter, tmp_path / "part") for adapter in adapters]
+    ours = merge_adapters(base, adapters, tmp_path / "out", weights=[0.25, 2.0], verify=True)
+    parts = [merge_adapters(base, adapter, tmp_path / "part") for adapter in adapters]
     for name, value in before.items():
         expected = value + 0.25 * (parts[0][name] - value) + 2.0 * (parts[1][name] - value)
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-5)
 
 
-def test_rows_and_whole_modules_of_several_adapters_move_by_their_weights(
+def test_token_rows_and_whole_modules_change_by_weighted_differences(
     bases: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
     base = bases("fp32", False)
@@ -309,52 +317,14 @@ def test_rows_and_whole_modules_of_several_adapters_move_by_their_weights(
     for name, ids in (("a", [290, 7]), ("b", [7, 31])):
         rows = {"shared": ids, "lm_head": ids}
         adapters.append(
-            trained(base, tmp_path / name, False, trainable_token_indices=rows, modules_to_save=["final_layer_norm"])
+            make_adapter(
+                base, tmp_path / name, False, trainable_token_indices=rows, modules_to_save=["final_layer_norm"]
+            )
         )
     before = load_file(base / "model.safetensors")
-    ours = merged(base, adapters, tmp_path / "out", weights=[0.5, 0.25])
-    parts = [merged(base, adapter, tmp_path / "part") for adapter in adapters]
+    ours = merge_adapters(base, adapters, tmp_path / "out", weights=[0.5, 0.25])
+    parts = [merge_adapters(base, adapter, tmp_path / "part") for adapter in adapters]
     for name in ("shared.weight", "lm_head.weight", "decoder.final_layer_norm.weight"):
         expected = before[name] + 0.5 * (parts[0][name] - before[name]) + 0.25 * (parts[1][name] - before[name])
         assert not torch.equal(ours[name], before[name])
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-6)
-
-
-# the arithmetic by itself
-
-
-def products(rows: int, rank: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    random = np.random.default_rng(rows * columns)
-    b, a = random.standard_normal((rows, rank), np.float32), random.standard_normal((rank, columns), np.float32)
-    return b, a, (torch.from_numpy(b) @ torch.from_numpy(a)).numpy()
-
-
-@pytest.mark.parametrize("shape", [(4, 4, 15), (5, 1, 17), (64, 8, 99), (25, 64, 10240), (256, 16, 1024), (77, 3, 333)])
-@pytest.mark.parametrize("blas", [True, False])
-def test_the_product_is_torchs(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], blas: bool) -> None:
-    if not blas:
-        monkeypatch.setattr(fold, "_blas_sums_in_order", lambda *shape: False)
-    b, a, expected = products(*shape)
-    assert np.array_equal(low_rank_product(b, a), expected)
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 7), (3, 16, 512), (64, 8, 5)])
-def test_a_product_too_small_for_torchs_usual_routine_is_as_near_as_rounding(shape: tuple[int, int, int]) -> None:
-    """On AMD's processors MKL sums less than 4 rows or about 15 columns in another order."""
-    b, a, expected = products(*shape)
-    np.testing.assert_allclose(low_rank_product(b, a), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_sum_that_two_roundings_would_spoil_is_rounded_once() -> None:
-    # 2**24 + 2 + (1 + tiny): fp64 drops the tiny part and leaves a tie, which would go to the even neighbour
-    b = np.array([[2.0**24 + 2, 1 + 2.0**-23]], np.float32)
-    a = np.array([[1.0], [1 - 2.0**-24]], np.float32)
-    exact = int(2**24 + 2) * 2**47 + int((1 + 2.0**-23) * 2**23) * int((1 - 2.0**-24) * 2**24)
-    expected = np.float32(2**24 + 4) if exact > (2**24 + 3) * 2**47 else np.float32(2**24 + 2)
-    assert fold._product_in_order(b, a)[0, 0] == expected
-
-
-@pytest.mark.parametrize("columns", [8, 24, 384, 1024, 2816])
-def test_row_norms_are_torchs(columns: int) -> None:
-    values = np.random.default_rng(columns).standard_normal((40, columns), np.float32)
-    assert np.array_equal(row_norms(values), torch.linalg.norm(torch.from_numpy(values), dim=1).numpy())

@@ -1,4 +1,4 @@
-"""Packed rows give what padded batches give: logits, losses and gradients, for each kind of head and adapter."""
+"""Packed rows have the same logits, losses and gradients as padded batches, for each kind of head and adapter."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,7 @@ from t5tune.model.attention import Segments, can_pack, segment_attention, use_pa
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import IGNORED_LABEL, HeadLoss
-from t5tune.settings import QuantisationSettings
+from t5tune.settings import QuantizationSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.training.batches import PackedCollator, PaddedCollator
 
@@ -30,14 +30,14 @@ LENGTHS = [(5, 3), (41, 1), (1, 29), (200, 64), (17, 150), (33, 33)]
 VOCABULARY = SHAPE["vocab_size"]
 
 
-def examples(lengths: list[tuple[int, int]] = LENGTHS, vocabulary: int = VOCABULARY) -> list[Example]:
+def make_examples(lengths: list[tuple[int, int]] = LENGTHS, vocabulary: int = VOCABULARY) -> list[Example]:
     rng = np.random.default_rng(5)
     return [
         Example(rng.integers(1, vocabulary, source), rng.integers(1, vocabulary, target)) for source, target in lengths
     ]
 
 
-def random_model(kind: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
+def make_random_model(kind: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
     torch.manual_seed(3)
     config = copy.deepcopy(CONFIGS[kind])
     config.dropout_rate = dropout
@@ -50,8 +50,8 @@ def random_model(kind: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
     return model.train()
 
 
-def padded_loss(model: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed cross-entropy, the logits of the target tokens), by transformers' own forward."""
+def compute_padded_loss(model: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute (summed cross-entropy, the logits of the target tokens) with transformers' own forward."""
     inputs = PaddedCollator(0, 0)(batch)
     labels = inputs.pop("labels")
     logits = model(**inputs).logits
@@ -59,43 +59,43 @@ def padded_loss(model: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.T
     return loss, logits[labels != IGNORED_LABEL]
 
 
-def packed_loss(model: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_packed_loss(model: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = PackedCollator(0)(batch)
     labels = inputs.pop("labels")
     logits = model(**inputs).logits
     return functional.cross_entropy(logits[0], labels[0], reduction="sum"), logits[0]
 
 
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+def compute_gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     loss.backward()
     found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad()
     return found
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+def compute_relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).double().norm() / b.double().norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_weights_gradient_is_that_of_the_padded_batch(kind: str) -> None:
-    model = random_model(kind, torch.float64)
-    loss, logits = padded_loss(model, examples())
-    expected = gradients(model, loss)
+def test_all_gradients_equal_those_of_the_padded_batch(kind: str) -> None:
+    model = make_random_model(kind, torch.float64)
+    loss, logits = compute_padded_loss(model, make_examples())
+    expected = compute_gradients(model, loss)
     assert can_pack(model)
     use_packing(model)
-    packed, packed_logits = packed_loss(model, examples())
-    found = gradients(model, packed)
+    packed, packed_logits = compute_packed_loss(model, make_examples())
+    found = compute_gradients(model, packed)
     assert (packed_logits - logits).abs().max() < 1e-12 * logits.abs().max()
     assert packed.item() == pytest.approx(loss.item(), rel=1e-12)
     assert found.keys() == expected.keys()
-    assert max(relative(found[name], expected[name]) for name in found) < 1e-12
+    assert max(compute_relative_error(found[name], expected[name]) for name in found) < 1e-12
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_without_packing_nothing_changes_and_generation_works(kind: str) -> None:
-    model = random_model(kind, torch.float32).eval()
-    inputs = PaddedCollator(0, 0)(examples())
+def test_without_the_packing_argument_logits_and_generation_are_unchanged(kind: str) -> None:
+    model = make_random_model(kind, torch.float32).eval()
+    inputs = PaddedCollator(0, 0)(make_examples())
     inputs.pop("labels")
     options = {"max_new_tokens": 8, "do_sample": False}
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_without_packing_nothing_changes_and_generation_works(kind: str) -> None
     assert torch.equal(again, ids)
 
 
-WAYS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "all-linear dora": {"lora_target_modules": ["all-linear"], "use_dora": True},
     "norms and biases": {"modules_to_save": ["layer_norm", "relative_attention_bias"]},
@@ -117,14 +117,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_adapters_and_token_rows_get_the_same_gradients(way: str, base: Path) -> None:
-    """In fp32, with added-token rows, through the head's own loss, on a tied and an untied base."""
-    options = dict(WAYS[way])
-    quantisation = QuantisationSettings(q_lora=options.pop("q_lora", False))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_and_token_rows_get_the_same_gradients_packed_as_padded(variant: str, base: Path) -> None:
+    """In fp32, with rows of added tokens and HeadLoss, on a tied and an untied base."""
+    options = dict(VARIANTS[variant])
+    quantization = QuantizationSettings(q_lora=options.pop("q_lora", False))
     reentrant = options.pop("checkpointing", None)
     torch.manual_seed(0)
-    model = load_base(base, torch.float32, torch.device("cpu"), quantisation)
+    model = load_base(base, torch.float32, torch.device("cpu"), quantization)
     model.config.dropout_rate = 0.0
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -138,26 +139,28 @@ def test_adapters_and_token_rows_get_the_same_gradients(way: str, base: Path) ->
     if reentrant is not None:
         model.enable_input_require_grads()
         t5 = model.base_model.model
-        new = hasattr(t5, "activation_checkpointing_enable")  # its name since transformers 5.23
+        new = hasattr(t5, "activation_checkpointing_enable")  # the method's name since transformers 5.23
         (t5.activation_checkpointing_enable if new else t5.gradient_checkpointing_enable)({"use_reentrant": reentrant})
     model.train()
-    batch = examples(vocabulary=1536)
+    batch = make_examples(vocabulary=1536)
     batch[3].source_S[::7] = 1500
     batch[4].target_T[::5] = 1501
-    expected = gradients(model, padded_loss(model, batch)[0])
+    expected = compute_gradients(model, compute_padded_loss(model, batch)[0])
     use_packing(model)
     head_loss = HeadLoss(model, 0.0)
     inputs = PackedCollator(0)(batch)
-    with head_loss.of(inputs.pop("labels")):
+    with head_loss.replace_logits_with_sum(inputs.pop("labels")):
         loss = model(**inputs).logits
-    found = gradients(model, loss)
+    found = compute_gradients(model, loss)
     assert any("trainable_tokens_delta" in name for name in found)
     assert found.keys() == expected.keys()
-    assert {name: error for name in found if (error := relative(found[name], expected[name])) > 1e-5} == {}
+    assert {
+        name: error for name in found if (error := compute_relative_error(found[name], expected[name])) > 1e-5
+    } == {}
 
 
-def test_attention_dropout_falls_on_every_segment_alike() -> None:
-    """Where values are all one, an output is the mean of kept / (1 - p): mean one, and the variance of dropout."""
+def test_attention_dropout_has_the_same_statistics_in_every_segment() -> None:
+    """If all values are 1, an output is the mean of kept / (1 - p): its mean is 1, its variance that of dropout."""
     torch.manual_seed(0)
     lengths = [64, 128, 8]
     query, key = torch.zeros(1, 512, 200, 4), torch.zeros(1, 512, 200, 4)
@@ -167,25 +170,26 @@ def test_attention_dropout_falls_on_every_segment_alike() -> None:
         assert part.var().item() == pytest.approx(0.25 / 0.75 / length, rel=0.1)
 
 
-def test_a_model_drops_out_as_much_packed_as_padded() -> None:
-    model = random_model("flan", torch.float32, dropout=0.3)
+@pytest.mark.slow
+def test_dropout_has_the_same_statistics_packed_as_padded() -> None:
+    model = make_random_model("flan", torch.float32, dropout=0.3)
     use_packing(model)
-    batch = examples([(12, 6)] * 2)
+    batch = make_examples([(12, 6)] * 2)
     with torch.no_grad():
-        padded = torch.stack([padded_loss(model, batch)[1] for _ in range(250)])
-        packed = torch.stack([packed_loss(model, batch)[1] for _ in range(250)])
+        padded = torch.stack([compute_padded_loss(model, batch)[1] for _ in range(250)])
+        packed = torch.stack([compute_packed_loss(model, batch)[1] for _ in range(250)])
     assert packed.std(0).mean().item() == pytest.approx(padded.std(0).mean().item(), rel=0.03)
     assert (packed.mean(0) - padded.mean(0)).abs().mean() < 0.1 * packed.std(0).mean()
 
 
-def test_other_families_attention_is_known_to_be_other() -> None:
+def test_can_pack_is_false_for_other_attention_classes() -> None:
     config = LongT5Config(**{**SHAPE, "num_layers": 1}, encoder_attention_type="local")
     assert not can_pack(AutoModelForSeq2SeqLM.from_config(config))
 
 
-def test_segments_say_where_examples_lie() -> None:
-    batch = PackedCollator(9)(examples([(3, 2), (4, 1)]))
-    first, second = examples([(3, 2), (4, 1)])
+def test_packed_collator_describes_the_segments() -> None:
+    batch = PackedCollator(9)(make_examples([(3, 2), (4, 1)]))
+    first, second = make_examples([(3, 2), (4, 1)])
     assert batch["packing"] == Segments((3, 4), (2, 1))
     assert batch["input_ids"].tolist() == [[*first.source_S, *second.source_S]]
     assert batch["decoder_input_ids"].tolist() == [[9, first.target_T[0], 9]]

@@ -1,4 +1,4 @@
-"""The norms and the activation that training computes in fewer passes, against transformers' own."""
+"""The norms and activations with less memory traffic, compared with those of transformers."""
 
 import copy
 import os
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
 from t5tune.model import fused
-from t5tune.model.fused import use_compiled, use_fused
+from t5tune.model.fused import compile_layers, use_fused_layers
 
 SHAPE = {"vocab_size": 64, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 CONFIGS = {
@@ -23,7 +23,7 @@ CONFIGS = {
 }
 
 
-def model_of(kind: str) -> nn.Module:
+def make_model(kind: str) -> nn.Module:
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(CONFIGS[kind]).eval()
     for name, parameter in model.named_parameters():
@@ -32,7 +32,7 @@ def model_of(kind: str) -> nn.Module:
     return model
 
 
-def part(model: nn.Module, ending: str) -> nn.Module:
+def find_module(model: nn.Module, ending: str) -> nn.Module:
     return next(module for module in model.modules() if type(module).__name__.endswith(ending))
 
 
@@ -47,13 +47,14 @@ def part(model: nn.Module, ending: str) -> nn.Module:
         (torch.bfloat16, torch.float32),
     ],
 )
-def test_norms_are_transformers_to_the_bit_and_so_are_their_gradients_nearly(
+def test_norms_equal_those_of_transformers_bit_for_bit_and_gradients_nearly(
     kind: str, values: torch.dtype, weights: torch.dtype
 ) -> None:
-    stock = part(model_of(kind), "T5LayerNorm").to(weights)
+    stock = find_module(make_model(kind), "T5LayerNorm").to(weights)
     ours = copy.deepcopy(stock)
-    use_fused(ours)
-    length = fused.ELEMENTS_AT_ONCE * torch.get_num_threads() // SHAPE["d_model"] + 7  # more than one piece, and a rest
+    use_fused_layers(ours)
+    # more than one chunk, and a remainder
+    length = fused.ELEMENTS_PER_CHUNK * torch.get_num_threads() // SHAPE["d_model"] + 7
     x = (10 * torch.randn(2, length, SHAPE["d_model"])).to(values)
     grad = torch.randn(x.shape).to(stock(x).dtype)
     outputs, gradients = [], []
@@ -70,15 +71,16 @@ def test_norms_are_transformers_to_the_bit_and_so_are_their_gradients_nearly(
         assert (found - expected).double().norm() < bound * expected.double().norm()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # what torch compiles with
-@pytest.mark.parametrize(("kind", "use"), [*((kind, use_fused) for kind in CONFIGS), ("flan", use_compiled)])
-def test_a_whole_model_gives_the_same_logits_and_gradients(
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # raised within torch.compile
+@pytest.mark.parametrize(("kind", "use"), [*((kind, use_fused_layers) for kind in CONFIGS), ("flan", compile_layers)])
+def test_a_whole_model_has_the_same_logits_and_gradients(
     kind: str, use: Callable[[nn.Module], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if use is use_compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("torch.compile makes its kernels with a C++ compiler, and there is none here")
+    if use is compile_layers and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    stock = model_of(kind)
+    stock = make_model(kind)
     ours = copy.deepcopy(stock)
     use(ours)
     ids = torch.randint(1, 60, (3, 150))
@@ -88,17 +90,17 @@ def test_a_whole_model_gives_the_same_logits_and_gradients(
         logits.square().sum().backward()
         gradients |= {name: value.grad for name, value in model.named_parameters()} | {"logits": logits.detach()}
     assert found.keys() == expected.keys()
-    assert any(tmp_path.glob("**/*.so")) is (use is use_compiled)
+    assert any(tmp_path.glob("**/*.so")) is (use is compile_layers)
     for name, value in expected.items():
         assert (found[name] - value).norm() < 1e-5 * value.norm().clamp_min(1e-6), name
 
 
-def test_gated_products_and_their_gradients_are_transformers_in_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "ELEMENTS_AT_ONCE", 7 * SHAPE["d_ff"])
-    stock = part(model_of("flan"), "GatedActDense").double()
+def test_chunked_gated_activations_and_gradients_equal_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "ELEMENTS_PER_CHUNK", 7 * SHAPE["d_ff"])
+    stock = find_module(make_model("flan"), "GatedActDense").double()
     ours = copy.deepcopy(stock)
-    use_fused(ours)
-    x = 30 * torch.randn(3, 41, SHAPE["d_model"], dtype=torch.float64)  # gelu of up to ±30
+    use_fused_layers(ours)
+    x = 30 * torch.randn(3, 41, SHAPE["d_model"], dtype=torch.float64)  # inputs of gelu up to about ±30
     grad = torch.randn_like(x)
     outputs, gradients = [], []
     for module in (stock, ours):
@@ -112,7 +114,7 @@ def test_gated_products_and_their_gradients_are_transformers_in_pieces_too(monke
         assert (found - expected).norm() < 1e-12 * expected.norm()
 
 
-def test_the_closed_form_of_gelu_is_torchs_nearly_to_the_last_bit() -> None:
+def test_gelu_and_its_closed_form_gradient_nearly_equal_those_of_torch() -> None:
     x, grad = torch.linspace(-20, 20, 100_001), torch.randn(100_001)
     gelu, gradient = fused._gelu_and_gradient(x, grad)
     wide, wide_grad = x.double(), grad.double()
@@ -123,18 +125,18 @@ def test_the_closed_form_of_gelu_is_torchs_nearly_to_the_last_bit() -> None:
     assert ((gradient - expected_gradient).abs() <= 3e-6 * wide_grad.abs()).all()
 
 
-def test_backward_needs_the_inputs_alone() -> None:
-    """What autograd keeps of each, beside weights, is what went in and of norms a number a row."""
-    model = model_of("flan")
-    use_fused(model)
+def test_only_inputs_are_saved_for_the_backward_pass() -> None:
+    """Except for weights, autograd saves only the inputs of a layer, and one number per row of a norm."""
+    model = make_model("flan")
+    use_fused_layers(model)
 
     def gated(x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = fused._GatedGelu.apply(x, x.mul(1))
         return product
 
     cases = [
-        (part(model, "T5LayerNorm"), SHAPE["d_model"], 500),
-        (part(model, "NewGELUActivation"), 64, 0),
+        (find_module(model, "T5LayerNorm"), SHAPE["d_model"], 500),
+        (find_module(model, "NewGELUActivation"), 64, 0),
         (gated, 64, 500 * 64),
     ]
     for module, width, more in cases:

@@ -1,1 +1,1 @@
-"""Real kills, signals, faults and damages. LONG_TESTS=1 (`make reliability`) does more of each."""
+"""Real kills, signals, faults and damage. LONG_TESTS=1 (`make reliability`) tests more of each."""

@@ -1,4 +1,4 @@
-"""Each file of the newest checkpoint, deleted, cut or with one byte changed, is found; the one before is taken."""
+"""A deleted, truncated or changed file of the newest checkpoint is detected, and the previous checkpoint is used."""
 
 import shutil
 from collections.abc import Callable
@@ -8,8 +8,10 @@ import pytest
 
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError
-from t5tune.training.checkpoint import newest
-from tests.support.runs import LONG, STEPS, adapter, settings
+from t5tune.training.checkpoint import find_newest
+from tests.support.runs import LONG, STEPS, make_settings, read_adapter
+
+pytestmark = pytest.mark.slow
 
 
 def flip(path: Path) -> None:
@@ -28,7 +30,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"delete": Path.unlink, "truncate":
 @pytest.fixture(scope="module")
 def one_process_run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("damaged") / "run"
-    train(settings(untied_base, conversations, run))
+    train(make_settings(untied_base, conversations, run))
     return run
 
 
@@ -38,7 +40,7 @@ if LONG:
 
 
 @pytest.mark.parametrize(("kind", "damage"), CASES)
-def test_each_damaged_file_is_named_and_its_checkpoint_passed_over(
+def test_each_damaged_file_is_named_and_its_checkpoint_is_skipped(
     kind: str, damage: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     run = tmp_path / "run"
@@ -51,25 +53,25 @@ def test_each_damaged_file_is_named_and_its_checkpoint_passed_over(
         if not content:
             continue
         DAMAGES[damage](path)
-        found, damaged = newest(run)
+        found, damaged = find_newest(run)
         assert found == before
         assert str(path) in damaged[0]
         path.write_bytes(content)
-    assert newest(run) == (last, [])
+    assert find_newest(run) == (last, [])
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_and_not_from_none(
+def test_a_run_resumes_from_the_previous_checkpoint_and_is_refused_without_one(
     one_process_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(one_process_run, run)
     (run / "result.json").unlink()
     flip(run / f"checkpoint-{STEPS}" / "optimizer.pt")
-    chosen = settings(untied_base, conversations, run)
-    assert train(chosen).resumed_from == run / f"checkpoint-{STEPS - 6}"
-    assert adapter(run) == adapter(one_process_run)
+    settings = make_settings(untied_base, conversations, run)
+    assert train(settings).resumed_from == run / f"checkpoint-{STEPS - 6}"
+    assert read_adapter(run) == read_adapter(one_process_run)
     (run / "result.json").unlink()
     for path in run.glob("checkpoint-*/scheduler.pt"):
         flip(path)
-    with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
-        train(chosen)
+    with pytest.raises(CheckpointError, match="all of its checkpoints are damaged"):
+        train(settings)

@@ -1,4 +1,4 @@
-"""A disk that fills up: the path and the bytes are told, the last checkpoint stays, and the run goes on with room."""
+"""On a full disk the error names the path and the bytes, the last checkpoint is kept, and the run can resume."""
 
 import subprocess
 import sys
@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from t5tune.commands.train import train
-from tests.support.runs import LONG, Running, adapter, arguments, settings, whole_steps
+from tests.support.runs import LONG, Running, list_complete_steps, make_arguments, make_settings, read_adapter
+
+pytestmark = pytest.mark.slow
 
 SIZES = range(3600, 7850, 425) if LONG else [5200]  # KiB
 
 
 @contextmanager
-def small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
+def mount_small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
     try:
@@ -31,21 +33,21 @@ def small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_disk_that_fills_up_costs_no_checkpoint(
-    size: int, untied_base: Path, conversations: Path, straight: bytes, tmp_path: Path
+def test_a_full_disk_costs_no_checkpoint(
+    size: int, untied_base: Path, conversations: Path, uninterrupted: bytes, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
     run = disk / "run"
-    with small_disk(disk, size):
-        command = [sys.executable, "-m", "t5tune", *arguments(untied_base, conversations, run, "--save-steps=2")]
+    with mount_small_disk(disk, size):
+        command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, run, "--save-steps=2")]
         with Running(command, tmp_path / "outside") as running:
-            assert running.end() == 1, running.log.read_text()
-        told = running.log.read_text()
-        assert str(run) in told
-        assert "bytes are free" in told
-        assert "Traceback" not in told
-        before = whole_steps(run)
+            assert running.wait() == 1, running.log.read_text()
+        log = running.log.read_text()
+        assert str(run) in log
+        assert "bytes are free" in log
+        assert "Traceback" not in log
+        before = list_complete_steps(run)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        result = train(settings(untied_base, conversations, run, save_steps=2))
+        result = train(make_settings(untied_base, conversations, run, save_steps=2))
         assert (result.resumed_from is not None) == bool(before)
-        assert adapter(run) == straight
+        assert read_adapter(run) == uninterrupted

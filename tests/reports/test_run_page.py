@@ -1,5 +1,6 @@
-"""report.html of a run: what it shows is what happened, it needs no network, and a browser draws it; the journal
-and the trackers beside it.
+"""report.html of a run: its content is correct, it needs no network, and a browser renders it.
+
+Also the metrics log and the trackers.
 """
 
 import importlib.util
@@ -17,11 +18,11 @@ from safetensors.torch import load_file
 from t5tune.commands.train import train
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.progress import silent
-from t5tune.reports.svg import Series, line_chart, short
+from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings
-from t5tune.training.metrics_log import Journal, read_journal
-from tests.commands.test_train import losses, metrics, settings
-from tests.conftest import t5tune
+from t5tune.training.metrics_log import MetricsLog, read_metrics
+from tests.support.command_line import t5tune
+from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
 CANARY = "hf_canary0123456789"
 CHARTS = [
@@ -41,7 +42,7 @@ document.body.innerHTML = '<pre id=found>' + JSON.stringify({
 
 
 class Page(HTMLParser):
-    """What a reader finds in the page: charts by name with their lines and bars, and the cells of its tables."""
+    """Parses the page: charts by name with their lines and bars, and the cells of its tables."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -75,21 +76,21 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "reported"
-    chosen = settings(untied_base, conversations, folder, eval_fraction=0.2, eval_steps=3)
+    chosen = make_settings(untied_base, conversations, folder, eval_fraction=0.2, eval_steps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", CANARY)
         train(chosen)
     return folder
 
 
-def test_the_page_shows_what_the_journal_and_the_cache_hold(run: Path) -> None:
+def test_the_page_shows_the_data_of_the_metrics_log_and_the_cache(run: Path) -> None:
     text = (run / "report.html").read_text()
     page = Page(text)
     assert list(page.charts) == CHARTS
     assert [len(line) for line in page.charts["Loss"]["lines"]] == [6, 2]
     assert all(len(page.charts[name]["lines"][0]) == 6 for name in CHARTS[1:5])
     heights = [float(point.split(",")[1]) for point in page.charts["Loss"]["lines"][0]]
-    assert (heights[0] < heights[-1]) is (losses(run)[0] > losses(run)[-1])
+    assert (heights[0] < heights[-1]) is (read_losses(run)[0] > read_losses(run)[-1])
     result = json.loads((run / "result.json").read_text())
     assert (
         sum(int(count) for count in re.findall(r"<title>[\d,]+–[\d,]+: (\d+)</title>", text)) == 2 * result["examples"]
@@ -107,7 +108,7 @@ def test_the_page_is_one_file_without_scripts_links_or_secrets(run: Path) -> Non
     assert CANARY not in text
 
 
-def test_its_replies_are_those_of_the_base_and_of_the_trained_model(run: Path, untied_base: Path) -> None:
+def test_sample_predictions_are_those_of_the_base_and_of_the_trained_model(run: Path, untied_base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -125,16 +126,18 @@ def test_its_replies_are_those_of_the_base_and_of_the_trained_model(run: Path, u
     tuned = PeftModel.from_pretrained(base, str(run)).eval()
     for sample, first in zip(samples, before, strict=True):
         for name, found in (("before", first), ("after", reply(tuned, sample["source"]))):
-            # the reply in the page may be cut sooner or later than this one, nothing else
+            # the prediction in the page may be cut at another length than this one, but is otherwise equal
             short, long = sorted((found.strip(), sample[name].strip()), key=len)
             assert long.startswith(short), name
             assert sample[name] in cells
 
 
-def test_replying_changes_nothing_of_training(
+def test_sample_predictions_do_not_change_training(
     run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    quiet = settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=3, report_samples=0)
+    quiet = make_settings(
+        untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=3, report_samples=0
+    )
     train(quiet)
     assert not (tmp_path / "run" / "samples.json").exists()
     assert "before" not in (tmp_path / "run" / "report.html").read_text()
@@ -143,13 +146,13 @@ def test_replying_changes_nothing_of_training(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_draws_it(scheme: str, run: Path, tmp_path: Path) -> None:
+def test_a_browser_renders_the_page(scheme: str, run: Path, tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no chromium is installed")
     page = tmp_path / "page.html"
     page.write_text((run / "report.html").read_text() + PROBE)
-    # dark mode by the setting that stands for the system's: 0 is dark, 1 light
+    # preferredColorScheme replaces the system's color scheme: 0 is dark, 1 is light
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
         "--window-size=480,900", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--dump-dom",
@@ -167,10 +170,10 @@ def test_a_browser_draws_it(scheme: str, run: Path, tmp_path: Path) -> None:
     assert (back > words) is (scheme == "light")
 
 
-def test_the_journal_beats_between_lines_and_is_read_past_resumes_and_cuts(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, seconds_between_beats=0)
+def test_the_metrics_log_has_heartbeats_and_can_be_read_after_resumes_and_truncation(tmp_path: Path) -> None:
+    journal = MetricsLog(tmp_path, seconds_between_heartbeats=0)
     journal.write(1, {"loss": 3.0})
-    journal.beat(1)
+    journal.write_heartbeat(1)
     journal.write(2, {"loss": 2.0})
     journal.write(2, {"eval_loss": 2.5})
     journal.write(1, {"loss": 2.9})
@@ -179,27 +182,28 @@ def test_the_journal_beats_between_lines_and_is_read_past_resumes_and_cuts(tmp_p
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]]
     assert [line.get("heartbeat", False) for line in lines] == [False, True, False, False, False]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"]) for line in lines)
-    assert [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_journal(tmp_path)] == [
+    assert [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_metrics(tmp_path)] == [
         (1, 2.9, None),
         (2, 2.0, 2.5),
     ]
     journal.write(4, {"loss": float("nan"), "grad_norm": float("inf")})
     last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last, parse_constant=pytest.fail).items() >= {"step": 4, "loss": None, "grad_norm": None}.items()
-    quiet = Journal(tmp_path, seconds_between_beats=1000)
-    quiet.beat(5)
+    quiet = MetricsLog(tmp_path, seconds_between_heartbeats=1000)
+    quiet.write_heartbeat(5)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines) + 2
 
 
-def test_slow_steps_leave_a_sign_of_life(
+def test_slow_steps_write_heartbeats(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Journal.__init__, "__defaults__", (0.0, silent))
-    train(settings(untied_base, conversations, tmp_path / "run", max_steps=4, logging_steps=100, report_samples=0))
-    assert [line["step"] for line in metrics(tmp_path / "run") if "heartbeat" in line] == [1, 2, 3, 4]
+    monkeypatch.setattr(MetricsLog.__init__, "__defaults__", (0.0, silent))
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=4, logging_steps=100, report_samples=0))
+    assert [line["step"] for line in read_metrics_lines(tmp_path / "run") if "heartbeat" in line] == [1, 2, 3, 4]
 
 
-def test_a_log_file_gets_plain_lines(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_progress_in_a_log_file_is_plain_lines(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     done = t5tune(
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
         "--max-steps", "4", "--logging-steps", "2", "--use-cpu", env={"TERM": "xterm-256color", "CI": "true"},
@@ -212,58 +216,58 @@ def test_a_log_file_gets_plain_lines(untied_base: Path, conversations: Path, tmp
     assert "\r" not in done.stderr
 
 
-def test_a_tracker_that_is_not_there_is_refused_before_anything_is_made(
+def test_a_missing_tracker_is_refused_before_anything_is_written(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match="report_to: tensorbord: no such tracker"):
-        train(settings(untied_base, conversations, tmp_path / "run", report_to=["tensorbord"]))
+        train(make_settings(untied_base, conversations, tmp_path / "run", report_to=["tensorbord"]))
     missing = [name for name in ("wandb", "mlflow", "trackio") if importlib.util.find_spec(name) is None]
     for name in missing:
         with pytest.raises(DependencyError, match=f"{name} isn't installed") as caught:
-            train(settings(untied_base, conversations, tmp_path / "run", report_to=[name]))
+            train(make_settings(untied_base, conversations, tmp_path / "run", report_to=[name]))
         assert f"pip install {name}" in str(caught.value.hint)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 @pytest.mark.filterwarnings("ignore")
-def test_tensorboard_gets_the_figures(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_the_metrics(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(settings(untied_base, conversations, tmp_path / "run", report_to=["tensorboard"], report_samples=0))
+    train(make_settings(untied_base, conversations, tmp_path / "run", report_to=["tensorboard"], report_samples=0))
     (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
     accumulator = EventAccumulator(str(events.parent))
     accumulator.Reload()
     assert [event.step for event in accumulator.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     logged = [event.value for event in accumulator.Scalars("train/loss")]
-    assert logged == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+    assert logged == pytest.approx(read_losses(tmp_path / "run"), rel=1e-5)
 
 
-def test_charts_leave_out_what_is_not_finite_and_thin_what_is_long() -> None:
+def test_charts_omit_values_that_are_not_finite_and_thin_out_long_series() -> None:
     long = [(float(step), 2.0) for step in range(10_000)]
-    assert len(re.findall(r"[\d.]+,[\d.]+", line_chart("A", [Series("a", long)], "step"))) <= 301
-    assert line_chart("A", [Series("a", [(1, float("nan"))])], "step") == ""
+    assert len(re.findall(r"[\d.]+,[\d.]+", draw_line_chart("A", [Series("a", long)], "step"))) <= 301
+    assert draw_line_chart("A", [Series("a", [(1, float("nan"))])], "step") == ""
     (points,) = re.findall(
-        r'points="(.*?)"', line_chart("A", [Series("a", [(1, 1), (2, float("inf")), (3, 2)])], "step")
+        r'points="(.*?)"', draw_line_chart("A", [Series("a", [(1, 1), (2, float("inf")), (3, 2)])], "step")
     )
     assert len(points.split()) == 2
-    assert [short(value) for value in (0.00015, 12.5, 1200, 8718.9, 81_000, 3.2e6)] == [
+    assert [format_short(value) for value in (0.00015, 12.5, 1200, 8718.9, 81_000, 3.2e6)] == [
         "0.00015", "12.5", "1,200", "8,719", "81k", "3.2M",
     ]  # fmt: skip
 
 
-def test_a_loss_that_falls_a_thousandfold_is_drawn_on_powers_of_ten() -> None:
+def test_a_loss_that_falls_a_thousandfold_is_drawn_on_a_log_scale() -> None:
     def heights(*values: float) -> list[float]:
-        chart = line_chart("A", [Series("a", list(enumerate(values)))], "step", may_be_logarithmic=True)
+        chart = draw_line_chart("A", [Series("a", list(enumerate(values)))], "step", may_be_logarithmic=True)
         return [float(place.split(",")[1]) for place in re.findall(r'points="(.*?)"', chart)[0].split()]
 
     first, second, third = heights(10, 0.1, 0.001)
     assert second - first == pytest.approx(third - second, abs=0.2)
     first, second, third = heights(10, 6, 2)
     assert second - first == pytest.approx(third - second, abs=0.2)
-    assert heights(1000, 0, 0)[1] == heights(1000, 0, 0)[2]  # there is no power of ten for nothing
+    assert heights(1000, 0, 0)[1] == heights(1000, 0, 0)[2]  # zero has no logarithm, so the axis is linear
 
 
-def test_the_settings_of_the_page_are_settings(run: Path) -> None:
+def test_the_page_shows_all_settings(run: Path) -> None:
     cells = Page((run / "report.html").read_text()).cells
     assert set(TrainSettings.model_fields) <= set(cells)

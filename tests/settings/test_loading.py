@@ -1,4 +1,4 @@
-"""Settings: where they come from, what is refused, and the command lines that users of FastChat bring."""
+"""Settings: where values come from, what is refused, and FastChat's own command lines."""
 
 import os
 import shlex
@@ -58,20 +58,22 @@ FASTCHAT_SETTINGS = {
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]:
-    """Run the real command line up to the command itself: (the settings that it would get, what stderr said)."""
+def run_command_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Any, str]]:
+    """Run the real command line up to the command itself: (the settings that it would get, the text on stderr)."""
     for name in [name for name in os.environ if name.startswith("T5TUNE_")]:
         monkeypatch.delenv(name)
     received: list[Settings] = []
-    monkeypatch.setattr(cli, "_call", lambda settings, report, *_: received.append(settings))
-    monkeypatch.setattr(cli, "_hush_libraries", lambda: None)
+    monkeypatch.setattr(cli, "_dispatch", lambda settings, report, *_: received.append(settings))
+    monkeypatch.setattr(cli, "_silence_libraries", lambda: None)
 
     def run(*arguments: str) -> tuple[Any, str]:
         received.clear()
         code = cli.run(list(arguments))
-        said = capfd.readouterr().err
-        assert code == (0 if received else 2), said
-        return (received[0] if received else None), said
+        stderr = capfd.readouterr().err
+        assert code == (0 if received else 2), stderr
+        return (received[0] if received else None), stderr
 
     return run
 
@@ -110,12 +112,12 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
 
 
 def test_the_command_line_reads_file_environment_and_flags(
-    typed: Callable[..., tuple[Any, str]], yaml_file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    run_command_line: Callable[..., tuple[Any, str]], yaml_file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = yaml_file("lora_r: 2\nseed: 2\nsave_steps: 2\n")
     monkeypatch.setenv("T5TUNE_SEED", "3")
     monkeypatch.setenv("T5TUNE_SAVE_STEPS", "3")
-    settings, _ = typed("train", *NEEDED_FLAGS, "--config", file, "--save-steps", "4")
+    settings, _ = run_command_line("train", *NEEDED_FLAGS, "--config", file, "--save-steps", "4")
     assert (settings.lora_r, settings.seed, settings.save_steps) == (2, 3, 4)
 
 
@@ -124,15 +126,15 @@ def test_variables_without_the_prefix_are_not_read() -> None:
     assert settings.seed == 42
 
 
-def test_a_run_that_comes_with_the_package_is_found_by_its_name() -> None:
+def test_a_packaged_run_config_is_found_by_its_name() -> None:
     settings, _ = load_settings(TrainSettings, "pocket", {}, {})
     assert settings.model_name_or_path == "pocket"
 
 
-# -- what is wrong is said at once
+# -- all problems are reported at once
 
 
-def test_all_problems_of_all_sources_are_raised_together_with_key_value_and_place(
+def test_problems_of_all_sources_are_raised_together_with_key_value_and_place(
     yaml_file: Callable[[str], str],
 ) -> None:
     file = yaml_file("lora_dropout: 1.5\nsave_strategy: sometimes\n")
@@ -150,21 +152,21 @@ def test_all_problems_of_all_sources_are_raised_together_with_key_value_and_plac
     assert [problem for problem in found if problem.startswith("output_dir: missing; give --output-dir")]
 
 
-def test_a_literal_that_is_wrong_names_the_choices() -> None:
+def test_the_error_for_an_invalid_choice_lists_the_choices() -> None:
     (problem,) = problems_of(**NEEDED, save_strategy="sometimes")
     assert all(choice in problem for choice in ("no", "steps", "epoch"))
 
 
-def test_unknown_names_are_refused_with_the_closest_one_wherever_they_stand(
-    yaml_file: Callable[[str], str], typed: Callable[..., tuple[Any, str]], monkeypatch: pytest.MonkeyPatch
+def test_unknown_names_in_any_source_are_refused_with_the_closest_known_name(
+    yaml_file: Callable[[str], str], run_command_line: Callable[..., tuple[Any, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = yaml_file("lora_rr: 8\n")
     monkeypatch.setenv("T5TUNE_SAVE_STEP", "5")
-    settings, said = typed(
+    settings, stderr = run_command_line(
         "train", *NEEDED_FLAGS, "--config", file, "--lora-alfa", "8", "--zzz=1", "--model", "m", "--quant", "nf4"
     )
     assert settings is None
-    errors = [line.removesuffix("; t5tune train --help lists every option") for line in said.splitlines()]
+    errors = [line.removesuffix("; t5tune train --help lists every option") for line in stderr.splitlines()]
     assert all(line.startswith("error: ") for line in errors)
     assert len(errors) == 6
     assert f"error: {file}: lora_rr: unknown setting; did you mean lora_r?" in errors
@@ -175,17 +177,19 @@ def test_unknown_names_are_refused_with_the_closest_one_wherever_they_stand(
     assert [line for line in errors if "--zzz: unknown flag" in line and "did you mean" not in line]
 
 
-def test_a_flag_without_its_value_is_refused(typed: Callable[..., tuple[Any, str]]) -> None:
-    settings, said = typed("train", *NEEDED_FLAGS, "--lora-r", "--bf16")
+def test_a_flag_without_its_value_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--lora-r", "--bf16")
     assert settings is None
-    assert "--lora-r: expected a value" in said
+    assert "--lora-r: expected a value" in stderr
 
 
 @pytest.mark.parametrize("value", ["[red]8[/]", ":heart:", "8\\", "\\[red]8"])
-def test_a_value_is_shown_as_it_was_typed(typed: Callable[..., tuple[Any, str]], value: str) -> None:
-    settings, said = typed("train", *NEEDED_FLAGS, "--lora-r", value)
+def test_an_error_shows_the_value_exactly_as_typed(
+    run_command_line: Callable[..., tuple[Any, str]], value: str
+) -> None:
+    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--lora-r", value)
     assert settings is None
-    assert f"lora_r: {value!r} (--lora-r)" in said
+    assert f"lora_r: {value!r} (--lora-r)" in stderr
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
@@ -209,31 +213,31 @@ def test_numbers_in_scientific_notation_are_numbers(yaml_file: Callable[[str], s
 
 
 @pytest.mark.parametrize("word", ["no", "'no'"])
-def test_no_stays_a_word(yaml_file: Callable[[str], str], word: str) -> None:
+def test_no_is_a_word_where_a_word_is_expected(yaml_file: Callable[[str], str], word: str) -> None:
     settings, _ = load_settings(TrainSettings, yaml_file(f"eval_strategy: {word}\nsave_strategy: {word}"), {}, NEEDED)
     assert (settings.eval_strategy, settings.save_strategy) == ("no", "no")
 
 
 @pytest.mark.parametrize(("word", "value"), [("yes", True), ("no", False), ("true", True), ("off", False)])
-def test_words_still_serve_where_yes_or_no_is_asked(yaml_file: Callable[[str], str], word: str, value: bool) -> None:
+def test_yes_and_no_are_accepted_for_booleans(yaml_file: Callable[[str], str], word: str, value: bool) -> None:
     settings, _ = load_settings(TrainSettings, yaml_file(f"bf16: {word}\n"), {}, NEEDED)
     assert settings.bf16 is value
 
 
-def test_a_key_given_twice_is_refused_with_both_lines(yaml_file: Callable[[str], str]) -> None:
+def test_a_duplicate_key_is_refused_with_both_line_numbers(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file("lora_r: 8\nseed: 1\nlora_r: 16\n")
     (problem,) = problems_of(file=file, **NEEDED)
     assert problem == f"{file}:3: duplicate key lora_r (first defined on line 1)"
 
 
-def test_a_nested_key_given_twice_is_refused(yaml_file: Callable[[str], str]) -> None:
+def test_a_duplicate_nested_key_is_refused(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file("training_args:\n  a: 1\n  a: 2\n")
     (problem,) = problems_of(file=file, **NEEDED)
     assert problem == f"{file}:3: duplicate key a (first defined on line 2)"
 
 
 @pytest.mark.parametrize("text", ["- lora_r\n", "lora_r\n", "8: 8\n", "lora_r: [\n", "a: b: c\n"])
-def test_a_file_that_is_no_mapping_of_names_is_refused_by_its_path(yaml_file: Callable[[str], str], text: str) -> None:
+def test_a_file_without_a_mapping_of_names_is_refused_with_its_path(yaml_file: Callable[[str], str], text: str) -> None:
     file = yaml_file(text)
     (problem,) = problems_of(file=file, **NEEDED)
     assert problem.startswith(f"{file}:")
@@ -243,23 +247,23 @@ def test_an_empty_file_sets_nothing(yaml_file: Callable[[str], str]) -> None:
     assert load_settings(TrainSettings, yaml_file("# nothing yet\n"), {}, NEEDED)[0].lora_r == 8
 
 
-def test_a_file_that_is_not_there_is_refused_with_the_names_that_are() -> None:
+def test_a_missing_file_is_refused_with_the_names_of_the_packaged_run_configs() -> None:
     with pytest.raises(SettingsError, match="nowhere.yaml") as caught:
         load_settings(TrainSettings, "nowhere.yaml", {}, NEEDED)
     assert "pocket" in str(caught.value.hint)
 
 
-def test_keys_of_another_command_are_left_out_with_a_note(yaml_file: Callable[[str], str]) -> None:
+def test_keys_of_another_command_are_ignored_with_a_note(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file("lora_r: 16\nlearning_rate: 1e-4\nmodel_max_length: 64\n")
     settings, notes = load_settings(PrepareSettings, file, {}, NEEDED)
     assert settings.model_max_length == 64
     assert notes == ["prepare does not use lora_r, learning_rate"]
 
 
-def test_a_flag_of_another_command_is_refused(typed: Callable[..., tuple[Any, str]]) -> None:
-    settings, said = typed("prepare", *NEEDED_FLAGS, "--lora-r", "8")
+def test_a_flag_of_another_command_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    settings, stderr = run_command_line("prepare", *NEEDED_FLAGS, "--lora-r", "8")
     assert settings is None
-    assert "--lora-r: unknown flag" in said
+    assert "--lora-r: unknown flag" in stderr
 
 
 # -- flags as users type them
@@ -278,15 +282,17 @@ def test_a_flag_of_another_command_is_refused(typed: Callable[..., tuple[Any, st
         (["--no_bf16"], False),
     ],
 )
-def test_a_boolean_may_have_a_value(typed: Callable[..., tuple[Any, str]], arguments: list[str], value: bool) -> None:
-    settings, _ = typed("train", *arguments, *NEEDED_FLAGS, "--q-lora")
+def test_a_boolean_may_have_a_value(
+    run_command_line: Callable[..., tuple[Any, str]], arguments: list[str], value: bool
+) -> None:
+    settings, _ = run_command_line("train", *arguments, *NEEDED_FLAGS, "--q-lora")
     assert settings.bf16 is value
 
 
-def test_a_boolean_with_a_word_that_is_none_is_refused(typed: Callable[..., tuple[Any, str]]) -> None:
-    settings, said = typed("train", *NEEDED_FLAGS, "--bf16", "perhaps")
+def test_an_invalid_boolean_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--bf16", "perhaps")
     assert settings is None
-    assert "bf16: 'perhaps' (--bf16)" in said
+    assert "bf16: 'perhaps' (--bf16)" in stderr
 
 
 @pytest.mark.parametrize(
@@ -299,18 +305,20 @@ def test_a_boolean_with_a_word_that_is_none_is_refused(typed: Callable[..., tupl
         ["--lora-target-modules", "q", "--lora-target-modules", "v", "--lora_target_modules=wi_0"],
     ],
 )
-def test_a_list_may_be_written_in_any_way(typed: Callable[..., tuple[Any, str]], arguments: list[str]) -> None:
-    assert typed("train", *arguments, *NEEDED_FLAGS)[0].lora_target_modules == ["q", "v", "wi_0"]
+def test_a_list_can_be_written_in_several_ways(
+    run_command_line: Callable[..., tuple[Any, str]], arguments: list[str]
+) -> None:
+    assert run_command_line("train", *arguments, *NEEDED_FLAGS)[0].lora_target_modules == ["q", "v", "wi_0"]
 
 
-def test_paths_are_not_split_at_commas_or_spaces(typed: Callable[..., tuple[Any, str]]) -> None:
+def test_paths_are_not_split_at_commas_or_spaces(run_command_line: Callable[..., tuple[Any, str]]) -> None:
     arguments = ["--model-name-or-path", "pocket", "--output-dir", "a, b", "--data-path", "c, d.json", "e.json"]
-    settings, _ = typed("prepare", *arguments)
+    settings, _ = run_command_line("prepare", *arguments)
     assert settings.data_path == ["c, d.json", "e.json"]
     assert settings.output_dir == Path("a, b")
 
 
-def test_a_list_in_yaml_may_be_a_list_or_words(yaml_file: Callable[[str], str]) -> None:
+def test_a_list_in_yaml_can_be_a_list_or_text(yaml_file: Callable[[str], str]) -> None:
     for text in ("[q, v]", "q v", "q,v"):
         settings, _ = load_settings(TrainSettings, yaml_file(f"lora_target_modules: {text}"), {}, NEEDED)
         assert settings.lora_target_modules == ["q", "v"]
@@ -318,78 +326,84 @@ def test_a_list_in_yaml_may_be_a_list_or_words(yaml_file: Callable[[str], str]) 
 
 @pytest.mark.parametrize("flag", ["--lora-r", "--lora_r"])
 @pytest.mark.parametrize("attached", [True, False])
-def test_underscores_and_dashes_are_the_same(typed: Callable[..., tuple[Any, str]], flag: str, attached: bool) -> None:
+def test_underscores_and_dashes_in_flags_are_the_same(
+    run_command_line: Callable[..., tuple[Any, str]], flag: str, attached: bool
+) -> None:
     arguments = [f"{flag}=3"] if attached else [flag, "3"]
-    assert typed("train", *arguments, *NEEDED_FLAGS)[0].lora_r == 3
+    assert run_command_line("train", *arguments, *NEEDED_FLAGS)[0].lora_r == 3
 
 
 @pytest.mark.parametrize("unset", ["-1", "none", ""])
-def test_the_seeds_minus_one_means_unset(typed: Callable[..., tuple[Any, str]], unset: str) -> None:
-    settings, _ = typed("train", *NEEDED_FLAGS, f"--num_data={unset}", "--max_steps", "-1")
+def test_minus_one_none_and_an_empty_value_mean_unset(
+    run_command_line: Callable[..., tuple[Any, str]], unset: str
+) -> None:
+    settings, _ = run_command_line("train", *NEEDED_FLAGS, f"--num_data={unset}", "--max_steps", "-1")
     assert settings.num_data is None
     assert settings.max_steps is None
 
 
-def test_a_negative_number_is_a_value_and_no_flag(typed: Callable[..., tuple[Any, str]]) -> None:
-    settings, said = typed("train", *NEEDED_FLAGS, "--learning-rate", "-1e-4")
+def test_a_negative_number_is_a_value_not_a_flag(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--learning-rate", "-1e-4")
     assert settings is None
-    assert "learning_rate: '-1e-4' (--learning-rate)" in said
+    assert "learning_rate: '-1e-4' (--learning-rate)" in stderr
 
 
-def test_the_new_name_beats_the_old_one_on_the_same_line(typed: Callable[..., tuple[Any, str]]) -> None:
-    settings, _ = typed("train", *NEEDED_FLAGS, "--warmup_steps", "5", "--warmup_ratio", "0.1")
+def test_the_new_name_wins_over_the_legacy_name_on_a_command_line(
+    run_command_line: Callable[..., tuple[Any, str]],
+) -> None:
+    settings, _ = run_command_line("train", *NEEDED_FLAGS, "--warmup_steps", "5", "--warmup_ratio", "0.1")
     assert settings.warmup_steps == 5
 
 
 @pytest.mark.parametrize("text", ["warmup_steps: 5\nwarmup_ratio: 0.1", "warmup_ratio: 0.1\nwarmup_steps: 5"])
-def test_the_new_name_beats_the_old_one_in_the_same_file(yaml_file: Callable[[str], str], text: str) -> None:
+def test_the_new_name_wins_over_the_legacy_name_in_a_file(yaml_file: Callable[[str], str], text: str) -> None:
     assert load_settings(TrainSettings, yaml_file(text), {}, NEEDED)[0].warmup_steps == 5
 
 
-def test_old_names_in_a_file_are_taken_with_a_note(yaml_file: Callable[[str], str]) -> None:
+def test_legacy_names_in_a_file_are_read_with_a_note(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file("evaluation_strategy: no\nwarmup_ratio: 0.1\nlocal_rank: 0\n")
     settings, notes = load_settings(TrainSettings, file, {}, NEEDED)
     assert (settings.eval_strategy, settings.warmup_steps) == ("no", 0.1)
-    assert [note for note in notes if "evaluation_strategy: taken as eval_strategy no" in note]
-    assert [note for note in notes if "warmup_ratio: taken as warmup_steps 0.1" in note]
-    assert [note for note in notes if "local_rank: left out" in note]
+    assert [note for note in notes if "evaluation_strategy: read as eval_strategy no" in note]
+    assert [note for note in notes if "warmup_ratio: read as warmup_steps 0.1" in note]
+    assert [note for note in notes if "local_rank: ignored" in note]
 
 
 # -- precision
 
 
 @pytest.mark.parametrize("word", ["true", "True", "1", "yes", "y", "t", "on", True])
-def test_q_lora_turns_bf16_on_however_it_is_spelled_and_says_so(word: Any) -> None:
+def test_q_lora_in_any_spelling_turns_bf16_on_with_a_note(word: Any) -> None:
     settings, notes = load_settings(TrainSettings, None, {}, {**NEEDED, "q_lora": word})
     assert settings.q_lora
     assert settings.bf16
-    assert notes == ["q_lora turns bf16 on: the 4-bit base computes in it"]
+    assert notes == ["q_lora turns bf16 on: the 4-bit base computes in bfloat16"]
 
 
-def test_no_bf16_wins_over_q_lora(typed: Callable[..., tuple[Any, str]]) -> None:
-    settings, _ = typed("train", *NEEDED_FLAGS, "--q-lora", "--no-bf16")
+def test_no_bf16_wins_over_q_lora(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    settings, _ = run_command_line("train", *NEEDED_FLAGS, "--q-lora", "--no-bf16")
     assert settings.q_lora
     assert not settings.bf16
 
 
-def test_without_q_lora_bf16_stays_off(typed: Callable[..., tuple[Any, str]]) -> None:
-    assert not typed("train", *NEEDED_FLAGS)[0].bf16
-    assert not typed("train", *NEEDED_FLAGS, "--q-lora", "False")[0].bf16
+def test_without_q_lora_bf16_stays_off(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    assert not run_command_line("train", *NEEDED_FLAGS)[0].bf16
+    assert not run_command_line("train", *NEEDED_FLAGS, "--q-lora", "False")[0].bf16
 
 
-def test_fp16_is_refused_with_what_to_use(typed: Callable[..., tuple[Any, str]]) -> None:
-    settings, said = typed("train", *NEEDED_FLAGS, "--fp16", "True")
+def test_fp16_is_refused_with_bf16_as_the_alternative(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--fp16", "True")
     assert settings is None
-    assert "fp16" in said
-    assert "use bf16" in said
-    assert typed("train", *NEEDED_FLAGS, "--fp16", "False")[0].fp16 is False
+    assert "fp16" in stderr
+    assert "use bf16" in stderr
+    assert run_command_line("train", *NEEDED_FLAGS, "--fp16", "False")[0].fp16 is False
 
 
 # -- FastChat's own command lines
 
 
 def changed(settings: TrainSettings) -> dict[str, Any]:
-    """What differs from the defaults or has none."""
+    """The settings that differ from their default or have none."""
     fields = type(settings).model_fields
     return {
         name: value
@@ -398,36 +412,38 @@ def changed(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def test_fastchats_qlora_command_line_gives_its_settings(typed: Callable[..., tuple[Any, str]]) -> None:
+def test_fastchats_qlora_command_line_gives_its_settings(run_command_line: Callable[..., tuple[Any, str]]) -> None:
     more = "--q_lora True --deepspeed playground/deepspeed_config_s2.json"
-    settings, said = typed("train", *shlex.split(FASTCHAT), *shlex.split(more))
+    settings, stderr = run_command_line("train", *shlex.split(FASTCHAT), *shlex.split(more))
     assert changed(settings) == FASTCHAT_SETTINGS | {
         "q_lora": True,
         "deepspeed": "playground/deepspeed_config_s2.json",
     }
-    assert "--evaluation-strategy: taken as eval_strategy no" in said
-    assert "--warmup-ratio: taken as warmup_steps 0.03" in said
+    assert "--evaluation-strategy: read as eval_strategy no" in stderr
+    assert "--warmup-ratio: read as warmup_steps 0.03" in stderr
 
 
-def test_fastchats_fsdp_command_line_is_taken_as_zero3_with_a_note(typed: Callable[..., tuple[Any, str]]) -> None:
+def test_fastchats_fsdp_command_line_is_read_as_zero3_with_a_note(
+    run_command_line: Callable[..., tuple[Any, str]],
+) -> None:
     more = '--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap T5Block --tf32 True'
-    settings, said = typed("train", *shlex.split(FASTCHAT), *shlex.split(more))
+    settings, stderr = run_command_line("train", *shlex.split(FASTCHAT), *shlex.split(more))
     assert changed(settings) == FASTCHAT_SETTINGS | {"deepspeed": "zero3", "tf32": True}
-    assert "--fsdp: taken as deepspeed zero3" in said
-    assert "--fsdp-transformer-layer-cls-to-wrap: left out" in said
+    assert "--fsdp: read as deepspeed zero3" in stderr
+    assert "--fsdp-transformer-layer-cls-to-wrap: ignored" in stderr
 
 
-def test_fastchats_ddp_command_line_gives_its_settings(typed: Callable[..., tuple[Any, str]]) -> None:
-    settings, said = typed("train", *shlex.split(FASTCHAT))
+def test_fastchats_ddp_command_line_gives_its_settings(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    settings, stderr = run_command_line("train", *shlex.split(FASTCHAT))
     assert changed(settings) == FASTCHAT_SETTINGS
-    assert "deepspeed" not in said
+    assert "deepspeed" not in stderr
 
 
-def test_an_empty_fsdp_shards_nothing(typed: Callable[..., tuple[Any, str]]) -> None:
-    assert typed("train", *NEEDED_FLAGS, "--fsdp", "")[0].deepspeed is None
+def test_an_empty_fsdp_shards_nothing(run_command_line: Callable[..., tuple[Any, str]]) -> None:
+    assert run_command_line("train", *NEEDED_FLAGS, "--fsdp", "")[0].deepspeed is None
 
 
-# -- settings written down
+# -- dumped settings
 
 
 COMPLETE: list[Settings] = [
@@ -443,7 +459,7 @@ COMPLETE: list[Settings] = [
 
 
 @pytest.mark.parametrize("settings", COMPLETE, ids=lambda settings: settings.command)
-def test_dumped_settings_read_back_to_the_same(yaml_file: Callable[[str], str], settings: Settings) -> None:
+def test_dumped_settings_read_back_as_equal_settings(yaml_file: Callable[[str], str], settings: Settings) -> None:
     file = yaml_file(dump_settings(settings))
     assert load_settings(type(settings), file, {}, {}) == (settings, [])
 
@@ -455,24 +471,27 @@ def test_dumped_names_that_look_like_numbers_read_back_as_names(yaml_file: Calla
     assert load_settings(PrepareSettings, file, {}, {}) == (settings, [])
 
 
-def test_dumped_settings_are_plain_yaml_that_others_read() -> None:
+def test_dumped_settings_can_be_read_by_a_plain_yaml_parser() -> None:
     values = yaml.safe_load(dump_settings(TrainSettings(**NEEDED)))
     assert set(values) == set(TrainSettings.model_fields)
 
 
-def test_settings_can_not_be_changed_after_they_were_read() -> None:
+def test_settings_are_immutable() -> None:
     settings = TrainSettings(**NEEDED)
     with pytest.raises(ValueError, match="frozen"):
         settings.lora_r = 16  # type: ignore[misc]
 
 
-def test_yes_is_no_number_and_a_nul_no_path() -> None:
-    for values, said in (
-        ({"lora_r": True}, "lora_r: True (--lora-r): a number is expected, not yes or no"),
-        ({"learning_rate": False}, "learning_rate: False (--learning-rate): a number is expected, not yes or no"),
-        ({"output_dir": "a\0b"}, "output_dir: 'a\\x00b' (--output-dir): holds a NUL, which no path and no name can"),
+def test_a_boolean_for_a_number_and_a_nul_in_a_path_are_refused() -> None:
+    for values, message in (
+        ({"lora_r": True}, "lora_r: True (--lora-r): expected a number, not true or false"),
+        ({"learning_rate": False}, "learning_rate: False (--learning-rate): expected a number, not true or false"),
+        (
+            {"output_dir": "a\0b"},
+            "output_dir: 'a\\x00b' (--output-dir): contains a NUL character, which no path or name can contain",
+        ),
     ):
         given = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "run", **values}
         with pytest.raises(SettingsError) as refused:
             load_settings(TrainSettings, flags=given)
-        assert refused.value.problems == (said,)
+        assert refused.value.problems == (message,)

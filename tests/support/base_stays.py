@@ -1,5 +1,6 @@
-"""Called in each rank of a run: compares every frozen weight of the live model with the base's file, and torch's
-linear function with itself.
+"""Called in each rank of a run: compare every frozen weight of the live model with the base's file.
+
+Also check that torch's linear function is still its own.
 """
 
 import json
@@ -17,7 +18,7 @@ ALIASES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens
 
 
 def compare(trainer: T5Trainer, file: dict[str, torch.Tensor], when: str) -> dict[str, list[str]]:
-    """Names of the weights that equal the file's, and of those that differ; 4-bit ones are left out."""
+    """Return the names of the weights that equal those of the file, and of those that differ, without 4-bit ones."""
     import deepspeed
 
     equal, different = [], []
@@ -33,13 +34,16 @@ def compare(trainer: T5Trainer, file: dict[str, torch.Tensor], when: str) -> dic
     return {"equal": equal, "different": different}
 
 
-def watch(base: str, output: str) -> None:
-    """Write what `compare` finds before and after training to `output`: rank 0's, or that of a rank that differs."""
+def record_base_weights(base: str, output: str) -> None:
+    """From here on, write the results of `compare` before and after training to `output`.
+
+    They are those of rank 0, or of a rank whose weights differ.
+    """
     file = load_file(Path(base) / "model.safetensors")
     results: list[dict[str, list[str]]] = []
     run = T5Trainer.train
 
-    def watched(self: T5Trainer, *arguments: Any, **options: Any) -> Any:
+    def train_and_compare(self: T5Trainer, *arguments: Any, **options: Any) -> Any:
         results.append(compare(self, file, "before"))
         done = run(self, *arguments, **options)
         results.append(compare(self, file, "after"))
@@ -49,4 +53,4 @@ def watch(base: str, output: str) -> None:
             Path(output).write_text(json.dumps(results))
         return done
 
-    T5Trainer.train = watched
+    T5Trainer.train = train_and_compare

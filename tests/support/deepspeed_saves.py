@@ -1,8 +1,8 @@
-"""A worker of commands/test_export_stock.py: stock PEFT, trained and saved by DeepSpeed itself.
+"""A worker of commands/test_export_stock.py: plain PEFT, trained and saved by DeepSpeed itself.
 
 RANK=0 WORLD_SIZE=2 … python tests/support/deepspeed_saves.py TIED_BASE UNTIED_BASE OUT
 
-Beside each case's checkpoint lies what the living engine says of its fp32 weights: masters.safetensors.
+Next to each case's checkpoint it writes the fp32 weights of the live engine: masters.safetensors.
 """
 
 import json
@@ -31,8 +31,8 @@ CASES: dict[str, tuple[int, bool, bool, dict[str, Any]]] = {
     "zero3-small-groups": (3, False, True, {"zero_optimization": {"stage": 3, "sub_group_size": 700}}),
 }
 
-BESIDE = "base_model.model.encoder.final_layer_norm.weight"
-"""Trained in the case zero1 too, though PEFT's config doesn't say so."""
+EXTRA_PARAMETER = "base_model.model.encoder.final_layer_norm.weight"
+"""Also trained in the case zero1, without PEFT's config saying so."""
 
 
 def save(base: Path, folder: Path, stage: int, without_frozen: bool, more: dict[str, Any]) -> None:
@@ -44,11 +44,11 @@ def save(base: Path, folder: Path, stage: int, without_frozen: bool, more: dict[
 
     torch.manual_seed(3)
     model = T5ForConditionalGeneration.from_pretrained(base)
-    # a rank that no world size divides: every parameter of ZeRO-3 gets a padding
+    # a LoRA rank that isn't divisible by the world size: ZeRO-3 pads every parameter
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM")
     config.base_model_name_or_path = str(base)
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    model.get_parameter(BESIDE).requires_grad = folder.name == "zero1"
+    model.get_parameter(EXTRA_PARAMETER).requires_grad = folder.name == "zero1"
     trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     groups = [
         {"params": [value for name, value in trained if "lora_A" in name], "weight_decay": 0.1},
@@ -74,7 +74,10 @@ def save(base: Path, folder: Path, stage: int, without_frozen: bool, more: dict[
             whole = safe_get_full_fp32_param(value) if stage else value.detach()
             masters[name.replace(".default", "")] = whole.reshape(getattr(value, "ds_shape", value.shape)).clone()
     if rank == 0:
-        save_file({BESIDE: masters.pop(BESIDE)} if BESIDE in masters else {}, folder / "beside.safetensors")
+        save_file(
+            {EXTRA_PARAMETER: masters.pop(EXTRA_PARAMETER)} if EXTRA_PARAMETER in masters else {},
+            folder / "extra.safetensors",
+        )
         save_file(masters, folder / "masters.safetensors")
         config.inference_mode = True
         config.save_pretrained(folder)
@@ -92,7 +95,7 @@ def main() -> None:
             save(tied if is_tied else untied, out / name, stage, without_frozen, more)
             done.append(name)
         except (ValueError, RuntimeError, AssertionError) as error:
-            if "fp16" not in more:  # some CPUs can't
+            if "fp16" not in more:  # which some CPUs don't support
                 raise
             skipped[name] = str(error)
     torch.distributed.barrier()

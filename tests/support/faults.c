@@ -1,5 +1,5 @@
-/* Loaded by LD_PRELOAD: the Nth thing that is done to files below a folder, over a whole tree of processes, fails as
- * the system would let it fail. FAULTS names a file that holds `struct control`; see forks.py, which compiles this.
+/* Loaded by LD_PRELOAD: makes the Nth file operation below a folder fail like a system error, counted over a whole
+ * tree of processes. FAULTS names a file that contains `struct control`; see forks.py, which compiles this.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -20,12 +20,12 @@
 enum { NEVER, ONCE, FROM_THEN_ON, SHORT };
 
 struct control {
-    long count;    /* things done so far */
-    long at;       /* the one that fails, from 1 */
+    long count;    /* operations so far */
+    long at;       /* the number of the one that fails, from 1 */
     int mode;
     int error;     /* its errno */
     char folder[4096];
-    char trace[4096]; /* a line is appended here for each thing done: "NUMBER KIND PATH" */
+    char trace[4096]; /* file to which each operation appends a line "NUMBER KIND PATH" */
 };
 
 static struct control *control;
@@ -39,8 +39,8 @@ __attribute__((constructor)) static void begin(void) {
     if (found != MAP_FAILED) control = found;
 }
 
-/* What is to become of the next thing: 0 all is well, an errno, or -1 a write of half of its bytes. */
-static int fate(const char *kind, const char *path) {
+/* Decide about the next operation: 0 to do it, an errno to fail with, or -1 to write only half of the bytes. */
+static int decide(const char *kind, const char *path) {
     if (!control || !path || !*control->folder) return 0;
     size_t length = strlen(control->folder);
     if (strncmp(path, control->folder, length) || (path[length] && path[length] != '/')) return 0;
@@ -59,7 +59,7 @@ static int fate(const char *kind, const char *path) {
     return control->error;
 }
 
-static int fate_of(const char *kind, int file) {
+static int decide_for_file(const char *kind, int file) {
     char link[64], path[PATH_MAX];
     if (!control) return 0;
     int before = errno;
@@ -67,13 +67,13 @@ static int fate_of(const char *kind, int file) {
     ssize_t size = syscall(SYS_readlinkat, AT_FDCWD, link, path, sizeof path - 1);
     errno = before;
     path[size < 0 ? 0 : size] = 0;
-    return fate(kind, path);
+    return decide(kind, path);
 }
 
 #define FAIL_BY(found) do { int number_ = (found); if (number_ > 0) { errno = number_; return -1; } } while (0)
 
 static int opened(int folder, const char *path, int flags, mode_t mode) {
-    if ((flags & O_ACCMODE) != O_RDONLY || flags & O_CREAT) FAIL_BY(fate("open", path));
+    if ((flags & O_ACCMODE) != O_RDONLY || flags & O_CREAT) FAIL_BY(decide("open", path));
     return syscall(SYS_openat, folder, path, flags, mode);
 }
 
@@ -88,7 +88,7 @@ int creat(const char *path, mode_t mode) { return opened(AT_FDCWD, path, O_CREAT
 int creat64(const char *path, mode_t mode) { return creat(path, mode); }
 
 static FILE *stream(const char *name, const char *path, const char *how) {
-    int failed = strpbrk(how, "wa+") ? fate("open", path) : 0;
+    int failed = strpbrk(how, "wa+") ? decide("open", path) : 0;
     if (failed > 0) { errno = failed; return NULL; }
     FILE *(*real)(const char *, const char *) = dlsym(RTLD_NEXT, name);
     return real(path, how);
@@ -98,13 +98,13 @@ FILE *fopen(const char *path, const char *how) { return stream("fopen", path, ho
 FILE *fopen64(const char *path, const char *how) { return stream("fopen64", path, how); }
 
 ssize_t write(int file, const void *data, size_t size) {
-    int failed = fate_of("write", file);
+    int failed = decide_for_file("write", file);
     FAIL_BY(failed);
     return syscall(SYS_write, file, data, failed < 0 && size > 1 ? size / 2 : size);
 }
 
 ssize_t pwrite(int file, const void *data, size_t size, off_t place) {
-    int failed = fate_of("write", file);
+    int failed = decide_for_file("write", file);
     FAIL_BY(failed);
     return syscall(SYS_pwrite64, file, data, failed < 0 && size > 1 ? size / 2 : size, place);
 }
@@ -112,13 +112,13 @@ ssize_t pwrite(int file, const void *data, size_t size, off_t place) {
 ssize_t pwrite64(int file, const void *data, size_t size, off_t place) { return pwrite(file, data, size, place); }
 
 ssize_t writev(int file, const struct iovec *parts, int count) {
-    int failed = fate_of("write", file);
+    int failed = decide_for_file("write", file);
     FAIL_BY(failed);
     return syscall(SYS_writev, file, parts, failed < 0 && count > 1 ? count / 2 : count);
 }
 
 ssize_t sendfile(int to, int from, off_t *place, size_t size) {
-    int failed = fate_of("write", to);
+    int failed = decide_for_file("write", to);
     FAIL_BY(failed);
     return syscall(SYS_sendfile, to, from, place, failed < 0 && size > 1 ? 1 : size);
 }
@@ -126,19 +126,19 @@ ssize_t sendfile(int to, int from, off_t *place, size_t size) {
 ssize_t sendfile64(int to, int from, off_t *place, size_t size) { return sendfile(to, from, place, size); }
 
 ssize_t copy_file_range(int from, off_t *from_place, int to, off_t *to_place, size_t size, unsigned flags) {
-    int failed = fate_of("write", to);
+    int failed = decide_for_file("write", to);
     FAIL_BY(failed);
     return syscall(SYS_copy_file_range, from, from_place, to, to_place, failed < 0 && size > 1 ? 1 : size, flags);
 }
 
-int fsync(int file) { FAIL_BY(fate_of("fsync", file)); return syscall(SYS_fsync, file); }
-int fdatasync(int file) { FAIL_BY(fate_of("fsync", file)); return syscall(SYS_fdatasync, file); }
+int fsync(int file) { FAIL_BY(decide_for_file("fsync", file)); return syscall(SYS_fsync, file); }
+int fdatasync(int file) { FAIL_BY(decide_for_file("fsync", file)); return syscall(SYS_fdatasync, file); }
 
-int ftruncate(int file, off_t size) { FAIL_BY(fate_of("truncate", file)); return syscall(SYS_ftruncate, file, size); }
+int ftruncate(int file, off_t size) { FAIL_BY(decide_for_file("truncate", file)); return syscall(SYS_ftruncate, file, size); }
 int ftruncate64(int file, off_t size) { return ftruncate(file, size); }
 
 int posix_fallocate(int file, off_t place, off_t size) {
-    int failed = fate_of("truncate", file);
+    int failed = decide_for_file("truncate", file);
     if (failed > 0) return failed;
     return syscall(SYS_fallocate, file, 0, place, size) ? errno : 0;
 }
@@ -146,7 +146,7 @@ int posix_fallocate(int file, off_t place, off_t size) {
 int posix_fallocate64(int file, off_t place, off_t size) { return posix_fallocate(file, place, size); }
 
 static int renamed(int old_folder, const char *old, int new_folder, const char *new, unsigned flags) {
-    FAIL_BY(fate("rename", new));
+    FAIL_BY(decide("rename", new));
     return syscall(SYS_renameat2, old_folder, old, new_folder, new, flags);
 }
 
@@ -158,21 +158,21 @@ int renameat2(int from, const char *old, int to, const char *new, unsigned flags
 }
 
 int linkat(int from, const char *old, int to, const char *new, int flags) {
-    FAIL_BY(fate("link", new));
+    FAIL_BY(decide("link", new));
     return syscall(SYS_linkat, from, old, to, new, flags);
 }
 
 int link(const char *old, const char *new) { return linkat(AT_FDCWD, old, AT_FDCWD, new, 0); }
 
 int symlinkat(const char *old, int to, const char *new) {
-    FAIL_BY(fate("link", new));
+    FAIL_BY(decide("link", new));
     return syscall(SYS_symlinkat, old, to, new);
 }
 
 int symlink(const char *old, const char *new) { return symlinkat(old, AT_FDCWD, new); }
 
 int mkdirat(int folder, const char *path, mode_t mode) {
-    FAIL_BY(fate("mkdir", path));
+    FAIL_BY(decide("mkdir", path));
     return syscall(SYS_mkdirat, folder, path, mode);
 }
 

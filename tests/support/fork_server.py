@@ -1,4 +1,4 @@
-"""Imports everything once, then forks a run for each line of its standard input (see forks.py)."""
+"""Import everything once, then fork the processes of a run for each line of standard input (see forks.py)."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ IMPORTED = (
 
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print as they are imported
+    os.dup2(2, 1)  # libraries print while they are imported
     for name in IMPORTED:
         importlib.import_module(name)
     while line := sys.stdin.readline():
@@ -39,7 +39,7 @@ def serve() -> None:
         os.close(writer)
         with os.fdopen(reader) as names:
             for name in names.read().split():
-                with suppress(Exception):  # it may be no module of its own
+                with suppress(Exception):  # some names can't be imported by themselves
                     importlib.import_module(name)
         print(json.dumps(codes), file=answers, flush=True)
 
@@ -62,7 +62,7 @@ def _run(request: dict[str, Any], rank: int, port: int, writer: int) -> NoReturn
         before = set(sys.modules)
         code = run(request["arguments"])
         if rank == 0:
-            # what this run had to import, the next ones find imported
+            # the server imports what this run had to import, so that later runs don't have to
             os.write(writer, " ".join(sorted(set(sys.modules) - before))[: 60 << 10].encode())
         sys.stdout.flush()
         sys.stderr.flush()

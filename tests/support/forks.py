@@ -1,15 +1,15 @@
-"""Runs that are forked from a process which has imported everything: each saves the seconds that this takes.
+"""Run t5tune in forks of a process that has imported everything, which saves seconds per run.
 
-    with Forks(tmp_path) as forks:
-        done = forks.run(arguments, ranks=2)                                  # `t5tune` with these arguments
+    with ForkServer(tmp_path) as fork_server:
+        done = fork_server.run(arguments, ranks=2)                          # `t5tune` with these arguments
         done.codes, done.log
-        done = forks.run(arguments, calls=["tests.support.overflowing:overflow_at(5)"])
+        done = fork_server.run(arguments, calls=["tests.support.overflowing:overflow_at(5)"])
 
-Where a C compiler is at hand they run with faults.c preloaded, by which the Nth open, write, fsync, rename, link,
-truncation or mkdir below a folder fails as the system would let it fail:
+If there is a C compiler, the forks run with faults.c preloaded, which makes the Nth open, write, fsync, rename, link,
+truncate or mkdir below a folder fail with a given system error:
 
-        done = forks.run(arguments, under=run)                                # done.things: what was done to files
-        done = forks.run(arguments, under=run, at=17, mode=ONCE, error=errno.EIO)
+        done = fork_server.run(arguments, folder=run)                       # done.operations: on files, in order
+        done = fork_server.run(arguments, folder=run, operation_number=17, mode=ONCE, error=errno.EIO)
 """
 
 import ctypes
@@ -41,28 +41,28 @@ class Control(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Thing:
-    """What was done to a file: "open", "write", "fsync", "rename", "link", "truncate" or "mkdir"."""
+class FileOperation:
+    """An operation on a file: "open", "write", "fsync", "rename", "link", "truncate" or "mkdir"."""
 
     kind: str
     path: str
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How the ranks of a run ended, what they wrote (`log`: to stderr), and what they did to files, in order."""
+class RunOutput:
+    """The ranks' exit codes, their output (`log` is stderr), and their operations on files, in order."""
 
     codes: list[int]
     stdout: str
     log: str
-    things: list[Thing]
+    operations: list[FileOperation]
 
 
-class Forks:
-    """The process that has imported everything.
+class ForkServer:
+    """Client of the server process, which has imported everything and forks the runs (tests/support/fork_server.py).
 
     Args:
-        folder: for the compiled library, the logs and the traces.
+        folder: where to put the compiled library, the logs and the traces.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,8 +72,8 @@ class Forks:
         with open(block, "r+b") as file:
             self._control = Control.from_buffer(mmap.mmap(file.fileno(), 0))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        library = _compiled(folder)
-        self.has_faults = library is not None
+        library = _compile_library(folder)
+        self.can_inject_faults = library is not None
         if library is not None:
             environment |= {"LD_PRELOAD": str(library), "FAULTS": str(block)}
         self._process = subprocess.Popen(
@@ -90,31 +90,34 @@ class Forks:
         arguments: list[str],
         ranks: int = 1,
         calls: Sequence[str] = (),
-        under: Path | None = None,
-        at: int = 0,
+        folder: Path | None = None,
+        operation_number: int = 0,
         mode: int = NEVER,
         error: int = 0,
-    ) -> Ended:
-        """`t5tune` with these arguments, to its end.
+    ) -> RunOutput:
+        """Run `t5tune` with these arguments, and wait until it ends.
 
         Args:
-            calls: "module:function(arguments)", each called in every rank before it begins.
-            under: folder whose files count; the `at`th thing done to them meets its fate.
+            calls: "module:function(arguments)": functions to call in every rank before it starts.
+            folder: the folder whose files count.
+            operation_number: which operation on them fails, from 1.
+            mode: how it fails: NEVER, ONCE, FROM_THEN_ON (this one and all later ones) or SHORT (writes only half).
+            error: the errno of the failure.
         """
         trace, stdout, log = (self.folder / name for name in ("trace", "stdout", "log"))
         for path in (trace, stdout, log):
             path.write_bytes(b"")
         control = self._control
-        control.count, control.at, control.mode, control.error = 0, at, mode, error
+        control.count, control.at, control.mode, control.error = 0, operation_number, mode, error
         control.trace = os.fsencode(trace)
-        control.folder = os.fsencode(under) if under else b""
+        control.folder = os.fsencode(folder) if folder else b""
         outputs = [str(stdout), str(log)]
         request = {"arguments": arguments, "ranks": ranks, "outputs": outputs, "calls": list(calls)}
         codes = self._ask(request)
         control.folder = b""
         lines = sorted((line.split(" ", 2) for line in trace.read_text().splitlines()), key=lambda line: int(line[0]))
         texts = [path.read_text(errors="replace") for path in (stdout, log)]
-        return Ended(codes, *texts, [Thing(kind, path) for _, kind, path in lines])
+        return RunOutput(codes, *texts, [FileOperation(kind, path) for _, kind, path in lines])
 
     def _ask(self, request: dict[str, Any]) -> list[int]:
         assert self._process.stdin is not None
@@ -123,7 +126,7 @@ class Forks:
         self._process.stdin.flush()
         return list(json.loads(self._process.stdout.readline()))
 
-    def __enter__(self) -> "Forks":
+    def __enter__(self) -> "ForkServer":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,8 +136,8 @@ class Forks:
             process.wait(30)
 
 
-def _compiled(folder: Path) -> Path | None:
-    """The library of faults.c; None: this is no Linux, or it has no C compiler."""
+def _compile_library(folder: Path) -> Path | None:
+    """Compile faults.c to a library; None if this isn't Linux or there is no C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or sys.platform != "linux":
         return None

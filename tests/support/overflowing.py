@@ -1,4 +1,4 @@
-"""Infinite losses: a stand-in for real overflows."""
+"""Simulate overflows with infinite losses."""
 
 import os
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def overflow_at(counts: list[int], rank: int = 0) -> None:
-    """From here on the losses of that rank's micro-steps of these numbers, from 1, are infinite."""
+    """From here on, the losses of this rank's micro-batches with these numbers (from 1) are infinite."""
     from t5tune.training.trainer import T5Trainer
 
     if int(os.environ.get("RANK", "0")) != rank:

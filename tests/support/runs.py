@@ -1,5 +1,6 @@
-"""Runs to be disturbed: tiny, of many steps, and compared by the bits of their adapters."""
+"""Tiny runs of many steps, to be interrupted and compared by the bytes of their adapters."""
 
+import functools
 import json
 import os
 import signal
@@ -10,40 +11,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from t5tune.settings import TrainSettings
-from t5tune.training.checkpoint import checkpoints, verify
+from t5tune.progress import Event
+from t5tune.training.checkpoint import list_checkpoints, verify
+from tests.support import train_runs
 
 LONG = os.environ.get("LONG_TESTS") == "1"
-PATIENCE = 150.0  # seconds, a guard against hanging alone
+TIMEOUT = 150.0  # seconds; only a guard against hanging
 STEPS = 24
 ZERO3 = ("--num-processes=2", "--deepspeed=zero3")
 
 
-def settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
-    values = {
-        "model_name_or_path": str(base),
-        "data_path": str(data),
-        "output_dir": run,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "save_steps": 6,
-        "use_cpu": True,
-        "report_samples": 0,  # under ZeRO-3 they take longer than all the steps
-    }
-    return TrainSettings(**{**values, **changes})
+make_settings = functools.partial(
+    train_runs.make_settings,
+    max_steps=STEPS,
+    per_device_train_batch_size=2,
+    save_steps=6,
+    report_samples=0,  # under ZeRO-3 the samples take longer than all steps together
+)
 
 
-def arguments(base: Path, data: Path, run: Path, *more: Any) -> list[str]:
-    """The command line of the same run."""
-    given = settings(base, data, run).model_dump(exclude_unset=True, mode="json")
+def make_arguments(base: Path, data: Path, run: Path, *more: Any) -> list[str]:
+    """Make the command line of the run of `make_settings`."""
+    given = make_settings(base, data, run).model_dump(exclude_unset=True, mode="json")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "data_path"]
     return ["train", f"--data-path={data}", *flags, *map(str, more)]
 
 
 class Running:
-    """A command that is under way."""
+    """A running command, whose output goes to a log file next to the run folder."""
 
     def __init__(self, command: list[str], run: Path, stderr: IO[bytes] | None = None, **environment: str) -> None:
         self.run = run
@@ -54,22 +49,22 @@ class Running:
             )
         self.log = log
 
-    def until(self, condition: Callable[[], Any]) -> None:
-        """Wait until it is so; fail where the process ends before."""
-        end = time.monotonic() + PATIENCE
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        """Wait until the condition is true; fail if the process ends first."""
+        end = time.monotonic() + TIMEOUT
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.kill()
-                raise AssertionError(f"{self.process.returncode} before its time:\n{self.log.read_text()[-3000:]}")
+                raise AssertionError(f"{self.process.returncode} too early:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.01)
 
-    def until_step(self, step: int) -> None:
-        self.until(lambda: last_step(self.run) >= step)
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: read_last_step(self.run) >= step)
 
-    def workers(self) -> list[int]:
-        """The processes below this one that train, by rank."""
+    def find_workers(self) -> list[int]:
+        """Find the ids of the training processes among this one's descendants, in the order of ranks."""
         found = {}
-        for pid in below(self.process.pid):
+        for pid in list_descendants(self.process.pid):
             try:
                 values = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -80,22 +75,22 @@ class Running:
                 found.setdefault(int(environment[b"RANK"]), pid)
         return [found[rank] for rank in sorted(found)]
 
-    def until_gone(self, processes: list[int]) -> None:
-        """Wait until none of these is left, though this one has ended."""
-        self.process.wait(PATIENCE)
-        end = time.monotonic() + PATIENCE
+    def wait_until_gone(self, processes: list[int]) -> None:
+        """Wait until this process and all of these have ended."""
+        self.process.wait(TIMEOUT)
+        end = time.monotonic() + TIMEOUT
         while any(map(is_running, processes)):
-            assert time.monotonic() < end, "a process was left behind"
+            assert time.monotonic() < end, "a process is still running"
             time.sleep(0.01)
 
-    def end(self) -> int:
-        """Wait for its end; the exit code."""
-        return self.process.wait(PATIENCE)
+    def wait(self) -> int:
+        """Wait until the process ends. Return its exit code."""
+        return self.process.wait(TIMEOUT)
 
     def kill(self) -> None:
-        for pid in [*below(self.process.pid), self.process.pid]:
-            kill(pid, signal.SIGKILL)
-        self.process.wait(PATIENCE)
+        for pid in [*list_descendants(self.process.pid), self.process.pid]:
+            send_signal(pid, signal.SIGKILL)
+        self.process.wait(TIMEOUT)
 
     def __enter__(self) -> "Running":
         return self
@@ -105,22 +100,22 @@ class Running:
             self.kill()
 
 
-def start(base: Path, data: Path, run: Path, *more: Any, **environment: str) -> Running:
-    """`t5tune train` in a process of its own."""
-    return Running([sys.executable, "-m", "t5tune", *arguments(base, data, run, *more)], run, **environment)
+def start_run(base: Path, data: Path, run: Path, *more: Any, **environment: str) -> Running:
+    """Start `t5tune train` in a separate process."""
+    return Running([sys.executable, "-m", "t5tune", *make_arguments(base, data, run, *more)], run, **environment)
 
 
-def below(pid: int) -> list[int]:
-    """The processes that a process started, and that these started."""
+def list_descendants(pid: int) -> list[int]:
+    """List the ids of a process's children, their children, and so on."""
     try:
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-    return children + [far for child in children for far in below(child)]
+    return children + [descendant for child in children for descendant in list_descendants(child)]
 
 
-def kill(pid: int, number: signal.Signals) -> None:
-    """Send a signal, if there is anyone to get it."""
+def send_signal(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process if it still exists."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -128,15 +123,15 @@ def kill(pid: int, number: signal.Signals) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and isn't merely waiting to be read."""
+    """Whether a process exists and isn't a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
 
-def last_step(run: Path) -> int:
-    """Of metrics.jsonl."""
+def read_last_step(run: Path) -> int:
+    """Read the last step in metrics.jsonl; 0 if there is none."""
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         return int(json.loads(lines[-1])["step"]) if lines else 0
@@ -144,12 +139,22 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def whole_steps(run: Path) -> list[int]:
-    """The steps of the checkpoints that verify, the newest first."""
-    return [int(path.name.partition("-")[2]) for path in checkpoints(run) if verify(path) is None]
+def list_complete_steps(run: Path) -> list[int]:
+    """List the steps of the checkpoints that pass verification, newest first."""
+    return [int(path.name.partition("-")[2]) for path in list_checkpoints(run) if verify(path) is None]
 
 
-def adapter(run: Path) -> bytes:
-    """The bytes of a finished run's adapter."""
+def read_adapter(run: Path) -> bytes:
+    """Read the adapter of a finished run."""
     assert (run / "result.json").is_file()
     return (run / "adapter_model.safetensors").read_bytes()
+
+
+def stop_at(event: Event, number: int = signal.SIGTERM) -> Any:
+    """Make a report that sends this process a signal when it receives the event."""
+
+    def report(seen: Event) -> None:
+        if seen == event:
+            os.kill(os.getpid(), number)
+
+    return report

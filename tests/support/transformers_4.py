@@ -1,12 +1,12 @@
-"""What transformers 4 and CTranslate2 make of a checkpoint, for end_to_end/test_other_tools.py.
+"""Load a checkpoint with transformers 4 and CTranslate2, for end_to_end/test_other_tools.py.
 
-Run with the Python of an environment that has both, and no t5tune:
+Run with the Python of an environment that has both packages, and no t5tune:
 
-    python tests/support/transformers_4.py CHECKPOINT ASKED.json FOUND.json
+    python tests/support/transformers_4.py CHECKPOINT REQUEST.json RESULT.json
 
-Reads {"inputs": [[…]], "decoder_inputs": [[…]], "texts": […], "converted": folder or null} and writes what stock
-transformers makes of it: its version, whether the head is tied, logits, ids of the texts, and the greedy replies of
-the checkpoint itself and of what CTranslate2's own converter makes of it.
+Reads {"inputs": [[…]], "decoder_inputs": [[…]], "texts": […], "converted": folder or null} and writes what plain
+transformers finds: its version, whether the head is tied, logits, ids of the texts, and the greedy replies of the
+checkpoint itself and of the checkpoint as converted by CTranslate2's own converter.
 """
 
 import json
@@ -17,27 +17,27 @@ import torch
 import transformers
 
 
-def main(checkpoint: str, asked_file: str, found_file: str) -> None:
-    asked = json.loads(Path(asked_file).read_text(encoding="utf-8"))
+def main(checkpoint: str, request_file: str, result_file: str) -> None:
+    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint, torch_dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    source, target = torch.tensor(asked["inputs"]), torch.tensor(asked["decoder_inputs"])
+    source, target = torch.tensor(request["inputs"]), torch.tensor(request["decoder_inputs"])
     with torch.inference_mode():
         logits = model(input_ids=source, decoder_input_ids=target, use_cache=False).logits
         reply = model.generate(source, max_new_tokens=12, do_sample=False, num_beams=1)
-    found = {
+    result = {
         "version": transformers.__version__,
         "tied": model.lm_head.weight.data_ptr() == model.shared.weight.data_ptr(),
         "logits": logits.tolist(),
-        "ids": [tokenizer(text).input_ids for text in asked["texts"]],
+        "ids": [tokenizer(text).input_ids for text in request["texts"]],
         "replies": reply[:, 1:].tolist(),
     }
-    if asked["converted"]:
-        found["converted_replies"] = converted_replies(checkpoint, asked["converted"], asked["inputs"])
-    Path(found_file).write_text(json.dumps(found), encoding="utf-8")
+    if request["converted"]:
+        result["converted_replies"] = generate_with_converted(checkpoint, request["converted"], request["inputs"])
+    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
 
 
-def converted_replies(checkpoint: str, folder: str, sources: list) -> list:
+def generate_with_converted(checkpoint: str, folder: str, sources: list) -> list:
     import ctranslate2
 
     ctranslate2.converters.TransformersConverter(checkpoint).convert(folder)

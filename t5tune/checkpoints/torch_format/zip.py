@@ -1,11 +1,11 @@
-"""A zip whose members are stored uncompressed, as torch.save writes it: checked whole, then mapped.
+"""Read a zip archive with uncompressed members, as torch.save writes it: checked completely, then memory-mapped.
 
     archive = StoredZip(path)
-    archive.view("data/0")          # the member's bytes, where they lie in the mapped file
+    archive.view("data/0")          # the member's bytes, as a view of the mapped file
 
-Zip readers may be led to see different files in one archive. So nothing here is guessed: the tables end the file,
-follow each other without a hole, and agree with the header in front of each member; members are uncompressed, have
-names of their own, and don't overlap. Format: PKWARE's APPNOTE.TXT, 4.3.
+A crafted archive can show different files to different zip readers. So nothing is guessed here: the central directory
+and its end records are at the end of the file, without gaps, and agree with each member's local header; members are
+uncompressed, have unique names, and don't overlap. Format: PKWARE's APPNOTE.TXT, 4.3.
 """
 
 import mmap
@@ -17,198 +17,229 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t5tune.errors import CheckpointError
-from t5tune.io.reasons import reason_of
+from t5tune.io.reasons import describe_error
 
-MAX_TABLE = 32 << 20
-CHUNK = 16 << 20
-_END = struct.Struct("<4s4H2IH")
-_END_64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR_64 = struct.Struct("<4sIQI")
-_ENTRY = struct.Struct("<4s6H3I5H2I")
-_LOCAL = struct.Struct("<4s5H3I2H")
-_UNKNOWN = 0xFFFFFFFF
+MAX_DIRECTORY_BYTES = 32 << 20
+CRC_CHUNK_BYTES = 16 << 20
+_END_RECORD = struct.Struct("<4s4H2IH")
+_END_RECORD_64 = struct.Struct("<4sQ2H2I4Q")
+_END_LOCATOR_64 = struct.Struct("<4sIQI")
+_DIRECTORY_ENTRY = struct.Struct("<4s6H3I5H2I")
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_IN_ZIP64_EXTRA = 0xFFFFFFFF  # instead of a value: it is in the zip64 extra field
 _IS_ENCRYPTED = 1
-_SIZES_FOLLOW = 8
-_LONGEST_COPY = 24
+_HAS_DATA_DESCRIPTOR = 8
+_MAX_DATA_DESCRIPTOR_BYTES = 24
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file in the zip. `crc` is 0 where the writer didn't compute it; `is_followed`: its sizes follow once more."""
+    """One file in the archive.
+
+    Args:
+        header: offset of the local header.
+        crc: CRC-32 of the bytes; 0 if the writer didn't compute it.
+        has_descriptor: whether a data descriptor, which repeats the sizes, follows the bytes.
+        begin: offset of the bytes.
+    """
 
     name: str
     header: int
     size: int
     crc: int
-    is_followed: bool
+    has_descriptor: bool
     begin: int = 0
 
 
 class StoredZip:
-    """Members by their names, without the folder that torch puts before them all."""
+    """The archive's members by name, without the top-level folder that torch puts them in."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: CheckpointError: no zip of this kind, or one whose parts contradict each other."""
+        """Read and check the central directory.
+
+        Raises:
+            CheckpointError: not a zip archive of this kind, or one whose records contradict each other.
+        """
         self.path = path
         try:
-            # a pipe would let us wait for ever
+            # O_NONBLOCK, because opening a named pipe would block forever
             with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
-                    raise CheckpointError(f"{path}: no regular file")
+                    raise CheckpointError(f"{path}: not a regular file")
                 self.size = status.st_size
                 self._descriptor = file.fileno()
                 self.members = self._read_members()
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, struct.error) as error:
-            raise CheckpointError(f"{path}: can't be read: {reason_of(error)}") from error
+            raise CheckpointError(f"{path}: can't be read: {describe_error(error)}") from error
 
     def view(self, name: str) -> memoryview:
-        """The member's bytes in the mapped file.
-
-        Raises: CheckpointError: no such member.
-        """
-        member = self.member(name)
+        """Return the member's bytes as a view of the mapped file; raises as `get_member` does."""
+        member = self.get_member(name)
         return memoryview(self._map)[member.begin : member.begin + member.size]
 
-    def member(self, name: str) -> Member:
-        """Raises: CheckpointError: no such member."""
+    def get_member(self, name: str) -> Member:
+        """Return a member by its name, or raise CheckpointError if there is none."""
         if name not in self.members:
-            raise CheckpointError(f"{self.path}: {name}: not in it")
+            raise CheckpointError(f"{self.path}: {name}: not in the archive")
         return self.members[name]
 
     def check(self, name: str) -> None:
-        """Raises: CheckpointError: the member's bytes aren't those that were written."""
-        data, crc, found = self.view(name), self.member(name).crc, 0
-        for begin in range(0, len(data) if crc else 0, CHUNK):
-            found = zlib.crc32(data[begin : begin + CHUNK], found)
-            let_go(self._map)
+        """Check a member's CRC-32.
+
+        Raises:
+            CheckpointError: the bytes have changed since they were written.
+        """
+        data, crc, found = self.view(name), self.get_member(name).crc, 0
+        for begin in range(0, len(data) if crc else 0, CRC_CHUNK_BYTES):
+            found = zlib.crc32(data[begin : begin + CRC_CHUNK_BYTES], found)
+            drop_pages(self._map)
         if found != crc:
             raise CheckpointError(f"{self.path}: {name}: differs from what was written (CRC-32)")
 
-    def _broken(self, reason: str) -> CheckpointError:
+    def _build_error(self, reason: str) -> CheckpointError:
         return CheckpointError(
             f"{self.path}: not torch's zip format: {reason}",
-            hint="load and save it once with a current torch, or convert it to safetensors",
+            hint="load and save the file with a current torch, or convert it to safetensors",
         )
 
-    def _read(self, begin: int, count: int) -> bytes:
-        # not through the map: the kernel would map the pages around each of a thousand headers
+    def _read_bytes(self, begin: int, count: int) -> bytes:
+        # not through the map: the kernel would also map the pages around each of a thousand headers
         data = os.pread(self._descriptor, count, begin) if 0 <= begin <= self.size - count else b""
         if len(data) != count:
-            raise self._broken(f"it ends before byte {begin + count}")
+            raise self._build_error(f"the file ends before byte {begin + count}")
         return data
 
     def _read_members(self) -> dict[str, Member]:
-        begin, count, end = self._table()
-        table = self._read(begin, end - begin)
+        begin, count, end = self._locate_directory()
+        directory = self._read_bytes(begin, end - begin)
         members: dict[str, Member] = {}
-        place = 0
+        offset = 0
         for _ in range(count):
-            member, place = self._entry(table, place)
+            member, offset = self._parse_directory_entry(directory, offset)
             if member.name in members:
-                raise self._broken(f"two members {member.name[:100]!r}")
+                raise self._build_error(f"two members are named {member.name[:100]!r}")
             members[member.name] = member
-        if place != len(table):
-            raise self._broken("its table is longer than its members")
-        position = hole = 0
-        for member in sorted(members.values(), key=lambda member: member.header):
-            if not position <= member.header <= position + hole:
-                raise self._broken(f"{member.name[:100]!r} lies over another member, or behind a hole")
-            data = self._begin_of(member)
-            position = data + member.size
-            if position > begin:
-                raise self._broken(f"{member.name[:100]!r} passes the end of the members")
-            hole = _LONGEST_COPY if member.is_followed else 0
-            members[member.name] = replace(member, begin=data)
-        if begin > position + hole:
-            raise self._broken("something lies between its members and their table")
+        if offset != len(directory):
+            raise self._build_error("the central directory is longer than its entries")
+        members = self._locate_members(members, begin)
         if len({name.partition("/")[0] for name in members}) != 1 or not all("/" in name for name in members):
-            raise self._broken("its members don't lie in one folder")
+            raise self._build_error("the members aren't in a single top-level folder")
         return {name.partition("/")[2]: member for name, member in members.items()}
 
-    def _table(self) -> tuple[int, int, int]:
-        """(begin, entries, end) of the table of members."""
-        end = self.size - _END.size
-        signature, disk, first, here, count, size, begin, comment = _END.unpack(self._read(end, _END.size))
+    def _locate_members(self, members: dict[str, Member], end: int) -> dict[str, Member]:
+        """Find where each member's data begins. The members must fill the bytes up to `end`.
+
+        They must follow each other without overlap and without a gap, except for a data descriptor.
+        """
+        located = dict(members)
+        position = gap = 0
+        for member in sorted(members.values(), key=lambda member: member.header):
+            if not position <= member.header <= position + gap:
+                raise self._build_error(f"{member.name[:100]!r} overlaps another member or follows a gap")
+            data = self._find_data(member)
+            position = data + member.size
+            if position > end:
+                raise self._build_error(f"{member.name[:100]!r} extends into the central directory")
+            gap = _MAX_DATA_DESCRIPTOR_BYTES if member.has_descriptor else 0
+            located[member.name] = replace(member, begin=data)
+        if end > position + gap:
+            raise self._build_error("there are unknown bytes between the members and the central directory")
+        return located
+
+    def _locate_directory(self) -> tuple[int, int, int]:
+        """Return (begin, number of entries, end) of the central directory."""
+        end = self.size - _END_RECORD.size
+        signature, disk, first, on_this_disk, count, size, begin, comment = _END_RECORD.unpack(
+            self._read_bytes(end, _END_RECORD.size)
+        )
         if signature != b"PK\x05\x06" or comment:
-            raise self._broken("no end of a zip at its end")
-        if disk or first or here != count:
-            raise self._broken("it continues in another file")
-        place = end - _LOCATOR_64.size
-        if place >= 0 and (locator := self._read(place, _LOCATOR_64.size))[:4] == b"PK\x06\x07":
-            _, _, where, _ = _LOCATOR_64.unpack(locator)
-            end = place - _END_64.size
-            if where != end:
-                raise self._broken("the end of the zip isn't where it says")
-            record = _END_64.unpack(self._read(end, _END_64.size))
-            signature, length, _, _, disk, first, here, count_64, size_64, begin_64 = record
-            if signature != b"PK\x06\x06" or length != _END_64.size - 12 or disk or first or here != count_64:
-                raise self._broken("its end is wrong")
+            raise self._build_error("no end-of-central-directory record at the end of the file")
+        if disk or first or on_this_disk != count:
+            raise self._build_error("the archive is split into several files")
+        offset = end - _END_LOCATOR_64.size
+        if offset >= 0 and (locator := self._read_bytes(offset, _END_LOCATOR_64.size))[:4] == b"PK\x06\x07":
+            _, _, record_begin, _ = _END_LOCATOR_64.unpack(locator)
+            end = offset - _END_RECORD_64.size
+            if record_begin != end:
+                raise self._build_error("the zip64 end record isn't at the offset that its locator gives")
+            record = _END_RECORD_64.unpack(self._read_bytes(end, _END_RECORD_64.size))
+            signature, length, _, _, disk, first, on_this_disk, count_64, size_64, begin_64 = record
+            if (
+                signature != b"PK\x06\x06"
+                or length != _END_RECORD_64.size - 12
+                or disk
+                or first
+                or on_this_disk != count_64
+            ):
+                raise self._build_error("the zip64 end record is invalid")
             for short, limit, long in (
                 (count, 0xFFFF, count_64),
-                (size, _UNKNOWN, size_64),
-                (begin, _UNKNOWN, begin_64),
+                (size, _IN_ZIP64_EXTRA, size_64),
+                (begin, _IN_ZIP64_EXTRA, begin_64),
             ):
                 if short not in (limit, long):
-                    raise self._broken("its two ends contradict each other")
+                    raise self._build_error("the two end records contradict each other")
             count, size, begin = count_64, size_64, begin_64
-        if begin + size != end or size > MAX_TABLE or count * _ENTRY.size > size:
-            raise self._broken("the table of its members isn't where it says")
+        if begin + size != end or size > MAX_DIRECTORY_BYTES or count * _DIRECTORY_ENTRY.size > size:
+            raise self._build_error("the central directory isn't at the offset that the end record gives")
         return begin, count, end
 
-    def _entry(self, table: bytes, place: int) -> tuple[Member, int]:
-        """The entry at a place of the table, and where the next begins."""
-        fields = _ENTRY.unpack_from(table, place)
+    def _parse_directory_entry(self, directory: bytes, offset: int) -> tuple[Member, int]:
+        """Parse the entry at an offset in the central directory, and return it with the offset of the next one."""
+        fields = _DIRECTORY_ENTRY.unpack_from(directory, offset)
         signature, _, _, flags, method, _, _, crc, packed, size, *lengths, disk, _, _, header = fields
         name_length, extra_length, comment_length = lengths
-        place += _ENTRY.size
-        name_bytes = table[place : place + name_length]
-        extra = table[place + name_length : place + name_length + extra_length]
-        place += name_length + extra_length + comment_length
-        if signature != b"PK\x01\x02" or place > len(table):
-            raise self._broken("a member's entry in its table is wrong")
+        offset += _DIRECTORY_ENTRY.size
+        name_bytes = directory[offset : offset + name_length]
+        extra = directory[offset + name_length : offset + name_length + extra_length]
+        offset += name_length + extra_length + comment_length
+        if signature != b"PK\x01\x02" or offset > len(directory):
+            raise self._build_error("an entry of the central directory is invalid")
         try:
             name = name_bytes.decode("utf-8")
         except UnicodeDecodeError:
-            raise self._broken("a member's name is no text") from None
-        size, packed, header = self._long_values(extra, [size, packed, header])
+            raise self._build_error("a member's name isn't UTF-8") from None
+        size, packed, header = self._apply_zip64(extra, [size, packed, header])
         if method or flags & _IS_ENCRYPTED or packed != size or disk:
-            raise self._broken(f"{name[:100]!r} is compressed, encrypted or elsewhere; torch stores its members plain")
-        return Member(name, header, size, crc, bool(flags & _SIZES_FOLLOW)), place
+            raise self._build_error(
+                f"{name[:100]!r} is compressed, encrypted or on another disk; torch stores members uncompressed"
+            )
+        return Member(name, header, size, crc, bool(flags & _HAS_DATA_DESCRIPTOR)), offset
 
-    def _long_values(self, extra: bytes, values: list[int]) -> list[int]:
-        """Those of the values that 32 bits can't hold stand, in this order, in the extra field 1."""
-        place = 0
-        while place + 4 <= len(extra):
-            kind, length = struct.unpack_from("<2H", extra, place)
-            body = extra[place + 4 : place + 4 + length]
-            place += 4 + length
+    def _apply_zip64(self, extra: bytes, values: list[int]) -> list[int]:
+        """Replace the values that need more than 32 bits: the extra field 1 (zip64) contains them, in this order."""
+        offset = 0
+        while offset + 4 <= len(extra):
+            kind, length = struct.unpack_from("<2H", extra, offset)
+            body = extra[offset + 4 : offset + 4 + length]
+            offset += 4 + length
             if kind != 1:
                 continue
-            wanted = [index for index, value in enumerate(values) if value == _UNKNOWN]
+            wanted = [index for index, value in enumerate(values) if value == _IN_ZIP64_EXTRA]
             if len(body) < 8 * len(wanted):
-                raise self._broken("a member's size of 64 bits is missing")
+                raise self._build_error("a member's 64-bit size is missing")
             for order, index in enumerate(wanted):
                 (values[index],) = struct.unpack_from("<Q", body, 8 * order)
             return values
-        if _UNKNOWN in values:
-            raise self._broken("a member's size of 64 bits is missing")
+        if _IN_ZIP64_EXTRA in values:
+            raise self._build_error("a member's 64-bit size is missing")
         return values
 
-    def _begin_of(self, member: Member) -> int:
-        """Where a member's bytes begin: behind its own header, which must say what the table says."""
-        header = self._read(member.header, _LOCAL.size)
-        signature, _, flags, method, _, _, crc, packed, size, name_length, extra_length = _LOCAL.unpack(header)
-        name = self._read(member.header + _LOCAL.size, name_length)
-        sizes = {size, packed} - {member.size, _UNKNOWN} - ({0} if flags & _SIZES_FOLLOW else set())
-        checks = {crc} - {member.crc} - ({0} if flags & _SIZES_FOLLOW else set())
+    def _find_data(self, member: Member) -> int:
+        """Find the offset of a member's bytes, after its local header, which must agree with the central directory."""
+        header = self._read_bytes(member.header, _LOCAL_HEADER.size)
+        signature, _, flags, method, _, _, crc, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        name = self._read_bytes(member.header + _LOCAL_HEADER.size, name_length)
+        sizes = {size, packed} - {member.size, _IN_ZIP64_EXTRA} - ({0} if flags & _HAS_DATA_DESCRIPTOR else set())
+        checks = {crc} - {member.crc} - ({0} if flags & _HAS_DATA_DESCRIPTOR else set())
         if signature != b"PK\x03\x04" or method or name != member.name.encode() or sizes or checks:
-            raise self._broken(f"{member.name[:100]!r}: its own header contradicts the table")
-        return member.header + _LOCAL.size + int(name_length) + int(extra_length)
+            raise self._build_error(f"{member.name[:100]!r}: its local header contradicts the central directory")
+        return member.header + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
 
-def let_go(mapped: mmap.mmap) -> None:
-    """Give back the pages that reading a mapped file brought in, or reading all of it would keep it in memory."""
+def drop_pages(mapped: mmap.mmap) -> None:
+    """Drop the pages of a mapped file from this process's memory; otherwise all that was read would stay in it."""
     if hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)

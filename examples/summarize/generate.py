@@ -1,8 +1,8 @@
-"""Write visits to a clinic, made up from a seed: a dialogue, and the note that the doctor takes.
+"""Generate visits to a clinic from a seed: a dialogue, and the note that the doctor writes about it.
 
-python examples/summarise/generate.py --seed 0 --num 300 --output examples/summarise/train.csv
+python examples/summarize/generate.py --seed 0 --num 300 --output examples/summarize/train.csv
 
-The dialogues are no medicine, and nobody's words: only their form is that of real notes.
+The dialogues are synthetic and medically meaningless; only their form is that of real notes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SMALL_TALK = ("The traffic was terrible.", "It is cold out there.", "I nearly mi
 
 
 def visit(random: random.Random) -> tuple[str, str]:
-    """A dialogue and its note."""
+    """Generate a dialogue and its note."""
     age, symptom, since = random.randint(19, 86), random.choice(SYMPTOMS), random.choice(TIMES)
     worse, drug, history, plan = (random.choice(words) for words in (WORSE, DRUGS, HISTORY, PLANS))
     turns = [
@@ -35,7 +35,7 @@ def visit(random: random.Random) -> tuple[str, str]:
         ("Doctor", f"Then I suggest {plan}."),
         ("Patient", random.choice(("All right.", "Fine, thank you.", "If you say so."))),
     ]
-    # not everybody says everything in this order
+    # vary the order
     if random.random() < 0.5:
         turns[4:6], turns[6:8] = turns[6:8], turns[4:6]
     note = (

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on train.csv, score heldout.csv, merge. MODEL and OUTPUT may be set; flags are handed to train.
+# Train on train.csv, score heldout.csv, and merge. Set MODEL and OUTPUT to change the model and the output folder;
+# arguments are passed on to train.
 set -euo pipefail
 cd "$(dirname "$0")"
 MODEL=${MODEL:-google/flan-t5-base}

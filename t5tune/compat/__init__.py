@@ -1,0 +1,1 @@
+"""Minimum versions of dependencies."""

@@ -1,0 +1,1 @@
+"""The ranks of a run: starting them, their process group, collectives, and signals."""

@@ -1,0 +1,1 @@
+"""Fold adapters into a base checkpoint, and verify the result."""

@@ -1,0 +1,74 @@
+"""Matrix products and norms in numpy that have the same bits as torch's on a CPU.
+
+`merge` must write the bits of PEFT's `merge_and_unload` on a CPU, so its sums need the order and rounding of torch's
+kernels. They are imitated in numpy, because importing torch takes longer and more memory than the sums themselves:
+without torch, `merge` streams a base of any size in about 100 MB.
+
+In shapes, O is out, I in, R rank, L lanes.
+"""
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+LANES = 8  # torch's kernel for norms accumulates this many partial sums per row
+
+
+def compute_low_rank_product(b_OR: Floats, a_RI: Floats) -> Floats:
+    """Multiply B·A, accumulating over the rank with fused multiply-adds as torch's BLAS does.
+
+    The bits are the same on every machine. With fewer than 4 rows or 15 columns, torch's own order depends on the
+    processor; no weight of a T5 is that small.
+
+    numpy's BLAS chooses kernels by processor and shape. It is used where a trial with the same shape shows that it
+    computes the same bits.
+    """
+    if _blas_sums_in_order(b_OR.shape[0], *a_RI.shape):
+        return b_OR @ a_RI
+    return _multiply_in_order(b_OR, a_RI)
+
+
+@functools.cache
+def _blas_sums_in_order(rows: int, rank: int, columns: int) -> bool:
+    random = np.random.default_rng(0)
+    b_OR = random.standard_normal((rows, rank), np.float32)
+    a_RI = random.standard_normal((rank, columns), np.float32)
+    return bool(np.array_equal(b_OR @ a_RI, _multiply_in_order(b_OR, a_RI)))
+
+
+def _multiply_in_order(b_OR: Floats, a_RI: Floats) -> Floats:
+    """Accumulate over the rank with fused multiply-adds.
+
+    A product of two fp32 numbers is exact in fp64, so adding it there and rounding to fp32 is a fused multiply-add.
+    """
+    product_OI = np.zeros((b_OR.shape[0], a_RI.shape[1]), np.float32)
+    for rank in range(a_RI.shape[0]):
+        terms = b_OR[:, rank, None].astype(np.float64) * a_RI[None, rank].astype(np.float64)
+        sums = product_OI + terms
+        # A sum that fp64 rounded to the midpoint of two fp32 numbers would be rounded twice, maybe in the wrong
+        # direction. Move it from the midpoint towards the exact sum.
+        halfway = (sums.view(np.uint64) & 0x1FFFFFFF) == 0x10000000
+        if halfway.any():
+            total, one, two = sums[halfway], product_OI[halfway].astype(np.float64), terms[halfway]
+            part = total - one
+            lost = (one - (total - part)) + (two - part)  # the rounding error, by Knuth's two-sum
+            sums[halfway] = np.where(lost == 0, total, np.nextafter(total, np.copysign(np.inf, lost)))
+        product_OI = sums.astype(np.float32)
+    return product_OI
+
+
+def row_norms(values_OI: Floats) -> Floats:
+    """Compute the 2-norm of each row, with the summation order of torch.linalg.norm on x86 if I is a multiple of 8."""
+    whole = values_OI.shape[1] // LANES * LANES
+    lanes_OL = np.zeros((len(values_OI), LANES), np.float32)
+    for column in range(0, whole, LANES):
+        part_OL = values_OI[:, column : column + LANES]
+        lanes_OL += part_OL * part_OL
+    norms_O = lanes_OL[:, 0].copy()
+    for lane in range(1, LANES):
+        norms_O += lanes_OL[:, lane]
+    for column in range(whole, values_OI.shape[1]):
+        norms_O += values_OI[:, column] * values_OI[:, column]
+    return np.sqrt(norms_O)

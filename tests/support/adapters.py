@@ -1,0 +1,70 @@
+"""Adapters of stock PEFT and of training, with random values in every trained tensor."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForSeq2SeqLM
+
+from t5tune.checkpoints.adapter import AdapterMetadata, to_peft_name, write_adapter
+from t5tune.checkpoints.tensors import Tensor
+from t5tune.model.load import load_base
+from t5tune.model.lora import add_lora
+from t5tune.settings.lora import LoraSettings
+from tests.support.paths import REPOSITORY
+
+TEMPLATES = REPOSITORY / "templates" / "conversations"
+TOKEN_IDS = [203, 210, 201]  # not sorted, so that swapped rows are detected
+SOURCE = torch.tensor([[5, 210, 17, 203, 99, 1], [201, 8, 8, 44, 1, 0]])
+TARGET = torch.tensor([[0, 203, 31, 7], [0, 210, 201, 12]])
+
+
+def load_stock_base(folder: Path) -> Any:
+    return AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_stock_adapter(base: Path, folder: Path, **changes: Any) -> Path:
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["q", "v"], "lora_dropout": 0.0}
+    model = get_peft_model(load_stock_base(base), LoraConfig(**options | changes, task_type=TaskType.SEQ_2_SEQ_LM))
+    randomize(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_rows_adapter(base: Path, folder: Path) -> tuple[Path, torch.Tensor]:
+    """Make an adapter with trained token rows as training writes it; also return the training model's logits."""
+    model = load_base(base, torch.float32, torch.device("cpu"))
+    settings = LoraSettings(lora_r=4, lora_alpha=16, lora_dropout=0.0)
+    peft_model, _ = add_lora(model, base, settings, TOKEN_IDS, torch.float32)
+    randomize(peft_model)
+    state = {
+        to_peft_name(name): Tensor("F32", parameter.detach().numpy())
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad
+    }
+    config = peft_model.peft_config["default"].to_dict() | {"base_model_name_or_path": str(base)}
+    plain = json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else value))
+    template = folder.with_name("of-the-adapter") / "template.yaml"
+    template.parent.mkdir()
+    shutil.copy(TEMPLATES / "plain.yaml", template)
+    folder.mkdir()
+    write_adapter(folder, state, AdapterMetadata(plain, base, template), non_lora={})
+    return folder, compute_logits(peft_model.eval())
+
+
+def compute_logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(
+            input_ids=SOURCE, attention_mask=SOURCE.ne(0).long(), decoder_input_ids=TARGET, use_cache=False
+        ).logits
+
+
+def randomize(model: Any, seed: int = 11) -> None:
+    """Set every trainable tensor to random values, as if it were trained."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.1

@@ -1,0 +1,35 @@
+"""Run the command line in a new process."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """The result of a command that has finished."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.stdout)
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+
+def t5tune(*arguments: Any, env: dict[str, str] | None = None, cwd: Path | None = None) -> CommandResult:
+    """Run the command line in a new process."""
+    command = [sys.executable, "-m", "t5tune", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=500
+    )
+    return CommandResult(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,70 @@
+"""The direction of imports: each package imports only from lower layers, and no module is in a cycle."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "t5tune"
+# from the lowest layer to the highest; packages of one layer may import each other, but not in a circle
+LAYERS = [
+    {"errors", "progress", "metrics", "io", "__init__"},
+    {"compat", "families", "settings"},
+    {"data", "checkpoints"},
+    {"model"},
+    {"diagnosis", "distributed", "merging", "reports", "training"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports_of(path: Path, modules: set[str]) -> Iterator[str]:
+    """The modules that one imports anywhere: at its top, in functions, and for type checking alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "t5tune":
+            base = node.module.partition(".")[2]
+            for alias in node.names:
+                full = f"{base}.{alias.name}".lstrip(".")
+                yield full if full in modules else base or "__init__"
+        elif isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("t5tune."))
+
+
+def graph() -> dict[str, set[str]]:
+    paths = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    return {name: set(imports_of(path, set(paths))) - {name} for name, path in paths.items()}
+
+
+def test_packages_import_only_from_those_below() -> None:
+    level = {package: number for number, layer in enumerate(LAYERS) for package in layer}
+    upward = [
+        f"{name} imports {other}"
+        for name, others in graph().items()
+        for other in sorted(others)
+        if level[other.partition(".")[0]] > level[name.partition(".")[0]]
+    ]
+    assert not upward
+
+
+def test_no_module_is_in_a_cycle_of_imports() -> None:
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        raise AssertionError(f"imported in a circle: {' → '.join(error.args[1])}") from None
+
+
+def test_no_package_is_in_a_cycle_of_imports() -> None:
+    packages: dict[str, set[str]] = {}
+    for name, others in graph().items():
+        package = name.partition(".")[0]
+        packages.setdefault(package, set()).update(other.partition(".")[0] for other in others)
+    try:
+        TopologicalSorter({name: others - {name} for name, others in packages.items()}).prepare()
+    except CycleError as error:
+        raise AssertionError(f"imported in a circle: {' → '.join(error.args[1])}") from None
