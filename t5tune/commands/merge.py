@@ -28,7 +28,7 @@ from t5tune.checkpoints.tensors import Tensor
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
 from t5tune.checkpoints.training_data import TRAINING_DATA_FILE, read_training_data
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
-from t5tune.families import Family, find_family
+from t5tune.families import FP16_OVERFLOW_LAYER, Family, find_family
 from t5tune.io.atomic import make_scratch_folder, write_folder_atomically
 from t5tune.io.output_dir import check_replaceable
 from t5tune.io.untrusted import has_file
@@ -183,7 +183,7 @@ def _requantize_base(
     if settings.onto == "base":
         return
     transform = _make_requantizer(settings.onto, metadata)
-    for name in filter(functools.partial(_is_linear_weight, base), base.list_names()):
+    for name in _list_quantized_weights(base, metadata):
         delta = deltas.setdefault(name, WeightDelta())
         if delta.base_transform is not None:
             initialized = "an adapter with a PiSSA or OLoRA initialization"
@@ -201,8 +201,16 @@ def _make_requantizer(kind: str, metadata: dict[str, Any]) -> Callable[[Tensor],
     return functools.partial(quantize_dequantize, kind=kind, double_quant=double_quant, compute=compute)
 
 
-def _is_linear_weight(base: Checkpoint, name: str) -> bool:
-    return ".block." in name and len(base.get_dtype_and_shape(name)[1]) == 2 and "relative_attention" not in name
+def _list_quantized_weights(base: Checkpoint, metadata: dict[str, Any]) -> list[str]:
+    """List the linear weights that training quantized."""
+    skipped = ["relative_attention"] if _quantizes_wo(metadata) else ["relative_attention", f".{FP16_OVERFLOW_LAYER}."]
+    linear = (name for name in base.list_names() if ".block." in name and len(base.get_dtype_and_shape(name)[1]) == 2)
+    return [name for name in linear if not any(part in name for part in skipped)]
+
+
+def _quantizes_wo(metadata: dict[str, Any]) -> bool:
+    """Whether training quantized wo, too, as it does by default; adapters made before this was recorded don't say."""
+    return metadata.get("quantize_wo", True) is not False
 
 
 def _subtract_initializations(adapters: list[Adapter], deltas: dict[str, WeightDelta]) -> None:
@@ -369,7 +377,8 @@ def _verify(
     trained_on = None
     if kind != "base":
         compute = torch.float32 if metadata.get("compute") == "float32" else torch.bfloat16
-        trained_on = TrainingQuantization(kind, metadata.get("double_quant", True) is not False, compute)
+        double_quant = metadata.get("double_quant", True) is not False
+        trained_on = TrainingQuantization(kind, double_quant, compute, _quantizes_wo(metadata))
     found = compare_logits(base.folder, folders, weights, merged, trained_on, settings.onto, metadata["family"], report)
     dtypes = {Checkpoint(merged).get_dtype_and_shape(name)[0] for name in base.list_names()}
     is_exact = dtypes <= {"F32", "F64"} and settings.onto == "base"

@@ -10,6 +10,7 @@ the model from our own loader, with the flag set to what that model computes.
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,17 @@ def compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]],
     return Agreement(
         replies=len(sources),
         same=sum(reply.hypotheses[0] == own for reply, own in zip(replies, our_tokens, strict=True)),
-        error=max(
-            abs(float(theirs) - own)
+        error=_find_max_difference(
+            (float(theirs), own)
             for score, (_, log_probs) in zip(scores, ours, strict=True)
             for theirs, own in zip(score.log_probs, log_probs, strict=True)
         ),
     )
+
+
+def _find_max_difference(pairs: Iterable[tuple[float, float]]) -> float:
+    """Find the largest difference; NaN if any is NaN, which Python's max would drop unless it comes first."""
+    return float(torch.tensor([abs(theirs - own) for theirs, own in pairs], dtype=torch.float64).max())
 
 
 def _name_unused_rows(tokens: dict[str, int], rows: int) -> dict[str, int]:

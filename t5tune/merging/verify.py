@@ -27,6 +27,7 @@ class TrainingQuantization:
     kind: str
     double_quant: bool
     compute: torch.dtype
+    quantize_wo: bool
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ def _load_model(
     quantization = None
     if training is not None:
         quantization = QuantizationSettings(
-            q_lora=True, quant_type=cast(Any, training.kind), double_quant=training.double_quant
+            q_lora=True,
+            quant_type=cast(Any, training.kind),
+            double_quant=training.double_quant,
+            quantize_wo=training.quantize_wo,
         )
     return load_base(folder, dtype, choose_device(use_cpu=True), quantization, family, report)
 
@@ -110,7 +114,8 @@ def _add_adapters(model: Any, adapters: list[Path], weights: list[float]) -> Any
 
 
 def _find_max_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+    # torch's max is NaN if any value is; Python's would drop a NaN that isn't the first
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(first, second, strict=True)]).max())
 
 
 def _compute_logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:

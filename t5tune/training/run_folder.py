@@ -253,4 +253,5 @@ def _collect_base_metadata(base: Path, settings: TrainSettings, sha256: str | No
     if settings.q_lora:
         compute = "bfloat16" if settings.bf16 else "float32"
         base_metadata |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}
+        base_metadata["quantize_wo"] = settings.quantize_wo
     return base_metadata

@@ -676,6 +676,18 @@ def test_merging_onto_quantized_weights_is_closer_to_the_training_model(tmp_path
     assert torch.equal(weights["shared.weight"], merged["shared.weight"])
 
 
+def test_merging_onto_quantized_weights_keeps_wo_if_training_did_not_quantize_it(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False, d_model=64, d_kv=16, d_ff=128)
+    adapter = make_stock_adapter(base, tmp_path / "adapter")
+    add_base_metadata(base, adapter, onto="nf4", compute="float32", quantize_wo=False)
+    onto = run_merge(base, adapter, tmp_path / "onto", onto="nf4")
+    assert onto.from_training["nf4"] < 0.2 * onto.from_training["base"]
+    weights, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "onto" / "model.safetensors")
+    layer = "encoder.block.0.layer.1.DenseReluDense"
+    assert torch.equal(weights[f"{layer}.wo.weight"], merged[f"{layer}.wo.weight"])
+    assert not torch.equal(weights[f"{layer}.wi_0.weight"], merged[f"{layer}.wi_0.weight"])
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_dequantized_weights_equal_those_of_bitsandbytes(tmp_path: Path, kind: str) -> None:
     import bitsandbytes.functional as functional

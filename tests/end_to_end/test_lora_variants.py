@@ -486,3 +486,18 @@ def first_adapter(untied_base: Path, conversations: Path, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("first") / "run"
     train(make_settings(untied_base, conversations, folder, max_steps=1, eval_data_path=None))
     return folder
+
+
+@pytest.mark.parametrize("quantize_wo", [True, False])
+def test_merging_onto_nf4_quantizes_the_weights_that_training_quantized(
+    quantize_wo: bool, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    changes = {"q_lora": True, "bf16": False, "quantize_wo": quantize_wo, "max_steps": 2, "report_samples": 0}
+    train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
+    values = {"model_name_or_path": str(untied_base), "adapter": tmp_path / "run", "output_dir": tmp_path / "merged"}
+    result = merge(MergeSettings(**values, onto="nf4"))
+    assert result.verified
+    before, after = (load_file(folder / "model.safetensors") for folder in (untied_base, tmp_path / "merged"))
+    layer = "decoder.block.1.layer.2.DenseReluDense"
+    assert torch.equal(before[f"{layer}.wo.weight"], after[f"{layer}.wo.weight"]) == (not quantize_wo)
+    assert not torch.equal(before[f"{layer}.wi_1.weight"], after[f"{layer}.wi_1.weight"])
