@@ -27,7 +27,8 @@ from t5tune.distributed.signals import (
     get_exit_code,
 )
 from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, World
-from t5tune.errors import RankLost, Stopped, T5TuneError
+from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
+from t5tune.io.atomic import write_json
 from t5tune.io.processes import die_with_parent, make_module_command
 from t5tune.progress import Note, Report, silent
 
@@ -61,7 +62,9 @@ def write_error(error: Exception) -> None:
     path = Path(os.environ[ERRORS_FOLDER_VARIABLE], f"rank-{World.from_environment().rank}.json")
     if not isinstance(error, T5TuneError):
         error = T5TuneError(f"{type(error).__name__}: {' '.join(str(error).split())}", hint="--debug shows where")
-    path.write_text(json.dumps({"kind": error.kind, "message": error.message, "hint": error.hint}), encoding="utf-8")
+    problems = error.problems if isinstance(error, SettingsError) else (error.message,)
+    # renamed into place, since the launching process may read it while a worker is being killed
+    write_json(path, {"kind": error.kind, "problems": list(problems), "hint": error.hint})
 
 
 def stop_with_deepspeed_launcher() -> None:
@@ -223,5 +226,5 @@ def _make_killed_error(rank: int, number: signal.Signals) -> RankLost:
 
 def _read_error(path: Path) -> T5TuneError:
     values = json.loads(path.read_text(encoding="utf-8"))
-    error: T5TuneError = getattr(errors, values["kind"])(values["message"], hint=values["hint"])
+    error: T5TuneError = getattr(errors, values["kind"])(*values["problems"], hint=values["hint"])
     return error

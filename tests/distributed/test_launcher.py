@@ -1,0 +1,30 @@
+"""Errors of workers: what the launching process reads is what the worker raised."""
+
+from pathlib import Path
+
+import pytest
+
+from t5tune.distributed.launcher import _read_error, write_error
+from t5tune.errors import RankLost, SettingsError, T5TuneError
+
+
+def test_the_launching_process_reads_each_problem_of_a_workers_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_T5TUNE_ERRORS", str(tmp_path))
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for raised in (
+        SettingsError("seed: 1 \u2260 2", "lora_r: 4", hint="--fresh"),
+        RankLost("rank 0 is gone"),
+        T5TuneError("x"),
+    ):
+        write_error(raised)
+        (path,) = tmp_path.iterdir()
+        read = _read_error(path)
+        assert (path.name, type(read), str(read), read.hint) == ("rank-1.json", type(raised), str(raised), raised.hint)
+        if isinstance(raised, SettingsError):
+            assert isinstance(read, SettingsError)
+            assert read.problems == raised.problems
+    write_error(ValueError("a\nb"))
+    assert _read_error(tmp_path / "rank-1.json").message == "ValueError: a b"
