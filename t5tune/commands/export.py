@@ -163,7 +163,10 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
     check_adapter_shapes(trained.adapter, trained.config, _read_base_config(settings, trained, report), folder)
     if trained.extra:
         extra = f"{len(trained.extra)} tensor(s) were trained in addition to the adapter (first: {min(trained.extra)})"
-        report(Note(f"{extra}; they are saved to {NON_LORA_FILE}, which PEFT doesn't load", warning=True))
+        fate = f"they are saved to {NON_LORA_FILE}, which PEFT doesn't load"
+        if settings.non_lora_state == "none":
+            fate = "they are left out, because non_lora_state is none"
+        report(Note(f"{extra}; {fate}", warning=True))
     return trained if settings.dtype is None else _convert_dtype(trained, DTYPES[settings.dtype], folder)
 
 
