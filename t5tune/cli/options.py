@@ -82,6 +82,8 @@ def normalize_arguments(arguments: list[str], model: type[Settings]) -> list[str
             result += [f"--{negated.replace('_', '-')}", "false"]
         elif kinds.get(name) == "switch":
             result.append(f"--{name}")
+            if equals:
+                problems.append(f"--{flag}={attached}: --{flag} takes no value")
         elif name in legacy:
             values = [attached] if equals else _take_values(rest)
             result += ["--renamed", f"{name}={' '.join(values) or 'true'}"]

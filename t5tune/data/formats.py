@@ -194,9 +194,8 @@ def _parse_chosen(asked: set[str], question: RecordTurns, value: dict[str, Any],
     chosen = value["chosen"]
     if isinstance(chosen, str):
         if not question:
-            raise RejectionError(
-                "no_answer", "chosen: a text without a prompt before it; name the prompt's key with source_column"
-            )
+            advice = "set source_column to the prompt's key, and target_column to chosen"
+            raise RejectionError("no_answer", f"chosen: a string without a prompt; {advice}")
         return asked | {"chosen"}, [*question, RecordTurn("assistant", chosen)]
     answer = _parse_turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
     if not any(entry.speaker == "human" for entry in answer):

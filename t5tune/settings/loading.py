@@ -61,7 +61,7 @@ def load_settings(
     if problems or settings is None:
         raise SettingsError(*problems, hint=f"t5tune {model.command} --help lists every option")
     if getattr(settings, "q_lora", False) and model.command == "train" and "bf16" not in values:
-        notes.append("q_lora turns bf16 on: the 4-bit base computes in bfloat16")
+        notes.append("q_lora turns bf16 on: the quantized base computes in bfloat16")
     return settings, notes
 
 

@@ -115,7 +115,7 @@ def test_a_preferred_answer_that_is_a_text_needs_a_prompt(tmp_path: Path) -> Non
     (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "Human: Hi Assistant: Yes", "rejected": "x"}))
     (record,) = read(tmp_path / "a.jsonl")
     assert isinstance(record, RejectedRecord)
-    assert (record.reason, "a text without a prompt before it" in record.message) == ("no_answer", True)
+    assert (record.reason, "a string without a prompt; set source_column" in record.message) == ("no_answer", True)
 
 
 def test_a_named_format_takes_precedence_over_other_keys(tmp_path: Path) -> None:

@@ -183,6 +183,15 @@ def test_a_flag_without_its_value_is_refused(run_command_line: Callable[..., tup
     assert "--lora-r: expected a value" in stderr
 
 
+@pytest.mark.parametrize("flag", ["--json=false", "--quiet=no", "--debug="])
+def test_a_flag_that_takes_no_value_is_refused_with_one(
+    run_command_line: Callable[..., tuple[Any, str]], flag: str
+) -> None:
+    settings, stderr = run_command_line("train", *NEEDED_FLAGS, flag)
+    assert settings is None
+    assert f"{flag}: {flag.partition('=')[0]} takes no value" in stderr
+
+
 @pytest.mark.parametrize("value", ["[red]8[/]", ":heart:", "8\\", "\\[red]8"])
 def test_an_error_shows_the_value_exactly_as_typed(
     run_command_line: Callable[..., tuple[Any, str]], value: str
@@ -377,7 +386,7 @@ def test_q_lora_in_any_spelling_turns_bf16_on_with_a_note(word: Any) -> None:
     settings, notes = load_settings(TrainSettings, None, {}, {**NEEDED, "q_lora": word})
     assert settings.q_lora
     assert settings.bf16
-    assert notes == ["q_lora turns bf16 on: the 4-bit base computes in bfloat16"]
+    assert notes == ["q_lora turns bf16 on: the quantized base computes in bfloat16"]
 
 
 def test_no_bf16_wins_over_q_lora(run_command_line: Callable[..., tuple[Any, str]]) -> None:

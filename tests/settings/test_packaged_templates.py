@@ -12,7 +12,7 @@ ZERO3_KEYS = {"stage3_param_persistence_threshold", "stage3_prefetch_bucket_size
 def test_a_packaged_run_config_has_all_required_train_settings(name: str) -> None:
     settings, notes = load_settings(TrainSettings, file=name)
     assert settings.output_dir.parts[0] == "runs"
-    note = "q_lora turns bf16 on: the 4-bit base computes in bfloat16"
+    note = "q_lora turns bf16 on: the quantized base computes in bfloat16"
     assert notes == [note] * (settings.q_lora and not settings.bf16)
 
 
