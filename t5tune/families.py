@@ -220,7 +220,7 @@ def match_family(config: Mapping[str, Any]) -> Family:
 
 
 def expand_target_modules(names: list[str]) -> list[str]:
-    """Replace names of groups by their layers, each once: attention -> q, k, v, o."""
+    """Replace names of groups with their layers, each once: attention -> q, k, v, o."""
     return list(
         dict.fromkeys(layer for name in names for layer in TARGET_MODULE_GROUPS.get(name.replace("_", "-"), (name,)))
     )

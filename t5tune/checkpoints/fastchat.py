@@ -1,7 +1,7 @@
 """Read adapters without adapter_config.json, as FastChat's train_lora_t5.py and similar scripts write them.
 
-The LoRA tensors are in adapter_model.bin, adapter_model.safetensors or pytorch_model.bin, by the names of the training
-model: `base_model.model.encoder.….q.lora_A.default.weight`, sometimes with the prefix `module.` that
+The LoRA tensors are in adapter_model.bin, adapter_model.safetensors or pytorch_model.bin, under their names in the
+training model: `base_model.model.encoder.….q.lora_A.default.weight`, sometimes with the prefix `module.` that
 DistributedDataParallel adds.
 """
 
@@ -25,11 +25,11 @@ from t5tune.errors import CheckpointError, SettingsError
 from t5tune.io.untrusted import read_json_object
 
 DEFAULT_LORA_ALPHA = 16.0
+"""FastChat's default lora_alpha, which its files don't contain."""
 DEFAULT_ALPHA_NOTE = (
     f"lora_alpha {DEFAULT_LORA_ALPHA:g} is FastChat's default; no file contains the value used in training: "
     "give --lora-alpha if it was different"
 )
-"""FastChat's default lora_alpha, which its files don't contain."""
 
 EMBEDDING_MODULES = ("encoder.embed_tokens", "decoder.embed_tokens")
 ROWS_AT_ONCE = 2048

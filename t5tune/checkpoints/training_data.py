@@ -60,7 +60,9 @@ def read_training_data(folder: Path) -> TrainingData | None:
         return None
     values = read_json_object(folder, TRAINING_DATA_FILE)
     if (version := values.pop("format", None)) != TRAINING_DATA_FORMAT:
-        raise CheckpointError(f"{path}: format {version!r:.40}, this release reads {TRAINING_DATA_FORMAT}")
+        raise CheckpointError(
+            f"{path}: format {version!r:.40}; this version of t5tune reads format {TRAINING_DATA_FORMAT}"
+        )
     try:
         # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
         return TypeAdapter(TrainingData).validate_json(json.dumps(values), strict=True)

@@ -32,7 +32,7 @@ Shapes = list[dict[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class ZeroState:
-    """The weights in a DeepSpeed checkpoint, by the training model's names.
+    """The weights in a DeepSpeed checkpoint, under their names in the training model.
 
     Args:
         trained: the fp32 weights that the optimizer updated. Stage 0 doesn't separate trained from frozen weights:

@@ -17,7 +17,7 @@ from t5tune.progress import Report
 from t5tune.settings import ChatSettings, packaged_templates
 
 HELP = """\
-Type a message. A line that begins with / is a command; begin with // to send a slash.
+Type a message. A line that begins with / is a command; begin with // to send a message that starts with /.
   /reset             clear the conversation
   /undo              remove the last message and its reply
   /history on|off    reply to the whole conversation, or to each message by itself
@@ -30,7 +30,7 @@ Type a message. A line that begins with / is a command; begin with // to send a 
 
 
 def run_chat(settings: ChatSettings, report: Report, stream: TextIO) -> None:
-    """Read messages and reply to each until the user quits; from a pipe, reply to one line after the other."""
+    """Read messages and reply to each until the user quits; if input is piped, reply to each line in turn."""
     if sys.stdin is None:
         raise SettingsError("standard input is closed", hint="use --prompt to pass a message")
     session = _ChatSession(Chatter.load(settings, report), report, stream, interactive=sys.stdin.isatty())

@@ -1,4 +1,4 @@
-"""Make Typer options of settings models, and rewrite the arguments that a user types into the form that Typer parses.
+"""Turn settings models into Typer options, and rewrite the arguments that a user types into the form that Typer parses.
 
 Typer treats every value as text. Only pydantic parses and validates values, whether they come from a flag, a file or
 the environment, so that all problems are reported at once.
@@ -176,7 +176,7 @@ def _format_help(field: FieldInfo) -> str:
 
 
 def _make_parameter(name: str, field: FieldInfo, model: type[Settings]) -> inspect.Parameter:
-    """Make a setting a parameter that Typer understands; its value is None if the user didn't give it."""
+    """Turn a setting into a Typer parameter; its value is None if the user didn't give it."""
     kind = _classify_field(field)
     help_text = _format_help(field)
     option: Any

@@ -102,10 +102,10 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> EvaluateResult:
     check_replaceable(folder, settings.overwrite)
     loaded = load_for_inference(settings, report)
     if loaded.training_data is not None and not is_cache(Path(settings.data_path[0])):
-        settings = _use_reading_of_training(settings, loaded.training_data, report)
+        settings = _inherit_data_settings(settings, loaded.training_data, report)
     evaluation_set = _load_examples(settings, loaded, report)
     losses = _measure_losses(settings, loaded, evaluation_set, report)
-    replies = generate_predictions(
+    predicted_ids = generate_predictions(
         loaded.model,
         evaluation_set.examples,
         evaluation_set.tokenizer.eos_token_id,
@@ -115,7 +115,7 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> EvaluateResult:
         settings.num_beams,
         report,
     )
-    predictions = [evaluation_set.decode(reply) for reply in replies]
+    predictions = [evaluation_set.decode(ids) for ids in predicted_ids]
     with write_folder_atomically(folder) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, evaluation_set, predictions, losses)
         (staged / SETTINGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
@@ -175,7 +175,7 @@ def _write_predictions(path: Path, evaluation_set: _EvaluationSet, predictions: 
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _use_reading_of_training(settings: EvaluateSettings, trained_on: TrainingData, report: Report) -> EvaluateSettings:
+def _inherit_data_settings(settings: EvaluateSettings, trained_on: TrainingData, report: Report) -> EvaluateSettings:
     """Return the settings with the data columns and the source prefix of training, unless the user set others."""
     names = {"source_prefix"} - settings.model_fields_set
     if not (set(COLUMN_SETTINGS) & settings.model_fields_set):  # a user who names one column describes the whole layout

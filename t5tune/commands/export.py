@@ -90,7 +90,8 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         size = sum_file_sizes(path for path in staged.iterdir())
     lora = sum(".lora_" in name for name in trained.adapter)
     others = len(trained.adapter) - lora + len(trained.extra) + len(base or {})
-    report(Note(f"gathered {lora} LoRA tensors of step {trained.step} from {trained.world_size} rank(s)"))
+    ranks = "1 rank" if trained.world_size == 1 else f"{trained.world_size} ranks"
+    report(Note(f"gathered {lora} LoRA tensors of step {trained.step} from {ranks}"))
     return ExportResult(
         adapter=settings.output_dir,
         step=trained.step,
@@ -162,10 +163,13 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
     _check_finite(trained.extra, folder)
     check_adapter_shapes(trained.adapter, trained.config, _read_base_config(settings, trained, report), folder)
     if trained.extra:
-        extra = f"{len(trained.extra)} tensor(s) were trained in addition to the adapter (first: {min(trained.extra)})"
-        fate = f"they are saved to {NON_LORA_FILE}, which PEFT doesn't load"
+        count = len(trained.extra)
+        were = "1 tensor was" if count == 1 else f"{count} tensors were"
+        extra = f"{were} trained in addition to the adapter (first: {min(trained.extra)})"
+        are = "it is" if count == 1 else "they are"
+        fate = f"{are} saved to {NON_LORA_FILE}, which PEFT doesn't load"
         if settings.non_lora_state == "none":
-            fate = "they are left out, because non_lora_state is none"
+            fate = f"{are} left out, because non_lora_state is none"
         report(Note(f"{extra}; {fate}", warning=True))
     return trained if settings.dtype is None else _convert_dtype(trained, DTYPES[settings.dtype], folder)
 

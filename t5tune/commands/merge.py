@@ -1,10 +1,10 @@
-"""`t5tune merge`: merge adapters into their base, to a checkpoint that works without PEFT.
+"""`t5tune merge`: merge adapters into their base and write a checkpoint that loads without PEFT.
 
     result = merge(MergeSettings(model_name_or_path="base", adapter="run", output_dir="merged"))
     result.checkpoint
 
-Works in a stream: tensors that no adapter changes are copied unchanged, and of the others only a few rows are in memory
-at a time. W + scale · B·A is summed in fp32 and rounded once, which gives the same bits as PEFT's own merge.
+Streams the weights: tensors that no adapter changes are copied unchanged, and of the others only a few rows are in
+memory at a time. W + scale · B·A is summed in fp32 and rounded once, which gives the same bits as PEFT's own merge.
 """
 
 import functools
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 TASK = "merge"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded
-WEIGHT_FILES = {".safetensors", ".bin"}
+WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 LOG_PROBABILITY_TOLERANCE = 1e-3  # both models compute in fp32, but sum in a different order
 ROUNDING_TOLERANCE = 0.05  # rounding weights to 8 (bf16) or 11 (fp16) bits changes logits by about this share of them
 
@@ -112,7 +112,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         found = _verify(settings, base, adapters, metadata, checkpoint, report) if verify else None
         if settings.to == "ctranslate2":
             agreement = _convert_to_ctranslate2(settings, adapters[0].folder, checkpoint, staged, report)
-        size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in WEIGHT_FILES)
+        size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
     return MergeResult(
         checkpoint=settings.output_dir,
@@ -149,7 +149,9 @@ def _check_base(settings: MergeSettings, base: Checkpoint, adapters: list[Adapte
         metadata = read_base_metadata(adapter.folder)
         if not metadata.get(key):
             report(
-                Note(f"{adapter.folder}: contains no {key} of its base, so merge can't check that this base is the one")
+                Note(
+                    f"{adapter.folder}: records no {key}, so merge can't verify that this is the base it was trained on"
+                )
             )
             continue
         if found is None:
@@ -165,18 +167,23 @@ def _check_base(settings: MergeSettings, base: Checkpoint, adapters: list[Adapte
     metadata = read_base_metadata(adapters[0].folder)
     trained_on = metadata.get("onto", "base")
     if trained_on != settings.onto:
-        text = f"{adapters[0].folder}: trained on the base in {trained_on}, merged into {settings.onto}"
+        trained_base, merged_base = _describe_base(trained_on), _describe_base(settings.onto)
+        text = f"{adapters[0].folder}: trained on {trained_base}, but merging into {merged_base}"
         if trained_on != "base":
-            report(Note(f"{text}; --onto {trained_on} keeps the predictions of training", warning=True))
+            report(Note(f"{text}; --onto {trained_on} comes closer to the training model's predictions", warning=True))
         elif metadata:
             report(Note(text, warning=True))
     return metadata | {"family": settings.family or metadata.get("family")}
 
 
+def _describe_base(kind: str) -> str:
+    return "the unquantized base" if kind == "base" else f"an {kind} base"
+
+
 def _requantize_base(
     settings: MergeSettings, base: Checkpoint, metadata: dict[str, Any], deltas: dict[str, WeightDelta]
 ) -> None:
-    """Replace each weight that q_lora quantizes, adapted or not, by its quantized and dequantized values.
+    """Replace each weight that q_lora quantizes, adapted or not, with its quantized and dequantized values.
 
     These are the values that the adapter was trained on.
     """
@@ -347,7 +354,7 @@ def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Ada
         return False
     values = sum(math.prod(base.get_dtype_and_shape(name)[1]) for name in base.list_names())
     needed, available = 4 * values + LIBRARY_BYTES, get_free_memory()
-    text = f"verifying needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+    text = f"verifying needs about {needed / 1e9:.1f} GB of memory; {available / 1e9:.1f} GB are free"
     if settings.verify is None and needed > available:
         report(Note(f"not verified: {text}; --verify verifies anyway", warning=True))
         return False
@@ -392,6 +399,10 @@ def _verify(
     summary = f"logits differ by at most {found.error:.3g} of {found.largest:.3g} ({allowed:.3g} is allowed)"
     report(Note(f"verified on {found.examples} examples: {summary}"))
     if found.from_training:
-        parts = (f"{error:.3g} merged into {onto}" for onto, error in found.from_training.items())
-        report(Note(f"difference from the training model's logits, on a base in {kind}: {', '.join(parts)}"))
+        parts = (
+            f"{error:.3g} if merged into {'the base' if onto == 'base' else onto}"
+            for onto, error in found.from_training.items()
+        )
+        found_in = f"largest logit difference from the model as trained ({kind} base)"
+        report(Note(f"{found_in}: {', '.join(parts)}"))
     return found

@@ -393,10 +393,10 @@ def _compute_padding(settings: PlanSettings, batches: list[Integers], data: _Dat
     return round(1 - useful / padded, 4)
 
 
-def _count_steps(settings: PlanSettings, count: int, count_budget_batches: int) -> int:
+def _count_steps(settings: PlanSettings, num_processes: int, num_batches: int) -> int:
     if settings.max_steps is not None:
         return settings.max_steps
-    per_epoch = max(1, -(-count_budget_batches // (settings.gradient_accumulation_steps * count)))
+    per_epoch = max(1, -(-num_batches // (settings.gradient_accumulation_steps * num_processes)))
     return max(1, round(per_epoch * settings.num_train_epochs))
 
 
@@ -434,7 +434,7 @@ def _suggest_settings(
 
 
 def _find_largest_batch_size(estimator: _MemoryEstimator, stage: str, data: _Data) -> tuple[int, int] | None:
-    """Find the largest power of two of the longest examples that fits.
+    """Find the largest batch size, a power of two, that fits if every example is as long as the longest.
 
     Returns:
         (examples per batch, bytes per device), or None if a single example doesn't fit.

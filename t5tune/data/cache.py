@@ -189,7 +189,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{folder / MANIFEST_FILE}: format {version}, this release reads {FORMAT_VERSION}",
+            f"{folder / MANIFEST_FILE}: format {version}; this version of t5tune reads format {FORMAT_VERSION}",
             hint="run t5tune prepare again",
         )
     for name, kind in MANIFEST_TYPES.items():

@@ -3,7 +3,7 @@ r"""Repair common defects of conversation texts, and count the repairs by kind.
 `normalize_text` runs on every text: it normalizes line ends and removes zero-width characters. `clean` runs with
 --clean: it removes the HTML and the backslashes of old ShareGPT dumps. There, a turn is either HTML from its first tag
 on, or Markdown. In Markdown, only entities (`&lt;`) are decoded and needless backslashes (`\_`) removed, except in code
-and mathematics.
+and math.
 """
 
 import html
@@ -44,7 +44,7 @@ def normalize_text(text: str, repairs: Counter[str]) -> str:
 def clean(text: str, repairs: Counter[str]) -> str:
     """Convert HTML to Markdown; in Markdown, decode entities and remove needless backslashes.
 
-    Code and mathematics stay as they are. HTML that can't be converted safely is returned unchanged and counted.
+    Code and math stay as they are. HTML that can't be converted safely is returned unchanged and counted.
     """
     if _HTML_START.match(text):
         converted = _convert_html(text)

@@ -33,7 +33,7 @@ def read_csv(
     """Read a CSV file: a header with the column names, then rows.
 
     Args:
-        delimiter: None: the most frequent one of comma, semicolon and tab in the header.
+        delimiter: if None, the most frequent one of comma, semicolon and tab in the header.
         max_bytes: longer rows are rejected, and written to a file next to `spool`.
 
     Raises:
@@ -113,7 +113,7 @@ def read_parquet(path: Path, max_bytes: int, spool: Path | None) -> Iterator[Raw
         raise
     except Exception as error:  # pyarrow raises its own exceptions and many of Python's
         raise DataError(
-            f"{path}: row {index}: broken Parquet: {_shorten_reason(error)}", hint="get the file again"
+            f"{path}: row {index}: broken Parquet: {_shorten_reason(error)}", hint="download or copy the file again"
         ) from error
 
 
@@ -211,7 +211,7 @@ class _LineReader:
     """Iterates over a file's lines as text with their line ends; bytes that are not UTF-8 become lone surrogates.
 
     From the line that makes a row longer than `max_bytes`, the row is written to a file instead, and only a skeleton
-    is yielded: each stretch of ordinary text is replaced by `x`, so that the csv module still finds the same cells
+    is yielded: each stretch of ordinary text is replaced with `x`, so that the csv module still finds the same cells
     and the end of the row.
     """
 

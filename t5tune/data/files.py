@@ -231,7 +231,8 @@ def _decompress(path: Path, archive: Any, packing: str, broken: tuple[type[Excep
                 yield chunk
     except broken as error:
         raise DataError(
-            f"{path}: broken {packing} archive after {position} decompressed bytes: {error}", hint="get the file again"
+            f"{path}: broken {packing} archive after {position} decompressed bytes: {error}",
+            hint="download or copy the file again",
         ) from error
 
 

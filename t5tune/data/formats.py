@@ -105,19 +105,19 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     if value.get("system") not in EMPTY_VALUES:
         entries.insert(0, RecordTurn("system", _parse_text("system", value["system"])))
     system, turns = _merge_turns(entries, reading, repairs)
-    said_by = tuple(Turn(role, "\n".join(texts), False not in learned) for role, texts, learned in turns)
+    merged_turns = tuple(Turn(role, "\n".join(texts), False not in learned) for role, texts, learned in turns)
     # a merged turn with a part of weight 0 must not be learned
     if mixed := sum(len(learned) > 1 for _, _, learned in turns):
         repairs["merged_turns_not_learned"] += mixed
-    if blank := sum(not turn.text.strip() for turn in said_by):
+    if blank := sum(not turn.text.strip() for turn in merged_turns):
         repairs["blank_turns"] += blank
-    answers = [turn for turn in said_by if turn.role == "assistant" and turn.text.strip()]
+    answers = [turn for turn in merged_turns if turn.role == "assistant" and turn.text.strip()]
     if not answers:
         raise RejectionError("no_answer", f"no assistant turn with text to learn from ({name})")
     if not any(turn.learned for turn in answers):
         raise RejectionError("zero_weight", f"every assistant turn has weight 0, so there is nothing to learn ({name})")
     has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
-    return Conversation(location, system or None, said_by, dict(sorted(repairs.items())), has_prefix)
+    return Conversation(location, system or None, merged_turns, dict(sorted(repairs.items())), has_prefix)
 
 
 def _merge_turns(
@@ -189,19 +189,21 @@ def _parse_messages(key: str, value: dict[str, Any], reading: ReadingSettings, r
     return _parse_chosen({key}, entries, value, repairs)
 
 
-def _parse_chosen(asked: set[str], question: RecordTurns, value: dict[str, Any], repairs: Counter[str]) -> ParsedTurns:
+def _parse_chosen(
+    prompt_keys: set[str], question: RecordTurns, value: dict[str, Any], repairs: Counter[str]
+) -> ParsedTurns:
     """Parse the preferred answer of a preference pair; it may be a list of turns that contains the question too."""
     chosen = value["chosen"]
     if isinstance(chosen, str):
         if not question:
             advice = "set source_column to the prompt's key, and target_column to chosen"
             raise RejectionError("no_answer", f"chosen: a string without a prompt; {advice}")
-        return asked | {"chosen"}, [*question, RecordTurn("assistant", chosen)]
+        return prompt_keys | {"chosen"}, [*question, RecordTurn("assistant", chosen)]
     answer = _parse_turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
     if not any(entry.speaker == "human" for entry in answer):
-        return asked | {"chosen"}, question + answer
+        return prompt_keys | {"chosen"}, question + answer
     # if the list contains the question, the record's own question was used too, not ignored
-    return {"chosen"} | (asked if set(question) <= set(answer) else set()), answer
+    return {"chosen"} | (prompt_keys if set(question) <= set(answer) else set()), answer
 
 
 def _parse_turns(key: str, items: Any, repairs: Counter[str]) -> RecordTurns:
@@ -286,14 +288,14 @@ def _parse_alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Coun
         entries.append(RecordTurn("human", _parse_text(f"history {index}", pair[0])))
         entries.append(RecordTurn("assistant", _parse_text(f"history {index}", pair[1])))
     entries.append(RecordTurn("human", question))
-    asked = {"instruction", "input", "history"}
+    prompt_keys = {"instruction", "input", "history"}
     if value.get("output") is None and value.get("chosen") is not None:
-        return _parse_chosen(asked, entries, value, repairs)
-    return asked | {"output"}, [*entries, RecordTurn("assistant", _parse_text("output", value.get("output")))]
+        return _parse_chosen(prompt_keys, entries, value, repairs)
+    return prompt_keys | {"output"}, [*entries, RecordTurn("assistant", _parse_text("output", value.get("output")))]
 
 
 def _parse_prompt_completion(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
-    """Parse `prompt` and `completion` (or `chosen`), each a text or a list of messages.
+    """Parse `prompt` and `completion` (or `chosen`), each a string or a list of messages.
 
     A `chosen` that is a whole conversation needs no prompt.
     """

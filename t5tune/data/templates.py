@@ -24,11 +24,12 @@ DEFAULT_TEMPLATE = "fastchat-t5"
 
 @dataclass(frozen=True)
 class Template:
-    """A conversation template. `{text}` in a pattern is replaced by the text of the turn.
+    """A conversation template. `{text}` in a pattern is replaced with the text of the turn.
 
     Args:
         system_message: used if a record has no system message; if empty, there is no system line then.
-        system, human, assistant: patterns of the system line and of the turns.
+        system, human, assistant: patterns of the system line and of the turns. A leading space in `assistant` separates
+            source and target and belongs to neither.
         assistant_prefix: the end of the source; if it ends with a space, the target begins after that space.
         turn_separator: text before each human turn except the first.
     """
@@ -46,7 +47,7 @@ class Template:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def render_system(self, system: str | None) -> str:
-        """Return the system line, or an empty text if there is none."""
+        """Return the system line, or an empty string if there is none."""
         message = self.system_message if system is None else system
         return self.system.replace("{text}", message) if message else ""
 
@@ -101,7 +102,7 @@ def load_template(name_or_path: str) -> Template:
 
 
 def parse_template(values: dict[str, Any], path: Path) -> Template:
-    """Check the values of a template file; `path` is named in errors."""
+    """Build a Template from the values of a YAML file, and validate it; `path` is for error messages."""
     known = {field.name: field.default is MISSING for field in fields(Template)}
     problems = [f"{name}: unknown field{suggest_name(name, known)}" for name in values if name not in known]
     problems += [f"{name}: missing" for name, is_needed in known.items() if is_needed and name not in values]

@@ -197,7 +197,7 @@ def _watch(workers: list[subprocess.Popen[bytes]], received: _ReceivedSignals) -
 
 
 def _find_first_error(folder: Path, ended: list[int | None], received: _ReceivedSignals) -> T5TuneError:
-    """Find the cause of a failure: first an error that a rank detected, then a kill, and a lost rank only last.
+    """Find the cause of a failure: first an error that a rank detected, then a kill, and only then a lost rank.
 
     When a rank fails, the others lose the connection to it, and their errors only say so.
     """

@@ -110,7 +110,8 @@ def check_inside(folder: Path, path: Path) -> None:
     in_cache = cached is not None and cached.name.startswith("models--") and target.parent == cached / "blobs"
     if not (target.is_relative_to(home) or in_cache):
         raise CheckpointError(
-            f"{path}: a link to {target}, outside the folder", hint="if you trust that file, replace the link by a copy"
+            f"{path}: a link to {target}, outside the folder",
+            hint="if you trust that file, replace the link with a copy",
         )
 
 

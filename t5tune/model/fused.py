@@ -5,8 +5,8 @@
 
 As transformers implements them, they take a fifth of a training step on a CPU, because each elementwise operation on a
 whole batch goes through main memory. Here they run on chunks of rows that fit in the CPU's cache. The norm produces the
-same bits as transformers' and has a closed-form gradient. The activation uses torch's kernel for the formula that
-transformers writes out, and a gated activation is multiplied by its linear half while it is in the cache. For the
+same bits as transformers' and has a closed-form gradient. An ungated activation uses torch's GELU
+kernel. A gated one is computed chunk by chunk and multiplied by its linear half while it is in the cache. For the
 backward pass, the layers save only their inputs; norms also save one number per row.
 
 N tokens, C tokens of a chunk, D model width, F feed-forward width.

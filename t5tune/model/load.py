@@ -1,8 +1,8 @@
 """Load a base checkpoint in bf16, fp32 or quantized, with exactly the weights of its files.
 
 `from_pretrained` of transformers 5 doesn't load every T5 correctly: it treats every T5 as tied, and under ZeRO-3 it
-replaces Flan-T5's head by the embedding. So this module builds the model on the meta device and assigns each tensor of
-the files by name. The weights decide whether the head is tied: whether the files contain one.
+replaces Flan-T5's head with the embedding. So this module builds the model on the meta device and assigns each tensor
+of the files by name. The weights decide whether the head is tied: whether the files contain one.
 """
 
 from pathlib import Path

@@ -279,7 +279,7 @@ def _make_token_indices(model: Any, token_ids: list[int]) -> Any:
 
 
 def replace_trainable_token_layers(peft_model: Any) -> None:
-    """Replace PEFT's layers for trained token rows by `TokenRows`."""
+    """Replace PEFT's layers for trained token rows with `TokenRows`."""
     for module in peft_model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = TokenRows

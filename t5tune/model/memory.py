@@ -5,7 +5,7 @@
     step = measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=True)
 
 The step runs on fake tensors, which have shapes but no data: the real model, adapters, loss and backward pass, while
-every live storage is counted. So there are no formulas of layers here that would have to follow changes of the model.
+every live storage is counted. So no per-layer formulas have to be kept in sync with the model.
 """
 
 import sys
@@ -196,7 +196,7 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def _assume_gpu_kernels() -> Iterator[None]:
-    """Pretend to run on a GPU: replace torch's attention by a fused kernel, and don't split norms into chunks.
+    """Pretend to run on a GPU: replace torch's attention with a fused kernel, and don't split norms into chunks.
 
     Patching works because transformers and model/attention.py look up `scaled_dot_product_attention` at each call.
     """
@@ -216,7 +216,7 @@ def _assume_gpu_kernels() -> Iterator[None]:
 
 
 def _move_to_fake_cpu(model: nn.Module) -> None:
-    """Replace the meta tensors of a model by fake CPU tensors, so that autocast and attention behave as on a CPU."""
+    """Replace the meta tensors of a model with fake CPU tensors, so that autocast and attention behave as on a CPU."""
     made: dict[int, torch.Tensor] = {}  # by the old tensor's id, to keep shared tensors shared
     for module in model.modules():
         registered: list[dict[str, Any]] = [module._parameters, module._buffers]

@@ -27,7 +27,7 @@ class Series:
 
 
 def draw_line_chart(title: str, series: Sequence[Series], x_name: str, may_be_logarithmic: bool = False) -> str:
-    """Draw the series in one chart without values that aren't finite; return an empty text if no point is left.
+    """Draw the series in one chart without values that aren't finite; return an empty string if no point is left.
 
     Args:
         may_be_logarithmic: use a logarithmic y axis if the values span a factor of LOGARITHMIC_FROM or more.

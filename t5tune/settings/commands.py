@@ -116,7 +116,7 @@ class ExportSettings(ReplaceableOutputSettings):
     panel: ClassVar[str] = "Export"
 
     checkpoint: Path = Field(
-        description="Checkpoint to export: a run folder, its checkpoint-N, a folder that DeepSpeed saved, or a "
+        description="Checkpoint to export: a run folder, one of its checkpoint-N folders, a DeepSpeed checkpoint, or a "
         "FastChat output folder.",
         json_schema_extra={"positional": True},
     )
@@ -170,9 +170,7 @@ class ChatSettings(ConversationSettings, InferenceSettings):
     prompt: str | None = Field(
         default=None, description="Reply to this one message and exit; default: start an interactive chat."
     )
-    system: str | None = Field(
-        default=None, description="System message; default: the one of the conversation template."
-    )
+    system: str | None = Field(default=None, description="System message; default: the conversation template's own.")
     source_prefix: str | None = Field(
         default=None,
         description="Text to put before each message, unless it already starts with it; default: the source_prefix "
@@ -209,7 +207,9 @@ class EvaluateSettings(DataSettings, InferenceSettings):
         gt=0,
         description="Maximum length of a prediction (tokens); default: the length of the longest target.",
     )
-    per_device_eval_batch_size: int = Field(default=32, gt=0, description="Batch size for generation (examples).")
+    per_device_eval_batch_size: int = Field(
+        default=32, gt=0, description="Maximum batch size for the loss and for generation (examples)."
+    )
 
 
 class InspectSettings(Settings):
@@ -241,7 +241,8 @@ class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, Lora
 
     data_path: Annotated[PathList | None, NoneIfUnset] = Field(
         default=None,
-        description="Token cache whose example lengths to plan for; default: source_length and target_length.",
+        description="Token cache to take example lengths from; default: assume source_length and target_length for "
+        "every example.",
     )
     num_data: Annotated[int | None, NoneIfUnset] = Field(
         default=None, gt=0, description="Plan for the first N examples of the cache; default: all."

@@ -42,14 +42,16 @@ class ReadingSettings(Settings):
         default=None, description="Key or column that contains the target, if its name isn't one of the known ones."
     )
     source_prefix: str = Field(
-        default="", description="Text to put before each source of source-target data, such as `summarize: `."
+        default="",
+        description="Text to prepend to each source of source-target or two-column data, such as `summarize: `.",
     )
     merge_same_role: bool = Field(
         default=False, description="Join consecutive turns of the same role instead of rejecting the record."
     )
     clean: bool = Field(
         default=False,
-        description="Convert the HTML of old ShareGPT dumps to Markdown, and remove unnecessary backslashes.",
+        description="Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary "
+        "backslashes.",
     )
     max_record_bytes: int = Field(default=4 << 20, gt=0, description="Reject records longer than this (bytes).")
 

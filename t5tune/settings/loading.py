@@ -98,7 +98,7 @@ def _read_flags(flags: Mapping[str, Any], model: type[Settings]) -> dict[str, _V
 def _resolve_names(
     model: type[Settings], source: dict[str, _Value], problems: list[str], notes: list[str]
 ) -> dict[str, _Value]:
-    """Map legacy names to today's, skip settings of other commands with a note, and report unknown ones.
+    """Map legacy names to current names, skip settings of other commands with a note, and report unknown ones.
 
     Appends to `problems` and `notes`.
     """

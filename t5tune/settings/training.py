@@ -32,19 +32,21 @@ class TrainingSettings(Settings):
         default=1, gt=0, description="Micro-batches to accumulate per optimizer step."
     )
     group_by_length: bool = Field(
-        default=True, description="Batch examples of similar length, by sorting within shuffled windows of steps."
+        default=True,
+        description="Batch examples of similar length to reduce padding, by sorting within random windows of 64 steps; "
+        "no effect with tokens_per_batch.",
     )
     packing: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="Pack the examples of a batch into one row without padding, with the same results; auto packs if "
-        "the model supports it.",
+        description="Pack the examples of a batch into one row without padding, without changing the results; auto "
+        "packs if the model supports it.",
     )
     learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate.")
     lr_scheduler_type: str = Field(
         default="linear", description="Learning-rate schedule, by its transformers name (linear, cosine, …)."
     )
     warmup_steps: float = Field(
-        default=0, ge=0, description="Linear warmup: a number of steps, or below 1 a fraction of all steps."
+        default=0, ge=0, description="Warmup steps; a value below 1 is a fraction of all steps."
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay (as in AdamW).")
     label_smoothing_factor: float = Field(
@@ -70,8 +72,8 @@ class TrainingSettings(Settings):
     )
     torch_compile: bool = Field(
         default=False,
-        description="Fuse the kernels of each layer norm and feed-forward layer with torch.compile: compiles for "
-        "seconds to minutes at first, then steps are often faster.",
+        description="Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds to "
+        "minutes longer; later ones are often faster.",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         default="stop",
@@ -79,7 +81,10 @@ class TrainingSettings(Settings):
         "update is made in either case.",
     )
     max_skipped_steps: int = Field(
-        default=10, ge=0, description="Stop after this many skipped steps in a run (on_non_finite: skip)."
+        default=10,
+        ge=0,
+        description="Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step stops "
+        "training.",
     )
     dataloader_num_workers: int = Field(default=0, ge=0, description="Data-loading processes per rank.")
     use_cpu: bool = Field(default=False, description="Train on the CPU even if there is a GPU.")
@@ -136,7 +141,10 @@ class EvaluationSettings(Settings):
     )
     save_steps: int = Field(default=500, gt=0, description="Save a checkpoint every N steps.")
     save_total_limit: Annotated[int | None, NoneIfUnset] = Field(
-        default=None, gt=0, description="Keep only the newest N checkpoints; default: all."
+        default=None,
+        gt=0,
+        description="Keep only the newest N checkpoints, and the best one if metric_for_best_model is set; default: "
+        "all.",
     )
     logging_steps: int = Field(default=10, gt=0, description="Log metrics to metrics.jsonl every N steps.")
     report_to: WordList = Field(

@@ -1,4 +1,4 @@
-"""Build the model to train: a base with adapters, packing if possible, sharded under ZeRO-3; and how to save it.
+"""Build the model to train (adapters, packing, ZeRO-3 sharding) and the function that saves it.
 
 built = build_model(settings, base, base_metadata, cache, deepspeed, device, report)
 built.write(folder, trained_tensors)    # the files of an adapter, or with train_mode full of a checkpoint
@@ -172,14 +172,14 @@ def _enable_packing(settings: TrainSettings, model: Any, report: Report) -> bool
 def _shard_parameters(model: Any, configuration: dict[str, Any], dtype: Any) -> None:
     """Shard every parameter among the ranks for ZeRO-3.
 
-    Sharding in `from_pretrained`, as transformers does with DeepSpeed, replaces Flan-T5's untied head by its
+    Sharding in `from_pretrained`, as transformers does with DeepSpeed, replaces Flan-T5's untied head with its
     embedding. Here the model has already been loaded correctly, and its parameters are sharded one by one.
     """
     import deepspeed
 
     zero = {k: v for k, v in configuration["zero_optimization"].items() if v != "auto"}
-    # By default DeepSpeed permanently replaces torch.nn.functional.linear in this process by a function that keeps the
-    # input of every frozen layer for the backward pass. Only the config can turn this off: in 0.19, the argument of
+    # By default DeepSpeed permanently replaces torch.nn.functional.linear in this process with a function that keeps
+    # the input of every frozen layer for the backward pass. Only the config can turn this off: in 0.19, the argument of
     # Init with the same name has no effect.
     zero.setdefault("memory_efficient_linear", False)
     deepspeed.zero.Init(
@@ -206,10 +206,10 @@ def _register_external_parameters(model: Any) -> None:
                 deepspeed.zero.register_external_parameter(norms, read.weight)
 
 
-def _make_adapter_config(model: Any, settings: TrainSettings, without_start: bool) -> dict[str, Any]:
+def _make_adapter_config(model: Any, settings: TrainSettings, is_converted_to_plain_lora: bool) -> dict[str, Any]:
     """Make the content of adapter_config.json as PEFT writes it, with sets in a fixed order."""
     config = model.peft_config["default"].to_dict()
-    if without_start:
+    if is_converted_to_plain_lora:
         config = convert_config_to_plain_lora(config)
     config["base_model_name_or_path"] = settings.model_name_or_path
     config["revision"] = settings.revision

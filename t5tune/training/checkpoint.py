@@ -104,7 +104,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: missing or broken") from error
     if version != MANIFEST_FORMAT:
-        raise CheckpointError(f"{path}: format {version}, this release reads {MANIFEST_FORMAT}")
+        raise CheckpointError(f"{path}: format {version}; this version of t5tune reads format {MANIFEST_FORMAT}")
     if not is_as_written or _hash_manifest(manifest) != digest:
         raise CheckpointError(f"{path}: differs from what was written")
     return dict(manifest)

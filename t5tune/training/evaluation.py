@@ -246,11 +246,11 @@ def _make_batches(order: list[int], lengths: list[tuple[int, int]], batch_size: 
 
 
 def _make_memory_error(task: str, batch: list[int], lengths: list[tuple[int, int]]) -> OutOfMemory:
-    examples = "one example," if len(batch) == 1 else f"{len(batch)} examples"
+    examples = "one example of" if len(batch) == 1 else f"{len(batch)} examples of up to"
     source, target = max(lengths[i][1] for i in batch), max(lengths[i][0] for i in batch)
     smaller = "shorten examples with model_max_length" if len(batch) == 1 else "set per_device_eval_batch_size to 1"
     return OutOfMemory(
-        f"out of memory: {task} of {examples} of up to {source} source and {target} target tokens",
+        f"out of memory: {task}: {examples} {source} source and {target} target tokens",
         hint=f"{smaller}, or load the base in four bits with --q-lora",
     )
 

@@ -27,7 +27,7 @@ SECONDS_BETWEEN_HEARTBEATS = 60.0
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl. Lines that fail to write are reported and retried with the next one."""
+    """Appends to metrics.jsonl. Lines that can't be written are reported and retried with the next one."""
 
     def __init__(
         self, run_folder: Path, seconds_between_heartbeats: float = SECONDS_BETWEEN_HEARTBEATS, report: Report = silent

@@ -183,7 +183,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             raise _EvaluationInterrupted
 
     def record_step_loss(self, loss: Any) -> Any:
-        """Add a micro-batch's loss to the step's, and return it with a non-finite value replaced by 0.
+        """Add a micro-batch's loss to the step's, and return it with a non-finite value replaced with 0.
 
         The Trainer would otherwise add NaN to its running mean, which would never recover.
         """

@@ -169,7 +169,7 @@ def move_aside(folder: Path, report: Report) -> None:
 
 
 def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
-    """Replace the settings that determine the examples by those of the token cache, if data_path is one."""
+    """Replace the settings that determine the examples with those of the token cache, if data_path is one."""
     cache = Path(settings.data_path[0])
     if not is_cache(cache):
         return settings

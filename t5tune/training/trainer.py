@@ -343,7 +343,7 @@ class T5Trainer(ResumableTrainer):
 
     def _make_parameter_groups(self, ratio: float) -> list[dict[str, Any]]:
         named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
-        # ZeRO-3 replaces each parameter by a one-dimensional placeholder; `ds_shape` has its shape
+        # ZeRO-3 replaces each parameter with a one-dimensional placeholder; `ds_shape` has its shape
         is_fast = {
             name: ".lora_B." in name or len(getattr(value, "ds_shape", value.shape)) == 1 for name, value in named
         }

@@ -67,7 +67,7 @@ def check_settings(settings: TrainSettings) -> None:
 def _check_compiler() -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         problem = "torch_compile: no C++ compiler is on the PATH"
-        raise DependencyError(problem, hint="apt install g++, set CXX, or leave it out")
+        raise DependencyError(problem, hint="install g++ (apt install g++), set CXX, or leave out torch_compile")
 
 
 def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
@@ -83,7 +83,7 @@ def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
 
 def _find_argument_problem(name: str, fields: set[str]) -> str | None:
     if name in TrainSettings.model_fields:
-        return f"set {name} itself"
+        return f"set {name} directly, not under training_args"
     if name in SECRET_ARGUMENTS:  # the settings are saved in the run folder
         return "secrets don't belong in settings; set HF_TOKEN instead"
     if name in RESERVED_ARGUMENTS:
@@ -111,7 +111,8 @@ def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> N
     if importlib.util.find_spec("deepspeed") is None:
         raise DependencyError(
             "deepspeed: the package isn't installed",
-            hint="pip install deepspeed (Linux), or leave out --deepspeed, with one process or several",
+            hint="pip install deepspeed (Linux), or leave out --deepspeed, which is optional even with several "
+            "processes",
         )
     check_versions("deepspeed")
     if "offload_optimizer" in configuration.get("zero_optimization", {}) and (lacks := find_missing_build_tools()):

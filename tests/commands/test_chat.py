@@ -344,7 +344,7 @@ def test_a_broken_training_data_json_is_refused_with_the_wrong_key(pair_run: dic
     path = folder / "training_data.json"
     good = json.loads(path.read_text())
     for change, message in (
-        ({"format": 9}, "format 9, this release reads 1"),
+        ({"format": 9}, "format 9; this version of t5tune reads format 1"),
         ({"has_earlier_turns": "yes"}, "has_earlier_turns: invalid value 'yes'"),
         ({"source_prefix": None}, "source_prefix: invalid value None"),
     ):

@@ -181,11 +181,11 @@ def test_tensors_trained_in_addition_to_the_adapter_are_saved_and_reported(saves
     assert list(extra) == [EXTRA_PARAMETER]
     state = load_file(tmp_path / "adapter" / "non_lora_state.safetensors")
     assert_same(state, {name.removeprefix("base_model.model."): value for name, value in extra.items()})
-    fate = "they are saved to non_lora_state.safetensors, which PEFT doesn't load"
-    assert f"1 tensor(s) were trained in addition to the adapter (first: {EXTRA_PARAMETER}); {fate}" in notes
+    fate = "it is saved to non_lora_state.safetensors, which PEFT doesn't load"
+    assert f"1 tensor was trained in addition to the adapter (first: {EXTRA_PARAMETER}); {fate}" in notes
     run_export(folder, tmp_path / "alone", notes, non_lora_state="none")
     assert list_files(tmp_path / "alone") == [n for n in list_files(tmp_path / "adapter") if "non_lora" not in n]
-    assert any(note.endswith("; they are left out, because non_lora_state is none") for note in notes)
+    assert any(note.endswith("; it is left out, because non_lora_state is none") for note in notes)
 
 
 # stock Trainer and stock PEFT
