@@ -14,7 +14,7 @@ from typing import Any
 _ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")  # joiners stay: emoji and several scripts need them
 _HTML_START = re.compile(r"\s*<(?:div|p|pre|ol|ul|table|h[1-6]|blockquote)(?:\s[^<>]*)?>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|nbsp|#39|#x27);")
-_ESCAPED = re.compile(r"(?<!\\)\\([_*#~`>-])")
+_ESCAPED_MARKDOWN = re.compile(r"(?<!\\)\\([_*#~`>-])")
 # fenced and inline code, $$…$$, $…$, \[…\] and \(…\); no match contains another opening delimiter of its kind, because
 # searching for a missing closing delimiter from each opening one would take quadratic time
 _LITERAL = re.compile(
@@ -63,7 +63,7 @@ def _clean_markdown(text: str, repairs: Counter[str]) -> str:
     for index in range(0, len(parts), 2):
         part, found = _ENTITY.subn(lambda entity: html.unescape(entity[0]).replace("\xa0", " "), parts[index])
         entities += found
-        parts[index], found = _ESCAPED.subn(r"\1", part)
+        parts[index], found = _ESCAPED_MARKDOWN.subn(r"\1", part)
         escapes += found
     repairs.update({"html_entities": entities} if entities else {})
     repairs.update({"markdown_escapes": escapes} if escapes else {})
