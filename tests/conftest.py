@@ -1,5 +1,6 @@
 """Fixtures with real, tiny inputs: bases with a tied and an untied head, the pocket tokenizer, the command line."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,15 @@ def untied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("bases") / "tied", tied=True)
+
+
+@pytest.fixture(scope="session")
+def base_without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untied base without dropout, so that steps can be compared."""
+    folder = make_base(tmp_path_factory.mktemp("bases") / "without-dropout", tied=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+    return folder
 
 
 @pytest.fixture(scope="session", params=["untied", "tied"])

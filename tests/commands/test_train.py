@@ -506,15 +506,6 @@ def make_command(base: Path, data: Path, run: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def base_without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The untied base without dropout, so that batches can be compared."""
-    folder = make_base(tmp_path_factory.mktemp("bases") / "still", tied=False)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def one_step(
     base_without_dropout: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:

@@ -27,5 +27,10 @@ def read_metrics_lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_steps(run: Path) -> list[dict[str, float]]:
+    """Read the lines of steps, without those of evaluations."""
+    return [line for line in read_metrics_lines(run) if "loss" in line]
+
+
 def read_losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics_lines(run) if "loss" in line]
+    return [line["loss"] for line in read_steps(run)]

@@ -1,7 +1,6 @@
 """Packed and token-budget batches: a step is the same whatever the batch layout, and resuming is exact."""
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +15,10 @@ from t5tune.errors import SettingsError
 from t5tune.progress import Event
 from t5tune.training.build_model import _enable_packing
 from tests.support import train_runs
-from tests.support.bases import make_base
 from tests.support.command_line import CommandResult
+from tests.support.train_runs import read_steps
 
 NUM_DATA = 10
-
-
-@pytest.fixture(scope="module")
-def base_without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base without dropout, so that steps can be compared."""
-    folder = make_base(tmp_path_factory.mktemp("bases") / "still", tied=False)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
-    return folder
 
 
 make_settings = functools.partial(
@@ -40,11 +30,6 @@ make_settings = functools.partial(
     learning_rate=1e-3,
     save_steps=500,
 )
-
-
-def read_steps(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
