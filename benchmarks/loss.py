@@ -25,7 +25,10 @@ def compute_whole_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
-    from t5tune.model.loss import compute_summed_cross_entropy
+    from t5tune.model.loss import HeadWeights, compute_summed_cross_entropy
+
+    def compute_chunked_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return compute_summed_cross_entropy(hidden, labels, HeadWeights(weight))
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -33,7 +36,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     hidden = torch.randn(options.tokens, options.width).to(dtype).requires_grad_()
     weight = (torch.randn(options.vocabulary, options.width) * options.width**-0.5).to(dtype)
     labels = torch.randint(0, options.vocabulary, (options.tokens,))
-    compute_loss = compute_whole_loss if way == "whole" else compute_summed_cross_entropy
+    compute_loss = compute_whole_loss if way == "whole" else compute_chunked_loss
     compute_loss(hidden[:64], weight, labels[:64]).backward()  # warm-up
     hidden.grad = None
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

@@ -42,13 +42,13 @@ SIDES = ("tokenizer", "ours", "datasets", "fastchat")
 def read_conversations(data: Path) -> Iterator[list[tuple[str, str]]]:
     """Yield the (role, text) turns of every conversation that prepare would accept, with prepare's readers."""
     from t5tune.data.formats import Conversation
-    from t5tune.data.pipeline import convert_record
+    from t5tune.data.raw_records import parse_record
     from t5tune.data.readers import read_records
     from t5tune.settings.data import ReadingSettings
 
     settings = ReadingSettings()
     for record in read_records([data], settings.max_record_bytes):
-        conversation = convert_record(record, settings)
+        conversation = parse_record(record, settings)
         if isinstance(conversation, Conversation):
             yield [(turn.role, turn.text) for turn in conversation.turns]
 

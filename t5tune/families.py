@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import ModelError
+from t5tune.file_names import CONFIG_FILE
 
 # what all families share
+EMBEDDING_MODULES = ("encoder.embed_tokens", "decoder.embed_tokens")
+HEAD_MODULE = "lm_head"
+EMBEDDING_WEIGHT = "shared.weight"
+HEAD_WEIGHT = f"{HEAD_MODULE}.weight"
+EMBEDDING_COPIES = tuple(f"{module}.weight" for module in EMBEDDING_MODULES)  # only some files contain them
 DECODER_START_TOKEN_ID = 0  # the decoder starts with the pad token
 PAD_TOKEN_ID = 0
 EOS_TOKEN_ID = 1
@@ -28,6 +34,10 @@ TARGET_MODULE_GROUPS = {  # linear layers that LoRA can adapt, by the name of th
     "feed-forward": ("wi", "wi_0", "wi_1", "wo"),
     "all-linear": ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
 }
+# the tokens that FastChat adds to Flan-T5's
+FASTCHAT_PAD = "[PAD]"
+FASTCHAT_CHARACTERS = ["<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
+FASTCHAT_TOKENS = [FASTCHAT_PAD, *FASTCHAT_CHARACTERS]
 BYTES = "bytes"
 SENTENCEPIECE = "SentencePiece"
 BYTE_FALLBACK = "SentencePiece with byte fallback"
@@ -190,7 +200,7 @@ def find_family(config: Mapping[str, Any], folder: Path, requested: str | None =
     Raises:
         ModelError: the model is of an unsupported kind, or contradicts `requested`.
     """
-    place, model_type = folder / "config.json", config.get("model_type")
+    place, model_type = folder / CONFIG_FILE, config.get("model_type")
     if model_type in PLANNED_MODELS:
         raise ModelError(f"{place}: {PLANNED_MODELS[str(model_type)]} is not supported yet", hint=_list_supported())
     if model_type in MODEL_TYPES:
@@ -224,6 +234,11 @@ def expand_target_modules(names: list[str]) -> list[str]:
     return list(
         dict.fromkeys(layer for name in names for layer in TARGET_MODULE_GROUPS.get(name.replace("_", "-"), (name,)))
     )
+
+
+def is_quantizable(name: str, quantize_wo: bool) -> bool:
+    """Whether q_lora quantizes a linear layer of this name: those of the blocks, `wo` only with quantize_wo."""
+    return ".block." in name and (quantize_wo or FP16_OVERFLOW_LAYER not in name.split("."))
 
 
 def _is_match(family: Family, config: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
-from t5tune.cli.options import normalize_arguments, unwrap_type
+from t5tune.cli.arguments import parse_arguments, unwrap_type
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.errors import SettingsError
 from t5tune.families import CONVERTERS, FAMILIES, PLANNED_MODELS, TARGET_MODULE_GROUPS
@@ -207,31 +207,9 @@ def test_commands_in_the_documents_are_valid(path: Path) -> None:
     for command, *arguments in find_commands(path):
         assert command in SUMMARIES, command
         model = find_settings_model(command)
-        flags: dict[str, object] = {}
-        positional = [
-            name
-            for name, field in model.model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("positional")
-        ]
-        rest = normalize_arguments(arguments, model)
-        assert "--problem" not in rest, rest
-        while rest:
-            word = rest.pop(0)
-            if not word.startswith("--"):
-                flags[positional.pop(0)] = word
-            elif word in ("--json", "--quiet", "--debug"):
-                continue
-            else:
-                value: object = rest.pop(0)
-                name = word.removeprefix("--").replace("-", "_")
-                if name == "renamed":
-                    name, _, value = str(value).partition("=")
-                if name in flags:
-                    value = f"{flags[name]} {value}"
-                flags[name] = value
-        config = flags.pop("config", None)
+        parsed = parse_arguments(arguments, model)
         try:
-            load_settings(model, str(config) if config else None, {}, flags)
+            load_settings(model, parsed.config, {}, parsed.values, parsed.problems)
         except SettingsError as error:
             pytest.fail(f"t5tune {command} {' '.join(arguments)}: {error.message}")
 

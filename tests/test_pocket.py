@@ -65,8 +65,8 @@ def test_pocket_has_the_documented_size_dtype_and_config() -> None:
     import numpy as np
 
     from t5tune.checkpoints.base import read_config
+    from t5tune.checkpoints.checkpoint import Checkpoint
     from t5tune.checkpoints.pocket import pocket_folder
-    from t5tune.checkpoints.safetensors import Checkpoint
 
     folder = pocket_folder()
     checkpoint, config = Checkpoint(folder), read_config(folder)

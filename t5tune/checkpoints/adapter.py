@@ -14,28 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE, check_foldable, read_adapter_config, resolve_pattern
+from t5tune.checkpoints.adapter_config import check_foldable, read_adapter_config, resolve_pattern
 from t5tune.checkpoints.fingerprint import decode_base_metadata, encode_base_metadata
 from t5tune.checkpoints.model_card import build_adapter_card
 from t5tune.checkpoints.safetensors import LazyTensors, SafetensorsFile, write_safetensors
 from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
 from t5tune.checkpoints.tokenizer_files import copy_template, copy_tokenizer
-from t5tune.checkpoints.torch_format.file import read_torch_file
+from t5tune.checkpoints.torch_format.file import read_state_dict
 from t5tune.errors import CheckpointError
+from t5tune.families import EMBEDDING_MODULES, EMBEDDING_WEIGHT, HEAD_MODULE, HEAD_WEIGHT
+from t5tune.file_names import (
+    ADAPTER_BIN_FILE,
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    MODEL_CARD_FILE,
+    NON_LORA_FILE,
+)
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file
 from t5tune.settings.lora import UNTRAINABLE
 
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTER_BIN_FILE = "adapter_model.bin"
-NON_LORA_FILE = "non_lora_state.safetensors"
-TEMPLATE_FILE = "template.yaml"
 PEFT_PREFIX = "base_model.model."
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 TOKEN_ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
-ENCODER_ROWS = f"{PEFT_PREFIX}encoder.embed_tokens{TOKEN_ROWS_SUFFIX}"
-DECODER_ROWS = f"{PEFT_PREFIX}decoder.embed_tokens{TOKEN_ROWS_SUFFIX}"
+ENCODER_ROWS, DECODER_ROWS = (f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in EMBEDDING_MODULES)
 MAX_TENSORS = 1 << 12
 """The most tensors that an adapter may contain. T5-XXL has 432 linear layers."""
 QUANTIZATIONS = {"nf4", "fp4", "int8"}
@@ -117,7 +121,7 @@ def add_decoder_rows(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     """Add the decoder's trained embedding rows, which it shares with the encoder, if the config lists both."""
     indices = config.get("trainable_token_indices")
     result = dict(state)
-    if isinstance(indices, dict) and "decoder.embed_tokens" in indices and ENCODER_ROWS in state:
+    if isinstance(indices, dict) and EMBEDDING_MODULES[1] in indices and ENCODER_ROWS in state:
         result.setdefault(DECODER_ROWS, state[ENCODER_ROWS])
     return result
 
@@ -143,11 +147,10 @@ def check_adapter(
         values = tensor.to_float32()
         if values.size == 0:
             raise CheckpointError(f"{source}: {name}: empty tensor {list(tensor.shape)}")
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{source}: {name}: contains NaN or infinity", hint="use an earlier checkpoint")
+        check_finite(name, values, source)
         if match := LORA_MATRIX_PATTERN.fullmatch(name):
             pairs.setdefault(match[1], set()).add(match[2])
-            _check_rank(match, tensor, config, source)
+            check_rank(match, tensor, config, source)
             is_trained |= match[2] == "B" and bool(values.any())
     if not pairs:
         raise CheckpointError(f"{source}: contains no LoRA matrix")
@@ -166,7 +169,18 @@ def check_adapter(
         )
 
 
-def _check_rank(match: re.Match[str], tensor: Tensor, config: Mapping[str, Any], source: Path) -> None:
+def check_finite(name: str, values: npt.NDArray[np.float32], source: Path) -> None:
+    """Refuse a trained tensor with NaN or infinity."""
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{source}: {name}: contains NaN or infinity", hint="use an earlier checkpoint")
+
+
+def check_rank(match: re.Match[str], tensor: Tensor, config: Mapping[str, Any], source: Path) -> None:
+    """Refuse a LoRA matrix of another rank than the config says.
+
+    Args:
+        match: of LORA_MATRIX_PATTERN with the tensor's name.
+    """
     if len(tensor.shape) != 2:
         raise CheckpointError(f"{source}: {match[0]}: shape {list(tensor.shape)}, expected a matrix")
     rank = tensor.shape[0 if match[2] == "A" else 1]
@@ -191,26 +205,18 @@ def _check_modules_to_save(state: Mapping[str, Tensor], config: Mapping[str, Any
 
 
 def write_adapter(
-    folder: Path,
-    state: Mapping[str, Tensor],
-    metadata: AdapterMetadata,
-    non_lora: Mapping[str, Tensor] | None = None,
+    folder: Path, state: Mapping[str, Tensor], metadata: AdapterMetadata, with_non_lora_state: bool = False
 ) -> None:
-    """Write an adapter folder's files into `folder`.
-
-    Args:
-        non_lora: tensors for non_lora_state.safetensors in addition to the trained ones; None: don't write the file.
-    """
+    """Write an adapter folder's files into `folder`; non_lora_state.safetensors only on request."""
     state = add_decoder_rows(state, metadata.config)
     write_safetensors(folder / ADAPTER_WEIGHTS_FILE, state, {"format": "pt"} | encode_base_metadata(metadata.base))
-    if non_lora is not None:
-        others = {name: value for name, value in state.items() if not LORA_MATRIX_PATTERN.fullmatch(name)}
-        extra = {name.removeprefix(PEFT_PREFIX): value for name, value in others.items()}
-        write_safetensors(folder / NON_LORA_FILE, {**non_lora, **extra}, {"format": "pt"})
+    if with_non_lora_state:
+        others = {n.removeprefix(PEFT_PREFIX): value for n, value in state.items() if ".lora_" not in n}
+        write_safetensors(folder / NON_LORA_FILE, others, {"format": "pt"})
     write_json(folder / ADAPTER_CONFIG_FILE, dict(metadata.config))
     copy_tokenizer(metadata.tokenizer_folder, folder)
     copy_template(metadata.template_file, folder)
-    (folder / "README.md").write_text(build_adapter_card(metadata.config, metadata.training), encoding="utf-8")
+    (folder / MODEL_CARD_FILE).write_text(build_adapter_card(metadata.config, metadata.training), encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -242,10 +248,7 @@ def read_adapter_tensors(folder: Path) -> Mapping[str, Tensor]:
             raise CheckpointError(f"{file.path}: {count} tensors; an adapter may have at most {MAX_TENSORS}")
         return LazyTensors(file)
     if has_file(folder, ADAPTER_BIN_FILE):
-        state = read_torch_file(folder / ADAPTER_BIN_FILE)
-        if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
-            return dict(state)
-        raise CheckpointError(f"{folder / ADAPTER_BIN_FILE}: expected a state dict with tensors only")
+        return read_state_dict(folder / ADAPTER_BIN_FILE)
     raise CheckpointError(
         f"adapter: {folder}: no {ADAPTER_WEIGHTS_FILE} in this folder",
         hint="a run folder contains it once the run has finished",
@@ -299,9 +302,7 @@ def map_token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied:
         indices = {"shared": indices}
     rows: dict[str, dict[int, int]] = {}
     for module, ids in indices.items():
-        weight = "lm_head.weight" if module.endswith("lm_head") else "shared.weight"
-        if weight == "lm_head.weight" and tied:
-            weight = "shared.weight"
+        weight = HEAD_WEIGHT if module.endswith(HEAD_MODULE) and not tied else EMBEDDING_WEIGHT
         rows.setdefault(weight, {row: index for index, row in enumerate(ids)})
     return rows
 
@@ -312,7 +313,7 @@ def find_token_rows(state: Mapping[str, Tensor], weight: str) -> Tensor:
     Raises:
         CheckpointError: there are none.
     """
-    modules = ["lm_head"] if weight == "lm_head.weight" else ["encoder.embed_tokens", "shared", "embed_tokens"]
+    modules = [HEAD_MODULE] if weight == HEAD_WEIGHT else [EMBEDDING_MODULES[0], "shared", "embed_tokens"]
     for module in modules:
         if (name := f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}") in state:
             return state[name]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
+from t5tune.file_names import ADAPTER_CONFIG_FILE
+from t5tune.io.reasons import shorten
 from t5tune.io.untrusted import read_json_object
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FOLDER_HINT = "give a run folder, a checkpoint in it, or a folder that t5tune export wrote"
 # each of these changes the meaning of B·A
 UNSUPPORTED_KEYS = (
@@ -42,7 +43,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA is supported")
     for key, (is_right, expected) in KEY_TYPES.items():
         if key in config and not is_right(config[key]):
-            raise CheckpointError(f"{path}: {key}: {_shorten(config[key])}, expected {expected}")
+            raise CheckpointError(f"{path}: {key}: {shorten(repr(config[key]))}, expected {expected}")
     if config.get("lora_alpha") is None:
         raise CheckpointError(f"{path}: lora_alpha: missing, but the scale is lora_alpha / r")
     _check_all_patterns(config, path)
@@ -66,7 +67,9 @@ def check_foldable(config: Mapping[str, Any], folder: Path) -> None:
     """
     for key in UNSUPPORTED_KEYS:
         if config.get(key):
-            raise CheckpointError(f"{folder / ADAPTER_CONFIG_FILE}: {key}: {_shorten(config[key])} can't be merged")
+            raise CheckpointError(
+                f"{folder / ADAPTER_CONFIG_FILE}: {key}: {shorten(repr(config[key]))} can't be merged"
+            )
 
 
 def resolve_pattern(pattern: Any, module: str, default: float) -> float:
@@ -92,17 +95,13 @@ def _check_patterns(patterns: Collection[str], source: str) -> None:
         repeats = len(re.findall(r"(?<!\\)[*+]", pattern)) > 3 or re.search(r"(?<!\\)[?{]", pattern)
         if len(pattern) > MAX_PATTERN_LENGTH or choices or repeats or number == MAX_EXPRESSIONS:
             raise CheckpointError(
-                f"{source}: {_shorten(pattern)} is too complex to match safely", hint="list the modules by name"
+                f"{source}: {shorten(repr(pattern))} is too complex to match safely",
+                hint="list the modules by name",
             )
         try:
             re.compile(pattern)
         except (re.error, OverflowError) as error:
-            raise CheckpointError(f"{source}: {_shorten(pattern)} isn't a regular expression: {error}") from error
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+            raise CheckpointError(f"{source}: {shorten(repr(pattern))} isn't a regular expression: {error}") from error
 
 
 def _is_text(value: Any) -> bool:
@@ -124,7 +123,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 20
 
 
-def _is_flag(value: Any) -> bool:
+def _is_optional_bool(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
 
@@ -149,10 +148,10 @@ def _is_mapping_of(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
 KEY_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_count, "a rank"),
     "lora_alpha": (_is_number, "a number"),
-    "use_rslora": (_is_flag, "true or false"),
-    "use_dora": (_is_flag, "true or false"),
-    "lora_bias": (_is_flag, "true or false"),
-    "fan_in_fan_out": (_is_flag, "true or false"),
+    "use_rslora": (_is_optional_bool, "true or false"),
+    "use_dora": (_is_optional_bool, "true or false"),
+    "lora_bias": (_is_optional_bool, "true or false"),
+    "fan_in_fan_out": (_is_optional_bool, "true or false"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "rank_pattern": (_is_mapping_of(_is_count), "ranks by module name"),
     "alpha_pattern": (_is_mapping_of(_is_number), "numbers by module name"),
@@ -160,7 +159,7 @@ KEY_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": (lambda value: _is_name_list(value) or _is_name(value), "a list of names or a pattern"),
     "modules_to_save": (_is_name_list, "a list of names"),
     "trainable_token_indices": (_is_token_indices, "a list of token ids"),
-    "init_lora_weights": (lambda value: _is_flag(value) or _is_text(value), "the name of an initialization"),
+    "init_lora_weights": (lambda value: _is_optional_bool(value) or _is_text(value), "the name of an initialization"),
     "base_model_name_or_path": (lambda value: value in (None, "") or _is_name(value), "a name"),
     "revision": (lambda value: value in (None, "") or _is_name(value), "a name"),
 }

@@ -3,16 +3,21 @@
 check_adapter_shapes(state, adapter_config, read_config(base), source)
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.adapter import LORA_MATRIX_PATTERN, MAGNITUDE_SUFFIX, PEFT_PREFIX, TOKEN_ROWS_SUFFIX
-from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE
+from t5tune.checkpoints.adapter import (
+    LORA_MATRIX_PATTERN,
+    MAGNITUDE_SUFFIX,
+    PEFT_PREFIX,
+    TOKEN_ROWS_SUFFIX,
+    check_rank,
+)
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
-from t5tune.families import match_family
+from t5tune.families import EMBEDDING_WEIGHT, HEAD_WEIGHT, match_family
+from t5tune.file_names import ADAPTER_CONFIG_FILE
 
 _OTHER_BASE_HINT = "is this the base that the adapter was trained on?"
 
@@ -49,6 +54,7 @@ def _check_lora_matrices(
         match = LORA_MATRIX_PATTERN.fullmatch(name)
         if match is None or match[2] != "A":
             continue
+        check_rank(match, tensor, config, source)
         module = match[1].removeprefix(PEFT_PREFIX)
         modules[module] = (_get_dimension(state, f"{match[1]}.lora_B.weight", 0, source), tensor.shape[-1])
         if not _is_target(module, config):
@@ -56,9 +62,6 @@ def _check_lora_matrices(
                 f"{source}: {name}: module is adapted, "
                 f"but {ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}"
             )
-        rank = _look_up_rank(config.get("rank_pattern"), module, config.get("r"))
-        if rank is not None and tensor.shape[0] != rank:
-            raise CheckpointError(f"{source}: {name}: rank {tensor.shape[0]}, but {ADAPTER_CONFIG_FILE} says {rank}")
     return modules
 
 
@@ -107,7 +110,7 @@ def derive_base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         raise CheckpointError("the base's config.json: a size of the model is missing or isn't a number") from error
     family = match_family(base)
     gated = str(base.get("feed_forward_proj", family.default_feed_forward)).startswith("gated-")
-    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (vocab_size, width), "lm_head.weight": (vocab_size, width)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: (vocab_size, width), HEAD_WEIGHT: (vocab_size, width)}
     for stack, number in layers.items():
         shapes[f"{stack}.embed_tokens.weight"] = (vocab_size, width)
         shapes[f"{stack}.final_layer_norm.weight"] = (width,)
@@ -181,17 +184,3 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
         return any(module == target or module.endswith(f".{target}") for target in targets)
     # matching an untrusted regular expression could take forever, so leave that check to PEFT
     return True
-
-
-def _look_up_rank(pattern: Any, module: str, default: Any) -> Any:
-    """Look up a module's rank by PEFT's rule, if the keys are plain names: a key is the name or the end of one.
-
-    Return None if a regular expression decides, which is left to PEFT.
-    """
-    for key, value in (pattern or {}).items() if isinstance(pattern, dict) else ():
-        name = re.sub(r"\\(.)", r"\1", str(key)).removeprefix("^").removeprefix(".*")
-        if module == name or module.endswith(f".{name}"):
-            return value
-        if re.search(r"[][*+?|(){}]", name):
-            return None
-    return default

@@ -5,17 +5,13 @@ from typing import Any
 
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.errors import CheckpointError, ModelError, suggest_name
-from t5tune.io.reasons import describe_error
+from t5tune.file_names import CONFIG_FILE, SENTENCEPIECE_FILES
+from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.io.untrusted import read_json_object
 from t5tune.settings.base_model import BaseModelSettings
 
 CODE_KEYS = {"auto_map", "custom_pipelines"}
-DOWNLOADED_FILES = [
-    "*.json",
-    "*.safetensors",
-    "spiece.model",
-    "tokenizer.model",
-]
+DOWNLOADED_FILES = ["*.json", "*.safetensors", *SENTENCEPIECE_FILES]
 
 
 def find_base(settings: BaseModelSettings) -> Path:
@@ -33,18 +29,39 @@ def find_config(settings: BaseModelSettings) -> Path:
     Raises:
         ModelError: see `find_base`.
     """
-    return _find_folder(settings, ["config.json"])
+    return _find_folder(settings, [CONFIG_FILE])
+
+
+def find_local_base(settings: BaseModelSettings) -> Path | None:
+    """Find the folder of a base that is on this machine, perhaps in the Hub's cache; nothing is downloaded."""
+    name = settings.model_name_or_path
+    folder = pocket_folder() if _is_pocket(name) else Path(name)
+    if not folder.is_dir() and _is_hub_name(name):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, CONFIG_FILE, cache_dir=settings.cache_dir, revision=settings.revision)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def _is_pocket(name: str) -> bool:
+    """Whether the name means the built-in model, not a folder of this name."""
+    return name == "pocket" and not Path(name, CONFIG_FILE).is_file()
+
+
+def _is_hub_name(name: str) -> bool:
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def _find_folder(settings: BaseModelSettings, files: list[str]) -> Path:
     name = settings.model_name_or_path
-    if name == "pocket" and not Path("pocket", "config.json").is_file():
+    if _is_pocket(name):
         return pocket_folder()
     path = Path(name)
     folder = path if path.is_dir() else _download(name, settings.revision, settings.cache_dir, files)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise ModelError(
-            f"model_name_or_path: {name}: contains no config.json",
+            f"model_name_or_path: {name}: contains no {CONFIG_FILE}",
             hint="give a folder that save_pretrained or t5tune merge wrote",
         )
     read_config(folder)
@@ -57,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: it can't be read, isn't a JSON object, or requires custom code.
     """
-    path = folder if folder.is_file() else folder / "config.json"
+    path = folder if folder.is_file() else folder / CONFIG_FILE
     try:
         config = read_json_object(path.parent, path.name)
     except FileNotFoundError as error:
@@ -83,7 +100,7 @@ def _find_code_key(value: Any) -> str | None:
 
 
 def _download(name: str, revision: str | None, cache_dir: Path | None, wanted: list[str]) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+    if not _is_hub_name(name) or Path(name).exists():
         raise ModelError(f"model_name_or_path: {name}: no such folder", hint="check the path's spelling")
     from huggingface_hub import HfApi, snapshot_download
 
@@ -145,6 +162,6 @@ def _explain_download_error(name: str, revision: str | None, error: Exception) -
             where = f" ({error.filename})" if error.filename else ""
             return ModelError(f"{asked}: {error.strerror}{where}", hint="use --cache-dir to download to another folder")
         case _:
-            reason = f"the download from the Hub failed: {' '.join(str(error).split())[:200]}"
+            reason = f"the download from the Hub failed: {to_one_line(error)[:200]}"
             hint = "try again later, or give a folder"
     return ModelError(f"{asked}: {reason}", hint=hint)

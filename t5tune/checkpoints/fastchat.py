@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.checkpoints.adapter import LORA_MATRIX_PATTERN, PEFT_PREFIX, TOKEN_ROWS_SUFFIX
-from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE
-from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
-from t5tune.data.vocabulary import FASTCHAT_TOKENS
 from t5tune.errors import CheckpointError, SettingsError
+from t5tune.families import EMBEDDING_MODULES, EMBEDDING_WEIGHT, FASTCHAT_TOKENS, HEAD_MODULE, HEAD_WEIGHT
+from t5tune.file_names import ADAPTER_CONFIG_FILE, ADDED_TOKENS_FILE
 from t5tune.io.untrusted import read_json_object
 
 DEFAULT_LORA_ALPHA = 16.0
@@ -31,7 +31,6 @@ DEFAULT_ALPHA_NOTE = (
     "give --lora-alpha if it was different"
 )
 
-EMBEDDING_MODULES = ("encoder.embed_tokens", "decoder.embed_tokens")
 ROWS_AT_ONCE = 2048
 SUM_LEVELS = 4
 
@@ -152,7 +151,7 @@ def read_added_ids(folder: Path) -> list[int]:
     FastChat's tokenizer was saved by transformers 4, which writes added_tokens.json.
     """
     try:
-        added = read_json_object(folder, "added_tokens.json")
+        added = read_json_object(folder, ADDED_TOKENS_FILE)
         ids = sorted(added[text] for text in FASTCHAT_TOKENS)
     except (CheckpointError, OSError, KeyError, TypeError):
         return []
@@ -171,21 +170,21 @@ def compute_mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
     """
     tied = base.is_tied()
     rows: dict[str, Tensor] = {}
-    for weight in ("shared.weight",) if tied else ("shared.weight", "lm_head.weight"):
+    for weight in (EMBEDDING_WEIGHT,) if tied else (EMBEDDING_WEIGHT, HEAD_WEIGHT):
         num_rows = base.get_tensor(weight).shape[0]
         if num_rows <= ids[-1]:
             raise CheckpointError(
                 f"{base.folder}: {weight} has no row {ids[-1]}", hint="give the base that FastChat was trained on"
             )
         rows_KD = np.repeat(_compute_mean_row(base, weight, ids[0])[None], len(ids), 0)
-        modules = ["lm_head"] if weight == "lm_head.weight" else ["shared"] if tied else list(EMBEDDING_MODULES)
+        modules = [HEAD_MODULE] if weight == HEAD_WEIGHT else ["shared"] if tied else list(EMBEDDING_MODULES)
         rows |= {f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}": Tensor("F32", rows_KD) for module in modules}
     return rows
 
 
 def build_token_indices(ids: list[int], tied: bool) -> Any:
     """Build PEFT's trainable_token_indices for these rows. The head's are in reverse order (see model/lora.py)."""
-    return ids if tied else {name: ids for name in EMBEDDING_MODULES} | {"lm_head": ids[::-1]}
+    return ids if tied else {name: ids for name in EMBEDDING_MODULES} | {HEAD_MODULE: ids[::-1]}
 
 
 def _compute_mean_row(base: Checkpoint, weight: str, count: int) -> npt.NDArray[np.float32]:

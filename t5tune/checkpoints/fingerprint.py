@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
+from t5tune.families import EMBEDDING_COPIES, HEAD_WEIGHT
+from t5tune.io.untrusted import parse_json_object
 
 METADATA_KEY = "t5tune"
-SAMPLE_BYTES = 2 << 10  # bytes from the beginning of a tensor, and as many from its end
-EMBEDDING_COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+FINGERPRINT_BYTES = 2 << 10  # bytes from the beginning of a tensor, and as many from its end
 
 
 def describe_base(folder: Path, name: str, sha256: str | None = None) -> dict[str, str]:
@@ -32,12 +33,12 @@ def compute_fingerprint(base: Checkpoint) -> str:
     for name in _list_tensor_names(base):
         tensor = base.get_tensor(name)
         digest.update(_describe_tensor(name, tensor))
-        rows = max(1, SAMPLE_BYTES * (tensor.shape[0] if tensor.shape else 1) // max(1, tensor.nbytes))
+        rows = max(1, FINGERPRINT_BYTES * (tensor.shape[0] if tensor.shape else 1) // max(1, tensor.nbytes))
         if not tensor.shape or 2 * rows >= tensor.shape[0]:
             digest.update(tensor.array.tobytes())
         else:
-            digest.update(tensor.read_rows(0, rows).tobytes()[:SAMPLE_BYTES])
-            digest.update(tensor.read_rows(tensor.shape[0] - rows, tensor.shape[0]).tobytes()[-SAMPLE_BYTES:])
+            digest.update(tensor.read_rows(0, rows).tobytes()[:FINGERPRINT_BYTES])
+            digest.update(tensor.read_rows(tensor.shape[0] - rows, tensor.shape[0]).tobytes()[-FINGERPRINT_BYTES:])
     return digest.hexdigest()
 
 
@@ -57,15 +58,14 @@ def encode_base_metadata(base_metadata: Mapping[str, Any]) -> dict[str, str]:
 def decode_base_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     """Decode what a file's metadata says about the base; empty if t5tune didn't write it."""
     try:
-        base_metadata = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except (ValueError, RecursionError):
+        return parse_json_object(metadata.get(METADATA_KEY, "{}").encode())
+    except ValueError:
         return {}
-    return base_metadata if isinstance(base_metadata, dict) else {}
 
 
 def _list_tensor_names(base: Checkpoint) -> list[str]:
     """List the tensors in order, without copies of a shared tensor, which only some files contain."""
-    copies = EMBEDDING_COPIES | ({"lm_head.weight"} if base.is_tied() else set())
+    copies = {*EMBEDDING_COPIES, HEAD_WEIGHT} if base.is_tied() else {*EMBEDDING_COPIES}
     return sorted(name for name in base.list_names() if name not in copies)
 
 

@@ -8,13 +8,13 @@ The cached hash is valid as long as each file has the same device, inode, size a
 its ctime, which, unlike the mtime, can't be set back. A copy on another machine is read again.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.io.atomic import write_json
+from t5tune.io.untrusted import parse_json_object
 
 HASH_CACHE_FORMAT = 1
 # two changes within one tick of the file system's clock get the same ctime
@@ -48,10 +48,10 @@ def read_file_stats(folder: Path) -> FileStats:
 def load_hash(cache_file: Path, stats: FileStats) -> str | None:
     """Load the hash of files with these stats; None if it isn't cached."""
     try:
-        known = json.loads(cache_file.read_bytes())
+        known = parse_json_object(cache_file.read_bytes())
         if known["format"] == HASH_CACHE_FORMAT and known["files"] == stats.files:
             return str(known["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         pass
     return None
 

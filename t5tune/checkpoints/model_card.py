@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
+from t5tune.file_names import CACHE_MANIFEST_FILE, RESULT_FILE, RUN_CACHE_FOLDER
 from t5tune.io.untrusted import read_json_object
 
 LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
@@ -69,12 +70,12 @@ def format_settings_line(settings: Mapping[str, Any]) -> str:
 
 def describe_run_data(folder: Path) -> str:
     """Describe the data in a run folder; empty if the data is elsewhere."""
-    return format_data_line(_read_optional(folder / "data", "manifest.json"))
+    return format_data_line(_read_optional(folder / RUN_CACHE_FOLDER, CACHE_MANIFEST_FILE))
 
 
 def describe_run_training(folder: Path) -> str:
     """Describe a run's data, steps and evaluation metrics from the files in its folder; empty if it has none."""
-    return describe_run_data(folder) + format_outcome_lines(_read_optional(folder, "result.json"))
+    return describe_run_data(folder) + format_outcome_lines(_read_optional(folder, RESULT_FILE))
 
 
 def format_outcome_lines(result: Mapping[str, Any]) -> str:
@@ -88,8 +89,12 @@ def format_outcome_lines(result: Mapping[str, Any]) -> str:
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    is_timing = name.endswith(("runtime", "_per_second"))
-    return name.isidentifier() and isinstance(value, Real) and not is_timing
+    return name.isidentifier() and isinstance(value, Real) and not is_timing(name)
+
+
+def is_timing(name: str) -> bool:
+    """Whether an evaluation metric is one of the timings that Trainer adds."""
+    return name.endswith(("runtime", "_per_second"))
 
 
 def _read_optional(folder: Path, name: str) -> dict[str, Any]:

@@ -7,15 +7,38 @@ from t5tune.checkpoints.adapter import AdapterMetadata
 from t5tune.checkpoints.base import read_config
 from t5tune.checkpoints.safetensors import write_safetensors
 from t5tune.checkpoints.sentencepiece import copy_sentencepiece
-from t5tune.checkpoints.tensors import Tensor
-from t5tune.checkpoints.tokenizer_files import TOKENIZER_CONFIG_FILE, copy_template, copy_tokenizer, copy_untrusted_file
+from t5tune.checkpoints.tensors import TORCH_NAMES, Tensor
+from t5tune.checkpoints.tokenizer_files import (
+    TOKENIZER_FILE_PREFIXES,
+    copy_template,
+    copy_tokenizer,
+    copy_untrusted_file,
+)
 from t5tune.families import find_family
+from t5tune.file_names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    MODEL_CARD_FILE,
+    MODEL_FILE,
+    NON_LORA_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TRAINING_DATA_FILE,
+)
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, read_json_object
 
-MODEL_FILE = "model.safetensors"
-CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-GENERATION_CONFIG_FILE = "generation_config.json"
+TRAINED_FILES = {
+    ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, NON_LORA_FILE, MODEL_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE,
+    TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE,
+}  # fmt: skip
+
+
+def is_trained_file(name: str) -> bool:
+    """Whether a file of a checkpoint is needed to use the trained model. The others are needed only to resume."""
+    return name in TRAINED_FILES or name.startswith(TOKENIZER_FILE_PREFIXES)
 
 
 def write_model(
@@ -47,8 +70,8 @@ def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None,
     config["tie_word_embeddings"] = tied
     if dtype is not None:
         # older releases of transformers read torch_dtype, newer ones dtype
-        config["torch_dtype"] = config["dtype"] = CONFIG_DTYPES[dtype]
-    write_json(folder / "config.json", config)
+        config["torch_dtype"] = config["dtype"] = TORCH_NAMES[dtype]
+    write_json(folder / CONFIG_FILE, config)
 
 
 def copy_supporting_files(base: Path, tokenizer_folder: Path, template_file: Path, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """A tensor partitioned across the memory-mapped files of a training run's ranks."""
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +40,6 @@ class PartitionedTensor:
             for begin in range(0, len(array), CHUNK_ELEMENTS):
                 yield np.ascontiguousarray(array[begin : begin + CHUNK_ELEMENTS]).tobytes()
                 _drop_array_pages(array)
-
-
-def slice_arrays(arrays: Sequence[npt.NDArray[Any]], begin: int, count: int) -> tuple[npt.NDArray[Any], ...] | None:
-    """Slice [begin, begin + count) out of the concatenation of flat arrays, as views; None if they are too short."""
-    parts = []
-    for array in arrays:
-        if count > 0 and begin < len(array):
-            part = array[begin : begin + count]
-            parts.append(part)
-            count -= len(part)
-        begin = max(0, begin - len(array))
-    return tuple(parts) if count == 0 else None
 
 
 def _drop_array_pages(array: npt.NDArray[Any]) -> None:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
+from t5tune.file_names import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, TOKENIZER_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, resolve_inside
 
-SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
-ADDED_TOKENS_FILE = "added_tokens.json"
-TOKENIZER_FILE = "tokenizer.json"
 MAX_SCANNED_BYTES = 4 << 20  # a thousand added tokens need 200 KB
 
 

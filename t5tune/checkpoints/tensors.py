@@ -15,21 +15,24 @@ import numpy.typing as npt
 
 from t5tune.errors import CheckpointError
 
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
+# safetensors' name of a dtype -> torch's name, which --dtype and config.json use, and the numpy dtype of an array
+_DTYPES = {
+    "F64": ("float64", "<f8"),
+    "F32": ("float32", "<f4"),
+    "F16": ("float16", "<f2"),
+    "BF16": ("bfloat16", "<u2"),
+    "I64": ("int64", "<i8"),
+    "I32": ("int32", "<i4"),
+    "I16": ("int16", "<i2"),
+    "I8": ("int8", "i1"),
+    "U8": ("uint8", "u1"),
+    "BOOL": ("bool", "?"),
 }
-"""safetensors' dtype name -> numpy dtype of the array of such a tensor."""
-
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(stored) for name, (_, stored) in _DTYPES.items()}
+TORCH_NAMES = {name: torch_name for name, (torch_name, _) in _DTYPES.items()}
+DTYPES_BY_TORCH_NAME = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+MAX_DIMENSIONS = 16
 BLOCK_ELEMENTS = 1 << 18
 """Number of elements that are read and processed at a time: a few arrays of this size fit into a processor's cache."""
 
@@ -56,7 +59,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+        return count_tensor_bytes(self.dtype, self.shape)
 
     def read_rows(self, begin: int, end: int) -> "Tensor":
         """Copy rows [begin, end) into memory, read from the file if its location is known.
@@ -99,6 +102,15 @@ class Tensor:
 
     def tobytes(self) -> bytes:
         return np.ascontiguousarray(self.array).tobytes()
+
+    def iter_chunks(self) -> Iterator[bytes]:
+        """Iterate over the tensor's bytes: a single chunk, since a tensor that is written like this is in memory."""
+        yield self.tobytes()
+
+
+def count_tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Count the bytes of a tensor."""
+    return math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
 
 
 def from_float32(values: npt.NDArray[np.float32], dtype: str) -> Tensor:

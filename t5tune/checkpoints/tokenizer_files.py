@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 from t5tune.checkpoints.training_data import read_training_data, write_training_data
+from t5tune.data.templates import parse_template
 from t5tune.errors import CheckpointError
+from t5tune.file_names import TOKENIZER_CONFIG_FILE
 from t5tune.io.untrusted import has_file, read_json_object, resolve_inside
+from t5tune.io.yaml_file import read_yaml
 
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILE_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "spiece")
 MAX_TOKENIZER_FILE_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
 
@@ -42,9 +44,6 @@ def copy_template(file: Path, folder: Path) -> None:
     """
     if has_file(file.parent, file.name):
         # refuse a template here that chat and evaluate couldn't parse later
-        from t5tune.data.templates import parse_template
-        from t5tune.io.yaml_file import read_yaml
-
         parse_template(read_yaml(file), file)
         shutil.copyfile(file, folder / file.name)
     if (data := read_training_data(file.parent)) is not None:

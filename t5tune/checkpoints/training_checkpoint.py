@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter import (
-    ADAPTER_BIN_FILE,
-    ADAPTER_WEIGHTS_FILE,
     PEFT_PREFIX,
     add_decoder_rows,
     convert_to_plain_lora,
@@ -20,19 +18,25 @@ from t5tune.checkpoints.adapter import (
     read_adapter_tensors,
     to_peft_name,
 )
-from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE, read_adapter_config
+from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.checkpoint import WEIGHTS_FILES, Checkpoint
 from t5tune.checkpoints.fastchat import LoraFlags, infer_adapter_config, is_adapter_name, strip_wrappers
-from t5tune.checkpoints.model_folder import MODEL_FILE
 from t5tune.checkpoints.partitioned_tensor import PartitionedTensor
-from t5tune.checkpoints.safetensors import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.checkpoints.torch_format.file import StoredTensor
 from t5tune.checkpoints.zero_shards import ZeroState, find_deepspeed_folder, read_zero
 from t5tune.errors import CheckpointError
+from t5tune.file_names import (
+    ADAPTER_BIN_FILE,
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    CHECKPOINT_MANIFEST_FILE,
+    INDEX_SUFFIX,
+    TRAINER_STATE_FILE,
+)
 from t5tune.io.untrusted import check_all_inside, read_json_object
 
-MANIFEST_FILE = "t5tune_manifest.json"
-MODEL_FILES = (MODEL_FILE, f"{MODEL_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MODEL_FILES = tuple(f"{name}{suffix}" for name in WEIGHTS_FILES.values() for suffix in ("", INDEX_SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def _to_base_name(name: str) -> str:
 
 def _read_step_and_world_size(folder: Path) -> tuple[int, int]:
     """Read (step, world size) from the checkpoint's manifest or Trainer's state file; (0, 1) if neither is readable."""
-    for name, key in ((MANIFEST_FILE, "step"), ("trainer_state.json", "global_step")):
+    for name, key in ((CHECKPOINT_MANIFEST_FILE, "step"), (TRAINER_STATE_FILE, "global_step")):
         try:
             values = read_json_object(folder, name)
             return int(values[key]), int(values.get("world_size", 1))

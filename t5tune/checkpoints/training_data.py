@@ -13,15 +13,12 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from t5tune.errors import CheckpointError
+from t5tune.file_names import TRAINING_DATA_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.settings.data import DataFormat
 
-TRAINING_DATA_FILE = "training_data.json"
 TRAINING_DATA_FORMAT = 1
-COLUMN_SETTINGS = ("data_format", "source_column", "target_column")
-READER_SETTINGS = (*COLUMN_SETTINGS, "source_prefix")
-"""The settings for reading records that are stored in the file."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class TrainingData:
 
     Args:
         has_earlier_turns: whether at least one example's source includes earlier exchanges of the conversation.
-        data_format, source_column, target_column, source_prefix: the settings of the same name.
+        data_format, source_column, target_column, source_prefix: the settings that affect inference.
     """
 
     has_earlier_turns: bool

@@ -7,14 +7,14 @@ model-states file of rank 0 lists the parameters in this order. See deepspeed/ut
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from t5tune.checkpoints.partitioned_tensor import PartitionedTensor, slice_arrays
+from t5tune.checkpoints.partitioned_tensor import PartitionedTensor
 from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
 from t5tune.checkpoints.torch_format.file import StoredTensor, read_torch_file
 from t5tune.checkpoints.torch_format.pickle import Inert
@@ -217,9 +217,8 @@ def _gather_stage3(
     offset = 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         partition = math.ceil(math.prod(shape) / len(ranks))
-        found = [slice_arrays(groups, offset, partition) for groups in ranks]
-        whole = [array for views in found for array in (_raise_too_short(folder, name) if views is None else views)]
-        trained[name] = PartitionedTensor(dtype, shape, slice_arrays(whole, 0, math.prod(shape)) or ())
+        whole = [array for groups in ranks for array in _slice(folder, name, groups, offset, partition)]
+        trained[name] = PartitionedTensor(dtype, shape, _slice(folder, name, whole, 0, math.prod(shape)))
         offset += partition
     for rank, groups in enumerate(ranks):
         if (length := sum(map(len, groups))) != offset:
@@ -239,8 +238,7 @@ def _gather_stage1_and_2(
         offset = 0
         for (name, shape), padding in zip(group.items(), paddings[index], strict=True):
             count = math.prod(shape)
-            found = slice_arrays(flat, offset, count)
-            trained[name] = PartitionedTensor(dtype, shape, _raise_too_short(folder, name) if found is None else found)
+            trained[name] = PartitionedTensor(dtype, shape, _slice(folder, name, flat, offset, count))
             offset += count + padding
         # a group is padded to a multiple of 2 × ranks; some versions of DeepSpeed save that padding
         if not 0 <= (left := sum(map(len, flat)) - offset) < 2 * len(ranks):
@@ -248,8 +246,20 @@ def _gather_stage1_and_2(
     return trained
 
 
-def _raise_too_short(folder: Path, name: str) -> Any:
-    raise CheckpointError(f"{folder}: {name}: the shards are too short for this parameter")
+def _slice(
+    folder: Path, name: str, arrays: Sequence[npt.NDArray[Any]], begin: int, count: int
+) -> tuple[npt.NDArray[Any], ...]:
+    """Slice [begin, begin + count) out of the concatenation of flat arrays, as views."""
+    parts = []
+    for array in arrays:
+        if count > 0 and begin < len(array):
+            part = array[begin : begin + count]
+            parts.append(part)
+            count -= len(part)
+        begin = max(0, begin - len(array))
+    if count:
+        raise CheckpointError(f"{folder}: {name}: the shards are too short for this parameter")
+    return tuple(parts)
 
 
 def _gather_frozen(
@@ -273,9 +283,7 @@ def _join_fragments(
     if not all(name in ranks for ranks in fragments) or len({ranks[name].dtype for ranks in fragments}) != 1:
         raise CheckpointError(f"{folder}: {name}: a rank's fragment is missing or has another dtype")
     arrays = [ranks[name].array.reshape(-1) for ranks in fragments]
-    found = slice_arrays(arrays, 0, math.prod(shape))
-    dtype = fragments[0][name].dtype
-    return PartitionedTensor(dtype, shape, _raise_too_short(folder, name) if found is None else found)
+    return PartitionedTensor(fragments[0][name].dtype, shape, _slice(folder, name, arrays, 0, math.prod(shape)))
 
 
 def _read_universal(folder: Path, shapes: Shapes) -> dict[str, PartitionedTensor]:
@@ -290,11 +298,8 @@ def _read_universal(folder: Path, shapes: Shapes) -> dict[str, PartitionedTensor
             raise CheckpointError(f"{path}: missing, but the model states list this parameter")
         value = read_torch_file(path)
         value = value.get("param") if type(value) is dict else value
-        if (
-            not isinstance(value, StoredTensor)
-            or value.dtype not in FLOAT_DTYPES
-            or value.array.size != math.prod(shape)
-        ):
+        fits = isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES and value.array.size == math.prod(shape)
+        if not isinstance(value, StoredTensor) or not fits:
             raise CheckpointError(f"{path}: expected a tensor of shape {list(shape)}")
         value.check()
         trained[name] = PartitionedTensor(value.dtype, shape, (value.array.reshape(-1),))

@@ -1,19 +1,18 @@
-"""`t5tune chat` without --prompt: an interactive chat on the terminal."""
+"""`t5tune chat` on the terminal: the reply to --prompt, or an interactive chat."""
 
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
 
-from t5tune.cli.console import show_error
-from t5tune.commands.chat import Chatter, save_conversation
+from t5tune.cli.output import Output, print_error
+from t5tune.cli.screen import StderrConsole
+from t5tune.commands.chat import Chatter, chat, save_conversation
 from t5tune.data.formats import Turn
-from t5tune.errors import SettingsError, T5TuneError
-from t5tune.progress import Report
+from t5tune.errors import SettingsError, T5TuneError, WriteError
 from t5tune.settings import ChatSettings, packaged_templates
 
 HELP = """\
@@ -29,11 +28,20 @@ Type a message. A line that begins with / is a command; begin with // to send a 
   /quit, Ctrl-D      quit; Ctrl-C stops a reply, or clears the line"""
 
 
-def run_chat(settings: ChatSettings, report: Report, stream: TextIO) -> None:
+def run(settings: ChatSettings, output: Output) -> int:
+    """Reply to the prompt, or else start an interactive chat."""
+    if settings.prompt is None:
+        _run_session(settings, output)
+    else:
+        output.show(chat(settings, output.report))
+    return 0
+
+
+def _run_session(settings: ChatSettings, output: Output) -> None:
     """Read messages and reply to each until the user quits; if input is piped, reply to each line in turn."""
     if sys.stdin is None:
         raise SettingsError("standard input is closed", hint="use --prompt to pass a message")
-    session = _ChatSession(Chatter.load(settings, report), report, stream, interactive=sys.stdin.isatty())
+    session = _ChatSession(Chatter.load(settings, output.report), output, interactive=sys.stdin.isatty())
     if session.interactive:
         session.say("Type a message; /help lists the commands, /quit or Ctrl-D quits.")
     while True:
@@ -46,9 +54,9 @@ def run_chat(settings: ChatSettings, report: Report, stream: TextIO) -> None:
             elif text.strip():
                 session.ask(text.removeprefix("/") if text.startswith("//") else text)
         except T5TuneError as error:
-            if not session.interactive:
+            if not session.interactive or isinstance(error, WriteError):  # a reply that can't be printed ends the chat
                 raise
-            show_error(error, None, debug=False)
+            print_error(error)
 
 
 @dataclass
@@ -56,12 +64,11 @@ class _ChatSession:
     """The conversation so far, and the model that replies."""
 
     chatter: Chatter
-    report: Report
-    stream: TextIO
+    output: Output
     interactive: bool
     turns: list[Turn] = field(default_factory=list)
     keeps_history: bool | None = None  # set by /history; None: as the model was trained
-    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
+    console: Console = field(default_factory=StderrConsole)
 
     def read_line(self) -> str | None:
         """Read the user's next line; None at the end of input. A terminal has line editing and a history."""
@@ -80,7 +87,8 @@ class _ChatSession:
                 self.console.print()
                 return None
             except KeyboardInterrupt as interrupt:
-                self.console.print()
+                with suppress(OSError):  # the terminal may be closed
+                    self.console.print()
                 if interrupt.args:  # SIGTERM or SIGHUP, which arrive as KeyboardInterrupt with their number
                     raise
                 self.say("/quit or Ctrl-D quits")
@@ -90,16 +98,19 @@ class _ChatSession:
         turns = [*self.turns, Turn("human", text)]
         if not self.interactive:
             result = self.chatter.reply(turns)
-            print(result.reply, file=self.stream, flush=True)
+            self.output.print(result.reply)
         else:
             self.console.print("[bold cyan]model:[/] ", end="")
             try:
                 result = self.chatter.reply(turns, self._print_chunk)
-            except KeyboardInterrupt:
-                print(file=self.stream, flush=True)
+            except KeyboardInterrupt as interrupt:
+                with suppress(WriteError):  # the terminal may be closed
+                    self.output.print("")
+                if interrupt.args:  # SIGTERM or SIGHUP
+                    raise
                 self.say("stopped; the message was removed")
                 return
-            print(file=self.stream, flush=True)
+            self.output.print("")
         self.turns = [*turns, Turn("assistant", result.reply)]
 
     def run_command(self, name: str = "", value: str = "") -> None:
@@ -147,7 +158,7 @@ class _ChatSession:
     def _set_adapter(self, folder: str) -> None:
         if not folder:
             raise SettingsError("/adapter: expected a folder", hint="/adapter none removes the adapter")
-        self.chatter = self.chatter.with_adapter(None if folder == "none" else Path(folder), self.report)
+        self.chatter = self.chatter.with_adapter(None if folder == "none" else Path(folder), self.output.report)
         if self.keeps_history is not None:
             self.chatter = self.chatter.with_history(self.keeps_history)
         self.say(f"adapter: {folder}")
@@ -166,4 +177,4 @@ class _ChatSession:
             self.console.print(Text(text, "dim"))
 
     def _print_chunk(self, text: str) -> None:
-        print(text, end="", file=self.stream, flush=True)
+        self.output.print(text, end="")

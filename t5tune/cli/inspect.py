@@ -1,20 +1,16 @@
 """`t5tune inspect` on the terminal: colored source and target, truncated text struck out, length histograms."""
 
-import dataclasses
-import json
 from itertools import groupby
-from typing import TextIO
 
-from rich.console import Console
 from rich.text import Text
 
+from t5tune.cli.output import Output
 from t5tune.commands.inspect import inspect
 from t5tune.data.cache import Cache
 from t5tune.data.cache_view import ExampleView, LengthStatistics
 from t5tune.data.histogram import Histogram
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.data.vocabulary import TextRun
-from t5tune.progress import Report
 from t5tune.settings import InspectSettings
 
 STYLES = {"source": "cyan", "target": "green", "added": "yellow", "unknown": "white on red", "end": "dim"}
@@ -23,25 +19,24 @@ BAR_WIDTH = 40
 JSON_FIELDS = ("index", "conversation", "turn", "source_ids", "target_ids", "source_text", "target_text", "truncated")
 
 
-def show_examples(settings: InspectSettings, report: Report, stream: TextIO, as_json: bool) -> None:
+def run(settings: InspectSettings, output: Output) -> int:
     """Print the chosen examples and statistics: as text, or as one JSON object per line, the statistics last."""
-    found = inspect(settings, report)
-    if as_json:
+    found = inspect(settings, output.report)
+    if output.json:
         for example in found.examples:
-            print(json.dumps({name: getattr(example, name) for name in JSON_FIELDS}, ensure_ascii=False), file=stream)
+            output.print_json({name: getattr(example, name) for name in JSON_FIELDS})
         if found.statistics is not None:
-            print(json.dumps(dataclasses.asdict(found.statistics)), file=stream)
-        return
-    console = Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
-    console.width = console.width or 80  # with COLUMNS=0 Rich would print nothing
+            output.print_json(found.statistics)
+        return 0
     cache, tokenizer = found.examples.cache, found.examples.tokenizer
+    marks = ("", "") if output.console.color_system else CUT_MARKS
     for example in found.examples if not settings.html else []:
-        marks = ("", "") if console.color_system else CUT_MARKS
-        console.print(_render_example(example, cache, tokenizer, marks), markup=False)
+        output.print(_render_example(example, cache, tokenizer, marks))
     if found.statistics is not None and settings.stats:
-        console.print(_render_statistics(found.statistics), markup=False)
+        output.print(_render_statistics(found.statistics))
     if found.page is not None:
-        console.print(str(found.page), markup=False)
+        output.print(str(found.page))
+    return 0
 
 
 def _render_example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cut_marks: tuple[str, str]) -> Text:

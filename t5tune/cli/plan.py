@@ -1,44 +1,42 @@
 """`t5tune plan` on the terminal: the model, a table of the memory by ZeRO stage, and the suggested flags."""
 
-from typing import TextIO
+from collections.abc import Iterator
 
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from t5tune.cli.console import format_json
+from t5tune.cli.output import Output
 from t5tune.commands.plan import GIB, Plan, StageMemory, plan
-from t5tune.progress import Report
 from t5tune.settings import PlanSettings
 
 
-def show_plan(settings: PlanSettings, report: Report, stream: TextIO, as_json: bool) -> None:
-    """Print the plan, as text or as one JSON object."""
-    result = plan(settings, report)
-    if as_json:
-        print(format_json(result), file=stream, flush=True)
-    else:
-        print_plan(result, stream)
+def run(settings: PlanSettings, output: Output) -> int:
+    """Show the plan."""
+    result = plan(settings, output.report)
+    output.show(result, render_plan(result))
+    return 0
 
 
-def print_plan(result: Plan, stream: TextIO) -> None:
-    """Print the plan as text."""
-    console = Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
+def render_plan(result: Plan) -> Group:
+    """Make the text of a plan."""
+    return Group(*_render_parts(result))
+
+
+def _render_parts(result: Plan) -> Iterator[RenderableType]:
     share = result.trainable_parameters / result.total_parameters
-    lines = [
+    yield Text(
         f"{result.model}: {result.total_parameters:,} parameters, {result.trainable_parameters:,} trainable "
-        f"({share:.2%}), {result.precision}",
-        "weights: " + ", ".join(f"{name} {_format_size(size)}" for name, size in result.weights.items()),
-        _describe_batch(result),
-    ]
-    for line in lines:
-        console.print(line, markup=False)
-    console.print(_make_table(result))
+        f"({share:.2%}), {result.precision}"
+    )
+    yield Text("weights: " + ", ".join(f"{name} {_format_size(size)}" for name, size in result.weights.items()))
+    yield Text(_describe_batch(result))
+    yield _make_table(result)
     if result.suggestion is not None:
         best = result.suggestion
-        console.print(Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({_format_size(best.total)} per device)"))
+        yield Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({_format_size(best.total)} per device)")
     elif result.device_memory is not None:
-        console.print(Text("nothing fits: use shorter examples, a smaller model, or more memory", "yellow"))
+        yield Text("nothing fits: use shorter examples, a smaller model, or more memory", "yellow")
 
 
 def _describe_batch(result: Plan) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.encoding import Encoder, encode_prompt
+from t5tune.data.encoders import Encoder, make_encoder
+from t5tune.data.encoding import encode_prompt, find_long_word
 from t5tune.data.formats import Conversation, Turn
 from t5tune.data.records import RecordLocation
 from t5tune.data.templates import Template, find_template, render_answer_prefix, render_conversation
@@ -79,7 +80,7 @@ class Chatter:
             prefix = trained_on.source_prefix if trained_on is not None else ""
             if prefix:
                 report(Note(f"each message is prefixed with {prefix!r}, as in training"))
-        encoder = Encoder(loaded.tokenizer)
+        encoder = make_encoder(loaded.tokenizer)
         return Chatter(loaded.model, loaded.tokenizer, encoder, template, settings, keeps_history, prefix)
 
     def with_system(self, message: str | None) -> "Chatter":
@@ -112,9 +113,9 @@ class Chatter:
             show: called with each piece of the reply as soon as its text is final; joined, the pieces are the reply.
 
         Raises:
-            SettingsError: the message or the system message isn't valid UTF-8.
+            SettingsError: the message or the system message isn't valid UTF-8, or contains a word that is too long.
         """
-        from t5tune.model.generation import generate
+        from t5tune.model.generation import Decoding, generate
 
         started = time.monotonic()
         streamer = _TextStreamer(self.tokenizer, self.template.answer_suffix, show) if show else None
@@ -122,16 +123,20 @@ class Chatter:
         _check_encodable(self.settings.system or "", "system message")
         turns = [self._add_prefix(turn) for turn in (turns if self.keeps_history else turns[-1:])]
         conversation = Conversation(RecordLocation("chat", 1, 0, 0), self.settings.system, tuple(turns))
+        if rejection := find_long_word(conversation, self.encoder):
+            raise SettingsError(f"message: {rejection.message}")
         pieces = render_conversation(conversation, self.template) + render_answer_prefix(self.template, len(turns))
         source = encode_prompt(pieces, self.encoder, self.settings.model_max_length)
         (ids,) = generate(
             self.model,
             [[*source, self.tokenizer.eos_token_id]],
-            self.tokenizer.eos_token_id,
-            self.tokenizer.pad_token_id,
-            self.settings.max_new_tokens,
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
+            Decoding(
+                self.tokenizer.eos_token_id,
+                self.tokenizer.pad_token_id,
+                self.settings.max_new_tokens,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+            ),
             on_token=streamer.add if streamer else None,
         )
         text = self.tokenizer.decode(ids, skip_special_tokens=True).removesuffix(self.template.answer_suffix)

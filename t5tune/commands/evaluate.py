@@ -13,27 +13,30 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t5tune.checkpoints.adapter import TEMPLATE_FILE
 from t5tune.checkpoints.pocket import find_conversations_file
-from t5tune.checkpoints.training_data import COLUMN_SETTINGS, READER_SETTINGS, TrainingData
+from t5tune.checkpoints.training_data import TrainingData
 from t5tune.data.cache import Cache, is_cache, open_cache
-from t5tune.data.encoding import Encoder, Example, encode_batch, extract_example
+from t5tune.data.encoders import Encoder, make_encoder
+from t5tune.data.encoding import Example, encode_batch, extract_example
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import convert_record
+from t5tune.data.pipeline import read_conversation
+from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
-from t5tune.data.records import LABELED_BAD, RejectedRecord
+from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.templates import Template, find_template, parse_template, render_conversation
 from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference, load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError
+from t5tune.file_names import TEMPLATE_FILE
 from t5tune.io.atomic import hash_file, write_folder_atomically
 from t5tune.io.output_dir import check_replaceable
 from t5tune.io.yaml_file import read_yaml
 from t5tune.metrics import score, score_one
 from t5tune.model.device import explain_out_of_memory
 from t5tune.progress import Note, Report, silent
-from t5tune.settings import EvaluateSettings, dump_settings
+from t5tune.settings import EvaluateSettings, write_settings
+from t5tune.settings.affects import Affects, select_settings
 
 if TYPE_CHECKING:
     from t5tune.model.inference import LoadedModel
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
     from t5tune.training.evaluation import Losses
 
 PREDICTIONS_FILE = "predictions.jsonl"
-SETTINGS_FILE = "settings.yaml"
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
 
 
@@ -94,6 +96,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
 
 
 def _evaluate(settings: EvaluateSettings, report: Report) -> EvaluateResult:
+    from t5tune.model.generation import Decoding
     from t5tune.model.inference import load_for_inference
     from t5tune.training.evaluation import find_max_target_length, generate_predictions
 
@@ -105,20 +108,14 @@ def _evaluate(settings: EvaluateSettings, report: Report) -> EvaluateResult:
         settings = _inherit_data_settings(settings, loaded.training_data, report)
     evaluation_set = _load_examples(settings, loaded, report)
     losses = _measure_losses(settings, loaded, evaluation_set, report)
-    predicted_ids = generate_predictions(
-        loaded.model,
-        evaluation_set.examples,
-        evaluation_set.tokenizer.eos_token_id,
-        evaluation_set.tokenizer.pad_token_id,
-        settings.per_device_eval_batch_size,
-        settings.max_new_tokens or find_max_target_length(evaluation_set.examples),
-        settings.num_beams,
-        report,
-    )
+    examples, tokenizer = evaluation_set.examples, evaluation_set.tokenizer
+    max_new_tokens = settings.max_new_tokens or find_max_target_length(examples)
+    decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, settings.num_beams)
+    predicted_ids = generate_predictions(loaded.model, examples, decoding, settings.per_device_eval_batch_size, report)
     predictions = [evaluation_set.decode(ids) for ids in predicted_ids]
     with write_folder_atomically(folder) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, evaluation_set, predictions, losses)
-        (staged / SETTINGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
+        write_settings(staged, settings)
     return EvaluateResult(
         predictions=folder / PREDICTIONS_FILE,
         examples=len(evaluation_set.examples),
@@ -137,12 +134,11 @@ def _measure_losses(
     Raises:
         ModelError: the loss isn't finite.
     """
-    from t5tune.model.loss import HeadLoss
     from t5tune.training.evaluation import measure_losses
 
     collator = _make_collator(loaded.model, evaluation_set.tokenizer.pad_token_id)
-    head_loss, batch_size = HeadLoss(loaded.model, 0.0), settings.per_device_eval_batch_size
-    losses = measure_losses(loaded.model, head_loss, evaluation_set.examples, collator, batch_size, report)
+    batch_size = settings.per_device_eval_batch_size
+    losses = measure_losses(loaded.model, evaluation_set.examples, collator, batch_size, report)
     if not math.isfinite(losses.mean):
         problem = f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}"
         raise ModelError(problem, hint="the checkpoint may be damaged")
@@ -177,13 +173,14 @@ def _write_predictions(path: Path, evaluation_set: _EvaluationSet, predictions: 
 
 def _inherit_data_settings(settings: EvaluateSettings, trained_on: TrainingData, report: Report) -> EvaluateSettings:
     """Return the settings with the data columns and the source prefix of training, unless the user set others."""
-    names = {"source_prefix"} - settings.model_fields_set
-    if not (set(COLUMN_SETTINGS) & settings.model_fields_set):  # a user who names one column describes the whole layout
-        names |= set(COLUMN_SETTINGS)
+    names = select_settings(EvaluateSettings, Affects.INFERENCE)
+    given, columns = settings.model_fields_set, set(names) - {"source_prefix"}
+    if given & columns:  # a user who names one column describes the whole layout
+        given = given | columns
     inherited = {
         name: getattr(trained_on, name)
-        for name in READER_SETTINGS
-        if name in names and getattr(trained_on, name) != getattr(settings, name)
+        for name in names
+        if name not in given and getattr(trained_on, name) != getattr(settings, name)
     }
     if inherited:
         values = ", ".join(f"{name} {value!r}" for name, value in inherited.items())
@@ -203,53 +200,65 @@ def _load_examples(settings: EvaluateSettings, loaded: "LoadedModel", report: Re
         return _load_cache_examples(open_cache(path), settings, loaded, report)
     tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
     template = find_template(settings.conversation_template, loaded.template_files, report)
-    encoder = Encoder(tokenizer)
+    encoder = make_encoder(tokenizer)
     files = find_files([str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path])
-    records = (convert_record(record, settings) for record in read_records(files, settings.max_record_bytes))
+    records = read_records(files, settings.max_record_bytes)
     examples: list[Example] = []
     targets: list[str] = []
-    rejected: list[RejectedRecord] = []
+    rejected: list[tuple[RecordLocation, Rejection]] = []
     num_truncated = 0
-    while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
-        rejected += [record for record in batch if isinstance(record, RejectedRecord)]
-        conversations = [record for record in batch if isinstance(record, Conversation)]
-        encoded = _encode(conversations, template, encoder, tokenizer, settings.model_max_length)
-        for example, target, is_truncated in encoded:
-            examples.append(example)
-            targets.append(target)
-            num_truncated += is_truncated
-        if settings.num_data is not None and len(examples) >= settings.num_data:
+    for location, outcome in _encode(records, settings, template, encoder, tokenizer):
+        if isinstance(outcome, Rejection):
+            rejected.append((location, outcome))
+            continue
+        example, target, is_truncated = outcome
+        examples.append(example)
+        targets.append(target)
+        num_truncated += is_truncated
+        if len(examples) == settings.num_data:
             break
     _report_rejected(rejected, report)
     if num_truncated:
         report(Note(f"{num_truncated} examples truncated to model_max_length {settings.model_max_length}", True))
     if not examples:
         raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
-    count = settings.num_data
-    return _EvaluationSet(examples[:count], targets[:count], tokenizer, template.answer_suffix)
+    return _EvaluationSet(examples, targets, tokenizer, template.answer_suffix)
 
 
 def _encode(
-    conversations: list[Conversation], template: Template, encoder: Encoder, tokenizer: Tokenizer, max_length: int
-) -> Iterator[tuple[Example, str, bool]]:
-    """Yield (example, its target as text, whether it was truncated) for each target of the conversations."""
-    pieces = [render_conversation(conversation, template) for conversation in conversations]
-    encodings = encode_batch(pieces, encoder, max_length)
-    for conversation, encoded in zip(conversations, encodings, strict=True):
-        for span in encoded.spans:
-            example = extract_example(encoded.ids, span, tokenizer.eos_token_id)
-            text = conversation.turns[span.turn].text
-            if not span.target_is_whole:
-                text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
-            yield example, text, not (span.source_is_whole and span.target_is_whole)
+    records: Iterator[RawRecord],
+    settings: EvaluateSettings,
+    template: Template,
+    encoder: Encoder,
+    tokenizer: Tokenizer,
+) -> Iterator[tuple[RecordLocation, Rejection | tuple[Example, str, bool]]]:
+    """Yield a record's rejection, or for each of its targets (example, target as text, whether it was truncated).
+
+    They come in the order of the records, so that a caller that stops early has counted only what it used.
+    """
+    while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
+        read = [read_conversation(record, settings, encoder) for record in batch]
+        pieces = [render_conversation(each, template) for each in read if isinstance(each, Conversation)]
+        encodings = iter(encode_batch(pieces, encoder, settings.model_max_length))
+        for record, conversation in zip(batch, read, strict=True):
+            if isinstance(conversation, Rejection):
+                yield record.location, conversation
+                continue
+            encoded = next(encodings)
+            for span in encoded.spans:
+                example = extract_example(encoded.ids, span, tokenizer.eos_token_id)
+                text = conversation.turns[span.turn].text
+                if not span.target_is_whole:
+                    text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
+                yield record.location, (example, text, not (span.source_is_whole and span.target_is_whole))
 
 
-def _report_rejected(records: list[RejectedRecord], report: Report) -> None:
-    if bad := sum(record.reason == LABELED_BAD for record in records):
+def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: Report) -> None:
+    if bad := sum(rejection.reason == LABELED_BAD for _, rejection in rejected):
         report(Note(f"{bad} records labeled bad (label: false, kto_tag: false) were left out", True))
-    if broken := [record for record in records if record.reason != LABELED_BAD]:
-        first = broken[0]
-        place = f"{first.location.file}:{first.location.line}"
+    if broken := [each for each in rejected if each[1].reason != LABELED_BAD]:
+        location, first = broken[0]
+        place = f"{location.file}:{location.line}"
         report(Note(f"{len(broken)} records rejected, the first: {place}: {first.message}", True))
 
 

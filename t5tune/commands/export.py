@@ -6,7 +6,6 @@
 Reads DeepSpeed's shards in one process, without importing DeepSpeed or torch and without unpickling.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,44 +15,56 @@ from typing import Any
 import numpy as np
 
 from t5tune.checkpoints.adapter import (
-    ADAPTER_BIN_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    NON_LORA_FILE,
     PEFT_PREFIX,
-    TEMPLATE_FILE,
     AdapterMetadata,
+    add_decoder_rows,
     check_adapter,
+    check_finite,
     read_base_metadata,
     write_adapter,
 )
-from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
-from t5tune.checkpoints.base import find_base, read_config
+from t5tune.checkpoints.base import find_base, find_local_base, read_config
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fastchat import LoraFlags, build_token_indices, compute_mean_rows, read_added_ids
 from t5tune.checkpoints.model_card import describe_run_data
 from t5tune.checkpoints.partitioned_tensor import PartitionedTensor
-from t5tune.checkpoints.pocket import pocket_folder
-from t5tune.checkpoints.safetensors import Checkpoint, build_header, sum_file_sizes
-from t5tune.checkpoints.tensors import Tensor, from_float32
+from t5tune.checkpoints.safetensors import write_safetensors
+from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, TORCH_NAMES, Tensor, from_float32
 from t5tune.checkpoints.training_checkpoint import MODEL_FILES, CheckpointContents, read_training_checkpoint
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.errors import CheckpointError
 from t5tune.families import MODEL_TYPES
+from t5tune.file_names import (
+    ADAPTER_BIN_FILE,
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    CHECKPOINT_MANIFEST_FILE,
+    NON_LORA_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
 from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.output_dir import check_replaceable
 from t5tune.io.untrusted import check_inside
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
-from t5tune.settings import ExportSettings, dump_settings
+from t5tune.settings import ExportSettings, write_settings
 from t5tune.settings.base_model import BaseModelSettings
-from t5tune.training.checkpoint import MANIFEST_FILE, find_newest, list_checkpoints, verify
+from t5tune.training.checkpoint import find_newest, list_checkpoints, verify
 
 TASK = "export"
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The exported adapter. `zero_stage` is None for a checkpoint that DeepSpeed didn't write; `bytes` is its size."""
+    """The exported adapter.
+
+    Args:
+        zero_stage: None for a checkpoint that DeepSpeed didn't write.
+        lora_tensors: number of LoRA parameters: matrices, and DoRA's magnitudes.
+        non_lora_tensors: number of tensors in non_lora_state.safetensors.
+        bytes: size of all files.
+    """
 
     adapter: Path
     step: int
@@ -77,19 +88,17 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     check_replaceable(settings.output_dir, settings.overwrite)
     folder = _find_checkpoint(settings.checkpoint, report)
     trained = _read_trained_tensors(settings, folder, report)
-    base = _collect_base_weights(settings, trained) if settings.non_lora_state == "full" else None
+    others = _collect_non_lora_state(settings, trained)
     with write_folder_atomically(settings.output_dir) as staged:
-        metadata = _collect_metadata(folder, trained.config)
-        saves_extra = settings.non_lora_state != "none" and base is None
-        write_adapter(staged, trained.adapter, metadata, _strip_peft_prefix(trained.extra) if saves_extra else None)
-        if base is not None:
-            _stream_to_safetensors(staged / NON_LORA_FILE, base | _collect_non_lora_weights(trained), report)
+        write_adapter(staged, trained.adapter, _make_adapter_metadata(folder, trained.config))
+        if others is not None:
+            is_large = settings.non_lora_state == "full"  # only then it takes long enough for a progress bar
+            _write_non_lora_state(staged / NON_LORA_FILE, others, report if is_large else silent)
         if settings.format == "bin":
             _write_bin(staged / ADAPTER_BIN_FILE, trained.adapter)
-        (staged / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
-        size = sum_file_sizes(path for path in staged.iterdir())
-    lora = sum(".lora_" in name for name in trained.adapter)
-    others = len(trained.adapter) - lora + len(trained.extra) + len(base or {})
+        write_settings(staged, settings)
+        size = sum(path.stat().st_size for path in staged.iterdir())
+    lora = sum(map(_is_lora_name, trained.adapter))
     ranks = "1 rank" if trained.world_size == 1 else f"{trained.world_size} ranks"
     report(Note(f"gathered {lora} LoRA tensors of step {trained.step} from {ranks}"))
     return ExportResult(
@@ -98,7 +107,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         zero_stage=trained.stage,
         world_size=trained.world_size,
         lora_tensors=lora,
-        non_lora_tensors=0 if settings.non_lora_state == "none" else others,
+        non_lora_tensors=len(others or {}),
         bytes=size,
         seconds=round(time.monotonic() - started, 3),
     )
@@ -111,16 +120,17 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint: {path}: is a file; expected a run folder or a checkpoint-N in it")
     of_run = list_checkpoints(path)
-    if any((checkpoint / MANIFEST_FILE).is_file() for checkpoint in of_run):
+    if any((checkpoint / CHECKPOINT_MANIFEST_FILE).is_file() for checkpoint in of_run):
         return _find_complete_checkpoint(path, report)
-    has_weights = _has_weights(path)
+    has_weights = _has_trained_weights(path)
     if of_run and not has_weights:
         check_inside(path, of_run[0])
-        report(Note(f"{of_run[0]}: the newest checkpoint of the run; it has no {MANIFEST_FILE}, so it isn't verified"))
+        lack = f"it has no {CHECKPOINT_MANIFEST_FILE}, so it isn't verified"
+        report(Note(f"{of_run[0]}: the newest checkpoint of the run; {lack}"))
         return of_run[0]
     if find_deepspeed_folder(path) == path and find_deepspeed_folder(path.parent) == path:
         path = path.parent  # `path` is the folder of the shards (global_stepN); manifest and config are in its parent
-    if (path / MANIFEST_FILE).is_file():
+    if (path / CHECKPOINT_MANIFEST_FILE).is_file():
         if damage := verify(path):
             raise CheckpointError(f"checkpoint: {damage}", hint="use an earlier checkpoint of the run")
         return path
@@ -142,7 +152,7 @@ def _find_complete_checkpoint(run: Path, report: Report) -> Path:
     return found
 
 
-def _has_weights(folder: Path) -> bool:
+def _has_trained_weights(folder: Path) -> bool:
     names = (ADAPTER_WEIGHTS_FILE, ADAPTER_BIN_FILE, *MODEL_FILES)
     return find_deepspeed_folder(folder) is not None or any((folder / name).is_file() for name in names)
 
@@ -160,7 +170,8 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
         report(Note(note))
     trained = _add_fastchat_rows(settings, trained, _find_tokenizer_folder(folder), report)
     check_adapter(trained.adapter, trained.config, folder)
-    _check_finite(trained.extra, folder)
+    for name, tensor in trained.extra.items():
+        check_finite(name, tensor.to_float32(), folder)
     check_adapter_shapes(trained.adapter, trained.config, _read_base_config(settings, trained, report), folder)
     if trained.extra:
         count = len(trained.extra)
@@ -171,10 +182,10 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
         if settings.non_lora_state == "none":
             fate = f"{are} left out, because non_lora_state is none"
         report(Note(f"{extra}; {fate}", warning=True))
-    return trained if settings.dtype is None else _convert_dtype(trained, DTYPES[settings.dtype], folder)
+    return trained if settings.dtype is None else _convert_dtype(trained, DTYPES_BY_TORCH_NAME[settings.dtype], folder)
 
 
-def _collect_metadata(folder: Path, config: dict[str, Any]) -> AdapterMetadata:
+def _make_adapter_metadata(folder: Path, config: dict[str, Any]) -> AdapterMetadata:
     tokenizer = _find_tokenizer_folder(folder)
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     return AdapterMetadata(
@@ -185,7 +196,7 @@ def _collect_metadata(folder: Path, config: dict[str, Any]) -> AdapterMetadata:
 def _find_tokenizer_folder(folder: Path) -> Path:
     """Return the checkpoint, or its run folder if only that contains the tokenizer."""
     for place in (folder, folder.parent):
-        if (place / "tokenizer_config.json").is_file():
+        if (place / TOKENIZER_CONFIG_FILE).is_file():
             return place
         if not folder.name.startswith(("checkpoint-", "global_step")):
             break
@@ -201,8 +212,8 @@ def _read_base_config(settings: ExportSettings, trained: CheckpointContents, rep
     if not isinstance(name, str) or not name:
         report(Note("the base is unknown; give --model-name-or-path to check the adapter's shapes against it"))
         return None
-    folder = _find_local_base(name, settings)
-    if not (folder / "config.json").is_file():
+    folder = find_local_base(_make_base_settings(settings, name))
+    if folder is None:
         report(Note(f"{name}: not on this machine, so the adapter's shapes aren't checked against it"))
         return None
     config = read_config(folder)
@@ -211,19 +222,6 @@ def _read_base_config(settings: ExportSettings, trained: CheckpointContents, rep
         report(Note(f"{name}: model_type {model_type!r}: the adapter's shapes aren't checked against it"))
         return None
     return config
-
-
-def _find_local_base(name: str, settings: ExportSettings) -> Path:
-    """Find the folder of a base, perhaps in the cache of the Hub; if there is none, return the name as a path."""
-    folder = Path(name)
-    if name == "pocket" and not folder.is_dir():
-        folder = pocket_folder()
-    if not folder.is_dir() and not name.startswith((".", "/", "~")) and name.count("/") <= 1:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(name, "config.json", cache_dir=settings.cache_dir, revision=settings.revision)
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    return folder
 
 
 def _add_fastchat_rows(
@@ -252,12 +250,6 @@ def _make_base_settings(settings: ExportSettings, name: str) -> BaseModelSetting
     return BaseModelSettings(model_name_or_path=name, revision=settings.revision, cache_dir=settings.cache_dir)
 
 
-def _check_finite(tensors: Mapping[str, Tensor], place: Path) -> None:
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor.to_float32()).all():
-            raise CheckpointError(f"{place}: {name}: contains NaN or infinity", hint="use an earlier checkpoint")
-
-
 def _convert_dtype(trained: CheckpointContents, dtype: str, place: Path) -> CheckpointContents:
     """Convert all trained tensors to another dtype.
 
@@ -277,8 +269,22 @@ def _convert_dtype(trained: CheckpointContents, dtype: str, place: Path) -> Chec
     return replace(trained, adapter=adapter, extra={name: convert(name, v) for name, v in trained.extra.items()})
 
 
-def _strip_peft_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
+def _is_lora_name(name: str) -> bool:
+    """Whether a tensor is a LoRA parameter: A or B of a layer or an embedding, the bias of B, or DoRA's magnitudes."""
+    return ".lora_" in name
+
+
+def _collect_non_lora_state(
+    settings: ExportSettings, trained: CheckpointContents
+) -> dict[str, PartitionedTensor] | None:
+    """Collect the tensors of non_lora_state.safetensors, by their names in the base; None for no such file."""
+    if settings.non_lora_state == "none":
+        return None
+    adapter = add_decoder_rows(trained.adapter, trained.config)
+    others = trained.extra | {name: value for name, value in adapter.items() if not _is_lora_name(name)}
+    state = {name.removeprefix(PEFT_PREFIX): PartitionedTensor.from_tensor(value) for name, value in others.items()}
+    # a trained tensor replaces that of the base
+    return _collect_base_weights(settings, trained) | state if settings.non_lora_state == "full" else state
 
 
 def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents) -> dict[str, PartitionedTensor]:
@@ -299,13 +305,6 @@ def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents)
     return {name: PartitionedTensor.from_tensor(base.get_tensor(name)) for name in base.list_names()}
 
 
-def _collect_non_lora_weights(trained: CheckpointContents) -> dict[str, PartitionedTensor]:
-    """Collect all trained tensors except the LoRA matrices, by their names in the base."""
-    others = {n: v for n, v in trained.adapter.items() if ".lora_A." not in n and ".lora_B." not in n}
-    tensors = _strip_peft_prefix(trained.extra | others)
-    return {name: PartitionedTensor.from_tensor(value) for name, value in tensors.items()}
-
-
 def _is_quantized(trained: CheckpointContents) -> bool:
     """Whether the frozen weights are those of a quantized base, which can't be used without their scales."""
     for name, value in trained.adapter.items():
@@ -317,21 +316,16 @@ def _is_quantized(trained: CheckpointContents) -> bool:
     return False
 
 
-def _stream_to_safetensors(path: Path, state: Mapping[str, PartitionedTensor], report: Report) -> None:
-    """Write a safetensors file chunk by chunk, so that the tensors needn't fit in memory."""
-    entries = {name: (state[name].dtype, state[name].shape) for name in sorted(state)}
-    header = build_header(entries, {"format": "pt"})
-    report(Started(TASK, sum(array.nbytes for value in state.values() for array in value.arrays), "bytes"))
+def _write_non_lora_state(path: Path, state: Mapping[str, PartitionedTensor], report: Report) -> None:
     done = 0
-    with open(path, "wb") as file:
-        file.write(header)
-        for name in entries:
-            for chunk in state[name].iter_chunks():
-                file.write(chunk)
-                done += len(chunk)
-                report(Advanced(TASK, done))
-        file.flush()
-        os.fsync(file.fileno())
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        report(Advanced(TASK, done))
+
+    report(Started(TASK, sum(array.nbytes for value in state.values() for array in value.arrays), "bytes"))
+    write_safetensors(path, state, {"format": "pt"}, advance)
     report(Finished(TASK))
 
 
@@ -339,9 +333,8 @@ def _write_bin(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write adapter_model.bin with torch.save, the format of FastChat's adapters."""
     import torch
 
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    tensors = {
-        name: torch.frombuffer(bytearray(value.tobytes()), dtype=dtypes[value.dtype]).reshape(value.shape)
-        for name, value in state.items()
-    }
+    tensors = {}
+    for name, value in state.items():
+        dtype = getattr(torch, TORCH_NAMES[value.dtype])
+        tensors[name] = torch.frombuffer(bytearray(value.tobytes()), dtype=dtype).reshape(value.shape)
     torch.save(tensors, path)

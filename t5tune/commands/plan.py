@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_config, read_config
-from t5tune.data.batching import Integers, count_budget_batches, epoch_order, make_budget_batches
+from t5tune.data.batching import Integers, estimate_cost, make_count_batches
 from t5tune.data.cache import is_cache, open_cache
 from t5tune.errors import SettingsError
 from t5tune.families import find_family, match_family
 from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.settings import PlanSettings, TrainSettings, packaged_templates
+from t5tune.settings.fields import parse_gpu_memory
 
 MIB, GIB = 1 << 20, 1 << 30
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
@@ -114,17 +116,19 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     """Estimate the memory and steps of a training run with these settings.
 
     Raises:
-        SettingsError: a memory size can't be parsed, or the lengths don't fit tokens_per_batch.
+        SettingsError: `train` would refuse the settings, or the lengths don't fit tokens_per_batch.
         ModelError: there is no config.json, or its model type isn't supported.
         DataError: the token cache can't be used.
     """
+    if refusals := _find_refusals(settings):
+        raise SettingsError(*refusals)
     machine = _detect_machine(settings)
     data = _read_lengths(settings, report)
     config, place = _read_model_config(settings, report)
     config = find_family(config, place, settings.family).complete_config(config)
     chosen = settings.deepspeed or "none"
     batches = _make_batches(settings, machine.count, data)
-    sources, targets = _find_largest_batch(batches, data)
+    sources, targets = _find_largest_batch(batches, data, packed=settings.packing != "off")
     with _report_measured_steps(report) as step_done:
         estimator = _MemoryEstimator(config, settings, machine, data.num_added_tokens, step_done)
         names = list(dict.fromkeys([chosen, *STAGES]))
@@ -167,23 +171,6 @@ def _describe_precision(settings: PlanSettings) -> str:
     """Return `nf4 base, bf16`, `bf16`, `fp32`, …"""
     dtype = "bf16" if settings.bf16 else "fp32"
     return f"{settings.quant_type} base, {dtype}" if settings.q_lora else dtype
-
-
-def read_size(text: str) -> int:
-    """Parse a size to bytes: `24GiB`, `24GB` (powers of 1000), `24G` or `24` (both GiB), `800MiB`.
-
-    Raises:
-        SettingsError: the text isn't such a size.
-    """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0:
-        raise SettingsError(f"gpu_memory: {text!r}: expected a size such as 24GiB")
-    power = "KMGT".index((match[2] or "G").upper()) + 1
-    return int(number * (1000 if (match[3] or "").upper() == "B" else 1024) ** power)
 
 
 class _MemoryEstimator:
@@ -309,7 +296,7 @@ def _count_optimizer_bytes(name: str) -> int:
 def _detect_machine(settings: PlanSettings) -> _Machine:
     import torch
 
-    memory = read_size(settings.gpu_memory) if settings.gpu_memory else None
+    memory = parse_gpu_memory(settings.gpu_memory) if settings.gpu_memory else None
     found = 0 if settings.use_cpu else torch.cuda.device_count()
     if memory is None and settings.num_processes is None and found:
         properties = torch.cuda.get_device_properties(0)
@@ -359,29 +346,28 @@ def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
 
 
 def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
-    """Make the micro-batches (example indices) of the first epoch, as the trainer does."""
+    """Make the micro-batches (example indices) of the first epoch, as the trainer does, without empty ones.
+
+    Raises:
+        SettingsError: tokens_per_batch is too small for the examples, or too large for so few of them.
+    """
     if not data.is_real:
         return [np.arange(len(data.sources))]
-    sources, targets, steps = data.sources, data.targets, settings.gradient_accumulation_steps * count
+    sources, targets, step_size = data.sources, data.targets, settings.gradient_accumulation_steps * count
     if (tokens := settings.tokens_per_batch) is not None:
-        packs = settings.packing != "off"
-        number = count_budget_batches(sources, targets, tokens, packs, steps, settings.seed)
-        return make_budget_batches(sources, targets, tokens, packs, steps, number, settings.seed, 0)
-    size = settings.per_device_train_batch_size
-    if settings.group_by_length:
-        order = epoch_order(sources + targets, size * steps, settings.seed, 0)
-    else:
-        order = np.random.default_rng(settings.seed).permutation(len(sources))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+        from t5tune.training.batches import BudgetSampler  # it checks the budget
+
+        sampler = BudgetSampler(sources, targets, tokens, settings.packing != "off", step_size, settings.seed)
+        return [np.array(batch) for batch in sampler]
+    lengths = sources + targets if settings.group_by_length else np.zeros_like(sources)
+    batches = make_count_batches(lengths, settings.per_device_train_batch_size, step_size, settings.seed, epoch=0)
+    return [batch for batch in batches if len(batch)]
 
 
-def _find_largest_batch(batches: list[Integers], data: _Data) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (source lengths, target lengths) of the micro-batch with the most tokens, padding included."""
-
-    def count_tokens(batch: Integers) -> int:
-        return len(batch) * int(data.sources[batch].max() + data.targets[batch].max())
-
-    largest = max(batches, key=count_tokens)
+def _find_largest_batch(batches: list[Integers], data: _Data, packed: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (source lengths, target lengths) of the micro-batch that costs the most."""
+    # of batches with as many tokens, the one with the longest examples takes the most memory for attention
+    largest = max(batches, key=lambda batch: estimate_cost(data.sources[batch], data.targets[batch], packed))
     return tuple(data.sources[largest].tolist()), tuple(data.targets[largest].tolist())
 
 
@@ -405,32 +391,53 @@ def _suggest_settings(
 ) -> Suggestion | None:
     """Return the fastest settings that fit GOOD_BATCH_SIZE examples, else those that fit the most; None: nothing fits.
 
-    The candidates are ordered from the fastest to the one that needs the least memory. Batches are of the longest
-    examples.
+    Batches are of the longest examples.
     """
     if machine.memory is None:
         return None
-    dtype: dict[str, Any] = {"bf16": True} if machine.on_gpu else {"bf16": settings.bf16}
-    light = {"gradient_checkpointing": True}
-    candidates: list[dict[str, Any]] = [{}, light]
+    best: Suggestion | None = None
+    for changes in _list_candidates(settings, machine):
+        candidate = settings.model_copy(update=changes)
+        if _find_refusals(candidate):
+            continue
+        estimator = _MemoryEstimator(config, candidate, machine, data.num_added_tokens, step_done)
+        found = _find_largest_batch_size(estimator, candidate.deepspeed or "none", data)
+        if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
+            flags = _format_flags(settings, {**changes, "per_device_train_batch_size": found[0]}, machine)
+            best = Suggestion(flags, *found)
+        if best is not None and best.per_device_train_batch_size >= GOOD_BATCH_SIZE:
+            break
+    return best
+
+
+def _list_candidates(settings: PlanSettings, machine: _Machine) -> list[dict[str, Any]]:
+    """List changes of the settings, from the fastest to those that need the least memory; `train` may refuse some."""
+    base: dict[str, Any] = {
+        "bf16": settings.bf16 or machine.on_gpu,
+        "gradient_checkpointing": False,
+        "q_lora": False,
+        "deepspeed": None,
+        "tokens_per_batch": None,
+    }
+    light = {**base, "gradient_checkpointing": True}
+    candidates = [base, light]
     if machine.count > 1 and machine.on_gpu:
         candidates.append({**light, "deepspeed": "zero3"})
     if settings.train_mode == "lora":
         candidates.append({**light, "q_lora": True})
     if machine.on_gpu:
         candidates.append({**light, "deepspeed": "zero3-offload"})
-    best: Suggestion | None = None
-    for candidate in candidates:
-        base = {"q_lora": False, "gradient_checkpointing": False, "tokens_per_batch": None, **dtype}
-        candidate_settings = settings.model_copy(update={**base, **candidate})
-        estimator = _MemoryEstimator(config, candidate_settings, machine, data.num_added_tokens, step_done)
-        found = _find_largest_batch_size(estimator, candidate.get("deepspeed", "none"), data)
-        if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
-            flags = {name: value for name, value in {**dtype, **candidate}.items() if value}
-            best = Suggestion(_format_flags({**flags, "per_device_train_batch_size": found[0]}, machine), *found)
-        if best is not None and best.per_device_train_batch_size >= GOOD_BATCH_SIZE:
-            break
-    return best
+    return candidates
+
+
+def _find_refusals(settings: PlanSettings) -> list[str]:
+    """List why `train` would refuse the settings, whatever its data and output folder."""
+    given = {name: value for name, value in settings if name in TrainSettings.model_fields}
+    try:
+        TrainSettings.model_validate({**given, "data_path": ["-"], "output_dir": "-"})
+    except ValidationError as error:
+        return [detail["msg"].removeprefix("Value error, ") for detail in error.errors()]
+    return []
 
 
 def _find_largest_batch_size(estimator: _MemoryEstimator, stage: str, data: _Data) -> tuple[int, int] | None:
@@ -454,11 +461,21 @@ def _find_largest_batch_size(estimator: _MemoryEstimator, stage: str, data: _Dat
     return size, first.total + (size - 1) * each
 
 
-def _format_flags(values: dict[str, Any], machine: _Machine) -> str:
+def _format_flags(settings: PlanSettings, changes: dict[str, Any], machine: _Machine) -> str:
+    """Format the flags that change the settings: what they turn on, and what they turn off if it was on."""
     if machine.count > 1:
-        values = {**values, "num_gpus" if machine.on_gpu else "num_processes": machine.count}
-    words = (f"--{n.replace('_', '-')}" + ("" if value is True else f" {value}") for n, value in values.items())
-    return " ".join(words)
+        changes = {**changes, "num_gpus" if machine.on_gpu else "num_processes": machine.count}
+    # q_lora turns bf16 on unless --no-bf16 is given
+    is_shown = {"bf16"} if changes["q_lora"] else set()
+    shown = {n: v for n, v in changes.items() if v or v != getattr(settings, n) or n in is_shown}
+    return " ".join(_format_flag(name, value) for name, value in shown.items())
+
+
+def _format_flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {'none' if value is None else value}"
 
 
 def to_plan_settings(settings: TrainSettings) -> PlanSettings:

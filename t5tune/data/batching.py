@@ -4,6 +4,7 @@ Everything is computed from lengths, seed and epoch alone, so a resumed run cont
 """
 
 import heapq
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,23 @@ def epoch_order(lengths: Integers, step_size: int, seed: int, epoch: int) -> Int
     return np.concatenate([steps.ravel(), order[whole:]])
 
 
+def make_count_batches(lengths: Integers, batch_size: int, step_size: int, seed: int, epoch: int) -> list[Integers]:
+    """Cut `epoch_order` into an epoch's micro-batches of all ranks, step by step and rank by rank.
+
+    The last step has the remaining examples, divided among as many micro-batches as in every other step, so that a
+    step's examples don't depend on how it is divided. A micro-batch for which no examples remain is empty.
+
+    Args:
+        lengths: tokens of each example; zeros don't group examples by length.
+        batch_size: examples per micro-batch.
+        step_size: micro-batches per optimizer step, over all accumulation steps and ranks.
+    """
+    examples = batch_size * step_size
+    order = epoch_order(lengths, examples, seed, epoch)
+    steps = (order[start : start + examples] for start in range(0, len(order), examples))
+    return [batch for step in steps for batch in np.array_split(step, step_size)]
+
+
 def compute_padding_share(sources: Integers, targets: Integers, order: Integers, batch_size: int) -> float:
     """Compute the share of padding, 0 to 1, in batches that are cut from `order`."""
     useful = int(sources.sum() + targets.sum())
@@ -47,39 +65,59 @@ def compute_padding_share(sources: Integers, targets: Integers, order: Integers,
     return 1 - useful / padded
 
 
-def count_budget_batches(
-    sources: Integers, targets: Integers, tokens: int, packed: bool, step_size: int, seed: int
-) -> int:
-    """Count the micro-batches that `make_budget_batches` makes in every epoch: a multiple of `step_size`."""
-    drawn = len(_fill_batches(sources, targets, tokens, packed, np.random.default_rng(seed)))
-    return -(-drawn // step_size) * step_size
-
-
-def make_budget_batches(
-    sources: Integers, targets: Integers, tokens: int, packed: bool, step_size: int, count: int, seed: int, epoch: int
-) -> list[Integers]:
-    """Make an epoch's micro-batches of at most `tokens` source and target tokens, with every example once.
-
-    Packed examples are drawn at random. Padded ones are first sorted by source and target length within shuffled
-    windows, and their padding counts toward `tokens`. The micro-batches of a step cost about the same, and the steps
-    are shuffled. With the same `tokens` and `step_size`, a step has the same examples on any number of ranks.
+@dataclass(frozen=True)
+class TokenBudget:
+    """A maximum number of source and target tokens per micro-batch, at least the length of the longest example.
 
     Args:
-        tokens: at least the length of the longest example.
+        packed: whether batches have no padding; otherwise their padding counts toward `tokens`.
         step_size: micro-batches per optimizer step, over all accumulation steps and ranks.
-        count: the result of `count_budget_batches`; at most the number of examples.
     """
-    for draw in range(MAX_DRAWS):
-        rng = np.random.default_rng([seed, epoch, draw])
-        batches = _fill_batches(sources, targets, tokens, packed, rng)
-        if len(batches) <= count:
-            break
-    else:  # the order from which `count` was computed always fits
-        batches = _fill_batches(sources, targets, tokens, packed, np.random.default_rng(seed))
-    batches = _split_largest(batches, count)
-    costs = [_estimate_cost(sources[batch], targets[batch], packed) for batch in batches]
-    steps = np.argsort(costs, kind="stable").reshape(-1, step_size)
-    return [batches[index] for index in rng.permutation(steps).ravel()]
+
+    tokens: int
+    packed: bool
+    step_size: int
+    seed: int
+
+    def count_batches(self, sources: Integers, targets: Integers) -> int:
+        """Count the micro-batches that `make_batches` makes in every epoch: a multiple of `step_size`."""
+        drawn = len(_fill_batches(sources, targets, self.tokens, self.packed, np.random.default_rng(self.seed)))
+        return -(-drawn // self.step_size) * self.step_size
+
+    def make_batches(self, sources: Integers, targets: Integers, count: int, epoch: int) -> list[Integers]:
+        """Make an epoch's micro-batches, with every example once.
+
+        Packed examples are drawn at random. Padded ones are first sorted by source and target length within shuffled
+        windows. The micro-batches of a step cost about the same, and the steps are shuffled. With the same `tokens`
+        and `step_size`, a step has the same examples on any number of ranks.
+
+        Args:
+            count: the result of `count_batches`; at most the number of examples.
+        """
+        for draw in range(MAX_DRAWS):
+            rng = np.random.default_rng([self.seed, epoch, draw])
+            batches = _fill_batches(sources, targets, self.tokens, self.packed, rng)
+            if len(batches) <= count:
+                break
+        else:  # the order from which `count` was computed always fits
+            batches = _fill_batches(sources, targets, self.tokens, self.packed, np.random.default_rng(self.seed))
+        batches = _split_largest(batches, count)
+        costs = [estimate_cost(sources[batch], targets[batch], self.packed) for batch in batches]
+        steps = np.argsort(costs, kind="stable").reshape(-1, self.step_size)
+        return [batches[index] for index in rng.permutation(steps).ravel()]
+
+
+def estimate_cost(sources: Integers, targets: Integers, packed: bool) -> float:
+    """Estimate the compute of a batch, in units of one token's cost without attention.
+
+    Args:
+        sources, targets: tokens of each example in the batch.
+        packed: whether the batch has no padding.
+    """
+    if not packed:
+        sources, targets = np.full_like(sources, sources.max()), np.full_like(targets, targets.max())
+    attention = sources * sources + targets * (targets + sources)
+    return float((sources + targets).sum() + attention.sum() / ATTENTION_BREAK_EVEN)
 
 
 def _fill_batches(
@@ -140,11 +178,3 @@ def _split_largest(batches: list[Integers], count: int) -> list[Integers]:
         for number, part in enumerate((batch[:middle], batch[middle:])):
             heapq.heappush(heap, (-len(part), position * 2 + number + len(batches), part))
     return [batch for _, _, batch in sorted(heap, key=lambda item: item[1])]
-
-
-def _estimate_cost(sources: Integers, targets: Integers, packed: bool) -> float:
-    """Estimate the compute of a batch, in units of one token's cost without attention."""
-    if not packed:
-        sources, targets = np.full_like(sources, sources.max()), np.full_like(targets, targets.max())
-    attention = sources * sources + targets * (targets + sources)
-    return float((sources + targets).sum() + attention.sum() / ATTENTION_BREAK_EVEN)

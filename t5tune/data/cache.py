@@ -2,13 +2,13 @@ r"""The token cache: a folder with the ids of each conversation, stored once, an
 
     tokens.bin          the ids of all conversations, concatenated: uint16 little-endian, or int32 if the
                         vocabulary is larger than 65,536
-    conversations.bin   a row per conversation with CONVERSATION_COLUMNS (see data/integer_table.py)
-    examples.bin        a row per example, in the order of the data, with EXAMPLE_COLUMNS
+    conversations.bin   a row per conversation, of CONVERSATION_DTYPE
+    examples.bin        a row per example, of EXAMPLE_DTYPE, in the order of the data
     tokenizer/          the tokenizer that encoded the conversations, with its added tokens
     template.yaml       the conversation template
     training_data.json  how the examples were made; chat and evaluate read it (see checkpoints/training_data.py)
-    rejected.jsonl      the rejected records in full, with file, line, index, byte offset and reason
-    manifest.json       format, columns, hashes, settings, counts, length percentiles, and the SHA-256 of each file
+    rejected.jsonl      the rejected records, with file, line, index, byte offset and reason
+    manifest.json       format, hashes, settings, counts, length percentiles, and the SHA-256 of each file
 
 The same inputs give the same bytes.
 """
@@ -26,27 +26,28 @@ import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
 from t5tune.data.encoding import Example, Span, extract_example
-from t5tune.data.integer_table import IntegerTable, column_types, memory_map
 from t5tune.errors import DataError
+from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
 from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import describe_error
 from t5tune.settings.messages import describe_value_error
 
-FORMAT_VERSION = 4
-MANIFEST_FILE = "manifest.json"
-# the offset of the first token in tokens.bin, and a hash that conversations with the same texts share
-CONVERSATION_COLUMNS = ("start", "key")
-# the number of the conversation, and the span's positions, which count from the start of that conversation
-EXAMPLE_COLUMNS = ("conversation", *Span._fields)
+FORMAT_VERSION = 5
+# the index of the first id in tokens.bin, and a hash that conversations with the same texts share
+CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
+# the number of the conversation, and a Span, whose positions count tokens from the start of that conversation
+EXAMPLE_DTYPE = np.dtype([
+    ("conversation", "<u4"), ("turn", "<u4"), ("system_end", "<u4"), ("source_start", "<u4"), ("source_end", "<u4"),
+    ("target_start", "<u4"), ("target_end", "<u4"), ("answer_end", "<u4"), ("source_is_whole", "?"),
+    ("target_is_whole", "?"),
+])  # fmt: skip
 CACHE_CONTENTS = {
-    "tokens.bin", "conversations.bin", "examples.bin", "tokenizer", "template.yaml", "training_data.json",
-    "rejected.jsonl", MANIFEST_FILE,
+    "tokens.bin", "conversations.bin", "examples.bin", "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE,
+    "rejected.jsonl", CACHE_MANIFEST_FILE,
 }  # fmt: skip
 # the manifest keys that reading a cache needs, with the type of each value
 MANIFEST_TYPES: dict[str, Any] = {
     "dtype": Literal["<u2", "<i4"],
-    "conversation_columns": column_types(CONVERSATION_COLUMNS),
-    "example_columns": column_types(EXAMPLE_COLUMNS),
     "eos_token_id": int,
     "added_tokens": list[str],
     "added_token_ids": list[int],
@@ -71,9 +72,10 @@ class Cache(Sequence[Example]):
         self.folder = folder
         self.manifest = manifest
         self.eos_token_id = int(manifest["eos_token_id"])
-        self._tokens = memory_map(folder / "tokens.bin", np.dtype(manifest["dtype"]))
-        self._starts = IntegerTable(folder / "conversations.bin", manifest["conversation_columns"]).column("start")
-        self._examples = IntegerTable(folder / "examples.bin", manifest["example_columns"])
+        self._tokens = _map_file(folder / "tokens.bin", np.dtype(manifest["dtype"]))
+        self._conversations = _map_file(folder / "conversations.bin", CONVERSATION_DTYPE)
+        self._starts = self._conversations["start"]
+        self._examples = _map_file(folder / "examples.bin", EXAMPLE_DTYPE)
         self._indices = np.arange(len(self._examples)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -111,12 +113,11 @@ class Cache(Sequence[Example]):
         return compute_lengths(self._read_column)
 
     def _read_row(self, index: int) -> tuple[int, Span]:
-        conversation, *places = self._examples.row(self._indices[index])
-        places[-2:] = map(bool, places[-2:])
-        return conversation, Span._make(places)
+        conversation, *span = self._examples.item(self._indices[index])
+        return conversation, Span._make(span)
 
     def _read_column(self, name: str) -> npt.NDArray[np.int64]:
-        return self._examples.column(name, self._indices).astype(np.int64)
+        return np.asarray(self._examples[name][self._indices], np.int64)
 
     def index_in_whole_cache(self, index: int) -> int:
         """Return an example's index in the whole cache, of which this may be a part."""
@@ -143,8 +144,7 @@ class Cache(Sequence[Example]):
         Raises:
             DataError: there are too few conversations to hold one out.
         """
-        conversations = IntegerTable(self.folder / "conversations.bin", self.manifest["conversation_columns"])
-        keys = conversations.column("key", self._read_column("conversation"))
+        keys = self._conversations["key"][self._read_column("conversation")]
         is_held_out = np.isin(keys, _choose_held_out(np.unique(keys), held_out, seed))
         return (
             Cache(self.folder, self.manifest, self._indices[~is_held_out]),
@@ -155,16 +155,23 @@ class Cache(Sequence[Example]):
 def compute_lengths(
     column: Callable[[str], npt.NDArray[np.int64]],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Compute (source lengths, target lengths) of examples, EOS tokens included, from EXAMPLE_COLUMNS."""
+    """Compute (source lengths, target lengths) of examples, EOS tokens included, from columns of EXAMPLE_DTYPE."""
     source = column("system_end") + column("source_end") - column("source_start") + 1
     target = column("target_end") - column("target_start") + column("target_is_whole")
     return source, target
 
 
+def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    # slicing np.memmap is several times slower than slicing a plain array over the same pages
+    return np.memmap(path, dtype, "r").view(np.ndarray)
+
+
 def is_cache(path: Path) -> bool:
     """Return whether a folder looks like a token cache."""
     # os.path, because pathlib raises if the folder can't be searched
-    return os.path.isfile(path / MANIFEST_FILE) and os.path.isfile(path / "tokens.bin")
+    return os.path.isfile(path / CACHE_MANIFEST_FILE) and os.path.isfile(path / "tokens.bin")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -177,19 +184,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         what = "a file, not a token cache" if os.path.exists(folder) else "no such folder"
         raise DataError(f"{folder}: {what}", hint="name a folder that t5tune prepare wrote")
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / CACHE_MANIFEST_FILE).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or "format" not in manifest:
             raise ValueError("it has no format")
         version = manifest["format"]
     except (OSError, ValueError, RecursionError) as error:
         why = describe_error(error).lower() if isinstance(error, OSError) else describe_error(error)
         raise DataError(
-            f"{folder / MANIFEST_FILE}: not the manifest of a token cache ({why})",
+            f"{folder / CACHE_MANIFEST_FILE}: not the manifest of a token cache ({why})",
             hint="name a folder that t5tune prepare wrote",
         ) from error
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{folder / MANIFEST_FILE}: format {version}; this version of t5tune reads format {FORMAT_VERSION}",
+            f"{folder / CACHE_MANIFEST_FILE}: format {version}; this version of t5tune reads format {FORMAT_VERSION}",
             hint="run t5tune prepare again",
         )
     for name, kind in MANIFEST_TYPES.items():
@@ -199,7 +206,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             reason = (
                 f"{manifest[name]!r:.80}: {describe_value_error(error.errors()[0])}" if name in manifest else "missing"
             )
-            raise DataError(f"{folder / MANIFEST_FILE}: {name}: {reason}", hint="run t5tune prepare again") from None
+            problem = f"{folder / CACHE_MANIFEST_FILE}: {name}: {reason}"
+            raise DataError(problem, hint="run t5tune prepare again") from None
     return dict(manifest)
 
 
@@ -239,7 +247,7 @@ def verify_files(folder: Path, files: dict[str, str]) -> None:
 def hash_files(folder: Path) -> dict[str, str]:
     """Return {name: SHA-256} of every file below the folder except the manifest, sorted by name."""
     paths: Iterable[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths if path.name != MANIFEST_FILE}
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths if path.name != CACHE_MANIFEST_FILE}
 
 
 def compute_percentiles(counted: Counter[int]) -> dict[str, int]:

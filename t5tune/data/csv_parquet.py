@@ -1,6 +1,5 @@
 """Read the rows of CSV, TSV and Parquet files as raw records."""
 
-import codecs
 import csv
 import json
 import re
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.files import BOM, read_chunks
-from t5tune.data.records import RawRecord, RecordLocation, RejectedRecord
+from t5tune.data.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
+from t5tune.data.records import RecordLocation, Rejection
 from t5tune.errors import DataError, DependencyError
-from t5tune.io.atomic import CHUNK_BYTES
 
 CELL_OVERHEAD_BYTES = 128  # memory of a cell in addition to its text
 CSV_REASONS = {  # part of the csv module's message: our message
@@ -24,22 +23,21 @@ CSV_REASONS = {  # part of the csv module's message: our message
 }
 ROWS_PER_BATCH = 16  # rows of a Parquet file that are read at once, at most
 BYTES_PER_BATCH = 1 << 21  # about the most bytes of such a batch
+TEXT_TYPES = {"string", "large_string"}  # of Arrow
 _CELL_TEXT = re.compile(rb'[^",;\t\r\n]+')
 
 
-def read_csv(
-    path: Path, delimiter: str | None, max_bytes: int, spool: Path | None
-) -> Iterator[RawRecord | RejectedRecord]:
+def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawRecord]:
     """Read a CSV file: a header with the column names, then rows.
 
     Args:
         delimiter: if None, the most frequent one of comma, semicolon and tab in the header.
-        max_bytes: longer rows are rejected, and written to a file next to `spool`.
+        max_bytes: longer rows are rejected.
 
     Raises:
         DataError: the file is not valid CSV, or its header is too long.
     """
-    lines = _LineReader(path, max_bytes, spool)
+    lines = _LineReader(path, max_bytes)
     csv.field_size_limit(max_bytes)
     header_line = next((line for line in lines if line.strip()), None)
     if header_line is None:
@@ -54,7 +52,7 @@ def read_csv(
         index = 0
         while True:
             location = RecordLocation(str(path), lines.number + 1, index, lines.offset)
-            lines.begin_row(index)
+            lines.begin_row()
             cells = next(reader, None)
             if cells is None:
                 return
@@ -62,12 +60,11 @@ def read_csv(
                 continue
             index += 1
             size = lines.size + CELL_OVERHEAD_BYTES * len(cells)
-            if lines.is_long:
-                yield RejectedRecord(location, "too_long", f"longer than max_record_bytes {max_bytes}", lines.row_file)
+            if lines.size > max_bytes:
+                yield make_too_long_record(location, lines.beginning, lines.size, max_bytes)
             elif len(cells) != len(header):
-                yield RejectedRecord(
-                    location, "bad_row", f"{len(cells)} cells in a row, {len(header)} in the header", cells, size
-                )
+                rejection = Rejection("bad_row", f"{len(cells)} cells in a row, {len(header)} in the header")
+                yield RawRecord(location, cells, size, parsed=rejection)
             else:
                 yield RawRecord(location, dict(zip(header, cells, strict=True)), size)
     except csv.Error as error:
@@ -75,11 +72,11 @@ def read_csv(
         raise DataError(f"{path}:{lines.number}: not valid CSV: {reason}") from error
 
 
-def read_parquet(path: Path, max_bytes: int, spool: Path | None) -> Iterator[RawRecord | RejectedRecord]:
+def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
     """Read the rows of a Parquet file.
 
     Args:
-        max_bytes: longer rows are rejected, and written as JSON to a file next to `spool`.
+        max_bytes: longer rows are rejected.
 
     Raises:
         DataError: the file is broken.
@@ -90,25 +87,13 @@ def read_parquet(path: Path, max_bytes: int, spool: Path | None) -> Iterator[Raw
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             _check_column_names(file.schema_arrow.names, str(path))
-            for group in range(file.num_row_groups):
-                group_metadata = file.metadata.row_group(group)
-                # the file stores a text that many rows share only once, so its size says little: measure the first row
-                batches = partial(file.iter_batches, row_groups=[group], use_threads=False)
-                most = max(
-                    group_metadata.total_byte_size // max(1, group_metadata.num_rows),
-                    _measure_first_batch(batches(batch_size=1)),
-                )
-                for batch in batches(batch_size=max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // max(1, most)))):
-                    for row in _iterate_rows(batch, max_bytes):
-                        location = RecordLocation(str(path), index + 1, index, 0)
-                        index += 1
-                        if isinstance(row, dict):
-                            yield RawRecord(location, row, _count_bytes(row))
-                            continue
-                        long = spool.with_name(f"{spool.name}-{location.index}.long") if spool is not None else None
-                        if long is not None:
-                            _write_row_as_json(row, long)
-                        yield RejectedRecord(location, "too_long", f"longer than max_record_bytes {max_bytes}", long)
+            for row, size in chain.from_iterable(_iterate_rows(batch, max_bytes) for batch in _read_batches(file)):
+                location = RecordLocation(str(path), index + 1, index, 0)
+                index += 1
+                if size > max_bytes:
+                    yield make_too_long_record(location, _read_beginning(row), size, max_bytes)
+                else:
+                    yield RawRecord(location, row, size)
     except DataError:
         raise
     except Exception as error:  # pyarrow raises its own exceptions and many of Python's
@@ -136,37 +121,41 @@ def _shorten_reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
-def _measure_first_batch(batches: Iterator[Any]) -> int:
-    """Return the bytes of the first batch, without keeping it in memory."""
-    return next((int(batch.nbytes) for batch in batches), 0)
+def _read_batches(file: Any) -> Iterator[Any]:
+    """Yield the rows of a Parquet file in batches of about BYTES_PER_BATCH."""
+    for group in range(file.num_row_groups):
+        batches = partial(file.iter_batches, row_groups=[group], use_threads=False)
+        # the file stores a text that many rows share only once, so its size says little: measure the first row
+        first = next((batch.nbytes for batch in batches(batch_size=1)), 0)
+        metadata = file.metadata.row_group(group)
+        most = max(metadata.total_byte_size // max(1, metadata.num_rows), first)
+        yield from batches(batch_size=max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // max(1, most))))
 
 
-def _iterate_rows(batch: Any, max_bytes: int) -> Iterator[Any]:
-    """Yield each row as a dict; a row longer than `max_bytes` as a one-row Arrow batch."""
+def _iterate_rows(batch: Any, max_bytes: int) -> Iterator[tuple[Any, int]]:
+    """Yield each row as a dict, with its size in bytes; a row longer than `max_bytes` is a one-row Arrow batch."""
     # a text that is stored once may be in many rows, so a batch can be much larger than what was read
     is_whole = batch.nbytes <= min(BYTES_PER_BATCH, max_bytes)
     counts_itself = "dictionary<" not in str(batch.schema)  # nbytes of a dictionary counts every row's text
     for part in [batch] if is_whole else (batch.slice(number, 1) for number in range(len(batch))):
-        for number, row in enumerate([None] if counts_itself and part.nbytes > max_bytes else _convert_rows(part)):
-            yield row if row is not None and _count_bytes(row) <= max_bytes else part.slice(number, 1)
+        if counts_itself and part.nbytes > max_bytes:
+            yield part, part.nbytes
+            continue
+        for number, row in enumerate(_convert_rows(part)):
+            size = _count_bytes(row)
+            yield row if size <= max_bytes else part.slice(number, 1), size
 
 
-def _write_row_as_json(row: Any, path: Path) -> None:
-    """Write a one-row batch as JSON; convert long texts chunk by chunk, to limit memory."""
-    with open(path, "w", encoding="utf-8") as file:
-        for number, name in enumerate(row.schema.names):
-            file.write(f"{', ' if number else '{'}{json.dumps(name)}: ")
-            cell = row[number][0]
-            if not (cell.is_valid and str(cell.type) in {"string", "large_string"}):
-                file.write(json.dumps(_convert_cell(cell), default=str))
-                continue
-            decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
-            data = memoryview(cell.as_buffer())
-            file.write('"')
-            for start in range(0, len(data), CHUNK_BYTES):
-                file.write(json.dumps(decoder.decode(data[start : start + CHUNK_BYTES]))[1:-1])
-            file.write('"')
-        file.write("}")
+def _read_beginning(row: Any) -> bytes:
+    """Return a one-row batch as JSON, with only the beginning of each text, to limit memory."""
+    cells: dict[str, Any] = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        if column[0].is_valid and str(column.type) in TEXT_TYPES:
+            beginning = bytes(memoryview(column[0].as_buffer())[:MAX_KEPT_BYTES])
+            cells[name] = beginning.decode(errors="surrogateescape")
+        else:
+            cells[name] = _convert_cell(column[0])
+    return json.dumps(cells, default=str).encode()
 
 
 def _convert_rows(batch: Any) -> list[dict[str, Any]]:
@@ -188,7 +177,7 @@ def _convert_cell(scalar: Any) -> Any:
         return scalar.as_py()
     except Exception:
         kind = str(scalar.type)
-    if kind in {"string", "large_string"}:
+    if kind in TEXT_TYPES:
         return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
     if kind.startswith(("list<", "large_list<")):
         return [_convert_cell(item) for item in scalar]
@@ -210,36 +199,26 @@ def _count_bytes(value: Any) -> int:
 class _LineReader:
     """Iterates over a file's lines as text with their line ends; bytes that are not UTF-8 become lone surrogates.
 
-    From the line that makes a row longer than `max_bytes`, the row is written to a file instead, and only a skeleton
-    is yielded: each stretch of ordinary text is replaced with `x`, so that the csv module still finds the same cells
-    and the end of the row.
+    From the line that makes a row longer than `max_bytes`, only a skeleton is yielded: each stretch of ordinary text is
+    replaced with `x`, so that the csv module still finds the same cells and the end of the row.
     """
 
-    def __init__(self, path: Path, max_bytes: int, spool: Path | None) -> None:
+    def __init__(self, path: Path, max_bytes: int) -> None:
         self.offset = 0  # of the next line in the file
         self.number = 0  # lines yielded so far
         self.size = 0  # bytes of the current row so far
-        self.row_file: Path | None = None
+        self.beginning = b""  # the first of these bytes
         self._max_bytes = max_bytes
         self._path = path
-        self._spool = spool
         self._chunks = read_chunks(path)
         self._line_end: bytes | None = None
         self._lines: Iterator[bytes] = iter(())
         self._rest = b""
-        self._skeleton = b""  # of the part of the current line that was spilled, before `_rest`
-        self._row: list[bytes] = []
+        self._skeleton = b""  # of the part of the current line before `_rest`, if the row is too long
 
-    @property
-    def is_long(self) -> bool:
-        """Whether the current row is too long."""
-        return self.size > self._max_bytes
-
-    def begin_row(self, index: int) -> None:
+    def begin_row(self) -> None:
         """Start counting a new row; forget the previous one."""
-        self.size = 0
-        self._row.clear()
-        self.row_file = self._spool.with_name(f"{self._spool.name}-{index}.long") if self._spool is not None else None
+        self.size, self.beginning = 0, b""
 
     def __iter__(self) -> "_LineReader":
         return self
@@ -255,31 +234,27 @@ class _LineReader:
                 chunk = chunk[self.offset :]
                 self._line_end = b"\r" if b"\r" in chunk.rstrip() and b"\n" not in chunk else b"\n"
             if self.size + len(self._rest) > self._max_bytes:
-                self._skeleton += self._spill(self._rest)
+                self._skeleton += self._reduce(self._rest)
                 self._rest = b""
             *whole, self._rest = (self._rest + chunk).split(self._line_end)
             self._lines = iter([part + self._line_end for part in whole])
         if not line and not self._skeleton:
             raise StopIteration
         if self.size + len(line) > self._max_bytes:
-            line, self._skeleton = self._skeleton + self._spill(line), b""
+            line, self._skeleton = self._skeleton + self._reduce(line), b""
         else:
-            self._append(line)
+            self._count(line)
         self.number += 1
         return line.decode(errors="surrogateescape")
 
-    def _append(self, line: bytes) -> None:
-        self._row.append(line)
-        self.size += len(line)
-        self.offset += len(line)
+    def _count(self, data: bytes) -> None:
+        self.beginning += data[: MAX_KEPT_BYTES - len(self.beginning)]
+        self.size += len(data)
+        self.offset += len(data)
 
-    def _spill(self, data: bytes) -> bytes:
-        """Write the row so far and the data to the row's file; return the data's skeleton."""
-        self._append(data)
-        if self.row_file is not None:
-            with open(self.row_file, "ab") as file:
-                file.writelines(self._row)
-        self._row.clear()
+    def _reduce(self, data: bytes) -> bytes:
+        """Count the data, and return its skeleton."""
+        self._count(data)
         if len(self._skeleton) > self._max_bytes:
             raise DataError(f"{self._path}:{self.number + 1}: a line with more than {self._max_bytes} separators")
         return _CELL_TEXT.sub(b"x", data)

@@ -35,10 +35,13 @@ WIDE_ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # byte or
 MAX_NAMES_SHOWN = 5  # of the skipped files of a folder
 
 
-def find_files(data_path: list[str], report: Report = silent) -> list[Path]:
+def find_files(data_path: list[str], report: Report = silent, setting: str = "data_path") -> list[Path]:
     """Find the data files of `data_path`: files, folders, glob patterns, and `-` for standard input.
 
     The files of a folder or a pattern are sorted.
+
+    Args:
+        setting: the name of the setting in messages.
 
     Raises:
         DataError: a path can't be read, doesn't exist, has an unknown suffix, or leads to no data file.
@@ -46,37 +49,39 @@ def find_files(data_path: list[str], report: Report = silent) -> list[Path]:
     files: list[Path] = []
     for name in data_path:
         try:
-            files += _resolve_path(name, report)
+            files += _resolve_path(name, report, setting)
         except OSError as error:
-            raise DataError(f"data_path: {name}: can't be read: {error.strerror}") from error
+            raise DataError(f"{setting}: {name}: can't be read: {error.strerror}") from error
     if files.count(STDIN) > 1:
-        raise DataError("data_path: -: standard input can be read only once")
+        raise DataError(f"{setting}: -: standard input can be read only once")
     return files
 
 
-def _resolve_path(name: str, report: Report) -> list[Path]:
+def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     path = Path(name)
     if not name:
-        raise DataError("data_path: empty", hint="name a file or a folder; `.` is the current folder")
+        raise DataError(f"{setting}: empty", hint="name a file or a folder; `.` is the current folder")
     if path == STDIN:
+        if sys.stdin is None:
+            raise DataError(f"{setting}: -: standard input is closed")
         return [path]
     if path.is_file():
         if find_data_suffix(path) is None:
             suffix = "".join(path.suffixes[-2:]) or "no suffix"
             raise DataError(
-                f"data_path: {path}: {suffix}: expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
+                f"{setting}: {path}: {suffix}: expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
             )
         return [path]
     if path.is_dir():
         found = sorted(entry for entry in path.iterdir() if find_data_suffix(entry) or not entry.name.startswith("."))
     elif path.exists():
         raise DataError(
-            f"data_path: {path}: not a regular file", hint="to read a pipe, redirect it to standard input and pass `-`"
+            f"{setting}: {path}: not a regular file", hint="to read a pipe, redirect it to standard input and pass `-`"
         )
     elif glob.has_magic(name):
         found = sorted(set(map(Path, _expand_pattern(name))))
     else:
-        raise DataError(f"data_path: {path}: no such file or folder", hint="check the path's spelling")
+        raise DataError(f"{setting}: {path}: no such file or folder", hint="check the path's spelling")
     # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
     caches = {folder for folder in {entry.parent for entry in found} if is_cache(folder) or is_cache(folder.parent)}
     reasons = {
@@ -85,9 +90,9 @@ def _resolve_path(name: str, report: Report) -> list[Path]:
     files = [entry for entry, reason in reasons.items() if reason is None]
     if over := [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason is not None]:
         more = f" and {len(over) - MAX_NAMES_SHOWN} more" if len(over) > MAX_NAMES_SHOWN else ""
-        report(Note(f"data_path: {path}: skipped: {', '.join(over[:MAX_NAMES_SHOWN])}{more}"))
+        report(Note(f"{setting}: {path}: skipped: {', '.join(over[:MAX_NAMES_SHOWN])}{more}"))
     if not files:
-        raise DataError(f"data_path: {path}: contains no {KNOWN_SUFFIXES} file")
+        raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file")
     return files
 
 
@@ -191,11 +196,7 @@ def _check_encoding(path: Path, first: bytes) -> None:
 
 
 def _open(path: Path) -> BinaryIO:
-    if path != STDIN:
-        return open(path, "rb")
-    if sys.stdin is None:
-        raise DataError("data_path: -: standard input is closed")
-    return sys.stdin.buffer
+    return open(path, "rb") if path != STDIN else sys.stdin.buffer
 
 
 def _read_plain(path: Path, file: _PeekableStream) -> Iterator[bytes]:

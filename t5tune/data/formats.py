@@ -60,10 +60,11 @@ class Turn:
 
 
 class RecordTurn(NamedTuple):
-    """A turn as it is in the record, before turns are merged and checked."""
+    """A turn as it is in the record, before turns are merged and checked. `place` names it in messages: `turn 2`."""
 
     speaker: Speaker
     text: str
+    place: str
     learned: bool = True
 
 
@@ -86,6 +87,11 @@ class Conversation:
     repairs: Mapping[str, int] = field(default_factory=dict)
     has_prefix: bool = False
 
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the system message and of the turns."""
+        return [self.system or "", *(turn.text for turn in self.turns)]
+
 
 def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSettings) -> Conversation:
     """Detect a record's format, check its turns, and make human and assistant turns alternate.
@@ -103,7 +109,7 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     used, entries = parser(value, reading, repairs)
     _count_ignored("field", value, used | COMMON_KEYS | labels.keys(), repairs)
     if value.get("system") not in EMPTY_VALUES:
-        entries.insert(0, RecordTurn("system", _parse_text("system", value["system"])))
+        entries.insert(0, RecordTurn("system", _parse_text("system", value["system"]), "the key system"))
     system, turns = _merge_turns(entries, reading, repairs)
     merged_turns = tuple(Turn(role, "\n".join(texts), False not in learned) for role, texts, learned in turns)
     # a merged turn with a part of weight 0 must not be learned
@@ -129,20 +135,24 @@ def _merge_turns(
         The system message, and (role, texts, whether each text is learned) of each merged turn.
     """
     system: str | None = None
+    system_place: str | None = None
     turns: list[tuple[Role, list[str], set[bool]]] = []
-    for index, (speaker, said, learned) in enumerate(entries):
+    for speaker, said, place, learned in entries:
         text = normalize_text(said, repairs)
         if reading.clean:
             text = clean(text, repairs)
         if speaker == "system":
-            if turns or system is not None:
-                raise RejectionError("misplaced_system", f"turn {index}: a system turn that is not the first turn")
-            system = text
+            if system_place is not None:
+                problem = f"{place}: a second system message, after that of {system_place}"
+                raise RejectionError("misplaced_system", problem)
+            if turns:
+                raise RejectionError("misplaced_system", f"{place}: a system turn that is not the first turn")
+            system, system_place = text, place
         elif speaker == "assistant" and not turns:
             repairs["leading_assistant_turns"] += 1
         elif turns and turns[-1][0] == speaker:
             if not reading.merge_same_role:
-                raise RejectionError("same_role_twice", f"turn {index}: two {speaker} turns in a row")
+                raise RejectionError("same_role_twice", f"{place}: two {speaker} turns in a row")
             turns[-1][1].append(text)
             turns[-1][2].add(learned)
             repairs["merged_same_role_turns"] += 1
@@ -198,22 +208,24 @@ def _parse_chosen(
         if not question:
             advice = "set source_column to the prompt's key, and target_column to chosen"
             raise RejectionError("no_answer", f"chosen: a string without a prompt; {advice}")
-        return prompt_keys | {"chosen"}, [*question, RecordTurn("assistant", chosen)]
+        return prompt_keys | {"chosen"}, [*question, RecordTurn("assistant", chosen, "chosen")]
     answer = _parse_turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
     if not any(entry.speaker == "human" for entry in answer):
         return prompt_keys | {"chosen"}, question + answer
     # if the list contains the question, the record's own question was used too, not ignored
-    return {"chosen"} | (prompt_keys if set(question) <= set(answer) else set()), answer
+    asked, answered = ({(turn.speaker, turn.text, turn.learned) for turn in turns} for turns in (question, answer))
+    return {"chosen"} | (prompt_keys if asked <= answered else set()), answer
 
 
 def _parse_turns(key: str, items: Any, repairs: Counter[str]) -> RecordTurns:
     if not isinstance(items, list):
         raise RejectionError("unknown_format", f"{key}: expected a list of turns, found {_name_json_type(items)}")
-    return [_parse_turn(index, item, repairs) for index, item in enumerate(items)]
+    # a record may have turns in both prompt and completion or chosen
+    prefix = "" if key in ("conversations", "messages") else f"{key}: "
+    return [_parse_turn(f"{prefix}turn {index}", item, repairs) for index, item in enumerate(items)]
 
 
-def _parse_turn(index: int, item: Any, repairs: Counter[str]) -> RecordTurn:
-    where = f"turn {index}"
+def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
     names = None
     if isinstance(item, dict):
         names = next((names for names in TURN_KEYS if item.get(names[0]) is not None), None)
@@ -238,11 +250,12 @@ def _parse_turn(index: int, item: Any, repairs: Counter[str]) -> RecordTurn:
     if len(item) > len(names):
         _count_ignored("turn_field", item, used, repairs)
     if not calls:
-        return RecordTurn(role, _parse_text(where, said), learned)
+        return RecordTurn(role, _parse_text(where, said), where, learned)
     repairs["tool_calls_as_text"] += 1
     return RecordTurn(
         role,
         join_tool_calls(calls) if said in EMPTY_VALUES else f"{_parse_text(where, said)}\n{join_tool_calls(calls)}",
+        where,
         learned,
     )
 
@@ -285,13 +298,15 @@ def _parse_alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Coun
     for index, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RejectionError("bad_turn", f"history {index}: expected a pair [question, answer]")
-        entries.append(RecordTurn("human", _parse_text(f"history {index}", pair[0])))
-        entries.append(RecordTurn("assistant", _parse_text(f"history {index}", pair[1])))
-    entries.append(RecordTurn("human", question))
+        place = f"history {index}"
+        entries.append(RecordTurn("human", _parse_text(place, pair[0]), place))
+        entries.append(RecordTurn("assistant", _parse_text(place, pair[1]), place))
+    entries.append(RecordTurn("human", question, "instruction"))
     prompt_keys = {"instruction", "input", "history"}
     if value.get("output") is None and value.get("chosen") is not None:
         return _parse_chosen(prompt_keys, entries, value, repairs)
-    return prompt_keys | {"output"}, [*entries, RecordTurn("assistant", _parse_text("output", value.get("output")))]
+    output = RecordTurn("assistant", _parse_text("output", value.get("output")), "output")
+    return prompt_keys | {"output"}, [*entries, output]
 
 
 def _parse_prompt_completion(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
@@ -309,7 +324,7 @@ def _parse_text_or_turns(key: str, value: dict[str, Any], role: Role, repairs: C
     return (
         _parse_turns(key, value[key], repairs)
         if isinstance(value[key], list)
-        else [RecordTurn(role, _parse_text(key, value[key]))]
+        else [RecordTurn(role, _parse_text(key, value[key]), key)]
     )
 
 
@@ -327,8 +342,8 @@ def _parse_pair(value: dict[str, Any], source: str, target: str, reading: Readin
         raise RejectionError("unknown_format", f"no column {', '.join(missing)}; the record has {found}")
     question = reading.source_prefix + _parse_text(source, value[source])
     return {source, target}, [
-        RecordTurn("human", question),
-        RecordTurn("assistant", _parse_text(target, value[target])),
+        RecordTurn("human", question, source),
+        RecordTurn("assistant", _parse_text(target, value[target]), target),
     ]
 
 

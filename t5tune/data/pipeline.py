@@ -1,146 +1,133 @@
-"""Encode raw records as conversations in several processes, in the order of the records.
+"""Encode raw records: each becomes the ids of a conversation and the spans of its examples, or is rejected.
 
-    for record, outcome in encode_records(records, PipelineConfig(...), num_workers=4):
-        ...
-
-The result doesn't depend on the number of processes: batches are encoded independently and returned in order.
+pipeline = Pipeline(tokenizer_folder, template, settings)
+for record, encoded in zip(records, pipeline(records)):
+    ...
 """
 
 import hashlib
 import json
-import os
-import pickle
-import subprocess
-import sys
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 
-from t5tune.data.encoding import EncodedConversation, Encoder, Span, encode_batch
-from t5tune.data.formats import Conversation, parse_conversation
-from t5tune.data.records import (
-    RawRecord,
-    RecordLocation,
-    RejectedRecord,
-    RejectionError,
-    can_contain_forbidden,
-    check_characters,
-    parse_record,
-)
+from t5tune.data.encoders import Encoder, Text, make_encoder
+from t5tune.data.encoding import MAX_WORD_LENGTH, EncodedConversation, Span, encode_batch, find_long_word
+from t5tune.data.formats import Conversation
+from t5tune.data.raw_records import RawRecord, parse_record
+from t5tune.data.records import Rejection
 from t5tune.data.templates import Piece, Template, render_conversation
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.vocabulary import RoundTripCheck
-from t5tune.errors import TrainingError
-from t5tune.io.processes import make_module_command
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings
 
-BATCH_RECORDS = 256
-BATCH_BYTES = 1 << 19
-BYTES_PER_WORKER = 16 << 20  # of data; for less, starting another process takes longer than it saves
+EXCHANGES_PER_BATCH = 256
 
 
 @dataclass(frozen=True)
-class PipelineConfig:
-    """Everything that determines how a record is encoded.
+class EncodedRecord:
+    """The result of encoding a record; it is empty if the record is rejected.
 
     Args:
-        tokenizer: folder of the tokenizer.
-    """
-
-    tokenizer: Path
-    template: Template
-    settings: PrepareSettings
-
-
-@dataclass(frozen=True)
-class AcceptedRecord:
-    """An encoded record.
-
-    Args:
-        repairs: counts of what was repaired or left out, by kind.
-        encoded: the conversation's ids and spans; more than one if it was split.
+        parts: the conversation's ids and spans; more than one if it was split.
         key: hash of the conversation's texts.
+        repairs: counts of what was repaired or left out, by kind.
         unknown: number of unknown tokens.
         dropped: counts of examples that were left out, by reason.
         lost: characters of the targets that the tokenizer can't reproduce -> (occurrences, targets that contain it).
         has_prefix: whether source_prefix was prepended to the source.
     """
 
-    location: RecordLocation
-    repairs: Mapping[str, int]
-    encoded: list[EncodedConversation]
-    key: bytes
-    unknown: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    lost: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rejection: Rejection | None = None
+    parts: Sequence[EncodedConversation] = ()
+    key: bytes = b""
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    unknown: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     has_prefix: bool = False
 
 
-Record = RawRecord | RejectedRecord
-Outcome = AcceptedRecord | RejectedRecord
-
-
+@dataclass(frozen=True)
 class Pipeline:
-    """Encodes batches of records in this process."""
+    """Encodes batches of records in this process.
 
-    def __init__(self, config: PipelineConfig) -> None:
-        self.config = config
-        tokenizer = load_tokenizer(config.tokenizer)
-        self.encoder = Encoder(tokenizer)
-        self.round_trip_check = RoundTripCheck(tokenizer)
+    It can be sent to another process before it encodes its first batch.
+    """
 
-    def __call__(self, batch: list[Record]) -> list[Outcome]:
-        """Return the outcome of each record.
+    tokenizer_folder: Path
+    template: Template
+    settings: PrepareSettings
+
+    def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord]:
+        """Return the result of each record.
 
         Raises:
             DataError: an array element is not valid JSON.
         """
-        records = [convert_record(record, self.config.settings) for record in batch]
-        conversations = [record for record in records if isinstance(record, Conversation)]
+        parsed = [read_conversation(record, self.settings, self._encoder) for record in batch]
         # the pieces have no variable, so that they are freed at once: they take more memory than the ids
         encodings = iter(
             encode_batch(
-                [render_conversation(conversation, self.config.template) for conversation in conversations],
-                self.encoder,
-                self.config.settings.model_max_length,
+                [render_conversation(each, self.template) for each in parsed if isinstance(each, Conversation)],
+                self._encoder,
+                self.settings.model_max_length,
             )
         )
         return [
-            record if isinstance(record, RejectedRecord) else self._accept(record, next(encodings))
-            for record in records
+            EncodedRecord(each) if isinstance(each, Rejection) else self._select_examples(each, next(encodings))
+            for each in parsed
         ]
 
-    def _accept(self, conversation: Conversation, encoded: EncodedConversation) -> AcceptedRecord:
-        settings = self.config.settings
-        room = settings.model_max_length - 1
-        parts, dropped = [encoded], Counter[str]()
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer_folder)
+
+    @cached_property
+    def _unk_token_id(self) -> int:
+        return self._tokenizer.unk_token_id
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return make_encoder(self._tokenizer)
+
+    @cached_property
+    def _round_trip_check(self) -> RoundTripCheck:
+        return RoundTripCheck(self._tokenizer)
+
+    def _select_examples(self, conversation: Conversation, encoded: EncodedConversation) -> EncodedRecord:
+        """Split a conversation that is too long, and keep the examples that the settings ask for."""
+        settings, dropped = self.settings, Counter[str]()
+        parts, room = [encoded], settings.model_max_length - 1
         if unlearned := sum(not turn.learned and bool(turn.text.strip()) for turn in conversation.turns):
             dropped["zero_weight_targets"] = unlearned
         if settings.split_long and len(encoded.ids) > room:
-            pieces = split_conversation(conversation, self.config.template, self.encoder, room)
-            parts = [encode_batch([part], self.encoder, settings.model_max_length)[0] for part in pieces]
+            pieces = split_conversation(conversation, self.template, self._encoder, room)
+            parts = [encode_batch([part], self._encoder, settings.model_max_length)[0] for part in pieces]
         if settings.train_on == "last":
             last = max((number for number, part in enumerate(parts) if part.spans), default=None)
             parts = [
                 EncodedConversation(part.ids, part.spans[-1:] if number == last else [])
                 for number, part in enumerate(parts)
             ]
-        parts = [EncodedConversation(part.ids, self._select_spans(part.spans, dropped)) for part in parts]
-        unknown = int(np.count_nonzero(encoded.ids == self.encoder.unk_token_id))
-        lost = self.round_trip_check.count_lost(conversation)
-        location, repairs, key = conversation.location, conversation.repairs, hash_conversation(conversation)
-        return AcceptedRecord(location, repairs, parts, key, unknown, dict(dropped), lost, conversation.has_prefix)
+        return EncodedRecord(
+            parts=[EncodedConversation(part.ids, self._select_spans(part.spans, dropped)) for part in parts],
+            key=hash_conversation(conversation),
+            repairs=conversation.repairs,
+            unknown=int(np.count_nonzero(encoded.ids == self._unk_token_id)),
+            dropped=dropped,
+            lost=self._round_trip_check.count_lost(conversation),
+            has_prefix=conversation.has_prefix,
+        )
 
     def _select_spans(self, spans: Sequence[Span], dropped: Counter[str]) -> list[Span]:
         """Select the spans whose targets are long enough and whole, as the settings require; count the others."""
-        settings = self.config.settings
+        settings = self.settings
         selected = []
         for span in spans:
             if settings.min_target_tokens and span.target_end - span.target_start < settings.min_target_tokens:
@@ -152,149 +139,22 @@ class Pipeline:
         return selected
 
 
-def convert_record(record: Record, reading: ReadingSettings) -> Conversation | RejectedRecord:
-    """Convert a record to a conversation, or reject it; repairs that were made while reading are counted too."""
-    if isinstance(record, RejectedRecord):
-        return record
-    try:
-        value = parse_record(record)
-    except RejectionError as error:
-        return RejectedRecord(record.location, error.reason, str(error), record.data, record.size)
-    try:
-        if not isinstance(record.data, bytes) or can_contain_forbidden(record.data):
-            check_characters(value)
-        conversation = parse_conversation(value, record.location, reading)
-    except RejectionError as error:
-        reason, message = error.reason, str(error)
-        # in a table, a lone surrogate represents an invalid byte
-        if reason == "lone_surrogate" and not isinstance(record.data, bytes):
-            reason, message = "invalid_utf8", f"a cell with bytes that are not UTF-8 ({message})"
-        return RejectedRecord(record.location, reason, message, record.data, record.size)
-    if not record.repairs:
-        return conversation
-    return replace(conversation, repairs=Counter(conversation.repairs) + Counter(dict(record.repairs)))
+def read_conversation(record: RawRecord, reading: ReadingSettings, encoder: Encoder) -> Conversation | Rejection:
+    """Return a record's conversation, or its rejection, also if it would take the tokenizer too much memory.
+
+    Raises:
+        DataError: an array element is not valid JSON.
+    """
+    parsed = parse_record(record, reading)
+    if isinstance(parsed, Rejection) or record.size <= MAX_WORD_LENGTH:
+        return parsed
+    return find_long_word(parsed, encoder) or parsed
 
 
 def hash_conversation(conversation: Conversation) -> bytes:
     """Return 16 bytes that are equal for conversations with the same texts."""
     texts = [conversation.system, *((turn.role, turn.text) for turn in conversation.turns)]
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
-
-
-def encode_records(
-    records: Iterable[Record], config: PipelineConfig, num_workers: int
-) -> Generator[tuple[Record, Outcome], None, None]:
-    """Yield each record with its outcome, in order.
-
-    Raises:
-        DataError: from the records' reader, or for an array element that is not valid JSON. It is raised only after
-            all previous records were yielded.
-    """
-    batches = _group_into_batches(records)
-    if num_workers == 1:
-        pipeline = Pipeline(config)
-        for batch in batches:
-            yield from zip(batch, pipeline(batch), strict=True)
-        return
-    yield from _encode_in_workers(batches, config, num_workers)
-
-
-def _encode_in_workers(
-    batches: Iterator[list[Record]], config: PipelineConfig, num_workers: int
-) -> Generator[tuple[Record, Outcome], None, None]:
-    executor = ThreadPoolExecutor(num_workers)  # each thread only waits for a worker
-    workers: list[Worker] = []
-    idle: SimpleQueue[Worker] = SimpleQueue()
-
-    def encode(batch: list[Record]) -> list[Outcome]:
-        worker = idle.get()
-        try:
-            return worker(batch)
-        finally:
-            idle.put(worker)
-
-    try:
-        waiting: deque[tuple[list[Record], Future[list[Outcome]]]] = deque()
-        problem: Exception | None = None
-        while True:
-            try:
-                read = next(batches, None)
-            except Exception as error:  # yield what was read before the error first, as with a single process
-                read, problem = None, error
-            if read is not None:
-                if idle.empty() and len(workers) < num_workers:
-                    workers.append(Worker(config))
-                    idle.put(workers[-1])
-                waiting.append((read, executor.submit(encode, read)))
-            while waiting and (read is None or len(waiting) > 2 * num_workers):
-                done, outcomes = waiting.popleft()
-                yield from zip(done, outcomes.result(), strict=True)
-            if read is None:
-                break
-        if problem is not None:
-            raise problem
-    finally:
-        for worker in workers:
-            worker.close()
-        executor.shutdown(cancel_futures=True)
-
-
-class Worker:
-    """A process that encodes batches. It ends when its input is closed, so also when this process dies.
-
-    It runs `python -m t5tune.data.worker`, because multiprocessing would import the user's main script again.
-    """
-
-    def __init__(self, config: PipelineConfig) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = make_module_command("t5tune.data.worker")
-        # a separate process group, so that Ctrl-C reaches only this process, which then kills the worker
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0)
-        self._send(config)
-
-    def __call__(self, batch: list[Record]) -> list[Outcome]:
-        """Return the outcome of each record, like `Pipeline`."""
-        assert self._process.stdout is not None
-        try:
-            self._send(batch)
-            outcome = pickle.load(self._process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
-            raise TrainingError(
-                f"a worker process that encodes records exited with code {self._process.wait()}"
-            ) from None
-        if isinstance(outcome, Exception):
-            raise outcome
-        return list(outcome)
-
-    def close(self) -> None:
-        """Kill the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _send(self, value: Any) -> None:
-        assert self._process.stdin is not None
-        pickle.dump(value, self._process.stdin)
-        self._process.stdin.flush()
-
-
-def _group_into_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Group records into batches; if reading fails, yield the records before the error first."""
-    batch: list[Record] = []
-    size = 0
-    try:
-        for record in records:
-            batch.append(record)
-            size += record.size
-            if len(batch) == BATCH_RECORDS or size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-    except Exception:
-        if batch:
-            yield batch
-        raise
-    if batch:
-        yield batch
 
 
 def split_conversation(
@@ -331,11 +191,10 @@ def _count_exchange_tokens(
 ) -> list[int]:
     """Count the tokens of each exchange, a few exchanges at a time to limit memory."""
     lengths: list[int] = []
-    for start in range(0, len(exchanges), BATCH_RECORDS):
-        parts = [
-            _render_turns(conversation, template, *exchange) for exchange in exchanges[start : start + BATCH_RECORDS]
-        ]
-        flat = [piece.text for pieces in parts for piece in pieces]
-        ids = iter(encoder.encode(flat, [False] * len(flat)))
+    for start in range(0, len(exchanges), EXCHANGES_PER_BATCH):
+        batch = exchanges[start : start + EXCHANGES_PER_BATCH]
+        parts = [_render_turns(conversation, template, *exchange) for exchange in batch]
+        flat: list[Text] = [piece.text for pieces in parts for piece in pieces]
+        ids = iter(encoder.encode(flat))
         lengths += [sum(len(next(ids)) for _ in pieces) for pieces in parts]
     return lengths

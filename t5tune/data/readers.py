@@ -1,9 +1,7 @@
 """Read data files record by record, in bounded memory.
 
     for record in read_records([Path("chats.jsonl")], max_bytes=4 << 20):
-        match record:
-            case RawRecord(): value = parse_record(record)
-            case RejectedRecord(): ...
+        parse_record(record, reading)
 
 JSON arrays, JSON lines and multi-line objects are recognized by their content, not by the file name. An array is split
 into its elements without reading it whole. Each element and each line is parsed separately, so that a broken one
@@ -17,56 +15,41 @@ from typing import Literal
 
 from t5tune.data.csv_parquet import read_csv, read_parquet
 from t5tune.data.files import BOM, JSON_SUFFIXES, STDIN, Digest, find_data_suffix, read_chunks
-from t5tune.data.records import (
-    DEPTH_STEPS,
-    RawRecord,
-    RecordLocation,
-    RejectedRecord,
-    RejectionError,
-    iterate_depths,
-    parse_json,
-)
+from t5tune.data.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
+from t5tune.data.records import DEPTH_STEPS, RecordLocation, RejectionError, iterate_depths, parse_json
 from t5tune.errors import DataError
 
-MAX_SPOOLED_BYTES = 1 << 30  # of one record; a file with a longer one is no set of conversations
 
-
-def read_records(
-    files: list[Path], max_bytes: int, spool: Path | None = None, stdin: Digest | None = None
-) -> Iterator[RawRecord | RejectedRecord]:
+def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None) -> Iterator[RawRecord]:
     """Yield every record of the files, in order.
 
     Args:
         max_bytes: longer records are rejected without parsing them.
-        spool: folder for the bytes of such records.
         stdin: hashes the bytes that are read from standard input.
 
     Raises:
         DataError: a file is broken or incomplete, or its content doesn't match its name.
     """
-    for number, path in enumerate(files):
-        yield from _read_file(path, max_bytes, spool / str(number) if spool is not None else None, stdin)
+    for path in files:
+        yield from _read_file(path, max_bytes, stdin)
 
 
-def _read_file(
-    path: Path, max_bytes: int, spool: Path | None, stdin: Digest | None
-) -> Iterator[RawRecord | RejectedRecord]:
+def _read_file(path: Path, max_bytes: int, stdin: Digest | None) -> Iterator[RawRecord]:
     kind = find_data_suffix(path)
     if kind in JSON_SUFFIXES:
         chunks = read_chunks(path, stdin if path == STDIN else None)
-        return _JsonReader(path, chunks, max_bytes, spool).iterate_records()
+        return _JsonReader(path, chunks, max_bytes).iterate_records()
     if kind == ".parquet":
-        return read_parquet(path, max_bytes, spool)
-    return read_csv(path, "\t" if kind == ".tsv" else None, max_bytes, spool)
+        return read_parquet(path, max_bytes)
+    return read_csv(path, "\t" if kind == ".tsv" else None, max_bytes)
 
 
 class _JsonReader:
     """Reads a JSON file: an array, lines, or multi-line objects. Keeps at most one record and one chunk in memory."""
 
-    def __init__(self, path: Path, chunks: Iterator[bytes], max_bytes: int, spool: Path | None) -> None:
+    def __init__(self, path: Path, chunks: Iterator[bytes], max_bytes: int) -> None:
         self.path = path
         self.max_bytes = max_bytes
-        self.spool = spool
         self.chunks = chunks
         self.buffer = b""
         self.offset = 0  # of the buffer in the file
@@ -80,7 +63,7 @@ class _JsonReader:
         self.in_array = False
         self.repairs: tuple[tuple[str, int], ...] = ()
 
-    def iterate_records(self) -> Iterator[RawRecord | RejectedRecord]:
+    def iterate_records(self) -> Iterator[RawRecord]:
         """Yield the file's records."""
         while len(self.buffer) < len(BOM) and self._read_more():
             pass
@@ -126,7 +109,7 @@ class _JsonReader:
         second = self.buffer[visible.start() : second_end if second_end >= 0 else len(self.buffer)]
         return self.buffer[self.start : end], second
 
-    def _read_array(self) -> Iterator[RawRecord | RejectedRecord]:
+    def _read_array(self) -> Iterator[RawRecord]:
         self.in_array = True
         self.start += 1
         ending = b"]" if self._skip_blank() and self._peek_byte() == b"]" else b","
@@ -140,22 +123,19 @@ class _JsonReader:
         if self._skip_blank():
             raise DataError(f"{self.path}:{self.line}: there is text after the end of the array")
 
-    def _read_record(self, find_end: Callable[[], bool]) -> RawRecord | RejectedRecord:
+    def _read_record(self, find_end: Callable[[], bool]) -> RawRecord:
         """Read the record at `start`; `find_end` scans for its end.
 
-        A record longer than max_bytes is written to a file without parsing it.
+        Of a record longer than max_bytes, only the beginning is kept.
         """
         location = self._locate_record()
         self.scan = self.start
-        spilled = 0
+        beginning, size = b"", 0  # of the part of the record that isn't in the buffer anymore
         while not find_end():
-            if spilled or self.scan - self.start > self.max_bytes:
-                spilled += self._spill(location)
-                if spilled > MAX_SPOOLED_BYTES:
-                    raise DataError(
-                        f"{self.path}:{location.line}: a record of more than {MAX_SPOOLED_BYTES} bytes; "
-                        "is this a data file?"
-                    )
+            if size + self.scan - self.start > self.max_bytes:
+                skipped = self._consume()
+                beginning += skipped[: MAX_KEPT_BYTES - len(beginning)]
+                size += len(skipped)
             if not self._read_more():
                 if self.in_array:
                     raise DataError(
@@ -163,38 +143,22 @@ class _JsonReader:
                         hint="the file is incomplete, or the record that begins there lacks a bracket or a quote",
                     )
                 break
-        if not spilled and self.scan - self.start <= self.max_bytes:
-            return self._take_record(location)
-        self._spill(location)
+        data = self._consume()
         self.index += 1
-        return RejectedRecord(
-            location, "too_long", f"longer than max_record_bytes {self.max_bytes}", self._spool_file(location)
-        )
-
-    def _take_record(self, location: RecordLocation) -> RawRecord:
-        """Consume the bytes from `start` to `scan` as a record."""
-        data = self.buffer[self.start : self.scan].strip()
-        size = self.scan - self.start
-        self.line += self.buffer.count(self.line_end, self.start, self.scan)
-        self.start = self.scan
-        self.index += 1
-        repairs, self.repairs = self.repairs, ()
+        size += len(data)
+        if size > self.max_bytes:
+            return make_too_long_record(location, beginning + data[:MAX_KEPT_BYTES], size, self.max_bytes)
+        data, repairs, self.repairs = data.strip(), self.repairs, ()
         if data.startswith(BOM) and not self.in_array:  # from concatenated files
             data, repairs = data[len(BOM) :], (("byte_order_mark", 1),)
         return RawRecord(location, data, size, self.in_array, repairs)
 
-    def _spill(self, location: RecordLocation) -> int:
-        """Move the bytes from `start` to `scan` to the record's file, and return their number."""
+    def _consume(self) -> bytes:
+        """Return the bytes from `start` to `scan`, and continue after them."""
         data = self.buffer[self.start : self.scan]
-        if (file := self._spool_file(location)) is not None:
-            with open(file, "ab") as stream:
-                stream.write(data)
         self.line += data.count(self.line_end)
         self.start = self.scan
-        return len(data)
-
-    def _spool_file(self, location: RecordLocation) -> Path | None:
-        return self.spool.with_name(f"{self.spool.name}-{location.index}.long") if self.spool is not None else None
+        return data
 
     def _scan_to_line_end(self) -> bool:
         """Scan to the end of the line; return False if the buffer doesn't contain it."""
@@ -287,5 +251,5 @@ def _is_json(data: bytes) -> bool:
     try:
         parse_json(data)
     except RejectionError as error:
-        return error.reason not in {"not_json", "invalid_utf8"}
+        return error.rejection.reason not in {"not_json", "invalid_utf8"}
     return True

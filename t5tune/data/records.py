@@ -1,4 +1,4 @@
-"""Records as they were read, strict parsing of their JSON, and the reasons to reject a record."""
+"""Where a record is, the reasons to reject one, and strict parsing of JSON."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
-from t5tune.errors import DataError, to_one_line
+from t5tune.errors import to_one_line
 from t5tune.io.reasons import describe_json_error
 
 INTEGER_RANGE = range(-(1 << 63), 1 << 64)
@@ -34,6 +34,7 @@ REJECTION_REASONS = {
     "no_answer": "no answer to learn",
     "zero_weight": "every assistant turn has weight 0",
     LABELED_BAD: "an answer labeled bad (label: false, kto_tag: false), which supervised training doesn't learn",
+    "long_word": "more than 100,000 characters that the tokenizer can't divide",
     "duplicate": "the same texts as an earlier conversation (dedupe)",
 }
 DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
@@ -50,64 +51,19 @@ class RecordLocation:
     offset: int
 
 
-@dataclass(frozen=True)
-class RawRecord:
-    """A record as it was read: the bytes of its JSON, or the row of a table.
+class Rejection(NamedTuple):
+    """Why a record can't be used: `reason` is one of REJECTION_REASONS, `message` says what was found."""
 
-    Args:
-        size: approximate size in bytes.
-        in_array: whether it is an element of a JSON array.
-        repairs: (kind, count) of what the reader repaired.
-    """
-
-    location: RecordLocation
-    data: bytes | dict[str, Any]
-    size: int
-    in_array: bool = False
-    repairs: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class RejectedRecord:
-    """A record that can't be used.
-
-    Args:
-        reason: one of REJECTION_REASONS.
-        message: what was found.
-        record: the record itself: bytes, a table's row or cells, or the path of a file with its bytes if it is long.
-    """
-
-    location: RecordLocation
     reason: str
     message: str
-    record: Any
-    size: int = 0
 
 
 class RejectionError(Exception):
-    """Raised for a record that can't be used; `reason` is one of REJECTION_REASONS."""
+    """Raised for a record that can't be used, with its `rejection`."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(to_one_line(message))
-        self.reason = reason
-
-
-def parse_record(raw: RawRecord) -> Any:
-    """Return the record's JSON value, or its table row.
-
-    Raises:
-        RejectionError: the record is not valid JSON, or contains something that JSON parsers read differently.
-        DataError: an array element is not valid JSON, so the start of the next element is unknown.
-    """
-    if not isinstance(raw.data, bytes):
-        return raw.data
-    try:
-        return parse_json(raw.data)
-    except RejectionError as error:
-        if raw.in_array and error.reason == "not_json":
-            location = raw.location
-            raise DataError(f"{location.file}:{location.line}: record {location.index}: {error}") from None
-        raise
+        self.rejection = Rejection(reason, to_one_line(message))
+        super().__init__(self.rejection.message)
 
 
 def parse_json(data: bytes) -> Any:

@@ -8,21 +8,21 @@ tokenizer.json. `save_tokenizer` therefore writes a generic tokenizer class, wit
 unchanged. So AutoTokenizer gives the same ids as training.
 """
 
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
 from t5tune.errors import DependencyError, ModelError
+from t5tune.file_names import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import parse_json_object
 
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-TOKENIZER_FILE = "tokenizer.json"
-ADDED_TOKENS_FILE = "added_tokens.json"
-SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
 BYTES_OFFSET = 3  # ByT5: ids 0 to 2 are pad, end and unknown, then come the 256 bytes (Xue et al. 2022)
 BYT5_EXTRA_IDS = 125
 DEFAULT_SPECIAL_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -186,12 +186,9 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be read: {describe_error(error)}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return values
 
 
 def _get_token_text(token: Any, default: str) -> str:
@@ -201,9 +198,6 @@ def _get_token_text(token: Any, default: str) -> str:
 
 
 def _load_json(file: Path) -> Any:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders
-
     backend = Backend.from_buffer(file.read_bytes())
     backend.no_truncation()
     backend.no_padding()
@@ -217,10 +211,19 @@ def _load_json(file: Path) -> Any:
     return backend
 
 
+def copy_backend(backend: Any, normalizer: Any) -> Any:
+    """Copy a tokenizer with another normalizer; the copy shares the model, which is by far the largest part."""
+    copy = Backend(backend.model)
+    copy.normalizer, copy.pre_tokenizer = normalizer, backend.pre_tokenizer
+    copy.post_processor, copy.decoder = backend.post_processor, backend.decoder
+    added = backend.get_added_tokens_decoder()
+    copy.add_tokens([added[index] for index in sorted(added)])
+    assert copy.get_added_tokens_decoder() == added
+    return copy
+
+
 def build_decoder(backend: Any, *parts: Any) -> Any:
     """Combine decoders; byte tokens are first decoded to characters (`<0xC3><0xA9>` -> é), if there are any."""
-    from tokenizers import decoders
-
     if backend.token_to_id("<0x00>") is not None:
         parts = decoders.ByteFallback(), *parts
     return decoders.Sequence(list(parts)) if len(parts) > 1 else parts[0]
@@ -228,8 +231,6 @@ def build_decoder(backend: Any, *parts: Any) -> Any:
 
 def _build_word_pre_tokenizer() -> Any:
     """Build T5's pre-tokenizer: it splits at whitespace, whose kind and length are lost."""
-    from tokenizers import pre_tokenizers
-
     return pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace("▁", "always", split=True)]
     )
@@ -249,9 +250,6 @@ def _read_sentencepiece(file: Path) -> Any:
 def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
     """Convert a spiece.model as transformers 4 does for T5: the sentinels follow its tokens, highest number first."""
     model = _read_sentencepiece(file)
-    from tokenizers import AddedToken, decoders, models, normalizers, processors
-    from tokenizers import Tokenizer as Backend
-
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     sentinels = [f"<extra_id_{number}>" for number in range(int(config.get("extra_ids", 100)))]
     pieces += [(token, 0.0) for token in reversed(sentinels)]
@@ -271,8 +269,6 @@ def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str
 
 def _add_listed_tokens(backend: Any, config: dict[str, Any], folder: Path) -> None:
     """Add tokens that only tokenizer_config.json or added_tokens.json (fastchat-t5) lists, at the ids given there."""
-    from tokenizers import AddedToken
-
     listed = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
     for content, index in _read_json_object(folder / ADDED_TOKENS_FILE).items():
         if isinstance(index, int):

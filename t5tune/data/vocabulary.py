@@ -19,16 +19,15 @@ from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 
 from t5tune.data.formats import Conversation
-from t5tune.data.tokenizer import Tokenizer, build_decoder
+from t5tune.data.tokenizer import Tokenizer, build_decoder, copy_backend
 from t5tune.errors import ModelError
+from t5tune.families import FASTCHAT_CHARACTERS, FASTCHAT_PAD, FASTCHAT_TOKENS
 
 MISSING_CHARACTERS = ["\n", "\t", "<", "\\", "^", "`", "{", "}", "~"]
 INDENTATION_TOKENS = ["\n" + " " * width for width in (2, 4, 6, 8, 10, 12, 14, 16)]
-FASTCHAT_PAD = "[PAD]"
-FASTCHAT_CHARACTERS = ["<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
-FASTCHAT_TOKENS = [FASTCHAT_PAD, *FASTCHAT_CHARACTERS]
 METASPACE = "▁"
 REPLACEMENT_CHARACTER = "\ufffd"
 MIN_TARGET_SHARE = 0.005  # a character gets a row if at least this share of the targets contains it
@@ -254,8 +253,6 @@ def _check_unused_rows(tokens: list[str], num_unused: int) -> None:
 
 def _rebuild_with_tokens(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
     """Rebuild the tokenizer with `tokens`, so that decoding restores all whitespace (see the module's docstring)."""
-    from tokenizers import AddedToken, decoders, pre_tokenizers
-
     backend = _copy_without_merging_spaces(tokenizer)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, "first", True)
     backend.decoder = build_decoder(backend, decoders.Metaspace(METASPACE, "first", True))
@@ -265,8 +262,6 @@ def _rebuild_with_tokens(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
 
 def _add_fastchat_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """Add FastChat's tokens with FastChat's ids: its pad token, then its nine tokens, one of which is the space."""
-    from tokenizers import AddedToken, decoders
-
     backend = _copy_without_merging_spaces(tokenizer)
     backend.add_special_tokens([AddedToken(FASTCHAT_PAD, normalized=False, special=True)])
     backend.add_tokens([AddedToken(token, normalized=False) for token in FASTCHAT_CHARACTERS])
@@ -278,10 +273,7 @@ def _add_fastchat_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 def _copy_without_merging_spaces(tokenizer: Tokenizer) -> Any:
     """Copy the backend with a normalizer that keeps runs of spaces: only the character map remains."""
-    from tokenizers import Tokenizer as Backend
-
-    values = json.loads(tokenizer.backend.to_str())
-    parts = values["normalizer"] or {}
-    parts = parts.get("normalizers", [parts])
-    values["normalizer"] = next((part for part in parts if part.get("type") == "Precompiled"), None)
-    return Backend.from_str(json.dumps(values))
+    normalizer = tokenizer.backend.normalizer
+    parts: Any = normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer]
+    character_map = next((part for part in parts if isinstance(part, normalizers.Precompiled)), None)
+    return copy_backend(tokenizer.backend, character_map)

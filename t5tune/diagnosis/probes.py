@@ -5,7 +5,6 @@
 A probe returns (state, result, how to fix a problem). It raises an error if a library doesn't work.
 """
 
-import io
 import json
 import os
 import subprocess
@@ -13,99 +12,88 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+
+from t5tune.compat.bitsandbytes_patches import keep_training_layout
+from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.diagnosis.finding import CheckResult, Finding
-from t5tune.distributed.deepspeed_build import disable_shared_memory_op
 from t5tune.io.processes import make_module_command
 from t5tune.model.device import read_nvidia_driver
 
 SLOW_BF16 = 3.0  # bf16 time / fp32 time of a matrix product above which a CPU has no useful bf16 arithmetic
 MAX_RELATIVE_ERROR = 0.2  # of a product with NF4 weights, which have only 16 values
 NEWER_DRIVER_FIX = "install a newer NVIDIA driver, or a torch build for an older CUDA version"
+CUDA_BUILD_FIX = "pip install --force-reinstall torch, with the --index-url of a CUDA build"
+FP32_FIX = "train in fp32: omit --bf16, and give --no-bf16 with --q-lora"
 
 
 def probe_torch() -> CheckResult:
     """Compare torch's build with the GPU driver."""
-    import torch
-
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     name = f"torch {torch.__version__} ({build})"
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    driver = read_nvidia_driver()
     if torch.cuda.is_available():
         torch.ones(2, device="cuda").sum().item()
-        return "good", f"{name}, {len(gpus)} × {gpus[0]}, driver {read_nvidia_driver() or 'unknown'}", ""
-    if driver := read_nvidia_driver():
-        reason = f"torch can't use the NVIDIA driver ({driver})"
-        cuda_build_fix = "pip install --force-reinstall torch, with the --index-url of a CUDA build"
-        fix = NEWER_DRIVER_FIX if torch.version.cuda else cuda_build_fix
-        return "warning", f"{name}: {reason}; training runs on the CPU", fix
+        gpus = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
+        return "good", f"{name}, {gpus}, driver {driver or 'unknown'}", ""
+    if driver:
+        found = f"{name}: torch can't use the NVIDIA driver ({driver}); training runs on the CPU"
+        return "warning", found, NEWER_DRIVER_FIX if torch.version.cuda else CUDA_BUILD_FIX
     return "good", f"{name}, no GPU: training runs on {torch.get_num_threads()} CPU threads", ""
 
 
 def probe_bf16() -> CheckResult:
     """Check whether this device has fast bfloat16 arithmetic."""
-    import torch
-
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "good", "this GPU computes in bf16", ""
-        return (
-            "warning",
-            "this GPU has no bf16 arithmetic",
-            "train in fp32: omit --bf16, and give --no-bf16 with --q-lora",
-        )
-    fp32_seconds, bf16_seconds = (_time_product(torch, dtype) for dtype in (torch.float32, torch.bfloat16))
-    ratio = bf16_seconds / fp32_seconds
-    if ratio > SLOW_BF16:
-        return (
-            "warning",
-            f"on this CPU, a matrix product in bf16 takes {ratio:.0f} times as long as in fp32",
-            "train in fp32: omit --bf16, and give --no-bf16 with --q-lora",
-        )
-    return "good", f"on this CPU, a matrix product in bf16 takes {ratio:.2f} times as long as in fp32", ""
+        return "warning", "this GPU has no bf16 arithmetic", FP32_FIX
+    ratio = _time_product(torch.bfloat16) / _time_product(torch.float32)
+    found = f"on this CPU, a matrix product in bf16 takes {ratio:.2g} times as long as in fp32"
+    return ("warning", found, FP32_FIX) if ratio > SLOW_BF16 else ("good", found, "")
+
+
+def _time_product(dtype: torch.dtype) -> float:
+    """Return the shortest time of a few matrix products, in seconds."""
+    a = torch.randn(512, 512).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def probe_bitsandbytes() -> CheckResult:
     """Quantize a layer to NF4, run its forward pass, and compute the gradient of its input."""
-    import torch
-    from bitsandbytes import __version__
-    from bitsandbytes.nn import Linear4bit
+    import bitsandbytes
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     plain = torch.nn.Linear(256, 128, bias=False)
-    layer = Linear4bit(256, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer = bitsandbytes.nn.Linear4bit(256, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.load_state_dict(plain.state_dict())
-    layer.support_avx512bf16_for_cpu = False  # see model/load.py
+    keep_training_layout(layer)
     layer.requires_grad_(False)
     layer.to(device)
     x = torch.randn(4, 256, device=device, requires_grad=True)
     output, expected = layer(x), plain.to(device)(x.detach())
     output.sum().backward()
     error = float((output - expected).norm() / expected.norm())
-    if x.grad is None or not x.grad.abs().sum() > 0:
-        return (
-            "broken",
-            f"bitsandbytes {__version__}: no gradient flows through an NF4 layer on {device}",
-            _make_reinstall_command("bitsandbytes"),
-        )
-    if not error < MAX_RELATIVE_ERROR:
-        return (
-            "broken",
-            f"bitsandbytes {__version__}: NF4 products have an error of {error:.0%} on {device}",
-            _make_reinstall_command("bitsandbytes"),
-        )
-    return "good", f"bitsandbytes {__version__} computes with NF4 weights on {device} (error {error:.1%})", ""
+    assert error < MAX_RELATIVE_ERROR, f"NF4 products have an error of {error:.0%} on {device}"
+    has_gradient = x.grad is not None and bool(x.grad.any())
+    assert has_gradient, f"no gradient flows through an NF4 layer on {device}"
+    found = f"bitsandbytes {bitsandbytes.__version__} computes with NF4 weights on {device} (error {error:.1%})"
+    return "good", found, ""
 
 
 def probe_collectives() -> CheckResult:
     """Run all-reduce in two processes on the CPU (gloo), or in one process per GPU (NCCL)."""
-    import torch
-
     backend, size = ("nccl", torch.cuda.device_count()) if torch.cuda.is_available() else ("gloo", 2)
     _run_in_processes(_check_all_reduce, size, backend)
     return "good", f"all-reduce with {backend} works in {size} processes", ""
@@ -113,13 +101,10 @@ def probe_collectives() -> CheckResult:
 
 def probe_deepspeed() -> CheckResult:
     """Train a tiny model for one step with ZeRO-3 in two processes, or fewer if there are fewer GPUs."""
-    import torch
-
-    size = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
-    with redirect_stdout(io.StringIO()):
-        from deepspeed import __version__
-    _run_in_processes(_check_zero3_step, size, "nccl" if torch.cuda.is_available() else "gloo")
-    return "good", f"deepspeed {__version__} completes a ZeRO-3 step in {size} processes", ""
+    backend, size = ("nccl", min(2, torch.cuda.device_count())) if torch.cuda.is_available() else ("gloo", 2)
+    version = import_deepspeed(on_cpu=backend == "gloo").__version__
+    _run_in_processes(_check_zero3_step, size, backend)
+    return "good", f"deepspeed {version} completes a ZeRO-3 step in {size} processes", ""
 
 
 def probe_training() -> CheckResult:
@@ -139,25 +124,8 @@ def probe_training() -> CheckResult:
     return "good", f"one LoRA step with the built-in model, from conversations to adapter, in {seconds:.1f} s", ""
 
 
-def _make_reinstall_command(package: str) -> str:
-    return f"pip install --upgrade --force-reinstall {package}"
-
-
-def _time_product(torch: Any, dtype: Any) -> float:
-    """Return the shortest time of a few matrix products, in seconds."""
-    a = torch.randn(512, 512).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
 def _run_in_processes(function: Callable[[int, int, str, str], None], size: int, backend: str) -> None:
     """Run the function in `size` processes, with an address to meet; raises the error of the first one to fail."""
-    from torch.multiprocessing.spawn import ProcessRaisedException, spawn
-
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="t5tune-doctor-") as folder:
         try:
@@ -167,9 +135,6 @@ def _run_in_processes(function: Callable[[int, int, str, str], None], size: int,
 
 
 def _check_all_reduce(rank: int, size: int, backend: str, place: str) -> None:
-    import torch
-    import torch.distributed as dist
-
     dist.init_process_group(backend, init_method=place, rank=rank, world_size=size)
     total = torch.tensor([float(rank)], device=f"cuda:{rank}" if backend == "nccl" else "cpu")
     dist.all_reduce(total)
@@ -179,41 +144,34 @@ def _check_all_reduce(rank: int, size: int, backend: str, place: str) -> None:
 
 def _check_zero3_step(rank: int, size: int, backend: str, place: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    if backend == "gloo":
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    else:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import torch
-
-    with redirect_stdout(io.StringIO()):
-        import deepspeed
-        import torch.distributed as dist
-
-        device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-        if backend == "nccl":
-            torch.cuda.set_device(device)
-        else:
-            disable_shared_memory_op()
-        deepspeed.init_distributed(
-            backend, auto_mpi_discovery=False, verbose=False, init_method=place, rank=rank, world_size=size
-        )
-        torch.manual_seed(0)
-        model = torch.nn.Linear(8, 8)
-        before = model.weight.detach().clone()
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=model.parameters(),
-            optimizer=torch.optim.AdamW(model.parameters(), lr=0.1),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "bf16": {"enabled": True},
-                "zero_optimization": {"stage": 3},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 1_000_000_000,
-            },
-        )
-        engine.backward(engine(torch.ones(1, 8, device=device, dtype=torch.bfloat16)).float().sum())
-        engine.step()
-        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-            moved = (engine.module.weight.float().cpu() - before).abs().max().item()
+    deepspeed = import_deepspeed(on_cpu=backend == "gloo")
+    deepspeed.init_distributed(
+        backend, auto_mpi_discovery=False, verbose=False, init_method=place, rank=rank, world_size=size
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    before = model.weight.detach().clone()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1_000_000_000,
+        },
+    )
+    engine.backward(engine(torch.ones(1, 8, device=device, dtype=torch.bfloat16)).float().sum())
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        moved = (engine.module.weight.float().cpu() - before).abs().max().item()
     assert 0 < moved < 1, f"the weights changed by {moved}"
     dist.destroy_process_group()
 

@@ -8,6 +8,10 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
 from t5tune.distributed.world import World
 from t5tune.errors import RankLost, T5TuneError, TrainingError
 
@@ -25,23 +29,16 @@ RANK_LOSS_MESSAGES = (
 
 def is_distributed() -> bool:
     """Whether this process is in an initialized process group."""
-    import torch.distributed as dist
-
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank_and_size() -> tuple[int, int]:
     """Return this process's rank in its group, and the group's size; (0, 1) without a group."""
-    import torch.distributed as dist
-
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def any_rank(flag: bool, device: Any) -> bool:
     """Whether the flag is set on any rank. A collective: every rank must call it at the same point."""
-    import torch
-    import torch.distributed as dist
-
     if not is_distributed():
         return flag
     found = torch.tensor(int(flag), device=device)
@@ -51,16 +48,12 @@ def any_rank(flag: bool, device: Any) -> bool:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    import torch.distributed as dist
-
     if is_distributed():
         dist.barrier()
 
 
 def all_gather(value: Value) -> list[Value]:
     """Return the values of all ranks, in the order of ranks, on every rank."""
-    import torch.distributed as dist
-
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -70,8 +63,6 @@ def all_gather(value: Value) -> list[Value]:
 
 def broadcast_from_rank_0(value: Value) -> Value:
     """Return rank 0's value on every rank."""
-    import torch.distributed as dist
-
     if not is_distributed():
         return value
     box: list[Any] = [value]
@@ -99,22 +90,6 @@ def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
 
 
 @contextmanager
-def use_default_timeout(timeout: timedelta) -> Iterator[None]:
-    """Set the timeout of process groups that are made without one, as DeepSpeed makes several."""
-    from torch.distributed import distributed_c10d
-
-    names = ("default_pg_timeout", "default_pg_nccl_timeout")
-    before = {name: getattr(distributed_c10d, name) for name in names}
-    for name in names:
-        setattr(distributed_c10d, name, timeout)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(distributed_c10d, name, value)
-
-
-@contextmanager
 def report_rendezvous_errors() -> Iterator[None]:
     """Turn errors of the rendezvous into messages that name its address.
 
@@ -122,8 +97,6 @@ def report_rendezvous_errors() -> Iterator[None]:
         TrainingError: another process listens on the port of rank 0.
         RankLost: rank 0 can't be reached.
     """
-    import torch.distributed as dist
-
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -170,8 +143,6 @@ def _describe_silence(ranks: list[int]) -> str:
 
 
 def _is_rank_loss(error: Exception) -> bool:
-    import torch.distributed as dist
-
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     return isinstance(error, kinds) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in RANK_LOSS_MESSAGES)
@@ -194,8 +165,6 @@ def _find_silent_ranks(world: World) -> list[int]:
 
 
 def _find_unanswered(world: World) -> list[int]:
-    from torch.distributed import distributed_c10d
-
     others = {rank for rank in range(world.size) if rank != world.rank}
     store = distributed_c10d._get_default_store()
     store.set_timeout(timedelta(seconds=ANSWER_SECONDS))

@@ -6,19 +6,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 MAX_COMPILE_SECONDS = 1800.0  # no op takes longer than this
 # on these, the process that holds a lock may run on another machine
 SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse", "afs", "pvfs", "orangefs")
-
-
-def disable_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, which takes a minute and a compiler.
-
-    Only inference calls it (deepspeed.comm.inference_all_reduce). Training on CPUs uses gloo in any case.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def find_missing_build_tools() -> str | None:
@@ -38,13 +30,13 @@ def find_missing_build_tools() -> str | None:
 def remove_stale_locks() -> list[Path]:
     """Remove the locks of builds whose process no longer runs, and return their paths.
 
-    torch.utils.file_baton creates such a file and keeps it open during the build. A process that is killed while it
-    builds leaves the file, and every later build then waits for its removal, silently and without a timeout.
+    Torch's FileBaton creates such a file and keeps it open during the build. A process that is killed while it builds
+    leaves the file, and every later build then waits for its removal, silently and without a timeout (torch 2.8 to
+    2.13; later releases lock the file instead). https://github.com/pytorch/pytorch/issues/189245
     """
     removed = []
-    for lock in _get_extensions_folder().glob(
-        "**/lock"
-    ):  # ops have a folder each, by default inside one for the Python and CUDA versions
+    # ops have a folder each, by default inside one for the Python and CUDA versions
+    for lock in _get_extensions_folder().glob("**/lock"):
         aside = lock.with_name(f"lock.{os.getpid()}")
         with suppress(OSError):  # the lock was released meanwhile, or belongs to another user
             if _is_held(lock) or (_is_shared(lock) and time.time() - lock.stat().st_mtime < MAX_COMPILE_SECONDS):
@@ -65,25 +57,17 @@ def _get_extensions_folder() -> Path:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process on this machine has the file open."""
+    """Whether a process of this user on this machine has the file open."""
     name = str(lock.resolve())
-    return any(name in _list_open_files(process) for process in Path("/proc").glob("[0-9]*"))
-
-
-def _list_open_files(process: Path) -> set[str]:
-    """List the files that a process (a folder of /proc) has open; empty if it has ended or belongs to another user."""
-    files = set()
-    with suppress(OSError):
-        for number in os.listdir(process / "fd"):
-            with suppress(OSError):  # the file was closed meanwhile
-                files.add(os.readlink(process / "fd" / number))
-    return files
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # the process has ended, or belongs to another user
+            if any(file.path == name for file in process.open_files()):
+                return True
+    return False
 
 
 def _is_shared(path: Path) -> bool:
     """Whether the file is on a network filesystem, which other machines may mount too."""
-    import psutil
-
     kinds = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     kind = next((kinds[place] for place in path.resolve().parents if place in kinds), "")
     return kind.lower().startswith(SHARED_FILESYSTEMS)

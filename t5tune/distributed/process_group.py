@@ -8,8 +8,13 @@ from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
-from t5tune.distributed.collectives import report_rendezvous_errors
-from t5tune.distributed.deepspeed_build import disable_shared_memory_op, remove_stale_locks
+import torch.distributed as dist
+
+from t5tune.compat.deepspeed_patches import import_deepspeed
+from t5tune.compat.environment import restore_environment
+from t5tune.compat.torch_patches import use_default_timeout
+from t5tune.distributed.collectives import is_distributed, report_rendezvous_errors
+from t5tune.distributed.deepspeed_build import remove_stale_locks
 from t5tune.distributed.world import World
 from t5tune.errors import Stopped
 from t5tune.model.device import DOCTOR_HINT, choose_device, keep_freed_memory, read_nvidia_driver
@@ -29,35 +34,33 @@ def join_process_group(world: World, settings: TrainSettings, report: Report) ->
         keep_freed_memory()
         if not settings.use_cpu and settings.num_processes is None:
             _warn_about_unusable_driver(report)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.process_group_timeout)
-    environment = dict(os.environ)
-    import torch.distributed as dist
-
     failed = True
-    try:
-        if world.launched:
-            os.environ.update(world.to_environment())
-        if settings.deepspeed is not None:
-            if not world.launched:
-                _set_single_process_rendezvous()
-            _join_with_deepspeed(backend, timeout, report)
-        elif world.size > 1:
-            with report_rendezvous_errors():
-                dist.init_process_group(backend, timeout=timeout)
+    with restore_environment(), use_default_timeout(timeout):
         try:
+            _join(world, "nccl" if device.type == "cuda" else "gloo", timeout, settings.deepspeed is not None, report)
             yield device
+            failed = False
         except Stopped:  # all ranks agreed to stop, so none is waiting in a collective
             failed = False
             raise
-        failed = False
-    finally:
-        # Without an orderly exit torchrun would restart a job that has finished. But a rank that fails must exit
-        # at once: the others may be waiting in a collective, and destroying the group would wait for them.
-        if dist.is_available() and dist.is_initialized() and not (failed and world.size > 1):
-            dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(environment)
+        finally:
+            # Without an orderly exit torchrun would restart a job that has finished. But a rank that fails must exit
+            # at once: the others may be waiting in a collective, and destroying the group would wait for them.
+            if is_distributed() and not (failed and world.size > 1):
+                dist.destroy_process_group()
+
+
+def _join(world: World, backend: str, timeout: timedelta, deepspeed: bool, report: Report) -> None:
+    if world.launched:
+        os.environ.update(world.to_environment())
+    elif deepspeed:
+        _set_single_process_rendezvous()
+    if deepspeed:
+        _join_with_deepspeed(backend, timeout, report)
+    elif world.size > 1:
+        with report_rendezvous_errors():
+            dist.init_process_group(backend, timeout=timeout)
 
 
 def _warn_about_unusable_driver(report: Report) -> None:
@@ -69,14 +72,9 @@ def _warn_about_unusable_driver(report: Report) -> None:
 def _join_with_deepspeed(backend: str, timeout: timedelta, report: Report) -> None:
     for lock in remove_stale_locks():
         report(Note(f"{lock}: removed the lock of an interrupted build"))
-    # on import DeepSpeed prints the ops it found to stdout, which is for results only
-    with redirect_stdout(io.StringIO()):
-        import deepspeed
-
-        if backend == "gloo":
-            disable_shared_memory_op()
-        with report_rendezvous_errors():
-            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    deepspeed = import_deepspeed(on_cpu=backend == "gloo")
+    with redirect_stdout(io.StringIO()), report_rendezvous_errors():  # stdout is for results only
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def _set_single_process_rendezvous() -> None:

@@ -14,13 +14,13 @@ SIGINT, for which the exit code is 130. A second signal exits immediately.
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from t5tune.compat.python_patches import hide_unraisable
 from t5tune.errors import Stopped
 from t5tune.io.processes import die_with_parent
 
@@ -83,25 +83,20 @@ class StopRequest:
         Raises:
             Stopped: a signal arrived, before or during the block.
         """
-        # Python only prints what is raised in __del__ or a weakref callback, and continues: keep it from printing this
-        report_unraisable = sys.unraisablehook
-        sys.unraisablehook = lambda unraisable: (
-            None if unraisable.exc_type is Interrupted else report_unraisable(unraisable)
-        )
         try:
-            self._is_interruptible = True
-            if self.is_set:
-                self._interrupt()
-            yield
-            if self.is_set:  # Interrupted was raised where Python ignores exceptions, such as in __del__
-                self._interrupt()
+            with hide_unraisable(Interrupted):
+                self._is_interruptible = True
+                if self.is_set:
+                    self._interrupt()
+                yield
+                if self.is_set:  # Interrupted was raised where Python ignores exceptions, such as in __del__
+                    self._interrupt()
         except (Interrupted, Exception) as error:
             if not self.is_set:
                 raise
             raise self.make_error(" before training began") from error
         finally:
             self._is_interruptible = False
-            sys.unraisablehook = report_unraisable
 
     def _interrupt(self) -> NoReturn:
         if self._exit_timer is None:
@@ -150,6 +145,9 @@ def get_exit_code(name: str | None) -> int:
     return 128 + signal.SIGINT if name == signal.SIGINT.name else Stopped.exit_code
 
 
+_current: StopRequest | None = None  # of the outermost `handle_signals` block
+
+
 @contextmanager
 def handle_signals() -> Iterator[StopRequest]:
     """Handle the signals in this block. A nested block yields the same request.
@@ -159,18 +157,18 @@ def handle_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield StopRequest()
         return
-    # an outer block's handler is a bound method of its request
-    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if isinstance(outer, StopRequest):
-        yield outer
+    global _current
+    if _current is not None:
+        yield _current
         return
-    stop = StopRequest()
+    stop = _current = StopRequest()
     before = {number: signal.signal(number, stop.receive) for number in (*choose_signals(), FORWARDED_SIGNAL)}
     # `launch` starts workers with these signals blocked, so that one that arrives earlier is delivered here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
     try:
         yield stop
     finally:
+        _current = None
         stop.close()
         for number, handler in before.items():
             if signal.getsignal(number) == stop.receive:  # after a signal, `launch` has set them to be ignored

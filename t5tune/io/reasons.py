@@ -39,4 +39,14 @@ def describe_error(error: BaseException) -> str:
         case RecursionError():
             return "nested too deeply"
         case _:
-            return " ".join(str(error).split())
+            return to_one_line(error)
+
+
+def to_one_line(text: object) -> str:
+    """Join the lines of a text or of an error's message."""
+    return " ".join(str(text).split())
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """Cut a text to at most `limit` characters, the last of which is then an ellipsis."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from t5tune.errors import SettingsError
+from t5tune.io.reasons import shorten
 from t5tune.io.yaml_errors import InvalidYAML, describe_yaml_error
 
 MAX_YAML_BYTES = 1 << 18
@@ -43,7 +44,7 @@ def _make_value_error(node: yaml.Node) -> InvalidYAML:
     shown = (node.value or "an empty value") if isinstance(node, yaml.ScalarNode) else "the value"
     what = "is not a valid date or time" if kind == "timestamp" else f"is not a valid {kind}"
     if len(shown) > MAX_SHOWN_CHARACTERS:
-        shown = f"{shown[: MAX_SHOWN_CHARACTERS - 1]}…"
+        shown = shorten(shown, MAX_SHOWN_CHARACTERS)
         what = "is too long for a number" if kind == "int" else what
     return InvalidYAML(node.start_mark, f"{shown} {what}", "put it in quotes if it is text")
 

@@ -1,7 +1,7 @@
 """Convert a merged checkpoint to CTranslate2's format, and compare its replies with the checkpoint's.
 
     convert(checkpoint, folder, "int8")
-    compare_replies(checkpoint, folder, sources, exact=False).same
+    check_replies(checkpoint, folder, adapter, "int8", report).same
 
 CTranslate2's converter loads the model with `from_pretrained`, and scales the logits if `tie_word_embeddings` is true.
 transformers 5 sets that for every T5, so Flan-T5's logits would be divided by √d_model. Therefore the converter gets
@@ -10,23 +10,29 @@ the model from our own loader, with the flag set to what that model computes.
 
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ctranslate2
 import torch
+import transformers
+from ctranslate2.converters import TransformersConverter
 
-from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.data.tokenizer import load_tokenizer
-from t5tune.errors import DependencyError
+from t5tune.errors import DependencyError, TrainingError
+from t5tune.families import EMBEDDING_WEIGHT
+from t5tune.io.reasons import to_one_line
+from t5tune.merging.verify import find_max_difference, read_example_ids
 from t5tune.model.device import choose_device
-from t5tune.model.generation import generate
-from t5tune.model.load import EMBEDDING_WEIGHT, TORCH_DTYPES, load_base
+from t5tune.model.generation import Decoding, generate
+from t5tune.model.load import TORCH_DTYPES, load_base
+from t5tune.progress import Note, Report
 
 MAX_REPLY_TOKENS = 32
+LOG_PROBABILITY_TOLERANCE = 1e-3  # both models compute in fp32, but sum in a different order
 VOCABULARY_FILE = "shared_vocabulary.json"
-INSTALL_COMMAND = "pip install ctranslate2"
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,25 @@ class Agreement:
     error: float
 
 
-def check_installed() -> None:
-    """Raise DependencyError if CTranslate2 can't be imported."""
-    try:
-        import ctranslate2.converters  # noqa: F401
-    except ImportError as error:
-        raise DependencyError(f"to: ctranslate2 can't be imported: {error}", hint=INSTALL_COMMAND) from error
+class _Converter(TransformersConverter):  # type: ignore[misc]
+    """CTranslate2's converter, with the model from our loader and a name for every row of the embedding."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+
+    def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
+        model = load_base(self.checkpoint, _find_common_dtype(self.checkpoint), choose_device(use_cpu=True))
+        # the converter uses this flag only to decide whether to scale the logits; mT5's are never scaled
+        model.config.tie_word_embeddings = getattr(model.config, "scale_decoder_outputs", False)
+        return model
+
+    def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
+        tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
+        (rows, _) = Checkpoint(self.checkpoint).get_dtype_and_shape(EMBEDDING_WEIGHT)[1]
+        tokens = _name_unused_rows(tokenizer.get_vocab(), rows)
+        tokenizer.get_vocab = lambda: tokens
+        return tokenizer
 
 
 def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
@@ -61,44 +80,48 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
     Raises:
         DependencyError: the installed converter fails.
     """
-    from ctranslate2 import __version__ as version
-    from ctranslate2.converters import TransformersConverter
-    from transformers import __version__ as transformers_version
-
-    class Converter(TransformersConverter):  # type: ignore[misc]
-        def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
-            model = load_base(checkpoint, _find_common_dtype(checkpoint), choose_device(use_cpu=True))
-            # the converter uses this flag only to decide whether to scale the logits; mT5's are never scaled
-            model.config.tie_word_embeddings = getattr(model.config, "scale_decoder_outputs", False)
-            return model
-
-        def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
-            tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
-            tokens = _name_unused_rows(
-                tokenizer.get_vocab(), Checkpoint(checkpoint).get_dtype_and_shape(EMBEDDING_WEIGHT)[1][0]
-            )
-            tokenizer.get_vocab = lambda: tokens
-            return tokenizer
-
     try:
-        Converter(str(checkpoint)).convert(str(folder), quantization=quantization, force=True)
+        _Converter(checkpoint).convert(str(folder), quantization=quantization, force=True)
     except Exception as error:  # a converter for other releases may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = to_one_line(f"{type(error).__name__}: {error}")[:300]
+        releases = f"CTranslate2 {ctranslate2.__version__} can't convert this model with transformers"
         raise DependencyError(
-            f"to: CTranslate2 {version} can't convert this model with transformers {transformers_version}: {reason}",
+            f"to: {releases} {transformers.__version__}: {reason}",
             hint="try other releases of these two, or write a checkpoint with --to checkpoint and convert it elsewhere",
         ) from error
 
 
-def compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]], exact: bool) -> Agreement:
+def check_replies(
+    checkpoint: Path, converted: Path, adapter: Path, quantization: str | None, report: Report
+) -> Agreement:
+    """Compare the replies of the converted model with those of the checkpoint, and report how many are the same.
+
+    Raises:
+        TrainingError: the replies differ although the weights aren't quantized.
+    """
+    is_exact = quantization in (None, "float32")
+    sources = [source for source, _ in read_example_ids(checkpoint, adapter)]
+    found = _compare_replies(checkpoint, converted, sources, is_exact)
+    summary = (
+        f"CTranslate2 gives the same reply for {found.same} of {found.replies} prompts; "
+        f"log-probabilities differ by {found.error:.2g}"
+    )
+    if is_exact and (found.same < found.replies or not found.error <= LOG_PROBABILITY_TOLERANCE):
+        raise TrainingError(
+            f"the replies of the converted model differ from those of the merged one: {summary}; nothing was written",
+            hint="try another release of CTranslate2, and report its version in an issue",
+        )
+    report(Note(summary))
+    return found
+
+
+def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]], exact: bool) -> Agreement:
     """Decode replies to the sources greedily with both models, and let CTranslate2 score our replies.
 
     Args:
         sources: ids of each source with its EOS token.
         exact: whether to compute in fp32 whatever the weights' dtype, instead of CTranslate2's default on this machine.
     """
-    import ctranslate2
-
     ours = _generate_replies(checkpoint, sources)
     tokens = json.loads((converted / VOCABULARY_FILE).read_text(encoding="utf-8"))
     compute_type = "float32" if exact else "default"
@@ -118,17 +141,11 @@ def compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]],
     return Agreement(
         replies=len(sources),
         same=sum(reply.hypotheses[0] == own for reply, own in zip(replies, our_tokens, strict=True)),
-        error=_find_max_difference(
-            (float(theirs), own)
-            for score, (_, log_probs) in zip(scores, ours, strict=True)
-            for theirs, own in zip(score.log_probs, log_probs, strict=True)
+        error=find_max_difference(
+            [torch.tensor(score.log_probs, dtype=torch.float64) for score in scores],
+            [torch.tensor(log_probs, dtype=torch.float64) for _, log_probs in ours],
         ),
     )
-
-
-def _find_max_difference(pairs: Iterable[tuple[float, float]]) -> float:
-    """Find the largest difference; NaN if any is NaN, which Python's max would drop unless it comes first."""
-    return float(torch.tensor([abs(theirs - own) for theirs, own in pairs], dtype=torch.float64).max())
 
 
 def _name_unused_rows(tokens: dict[str, int], rows: int) -> dict[str, int]:
@@ -141,16 +158,14 @@ def _name_unused_rows(tokens: dict[str, int], rows: int) -> dict[str, int]:
 
 def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int], list[float]]]:
     """Generate a reply to each source: (its ids, the log-probabilities of these and of the EOS token)."""
-    from transformers import GenerationConfig
-
     tokenizer = load_tokenizer(checkpoint)
     model = load_base(checkpoint, torch.float32, choose_device(use_cpu=True))
     start, end = model.config.decoder_start_token_id, tokenizer.eos_token_id
     # generation_config.json may set penalties, which the converted model doesn't apply
-    model.generation_config = GenerationConfig(decoder_start_token_id=start)
+    model.generation_config = transformers.GenerationConfig(decoder_start_token_id=start)
     result = []
     for source in sources:
-        (ids,) = generate(model, [source], end, tokenizer.pad_token_id, MAX_REPLY_TOKENS)
+        (ids,) = generate(model, [source], Decoding(end, tokenizer.pad_token_id, MAX_REPLY_TOKENS))
         inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *ids]])}
         with torch.inference_mode():
             log_probs_TV = model(**inputs, use_cache=False).logits[0].log_softmax(-1)

@@ -18,15 +18,13 @@ from t5tune.checkpoints.adapter import (
     map_token_rows,
     open_adapter,
 )
-from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE
-from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
+from t5tune.families import EMBEDDING_COPIES, EMBEDDING_WEIGHT, HEAD_WEIGHT
+from t5tune.file_names import ADAPTER_CONFIG_FILE
 from t5tune.merging.fold import OTHER_BASE_HINT, TrainedRows, WeightDelta
 
-EMBEDDING_WEIGHT = "shared.weight"
-HEAD_WEIGHT = "lm_head.weight"
-EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # Values of PEFT's init_lora_weights. With a plain initialization, the trained weight is W + scale · B·A. A reproducible
 # one was subtracted from W, and can be computed again from W alone (see merging/pissa.py).
 PLAIN_INITIALIZATIONS = {None, True, False, "true", "gaussian", "orthogonal", "eva"}

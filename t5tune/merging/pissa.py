@@ -4,12 +4,11 @@ An adapter that PEFT saved without path_initial_model_for_weight_conversion must
 initialization. That depends only on W, so the same decomposition reproduces it (Meng et al. 2024; Büyükakyüz 2024).
 """
 
-import numpy as np
 import torch
 
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.families import FP16_OVERFLOW_LAYER
-from t5tune.model.load import TORCH_DTYPES, to_torch
+from t5tune.model.load import TORCH_DTYPES, from_torch, to_torch
 
 
 def subtract_initialization(weight_OI: Tensor, name: str, kind: str, rank: int, scale: float) -> Tensor:
@@ -27,7 +26,7 @@ def subtract_initialization(weight_OI: Tensor, name: str, kind: str, rank: int, 
     b_OR, a_RI = _compute_initialization(values_OI, kind, rank, scale)
     # transformers loads wo of an fp16 base in fp32, because its output exceeds the range of fp16
     dtype = "F32" if weight_OI.dtype == "F16" and name.endswith(f".{FP16_OVERFLOW_LAYER}.weight") else weight_OI.dtype
-    return from_torch((values_OI - scale * b_OR @ a_RI).to(TORCH_DTYPES[dtype]), dtype)
+    return from_torch((values_OI - scale * b_OR @ a_RI).to(TORCH_DTYPES[dtype]))
 
 
 def _compute_initialization(
@@ -40,10 +39,3 @@ def _compute_initialization(
         return u_OR[:, :rank] @ root, root @ v_RI[:rank]
     q_OR, r_RI = torch.linalg.qr(values_OI)
     return q_OR[:, :rank].contiguous(), r_RI[:rank].contiguous()
-
-
-def from_torch(values: torch.Tensor, dtype: str) -> Tensor:
-    """Convert a torch tensor to ours without changing its bits. `dtype` is the name used in safetensors files."""
-    values = values.contiguous()
-    bits = values.view(torch.int16).numpy().view(np.uint16) if dtype == "BF16" else values.numpy()
-    return Tensor(dtype, bits)

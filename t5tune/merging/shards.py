@@ -10,19 +10,19 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import starmap, zip_longest
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from t5tune.checkpoints.safetensors import Checkpoint, build_header
-from t5tune.checkpoints.tensors import FLOAT_DTYPES, NUMPY_DTYPES, FileRange, Tensor
+from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.safetensors import build_header
+from t5tune.checkpoints.tensors import FLOAT_DTYPES, FileRange, Tensor, count_tensor_bytes
 from t5tune.errors import CheckpointError
+from t5tune.file_names import INDEX_SUFFIX, MODEL_FILE
 from t5tune.io.atomic import write_json
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 NUM_THREADS = 2  # one copies while the other computes
 COPY_CHUNK_BYTES = 32 << 20
 Job = Callable[[], int]
@@ -63,11 +63,12 @@ def plan_shards(base: Checkpoint, dtype: str | None, max_size: int | None) -> li
         return _keep_shards(base)
     shards = []
     for number, names in enumerate(parts, 1):
-        file_name = SINGLE_FILE if len(parts) == 1 else f"model-{number:05}-of-{len(parts):05}.safetensors"
+        file_name = MODEL_FILE if len(parts) == 1 else f"model-{number:05}-of-{len(parts):05}.safetensors"
         entries = {name: _get_output_entry(base, name, dtype) for name in names}
         header = build_header(entries, {"format": "pt"})
         dtypes = {name: own for name, (own, _) in entries.items()}
-        shards.append(Shard(file_name, header, dtypes, len(header) + sum(map(_count_bytes, entries.values()))))
+        size = len(header) + sum(starmap(count_tensor_bytes, entries.values()))
+        shards.append(Shard(file_name, header, dtypes, size))
     return shards
 
 
@@ -93,14 +94,14 @@ def write_shards(base: Checkpoint, shards: list[Shard], transform: TensorTransfo
     for shard in shards:
         if (written := (folder / shard.name).stat().st_size) != shard.size:
             raise CheckpointError(f"{folder / shard.name}: {written} bytes written, expected {shard.size}")
-    if len(shards) > 1 or (base.index is not None and shards[0].name != SINGLE_FILE):
+    if len(shards) > 1 or (base.index is not None and shards[0].name != MODEL_FILE):
         weight_map = {name: shard.name for shard in shards for name in shard.dtypes}
         metadata = {
             "total_parameters": sum(math.prod(base.get_dtype_and_shape(name)[1]) for name in weight_map),
             "total_size": sum(shard.size - len(shard.header) for shard in shards),
         }
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / INDEX_FILE, index)
+        write_json(folder / f"{MODEL_FILE}{INDEX_SUFFIX}", index)
 
 
 def _run_jobs(jobs: Iterable[Job]) -> Iterator[int]:
@@ -120,7 +121,7 @@ def _make_jobs(base: Checkpoint, shard: Shard, transform: TensorTransform, targe
     position = len(shard.header)
     run: _CopyRange | None = None  # adjacent unchanged tensors are copied together
     for name, dtype in shard.dtypes.items():
-        size = _count_bytes((dtype, base.get_dtype_and_shape(name)[1]))
+        size = count_tensor_bytes(dtype, base.get_dtype_and_shape(name)[1])
         source = base.get_file_range(name)
         is_changed = transform.is_changed(name, base.get_dtype_and_shape(name)[0], dtype)
         if is_changed or source is None:
@@ -207,7 +208,7 @@ def _split_by_size(base: Checkpoint, names: list[str], dtype: str | None, max_si
     part: list[str] = []
     size = 0
     for name in names:
-        more = _count_bytes(_get_output_entry(base, name, dtype))
+        more = count_tensor_bytes(*_get_output_entry(base, name, dtype))
         if part and size + more > max_size:
             yield part
             part, size = [], 0
@@ -219,8 +220,3 @@ def _split_by_size(base: Checkpoint, names: list[str], dtype: str | None, max_si
 def _get_output_entry(base: Checkpoint, name: str, dtype: str | None) -> tuple[str, tuple[int, ...]]:
     own, shape = base.get_dtype_and_shape(name)
     return dtype if dtype is not None and own in FLOAT_DTYPES else own, shape
-
-
-def _count_bytes(entry: tuple[str, tuple[int, ...]]) -> int:
-    dtype, shape = entry
-    return math.prod(shape) * NUMPY_DTYPES[dtype].itemsize

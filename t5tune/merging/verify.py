@@ -1,33 +1,29 @@
 """Verify a merged checkpoint: compare its logits with those of base + adapters on a few examples, in fp32."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from t5tune.checkpoints.base import read_config
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.data.cache import is_cache, open_cache
 from t5tune.data.tokenizer import load_tokenizer
+from t5tune.errors import TrainingError
+from t5tune.file_names import RUN_CACHE_FOLDER
+from t5tune.merging.deltas import Adapter
+from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase
 from t5tune.model.device import choose_device
 from t5tune.model.load import load_base
 from t5tune.model.lora import load_adapter, load_weighted_sum
-from t5tune.progress import Report, silent
+from t5tune.progress import Note, Report
+from t5tune.settings import MergeSettings
 from t5tune.settings.quantization import QuantizationSettings
 
 NUM_EXAMPLES = 4
+ROUNDING_TOLERANCE = 0.05  # rounding weights to 8 (bf16) or 11 (fp16) bits changes logits by about this share of them
 FALLBACK_TEXTS = ["Summarize: the meeting was moved\nto Friday.", "Hello, how are you?", '{"a": 1}', "1 + 1 = 2"]
-
-
-@dataclass(frozen=True)
-class TrainingQuantization:
-    """How q_lora quantized the base in training: to nf4, fp4 or int8 (`kind`), computing in `compute`."""
-
-    kind: str
-    double_quant: bool
-    compute: torch.dtype
-    quantize_wo: bool
 
 
 @dataclass(frozen=True)
@@ -48,73 +44,83 @@ class LogitsDifference:
     from_training: dict[str, float]
 
 
-def compare_logits(
-    base: Path,
-    adapters: list[Path],
-    weights: list[float],
+def verify_merge(
+    settings: MergeSettings,
+    base: Checkpoint,
+    adapters: list[Adapter],
+    trained: TrainedBase,
     merged: Path,
-    training: TrainingQuantization | None = None,
-    onto: str = "base",
-    family: str | None = None,
-    report: Report = silent,
+    report: Report,
+) -> LogitsDifference:
+    """Compare the logits of base + adapters with those of the merged checkpoint.
+
+    Raises:
+        TrainingError: the difference exceeds the tolerance for the dtype of the merged weights.
+    """
+    found = _compare_logits(base.folder, adapters, merged, trained, settings.onto, report)
+    dtypes = {Checkpoint(merged).get_dtype_and_shape(name)[0] for name in base.list_names()}
+    is_exact = dtypes <= {"F32", "F64"} and settings.onto == UNQUANTIZED
+    allowed = max(settings.verify_tolerance, 0.0 if is_exact else ROUNDING_TOLERANCE) * max(found.largest, 1.0)
+    if not found.error <= allowed:
+        raise TrainingError(
+            f"the merged model's logits differ by {found.error:.3g} from those of base + adapter "
+            f"(allowed {allowed:.3g}); nothing was written",
+            hint="check that this is the base that the adapter was trained on",
+        )
+    summary = f"logits differ by at most {found.error:.3g} of {found.largest:.3g} ({allowed:.3g} is allowed)"
+    report(Note(f"verified on {found.examples} examples: {summary}"))
+    if trained.quantization is not None:
+        parts = (
+            f"{error:.3g} if merged into {'the base' if onto == UNQUANTIZED else onto}"
+            for onto, error in found.from_training.items()
+        )
+        found_in = f"largest logit difference from the model as trained ({trained.quantization.quant_type} base)"
+        report(Note(f"{found_in}: {', '.join(parts)}"))
+    return found
+
+
+def _compare_logits(
+    base: Path, adapters: list[Adapter], merged: Path, trained: TrainedBase, onto: str, report: Report
 ) -> LogitsDifference:
     """Run the models one after the other on the same examples (see `read_example_ids`), and compare their logits.
 
     Args:
-        training: quantization of the base in training; None if it wasn't quantized.
         onto: what the adapters were merged into: base, or a kind of quantized base. The merged model is compared with
             the adapters on this base.
-        family: model family of the base, if its model_type isn't known.
     """
-    load = partial(_load_model, report)
-    inputs = _make_inputs(merged, adapters[0])
-    logits = _compute_logits(load(merged, torch.float32, None, None), inputs)
-    models = {
-        "base": _compute_logits(_add_adapters(load(base, torch.float32, None, family), adapters, weights), inputs)
-    }
+    inputs = _make_inputs(merged, adapters[0].folder)
+
+    def compute_with_adapters(dtype: torch.dtype, quantization: QuantizationSettings | None) -> list[torch.Tensor]:
+        model = load_base(base, dtype, choose_device(use_cpu=True), quantization, trained.family, report)
+        return _compute_logits(_add_adapters(model, adapters), inputs)
+
+    logits = _compute_logits(load_base(merged, torch.float32, choose_device(use_cpu=True), report=report), inputs)
+    models = {UNQUANTIZED: compute_with_adapters(torch.float32, None)}
     from_training = {}
-    if training is not None:
-        training_logits = _compute_logits(
-            _add_adapters(load(base, training.compute, training, family), adapters, weights), inputs
-        )
-        models[training.kind] = training_logits
-        from_training["base"] = _find_max_difference(models["base"], training_logits)
-        if onto == "base":  # a merge into the quantized weights wasn't written: compute it in fp32
-            dequantized = _add_adapters(load(base, torch.float32, training, family), adapters, weights)
-            from_training[training.kind] = _find_max_difference(_compute_logits(dequantized, inputs), training_logits)
-        else:
-            from_training[onto] = _find_max_difference(logits, training_logits)
+    if (quantization := trained.quantization) is not None:
+        in_training = compute_with_adapters(getattr(torch, trained.compute), quantization)
+        models[quantization.quant_type] = in_training
+        from_training[UNQUANTIZED] = find_max_difference(models[UNQUANTIZED], in_training)
+        # a merge into the quantized weights that wasn't written is computed in fp32
+        dequantized = logits if onto != UNQUANTIZED else compute_with_adapters(torch.float32, quantization)
+        from_training[quantization.quant_type] = find_max_difference(dequantized, in_training)
     expected = models[onto]
     return LogitsDifference(
         examples=len(inputs),
-        error=_find_max_difference(expected, logits),
+        error=find_max_difference(expected, logits),
         largest=max(float(a.abs().max()) for a in expected),
         from_training=from_training,
     )
 
 
-def _load_model(
-    report: Report, folder: Path, dtype: torch.dtype, training: TrainingQuantization | None, family: str | None
-) -> Any:
-    quantization = None
-    if training is not None:
-        quantization = QuantizationSettings(
-            q_lora=True,
-            quant_type=cast(Any, training.kind),
-            double_quant=training.double_quant,
-            quantize_wo=training.quantize_wo,
-        )
-    return load_base(folder, dtype, choose_device(use_cpu=True), quantization, family, report)
+def _add_adapters(model: Any, adapters: list[Adapter]) -> Any:
+    if len(adapters) == 1 and adapters[0].weight == 1:
+        return load_adapter(model, adapters[0].folder)
+    return load_weighted_sum(model, [adapter.folder for adapter in adapters], [adapter.weight for adapter in adapters])
 
 
-def _add_adapters(model: Any, adapters: list[Path], weights: list[float]) -> Any:
-    if len(adapters) == 1 and weights == [1.0]:
-        return load_adapter(model, adapters[0])
-    return load_weighted_sum(model, adapters, weights)
-
-
-def _find_max_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    # torch's max is NaN if any value is; Python's would drop a NaN that isn't the first
+def find_max_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    """Find the largest absolute difference; NaN if any is NaN, which Python's max would drop unless it comes first."""
     return float(torch.stack([(a - b).abs().max() for a, b in zip(first, second, strict=True)]).max())
 
 
@@ -125,8 +131,8 @@ def _compute_logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[t
 
 def read_example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[int]]]:
     """Read (source, target) ids of examples in the run's token cache if it still exists, else of a few fixed texts."""
-    if is_cache(adapter / "data"):
-        cache = open_cache(adapter / "data")
+    if is_cache(adapter / RUN_CACHE_FOLDER):
+        cache = open_cache(adapter / RUN_CACHE_FOLDER)
         examples = (cache[number] for number in range(min(NUM_EXAMPLES, len(cache))))
         return [(example.source_S.tolist(), example.target_T.tolist()) for example in examples]
     tokenizer = load_tokenizer(merged)

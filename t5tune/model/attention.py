@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from t5tune.compat.transformers_patches import replace_forward
 from t5tune.families import FAMILIES
 
-PACKABLE_ATTENTION = {family.attention_layer for family in FAMILIES.values()}
+PACKABLE_ATTENTION = tuple({family.attention_layer for family in FAMILIES.values()})
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,24 @@ def can_pack(model: Any) -> bool:
     """Whether packing supports every attention layer of the model."""
     kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Attention")}
     attention = {kind for kind in kinds if "Layer" not in kind}
-    return bool(attention) and attention <= PACKABLE_ATTENTION
+    return bool(attention) and attention <= set(PACKABLE_ATTENTION)
 
 
 def use_packing(model: Any) -> None:
-    """Patch the attention layers of a T5, mT5 or umT5, with or without adapters, to accept the argument `packing`.
+    """Make the attention layers of a T5, mT5 or umT5, with or without adapters, accept the argument `packing`.
 
     Call it after `requires_grad` is set on all parameters.
     """
     trains_bias = any(
         parameter.requires_grad for name, parameter in model.named_parameters() if "relative_attention_bias" in name
     )
-    for module in model.modules():
-        if type(module).__name__ in PACKABLE_ATTENTION:
-            module.forward = partial(_forward, module, module.forward, trains_bias)
+    replace_forward(model, PACKABLE_ATTENTION, partial(_forward, trains_bias))
 
 
 def _forward(
+    trains_bias: bool,
     module: Any,
     original_forward: Callable[..., Any],
-    trains_bias: bool,
     hidden_BQ: torch.Tensor,
     *args: Any,
     packing: Segments | None = None,

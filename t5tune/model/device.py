@@ -14,6 +14,7 @@ from t5tune.errors import OutOfMemory, SettingsError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt(3), from glibc's malloc.h
 DOCTOR_HINT = "t5tune doctor says how to fix that"
+CGROUP_FOLDER = Path("/sys/fs/cgroup")
 NVIDIA_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 SPIN_COUNT = "3000"
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -135,3 +136,18 @@ def get_peak_memory(device: Any) -> int:
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def get_free_memory() -> int:
+    """Return the bytes that are free on the machine and within the container's limit."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    try:
+        # cgroup v2; memory of inactive files is page cache, which Linux can reclaim
+        limit, used = ((CGROUP_FOLDER / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (CGROUP_FOLDER / "memory.stat").read_text().splitlines())
+        cached = statistics["inactive_file"]
+    except (OSError, KeyError, ValueError):
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used) + int(cached))

@@ -13,11 +13,15 @@ N tokens, C tokens of a chunk, D model width, F feed-forward width.
 """
 
 import math
-from functools import partial
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from t5tune.compat.transformers_patches import replace_forward
 
 ELEMENTS_PER_CHUNK = 1 << 17  # per thread: 512 KiB in fp32
 SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # 2k and c of GELU's tanh approximation
@@ -25,15 +29,10 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def use_fused_layers(model: Any) -> None:
-    """Patch the norms, `gelu_new` and gated activations of a T5, mT5 or umT5, with or without adapters."""
-    for module in model.modules():
-        name = type(module).__name__
-        if name.endswith("T5LayerNorm"):
-            module.forward = partial(_forward_norm, module)
-        elif name.endswith("T5DenseGatedActDense") and type(module.act).__name__ == "NewGELUActivation":
-            module.forward = partial(_forward_gated, module)
-        elif name == "NewGELUActivation":
-            module.forward = partial(functional.gelu, approximate="tanh")
+    """Compute the norms, `gelu_new` and gated activations of a T5, mT5 or umT5, with or without adapters, here."""
+    replace_forward(model, ("T5LayerNorm",), _forward_norm)
+    replace_forward(model, ("T5DenseGatedActDense",), _forward_gated)
+    replace_forward(model, ("NewGELUActivation",), _forward_gelu)
 
 
 def compile_layers(model: Any) -> None:
@@ -46,12 +45,29 @@ def compile_layers(model: Any) -> None:
             module.compile(dynamic=True)
 
 
-def _forward_norm(module: Any, hidden: torch.Tensor) -> Any:
+@contextmanager
+def without_chunks() -> Iterator[None]:
+    """Compute on whole batches within this block, as on a GPU."""
+    global ELEMENTS_PER_CHUNK
+    before, ELEMENTS_PER_CHUNK = ELEMENTS_PER_CHUNK, sys.maxsize
+    try:
+        yield
+    finally:
+        ELEMENTS_PER_CHUNK = before
+
+
+def _forward_gelu(_module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(hidden, approximate="tanh")
+
+
+def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
     return _RootMeanSquareNorm.apply(hidden, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
 
 
-def _forward_gated(module: Any, hidden: torch.Tensor) -> Any:
+def _forward_gated(module: Any, original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
     """Forward of T5DenseGatedActDense."""
+    if type(module.act).__name__ != "NewGELUActivation":
+        return original_forward(hidden)
     inner = _GatedGelu.apply(module.wi_0(hidden), module.wi_1(hidden))  # type: ignore[no-untyped-call]
     inner = module.dropout(inner)
     weight = module.wo.weight

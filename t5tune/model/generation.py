@@ -1,20 +1,28 @@
 """Text generation: greedy decoding, beam search or sampling."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen: greedily, by beam search, or by nucleus sampling if the temperature is above 0."""
+
+    eos_token_id: int
+    pad_token_id: int
+    max_new_tokens: int
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
 def generate(
     model: Any,
     sources: list[list[int]],
-    eos_token_id: int,
-    pad_token_id: int,
-    max_new_tokens: int,
-    num_beams: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    decoding: Decoding,
     synced_gpus: bool = False,
     on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -24,29 +32,28 @@ def generate(
 
     Args:
         sources: ids of different lengths, each with its EOS token.
-        temperature: 0 decodes greedily, or by beam search.
         synced_gpus: continue until every rank is done. ZeRO-3 needs this, because each forward gathers weights from
             all ranks.
         on_token: called with each new id, including the EOS token; only for a single source without beams.
     """
     device = next(model.parameters()).device
     width = max(map(len, sources))
-    input_ids_BS = torch.tensor([[*source, *[pad_token_id] * (width - len(source))] for source in sources])
+    input_ids_BS = torch.tensor([[*source, *[decoding.pad_token_id] * (width - len(source))] for source in sources])
     lengths_B = torch.tensor([[len(source)] for source in sources])
     with torch.no_grad():
         output_BT = model.generate(
             input_ids=input_ids_BS.to(device),
             attention_mask=(torch.arange(width) < lengths_B).long().to(device),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            eos_token_id=decoding.eos_token_id,
+            pad_token_id=decoding.pad_token_id,
             synced_gpus=synced_gpus,
             streamer=_Streamer(on_token) if on_token else None,
-            **_choose_sampling(temperature, top_p),
+            **_choose_sampling(decoding.temperature, decoding.top_p),
         )
     # the first id is the decoder's start token
-    return [_cut_at_eos_token(row[1:], eos_token_id) for row in output_BT.tolist()]
+    return [_cut_at_eos_token(row[1:], decoding.eos_token_id) for row in output_BT.tolist()]
 
 
 def _choose_sampling(temperature: float, top_p: float) -> dict[str, Any]:

@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 
-from t5tune.checkpoints.adapter import TEMPLATE_FILE, read_adapter, read_base_metadata
-from t5tune.checkpoints.adapter_config import ADAPTER_CONFIG_FILE, read_adapter_config
+from t5tune.checkpoints.adapter import read_adapter, read_base_metadata
+from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.checkpoints.training_data import TrainingData, read_training_data
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import CheckpointError
 from t5tune.families import find_family
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.model.device import check_bf16, choose_device
 from t5tune.model.load import load_base
-from t5tune.model.lora import load_adapter, replace_trainable_token_layers
+from t5tune.model.lora import load_adapter
+from t5tune.model.token_rows import replace_trainable_token_layers
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.inference import InferenceSettings
@@ -69,7 +71,7 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
         model = load_adapter(model, adapter)
         replace_trainable_token_layers(model)  # PEFT would copy the whole embedding and head in each forward
     folders = [base] if adapter is None else [adapter, base]
-    tokenizer_folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), base)
+    tokenizer_folder = next((folder for folder in folders if (folder / TOKENIZER_CONFIG_FILE).is_file()), base)
     return LoadedModel(
         base=base,
         adapter=adapter,
@@ -84,11 +86,7 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
 
 def _find_base_and_adapter(settings: InferenceSettings, report: Report) -> tuple[Path, Path | None]:
     folder = Path(settings.model_name_or_path)
-    if (
-        settings.adapter is not None
-        or not (folder / ADAPTER_CONFIG_FILE).is_file()
-        or (folder / "config.json").is_file()
-    ):
+    if settings.adapter is not None or not (folder / ADAPTER_CONFIG_FILE).is_file() or (folder / CONFIG_FILE).is_file():
         return find_base(settings), settings.adapter
     config = read_adapter_config(folder)
     name = config.get("base_model_name_or_path")

@@ -13,25 +13,27 @@ import torch
 from torch import nn
 
 from t5tune.checkpoints.base import read_config
-from t5tune.checkpoints.safetensors import Checkpoint
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
+from t5tune.compat.bitsandbytes_patches import keep_training_layout
 from t5tune.compat.requirements import check_versions
 from t5tune.errors import DependencyError, ModelError
-from t5tune.families import ATTENTION_IMPLEMENTATION, FP16_OVERFLOW_LAYER, find_family
+from t5tune.families import (
+    ATTENTION_IMPLEMENTATION,
+    EMBEDDING_COPIES,
+    EMBEDDING_WEIGHT,
+    HEAD_WEIGHT,
+    find_family,
+    is_quantizable,
+)
+from t5tune.file_names import GENERATION_CONFIG_FILE
+from t5tune.model.loss import make_loss_class
 from t5tune.progress import Report, silent, track
 from t5tune.settings.quantization import QuantizationSettings
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-EMBEDDING_WEIGHT = "shared.weight"
-HEAD_WEIGHT = "lm_head.weight"
-EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+TORCH_DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOAT_DTYPES}
 OUTLIER_THRESHOLD = 6.0  # LLM.int8() multiplies activations beyond this without quantization; the value is the paper's
-COPY_CHUNK_BYTES = 16 << 20  # bytes
+LOAD_CHUNK_BYTES = 16 << 20
 # T5's first release saved a position bias for the first cross-attention, which no implementation uses
 IGNORED_TENSORS = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 
@@ -70,7 +72,7 @@ def load_base(
     for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
         _place_tensor(model, name, _read_tensor(checkpoint, name, parameter), dtype, device)
     _share_embedding(model, tied)
-    if (folder / "generation_config.json").is_file():
+    if (folder / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     model.requires_grad_(False)
     return model.eval()
@@ -88,12 +90,13 @@ def _collect_own_parameters(model: nn.Module, tied: bool) -> dict[str, nn.Parame
 def build_empty_model(config: dict[str, Any], dtype: torch.dtype, tied: bool) -> Any:
     """Build the transformers model of a completed config.json on the meta device, with or without a tied head."""
     check_versions("transformers")  # older releases lack sdpa for T5, or don't mask future tokens in umT5's decoder
-    from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
     values = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     values.tie_word_embeddings = tied
+    model_class = make_loss_class(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(values)])
     with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(values, attn_implementation=ATTENTION_IMPLEMENTATION, dtype=dtype)
+        model = model_class._from_config(values, attn_implementation=ATTENTION_IMPLEMENTATION, dtype=dtype)
     _share_embedding(model, tied)
     return model
 
@@ -103,10 +106,7 @@ def find_quantizable_linears(model: nn.Module, quantization: QuantizationSetting
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and ".block." in name
-        and ".lora_" not in name
-        and (quantization.quantize_wo or FP16_OVERFLOW_LAYER not in name.split("."))
+        if isinstance(module, nn.Linear) and ".lora_" not in name and is_quantizable(name, quantization.quantize_wo)
     }
 
 
@@ -178,11 +178,19 @@ def _place_tensor(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtyp
 def to_torch(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Copy a memory-mapped tensor to torch in chunks, so that no second buffer of the tensor's size is needed."""
     values = torch.empty(tensor.shape, dtype=dtype)
-    rows = max(1, COPY_CHUNK_BYTES * len(tensor.array) // max(1, tensor.array.nbytes))
+    rows = max(1, LOAD_CHUNK_BYTES * len(tensor.array) // max(1, tensor.array.nbytes))
     for start in range(0, len(tensor.array), rows):
         part = slice(start, start + rows)
         values[part] = torch.from_numpy(np.array(tensor.array[part])).view(TORCH_DTYPES[tensor.dtype])
     return values
+
+
+def from_torch(values: torch.Tensor) -> Tensor:
+    """Convert a torch tensor to ours without changing its bits."""
+    values = values.contiguous()
+    dtype = next(name for name, torch_dtype in TORCH_DTYPES.items() if torch_dtype == values.dtype)
+    bits = values.view(torch.int16).numpy().view(np.uint16) if dtype == "BF16" else values.numpy()
+    return Tensor(dtype, bits)
 
 
 def _share_embedding(model: nn.Module, tied: bool) -> None:
@@ -220,9 +228,7 @@ def _replace_linears_with_quantized(model: nn.Module, dtype: torch.dtype, quanti
                 quant_storage=dtype,  # ZeRO-3 gathers only one dtype, so packed weights are stored as the compute dtype
                 device="meta",
             )
-            # bitsandbytes 0.50 repacks weights for inference in the first forward in evaluation mode and never
-            # undoes it: training afterwards would get no gradient through the layer
-            quantized.support_avx512bf16_for_cpu = False
+            keep_training_layout(quantized)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, quantized)
     # PEFT reads these attributes before it wraps quantized layers

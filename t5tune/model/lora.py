@@ -12,22 +12,21 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
-from torch.nn import functional
 
 from t5tune.checkpoints.adapter import DECODER_ROWS, PEFT_PREFIX, read_adapter, to_peft_name
-from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError
-from t5tune.families import TARGET_MODULE_GROUPS, expand_target_modules
+from t5tune.families import EMBEDDING_MODULES, HEAD_MODULE, TARGET_MODULE_GROUPS, expand_target_modules
+from t5tune.file_names import TOKENIZER_CONFIG_FILE
 from t5tune.model.load import to_torch
+from t5tune.model.token_rows import replace_trainable_token_layers
+from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.lora import LoraSettings
 
 BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora")  # they subtract each adapter's initial B·A from the base weight
-EMBEDDING_MODULES = ("encoder.embed_tokens", "decoder.embed_tokens")
-HEAD_MODULE = "lm_head"
 SAME_TOKENS_HINT = (
     "give the conversations instead of a token cache, and leave add_tokens at auto: then they are prepared with the "
     "adapter's tokens"
@@ -164,7 +163,7 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
     tensors = {name: tensor for name, tensor in state.items() if name in parameters or name != DECODER_ROWS}
     _check_same_names(parameters, tensors, folder)
     _check_same_rows(config, current, folder)
-    if (folder / "tokenizer_config.json").is_file():
+    if (folder / TOKENIZER_CONFIG_FILE).is_file():
         _check_same_tokens(folder, tokenizer_folder)
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tensors[name].shape:
@@ -176,11 +175,12 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
 
 def _check_same_scale(config: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Check that the saved adapter has this run's rank, alpha and variant of LoRA."""
-    for key, flag in {"r": "lora_r", **{key: key for key in ("lora_alpha", "use_rslora", "use_dora")}}.items():
+    for name in select_settings(LoraSettings, Affects.ADAPTER_SCALE):
+        key = "r" if name == "lora_r" else name  # PEFT's name
         then, now = config.get(key, False), current[key]
         if then != now:
             raise CheckpointError(
-                f"adapter: {folder}: saved with {key} {then}, but this run has {flag} {now}", hint=f"use {flag} {then}"
+                f"adapter: {folder}: saved with {key} {then}, but this run has {name} {now}", hint=f"use {name} {then}"
             )
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise CheckpointError(f"adapter: {folder}: some layers have their own rank or alpha, which t5tune can't train")
@@ -278,50 +278,9 @@ def _make_token_indices(model: Any, token_ids: list[int]) -> Any:
     return {name: list(token_ids) for name in EMBEDDING_MODULES} | {HEAD_MODULE: list(reversed(token_ids))}
 
 
-def replace_trainable_token_layers(peft_model: Any) -> None:
-    """Replace PEFT's layers for trained token rows with `TokenRows`."""
-    for module in peft_model.modules():
-        if type(module) is TrainableTokensLayer:
-            module.__class__ = TokenRows
-
-
 def _share_embedding_rows(peft_model: Any) -> None:
     """Make encoder and decoder train the same rows, since T5 has one embedding."""
     base = peft_model.base_model.model
     encoder, decoder = base.encoder.embed_tokens, base.decoder.embed_tokens
     if not base.config.tie_word_embeddings and hasattr(encoder, "token_adapter"):
         decoder.token_adapter.trainable_tokens_delta = encoder.token_adapter.trainable_tokens_delta
-
-
-class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
-    """Trained rows of an embedding or head, computed without PEFT's copy of the whole matrix.
-
-    In each forward, PEFT copies the whole matrix (vocabulary × width values), outside of the base layer's forward.
-    Under ZeRO-3 this fails, because the matrix is gathered only within the base layer's forward. Here the base layer
-    runs unchanged, and only the trained rows' values in its output are replaced. K is the number of rows.
-    """
-
-    def forward_adapters(self, x: Any, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
-        output = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return output
-        if output.ndim < 2:  # the head returned losses, which already include the rows (see model/loss.py)
-            return output
-        for name in active_adapters:
-            rows_KD, ids_K = self.get_rows(name, x.device)
-            if isinstance(self.base_layer, nn.Embedding):
-                is_row_BTK = x.unsqueeze(-1) == ids_K
-                replaced_BTD = functional.embedding(is_row_BTK.to(torch.uint8).argmax(-1), rows_KD)
-                output = torch.where(is_row_BTK.any(-1, keepdim=True), replaced_BTD.to(output.dtype), output)
-            else:
-                logits_BTK = functional.linear(x.to(rows_KD.dtype), rows_KD).to(output.dtype)
-                output = output.index_copy(-1, ids_K, logits_BTK)
-        return output
-
-    def get_rows(self, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (the trained rows, their token ids)."""
-        if self._ids is None or self._ids.device != device:  # cached, because a copy to a GPU synchronizes
-            self._ids = torch.tensor(self.token_indices[name], device=device)
-        return self.trainable_tokens_delta[name], self._ids
-
-    _ids: torch.Tensor | None = None

@@ -1,10 +1,8 @@
 """Cross-entropy over the target tokens of a whole step, without storing all logits.
 
-    loss = HeadLoss(model, label_smoothing=0.0)
-    with loss.replace_logits_with_sum(labels_BT):
-        total = model(**inputs).logits        # the sum over all labels, instead of the logits
-    with loss.replace_logits_with_losses(labels_BT), torch.no_grad():
-        losses_N = model(**inputs).logits     # the loss of each label, for evaluation
+    model = make_loss_class(T5ForConditionalGeneration)(config)
+    total = model(**inputs, labels=labels_BT, reduction="sum")     # a scalar: the sum over all labels
+    losses_BT = model(**inputs, labels=labels_BT, reduction="none")    # the loss of each label, for evaluation
 
 The loss that transformers' Trainer computes is wrong for T5: it averages each micro-batch in the model's dtype, and
 multiplies loss and gradient by the number of accumulation steps times the number of ranks. Here the loss is a sum in
@@ -18,124 +16,158 @@ Shapes: B examples of a micro-batch, T tokens of the longest target, N = B·T to
 D width, K trained rows of the head.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import cache, wraps
+from typing import Any, Literal, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.nn import functional
-
-from t5tune.model.lora import TokenRows
 
 IGNORED_LABEL = -100
 LOGITS_PER_CHUNK = 2**23  # 32 MiB in fp32: 261 target tokens with T5's vocabulary
 
+Reduction = Literal["sum", "none"]
 
-class HeadLoss:
-    """Make a model's head return the loss instead of the logits, while labels are set.
 
-    The head computes the loss itself, because under ZeRO-3 its weight is gathered only within its own forward.
+@cache
+def make_loss_class(model_class: Any) -> Any:
+    """Extend a T5 class of transformers: with `reduction`, its forward returns the loss of the labels, not the logits.
+
+    Without `reduction`, as in generation, forward is that of transformers.
     """
 
-    def __init__(self, model: Any, label_smoothing: float) -> None:
-        head = model.get_output_embeddings()
-        self.vocabulary = int(model.config.vocab_size)
-        self.label_smoothing = label_smoothing
-        self.labels_N: torch.Tensor | None = None
-        self.is_summed = True
-        self.token_rows = next((part for part in head.modules() if isinstance(part, TokenRows)), None)
-        # adapters made by other tools may adapt the head, whose output then isn't that of a single linear layer
-        if isinstance(head, LoraLayer):
-            head.forward = partial(self._adapted_forward, head.forward)
-            return
-        linear = next(part for part in head.modules() if isinstance(part, nn.Linear))
-        linear.forward = partial(self._forward, linear, linear.forward)  # type: ignore[method-assign]
+    class ModelWithLoss(model_class):  # type: ignore[misc]
+        def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(config, *arguments, **options)
+            self.target_loss = TargetLoss()
 
-    @contextmanager
-    def replace_logits_with_sum(self, labels: torch.Tensor) -> Iterator[None]:
-        """Within this context, the model's `logits` are the summed cross-entropy of these labels."""
-        with self._set_labels(labels, is_summed=True):
-            yield
+        @wraps(model_class.forward)  # transformers and PEFT read the names of its arguments
+        def forward(
+            self,
+            *arguments: Any,
+            reduction: Reduction | None = None,
+            label_smoothing: float = 0.0,
+            **inputs: Any,
+        ) -> Any:
+            if reduction is None:
+                return super().forward(*arguments, **inputs)
+            given = {name: value for name, value in inputs.items() if value is not None}
+            labels_BT = given.pop("labels")
+            hidden_BTD = compute_hidden_states(self, **given)
+            return self.target_loss(hidden_BTD, labels_BT, self.get_output_embeddings(), reduction, label_smoothing)
 
-    @contextmanager
-    def replace_logits_with_losses(self, labels: torch.Tensor) -> Iterator[None]:
-        """Within this context, the model's `logits` are the cross-entropies of the labels, flattened, not smoothed."""
-        with self._set_labels(labels, is_summed=False):
-            yield
+    ModelWithLoss.__name__ = ModelWithLoss.__qualname__ = model_class.__name__
+    return ModelWithLoss
 
-    @contextmanager
-    def _set_labels(self, labels: torch.Tensor, is_summed: bool) -> Iterator[None]:
-        self.labels_N, self.is_summed = labels.flatten(), is_summed
-        try:
-            yield
-        finally:
-            self.labels_N = None
 
-    def _forward(self, linear: nn.Linear, original_forward: Any, hidden: torch.Tensor) -> Any:
-        if self.labels_N is None:
-            return original_forward(hidden)
-        rows_KD = ids_K = None
-        if self.token_rows is not None:
-            (name,) = self.token_rows.trainable_tokens_delta
-            rows_KD, ids_K = self.token_rows.get_rows(name, hidden.device)
-        hidden_ND = hidden.flatten(0, -2)
-        if not self.is_summed:
-            return compute_cross_entropies(hidden_ND, linear.weight, self.labels_N, rows_KD, ids_K)
-        return compute_summed_cross_entropy(
-            hidden_ND, linear.weight, self.labels_N, self.label_smoothing, rows_KD, ids_K
+def compute_hidden_states(
+    model: Any,
+    input_ids: torch.Tensor,
+    decoder_input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Compute what the head multiplies with its weight: the decoder's output, shape (B, T, D).
+
+    Args:
+        options: passed on to every layer, such as `packing` (see model/attention.py).
+    """
+    encoded_BSD = model.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
+    hidden_BTD: torch.Tensor = model.decoder(
+        input_ids=decoder_input_ids,
+        encoder_hidden_states=encoded_BSD,
+        encoder_attention_mask=attention_mask,
+        use_cache=use_cache,
+        **options,
+    )[0]
+    # in transformers 5.18, umT5's config has only tie_word_embeddings
+    scales = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
+    return hidden_BTD * model.model_dim**-0.5 if scales else hidden_BTD
+
+
+class TargetLoss(nn.Module):
+    """The loss of a batch's labels, from the decoder's hidden states and the head.
+
+    A module without parameters, so that ZeRO-3 gathers the head's weight for this call alone: it is registered as an
+    external parameter of this module (training/build_model.py).
+    """
+
+    def forward(
+        self,
+        hidden_BTD: torch.Tensor,
+        labels_BT: torch.Tensor,
+        head: Any,
+        reduction: Reduction,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor:
+        """Return the sum of the labels' losses (a scalar), or the loss of each label, not smoothed (B, T)."""
+        hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
+        weights = read_head_weights(head, hidden_BTD.device)
+        if reduction == "sum":
+            assert weights is not None, "t5tune doesn't adapt the head, so it never trains with such an adapter"
+            return compute_summed_cross_entropy(hidden_ND, labels_N, weights, label_smoothing)
+        if weights is not None:
+            return compute_cross_entropies(hidden_ND, labels_N, weights).view(labels_BT.shape)
+        return _compute_adapted_cross_entropies(hidden_ND, labels_N, head).view(labels_BT.shape)
+
+
+class HeadWeights(NamedTuple):
+    """The head's weight, and trainable rows that replace those at `ids_K`, whether or not the weight is trained."""
+
+    weight_VD: torch.Tensor
+    rows_KD: torch.Tensor | None = None
+    ids_K: torch.Tensor | None = None
+
+
+def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeights | None:
+    """Return the weights by which the head computes its logits, whatever PEFT has wrapped it in.
+
+    Returns:
+        None if they aren't those of a single linear layer: other tools' adapters may adapt the head with LoRA.
+    """
+    if isinstance(head, nn.Linear):
+        return HeadWeights(head.weight)
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+        return read_head_weights(head.modules_to_save[head.active_adapters[0]])
+    if isinstance(head, ModulesToSaveWrapper | TrainableTokensWrapper) and head.disable_adapters:
+        return read_head_weights(head.original_module)
+    if isinstance(head, TrainableTokensWrapper):
+        (name,) = head.token_adapter.trainable_tokens_delta
+        weight_VD = head.token_adapter.get_base_layer().weight
+        return HeadWeights(weight_VD, *head.token_adapter.get_rows(name, device or weight_VD.device))
+    return None
+
+
+@torch.no_grad()
+def _compute_adapted_cross_entropies(hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: Any) -> torch.Tensor:
+    parts = _slice_into_chunks(len(hidden_ND), head.out_features)
+    losses_N = [
+        functional.cross_entropy(
+            head(hidden_ND[part]).float(), labels_N[part], ignore_index=IGNORED_LABEL, reduction="none"
         )
-
-    def _adapted_forward(self, original_forward: Any, hidden: torch.Tensor) -> Any:
-        if self.labels_N is None:
-            return original_forward(hidden)
-        assert not self.is_summed, "t5tune doesn't adapt the head, so it never trains with such an adapter"
-        hidden_ND = hidden.flatten(0, -2)
-        losses_N = [
-            functional.cross_entropy(
-                original_forward(hidden_ND[part]).float(),
-                self.labels_N[part],
-                ignore_index=IGNORED_LABEL,
-                reduction="none",
-            )
-            for part in _slice_into_chunks(len(hidden_ND), self.vocabulary)
-        ]
-        return torch.cat(losses_N)
+        for part in parts
+    ]
+    return torch.cat(losses_N)
 
 
 def compute_summed_cross_entropy(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    labels_N: torch.Tensor,
-    label_smoothing: float = 0.0,
-    rows_KD: torch.Tensor | None = None,
-    ids_K: torch.Tensor | None = None,
+    hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: HeadWeights, label_smoothing: float = 0.0
 ) -> torch.Tensor:
     """Sum the cross-entropies of `hidden · weightᵀ` over the labels that aren't IGNORED_LABEL, in fp32.
 
     Args:
         label_smoothing: probability mass spread uniformly over the vocabulary (Szegedy et al. 2016).
-        rows_KD, ids_K: trainable rows that replace those of `weight` at `ids`, whether or not `weight` is trained.
     """
-    total: torch.Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, labels_N, label_smoothing, rows_KD, ids_K)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _SummedCrossEntropy.apply(hidden_ND, labels_N, label_smoothing, *head)  # type: ignore[no-untyped-call]
     return total
 
 
 @torch.no_grad()
-def compute_cross_entropies(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    labels_N: torch.Tensor,
-    rows_KD: torch.Tensor | None = None,
-    ids_K: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Compute the cross-entropy of each label in fp32, without gradients; 0 for IGNORED_LABEL.
-
-    Args:
-        rows_KD, ids_K: rows that replace those of `weight` at `ids`.
-    """
+def compute_cross_entropies(hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: HeadWeights) -> torch.Tensor:
+    """Compute the cross-entropy of each label in fp32, without gradients; 0 for IGNORED_LABEL."""
+    weight_VD, rows_KD, ids_K = head
     dtype, loss_dtype = _choose_dtypes(hidden_ND, weight_VD)
     losses_N = torch.zeros(len(hidden_ND), dtype=loss_dtype, device=hidden_ND.device)
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -202,15 +234,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
         labels_N: torch.Tensor,
         smoothing: float,
+        weight_VD: torch.Tensor,
         rows_KD: torch.Tensor | None,
         ids_K: torch.Tensor | None,
     ) -> torch.Tensor:
         dtype, loss_dtype = _choose_dtypes(hidden_ND, weight_VD)
-        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
-        wants_rows = ctx.needs_input_grad[4]
+        wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
         total = torch.zeros((), dtype=loss_dtype, device=hidden_ND.device)
         hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=loss_dtype) if wants_weight else None
@@ -250,4 +281,4 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *scales: Any) -> Any:
         (scale,) = scales
         hidden, weight, rows = (None if grad is None else grad * scale for grad in ctx.saved_tensors)
-        return hidden, weight, None, None, rows, None
+        return hidden, None, None, weight, rows, None

@@ -8,10 +8,9 @@ The step runs on fake tensors, which have shapes but no data: the real model, ad
 every live storage is counted. So no per-layer formulas have to be kept in sync with the model.
 """
 
-import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from t5tune.compat.torch_patches import replace_attention_kernel
 from t5tune.model import fused
 from t5tune.model.attention import Segments, can_pack, use_packing
 from t5tune.model.load import build_empty_model, find_quantizable_linears
 from t5tune.model.lora import add_lora
-from t5tune.model.loss import HeadLoss
 from t5tune.settings.quantization import QuantizationSettings
 
 # of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
@@ -126,15 +124,15 @@ def measure_step(
             new = hasattr(model, "activation_checkpointing_enable")
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
-        head_loss = HeadLoss(model, settings.label_smoothing_factor)
         packs = settings.packing != "off" and can_pack(model)
-        inputs, labels = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
+        inputs = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
         if on_gpu:
-            stack.enter_context(_assume_gpu_kernels())
+            stack.enter_context(replace_attention_kernel(_attend))
+            stack.enter_context(fused.without_chunks())
         live = stack.enter_context(_LiveBytes(model.parameters()))
         in_bf16 = autocast and settings.bf16
-        with head_loss.replace_logits_with_sum(labels), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-            total = model(**inputs, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            total = model(**inputs, use_cache=False, reduction="sum", label_smoothing=settings.label_smoothing_factor)
         total.backward()
         del total
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -194,25 +192,8 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-@contextmanager
-def _assume_gpu_kernels() -> Iterator[None]:
-    """Pretend to run on a GPU: replace torch's attention with a fused kernel, and don't split norms into chunks.
-
-    Patching works because transformers and model/attention.py look up `scaled_dot_product_attention` at each call.
-    """
-    stock: Any = functional.scaled_dot_product_attention
-    elements = fused.ELEMENTS_PER_CHUNK
-
-    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
-        return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
-
-    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    fused.ELEMENTS_PER_CHUNK = sys.maxsize
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = stock
-        fused.ELEMENTS_PER_CHUNK = elements
+def _attend(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
+    return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
 
 
 def _move_to_fake_cpu(model: nn.Module) -> None:
@@ -231,20 +212,20 @@ def _move_to_fake_cpu(model: nn.Module) -> None:
                 tensors[name] = made[id(tensor)]
 
 
-def _make_packed_inputs(lengths: BatchLengths) -> tuple[dict[str, Any], torch.Tensor]:
+def _make_packed_inputs(lengths: BatchLengths) -> dict[str, Any]:
     target = torch.ones(1, sum(lengths.targets), dtype=torch.int64)
-    inputs = {
+    return {
         "input_ids": torch.ones(1, sum(lengths.sources), dtype=torch.int64),
         "decoder_input_ids": target,
+        "labels": target,
         "packing": Segments(lengths.sources, lengths.targets),
     }
-    return inputs, target
 
 
-def _make_padded_inputs(lengths: BatchLengths) -> tuple[dict[str, Any], torch.Tensor]:
+def _make_padded_inputs(lengths: BatchLengths) -> dict[str, Any]:
     source = torch.ones(len(lengths.sources), max(lengths.sources), dtype=torch.int64)
     target = torch.ones(len(lengths.targets), max(lengths.targets), dtype=torch.int64)
-    return {"input_ids": source, "attention_mask": source, "decoder_input_ids": target}, target
+    return {"input_ids": source, "attention_mask": source, "decoder_input_ids": target, "labels": target}
 
 
 def _is_adapter(name: str) -> bool:

@@ -10,22 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.model_card import is_timing
 from t5tune.data.cache import Cache
 from t5tune.data.histogram import LengthArray, build_histogram
 from t5tune.data.records import LABELED_BAD
 from t5tune.io.atomic import write_file
+from t5tune.reports.metrics_log import read_metrics, read_samples
 from t5tune.reports.svg import Series, draw_histogram, draw_line_chart, format_short
 from t5tune.settings import TrainSettings
-from t5tune.training.metrics_log import read_metrics, read_samples
 
 REPORT_FILE = "report.html"
 GIB = 1 << 30
-TILE_METRICS = (
-    "loss",
-    "perplexity",
-    "exact_match",
-    "rougeL",
-)  # evaluation metrics that are shown at the top, in addition to the table
+# evaluation metrics that are shown at the top, in addition to the table
+TILE_METRICS = ("loss", "perplexity", "exact_match", "rougeL")
 
 STYLE = """
 :root {
@@ -67,12 +64,7 @@ pre, td.text { white-space: pre-wrap; } code, pre { font: 13px/1.5 ui-monospace,
 """
 
 
-def write_run_report(
-    run_folder: Path,
-    settings: TrainSettings,
-    result: dict[str, Any],
-    cache: Cache,
-) -> Path:
+def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str, Any], cache: Cache) -> Path:
     """Write report.html to the run folder, through a temporary file.
 
     Args:
@@ -152,21 +144,11 @@ def _draw_training_charts(lines: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _drop_timings(metrics: dict[str, float]) -> dict[str, float]:
-    """Remove the timings that Trainer adds to the evaluation metrics."""
-    timings = ("runtime", "samples_per_second", "steps_per_second")
-    return {name: value for name, value in metrics.items() if name not in timings}
-
-
 def _render_evaluation(lines: list[dict[str, Any]]) -> list[str]:
-    found = [
-        (
-            line["step"],
-            _drop_timings({name.removeprefix("eval_"): v for name, v in line.items() if name.startswith("eval_")}),
-        )
-        for line in lines
-        if "eval_loss" in line
-    ]
+    found = []
+    for line in (line for line in lines if "eval_loss" in line):
+        metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+        found.append((line["step"], {name: value for name, value in metrics.items() if not is_timing(name)}))
     if not found:
         return []
     names = list(found[-1][1])

@@ -20,7 +20,7 @@ from t5tune.settings.commands import (
 )
 from t5tune.settings.data import ConversationSettings, DataSettings
 from t5tune.settings.fields import Settings
-from t5tune.settings.loading import dump_settings, load_settings
+from t5tune.settings.loading import dump_settings, load_settings, write_settings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.quantization import QuantizationSettings
 
@@ -43,4 +43,5 @@ __all__ = [
     "TrainSettings",
     "dump_settings",
     "load_settings",
+    "write_settings",
 ]

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, Settings
 
 FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"]  # the keys of families.py
@@ -13,18 +14,18 @@ FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", 
 class BaseModelSettings(Settings):
     panel: ClassVar[str] = "Base model"
 
-    model_name_or_path: str = Field(
+    model_name_or_path: Annotated[str, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
         description="Base checkpoint: a folder, a model id on the Hugging Face Hub, or `pocket` for the built-in small "
         "model.",
     )
-    revision: Annotated[str | None, NoneIfUnset] = Field(
+    revision: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None, description="Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch."
     )
-    cache_dir: Annotated[Path | None, NoneIfUnset] = Field(
+    cache_dir: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's own cache."
     )
-    family: Annotated[FamilyName | None, NoneIfUnset] = Field(
+    family: Annotated[FamilyName | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
         description="Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).",
     )

@@ -1,10 +1,12 @@
 """One settings model per command, composed of the groups of settings that it uses."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.data import (
     ConversationSettings,
@@ -13,28 +15,13 @@ from t5tune.settings.data import (
     SplitSettings,
     TrainingDataSettings,
 )
-from t5tune.settings.fields import NoneIfUnset, PathList, Settings, WordList
+from t5tune.settings.fields import GpuMemory, NoneIfUnset, PathList, Settings, WordList
 from t5tune.settings.inference import InferenceSettings
 from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
 from t5tune.settings.quantization import QuantizationSettings
 from t5tune.settings.training import EvaluationSettings, ProcessSettings, TrainingSettings
-
-
-def _is_true(value: Any) -> bool:
-    """Whether pydantic will read the value as true."""
-    try:
-        return TypeAdapter(bool).validate_python(value)
-    except ValidationError:
-        return False
-
-
-def _default_to_bf16(values: Any) -> Any:
-    """Turn bf16 on for q_lora unless it is set; --no-bf16 computes in fp32, which is faster on a CPU without bf16."""
-    if isinstance(values, dict) and _is_true(values.get("q_lora")):
-        values = {"bf16": True, **values}
-    return values
 
 
 class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, DataSettings, BaseModelSettings):
@@ -53,11 +40,9 @@ class TrainSettings(
     BaseModelSettings,
 ):
     command: ClassVar[str] = "train"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _turn_bf16_on_for_q_lora(cls, values: Any) -> Any:
-        return _default_to_bf16(values)
+    notes_on_implied: ClassVar[Mapping[str, str]] = {
+        "bf16": "q_lora turns bf16 on: the quantized base computes in bfloat16"
+    }
 
     @model_validator(mode="after")
     def _check_process_and_evaluation_options(self) -> "TrainSettings":
@@ -65,8 +50,8 @@ class TrainSettings(
             raise ValueError(
                 f"num_gpus: {self.num_gpus} conflicts with num_processes: {self.num_processes}; give only one of them"
             )
-        for name in ("eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience"):
-            if (value := getattr(self, name)) is not None and self.eval_strategy == "no":
+        for name in select_settings(TrainSettings, Affects.EVALUATION):
+            if (value := getattr(self, name)) not in (None, "no") and self.eval_strategy == "no":
                 raise ValueError(f"{name}: {value}, but eval_strategy is no")
         if self.metric_for_best_model not in (None, "loss", "perplexity") and self.eval_generate is None:
             raise ValueError(
@@ -249,15 +234,13 @@ class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, Lora
     )
     source_length: int = Field(default=512, gt=0, description="Length of each source if no cache is given (tokens).")
     target_length: int = Field(default=128, gt=0, description="Length of each target if no cache is given (tokens).")
-    gpu_memory: Annotated[str | None, NoneIfUnset] = Field(
-        default=None, description="Memory of each GPU, such as 24GiB; default: that of this machine's GPUs."
+    gpu_memory: Annotated[GpuMemory | None, NoneIfUnset] = Field(
+        default=None,
+        description="Memory of each GPU, such as 24GiB (a number without a unit is in GiB); default: that of this "
+        "machine's GPUs.",
+        json_schema_extra={"has_unit": True},
     )
     seed: int = Field(default=42, ge=0, description="Random seed for the order of the cache's examples.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _turn_bf16_on_for_q_lora(cls, values: Any) -> Any:
-        return _default_to_bf16(values)
 
 
 class DoctorSettings(Settings):

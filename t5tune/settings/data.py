@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, PathList, Settings, WordList
 
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
@@ -15,12 +16,12 @@ class ConversationSettings(Settings):
 
     panel: ClassVar[str] = "Conversations"
 
-    conversation_template: Annotated[str | None, NoneIfUnset] = Field(
+    conversation_template: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Conversation template: a name under conversations/ in `t5tune templates`, or a YAML file; "
         "default: the model's own (template.yaml), or fastchat-t5 if it has none.",
     )
-    model_max_length: int = Field(
+    model_max_length: Annotated[int, Affects.EXAMPLES] = Field(
         default=2048,
         ge=8,
         description="Maximum length of a source and of a target, each including its EOS token (tokens).",
@@ -32,28 +33,30 @@ class ReadingSettings(Settings):
 
     panel: ClassVar[str] = "Reading"
 
-    data_format: DataFormat = Field(
+    data_format: Annotated[DataFormat, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default="auto", description="Format of the records; auto detects it from the keys of each record."
     )
-    source_column: Annotated[str | None, NoneIfUnset] = Field(
+    source_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default=None, description="Key or column that contains the source, if its name isn't one of the known ones."
     )
-    target_column: Annotated[str | None, NoneIfUnset] = Field(
+    target_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default=None, description="Key or column that contains the target, if its name isn't one of the known ones."
     )
-    source_prefix: str = Field(
+    source_prefix: Annotated[str, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default="",
         description="Text to prepend to each source of source-target or two-column data, such as `summarize: `.",
     )
-    merge_same_role: bool = Field(
+    merge_same_role: Annotated[bool, Affects.EXAMPLES] = Field(
         default=False, description="Join consecutive turns of the same role instead of rejecting the record."
     )
-    clean: bool = Field(
+    clean: Annotated[bool, Affects.EXAMPLES] = Field(
         default=False,
         description="Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary "
         "backslashes.",
     )
-    max_record_bytes: int = Field(default=4 << 20, gt=0, description="Reject records longer than this (bytes).")
+    max_record_bytes: Annotated[int, Affects.CACHE] = Field(
+        default=4 << 20, gt=0, description="Reject records longer than this (bytes)."
+    )
 
     @model_validator(mode="after")
     def _check_columns_match_format(self) -> Self:
@@ -68,29 +71,29 @@ class SelectionSettings(Settings):
 
     panel: ClassVar[str] = "Selection"
 
-    train_on: Literal["all", "last"] = Field(
+    train_on: Annotated[Literal["all", "last"], Affects.EXAMPLES] = Field(
         default="all", description="Train on all assistant turns of a conversation, or only on its last one."
     )
-    min_target_tokens: Annotated[int | None, NoneIfUnset] = Field(
+    min_target_tokens: Annotated[int | None, NoneIfUnset, Affects.EXAMPLES] = Field(
         default=None, gt=0, description="Skip targets shorter than this (tokens); default: keep all."
     )
-    dedupe: Literal["none", "exact"] = Field(
+    dedupe: Annotated[Literal["none", "exact"], Affects.EXAMPLES] = Field(
         default="none", description="Deduplication: exact rejects a conversation identical to an earlier one."
     )
-    split_long: bool = Field(
+    split_long: Annotated[bool, Affects.EXAMPLES] = Field(
         default=False, description="Split conversations longer than model_max_length at turn boundaries."
     )
-    drop_truncated_targets: bool = Field(
+    drop_truncated_targets: Annotated[bool, Affects.EXAMPLES] = Field(
         default=False, description="Skip targets longer than model_max_length instead of truncating them."
     )
-    max_rejected_fraction: Annotated[float | None, NoneIfUnset] = Field(
+    max_rejected_fraction: Annotated[float | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
         ge=0,
         le=1,
         description="Fail if more than this fraction of the records is rejected, not counting records labeled bad; "
         "default: never.",
     )
-    num_workers: Annotated[int | None, NoneIfUnset] = Field(
+    num_workers: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
         gt=0,
         description="Number of tokenization processes; default: one per CPU core, fewer for small data.",
@@ -100,18 +103,18 @@ class SelectionSettings(Settings):
 class DataSettings(ReadingSettings, ConversationSettings):
     panel: ClassVar[str] = "Data"
 
-    data_path: PathList = Field(
+    data_path: Annotated[PathList, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
         description="Conversations: JSON, JSONL, CSV or Parquet files, optionally compressed (.gz, .zst); folders, "
         "glob patterns, or `-` for standard input; for train and evaluate also a token cache; `pocket` is the built-in "
         "dataset.",
     )
-    add_tokens: WordList = Field(
+    add_tokens: Annotated[WordList, Affects.EXAMPLES] = Field(
         default=["auto"],
         description="Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces, "
         "indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.",
     )
-    num_data: Annotated[int | None, NoneIfUnset] = Field(
+    num_data: Annotated[int | None, NoneIfUnset, Affects.CACHE | Affects.WEIGHTS] = Field(
         default=None, gt=0, description="Use only the first N examples; default: all."
     )
 
@@ -129,13 +132,13 @@ class SplitSettings(Settings):
 
     panel: ClassVar[str] = "Data"
 
-    eval_fraction: float = Field(
+    eval_fraction: Annotated[float, Affects.CACHE | Affects.WEIGHTS] = Field(
         default=0.0,
         ge=0.0,
         lt=1.0,
         description="Fraction of the conversations to hold out for evaluation, if there is no eval_data_path.",
     )
-    seed: int = Field(
+    seed: Annotated[int, Affects.CACHE | Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=42,
         ge=0,
         lt=1 << 32,
@@ -146,11 +149,11 @@ class SplitSettings(Settings):
 class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
     panel: ClassVar[str] = "Data"
 
-    preprocessed_path: Annotated[Path | None, NoneIfUnset] = Field(
+    preprocessed_path: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
         description="Folder for the token cache that train writes; default: `data` in the run folder.",
     )
-    eval_data_path: Annotated[PathList | None, NoneIfUnset] = Field(
+    eval_data_path: Annotated[PathList | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
         description="Conversations or a token cache to evaluate on; they are encoded with the added tokens and the "
         "conversation template of data_path.",

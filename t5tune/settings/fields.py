@@ -4,13 +4,19 @@ A setting is declared once: its name is the flag (`--lora-r`), the YAML key (`lo
 variable (`T5TUNE_LORA_R`) and the attribute (`settings.lora_r`); its description is the help text.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 NUMBER_TYPES = {int, float, int | None, float | None}
+SIZE_UNITS = {"B": 1}
+SIZE_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+SIZE_UNITS |= {f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
+MIN_GPU_MEMORY = 1 << 20
 
 
 class Settings(BaseModel):
@@ -28,6 +34,8 @@ class Settings(BaseModel):
 
     panel: ClassVar[str] = "Options"
     command: ClassVar[str] = ""
+    notes_on_implied: ClassVar[Mapping[str, str]] = {}
+    """Setting -> note for the user, for settings that validation turns on because of others."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -80,6 +88,42 @@ def _wrap_in_list(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
 
+def parse_gpu_memory(text: str) -> int:
+    """Parse a GPU's memory to bytes; a number without a unit is in GiB.
+
+    Raises:
+        ValueError: the text isn't such a size, or it is less than 1 MiB.
+    """
+    size = _parse_size(text, default_unit="GIB", example="24GiB")
+    if size < MIN_GPU_MEMORY:
+        raise ValueError("too small for a GPU's memory; expected a size such as 24GiB")
+    return size
+
+
+def _parse_size(text: str, default_unit: str, example: str) -> int:
+    """Parse a size to bytes: `5GB` (powers of 1000), `5GiB` or `5G` (powers of 1024), in upper or lower case."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Z]*)", text.strip().upper())
+    if match is None or (unit := match[2] or default_unit) not in SIZE_UNITS:
+        raise ValueError(f"expected a size such as {example}")
+    size = float(match[1]) * SIZE_UNITS[unit]
+    if not math.isfinite(size):
+        raise ValueError("the size is too large")
+    return int(size)
+
+
+def _read_byte_size(value: Any) -> Any:
+    # pydantic would read true as 1
+    return _parse_size(str(value), default_unit="B", example="5GB") if isinstance(value, str | bool) else value
+
+
+def _check_gpu_memory(value: Any) -> Any:
+    """Check the size, and return it as text: a number of bytes would be read back from settings.yaml as GiB."""
+    if isinstance(value, bool | int | float | str):
+        parse_gpu_memory(str(value))
+        return str(value)
+    return value
+
+
 NoneIfUnset = BeforeValidator(_parse_unset)
 """Reads `none`, `null`, an empty string and -1, which FastChat and Hugging Face use for "not set", as None."""
 
@@ -88,6 +132,12 @@ WordList = Annotated[list[str], BeforeValidator(_split_items, json_schema_input_
 
 NumberList = Annotated[list[float], BeforeValidator(_split_items, json_schema_input_type=list[float] | float | str)]
 """A list of numbers that can be written as `0.7 0.3`, `0.7,0.3` or a YAML list."""
+
+ByteSize = Annotated[int, BeforeValidator(_read_byte_size, json_schema_input_type=int | str)]
+"""A number of bytes that can be written with a unit: `5GB`, `500MiB`."""
+
+GpuMemory = Annotated[str, BeforeValidator(_check_gpu_memory, json_schema_input_type=int | float | str)]
+"""The memory of a GPU as text (see `parse_gpu_memory`): `24GiB`, `24GB`, or `24`, which is in GiB."""
 
 FolderList = Annotated[list[Path], BeforeValidator(_wrap_in_list, json_schema_input_type=list[str] | str)]
 """A list of folders; a single one needs no list."""

@@ -1,13 +1,15 @@
 """Combine a YAML file, environment variables and flags into one validated settings model, or report all problems."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from t5tune.errors import SettingsError, suggest_name
+from t5tune.file_names import SETTINGS_FILE
 from t5tune.settings import packaged_templates
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
@@ -50,8 +52,7 @@ def load_settings(
     problems = list(problems)
     notes: list[str] = []
     values: dict[str, _Value] = {}
-    # in increasing order of precedence
-    for source in (_read_file(file), _read_environment(environment or {}), _read_flags(flags or {}, model)):
+    for source in _read_sources(model, file, environment or {}, flags or {}):
         values.update(_resolve_names(model, source, problems, notes))
     settings = None
     try:
@@ -60,8 +61,8 @@ def load_settings(
         problems += [_format_problem(detail, values, model) for detail in error.errors()]
     if problems or settings is None:
         raise SettingsError(*problems, hint=f"t5tune {model.command} --help lists every option")
-    if getattr(settings, "q_lora", False) and model.command == "train" and "bf16" not in values:
-        notes.append("q_lora turns bf16 on: the quantized base computes in bfloat16")
+    implied = settings.model_fields_set - values.keys()
+    notes += [note for name, note in model.notes_on_implied.items() if name in implied]
     return settings, notes
 
 
@@ -74,25 +75,23 @@ def dump_settings(settings: Settings) -> str:
     return header + to_yaml(settings.model_dump(mode="json"))
 
 
-def _read_file(file: str | None) -> dict[str, _Value]:
-    if file is None:
-        return {}
-    from t5tune.io.yaml_file import read_yaml
-
-    path = packaged_templates.find_run_config(file)
-    return {name: _Value(value, f"{path}: {name}") for name, value in read_yaml(path).items()}
+def write_settings(folder: Path, settings: Settings) -> None:
+    """Write settings.yaml to a folder."""
+    (folder / SETTINGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
 
 
-def _read_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
-    return {
-        key.removeprefix(PREFIX).lower(): _Value(value, key)
-        for key, value in environment.items()
-        if key.startswith(PREFIX)
-    }
+def _read_sources(
+    model: type[Settings], file: str | None, environment: Mapping[str, str], flags: Mapping[str, Any]
+) -> Iterator[dict[str, _Value]]:
+    """Yield the values of the file, of the environment and of the flags, in increasing order of precedence."""
+    if file is not None:
+        from t5tune.io.yaml_file import read_yaml
 
-
-def _read_flags(flags: Mapping[str, Any], model: type[Settings]) -> dict[str, _Value]:
-    return {name: _Value(value, model.format_option(name)) for name, value in flags.items()}
+        path = packaged_templates.find_run_config(file)
+        yield {name: _Value(value, f"{path}: {name}") for name, value in read_yaml(path).items()}
+    prefixed = {key: value for key, value in environment.items() if key.startswith(PREFIX)}
+    yield {key.removeprefix(PREFIX).lower(): _Value(value, key) for key, value in prefixed.items()}
+    yield {name: _Value(value, model.format_option(name)) for name, value in flags.items()}
 
 
 def _resolve_names(

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, Settings, WordList
 
 INITIALIZATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_N", "loftq")
@@ -15,52 +16,54 @@ UNTRAINABLE = {"shared", "embed_tokens", "lm_head"}
 class LoraSettings(Settings):
     panel: ClassVar[str] = "LoRA"
 
-    train_mode: Literal["lora", "full"] = Field(
+    train_mode: Annotated[Literal["lora", "full"], Affects.WEIGHTS] = Field(
         default="lora", description="Train a LoRA adapter, or all weights of the base (full fine-tuning)."
     )
-    lora_r: int = Field(default=8, gt=0, description="LoRA rank: the rank of the low-rank update.")
-    lora_alpha: float = Field(
+    lora_r: Annotated[int, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
+        default=8, gt=0, description="LoRA rank: the rank of the low-rank update."
+    )
+    lora_alpha: Annotated[float, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=16,
         gt=0,
         description="LoRA alpha: the update is scaled by lora_alpha / lora_r (use_rslora: lora_alpha / √lora_r).",
     )
-    lora_dropout: float = Field(
+    lora_dropout: Annotated[float, Affects.WEIGHTS] = Field(
         default=0.05, ge=0, lt=1, description="Dropout probability on the input of the LoRA matrices."
     )
-    lora_target_modules: WordList = Field(
+    lora_target_modules: Annotated[WordList, Affects.WEIGHTS] = Field(
         default=["q", "v"],
         min_length=1,
         description="Linear layers to adapt: their names, or a group: attention (q k v o), feed-forward (wi wo) or "
         "all-linear (both).",
     )
-    lora_bias: Literal["none", "all", "lora_only"] = Field(
+    lora_bias: Annotated[Literal["none", "all", "lora_only"], Affects.WEIGHTS] = Field(
         default="none", description="Which bias vectors to train as well (T5 has none)."
     )
-    use_dora: bool = Field(
+    use_dora: Annotated[bool, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=False,
         description="DoRA (Liu et al. 2024): train the norm of each row of an adapted weight separately from its "
         "direction.",
     )
-    use_rslora: bool = Field(
+    use_rslora: Annotated[bool, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=False,
         description="rsLoRA (Kalajdzievski 2023): scale by lora_alpha / √lora_r, which suits large ranks.",
     )
-    init_lora_weights: str = Field(
+    init_lora_weights: Annotated[str, Affects.WEIGHTS] = Field(
         default="default",
         description="Adapter initialization: default (B = 0), gaussian, orthogonal, olora, pissa, pissa_niter_N "
         "(fast SVD with N iterations), or loftq (corrects the quantization error of q_lora).",
     )
-    loraplus_lr_ratio: Annotated[float | None, NoneIfUnset] = Field(
+    loraplus_lr_ratio: Annotated[float | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
         gt=0,
         description="LoRA+ (Hayou et al. 2024): learning-rate ratio of B to A, often 16; default: the same learning "
         "rate for both.",
     )
-    modules_to_save: Annotated[WordList | None, NoneIfUnset] = Field(
+    modules_to_save: Annotated[WordList | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
         description="Modules of the base to train in full in addition to the adapter, such as final_layer_norm.",
     )
-    train_token_rows: bool = Field(
+    train_token_rows: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True, description="Train the added tokens' rows of the embedding and the language-model head."
     )
 
@@ -92,7 +95,7 @@ class InitialAdapterSettings(LoraSettings):
 
     panel: ClassVar[str] = "LoRA"
 
-    adapter: Annotated[Path | None, NoneIfUnset] = Field(
+    adapter: Annotated[Path | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
         description="Adapter folder or run folder to initialize from, with its added tokens and conversation template; "
         "shapes must match. The optimizer and the learning-rate schedule start over.",

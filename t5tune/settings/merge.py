@@ -1,33 +1,16 @@
 """Which adapters to merge into which base, and what to write."""
 
-import math
-import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from t5tune.settings.base_model import BaseModelSettings
-from t5tune.settings.fields import FolderList, NoneIfUnset, NumberList
+from t5tune.settings.fields import ByteSize, FolderList, NoneIfUnset, NumberList
 from t5tune.settings.output import ReplaceableOutputSettings
-
-SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def _parse_size(value: Any) -> Any:
-    """Read a size such as "5GB", as transformers writes it, as a number of bytes: 5000000000."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", value.strip().upper())):
-        size = float(match[1]) * SIZE_UNITS.get(match[2], 1)
-        if not math.isfinite(size):
-            raise ValueError("the size is too large")
-        return int(size)
-    return value
-
 
 Quantization = Literal[
     "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"
 ]
-Size = Annotated[int, BeforeValidator(_parse_size, json_schema_input_type=int | str)]
 
 
 class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
@@ -53,7 +36,7 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, NoneIfUnset] = Field(
         default=None, description="Round the merged weights to this dtype; default: each tensor keeps the base's dtype."
     )
-    max_shard_size: Annotated[Size | None, NoneIfUnset] = Field(
+    max_shard_size: Annotated[ByteSize | None, NoneIfUnset] = Field(
         default=None,
         gt=0,
         description="Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like the "

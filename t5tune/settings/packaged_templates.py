@@ -1,11 +1,11 @@
 """Find, list and read the files in templates/: run configs, DeepSpeed configs and conversation templates."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from t5tune.errors import SettingsError, suggest_name
 from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import parse_json_object
 
 
 def find_templates_folder() -> Path:
@@ -34,12 +34,14 @@ def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
     """Read the DeepSpeed config of `--deepspeed`: the path of a JSON file, or a name under templates/deepspeed."""
     path = _find_template("deepspeed", "deepspeed", name_or_path, ".json")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise SettingsError(f"deepspeed: {path}: can't be read: {describe_error(error)}") from error
-    if not isinstance(value, dict):
-        raise SettingsError(f"deepspeed: {path}: expected a JSON object")
-    return value
+
+
+def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
+    """Return the ZeRO stage of a DeepSpeed config; 0 without one."""
+    return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
 
 
 def _find_template(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:

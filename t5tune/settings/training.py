@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, Settings, WordList
 
 
@@ -12,87 +13,119 @@ def _strip_eval_prefix(value: Any) -> Any:
     return value.removeprefix("eval_") if isinstance(value, str) else value
 
 
+def _is_true(value: Any) -> bool:
+    """Whether pydantic will read the value as true."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
+
+
 class TrainingSettings(Settings):
     panel: ClassVar[str] = "Training"
 
-    num_train_epochs: float = Field(default=3.0, gt=0, description="Training epochs (passes over the data).")
-    max_steps: Annotated[int | None, NoneIfUnset] = Field(
+    num_train_epochs: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=3.0, gt=0, description="Training epochs (passes over the data)."
+    )
+    max_steps: Annotated[int | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
         gt=0,
         description="Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs.",
     )
-    per_device_train_batch_size: int = Field(default=8, gt=0, description="Micro-batch size per process (examples).")
-    tokens_per_batch: Annotated[int | None, NoneIfUnset] = Field(
+    per_device_train_batch_size: Annotated[int, Affects.TRAINER] = Field(
+        default=8, gt=0, description="Micro-batch size per process (examples)."
+    )
+    tokens_per_batch: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
         gt=0,
         description="Fill each micro-batch up to this many tokens (source + target, including padding) instead of "
         "using per_device_train_batch_size.",
     )
-    gradient_accumulation_steps: int = Field(
+    gradient_accumulation_steps: Annotated[int, Affects.TRAINER] = Field(
         default=1, gt=0, description="Micro-batches to accumulate per optimizer step."
     )
-    group_by_length: bool = Field(
+    group_by_length: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True,
         description="Batch examples of similar length to reduce padding, by sorting within random windows of 64 steps; "
         "no effect with tokens_per_batch.",
     )
-    packing: Literal["auto", "on", "off"] = Field(
+    packing: Annotated[Literal["auto", "on", "off"], Affects.WEIGHTS] = Field(
         default="auto",
         description="Pack the examples of a batch into one row without padding, without changing the results; auto "
         "packs if the model supports it.",
     )
-    learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate.")
-    lr_scheduler_type: str = Field(
+    learning_rate: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=5e-5, ge=0, description="Peak learning rate."
+    )
+    lr_scheduler_type: Annotated[str, Affects.WEIGHTS | Affects.TRAINER] = Field(
         default="linear", description="Learning-rate schedule, by its transformers name (linear, cosine, …)."
     )
-    warmup_steps: float = Field(
+    warmup_steps: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=0, ge=0, description="Warmup steps; a value below 1 is a fraction of all steps."
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay (as in AdamW).")
-    label_smoothing_factor: float = Field(
+    weight_decay: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=0.0, ge=0, description="Decoupled weight decay (as in AdamW)."
+    )
+    label_smoothing_factor: Annotated[float, Affects.WEIGHTS] = Field(
         default=0.0,
         ge=0,
         lt=1,
         description="Label smoothing: probability mass spread uniformly over the vocabulary.",
     )
-    max_grad_norm: float = Field(
+    max_grad_norm: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=1.0, ge=0, description="Gradient clipping: maximum norm of the gradient; 0 turns clipping off."
     )
-    optim: str = Field(default="adamw_torch", description="Optimizer, by its transformers name.")
-    bf16: bool = Field(default=False, description="Compute in bfloat16, and keep the base in bfloat16.")
-    fp16: bool = Field(default=False, description="Not supported: T5's feed-forward layers overflow in fp16; use bf16.")
-    tf32: bool | None = Field(
+    optim: Annotated[str, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default="adamw_torch", description="Optimizer, by its transformers name."
+    )
+    bf16: Annotated[bool, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=False, description="Compute in bfloat16, and keep the base in bfloat16."
+    )
+    fp16: Annotated[bool, Affects.NOTHING] = Field(
+        default=False, description="Not supported: T5's feed-forward layers overflow in fp16; use bf16."
+    )
+    tf32: Annotated[bool | None, Affects.WEIGHTS] = Field(
         default=None,
         description="Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = Field(
         default=False,
         description="Recompute activations in the backward pass instead of storing them: less memory, about a third "
         "slower.",
     )
-    torch_compile: bool = Field(
+    torch_compile: Annotated[bool, Affects.WEIGHTS] = Field(
         default=False,
         description="Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds to "
         "minutes longer; later ones are often faster.",
     )
-    on_non_finite: Literal["stop", "skip"] = Field(
+    on_non_finite: Annotated[Literal["stop", "skip"], Affects.WEIGHTS] = Field(
         default="stop",
         description="What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No "
         "update is made in either case.",
     )
-    max_skipped_steps: int = Field(
+    max_skipped_steps: Annotated[int, Affects.WEIGHTS] = Field(
         default=10,
         ge=0,
         description="Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step stops "
         "training.",
     )
-    dataloader_num_workers: int = Field(default=0, ge=0, description="Data-loading processes per rank.")
-    use_cpu: bool = Field(default=False, description="Train on the CPU even if there is a GPU.")
-    training_args: dict[str, Any] = Field(
+    dataloader_num_workers: Annotated[int, Affects.TRAINER] = Field(
+        default=0, ge=0, description="Data-loading processes per rank."
+    )
+    use_cpu: Annotated[bool, Affects.NOTHING] = Field(
+        default=False, description="Train on the CPU even if there is a GPU."
+    )
+    training_args: Annotated[dict[str, Any], Affects.WEIGHTS] = Field(
         default={},
         description="Additional fields of transformers' TrainingArguments; YAML only.",
         json_schema_extra={"yaml_only": True},
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _turn_bf16_on_for_q_lora(cls, values: Any) -> Any:
+        # unless it is set: --no-bf16 computes in fp32, which is faster on a CPU without bf16
+        return {"bf16": True, **values} if isinstance(values, dict) and _is_true(values.get("q_lora")) else values
 
     @field_validator("fp16")
     @classmethod
@@ -105,14 +138,14 @@ class TrainingSettings(Settings):
 class EvaluationSettings(Settings):
     panel: ClassVar[str] = "Evaluation and checkpoints"
 
-    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+    eval_strategy: Annotated[Literal["no", "steps", "epoch"] | None, Affects.EVALUATION] = Field(
         default=None,
         description="When to evaluate; default: every epoch if there is held-out data, otherwise never.",
     )
-    eval_steps: Annotated[int | None, NoneIfUnset] = Field(
+    eval_steps: Annotated[int | None, NoneIfUnset, Affects.EVALUATION | Affects.TRAINER] = Field(
         default=None, gt=0, description="Evaluate every N steps; sets eval_strategy to steps."
     )
-    eval_generate: Annotated[int | None, NoneIfUnset] = Field(
+    eval_generate: Annotated[int | None, NoneIfUnset, Affects.EVALUATION] = Field(
         default=None,
         gt=0,
         description="Generate predictions for this many held-out examples at each evaluation, and score them: exact "
@@ -122,35 +155,40 @@ class EvaluationSettings(Settings):
         Literal["loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"] | None,
         BeforeValidator(_strip_eval_prefix),
         NoneIfUnset,
+        Affects.FINAL_WEIGHTS | Affects.EVALUATION,
     ] = Field(
         default=None,
         description="Keep the checkpoint that is best by this held-out metric, and use its weights as the final ones; "
         "default: use the last checkpoint.",
     )
-    early_stopping_patience: Annotated[int | None, NoneIfUnset] = Field(
+    early_stopping_patience: Annotated[int | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.EVALUATION] = Field(
         default=None,
         gt=0,
         description="Early stopping: stop after this many evaluations without a better metric_for_best_model "
         "(default: loss).",
     )
-    per_device_eval_batch_size: int = Field(
+    per_device_eval_batch_size: Annotated[int, Affects.TRAINER] = Field(
         default=8, gt=0, description="Evaluation batch size per process (examples)."
     )
-    save_strategy: Literal["no", "steps", "epoch"] = Field(
+    save_strategy: Annotated[Literal["no", "steps", "epoch"], Affects.TRAINER] = Field(
         default="steps", description="When to save a checkpoint; the last step always saves one."
     )
-    save_steps: int = Field(default=500, gt=0, description="Save a checkpoint every N steps.")
-    save_total_limit: Annotated[int | None, NoneIfUnset] = Field(
+    save_steps: Annotated[int, Affects.TRAINER] = Field(
+        default=500, gt=0, description="Save a checkpoint every N steps."
+    )
+    save_total_limit: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
         gt=0,
         description="Keep only the newest N checkpoints, and the best one if metric_for_best_model is set; default: "
         "all.",
     )
-    logging_steps: int = Field(default=10, gt=0, description="Log metrics to metrics.jsonl every N steps.")
-    report_to: WordList = Field(
+    logging_steps: Annotated[int, Affects.TRAINER] = Field(
+        default=10, gt=0, description="Log metrics to metrics.jsonl every N steps."
+    )
+    report_to: Annotated[WordList, Affects.NOTHING] = Field(
         default=["none"], description="Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none."
     )
-    report_samples: int = Field(
+    report_samples: Annotated[int, Affects.NOTHING] = Field(
         default=3,
         ge=0,
         description="Number of examples for which report.html shows predictions from before and after training (up to "
@@ -161,22 +199,22 @@ class EvaluationSettings(Settings):
 class ProcessSettings(Settings):
     panel: ClassVar[str] = "Processes"
 
-    num_gpus: Annotated[int | None, NoneIfUnset] = Field(
+    num_gpus: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None, gt=0, description="Start this many processes on this machine, one per GPU."
     )
-    num_processes: Annotated[int | None, NoneIfUnset] = Field(
+    num_processes: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None, gt=0, description="Start this many processes on this machine, on the CPU."
     )
-    deepspeed: Annotated[str | None, NoneIfUnset] = Field(
+    deepspeed: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
         description="DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.",
     )
-    process_group_timeout: int = Field(
+    process_group_timeout: Annotated[int, Affects.NOTHING] = Field(
         default=1800,
         gt=0,
         description="Process-group timeout: stop if another rank doesn't respond within this time (seconds).",
     )
-    max_restarts: int = Field(
+    max_restarts: Annotated[int, Affects.NOTHING] = Field(
         default=0,
         ge=0,
         description="If a process is lost, restart all processes of num_gpus or num_processes from the last "

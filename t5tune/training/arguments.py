@@ -3,19 +3,17 @@
 import dataclasses
 from typing import Any
 
+import torch
+from transformers import TrainingArguments
+
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
+from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.training.trackers import choose_trackers
 
-# settings that are arguments of the Trainer too, under the same names
-COPIED_SETTINGS = (
-    "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "max_grad_norm", "optim", "bf16", "seed", "dataloader_num_workers",
-    "save_strategy", "save_steps", "logging_steps", "eval_steps",
-)  # fmt: skip
 FIXED_ARGUMENTS = {
     "save_total_limit": None,  # we rotate checkpoints ourselves, once a new one is complete: see checkpoint.py
     "ddp_find_unused_parameters": False,
@@ -31,21 +29,32 @@ FIXED_ARGUMENTS = {
 }
 
 
+class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
+    """Arguments for one GPU per process, however many GPUs are visible.
+
+    TrainingArguments counts all of them, and the Trainer then multiplies batch size, loss and gradient by that
+    count: it expects DataParallel to split the batch, but doesn't even use that if the model is quantized.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, int(super().n_gpu))
+
+
 def make_training_arguments(
     settings: TrainSettings,
     deepspeed: dict[str, Any] | None,
     evaluates: bool,
     world: World,
-    device: Any,
+    device: torch.device,
     report: Report,
-) -> Any:
+) -> OneGpuArguments:
     """Make the Trainer's arguments. The settings' own `training_args` override all others.
 
     Raises:
         SettingsError: TrainingArguments rejects a value.
     """
-    arguments_class = _define_arguments_class()
-    values = {name: getattr(settings, name) for name in COPIED_SETTINGS}
+    values = {name: getattr(settings, name) for name in select_settings(TrainSettings, Affects.TRAINER)}
     if device.type != "cpu" and settings.optim == "adamw_torch":
         values["optim"] = "adamw_torch_fused"  # updates all parameters in one kernel
     values |= _choose_evaluation_arguments(settings, evaluates)
@@ -54,26 +63,9 @@ def make_training_arguments(
     values |= {"output_dir": str(settings.output_dir), "max_steps": settings.max_steps or -1}
     values |= {"report_to": choose_trackers(settings.report_to), **FIXED_ARGUMENTS, **settings.training_args}
     try:
-        return arguments_class(**values)
+        return OneGpuArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"training settings: {' '.join(str(error).split())}") from error
-
-
-def _define_arguments_class() -> Any:
-    from transformers import TrainingArguments
-
-    class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
-        """Arguments for one GPU per process, however many GPUs are visible.
-
-        TrainingArguments counts all of them, and the Trainer then multiplies batch size, loss and gradient by that
-        count: it expects DataParallel to split the batch, but doesn't even use that if the model is quantized.
-        """
-
-        @property
-        def n_gpu(self) -> int:
-            return min(1, int(super().n_gpu))
-
-    return OneGpuArguments
 
 
 def _choose_evaluation_arguments(settings: TrainSettings, evaluates: bool) -> dict[str, Any]:
@@ -85,7 +77,9 @@ def _choose_evaluation_arguments(settings: TrainSettings, evaluates: bool) -> di
     }
 
 
-def _choose_device_arguments(settings: TrainSettings, world: World, device: Any, report: Report) -> dict[str, Any]:
+def _choose_device_arguments(
+    settings: TrainSettings, world: World, device: torch.device, report: Report
+) -> dict[str, Any]:
     on_cpu = device.type == "cpu"
     return {
         "tf32": _choose_tf32(settings, device, report),
@@ -98,8 +92,6 @@ def _choose_device_arguments(settings: TrainSettings, world: World, device: Any,
 
 def _choose_memory_arguments(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> dict[str, Any]:
     """Choose the arguments of DeepSpeed and of gradient checkpointing, which transformers is renaming."""
-    from transformers import TrainingArguments
-
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
     return {
@@ -110,10 +102,8 @@ def _choose_memory_arguments(settings: TrainSettings, deepspeed: dict[str, Any] 
     }
 
 
-def _choose_tf32(settings: TrainSettings, device: Any, report: Report) -> bool | None:
+def _choose_tf32(settings: TrainSettings, device: torch.device, report: Report) -> bool | None:
     """Whether to multiply fp32 matrices in TensorFloat-32: by default, if the GPU can. None: not available here."""
-    import torch
-
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return settings.tf32 is not False
     if settings.tf32:
@@ -124,8 +114,3 @@ def _choose_tf32(settings: TrainSettings, device: Any, report: Report) -> bool |
 def choose_best_metric(settings: TrainSettings) -> str | None:
     """Return the metric that decides which checkpoint is best; None if the last checkpoint is used."""
     return settings.metric_for_best_model or ("loss" if settings.early_stopping_patience else None)
-
-
-def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
-    """Return the ZeRO stage of a DeepSpeed config; 0 without one."""
-    return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))

@@ -1,6 +1,7 @@
 """Batches of a token cache's examples: padded or packed, with a fixed number of examples or a token budget."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,20 +9,28 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from t5tune.data.batching import count_budget_batches, epoch_order, make_budget_batches
+from t5tune.data.batching import TokenBudget, make_count_batches
 from t5tune.data.cache import Cache
 from t5tune.data.encoding import Example
 from t5tune.errors import SettingsError
 from t5tune.model.attention import Segments
 from t5tune.model.loss import IGNORED_LABEL
+from t5tune.settings.training import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Filler:
+    """The only item of a micro-batch that would be empty: a token of an example's source, and nothing to learn.
+
+    Args:
+        example: index of the example.
+    """
+
+    example: int
 
 
 class ExampleDataset(Dataset[Example]):
-    """A token cache as a torch Dataset.
-
-    The index ~i gives a filler for batches that would be empty: a token of example i's source, and a label that is
-    ignored, so that there is nothing to learn from it.
-    """
+    """A token cache as a torch Dataset."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -29,17 +38,18 @@ class ExampleDataset(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.cache)
 
-    def __getitem__(self, index: int) -> Example:
-        example: Example = self.cache[index if index >= 0 else ~index]
-        return example if index >= 0 else Example(example.source_S[-1:], np.array([IGNORED_LABEL]))
+    def __getitem__(self, item: int | Filler) -> Example:
+        if isinstance(item, Filler):
+            return Example(self.cache[item.example].source_S[-1:], np.array([IGNORED_LABEL]))
+        example: Example = self.cache[item]
+        return example
 
 
-class BucketSampler(Sampler[list[int]]):
-    """`epoch_order` as a torch batch sampler: the micro-batches of all ranks, step by step and rank by rank.
+class BucketSampler(Sampler[list[int | Filler]]):
+    """`make_count_batches` as a torch batch sampler: the micro-batches of all ranks, step by step and rank by rank.
 
-    The order depends only on the seed and the epoch, not on any random state. The last step of an epoch has the
-    remaining examples, divided among as many micro-batches as in every other step, so that a step's examples don't
-    depend on how it is divided. A micro-batch for which no examples remain gets a filler (see `ExampleDataset`).
+    The order depends only on the seed and the epoch, not on any random state. A micro-batch for which no examples
+    remain gets a `Filler`.
 
     Args:
         lengths: length of each example, in tokens.
@@ -50,28 +60,27 @@ class BucketSampler(Sampler[list[int]]):
     def __init__(self, lengths: npt.NDArray[np.int64], batch_size: int, step_size: int, seed: int) -> None:
         self.lengths = lengths
         # accelerate would drop incomplete batches if this sampler had an attribute `batch_size`
-        self.num_examples = batch_size * step_size  # of a step
+        self.examples_per_batch = batch_size
         self.step_size = step_size
         self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.num_examples) * self.step_size
+        return -(-len(self.lengths) // (self.examples_per_batch * self.step_size)) * self.step_size
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch whose order `__iter__` yields. The trainer calls this before each epoch."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[int]]:
-        examples = self.num_examples
-        order = epoch_order(self.lengths, examples, self.seed, self.epoch)
-        for start in range(0, len(order), examples):
-            for batch in np.array_split(order[start : start + examples], self.step_size):
-                yield batch.tolist() or [~int(order[start])]
+    def __iter__(self) -> Iterator[list[int | Filler]]:
+        batches = make_count_batches(self.lengths, self.examples_per_batch, self.step_size, self.seed, self.epoch)
+        for position, batch in enumerate(batches):
+            first_of_step = batches[position - position % self.step_size]
+            yield batch.tolist() or [Filler(int(first_of_step[0]))]
 
 
-class BudgetSampler(Sampler[list[int]]):
-    """`make_budget_batches` as a torch batch sampler: the micro-batches of all ranks, step by step and rank by rank.
+class BudgetSampler(Sampler[list[int | Filler]]):
+    """The batches of a `TokenBudget` as a torch batch sampler, for all ranks, step by step and rank by rank.
 
     Raises:
         SettingsError: an example is longer than the budget, or there are fewer examples than micro-batches in a step.
@@ -93,11 +102,9 @@ class BudgetSampler(Sampler[list[int]]):
                 hint=f"set at least {longest}, or shorten the examples with model_max_length",
             )
         self.lengths = sources, targets
-        self.tokens = tokens
-        self.packed = packed
         self.step_size = step_size
-        self.seed = seed
-        self.count = count_budget_batches(sources, targets, tokens, packed, step_size, seed)
+        self.budget = TokenBudget(tokens, packed, step_size, seed)
+        self.count = self.budget.count_batches(sources, targets)
         self.epoch = 0
         if self.count > len(sources):
             raise SettingsError(
@@ -112,11 +119,22 @@ class BudgetSampler(Sampler[list[int]]):
         """Set the epoch whose order `__iter__` yields. The trainer calls this before each epoch."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[int]]:
-        batches = make_budget_batches(
-            *self.lengths, self.tokens, self.packed, self.step_size, self.count, self.seed, self.epoch
-        )
+    def __iter__(self) -> Iterator[list[int | Filler]]:
+        batches = self.budget.make_batches(*self.lengths, self.count, self.epoch)
         yield from (batch.tolist() for batch in batches)
+
+
+StepSampler = BucketSampler | BudgetSampler
+
+
+def make_sampler(settings: TrainingSettings, cache: Cache, is_packed: bool, num_ranks: int, seed: int) -> StepSampler:
+    """Make the sampler that the settings ask for."""
+    sources, targets = cache.read_lengths()
+    step_size = settings.gradient_accumulation_steps * num_ranks
+    if settings.tokens_per_batch is not None:
+        return BudgetSampler(sources, targets, settings.tokens_per_batch, is_packed, step_size, seed)
+    lengths = sources + targets if settings.group_by_length else np.zeros_like(sources)
+    return BucketSampler(lengths, settings.per_device_train_batch_size, step_size, seed)
 
 
 class PackedCollator:

@@ -13,25 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from t5tune.checkpoints.adapter import (
-    ADAPTER_WEIGHTS_FILE,
-    TEMPLATE_FILE,
-    AdapterMetadata,
-    convert_config_to_plain_lora,
-    write_adapter,
-)
+from t5tune.checkpoints.adapter import AdapterMetadata, convert_config_to_plain_lora, write_adapter
 from t5tune.checkpoints.model_card import format_data_line, format_settings_line
-from t5tune.checkpoints.model_folder import MODEL_FILE, write_model
+from t5tune.checkpoints.model_folder import write_model
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.cache import Cache
 from t5tune.errors import SettingsError
+from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE, TEMPLATE_FILE
 from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.fused import compile_layers, use_fused_layers
 from t5tune.model.load import count_parameters, load_base
 from t5tune.model.lora import add_lora, load_initial_adapter
+from t5tune.model.loss import TargetLoss, read_head_weights
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
-from t5tune.training.arguments import get_zero_stage
+from t5tune.settings.packaged_templates import get_zero_stage
+from t5tune.training.trained_weights import TrainedWeights
 
 
 @dataclass(frozen=True)
@@ -40,20 +37,16 @@ class BuiltModel:
 
     Args:
         is_packed: whether the model takes packed batches.
-        subtracted: initial LoRA matrices that were subtracted from the base weights (PiSSA and OLoRA).
+        weights: how its trained tensors are saved.
         trainable: number of trainable parameters.
         total: number of all parameters.
-        write: writes the trained tensors and their accompanying files to a folder.
-        weights_file: name of the file in it that contains the tensors.
     """
 
     model: Any
     is_packed: bool
-    subtracted: dict[str, Tensor]
+    weights: TrainedWeights
     trainable: int
     total: int
-    write: Callable[[Path, dict[str, Tensor]], None]
-    weights_file: str
 
 
 def build_model(
@@ -94,8 +87,8 @@ def build_model(
         _shard_parameters(model, deepspeed, dtype)
     config = {} if is_full else _make_adapter_config(model, settings, bool(subtracted))
     write = _make_writer(settings, base, tied, _collect_metadata(settings, cache, config, base_metadata))
-    weights_file = MODEL_FILE if is_full else ADAPTER_WEIGHTS_FILE
-    return BuiltModel(model, is_packed, subtracted, trainable, total, write, weights_file)
+    weights = TrainedWeights(MODEL_FILE if is_full else ADAPTER_WEIGHTS_FILE, write, subtracted)
+    return BuiltModel(model, is_packed, weights, trainable, total)
 
 
 def _choose_dtypes(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> tuple[torch.dtype, torch.dtype]:
@@ -146,7 +139,7 @@ def _make_writer(
         if settings.train_mode == "full":
             write_model(folder, state, base, tied, metadata, settings.family)
         else:
-            write_adapter(folder, state, metadata, non_lora={})
+            write_adapter(folder, state, metadata, with_non_lora_state=True)
 
     return write
 
@@ -194,7 +187,12 @@ def _register_external_parameters(model: Any) -> None:
     """Make ZeRO-3 gather parameters that are used outside of the forward pass of the module that owns them."""
     import deepspeed
 
+    head = read_head_weights(model.get_output_embeddings())
     for module in model.modules():
+        if isinstance(module, TargetLoss) and head is not None:
+            deepspeed.zero.register_external_parameter(module, head.weight_VD)
+            if head.rows_KD is not None:
+                deepspeed.zero.register_external_parameter(module, head.rows_KD)
         # the ParameterDict with the embedding rows of added tokens has no forward, so ZeRO-3 has no hook to gather them
         rows = getattr(module, "trainable_tokens_delta", None)
         if isinstance(rows, nn.ParameterDict):

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
+from t5tune.file_names import CHECKPOINT_MANIFEST_FILE
 from t5tune.io.atomic import encode_json, fsync, fsync_tree, hash_file, write_json
 from t5tune.io.untrusted import resolve_inside
 
-MANIFEST_FILE = "t5tune_manifest.json"
 EVALUATION_FILE = "t5tune_evaluation.json"
 MANIFEST_FORMAT = 3
 STAGING_PREFIX = ".saving-"
@@ -40,7 +40,7 @@ def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[
         "made_of": run_identity,
         "files": files,
     }
-    write_json(folder / MANIFEST_FILE, {**manifest, "sha256": _hash_manifest(manifest)})
+    write_json(folder / CHECKPOINT_MANIFEST_FILE, {**manifest, "sha256": _hash_manifest(manifest)})
 
 
 def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -63,7 +63,7 @@ def verify(folder: Path) -> str | None:
     except CheckpointError as error:
         return error.message
     except (KeyError, TypeError, AttributeError):
-        return f"{folder / MANIFEST_FILE}: missing or broken"
+        return f"{folder / CHECKPOINT_MANIFEST_FILE}: missing or broken"
     for name, (size, digest) in files.items():
         path = folder / name
         # a manifest may have been tampered with, and must not lead out of the folder
@@ -94,9 +94,10 @@ def count_bytes(folder: Path) -> int:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_FILE
+    path = folder / CHECKPOINT_MANIFEST_FILE
     try:
-        data = resolve_inside(folder, MANIFEST_FILE).read_bytes()  # refuses a named pipe, whose reading would never end
+        # refuses a named pipe, whose reading would never end
+        data = resolve_inside(folder, CHECKPOINT_MANIFEST_FILE).read_bytes()
         manifest = json.loads(data)
         is_as_written = data == encode_json(manifest)
         digest = manifest.pop("sha256")
@@ -159,14 +160,14 @@ def write_evaluation(folder: Path, line: dict[str, Any]) -> None:
         WriteError: the file can't be written.
     """
     # the hash ties it to this checkpoint: a later checkpoint of the same step has another manifest
-    write_json(folder / EVALUATION_FILE, {"manifest": hash_file(folder / MANIFEST_FILE), "line": line})
+    write_json(folder / EVALUATION_FILE, {"manifest": hash_file(folder / CHECKPOINT_MANIFEST_FILE), "line": line})
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
     """Read what `write_evaluation` added; None if that is missing, broken or belongs to another checkpoint."""
     try:
         found = json.loads(resolve_inside(folder, EVALUATION_FILE).read_bytes())
-        if found["manifest"] == hash_file(folder / MANIFEST_FILE) and "eval_loss" in found["line"]:
+        if found["manifest"] == hash_file(folder / CHECKPOINT_MANIFEST_FILE) and "eval_loss" in found["line"]:
             return dict(found["line"])
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         pass

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from t5tune.data.encoding import Example
+from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
 from t5tune.distributed.collectives import all_gather, any_rank, get_rank_and_size
 from t5tune.errors import OutOfMemory
+from t5tune.metrics import score
 from t5tune.model.device import is_out_of_memory
-from t5tune.model.generation import generate
-from t5tune.model.loss import HeadLoss
+from t5tune.model.generation import Decoding, generate
 from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
 from t5tune.training.batches import PackedCollator, PaddedCollator
 
@@ -48,7 +49,6 @@ class Losses:
 
 def measure_losses(
     model: Any,
-    head_loss: HeadLoss,
     examples: Sequence[Example],
     collator: PaddedCollator | PackedCollator,
     batch_size: int,
@@ -57,7 +57,6 @@ def measure_losses(
     """Measure the cross-entropy of every example's target with teacher forcing.
 
     Args:
-        head_loss: the loss in the model's head.
         batch_size: maximum number of examples per batch; long examples make smaller batches.
 
     Raises:
@@ -70,9 +69,7 @@ def measure_losses(
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in collator([examples[i] for i in indices]).items()
         }
-        labels_BT = batch.pop("labels")
-        with head_loss.replace_logits_with_losses(labels_BT):
-            losses_BT = model(**batch, use_cache=False).logits.view(labels_BT.shape)
+        losses_BT = model(**batch, reduction="none", use_cache=False)
         if isinstance(collator, PackedCollator):
             parts = losses_BT[0].split([len(examples[i].target_T) for i in indices])
         else:
@@ -88,17 +85,37 @@ def measure_losses(
     return Losses(sums, [len(example.target_T) for example in examples])
 
 
+@dataclass(frozen=True)
+class GenerationScorer:
+    """Generates predictions for some of the held-out examples and scores them.
+
+    Args:
+        answer_suffix: the text that the conversation template adds after each target; it isn't part of a prediction.
+        count: number of examples.
+    """
+
+    tokenizer: Tokenizer
+    answer_suffix: str
+    count: int
+
+    def score(self, model: Any, examples: Sequence[Example], batch_size: int, report: Report) -> dict[str, float]:
+        """Score greedy predictions for evenly spaced examples."""
+        chosen = [examples[index] for index in select_evenly(len(examples), self.count)]
+        longest = find_max_target_length(chosen)
+        decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
+        predictions = generate_predictions(model, chosen, decoding, batch_size, report)
+        targets = [decode_reference(self.tokenizer, example.target_T, self.answer_suffix) for example in chosen]
+        return score([decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in predictions], targets)
+
+
 def generate_predictions(
     model: Any,
     examples: Sequence[Example],
-    eos_token_id: int,
-    pad_token_id: int,
+    decoding: Decoding,
     batch_size: int,
-    max_new_tokens: int,
-    num_beams: int = 1,
     report: Report = silent,
 ) -> list[list[int]]:
-    """Generate a prediction for each example's source by greedy or beam search; its ids without the EOS token.
+    """Generate a prediction for each example's source; its ids without the EOS token.
 
     Args:
         batch_size: maximum number of examples per batch; a large key-value cache makes smaller batches.
@@ -111,11 +128,11 @@ def generate_predictions(
 
     def predict(indices: list[int]) -> dict[int, list[int]]:
         sources = [examples[i].source_S.tolist() for i in indices]
-        ids = generate(model, sources, eos_token_id, pad_token_id, max_new_tokens, num_beams, synced_gpus=sharded)
+        ids = generate(model, sources, decoding, synced_gpus=sharded)
         return dict(zip(indices, ids, strict=True))
 
     def fits(count: int, source: int, _target: int) -> bool:
-        return count * _estimate_generation_bytes(model, source, max_new_tokens, num_beams) <= budget
+        return count * _estimate_generation_bytes(model, source, decoding.max_new_tokens, decoding.num_beams) <= budget
 
     with _switch_to_eval_mode(model):
         return _measure_all(model, examples, batch_size, fits, predict, "predictions", report)
@@ -205,9 +222,7 @@ def _measure_all(
         if size == 1:
             raise _make_memory_error(task, batch, lengths) from error
         del results, error  # the error's frames keep the batch's tensors in memory
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free_memory(device)
         batch_size = -(-size // 2)
         problem = f"{task}: out of memory with {size} examples at a time"
         report(Note(f"{problem}; continuing with {batch_size}", warning=True))
@@ -215,6 +230,12 @@ def _measure_all(
     report(Finished(task))
     found = {index: value for part in all_gather(found) for index, value in part.items()}
     return [found[index] for index in range(len(examples))]
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _try_batch(

@@ -13,8 +13,13 @@ non_finite.jsonl in the run folder has a line for each such step:
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from t5tune.distributed.collectives import all_gather, get_rank_and_size
 from t5tune.errors import TrainingError
 from t5tune.io.atomic import append_line
 from t5tune.progress import Note, Report
@@ -24,7 +29,7 @@ NON_FINITE_FILE = "non_finite.jsonl"
 
 
 class NonFiniteGuard:
-    """Logs non-finite steps, and either skips them or stops training.
+    """Finds non-finite steps, logs them, and either skips them or stops training.
 
     Args:
         skip: continue without an update instead of stopping.
@@ -36,16 +41,62 @@ class NonFiniteGuard:
         self.skip = skip
         self.max_skipped = max_skipped
         self.report = report
+        self._engine: Any = None
+        self._step_loss: Any = None
+        self._num_skipped = 0  # by DeepSpeed
+        self._num_skipped_by_hook = 0
+        self._plain_optimizer_norm: float | None = None
 
-    def handle(self, step: int, loss: float, grad_norm: float, examples: list[int], is_writer: bool) -> None:
-        """Log the step, then skip it or raise. Call on every rank; only `is_writer` appends to the file.
+    def watch(self, engine: Any) -> None:
+        """Watch DeepSpeed's engine; None without DeepSpeed. Call before the first step."""
+        self._engine = engine
+        if engine is None:
+            return
+        if not hasattr(engine.optimizer, "overflow"):
+            # torch's own optimizer, as in stage 0 in fp32, where DeepSpeed doesn't check the gradients
+            engine.optimizer.register_step_pre_hook(self._skip_if_non_finite)
+        self._num_skipped = self._count_skipped()
+
+    def record_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Add a micro-batch's loss to the step's, and return it with a non-finite value replaced with 0.
+
+        The Trainer would otherwise add NaN to its running mean, which would never recover.
+        """
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+
+    def check(self, norm: Any, step: int, model: Any, list_examples: Callable[[], list[int]]) -> Any:
+        """Check the gradient norm of a step, and return it. Call on every rank.
+
+        Under DeepSpeed the update has already been made or skipped; otherwise this drops non-finite gradients.
+
+        Args:
+            norm: None if DeepSpeed didn't compute it: stage 0 does that only for clipping.
+            list_examples: lists the indices in the cache of the step's examples, over all ranks.
 
         Raises:
-            TrainingError: names the step, the file and the last complete checkpoint.
+            TrainingError: the step isn't finite, and training is to stop; names the step, the file and the last
+                complete checkpoint.
         """
+        if norm is None:
+            norm = self._plain_optimizer_norm
+        loss, self._step_loss = self._step_loss, None
+        if self._engine is not None:
+            skipped = self._count_skipped()
+            is_skipped, self._num_skipped = skipped > self._num_skipped, skipped
+        elif is_skipped := not math.isfinite(norm):
+            model.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
+        if is_skipped:
+            self._handle(step, float(loss), math.inf if self._engine is not None else float(norm), list_examples())
+        return norm
+
+    def _handle(self, step: int, own_loss: float, grad_norm: float, examples: list[int]) -> None:
+        """Log the step, then skip it or raise."""
+        losses = all_gather(own_loss)  # all ranks get here, since the norm is the same on every rank
+        loss = next((value for value in losses if not math.isfinite(value)), own_loss)
         before = self._find_skipped_before(step)
         stops = not self.skip or len(before) >= self.max_skipped
-        if is_writer:
+        if get_rank_and_size()[0] == 0:
             self._log(step, loss, grad_norm, "stop" if stops else "skip", examples)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
         found = f"step {step}: {what}; no update was made; its examples: {self.path}"
@@ -59,6 +110,18 @@ class NonFiniteGuard:
             f"{found}; the last complete checkpoint is {kept[0]}" if kept else f"{found}; there is no checkpoint yet",
             hint="lower the learning rate, look at the examples with t5tune inspect, or use --on-non-finite skip",
         )
+
+    def _count_skipped(self) -> int:
+        return int(self._engine.skipped_steps) + self._num_skipped_by_hook
+
+    def _skip_if_non_finite(self, optimizer: Any, *_: Any) -> None:
+        parameters = [value for group in optimizer.param_groups for value in group["params"]]
+        norm = torch.nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
+        self._plain_optimizer_norm = float(norm)
+        if not math.isfinite(norm):
+            self._num_skipped_by_hook += 1
+            for value in parameters:
+                value.grad = None
 
     def _log(self, step: int, loss: float, grad_norm: float, action: str, examples: list[int]) -> None:
         values = {"loss": _replace_non_finite(loss), "grad_norm": _replace_non_finite(grad_norm)}

@@ -16,24 +16,10 @@ from typing import Any
 from t5tune.data.cache import Cache
 from t5tune.errors import CheckpointError, SettingsError, suggest_name
 from t5tune.io.atomic import hash_file
-from t5tune.settings import QuantizationSettings, TrainSettings, packaged_templates
-from t5tune.settings.lora import LoraSettings
-from t5tune.settings.training import TrainingSettings
+from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings.affects import Affects, select_settings
 from t5tune.training.checkpoint import read_run_identity
 
-# these say how the work is divided or executed, and don't change the weights (the step's batch is compared as a whole)
-WITHOUT_EFFECT_ON_WEIGHTS = {
-    "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing",
-    "dataloader_num_workers", "use_cpu", "fp16",
-}  # fmt: skip
-# these may differ when the command of a finished run is given again, since they ask for the same weights
-CHANGEABLE_WHEN_FINISHED = WITHOUT_EFFECT_ON_WEIGHTS | {
-    "cache_dir", "max_record_bytes", "max_rejected_fraction", "num_workers", "preprocessed_path", "eval_strategy",
-    "eval_steps", "eval_generate", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
-    "logging_steps", "report_to", "report_samples", "num_gpus", "num_processes", "deepspeed", "process_group_timeout",
-    "max_restarts", "output_dir", "fresh", "allow_change", "dry_run",
-}  # fmt: skip
-PATH_SETTINGS = {"model_name_or_path", "data_path", "eval_data_path", "adapter"}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 CACHE_FILES = ("tokens.bin", "conversations.bin", "examples.bin")
 SHARDING_FIELDS = ("world_size", "deepspeed_stage")
@@ -41,13 +27,7 @@ SHARDING_FIELDS = ("world_size", "deepspeed_stage")
 
 def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: int) -> dict[str, Any]:
     """Collect everything that determines a run's weights: field -> JSON value."""
-    chosen = [
-        name
-        for mixin in (LoraSettings, QuantizationSettings, TrainingSettings)
-        for name in mixin.model_fields
-        if name not in WITHOUT_EFFECT_ON_WEIGHTS
-    ]
-    values = settings.model_dump(mode="json", include={*chosen, "seed", "eval_fraction", "num_data", "family"})
+    values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
     inputs = {name: value for name, value in cache.manifest["inputs"].items() if name != "data"}
     # train or, before it, prepare may have held out examples: what matters is which ones are left to train on
     values["eval_fraction"] = values["eval_fraction"] or cache.manifest["eval_fraction"]
@@ -66,7 +46,7 @@ def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, wo
         "base": f"sha256:{base_hash}",
         "adapter": settings.adapter and _hash_files(settings.adapter, ADAPTER_FILES),
         "world_size": world_size,
-        "deepspeed_stage": deepspeed and int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
+        "deepspeed_stage": deepspeed and packaged_templates.get_zero_stage(deepspeed),
     }
 
 
@@ -106,13 +86,14 @@ def check_finished_run(folder: Path, then: TrainSettings, now: TrainSettings) ->
         SettingsError: settings that affect the weights differ; names each one with both values.
     """
     before, after = then.model_dump(mode="json"), now.model_dump(mode="json")
-    different = [
-        f"{name}: {format_value(before[name])} in {folder} (finished), now {format_value(after[name])}"
-        for name in before
-        for format_value in [_format_in_full if name in PATH_SETTINGS else _abbreviate]
-        if name not in CHANGEABLE_WHEN_FINISHED and before[name] != after[name]
-        if name not in PATH_SETTINGS or _resolve_paths(before[name]) != _resolve_paths(after[name])
-    ]
+    paths = select_settings(TrainSettings, Affects.INPUT_FILES)
+    different = []
+    for name in select_settings(TrainSettings, Affects.FINAL_WEIGHTS):
+        old, new = before[name], after[name]
+        if old == new or (name in paths and _resolve_paths(old) == _resolve_paths(new)):
+            continue
+        format_value = _format_in_full if name in paths else _abbreviate
+        different.append(f"{name}: {format_value(old)} in {folder} (finished), now {format_value(new)}")
     if different:
         raise SettingsError(
             *different,
@@ -125,7 +106,7 @@ def _format_in_full(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _resolve_paths(value: Any) -> Any:
+def _resolve_paths(value: Any) -> list[str]:
     """Resolve one or more paths, so that two spellings of the same path are equal."""
     return [str(Path(path).resolve()) for path in (value if isinstance(value, list) else [value]) if path is not None]
 

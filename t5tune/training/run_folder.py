@@ -20,27 +20,19 @@ from t5tune.checkpoints.hash_cache import load_hash, read_file_stats, store_hash
 from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
+from t5tune.file_names import RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
 from t5tune.io.atomic import explain_write_errors, write_file
 from t5tune.io.reasons import describe_error
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings, dump_settings, load_settings
-from t5tune.settings.data import ReadingSettings, SelectionSettings
+from t5tune.settings.affects import Affects, select_settings
 from t5tune.training.checkpoint import find_newest, remove_staged
 from t5tune.training.resume_guard import build_run_identity, check_run_identity
 
-SETTINGS_FILE = "settings.yaml"
-RESULT_FILE = "result.json"
-CACHE_SETTINGS = {
-    *ReadingSettings.model_fields,
-    *SelectionSettings.model_fields,
-    "model_max_length",
-    "add_tokens",
-} - {
-    "num_workers",
-    "max_rejected_fraction",
-}  # settings of train that the token cache depends on
 HASH_CACHE_FILE = "base.json"  # see checkpoints/hash_cache.py
+CACHE_SETTINGS = {*select_settings(TrainSettings, Affects.CACHE)} - {*select_settings(TrainSettings, Affects.STEPS)}
+"""What determines the examples in a token cache, without what train can also apply to them later, such as num_data."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ def locate_run(settings: TrainSettings) -> Run:
     folder = settings.output_dir
     cache = Path(settings.data_path[0])
     if not is_cache(cache):
-        cache = settings.preprocessed_path or folder / "data"
+        cache = settings.preprocessed_path or folder / RUN_CACHE_FOLDER
     eval_cache = None
     if settings.eval_data_path:
         eval_cache = Path(settings.eval_data_path[0])
@@ -178,8 +170,11 @@ def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
 
 
 def save_settings(settings: TrainSettings, run: Run) -> None:
-    """Save the settings for resuming: without --fresh and --allow-change, which apply to this call only."""
-    again = apply_cache_settings(settings).model_copy(update={"fresh": False, "allow_change": []})
+    """Save the settings for resuming, without those that apply to this call only, such as --fresh."""
+    defaults = {
+        name: TrainSettings.model_fields[name].default for name in select_settings(TrainSettings, Affects.THIS_CALL)
+    }
+    again = apply_cache_settings(settings).model_copy(update=defaults)
     write_file(run.settings_path, dump_settings(again).encode())
 
 

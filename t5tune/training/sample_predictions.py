@@ -9,8 +9,9 @@ from transformers import TrainerCallback
 from t5tune.data.encoding import Example
 from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
 from t5tune.io.atomic import write_json
+from t5tune.model.generation import Decoding
+from t5tune.reports.metrics_log import SAMPLES_FILE, read_samples
 from t5tune.training.evaluation import find_max_target_length, generate_predictions
-from t5tune.training.metrics_log import SAMPLES_FILE, read_samples
 
 MAX_PREDICTED_TOKENS = 64  # a small limit, because under ZeRO-3 every token gathers the whole model
 
@@ -56,7 +57,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
             write_json(self.path, [sample | {"after": prediction} for sample, prediction in pairs])
 
     def _generate_predictions(self, model: Any) -> list[str]:
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         max_tokens = min(find_max_target_length(self.examples), MAX_PREDICTED_TOKENS)
-        predictions = generate_predictions(model, self.examples, eos, pad, self.batch_size, max_tokens)
+        decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, max_tokens)
+        predictions = generate_predictions(model, self.examples, decoding, self.batch_size)
         return [decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in predictions]

@@ -1,182 +1,112 @@
-"""Hugging Face's Trainer with our loss, batches, checkpoints, metrics and progress events."""
+"""The trainer: Hugging Face's, with our batches, loss, exact resuming, and atomic checkpoints.
+
+    trainer = T5Trainer(model, training_arguments, TrainerParts(...))
+    trainer.train(resume_from_checkpoint=None)
+
+It finishes the current step and saves a checkpoint on a signal, and handles steps that aren't finite.
+"""
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer
+from transformers import __version__ as transformers_version
 from transformers.trainer_utils import EvalLoopOutput
 
-from t5tune.checkpoints.adapter import convert_to_plain_lora, to_peft_name
-from t5tune.checkpoints.safetensors import SafetensorsFile
-from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.cache import Cache
-from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
-from t5tune.distributed.collectives import is_distributed
+from t5tune.distributed.collectives import any_rank, is_distributed
 from t5tune.distributed.signals import StopRequest, ignore_signals
-from t5tune.errors import T5TuneError
-from t5tune.metrics import score
+from t5tune.errors import DependencyError
 from t5tune.model.device import get_peak_memory
-from t5tune.model.loss import IGNORED_LABEL, HeadLoss
-from t5tune.progress import Advanced, Finished, Measured, Report, Started
-from t5tune.training.batches import BucketSampler, BudgetSampler, ExampleDataset, PackedCollator, PaddedCollator
-from t5tune.training.evaluation import find_max_target_length, generate_predictions, measure_losses, select_evenly
-from t5tune.training.metrics_log import MetricsLog
+from t5tune.progress import Advanced, Event, Note, Report
+from t5tune.reports.metrics_log import MetricsLog
+from t5tune.training.batches import ExampleDataset, Filler, PackedCollator, PaddedCollator, StepSampler
+from t5tune.training.callbacks import CatchUp, ReportProgress, TrainingFlow
+from t5tune.training.evaluation import GenerationScorer, measure_losses
 from t5tune.training.non_finite import NonFiniteGuard
-from t5tune.training.resumable_trainer import CatchUpCallback, ResumableTrainer
-
-TRAIN_TASK = "train"
-TOTALS = "T5TuneTotals"
-"""Key in the stateful_callbacks of a checkpoint's Trainer state: tokens, sum of the steps' losses, training seconds."""
+from t5tune.training.publisher import CheckpointPublisher
+from t5tune.training.totals import TOTALS_KEY, RunTotals
+from t5tune.training.trained_weights import TrainedWeights, drop_frozen
 
 
 @dataclass(frozen=True)
-class GenerationScorer:
-    """Generates predictions for some of the held-out examples and scores them.
+class TrainerParts:
+    """What a run is made of, in addition to its model and the Trainer's arguments.
 
     Args:
-        answer_suffix: the text that the conversation template adds after each target; it isn't part of a prediction.
-        count: number of examples.
-    """
-
-    tokenizer: Tokenizer
-    answer_suffix: str
-    count: int
-
-    def score(self, model: Any, examples: Cache, batch_size: int, report: Report) -> dict[str, float]:
-        """Score greedy predictions for evenly spaced examples."""
-        chosen = [examples[index] for index in select_evenly(len(examples), self.count)]
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        longest = find_max_target_length(chosen)
-        predictions = generate_predictions(model, chosen, eos, pad, batch_size, longest, report=report)
-        targets = [decode_reference(self.tokenizer, example.target_T, self.answer_suffix) for example in chosen]
-        return score([decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in predictions], targets)
-
-
-class T5Trainer(ResumableTrainer):
-    """Trains a PEFT model on a token cache.
-
-    Args:
+        examples: the examples to train on.
+        held_out: the examples to evaluate on; None: no evaluations.
+        sampler: chooses the examples of each micro-batch.
         collator: makes the batches of training and evaluation; packs them if the model is set up for packing.
-        write: writes the trained tensors and their accompanying files to a checkpoint's folder.
-        weights_file: name of the file in it that contains the tensors.
-        subtracted: initial LoRA matrices that were subtracted from the base weights (PiSSA and OLoRA).
-        loraplus_lr_ratio: LoRA+: learning-rate ratio of B to A.
-        group_by_length: fill each step with examples of similar length.
-        tokens_per_batch: maximum number of source and target tokens per micro-batch; None: a fixed number of examples.
-        label_smoothing: probability mass spread uniformly over the vocabulary.
-        run_identity: the configuration that the run depends on, for its checkpoints.
-        keep: number of checkpoints to keep in addition to the best one; None: all.
-        scorer: generates and scores predictions in evaluations; None: evaluations measure only the loss.
-        patience: number of evaluations without improvement after which training stops; None: never.
-        stop: request to stop, set by a signal.
+        weights: collects, writes and loads the trained tensors.
+        publisher: saves checkpoints.
         non_finite: handles steps with a non-finite loss or gradient.
+        stop: request to stop, set by a signal.
+        scorer: generates and scores predictions in evaluations; None: evaluations measure only the loss.
+        label_smoothing: probability mass spread uniformly over the vocabulary.
+        loraplus_lr_ratio: LoRA+: learning-rate ratio of B to A; None: one learning rate.
+        patience: number of evaluations without improvement after which training stops; None: never.
+        report: receives progress, and notes for the user.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        args: Any,
-        train: Cache,
-        held_out: Cache | None,
-        collator: PaddedCollator | PackedCollator,
-        write: Callable[[Path, dict[str, Tensor]], None],
-        weights_file: str,
-        subtracted: dict[str, Tensor],
-        loraplus_lr_ratio: float | None,
-        group_by_length: bool,
-        tokens_per_batch: int | None,
-        label_smoothing: float,
-        run_identity: dict[str, Any],
-        keep: int | None,
-        scorer: GenerationScorer | None,
-        patience: int | None,
-        stop: StopRequest,
-        non_finite: NonFiniteGuard,
-        report: Report,
-    ) -> None:
+    examples: Cache
+    held_out: Cache | None
+    sampler: StepSampler
+    collator: PaddedCollator | PackedCollator
+    weights: TrainedWeights
+    publisher: CheckpointPublisher
+    non_finite: NonFiniteGuard
+    stop: StopRequest
+    scorer: GenerationScorer | None
+    label_smoothing: float
+    loraplus_lr_ratio: float | None
+    patience: int | None
+    report: Report
+
+
+class T5Trainer(Trainer):  # type: ignore[misc]
+    """Trains a model on a token cache.
+
+    Attributes:
+        is_stopped: whether a signal has ended training.
+        totals: tokens and training time of the run so far.
+    """
+
+    def __init__(self, model: Any, args: Any, parts: TrainerParts) -> None:
+        check_overridden_methods(Trainer)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=ExampleDataset(train),
-            eval_dataset=ExampleDataset(held_out) if held_out is not None else None,
-            data_collator=collator,
-            compute_loss_func=_compute_mean_over_step,
+            train_dataset=ExampleDataset(parts.examples),
+            eval_dataset=ExampleDataset(parts.held_out) if parts.held_out is not None else None,
+            data_collator=parts.collator,
         )
-        self.write = write
-        self.weights_file = weights_file
-        self.subtracted = subtracted
-        self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.head_loss = HeadLoss(model, label_smoothing)
-        self.train_sampler = self._make_sampler(train, group_by_length, tokens_per_batch)
-        self.run_identity = run_identity
-        self.keep = keep
-        self.scorer = scorer
-        self.patience = patience
-        self.stop = stop
-        self.non_finite = non_finite
-        self.report = report
-        self.run_folder = Path(args.output_dir)
-        self.metrics_log = MetricsLog(self.run_folder, report=report)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=args.device)
-        self.first_step_at: float | None = None
-        self.seconds_outside_training = 0.0  # spent in evaluations and saves
-        self.last_logged = (0, 0.0)  # tokens and seconds at the last line of metrics
-        self.totals_before = {"tokens": 0, "loss": 0.0, "seconds": 0.0}  # of the run, when this process resumed it
-        # DeepSpeed leaves frozen weights out of a checkpoint only under their first names; T5's embedding has three
-        model.register_state_dict_post_hook(_drop_frozen)
-        self._replace_callbacks(report)
-
-    def _replace_callbacks(self, report: Report) -> None:
+        # compute_loss divides by the step's number of target tokens, which the Trainer then counts
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self.parts = parts
+        self.totals = RunTotals(args.device)
+        self.metrics_log = MetricsLog(Path(args.output_dir), report=parts.report)
+        self.is_stopped = False
+        self._steps_per_epoch = 1
+        self._evaluation_to_reuse: dict[str, Any] | None = None
+        model.register_state_dict_post_hook(drop_frozen)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_ReportEvents(report))
-        if self.is_world_process_zero():
-            self.add_callback(_WriteHeartbeats(self.metrics_log))
-        self.add_callback(_SetSamplerEpoch(self.train_sampler))
-        self.add_callback(CatchUpCallback(self))  # the last one: see there
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        if self.first_step_at is None:
-            self.first_step_at = time.monotonic()
-        is_packed = "packing" in inputs
-        targets = inputs["labels"].ne(IGNORED_LABEL).sum()
-        sources = inputs["input_ids"].numel() if is_packed else inputs["attention_mask"].sum()
-        self.tokens += (targets + sources) * targets.ne(0)  # a filler, which has no targets, isn't counted
-        loss: torch.Tensor = self.record_step_loss(super().training_step(model, inputs, num_items_in_batch))
-        return loss
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
-        """Compute the loss as the Trainer does, except that the head returns its sum (see model/loss.py)."""
-        with self.head_loss.replace_logits_with_sum(inputs["labels"]):
-            return super().compute_loss(model, inputs, *arguments, **options)
-
-    def _make_sampler(
-        self, cache: Cache, group_by_length: bool, tokens_per_batch: int | None
-    ) -> BucketSampler | BudgetSampler:
-        args = self.args
-        sources, targets = cache.read_lengths()
-        batches = args.gradient_accumulation_steps * args.world_size
-        if tokens_per_batch is not None:
-            is_packed = isinstance(self.data_collator, PackedCollator)
-            return BudgetSampler(sources, targets, tokens_per_batch, is_packed, batches, args.seed)
-        lengths = sources + targets if group_by_length else np.zeros_like(sources)
-        return BucketSampler(lengths, args.train_batch_size, batches, args.seed)
+        self.add_callback(TrainingFlow(self))
+        self.add_callback(ReportProgress(parts.report, self.metrics_log if self.is_world_process_zero() else None))
+        self.add_callback(CatchUp(self))
 
     def get_train_dataloader(self) -> Any:
         """Make the data loader of our sampler's batches."""
         self.accelerator.even_batches = False  # the sampler already yields the same number of batches for every rank
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=self.train_sampler,
+            batch_sampler=self.parts.sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -184,161 +114,28 @@ class T5Trainer(ResumableTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def list_examples_of_step(self, epoch: int, step: int) -> list[int]:
-        """List the indices in the cache of the examples in an epoch's step (from 0), over all ranks."""
-        batches, size = iter(self.train_sampler), self.train_sampler.step_size
-        mine = islice(batches, step * size, (step + 1) * size)
-        return [self.train_dataset.cache.index_in_whole_cache(index) for batch in mine for index in batch if index >= 0]
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.totals.count(inputs)
+        return self.parts.non_finite.record_loss(super().training_step(model, inputs, num_items_in_batch))
 
-    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
-        """Measure the loss per target token of the held-out examples, and the scores of a sample of predictions.
-
-        The Trainer's own loop averages over batches, which depends on how the examples are batched, and it changes
-        the random state, because its data loader draws from it. This loop draws no random numbers.
-        """
-        examples, batch_size = self.eval_dataset.cache, self.args.per_device_eval_batch_size
-        report = self.stop_evaluation_on_request
-        loss = measure_losses(self.model, self.head_loss, examples, self.data_collator, batch_size, report).mean
-        values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more than 709 overflows
-        if self.scorer is not None:
-            values |= self.scorer.score(self.model, examples, batch_size, report)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> list[Any]:
-        """Return nothing: `evaluation_loop` makes its own batches."""
-        return []
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Request a save if this is the best checkpoint so far, and a stop if there was no improvement for too long."""
-        if (name := self.args.metric_for_best_model) is None or not metrics:
-            return False
-        name = f"eval_{name.removeprefix('eval_')}"
-        history = {line["step"]: line for line in self.state.log_history if "eval_loss" in line}
-        best = history.get(self.state.best_global_step)
-        is_best = math.isfinite(metrics["eval_loss"]) and (best is None or self._is_better(metrics, best, name))
-        if is_best:
-            self.state.best_metric, self.state.best_global_step = metrics[name], self.state.global_step
-        since = sum(step > (self.state.best_global_step or 0) for step in history)
-        is_over = self.patience is not None and since >= self.patience
-        self.control.should_training_stop |= is_over
-        self.control.should_save |= (is_best or is_over) and self.last_saved != self.state.global_step
-        return is_best
-
-    def _is_better(self, metrics: dict[str, float], best: dict[str, float], name: str) -> bool:
-        """Compare the metric `name` of two evaluations; of equal ones, the one with the lower loss is better."""
-        sign = 1 if self.args.greater_is_better else -1
-        return (sign * metrics[name], -metrics["eval_loss"]) > (sign * best[name], -best["eval_loss"])
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens per second and peak memory to training metrics, and append the line to metrics.jsonl."""
-        if "loss" in logs:
-            tokens, seconds = self.count_tokens(), self.measure_training_seconds()
-            logs["tokens_per_second"] = round(
-                (tokens - self.last_logged[0]) / max(seconds - self.last_logged[1], 1e-9), 1
-            )
-            self.last_logged = (tokens, seconds)
-            logs["peak_memory_bytes"] = get_peak_memory(self.args.device)
-        if "train_loss" in logs:  # the Trainer's value covers only the steps of this process
-            logs["train_loss"] = self.compute_mean_loss() or logs["train_loss"]
-        super().log(logs, start_time)
-        if self.is_world_process_zero():
-            self.metrics_log.write(self.state.global_step, logs)
-
-    def measure_training_seconds(self) -> float:
-        """Measure the run's training time since the first step, of all its processes, without evaluations and saves."""
-        before = float(self.totals_before["seconds"])
-        if self.first_step_at is None:
-            return before
-        return before + (time.monotonic() - self.first_step_at - self.seconds_outside_training)
-
-    @contextmanager
-    def _exclude_from_training_time(self) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            if self.first_step_at is not None:  # a resumed run may evaluate before its first step
-                self.seconds_outside_training += time.monotonic() - started
-
-    def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        with self._exclude_from_training_time():
-            return super()._evaluate(*arguments, **options)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._exclude_from_training_time():
-            if self.last_saved != self.state.global_step:
-                self.state.stateful_callbacks[TOTALS] = self._collect_totals()
-            super()._save_checkpoint(model, trial)
-
-    def _collect_totals(self) -> dict[str, float]:
-        """Return the totals that a run which resumes from here continues with. Call on every rank."""
-        # the Trainer adds _tr_loss, a loss per rank, to _total_loss_scalar only when it logs
-        not_logged = self._tr_loss.detach().clone()
-        if is_distributed():
-            dist.all_reduce(not_logged)
-            not_logged /= dist.get_world_size()
-        return {
-            "tokens": self.count_tokens(),
-            "loss": self.totals_before["loss"] + self._total_loss_scalar + float(not_logged),
-            "seconds": self.measure_training_seconds(),
-        }
-
-    def on_resumed(self) -> None:
-        """Continue from the totals at the time when the checkpoint was saved."""
-        self.totals_before = {**self.totals_before, **self.state.stateful_callbacks.get(TOTALS, {})}
-        self.last_logged = (self.count_tokens(), self.measure_training_seconds())
-
-    def compute_mean_loss(self) -> float | None:
-        """Return the mean loss over all steps of the run; None before the first one. Call on every rank."""
-        return self._collect_totals()["loss"] / self.state.global_step if self.state.global_step else None
-
-    def count_tokens(self) -> int:
-        """Count the source and target tokens that the run has trained on, over all ranks. Call on every rank."""
-        total = self.tokens.clone()
-        if is_distributed():
-            dist.all_reduce(total)
-        return int(self.totals_before["tokens"]) + int(total)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained tensors in fp32: under DeepSpeed, the optimizer's master copies."""
-        state = self.collect_trained_state()  # on every rank, because ZeRO gathers
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.write(folder, convert_to_plain_lora(state, self.subtracted))
-            except (OSError, T5TuneError) as error:
-                self.failures.append(error)
-
-    def collect_trained_state(self) -> dict[str, Tensor]:
-        """Return every trained tensor by its saved name, in fp32. Under ZeRO, gather the optimizer's master copies."""
-        state = {}
-        masters = _map_stage_0_masters(self.model_wrapped)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                values = masters.get(id(parameter), _gather_fp32_master(parameter)).detach().float().cpu().numpy()
-                state[to_peft_name(name)] = Tensor("F32", np.array(values))
-        return state
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Set every trained parameter to the values that `save_model` wrote."""
-        file = SafetensorsFile(Path(resume_from_checkpoint) / self.weights_file)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                values = torch.from_numpy(file.get_tensor(to_peft_name(name)).to_float32().copy())
-                # with PiSSA and OLoRA, the saved matrices have the subtracted ones appended: take only the first part
-                parameter.data.copy_(values[tuple(slice(size) for size in parameter.shape)])
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the mean loss over the target tokens of the step: of all its micro-batches on all ranks."""
+        total = model(**inputs, reduction="sum", label_smoothing=self.parts.label_smoothing)
+        # the gradients are averaged over the ranks
+        loss = total / num_items_in_batch * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer. With LoRA+, the B matrices and DoRA's magnitudes have their own learning rate.
 
         The magnitudes are in that group in PEFT too.
         """
-        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+        if self.parts.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer: Any = optimizer_class(self._make_parameter_groups(self.loraplus_lr_ratio), **options)
+        self.optimizer: Any = optimizer_class(self._make_parameter_groups(self.parts.loraplus_lr_ratio), **options)
         return self.optimizer
 
     def _make_parameter_groups(self, ratio: float) -> list[dict[str, Any]]:
@@ -355,95 +152,225 @@ class T5Trainer(ResumableTrainer):
             {"params": fast, "lr": learning_rate * ratio, "weight_decay": decay},
         ]
 
+    def is_stop_requested(self) -> bool:
+        """Whether any rank has received a signal. A collective, so that all ranks stop after the same step."""
+        self.is_stopped = self.is_stopped or any_rank(self.parts.stop.is_set, self.args.device)
+        return self.is_stopped
 
-class _WriteHeartbeats(TrainerCallback):  # type: ignore[misc]
-    """Writes heartbeats to metrics.jsonl while nothing else is logged."""
+    def catch_up(self, steps_per_epoch: int) -> None:
+        """Handle a signal that arrived while loading, or do the evaluation that the previous process didn't get to.
 
-    def __init__(self, metrics_log: MetricsLog) -> None:
-        self.metrics_log = metrics_log
+        Called once everything is loaded, even if no step is left.
+        """
+        self._steps_per_epoch = steps_per_epoch
+        step = self.state.global_step
+        self.parts.publisher.last_step = step or None  # the checkpoint of that step already exists
+        self.parts.non_finite.watch(self.model_wrapped if self.is_deepspeed_enabled else None)
+        self.totals.resume(self.state)
+        if self.is_stop_requested():
+            self._save_checkpoint(self.model, None)
+        elif self._is_evaluation_due():
+            self._evaluation_to_reuse = self.parts.publisher.read_evaluation(step)
+            self._determine_best_metric(self._evaluate(None, None), None)
+            if not self.is_stopped:
+                self._save_evaluation()
+        self.control.should_save = False
+        if self.is_stopped or step >= self.state.max_steps:
+            self.control.should_training_stop = True
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.metrics_log.write_heartbeat(state.global_step)
+    def _is_evaluation_due(self) -> bool:
+        """Whether the previous process ended after a step, but before the evaluation that is due after that step."""
+        step, strategy = self.state.global_step, self.args.eval_strategy
+        if step == 0 or strategy == "no" or self._find_evaluation(step) is not None:
+            return False
+        interval = self.state.eval_steps if strategy == "steps" else self._steps_per_epoch
+        return bool(step >= self.state.max_steps or step % interval == 0)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.metrics_log.write_heartbeat(state.global_step)
+    def _find_evaluation(self, step: int) -> dict[str, Any] | None:
+        history = reversed(self.state.log_history)
+        return next((line for line in history if line["step"] == step and "eval_loss" in line), None)
+
+    def _save_evaluation(self) -> None:
+        step = self.state.global_step
+        self.parts.publisher.save_evaluation(step, self.state.best_global_step, self._find_evaluation(step))
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Evaluate, or return the evaluation that an earlier process has saved in the checkpoint."""
+        line, self._evaluation_to_reuse = self._evaluation_to_reuse, None
+        if line is not None:
+            self.state.log_history.append(line)
+            return line
+        metrics: dict[str, float] = super().evaluate(*arguments, **options)
+        return metrics
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """Measure the loss per target token of the held-out examples, and the scores of a sample of predictions.
+
+        The Trainer's own loop averages over batches, which depends on how the examples are batched, and it changes
+        the random state, because its data loader draws from it. This loop draws no random numbers.
+        """
+        examples, batch_size = self.eval_dataset.cache, self.args.per_device_eval_batch_size
+        report = self._stop_evaluation_on_request
+        loss = measure_losses(self.model, examples, self.data_collator, batch_size, report).mean
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more than 709 overflows
+        if self.parts.scorer is not None:
+            values |= self.parts.scorer.score(self.model, examples, batch_size, report)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> list[Any]:
+        """Return nothing: `evaluation_loop` makes its own batches."""
+        return []
+
+    def _stop_evaluation_on_request(self, event: Event) -> None:
+        """Receive an evaluation's progress events, and interrupt the evaluation on a signal.
+
+        Every rank reports each batch, so all ranks check for a signal at the same points.
+        """
+        if isinstance(event, Note):
+            self.parts.report(event)
+        if isinstance(event, Advanced) and self.is_stop_requested():
+            raise _EvaluationInterrupted
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens per second and peak memory to training metrics, and append the line to metrics.jsonl."""
+        if "loss" in logs:
+            logs["tokens_per_second"] = self.totals.measure_speed()
+            logs["peak_memory_bytes"] = get_peak_memory(self.args.device)
+        if "train_loss" in logs:  # the Trainer's value covers only the steps of this process
+            logs["train_loss"] = self.compute_mean_loss() or logs["train_loss"]
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            self.metrics_log.write(self.state.global_step, logs)
+
+    def compute_mean_loss(self) -> float | None:
+        """Return the mean loss over all steps of the run; None before the first one. Call on every rank."""
+        return self._sum_losses() / self.state.global_step if self.state.global_step else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained tensors in fp32: under DeepSpeed, the optimizer's master copies."""
+        state = self.parts.weights.collect(self.model, self.model_wrapped)
+        if self.args.should_save:
+            with self.parts.publisher.collect_error():
+                self.parts.weights.write(Path(output_dir or self.args.output_dir), state)
+
+    def _list_examples_of_step(self) -> list[int]:
+        """List the indices in the cache of the examples of the step that is being trained on, over all ranks."""
+        sampler, step = self.parts.sampler, self.state.global_step % self._steps_per_epoch
+        batches = islice(iter(sampler), step * sampler.step_size, (step + 1) * sampler.step_size)
+        items = (item for batch in batches for item in batch if not isinstance(item, Filler))
+        return [self.parts.examples.index_in_whole_cache(item) for item in items]
+
+    # Everything from here on overrides or reads what transformers' Trainer considers private. Known to work with
+    # transformers 5.18 to 5.24; `check_overridden_methods` names a method that another release has renamed.
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """Train an epoch or the rest of it, unless training is over before its first step."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*arguments, **options)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Get the gradient norm. The Trainer calls this before the update, DeepSpeed has already made or skipped it."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        return self.parts.non_finite.check(norm, self.state.global_step + 1, model, self._list_examples_of_step)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Log, save and evaluate, in this order: the Trainer evaluates before it saves.
+
+        The step is safe on disk before its evaluation, which may fail or take long. Checkpoints are rotated after the
+        evaluation, because only then it is known which one is the best.
+        """
+        evaluates, publisher = self.control.should_evaluate, self.parts.publisher
+        if evaluates and self.control.should_save:
+            self.control.should_evaluate = publisher.rotates = False
+            try:
+                super()._maybe_log_save_evaluate(*arguments, **options)
+            finally:
+                publisher.rotates = True
+            self.control.should_evaluate = True
+        was_saved = publisher.last_step == self.state.global_step
+        super()._maybe_log_save_evaluate(*arguments, **options)
+        if evaluates and was_saved and not self.is_stopped:
+            self._save_evaluation()
+
+    def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Evaluate; return no metrics if a signal interrupts it. A resumed run will then repeat the evaluation."""
+        with self.totals.exclude_time():
+            try:
+                metrics: dict[str, float] = super()._evaluate(*arguments, **options)
+                return metrics
+            except _EvaluationInterrupted:
+                self.control.should_save = self.control.should_training_stop = True
+                return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Request a save if this is the best checkpoint so far, and a stop if there was no improvement for too long."""
+        if (name := self.args.metric_for_best_model) is None or not metrics:
+            return False
+        name = f"eval_{name.removeprefix('eval_')}"
+        history = {line["step"]: line for line in self.state.log_history if "eval_loss" in line}
+        best = history.get(self.state.best_global_step)
+        is_best = math.isfinite(metrics["eval_loss"]) and (best is None or self._is_better(metrics, best, name))
+        if is_best:
+            self.state.best_metric, self.state.best_global_step = metrics[name], self.state.global_step
+        since = sum(step > (self.state.best_global_step or 0) for step in history)
+        is_over = self.parts.patience is not None and since >= self.parts.patience
+        self.control.should_training_stop |= is_over
+        self.control.should_save |= (is_best or is_over) and self.parts.publisher.last_step != self.state.global_step
+        return is_best
+
+    def _is_better(self, metrics: dict[str, float], best: dict[str, float], name: str) -> bool:
+        """Compare the metric `name` of two evaluations; of equal ones, the one with the lower loss is better."""
+        sign = 1 if self.args.greater_is_better else -1
+        return (sign * metrics[name], -metrics["eval_loss"]) > (sign * best[name], -best["eval_loss"])
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Let the Trainer and DeepSpeed write their files, and publish them as a checkpoint."""
+        write_files = super()._save_checkpoint
+        with self.totals.exclude_time():
+            if self.parts.publisher.last_step != self.state.global_step:
+                tokens, seconds = self.totals.count_tokens(), self.totals.measure_seconds()
+                totals = {"tokens": tokens, "loss": self._sum_losses(), "seconds": seconds}
+                self.state.stateful_callbacks[TOTALS_KEY] = totals
+            self.parts.publisher.save(
+                self.state.global_step, self.state.best_global_step, lambda: write_files(model, trial)
+            )
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self.parts.publisher.staging or super()._get_output_dir(trial=trial))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.parts.weights.load(Path(resume_from_checkpoint), self.model)
+
+    def _sum_losses(self) -> float:
+        """Add up the losses of the run's steps. Call on every rank."""
+        # the Trainer adds _tr_loss, a loss per rank, to _total_loss_scalar only when it logs
+        not_logged = self._tr_loss.detach().clone()
+        if is_distributed():
+            dist.all_reduce(not_logged)
+            not_logged /= dist.get_world_size()
+        return float(self.totals.before["loss"] + self._total_loss_scalar + float(not_logged))
 
 
-class _SetSamplerEpoch(TrainerCallback):  # type: ignore[misc]
-    """Sets the sampler's epoch, which the Trainer fails to do when it resumes on several ranks.
+OVERRIDDEN_METHODS = (
+    "_run_epoch", "_get_grad_norm", "_maybe_log_save_evaluate", "_evaluate", "_determine_best_metric",
+    "_save_checkpoint", "_get_output_dir", "_load_from_checkpoint",
+)  # fmt: skip
 
-    accelerate then wraps the sampler in more layers than the Trainer looks through.
+
+def check_overridden_methods(trainer_class: Any) -> None:
+    """Check that transformers' Trainer has the private methods that T5Trainer overrides.
+
+    Raises:
+        DependencyError: this release of transformers has renamed one, which would then silently never be called.
     """
-
-    def __init__(self, sampler: BucketSampler | BudgetSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
-class _ReportEvents(TrainerCallback):  # type: ignore[misc]
-    """Reports progress events."""
-
-    NAMES = {
-        "loss": "loss",
-        "learning_rate": "lr",
-        "grad_norm": "grad norm",
-        "tokens_per_second": "tokens/s",
-        "eval_loss": "eval loss",
-        "eval_exact_match": "exact match",
-        "eval_rougeL": "rougeL",
-    }
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.report(Started(TRAIN_TASK, state.max_steps, "steps"))
-        self.report(Advanced(TRAIN_TASK, state.global_step))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.report(Advanced(TRAIN_TASK, state.global_step))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        values = {self.NAMES[name]: float(value) for name, value in logs.items() if name in self.NAMES}
-        if values:
-            self.report(Measured(TRAIN_TASK, state.global_step, values))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.report(Finished(TRAIN_TASK))
+    for name in OVERRIDDEN_METHODS:
+        if not callable(getattr(trainer_class, name, None)):
+            raise DependencyError(
+                f"transformers {transformers_version}: Trainer has no method {name}, which t5tune replaces",
+                hint="install a release that t5tune knows: pip install 'transformers>=5.18,<=5.24'",
+            )
 
 
-def _compute_mean_over_step(outputs: Any, _labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """Divide the head's sum by the step's number of target tokens: of all its micro-batches on all ranks."""
-    return outputs["logits"] / num_items_in_batch  # type: ignore[no-any-return]
-
-
-def _gather_fp32_master(parameter: Any) -> torch.Tensor:
-    """Gather the fp32 master copy that DeepSpeed's optimizer updates; without DeepSpeed, return the parameter."""
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        values = safe_get_full_fp32_param(parameter)
-        if values is not None:
-            return values.reshape(getattr(parameter, "ds_shape", parameter.shape))  # type: ignore[no-any-return]
-    return parameter  # type: ignore[no-any-return]
-
-
-def _map_stage_0_masters(engine: Any) -> dict[int, torch.Tensor]:
-    """Map the id of each bf16 parameter to its fp32 master copy, for stage 0, where DeepSpeed keeps these in lists."""
-    optimizer = getattr(engine, "optimizer", None)
-    groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
-    return {
-        id(parameter): master
-        for parameters, masters in groups
-        for parameter, master in zip(parameters, masters, strict=True)
-    }
-
-
-def _drop_frozen(model: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Remove frozen weights from a state dict, under all of their names (a state-dict hook of torch)."""
-    trained = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
-    for name in list(state):
-        if name.startswith(prefix) and name.removeprefix(prefix) not in trained:
-            del state[name]
+class _EvaluationInterrupted(Exception):
+    """Raised when a signal arrives during an evaluation."""

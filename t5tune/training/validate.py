@@ -16,26 +16,12 @@ from t5tune.errors import DependencyError, SettingsError, suggest_name
 from t5tune.families import find_family
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings.affects import Affects, select_settings
 from t5tune.training.run_folder import CACHE_SETTINGS
 from t5tune.training.trackers import choose_trackers
 
-EVALUATION_SETTINGS = (
-    "eval_strategy",
-    "eval_steps",
-    "eval_generate",
-    "metric_for_best_model",
-    "early_stopping_patience",
-)
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
-RESERVED_ARGUMENTS = {
-    "output_dir",
-    "deepspeed",
-    "report_to",
-    "disable_tqdm",
-    "remove_unused_columns",
-    "fp16",
-    "fsdp",
-}
+RESERVED_ARGUMENTS = {"disable_tqdm", "remove_unused_columns", "fsdp"}
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -194,9 +180,8 @@ def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
     cache = Path(settings.data_path[0])
     if is_cache(cache) and read_manifest(cache)["eval_fraction"] > 0:
         return []
-    requested = ((name, getattr(settings, name)) for name in EVALUATION_SETTINGS)
     return [
         f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"
-        for name, value in requested
-        if value not in (None, "no")
+        for name in select_settings(TrainSettings, Affects.EVALUATION)
+        if (value := getattr(settings, name)) not in (None, "no")
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5tune.checkpoints.safetensors import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.commands.export import export
 from t5tune.errors import CheckpointError
 from t5tune.settings import ExportSettings

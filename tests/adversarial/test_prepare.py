@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from t5tune.data.cleaning import clean
-from t5tune.data.encoding import Encoder
+from t5tune.data.encoders import Beginning, make_encoder
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import convert_record
+from t5tune.data.raw_records import RawRecord, parse_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import RejectedRecord
+from t5tune.data.records import Rejection
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
@@ -78,22 +78,25 @@ EXPECTED_OUTCOMES: dict[str, tuple[str, bytes | str, list[str]]] = {
 }  # fmt: skip
 
 
-def read(path: Path, **reading: Any) -> list[Conversation | RejectedRecord]:
-    (path.parent / "spool").mkdir(exist_ok=True)
+def read_raw(path: Path) -> list[RawRecord]:
     limit = 4 << 20 if path.suffix == ".jsonl" else 10_000
-    records = read_records(find_files([str(path)]), limit, path.parent / "spool")
-    return [convert_record(record, ReadingSettings(**reading)) for record in records]
+    return list(read_records(find_files([str(path)]), limit))
+
+
+def read(path: Path, **reading: Any) -> list[Conversation | Rejection]:
+    return [parse_record(record, ReadingSettings(**reading)) for record in read_raw(path)]
 
 
 @pytest.mark.parametrize("name", EXPECTED_OUTCOMES)
 def test_each_file_gives_the_expected_outcomes(tmp_path: Path, name: str) -> None:
     file, data, expected = EXPECTED_OUTCOMES[name]
     (tmp_path / file).write_bytes(data if isinstance(data, bytes) else data.encode())
-    found = read(tmp_path / file)
-    assert [record.reason if isinstance(record, RejectedRecord) else "" for record in found] == expected
-    for record in found:
-        if isinstance(record, RejectedRecord) and record.reason == "too_long":
-            assert record.record.read_text() in str(data)
+    records, found = read_raw(tmp_path / file), read(tmp_path / file)
+    assert [record.reason if isinstance(record, Rejection) else "" for record in found] == expected
+    for record, reason in zip(records, expected, strict=True):
+        if reason == "too_long":
+            assert isinstance(record.data, str)
+            assert (len(record.data), record.data in str(data)) == (1000, True)
 
 
 def test_ignored_fields_of_turns_and_preference_pairs_are_counted(tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_ignored_fields_of_turns_and_preference_pairs_are_counted(tmp_path: Path
 def test_a_preferred_answer_that_is_a_text_needs_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "Human: Hi Assistant: Yes", "rejected": "x"}))
     (record,) = read(tmp_path / "a.jsonl")
-    assert isinstance(record, RejectedRecord)
+    assert isinstance(record, Rejection)
     assert (record.reason, "a string without a prompt; set source_column" in record.message) == ("no_answer", True)
 
 
@@ -140,7 +143,7 @@ def test_odd_parquet_cells_are_rejected_only_if_they_are_used(tmp_path: Path) ->
     assert isinstance(read(tmp_path / "a.parquet")[0], Conversation)
     for column in ("n", "d", "b", "l", "t", "far"):
         (record,) = read(tmp_path / "a.parquet", source_column=column, target_column="target")
-        assert isinstance(record, RejectedRecord)
+        assert isinstance(record, Rejection)
         assert record.reason == "not_text"
 
 
@@ -157,31 +160,31 @@ def test_invalid_utf8_in_parquet_rejects_only_its_own_row_and_is_kept(tmp_path: 
         parquet.write_table(table, tmp_path / "a.parquet")
         bad, good = read(tmp_path / "a.parquet")
         assert isinstance(good, Conversation)
-        assert isinstance(bad, RejectedRecord)
+        assert isinstance(bad, Rejection)
         assert (bad.reason, "not UTF-8" in bad.message) == ("invalid_utf8", True)
-        assert "\\udcff\\udcfe" in json.dumps(bad.record)
+        assert "\\udcff\\udcfe" in json.dumps(read_raw(tmp_path / "a.parquet")[0].data)
 
 
 def test_parquet_rows_have_a_size_limit(tmp_path: Path) -> None:
     rows = [{"source": None, "n": [1], "target": size * 'é"'} for size in (10, 1_000_000, 30)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = read(tmp_path / "a.parquet", source_column="target", target_column="target")
-    assert [isinstance(record, RejectedRecord) for record in found] == [False, True, False]
-    assert isinstance(found[1], RejectedRecord)
-    assert json.loads(found[1].record.read_text()) == rows[1]
+    assert [isinstance(record, Rejection) for record in found] == [False, True, False]
+    long = read_raw(tmp_path / "a.parquet")[1]
+    assert long.data == json.dumps(rows[1])[:1000]
     numbers = pyarrow.array(
         [[1] * 2000, [1]], pyarrow.list_(pyarrow.int8())
     )  # a byte each in Parquet, but eight in a record
     texts = pyarrow.array([f"{number} {'x' * 6000}" for number in range(2)]).dictionary_encode()
     parquet.write_table(pyarrow.table({"source": texts, "target": texts, "n": numbers}), tmp_path / "a.parquet")
-    assert [isinstance(record, RejectedRecord) for record in read(tmp_path / "a.parquet")] == [True, True]
+    assert [isinstance(record, Rejection) for record in read(tmp_path / "a.parquet")] == [True, True]
     short = pyarrow.array([f"{number} {'x' * 1000}" for number in range(30)]).dictionary_encode()
     parquet.write_table(pyarrow.table({"source": short, "target": short}), tmp_path / "a.parquet")
-    assert [isinstance(record, RejectedRecord) for record in read(tmp_path / "a.parquet")] == [False] * 30
+    assert [isinstance(record, Rejection) for record in read(tmp_path / "a.parquet")] == [False] * 30
     parquet.write_table(
         pyarrow.table({"source": ["a", "b"], "target": ["a", "b"], "n": numbers}), tmp_path / "a.parquet"
     )
-    assert [isinstance(record, RejectedRecord) for record in read(tmp_path / "a.parquet")] == [True, False]
+    assert [isinstance(record, Rejection) for record in read(tmp_path / "a.parquet")] == [True, False]
 
 
 def test_skipped_files_of_a_folder_are_reported(tmp_path: Path) -> None:
@@ -251,17 +254,17 @@ LONG = st.text(
 def test_a_long_text_encoded_in_parts_has_the_ids_of_the_whole(base: Path, add: str) -> None:
     if not base.exists():
         pytest.skip("the real inputs are not next to this checkout")
-    encoder = Encoder(extend_tokenizer(load_tokenizer(base), [add], 32128 if "flan" in base.name else 1536)[0])
+    encoder = make_encoder(extend_tokenizer(load_tokenizer(base), [add], 32128 if "flan" in base.name else 1536)[0])
 
     @settings(deadline=None, max_examples=150, database=None, derandomize=True)
     @given(text=LONG | st.lists(st.sampled_from(["xxx", "</s>", "  ", "a b", "\n    ", "é"]), min_size=1).map("".join),
            first=st.booleans())  # fmt: skip
     def holds(text: str, first: bool) -> None:
-        (whole,) = encoder.encode([text], [first])
+        begun = Beginning(text) if first else text
+        (whole,) = encoder.encode([begun])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("t5tune.data.long_text.PART_LENGTH", 6)
-            patch.setattr("t5tune.data.encoding.LONG_TEXT_LENGTH", 8)
-            (parts,) = encoder.encode([text], [first])
+            patch.setattr("t5tune.data.encoders.PART_LENGTH", 6)
+            (parts,) = encoder.encode([begun])
         assert parts.tolist() == whole.tolist()
 
     holds()
@@ -387,8 +390,11 @@ def test_a_manifest_with_wrong_values_is_refused_with_the_key(tmp_path: Path, ki
     assert f"manifest.json: {name}: " in done.stderr
 
 
+NUM_SAMPLED = 16_000  # more records than prepare looks at before it writes
+
+
 def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signal.Handlers) -> subprocess.Popen[bytes]:
-    """Start a prepare process that waits for its input, with this handler for the signal."""
+    """Start a prepare process that is writing its cache and waits for more input, with this handler for the signal."""
     command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--data-path", "-"]
     (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
@@ -396,8 +402,11 @@ def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signa
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         preexec_fn=lambda: signal.signal(number, handler),
     )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(f"{GOOD}\n".encode() * NUM_SAMPLED)
+    process.stdin.flush()
     deadline = time.monotonic() + 100
-    while not any((tmp_path / "tmp").iterdir()) and time.monotonic() < deadline:
+    while not any(tmp_path.glob(".cache.new-*/tokens.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
     return process
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration
 
-from t5tune.checkpoints.safetensors import Checkpoint, LazyTensors, SafetensorsFile, write_safetensors
+from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.safetensors import LazyTensors, SafetensorsFile, write_safetensors
 from t5tune.checkpoints.tensors import Tensor, from_float32
 from t5tune.checkpoints.torch_format.file import read_torch_file
 from t5tune.errors import CheckpointError
@@ -105,25 +106,49 @@ def test_tensors_at_unaligned_offsets_are_read_correctly(tmp_path: Path) -> None
     assert file.get_tensor("c").array.tolist() == [-5]
 
 
+F32 = entry("F32", [2], 0, 8)
+INVALID_ENTRIES: dict[str, tuple[Any, int, str]] = {
+    "truncated": (F32, 7, "data_offsets ends at byte 8, but the file has 7 bytes of data"),
+    "shape too large": ({**F32, "shape": [3]}, 8, "data_offsets has 8 bytes, but dtype F32 and shape [3] need 12"),
+    "scalar of 8 bytes": ({**F32, "shape": []}, 8, "data_offsets has 8 bytes, but dtype F32 and shape [] need 4"),
+    "negative shape": (entry("F32", [-2], 0, -8), 0, "shape isn't a list of integers from 0"),
+    "two negative dimensions": ({**F32, "shape": [-2, -1]}, 8, "shape isn't a list of integers from 0"),
+    "shape of a boolean": (entry("F32", [True], 0, 4), 4, "shape isn't a list of integers from 0"),
+    "shape isn't a list": ({**F32, "shape": 2}, 8, "shape isn't a list of integers from 0"),
+    "many dimensions": ({**F32, "shape": [1] * 17}, 8, "shape has 17 dimensions; at most 16 are allowed"),
+    "huge dimension": ({**F32, "shape": [0, 1 << 48]}, 8, "shape has a dimension of 281474976710656 or more"),
+    "unknown dtype": ({**F32, "dtype": "F99"}, 8, "dtype F99 is unknown; expected one of F64, F32, F16, BF16, "),
+    "dtype isn't text": ({**F32, "dtype": ["F32"]}, 8, "dtype isn't text"),
+    "no dtype": ({"shape": [2], "data_offsets": [0, 8]}, 8, "dtype is missing"),
+    "no offsets": ({"dtype": "F32", "shape": [2]}, 8, "data_offsets is missing"),
+    "one offset": ({**F32, "data_offsets": [8]}, 8, "data_offsets isn't a list of two ascending integers from 0"),
+    "reversed offsets": (entry("F32", [2], 8, 0), 8, "data_offsets isn't a list of two ascending integers from 0"),
+    "negative offset": (entry("F32", [2], -8, 0), 8, "data_offsets isn't a list of two ascending integers from 0"),
+    "entry is null": (None, 0, "expected an object with dtype, shape, data_offsets"),
+}
+
+
+@pytest.mark.parametrize(("value", "size", "message"), INVALID_ENTRIES.values(), ids=INVALID_ENTRIES)
+def test_an_invalid_entry_is_refused_with_the_name_of_the_tensor_and_what_is_wrong(
+    tmp_path: Path, value: Any, size: int, message: str
+) -> None:
+    path = raw_safetensors(tmp_path / "bad.safetensors", {"w": value}, b"\0" * size)
+    with pytest.raises(CheckpointError) as refused:
+        SafetensorsFile(path)
+    assert refused.value.message.startswith(f"{path}: w: {message}")
+
+
 @pytest.mark.parametrize(
     ("header", "data"),
     [
-        pytest.param({"w": entry("F32", [2], 0, 8)}, b"\0" * 7, id="truncated"),
-        pytest.param({"w": entry("F32", [2], 0, 8)}, b"\0" * 9, id="trailing byte"),
-        pytest.param({"v": entry("F32", [2], 0, 8), "w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="overlap"),
-        pytest.param({"v": entry("F32", [2], 0, 8), "w": entry("F32", [2], 0, 8)}, b"\0" * 8, id="same range"),
-        pytest.param({"v": entry("F32", [2], 0, 8), "w": entry("F32", [1], 12, 16)}, b"\0" * 16, id="gap"),
+        pytest.param({"w": F32}, b"\0" * 9, id="trailing byte"),
+        pytest.param({"v": F32, "w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="overlap"),
+        pytest.param({"v": F32, "w": F32}, b"\0" * 8, id="same range"),
+        pytest.param({"v": F32, "w": entry("F32", [1], 12, 16)}, b"\0" * 16, id="gap"),
         pytest.param({"w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="gap at the beginning"),
-        pytest.param({"w": entry("F32", [3], 0, 8)}, b"\0" * 8, id="shape too large"),
-        pytest.param({"w": entry("F32", [-2], 0, -8)}, b"", id="negative shape"),
-        pytest.param({"w": entry("F32", [-2, -1], 0, 8)}, b"\0" * 8, id="two negative dimensions"),
-        pytest.param({"w": entry("F99", [2], 0, 8)}, b"\0" * 8, id="unknown dtype"),
-        pytest.param({"w": {"dtype": "F32", "shape": [2]}}, b"\0" * 8, id="no offsets"),
-        pytest.param({"w": {**entry("F32", [2], 0, 8), "shape": 2}}, b"\0" * 8, id="shape isn't a list"),
-        pytest.param({"w": None}, b"", id="entry is null"),
     ],
 )
-def test_a_safetensors_file_with_an_invalid_entry_is_refused_by_its_name(
+def test_a_safetensors_file_whose_tensors_do_not_fill_it_is_refused_by_its_name(
     tmp_path: Path, header: dict[str, Any], data: bytes
 ) -> None:
     path = raw_safetensors(tmp_path / "bad.safetensors", header, data)
@@ -261,6 +286,46 @@ def test_an_index_that_lists_a_tensor_that_no_shard_contains_is_refused(tmp_path
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weights"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ({"base_model_name_or_path": "google/flan-t5-xl"}, "give its base instead: google/flan-t5-xl"),
+        ({}, "give the base that the adapter was trained on"),
+        ({"base_model_name_or_path": 3}, "give the base that the adapter was trained on"),
+    ],
+)
+def test_an_adapter_in_place_of_a_base_is_refused_with_the_name_of_its_base(
+    tmp_path: Path, config: dict[str, Any], hint: str
+) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "lora_alpha": 16, **config}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError) as refused:
+        Checkpoint(tmp_path)
+    assert refused.value.message == f"{tmp_path}: is an adapter, not a base"
+    assert refused.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "hint"),
+    [
+        (["weights.safetensors"], "found weights.safetensors", "rename it to model.safetensors; shards need"),
+        (["model-1.bin", "tf_model.h5"], "found model-1.bin", "shards need pytorch_model.bin.index.json"),
+        (["tf_model.h5", "training_args.bin"], "the format of tf_model.h5 isn't supported", "save it as safetensors"),
+    ],
+)
+def test_a_folder_without_usable_weights_is_refused_with_what_it_has_and_what_is_expected(
+    tmp_path: Path, files: list[str], found: str, hint: str
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError) as refused:
+        Checkpoint(tmp_path)
+    assert "no weights (model.safetensors or pytorch_model.bin" in refused.value.message
+    assert refused.value.message.endswith(found)
+    assert hint in (refused.value.hint or "")
 
 
 def test_a_stale_index_next_to_a_single_file_is_ignored_as_in_transformers(tmp_path: Path) -> None:

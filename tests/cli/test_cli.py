@@ -5,6 +5,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import typer
 from rich.console import Console
 
 from t5tune import progress
-from t5tune.cli import build_app
-from t5tune.cli.console import Screen
+from t5tune.cli.help import build_app
+from t5tune.cli.screen import Screen
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.progress import Advanced, Measured, Started
 from t5tune.settings import COMMANDS, Settings
@@ -119,13 +120,17 @@ def test_the_version_is_printed() -> None:
     assert (done.code, done.stdout.strip()) == (0, __version__)
 
 
-def test_the_command_line_is_imported_without_heavy_packages() -> None:
-    code = (
-        "import sys, t5tune.cli; t5tune.cli.build_app('train'); "
-        "print([name for name in ('torch', 'transformers', 'peft', 'deepspeed') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    ("arguments", "unneeded"),
+    [(["--help"], {"pydantic"}), (["train", "--help"], set()), (["trian"], {"pydantic", "typer"})]
+    + [([command, "--lora-rr", "8"], {"typer"}) for command in ("train", "schema")],
+)
+def test_the_help_and_a_refusal_import_little(arguments: list[str], unneeded: set[str]) -> None:
+    code = "import sys; from t5tune.cli import run; run(sys.argv[1:]); print(*sys.modules)"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unneeded = unneeded | {"torch", "transformers", "peft", "deepspeed", "numpy", "tokenizers"}
+    assert set(done.stdout.splitlines()[-1].split()) & unneeded == set()
 
 
 def test_each_wrong_setting_is_reported_on_its_own_line(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def test_an_unknown_command_is_refused_with_the_closest_one() -> None:
 def test_an_unexpected_argument_is_refused() -> None:
     done = t5tune("train", "stray")
     assert_refused(done, "stray: unexpected argument", "model_name_or_path: missing", "t5tune train --help")
-    assert_refused(t5tune("inspect", "one", "two"), "two")
+    assert_refused(t5tune("inspect", "one", "two"), "two: unexpected argument")
 
 
 def test_errors_name_positional_arguments_without_dashes() -> None:
@@ -207,6 +212,19 @@ def test_with_json_a_parser_error_is_an_object_on_stdout() -> None:
     assert "trian" in done.json["error"]["message"]
 
 
+def test_with_json_an_error_stays_the_same_if_it_cannot_be_written_to_stdout() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    for command, code in (["trian", "--json"], 2), (["train", "--fp16", "--json"], 2), (["schema"], 1):
+        done = subprocess.run(
+            [sys.executable, "-m", "t5tune", *command], stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+        lines = done.stderr.splitlines()
+        assert (done.returncode, [line for line in lines if not line.startswith("error: ")]) == (code, [])
+        assert bool(lines) == (code == 2)  # schema's reader is gone, so there is no one to report to
+    os.close(writer)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
@@ -265,10 +283,10 @@ def test_a_log_has_a_last_line_for_a_long_task(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(screen, "console", Console(file=drawn, width=80))
     for task, seconds in (("short", 1000), ("long", 0), ("even", 0)):
         screen(Started(task, 13, "batches"))
-        monkeypatch.setattr("t5tune.cli.console.SECONDS_BETWEEN_LINES", seconds)
+        monkeypatch.setattr("t5tune.cli.screen.SECONDS_BETWEEN_LINES", seconds)
         screen(Advanced(task, 7))
         if task != "even":
-            monkeypatch.setattr("t5tune.cli.console.SECONDS_BETWEEN_LINES", 1000)
+            monkeypatch.setattr("t5tune.cli.screen.SECONDS_BETWEEN_LINES", 1000)
         screen(Advanced(task, 13))
         screen(progress.Finished(task))
     assert drawn.getvalue().splitlines() == [

@@ -1,20 +1,27 @@
 """Chat uses the conversation template of training, whether it loads a run, an adapter or a merged checkpoint."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import pty
+import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from t5tune.cli.chat import _ChatSession
+from t5tune.cli.output import Output
 from t5tune.commands.chat import Chatter, chat, save_conversation
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
@@ -23,7 +30,7 @@ from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
 from t5tune.data.formats import Turn
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.progress import Event, Note, silent
+from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from tests.support.bases import make_base
 
@@ -142,22 +149,123 @@ def test_a_terminal_has_editing_keys_and_input_history(made: dict[str, Path], tm
     assert [entry["value"] for entry in record["conversations"][::2]] == [PROMPT, PROMPT]
 
 
-def test_control_c_clears_the_line_and_other_signals_end_the_chat(
-    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@contextlib.contextmanager
+def chat_on_a_terminal(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
+    """A chat whose replies hardly end. Yields its process and both ends of its terminal, the user's first."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", str(model), "--use-cpu"]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "100000"],
+        stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # only closing a controlling terminal sends SIGHUP
+    )  # fmt: skip
+    try:
+        yield process, ours, theirs
+    finally:
+        process.kill()
+        process.wait()
+
+
+def read_until(pattern: bytes, process: subprocess.Popen[bytes], terminal: int) -> None:
+    """Read what the process shows on its terminal until it matches the pattern."""
+    shown = b""
+    while not re.search(pattern, shown, re.DOTALL):
+        assert process.poll() is None, shown
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 4096)
+
+
+def wait_until_it_sleeps(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the process reads its input. Python's readline misses a signal that comes shortly before."""
+    deadline = time.monotonic() + 100
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("during", ["input", "a reply"])
+def test_a_signal_ends_the_chat_and_restores_the_terminal(
+    untied_base: Path, number: signal.Signals, during: str
 ) -> None:
-    said: list[str | KeyboardInterrupt] = [KeyboardInterrupt(), PROMPT, KeyboardInterrupt(signal.SIGTERM)]
+    with chat_on_a_terminal(untied_base) as (process, ours, theirs):
+        before = termios.tcgetattr(theirs)
+        read_until(b"you:", process, ours)
+        wait_until_it_sleeps(process)
+        assert termios.tcgetattr(theirs) != before
+        if during == "a reply":
+            os.write(ours, PROMPT.encode() + b"\n")
+            read_until(rb"model:.* \w", process, ours)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert termios.tcgetattr(theirs) == before
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a closed terminal reports its end
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    os.close(ours)
+    assert re.search(rb"\r\n\S*error:\S* interrupted\r\n$", shown)
+    assert b"Traceback" not in shown
 
-    def typed(_prompt: str) -> str:
-        if isinstance(line := said.pop(0), KeyboardInterrupt):
-            raise line
-        return line
 
-    monkeypatch.setattr("builtins.input", typed)
-    session = _ChatSession(Chatter.load(settings(made["merged"]), silent), silent, io.StringIO(), interactive=True)
-    assert session.read_line() == PROMPT
-    assert "/quit or Ctrl-D quits" in capsys.readouterr().err
-    with pytest.raises(KeyboardInterrupt):
-        session.read_line()
+@pytest.mark.slow
+def test_closing_the_terminal_ends_the_chat(untied_base: Path) -> None:
+    with chat_on_a_terminal(untied_base) as (process, ours, theirs):
+        os.close(theirs)
+        read_until(b"you:", process, ours)
+        os.close(ours)
+        assert process.wait(60) == 128 + signal.SIGHUP
+
+
+@pytest.mark.slow
+def test_a_reply_that_cannot_be_printed_ends_an_interactive_chat(untied_base: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", str(untied_base), "--use-cpu"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(command, stdin=theirs, stdout=full, stderr=subprocess.PIPE, text=True)
+    os.write(ours, PROMPT.encode() + b"\n" + PROMPT.encode() + b"\n")
+    _, errors = process.communicate(timeout=100)
+    os.close(theirs)
+    os.close(ours)
+    assert (process.returncode, errors.count("standard output: can't be written")) == (1, 1)
+
+
+@pytest.mark.slow
+def test_control_c_clears_the_line_or_stops_the_reply(untied_base: Path) -> None:
+    with chat_on_a_terminal(untied_base) as (process, ours, theirs):
+        os.close(theirs)
+        read_until(b"you:", process, ours)
+        os.write(ours, b"some text")
+        read_until(b"some text", process, ours)
+        wait_until_it_sleeps(process)
+        os.write(ours, b"\x03")
+        read_until(b"/quit or Ctrl-D quits.*you:", process, ours)
+        os.write(ours, PROMPT.encode() + b"\n")
+        read_until(rb"model:.* \w", process, ours)
+        os.write(ours, b"\x03")
+        read_until(b"stopped; the message was removed.*you:", process, ours)
+        os.write(ours, b"/quit\n")
+        assert process.wait(60) == 0
+    os.close(ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_chat_with_a_prompt(untied_base: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", str(untied_base), "--use-cpu"]
+    process = subprocess.Popen(
+        [*command, "--prompt", PROMPT, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    assert b"no conversation template" in process.stderr.readline()  # the last line before the reply
+    process.send_signal(number)
+    reply, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    assert errors.decode().splitlines() == ["error: interrupted"]
+    assert not reply
 
 
 @pytest.mark.slow
@@ -327,7 +435,7 @@ def test_history_is_kept_after_training_on_conversations_and_can_be_switched(
     made: dict[str, Path], pair_run: dict[str, Path]
 ) -> None:
     assert Chatter.load(settings(made["merged"])).keeps_history
-    session = _ChatSession(Chatter.load(settings(pair_run["run"])), silent, io.StringIO(), interactive=False)
+    session = _ChatSession(Chatter.load(settings(pair_run["run"])), Output(io.StringIO()), interactive=False)
     assert not session.chatter.keeps_history
     session.run_command("history", "on")
     assert session.chatter.keeps_history

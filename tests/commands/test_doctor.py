@@ -48,11 +48,10 @@ def test_a_working_machine_is_good_and_its_token_stays_secret() -> None:
     assert done.code == 0, done.stdout + done.stderr
     found = {finding["check"]: finding for finding in done.json["findings"]}
     assert done.json["ok"] is True
-    assert {"python", "compiler", "hub token", "hub folder", "disk", "memory", *PROBE_HINTS} <= found.keys()
+    assert {"python", "compiler", "hub folder", "disk", "memory", *PROBE_HINTS} <= found.keys()
     assert {name: found[name]["state"] for name in PROBE_HINTS if name != "bf16"} == dict.fromkeys(
         ("torch", "bitsandbytes", "processes", "deepspeed", "training"), "good"
     )
-    assert "set in the environment" in found["hub token"]["found"]
     assert CANARY not in done.stdout + done.stderr
     for finding in (Finding(**finding) for finding in found.values()):
         assert bool(finding.mend) is (finding.state != "good"), finding
@@ -78,8 +77,7 @@ def test_a_broken_machine_gets_plain_lines_and_exit_code_1(locale: str, tmp_path
     assert lines[-1] == "training can't run here: fix what is broken"
     for name in PROBE_HINTS:
         (line,) = [line for line in lines if line.startswith(f"broken  {name} ")]
-        reason = "torch can't be imported" if name == "training" else "ImportError"
-        assert f"{reason}: broken on purpose" in line
+        assert "ImportError: broken on purpose" in line
         assert lines[lines.index(line) + 1].lstrip().startswith("fix: ")
     assert any(line.startswith("warning compiler ") for line in lines)
     assert any(line.startswith("warning hub folder ") and "can't be written" in line for line in lines)
@@ -120,19 +118,19 @@ def test_only_checks_that_training_needs_decide_the_exit_code(monkeypatch: pytes
     ]  # fmt: skip
 
 
-def test_untested_versions_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_compared_with_the_oldest_supported_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     def compare_with_versions(versions: dict[str, str]) -> dict[str, Finding]:
         real: Callable[[str], str] = machine.importlib.metadata.version
         with monkeypatch.context() as patch:
             patch.setattr(machine.importlib.metadata, "version", lambda name: versions.get(name) or real(name))
             return index_by_check(machine.compare_versions())
 
-    found = compare_with_versions({"torch": "2.1.0+cu118", "peft": "0.99.0", "transformers": "5.23.1"})
-    assert (found["torch"].state, found["peft"].state) == ("broken", "warning")
+    found = compare_with_versions({"torch": "2.1.0+cu118", "transformers": "5.23.1"})
+    assert found["torch"].state == "broken"
+    assert "torch" not in found["packages"].found
     oldest = read_oldest_releases()["torch"]
     assert f"t5tune needs {oldest} or newer" in found["torch"].found
     assert f"pip install --upgrade 'torch>={oldest}'" in found["torch"].mend
-    assert "tested up to" in found["peft"].found
     assert "transformers 5.23.1" in found["packages"].found
 
 
@@ -200,7 +198,6 @@ def test_each_dependency_declares_an_oldest_release() -> None:
     declared = [re.fullmatch(r"([a-z0-9.-]+)>=([\d.]+)(;.*)?", line) for line in project["dependencies"]]
     assert all(declared), project["dependencies"]
     names = {match[1] for match in declared if match}
-    assert set(machine.NEWEST_TESTED) <= names
     assert {name.replace("-", ".") for name in read_oldest_releases()} <= {name.replace("-", ".") for name in names}
 
 

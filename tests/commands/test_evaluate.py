@@ -22,14 +22,13 @@ from t5tune.errors import DataError, ModelError, OutOfMemory, SettingsError
 from t5tune.metrics import score
 from t5tune.model.attention import use_packing
 from t5tune.model.inference import load_for_inference
-from t5tune.model.loss import HeadLoss
 from t5tune.progress import Event, Note
+from t5tune.reports.metrics_log import read_metrics
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
-from t5tune.training import evaluation, resumable_trainer
+from t5tune.training import evaluation, publisher
 from t5tune.training.batches import PackedCollator
 from t5tune.training.checkpoint import verify
 from t5tune.training.evaluation import measure_losses
-from t5tune.training.metrics_log import read_metrics
 from t5tune.training.validate import check_settings
 from tests.support import train_runs
 from tests.support.command_line import CommandResult, t5tune
@@ -260,6 +259,31 @@ def test_rejected_records_are_reported(untied_base: Path, tmp_path: Path) -> Non
         run_evaluate(untied_base, tmp_path / "data.jsonl", tmp_path / "none")
 
 
+def test_only_records_and_examples_that_were_evaluated_are_counted(untied_base: Path, tmp_path: Path) -> None:
+    """num_data ends the second conversation after its first answer; its second answer would be truncated."""
+    bad = {"conversations": 3}
+    turns = [("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "long answer " * 40)]
+    long = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, [{"source": "a", "target": "b"}, bad, long, bad, bad])))
+
+    def list_warnings(num_data: int) -> list[str]:
+        notes: list[Event] = []
+        values = {"model_name_or_path": str(untied_base), "data_path": str(data), "use_cpu": True, "max_new_tokens": 2}
+        output = tmp_path / str(num_data)
+        values |= {"conversation_template": "plain", "model_max_length": 48}
+        settings = EvaluateSettings(**values, output_dir=output, num_data=num_data)
+        assert evaluate(settings, notes.append).examples == min(num_data, 3)
+        return [event.text for event in notes if isinstance(event, Note) and event.warning]
+
+    rejected = f"records rejected, the first: {data}:2: conversations: expected a list of turns, found a number"
+    truncated = "1 examples truncated to model_max_length 48"
+    assert list_warnings(1) == []
+    assert list_warnings(2) == [f"1 {rejected}"]
+    assert list_warnings(3) == [f"1 {rejected}", truncated]
+    assert list_warnings(4) == [f"3 {rejected}", truncated]
+
+
 def test_the_command_prints_one_json_object_and_numbers_its_folders(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -395,11 +419,11 @@ def make_second_evaluation_fail(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     measure = trainer.measure_losses
 
-    def measure_or_fail(model: Any, head_loss: Any, examples: Any, *arguments: Any) -> Any:
+    def measure_or_fail(model: Any, examples: Any, *arguments: Any) -> Any:
         calls.append(len(examples))
         if len(calls) == 2:
             raise OutOfMemory("out of memory: evaluate: losses")
-        return measure(model, head_loss, examples, *arguments)
+        return measure(model, examples, *arguments)
 
     monkeypatch.setattr(trainer, "measure_losses", measure_or_fail)
     return calls
@@ -456,8 +480,8 @@ def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again
         "eval_steps": 2, "save_steps": 2, "max_steps": 6, "eval_fraction": 0.2, "metric_for_best_model": "eval_loss",
     }  # fmt: skip
     published: list[int] = []
-    publish = resumable_trainer.publish
-    monkeypatch.setattr(resumable_trainer, "publish", lambda *given: published.append(given[2]) or publish(*given))
+    publish = publisher.publish
+    monkeypatch.setattr(publisher, "publish", lambda *given: published.append(given[2]) or publish(*given))
     run = tmp_path / "run"
     uninterrupted = train(make_short_settings(untied_base, conversations, run, **changes))
     assert published == [2, 4, 6]
@@ -500,7 +524,7 @@ def test_losses_need_neither_all_logits_of_a_batch_nor_a_copy_of_the_embedding(
     monkeypatch.setattr("t5tune.model.loss.LOGITS_PER_CHUNK", 64 * vocabulary)
     collator = PackedCollator(loaded.model.config.decoder_start_token_id)
     with Shapes() as shapes:
-        measure_losses(loaded.model, HeadLoss(loaded.model, 0.0), examples, collator, 16)
+        measure_losses(loaded.model, examples, collator, 16)
     rows = {math.prod(shape[:-1]) for shape in shapes.seen if shape[-1:] == (vocabulary,)}
     assert max(rows) == 64 < sum(len(example.target_T) for example in examples)
     assert (vocabulary, width) not in shapes.seen

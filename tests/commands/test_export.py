@@ -24,6 +24,7 @@ from t5tune.commands.export import ExportResult, export
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Note
 from t5tune.settings import ExportSettings
+from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune
 from tests.support.exports import assert_same, list_files, read_adapter_tensors
 
@@ -260,6 +261,27 @@ def test_the_full_state_is_the_base_and_the_token_rows(
     base = load_file((tied_base if KINDS[name].tied else untied_base) / "model.safetensors")
     rows = load_file(tmp_path / "trained" / "non_lora_state.safetensors")
     assert_same(state, base | rows)
+    assert result.non_lora_tensors == len(state)
+
+
+@pytest.mark.parametrize("non_lora_state", ["trained", "full", "none"])
+def test_dora_magnitudes_are_lora_tensors_and_a_replaced_tensor_of_the_base_counts_once(
+    untied_base: Path, tmp_path: Path, non_lora_state: str
+) -> None:
+    norms = ["encoder.final_layer_norm", "decoder.final_layer_norm"]
+    adapter = make_stock_adapter(untied_base, tmp_path / "dora", use_dora=True, modules_to_save=norms)
+    result = run_export(adapter, tmp_path / "adapter", non_lora_state=non_lora_state)
+    exported = read_adapter_tensors(tmp_path / "adapter")
+    assert_same(exported, read_adapter_tensors(adapter))
+    magnitudes = [name for name in exported if name.endswith(".lora_magnitude_vector")]
+    matrices = [name for name in exported if ".lora_A." in name or ".lora_B." in name]
+    assert len(magnitudes) == len(matrices) / 2 > 0
+    assert result.lora_tensors == len(matrices) + len(magnitudes)
+    file = tmp_path / "adapter" / "non_lora_state.safetensors"
+    state = load_file(file) if file.is_file() else {}
+    trained = {f"{norm}.weight": exported[f"base_model.model.{norm}.weight"] for norm in norms}
+    base = load_file(untied_base / "model.safetensors")
+    assert_same(state, {"trained": trained, "full": base | trained, "none": {}}[non_lora_state])
     assert result.non_lora_tensors == len(state)
 
 

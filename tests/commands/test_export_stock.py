@@ -453,7 +453,7 @@ def test_an_adapter_with_all_kinds_of_tensors_fits_its_base(
 @pytest.mark.parametrize(
     ("name", "cut", "expected"),
     [
-        (Q.replace("q", "v").replace("block.0", "block.1") + ".lora_A.weight", slice(1), "rank 1, but .* says 2"),
+        (Q.replace("q", "v").replace("block.0", "block.1") + ".lora_A.weight", slice(1), "rank 1, but .* says r 2"),
         (f"{Q}.lora_A.weight", (slice(None), slice(31)), r"the base's weight is \[32, 32\], B·A is \[32, 31\]"),
         (f"{Q}.lora_magnitude_vector", slice(31), r"shape \[31\]; expected \[32\] for this base"),
         (NORM, slice(31), r"shape \[31\]; expected \[32\] for this base"),

@@ -166,12 +166,12 @@ def test_missing_examples_and_broken_caches_are_refused(cache: Path, tmp_path: P
     broken = tmp_path / "broken"
     shutil.copytree(cache, broken)
     manifest = json.loads((broken / "manifest.json").read_text())
-    columns = manifest.pop("example_columns")
+    del manifest["dtype"]
     (broken / "manifest.json").write_text(json.dumps(manifest))
-    assert "example_columns: missing" in refusal(cache=broken)
-    for other in ({"turn": "|u1"}, columns | {"turn": "<f8"}, columns | {"turn": -1}, columns | {"conversation": 0}):
-        (broken / "manifest.json").write_text(json.dumps(manifest | {"example_columns": other}))
-        assert "manifest.json: example_columns: " in refusal(cache=broken)
+    assert "dtype: missing" in refusal(cache=broken)
+    for other in ("<f8", "<u4", 2, None):
+        (broken / "manifest.json").write_text(json.dumps(manifest | {"dtype": other}))
+        assert "manifest.json: dtype: " in refusal(cache=broken)
 
 
 def test_an_output_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import os
 import re
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fingerprint import (
-    SAMPLE_BYTES,
+    FINGERPRINT_BYTES,
     compute_fingerprint,
     compute_full_hash,
     describe_base,
     encode_base_metadata,
 )
-from t5tune.checkpoints.safetensors import Checkpoint
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.errors import CheckpointError, ModelError, SettingsError, TrainingError
 from t5tune.model.load import load_base
@@ -233,6 +235,36 @@ def test_more_shards_can_be_written_than_open_files_are_allowed(
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 30
     whole, cut = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "cut")
     assert all(cut.get_tensor(name).tobytes() == whole.get_tensor(name).tobytes() for name in whole.list_names())
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_per_weight"),
+    [
+        ({}, 4),
+        ({"dtype": "bfloat16"}, 2),
+        ({"to": "ctranslate2"}, 4 + 4),
+        ({"to": "ctranslate2", "dtype": "bfloat16"}, 2 + 2),
+        ({"to": "ctranslate2", "quantization": "int8_float16"}, 4 + 1),
+        ({"to": "ctranslate2", "quantization": "float16"}, 4 + 2),
+    ],
+)
+def test_a_disk_too_small_for_the_checkpoint_and_its_conversion_is_refused(
+    untied_base: Path,
+    untied_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    bytes_per_weight: int,
+) -> None:
+    for name in ("ctranslate2", "ctranslate2.converters"):  # as if it were installed
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(SettingsError, match="1,000 bytes are free; the weights need") as caught:
+        run_merge(untied_base, untied_adapter, tmp_path / "merged", **changes)
+    needed = int(caught.value.problems[0].rpartition(" ")[2].replace(",", ""))
+    weights = sum(tensor.numel() for tensor in load_file(untied_base / "model.safetensors").values())
+    assert 1 < needed / (weights * bytes_per_weight) < 1.15
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_tokenizer_of_the_adapter_takes_precedence(untied_base: Path, untied_adapter: Path, tmp_path: Path) -> None:
@@ -612,7 +644,7 @@ def test_both_hashes_distinguish_bases(
 ) -> None:
     other = shutil.copytree(untied_base, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
-    assert tensors[LARGE].nbytes > 2 * SAMPLE_BYTES  # so that its middle isn't read
+    assert tensors[LARGE].nbytes > 2 * FINGERPRINT_BYTES  # so that its middle isn't read
     change(tensors)
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     for hash_of in (compute_fingerprint, compute_full_hash):

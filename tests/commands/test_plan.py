@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from t5tune.commands.plan import GIB, Plan, plan, read_size
+from t5tune.commands.plan import Plan, plan
 from t5tune.commands.prepare import prepare
+from t5tune.data.batching import epoch_order
 from t5tune.errors import ModelError, SettingsError
 from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.model.load import count_parameters, load_base
@@ -20,6 +22,7 @@ from t5tune.model.memory import (
     measure_step,
 )
 from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings
+from t5tune.settings.fields import parse_gpu_memory
 from tests.support.bases import make_base
 from tests.support.command_line import t5tune
 
@@ -85,7 +88,6 @@ def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path)
     """Compare the tensors that autograd saves for a real model with the count on fake tensors."""
     from t5tune.model.attention import Segments
     from t5tune.model.lora import add_lora
-    from t5tune.model.loss import HeadLoss
 
     settings = TrainSettings(model_name_or_path=str(untied_base), data_path="-", output_dir=Path("-"), packing="on")
     config = json.loads((untied_base / "config.json").read_text())
@@ -99,7 +101,7 @@ def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path)
         load_base(untied_base, torch.float32, torch.device("cpu")), untied_base, settings, [], torch.float32
     )
     use_packing(real)
-    head_loss = HeadLoss(real.train(), 0.0)
+    real.train()
     own = {parameter.untyped_storage().data_ptr() for parameter in real.parameters()}
     kept: dict[int, int] = {}
 
@@ -109,15 +111,13 @@ def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path)
         return tensor
 
     target = torch.ones(1, 50, dtype=torch.int64)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        head_loss.replace_logits_with_sum(target),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         real(
             input_ids=torch.ones(1, 90, dtype=torch.int64),
             decoder_input_ids=target,
+            labels=target,
             packing=Segments(lengths.sources, lengths.targets),
-            use_cache=False,
+            reduction="sum",
         )
     assert sum(kept.values()) <= step.activations + step.gradients
     assert step.activations < 1.6 * sum(kept.values())
@@ -181,6 +181,77 @@ def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp
     assert 0 < result.padding < 0.5
 
 
+@pytest.fixture(scope="module")
+def uneven_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In the order of seed 42: one long example and 17 short ones, then 18 of medium length."""
+    folder = tmp_path_factory.mktemp("uneven")
+    words = np.zeros(36, np.int64)
+    words[epoch_order(words, 18, seed=42, epoch=0)] = [300, *[10] * 17, *[80] * 18]
+    records = ({"source": "cat " * count, "target": "dog " * (1 + count // 8)} for count in words.tolist())
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    prepare(
+        PrepareSettings(
+            model_name_or_path="pocket", data_path=str(folder / "data.jsonl"), output_dir=folder / "cache",
+            model_max_length=2048, add_tokens="none",
+        )
+    )  # fmt: skip
+    return folder / "cache"
+
+
+def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[int]:
+    """Count the tokens of each micro-batch, padding included."""
+    from t5tune.data.cache import open_cache
+
+    sources, targets = open_cache(cache).read_lengths()
+    if packed:
+        return [int((sources + targets)[batch].sum()) for batch in batches]
+    return [len(batch) * int(sources[batch].max() + targets[batch].max()) for batch in batches]
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.parametrize(
+    "batching",
+    [{"group_by_length": True}, {"group_by_length": False}, {"tokens_per_batch": 1024}],
+    ids=["grouped", "random", "budget"],
+)
+def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str, uneven_cache: Path) -> None:
+    from t5tune.data.cache import open_cache
+    from t5tune.training.batches import BucketSampler, BudgetSampler
+
+    sources, targets = open_cache(uneven_cache).read_lengths()
+    packed, tokens = packing != "off", batching.get("tokens_per_batch")
+    sampler: BucketSampler | BudgetSampler
+    if tokens is None:  # 36 examples: two steps of 16, and one with 4 examples for 8 micro-batches
+        lengths = sources + targets if batching["group_by_length"] else np.zeros_like(sources)
+        sampler = BucketSampler(lengths, 2, 8, seed=5)
+    else:
+        sampler = BudgetSampler(sources, targets, tokens, packed, 8, seed=5)
+    with_fillers = [[index for index in batch if isinstance(index, int)] for batch in sampler]
+    batches = [batch for batch in with_fillers if batch]
+    result = make_plan(
+        "pocket", data_path=str(uneven_cache), use_cpu=True, gradient_accumulation_steps=8, seed=5,
+        per_device_train_batch_size=2, num_train_epochs=1, packing=packing, **batching,
+    )  # fmt: skip
+    assert result.steps == len(with_fillers) // 8
+    padded = sum(measure_costs(uneven_cache, batches, packed))
+    assert result.padding == round(1 - int((sources + targets).sum()) / padded, 4)
+    largest = batches[int(np.argmax(measure_costs(uneven_cache, batches, packed)))]
+    assert result.batch_size == len(largest)
+    assert (result.source_length, result.target_length) == (sources[largest].max(), targets[largest].max())
+
+
+def test_the_largest_packed_batch_has_the_most_tokens_not_the_longest_example(uneven_cache: Path) -> None:
+    common = {"data_path": str(uneven_cache), "use_cpu": True}
+    common |= {"per_device_train_batch_size": 18, "group_by_length": False}
+    packed, padded = (make_plan("pocket", packing=packing, **common) for packing in ("auto", "off"))
+    assert packed.source_length < padded.source_length
+
+
+def test_a_token_budget_below_the_longest_example_is_refused(uneven_cache: Path) -> None:
+    with pytest.raises(SettingsError, match="tokens_per_batch: 50: the longest example has"):
+        make_plan("pocket", data_path=str(uneven_cache), use_cpu=True, tokens_per_batch=50)
+
+
 def test_each_zero_stage_partitions_what_it_should() -> None:
     result = make_plan(
         "google/flan-t5-small", train_mode="full", gpu_memory="16GiB", num_gpus=4, bf16=True, deepspeed="zero2",
@@ -197,13 +268,28 @@ def test_each_zero_stage_partitions_what_it_should() -> None:
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
 
 
-def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
-    from t5tune.cli.options import normalize_arguments
-    from t5tune.model import fused
+def write_short_model(folder: Path) -> Path:
+    """Write a config.json like Flan-T5 small's, with two blocks."""
+    shape = {**KNOWN_CONFIGS["google/flan-t5-small"], "num_layers": 2, "num_decoder_layers": 2}
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+def load_train_settings(flags: str, **given: Any) -> TrainSettings:
+    """Load train's settings from suggested flags, which take precedence over those that the user has given."""
+    from t5tune.cli.arguments import parse_arguments
     from t5tune.settings import load_settings
 
-    shape = {**KNOWN_CONFIGS["google/flan-t5-small"], "num_layers": 2, "num_decoder_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    parsed = parse_arguments(flags.split(), TrainSettings)
+    assert not parsed.problems
+    needed = {"model_name_or_path": "a", "data_path": "b", "output_dir": "c"}
+    return load_settings(TrainSettings, None, {}, {**needed, **given, **parsed.values})[0]
+
+
+def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
+    from t5tune.model import fused
+
+    write_short_model(tmp_path)
     for memory, expected in (
         ("80GiB", "--bf16 --per"),
         ("1000MiB", "--bf16 --gradient-checkpointing --per"),
@@ -212,29 +298,55 @@ def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
         result = make_plan(tmp_path, gpu_memory=memory, per_device_train_batch_size=1)
         assert result.suggestion is not None
         assert expected in result.suggestion.flags
-        assert result.suggestion.total < read_size(memory)
-        words = normalize_arguments(result.suggestion.flags.split(), TrainSettings)
-        flags = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2], strict=True))
-        load_settings(
-            TrainSettings, None, {}, {"model_name_or_path": "a", "data_path": "b", "output_dir": "c", **flags}
-        )
+        assert result.suggestion.total < parse_gpu_memory(memory)
+        load_train_settings(result.suggestion.flags)
     assert make_plan(tmp_path, gpu_memory="940MiB", per_device_train_batch_size=1).suggestion is None
     assert fused.ELEMENTS_PER_CHUNK < 1 << 20  # the chunk size for GPUs is reset
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
-    [("24GiB", 24 * GIB), ("24", 24 * GIB), ("24G", 24 * GIB), ("24GB", 24 * 10**9), ("800 MiB", 800 << 20)],
+    ("memory", "given", "expected"),
+    [
+        ("80GiB", {"q_lora": True, "init_lora_weights": "loftq"}, "--bf16 --gradient-checkpointing --q-lora"),
+        ("980MiB", {"init_lora_weights": "pissa"}, None),  # only q_lora would fit, which PiSSA excludes
+        ("980MiB", {"init_lora_weights": "olora"}, None),
+        ("980MiB", {}, "--bf16 --gradient-checkpointing --q-lora"),
+        (
+            "80GiB",
+            {"q_lora": True, "quant_type": "int8", "gradient_checkpointing": True, "tokens_per_batch": 4096},
+            "--bf16 --no-gradient-checkpointing --no-q-lora --tokens-per-batch none",
+        ),
+        ("80GiB", {"deepspeed": "zero2"}, "--bf16 --deepspeed none"),
+    ],
 )
-def test_memory_sizes_are_parsed(text: str, size: int) -> None:
-    assert read_size(text) == size
+def test_suggested_flags_and_the_given_settings_are_accepted_by_train(
+    memory: str, given: dict[str, Any], expected: str | None, tmp_path: Path
+) -> None:
+    base = write_short_model(tmp_path)
+    suggestion = make_plan(base, gpu_memory=memory, **{"per_device_train_batch_size": 1, **given}).suggestion
+    if expected is None:
+        assert suggestion is None
+        return
+    assert suggestion is not None
+    assert suggestion.flags == f"{expected} --per-device-train-batch-size {suggestion.per_device_train_batch_size}"
+    loaded = load_train_settings(suggestion.flags, **given)
+    assert loaded.q_lora is ("--q-lora" in expected)
+    assert loaded.gradient_checkpointing is ("--gradient-checkpointing" in expected)
+    assert loaded.tokens_per_batch is loaded.deepspeed is None
 
 
-@pytest.mark.parametrize("text", ["much", "24 apples", "0GiB", "-1", "1.2.3GiB"])
-def test_invalid_memory_sizes_are_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match="gpu_memory"):
-        read_size(text)
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"init_lora_weights": "pissa", "q_lora": True}, "use loftq with q_lora"),
+        ({"init_lora_weights": "loftq"}, "it needs q_lora with quant_type nf4 or fp4"),
+        ({"train_mode": "full", "q_lora": True}, "q_lora: full training has no adapters"),
+    ],
+)
+def test_settings_that_train_refuses_are_refused(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SettingsError, match=reason):
+        make_plan("google/flan-t5-small", **given)
 
 
 def test_the_command_accepts_a_run_config_and_refuses_other_models(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.cache import Cache, open_cache
-from t5tune.data.encoding import Encoder, encode_batch, encode_prompt
+from t5tune.data.encoders import make_encoder
+from t5tune.data.encoding import encode_batch, encode_prompt
 from t5tune.data.formats import Conversation, Turn
 from t5tune.data.records import RecordLocation
 from t5tune.data.templates import load_template, render_answer_prefix, render_conversation
@@ -209,7 +210,7 @@ def tokenizers(name: str, add_tokens: str, folder: Path) -> tuple[Any, Any]:
     folder = folder / f"{name}-{add_tokens}"
     folder.mkdir()
     save_tokenizer(tokenizer, folder)
-    return Encoder(tokenizer), AutoTokenizer.from_pretrained(str(folder))
+    return make_encoder(tokenizer), AutoTokenizer.from_pretrained(str(folder))
 
 
 @pytest.fixture(scope="module")

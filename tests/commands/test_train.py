@@ -255,7 +255,7 @@ def make_evaluations_take_a_year(monkeypatch: pytest.MonkeyPatch) -> list[float]
 
     monkeypatch.setattr(T5Trainer, "evaluation_loop", evaluate_for_a_year)
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(years))
-    monkeypatch.setattr("t5tune.training.trainer.time", clock)
+    monkeypatch.setattr("t5tune.training.totals.time", clock)
     return years
 
 

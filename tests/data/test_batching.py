@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from t5tune.data.batching import make_count_batches
 from t5tune.errors import SettingsError
-from t5tune.training.batches import BucketSampler, BudgetSampler
+from t5tune.training.batches import BucketSampler, BudgetSampler, Filler
 
 
 def list_indices(sampler: BucketSampler) -> list[int]:
-    return [index for batch in sampler for index in batch if index >= 0]
+    return [index for batch in sampler for index in batch if isinstance(index, int)]
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 1000, 4099])
@@ -29,11 +30,20 @@ def test_a_step_has_the_same_examples_however_it_is_divided(count: int) -> None:
         batches = list(BucketSampler(lengths, batch_size, step_size, seed=1))
         steps.append(
             [
-                [index for batch in batches[start : start + step_size] for index in batch if index >= 0]
+                [index for batch in batches[start : start + step_size] for index in batch if isinstance(index, int)]
                 for start in range(0, len(batches), step_size)
             ]
         )
     assert steps[0] == steps[1] == steps[2]
+
+
+def test_micro_batches_without_examples_are_empty_and_get_a_filler() -> None:
+    lengths = np.arange(5, 16)
+    batches = make_count_batches(lengths, batch_size=2, step_size=4, seed=1, epoch=0)
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1, 1, 1, 0]
+    sampled = list(BucketSampler(lengths, batch_size=2, step_size=4, seed=1))
+    assert sampled[:7] == [batch.tolist() for batch in batches[:7]]
+    assert sampled[7] == [Filler(batches[4][0])]  # of the first example of the step
 
 
 def test_seed_and_epoch_determine_the_order() -> None:

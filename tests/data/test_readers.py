@@ -20,11 +20,11 @@ from pyarrow import parquet
 
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import convert_record
+from t5tune.data.raw_records import RawRecord, parse_record
 from t5tune.data.readers import read_records
 from t5tune.data.records import (
     REJECTION_REASONS,
-    RejectedRecord,
+    Rejection,
     RejectionError,
     can_contain_forbidden,
     check_characters,
@@ -49,11 +49,13 @@ def make_record(question: str, answer: str = "Yes", **more: Any) -> str:
     return f'{{"conversations": {turns}{rest}}}'
 
 
-def read(
-    path: Path, limit: int = LIMIT, spool: Path | None = None, **reading: Any
-) -> list[Conversation | RejectedRecord]:
+def read_raw(path: Path, limit: int = LIMIT) -> list[RawRecord]:
+    return list(read_records(find_files([str(path)]), limit))
+
+
+def read(path: Path, **reading: Any) -> list[Conversation | Rejection]:
     chosen = ReadingSettings(**reading)
-    return [convert_record(record, chosen) for record in read_records(find_files([str(path)]), limit, spool)]
+    return [parse_record(record, chosen) for record in read_raw(path)]
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def outcomes(tmp_path: Path) -> Callable[..., tuple[list[str], list[str]]]:
         (tmp_path / name).write_bytes(data)
         records = read(tmp_path / name, **reading)
         accepted = [record.turns[0].text for record in records if isinstance(record, Conversation)]
-        rejected = [record.reason for record in records if isinstance(record, RejectedRecord)]
+        rejected = [record.reason for record in records if isinstance(record, Rejection)]
         assert len(accepted) + len(rejected) == len(records)
         assert set(rejected) <= set(REJECTION_REASONS)
         return accepted, rejected
@@ -285,7 +287,7 @@ def test_record_locations_are_correct(tmp_path: Path) -> None:
     }.items():
         data = text.encode()
         (tmp_path / name).write_bytes(data)
-        locations = [record.location for record in read(tmp_path / name)]
+        locations = [record.location for record in read_raw(tmp_path / name)]
         assert [location.index for location in locations] == list(range(6))
         for location, record in zip(locations, records, strict=True):
             assert data[location.offset :].startswith(record.encode())
@@ -314,7 +316,7 @@ def test_an_array_is_split_as_json_requires_wherever_chunks_end(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("t5tune.data.files.READ_CHUNK_BYTES", size)
         records = list(read_records([path], LIMIT))
-    assert [json.loads(record.data) for record in records] == values  # type: ignore[union-attr]
+    assert [json.loads(record.data) for record in records] == values  # type: ignore[arg-type]
 
 
 PIECES = [
@@ -348,20 +350,40 @@ def test_characters_are_checked_whenever_one_may_be_forbidden(text: str) -> None
     try:
         check_characters(parse_json(data))
     except RejectionError as error:
-        is_forbidden = error.reason != "not_json"
+        is_forbidden = error.rejection.reason != "not_json"
     else:
         is_forbidden = False
     assert can_contain_forbidden(data) or not is_forbidden
 
 
-def test_a_long_record_is_stored_in_full_without_being_kept_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk_size", [3, 4000, 1 << 20])
+def test_of_a_long_record_the_size_and_the_beginning_are_kept(
+    tmp_path: Path, chunk_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t5tune.data.files.READ_CHUNK_BYTES", chunk_size)
     long = make_record("é" * LIMIT + '\\"}],[')
-    for name, text in {"data.jsonl": f"{GOOD}\n{long}\n{GOOD}", "data.json": f"[{GOOD},{long},{GOOD}]"}.items():
+    row = f'"{"é" * LIMIT}\n""",x'
+    files = {
+        "data.jsonl": (f"{GOOD}\n{long}\n{GOOD}", long),
+        "data.json": (f"[{GOOD},{long},{GOOD}]", long),
+        "data.csv": (f"source,target\na,b\n{row}\nc,d\n", f"{row}\n"),
+    }
+    for name, (text, expected) in files.items():
         (tmp_path / name).write_text(text)
-        (tmp_path / f"spool-{name}").mkdir()
-        rejected = read(tmp_path / name, spool=tmp_path / f"spool-{name}")[1]
-        assert isinstance(rejected, RejectedRecord)
-        assert rejected.record.read_text() == long
+        before, rejected, after = read_raw(tmp_path / name)
+        size = len(expected.encode())
+        assert (before.parsed, after.parsed, rejected.data) == (None, None, expected[:1000])
+        assert rejected.parsed == Rejection("too_long", f"{size:,} bytes, more than max_record_bytes 10,000")
+        assert after.location.index == 2
+        assert text.encode()[after.location.offset :].startswith((GOOD.encode(), b"c,d"))
+
+
+def test_of_a_long_record_of_broken_characters_the_beginning_is_kept(tmp_path: Path) -> None:
+    long = b'{"source": "' + b"\xff\xe2\x82" * LIMIT + b'"}'
+    (tmp_path / "data.jsonl").write_bytes(long)
+    (record,) = read_raw(tmp_path / "data.jsonl")
+    assert isinstance(record.data, str)
+    assert record.data.encode(errors="surrogateescape") == long[:1000]
 
 
 # ---------------------------------------------------------------- formats
@@ -658,7 +680,7 @@ def test_standard_input_is_read(tmp_path: Path, pack: Callable[[bytes], bytes]) 
     assert json.loads(done.stdout)["examples"] == 3000
 
 
-def test_rejected_records_are_written_in_full_with_their_locations(tmp_path: Path) -> None:
+def test_rejected_records_are_written_with_their_locations(tmp_path: Path) -> None:
     bad = {"text": "é\ud800"}
     undecodable = make_record("caf\u00e9").encode("latin-1")
     long = make_record("x" * 500)
@@ -674,6 +696,7 @@ def test_rejected_records_are_written_in_full_with_their_locations(tmp_path: Pat
     assert lines[0]["record"] == bad
     assert lines[1]["record"] == "{"
     assert lines[2]["record"].encode(errors="surrogateescape") == undecodable
+    assert lines[3]["message"] == f"{len(long)} bytes, more than max_record_bytes 400"
     assert lines[3]["record"] == long
     for line in lines:
         assert line.keys() == {"file", "line", "index", "offset", "reason", "message", "record"}
@@ -708,7 +731,7 @@ BOMB = """
 import sys
 from pathlib import Path
 from t5tune.data.readers import read_records
-count = sum(1 for _ in read_records([Path(sys.argv[1])], 1 << 22, Path(sys.argv[2])))
+count = sum(1 for _ in read_records([Path(sys.argv[1])], 1 << 22))
 status = Path("/proc/self/status").read_text()
 print(count, int(status.split("VmHWM:")[1].split()[0]) // 1024)
 """
@@ -738,7 +761,7 @@ def test_large_and_compressed_garbage_needs_little_memory(
                 file.write(unit)
     else:
         path.write_bytes(unit)
-    done = subprocess.run([sys.executable, "-c", BOMB, path, tmp_path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", BOMB, path], capture_output=True, text=True)
     if name == "long.json.zst":
         assert "the array has no end" in done.stderr
         return

@@ -13,9 +13,9 @@ from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import convert_record
+from t5tune.data.raw_records import parse_record
 from t5tune.data.readers import read_records
-from t5tune.data.records import REJECTION_REASONS, RejectedRecord
+from t5tune.data.records import REJECTION_REASONS, Rejection
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
@@ -43,15 +43,15 @@ def write_lines(path: Path, *records: Any) -> Path:
     return path
 
 
-def read(path: Path, **reading: Any) -> list[Conversation | RejectedRecord]:
+def read(path: Path, **reading: Any) -> list[Conversation | Rejection]:
     settings = ReadingSettings(**reading)
-    return [convert_record(record, settings) for record in read_records(find_files([str(path)]), 10_000)]
+    return [parse_record(record, settings) for record in read_records(find_files([str(path)]), 10_000)]
 
 
 def outcomes(path: Path, **reading: Any) -> list[str | dict[str, int]]:
     """Return the outcome of each record: the reason why it is rejected, or its repairs."""
     records = read(path, **reading)
-    return [record.reason if isinstance(record, RejectedRecord) else dict(record.repairs) for record in records]
+    return [record.reason if isinstance(record, Rejection) else dict(record.repairs) for record in records]
 
 
 @pytest.fixture
@@ -212,9 +212,9 @@ def read_conversation(tmp_path: Path, *messages: Any, **reading: Any) -> Convers
     return record
 
 
-def read_rejected(tmp_path: Path, *messages: Any, **reading: Any) -> RejectedRecord:
+def read_rejected(tmp_path: Path, *messages: Any, **reading: Any) -> Rejection:
     (record,) = read(write_lines(tmp_path / "one.jsonl", {"messages": messages}), **reading)
-    assert isinstance(record, RejectedRecord), record
+    assert isinstance(record, Rejection), record
     return record
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from t5tune.data.encoding import Encoder, encode_batch
+from t5tune.data import encoders
+from t5tune.data.encoders import Beginning, Encoder
+from t5tune.data.encoding import encode_batch
 from t5tune.data.formats import Conversation, Turn
 from t5tune.data.records import RecordLocation
 from t5tune.data.templates import load_template, render_conversation
@@ -61,7 +63,7 @@ def make_encoder(bases: Path, name: str, add_tokens: str) -> tuple[Tokenizer, En
     folder = REPOSITORY / "t5tune" / "pocket" if name == "pocket" else bases / name
     plain = load_tokenizer(folder)
     tokenizer, *_ = extend_tokenizer(plain, [add_tokens], len(plain) + 28 if name == "mt5" else 1536)
-    return tokenizer, Encoder(tokenizer)
+    return tokenizer, encoders.make_encoder(tokenizer)
 
 
 @cache
@@ -90,7 +92,7 @@ def test_concatenated_turns_have_the_ids_of_the_whole_text_and_no_control_ids(
     tokenizer, encoder = make_encoder(bases, name, add_tokens)
     pieces = render_pieces(texts)
     (encoded,) = encode_batch([pieces], encoder, 4096)
-    (whole,) = encoder.encode(["".join(piece.text for piece in pieces)], [True])
+    (whole,) = encoder.encode([Beginning("".join(piece.text for piece in pieces))])
     assert encoded.ids.tolist() == whole.tolist()
     special_ids = set(tokenizer.convert_tokens_to_ids([*tokenizer.special_tokens])) - {tokenizer.unk_token_id}
     if name == "byt5":  # its sentinels follow the bytes
@@ -116,8 +118,8 @@ def test_ids_equal_those_of_the_saved_tokenizer(bases: Path, name: str, add_toke
 def test_characters_without_a_token_are_decoded_from_byte_tokens(bases: Path) -> None:
     for add_tokens in ("none", "auto"):
         tokenizer, encoder = make_encoder(bases, "mt5", add_tokens)
-        (ids,) = encoder.encode(["한 Ω 😀"], [True])
-        (written,) = encoder.encode(["a<0x0A>b"], [True])
+        (ids,) = encoder.encode([Beginning("한 Ω 😀")])
+        (written,) = encoder.encode([Beginning("a<0x0A>b")])
         assert tokenizer.backend.token_to_id("<0x0A>") not in written
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == load_saved(bases, "mt5", add_tokens).decode(ids) == "한 Ω 😀"

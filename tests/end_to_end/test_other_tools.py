@@ -13,11 +13,13 @@ import sentencepiece
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, TrainingError
-from t5tune.model.generation import generate
+from t5tune.merging.converted_size import estimate_converted_size
+from t5tune.model.generation import Decoding, generate
 from t5tune.model.load import load_base
 from t5tune.progress import Note
 from t5tune.settings import MergeSettings
@@ -200,6 +202,22 @@ def test_int8_is_smaller_and_reports_how_many_replies_are_the_same(untied_base: 
 
 
 @pytest.mark.usefixtures("ctranslate2")
+@pytest.mark.parametrize("quantization", [None, "int8", "int8_float16", "int16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_size_of_a_conversion_is_estimated_from_above(
+    tied: bool, dtype: torch.dtype, quantization: str | None, tmp_path: Path
+) -> None:
+    from t5tune.merging.ctranslate2 import convert
+
+    base = Checkpoint(make_base(tmp_path / "base", tied=tied, dtype=dtype))
+    convert(base.folder, tmp_path, quantization)
+    size = (tmp_path / "model.bin").stat().st_size
+    weights = {name: base.get_dtype_and_shape(name) for name in base.list_names()}
+    assert size <= estimate_converted_size(weights, quantization) < 1.2 * size
+
+
+@pytest.mark.usefixtures("ctranslate2")
 def test_a_conversion_with_different_replies_is_not_published(
     untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,7 +294,7 @@ def test_transformers_4_and_its_conversion_give_our_logits_and_replies_for_a_mer
     with torch.inference_mode():
         ours = model(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target), use_cache=False).logits
     torch.testing.assert_close(torch.tensor(found["logits"]), ours, rtol=0, atol=1e-5)
-    replies = [generate(model, [ids], 1, 0, max_new_tokens=12)[0] for ids in source]
+    replies = [generate(model, [ids], Decoding(1, 0, max_new_tokens=12))[0] for ids in source]
     assert [cut_at_end_token(reply) for reply in found["replies"]] == replies
     assert found["converted_replies"] == replies
 

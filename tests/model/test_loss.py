@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
 from t5tune.model import loss as loss_module
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
-from t5tune.model.loss import IGNORED_LABEL, HeadLoss, compute_summed_cross_entropy
+from t5tune.model.loss import IGNORED_LABEL, HeadWeights, compute_summed_cross_entropy
 from t5tune.settings.lora import LoraSettings
 
 TOKENS, VOCABULARY, WIDTH = 300, 97, 16
@@ -46,8 +47,8 @@ def test_loss_and_gradients_equal_those_of_torch_in_fp64(smoothing: float, rows:
     if smoothing:  # torch ignores the smoothed part of ignored labels, too, so the sums are comparable
         assert plain.isfinite()
     expected = torch.autograd.grad(plain * 0.37, leaves)
-    given = (row_values, torch.tensor(ROWS)) if rows else (None, None)
-    loss = compute_summed_cross_entropy(hidden, weight, labels, smoothing, *given)
+    head = HeadWeights(weight, row_values, torch.tensor(ROWS)) if rows else HeadWeights(weight)
+    loss = compute_summed_cross_entropy(hidden, labels, head, smoothing)
     found = torch.autograd.grad(loss * 0.37, leaves)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-13)
     for a, b in zip(found, expected, strict=True):
@@ -60,29 +61,42 @@ def test_losses_of_bf16_logits_are_summed_in_fp32() -> None:
         hidden.double() @ weight.double().T, labels, ignore_index=IGNORED_LABEL, reduction="sum"
     )
     in_bf16 = functional.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    loss = compute_summed_cross_entropy(hidden, weight, labels)
+    loss = compute_summed_cross_entropy(hidden, labels, HeadWeights(weight))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=2e-4)
     assert abs(in_bf16.item() - exact.item()) > 10 * abs(loss.item() - exact.item())
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_the_head_returns_the_loss_while_labels_are_set(kind: str, request: pytest.FixtureRequest) -> None:
+def test_the_model_returns_the_loss_when_asked_for_it(kind: str, request: pytest.FixtureRequest) -> None:
     """With trained token rows; the tied base scales the decoder's output."""
     base: Path = request.getfixturevalue(f"{kind}_base")
     model = load_base(base, torch.float32, torch.device("cpu"))
     model, _ = add_lora(model, base, LoraSettings(lora_dropout=0.0), [1500, 1501], torch.float32)
-    head_loss = HeadLoss(model, 0.0)
     inputs = {"input_ids": torch.tensor([[5, 1500, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 1501, 10]])}
     labels = torch.tensor([[1501, 10, 1500]])
     trained = [value for value in model.parameters() if value.requires_grad]
     logits = model(**inputs).logits
     plain = functional.cross_entropy(logits[0], labels[0], reduction="sum")
     expected = torch.autograd.grad(plain, trained, allow_unused=True)
-    with head_loss.replace_logits_with_sum(labels):
-        loss = model(**inputs).logits
+    loss = model(**inputs, labels=labels, reduction="sum")
     found = torch.autograd.grad(loss, trained, allow_unused=True)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_the_losses_of_a_head_trained_in_full_by_another_tool_are_those_of_the_trained_copy(untied_base: Path) -> None:
+    model = load_base(untied_base, torch.float32, torch.device("cpu"))
+    model = get_peft_model(model, LoraConfig(target_modules=["q"], modules_to_save=["lm_head"])).eval()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    inputs = {"input_ids": torch.tensor([[5, 9, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 11, 10]])}
+    labels = torch.tensor([[11, 10, 1]])
+    for _ in range(2):
+        with torch.no_grad():
+            logits = model(**inputs).logits
+            losses = model(**inputs, labels=labels, reduction="none")
+        torch.testing.assert_close(losses[0], functional.cross_entropy(logits[0], labels[0], reduction="none"))
+        model.base_model.disable_adapter_layers()  # then they are those of the base's head

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints import fingerprint, hash_cache
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_full_hash
-from t5tune.checkpoints.safetensors import Checkpoint
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, SettingsError, Stopped
 from t5tune.io.atomic import hash_file

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from t5tune.commands.train import train
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.progress import silent
+from t5tune.reports.metrics_log import MetricsLog, read_metrics
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings
-from t5tune.training.metrics_log import MetricsLog, read_metrics
 from tests.support.command_line import t5tune
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from t5tune import cli
+from t5tune.cli import command
 from t5tune.errors import SettingsError
 from t5tune.settings import (
     ChatSettings,
@@ -65,8 +66,8 @@ def run_command_line(
     for name in [name for name in os.environ if name.startswith("T5TUNE_")]:
         monkeypatch.delenv(name)
     received: list[Settings] = []
-    monkeypatch.setattr(cli, "_dispatch", lambda settings, report, *_: received.append(settings))
-    monkeypatch.setattr(cli, "_silence_libraries", lambda: None)
+    monkeypatch.setattr(command, "_call", lambda settings, output: received.append(settings) or 0)
+    monkeypatch.setattr(command, "_silence_libraries", lambda: None)
 
     def run(*arguments: str) -> tuple[Any, str]:
         received.clear()

@@ -51,7 +51,7 @@ def make_rows_adapter(base: Path, folder: Path) -> tuple[Path, torch.Tensor]:
     template.parent.mkdir()
     shutil.copy(TEMPLATES / "plain.yaml", template)
     folder.mkdir()
-    write_adapter(folder, state, AdapterMetadata(plain, base, template), non_lora={})
+    write_adapter(folder, state, AdapterMetadata(plain, base, template), with_non_lora_state=True)
     return folder, compute_logits(peft_model.eval())
 
 

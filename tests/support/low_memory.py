@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from t5tune.model.loss import HeadLoss
+from t5tune.model.loss import TargetLoss
 from t5tune.training import evaluation
 
 
@@ -15,7 +15,7 @@ def limit_memory(count: int, rank: int) -> None:
     if int(os.environ.get("RANK", "0")) != rank:
         return
     generate = evaluation.generate
-    replace_logits_with_losses = HeadLoss.replace_logits_with_losses
+    compute_losses = TargetLoss.forward
     live_batches: list[weakref.ref[torch.Tensor]] = []
 
     def check(examples: int) -> None:
@@ -29,9 +29,12 @@ def limit_memory(count: int, rank: int) -> None:
         check(len(sources))
         return generate(model, sources, *arguments, **options)
 
-    def compute_or_fail(self: HeadLoss, labels: torch.Tensor) -> Any:
-        check(int((labels == 1).sum()))  # each target has one EOS token
-        return replace_logits_with_losses(self, labels)
+    def compute_or_fail(
+        self: TargetLoss, hidden: Any, labels: torch.Tensor, head: Any, reduction: str, *rest: Any
+    ) -> Any:
+        if reduction == "none":  # evaluation
+            check(int((labels == 1).sum()))  # each target has one EOS token
+        return compute_losses(self, hidden, labels, head, reduction, *rest)
 
     evaluation.generate = generate_or_fail
-    HeadLoss.replace_logits_with_losses = compute_or_fail  # type: ignore[method-assign]
+    TargetLoss.forward = compute_or_fail  # type: ignore[method-assign]

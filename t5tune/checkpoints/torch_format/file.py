@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.checkpoints.tensors import NUMPY_DTYPES, FileRange, Tensor
+from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, MAX_DIMENSIONS, NUMPY_DTYPES, FileRange, Tensor
 from t5tune.checkpoints.torch_format.pickle import Function, InertClass, unpickle
 from t5tune.checkpoints.torch_format.zip import StoredZip
 from t5tune.errors import CheckpointError
@@ -33,18 +33,6 @@ STORAGE_DTYPES = {
     "BoolStorage": "BOOL",
     "UntypedStorage": "U8",
 }
-DTYPE_NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 # names in checkpoints of DeepSpeed and bitsandbytes whose objects aren't needed
 INERT_CLASSES = {
     ("_codecs", "encode"),
@@ -57,7 +45,6 @@ INERT_CLASSES = {
     ("torch", "device"),
     ("torch.nn.parameter", "Parameter"),
 }
-MAX_DIMENSIONS = 16
 MAX_EXPANDED_ELEMENTS = 1 << 20
 """Number of elements up to which a tensor may repeat the elements of a smaller storage (torch's `expand`)."""
 
@@ -102,6 +89,18 @@ def read_torch_file(path: Path) -> Any:
         raise CheckpointError(f"{path}: {str(error)[:200]}") from error
 
 
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the tensors in a torch file, by name.
+
+    Raises:
+        CheckpointError: as for `read_torch_file`, or the file contains something else.
+    """
+    state = read_torch_file(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: expected a state dict with tensors only")
+    return {str(name): value for name, value in state.items()}
+
+
 class _Reader:
     """Resolves the names and the storages that the pickle of one file refers to."""
 
@@ -113,8 +112,8 @@ class _Reader:
             return _FUNCTIONS[module, name]
         if module in {"torch", "torch.storage"} and name in STORAGE_DTYPES:
             return _StorageType(STORAGE_DTYPES[name])
-        if module == "torch" and name in DTYPE_NAMES:
-            return DTYPE_NAMES[name]
+        if module == "torch" and name in DTYPES_BY_TORCH_NAME:
+            return DTYPES_BY_TORCH_NAME[name]
         if (module, name) in INERT_CLASSES:
             return InertClass(name)
         raise CheckpointError(

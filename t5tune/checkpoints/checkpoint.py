@@ -1,0 +1,170 @@
+"""All tensors of a model's folder, whatever files contain them.
+
+These are one safetensors file, or several shards with `model.safetensors.index.json`, or the same with torch's .bin
+files.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.safetensors import SafetensorsFile
+from t5tune.checkpoints.tensors import FileRange, Tensor
+from t5tune.checkpoints.torch_format.file import read_state_dict
+from t5tune.errors import CheckpointError
+from t5tune.families import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from t5tune.file_names import ADAPTER_CONFIG_FILE, INDEX_SUFFIX, MODEL_BIN_FILE, MODEL_FILE
+from t5tune.io.untrusted import has_file, is_file_name, read_json_object
+
+WEIGHTS_FILES = {".safetensors": MODEL_FILE, ".bin": MODEL_BIN_FILE}  # suffix -> a model's file
+UNSUPPORTED_SUFFIXES = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".pth", ".pt", ".npz"}
+
+
+class Checkpoint:
+    """All tensors of a model folder by name, whatever files contain them."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder's weight files and check them against the index.
+
+        Raises:
+            CheckpointError: there are no weights, a file can't be trusted, or the index doesn't match the files.
+        """
+        self.folder = folder
+        self.files: list[SafetensorsFile] = []
+        self.shards: list[tuple[Path, list[str]]] = []
+        """Each weight file with the names of its tensors, in the order of their bytes."""
+        self._files_by_name: dict[str, SafetensorsFile] = {}
+        self._torch_tensors: dict[str, Tensor] = {}
+        self.index, weight_map, paths = _find_weight_files(folder)
+        for path in paths:
+            if path.suffix == ".safetensors":
+                file = SafetensorsFile(path)
+                self.files.append(file)
+                entries = file.entries
+                names = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
+            else:
+                torch_tensors = read_state_dict(path)
+                names = list(torch_tensors)
+            if duplicates := [name for name in names if name in self]:
+                raise CheckpointError(f"{path}: {duplicates[0]}: is also in another file of this checkpoint")
+            if path.suffix == ".safetensors":
+                self._files_by_name |= dict.fromkeys(names, file)
+            else:
+                self._torch_tensors |= torch_tensors
+            self.shards.append((path, names))
+        found = {name: path.name for path, names in self.shards for name in names}
+        for name, file_name in weight_map.items():
+            if found.get(name) != file_name:
+                raise CheckpointError(f"{self.index}: {name}: is not in {file_name}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files_by_name or name in self._torch_tensors
+
+    def list_names(self) -> list[str]:
+        """List the tensors' names, file by file."""
+        return [*self._files_by_name, *self._torch_tensors]
+
+    def get_dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return a tensor's dtype and shape without mapping it."""
+        entry = self._files_by_name[name].entries[name] if name in self._files_by_name else self._torch_tensors[name]
+        return entry.dtype, entry.shape
+
+    def get_file_range(self, name: str) -> FileRange | None:
+        """Return where the tensor's bytes are; None if they aren't contiguous."""
+        if name in self._files_by_name:
+            return FileRange(self._files_by_name[name].path, self._files_by_name[name].entries[name].begin)
+        return self._torch_tensors[name].file_range
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return the tensor as a view of a mapped file."""
+        return self._files_by_name[name].get_tensor(name) if name in self._files_by_name else self._torch_tensors[name]
+
+    def is_tied(self) -> bool:
+        """Whether the output head is tied to the embedding, as the weights show.
+
+        config.json isn't reliable: transformers 5 writes `tie_word_embeddings: true` for any T5, whatever its weights.
+        """
+        if HEAD_WEIGHT not in self:
+            return True
+        if EMBEDDING_WEIGHT not in self:
+            raise CheckpointError(f"{self.folder}: {EMBEDDING_WEIGHT}: missing from the weights")
+        return _are_equal(self.get_tensor(HEAD_WEIGHT), self.get_tensor(EMBEDDING_WEIGHT))
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    pairs = zip(first.iter_blocks(), second.iter_blocks(), strict=True)
+    return all(np.array_equal(a.array, b.array, equal_nan=True) for (_, a), (_, b) in pairs)
+
+
+def _find_weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[Path]]:
+    """Find (the index or None, its map of tensor names to files, the files with the weights)."""
+    for name in WEIGHTS_FILES.values():
+        # a single file takes precedence over an index, as in transformers
+        if has_file(folder, name):
+            return None, {}, [folder / name]
+        if has_file(folder, index := f"{name}{INDEX_SUFFIX}"):
+            weight_map = _read_weight_map(folder, index)
+            return folder / index, weight_map, _resolve_indexed_files(folder / index, weight_map)
+    raise _explain_missing_weights(folder)
+
+
+def _explain_missing_weights(folder: Path) -> CheckpointError:
+    """Return an error that says what the folder contains instead of a model's weights."""
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        name = _read_base_name(folder)
+        hint = f"give its base instead: {name}" if name else "give the base that the adapter was trained on"
+        return CheckpointError(f"{folder}: is an adapter, not a base", hint)
+    problem = f"{folder}: no weights ({' or '.join(WEIGHTS_FILES.values())}"
+    names = sorted(path.name for path in folder.glob("*") if path.name != "training_args.bin")
+    if misnamed := [name for name in names if Path(name).suffix in WEIGHTS_FILES]:
+        expected = WEIGHTS_FILES[Path(misnamed[0]).suffix]
+        return CheckpointError(
+            f"{problem}, or their {INDEX_SUFFIX} and its shards); found {misnamed[0]}",
+            hint=f"if it contains the whole model, rename it to {expected}; shards need {expected}{INDEX_SUFFIX}",
+        )
+    if unsupported := [name for name in names if Path(name).suffix in UNSUPPORTED_SUFFIXES]:
+        return CheckpointError(
+            f"{problem}); the format of {unsupported[0]} isn't supported",
+            hint="load the model with transformers and save it as safetensors",
+        )
+    return CheckpointError(
+        f"{problem})", hint="give a folder that save_pretrained wrote, or the name of a model on the Hub"
+    )
+
+
+def _read_base_name(adapter: Path) -> str | None:
+    """Read the name of an adapter's base; None if adapter_config.json has none or can't be used."""
+    try:
+        return read_adapter_config(adapter).get("base_model_name_or_path") or None
+    except CheckpointError:
+        return None
+
+
+def _read_weight_map(folder: Path, name: str) -> dict[str, str]:
+    weight_map = read_json_object(folder, name).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise CheckpointError(
+            f"{folder / name}: not an index of weights: expected a weight_map from tensor names to files"
+        )
+    return weight_map
+
+
+def _resolve_indexed_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    suffix = Path(index.name.removesuffix(INDEX_SUFFIX)).suffix
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not is_file_name(name):
+            raise CheckpointError(f"{index}: {name!r}: points outside the folder")
+        if not name.endswith(suffix):
+            raise CheckpointError(f"{index}: {name!r}: expected a file that ends in {suffix}")
+        if not has_file(index.parent, name):
+            raise CheckpointError(f"{index.parent / name}: missing, but listed in {index.name}")
+    return [index.parent / name for name in names]

@@ -1,0 +1,112 @@
+"""Run a command: parse its arguments, load its settings, and call it."""
+
+import importlib
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from t5tune.cli.arguments import parse_arguments
+from t5tune.cli.failures import Unexpected, to_t5tune_error
+from t5tune.cli.output import Output, reserve_stdout
+from t5tune.distributed.signals import handle_signals
+from t5tune.distributed.world import World
+from t5tune.errors import SettingsError
+from t5tune.model.device import limit_openmp_spinning
+from t5tune.progress import Note
+from t5tune.settings import COMMANDS, Settings, TrainSettings, load_settings
+
+# Each of these has a module in this package, whose `run(settings, output)` returns the exit code. For the others, the
+# function in t5tune/commands is called and its result shown.
+COMMANDS_WITH_MODULE = {"train", "chat", "inspect", "plan", "doctor", "templates", "schema"}
+
+
+def run_command(command: str, arguments: list[str]) -> int:
+    """Run a command, and show its result or its error. Return the exit code."""
+    model = next(model for model in COMMANDS if model.command == command)
+    parsed = parse_arguments(arguments, model)
+    if not parsed.debug:
+        _silence_libraries()
+    limit_openmp_spinning()
+    world = _read_world()
+    with reserve_stdout() as stream:
+        shows_paths = world.rank == 0 and not world.is_run_set_up
+        output = Output(stream, parsed.json, parsed.quiet or world.rank > 0, parsed.debug, shows_paths)
+        try:
+            settings, notes = load_settings(model, parsed.config, os.environ, parsed.values, parsed.problems)
+            for note in notes:
+                output.report(Note(note))
+            return _call(settings, output)
+        except KeyboardInterrupt as interrupt:
+            return output.fail(interrupt)
+        except Exception as error:
+            return _report_to_launcher(error) if world.is_run_set_up else output.fail(error)
+        finally:
+            output.close_screen()
+
+
+def _silence_libraries() -> None:
+    """Hide warnings and log messages that libraries address to developers; --debug shows them."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise C++ stack traces appear if a rank is lost
+    for library in ("bitsandbytes", "accelerate"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _read_world() -> World:
+    """Read the rank from the environment. `train` reports invalid variables itself; other commands don't need them."""
+    try:
+        return World.from_environment()
+    except SettingsError:
+        return World()
+
+
+def _call(settings: Settings, output: Output) -> int:
+    command = settings.command
+    if command == "merge":
+        # its matrix products are small: more BLAS threads would only wait for each other and use memory
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    trains = isinstance(settings, TrainSettings) and not settings.dry_run
+    # before the command is imported: that takes seconds, in which a signal may arrive
+    with handle_signals() if trains else _interrupt_on_signals():
+        if command in COMMANDS_WITH_MODULE:
+            exit_code: int = importlib.import_module(f"t5tune.cli.{command}").run(settings, output)
+            return exit_code
+        function = getattr(importlib.import_module(f"t5tune.commands.{command}"), command)
+        output.show(function(settings, output.report))
+        return 0
+
+
+@contextmanager
+def _interrupt_on_signals() -> Iterator[None]:
+    """Handle SIGTERM and SIGHUP as Ctrl-C is handled, so that temporary files are deleted."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    # under nohup SIGHUP is ignored, and stays so
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _report_to_launcher(error: Exception) -> int:
+    """Pass the error of a worker that `--num-processes` started to the launching process, which shows it."""
+    from t5tune.distributed.launcher import write_error
+
+    known = to_t5tune_error(error)
+    write_error(error if isinstance(known, Unexpected) else known)
+    return known.exit_code

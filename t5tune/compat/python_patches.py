@@ -1,0 +1,20 @@
+"""Patches of Python itself, each undone at the end of its block."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def hide_unraisable(kind: type[BaseException]) -> Iterator[None]:
+    """Keep Python from printing exceptions of this kind that are raised where it ignores them.
+
+    A signal handler may raise within `__del__` or a weakref's callback. Python prints a traceback of such an exception
+    and continues (https://docs.python.org/3/library/sys.html#sys.unraisablehook).
+    """
+    print_unraisable = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if found.exc_type is kind else print_unraisable(found)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = print_unraisable

@@ -1,0 +1,93 @@
+"""Records as they were read from a file, and their conversion to conversations.
+
+record = RawRecord(location, b'{"source": "Hi", "target": "Hello."}', size=36)
+parse_record(record, ReadingSettings())
+# Conversation(location, None, (Turn("human", "Hi"), Turn("assistant", "Hello.")))
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from t5tune.data.formats import Conversation, parse_conversation
+from t5tune.data.records import (
+    RecordLocation,
+    Rejection,
+    RejectionError,
+    can_contain_forbidden,
+    check_characters,
+    parse_json,
+)
+from t5tune.errors import DataError
+from t5tune.settings.data import ReadingSettings
+
+MAX_KEPT_CHARACTERS = 1000  # of a record that is too long
+MAX_KEPT_BYTES = 4 * MAX_KEPT_CHARACTERS  # they contain at least as many characters of UTF-8
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """A record as it was read.
+
+    Args:
+        data: the bytes of its JSON, or a row of a table; of a record that is too long only the beginning, as text;
+            empty if `parsed` takes its place.
+        size: approximate size in bytes; 0 if the record is too long.
+        in_array: whether it is an element of a JSON array.
+        repairs: (kind, count) of what the reader repaired.
+        parsed: the record's conversation or its rejection; None if it isn't parsed yet.
+    """
+
+    location: RecordLocation
+    data: bytes | str | dict[str, Any] | list[str]
+    size: int
+    in_array: bool = False
+    repairs: tuple[tuple[str, int], ...] = ()
+    parsed: Conversation | Rejection | None = None
+
+
+def make_too_long_record(location: RecordLocation, beginning: bytes, size: int, max_bytes: int) -> RawRecord:
+    """Make the record for one that is longer than max_record_bytes.
+
+    Args:
+        beginning: at least its first MAX_KEPT_BYTES bytes; bytes that aren't UTF-8 become lone surrogates.
+        size: its size in bytes.
+    """
+    text = beginning[:MAX_KEPT_BYTES].decode(errors="surrogateescape")[:MAX_KEPT_CHARACTERS]
+    rejection = Rejection("too_long", f"{size:,} bytes, more than max_record_bytes {max_bytes:,}")
+    return RawRecord(location, text, 0, parsed=rejection)
+
+
+def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | Rejection:
+    """Convert a record to a conversation, or reject it; repairs that were made while reading are counted too.
+
+    Raises:
+        DataError: an array element is not valid JSON, so the start of the next element is unknown.
+    """
+    if record.parsed is not None:
+        return record.parsed
+    try:
+        value = _parse_value(record)
+        if not isinstance(record.data, bytes) or can_contain_forbidden(record.data):
+            check_characters(value)
+        conversation = parse_conversation(value, record.location, reading)
+    except RejectionError as error:
+        # in a table, a lone surrogate represents an invalid byte
+        if error.rejection.reason == "lone_surrogate" and not isinstance(record.data, bytes):
+            return Rejection("invalid_utf8", f"a cell with bytes that are not UTF-8 ({error})")
+        return error.rejection
+    if not record.repairs:
+        return conversation
+    return replace(conversation, repairs=Counter(conversation.repairs) + Counter(dict(record.repairs)))
+
+
+def _parse_value(record: RawRecord) -> Any:
+    if not isinstance(record.data, bytes):
+        return record.data
+    try:
+        return parse_json(record.data)
+    except RejectionError as error:
+        if record.in_array and error.rejection.reason == "not_json":
+            location = record.location
+            raise DataError(f"{location.file}:{location.line}: record {location.index}: {error}") from None
+        raise

@@ -1,0 +1,33 @@
+"""Names of files and folders that several modules read or write, or that other programs define."""
+
+# a model's folder, as transformers writes it
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+MODEL_FILE = "model.safetensors"
+MODEL_BIN_FILE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"  # of the map from tensors to shards: model.safetensors.index.json
+MODEL_CARD_FILE = "README.md"
+
+# a tokenizer
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
+
+# an adapter's folder, as PEFT writes it, and what t5tune adds
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_BIN_FILE = "adapter_model.bin"
+NON_LORA_FILE = "non_lora_state.safetensors"
+TEMPLATE_FILE = "template.yaml"
+TRAINING_DATA_FILE = "training_data.json"
+
+# a token cache
+CACHE_MANIFEST_FILE = "manifest.json"
+
+# a run's folder, and its checkpoints
+RUN_CACHE_FOLDER = "data"
+SETTINGS_FILE = "settings.yaml"
+RESULT_FILE = "result.json"
+CHECKPOINT_MANIFEST_FILE = "t5tune_manifest.json"
+TRAINER_STATE_FILE = "trainer_state.json"

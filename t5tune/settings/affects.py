@@ -1,0 +1,65 @@
+"""What another value of a setting affects: each option of prepare and train declares it next to its type.
+
+lora_r: Annotated[int, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(default=8, …)
+
+select_settings(TrainSettings, Affects.ADAPTER_SCALE)   # ["lora_r", "lora_alpha", "use_dora", "use_rslora"]
+"""
+
+from enum import Flag, auto
+
+from t5tune.settings.fields import Settings
+
+
+class Affects(Flag):
+    """What another value of a setting affects, and so which code compares, copies or saves the setting.
+
+    Most options affect EXAMPLES, WEIGHTS or NOTHING. Members are combined with `|`.
+    """
+
+    NOTHING = 0
+    """Nothing below. (The batch, the ranks and the ZeRO stage are compared as computed by training/resume_guard.py.)"""
+
+    CACHE = auto()
+    """The token cache: prepare makes another one (commands/prepare.py). train takes the value from an existing cache
+    (training/run_folder.py), unless the setting affects STEPS too: then train applies its own value to the cache."""
+
+    STEPS = auto()
+    """The training steps: another value is refused when a run is resumed (training/resume_guard.py)."""
+
+    FINAL_WEIGHTS = auto()
+    """The weights of a finished run: another value is refused for it (training/resume_guard.py). For resuming, STEPS
+    and the hashes of data, base and adapter are compared."""
+
+    EXAMPLES = CACHE | FINAL_WEIGHTS
+    """The training examples: what most options for reading data affect."""
+
+    WEIGHTS = STEPS | FINAL_WEIGHTS
+    """The trained weights: what most options for training affect."""
+
+    INPUT_FILES = auto()
+    """The files that are read: two spellings of the same path are the same value (training/resume_guard.py)."""
+
+    ADAPTER_SCALE = auto()
+    """The adapter's scale or variant: an initial `adapter` must have been trained with the same (model/lora.py)."""
+
+    EVALUATION = auto()
+    """The evaluation during training, for which there must be held-out examples (training/validate.py)."""
+
+    TRAINER = auto()
+    """The argument of the same name of Hugging Face's Trainer (training/arguments.py)."""
+
+    INFERENCE = auto()
+    """How the model is used: the value is stored in training_data.json, and evaluate and chat take it from there
+    (checkpoints/training_data.py)."""
+
+    THIS_CALL = auto()
+    """Only this call: settings.yaml in the run folder gets the default value (training/run_folder.py)."""
+
+
+def select_settings(model: type[Settings], affects: Affects) -> list[str]:
+    """Select the settings of a command that affect all of `affects`, in the order in which they are declared."""
+    return [
+        name
+        for name, field in model.model_fields.items()
+        if any(affects in declared for declared in field.metadata if isinstance(declared, Affects))
+    ]

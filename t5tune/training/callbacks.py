@@ -1,0 +1,102 @@
+"""The Trainer's callbacks: reporting progress, and deciding when to log, save, evaluate and stop."""
+
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+from t5tune.progress import Advanced, Finished, Measured, Report, Started
+from t5tune.reports.metrics_log import MetricsLog
+
+TRAIN_TASK = "train"
+REPORTED_METRICS = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad norm",
+    "tokens_per_second": "tokens/s",
+    "eval_loss": "eval loss",
+    "eval_exact_match": "exact match",
+    "eval_rougeL": "rougeL",
+}
+
+
+class ReportProgress(TrainerCallback):  # type: ignore[misc]
+    """Reports progress events, and writes heartbeats to metrics.jsonl while nothing else is logged."""
+
+    def __init__(self, report: Report, metrics_log: MetricsLog | None) -> None:
+        self.report = report
+        self.metrics_log = metrics_log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.report(Started(TRAIN_TASK, state.max_steps, "steps"))
+        self.report(Advanced(TRAIN_TASK, state.global_step))
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.metrics_log is not None:
+            self.metrics_log.write_heartbeat(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.report(Advanced(TRAIN_TASK, state.global_step))
+        self.on_substep_end(args, state, control)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        values = {REPORTED_METRICS[name]: float(value) for name, value in logs.items() if name in REPORTED_METRICS}
+        if values:
+            self.report(Measured(TRAIN_TASK, state.global_step, values))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.report(Finished(TRAIN_TASK))
+
+
+class _Trainer(Protocol):
+    """What the callbacks use of T5Trainer."""
+
+    parts: Any
+    is_stopped: bool
+
+    def catch_up(self, steps_per_epoch: int) -> None: ...
+
+    def is_stop_requested(self) -> bool: ...
+
+
+class TrainingFlow(TrainerCallback):  # type: ignore[misc]
+    """Decides after each step and epoch whether to log, save, evaluate and stop."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self.trainer = trainer
+        self._evaluated_step: int | None = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # the Trainer fails to do this when it resumes on several ranks: accelerate then wraps the sampler in more
+        # layers than the Trainer looks through
+        self.trainer.parts.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if state.global_step >= state.max_steps:
+            # the Trainer logs before it saves, so the checkpoint's history includes this line of metrics
+            control.should_log = control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
+        if self.trainer.is_stop_requested():  # save and stop, without evaluating first
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._evaluated_step = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Keep a step from being evaluated twice. The Trainer also calls this when training stops within an epoch."""
+        control.should_evaluate &= self._evaluated_step != state.global_step
+        control.should_log |= control.should_training_stop  # early stopping may come between two logging steps
+        if self.trainer.is_stopped:
+            control.should_log = control.should_save = control.should_evaluate = False
+        return control
+
+
+class CatchUp(TrainerCallback):  # type: ignore[misc]
+    """Calls `catch_up`. Must be the last callback: it may evaluate and save, for which the others must have begun."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        self.trainer.catch_up(-(-len(train_dataloader) // args.gradient_accumulation_steps))

@@ -1,0 +1,147 @@
+"""Save checkpoints together: every rank writes its files to a staging folder, and rank 0 publishes it if all succeeded.
+
+    publisher = CheckpointPublisher(run_folder, run_identity, keep=2, report=report)
+    publisher.save(step, best_step, write)      # write() puts the files under publisher.staging
+
+If one rank fails, all ranks raise, and the checkpoints that exist already are kept (see training/checkpoint.py).
+"""
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from t5tune.compat.torch_patches import collect_save_errors
+from t5tune.distributed.collectives import all_gather, broadcast_from_rank_0, get_rank_and_size
+from t5tune.errors import CheckpointError, T5TuneError, TrainingError, WriteError
+from t5tune.progress import Note, Report
+from t5tune.training.checkpoint import (
+    STAGING_PREFIX,
+    count_bytes,
+    list_checkpoints,
+    publish,
+    read_evaluation,
+    rotate,
+    write_evaluation,
+)
+
+RESUME_HINT = "the same command resumes from it"
+
+
+class CheckpointPublisher:
+    """Publishes the checkpoints of a run, and rotates them.
+
+    Args:
+        run_identity: the configuration that the run depends on (see training/resume_guard.py).
+        keep: number of checkpoints to keep in addition to the best one; None: all.
+
+    Attributes:
+        last_step: step of the newest checkpoint; None before the first.
+        staging: while a checkpoint is saved, the folder that receives it in place of the run folder.
+        rotates: whether to delete old checkpoints after a save; False while the step's evaluation may change the best.
+    """
+
+    def __init__(self, run_folder: Path, run_identity: dict[str, Any], keep: int | None, report: Report) -> None:
+        self.run_folder = run_folder
+        self.run_identity = run_identity
+        self.keep = keep
+        self.report = report
+        self.last_step: int | None = None
+        self.staging: Path | None = None
+        self.rotates = True
+        self._failures: list[Exception] = []
+        self._rank, self._num_ranks = get_rank_and_size()
+
+    def save(self, step: int, best: int | None, write: Callable[[], None]) -> None:
+        """Save the checkpoint of a step, unless it exists. Call on every rank.
+
+        Raises:
+            TrainingError: a rank couldn't write its files; names the rank, the reason and the free disk space.
+        """
+        if self.last_step == step:
+            return
+        staging = self.run_folder / f"{STAGING_PREFIX}{broadcast_from_rank_0(uuid.uuid4().hex[:8])}"
+        try:
+            self._raise_if_any_rank_failed(self._write_staged(staging, step, write), step)
+            self._raise_if_any_rank_failed(self._publish_staged(staging, step, best) if self._rank == 0 else None, step)
+        finally:
+            if self._rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.last_step = step
+
+    @contextmanager
+    def collect_error(self) -> Iterator[None]:
+        """Keep an error in writing a file until all ranks have written theirs: they may wait for this rank's shards."""
+        try:
+            yield
+        except (OSError, T5TuneError) as error:
+            self._failures.append(error)
+
+    def save_evaluation(self, step: int, best: int | None, line: dict[str, Any] | None) -> None:
+        """Add an evaluation to its step's checkpoint, which was saved before it, and rotate the checkpoints."""
+        if self._rank != 0:
+            return
+        if line is not None:
+            try:
+                write_evaluation(self.run_folder / f"checkpoint-{step}", line)
+            except (WriteError, OSError) as error:
+                self.report(Note(f"{_describe_error(error)}; a resumed run will repeat this evaluation", warning=True))
+        rotate(self.run_folder, self.keep, best)
+
+    def read_evaluation(self, step: int) -> dict[str, Any] | None:
+        """Read the evaluation that was added to the checkpoint of a step, if there is one. Call on every rank."""
+        folder = self.run_folder / f"checkpoint-{step}"
+        return broadcast_from_rank_0(read_evaluation(folder) if self._rank == 0 else None)
+
+    def _write_staged(self, staging: Path, step: int, write: Callable[[], None]) -> Exception | None:
+        """Write this rank's files. Return the first error in writing a file, or None.
+
+        Raises:
+            TrainingError: saving was aborted; other ranks may be waiting in a collective that this rank won't reach.
+        """
+        self.staging = staging
+        try:
+            with collect_save_errors() as self._failures:
+                staging.mkdir(exist_ok=True)
+                write()
+        except OSError as error:
+            raise self._make_error(step, _describe_error(error)) from error
+        finally:
+            self.staging = None
+        return self._failures[0] if self._failures else None
+
+    def _publish_staged(self, staging: Path, step: int, best: int | None) -> Exception | None:
+        try:
+            publish(staging / f"checkpoint-{step}", self.run_folder, step, self._num_ranks, self.run_identity)
+            if self.rotates:
+                rotate(self.run_folder, self.keep, best)
+        except (OSError, CheckpointError, WriteError) as error:
+            return error
+        return None
+
+    def _raise_if_any_rank_failed(self, failure: Exception | None, step: int) -> None:
+        """Exchange errors with all ranks. If one rank has failed, all ranks raise a TrainingError."""
+        reasons = all_gather(None if failure is None else _describe_error(failure))
+        failed = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
+        if failed is None:
+            return
+        where = f"rank {failed}: " if self._num_ranks > 1 else ""
+        raise self._make_error(step, f"{where}{reasons[failed]}") from failure
+
+    def _make_error(self, step: int, reason: str) -> TrainingError:
+        kept = list_checkpoints(self.run_folder)
+        needed = f"; a checkpoint takes {count_bytes(kept[0]):,} bytes" if kept else ""
+        space = f"{shutil.disk_usage(self.run_folder).free:,} bytes are free{needed}"
+        return TrainingError(
+            f"{self.run_folder / f'checkpoint-{step}'} couldn't be written: {reason} ({space})",
+            hint=f"the last checkpoint, {kept[0]}, is complete; {RESUME_HINT}"
+            if kept
+            else "there is no earlier checkpoint; the same command starts from the beginning",
+        )
+
+
+def _describe_error(error: Exception) -> str:
+    """Join an error's message to one line."""
+    return " ".join(str(error).split())

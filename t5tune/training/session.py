@@ -1,0 +1,216 @@
+"""One rank's part in a run: load the data and the model, train, and finish the run folder.
+
+result = run_training(Session(settings, run, world, device, stop, report))
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from t5tune.checkpoints.base import find_base
+from t5tune.checkpoints.model_card import format_outcome_lines
+from t5tune.checkpoints.model_folder import is_trained_file
+from t5tune.data.cache import Cache
+from t5tune.data.templates import Template, parse_template
+from t5tune.data.tokenizer import Tokenizer, load_tokenizer
+from t5tune.distributed.collectives import barrier, run_on_rank_0
+from t5tune.distributed.signals import StopRequest
+from t5tune.distributed.world import World
+from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAINER_STATE_FILE
+from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
+from t5tune.io.yaml_file import read_yaml
+from t5tune.model.device import get_peak_memory
+from t5tune.progress import Note, Report
+from t5tune.reports.run_page import write_run_report
+from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.training.arguments import choose_best_metric, make_training_arguments
+from t5tune.training.batches import PackedCollator, PaddedCollator, make_sampler
+from t5tune.training.build_model import BuiltModel, build_model
+from t5tune.training.disk_space import check_disk_space, estimate_checkpoint_bytes
+from t5tune.training.evaluation import GenerationScorer, select_evenly
+from t5tune.training.non_finite import NonFiniteGuard
+from t5tune.training.publisher import RESUME_HINT, CheckpointPublisher
+from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
+from t5tune.training.sample_predictions import SamplePredictions
+from t5tune.training.trainer import T5Trainer, TrainerParts
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one rank needs to take part in a run."""
+
+    settings: TrainSettings
+    run: Run
+    world: World
+    device: torch.device
+    stop: StopRequest
+    report: Report
+
+
+def run_training(session: Session) -> TrainResult:
+    """Train from the start or the newest checkpoint, and finish the run. Every rank calls this.
+
+    Raises:
+        Stopped: a signal asked to stop; the progress so far is saved in a checkpoint.
+    """
+    started = time.monotonic()
+    settings, run = session.settings, session.run
+    loaded, trainer, samples = _build_trainer(session)
+    trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)
+    training_seconds = trainer.totals.measure_seconds()
+    if trainer.is_stopped:
+        checkpoint = run.folder / f"checkpoint-{trainer.state.global_step}"
+        raise session.stop.make_error(f"; progress saved to {checkpoint}", hint=RESUME_HINT)
+    if samples is not None:
+        samples.finish(trainer.model, trainer.is_world_process_zero())
+    tokens = trainer.totals.count_tokens()
+    best = trainer.state.best_global_step if choose_best_metric(settings) else None
+    if best is not None:
+        metric = f"{choose_best_metric(settings)} {trainer.state.best_metric:.4g}"
+        session.report(Note(f"the adapter is from the best step, {best}: {metric}"))
+    result = TrainResult(
+        run=run.folder,
+        adapter=run.folder,
+        steps=trainer.state.global_step,
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        train_loss=trainer.compute_mean_loss(),
+        eval=_get_evaluation_metrics(trainer.state, best),
+        examples=len(loaded.cache),
+        tokens=tokens,
+        tokens_per_second=round(tokens / max(training_seconds, 1e-9), 1),
+        trainable_parameters=loaded.built.trainable,
+        total_parameters=loaded.built.total,
+        peak_memory_bytes=get_peak_memory(session.device),
+        world_size=session.world.size,
+        resumed_from=loaded.resume,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    last = best or result.steps
+    run_on_rank_0(session.world, lambda: _finish_run(run, settings, loaded.cache, trainer.state, result, last))
+    barrier()
+    return result
+
+
+@dataclass(frozen=True)
+class _LoadedRun:
+    """The data and the model of a run, ready to start training or to resume from the checkpoint `resume`.
+
+    Args:
+        run_identity: the configuration that the run depends on, for its checkpoints.
+        deepspeed: the DeepSpeed config, if there is one.
+    """
+
+    cache: Cache
+    held_out: Cache | None
+    tokenizer: Tokenizer
+    template: Template
+    built: BuiltModel
+    run_identity: dict[str, Any]
+    deepspeed: dict[str, Any] | None
+    resume: Path | None
+
+
+def _load_data_and_model(session: Session) -> _LoadedRun:
+    settings, run, world, report = session.settings, session.run, session.world, session.report
+    cache, held_out = open_data(settings, run)
+    base = find_base(settings)
+    base_metadata, run_identity, resume = run_on_rank_0(
+        world, lambda: start_or_resume_run(settings, run, cache, base, world, report)
+    )
+    tokenizer = load_tokenizer(cache.tokenizer_folder)
+    template = parse_template(read_yaml(cache.folder / TEMPLATE_FILE), cache.folder / TEMPLATE_FILE)
+    deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
+    set_seed(settings.seed)
+    built = build_model(settings, base, base_metadata, cache, deepspeed, session.device, report)
+    share = f"{built.trainable:,} of {built.total:,} ({built.trainable / built.total:.1%})"
+    processes = f"{world.size} × {session.device.type}"
+    report(Note(f"trainable parameters: {share}; {len(cache):,} examples; {processes}"))
+    return _LoadedRun(cache, held_out, tokenizer, template, built, run_identity, deepspeed, resume)
+
+
+def _make_trainer(session: Session, loaded: _LoadedRun) -> T5Trainer:
+    settings, report, built, folder = session.settings, session.report, loaded.built, session.run.folder
+    evaluates = loaded.held_out is not None
+    args = make_training_arguments(settings, loaded.deepspeed, evaluates, session.world, session.device, report)
+    start_id, pad_id = built.model.config.decoder_start_token_id, loaded.tokenizer.pad_token_id
+    count, skips = settings.eval_generate, settings.on_non_finite == "skip"
+    parts = TrainerParts(
+        examples=loaded.cache,
+        held_out=loaded.held_out,
+        sampler=make_sampler(settings, loaded.cache, built.is_packed, session.world.size, settings.seed),
+        collator=PackedCollator(start_id) if built.is_packed else PaddedCollator(pad_id, start_id),
+        weights=built.weights,
+        publisher=CheckpointPublisher(folder, loaded.run_identity, settings.save_total_limit, report),
+        non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
+        stop=session.stop,
+        scorer=GenerationScorer(loaded.tokenizer, loaded.template.answer_suffix, count) if count else None,
+        label_smoothing=settings.label_smoothing_factor,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        patience=settings.early_stopping_patience,
+        report=report,
+    )
+    return T5Trainer(built.model, args, parts)
+
+
+def _check_space_for_checkpoints(session: Session, loaded: _LoadedRun) -> None:
+
+    with_deepspeed = loaded.deepspeed is not None
+    size = estimate_checkpoint_bytes(loaded.built.trainable, with_deepspeed, loaded.cache.tokenizer_folder)
+    limit = session.settings.save_total_limit or 1
+    run_on_rank_0(session.world, lambda: check_disk_space(session.run.folder, size, limit, session.report))
+
+
+def _build_trainer(session: Session) -> tuple[_LoadedRun, T5Trainer, SamplePredictions | None]:
+    """Load the data and the model. Return them, the trainer, and the callback for sample predictions or None."""
+    stop, world = session.stop, session.world
+    # a single process may exit at once while it loads; a rank must not leave the others waiting in a collective
+    with stop.interruptible() if world.size == 1 else nullcontext():
+        loaded = _load_data_and_model(session)
+        trainer = _make_trainer(session, loaded)
+        samples = _make_sample_callback(session, loaded) if session.settings.report_samples else None
+        if samples is not None:
+            trainer.add_callback(samples)
+        _check_space_for_checkpoints(session, loaded)
+    return loaded, trainer, samples
+
+
+def _get_evaluation_metrics(state: Any, step: int | None) -> dict[str, float]:
+    """Return the evaluation metrics of a step (None: the last evaluation), without the prefix `eval_`."""
+    for line in reversed(state.log_history):
+        if "eval_loss" in line and step in (None, line["step"]):
+            return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+    return {}
+
+
+def _make_sample_callback(session: Session, loaded: _LoadedRun) -> SamplePredictions:
+    """Make the callback that generates sample predictions for a few evenly spaced examples."""
+    settings, examples = session.settings, loaded.held_out or loaded.cache
+    chosen = [examples[index] for index in select_evenly(len(examples), settings.report_samples)]
+    answer_suffix, batch_size = loaded.template.answer_suffix, settings.per_device_eval_batch_size
+    return SamplePredictions(session.run.folder, chosen, loaded.tokenizer, answer_suffix, batch_size)
+
+
+def _finish_run(run: Run, settings: TrainSettings, cache: Cache, state: Any, result: TrainResult, step: int) -> None:
+    """Copy the adapter from the checkpoint of `step` to the run folder, write the report, and finally the result.
+
+    The result file marks the run as finished, so it is written last.
+    """
+    checkpoint = run.folder / f"checkpoint-{step}"
+    for file in sorted(checkpoint.iterdir()):
+        if is_trained_file(file.name):
+            copy_atomically(file, run.folder / file.name)
+    history = run.folder / TRAINER_STATE_FILE
+    with explain_write_errors(history):
+        state.save_to_json(str(history))
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}
+    write_run_report(run.folder, settings, values, cache)
+    # the card was copied from the checkpoint, when the final metrics weren't known
+    if (card := run.folder / MODEL_CARD_FILE).is_file():
+        about, code, how = card.read_text(encoding="utf-8").partition("\n```python\n")
+        write_file(card, (about + format_outcome_lines(values) + code + how).encode())
+    write_json(run.folder / RESULT_FILE, values)

@@ -1,0 +1,70 @@
+"""Totals of a run over all of its processes: tokens, training time and loss, continued when it resumes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from t5tune.distributed.collectives import is_distributed
+from t5tune.model.loss import IGNORED_LABEL
+
+TOTALS_KEY = "T5TuneTotals"
+"""Key in the stateful_callbacks of a checkpoint's Trainer state: tokens, sum of the steps' losses, training seconds."""
+
+
+class RunTotals:
+    """Counts the tokens trained on, and measures the time since the first step without evaluations and saves."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.before = {"tokens": 0, "loss": 0.0, "seconds": 0.0}  # of the run, when this process resumed it
+        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._first_step_at: float | None = None
+        self._seconds_excluded = 0.0
+        self._last_logged = (0, 0.0)  # tokens and seconds
+
+    def resume(self, state: Any) -> None:
+        """Continue from the totals in the Trainer's state, if there are any. Call on every rank."""
+        self.before = {**self.before, **state.stateful_callbacks.get(TOTALS_KEY, {})}
+        self._last_logged = (self.count_tokens(), self.measure_seconds())
+
+    def count(self, batch: dict[str, Any]) -> None:
+        """Add the source and target tokens of this rank's micro-batch, which is about to be trained on."""
+        if self._first_step_at is None:
+            self._first_step_at = time.monotonic()
+        targets = batch["labels"].ne(IGNORED_LABEL).sum()
+        sources = batch["input_ids"].numel() if "packing" in batch else batch["attention_mask"].sum()
+        self._tokens += (targets + sources) * targets.ne(0)  # a filler, which has no targets, isn't counted
+
+    @contextmanager
+    def exclude_time(self) -> Iterator[None]:
+        """Leave the time of this block out of the training time."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._first_step_at is not None:  # a resumed run may evaluate before its first step
+                self._seconds_excluded += time.monotonic() - started
+
+    def count_tokens(self) -> int:
+        """Count the tokens that the run has trained on, over all ranks. Call on every rank."""
+        total = self._tokens.clone()
+        if is_distributed():
+            dist.all_reduce(total)
+        return int(self.before["tokens"]) + int(total)
+
+    def measure_seconds(self) -> float:
+        """Measure the run's training time in seconds."""
+        before = float(self.before["seconds"])
+        if self._first_step_at is None:
+            return before
+        return before + (time.monotonic() - self._first_step_at - self._seconds_excluded)
+
+    def measure_speed(self) -> float:
+        """Measure the tokens per second since the last call. Call on every rank."""
+        tokens, seconds = self.count_tokens(), self.measure_seconds()
+        speed = (tokens - self._last_logged[0]) / max(seconds - self._last_logged[1], 1e-9)
+        self._last_logged = (tokens, seconds)
+        return round(speed, 1)

@@ -1,0 +1,91 @@
+"""The tensors that a run trains: gathered in fp32 for a checkpoint, and set from one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from t5tune.checkpoints.adapter import convert_to_plain_lora, to_peft_name
+from t5tune.checkpoints.safetensors import SafetensorsFile
+from t5tune.checkpoints.tensors import Tensor
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """How a run's trained tensors are saved.
+
+    Args:
+        file: name of the file in a checkpoint that contains the tensors.
+        write_files: writes the tensors and their accompanying files to a folder.
+        subtracted: initial LoRA matrices that were subtracted from the base weights (PiSSA and OLoRA).
+    """
+
+    file: str
+    write_files: Callable[[Path, dict[str, Tensor]], None]
+    subtracted: dict[str, Tensor]
+
+    def write(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write the tensors that `collect` returned."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write_files(folder, convert_to_plain_lora(state, self.subtracted))
+
+    def collect(self, model: Any, engine: Any) -> dict[str, Tensor]:
+        """Collect every trained tensor by its saved name, in fp32: under DeepSpeed, the optimizer's master copies.
+
+        Call on every rank, because ZeRO gathers them from all.
+
+        Args:
+            engine: DeepSpeed's engine, or without DeepSpeed whatever wraps the model.
+        """
+        masters = _map_stage_0_masters(engine)
+        state = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                values = masters.get(id(parameter), _gather_fp32_master(parameter)).detach().float().cpu().numpy()
+                state[to_peft_name(name)] = Tensor("F32", np.array(values))
+        return state
+
+    def load(self, folder: Path, model: Any) -> None:
+        """Set every trained parameter to its value in a checkpoint."""
+        file = SafetensorsFile(folder / self.file)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                values = torch.from_numpy(file.get_tensor(to_peft_name(name)).to_float32().copy())
+                # with PiSSA and OLoRA, the saved matrices have the subtracted ones appended: take only the first part
+                parameter.data.copy_(values[tuple(slice(size) for size in parameter.shape)])
+
+
+def _gather_fp32_master(parameter: Any) -> torch.Tensor:
+    """Gather the fp32 master copy that DeepSpeed's optimizer updates; without DeepSpeed, return the parameter."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        values = safe_get_full_fp32_param(parameter)
+        if values is not None:
+            return values.reshape(getattr(parameter, "ds_shape", parameter.shape))  # type: ignore[no-any-return]
+    return parameter  # type: ignore[no-any-return]
+
+
+def _map_stage_0_masters(engine: Any) -> dict[int, torch.Tensor]:
+    """Map the id of each bf16 parameter to its fp32 master copy, for stage 0, where DeepSpeed keeps these in lists."""
+    optimizer = getattr(engine, "optimizer", None)
+    groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
+    return {
+        id(parameter): master
+        for parameters, masters in groups
+        for parameter, master in zip(parameters, masters, strict=True)
+    }
+
+
+def drop_frozen(model: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Remove frozen weights from a state dict, under all of their names (a state-dict hook of torch).
+
+    DeepSpeed leaves frozen weights out of a checkpoint only under their first names; T5's embedding has three.
+    """
+    trained = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
+    for name in list(state):
+        if name.startswith(prefix) and name.removeprefix(prefix) not in trained:
+            del state[name]

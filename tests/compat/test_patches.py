@@ -1,0 +1,58 @@
+"""Patches of other libraries: each is undone at the end of its block."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import distributed_c10d
+from torch.nn import functional
+
+from t5tune.compat.environment import restore_environment
+from t5tune.compat.torch_patches import collect_save_errors, replace_attention_kernel, use_default_timeout
+from t5tune.compat.transformers_patches import replace_forward
+
+
+def test_process_groups_without_a_timeout_of_their_own_get_ours() -> None:
+    before = distributed_c10d._get_default_timeout(distributed_c10d.Backend("gloo"))
+    with use_default_timeout(timedelta(seconds=7)):
+        assert distributed_c10d._get_default_timeout(distributed_c10d.Backend("gloo")) == timedelta(seconds=7)
+    assert distributed_c10d._get_default_timeout(distributed_c10d.Backend("gloo")) == before
+
+
+def test_errors_of_torch_save_are_collected_with_the_systems_reason(tmp_path: Path) -> None:
+    save = torch.save
+    with collect_save_errors() as failures:
+        torch.save({"a": torch.ones(3)}, tmp_path / "new folder" / "a.pt")
+        torch.save(torch.ones(1 << 16), "/dev/full")
+    assert torch.save is save
+    assert torch.load(tmp_path / "new folder" / "a.pt")["a"].tolist() == [1, 1, 1]
+    (failure,) = failures
+    assert str(failure) == "/dev/full: No space left on device (errno 28)"
+
+
+def test_the_attention_kernel_and_the_environment_are_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "old")
+    kernel = functional.scaled_dot_product_attention
+
+    def fail() -> None:
+        with restore_environment(), replace_attention_kernel(lambda *_: torch.zeros(1)):
+            os.environ.update(KEPT="new", ADDED="1")
+            assert functional.scaled_dot_product_attention() == 0  # type: ignore[call-arg]
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert functional.scaled_dot_product_attention is kernel
+    assert os.environ["KEPT"] == "old"
+    assert "ADDED" not in os.environ
+
+
+def test_only_the_named_layers_of_a_model_get_another_forward() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    x = torch.ones(1, 2)
+    expected = model[0](x)
+    replace_forward(model, ("Linear",), lambda module, forward, *args: forward(*args) * module.in_features)
+    assert model[0](x).equal(2 * expected)
+    assert model(x).equal((2 * expected).relu())
