@@ -6,8 +6,7 @@
 Runs in the current process: as the only one, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from t5tune.commands.prepare import prepare
@@ -147,8 +146,8 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
         if data and cache and not is_cache(Path(data[0])):
             is_eval = cache == run.eval_cache
             source = run.cache if is_eval else _find_adapter_with_tokens(settings)
-            with _rename_data_path("eval_data_path" if is_eval else "data_path"):
-                prepare(_make_prepare_settings(settings, data, cache), report, in_use=in_use, tokenizer_source=source)
+            setting = "eval_data_path" if is_eval else "data_path"
+            prepare(_make_prepare_settings(settings, data, cache), report, in_use, source, setting)
     if run.eval_cache is not None:
         _check_same_tokenizer(run.cache, run.eval_cache)
 
@@ -179,15 +178,6 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
         f"eval_data_path: {eval_cache}: its tokenizer isn't that of {cache}: {difference}",
         hint="pass the conversation files instead of a cache, or prepare both with the same --add-tokens",
     )
-
-
-@contextmanager
-def _rename_data_path(setting: str) -> Iterator[None]:
-    """In prepare's errors, replace `data_path` with the setting that the user set, such as `eval_data_path`."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(error.message.replace("data_path", setting, 1), hint=error.hint) from error
 
 
 def _make_prepare_settings(settings: TrainSettings, data: list[str], cache: Path) -> PrepareSettings:

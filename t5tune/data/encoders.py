@@ -11,14 +11,15 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
-from t5tune.data.tokenizer import BYTES_OFFSET, Tokenizer, copy_backend
+from t5tune.data.tokenizer import BYTES_OFFSET, Tokenizer
 from t5tune.data.vocabulary import is_prepend_scheme_first, is_space_part_of_word, read_pre_tokenizer_config
 
 MAX_CACHED_WORDS = 100_000  # about 20 MB
@@ -73,13 +74,13 @@ class WholeTextEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.is_space_part_of_word = is_space_part_of_word(tokenizer)
-        self._backend = _Backend(tokenizer)
+        self._tokenizers = _TokenizerPair(tokenizer)
 
     def encode(self, texts: list[Text]) -> list[Ids]:
         """Return the ids of each text, without EOS tokens."""
-        plans = [_split(text, self._backend.split_special_tokens) for text in texts]
-        ids = self._backend.encode({part for plan in plans for part in plan})
-        return [np.frombuffer(b"".join([ids[part] for part in plan]), self._backend.dtype) for plan in plans]
+        plans = [_split(text, self._tokenizers.split_special_tokens) for text in texts]
+        ids = self._tokenizers.encode({part for plan in plans for part in plan})
+        return [np.frombuffer(b"".join([ids[part] for part in plan]), self._tokenizers.dtype) for plan in plans]
 
 
 class WordEncoder:
@@ -92,16 +93,21 @@ class WordEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.is_space_part_of_word = is_space_part_of_word(tokenizer)
-        self._backend = _Backend(tokenizer)
+        self._tokenizers = _TokenizerPair(tokenizer)
         self._known: dict[Text, bytes] = {}  # only of type str, because Python finds those faster
         self._drops_spaces = not is_prepend_scheme_first(tokenizer)
         added = _list_added_tokens(tokenizer)
         self._added = re.compile(f"({_match_any(added)})")
+        starts = re.escape("".join(sorted({token[0] for token in added})))
         # a text of plain characters is split with a single pattern, unless a word could contain part of an added token
         is_simple = not self._drops_spaces and all(token[0] in added for token in added)
         self._simple_text = re.compile(f"[{_PLAIN_CHARACTERS}{re.escape(''.join(added))}]+" if is_simple else _NEVER)
-        self._words = _compile_word_pattern(added)
-        # where a text may be cut: before an added token, and between the characters \2 and \3 before a space
+        # added tokens, words with the space before them, and spaces without a word after them
+        self._words = re.compile(f"{_match_any(added)}| ?[^ {starts}]+| ")
+        # a word that has the same ids at the beginning of a sequence as after a space
+        is_alike = is_simple and " " not in starts
+        self._first_word = re.compile(f"(?![ {starts}])[{_PLAIN_CHARACTERS}]+" if is_alike else _NEVER)
+        # where a text may be cut: before an added token (\1), and before the space between two characters (\2, \3)
         space = "[ \t\n]" if self._drops_spaces else " "
         self._cuts = re.compile(f"({_match_any(added)})|(?<=(.))(?={space}(.))", re.DOTALL)
         self._is_separate = functools.lru_cache(4096)(functools.partial(_is_separate, _get_normalizer(tokenizer)))
@@ -114,12 +120,12 @@ class WordEncoder:
 
     def measure_longest_word(self, text: str) -> int:
         """Return the length of the longest part of a text that can't be cut, in characters."""
-        return max(end - start for start, end in pairwise([0, *self._find_cuts(text), len(text)]))
+        return max(end - start for start, end in pairwise(chain([0], self._find_cuts(text), [len(text)])))
 
     def _cut(self, text: str) -> list[str]:
         """Cut a text into parts of about PART_LENGTH characters whose ids, concatenated, are those of the text."""
         parts: list[str] = []
-        for whole in self._backend.split_special_tokens(text):
+        for whole in self._tokenizers.split_special_tokens(text):
             bounds = [0]
             for position in self._find_cuts(whole):
                 if position - bounds[-1] >= PART_LENGTH:
@@ -134,24 +140,27 @@ class WordEncoder:
 
     def _encode(self, texts: list[Text]) -> list[Ids]:
         known = self._known
-        plans = [_split(text, self._split_into_fragments) for text in texts]
+        plans = [self._split_into_fragments(text) for text in texts]
         found = [list(map(known.get, plan)) for plan in plans]
         if new := [number for number, parts in enumerate(found) if None in parts]:
-            fresh = self._backend.encode({f for number in new for f in plans[number] if f not in known})
+            fresh = self._tokenizers.encode({f for number in new for f in plans[number] if f not in known})
             for number in new:
                 found[number] = [known[f] if f in known else fresh[f] for f in plans[number]]
             if len(known) < MAX_CACHED_WORDS:
                 words = (f for f in fresh if isinstance(f, str) and len(f) <= MAX_CACHED_WORD_LENGTH)
                 known.update((word, fresh[word]) for word in words)
-        return [np.frombuffer(b"".join(parts), self._backend.dtype) for parts in found]  # type: ignore[arg-type]
+        return [np.frombuffer(b"".join(parts), self._tokenizers.dtype) for parts in found]  # type: ignore[arg-type]
 
-    def _split_into_fragments(self, text: str) -> list[str]:
+    def _split_into_fragments(self, text: Text) -> list[Text]:
         """Split a text into fragments that can be encoded separately: ` two`, ` hats`, an added token, …"""
-        fragments: list[str] = []
-        for part in self._backend.split_special_tokens(text):
+        plan: list[Any] = []
+        for part in self._tokenizers.split_special_tokens(_get_text(text)):
             is_simple = self._simple_text.fullmatch(part)
-            fragments += self._words.findall(part) if is_simple else self._split_by_added_tokens(part)
-        return fragments
+            plan += self._words.findall(part) if is_simple else self._split_by_added_tokens(part)
+        if plan and isinstance(text, Beginning):
+            # the ids of the word after a space may be cached
+            plan[0] = f" {plan[0]}" if self._first_word.fullmatch(plan[0]) else Beginning(plan[0])
+        return plan
 
     def _split_by_added_tokens(self, text: str) -> Iterator[str]:
         for number, segment in enumerate(self._added.split(text)):
@@ -171,14 +180,12 @@ class WordEncoder:
 Encoder = ByteEncoder | WholeTextEncoder | WordEncoder
 
 
-class _Backend:
+class _TokenizerPair:
     """The tokenizer, for texts that begin a sequence and for those that continue one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.dtype = choose_ids_dtype(len(tokenizer))
-        backend = tokenizer.backend
-        self._beginning, self._continuing = (copy_backend(backend, backend.normalizer) for _ in range(2))
-        self._beginning.encode_special_tokens = self._continuing.encode_special_tokens = True
+        self._beginning, self._continuing = _copy_backend(tokenizer.backend), _copy_backend(tokenizer.backend)
         if is_prepend_scheme_first(tokenizer):
             config = read_pre_tokenizer_config(tokenizer)
             self._continuing.pre_tokenizer = pre_tokenizers.Metaspace(config["replacement"], "never", config["split"])
@@ -200,6 +207,17 @@ class _Backend:
             for text, encoding in zip(chosen, encodings, strict=True):
                 found[text] = np.asarray(encoding.ids, self.dtype).tobytes()
         return found
+
+
+def _copy_backend(backend: Any) -> Any:
+    """Copy a tokenizer for encoding: the copy takes special tokens for text, and shares the model, the largest part."""
+    copy = Backend(backend.model)
+    copy.normalizer, copy.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    added = backend.get_added_tokens_decoder()
+    copy.add_tokens([added[index] for index in sorted(added)])
+    assert copy.get_added_tokens_decoder() == added
+    copy.encode_special_tokens = True
+    return copy
 
 
 def choose_ids_dtype(num_rows: int) -> np.dtype[Any]:
@@ -251,12 +269,6 @@ def _list_added_tokens(tokenizer: Tokenizer) -> list[str]:
 
 def _match_any(tokens: list[str]) -> str:
     return "|".join(map(re.escape, tokens)) or _NEVER
-
-
-def _compile_word_pattern(added: list[str]) -> re.Pattern[str]:
-    """Compile a pattern for added tokens, words with the space before them, and spaces without a word after them."""
-    beginnings = re.escape("".join(sorted({token[0] for token in added})))
-    return re.compile(f"{_match_any(added)}| ?[^ {beginnings}]+| ")
 
 
 def _compile_special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:

@@ -211,17 +211,6 @@ def _load_json(file: Path) -> Any:
     return backend
 
 
-def copy_backend(backend: Any, normalizer: Any) -> Any:
-    """Copy a tokenizer with another normalizer; the copy shares the model, which is by far the largest part."""
-    copy = Backend(backend.model)
-    copy.normalizer, copy.pre_tokenizer = normalizer, backend.pre_tokenizer
-    copy.post_processor, copy.decoder = backend.post_processor, backend.decoder
-    added = backend.get_added_tokens_decoder()
-    copy.add_tokens([added[index] for index in sorted(added)])
-    assert copy.get_added_tokens_decoder() == added
-    return copy
-
-
 def build_decoder(backend: Any, *parts: Any) -> Any:
     """Combine decoders; byte tokens are first decoded to characters (`<0xC3><0xA9>` -> é), if there are any."""
     if backend.token_to_id("<0x00>") is not None:

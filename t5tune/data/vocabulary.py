@@ -19,10 +19,11 @@ from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from t5tune.data.formats import Conversation
-from t5tune.data.tokenizer import Tokenizer, build_decoder, copy_backend
+from t5tune.data.tokenizer import Tokenizer, build_decoder
 from t5tune.errors import ModelError
 from t5tune.families import FASTCHAT_CHARACTERS, FASTCHAT_PAD, FASTCHAT_TOKENS
 
@@ -97,18 +98,19 @@ class LostCharacterCounts:
     """Counts of lost characters and of runs of spaces, in an array whose size doesn't depend on the data."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros((sys.maxunicode + 1, 2), np.int64)  # (occurrences, targets that contain it)
+        # occurrences, and targets that contain the character; a row is searched without copying it
+        self._counts = np.zeros((2, sys.maxunicode + 1), np.int64)
 
     def add(self, lost: Mapping[str, tuple[int, int]]) -> None:
         """Add the result of `RoundTripCheck.count_lost`."""
         for text, counts in lost.items():
-            self._counts[_SPACE_RUN_INDEX if len(text) > 1 else ord(text)] += counts
+            self._counts[:, _SPACE_RUN_INDEX if len(text) > 1 else ord(text)] += counts
 
     def iterate_by_targets(self) -> Iterator[tuple[str, int, int]]:
         """Yield (text, occurrences, targets that contain it), ordered by the number of targets, largest first."""
-        indices = np.flatnonzero(self._counts[:, 1])
-        for index in indices[np.argsort(-self._counts[indices, 1], kind="stable")]:
-            count, num_targets = self._counts[index].tolist()
+        indices = np.flatnonzero(self._counts[1])
+        for index in indices[np.argsort(-self._counts[1, indices], kind="stable")]:
+            count, num_targets = self._counts[:, index].tolist()
             yield "  " if index == _SPACE_RUN_INDEX else chr(index), count, num_targets
 
 
@@ -273,7 +275,8 @@ def _add_fastchat_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 def _copy_without_merging_spaces(tokenizer: Tokenizer) -> Any:
     """Copy the backend with a normalizer that keeps runs of spaces: only the character map remains."""
-    normalizer = tokenizer.backend.normalizer
-    parts: Any = normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer]
-    character_map = next((part for part in parts if isinstance(part, normalizers.Precompiled)), None)
-    return copy_backend(tokenizer.backend, character_map)
+    values = json.loads(tokenizer.backend.to_str())
+    parts = values["normalizer"] or {}
+    parts = parts.get("normalizers", [parts])
+    values["normalizer"] = next((part for part in parts if part.get("type") == "Precompiled"), None)
+    return Backend.from_str(json.dumps(values))

@@ -276,6 +276,11 @@ def test_input_that_is_not_utf_8_is_refused(made: dict[str, Path]) -> None:
     assert rb"error: message: contains bytes that aren't valid UTF-8: '\udcfc'; type UTF-8" in done.stderr
 
 
+def test_a_word_that_is_too_long_is_refused(untied_base: Path) -> None:
+    with pytest.raises(SettingsError, match="^message: a word of 100,001 characters, more than 100,000$"):
+        chat(settings(untied_base, prompt="x" * 100_001))
+
+
 def test_a_reply_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
     chatter = Chatter.load(settings(made["merged"]))
     pieces: list[str] = []

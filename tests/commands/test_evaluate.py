@@ -259,6 +259,18 @@ def test_rejected_records_are_reported(untied_base: Path, tmp_path: Path) -> Non
         run_evaluate(untied_base, tmp_path / "data.jsonl", tmp_path / "none")
 
 
+def test_a_record_with_a_word_that_is_too_long_is_rejected(untied_base: Path, tmp_path: Path) -> None:
+    records = [{"source": "x" * 100_001, "target": "b"}, {"source": "a", "target": "b"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    notes: list[Event] = []
+    values = {"model_name_or_path": str(untied_base), "data_path": str(tmp_path / "data.jsonl"), "use_cpu": True}
+    settings = EvaluateSettings(**values, output_dir=tmp_path / "scores", max_new_tokens=2)
+    assert evaluate(settings, notes.append).examples == 1
+    place = f"{tmp_path / 'data.jsonl'}:1"
+    rejected = f"1 records rejected, the first: {place}: a word of 100,001 characters, more than 100,000"
+    assert Note(rejected, True) in notes
+
+
 def test_only_records_and_examples_that_were_evaluated_are_counted(untied_base: Path, tmp_path: Path) -> None:
     """num_data ends the second conversation after its first answer; its second answer would be truncated."""
     bad = {"conversations": 3}

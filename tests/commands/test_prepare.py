@@ -599,6 +599,23 @@ def test_missing_files_and_files_without_data_are_refused_with_their_names(
             prepared(data=tmp_path / name)
 
 
+def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, untied_base: Path) -> None:
+    bad = write_lines(tmp_path / "bad.jsonl", record("Hi"), record("Hi"))
+    (tmp_path / "empty").mkdir()
+    cases = {
+        str(tmp_path / "nowhere.json"): "no such file or folder",
+        str(tmp_path / "empty"): "contains no .*file",
+        "": "empty",
+        str(bad): "no conversation to train on among 2 records",
+    }
+    for path, message in cases.items():
+        values = {"model_name_or_path": str(untied_base), "data_path": [path], "output_dir": tmp_path / "cache"}
+        with pytest.raises(DataError, match=rf"^eval_data_path: .*{message}|^eval_data_path: {message}"):
+            prepare(PrepareSettings(**values), setting="eval_data_path")
+    with pytest.raises(DataError, match=r"^eval_data_path: .*2 of 2 records rejected"):
+        prepare(PrepareSettings(**values, max_rejected_fraction=0.5), setting="eval_data_path")
+
+
 def test_a_failed_prepare_does_not_change_the_old_cache(
     prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
 ) -> None:

@@ -47,4 +47,5 @@ def test_a_sampled_record_gives_the_same_files_as_any_other(
         files.append(read_files(tmp_path / name))
         counts.append(len(parsed))
     assert files[0] == files[1]
-    assert counts == [len(RECORDS) + {"none": 1, "exact": 3}[dedupe], len(RECORDS)]
+    # records of the sample whose conversation takes more memory, or that may still be rejected, are parsed again
+    assert counts == ({"none": [5, 4], "exact": [7, 5]}[dedupe])
