@@ -36,7 +36,7 @@ from t5tune.data.records import LABELED_BAD
 from t5tune.data.sample import drain, parse_sample, take_sample
 from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from t5tune.data.vocabulary import RoundTripCheck, extend_tokenizer
+from t5tune.data.vocabulary import ExtendedTokenizer, RoundTripCheck, extend_tokenizer
 from t5tune.data.worker import BYTES_PER_WORKER, encode_records
 from t5tune.data.writer import REJECTED_FILE, CacheWriter
 from t5tune.errors import DataError, T5TuneError
@@ -102,22 +102,6 @@ def prepare(
 
 
 @dataclass(frozen=True)
-class _Vocabulary:
-    """The cache's tokenizer.
-
-    Args:
-        added: tokens that the base's tokenizer doesn't have.
-        left_out: tokens to add for which no unused embedding row was left.
-        num_rows: number of the base's embedding rows.
-    """
-
-    tokenizer: Tokenizer
-    added: list[str]
-    left_out: list[str]
-    num_rows: int
-
-
-@dataclass(frozen=True)
 class _CacheSource:
     """What a token cache is made from.
 
@@ -125,6 +109,7 @@ class _CacheSource:
         name: the setting and its files, for messages.
         records: an iterator over all records; can be consumed once.
         stdin: the hash of standard input, once that has been read.
+        num_rows: number of the base's embedding rows.
         inputs: the description of everything that the cache depends on, for its manifest.
     """
 
@@ -132,7 +117,8 @@ class _CacheSource:
     name: str
     records: Iterator[RawRecord]
     stdin: Digest
-    vocabulary: _Vocabulary
+    vocabulary: ExtendedTokenizer
+    num_rows: int
     template: Template
     inputs: dict[str, Any]
 
@@ -159,7 +145,7 @@ def _prepare(
         check_rejected(rejected, num_records, settings.max_rejected_fraction, name, f"see {folder / REJECTED_FILE}")
         remove_abandoned(folder)
         return _make_result(folder, manifest, True, started)
-    source = _CacheSource(files, name, chain(drain(sample), records), stdin, vocabulary, template, inputs)
+    source = _CacheSource(files, name, chain(drain(sample), records), stdin, vocabulary, num_rows, template, inputs)
     with write_folder_atomically(folder) as staged:
         manifest = _write_cache(staged, settings, source, setting, report)
     report_problems(manifest, folder, report)
@@ -188,13 +174,12 @@ def _count_rows(settings: PrepareSettings, base: Path) -> int:
 
 def _choose_vocabulary(
     settings: PrepareSettings, base: Path, tokenizer_source: Path | None, num_rows: int, sample: list[RawRecord]
-) -> _Vocabulary:
+) -> ExtendedTokenizer:
     """Take the tokenizer of `tokenizer_source`, or extend the base's with what the sample of records needs."""
     if tokenizer_source is not None:
         tokenizer = load_tokenizer(tokenizer_source / "tokenizer" if is_cache(tokenizer_source) else tokenizer_source)
-        return _Vocabulary(tokenizer, _list_added_tokens(tokenizer, load_tokenizer(base)), [], num_rows)
-    conversations = parse_sample(sample, settings)
-    return _Vocabulary(*extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, conversations), num_rows)
+        return ExtendedTokenizer(tokenizer, _list_added_tokens(tokenizer, load_tokenizer(base)), [])
+    return extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, parse_sample(sample, settings))
 
 
 def _list_added_tokens(tokenizer: Tokenizer, base: Tokenizer) -> list[str]:
@@ -229,15 +214,13 @@ def _write_cache(
     pipeline = Pipeline(staged / "tokenizer", source.template, settings)
     records = track(source.records, "prepare", report, unit="records")
     results = encode_records(records, pipeline, _choose_num_workers(settings, source.files))
-    with CacheWriter(staged, source.vocabulary.num_rows, settings.dedupe == "exact") as writer:
+    with CacheWriter(staged, source.num_rows, settings.dedupe == "exact") as writer:
         is_complete = _write_examples(results, writer, settings, source.name)
         unused = [str(file) for file in source.files if is_complete and not writer.usable[str(file)]]
         for path in _list_paths(settings) if unused else []:
             check_any_used(f"{setting}: {path}", list(map(str, find_files([path]))), writer)
         counts = writer.finish(settings.num_data)
     _write_reading_settings(staged, settings, writer, counts)
-    for file in source.inputs["data"]:
-        file["sha256"] = file["sha256"] or source.stdin.value
     manifest = _describe_cache(settings, source, writer, unused, counts)
     manifest["files"] = hash_files(staged)
     write_json(staged / CACHE_MANIFEST_FILE, manifest)
@@ -300,7 +283,8 @@ def _describe_cache(
     settings: PrepareSettings, source: _CacheSource, writer: CacheWriter, unused: list[str], counts: dict[str, Any]
 ) -> dict[str, Any]:
     """Make the manifest, except for the hashes of the files."""
-    tokenizer, added = source.vocabulary.tokenizer, source.vocabulary.added
+    tokenizer, added, left_out = source.vocabulary
+    data = [{**file, "sha256": file["sha256"] or source.stdin.value} for file in source.inputs["data"]]
     return {
         "format": FORMAT_VERSION,
         "made_by": f"t5tune {__version__}",
@@ -308,10 +292,10 @@ def _describe_cache(
         "pad_token_id": tokenizer.pad_token_id,
         "added_tokens": added,
         "added_token_ids": tokenizer.convert_tokens_to_ids(added),
-        "left_out_tokens": source.vocabulary.left_out,
+        "left_out_tokens": left_out,
         "eval_fraction": settings.eval_fraction,
         "seed": settings.seed,
-        "inputs": source.inputs,
+        "inputs": {**source.inputs, "data": data},
         "unused_files": unused,
         "conversations_with_prefix": writer.with_prefix,
         **counts,

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, decoders, pre_tokenizers
@@ -37,9 +37,22 @@ _SPACE_RUN = re.compile("  +")
 _SPACE_RUN_INDEX = 0  # U+0000, which no record contains
 
 
+class ExtendedTokenizer(NamedTuple):
+    """A tokenizer with added tokens.
+
+    Args:
+        added: tokens that the base's tokenizer doesn't have, in the order of their ids.
+        left_out: tokens to add for which no unused embedding row was left.
+    """
+
+    tokenizer: Tokenizer
+    added: list[str]
+    left_out: list[str]
+
+
 def extend_tokenizer(
     tokenizer: Tokenizer, add_tokens: list[str], num_rows: int, sample: Iterable[Conversation] = ()
-) -> tuple[Tokenizer, list[str], list[str]]:
+) -> ExtendedTokenizer:
     """Add the tokens of `--add-tokens` to a tokenizer.
 
     Args:
@@ -48,22 +61,19 @@ def extend_tokenizer(
         sample: conversations; auto adds characters that the tokenizer can't encode and that at least
             MIN_TARGET_SHARE of their targets contain.
 
-    Returns:
-        The tokenizer (the same one if nothing is added), the added tokens in the order of their ids, and the tokens for
-        which no row was left.
-
     Raises:
         ModelError: there are fewer unused embedding rows than requested tokens.
     """
     if add_tokens == ["none"] or not _has_metaspace(tokenizer):
-        return tokenizer, [], []
+        return ExtendedTokenizer(tokenizer, [], [])
     num_unused = num_rows - len(tokenizer)
     left_out: list[str] = []
     if add_tokens in (["auto"], ["fastchat"]) and all(_is_in_vocabulary(tokenizer, t) for t in FASTCHAT_CHARACTERS):
-        return _add_fastchat_tokens(tokenizer), [], []  # fastchat-t5, which was trained with these tokens
+        # fastchat-t5, which was trained with these tokens
+        return ExtendedTokenizer(_add_fastchat_tokens(tokenizer), [], [])
     if add_tokens == ["fastchat"]:
         _check_unused_rows(FASTCHAT_TOKENS, num_unused)
-        return _add_fastchat_tokens(tokenizer), list(FASTCHAT_TOKENS), []
+        return ExtendedTokenizer(_add_fastchat_tokens(tokenizer), list(FASTCHAT_TOKENS), [])
     if add_tokens == ["auto"]:
         missing = [text for text in MISSING_CHARACTERS if not can_round_trip(tokenizer, text)]
         wanted = missing + [text for text in _find_unwritable_characters(tokenizer, sample) if text not in missing]
@@ -72,14 +82,14 @@ def extend_tokenizer(
         # indentation tokens shorten code, but nothing is lost without them: they only take the remaining rows
         wanted += (INDENTATION_TOKENS if "\n" in missing else [])[: room - len(wanted)]
         if not wanted:
-            return tokenizer, [], []
+            return ExtendedTokenizer(tokenizer, [], [])
     else:
         # the rebuilt tokenizer keeps whitespace, so newline and tab need tokens, whatever the list contains
         wanted = [
             token for token in dict.fromkeys([*add_tokens, "\n", "\t"]) if not _is_in_vocabulary(tokenizer, token)
         ]
     _check_unused_rows(wanted, num_unused)
-    return _rebuild_with_tokens(tokenizer, wanted), wanted, left_out
+    return ExtendedTokenizer(_rebuild_with_tokens(tokenizer, wanted), wanted, left_out)
 
 
 def _find_unwritable_characters(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> list[str]:
