@@ -111,8 +111,8 @@ def stop_in_prepare() -> None:
 
     prepare = module.prepare
 
-    def interrupted(settings: Any, report: Any, **options: Any) -> Any:
-        return prepare(settings, stop_at(Started("prepare", None, "records")), **options)
+    def interrupted(settings: Any, report: Any, *rest: Any) -> Any:
+        return prepare(settings, stop_at(Started("prepare", None, "records")), *rest)
 
     module.prepare = interrupted
 
