@@ -43,7 +43,7 @@ def build_row(name: str) -> str:
     settings = PlanSettings(model_name_or_path=name, bf16=True)
     model = build_empty_training_model(KNOWN_CONFIGS[name], settings, 0, deepspeed=False)
     trainable, total = count_parameters(model)
-    plain = sum(count_weight_bytes(model, None).values())
+    plain = sum(count_weight_bytes(model, settings).values())
     parts = count_weight_bytes(model, settings.model_copy(update={"q_lora": True}))
     ends = parts["embedding"] + parts["head"]
     sizes = (2 * plain, plain, sum(parts.values()), ends)

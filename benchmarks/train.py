@@ -108,7 +108,7 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, compiles: 
     from t5tune.data.cache import open_cache
     from t5tune.progress import Advanced, Event
     from t5tune.settings import TrainSettings
-    from t5tune.training.batches import BudgetSampler
+    from t5tune.training.batches import make_budget_sampler
 
     clock = Clock(options.on_gpu)
 
@@ -124,7 +124,7 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, compiles: 
     )  # fmt: skip
     train(settings, report)
     sources, targets = open_cache(options.folder / "cache").read_lengths()
-    sampler = BudgetSampler(sources, targets, options.tokens, packing == "on", 1, settings.seed)
+    sampler = make_budget_sampler(sources, targets, options.tokens, packing == "on", 1, settings.seed)
     batches = list(sampler)[: options.steps]
     return compute_metrics(clock, sources, targets, batches, packing == "on", options)
 

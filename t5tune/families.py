@@ -46,12 +46,12 @@ CONVERTERS = ("transformers 4", "CTranslate2", "llama.cpp")
 
 @dataclass(frozen=True)
 class Family:
-    """Facts about one model family, or about two that don't differ.
+    """Facts about one model family, or about two that don't differ. The defaults are those of T5 v1.1 and Flan-T5.
 
     Args:
         name: its common name.
-        model_type: model_type in config.json.
         checkpoints: examples of published checkpoints, by their names on the Hugging Face Hub.
+        model_type: model_type in config.json.
         tied: whether the published checkpoints tie the head to the embedding.
         feed_forward: feed_forward_proj of the published checkpoints.
         num_rows: rows of the published embeddings.
@@ -66,12 +66,12 @@ class Family:
     """
 
     name: str
-    model_type: str
     checkpoints: tuple[str, ...]
-    tied: bool
-    feed_forward: str
-    num_rows: int
-    num_tokens: int
+    model_type: str = "t5"
+    tied: bool = False
+    feed_forward: str = "gated-gelu"
+    num_rows: int = 32128
+    num_tokens: int = 32100
     tokenizer: str = SENTENCEPIECE
     identified_by: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     default_feed_forward: str = "relu"
@@ -102,10 +102,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "byt5": Family(
         name="ByT5",
-        model_type="t5",
         checkpoints=("google/byt5-small",),
-        tied=False,
-        feed_forward="gated-gelu",
         num_rows=384,
         num_tokens=384,
         tokenizer=BYTES,
@@ -114,50 +111,30 @@ FAMILIES: dict[str, Family] = {
     ),
     "fastchat-t5": Family(
         name="fastchat-t5",
-        model_type="t5",
         checkpoints=("lmsys/fastchat-t5-3b-v1.0",),
-        tied=False,
-        feed_forward="gated-gelu",
         num_rows=32110,
         num_tokens=32110,  # Flan-T5's tokens and ten of FastChat's, such as braces and newline
         identified_by={"vocab_size": (32110,)},
     ),
     "flan-ul2": Family(
         name="Flan-UL2",
-        model_type="t5",
         checkpoints=("google/flan-ul2",),
-        tied=False,
         feed_forward="gated-silu",
-        num_rows=32128,
-        num_tokens=32100,
         identified_by={"feed_forward_proj": ("gated-silu",)},
         converters=CONVERTERS[:2],  # llama.cpp's T5 always computes GELU, whatever config.json says
     ),
     "t5": Family(
         name="T5",
-        model_type="t5",
         checkpoints=("google-t5/t5-base",),
         tied=True,
         feed_forward="relu",
-        num_rows=32128,
-        num_tokens=32100,
         identified_by={"feed_forward_proj": ("relu", None)},
     ),
-    "flan-t5": Family(
-        name="T5 v1.1, Flan-T5",
-        model_type="t5",
-        checkpoints=("google/t5-v1_1-base", "google/flan-t5-base"),
-        tied=False,
-        feed_forward="gated-gelu",
-        num_rows=32128,
-        num_tokens=32100,
-    ),
+    "flan-t5": Family(name="T5 v1.1, Flan-T5", checkpoints=("google/t5-v1_1-base", "google/flan-t5-base")),
     "mt5": Family(
         name="mT5",
-        model_type="mt5",
         checkpoints=("google/mt5-base",),
-        tied=False,
-        feed_forward="gated-gelu",
+        model_type="mt5",
         num_rows=250112,
         num_tokens=250100,
         tokenizer=BYTE_FALLBACK,
@@ -167,10 +144,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "umt5": Family(
         name="umT5",
-        model_type="umt5",
         checkpoints=("google/umt5-base",),
-        tied=False,
-        feed_forward="gated-gelu",
+        model_type="umt5",
         num_rows=256384,
         num_tokens=256300,
         tokenizer=BYTE_FALLBACK,

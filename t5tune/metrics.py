@@ -8,7 +8,6 @@ ROUGE is computed by rouge-score (Lin 2004), BLEU and chrF by sacrebleu (Post 20
 import re
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
@@ -27,8 +26,9 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 def score_one(prediction: str, reference: str) -> dict[str, float]:
     """Score one prediction, without BLEU, which means little for a single sentence."""
     import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
 
-    rouge = _make_rouge_scorer().score(reference, prediction)
+    rouge = RougeScorer(list(ROUGES), tokenizer=_UnicodeTokenizer()).score(reference, prediction)
     return {
         "exact_match": 100.0 * (prediction == reference),
         **{name: round(100.0 * rouge[name].fmeasure, 4) for name in ROUGES},
@@ -41,9 +41,3 @@ class _UnicodeTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())
-
-
-def _make_rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(list(ROUGES), tokenizer=_UnicodeTokenizer())

@@ -6,6 +6,7 @@ def prepare(settings, report=silent):
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -65,8 +66,24 @@ def track(
     items: Iterable[Item], task: str, report: Report, total: int | None = None, unit: str = "items"
 ) -> Iterator[Item]:
     """Yield the items, reporting each one as done when the consumer asks for the next."""
-    report(Started(task, total, unit))
-    for done, item in enumerate(items, start=1):
-        yield item
+    with count_done(task, report, total, unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def count_done(
+    task: str, report: Report, total: int | None = None, unit: str = "items"
+) -> Iterator[Callable[[int], None]]:
+    """Report a task's start and end; yield a function to call with each amount that is done."""
+    done = 0
+
+    def advance(amount: int) -> None:
+        nonlocal done
+        done += amount
         report(Advanced(task, done))
+
+    report(Started(task, total, unit))
+    yield advance
     report(Finished(task))

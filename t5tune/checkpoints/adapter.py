@@ -6,6 +6,7 @@ tokenizer files, template.yaml                    what the adapter was trained w
 README.md                                         the model card
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,14 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.checkpoints.adapter_config import check_foldable, read_adapter_config, resolve_pattern
-from t5tune.checkpoints.fingerprint import decode_base_metadata, encode_base_metadata
 from t5tune.checkpoints.model_card import build_adapter_card
-from t5tune.checkpoints.safetensors import LazyTensors, SafetensorsFile, write_safetensors
+from t5tune.checkpoints.safetensors import SafetensorsFile, write_safetensors
 from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
 from t5tune.checkpoints.tokenizer_files import copy_template, copy_tokenizer
 from t5tune.checkpoints.torch_format.file import read_state_dict
 from t5tune.errors import CheckpointError
-from t5tune.families import EMBEDDING_MODULES, EMBEDDING_WEIGHT, HEAD_MODULE, HEAD_WEIGHT
+from t5tune.families import EMBEDDING_MODULES, HEAD_MODULE
 from t5tune.file_names import (
     ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
@@ -33,7 +33,7 @@ from t5tune.file_names import (
     NON_LORA_FILE,
 )
 from t5tune.io.atomic import write_json
-from t5tune.io.untrusted import has_file
+from t5tune.io.untrusted import has_file, parse_json_object
 from t5tune.settings.lora import UNTRAINABLE
 
 PEFT_PREFIX = "base_model.model."
@@ -43,6 +43,8 @@ ENCODER_ROWS, DECODER_ROWS = (f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for mo
 MAX_TENSORS = 1 << 12
 """The most tensors that an adapter may contain. T5-XXL has 432 linear layers."""
 QUANTIZATIONS = {"nf4", "fp4", "int8"}
+BASE_KEY = "t5tune"
+"""The key of safetensors' metadata under which the weights file identifies its base; see checkpoints.fingerprint."""
 LORA_MATRIX_PATTERN = re.compile(r"(.+)\.lora_([AB])\.weight")
 LORA_BIAS_PATTERN = re.compile(r"(.+)\.lora_B\.bias")
 
@@ -55,19 +57,8 @@ class AdapterMetadata:
     tokenizer_folder: Path
     template_file: Path
     base: Mapping[str, Any] = field(default_factory=dict)
-    """What identifies the base: see checkpoints.fingerprint."""
     training: str = ""
     """The model card's lines about data and settings."""
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """The update of one weight, scale · B·A, with A [R, I] and B [O, R]. DoRA adds the row norms [O]."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scale: float
-    magnitude_O: Tensor | None = None
 
 
 def to_peft_name(name: str) -> str:
@@ -209,7 +200,8 @@ def write_adapter(
 ) -> None:
     """Write an adapter folder's files into `folder`; non_lora_state.safetensors only on request."""
     state = add_decoder_rows(state, metadata.config)
-    write_safetensors(folder / ADAPTER_WEIGHTS_FILE, state, {"format": "pt"} | encode_base_metadata(metadata.base))
+    base = {BASE_KEY: json.dumps(dict(metadata.base), sort_keys=True)} if metadata.base else {}
+    write_safetensors(folder / ADAPTER_WEIGHTS_FILE, state, {"format": "pt"} | base)
     if with_non_lora_state:
         others = {n.removeprefix(PEFT_PREFIX): value for n, value in state.items() if ".lora_" not in n}
         write_safetensors(folder / NON_LORA_FILE, others, {"format": "pt"})
@@ -220,13 +212,7 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read (adapter_config.json, tensors by PEFT's names) of an adapter or run folder; raises like `open_adapter`."""
-    config, tensors = open_adapter(folder)
-    return config, dict(tensors)
-
-
-def open_adapter(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """Read an adapter like `read_adapter`, but map each tensor only while it is used, for large adapters.
+    """Read (adapter_config.json, tensors by PEFT's names) of an adapter or run folder.
 
     Raises:
         CheckpointError: the folder contains no adapter, or one of a kind that can't be merged.
@@ -236,7 +222,7 @@ def open_adapter(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     return config, read_adapter_tensors(folder)
 
 
-def read_adapter_tensors(folder: Path) -> Mapping[str, Tensor]:
+def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter's weights file, by the names in the file.
 
     Raises:
@@ -246,7 +232,7 @@ def read_adapter_tensors(folder: Path) -> Mapping[str, Tensor]:
         file = SafetensorsFile(folder / ADAPTER_WEIGHTS_FILE)
         if (count := len(file.entries)) > MAX_TENSORS:
             raise CheckpointError(f"{file.path}: {count} tensors; an adapter may have at most {MAX_TENSORS}")
-        return LazyTensors(file)
+        return {name: file.get_tensor(name) for name in file.entries}
     if has_file(folder, ADAPTER_BIN_FILE):
         return read_state_dict(folder / ADAPTER_BIN_FILE)
     raise CheckpointError(
@@ -263,27 +249,17 @@ def read_base_metadata(folder: Path) -> dict[str, Any]:
     """
     if not has_file(folder, ADAPTER_WEIGHTS_FILE):
         return {}
-    base_metadata = decode_base_metadata(SafetensorsFile(folder / ADAPTER_WEIGHTS_FILE).metadata)
+    try:
+        file = SafetensorsFile(folder / ADAPTER_WEIGHTS_FILE)
+        base_metadata = parse_json_object(file.metadata.get(BASE_KEY, "{}").encode())
+    except ValueError:
+        return {}
     for name, value in base_metadata.items():
         if not isinstance(value, str | bool) or (name == "onto" and value not in QUANTIZATIONS):
             raise CheckpointError(
                 f"{folder / ADAPTER_WEIGHTS_FILE}: metadata about its base: {name}: unexpected {str(value)[:100]!r}"
             )
     return base_metadata
-
-
-def collect_low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
-    """Map each adapted weight's name to its update, scaled as in PEFT: alpha / r, or alpha / √r with use_rslora."""
-    updates = {}
-    for name, tensor in state.items():
-        if (match := LORA_MATRIX_PATTERN.fullmatch(name)) and match[2] == "A":
-            module = match[1].removeprefix(PEFT_PREFIX)
-            rank = tensor.shape[0]
-            alpha = resolve_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            magnitude = state.get(match[1] + MAGNITUDE_SUFFIX)
-            updates[f"{module}.weight"] = LowRankUpdate(tensor, state[f"{match[1]}.lora_B.weight"], scale, magnitude)
-    return updates
 
 
 def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -293,28 +269,11 @@ def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tenso
     return {base: state[name] for name, base in names.items() if listed and base.rpartition(".")[0].endswith(listed)}
 
 
-def map_token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> dict[str, dict[int, int]]:
-    """Map base weights' names to {row of the weight: row of the adapter's tensor}; see `find_token_rows`."""
-    indices = config.get("trainable_token_indices")
-    if not indices:
-        return {}
-    if isinstance(indices, list):
-        indices = {"shared": indices}
-    rows: dict[str, dict[int, int]] = {}
-    for module, ids in indices.items():
-        weight = HEAD_WEIGHT if module.endswith(HEAD_MODULE) and not tied else EMBEDDING_WEIGHT
-        rows.setdefault(weight, {row: index for index, row in enumerate(ids)})
-    return rows
+def build_token_indices(ids: list[int], tied: bool) -> Any:
+    """Build PEFT's trainable_token_indices for these rows of the embedding and the head.
 
-
-def find_token_rows(state: Mapping[str, Tensor], weight: str) -> Tensor:
-    """Find the trained rows of the embedding or of the output head.
-
-    Raises:
-        CheckpointError: there are none.
+    Stock PEFT drops one of two modules with equal index lists if the model is marked as tied, and transformers 5 marks
+    every T5 as tied. So the indices of an untied head are listed in the reverse order of the embedding's: then stock
+    PEFT loads the saved adapter correctly without extra code.
     """
-    modules = [HEAD_MODULE] if weight == HEAD_WEIGHT else [EMBEDDING_MODULES[0], "shared", "embed_tokens"]
-    for module in modules:
-        if (name := f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}") in state:
-            return state[name]
-    raise CheckpointError(f"the adapter's config lists trained rows of {weight}, but the adapter contains none")
+    return list(ids) if tied else {name: list(ids) for name in EMBEDDING_MODULES} | {HEAD_MODULE: ids[::-1]}

@@ -2,14 +2,17 @@
 
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from t5tune.errors import CheckpointError
 from t5tune.file_names import ADAPTER_CONFIG_FILE
 from t5tune.io.reasons import shorten
 from t5tune.io.untrusted import read_json_object
+from t5tune.settings.messages import describe_value_error
 
 ADAPTER_FOLDER_HINT = "give a run folder, a checkpoint in it, or a folder that t5tune export wrote"
 # each of these changes the meaning of B·A
@@ -20,9 +23,41 @@ UNSUPPORTED_KEYS = (
 MAX_PATTERN_LENGTH = 200
 MAX_PATTERNS = 4096
 MAX_EXPRESSIONS = 4  # each may take some milliseconds per module
-MAX_NAME_LENGTH = 4096
 # a module's full name or the end of one, as PEFT writes them: matched in linear time
 _MODULE_NAME_PATTERN = re.compile(r"\^?(\.\*)?([\w.-]|\\[.-]){1,1000}\$?")
+
+
+def _check_name(name: str) -> str:
+    """Accept a single line without the quotes that would end a string in the model card's code."""
+    if not name.isprintable() or set(name) & set('"`'):
+        raise ValueError("expected a name on one line, without quotes")
+    return name
+
+
+_Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_check_name)]
+_Rank = Annotated[int, Field(gt=0, lt=1 << 20)]
+_Number = Annotated[float, Field(gt=-1e30, lt=1e30)]
+
+
+class _AdapterConfig(BaseModel, strict=True):
+    """The keys that are used, with the types that PEFT gives them."""
+
+    r: _Rank = 8  # PEFT's default
+    lora_alpha: _Number  # the scale of B·A is lora_alpha / r
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    fan_in_fan_out: bool | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Number] | None = None
+    target_modules: list[_Name] | _Name | None = None
+    exclude_modules: list[_Name] | _Name | None = None
+    modules_to_save: list[_Name] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    init_lora_weights: str | bool | None = None
+    base_model_name_or_path: _Name | Literal[""] | None = None
+    revision: _Name | Literal[""] | None = None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -41,22 +76,20 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG_FILE
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA is supported")
-    for key, (is_right, expected) in KEY_TYPES.items():
-        if key in config and not is_right(config[key]):
-            raise CheckpointError(f"{path}: {key}: {shorten(repr(config[key]))}, expected {expected}")
-    if config.get("lora_alpha") is None:
-        raise CheckpointError(f"{path}: lora_alpha: missing, but the scale is lora_alpha / r")
-    _check_all_patterns(config, path)
-    return config
-
-
-def _check_all_patterns(config: Mapping[str, Any], path: Path) -> None:
+    try:
+        _AdapterConfig.model_validate(config)
+    except ValidationError as error:
+        details = error.errors()[0]
+        key = str(details["loc"][0])
+        found = f"{shorten(repr(config[key]))}, " if key in config else ""
+        raise CheckpointError(f"{path}: {key}: {found}{describe_value_error(details)}") from None
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(config.get(name) or {}, f"{path}: {name}")
     # a string is a regular expression, which PEFT matches when --verify and chat load the adapter
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
             _check_patterns([config[name]], f"{path}: {name}")
+    return config
 
 
 def check_foldable(config: Mapping[str, Any], folder: Path) -> None:
@@ -102,64 +135,3 @@ def _check_patterns(patterns: Collection[str], source: str) -> None:
             re.compile(pattern)
         except (re.error, OverflowError) as error:
             raise CheckpointError(f"{source}: {shorten(repr(pattern))} isn't a regular expression: {error}") from error
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_name(value: Any) -> bool:
-    """Whether this is the name of a module or model: one line, without quotes that end a string in the card's code."""
-    if not isinstance(value, str):
-        return False
-    return 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable() and not set(value) & set('"`')
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 20
-
-
-def _is_optional_bool(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_name_list(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(map(_is_name, value)))
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(row) is int for row in value)
-
-
-def _is_token_indices(value: Any) -> bool:
-    of_modules = isinstance(value, dict) and all(_is_ids(ids) for ids in value.values())
-    return value is None or _is_ids(value) or of_modules
-
-
-def _is_mapping_of(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(map(of, value.values())))
-
-
-# key -> (whether a value is valid, what is expected)
-KEY_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_count, "a rank"),
-    "lora_alpha": (_is_number, "a number"),
-    "use_rslora": (_is_optional_bool, "true or false"),
-    "use_dora": (_is_optional_bool, "true or false"),
-    "lora_bias": (_is_optional_bool, "true or false"),
-    "fan_in_fan_out": (_is_optional_bool, "true or false"),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "rank_pattern": (_is_mapping_of(_is_count), "ranks by module name"),
-    "alpha_pattern": (_is_mapping_of(_is_number), "numbers by module name"),
-    "target_modules": (lambda value: _is_name_list(value) or _is_name(value), "a list of names or a pattern"),
-    "exclude_modules": (lambda value: _is_name_list(value) or _is_name(value), "a list of names or a pattern"),
-    "modules_to_save": (_is_name_list, "a list of names"),
-    "trainable_token_indices": (_is_token_indices, "a list of token ids"),
-    "init_lora_weights": (lambda value: _is_optional_bool(value) or _is_text(value), "the name of an initialization"),
-    "base_model_name_or_path": (lambda value: value in (None, "") or _is_name(value), "a name"),
-    "revision": (lambda value: value in (None, "") or _is_name(value), "a name"),
-}

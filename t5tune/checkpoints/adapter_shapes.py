@@ -39,7 +39,12 @@ def check_adapter_shapes(
         return
     shapes = derive_base_shapes(base)
     for module, shape in modules.items():
-        _check_module_shape(module, shape, shapes.get(f"{module}.weight"), source)
+        expected = shapes.get(f"{module}.weight")
+        if expected is None:
+            raise CheckpointError(f"{source}: adapts {module}, which doesn't exist in the base", hint=_OTHER_BASE_HINT)
+        if shape != expected:
+            problem = f"{source}: {module}: the base's weight is {list(expected)}, B·A is {list(shape)}"
+            raise CheckpointError(problem, hint=_OTHER_BASE_HINT)
     for name, tensor in state.items():
         _check_other_shape(name, tensor, shapes, source)
     _check_all_adapted(modules, config, shapes, source)
@@ -56,21 +61,16 @@ def _check_lora_matrices(
             continue
         check_rank(match, tensor, config, source)
         module = match[1].removeprefix(PEFT_PREFIX)
-        modules[module] = (_get_dimension(state, f"{match[1]}.lora_B.weight", 0, source), tensor.shape[-1])
+        b_name = f"{match[1]}.lora_B.weight"
+        if b_name not in state or len(state[b_name].shape) != 2:
+            raise CheckpointError(f"{source}: {b_name}: missing, or not a matrix")
+        modules[module] = (state[b_name].shape[0], tensor.shape[1])
         if not _is_target(module, config):
             raise CheckpointError(
                 f"{source}: {name}: module is adapted, "
                 f"but {ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}"
             )
     return modules
-
-
-def _check_module_shape(module: str, shape: tuple[int, int], expected: tuple[int, ...] | None, source: Path) -> None:
-    if expected is None:
-        raise CheckpointError(f"{source}: adapts {module}, which doesn't exist in the base", hint=_OTHER_BASE_HINT)
-    if shape != expected:
-        problem = f"{source}: {module}: the base's weight is {list(expected)}, B·A is {list(shape)}"
-        raise CheckpointError(problem, hint=_OTHER_BASE_HINT)
 
 
 def _check_all_adapted(
@@ -114,7 +114,7 @@ def derive_base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     for stack, number in layers.items():
         shapes[f"{stack}.embed_tokens.weight"] = (vocab_size, width)
         shapes[f"{stack}.final_layer_norm.weight"] = (width,)
-        attentions = ["SelfAttention"] + (["EncDecAttention"] if stack == "decoder" else [])
+        attentions = ["SelfAttention", "EncDecAttention"] if stack == "decoder" else ["SelfAttention"]
         for block in range(number):
             layer = f"{stack}.block.{block}.layer"
             for index, attention in enumerate(attentions):
@@ -164,12 +164,6 @@ def _check_token_rows(state: Mapping[str, Tensor], config: Mapping[str, Any], so
         raise CheckpointError(
             f"{source}: {ADAPTER_CONFIG_FILE} lists trained token rows, but the checkpoint contains none"
         )
-
-
-def _get_dimension(state: Mapping[str, Tensor], name: str, axis: int, source: Path) -> int:
-    if name not in state or len(state[name].shape) != 2:
-        raise CheckpointError(f"{source}: {name}: missing, or not a matrix")
-    return state[name].shape[axis]
 
 
 def _format_targets(config: Mapping[str, Any]) -> str:

@@ -8,28 +8,34 @@ from t5tune.errors import CheckpointError, ModelError, suggest_name
 from t5tune.file_names import CONFIG_FILE, SENTENCEPIECE_FILES
 from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.io.untrusted import read_json_object
-from t5tune.settings.base_model import BaseModelSettings
+from t5tune.settings.shared import BaseModelSettings
 
 CODE_KEYS = {"auto_map", "custom_pipelines"}
-DOWNLOADED_FILES = ["*.json", "*.safetensors", *SENTENCEPIECE_FILES]
+DOWNLOADED_FILES = ("*.json", "*.safetensors", *SENTENCEPIECE_FILES)
+PICKLED_FILES = "pytorch_model*.bin"
 
 
-def find_base(settings: BaseModelSettings) -> Path:
+def find_base(settings: BaseModelSettings, with_weights: bool = True) -> Path:
     """Find the folder with the base's files. A model on the Hub is downloaded first.
+
+    Args:
+        with_weights: whether to download the weights, too, or only config.json.
 
     Raises:
         ModelError: there is no such folder or model, or it contains no config.json.
     """
-    return _find_folder(settings, DOWNLOADED_FILES)
-
-
-def find_config(settings: BaseModelSettings) -> Path:
-    """Find the folder with the base's config.json. The weights of a model on the Hub aren't downloaded.
-
-    Raises:
-        ModelError: see `find_base`.
-    """
-    return _find_folder(settings, [CONFIG_FILE])
+    name = settings.model_name_or_path
+    if _is_pocket(name):
+        return pocket_folder()
+    path = Path(name)
+    folder = path if path.is_dir() else _download(settings, with_weights)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(
+            f"model_name_or_path: {name}: contains no {CONFIG_FILE}",
+            hint="give a folder that save_pretrained or t5tune merge wrote",
+        )
+    read_config(folder)
+    return folder
 
 
 def find_local_base(settings: BaseModelSettings) -> Path | None:
@@ -51,21 +57,6 @@ def _is_pocket(name: str) -> bool:
 
 def _is_hub_name(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1
-
-
-def _find_folder(settings: BaseModelSettings, files: list[str]) -> Path:
-    name = settings.model_name_or_path
-    if _is_pocket(name):
-        return pocket_folder()
-    path = Path(name)
-    folder = path if path.is_dir() else _download(name, settings.revision, settings.cache_dir, files)
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelError(
-            f"model_name_or_path: {name}: contains no {CONFIG_FILE}",
-            hint="give a folder that save_pretrained or t5tune merge wrote",
-        )
-    read_config(folder)
-    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -99,68 +90,58 @@ def _find_code_key(value: Any) -> str | None:
     return None
 
 
-def _download(name: str, revision: str | None, cache_dir: Path | None, wanted: list[str]) -> Path:
+def _download(settings: BaseModelSettings, with_weights: bool) -> Path:
+    name, revision = settings.model_name_or_path, settings.revision
     if not _is_hub_name(name) or Path(name).exists():
         raise ModelError(f"model_name_or_path: {name}: no such folder", hint="check the path's spelling")
     from huggingface_hub import HfApi, snapshot_download
 
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+    def fetch(*patterns: str) -> Path:
+        cache = settings.cache_dir
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns)))
 
     try:
-        snapshot = fetch(wanted)
+        if not with_weights:
+            return fetch(CONFIG_FILE)
+        snapshot = fetch(*DOWNLOADED_FILES)
         # download pickled weights only if the model has no safetensors
-        if wanted == DOWNLOADED_FILES and not _has_weights(snapshot):
+        if not any(any(snapshot.glob(pattern)) for pattern in ("*.safetensors", PICKLED_FILES)):
             files = HfApi().list_repo_files(name, revision=revision)
             if any(file.startswith("pytorch_model") for file in files):
-                snapshot = fetch([*DOWNLOADED_FILES, "pytorch_model*.bin"])
+                snapshot = fetch(*DOWNLOADED_FILES, PICKLED_FILES)
         return snapshot
     # OSError, ValueError, and exceptions of whichever HTTP library huggingface_hub uses
     except Exception as error:
         raise _explain_download_error(name, revision, error) from error
 
 
-def _has_weights(snapshot: Path) -> bool:
-    return any(any(snapshot.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
-
-
 def _explain_download_error(name: str, revision: str | None, error: Exception) -> ModelError:
     """Turn a failed download into an error that says what to do about it."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     asked = f"model_name_or_path: {name}"
     match error:
-        case GatedRepoError():
+        case errors.GatedRepoError():
             reason = "access to this model is restricted (gated)"
             hint = f"request access on the Hub page of {name}, then run `hf auth login`"
-        case RepositoryNotFoundError():
+        case errors.RepositoryNotFoundError():
             reason = "no such folder on this machine, and no such model on the Hub, or a private one"
             hint = "check the spelling; for a private model run `hf auth login`"
-        case RevisionNotFoundError():
-            return ModelError(
-                f"revision: {revision}: {name} has no such branch, tag or commit", hint="check the spelling"
-            )
-        case HFValidationError():
+        case errors.RevisionNotFoundError():
+            asked, reason = f"revision: {revision}", f"{name} has no such branch, tag or commit"
+            hint = "check the spelling"
+        case errors.HFValidationError():
             reason, hint = "no such folder, and not a valid name of a model on the Hub", "check the spelling"
-        case LocalEntryNotFoundError() if isinstance(error.__cause__, OfflineModeIsEnabled):
-            reason = (
-                "no such folder, and HF_HUB_OFFLINE disables downloads; the model isn't completely in the local cache"
-            )
+        case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            reason = "no such folder, HF_HUB_OFFLINE disables downloads, and the model isn't all in the local cache"
             hint = "unset HF_HUB_OFFLINE, or give a folder"
-        case LocalEntryNotFoundError():
+        case errors.LocalEntryNotFoundError():
             reason = "no such folder, the Hub can't be reached, and the model isn't in the local cache"
             reason += suggest_name(name, ["pocket"])
             hint = "check the network connection, or give a folder; `pocket` is the built-in model"
         case OSError() if error.errno is not None:
-            where = f" ({error.filename})" if error.filename else ""
-            return ModelError(f"{asked}: {error.strerror}{where}", hint="use --cache-dir to download to another folder")
+            reason = f"{error.strerror} ({error.filename})" if error.filename else f"{error.strerror}"
+            hint = "use --cache-dir to download to another folder"
         case _:
             reason = f"the download from the Hub failed: {to_one_line(error)[:200]}"
             hint = "try again later, or give a folder"

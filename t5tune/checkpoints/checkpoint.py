@@ -35,51 +35,48 @@ class Checkpoint:
         self.files: list[SafetensorsFile] = []
         self.shards: list[tuple[Path, list[str]]] = []
         """Each weight file with the names of its tensors, in the order of their bytes."""
-        self._files_by_name: dict[str, SafetensorsFile] = {}
-        self._torch_tensors: dict[str, Tensor] = {}
+        self._sources: dict[str, SafetensorsFile | Tensor] = {}
         self.index, weight_map, paths = _find_weight_files(folder)
         for path in paths:
+            sources: Mapping[str, SafetensorsFile | Tensor]
             if path.suffix == ".safetensors":
-                file = SafetensorsFile(path)
-                self.files.append(file)
-                entries = file.entries
-                names = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
+                self.files.append(SafetensorsFile(path))
+                sources = dict.fromkeys(self.files[-1].entries, self.files[-1])
             else:
-                torch_tensors = read_state_dict(path)
-                names = list(torch_tensors)
-            if duplicates := [name for name in names if name in self]:
-                raise CheckpointError(f"{path}: {duplicates[0]}: is also in another file of this checkpoint")
-            if path.suffix == ".safetensors":
-                self._files_by_name |= dict.fromkeys(names, file)
-            else:
-                self._torch_tensors |= torch_tensors
-            self.shards.append((path, names))
+                sources = read_state_dict(path)
+            if duplicate := next((name for name in sources if name in self), None):
+                raise CheckpointError(f"{path}: {duplicate}: is also in another file of this checkpoint")
+            self._sources |= sources
+            self.shards.append((path, list(sources)))
         found = {name: path.name for path, names in self.shards for name in names}
         for name, file_name in weight_map.items():
             if found.get(name) != file_name:
                 raise CheckpointError(f"{self.index}: {name}: is not in {file_name}")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files_by_name or name in self._torch_tensors
+        return name in self._sources
 
     def list_names(self) -> list[str]:
         """List the tensors' names, file by file."""
-        return [*self._files_by_name, *self._torch_tensors]
+        return list(self._sources)
 
     def get_dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return a tensor's dtype and shape without mapping it."""
-        entry = self._files_by_name[name].entries[name] if name in self._files_by_name else self._torch_tensors[name]
+        source = self._sources[name]
+        entry = source.entries[name] if isinstance(source, SafetensorsFile) else source
         return entry.dtype, entry.shape
 
     def get_file_range(self, name: str) -> FileRange | None:
-        """Return where the tensor's bytes are; None if they aren't contiguous."""
-        if name in self._files_by_name:
-            return FileRange(self._files_by_name[name].path, self._files_by_name[name].entries[name].begin)
-        return self._torch_tensors[name].file_range
+        """Return where the tensor's bytes are, without mapping it; None if they aren't contiguous."""
+        source = self._sources[name]
+        if isinstance(source, SafetensorsFile):
+            return FileRange(source.path, source.entries[name].begin)
+        return source.file_range
 
     def get_tensor(self, name: str) -> Tensor:
         """Return the tensor as a view of a mapped file."""
-        return self._files_by_name[name].get_tensor(name) if name in self._files_by_name else self._torch_tensors[name]
+        source = self._sources[name]
+        return source.get_tensor(name) if isinstance(source, SafetensorsFile) else source
 
     def is_tied(self) -> bool:
         """Whether the output head is tied to the embedding, as the weights show.
@@ -115,7 +112,10 @@ def _find_weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[
 def _explain_missing_weights(folder: Path) -> CheckpointError:
     """Return an error that says what the folder contains instead of a model's weights."""
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        name = _read_base_name(folder)
+        try:
+            name = read_adapter_config(folder).get("base_model_name_or_path")
+        except CheckpointError:
+            name = None
         hint = f"give its base instead: {name}" if name else "give the base that the adapter was trained on"
         return CheckpointError(f"{folder}: is an adapter, not a base", hint)
     problem = f"{folder}: no weights ({' or '.join(WEIGHTS_FILES.values())}"
@@ -136,21 +136,9 @@ def _explain_missing_weights(folder: Path) -> CheckpointError:
     )
 
 
-def _read_base_name(adapter: Path) -> str | None:
-    """Read the name of an adapter's base; None if adapter_config.json has none or can't be used."""
-    try:
-        return read_adapter_config(adapter).get("base_model_name_or_path") or None
-    except CheckpointError:
-        return None
-
-
 def _read_weight_map(folder: Path, name: str) -> dict[str, str]:
     weight_map = read_json_object(folder, name).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(file, str) for file in weight_map.values())
-    ):
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
         raise CheckpointError(
             f"{folder / name}: not an index of weights: expected a weight_map from tensor names to files"
         )

@@ -48,7 +48,7 @@ class LoraFlags:
     base: str | None = None
 
     def check_against(self, config: Mapping[str, Any], source: Path) -> None:
-        """Refuse flags that an adapter_config.json contradicts.
+        """Refuse flags that an adapter's config contradicts.
 
         Raises:
             SettingsError: a flag differs from the config; the message names it.
@@ -58,13 +58,13 @@ class LoraFlags:
             "lora_r": (self.r, config.get("r")),
             "lora_alpha": (self.alpha, config.get("lora_alpha")),
             "lora_target_modules": (
-                sorted(self.target_modules) if self.target_modules else None,
-                sorted(targets) if isinstance(targets, list) else targets,
+                self.target_modules and " ".join(sorted(self.target_modules)),
+                " ".join(sorted(targets)) if isinstance(targets, list) else targets,
             ),
         }
         for name, (flag, value) in given.items():
             if flag is not None and flag != value:
-                raise SettingsError(f"{name}: {flag}, but {source} says {value}", hint="leave the flag out")
+                raise SettingsError(f"{name}: {flag}, but {source} has {value}", hint="leave the flag out")
 
 
 def strip_wrappers(name: str) -> str:
@@ -93,14 +93,7 @@ def infer_adapter_config(
     """
     ranks = _read_ranks(state, source)
     r = Counter(ranks.values()).most_common(1)[0][0]
-    if flags.r is not None and set(ranks.values()) != {flags.r}:
-        raise SettingsError(f"lora_r: {flags.r}, but the matrices in {source} have rank {r}", hint="leave the flag out")
     targets = sorted({name.rpartition(".")[2] for name in ranks})
-    if flags.target_modules is not None and sorted(flags.target_modules) != targets:
-        raise SettingsError(
-            f"lora_target_modules: {' '.join(flags.target_modules)}, but {source} adapts {' '.join(targets)}",
-            hint="leave the flag out",
-        )
     config = {
         "base_model_name_or_path": flags.base,
         "bias": "none",
@@ -115,6 +108,7 @@ def infer_adapter_config(
         "target_modules": targets,
         "task_type": "SEQ_2_SEQ_LM",
     }
+    flags.check_against(config, source)
     inferred = f"no {ADAPTER_CONFIG_FILE}: rank {r} and the modules {' '.join(targets)} are inferred from the tensors"
     return config, (inferred,) if flags.alpha is not None else (inferred, DEFAULT_ALPHA_NOTE)
 
@@ -180,11 +174,6 @@ def compute_mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
         modules = [HEAD_MODULE] if weight == HEAD_WEIGHT else ["shared"] if tied else list(EMBEDDING_MODULES)
         rows |= {f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}": Tensor("F32", rows_KD) for module in modules}
     return rows
-
-
-def build_token_indices(ids: list[int], tied: bool) -> Any:
-    """Build PEFT's trainable_token_indices for these rows. The head's are in reverse order (see model/lora.py)."""
-    return ids if tied else {name: ids for name in EMBEDDING_MODULES} | {HEAD_MODULE: ids[::-1]}
 
 
 def _compute_mean_row(base: Checkpoint, weight: str, count: int) -> npt.NDArray[np.float32]:

@@ -7,18 +7,27 @@ tensors are divided into files. The second hash, `sha256`, covers all of their b
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.families import EMBEDDING_COPIES, HEAD_WEIGHT
+from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import parse_json_object
 
-METADATA_KEY = "t5tune"
 FINGERPRINT_BYTES = 2 << 10  # bytes from the beginning of a tensor, and as many from its end
+HASH_CACHE_FORMAT = 1
+# two changes within one tick of the file system's clock get the same ctime
+SECONDS_TO_SETTLE = 2.0
+
+FileStats = dict[str, list[int]]
+"""File name -> [device, inode, bytes, mtime, ctime], times in nanoseconds. While they are the same, so is the hash.
+
+Every change to a file updates its ctime, which, unlike the mtime, can't be set back. A copy on another machine is
+hashed again.
+"""
 
 
 def describe_base(folder: Path, name: str, sha256: str | None = None) -> dict[str, str]:
@@ -33,7 +42,7 @@ def compute_fingerprint(base: Checkpoint) -> str:
     for name in _list_tensor_names(base):
         tensor = base.get_tensor(name)
         digest.update(_describe_tensor(name, tensor))
-        rows = max(1, FINGERPRINT_BYTES * (tensor.shape[0] if tensor.shape else 1) // max(1, tensor.nbytes))
+        rows = max(1, FINGERPRINT_BYTES * (tensor.shape[0] if tensor.shape else 1) // max(1, tensor.array.nbytes))
         if not tensor.shape or 2 * rows >= tensor.shape[0]:
             digest.update(tensor.array.tobytes())
         else:
@@ -48,19 +57,6 @@ def compute_full_hash(base: Checkpoint) -> str:
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         parts = pool.map(lambda name: _hash_tensor(name, base.get_tensor(name)), names)
         return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def encode_base_metadata(base_metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Encode what identifies a base as an entry of a safetensors file's metadata."""
-    return {METADATA_KEY: json.dumps(dict(base_metadata), sort_keys=True)} if base_metadata else {}
-
-
-def decode_base_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """Decode what a file's metadata says about the base; empty if t5tune didn't write it."""
-    try:
-        return parse_json_object(metadata.get(METADATA_KEY, "{}").encode())
-    except ValueError:
-        return {}
 
 
 def _list_tensor_names(base: Checkpoint) -> list[str]:
@@ -78,3 +74,38 @@ def _hash_tensor(name: str, tensor: Tensor) -> bytes:
 
 def _describe_tensor(name: str, tensor: Tensor) -> bytes:
     return json.dumps([name, tensor.dtype, list(tensor.shape)]).encode()
+
+
+def read_file_stats(folder: Path) -> FileStats | None:
+    """Read the identity of a checkpoint's weight files. Call it before hashing them, so that no change is missed.
+
+    Returns:
+        None if a file was changed so recently that another change could keep the same ctime.
+    """
+    found = {path.name: path.stat() for path, _ in Checkpoint(folder).shards}
+    if time.time() - max(stat.st_ctime for stat in found.values()) <= SECONDS_TO_SETTLE:
+        return None
+    return {
+        name: [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        for name, stat in sorted(found.items())
+    }
+
+
+def load_hash(cache_file: Path, stats: FileStats | None) -> str | None:
+    """Load the full hash of files with these stats; None if it isn't cached.
+
+    The cache is in the run folder, so that resuming doesn't read tens of gigabytes again.
+    """
+    try:
+        known = parse_json_object(cache_file.read_bytes())
+        if known["format"] == HASH_CACHE_FORMAT and known["files"] == stats:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+def store_hash(cache_file: Path, stats: FileStats | None, sha256: str) -> None:
+    """Store the hash of files that had these stats before they were hashed."""
+    if stats is not None and load_hash(cache_file, stats) != sha256:
+        write_json(cache_file, {"format": HASH_CACHE_FORMAT, "sha256": sha256, "files": stats})

@@ -83,13 +83,10 @@ def format_outcome_lines(result: Mapping[str, Any]) -> str:
     lines = f"Trained for {result['steps']:,} steps.\n" if isinstance(result.get("steps"), int) else ""
     held_out = result.get("eval")
     if isinstance(held_out, dict):
-        metrics = [f"{name} {value:.4g}" for name, value in held_out.items() if _is_metric(name, value)]
+        numbers = {name: value for name, value in held_out.items() if name.isidentifier() and isinstance(value, Real)}
+        metrics = [f"{name} {value:.4g}" for name, value in numbers.items() if not is_timing(name)]
         lines += f"Evaluation on held-out data: {', '.join(metrics)}.\n" if metrics else ""
     return lines
-
-
-def _is_metric(name: str, value: Any) -> bool:
-    return name.isidentifier() and isinstance(value, Real) and not is_timing(name)
 
 
 def is_timing(name: str) -> bool:

@@ -6,10 +6,10 @@ from pathlib import Path
 from t5tune.checkpoints.adapter import AdapterMetadata
 from t5tune.checkpoints.base import read_config
 from t5tune.checkpoints.safetensors import write_safetensors
-from t5tune.checkpoints.sentencepiece import copy_sentencepiece
 from t5tune.checkpoints.tensors import TORCH_NAMES, Tensor
 from t5tune.checkpoints.tokenizer_files import (
     TOKENIZER_FILE_PREFIXES,
+    copy_sentencepiece,
     copy_template,
     copy_tokenizer,
     copy_untrusted_file,

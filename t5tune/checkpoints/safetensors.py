@@ -8,15 +8,21 @@ import json
 import os
 import struct
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from t5tune.checkpoints.partitioned_tensor import PartitionedTensor
-from t5tune.checkpoints.tensors import MAX_DIMENSIONS, NUMPY_DTYPES, FileRange, Tensor, count_tensor_bytes
+from t5tune.checkpoints.tensors import (
+    MAX_DIMENSIONS,
+    NUMPY_DTYPES,
+    FileRange,
+    PartitionedTensor,
+    Tensor,
+    count_tensor_bytes,
+)
 from t5tune.errors import CheckpointError
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
@@ -61,13 +67,15 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):
             raise CheckpointError(f"{path}: __metadata__: expected a mapping of names to strings")
-        self.entries = {name: self._parse_entry(name, value, size) for name, value in header.items()}
+        entries = {name: self._parse_entry(name, value, size) for name, value in header.items()}
+        self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+        """By name, in the order of their bytes."""
         self._check_positions(size)
 
     def _check_positions(self, size: int) -> None:
         """Check that the tensors fill the file without overlaps and gaps."""
         position = self.data_begin
-        for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        for name, entry in self.entries.items():
             if entry.begin != position:
                 raise CheckpointError(f"{self.path}: {name}: begins at byte {entry.begin}, expected byte {position}")
             position = entry.end
@@ -75,10 +83,8 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: has {size} bytes, but the header describes {position}")
 
     def _parse_entry(self, name: str, value: Any, size: int) -> TensorEntry:
-        try:
-            _check_entry(value, size - self.data_begin)
-        except ValueError as error:
-            raise CheckpointError(f"{self.path}: {name}: {error}") from None
+        if problem := _find_problem(value, size - self.data_begin):
+            raise CheckpointError(f"{self.path}: {name}: {problem}")
         begin, end = value["data_offsets"]
         return TensorEntry(value["dtype"], tuple(value["shape"]), self.data_begin + begin, self.data_begin + end)
 
@@ -106,55 +112,34 @@ class SafetensorsFile:
         return mapped
 
 
-def _check_entry(entry: Any, data_size: int) -> None:
-    """Check a tensor's header entry; `data_size` is the number of bytes after the header.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
+def _find_problem(entry: Any, data_size: int) -> str | None:
+    """Say what is wrong with a tensor's header entry; `data_size` is the number of bytes after the header."""
     if not isinstance(entry, dict):
-        raise ValueError(f"expected an object with {', '.join(ENTRY_KEYS)}")
+        return f"expected an object with {', '.join(ENTRY_KEYS)}"
     if missing := [key for key in ENTRY_KEYS if key not in entry]:
-        raise ValueError(f"{missing[0]} is missing")
+        return f"{missing[0]} is missing"
     dtype, shape, offsets = (entry[key] for key in ENTRY_KEYS)
-    if not isinstance(dtype, str):
-        raise ValueError("dtype isn't text")
-    if dtype not in NUMPY_DTYPES:
-        raise ValueError(f"dtype {dtype[:40]} is unknown; expected one of {', '.join(NUMPY_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
+        return f"dtype {str(dtype)[:40]} is unknown; expected one of {', '.join(NUMPY_DTYPES)}"
     if not _is_integers(shape):
-        raise ValueError("shape isn't a list of integers from 0")
+        return "shape isn't a list of integers from 0"
     if len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"shape has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are allowed")
+        return f"shape has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are allowed"
     if max(shape, default=0) >= MAX_DIMENSION_SIZE:
-        raise ValueError(f"shape has a dimension of {MAX_DIMENSION_SIZE} or more")
+        return f"shape has a dimension of {MAX_DIMENSION_SIZE} or more"
     if not _is_integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError("data_offsets isn't a list of two ascending integers from 0")
+        return "data_offsets isn't a list of two ascending integers from 0"
     if offsets[1] > data_size:
-        raise ValueError(f"data_offsets ends at byte {offsets[1]}, but the file has {data_size} bytes of data")
+        return f"data_offsets ends at byte {offsets[1]}, but the file has {data_size} bytes of data"
     found, needed = offsets[1] - offsets[0], count_tensor_bytes(dtype, tuple(shape))
     if found != needed:
-        raise ValueError(f"data_offsets has {found} bytes, but dtype {dtype} and shape {shape} need {needed}")
+        return f"data_offsets has {found} bytes, but dtype {dtype} and shape {shape} need {needed}"
+    return None
 
 
 def _is_integers(value: Any) -> bool:
     """Whether a JSON value is a list of integers from 0, without booleans."""
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """A file's tensors by name. The file is mapped on the first access, and unmapped when no tensor is in use."""
-
-    def __init__(self, file: SafetensorsFile) -> None:
-        self.file = file
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file.entries)
-
-    def __len__(self) -> int:
-        return len(self.file.entries)
 
 
 def write_safetensors(

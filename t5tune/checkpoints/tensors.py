@@ -5,6 +5,7 @@ interpret them.
 """
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 MAX_DIMENSIONS = 16
 BLOCK_ELEMENTS = 1 << 18
 """Number of elements that are read and processed at a time: a few arrays of this size fit into a processor's cache."""
+CHUNK_ELEMENTS = 4 << 20
+"""Number of elements in memory at a time while a partitioned tensor is copied."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,6 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return count_tensor_bytes(self.dtype, self.shape)
 
     def read_rows(self, begin: int, end: int) -> "Tensor":
         """Copy rows [begin, end) into memory, read from the file if its location is known.
@@ -106,6 +105,50 @@ class Tensor:
     def iter_chunks(self) -> Iterator[bytes]:
         """Iterate over the tensor's bytes: a single chunk, since a tensor that is written like this is in memory."""
         yield self.tobytes()
+
+
+@dataclass(frozen=True)
+class PartitionedTensor:
+    """A tensor partitioned across the mapped files of several ranks: the concatenation of flat arrays."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    arrays: tuple[npt.NDArray[Any], ...]
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> "PartitionedTensor":
+        return cls(tensor.dtype, tensor.shape, (tensor.array.reshape(-1),))
+
+    def to_tensor(self) -> Tensor:
+        """Copy the whole tensor into memory."""
+        joined = np.concatenate(self.arrays) if self.arrays else np.zeros(0, np.float32)
+        for array in self.arrays:
+            _drop_array_pages(array)
+        return Tensor(self.dtype, joined.reshape(self.shape))
+
+    def iter_chunks(self) -> Iterator[bytes]:
+        """Iterate over the tensor's bytes in order, a few MiB at a time."""
+        for array in self.arrays:
+            for begin in range(0, len(array), CHUNK_ELEMENTS):
+                yield np.ascontiguousarray(array[begin : begin + CHUNK_ELEMENTS]).tobytes()
+                _drop_array_pages(array)
+
+
+def _drop_array_pages(array: npt.NDArray[Any]) -> None:
+    """Drop the pages of the mapped file that this array is a view of, if any."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if isinstance(owner, mmap.mmap):
+        drop_pages(owner)
+
+
+def drop_pages(mapped: mmap.mmap) -> None:
+    """Drop the pages of a mapped file from this process's memory; otherwise all that was read would stay in it."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def count_tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

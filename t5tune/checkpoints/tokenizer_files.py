@@ -4,18 +4,23 @@ The files are untrusted: each must be inside its folder, be a regular file of a 
 code.
 """
 
+import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from t5tune.checkpoints.training_data import read_training_data, write_training_data
 from t5tune.data.templates import parse_template
 from t5tune.errors import CheckpointError
-from t5tune.file_names import TOKENIZER_CONFIG_FILE
+from t5tune.file_names import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, read_json_object, resolve_inside
 from t5tune.io.yaml_file import read_yaml
 
 TOKENIZER_FILE_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "spiece")
 MAX_TOKENIZER_FILE_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
+MAX_SCANNED_BYTES = 4 << 20  # a thousand added tokens need 200 KB
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -33,6 +38,53 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             f"{source / TOKENIZER_CONFIG_FILE}: auto_map: requires custom code from the tokenizer's repository, "
             "which t5tune doesn't run"
         )
+
+
+def copy_sentencepiece(base: Path, folder: Path) -> None:
+    """Copy the base's SentencePiece model to a folder that has only a tokenizer.json, and write added_tokens.json.
+
+    Tools that don't read tokenizer.json need both: llama.cpp's converter and slow tokenizers. An adapter's tokenizer
+    has added tokens, but the pieces keep their ids, so the base's model is still valid. added_tokens.json lists the
+    tokens after the pieces: {"<extra_id_99>": 32000, …}.
+
+    Raises:
+        CheckpointError: the SentencePiece model or tokenizer.json is broken.
+    """
+    names = [name for name in SENTENCEPIECE_FILES if has_file(base, name)]
+    if not names or any(has_file(folder, name) for name in SENTENCEPIECE_FILES) or not has_file(folder, TOKENIZER_FILE):
+        return
+    num_pieces = _count_pieces(resolve_inside(base, names[0]))
+    shutil.copyfile(base / names[0], folder / names[0])
+    if not has_file(folder, ADDED_TOKENS_FILE):
+        added = sorted((token["id"], token["content"]) for token in _read_added_tokens(folder / TOKENIZER_FILE))
+        write_json(folder / ADDED_TOKENS_FILE, {content: index for index, content in added if index >= num_pieces})
+
+
+def _count_pieces(file: Path) -> int:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return int(SentencePieceProcessor(model_file=str(file)).get_piece_size())
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{file}: not a valid SentencePiece model: {error}") from error
+
+
+def _read_added_tokens(file: Path) -> list[dict[str, Any]]:
+    """Read the added tokens of tokenizer.json, which come before its vocabulary, so its end needn't be read."""
+    with open(file, "rb") as stream:
+        text = stream.read(MAX_SCANNED_BYTES).decode("utf-8", errors="ignore")
+    found = re.search(r'"added_tokens"\s*:\s*', text)
+    try:
+        tokens = json.JSONDecoder().raw_decode(text, found.end())[0] if found else None
+    except (ValueError, RecursionError):
+        tokens = None
+    if not isinstance(tokens, list) or not all(map(_is_token, tokens)):
+        raise CheckpointError(f"{file}: added_tokens: expected a list of objects with id and content")
+    return tokens
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("id")) is int and isinstance(value.get("content"), str)
 
 
 def copy_template(file: Path, folder: Path) -> None:

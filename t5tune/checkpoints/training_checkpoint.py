@@ -4,6 +4,7 @@ contents = read_training_checkpoint(Path("run/checkpoint-300"), LoraFlags())
 contents.adapter["base_model.model.….q.lora_A.weight"]
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +22,7 @@ from t5tune.checkpoints.adapter import (
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.checkpoint import WEIGHTS_FILES, Checkpoint
 from t5tune.checkpoints.fastchat import LoraFlags, infer_adapter_config, is_adapter_name, strip_wrappers
-from t5tune.checkpoints.partitioned_tensor import PartitionedTensor
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.tensors import PartitionedTensor, Tensor
 from t5tune.checkpoints.torch_format.file import StoredTensor
 from t5tune.checkpoints.zero_shards import ZeroState, find_deepspeed_folder, read_zero
 from t5tune.errors import CheckpointError
@@ -97,7 +97,12 @@ def read_training_checkpoint(folder: Path, flags: LoraFlags, with_frozen: bool =
 
 def _build_from_files(folder: Path, has_adapter: bool, model_file: str | None, flags: LoraFlags) -> CheckpointContents:
     """Read the files that Trainer wrote: those of an adapter, or of a whole model with an adapter in it."""
-    raw = {strip_wrappers(name): value for name, value in _read_files(folder, has_adapter).items()}
+    if has_adapter:
+        tensors = read_adapter_tensors(folder)
+    else:
+        model = Checkpoint(folder)
+        tensors = {name: model.get_tensor(name) for name in model.list_names()}
+    raw = {strip_wrappers(name): value for name, value in tensors.items()}
     if not any(map(is_adapter_name, raw)):
         raise CheckpointError(
             f"checkpoint: {folder}: is from full fine-tuning: it contains the whole model and no adapter",
@@ -171,13 +176,6 @@ def _read_or_infer_config(
     return infer_adapter_config(state, flags, folder)
 
 
-def _read_files(folder: Path, has_adapter: bool) -> dict[str, Tensor]:
-    if has_adapter:
-        return dict(read_adapter_tensors(folder))
-    model = Checkpoint(folder)
-    return {name: model.get_tensor(name) for name in model.list_names()}
-
-
 def _rename_to_base(frozen: Mapping[str, PartitionedTensor]) -> dict[str, PartitionedTensor]:
     """Rename tensors to the base's names. Of a tensor with several names, such as T5's embedding, keep the first."""
     result: dict[str, PartitionedTensor] = {}
@@ -185,14 +183,10 @@ def _rename_to_base(frozen: Mapping[str, PartitionedTensor]) -> dict[str, Partit
     for name, value in frozen.items():
         addresses = tuple((array.ctypes.data, len(array)) for array in value.arrays)
         if addresses not in seen or not addresses:
-            result[_to_base_name(strip_wrappers(name))] = value
+            own = strip_wrappers(name).removeprefix(PEFT_PREFIX)
+            result[re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", own)] = value
         seen.add(addresses)
     return result
-
-
-def _to_base_name(name: str) -> str:
-    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
-    return name.replace(".token_adapter.", ".")
 
 
 def _read_step_and_world_size(folder: Path) -> tuple[int, int]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy.typing as npt
 
-from t5tune.checkpoints.partitioned_tensor import PartitionedTensor
-from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
+from t5tune.checkpoints.tensors import FLOAT_DTYPES, PartitionedTensor, Tensor
 from t5tune.checkpoints.torch_format.file import StoredTensor, read_torch_file
 from t5tune.checkpoints.torch_format.pickle import Inert
 from t5tune.errors import CheckpointError
+from t5tune.io.reasons import shorten
 from t5tune.io.untrusted import check_all_inside, check_inside, is_file_name
 
 UNIVERSAL_FOLDER = "zero"
@@ -134,14 +134,9 @@ def _check_ranks(folder: Path, files: Mapping[int, Path], world_size: int, what:
     missing = next((rank for rank in range(world_size) if rank not in files), None)
     if missing is not None or len(files) != world_size:
         raise CheckpointError(
-            f"{folder}: found {what} of ranks {_format_ranks(files)}, but training used {world_size} ranks"
+            f"{folder}: found {what} of ranks {shorten(str(sorted(files)))}, but training used {world_size} ranks"
             + (f"; rank {missing} is missing" if missing is not None else "")
         )
-
-
-def _format_ranks(files: Mapping[int, Path]) -> str:
-    ranks = sorted(files)
-    return str(ranks) if len(ranks) <= 16 else f"{ranks[:16]} and {len(ranks) - 16} more"
 
 
 def _read_shards(
@@ -151,28 +146,26 @@ def _read_shards(
     if not shards:
         raise CheckpointError(f"{folder}: no optimizer shards (*_optim_states.pt), which contain the fp32 weights")
     _check_ranks(folder, shards, world_size, "shards")
-    stages = set()
+    stages, dtypes = set(), set()
     ranks: list[list[npt.NDArray[Any]]] = []
-    dtypes = set()
     for rank in range(world_size):
         path = shards[rank]
         optimizer = _expect_dict(_expect_dict(read_torch_file(path), path).get("optimizer_state_dict"), path)
         stage = _read_stage(optimizer, path)
         stages.add(stage)
         _check_partitions(optimizer, world_size, path)
-        groups = _read_fp32_groups(
-            optimizer, "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups", path
-        )
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        groups = _read_fp32_groups(optimizer, key, path)
         dtypes |= {group.dtype for group in groups}
         ranks.append([group.array.reshape(-1) for group in groups])
         if rank == 0:
             paddings = _read_paddings(optimizer.get("param_alignment_paddings"), shapes, path)
     if len(stages) != 1 or len(dtypes) != 1 or len({len(groups) for groups in ranks}) != 1:
         raise CheckpointError(f"{folder}: the shards are from different runs: their stages, dtypes or groups differ")
-    dtype = dtypes.pop()
-    if stages == {3}:
+    (dtype,) = dtypes
+    if stage == 3:
         return 3, _gather_stage3(folder, ranks, shapes, dtype)
-    return stages.pop(), _gather_stage1_and_2(folder, ranks, shapes, paddings, dtype)
+    return stage, _gather_stage1_and_2(folder, ranks, shapes, paddings, dtype)
 
 
 def _read_stage(optimizer: Mapping[Any, Any], path: Path) -> int:
@@ -190,9 +183,8 @@ def _check_partitions(optimizer: Mapping[Any, Any], world_size: int, path: Path)
     groups = optimizer.get("ds_zero_partition_groups") or []
     if type(groups) is not list or not all(type(group) is dict for group in groups):
         raise CheckpointError(f"{path}: ds_zero_partition_groups: expected a list of dicts")
-    counts = [*(counts if type(counts) is list else [counts])]
-    counts += [group.get("partition_count", world_size) for group in groups]
-    for count in counts:
+    counts = counts if type(counts) is list else [counts]
+    for count in counts + [group.get("partition_count", world_size) for group in groups]:
         if _expect_count(count, path, "partition_count") != world_size:
             raise CheckpointError(f"{path}: written by one of {count} ranks, but training used {world_size} ranks")
 
@@ -274,16 +266,14 @@ def _gather_frozen(
     if is_sharded:
         states += [_expect_dict(read_torch_file(file), file) for _, file in sorted(model_files.items())[1:]]
     fragments = [_select_tensors(state.get("frozen_param_fragments")) for state in states]
-    return {name: _join_fragments(path.parent, name, shape, fragments) for name, shape in shapes.items()}
-
-
-def _join_fragments(
-    folder: Path, name: str, shape: tuple[int, ...], fragments: list[dict[str, Tensor]]
-) -> PartitionedTensor:
-    if not all(name in ranks for ranks in fragments) or len({ranks[name].dtype for ranks in fragments}) != 1:
-        raise CheckpointError(f"{folder}: {name}: a rank's fragment is missing or has another dtype")
-    arrays = [ranks[name].array.reshape(-1) for ranks in fragments]
-    return PartitionedTensor(fragments[0][name].dtype, shape, _slice(folder, name, arrays, 0, math.prod(shape)))
+    frozen = {}
+    for name, shape in shapes.items():
+        if not all(name in ranks for ranks in fragments) or len({ranks[name].dtype for ranks in fragments}) != 1:
+            raise CheckpointError(f"{path.parent}: {name}: a rank's fragment is missing or has another dtype")
+        arrays = [ranks[name].array.reshape(-1) for ranks in fragments]
+        parts = _slice(path.parent, name, arrays, 0, math.prod(shape))
+        frozen[name] = PartitionedTensor(fragments[0][name].dtype, shape, parts)
+    return frozen
 
 
 def _read_universal(folder: Path, shapes: Shapes) -> dict[str, PartitionedTensor]:

@@ -42,7 +42,15 @@ def run(arguments: list[str]) -> int:
     """Run the command line and return the exit code."""
     failure: BaseException
     try:
-        return _run(arguments or ["--help"])
+        options, command, rest = _split(arguments or ["--help"])
+        wants_help = any(word.partition("=")[0] == "--help" for word in takewhile(lambda word: word != "--", rest))
+        if command is None or options or wants_help or "_T5TUNE_COMPLETE" in os.environ:
+            from t5tune.cli.help import run_typer
+
+            return run_typer([command, "--help"] if command and not options else options, command)
+        from t5tune.cli.command import run_command
+
+        return run_command(command, rest)
     except BrokenPipeError:  # the reader of the help has closed the pipe
         return 1
     except OSError as error:
@@ -55,7 +63,8 @@ def run(arguments: list[str]) -> int:
     return Output(sys.stdout, json=wants_json, debug="--debug" in arguments).fail(failure)
 
 
-def _run(arguments: list[str]) -> int:
+def _split(arguments: list[str]) -> tuple[list[str], str | None, list[str]]:
+    """Split the arguments into the options before the command, the command, and what follows it."""
     options = list(takewhile(lambda word: word.startswith("-"), arguments))
     command = next(iter(arguments[len(options) :]), None)
     rest = arguments[len(options) + 1 :]
@@ -63,14 +72,7 @@ def _run(arguments: list[str]) -> int:
     options = [word for word in options if word != "--" and not word.startswith(("--local_rank", "--local-rank"))]
     if command is not None and command not in SUMMARIES:
         raise _make_unknown_command_error(command, options)
-    wants_help = any(word.partition("=")[0] == "--help" for word in takewhile(lambda word: word != "--", rest))
-    if command is None or options or wants_help or "_T5TUNE_COMPLETE" in os.environ:
-        from t5tune.cli.help import run_typer
-
-        return run_typer([command, "--help"] if command and not options else options, command)
-    from t5tune.cli.command import run_command
-
-    return run_command(command, rest)
+    return options, command, rest
 
 
 def _make_unknown_command_error(command: str, options: list[str]) -> SettingsError:

@@ -28,13 +28,12 @@ Type a message. A line that begins with / is a command; begin with // to send a 
   /quit, Ctrl-D      quit; Ctrl-C stops a reply, or clears the line"""
 
 
-def run(settings: ChatSettings, output: Output) -> int:
+def run(settings: ChatSettings, output: Output) -> None:
     """Reply to the prompt, or else start an interactive chat."""
     if settings.prompt is None:
         _run_session(settings, output)
     else:
         output.show(chat(settings, output.report))
-    return 0
 
 
 def _run_session(settings: ChatSettings, output: Output) -> None:

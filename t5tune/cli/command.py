@@ -5,13 +5,13 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from t5tune.cli.arguments import parse_arguments
-from t5tune.cli.failures import Unexpected, to_t5tune_error
-from t5tune.cli.output import Output, reserve_stdout
+from t5tune.cli.output import Output, Unexpected, reserve_stdout, to_t5tune_error
+from t5tune.cli.results import render_result
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
@@ -19,18 +19,16 @@ from t5tune.model.device import limit_openmp_spinning
 from t5tune.progress import Note
 from t5tune.settings import COMMANDS, Settings, TrainSettings, load_settings
 
-# Each of these has a module in this package, whose `run(settings, output)` returns the exit code. For the others, the
-# function in t5tune/commands is called and its result shown.
-COMMANDS_WITH_MODULE = {"train", "chat", "inspect", "plan", "doctor", "templates", "schema"}
+# Each of these has a module in this package with a function `run(settings, output)`. For the others, the function in
+# t5tune/commands is called and its result shown.
+COMMANDS_WITH_MODULE = {"train", "chat", "inspect"}
 
 
 def run_command(command: str, arguments: list[str]) -> int:
     """Run a command, and show its result or its error. Return the exit code."""
     model = next(model for model in COMMANDS if model.command == command)
     parsed = parse_arguments(arguments, model)
-    if not parsed.debug:
-        _silence_libraries()
-    limit_openmp_spinning()
+    _configure_libraries(command, parsed.debug)
     world = _read_world()
     with reserve_stdout() as stream:
         shows_paths = world.rank == 0 and not world.is_run_set_up
@@ -39,7 +37,9 @@ def run_command(command: str, arguments: list[str]) -> int:
             settings, notes = load_settings(model, parsed.config, os.environ, parsed.values, parsed.problems)
             for note in notes:
                 output.report(Note(note))
-            return _call(settings, output)
+            # before the command is imported: that takes seconds, in which a signal may arrive
+            with handle_signals() if _trains(settings) else _interrupt_on_signals():
+                return _import_command(command)(settings, output) or 0
         except KeyboardInterrupt as interrupt:
             return output.fail(interrupt)
         except Exception as error:
@@ -48,8 +48,14 @@ def run_command(command: str, arguments: list[str]) -> int:
             output.close_screen()
 
 
-def _silence_libraries() -> None:
-    """Hide warnings and log messages that libraries address to developers; --debug shows them."""
+def _configure_libraries(command: str, debug: bool) -> None:
+    limit_openmp_spinning()
+    if command == "merge":
+        # its matrix products are small: more BLAS threads would only wait for each other and use memory
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if debug:
+        return
+    # hide warnings and log messages that libraries address to developers
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -69,20 +75,22 @@ def _read_world() -> World:
         return World()
 
 
-def _call(settings: Settings, output: Output) -> int:
-    command = settings.command
-    if command == "merge":
-        # its matrix products are small: more BLAS threads would only wait for each other and use memory
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    trains = isinstance(settings, TrainSettings) and not settings.dry_run
-    # before the command is imported: that takes seconds, in which a signal may arrive
-    with handle_signals() if trains else _interrupt_on_signals():
-        if command in COMMANDS_WITH_MODULE:
-            exit_code: int = importlib.import_module(f"t5tune.cli.{command}").run(settings, output)
-            return exit_code
-        function = getattr(importlib.import_module(f"t5tune.commands.{command}"), command)
-        output.show(function(settings, output.report))
-        return 0
+def _trains(settings: Settings) -> bool:
+    return isinstance(settings, TrainSettings) and not settings.dry_run
+
+
+def _import_command(command: str) -> Callable[[Any, Output], int | None]:
+    if command in COMMANDS_WITH_MODULE:
+        run: Callable[[Any, Output], None] = importlib.import_module(f"t5tune.cli.{command}").run
+        return run
+    function = getattr(importlib.import_module(f"t5tune.commands.{command}"), command)
+
+    def run_and_show(settings: Any, output: Output) -> int:
+        result = function(settings, output.report)
+        output.show(result, render_result(command, result))
+        return 0 if getattr(result, "ok", True) else 1  # only doctor's result has `ok`
+
+    return run_and_show
 
 
 @contextmanager

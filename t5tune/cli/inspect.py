@@ -7,10 +7,8 @@ from rich.text import Text
 from t5tune.cli.output import Output
 from t5tune.commands.inspect import inspect
 from t5tune.data.cache import Cache
-from t5tune.data.cache_view import ExampleView, LengthStatistics
-from t5tune.data.histogram import Histogram
+from t5tune.data.cache_view import ExampleView, Histogram, LengthStatistics, TextRun
 from t5tune.data.tokenizer import Tokenizer
-from t5tune.data.vocabulary import TextRun
 from t5tune.settings import InspectSettings
 
 STYLES = {"source": "cyan", "target": "green", "added": "yellow", "unknown": "white on red", "end": "dim"}
@@ -19,7 +17,7 @@ BAR_WIDTH = 40
 JSON_FIELDS = ("index", "conversation", "turn", "source_ids", "target_ids", "source_text", "target_text", "truncated")
 
 
-def run(settings: InspectSettings, output: Output) -> int:
+def run(settings: InspectSettings, output: Output) -> None:
     """Print the chosen examples and statistics: as text, or as one JSON object per line, the statistics last."""
     found = inspect(settings, output.report)
     if output.json:
@@ -27,7 +25,7 @@ def run(settings: InspectSettings, output: Output) -> int:
             output.print_json({name: getattr(example, name) for name in JSON_FIELDS})
         if found.statistics is not None:
             output.print_json(found.statistics)
-        return 0
+        return
     cache, tokenizer = found.examples.cache, found.examples.tokenizer
     marks = ("", "") if output.console.color_system else CUT_MARKS
     for example in found.examples if not settings.html else []:
@@ -36,7 +34,6 @@ def run(settings: InspectSettings, output: Output) -> int:
         output.print(_render_statistics(found.statistics))
     if found.page is not None:
         output.print(str(found.page))
-    return 0
 
 
 def _render_example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cut_marks: tuple[str, str]) -> Text:

@@ -7,8 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from t5tune.cli.output import Output
-from t5tune.cli.plan import render_plan
-from t5tune.commands.plan import plan, to_plan_settings
+from t5tune.cli.results import render_result
 from t5tune.commands.train import set_up_run_folder, train
 from t5tune.distributed.launcher import launch, stop_with_deepspeed_launcher
 from t5tune.distributed.signals import handle_signals
@@ -21,16 +20,11 @@ from t5tune.training.run_folder import TrainResult, apply_cache_settings, read_r
 from t5tune.training.validate import check_settings, find_missing_gpus
 
 
-def run(settings: TrainSettings, output: Output) -> int:
+def run(settings: TrainSettings, output: Output) -> None:
     """Train, or show what a run would do."""
     if settings.dry_run:
         _show_dry_run(settings, output)
-    else:
-        output.show(_train(settings, output))
-    return 0
-
-
-def _train(settings: TrainSettings, output: Output) -> TrainResult:
+        return
     world = World.from_environment()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         value = os.environ.pop(name)
@@ -38,16 +32,20 @@ def _train(settings: TrainSettings, output: Output) -> TrainResult:
     if world.launched:
         die_with_parent()
         stop_with_deepspeed_launcher()
-    count = _count_processes(settings)
-    if world.launched or count == 1:
-        return train(settings, output.report)
+    if world.launched or _count_processes(settings) == 1:
+        output.show(train(settings, output.report))
+    else:
+        output.show(_train_in_workers(settings, output))
+
+
+def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
     with handle_signals() as stop, ExitStack() as stack:
         with stop.interruptible():
             run = set_up_run_folder(settings, stack, output.report)
         if not run.finished:
             # set_up_run_folder has renamed an existing run already; the workers must not do it again
             worker_settings = settings.model_copy(update={"fresh": False})
-            flags = ["--quiet"] if output.quiet else []
+            flags, count = ["--quiet"] if output.quiet else [], _count_processes(settings)
             with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
                 write_settings(Path(folder), worker_settings)
                 launch(Path(folder, SETTINGS_FILE), count, flags, settings.max_restarts, output.report)
@@ -60,6 +58,8 @@ def _count_processes(settings: TrainSettings) -> int:
 
 def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     """Show the settings with all defaults, then the plan and the launch command as comments of the YAML."""
+    from t5tune.commands.plan import plan, to_plan_settings  # imports torch, which a launching process doesn't need
+
     check_settings(settings)
     if (problem := find_missing_gpus(settings)) is not None:
         output.report(Note(problem, warning=True))
@@ -67,7 +67,7 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     planned = plan(to_plan_settings(settings), output.report)
     command = _make_launch_command(settings)
     text = io.StringIO()
-    Output(text, quiet=True).print(render_plan(planned))
+    Output(text, quiet=True).show(planned, render_result("plan", planned))
     comments = f"{text.getvalue()}launch command, once the settings are written: {' '.join(command)}"
     yaml = dump_settings(settings.model_copy(update={"dry_run": False}))
     output.show(

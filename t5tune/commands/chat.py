@@ -18,6 +18,8 @@ from t5tune.data.records import RecordLocation
 from t5tune.data.templates import Template, find_template, render_answer_prefix, render_conversation
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
+from t5tune.model.generation import Decoding, generate
+from t5tune.model.inference import load_for_inference
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import ChatSettings
 
@@ -57,8 +59,6 @@ class Chatter:
             ModelError, CheckpointError: the base or the adapter can't be used.
         """
         from transformers import set_seed
-
-        from t5tune.model.inference import load_for_inference
 
         loaded = load_for_inference(settings, report)
         set_seed(settings.seed)
@@ -115,8 +115,6 @@ class Chatter:
         Raises:
             SettingsError: the message or the system message isn't valid UTF-8, or contains a word that is too long.
         """
-        from t5tune.model.generation import Decoding, generate
-
         started = time.monotonic()
         streamer = _TextStreamer(self.tokenizer, self.template.answer_suffix, show) if show else None
         _check_encodable(turns[-1].text, "message")
@@ -141,7 +139,7 @@ class Chatter:
         )
         text = self.tokenizer.decode(ids, skip_special_tokens=True).removesuffix(self.template.answer_suffix)
         if streamer:
-            streamer.end(text)
+            streamer.show_up_to(text)
         return Reply(
             reply=text,
             source_tokens=len(source),
@@ -185,12 +183,9 @@ class _TextStreamer:
             if certain.endswith(self._answer_end[:length]):
                 certain = certain[:-length]
                 break
-        self._show_up_to(certain)
+        self.show_up_to(certain)
 
-    def end(self, text: str) -> None:
-        self._show_up_to(text)
-
-    def _show_up_to(self, text: str) -> None:
+    def show_up_to(self, text: str) -> None:
         if len(text) > len(self._shown) and text.startswith(self._shown):
             self._show(text[len(self._shown) :])
             self._shown = text

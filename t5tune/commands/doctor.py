@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from t5tune import __version__
-from t5tune.diagnosis import machine
-from t5tune.diagnosis.finding import Finding
+from t5tune.diagnosis import Finding, machine
 from t5tune.distributed.deepspeed_build import remove_stale_locks
 from t5tune.io.processes import make_module_command
 from t5tune.progress import Report, silent, track
@@ -59,9 +58,15 @@ def doctor(settings: DoctorSettings, report: Report = silent) -> Diagnosis:
 
 def _run_probe(name: str, timeout: float) -> Finding:
     """Run one probe in its own process; return the finding that it printed, or a finding about how it failed."""
-    command = make_module_command("t5tune.diagnosis.probes", name)
     try:
-        process = _start_probe(command)
+        process = subprocess.Popen(
+            make_module_command("t5tune.diagnosis.probes", name),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # its own process group, so that killpg also ends the processes it started
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )
     except OSError as error:
         return Finding(name, "broken", f"can't be started: {error}", PROBE_HINTS[name])
     try:
@@ -70,31 +75,15 @@ def _run_probe(name: str, timeout: float) -> Finding:
         longer = f"t5tune doctor --timeout {5 * timeout:g}: this machine may be busy, or compiling for the first time"
         return Finding(name, "warning", f"no result within {timeout:g} s", longer)
     finally:
-        _kill(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         remove_stale_locks()  # a killed DeepSpeed build leaves its lock file, which would block later builds
     try:
         return Finding(**json.loads(output))
     except ValueError:
         failure = _describe_failure(process.returncode, errors.decode(errors="replace"))
         return Finding(name, "broken", failure, PROBE_HINTS[name])
-
-
-def _start_probe(command: list[str]) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # its own process group, so that _kill also ends the processes it started
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill the process and all others of its group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 def _describe_failure(code: int, errors: str) -> str:

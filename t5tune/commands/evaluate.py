@@ -7,11 +7,11 @@ result.exact_match, result.predictions
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.checkpoints.training_data import TrainingData
@@ -29,19 +29,18 @@ from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError
 from t5tune.file_names import TEMPLATE_FILE
-from t5tune.io.atomic import hash_file, write_folder_atomically
-from t5tune.io.output_dir import check_replaceable
+from t5tune.io.atomic import check_replaceable, find_unused_folder, hash_file, write_folder_atomically
 from t5tune.io.yaml_file import read_yaml
 from t5tune.metrics import score, score_one
+from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.device import explain_out_of_memory
+from t5tune.model.generation import Decoding
+from t5tune.model.inference import LoadedModel, load_for_inference
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.affects import Affects, select_settings
-
-if TYPE_CHECKING:
-    from t5tune.model.inference import LoadedModel
-    from t5tune.training.batches import PackedCollator, PaddedCollator
-    from t5tune.training.evaluation import Losses
+from t5tune.training.batches import PackedCollator, PaddedCollator
+from t5tune.training.evaluation import Losses, find_max_target_length, generate_predictions, measure_losses
 
 PREDICTIONS_FILE = "predictions.jsonl"
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
@@ -77,9 +76,6 @@ class _EvaluationSet:
     tokenizer: Tokenizer
     answer_end: str
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return decode_prediction(self.tokenizer, ids, self.answer_end)
-
 
 def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateResult:
     """Generate a prediction for each example's source, and compare the predictions with the targets.
@@ -88,68 +84,52 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         DataError: the data can't be used, or the token cache was made with another tokenizer.
         ModelError, CheckpointError: the base or the adapter can't be used, or its loss isn't finite.
     """
+    started = time.monotonic()
+    folder = settings.output_dir or find_unused_folder(Path("evaluation"))
+    check_replaceable(folder, settings.overwrite)
+    batch_size = settings.per_device_eval_batch_size
     with explain_out_of_memory(
-        f"evaluating with per_device_eval_batch_size {settings.per_device_eval_batch_size}",
+        f"evaluating with per_device_eval_batch_size {batch_size}",
         "a smaller batch size gives the same scores; --q-lora loads the base in 4 bits",
     ):
-        return _evaluate(settings, report)
-
-
-def _evaluate(settings: EvaluateSettings, report: Report) -> EvaluateResult:
-    from t5tune.model.generation import Decoding
-    from t5tune.model.inference import load_for_inference
-    from t5tune.training.evaluation import find_max_target_length, generate_predictions
-
-    started = time.monotonic()
-    folder = settings.output_dir or _find_unused_folder(Path("evaluation"))
-    check_replaceable(folder, settings.overwrite)
-    loaded = load_for_inference(settings, report)
-    if loaded.training_data is not None and not is_cache(Path(settings.data_path[0])):
-        settings = _inherit_data_settings(settings, loaded.training_data, report)
-    evaluation_set = _load_examples(settings, loaded, report)
-    losses = _measure_losses(settings, loaded, evaluation_set, report)
-    examples, tokenizer = evaluation_set.examples, evaluation_set.tokenizer
-    max_new_tokens = settings.max_new_tokens or find_max_target_length(examples)
-    decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, settings.num_beams)
-    predicted_ids = generate_predictions(loaded.model, examples, decoding, settings.per_device_eval_batch_size, report)
-    predictions = [evaluation_set.decode(ids) for ids in predicted_ids]
+        loaded = load_for_inference(settings, report)
+        if loaded.training_data is not None and not is_cache(Path(settings.data_path[0])):
+            settings = _inherit_data_settings(settings, loaded.training_data, report)
+        chosen = _load_examples(settings, loaded, report)
+        losses = _measure_losses(settings, loaded.model, chosen, report)
+        tokenizer, max_new_tokens = chosen.tokenizer, settings.max_new_tokens or find_max_target_length(chosen.examples)
+        decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, settings.num_beams)
+        predicted_ids = generate_predictions(loaded.model, chosen.examples, decoding, batch_size, report)
+    predictions = [decode_prediction(tokenizer, ids, chosen.answer_end) for ids in predicted_ids]
     with write_folder_atomically(folder) as staged:
-        _write_predictions(staged / PREDICTIONS_FILE, evaluation_set, predictions, losses)
+        _write_predictions(staged / PREDICTIONS_FILE, chosen, predictions, losses)
         write_settings(staged, settings)
     return EvaluateResult(
         predictions=folder / PREDICTIONS_FILE,
-        examples=len(evaluation_set.examples),
+        examples=len(chosen.examples),
         loss=round(losses.mean, 6),
         perplexity=round(math.exp(min(losses.mean, 700.0)), 4),
-        **score(predictions, evaluation_set.targets),
+        **score(predictions, chosen.targets),
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def _measure_losses(
-    settings: EvaluateSettings, loaded: "LoadedModel", evaluation_set: _EvaluationSet, report: Report
-) -> "Losses":
+def _measure_losses(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, report: Report) -> Losses:
     """Measure the loss of each target.
 
     Raises:
         ModelError: the loss isn't finite.
     """
-    from t5tune.training.evaluation import measure_losses
-
-    collator = _make_collator(loaded.model, evaluation_set.tokenizer.pad_token_id)
-    batch_size = settings.per_device_eval_batch_size
-    losses = measure_losses(loaded.model, evaluation_set.examples, collator, batch_size, report)
+    collator = _make_collator(model, chosen.tokenizer.pad_token_id)
+    losses = measure_losses(model, chosen.examples, collator, settings.per_device_eval_batch_size, report)
     if not math.isfinite(losses.mean):
         problem = f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}"
         raise ModelError(problem, hint="the checkpoint may be damaged")
     return losses
 
 
-def _make_collator(model: Any, pad_token_id: int) -> "PackedCollator | PaddedCollator":
+def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedCollator:
     """Make the collator of packed batches, and set the model up for them; of padded ones if it can't be packed."""
-    from t5tune.model.attention import can_pack, use_packing
-    from t5tune.training.batches import PackedCollator, PaddedCollator
-
     start = model.config.decoder_start_token_id
     if not can_pack(model):
         return PaddedCollator(pad_token_id, start)
@@ -157,12 +137,11 @@ def _make_collator(model: Any, pad_token_id: int) -> "PackedCollator | PaddedCol
     return PackedCollator(start)
 
 
-def _write_predictions(path: Path, evaluation_set: _EvaluationSet, predictions: list[str], losses: "Losses") -> None:
+def _write_predictions(path: Path, chosen: _EvaluationSet, predictions: list[str], losses: Losses) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        for index, example in enumerate(evaluation_set.examples):
-            target = evaluation_set.targets[index]
+        for index, (example, target) in enumerate(zip(chosen.examples, chosen.targets, strict=True)):
             line = {
-                "source": decode_reference(evaluation_set.tokenizer, example.source_S, ""),
+                "source": decode_reference(chosen.tokenizer, example.source_S, ""),
                 "target": target,
                 "prediction": predictions[index],
                 "loss": round(losses.sums[index] / losses.tokens[index], 6),
@@ -188,7 +167,7 @@ def _inherit_data_settings(settings: EvaluateSettings, trained_on: TrainingData,
     return settings.model_copy(update=inherited)
 
 
-def _load_examples(settings: EvaluateSettings, loaded: "LoadedModel", report: Report) -> _EvaluationSet:
+def _load_examples(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> _EvaluationSet:
     """Load the examples of a token cache, or encode conversations with the model's conversation template."""
     path = Path(settings.data_path[0])
     if is_cache(path):
@@ -263,7 +242,7 @@ def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: R
 
 
 def _load_cache_examples(
-    cache: Cache, settings: EvaluateSettings, loaded: "LoadedModel", report: Report
+    cache: Cache, settings: EvaluateSettings, loaded: LoadedModel, report: Report
 ) -> _EvaluationSet:
     saved, made = loaded.tokenizer_folder / "tokenizer.json", cache.tokenizer_folder / "tokenizer.json"
     tokenizer = load_tokenizer(cache.tokenizer_folder)
@@ -282,15 +261,6 @@ def _load_cache_examples(
     template = parse_template(read_yaml(cache.folder / TEMPLATE_FILE), cache.folder / TEMPLATE_FILE)
     targets = [decode_reference(tokenizer, example.target_T, template.answer_suffix) for example in cache]
     return _EvaluationSet(cache, targets, tokenizer, template.answer_suffix)
-
-
-def _find_unused_folder(folder: Path) -> Path:
-    """Return the folder, or the first of folder.1, folder.2, … that doesn't exist."""
-    number, free = 0, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}.{number}")
-    return free
 
 
 def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:

@@ -18,6 +18,7 @@ from t5tune.checkpoints.adapter import (
     PEFT_PREFIX,
     AdapterMetadata,
     add_decoder_rows,
+    build_token_indices,
     check_adapter,
     check_finite,
     read_base_metadata,
@@ -26,11 +27,10 @@ from t5tune.checkpoints.adapter import (
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import find_base, find_local_base, read_config
 from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.checkpoints.fastchat import LoraFlags, build_token_indices, compute_mean_rows, read_added_ids
+from t5tune.checkpoints.fastchat import LoraFlags, compute_mean_rows, read_added_ids
 from t5tune.checkpoints.model_card import describe_run_data
-from t5tune.checkpoints.partitioned_tensor import PartitionedTensor
 from t5tune.checkpoints.safetensors import write_safetensors
-from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, TORCH_NAMES, Tensor, from_float32
+from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, TORCH_NAMES, PartitionedTensor, Tensor, from_float32
 from t5tune.checkpoints.training_checkpoint import MODEL_FILES, CheckpointContents, read_training_checkpoint
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.errors import CheckpointError
@@ -44,15 +44,12 @@ from t5tune.file_names import (
     TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
 )
-from t5tune.io.atomic import write_folder_atomically
-from t5tune.io.output_dir import check_replaceable
+from t5tune.io.atomic import check_replaceable, write_folder_atomically
 from t5tune.io.untrusted import check_inside
-from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
+from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import ExportSettings, write_settings
-from t5tune.settings.base_model import BaseModelSettings
+from t5tune.settings.shared import BaseModelSettings
 from t5tune.training.checkpoint import find_newest, list_checkpoints, verify
-
-TASK = "export"
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,10 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     with write_folder_atomically(settings.output_dir) as staged:
         write_adapter(staged, trained.adapter, _make_adapter_metadata(folder, trained.config))
         if others is not None:
+            size = sum(array.nbytes for value in others.values() for array in value.arrays)
             is_large = settings.non_lora_state == "full"  # only then it takes long enough for a progress bar
-            _write_non_lora_state(staged / NON_LORA_FILE, others, report if is_large else silent)
+            with count_done("export", report if is_large else silent, size, "bytes") as advance:
+                write_safetensors(staged / NON_LORA_FILE, others, {"format": "pt"}, advance)
         if settings.format == "bin":
             _write_bin(staged / ADAPTER_BIN_FILE, trained.adapter)
         write_settings(staged, settings)
@@ -174,13 +173,9 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
         check_finite(name, tensor.to_float32(), folder)
     check_adapter_shapes(trained.adapter, trained.config, _read_base_config(settings, trained, report), folder)
     if trained.extra:
-        count = len(trained.extra)
-        were = "1 tensor was" if count == 1 else f"{count} tensors were"
-        extra = f"{were} trained in addition to the adapter (first: {min(trained.extra)})"
-        are = "it is" if count == 1 else "they are"
-        fate = f"{are} saved to {NON_LORA_FILE}, which PEFT doesn't load"
-        if settings.non_lora_state == "none":
-            fate = f"{are} left out, because non_lora_state is none"
+        is_saved = settings.non_lora_state != "none"
+        fate = f"saved to {NON_LORA_FILE}, which PEFT doesn't load" if is_saved else "left out by non_lora_state: none"
+        extra = f"tensors trained in addition to the adapter: {len(trained.extra)} (first: {min(trained.extra)})"
         report(Note(f"{extra}; {fate}", warning=True))
     return trained if settings.dtype is None else _convert_dtype(trained, DTYPES_BY_TORCH_NAME[settings.dtype], folder)
 
@@ -314,19 +309,6 @@ def _is_quantized(trained: CheckpointContents) -> bool:
             if weight is None or len(weight.shape) != 2 or weight.shape[1] != value.shape[1]:
                 return True
     return False
-
-
-def _write_non_lora_state(path: Path, state: Mapping[str, PartitionedTensor], report: Report) -> None:
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        report(Advanced(TASK, done))
-
-    report(Started(TASK, sum(array.nbytes for value in state.values() for array in value.arrays), "bytes"))
-    write_safetensors(path, state, {"format": "pt"}, advance)
-    report(Finished(TASK))
 
 
 def _write_bin(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from t5tune.data.batching import compute_padding_share, epoch_order
 from t5tune.data.cache import Cache, open_cache
-from t5tune.data.cache_view import CacheView, LengthStatistics
-from t5tune.data.histogram import build_histogram
+from t5tune.data.cache_view import CacheView, LengthStatistics, build_histogram
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Note, Report, silent

@@ -12,8 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from t5tune.checkpoints.base import find_base, read_config
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
-from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, Tensor
+from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.errors import DependencyError, SettingsError
@@ -34,23 +33,19 @@ from t5tune.file_names import (
     TOKENIZER_CONFIG_FILE,
     TRAINING_DATA_FILE,
 )
-from t5tune.io.atomic import make_scratch_folder, write_folder_atomically
-from t5tune.io.output_dir import check_replaceable
+from t5tune.io.atomic import check_replaceable, make_scratch_folder, write_folder_atomically
 from t5tune.io.untrusted import has_file
-from t5tune.merging.converted_size import estimate_converted_size
 from t5tune.merging.deltas import Adapter, collect_deltas, read_adapters
-from t5tune.merging.fold import WeightDelta, convert_dtype, fold_tensor
-from t5tune.merging.shards import Shard, plan_shards, write_shards
+from t5tune.merging.fold import WeightDelta
+from t5tune.merging.shards import Shard, estimate_converted_size, plan_shards, write_shards
 from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase, check_base, list_quantized_weights
 from t5tune.model.device import get_free_memory, keep_freed_memory
-from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
+from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
 
 if TYPE_CHECKING:
     from t5tune.merging.ctranslate2 import Agreement
-    from t5tune.merging.verify import LogitsDifference
 
-TASK = "merge"
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 DESCRIBING_FILES = (*TOKENIZER_FILE_PREFIXES, TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE, SETTINGS_FILE)
@@ -90,9 +85,8 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         DependencyError: --to ctranslate2, but CTranslate2 isn't installed.
     """
     started = time.monotonic()
-    check_replaceable(settings.output_dir, settings.overwrite)
-    if settings.to == "ctranslate2":
-        _check_ctranslate2_installed()
+    output, converts = settings.output_dir, settings.to == "ctranslate2"
+    _check_target(settings)
     base = Checkpoint(find_base(settings))
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     tied = base.is_tied()
@@ -102,21 +96,24 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     _warn_if_zero(deltas, report)
     dtype = DTYPES_BY_TORCH_NAME[settings.dtype] if settings.dtype else None
     shards = plan_shards(base, dtype, settings.max_shard_size)
-    _check_disk_space(settings.output_dir, _estimate_written_bytes(settings, base, shards))
+    _check_disk_space(settings, shards)
     verify = _should_verify(settings, base, adapters, report)
     found = agreement = None
-    with write_folder_atomically(settings.output_dir) as staged, _open_destination(settings, staged) as checkpoint:
+    scratch = make_scratch_folder(Path(os.path.realpath(output))) if converts else None
+    with write_folder_atomically(output) as staged, scratch or nullcontext(staged) as checkpoint:
         _write_weights(base, shards, deltas, checkpoint, report)
         write_config(base.folder, checkpoint, tied, dtype, trained.family)
         _write_supporting_files(settings, base, adapters, family, checkpoint, report)
         if verify:
-            found = _verify(settings, base, adapters, trained, checkpoint, report)
-        if settings.to == "ctranslate2":
+            from t5tune.merging.verify import verify_merge
+
+            found = verify_merge(settings, base, adapters, trained, checkpoint, report)
+        if converts:
             agreement = _convert_to_ctranslate2(settings, adapters[0].folder, checkpoint, staged, report)
         size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
     return MergeResult(
-        checkpoint=settings.output_dir,
+        checkpoint=output,
         tensors=len(base.list_names()),
         adapted_tensors=sum(bool(delta.updates or delta.replacements or delta.biases) for delta in deltas.values()),
         token_rows=len(rows[0].positions) if rows else 0,
@@ -128,6 +125,17 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         same_replies=agreement.same if agreement else None,
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _check_target(settings: MergeSettings) -> None:
+    """Refuse a folder that contains files, and a conversion without the converter, before any weight is read."""
+    check_replaceable(settings.output_dir, settings.overwrite)
+    if settings.to == "ctranslate2":
+        try:
+            import ctranslate2.converters  # noqa: F401
+        except ImportError as error:
+            problem = f"to: ctranslate2 can't be imported: {error}"
+            raise DependencyError(problem, hint="pip install ctranslate2") from error
 
 
 def _collect_deltas(
@@ -143,13 +151,11 @@ def _collect_deltas(
 
 
 def _warn_if_zero(deltas: dict[str, WeightDelta], report: Report) -> None:
-    if not any(map(_has_nonzero_update, deltas.values())):
+    """Warn if the deltas change nothing except embedding rows of tokens."""
+    updates = (update for delta in deltas.values() for update, _ in delta.updates)
+    has_others = any(delta.replacements or delta.biases for delta in deltas.values())
+    if not has_others and not any(update.b_OR.to_float32().any() for update in updates):
         report(Note("every lora_B is zero: the adapter changes nothing except embedding rows of tokens", warning=True))
-
-
-def _has_nonzero_update(delta: WeightDelta) -> bool:
-    """Whether the delta changes anything except embedding rows of tokens."""
-    return bool(delta.replacements or delta.biases) or any(u.b_OR.to_float32().any() for u, _ in delta.updates)
 
 
 def _subtract_initialization(kind: str, deltas: dict[str, WeightDelta]) -> None:
@@ -181,21 +187,17 @@ def _requantize_base(
         delta.base_transform = functools.partial(quantize_dequantize, quantization=quantization, compute=compute)
 
 
-def _estimate_written_bytes(settings: MergeSettings, base: Checkpoint, shards: list[Shard]) -> int:
-    """Estimate the bytes of weights on the disk: a checkpoint stays there until its conversion is complete."""
-    size = sum(shard.size for shard in shards)
-    if settings.to == "checkpoint":
-        return size
-    weights = {n: (dtype, base.get_dtype_and_shape(n)[1]) for shard in shards for n, dtype in shard.dtypes.items()}
-    return size + estimate_converted_size(weights, settings.quantization)
-
-
-def _check_disk_space(folder: Path, needed: int) -> None:
-    """Check that the weights (`needed` bytes) fit on the disk.
+def _check_disk_space(settings: MergeSettings, shards: list[Shard]) -> None:
+    """Check that the weights fit on the disk: a checkpoint stays there until its conversion is complete.
 
     Raises:
         SettingsError: they don't; the message has both sizes.
     """
+    needed = sum(shard.size for shard in shards)
+    if settings.to == "ctranslate2":
+        weights = {name: entry for shard in shards for name, entry in shard.entries.items()}
+        needed += estimate_converted_size(weights, settings.quantization)
+    folder = settings.output_dir
     place = next(parent for parent in Path(os.path.realpath(folder)).parents if parent.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:
         raise SettingsError(
@@ -204,32 +206,14 @@ def _check_disk_space(folder: Path, needed: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _FoldTensors:
-    """Transform for `write_shards`: folds the deltas into their tensors and converts the others' dtype if needed."""
-
-    by_name: dict[str, WeightDelta]
-
-    def is_changed(self, name: str, dtype: str, wanted: str) -> bool:
-        return name in self.by_name or dtype != wanted
-
-    def __call__(self, name: str, tensor: Tensor, wanted: str) -> Iterator[Tensor]:
-        if name in self.by_name:
-            return fold_tensor(name, tensor, self.by_name[name], wanted)
-        return convert_dtype(name, tensor, wanted)
-
-
 def _write_weights(
     base: Checkpoint, shards: list[Shard], deltas: dict[str, WeightDelta], folder: Path, report: Report
 ) -> None:
-    report(Started(TASK, sum(shard.size for shard in shards), "bytes"))
     # otherwise each block of rows would have its memory pages mapped again, which takes longer than the sums
     keep_freed_memory()
-    done = 0
-    for written in write_shards(base, shards, _FoldTensors(deltas), folder):
-        done += written
-        report(Advanced(TASK, done))
-    report(Finished(TASK))
+    with count_done("merge", report, sum(shard.size for shard in shards), "bytes") as advance:
+        for written in write_shards(base, shards, deltas, folder):
+            advance(written)
 
 
 def _write_supporting_files(
@@ -250,24 +234,6 @@ def _write_supporting_files(
     write_settings(staged, settings)
 
 
-def _check_ctranslate2_installed() -> None:
-    try:
-        import ctranslate2.converters  # noqa: F401
-    except ImportError as error:
-        problem = f"to: ctranslate2 can't be imported: {error}"
-        raise DependencyError(problem, hint="pip install ctranslate2") from error
-
-
-@contextmanager
-def _open_destination(settings: MergeSettings, staged: Path) -> Iterator[Path]:
-    """Yield the folder for the checkpoint: the new output folder, or a scratch folder if it is then converted."""
-    if settings.to == "checkpoint":
-        yield staged
-    else:
-        with make_scratch_folder(Path(os.path.realpath(settings.output_dir))) as folder:
-            yield folder
-
-
 def _convert_to_ctranslate2(
     settings: MergeSettings, adapter: Path, checkpoint: Path, staged: Path, report: Report
 ) -> "Agreement":
@@ -286,11 +252,10 @@ def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Ada
         return False
     is_sum = len(adapters) > 1 or adapters[0].weight != 1
     if is_sum and any(adapter.has_more_than_lora() for adapter in adapters):
+        problem = "PEFT, the reference, can add up only LoRA matrices, not embedding rows or whole modules"
         if settings.verify:
-            raise SettingsError(
-                "verify: PEFT, the reference, can add up only LoRA matrices, not embedding rows or whole modules"
-            )
-        report(Note("not verified: PEFT, the reference, can add up only LoRA matrices, not embedding rows or modules"))
+            raise SettingsError(f"verify: {problem}")
+        report(Note(f"not verified: {problem}"))
         return False
     values = sum(math.prod(base.get_dtype_and_shape(name)[1]) for name in base.list_names())
     needed, available = 4 * values + LIBRARY_BYTES, get_free_memory()
@@ -300,16 +265,3 @@ def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Ada
         return False
     report(Note(text))
     return True
-
-
-def _verify(
-    settings: MergeSettings,
-    base: Checkpoint,
-    adapters: list[Adapter],
-    trained: TrainedBase,
-    merged: Path,
-    report: Report,
-) -> "LogitsDifference":
-    from t5tune.merging.verify import verify_merge
-
-    return verify_merge(settings, base, adapters, trained, merged, report)

@@ -7,26 +7,35 @@ The weights are counted on a model without data, and a step's memory is measured
 (model/memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
 """
 
-import itertools
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
+import transformers.trainer  # noqa: F401  for its memory: training imports it too
 from pydantic import ValidationError
 
-from t5tune.checkpoints.base import find_config, read_config
+from t5tune.checkpoints.base import find_base, read_config
 from t5tune.data.batching import Integers, estimate_cost, make_count_batches
 from t5tune.data.cache import is_cache, open_cache
 from t5tune.errors import SettingsError
 from t5tune.families import find_family, match_family
 from t5tune.model.known_configs import KNOWN_CONFIGS
-from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
+from t5tune.model.load import count_parameters
+from t5tune.model.memory import (
+    BatchLengths,
+    StepMemory,
+    build_empty_training_model,
+    count_weight_bytes,
+    measure_step,
+)
+from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import PlanSettings, TrainSettings, packaged_templates
 from t5tune.settings.fields import parse_gpu_memory
+from t5tune.training.batches import make_budget_sampler
 
 MIB, GIB = 1 << 20, 1 << 30
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
@@ -128,49 +137,33 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     config = find_family(config, place, settings.family).complete_config(config)
     chosen = settings.deepspeed or "none"
     batches = _make_batches(settings, machine.count, data)
-    sources, targets = _find_largest_batch(batches, data, packed=settings.packing != "off")
-    with _report_measured_steps(report) as step_done:
+    largest = _find_largest_batch(batches, data, packed=settings.packing != "off")
+    # each step takes seconds for a large model
+    with count_done("measuring the memory of steps", report, unit="steps") as step_done:
         estimator = _MemoryEstimator(config, settings, machine, data.num_added_tokens, step_done)
-        names = list(dict.fromkeys([chosen, *STAGES]))
-        stages = [estimator.estimate(name, sources, targets) for name in names]
+        stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *STAGES])]
         suggestion = _suggest_settings(config, settings, machine, data, step_done)
-    counts = estimator.counts
+    trainable, total = estimator.counts
+    dtype = "bf16" if settings.bf16 else "fp32"
     return Plan(
         model=settings.model_name_or_path,
-        total_parameters=counts[1],
-        trainable_parameters=counts[0],
+        total_parameters=total,
+        trainable_parameters=trainable,
         weights=estimator.weights,
-        precision=_describe_precision(settings),
+        precision=f"{settings.quant_type} base, {dtype}" if settings.q_lora else dtype,
         device=machine.name,
         device_memory=machine.memory,
         processes=machine.count,
         examples=len(data.sources) if data.is_real else None,
-        source_length=max(sources),
-        target_length=max(targets),
-        batch_size=len(sources),
+        source_length=max(largest.sources),
+        target_length=max(largest.targets),
+        batch_size=len(largest.sources),
         padding=_compute_padding(settings, batches, data) if data.is_real else None,
         steps=_count_steps(settings, machine.count, len(batches)) if data.is_real else settings.max_steps,
         chosen=chosen,
         stages=stages,
         suggestion=suggestion,
     )
-
-
-@contextmanager
-def _report_measured_steps(report: Report) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each measured step, which takes seconds for a large model."""
-    task, done = "measuring the memory of steps", itertools.count(1)
-    report(Started(task, unit="steps"))
-    try:
-        yield lambda: report(Advanced(task, next(done)))
-    finally:
-        report(Finished(task))
-
-
-def _describe_precision(settings: PlanSettings) -> str:
-    """Return `nf4 base, bf16`, `bf16`, `fp32`, …"""
-    dtype = "bf16" if settings.bf16 else "fp32"
-    return f"{settings.quant_type} base, {dtype}" if settings.q_lora else dtype
 
 
 class _MemoryEstimator:
@@ -182,22 +175,18 @@ class _MemoryEstimator:
         settings: PlanSettings,
         machine: _Machine,
         num_added_tokens: int,
-        step_done: Callable[[], None],
+        step_done: Callable[[int], None],
     ) -> None:
-        from t5tune.model.load import count_parameters
-        from t5tune.model.memory import count_weight_bytes
-
         self.config, self.settings, self.machine, self.step_done = config, settings, machine, step_done
         self.num_token_rows = min(num_added_tokens, match_family(config).num_unused_rows)
         model = self._build_empty_model(deepspeed=False)
         self.weights = count_weight_bytes(model, settings)
         self.counts = count_parameters(model)
-        self._steps: dict[Any, Any] = {}
+        self._steps: dict[Any, StepMemory] = {}
 
-    def estimate(self, stage: str, sources: tuple[int, ...], targets: tuple[int, ...]) -> StageMemory:
+    def estimate(self, stage: str, lengths: BatchLengths) -> StageMemory:
         """Estimate the bytes per device with a DeepSpeed config, for one micro-batch of these lengths."""
-        level = _read_zero_config(stage).get("stage", 0)
-        step = self._measure_step(sources, targets, stage != "none", level == 3)
+        step = self._measure_step(lengths, stage != "none", _read_zero_config(stage).get("stage", 0) == 3)
         is_fragmented = self.settings.gradient_checkpointing and not self.machine.on_gpu
         activations = int(step.activations * (HEAP_FRAGMENTATION if is_fragmented else 1))
         return self._partition(stage, step.gradients, activations)
@@ -212,31 +201,27 @@ class _MemoryEstimator:
         level, count = int(zero.get("stage", 0)), self.machine.count
         under_deepspeed = stage != "none"
         trainable = self.counts[0]
-        weights = sum(self.weights.values())
-        width = 2 if self.settings.bf16 else 4
-        # LoRA's matrices are in fp32; DeepSpeed keeps them in the compute dtype, with an fp32 copy in the optimizer
-        adapters = 0 if self.settings.train_mode == "full" else trainable * (width if under_deepspeed else 4)
-        if self.settings.train_mode == "full":
-            weights = trainable * (width if under_deepspeed else 4)
-        masters = 4 * trainable if under_deepspeed and self.settings.bf16 else 0
+        # what is trained is in fp32; DeepSpeed keeps it in the compute dtype, with an fp32 copy in the optimizer
+        width, masters = (2, 4 * trainable) if under_deepspeed and self.settings.bf16 else (4, 0)
+        frozen = 0 if self.settings.train_mode == "full" else sum(self.weights.values())
+        held = whole = frozen + width * trainable
         optimizer = masters + _count_optimizer_bytes(self.settings.optim) * trainable
         host = 0
         if level >= 1:
             optimizer //= count
         if level >= 2:
             gradients //= count
-        held = weights + adapters
         # ZeRO-3 gathers partitioned parameters for a step, and keeps up to max_live_parameters of them for reuse
         gathered = int(zero.get("stage3_max_live_parameters", 10**9)) * held // self.counts[1]
         if level == 3:
             held //= count
-            activations += min(weights + adapters - held, gathered)
+            activations += min(whole - held, gathered)
         if zero.get("offload_optimizer", {}).get("device") == "cpu":
             host, optimizer = host + optimizer * count, 0
         if zero.get("offload_param", {}).get("device") == "cpu":
             activations += min(held, gathered)
             host, held = host + held * count, 0
-        runtime = GPU_RUNTIME_BYTES if self.machine.on_gpu else _measure_own_memory()
+        runtime = GPU_RUNTIME_BYTES if self.machine.on_gpu else psutil.Process().memory_info().rss
         total = held + gradients + optimizer + activations + runtime
         if not self.machine.on_gpu:
             total += host // count
@@ -245,43 +230,21 @@ class _MemoryEstimator:
         return StageMemory(stage, held, gradients, optimizer, activations, runtime, total, host, fits)
 
     def _build_empty_model(self, deepspeed: bool) -> Any:
-        from t5tune.model.memory import build_empty_training_model
-
         return build_empty_training_model(self.config, self.settings, self.num_token_rows, deepspeed)
 
-    def _measure_step(
-        self, sources: tuple[int, ...], targets: tuple[int, ...], deepspeed: bool, reentrant: bool
-    ) -> Any:
-        from t5tune.model.memory import BatchLengths, measure_step
-
-        key = (sources, targets, deepspeed, reentrant and self.settings.gradient_checkpointing)
+    def _measure_step(self, lengths: BatchLengths, deepspeed: bool, reentrant: bool) -> StepMemory:
+        key = (lengths, deepspeed, reentrant and self.settings.gradient_checkpointing)
         if key not in self._steps:
             model = self._build_empty_model(deepspeed)
             self._steps[key] = measure_step(
-                model,
-                BatchLengths(sources, targets),
-                self.settings,
-                self.machine.on_gpu,
-                reentrant,
-                autocast=not deepspeed,
+                model, lengths, self.settings, self.machine.on_gpu, reentrant, autocast=not deepspeed
             )
-            self.step_done()
+            self.step_done(1)
         return self._steps[key]
 
 
 def _read_zero_config(stage: str) -> dict[str, Any]:
     return {} if stage == "none" else dict(packaged_templates.read_deepspeed_config(stage).get("zero_optimization", {}))
-
-
-def _measure_own_memory() -> int:
-    """Measure the bytes that this process uses now: Python and the libraries that training loads too."""
-    import transformers.trainer  # noqa: F401  training loads it, planning otherwise doesn't
-
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return 700 * MIB
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
 
 def _count_optimizer_bytes(name: str) -> int:
@@ -294,8 +257,6 @@ def _count_optimizer_bytes(name: str) -> int:
 
 
 def _detect_machine(settings: PlanSettings) -> _Machine:
-    import torch
-
     memory = parse_gpu_memory(settings.gpu_memory) if settings.gpu_memory else None
     found = 0 if settings.use_cpu else torch.cuda.device_count()
     if memory is None and settings.num_processes is None and found:
@@ -303,10 +264,8 @@ def _detect_machine(settings: PlanSettings) -> _Machine:
         return _Machine(True, settings.num_gpus or found, int(properties.total_memory), properties.name)
     if memory is not None or settings.num_gpus:
         return _Machine(True, settings.num_gpus or 1, memory, "GPU")
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8") if Path("/proc/meminfo").exists() else ""
-    total = re.search(r"MemTotal:\s+(\d+)", lines)
     count = settings.num_processes or 1
-    return _Machine(False, count, int(total[1]) * 1024 // count if total else None, "CPU")
+    return _Machine(False, count, psutil.virtual_memory().total // count, "CPU")
 
 
 def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str, Any], Path]:
@@ -322,7 +281,7 @@ def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str
     if name in KNOWN_CONFIGS and not path.exists():
         report(Note(f"{name}: using the model shape that is built into t5tune"))
         return KNOWN_CONFIGS[name], path
-    folder = find_config(settings)
+    folder = find_base(settings, with_weights=False)
     return read_config(folder), folder
 
 
@@ -355,20 +314,19 @@ def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integ
         return [np.arange(len(data.sources))]
     sources, targets, step_size = data.sources, data.targets, settings.gradient_accumulation_steps * count
     if (tokens := settings.tokens_per_batch) is not None:
-        from t5tune.training.batches import BudgetSampler  # it checks the budget
-
-        sampler = BudgetSampler(sources, targets, tokens, settings.packing != "off", step_size, settings.seed)
+        # it checks the budget
+        sampler = make_budget_sampler(sources, targets, tokens, settings.packing != "off", step_size, settings.seed)
         return [np.array(batch) for batch in sampler]
     lengths = sources + targets if settings.group_by_length else np.zeros_like(sources)
     batches = make_count_batches(lengths, settings.per_device_train_batch_size, step_size, settings.seed, epoch=0)
     return [batch for batch in batches if len(batch)]
 
 
-def _find_largest_batch(batches: list[Integers], data: _Data, packed: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (source lengths, target lengths) of the micro-batch that costs the most."""
+def _find_largest_batch(batches: list[Integers], data: _Data, packed: bool) -> BatchLengths:
+    """Return the lengths of the micro-batch that costs the most."""
     # of batches with as many tokens, the one with the longest examples takes the most memory for attention
     largest = max(batches, key=lambda batch: estimate_cost(data.sources[batch], data.targets[batch], packed))
-    return tuple(data.sources[largest].tolist()), tuple(data.targets[largest].tolist())
+    return BatchLengths(tuple(data.sources[largest].tolist()), tuple(data.targets[largest].tolist()))
 
 
 def _compute_padding(settings: PlanSettings, batches: list[Integers], data: _Data) -> float:
@@ -387,7 +345,7 @@ def _count_steps(settings: PlanSettings, num_processes: int, num_batches: int) -
 
 
 def _suggest_settings(
-    config: dict[str, Any], settings: PlanSettings, machine: _Machine, data: _Data, step_done: Callable[[], None]
+    config: dict[str, Any], settings: PlanSettings, machine: _Machine, data: _Data, step_done: Callable[[int], None]
 ) -> Suggestion | None:
     """Return the fastest settings that fit GOOD_BATCH_SIZE examples, else those that fit the most; None: nothing fits.
 
@@ -449,7 +407,7 @@ def _find_largest_batch_size(estimator: _MemoryEstimator, stage: str, data: _Dat
     longest = int(data.sources.max()), int(data.targets.max())
 
     def estimate(size: int) -> StageMemory:
-        return estimator.estimate(stage, (longest[0],) * size, (longest[1],) * size)
+        return estimator.estimate(stage, BatchLengths((longest[0],) * size, (longest[1],) * size))
 
     if not estimator.can_fit(stage) or not (first := estimate(1)).fits:
         return None

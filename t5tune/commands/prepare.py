@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from t5tune.data.data_problems import (
     check_any_example,
     check_any_used,
     check_rejected,
-    format_files,
     format_first_rejected,
     report_problems,
 )
@@ -43,6 +42,7 @@ from t5tune.errors import DataError, T5TuneError
 from t5tune.families import find_family
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically, write_json
+from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
 from t5tune.progress import Report, silent, track
 from t5tune.settings import PrepareSettings
@@ -94,11 +94,20 @@ def prepare(
         ModelError: the base has no usable tokenizer, or too few unused embedding rows for the added tokens.
         SettingsError: there is no such conversation template.
     """
+    started = time.monotonic()
     try:
-        return _prepare(settings, report, in_use, tokenizer_source, setting)
+        manifest, up_to_date = _prepare(settings, report, in_use, tokenizer_source, setting)
     except OSError as error:
         place = error.filename or settings.output_dir
         raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error
+    counts = {field.name: manifest.get(field.name) for field in fields(PrepareResult)}
+    return PrepareResult(
+        cache=settings.output_dir,
+        **{name: count for name, count in counts.items() if isinstance(count, int)},
+        added_tokens=len(manifest["added_tokens"]),
+        up_to_date=up_to_date,
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 @dataclass(frozen=True)
@@ -125,10 +134,10 @@ class _CacheSource:
 
 def _prepare(
     settings: PrepareSettings, report: Report, in_use: bool, tokenizer_source: Path | None, setting: str
-) -> PrepareResult:
-    started = time.monotonic()
+) -> tuple[dict[str, Any], bool]:
+    """Return the cache's manifest, and whether the cache was kept."""
     files = _find_data_files(settings, report, setting)
-    name = f"{setting}: {format_files(files)}"
+    name = f"{setting}: {join_first(files)}"
     base = find_base(settings)
     saved_templates = [folder / TEMPLATE_FILE for folder in (tokenizer_source, base) if folder]
     template = find_template(settings.conversation_template, saved_templates)
@@ -144,12 +153,12 @@ def _prepare(
         num_records = manifest["conversations"] + rejected.total()
         check_rejected(rejected, num_records, settings.max_rejected_fraction, name, f"see {folder / REJECTED_FILE}")
         remove_abandoned(folder)
-        return _make_result(folder, manifest, True, started)
+        return manifest, True
     source = _CacheSource(files, name, chain(drain(sample), records), stdin, vocabulary, num_rows, template, inputs)
     with write_folder_atomically(folder) as staged:
         manifest = _write_cache(staged, settings, source, setting, report)
     report_problems(manifest, folder, report)
-    return _make_result(folder, manifest, False, started)
+    return manifest, False
 
 
 def _find_data_files(settings: PrepareSettings, report: Report, setting: str) -> list[Path]:
@@ -178,14 +187,10 @@ def _choose_vocabulary(
     """Take the tokenizer of `tokenizer_source`, or extend the base's with what the sample of records needs."""
     if tokenizer_source is not None:
         tokenizer = load_tokenizer(tokenizer_source / "tokenizer" if is_cache(tokenizer_source) else tokenizer_source)
-        return ExtendedTokenizer(tokenizer, _list_added_tokens(tokenizer, load_tokenizer(base)), [])
+        vocabulary = tokenizer.get_vocab()
+        added = sorted(vocabulary.keys() - load_tokenizer(base).get_vocab().keys(), key=vocabulary.__getitem__)
+        return ExtendedTokenizer(tokenizer, added, [])
     return extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, parse_sample(sample, settings))
-
-
-def _list_added_tokens(tokenizer: Tokenizer, base: Tokenizer) -> list[str]:
-    """List the tokens of a tokenizer that the base's doesn't have, by id."""
-    vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary.keys() - base.get_vocab().keys(), key=vocabulary.__getitem__)
 
 
 def _describe_inputs(
@@ -220,7 +225,10 @@ def _write_cache(
         for path in _list_paths(settings) if unused else []:
             check_any_used(f"{setting}: {path}", list(map(str, find_files([path]))), writer)
         counts = writer.finish(settings.num_data)
-    _write_reading_settings(staged, settings, writer, counts)
+    # how records were read, for adapters that are trained on this cache
+    reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
+    reading["source_prefix"] = settings.source_prefix if writer.with_prefix else ""
+    write_training_data(staged, TrainingData(counts["examples_with_earlier_turns"] > 0, **reading))
     manifest = _describe_cache(settings, source, writer, unused, counts)
     manifest["files"] = hash_files(staged)
     write_json(staged / CACHE_MANIFEST_FILE, manifest)
@@ -270,20 +278,12 @@ def _write_examples(
     return is_complete
 
 
-def _write_reading_settings(
-    staged: Path, settings: PrepareSettings, writer: CacheWriter, counts: dict[str, Any]
-) -> None:
-    """Write how records were read, for adapters that are trained on this cache."""
-    reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
-    reading["source_prefix"] = settings.source_prefix if writer.with_prefix else ""
-    write_training_data(staged, TrainingData(counts["examples_with_earlier_turns"] > 0, **reading))
-
-
 def _describe_cache(
     settings: PrepareSettings, source: _CacheSource, writer: CacheWriter, unused: list[str], counts: dict[str, Any]
 ) -> dict[str, Any]:
     """Make the manifest, except for the hashes of the files."""
     tokenizer, added, left_out = source.vocabulary
+    check = RoundTripCheck(tokenizer)
     data = [{**file, "sha256": file["sha256"] or source.stdin.value} for file in source.inputs["data"]]
     return {
         "format": FORMAT_VERSION,
@@ -299,30 +299,9 @@ def _describe_cache(
         "unused_files": unused,
         "conversations_with_prefix": writer.with_prefix,
         **counts,
-        "lost_characters": _list_lost_characters(writer, RoundTripCheck(tokenizer)),
+        # what the targets contain and the tokenizer can't encode, the most frequent first
+        "lost_characters": [
+            {"text": text, "becomes": check.round_trip(text), "count": count, "answers": num_targets}
+            for text, count, num_targets in islice(writer.lost.iterate_by_targets(), MAX_LISTED_CHARACTERS)
+        ],
     }
-
-
-def _list_lost_characters(writer: CacheWriter, writable: RoundTripCheck) -> list[dict[str, Any]]:
-    """List what the targets contain and the tokenizer can't encode, the most frequent first."""
-    return [
-        {"text": text, "becomes": writable.round_trip(text), "count": count, "answers": num_targets}
-        for text, count, num_targets in islice(writer.lost.iterate_by_targets(), MAX_LISTED_CHARACTERS)
-    ]
-
-
-def _make_result(folder: Path, manifest: dict[str, Any], up_to_date: bool, started: float) -> PrepareResult:
-    return PrepareResult(
-        cache=folder,
-        conversations=manifest["conversations"],
-        rejected=manifest["rejected"],
-        examples=manifest["examples"],
-        source_tokens=manifest["source_tokens"],
-        target_tokens=manifest["target_tokens"],
-        truncated_sources=manifest["truncated_sources"],
-        truncated_targets=manifest["truncated_targets"],
-        unknown_tokens=manifest["unknown_tokens"],
-        added_tokens=len(manifest["added_tokens"]),
-        up_to_date=up_to_date,
-        seconds=round(time.monotonic() - started, 3),
-    )

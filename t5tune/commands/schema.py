@@ -8,21 +8,22 @@ An editor finds the schema by the first line of the YAML file:
 from typing import Any
 
 from t5tune.errors import SettingsError
-from t5tune.settings import COMMANDS
+from t5tune.progress import Report, silent
+from t5tune.settings import COMMANDS, SchemaSettings
 
 FLAG_METADATA = ("positional", "has_unit", "yaml_only")  # metadata of fields that only the command line uses
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def schema(command: str) -> dict[str, Any]:
-    """Return the schema of the YAML that `t5tune <command> --config` reads.
+def schema(settings: SchemaSettings, report: Report = silent) -> dict[str, Any]:
+    """Return the schema of the YAML that `t5tune COMMAND --config` reads, where COMMAND is `settings.of`.
 
     No key is required, because flags may set it.
 
     Raises:
         SettingsError: there is no such command.
     """
-    models = {model.command: model for model in COMMANDS}
+    command, models = settings.of, {model.command: model for model in COMMANDS}
     if command not in models:
         raise SettingsError(f"of: {command}: no such command", hint=f"the commands are {', '.join(models)}")
     json_schema = models[command].model_json_schema()

@@ -1,5 +1,6 @@
-"""Patches of Python itself, each undone at the end of its block."""
+"""Changes to the state of the Python process, each undone at the end of its block."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,3 +19,18 @@ def hide_unraisable(kind: type[BaseException]) -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = print_unraisable
+
+
+@contextmanager
+def restore_environment() -> Iterator[None]:
+    """Undo all changes to environment variables at the end of this block.
+
+    torch.distributed and DeepSpeed read the address of rank 0 from variables. A later run in the same process would
+    take those that this one has set for a launcher's.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

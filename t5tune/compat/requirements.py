@@ -27,13 +27,10 @@ def read_oldest_releases() -> dict[str, str]:
     return oldest
 
 
-def parse_release(version: str) -> tuple[int, ...]:
-    """`2.13.0+cpu` -> (2, 13, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
 def is_older(version: str, oldest: str) -> bool:
-    return parse_release(version) < parse_release(oldest)
+    """Compare the numbers of two releases: those of `2.13.0+cpu` are 2, 13, 0."""
+    numbers = [re.findall(r"\d+", text.partition("+")[0])[:3] for text in (version, oldest)]
+    return list(map(int, numbers[0])) < list(map(int, numbers[1]))
 
 
 def make_upgrade_command(package: str, oldest: str) -> str:

@@ -1,7 +1,7 @@
 """Patches of torch, each undone at the end of its block."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,38 +15,36 @@ from t5tune.io.atomic import explain_write_errors
 
 
 @contextmanager
-def use_default_timeout(timeout: timedelta) -> Iterator[None]:
+def _replace(owner: Any, **replacements: Any) -> Iterator[None]:
+    """Set attributes of a module until the end of this block."""
+    before = {name: getattr(owner, name) for name in replacements}
+    try:
+        for name, value in replacements.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def use_default_timeout(timeout: timedelta) -> AbstractContextManager[None]:
     """Set the timeout of process groups that are made without one.
 
     DeepSpeed makes several groups without a timeout, so their collectives wait for a lost rank for torch's default, 10
     minutes with NCCL and 30 with gloo, whatever process_group_timeout says. torch reads both names when it makes a
     group (`_get_default_timeout`, torch 2.8 to 2.13). https://github.com/huggingface/transformers/issues/32036
     """
-    names = ("default_pg_timeout", "default_pg_nccl_timeout")
-    before = {name: getattr(distributed_c10d, name) for name in names}
-    for name in names:
-        setattr(distributed_c10d, name, timeout)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(distributed_c10d, name, value)
+    return _replace(distributed_c10d, default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
 
 
-@contextmanager
-def replace_attention_kernel(kernel: Callable[..., torch.Tensor]) -> Iterator[None]:
+def replace_attention_kernel(kernel: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
     """Replace `torch.nn.functional.scaled_dot_product_attention`.
 
     `plan` measures what a GPU would need on a machine that may have none. There torch's attention stores all scores if
     it has dropout (up to at least 2.13), as a GPU's fused kernels never do. The patch works because transformers and
     model/attention.py look the function up at each call.
     """
-    stock: Any = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = kernel
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = stock
+    return _replace(functional, scaled_dot_product_attention=kernel)
 
 
 @contextmanager
@@ -75,11 +73,8 @@ def collect_save_errors() -> Iterator[list[Exception]]:
         except (OSError, WriteError) as error:
             failures.append(error)
 
-    torch.save = save_or_collect  # type: ignore[assignment]
-    try:
+    with _replace(torch, save=save_or_collect):
         yield failures
-    finally:
-        torch.save = save
 
 
 class _ErrorKeepingFile:

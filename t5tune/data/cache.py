@@ -14,10 +14,9 @@ The same inputs give the same bytes.
 """
 
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +29,7 @@ from t5tune.errors import DataError
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
 from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import parse_json_object
 from t5tune.settings.messages import describe_value_error
 
 FORMAT_VERSION = 5
@@ -145,7 +145,12 @@ class Cache(Sequence[Example]):
             DataError: there are too few conversations to hold one out.
         """
         keys = self._conversations["key"][self._read_column("conversation")]
-        is_held_out = np.isin(keys, _choose_held_out(np.unique(keys), held_out, seed))
+        unique = np.unique(keys)
+        count = max(1, round(held_out * len(unique)))
+        if count >= len(unique):
+            problem = f"eval_fraction: {held_out} of {len(unique)} conversations leaves none to train on"
+            raise DataError(f"{problem}; give more conversations, or a separate file as eval_data_path")
+        is_held_out = np.isin(keys, np.random.default_rng(seed).permutation(unique)[:count])
         return (
             Cache(self.folder, self.manifest, self._indices[~is_held_out]),
             Cache(self.folder, self.manifest, self._indices[is_held_out]),
@@ -183,71 +188,47 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not os.path.isdir(folder):
         what = "a file, not a token cache" if os.path.exists(folder) else "no such folder"
         raise DataError(f"{folder}: {what}", hint="name a folder that t5tune prepare wrote")
+    path = folder / CACHE_MANIFEST_FILE
     try:
-        manifest = json.loads((folder / CACHE_MANIFEST_FILE).read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or "format" not in manifest:
-            raise ValueError("it has no format")
+        manifest = parse_json_object(path.read_bytes())
         version = manifest["format"]
-    except (OSError, ValueError, RecursionError) as error:
-        why = describe_error(error).lower() if isinstance(error, OSError) else describe_error(error)
-        raise DataError(
-            f"{folder / CACHE_MANIFEST_FILE}: not the manifest of a token cache ({why})",
-            hint="name a folder that t5tune prepare wrote",
-        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        why = "it has no format" if isinstance(error, KeyError) else describe_error(error)
+        problem = f"{path}: not the manifest of a token cache ({why})"
+        raise DataError(problem, hint="name a folder that t5tune prepare wrote") from error
     if version != FORMAT_VERSION:
-        raise DataError(
-            f"{folder / CACHE_MANIFEST_FILE}: format {version}; this version of t5tune reads format {FORMAT_VERSION}",
-            hint="run t5tune prepare again",
-        )
+        problem = f"{path}: format {version}; this version of t5tune reads format {FORMAT_VERSION}"
+        raise DataError(problem, hint="run t5tune prepare again")
     for name, kind in MANIFEST_TYPES.items():
         try:
             TypeAdapter(kind).validate_python(manifest.get(name), strict=True)
         except ValidationError as error:
-            reason = (
-                f"{manifest[name]!r:.80}: {describe_value_error(error.errors()[0])}" if name in manifest else "missing"
-            )
-            problem = f"{folder / CACHE_MANIFEST_FILE}: {name}: {reason}"
-            raise DataError(problem, hint="run t5tune prepare again") from None
-    return dict(manifest)
-
-
-def _choose_held_out(keys: npt.NDArray[Any], held_out: float, seed: int) -> npt.NDArray[Any]:
-    count = max(1, round(held_out * len(keys)))
-    if count >= len(keys):
-        problem = f"eval_fraction: {held_out} of {len(keys)} conversations leaves none to train on"
-        raise DataError(f"{problem}; give more conversations, or a separate file as eval_data_path")
-    return np.random.default_rng(seed).permutation(keys)[:count]
+            reason = describe_value_error(error.errors()[0])
+            found = f"{manifest[name]!r:.80}: {reason}" if name in manifest else "missing"
+            raise DataError(f"{path}: {name}: {found}", hint="run t5tune prepare again") from None
+    return manifest
 
 
 def open_cache(folder: Path) -> Cache:
     """Verify the hashes of a cache's files and memory-map it.
 
     Raises:
-        DataError: a file is missing or has changed since prepare wrote it.
+        DataError: a file is missing or has changed since prepare wrote it; the error names the first one.
     """
     manifest = read_manifest(folder)
-    verify_files(folder, manifest["files"])
-    return Cache(folder, manifest)
-
-
-def verify_files(folder: Path, files: dict[str, str]) -> None:
-    """Compare each file with its SHA-256.
-
-    Raises:
-        DataError: a file is missing or differs; the error names the first one.
-    """
-    for name, expected in files.items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: missing from the token cache", hint="run t5tune prepare again")
         if hash_file(path) != expected:
             raise DataError(f"{path}: differs from what prepare wrote", hint="run t5tune prepare again")
+    return Cache(folder, manifest)
 
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return {name: SHA-256} of every file below the folder except the manifest, sorted by name."""
-    paths: Iterable[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths if path.name != CACHE_MANIFEST_FILE}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CACHE_MANIFEST_FILE)
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}
 
 
 def compute_percentiles(counted: Counter[int]) -> dict[str, int]:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.cache import CACHE_CONTENTS, is_cache, read_manifest, verify_files
+from t5tune.data.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
 from t5tune.errors import DataError, SettingsError
 
 
@@ -23,26 +24,17 @@ def find_reusable_manifest(folder: Path, inputs: dict[str, Any], in_use: bool) -
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"output_dir: {folder}: exists and isn't a token cache", hint="choose another output_dir")
         return None
-    if manifest := _read_matching_manifest(folder, inputs):
-        return manifest
+    with suppress(DataError):  # it is damaged, or of another format version
+        manifest = open_cache(folder).manifest
+        if manifest["inputs"] == inputs:
+            return manifest
     if foreign := sorted({path.name for path in folder.iterdir()} - CACHE_CONTENTS):
-        raise DataError(  # replacing the folder would delete these files
-            f"output_dir: {folder}: contains {', '.join(foreign)} in addition to a token cache",
-            hint="move these files away, or choose another output_dir",
-        )
+        # replacing the folder would delete these files
+        problem = f"output_dir: {folder}: contains {', '.join(foreign)} in addition to a token cache"
+        raise DataError(problem, hint="move these files away, or choose another output_dir")
     if in_use:
         _check_inputs(folder, inputs)
     return None
-
-
-def _read_matching_manifest(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest if the cache was made from these inputs and its files are unchanged, else None."""
-    try:
-        manifest = read_manifest(folder)
-        verify_files(folder, manifest["files"])
-    except DataError:
-        return None
-    return manifest if manifest["inputs"] == inputs else None
 
 
 def _check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
@@ -52,19 +44,16 @@ def _check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         SettingsError: they differ; one line for each input that does.
     """
     before = read_manifest(folder)["inputs"]
-    names = [name for name in inputs if before.get(name) != inputs[name]]
-    if names:
-        lines = [
-            f"{name}: {_abbreviate(before.get(name))} in {folder}, now {_abbreviate(inputs[name])}" for name in names
-        ]
-        if "data" not in names:
-            lines.append(f"data: the token cache {folder} would have to be rebuilt")
-            names.append("data")
-        raise SettingsError(
-            *lines,
-            hint="use the values that the run started with, resume anyway with "
-            f"--allow-change {' '.join(names)}, or start over with --fresh",
-        )
+    lines = {
+        name: f"{name}: {_abbreviate(before.get(name))} in {folder}, now {_abbreviate(value)}"
+        for name, value in inputs.items()
+        if before.get(name) != value
+    }
+    if lines:
+        lines.setdefault("data", f"data: the token cache {folder} would have to be rebuilt")
+        resuming = f"resume anyway with --allow-change {' '.join(lines)}"
+        hint = f"use the values that the run started with, {resuming}, or start over with --fresh"
+        raise SettingsError(*lines.values(), hint=hint)
 
 
 def _abbreviate(value: Any) -> str:

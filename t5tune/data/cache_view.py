@@ -1,15 +1,28 @@
-"""Decoded examples of a token cache, as the model sees them, with the tokens that were cut."""
+"""Decoded examples of a token cache, as the model sees them, with the tokens that were cut; histograms of lengths."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
+import numpy as np
+
+from t5tune.data.batching import Integers
 from t5tune.data.cache import Cache
-from t5tune.data.histogram import Histogram
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
-from t5tune.data.vocabulary import TextRun, iterate_text_runs
 
+NUM_BARS = 20  # of a histogram, about
+
+_RunKind = Literal["text", "added", "unknown", "end"]
 _Part = tuple[list[int], bool]  # ids, and whether they were cut off
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """The text of consecutive tokens; an added, unknown or EOS token is a run of its own."""
+
+    text: str
+    kind: _RunKind
 
 
 @dataclass(frozen=True)
@@ -47,11 +60,32 @@ class ExampleView:
 
 
 def _iterate_runs(parts: list[_Part], tokenizer: Tokenizer, added: set[int]) -> Iterator[tuple[TextRun, bool]]:
-    before = None
+    special: dict[int, _RunKind] = {tokenizer.eos_token_id: "end", tokenizer.unk_token_id: "unknown"}
+    special |= dict.fromkeys(added, "added")
+    before: list[int] = []  # the token before the run
     for ids, is_cut in parts:
-        for run in iterate_text_runs(ids, tokenizer, added, before):
-            yield run, is_cut
-        before = ids[-1] if ids else before
+        for kind, tokens in groupby(ids, lambda token: special.get(token, "text")):
+            for run in [list(tokens)] if kind == "text" else [[token] for token in tokens]:
+                # alone, the decoder would drop the space of a text's first token
+                start = before if kind == "text" else []
+                yield TextRun(tokenizer.decode(start + run).removeprefix(tokenizer.decode(start)), kind), is_cut
+                before = run[-1:]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts[i] is the number of lengths (tokens) in [edges[i], edges[i + 1]); the last bar includes its upper edge."""
+
+    edges: list[int]
+    counts: list[int]
+
+
+def build_histogram(lengths: Integers) -> Histogram:
+    """Count lengths in about NUM_BARS bars of equal integer width, from the shortest length to the longest."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // NUM_BARS))
+    edges = list(range(low, high + width + 1, width))
+    return Histogram(edges, np.histogram(lengths, edges)[0].tolist())
 
 
 @dataclass(frozen=True)
@@ -84,23 +118,19 @@ class CacheView(Sequence[ExampleView]):
         return len(self._indices)
 
     def __getitem__(self, number: Any) -> Any:
-        return view_example(self.cache, self._indices[number], self.tokenizer)
-
-
-def view_example(cache: Cache, index: int, tokenizer: Tokenizer) -> ExampleView:
-    """Decode the example at `index`, with the tokens that were cut from it."""
-    example, conversation, ids, span = cache.read_untruncated(index)
-    source, target = example.source_S.tolist(), example.target_T.tolist()
-    return ExampleView(
-        index=index,
-        conversation=conversation,
-        turn=span.turn,
-        source_ids=source,
-        target_ids=target,
-        source_text=tokenizer.decode(source[:-1]),
-        target_text=tokenizer.decode(target[: span.target_end - span.target_start]),
-        truncated=["source"] * (not span.source_is_whole) + ["target"] * (not span.target_is_whole),
-        source_head=span.system_end,
-        source_cut=ids[span.system_end : span.source_start].tolist(),
-        target_cut=ids[span.target_end : span.answer_end].tolist(),
-    )
+        index, decode = self._indices[number], self.tokenizer.decode
+        example, conversation, ids, span = self.cache.read_untruncated(index)
+        source, target = example.source_S.tolist(), example.target_T.tolist()
+        return ExampleView(
+            index=index,
+            conversation=conversation,
+            turn=span.turn,
+            source_ids=source,
+            target_ids=target,
+            source_text=decode(source[:-1]),
+            target_text=decode(target[: span.target_end - span.target_start]),
+            truncated=["source"] * (not span.source_is_whole) + ["target"] * (not span.target_is_whole),
+            source_head=span.system_end,
+            source_cut=ids[span.system_end : span.source_start].tolist(),
+            target_cut=ids[span.target_end : span.answer_end].tolist(),
+        )

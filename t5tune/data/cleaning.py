@@ -33,8 +33,7 @@ def normalize_text(text: str, repairs: Counter[str]) -> str:
     """Convert line ends to newlines and remove zero-width characters."""
     if not text.isascii():
         text, count = _ZERO_WIDTH.subn("", text)
-        if count:
-            repairs["zero_width_characters"] += count
+        repairs["zero_width_characters"] += count
     if "\r" in text:
         repairs["carriage_returns"] += text.count("\r")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -59,14 +58,11 @@ def clean(text: str, repairs: Counter[str]) -> str:
 
 def _clean_markdown(text: str, repairs: Counter[str]) -> str:
     parts = _LITERAL.split(text)
-    entities = escapes = 0
     for index in range(0, len(parts), 2):
-        part, found = _ENTITY.subn(lambda entity: html.unescape(entity[0]).replace("\xa0", " "), parts[index])
-        entities += found
-        parts[index], found = _ESCAPED_MARKDOWN.subn(r"\1", part)
-        escapes += found
-    repairs.update({"html_entities": entities} if entities else {})
-    repairs.update({"markdown_escapes": escapes} if escapes else {})
+        part, entities = _ENTITY.subn(lambda entity: html.unescape(entity[0]).replace("\xa0", " "), parts[index])
+        parts[index], escapes = _ESCAPED_MARKDOWN.subn(r"\1", part)
+        repairs["html_entities"] += entities
+        repairs["markdown_escapes"] += escapes
     return "".join(parts)
 
 

@@ -38,12 +38,13 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawR
         DataError: the file is not valid CSV, or its header is too long.
     """
     lines = _LineReader(path, max_bytes)
+    texts = iter(lines)
     csv.field_size_limit(max_bytes)
-    header_line = next((line for line in lines if line.strip()), None)
+    header_line = next((line for line in texts if line.strip()), None)
     if header_line is None:
         return
     delimiter = delimiter or max(",;\t", key=header_line.count)
-    reader = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True)
+    reader = csv.reader(chain([header_line], texts), delimiter=delimiter, strict=True)
     try:
         header = next(reader)
         if lines.size > max_bytes:
@@ -82,7 +83,11 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
         DataError: the file is broken.
         DependencyError: pyarrow can't be imported.
     """
-    parquet = _import_parquet(path)
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        problem = f"{path}: reading Parquet needs pyarrow, which can't be imported: {error}"
+        raise DependencyError(problem, hint="pip install pyarrow") from error
     index = 0
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
@@ -97,28 +102,15 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
     except DataError:
         raise
     except Exception as error:  # pyarrow raises its own exceptions and many of Python's
-        raise DataError(
-            f"{path}: row {index}: broken Parquet: {_shorten_reason(error)}", hint="download or copy the file again"
-        ) from error
-
-
-def _import_parquet(path: Path) -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        problem = f"{path}: reading Parquet needs pyarrow, which can't be imported: {error}"
-        raise DependencyError(problem, hint="pip install pyarrow") from error
-    return parquet
+        # further lines point into pyarrow's C++ code
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        problem = f"{path}: row {index}: broken Parquet: {reason}"
+        raise DataError(problem, hint="download or copy the file again") from error
 
 
 def _check_column_names(names: list[str], place: str) -> None:
     if len(set(names)) < len(names):
         raise DataError(f"{place}: duplicate column name: {', '.join(names)}")
-
-
-def _shorten_reason(error: Exception) -> str:
-    """Return the first line of pyarrow's message; further lines point into its C++ code."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _read_batches(file: Any) -> Iterator[Any]:
@@ -148,13 +140,10 @@ def _iterate_rows(batch: Any, max_bytes: int) -> Iterator[tuple[Any, int]]:
 
 def _read_beginning(row: Any) -> bytes:
     """Return a one-row batch as JSON, with only the beginning of each text, to limit memory."""
-    cells: dict[str, Any] = {}
-    for name, column in zip(row.schema.names, row.columns, strict=True):
-        if column[0].is_valid and str(column.type) in TEXT_TYPES:
-            beginning = bytes(memoryview(column[0].as_buffer())[:MAX_KEPT_BYTES])
-            cells[name] = beginning.decode(errors="surrogateescape")
-        else:
-            cells[name] = _convert_cell(column[0])
+    cells = {
+        name: _convert_cell(column[0], MAX_KEPT_BYTES)
+        for name, column in zip(row.schema.names, row.columns, strict=True)
+    }
     return json.dumps(cells, default=str).encode()
 
 
@@ -167,20 +156,20 @@ def _convert_rows(batch: Any) -> list[dict[str, Any]]:
         return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
-def _convert_cell(scalar: Any) -> Any:
-    """Convert an Arrow scalar to a Python value.
+def _convert_cell(scalar: Any, max_bytes: int | None = None) -> Any:
+    """Convert an Arrow scalar to a Python value; a text is cut after `max_bytes`.
 
     Bytes that are not UTF-8 become lone surrogates. A value that Python has no type for becomes a list with the name
     of its Arrow type, which is rejected later as not being text.
     """
+    kind = str(scalar.type)
+    if kind in TEXT_TYPES and scalar.is_valid:
+        return bytes(memoryview(scalar.as_buffer())[:max_bytes]).decode(errors="surrogateescape")
     try:
         return scalar.as_py()
-    except Exception:
-        kind = str(scalar.type)
-    if kind in TEXT_TYPES:
-        return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
-    if kind.startswith(("list<", "large_list<")):
-        return [_convert_cell(item) for item in scalar]
+    except Exception:  # as in `_convert_rows`
+        if kind.startswith(("list<", "large_list<")):
+            return [_convert_cell(item) for item in scalar]
     names = [field.name for field in scalar.type] if kind.startswith("struct<") else []
     return {name: _convert_cell(scalar[name]) for name in names} if len(set(names)) == len(names) > 0 else [kind]
 
@@ -210,36 +199,29 @@ class _LineReader:
         self.beginning = b""  # the first of these bytes
         self._max_bytes = max_bytes
         self._path = path
-        self._chunks = read_chunks(path)
-        self._line_end: bytes | None = None
-        self._lines: Iterator[bytes] = iter(())
-        self._rest = b""
-        self._skeleton = b""  # of the part of the current line before `_rest`, if the row is too long
+        self._skeleton = b""  # of the part of the current line that was dropped, if the row is too long
 
     def begin_row(self) -> None:
         """Start counting a new row; forget the previous one."""
         self.size, self.beginning = 0, b""
 
-    def __iter__(self) -> "_LineReader":
-        return self
-
-    def __next__(self) -> str:
-        while (line := next(self._lines, None)) is None:
-            chunk = next(self._chunks, b"")
-            if not chunk:
-                line, self._rest = self._rest, b""
-                break
-            if self._line_end is None:
+    def __iter__(self) -> Iterator[str]:
+        rest, line_end = b"", None
+        for chunk in read_chunks(self._path):
+            if line_end is None:
                 self.offset = len(BOM) if chunk.startswith(BOM) else 0
                 chunk = chunk[self.offset :]
-                self._line_end = b"\r" if b"\r" in chunk.rstrip() and b"\n" not in chunk else b"\n"
-            if self.size + len(self._rest) > self._max_bytes:
-                self._skeleton += self._reduce(self._rest)
-                self._rest = b""
-            *whole, self._rest = (self._rest + chunk).split(self._line_end)
-            self._lines = iter([part + self._line_end for part in whole])
-        if not line and not self._skeleton:
-            raise StopIteration
+                line_end = b"\r" if b"\r" in chunk.rstrip() and b"\n" not in chunk else b"\n"
+            if self.size + len(rest) > self._max_bytes:
+                self._skeleton += self._reduce(rest)
+                rest = b""
+            *lines, rest = (rest + chunk).split(line_end)
+            for line in lines:
+                yield self._finish_line(line + line_end)
+        if rest or self._skeleton:
+            yield self._finish_line(rest)
+
+    def _finish_line(self, line: bytes) -> str:
         if self.size + len(line) > self._max_bytes:
             line, self._skeleton = self._skeleton + self._reduce(line), b""
         else:

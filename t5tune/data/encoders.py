@@ -110,11 +110,13 @@ class WordEncoder:
         # where a text may be cut: before an added token (\1), and before the space between two characters (\2, \3)
         space = "[ \t\n]" if self._drops_spaces else " "
         self._cuts = re.compile(f"({_match_any(added)})|(?<=(.))(?={space}(.))", re.DOTALL)
-        self._is_separate = functools.lru_cache(4096)(functools.partial(_is_separate, _get_normalizer(tokenizer)))
+        normalizer = tokenizer.backend.normalizer
+        normalize = normalizer.normalize_str if normalizer is not None else str
+        self._is_separate = functools.lru_cache(4096)(functools.partial(_is_separate, normalize))
 
     def encode(self, texts: list[Text]) -> list[Ids]:
         """Return the ids of each text, without EOS tokens."""
-        if max(map(_count_characters, texts), default=0) <= PART_LENGTH:
+        if max(map(len, map(_get_text, texts)), default=0) <= PART_LENGTH:
             return self._encode(texts)
         return [np.concatenate([self._encode([part])[0] for part in _split(text, self._cut)]) for text in texts]
 
@@ -229,10 +231,6 @@ def _get_text(text: Text) -> str:
     return text if isinstance(text, str) else text.text
 
 
-def _count_characters(text: Text) -> int:
-    return len(text if isinstance(text, str) else text.text)
-
-
 def _split(text: Text, split: Callable[[str], list[Any]]) -> list[Text]:
     """Split a text with a function; the first part begins a sequence if the text does."""
     if isinstance(text, str):
@@ -245,11 +243,6 @@ def _is_separate(normalize: Callable[[str], str], character: str) -> bool:
     """Return whether normalization leaves a character unchanged and separate from a space next to it."""
     texts = (f"a {character}", f"{character} a")
     return unicodedata.category(character) in _SEPARATE_CATEGORIES and all(normalize(text) == text for text in texts)
-
-
-def _get_normalizer(tokenizer: Tokenizer) -> Callable[[str], str]:
-    normalizer = tokenizer.backend.normalizer
-    return normalizer.normalize_str if normalizer is not None else str
 
 
 def _is_split_at_spaces(tokenizer: Tokenizer) -> bool:

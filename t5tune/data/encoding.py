@@ -126,27 +126,20 @@ def _join_pieces(pieces: list[Piece], ids_by_piece: list[Ids], max_length: int) 
             # a gap separates a target from its source, and belongs to neither
             source_end = length if piece.kind != "gap" else source_end
         elif piece.text.strip():
-            spans.append(_make_span(turn, system_end, turn_starts, source_end, target_start, length, max_length))
+            whole = Span(turn, system_end, system_end, source_end, target_start, length, length, True, True)
+            spans.append(_truncate(whole, turn_starts, max_length))
     return EncodedConversation(np.concatenate(ids_by_piece), spans)
 
 
-def _make_span(
-    turn: int,
-    system_end: int,
-    turn_starts: list[int],
-    source_end: int,
-    target_start: int,
-    target_end: int,
-    max_length: int,
-) -> Span:
+def _truncate(span: Span, turn_starts: list[int], max_length: int) -> Span:
     """Truncate an example to `max_length`: drop the oldest turns first, then tokens from the start of the last turn.
 
     The system line stays; it is cut only if it would fill more than half of a source that is too long.
     """
+    turn, system_end, source_start, source_end, target_start, target_end, *_ = span
     room = max_length - 1  # for the EOS token
     kept_system = system_end if source_end <= room else min(system_end, room // 2)
     earliest = source_end - (room - kept_system)
-    source_start = system_end
     # Never start at the last entry: it is only this target's assistant prefix. Truncate the turn before it instead.
     if earliest > system_end and (last := len(turn_starts) - 2) >= 0:
         source_start = turn_starts[bisect_left(turn_starts, earliest, 0, last)]

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from t5tune.data.cache import is_cache
 from t5tune.errors import DataError
+from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 
 STDIN = Path("-")
@@ -32,7 +33,6 @@ COMPRESSION_MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f
 READ_CHUNK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 WIDE_ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # byte order marks of UTF-16 and UTF-32
-MAX_NAMES_SHOWN = 5  # of the skipped files of a folder
 
 
 def find_files(data_path: list[str], report: Report = silent, setting: str = "data_path") -> list[Path]:
@@ -68,16 +68,14 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     if path.is_file():
         if find_data_suffix(path) is None:
             suffix = "".join(path.suffixes[-2:]) or "no suffix"
-            raise DataError(
-                f"{setting}: {path}: {suffix}: expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
-            )
+            expected = f"expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
+            raise DataError(f"{setting}: {path}: {suffix}: {expected}")
         return [path]
     if path.is_dir():
         found = sorted(entry for entry in path.iterdir() if find_data_suffix(entry) or not entry.name.startswith("."))
     elif path.exists():
-        raise DataError(
-            f"{setting}: {path}: not a regular file", hint="to read a pipe, redirect it to standard input and pass `-`"
-        )
+        hint = "to read a pipe, redirect it to standard input and pass `-`"
+        raise DataError(f"{setting}: {path}: not a regular file", hint=hint)
     elif glob.has_magic(name):
         found = sorted(set(map(Path, _expand_pattern(name))))
     else:
@@ -89,8 +87,7 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     }
     files = [entry for entry, reason in reasons.items() if reason is None]
     if over := [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason is not None]:
-        more = f" and {len(over) - MAX_NAMES_SHOWN} more" if len(over) > MAX_NAMES_SHOWN else ""
-        report(Note(f"{setting}: {path}: skipped: {', '.join(over[:MAX_NAMES_SHOWN])}{more}"))
+        report(Note(f"{setting}: {path}: skipped: {join_first(over)}"))
     if not files:
         raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file")
     return files
@@ -171,13 +168,21 @@ def read_chunks(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
         DataError: the file can't be read, its archive is broken, or it is UTF-16 or UTF-32.
     """
     try:
-        with _open(path) as file:
+        with open(path, "rb") if path != STDIN else sys.stdin.buffer as file:
             stream = _PeekableStream(file, digest)
-            decompress = _DECOMPRESSORS[_detect_compression(path, stream.beginning)]
-            for number, chunk in enumerate(decompress(path, stream)):
-                if number == 0:
-                    _check_encoding(path, chunk)
-                yield chunk
+            compression = _detect_compression(path, stream.beginning)
+            archive, damages = _open_archive(stream, compression)
+            position = 0
+            try:
+                while chunk := archive.read(READ_CHUNK_BYTES):
+                    if position == 0 and (chunk.startswith(WIDE_ENCODING_MARKS) or b"\x00" in chunk[:2]):
+                        problem = f"{path}: byte 0: the file is UTF-16 or UTF-32, not UTF-8"
+                        raise DataError(problem, hint="save the file as UTF-8")
+                    position += len(chunk)
+                    yield chunk
+            except damages as error:
+                problem = f"{path}: broken {compression} archive after {position} decompressed bytes: {error}"
+                raise DataError(problem, hint="download or copy the file again") from error
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 
@@ -190,51 +195,15 @@ def _detect_compression(path: Path, beginning: bytes) -> str | None:
     return found
 
 
-def _check_encoding(path: Path, first: bytes) -> None:
-    if first.startswith(WIDE_ENCODING_MARKS) or b"\x00" in first[:2]:
-        raise DataError(f"{path}: byte 0: the file is UTF-16 or UTF-32, not UTF-8", hint="save the file as UTF-8")
-
-
-def _open(path: Path) -> BinaryIO:
-    return open(path, "rb") if path != STDIN else sys.stdin.buffer
-
-
-def _read_plain(path: Path, file: _PeekableStream) -> Iterator[bytes]:
-    while chunk := file.read(READ_CHUNK_BYTES):
-        yield chunk
-
-
-def _read_gzip(path: Path, file: _PeekableStream) -> Iterator[bytes]:
-    archive = gzip.GzipFile(fileobj=cast(BinaryIO, file), mode="rb")
-    yield from _decompress(path, archive, "gzip", (EOFError, zlib.error, gzip.BadGzipFile))
-
-
-def _read_zstd(path: Path, file: _PeekableStream) -> Iterator[bytes]:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
-    archive = zstd.ZstdFile(cast(BinaryIO, file), mode="rb")
-    yield from _decompress(path, archive, "zstd", (EOFError, zstd.ZstdError))
-
-
-def _decompress(path: Path, archive: Any, packing: str, broken: tuple[type[Exception], ...]) -> Iterator[bytes]:
-    """Yield the decompressed bytes of an archive.
-
-    Args:
-        broken: the exceptions that its library raises on damaged bytes.
-    """
-    position = 0
-    try:
-        with archive:
-            while chunk := archive.read(READ_CHUNK_BYTES):
-                position += len(chunk)
-                yield chunk
-    except broken as error:
-        raise DataError(
-            f"{path}: broken {packing} archive after {position} decompressed bytes: {error}",
-            hint="download or copy the file again",
-        ) from error
-
-
-_DECOMPRESSORS = {None: _read_plain, ".gz": _read_gzip, ".zst": _read_zstd}
+def _open_archive(stream: _PeekableStream, compression: str | None) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Return (a file that reads decompressed bytes, the exceptions that it raises on damaged bytes)."""
+    file = cast(BinaryIO, stream)
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=file, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile)
+    if compression == ".zst":
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+        return zstd.ZstdFile(file, mode="rb"), (EOFError, zstd.ZstdError)
+    return file, ()

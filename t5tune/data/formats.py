@@ -22,22 +22,12 @@ from t5tune.settings.data import ReadingSettings
 Role = Literal["human", "assistant"]
 Speaker = Literal["system", "human", "assistant"]
 
-ROLES: dict[str, Speaker] = {
-    "system": "system",
-    "developer": "system",
-    "human": "human",
-    "user": "human",
-    "tool": "human",
-    "function": "human",
-    "observation": "human",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
+ROLES: dict[Speaker, tuple[str, ...]] = {
+    "system": ("system", "developer"),
+    "human": ("human", "user", "tool", "function", "observation"),
+    "assistant": ("gpt", "assistant", "model", "chatgpt", "bing", "bard", "function_call"),
 }
+SPEAKERS = {role: speaker for speaker, roles in ROLES.items() for role in roles}
 TURN_KEYS = (("from", "value"), ("role", "content"))
 COMMON_KEYS = {"id", "system"}  # keys that are valid in every format
 EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})  # values that mean "no value"
@@ -113,17 +103,16 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     system, turns = _merge_turns(entries, reading, repairs)
     merged_turns = tuple(Turn(role, "\n".join(texts), False not in learned) for role, texts, learned in turns)
     # a merged turn with a part of weight 0 must not be learned
-    if mixed := sum(len(learned) > 1 for _, _, learned in turns):
-        repairs["merged_turns_not_learned"] += mixed
-    if blank := sum(not turn.text.strip() for turn in merged_turns):
-        repairs["blank_turns"] += blank
+    repairs["merged_turns_not_learned"] += sum(len(learned) > 1 for _, _, learned in turns)
+    repairs["blank_turns"] += sum(not turn.text.strip() for turn in merged_turns)
     answers = [turn for turn in merged_turns if turn.role == "assistant" and turn.text.strip()]
     if not answers:
         raise RejectionError("no_answer", f"no assistant turn with text to learn from ({name})")
     if not any(turn.learned for turn in answers):
         raise RejectionError("zero_weight", f"every assistant turn has weight 0, so there is nothing to learn ({name})")
     has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
-    return Conversation(location, system or None, merged_turns, dict(sorted(repairs.items())), has_prefix)
+    counts = {kind: count for kind, count in sorted(repairs.items()) if count}
+    return Conversation(location, system or None, merged_turns, counts, has_prefix)
 
 
 def _merge_turns(
@@ -172,17 +161,19 @@ def _count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Co
 
 def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "Parser"]:
     if reading.source_column or reading.target_column:
-        return "columns", _parse_columns
-    formats = (
-        _FORMAT_KEYS if reading.data_format == "auto" else {reading.data_format: _FORMAT_KEYS[reading.data_format]}
-    )
+        return "columns", partial(_parse_pair, reading.source_column or "source", reading.target_column or "target")
+    formats = _FORMATS if reading.data_format == "auto" else {reading.data_format: _FORMATS[reading.data_format]}
     # merged files of several formats have every format's keys in each record, null where the record has no value
     present = {key for key, item in value.items() if item is not None}
     for given in (present, value.keys()):
-        if name := next((name for name, keys in formats.items() if any(k <= given for k in keys)), None):
-            return name, _PARSERS[name]
+        for name, (alternatives, parser) in formats.items():
+            if any(keys <= given for keys in alternatives):
+                return name, parser
     found = ", ".join(sorted(value)[:6])
-    wanted = "; ".join(f"{name}: {' or '.join(' + '.join(sorted(k)) for k in keys)}" for name, keys in formats.items())
+    wanted = "; ".join(
+        f"{name}: {' or '.join(' + '.join(sorted(keys)) for keys in alternatives)}"
+        for name, (alternatives, _) in formats.items()
+    )
     has_columns = sum(isinstance(item, str) for item in value.values()) > 1
     columns = "; or name two columns with --source-column and --target-column" if has_columns else ""
     raise RejectionError("unknown_format", f"its keys are {found or 'none'}; expected {wanted}{columns}")
@@ -233,9 +224,10 @@ def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
     if names is None or (names[1] not in item and given is None):
         raise RejectionError("bad_turn", f"{where}: expected an object with from and value, or role and content")
     speaker = item[names[0]]
-    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    role = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise RejectionError("unknown_role", f"{where}: unknown role {speaker!r:.80}; known roles: {', '.join(ROLES)}")
+        problem = f"{where}: unknown role {speaker!r:.80}; known roles: {', '.join(SPEAKERS)}"
+        raise RejectionError("unknown_role", problem)
     said, calls = _separate_tool_calls(where, item.get(names[1]), repairs)
     used, learned = set(names), True
     if given is not None:
@@ -249,15 +241,11 @@ def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
             used.add(weight[0])
     if len(item) > len(names):
         _count_ignored("turn_field", item, used, repairs)
-    if not calls:
-        return RecordTurn(role, _parse_text(where, said), where, learned)
-    repairs["tool_calls_as_text"] += 1
-    return RecordTurn(
-        role,
-        join_tool_calls(calls) if said in EMPTY_VALUES else f"{_parse_text(where, said)}\n{join_tool_calls(calls)}",
-        where,
-        learned,
-    )
+    texts = [] if calls and said in EMPTY_VALUES else [_parse_text(where, said)]
+    if calls:
+        repairs["tool_calls_as_text"] += 1
+        texts.append(join_tool_calls(calls))
+    return RecordTurn(role, "\n".join(texts), where, learned)
 
 
 def _is_learned(where: str, key: str, weight: float, repairs: Counter[str]) -> bool:
@@ -296,17 +284,15 @@ def _parse_alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Coun
         raise RejectionError("bad_turn", f"history: expected a list of pairs, found {_name_json_type(history)}")
     entries: RecordTurns = []
     for index, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RejectionError("bad_turn", f"history {index}: expected a pair [question, answer]")
         place = f"history {index}"
-        entries.append(RecordTurn("human", _parse_text(place, pair[0]), place))
-        entries.append(RecordTurn("assistant", _parse_text(place, pair[1]), place))
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RejectionError("bad_turn", f"{place}: expected a pair [question, answer]")
+        entries += (_parse_text_turn("human", place, pair[0]), _parse_text_turn("assistant", place, pair[1]))
     entries.append(RecordTurn("human", question, "instruction"))
     prompt_keys = {"instruction", "input", "history"}
     if value.get("output") is None and value.get("chosen") is not None:
         return _parse_chosen(prompt_keys, entries, value, repairs)
-    output = RecordTurn("assistant", _parse_text("output", value.get("output")), "output")
-    return prompt_keys | {"output"}, [*entries, output]
+    return prompt_keys | {"output"}, [*entries, _parse_text_turn("assistant", "output", value.get("output"))]
 
 
 def _parse_prompt_completion(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
@@ -321,50 +307,40 @@ def _parse_prompt_completion(value: dict[str, Any], reading: ReadingSettings, re
 
 
 def _parse_text_or_turns(key: str, value: dict[str, Any], role: Role, repairs: Counter[str]) -> RecordTurns:
-    return (
-        _parse_turns(key, value[key], repairs)
-        if isinstance(value[key], list)
-        else [RecordTurn(role, _parse_text(key, value[key]), key)]
-    )
+    given = value[key]
+    return _parse_turns(key, given, repairs) if isinstance(given, list) else [_parse_text_turn(role, key, given)]
 
 
-def _parse_source_target(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
-    return _parse_pair(value, "source", "target", reading)
-
-
-def _parse_columns(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
-    return _parse_pair(value, reading.source_column or "source", reading.target_column or "target", reading)
-
-
-def _parse_pair(value: dict[str, Any], source: str, target: str, reading: ReadingSettings) -> ParsedTurns:
+def _parse_pair(
+    source: str, target: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]
+) -> ParsedTurns:
+    """Parse the columns `source` and `target`."""
     if missing := [name for name in (source, target) if name not in value]:
         found = ", ".join(sorted(map(str, value))[:6])
         raise RejectionError("unknown_format", f"no column {', '.join(missing)}; the record has {found}")
-    question = reading.source_prefix + _parse_text(source, value[source])
-    return {source, target}, [
-        RecordTurn("human", question, source),
-        RecordTurn("assistant", _parse_text(target, value[target]), target),
-    ]
+    question = RecordTurn("human", reading.source_prefix + _parse_text(source, value[source]), source)
+    return {source, target}, [question, _parse_text_turn("assistant", target, value[target])]
 
 
-_FORMAT_KEYS: dict[str, list[set[str]]] = {
-    "sharegpt": [{"conversations"}],
-    "openai": [{"messages"}],
-    "alpaca": [{"instruction", "output"}, {"instruction", "chosen"}],
-    "prompt-completion": [{"prompt", "completion"}, {"prompt", "chosen"}, {"chosen", "rejected"}],
-    "source-target": [{"source", "target"}],
-}
-_PARSERS: dict[str, Parser] = {
-    "sharegpt": partial(_parse_messages, "conversations"),
-    "openai": partial(_parse_messages, "messages"),
-    "alpaca": _parse_alpaca,
-    "prompt-completion": _parse_prompt_completion,
-    "source-target": _parse_source_target,
+# alternative sets of keys that a record of the format has, and its parser
+_FORMATS: dict[str, tuple[list[set[str]], Parser]] = {
+    "sharegpt": ([{"conversations"}], partial(_parse_messages, "conversations")),
+    "openai": ([{"messages"}], partial(_parse_messages, "messages")),
+    "alpaca": ([{"instruction", "output"}, {"instruction", "chosen"}], _parse_alpaca),
+    "prompt-completion": (
+        [{"prompt", "completion"}, {"prompt", "chosen"}, {"chosen", "rejected"}],
+        _parse_prompt_completion,
+    ),
+    "source-target": ([{"source", "target"}], partial(_parse_pair, "source", "target")),
 }
 
 
 def _has_parts(content: Any) -> bool:
     return isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
+
+
+def _parse_text_turn(role: Role, place: str, content: Any) -> RecordTurn:
+    return RecordTurn(role, _parse_text(place, content), place)
 
 
 def _parse_text(where: str, content: Any) -> str:
@@ -382,7 +358,5 @@ def _parse_text(where: str, content: Any) -> str:
 
 def _name_json_type(value: Any) -> str:
     """Return the JSON name of a value's type."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "a boolean"
-    kinds = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
-    return kinds.get(type(value), type(value).__name__)
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -89,10 +89,6 @@ class Pipeline:
         return load_tokenizer(self.tokenizer_folder)
 
     @cached_property
-    def _unk_token_id(self) -> int:
-        return self._tokenizer.unk_token_id
-
-    @cached_property
     def _encoder(self) -> Encoder:
         return make_encoder(self._tokenizer)
 
@@ -119,7 +115,7 @@ class Pipeline:
             parts=[EncodedConversation(part.ids, self._select_spans(part.spans, dropped)) for part in parts],
             key=hash_conversation(conversation),
             repairs=conversation.repairs,
-            unknown=int(np.count_nonzero(encoded.ids == self._unk_token_id)),
+            unknown=int(np.count_nonzero(encoded.ids == self._tokenizer.unk_token_id)),
             dropped=dropped,
             lost=self._round_trip_check.count_lost(conversation),
             has_prefix=conversation.has_prefix,

@@ -66,28 +66,20 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
     """
     if record.parsed is not None:
         return record.parsed
+    data, location = record.data, record.location
     try:
-        value = _parse_value(record)
-        if not isinstance(record.data, bytes) or can_contain_forbidden(record.data):
+        value = parse_json(data) if isinstance(data, bytes) else data
+        if not isinstance(data, bytes) or can_contain_forbidden(data):
             check_characters(value)
-        conversation = parse_conversation(value, record.location, reading)
+        conversation = parse_conversation(value, location, reading)
     except RejectionError as error:
+        reason = error.rejection.reason
+        if record.in_array and reason == "not_json":
+            raise DataError(f"{location.file}:{location.line}: record {location.index}: {error}") from None
         # in a table, a lone surrogate represents an invalid byte
-        if error.rejection.reason == "lone_surrogate" and not isinstance(record.data, bytes):
+        if reason == "lone_surrogate" and not isinstance(data, bytes):
             return Rejection("invalid_utf8", f"a cell with bytes that are not UTF-8 ({error})")
         return error.rejection
     if not record.repairs:
         return conversation
     return replace(conversation, repairs=Counter(conversation.repairs) + Counter(dict(record.repairs)))
-
-
-def _parse_value(record: RawRecord) -> Any:
-    if not isinstance(record.data, bytes):
-        return record.data
-    try:
-        return parse_json(record.data)
-    except RejectionError as error:
-        if record.in_array and error.rejection.reason == "not_json":
-            location = record.location
-            raise DataError(f"{location.file}:{location.line}: record {location.index}: {error}") from None
-        raise

@@ -31,17 +31,14 @@ def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None)
         DataError: a file is broken or incomplete, or its content doesn't match its name.
     """
     for path in files:
-        yield from _read_file(path, max_bytes, stdin)
-
-
-def _read_file(path: Path, max_bytes: int, stdin: Digest | None) -> Iterator[RawRecord]:
-    kind = find_data_suffix(path)
-    if kind in JSON_SUFFIXES:
-        chunks = read_chunks(path, stdin if path == STDIN else None)
-        return _JsonReader(path, chunks, max_bytes).iterate_records()
-    if kind == ".parquet":
-        return read_parquet(path, max_bytes)
-    return read_csv(path, "\t" if kind == ".tsv" else None, max_bytes)
+        kind = find_data_suffix(path)
+        if kind in JSON_SUFFIXES:
+            chunks = read_chunks(path, stdin if path == STDIN else None)
+            yield from _JsonReader(path, chunks, max_bytes).iterate_records()
+        elif kind == ".parquet":
+            yield from read_parquet(path, max_bytes)
+        else:
+            yield from read_csv(path, "\t" if kind == ".tsv" else None, max_bytes)
 
 
 class _JsonReader:
@@ -58,7 +55,7 @@ class _JsonReader:
         self.line = 1  # line number at `start`
         self.line_end = b"\n"
         self.index = 0
-        self.depth = 0
+        self.depth = 0  # at `scan`, within the record
         self.in_string = False
         self.in_array = False
         self.repairs: tuple[tuple[str, int], ...] = ()
@@ -77,7 +74,6 @@ class _JsonReader:
             yield from self._read_array()
             return
         while self._skip_blank():
-            self.depth, self.in_string = 0, False
             yield self._read_record(self._scan_to_line_end if form == "lines" else self._scan_to_value_end)
 
     def _detect_form(self) -> Literal["array", "lines", "values"]:
@@ -90,10 +86,8 @@ class _JsonReader:
             is_closed = bool(second) and 0 in iterate_depths(first)
             return "lines" if is_closed and (not _is_json(first) or second.startswith(b"[")) else "array"
         # an object that is open at the end of the line continues, unless the line was cut off and the next is complete
-        is_open = (
-            self._peek_byte() == b"{" and bool(second) and 0 not in iterate_depths(first) and _is_outside_text(first)
-        )
-        return "values" if is_open and not _is_json(second) else "lines"
+        is_open = self._peek_byte() == b"{" and bool(second) and 0 not in iterate_depths(first)
+        return "values" if is_open and _OUTSIDE_TEXT.fullmatch(first) and not _is_json(second) else "lines"
 
     def _peek_lines(self) -> tuple[bytes, bytes] | None:
         """Return the line at `start` and the next one that isn't blank, or None if the buffer doesn't contain them."""
@@ -116,7 +110,6 @@ class _JsonReader:
         self.start += ending == b"]"
         while ending == b",":
             self._skip_blank()
-            self.depth, self.in_string = 0, False
             yield self._read_record(self._scan_to_separator)
             ending = self._peek_byte()
             self.start += 1
@@ -128,8 +121,8 @@ class _JsonReader:
 
         Of a record longer than max_bytes, only the beginning is kept.
         """
-        location = self._locate_record()
-        self.scan = self.start
+        location = RecordLocation(str(self.path), self.line, self.index, self.offset + self.start)
+        self.scan, self.depth, self.in_string = self.start, 0, False
         beginning, size = b"", 0  # of the part of the record that isn't in the buffer anymore
         while not find_end():
             if size + self.scan - self.start > self.max_bytes:
@@ -138,10 +131,8 @@ class _JsonReader:
                 size += len(skipped)
             if not self._read_more():
                 if self.in_array:
-                    raise DataError(
-                        f"{self.path}:{self.line}: the array has no end",
-                        hint="the file is incomplete, or the record that begins there lacks a bracket or a quote",
-                    )
+                    hint = "the file is incomplete, or the record that begins there lacks a bracket or a quote"
+                    raise DataError(f"{self.path}:{self.line}: the array has no end", hint=hint)
                 break
         data = self._consume()
         self.index += 1
@@ -179,9 +170,8 @@ class _JsonReader:
         while mark := self._scan_to_punctuation():
             if self.depth == 0 and mark in b",]}":
                 if mark == b"}":
-                    raise DataError(
-                        f"{self.path}:{self.line}: not valid JSON here: a closing brace without an opening one"
-                    )
+                    problem = "not valid JSON here: a closing brace without an opening one"
+                    raise DataError(f"{self.path}:{self.line}: {problem}")
                 self.scan -= 1
                 return True
             self.depth += DEPTH_STEPS.get(mark, 0)
@@ -204,9 +194,6 @@ class _JsonReader:
             if found[0] != b'"':
                 return found[0]
             self.in_string = True
-
-    def _locate_record(self) -> RecordLocation:
-        return RecordLocation(str(self.path), self.line, self.index, self.offset + self.start)
 
     def _peek_byte(self) -> bytes:
         return self.buffer[self.start : self.start + 1]
@@ -238,13 +225,8 @@ _VISIBLE = re.compile(rb"[^ \t\r\n]")
 _STRUCTURE = re.compile(rb'["\[\]{},]')
 _STRING_BODY = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _OUTSIDE_TEXT = re.compile(rb'(?:[^"]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
-_MAC_LINE = re.compile(
-    rb'(?:[^"\r\n]++|"(?:[^"\\]++|\\.)*+")++(?=\r[^\n])', re.DOTALL
-)  # ends in a carriage return without a newline
-
-
-def _is_outside_text(line: bytes) -> bool:
-    return _OUTSIDE_TEXT.fullmatch(line) is not None
+# ends in a carriage return without a newline
+_MAC_LINE = re.compile(rb'(?:[^"\r\n]++|"(?:[^"\\]++|\\.)*+")++(?=\r[^\n])', re.DOTALL)
 
 
 def _is_json(data: bytes) -> bool:

@@ -46,23 +46,10 @@ class Template:
         """SHA-256 of the template, which the cache's manifest contains."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def render_system(self, system: str | None) -> str:
-        """Return the system line, or an empty string if there is none."""
-        message = self.system_message if system is None else system
-        return self.system.replace("{text}", message) if message else ""
-
-    def render_human(self, text: str, first: bool) -> str:
-        """Return a human turn."""
-        return ("" if first else self.turn_separator) + self.human.replace("{text}", text)
-
     @property
     def answer_suffix(self) -> str:
         """The text that the template appends to an assistant turn."""
         return self.assistant.partition("{text}")[2]
-
-    def render_answer(self, text: str) -> str:
-        """Return an assistant turn without its prefix, as the model should generate it."""
-        return self.assistant.removeprefix(" ").replace("{text}", text)
 
 
 @dataclass(frozen=True)
@@ -106,48 +93,55 @@ def parse_template(values: dict[str, Any], path: Path) -> Template:
     known = {field.name: field.default is MISSING for field in fields(Template)}
     problems = [f"{name}: unknown field{suggest_name(name, known)}" for name in values if name not in known]
     problems += [f"{name}: missing" for name, is_needed in known.items() if is_needed and name not in values]
-    if problems:
+    problems += [
+        f"{name}: expected text, found {value!r}"
+        for name, value in values.items()
+        if name in known and not isinstance(value, str)
+    ]
+    if problems := problems or _find_pattern_problems(Template(**values)):
         raise SettingsError(*(f"conversation_template: {path}: {problem}" for problem in problems))
-    template = Template(**values)
-    for name, value in asdict(template).items():
-        if not isinstance(value, str):
-            raise SettingsError(f"conversation_template: {path}: {name}: expected text, found {value!r}")
-        if name in {"system", "human", "assistant"} and value.count("{text}") != 1:
-            raise SettingsError(
-                f"conversation_template: {path}: {name}: expected exactly one {{text}}, found {value!r}"
-            )
-    _check_boundaries(template, path)
-    return template
+    return Template(**values)
 
 
-def _check_boundaries(template: Template, path: Path) -> None:
-    """Require whitespace at each boundary of two pieces; otherwise the tokenizer could make one token across it."""
-    prefix = template.assistant_prefix or template.assistant
+def _find_pattern_problems(template: Template) -> list[str]:
+    """Require one {text} in each pattern, and whitespace at each boundary of two pieces.
+
+    Without that whitespace, the tokenizer could make one token across the boundary.
+    """
+    patterns = {"system": template.system, "human": template.human, "assistant": template.assistant}
+    problems = [
+        f"{name}: expected exactly one {{text}}, found {pattern!r}"
+        for name, pattern in patterns.items()
+        if pattern.count("{text}") != 1
+    ]
     boundaries = {
         "system, human": (template.system, template.human),
-        "human, assistant_prefix": (template.human, prefix),
+        "human, assistant_prefix": (template.human, template.assistant_prefix or template.assistant),
         "assistant_prefix, assistant": (template.assistant_prefix or template.human, template.assistant),
         "assistant, human": (template.assistant, template.turn_separator + template.human),
     }
-    for names, (first, second) in boundaries.items():
-        if not (first[-1:].isspace() or second[:1].isspace()):
-            raise SettingsError(
-                f"conversation_template: {path}: {names}: no whitespace between them; end the first or "
-                "begin the second with a space or a newline"
-            )
+    advice = "no whitespace between them; end the first or begin the second with a space or a newline"
+    return problems + [
+        f"{names}: {advice}"
+        for names, (first, second) in boundaries.items()
+        if not (first[-1:].isspace() or second[:1].isspace())
+    ]
 
 
 def render_conversation(conversation: Conversation, template: Template) -> list[Piece]:
     """Render a conversation as pieces; their concatenated texts are the whole rendered conversation."""
     pieces = []
-    if prefix := template.render_system(conversation.system):
-        pieces.append(Piece(prefix, "system", -1))
+    system = template.system_message if conversation.system is None else conversation.system
+    if system:
+        pieces.append(Piece(template.system.replace("{text}", system), "system", -1))
     for index, turn in enumerate(conversation.turns):
         if turn.role == "human":
-            pieces.append(Piece(template.render_human(turn.text, first=index == 0), "human", index))
+            separator = template.turn_separator if index else ""
+            pieces.append(Piece(separator + template.human.replace("{text}", turn.text), "human", index))
         else:
             pieces += render_answer_prefix(template, index)
-            pieces.append(Piece(template.render_answer(turn.text), "answer" if turn.learned else "context", index))
+            answer = template.assistant.removeprefix(" ").replace("{text}", turn.text)
+            pieces.append(Piece(answer, "answer" if turn.learned else "context", index))
     return pieces
 
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Backend
 from t5tune.errors import DependencyError, ModelError
 from t5tune.file_names import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from t5tune.io.atomic import write_json
-from t5tune.io.reasons import describe_error
+from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.io.untrusted import parse_json_object
 
 BYTES_OFFSET = 3  # ByT5: ids 0 to 2 are pad, end and unknown, then come the 256 bytes (Xue et al. 2022)
@@ -112,13 +112,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         DependencyError: it is a SentencePiece model, and the installed protobuf can't read it.
     """
     config = _read_json_object(folder / TOKENIZER_CONFIG_FILE)
-    is_bytes = config.get("tokenizer_class") == "ByT5Tokenizer"
     file = next((folder / name for name in (TOKENIZER_FILE, *SENTENCEPIECE_FILES) if (folder / name).is_file()), None)
-    if file is None and not is_bytes:
-        raise ModelError(
-            f"{folder}: no tokenizer in this folder ({', '.join((TOKENIZER_FILE, *SENTENCEPIECE_FILES))})",
-            hint="copy the base model's tokenizer files into it",
-        )
+    if file is None and config.get("tokenizer_class") != "ByT5Tokenizer":
+        problem = f"{folder}: no tokenizer in this folder ({', '.join((TOKENIZER_FILE, *SENTENCEPIECE_FILES))})"
+        raise ModelError(problem, hint="copy the base model's tokenizer files into it")
     names = {name: _get_token_text(config.get(name), default) for name, default in DEFAULT_SPECIAL_TOKENS.items()}
     length = config.get("model_max_length")
     max_length = length if isinstance(length, int) and length < 1 << 30 else None  # 1e30 means no limit
@@ -144,7 +141,7 @@ def _load_backend(file: Path, config: dict[str, Any], names: dict[str, str]) -> 
     except BaseException as error:  # tokenizers raises Exception or its Rust PanicException, protobuf DecodeError
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{file}: can't be read: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{file}: can't be read: {to_one_line(error)[:300]}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -229,10 +226,8 @@ def _read_sentencepiece(file: Path) -> Any:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except Exception as error:  # ImportError without protobuf, VersionError if protobuf is too old for sentencepiece
-        raise DependencyError(
-            f"{file}: reading a SentencePiece model needs protobuf, which failed: {' '.join(str(error).split())}",
-            hint="pip install --upgrade protobuf sentencepiece",
-        ) from error
+        problem = f"{file}: reading a SentencePiece model needs protobuf, which failed: {to_one_line(error)}"
+        raise DependencyError(problem, hint="pip install --upgrade protobuf sentencepiece") from error
     return sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
 
 

@@ -21,11 +21,8 @@ def find_tool_calls(message: dict[str, Any], where: str) -> tuple[str, list[str]
     Raises:
         RejectionError: a call has no function name.
     """
-    key = next((key for key in CALL_KEYS if key in message and not _is_empty(message[key])), None)
-    if key is None:
-        return None
-    given = message[key]
-    return key, _format_calls(given, where)
+    key = next((key for key in CALL_KEYS if not _is_empty(message.get(key))), None)
+    return (key, _format_calls(message[key], where)) if key is not None else None
 
 
 def read_tool_call_part(part: dict[str, Any], where: str) -> list[str]:
@@ -39,9 +36,8 @@ def read_tool_call_part(part: dict[str, Any], where: str) -> list[str]:
         try:
             given = parse_json(given.encode())
         except RejectionError:
-            raise RejectionError(
-                "bad_turn", f"{where}: a content part of type {part['type']!r} whose value is not JSON"
-            ) from None
+            problem = f"{where}: a content part of type {part['type']!r} whose value is not JSON"
+            raise RejectionError("bad_turn", problem) from None
     return _format_calls(given, where)
 
 

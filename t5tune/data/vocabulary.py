@@ -14,9 +14,10 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, decoders, pre_tokenizers
@@ -75,7 +76,7 @@ def extend_tokenizer(
         _check_unused_rows(FASTCHAT_TOKENS, num_unused)
         return ExtendedTokenizer(_add_fastchat_tokens(tokenizer), list(FASTCHAT_TOKENS), [])
     if add_tokens == ["auto"]:
-        missing = [text for text in MISSING_CHARACTERS if not can_round_trip(tokenizer, text)]
+        missing = [text for text in MISSING_CHARACTERS if _encode_and_decode(tokenizer, text) != text]
         wanted = missing + [text for text in _find_unwritable_characters(tokenizer, sample) if text not in missing]
         room = max(num_unused, len(missing))
         wanted, left_out = wanted[:room], wanted[room:]
@@ -128,11 +129,10 @@ class RoundTripCheck:
     """Checks which characters survive encoding and decoding; caches the results."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._round_trips: dict[str, str] = {}
-        self._unchanged: set[str] = set()
-        unchanged_ascii = [text for text in map(chr, range(128)) if self.round_trip(text) == text]
-        self._plain = re.compile("[" + re.escape("".join(unchanged_ascii)) + "]*")
+        # encodes and decodes a character; REPLACEMENT_CHARACTER if it has no token
+        self.round_trip = lru_cache(MAX_CACHED_CHARACTERS)(partial(_encode_and_decode, tokenizer))
+        self._unchanged = {text for text in map(chr, range(128)) if self.round_trip(text) == text}
+        self._plain = re.compile("[" + re.escape("".join(sorted(self._unchanged))) + "]*")
         self._keeps_runs = self.round_trip("  ") == "  "
 
     def count_lost(self, conversation: Conversation) -> dict[str, tuple[int, int]]:
@@ -149,17 +149,6 @@ class RoundTripCheck:
                     lost[text] = before[0] + count, before[1] + 1
         return lost
 
-    def round_trip(self, text: str) -> str:
-        """Encode and decode a text between two letters; return REPLACEMENT_CHARACTER if it has no token."""
-        if text not in self._round_trips:
-            if len(self._round_trips) >= MAX_CACHED_CHARACTERS:
-                self._round_trips.clear()
-                self._unchanged.clear()
-            self._round_trips[text] = _encode_and_decode(self._tokenizer, text)
-            if self._round_trips[text] == text:
-                self._unchanged.add(text)
-        return self._round_trips[text]
-
     def _iterate_lost(self, text: str) -> Iterator[tuple[str, int]]:
         if not self._plain.fullmatch(text):
             for character in sorted(set(text) - self._unchanged):
@@ -170,61 +159,12 @@ class RoundTripCheck:
 
 
 def _encode_and_decode(tokenizer: Tokenizer, text: str) -> str:
+    """Encode and decode a text between two letters; return REPLACEMENT_CHARACTER if it has no token."""
     ids = tokenizer.encode(f"a{text}b")
     if tokenizer.backend is not None and tokenizer.unk_token_id in ids:
         return REPLACEMENT_CHARACTER
     back = tokenizer.decode(ids)
     return back[1:-1] if back[:1] == "a" and back[-1:] == "b" else back
-
-
-@dataclass(frozen=True)
-class TextRun:
-    """The text of consecutive tokens; an added, unknown or EOS token is a run of its own."""
-
-    text: str
-    kind: Literal["text", "added", "unknown", "end"]
-
-
-def iterate_text_runs(
-    ids: list[int], tokenizer: Tokenizer, added: set[int], before: int | None = None
-) -> Iterator[TextRun]:
-    """Yield tokens as runs of text, in order; every added, unknown and EOS token is a run of its own.
-
-    Args:
-        before: the token before them; None if they begin a text.
-    """
-    plain: list[int] = []
-    for index in ids:
-        kind = _classify_token(index, tokenizer, added)
-        if kind is None:
-            plain.append(index)
-            continue
-        if plain:
-            yield TextRun(_decode_after(before, plain, tokenizer), "text")
-        plain, before = [], index
-        yield TextRun(tokenizer.decode([index]), kind)
-    if plain:
-        yield TextRun(_decode_after(before, plain, tokenizer), "text")
-
-
-def _classify_token(index: int, tokenizer: Tokenizer, added: set[int]) -> Literal["added", "unknown", "end"] | None:
-    if index in added:
-        return "added"
-    if index == tokenizer.unk_token_id:
-        return "unknown"
-    return "end" if index == tokenizer.eos_token_id else None
-
-
-def _decode_after(before: int | None, ids: list[int], tokenizer: Tokenizer) -> str:
-    """Decode ids that follow the token `before`; alone, the decoder would drop the space of the first token."""
-    if before is None:
-        return tokenizer.decode(ids)
-    return tokenizer.decode([before, *ids]).removeprefix(tokenizer.decode([before]))
-
-
-def can_round_trip(tokenizer: Tokenizer, text: str) -> bool:
-    """Return whether decoding the encoded `text`, between two letters, gives it back unchanged."""
-    return _encode_and_decode(tokenizer, text) == text
 
 
 def is_prepend_scheme_first(tokenizer: Tokenizer) -> bool:
@@ -256,11 +196,9 @@ def _has_metaspace(tokenizer: Tokenizer) -> bool:
 
 def _check_unused_rows(tokens: list[str], num_unused: int) -> None:
     if len(tokens) > num_unused:
-        raise ModelError(
-            f"add_tokens: {len(tokens)} tokens ({' '.join(map(repr, tokens))}), but the embedding has only "
-            f"{max(num_unused, 0)} unused rows",
-            hint="name fewer tokens, or use --add-tokens none",
-        )
+        rows = f"the embedding has only {max(num_unused, 0)} unused rows"
+        problem = f"add_tokens: {len(tokens)} tokens ({' '.join(map(repr, tokens))}), but {rows}"
+        raise ModelError(problem, hint="name fewer tokens, or use --add-tokens none")
 
 
 def _rebuild_with_tokens(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:

@@ -106,9 +106,8 @@ class Worker:
             self._send(batch)
             answer = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            raise TrainingError(
-                f"a worker process that encodes records exited with code {self._process.wait()}"
-            ) from None
+            code = self._process.wait()
+            raise TrainingError(f"a worker process that encodes records exited with code {code}") from None
         if isinstance(answer, Exception):
             raise answer
         return list(answer)

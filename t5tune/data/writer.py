@@ -61,10 +61,9 @@ class CacheWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in (self._tokens, self._conversations, self._examples, self._rejected):
-            file.close()
-        if self._seen is not None:
-            self._seen.close()
+        for file in (self._tokens, self._conversations, self._examples, self._rejected, self._seen):
+            if file is not None:
+                file.close()
 
     def add(self, record: RawRecord, encoded: EncodedRecord) -> None:
         """Append a record."""

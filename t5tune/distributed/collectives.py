@@ -100,20 +100,16 @@ def report_rendezvous_errors() -> Iterator[None]:
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise _explain_rendezvous_error(error) from error
-
-
-def _explain_rendezvous_error(error: Exception) -> T5TuneError:
-    rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-    if "EADDRINUSE" in str(error) or "already in use" in str(error):
-        return TrainingError(
-            f"MASTER_PORT: {port}: already in use by another process",
-            hint="set another port for all ranks, such as MASTER_PORT=29511",
-        )
-    return RankLost(
-        f"rank {rank}: no answer at {host}:{port}, the rendezvous of the ranks",
-        hint="start all ranks with the same MASTER_ADDR and MASTER_PORT, which every rank must be able to reach",
-    )
+        rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise TrainingError(
+                f"MASTER_PORT: {port}: already in use by another process",
+                hint="set another port for all ranks, such as MASTER_PORT=29511",
+            ) from error
+        raise RankLost(
+            f"rank {rank}: no answer at {host}:{port}, the rendezvous of the ranks",
+            hint="start all ranks with the same MASTER_ADDR and MASTER_PORT, which every rank must be able to reach",
+        ) from error
 
 
 @contextmanager

@@ -18,13 +18,11 @@ def find_missing_build_tools() -> str | None:
     if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
         return "a C++ compiler or ninja is missing from the PATH"
     folder = _get_extensions_folder()
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return f"{folder} can't be created, and TORCH_EXTENSIONS_DIR doesn't name another folder"
     if os.access(folder, os.W_OK):
         return None
-    return f"{folder} isn't writable, and TORCH_EXTENSIONS_DIR doesn't name another folder"
+    return f"{folder} isn't a writable folder, and TORCH_EXTENSIONS_DIR doesn't name another one"
 
 
 def remove_stale_locks() -> list[Path]:

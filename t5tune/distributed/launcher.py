@@ -4,7 +4,6 @@ Workers are plain processes that read their rank from environment variables, lik
 process forwards signals, ends all workers when one fails, raises the first error, and can restart the workers.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -14,9 +13,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from t5tune import errors
 from t5tune.distributed.signals import (
@@ -73,30 +74,17 @@ def stop_with_deepspeed_launcher() -> None:
 
     The command runs deepspeed.launcher.launch, the parent of this worker, which doesn't notice that its parent ended.
     """
-    parent = os.getppid()
-    command = _read_proc(parent, "cmdline")
-    if command is None or b"deepspeed.launcher.launch" not in command.split(b"\0"):
-        return
-    pid, runner = os.getpid(), _find_parent(parent)
+    with suppress(psutil.Error):  # another user's process, or one that has ended
+        launcher = psutil.Process(os.getppid())
+        if "deepspeed.launcher.launch" in launcher.cmdline():
+            threading.Thread(target=_stop_without_parent, args=(launcher, launcher.ppid()), daemon=True).start()
 
-    def watch() -> None:
-        while _find_parent(parent) == runner:
+
+def _stop_without_parent(launcher: psutil.Process, parent: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        while launcher.ppid() == parent:
             time.sleep(POLL_SECONDS)
-        os.kill(pid, signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _find_parent(pid: int) -> int | None:
-    status = _read_proc(pid, "stat")
-    return int(status.rpartition(b")")[2].split()[1]) if status else None
-
-
-def _read_proc(pid: int, name: str) -> bytes | None:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        return None
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass
@@ -139,7 +127,7 @@ def _run(command: list[str], count: int, received: _ReceivedSignals) -> T5TuneEr
             ended = [worker.poll() for worker in workers]
         finally:
             for worker in workers:
-                with contextlib.suppress(ProcessLookupError):
+                with suppress(ProcessLookupError):
                     worker.kill()  # only SIGKILL ends a process that SIGSTOP has suspended
             for worker in workers:
                 worker.wait()
@@ -156,7 +144,7 @@ def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(_find_free_port()),
+        "MASTER_PORT": str(find_free_port()),
         ERRORS_FOLDER_VARIABLE: folder,
     }
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **common}
@@ -174,7 +162,8 @@ def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
+    """Find a TCP port of this machine that no process listens on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return int(free.getsockname()[1])
@@ -211,18 +200,15 @@ def _find_first_error(folder: Path, ended: list[int | None], received: _Received
         return Stopped(f"second {received.first.name}: exited immediately", hint="the last complete checkpoint is kept")
     for rank, code in enumerate(ended):
         if code is not None and code < 0:
-            return _make_killed_error(rank, signal.Signals(-code))
+            hint = "unless someone killed it, the machine may have run out of memory"
+            name = signal.Signals(-code).name
+            return RankLost(f"rank {rank} was killed by {name}", hint=hint if name == "SIGKILL" else None)
     if written:
         return written[0]
     rank, exit_code = next((rank, code) for rank, code in enumerate(ended) if code)
     error = T5TuneError(f"rank {rank} exited with {exit_code}", hint="see its output above; --debug shows more")
     error.exit_code = exit_code
     return error
-
-
-def _make_killed_error(rank: int, number: signal.Signals) -> RankLost:
-    hint = "unless someone killed it, the machine may have run out of memory"
-    return RankLost(f"rank {rank} was killed by {number.name}", hint=hint if number == signal.SIGKILL else None)
 
 
 def _read_error(path: Path) -> T5TuneError:

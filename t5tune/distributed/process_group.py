@@ -2,7 +2,6 @@
 
 import io
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -11,10 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from t5tune.compat.deepspeed_patches import import_deepspeed
-from t5tune.compat.environment import restore_environment
+from t5tune.compat.python_patches import restore_environment
 from t5tune.compat.torch_patches import use_default_timeout
 from t5tune.distributed.collectives import is_distributed, report_rendezvous_errors
 from t5tune.distributed.deepspeed_build import remove_stale_locks
+from t5tune.distributed.launcher import find_free_port
 from t5tune.distributed.world import World
 from t5tune.errors import Stopped
 from t5tune.model.device import DOCTOR_HINT, choose_device, keep_freed_memory, read_nvidia_driver
@@ -32,8 +32,9 @@ def join_process_group(world: World, settings: TrainSettings, report: Report) ->
     device = choose_device(settings.use_cpu or settings.num_processes is not None, world.local_rank)
     if device.type == "cpu":
         keep_freed_memory()
-        if not settings.use_cpu and settings.num_processes is None:
-            _warn_about_unusable_driver(report)
+        if not settings.use_cpu and settings.num_processes is None and (driver := read_nvidia_driver()):
+            problem = f"torch can't use the NVIDIA driver ({driver})"
+            report(Note(f"{problem}: training on the CPU; {DOCTOR_HINT}", warning=True))
     timeout = timedelta(seconds=settings.process_group_timeout)
     failed = True
     with restore_environment(), use_default_timeout(timeout):
@@ -54,33 +55,15 @@ def join_process_group(world: World, settings: TrainSettings, report: Report) ->
 def _join(world: World, backend: str, timeout: timedelta, deepspeed: bool, report: Report) -> None:
     if world.launched:
         os.environ.update(world.to_environment())
-    elif deepspeed:
-        _set_single_process_rendezvous()
+    elif deepspeed:  # needs a rendezvous even for a single process
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update({**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())})
     if deepspeed:
-        _join_with_deepspeed(backend, timeout, report)
+        for lock in remove_stale_locks():
+            report(Note(f"{lock}: removed the lock of an interrupted build"))
+        library = import_deepspeed(on_cpu=backend == "gloo")
+        with redirect_stdout(io.StringIO()), report_rendezvous_errors():  # stdout is for results only
+            library.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     elif world.size > 1:
         with report_rendezvous_errors():
             dist.init_process_group(backend, timeout=timeout)
-
-
-def _warn_about_unusable_driver(report: Report) -> None:
-    if driver := read_nvidia_driver():
-        problem = f"torch can't use the NVIDIA driver ({driver})"
-        report(Note(f"{problem}: training on the CPU; {DOCTOR_HINT}", warning=True))
-
-
-def _join_with_deepspeed(backend: str, timeout: timedelta, report: Report) -> None:
-    for lock in remove_stale_locks():
-        report(Note(f"{lock}: removed the lock of an interrupted build"))
-    deepspeed = import_deepspeed(on_cpu=backend == "gloo")
-    with redirect_stdout(io.StringIO()), report_rendezvous_errors():  # stdout is for results only
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-
-
-def _set_single_process_rendezvous() -> None:
-    """Set the variables of a rendezvous, which DeepSpeed needs even for a single process."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | address)

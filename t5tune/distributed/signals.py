@@ -66,15 +66,14 @@ class StopRequest:
         """
         if self.is_set:
             if number != FORWARDED_SIGNAL and time.monotonic() - self._came_at > SECONDS_BETWEEN_SIGNALS:
-                _write_stderr(b"second signal: exiting now; the last complete checkpoint is kept\n")
-                self._exit_now()
+                self._exit_now("second signal: exiting now; the last complete checkpoint is kept")
             return
         self.signal_name = "its launcher" if number == FORWARDED_SIGNAL else signal.Signals(number).name
         self._came_at = time.monotonic()
         if self._is_interruptible:
             self._interrupt()
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-            _write_stderr(b"stopping after this step and saving a checkpoint; press Ctrl-C again to quit now\n")
+            _write_stderr("stopping after this step and saving a checkpoint; press Ctrl-C again to quit now")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -100,17 +99,15 @@ class StopRequest:
 
     def _interrupt(self) -> NoReturn:
         if self._exit_timer is None:
-            self._exit_timer = threading.Timer(SECONDS_TO_UNWIND, self._exit_after_timeout)
+            reason = "before training began; exiting, since the work in progress can't be interrupted"
+            line = f"stopped by {self.signal_name} {reason}"
+            self._exit_timer = threading.Timer(SECONDS_TO_UNWIND, self._exit_now, [line])
             self._exit_timer.daemon = True
             self._exit_timer.start()
         raise Interrupted
 
-    def _exit_after_timeout(self) -> NoReturn:
-        reason = "exiting, since the work in progress can't be interrupted"
-        _write_stderr(f"stopped by {self.signal_name} before training began; {reason}\n".encode())
-        self._exit_now()
-
-    def _exit_now(self) -> NoReturn:
+    def _exit_now(self, line: str) -> NoReturn:
+        _write_stderr(line)
         os._exit(get_exit_code(self.signal_name))
 
     def close(self) -> None:
@@ -125,10 +122,10 @@ class StopRequest:
         return error
 
 
-def _write_stderr(line: bytes) -> None:
+def _write_stderr(line: str) -> None:
     # in a signal handler, `print` could re-enter a buffered writer
     with suppress(OSError):  # Ctrl-C also ends a `tee` that the output is piped to
-        os.write(2, line)
+        os.write(2, f"{line}\n".encode())
 
 
 def choose_signals() -> list[signal.Signals]:

@@ -49,9 +49,10 @@ class World:
         """Return the variables that torch.distributed reads, for a launcher that sets others."""
         found = {"RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.size)}
         if _is_slurm_task():
+            nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "localhost"
             # all tasks of a job derive the same port, which another job on the node rarely has too
             job = int(os.environ.get("SLURM_JOB_ID", "0"))
-            found |= {"MASTER_ADDR": _find_first_slurm_host(), "MASTER_PORT": str(20000 + job % 20000)}
+            found |= {"MASTER_ADDR": parse_first_host(nodes), "MASTER_PORT": str(20000 + job % 20000)}
         return {name: os.environ.get(name, value) for name, value in found.items()}
 
 
@@ -70,11 +71,6 @@ def _is_slurm_task() -> bool:
         and "SLURM_PROCID" in os.environ
         and bool({"SLURM_STEP_ID", "MASTER_ADDR"} & os.environ.keys())
     )
-
-
-def _find_first_slurm_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "localhost"
-    return parse_first_host(nodes)
 
 
 def parse_first_host(nodes: str) -> str:

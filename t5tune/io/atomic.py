@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,28 @@ CHUNK_BYTES = 1 << 20
 LOCK_TIMEOUT_SECONDS = 2.0  # generous: t5tune holds these locks for milliseconds
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 DISK_ERRNOS = DISK_FULL_ERRNOS | {errno.EIO, errno.EROFS, errno.EFBIG}
+
+
+def check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that contains files, unless the user has asked to overwrite it.
+
+    Raises:
+        SettingsError: the folder isn't empty, or the path is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"output_dir: {folder}: is a file, not a folder", hint="choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        hint = "choose another folder, or use --overwrite to replace it"
+        raise SettingsError(f"output_dir: {folder}: already contains files", hint=hint)
+
+
+def find_unused_folder(folder: Path) -> Path:
+    """Return the folder, or the first of folder.1, folder.2, … that doesn't exist."""
+    number, free = 0, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}.{number}")
+    return free
 
 
 @contextmanager
@@ -50,15 +72,13 @@ def write_folder_atomically(target: Path) -> Iterator[Path]:
 
 
 def _replace_folder(staged: Path, target: Path) -> None:
-    if target.exists() and _exchange(staged, target):
-        return  # `staged` is now the old folder, which make_scratch_folder deletes
     if not target.exists():
         staged.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-    target.rename(old)
-    staged.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    elif not _exchange(staged, target):  # otherwise `staged` is now the old folder, which make_scratch_folder deletes
+        old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+        target.rename(old)
+        staged.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -71,41 +91,32 @@ def make_scratch_folder(target: Path) -> Iterator[Path]:
         SettingsError: no folder can be created there.
     """
     staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
-    descriptor = None
-    try:  # begins before the folder exists, because Ctrl-C can arrive at any line
+    with ExitStack() as cleanup:
+        # registered before the folder exists, because Ctrl-C can arrive at any line
+        cleanup.callback(shutil.rmtree, staged, ignore_errors=True)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             # The parent is locked until the new folder is, so that no other process takes the new folder for an
             # abandoned one. If another program holds the parent's lock for longer, abandoned folders are left alone.
-            parent = _lock_folder(target.parent, LOCK_TIMEOUT_SECONDS)
-            try:
-                if parent is not None:
+            with _lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
+                if is_locked:
                     _remove_abandoned_siblings(target)
                 staged.mkdir()
-                descriptor = _lock_folder(staged)
-            finally:
-                _unlock(parent)
+                cleanup.enter_context(_lock_folder(staged))
         except OSError as error:
             if error.errno in DISK_ERRNOS:
                 raise
-            raise SettingsError(
-                f"{target}: can't be created: {error.strerror}", hint="choose another folder"
-            ) from error
+            problem = f"{target}: can't be created: {error.strerror}"
+            raise SettingsError(problem, hint="choose another folder") from error
         yield staged
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        _unlock(descriptor)
 
 
 def remove_abandoned(target: Path) -> None:
     """Delete the temporary folders that killed processes have left next to `target`."""
     target = Path(os.path.realpath(target))
-    parent = _lock_folder(target.parent, LOCK_TIMEOUT_SECONDS)
-    try:
-        if parent is not None:
+    with _lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
+        if is_locked:
             _remove_abandoned_siblings(target)
-    finally:
-        _unlock(parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -115,23 +126,18 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _lock_folder(folder: Path, patience: float = 0.0) -> int | None:
-    """Lock a folder until the descriptor is closed or this process ends, however it ends.
-
-    Args:
-        patience: how long to wait for the lock, in seconds.
-
-    Returns:
-        The descriptor to close; None if the folder can't be locked in that time.
-    """
+@contextmanager
+def _lock_folder(folder: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Lock a folder until the block or this process ends; yield whether it could be locked in `patience` seconds."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        return None
-    if _wait_for_lock(descriptor, patience):
-        return descriptor
-    os.close(descriptor)
-    return None
+        yield False
+        return
+    try:
+        yield _wait_for_lock(descriptor, patience)
+    finally:
+        os.close(descriptor)
 
 
 def _wait_for_lock(descriptor: int, patience: float) -> bool:
@@ -148,20 +154,14 @@ def _wait_for_lock(descriptor: int, patience: float) -> bool:
             return False
 
 
-def _unlock(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
-
-
 def _remove_abandoned_siblings(target: Path) -> None:
     name = glob.escape(target.name)
     for old in target.parent.glob(f".{name}.old-*") if target.exists() else []:
         shutil.rmtree(old, ignore_errors=True)  # the new folder is in place already
     for staged in target.parent.glob(f".{name}.new-*"):
-        # its owner holds a lock on it, which ends with that process
-        if (descriptor := _lock_folder(staged)) is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-            os.close(descriptor)
+        with _lock_folder(staged) as is_abandoned:  # its owner holds a lock on it, which ends with that process
+            if is_abandoned:
+                shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -220,10 +220,8 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         # a temporary file next to `path` is deleted by now, so its name would not help
         failed = path if failed.is_relative_to(path.parent) else failed
         free = f"{shutil.disk_usage(place).free:,} bytes are free; free up space and run the same command again"
-        raise WriteError(
-            f"{failed}: {error.strerror} (errno {error.errno})",
-            hint=free if error.errno in DISK_FULL_ERRNOS else None,
-        ) from error
+        hint = free if error.errno in DISK_FULL_ERRNOS else None
+        raise WriteError(f"{failed}: {error.strerror} (errno {error.errno})", hint=hint) from error
 
 
 def write_json(path: Path, value: Any) -> None:

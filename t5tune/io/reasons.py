@@ -1,11 +1,13 @@
-"""Short, plain descriptions of why reading a file failed, in place of the text of the library that raised the error.
+"""Short, plain texts for messages: why reading a file failed, in place of the text of the library that raised it.
 
 describe_error(JSONDecodeError("Expecting ',' delimiter", text, 12))
 # "not valid JSON: expected a comma or a closing bracket at line 1, column 13"
 """
 
 import json
+from collections.abc import Sequence
 
+MAX_NAMES = 5  # in a message
 # beginning of a message of Python's json module -> plain description
 JSON_REASONS = {
     "Expecting value": "expected a value",
@@ -50,3 +52,9 @@ def to_one_line(text: object) -> str:
 def shorten(text: str, limit: int = 60) -> str:
     """Cut a text to at most `limit` characters, the last of which is then an ellipsis."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def join_first(names: Sequence[object]) -> str:
+    """Join the first MAX_NAMES names, followed by the number of the others: `a, b, c, d, e and 3 more`."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(map(str, names[:MAX_NAMES])) + more

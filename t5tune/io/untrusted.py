@@ -109,10 +109,8 @@ def check_inside(folder: Path, path: Path) -> None:
     cached = home.parent.parent if home.parent.name == "snapshots" else None
     in_cache = cached is not None and cached.name.startswith("models--") and target.parent == cached / "blobs"
     if not (target.is_relative_to(home) or in_cache):
-        raise CheckpointError(
-            f"{path}: a link to {target}, outside the folder",
-            hint="if you trust that file, replace the link with a copy",
-        )
+        hint = "if you trust that file, replace the link with a copy"
+        raise CheckpointError(f"{path}: a link to {target}, outside the folder", hint=hint)
 
 
 def check_all_inside(folder: Path) -> None:

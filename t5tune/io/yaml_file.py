@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):  # nested aliases can expand to more than fits in memory
             alias = self.peek_event()  # type: ignore[no-untyped-call]
             hint = "repeat the value, or put it in quotes"
-            raise InvalidYAML(alias.start_mark, f"*{alias.anchor}: aliases aren't supported", hint)
+            raise InvalidYAML(alias.start_mark.line + 1, f"*{alias.anchor}: aliases aren't supported", hint)
         return super().compose_node(parent, index)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -46,7 +46,7 @@ def _make_value_error(node: yaml.Node) -> InvalidYAML:
     if len(shown) > MAX_SHOWN_CHARACTERS:
         shown = shorten(shown, MAX_SHOWN_CHARACTERS)
         what = "is too long for a number" if kind == "int" else what
-    return InvalidYAML(node.start_mark, f"{shown} {what}", "put it in quotes if it is text")
+    return InvalidYAML(node.start_mark.line + 1, f"{shown} {what}", "put it in quotes if it is text")
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
@@ -60,15 +60,14 @@ _Loader.add_implicit_resolver(
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        line = key_node.start_mark.line + 1
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
-            raise InvalidYAML(
-                key_node.start_mark, "a list or a mapping where a name is expected", "write `name: value`"
-            )
+            raise InvalidYAML(line, "a list or a mapping where a name is expected", "write `name: value`")
         if key in seen:
             what = f"duplicate key {key} (first defined on line {seen[key]})"
-            raise InvalidYAML(key_node.start_mark, what, "remove one of them")
-        seen[key] = key_node.start_mark.line + 1
+            raise InvalidYAML(line, what, "remove one of them")
+        seen[key] = line
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
@@ -81,14 +80,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         SettingsError: the file can't be read, isn't valid YAML, or isn't such a mapping.
     """
-    data = _read_bytes(path)
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        what = f"the byte 0x{data[error.start]:02X} is not UTF-8 text"
-        raise SettingsError(f"{path}:{line}: {what}", hint="save the file as UTF-8") from None
-    value = _parse(path, text)
+        if (size := path.stat().st_size) > MAX_YAML_BYTES:
+            raise SettingsError(f"{path}: can't be read: it has {size} bytes; the limit is {MAX_YAML_BYTES} bytes")
+        data = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{path}: can't be read: {error.strerror or error}") from error
+    try:
+        value = _parse(data)
+    except RecursionError:
+        raise SettingsError(f"{path}: not valid YAML: nested too deeply") from None
+    except InvalidYAML as error:
+        raise SettingsError(f"{path}:{error.line}: {error}", hint=error.hint) from error
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -96,28 +99,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_bytes(path: Path) -> bytes:
+def _parse(data: bytes) -> Any:
     try:
-        if (size := path.stat().st_size) > MAX_YAML_BYTES:
-            raise SettingsError(f"{path}: can't be read: it has {size} bytes; the limit is {MAX_YAML_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{path}: can't be read: {error.strerror or error}") from error
-
-
-def _parse(path: Path, text: str) -> Any:
-    loader = None
-    try:
+        text = data.decode()
         loader = _Loader(text)
         return loader.get_single_data()
-    except RecursionError:
-        raise SettingsError(f"{path}: not valid YAML: nested too deeply") from None
+    except UnicodeDecodeError as error:
+        line, what = data.count(b"\n", 0, error.start) + 1, f"the byte 0x{data[error.start]:02X} is not UTF-8 text"
+        raise InvalidYAML(line, what, "save the file as UTF-8") from None
     except yaml.YAMLError as error:
-        problem = describe_yaml_error(error, text)
-        raise SettingsError(f"{path}:{problem.line}: {problem.what}", hint=problem.hint) from error
+        raise describe_yaml_error(error, text) from error
     except ValueError:  # an escape beyond the last Unicode code point
-        line = loader.line + 1 if loader is not None else 1
-        raise SettingsError(f"{path}:{line}: not valid YAML", hint="put the value in single quotes") from None
+        raise InvalidYAML(loader.line + 1, "not valid YAML", "put the value in single quotes") from None
 
 
 class _Dumper(yaml.SafeDumper):

@@ -66,7 +66,11 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
     def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
         tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
         (rows, _) = Checkpoint(self.checkpoint).get_dtype_and_shape(EMBEDDING_WEIGHT)[1]
-        tokens = _name_unused_rows(tokenizer.get_vocab(), rows)
+        tokens = tokenizer.get_vocab()
+        # the converter would name unused rows <extra_id_0> and so on, although these names are taken, and CTranslate2
+        # identifies tokens by name
+        unused = sorted(set(range(rows)) - set(tokens.values()))
+        tokens = tokens | {f"<unused_{index}>": index for index in unused}
         tokenizer.get_vocab = lambda: tokens
         return tokenizer
 
@@ -124,18 +128,12 @@ def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]]
     """
     ours = _generate_replies(checkpoint, sources)
     tokens = json.loads((converted / VOCABULARY_FILE).read_text(encoding="utf-8"))
-    compute_type = "float32" if exact else "default"
     # no warnings about types that this CPU doesn't support, since the serving machine may
     ctranslate2.set_log_level(logging.ERROR)
-    translator = ctranslate2.Translator(str(converted), device="cpu", compute_type=compute_type)
+    translator = ctranslate2.Translator(str(converted), device="cpu", compute_type="float32" if exact else "default")
     source_tokens = [[tokens[index] for index in source] for source in sources]
-    replies = translator.translate_batch(
-        source_tokens,
-        beam_size=1,
-        max_input_length=0,
-        max_decoding_length=MAX_REPLY_TOKENS,
-        min_decoding_length=0,
-    )
+    lengths = {"max_input_length": 0, "max_decoding_length": MAX_REPLY_TOKENS, "min_decoding_length": 0}
+    replies = translator.translate_batch(source_tokens, beam_size=1, **lengths)
     our_tokens = [[tokens[index] for index in reply] for reply, _ in ours]
     scores = translator.score_batch(source_tokens, our_tokens, max_input_length=0)
     return Agreement(
@@ -146,14 +144,6 @@ def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]]
             [torch.tensor(log_probs, dtype=torch.float64) for _, log_probs in ours],
         ),
     )
-
-
-def _name_unused_rows(tokens: dict[str, int], rows: int) -> dict[str, int]:
-    """Add a unique name for each embedding row without a token to the tokenizer's vocabulary."""
-    # the converter would name unused rows <extra_id_0> and so on, although these names are taken, and CTranslate2
-    # identifies tokens by name
-    taken = set(tokens.values())
-    return tokens | {f"<unused_{index}>": index for index in range(rows) if index not in taken}
 
 
 def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int], list[float]]]:

@@ -1,6 +1,8 @@
 """Collect what the adapters of a merge change in each tensor of the base."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,16 @@ from t5tune.checkpoints.adapter import (
     PEFT_PREFIX,
     TOKEN_ROWS_SUFFIX,
     check_adapter,
-    collect_low_rank_updates,
     collect_modules_to_save,
-    find_token_rows,
-    map_token_rows,
-    open_adapter,
+    read_adapter,
 )
+from t5tune.checkpoints.adapter_config import resolve_pattern
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
-from t5tune.families import EMBEDDING_COPIES, EMBEDDING_WEIGHT, HEAD_WEIGHT
+from t5tune.families import EMBEDDING_COPIES, EMBEDDING_MODULES, EMBEDDING_WEIGHT, HEAD_MODULE, HEAD_WEIGHT
 from t5tune.file_names import ADAPTER_CONFIG_FILE
-from t5tune.merging.fold import OTHER_BASE_HINT, TrainedRows, WeightDelta
+from t5tune.merging.fold import OTHER_BASE_HINT, LowRankUpdate, TrainedRows, WeightDelta
 
 # Values of PEFT's init_lora_weights. With a plain initialization, the trained weight is W + scale · B·A. A reproducible
 # one was subtracted from W, and can be computed again from W alone (see merging/pissa.py).
@@ -57,7 +57,7 @@ def read_adapters(folders: list[Path], weights: list[float]) -> list[Adapter]:
     Raises:
         CheckpointError: an adapter can't be merged, or can't be part of a weighted sum.
     """
-    adapters = [Adapter(folder, *open_adapter(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
+    adapters = [Adapter(folder, *read_adapter(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
     for adapter in adapters:
         check_adapter(adapter.state, adapter.config, adapter.folder, must_be_trained=False)
         _check_all_used(adapter)
@@ -80,16 +80,17 @@ def _check_initialization(adapter: Adapter) -> None:
 
 def _check_addable(adapter: Adapter) -> None:
     """Check that the adapter can be part of a weighted sum."""
-    for key, reason in (
-        ("use_dora", "because norms don't add up"),
-        ("init_lora_weights", "because the adapter doesn't contain its initialization"),
-    ):
-        if adapter.initialization if key == "init_lora_weights" else adapter.config.get(key):
-            raise CheckpointError(
-                f"{adapter.folder / ADAPTER_CONFIG_FILE}: {key}: {adapter.config[key]}: can't be merged with a "
-                f"weight, {reason}",
-                hint="merge it alone, with weight 1",
-            )
+    if adapter.config.get("use_dora"):
+        key, reason = "use_dora", "norms don't add up"
+    elif adapter.initialization:
+        key, reason = "init_lora_weights", "the adapter doesn't contain its initialization"
+    else:
+        return
+    raise CheckpointError(
+        f"{adapter.folder / ADAPTER_CONFIG_FILE}: {key}: {adapter.config[key]}: can't be merged with a weight, because "
+        f"{reason}",
+        hint="merge it alone, with weight 1",
+    )
 
 
 def collect_deltas(adapters: list[Adapter], base: Checkpoint, tied: bool) -> dict[str, WeightDelta]:
@@ -98,37 +99,34 @@ def collect_deltas(adapters: list[Adapter], base: Checkpoint, tied: bool) -> dic
     Raises:
         CheckpointError: an adapter changes a tensor that the base doesn't have.
     """
-    deltas: dict[str, WeightDelta] = {}
+    deltas: defaultdict[str, WeightDelta] = defaultdict(WeightDelta)
     for adapter in adapters:
-        for name, delta in _iterate_deltas(adapter, base, tied):
-            if name not in base:
-                raise CheckpointError(
-                    f"{adapter.folder}: adapts {name}, which {base.folder} doesn't have", hint=OTHER_BASE_HINT
-                )
-            total = deltas.setdefault(name, WeightDelta())
-            for kind in ("replacements", "updates", "biases", "rows"):
-                getattr(total, kind).extend(getattr(delta, kind))
+        _add_deltas(deltas, adapter, base, tied)
+        if unknown := next((name for name in deltas if name not in base), None):
+            raise CheckpointError(
+                f"{adapter.folder}: adapts {unknown}, which {base.folder} doesn't have", hint=OTHER_BASE_HINT
+            )
     if EMBEDDING_WEIGHT in deltas:
         # transformers 4 reads an untied T5's encoder.embed_tokens from shared.weight, so copies must change with it
         copies = [*EMBEDDING_COPIES, HEAD_WEIGHT] if tied else EMBEDDING_COPIES
         deltas |= {copy: deltas[EMBEDDING_WEIGHT] for copy in copies if copy in base}
-    return deltas
+    return dict(deltas)
 
 
-def _iterate_deltas(adapter: Adapter, base: Checkpoint, tied: bool) -> Iterator[tuple[str, WeightDelta]]:
+def _add_deltas(deltas: defaultdict[str, WeightDelta], adapter: Adapter, base: Checkpoint, tied: bool) -> None:
     config, state, weight = adapter.config, adapter.state, adapter.weight
-    updates = collect_low_rank_updates(config, state)
+    updates = _collect_low_rank_updates(config, state)
     for name, update in updates.items():
-        yield name, WeightDelta(updates=[(update, weight)])
-    for name, positions in map_token_rows(config, state, tied).items():
-        yield name, WeightDelta(rows=[(TrainedRows(positions, find_token_rows(state, name)), weight)])
+        deltas[name].updates.append((update, weight))
+    for name, rows in _collect_token_rows(config, state, tied).items():
+        deltas[name].rows.append((rows, weight))
     for name, tensor in collect_modules_to_save(config, state).items():
-        yield name, WeightDelta(replacements=[(tensor, weight)])
+        deltas[name].replacements.append((tensor, weight))
     for name in state:
         if match := LORA_BIAS_PATTERN.fullmatch(name):
             module = match[1].removeprefix(PEFT_PREFIX)
             if f"{module}.bias" in base:
-                yield f"{module}.bias", WeightDelta(biases=[(state[name], weight * updates[f"{module}.weight"].scale)])
+                deltas[f"{module}.bias"].biases.append((state[name], weight * updates[f"{module}.weight"].scale))
             elif state[name].to_float32().any():
                 raise CheckpointError(
                     f"{adapter.folder}: {name}: the base's layer has no bias to add it to",
@@ -136,15 +134,46 @@ def _iterate_deltas(adapter: Adapter, base: Checkpoint, tied: bool) -> Iterator[
                 )
 
 
+def _collect_low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
+    """Map each adapted weight's name to its update, scaled as in PEFT: alpha / r, or alpha / √r with use_rslora."""
+    updates = {}
+    for name, tensor in state.items():
+        if (match := LORA_MATRIX_PATTERN.fullmatch(name)) and match[2] == "A":
+            module = match[1].removeprefix(PEFT_PREFIX)
+            rank = tensor.shape[0]
+            alpha = resolve_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            magnitude = state.get(match[1] + MAGNITUDE_SUFFIX)
+            updates[f"{module}.weight"] = LowRankUpdate(tensor, state[f"{match[1]}.lora_B.weight"], scale, magnitude)
+    return updates
+
+
+def _collect_token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> dict[str, TrainedRows]:
+    """Map the names of the embedding and of the head to their trained rows."""
+    indices = config.get("trainable_token_indices") or {}
+    rows: dict[str, TrainedRows] = {}
+    for module, ids in indices.items() if isinstance(indices, dict) else [("shared", indices)]:
+        is_head = module.endswith(HEAD_MODULE) and not tied
+        weight = HEAD_WEIGHT if is_head else EMBEDDING_WEIGHT
+        modules = [HEAD_MODULE] if is_head else [EMBEDDING_MODULES[0], "shared", "embed_tokens"]
+        names = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in modules]
+        found = next((state[name] for name in names if name in state), None)
+        if found is None:
+            raise CheckpointError(f"the adapter's config lists trained rows of {weight}, but the adapter contains none")
+        rows.setdefault(weight, TrainedRows({row: index for index, row in enumerate(ids)}, found))
+    return rows
+
+
 def _check_all_used(adapter: Adapter) -> None:
     """Refuse tensors that merge would ignore: LoRA of an embedding, token rows that the config doesn't list."""
     config, state = adapter.config, adapter.state
-    lists_rows = bool(config.get("trainable_token_indices"))
     modules_to_save = collect_modules_to_save(config, state)
     for name in state:
-        is_magnitude = bool(config.get("use_dora")) and name.endswith(MAGNITUDE_SUFFIX)
-        is_bias = bool(config.get("lora_bias")) and bool(LORA_BIAS_PATTERN.fullmatch(name))
-        is_row = lists_rows and name.endswith(TOKEN_ROWS_SUFFIX)
-        is_known = LORA_MATRIX_PATTERN.fullmatch(name) or is_magnitude or is_bias or is_row
-        if not (is_known or name.removeprefix(PEFT_PREFIX) in modules_to_save):
+        if not (
+            LORA_MATRIX_PATTERN.fullmatch(name)
+            or (config.get("use_dora") and name.endswith(MAGNITUDE_SUFFIX))
+            or (config.get("lora_bias") and LORA_BIAS_PATTERN.fullmatch(name))
+            or (config.get("trainable_token_indices") and name.endswith(TOKEN_ROWS_SUFFIX))
+            or name.removeprefix(PEFT_PREFIX) in modules_to_save
+        ):
             raise CheckpointError(f"{adapter.folder}: {name}: merge doesn't support this tensor")

@@ -11,13 +11,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from t5tune.checkpoints.adapter import LowRankUpdate
 from t5tune.checkpoints.tensors import Tensor, from_float32
 from t5tune.errors import CheckpointError
 from t5tune.merging.torch_arithmetic import Floats, compute_low_rank_product, row_norms
 
 OTHER_BASE_HINT = "give the base that the adapter was trained on"
 UPDATABLE = {"F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """The update of one weight, scale · B·A, with A [R, I] and B [O, R]. DoRA adds the row norms [O]."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    magnitude_O: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,10 @@ def fold_tensor(name: str, tensor: Tensor, delta: WeightDelta, dtype: str) -> It
     """
     if tensor.dtype not in UPDATABLE:
         raise CheckpointError(f"{name}: a tensor of dtype {tensor.dtype} can't be updated")
-    _check_shapes(name, tensor, delta)
+    if misfit := _find_misfit(tensor, delta):
+        raise CheckpointError(
+            f"{name}: shape {list(tensor.shape)} in the base, but in the adapter {misfit}", hint=OTHER_BASE_HINT
+        )
     if delta.base_transform is not None:
         tensor = delta.base_transform(tensor)
     low_rank = _combine_factors(delta.updates) if delta.updates else None
@@ -160,30 +172,20 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(np.isfinite(tensor.array).all())
 
 
-def _check_shapes(name: str, tensor: Tensor, delta: WeightDelta) -> None:
+def _find_misfit(tensor: Tensor, delta: WeightDelta) -> str | None:
+    """Describe the first change that doesn't fit the tensor; None if all do."""
     for update, _ in delta.updates:
-        b_OR, a_RI = update.b_OR, update.a_RI
-        if (b_OR.shape[0], a_RI.shape[1]) != tensor.shape or b_OR.shape[1] != a_RI.shape[0]:
-            shape = [b_OR.shape[0], a_RI.shape[1]]
-            raise CheckpointError(
-                f"{name}: shape {list(tensor.shape)} in the base, but the adapter's B·A is {shape}",
-                hint=OTHER_BASE_HINT,
-            )
-        if update.magnitude_O is not None and np.prod(update.magnitude_O.shape) != tensor.shape[0]:
-            raise CheckpointError(
-                f"{name}: {tensor.shape[0]} rows in the base, but DoRA norms of shape {list(update.magnitude_O.shape)}"
-            )
+        rows, (rank, columns) = update.b_OR.shape[0], update.a_RI.shape
+        if (rows, columns) != tensor.shape or update.b_OR.shape[1] != rank:
+            return f"B·A is {[rows, columns]}"
+        if update.magnitude_O is not None and np.prod(update.magnitude_O.shape) != rows:
+            return f"DoRA's norms are {list(update.magnitude_O.shape)}"
     for trained, _ in delta.replacements + delta.biases:
         if trained.shape != tensor.shape:
-            raise CheckpointError(
-                f"{name}: shape {list(tensor.shape)} in the base, but {list(trained.shape)} in the adapter",
-                hint=OTHER_BASE_HINT,
-            )
-    for rows, _ in delta.rows:
-        positions = rows.positions
-        fits = bool(positions) and min(positions) >= 0 and max(positions) < tensor.shape[0]
-        if not fits or rows.trained_KD.shape != (len(positions), *tensor.shape[1:]):
-            raise CheckpointError(
-                f"{name}: shape {list(tensor.shape)} in the base, but the adapter's {len(positions)} token rows have "
-                f"shape {list(rows.trained_KD.shape)}"
-            )
+            return f"it is {list(trained.shape)}"
+    for token_rows, _ in delta.rows:
+        ids, shape = token_rows.positions, token_rows.trained_KD.shape
+        fits = bool(ids) and min(ids) >= 0 and max(ids) < tensor.shape[0]
+        if not fits or shape != (len(ids), *tensor.shape[1:]):
+            return f"the {len(ids)} token rows are {list(shape)}"
+    return None

@@ -10,7 +10,7 @@ from bitsandbytes import functional
 
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.model.load import TORCH_DTYPES, from_torch, to_torch
-from t5tune.settings.quantization import QuantizationSettings
+from t5tune.settings.shared import QuantizationSettings
 
 
 def quantize_dequantize(weight: Tensor, quantization: QuantizationSettings, compute: str) -> Tensor:

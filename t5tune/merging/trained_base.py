@@ -12,7 +12,7 @@ from t5tune.families import is_quantizable
 from t5tune.merging.deltas import Adapter
 from t5tune.progress import Note, Report
 from t5tune.settings import MergeSettings
-from t5tune.settings.quantization import QuantizationSettings
+from t5tune.settings.shared import QuantizationSettings
 
 UNQUANTIZED = "base"  # value of --onto, and of the metadata's `onto`
 

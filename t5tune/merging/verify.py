@@ -15,11 +15,11 @@ from t5tune.file_names import RUN_CACHE_FOLDER
 from t5tune.merging.deltas import Adapter
 from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase
 from t5tune.model.device import choose_device
+from t5tune.model.inference import load_adapter, load_weighted_sum
 from t5tune.model.load import load_base
-from t5tune.model.lora import load_adapter, load_weighted_sum
 from t5tune.progress import Note, Report
 from t5tune.settings import MergeSettings
-from t5tune.settings.quantization import QuantizationSettings
+from t5tune.settings.shared import QuantizationSettings
 
 NUM_EXAMPLES = 4
 ROUNDING_TOLERANCE = 0.05  # rounding weights to 8 (bf16) or 11 (fp16) bits changes logits by about this share of them
@@ -88,7 +88,11 @@ def _compare_logits(
         onto: what the adapters were merged into: base, or a kind of quantized base. The merged model is compared with
             the adapters on this base.
     """
-    inputs = _make_inputs(merged, adapters[0].folder)
+    start = read_config(merged).get("decoder_start_token_id", 0)
+    inputs = [
+        {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
+        for source, target in read_example_ids(merged, adapters[0].folder)
+    ]
 
     def compute_with_adapters(dtype: torch.dtype, quantization: QuantizationSettings | None) -> list[torch.Tensor]:
         model = load_base(base, dtype, choose_device(use_cpu=True), quantization, trained.family, report)
@@ -138,11 +142,3 @@ def read_example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[
     tokenizer = load_tokenizer(merged)
     ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in FALLBACK_TEXTS]
     return list(zip(ids, ids, strict=True))
-
-
-def _make_inputs(merged: Path, adapter: Path) -> list[dict[str, torch.Tensor]]:
-    start = read_config(merged).get("decoder_start_token_id", 0)
-    return [
-        {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
-        for source, target in read_example_ids(merged, adapter)
-    ]

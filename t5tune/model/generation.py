@@ -40,6 +40,9 @@ def generate(
     width = max(map(len, sources))
     input_ids_BS = torch.tensor([[*source, *[decoding.pad_token_id] * (width - len(source))] for source in sources])
     lengths_B = torch.tensor([[len(source)] for source in sources])
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if decoding.temperature > 0:
+        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     with torch.no_grad():
         output_BT = model.generate(
             input_ids=input_ids_BS.to(device),
@@ -50,16 +53,10 @@ def generate(
             pad_token_id=decoding.pad_token_id,
             synced_gpus=synced_gpus,
             streamer=_Streamer(on_token) if on_token else None,
-            **_choose_sampling(decoding.temperature, decoding.top_p),
+            **sampling,
         )
-    # the first id is the decoder's start token
-    return [_cut_at_eos_token(row[1:], decoding.eos_token_id) for row in output_BT.tolist()]
-
-
-def _choose_sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    if temperature > 0:
-        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    replies = [row[1:] for row in output_BT.tolist()]  # the first id is the decoder's start token
+    return [ids[: ids.index(decoding.eos_token_id)] if decoding.eos_token_id in ids else ids for ids in replies]
 
 
 class _Streamer:
@@ -76,7 +73,3 @@ class _Streamer:
 
     def end(self) -> None:
         pass
-
-
-def _cut_at_eos_token(ids: list[int], eos_token_id: int) -> list[int]:
-    return ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids

@@ -1,10 +1,14 @@
 """Load a model for inference: a base, optionally quantized and with an adapter, or a merged checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from t5tune.checkpoints.adapter import read_adapter, read_base_metadata
 from t5tune.checkpoints.adapter_config import read_adapter_config
@@ -12,16 +16,15 @@ from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.checkpoints.training_data import TrainingData, read_training_data
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
-from t5tune.errors import CheckpointError
+from t5tune.errors import CheckpointError, ModelError
 from t5tune.families import find_family
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from t5tune.io.reasons import to_one_line
 from t5tune.model.device import check_bf16, choose_device
 from t5tune.model.load import load_base
-from t5tune.model.lora import load_adapter
-from t5tune.model.token_rows import replace_trainable_token_layers
+from t5tune.model.lora import replace_trainable_token_layers
 from t5tune.progress import Note, Report, silent
-from t5tune.settings.base_model import BaseModelSettings
-from t5tune.settings.inference import InferenceSettings
+from t5tune.settings.shared import BaseModelSettings, InferenceSettings
 
 
 @dataclass(frozen=True)
@@ -98,3 +101,52 @@ def _find_base_and_adapter(settings: InferenceSettings, report: Report) -> tuple
     report(Note(f"{folder} is an adapter; its base is {name}"))
     base = BaseModelSettings(model_name_or_path=name, revision=config.get("revision"), cache_dir=settings.cache_dir)
     return find_base(base), folder
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Add a saved adapter to a base, for inference.
+
+    Raises:
+        ModelError: the adapter doesn't fit this base.
+    """
+    with _explain_misfit(folder):
+        return PeftModel.from_pretrained(
+            model, str(folder), autocast_adapter_dtype=False, torch_device=_get_device(model)
+        ).eval()
+
+
+def load_weighted_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
+    """Add the weighted sum of several saved adapters to a base, for inference.
+
+    PEFT concatenates their matrices (combination type `cat`).
+
+    Raises:
+        ModelError: an adapter doesn't fit this base.
+    """
+    names = [f"part{number}" for number in range(len(folders))]
+    options = {"autocast_adapter_dtype": False, "torch_device": _get_device(model)}
+    with _explain_misfit(*folders):
+        peft_model = PeftModel.from_pretrained(model, str(folders[0]), names[0], **options)
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            peft_model.load_adapter(str(folder), name, **options)
+    peft_model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
+    peft_model.set_adapter("sum")
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["sum"] = 1.0  # not rsLoRA's: each adapter's own scale is already in its matrices
+    return peft_model.eval()
+
+
+@contextmanager
+def _explain_misfit(*folders: Path) -> Iterator[None]:
+    """Turn PEFT's errors about adapters that don't fit the base into one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        problem = f"adapter: {', '.join(map(str, folders))}: doesn't fit this base: {to_one_line(error)[:300]}"
+        raise ModelError(problem, hint="give the base that it was trained on") from error
+
+
+def _get_device(model: Any) -> str:
+    """Return the device of a model's weights. By default PEFT loads an adapter onto the first GPU instead."""
+    return str(next(model.parameters()).device)

@@ -29,7 +29,7 @@ from t5tune.families import (
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.model.loss import make_loss_class
 from t5tune.progress import Report, silent, track
-from t5tune.settings.quantization import QuantizationSettings
+from t5tune.settings.shared import QuantizationSettings
 
 TORCH_DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOAT_DTYPES}
 OUTLIER_THRESHOLD = 6.0  # LLM.int8() multiplies activations beyond this without quantization; the value is the paper's
@@ -67,8 +67,8 @@ def load_base(
     model = build_empty_model(config, dtype, tied)
     if quantization is not None and quantization.q_lora:
         _replace_linears_with_quantized(model, dtype, quantization)
-    _check_names(model, checkpoint, tied)
     parameters = _collect_own_parameters(model, tied)
+    _check_names(checkpoint, set(parameters))
     for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
         _place_tensor(model, name, _read_tensor(checkpoint, name, parameter), dtype, device)
     _share_embedding(model, tied)
@@ -121,10 +121,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _check_names(model: nn.Module, checkpoint: Checkpoint, tied: bool) -> None:
-    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(EMBEDDING_COPIES)
-    if tied:
-        expected.discard(HEAD_WEIGHT)
+def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
     found = set(checkpoint.list_names())
     if missing := sorted(expected - found):
         raise ModelError(
@@ -145,10 +142,8 @@ def _check_names(model: nn.Module, checkpoint: Checkpoint, tied: bool) -> None:
 def _read_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> Tensor:
     tensor = checkpoint.get_tensor(name)
     if tensor.shape != tuple(parameter.shape):
-        raise ModelError(
-            f"{checkpoint.folder}: {name}: shape {list(tensor.shape)} in the file, "
-            f"{list(parameter.shape)} by config.json"
-        )
+        shapes = f"shape {list(tensor.shape)} in the file, {list(parameter.shape)} by config.json"
+        raise ModelError(f"{checkpoint.folder}: {name}: {shapes}")
     if tensor.dtype not in TORCH_DTYPES:
         raise ModelError(f"{checkpoint.folder}: {name}: dtype {tensor.dtype} is not a floating-point type")
     return tensor
@@ -172,7 +167,7 @@ def _place_tensor(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtyp
         module.weight = quantized(values, requires_grad=False, has_fp16_weights=False).to(device)
         assert module.weight.dtype == torch.int8, f"{name}: bitsandbytes left it in {module.weight.dtype}"
     else:
-        _set_parameter(model, name, nn.Parameter(values.to(device), requires_grad=False))
+        _set_attribute(model, name, nn.Parameter(values.to(device), requires_grad=False))
 
 
 def to_torch(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -195,12 +190,12 @@ def from_torch(values: torch.Tensor) -> Tensor:
 
 def _share_embedding(model: nn.Module, tied: bool) -> None:
     for name in (*EMBEDDING_COPIES, *((HEAD_WEIGHT,) if tied else ())):
-        _set_parameter(model, name, model.get_parameter(EMBEDDING_WEIGHT))
+        _set_attribute(model, name, model.get_parameter(EMBEDDING_WEIGHT))
 
 
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _set_attribute(model: nn.Module, name: str, value: nn.Parameter | nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, parameter)
+    setattr(model.get_submodule(parent), leaf, value)
 
 
 def _replace_linears_with_quantized(model: nn.Module, dtype: torch.dtype, quantization: QuantizationSettings) -> None:
@@ -229,8 +224,7 @@ def _replace_linears_with_quantized(model: nn.Module, dtype: torch.dtype, quanti
                 device="meta",
             )
             keep_training_layout(quantized)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, quantized)
+        _set_attribute(model, name, quantized)
     # PEFT reads these attributes before it wraps quantized layers
     model.is_loaded_in_8bit = in_int8  # type: ignore[assignment]
     model.is_loaded_in_4bit = not in_int8  # type: ignore[assignment]

@@ -1,28 +1,29 @@
-"""Add LoRA adapters and trainable embedding rows of added tokens to a model, in PEFT's own format.
-
-Stock PEFT drops one of two modules with equal index lists if the model is marked as tied, and transformers 5 marks
-every T5 as tied. The token indices of an untied head are therefore listed in the reverse order of the embedding's. Then
-stock PEFT loads the saved adapter correctly without extra code.
-"""
+"""Add LoRA adapters and trainable embedding rows of added tokens to a model, in PEFT's own format."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
+from torch.nn import functional
 
-from t5tune.checkpoints.adapter import DECODER_ROWS, PEFT_PREFIX, read_adapter, to_peft_name
+from t5tune.checkpoints.adapter import (
+    DECODER_ROWS,
+    PEFT_PREFIX,
+    build_token_indices,
+    read_adapter,
+    to_peft_name,
+)
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.tokenizer import load_tokenizer
-from t5tune.errors import CheckpointError, ModelError, SettingsError
-from t5tune.families import EMBEDDING_MODULES, HEAD_MODULE, TARGET_MODULE_GROUPS, expand_target_modules
+from t5tune.errors import CheckpointError, SettingsError
+from t5tune.families import HEAD_MODULE, TARGET_MODULE_GROUPS, expand_target_modules
 from t5tune.file_names import TOKENIZER_CONFIG_FILE
 from t5tune.model.load import to_torch
-from t5tune.model.token_rows import replace_trainable_token_layers
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.lora import LoraSettings
 
@@ -52,6 +53,8 @@ def add_lora(
     """
     targets = _select_target_modules(model, settings.lora_target_modules)
     method = settings.init_lora_weights
+    trains_rows = settings.train_token_rows and token_ids
+    token_indices = build_token_indices(token_ids, model.config.tie_word_embeddings) if trains_rows else None
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -63,7 +66,7 @@ def add_lora(
         init_lora_weights=True if method in {"default", "loftq"} else method,
         modules_to_save=_select_modules_to_save(model, settings),
         task_type=TaskType.SEQ_2_SEQ_LM,
-        trainable_token_indices=_make_token_indices(model, token_ids) if settings.train_token_rows else None,
+        trainable_token_indices=token_indices,
     )
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     replace_trainable_token_layers(peft_model)
@@ -71,14 +74,10 @@ def add_lora(
     if method == "loftq":
         _initialize_from_quantization_error(peft_model, base)
     subtracted = _copy_lora_matrices(peft_model) if method.startswith(BASE_CHANGING_INITIALIZATIONS) else {}
-    _cast_trainable(peft_model, adapter_dtype)
-    return peft_model, subtracted
-
-
-def _cast_trainable(model: Any, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
+    for parameter in peft_model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(adapter_dtype)
+    return peft_model, subtracted
 
 
 def _copy_lora_matrices(peft_model: Any) -> dict[str, Tensor]:
@@ -162,7 +161,10 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
     parameters = {to_peft_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
     tensors = {name: tensor for name, tensor in state.items() if name in parameters or name != DECODER_ROWS}
     _check_same_names(parameters, tensors, folder)
-    _check_same_rows(config, current, folder)
+    # as JSON, which has lists in place of tuples and text in place of numbers as keys
+    if config.get("trainable_token_indices") != json.loads(json.dumps(current["trainable_token_indices"])):
+        problem = f"adapter: {folder}: its trained embedding rows belong to different tokens than this run's"
+        raise CheckpointError(problem, hint=SAME_TOKENS_HINT)
     if (folder / TOKENIZER_CONFIG_FILE).is_file():
         _check_same_tokens(folder, tokenizer_folder)
     for name, parameter in parameters.items():
@@ -198,13 +200,6 @@ def _check_same_names(parameters: dict[str, Any], tensors: dict[str, Tensor], fo
         )
 
 
-def _check_same_rows(config: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    indices = json.loads(json.dumps(current["trainable_token_indices"]))
-    if config.get("trainable_token_indices") != indices:
-        problem = f"adapter: {folder}: its trained embedding rows belong to different tokens than this run's"
-        raise CheckpointError(problem, hint=SAME_TOKENS_HINT)
-
-
 def _check_same_tokens(folder: Path, tokenizer_folder: Path) -> None:
     """Check that the run's tokenizer has all tokens of the saved adapter's, with the same ids."""
     then, now = (load_tokenizer(path).get_vocab() for path in (folder, tokenizer_folder))
@@ -217,70 +212,48 @@ def _check_same_tokens(folder: Path, tokenizer_folder: Path) -> None:
             )
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """Add a saved adapter to a base, for inference.
-
-    Raises:
-        ModelError: the adapter doesn't fit this base.
-    """
-    try:
-        return PeftModel.from_pretrained(
-            model, str(folder), autocast_adapter_dtype=False, torch_device=_get_device(model)
-        ).eval()
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise _make_misfit_error(str(folder), error) from error
-
-
-def load_weighted_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
-    """Add the weighted sum of several saved adapters to a base, for inference.
-
-    PEFT concatenates their matrices (combination type `cat`).
-
-    Raises:
-        ModelError: an adapter doesn't fit this base.
-    """
-    names = [f"part{number}" for number in range(len(folders))]
-    options = {"autocast_adapter_dtype": False, "torch_device": _get_device(model)}
-    try:
-        peft_model = PeftModel.from_pretrained(model, str(folders[0]), names[0], **options)
-        for name, folder in zip(names[1:], folders[1:], strict=True):
-            peft_model.load_adapter(str(folder), name, **options)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise _make_misfit_error(", ".join(map(str, folders)), error) from error
-    peft_model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
-    peft_model.set_adapter("sum")
-    _disable_scaling(peft_model, "sum")
-    return peft_model.eval()
-
-
-def _disable_scaling(model: Any, name: str) -> None:
-    """Undo PEFT's rsLoRA scale of a weighted sum: each adapter's own scale is already in its matrices."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.scaling[name] = 1.0
-
-
-def _get_device(model: Any) -> str:
-    """Return the device of a model's weights. By default PEFT loads an adapter onto the first GPU instead."""
-    return str(next(model.parameters()).device)
-
-
-def _make_misfit_error(what: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:300]
-    return ModelError(f"adapter: {what}: doesn't fit this base: {reason}", hint="give the base that it was trained on")
-
-
-def _make_token_indices(model: Any, token_ids: list[int]) -> Any:
-    if not token_ids:
-        return None
-    if model.config.tie_word_embeddings:
-        return list(token_ids)
-    return {name: list(token_ids) for name in EMBEDDING_MODULES} | {HEAD_MODULE: list(reversed(token_ids))}
-
-
 def _share_embedding_rows(peft_model: Any) -> None:
     """Make encoder and decoder train the same rows, since T5 has one embedding."""
     base = peft_model.base_model.model
     encoder, decoder = base.encoder.embed_tokens, base.decoder.embed_tokens
     if not base.config.tie_word_embeddings and hasattr(encoder, "token_adapter"):
         decoder.token_adapter.trainable_tokens_delta = encoder.token_adapter.trainable_tokens_delta
+
+
+def replace_trainable_token_layers(peft_model: Any) -> None:
+    """Replace PEFT's layers for trained token rows with `TokenRows`."""
+    for module in peft_model.modules():
+        if type(module) is TrainableTokensLayer:
+            module.__class__ = TokenRows
+
+
+class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
+    """Trained rows of an embedding or head, computed without PEFT's copy of the whole matrix.
+
+    In each forward, PEFT copies the whole matrix (vocabulary × width values), outside of the base layer's forward.
+    Under ZeRO-3 this fails, because the matrix is gathered only within the base layer's forward. Here the base layer
+    runs unchanged, and only the trained rows' values in its output are replaced. K is the number of rows.
+    """
+
+    _ids: torch.Tensor | None = None
+
+    def forward_adapters(self, x: Any, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
+        output = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return output
+        for name in active_adapters:
+            rows_KD, ids_K = self.get_rows(name, x.device)
+            if isinstance(self.base_layer, nn.Embedding):
+                is_row_BTK = x.unsqueeze(-1) == ids_K
+                replaced_BTD = functional.embedding(is_row_BTK.to(torch.uint8).argmax(-1), rows_KD)
+                output = torch.where(is_row_BTK.any(-1, keepdim=True), replaced_BTD.to(output.dtype), output)
+            else:
+                logits_BTK = functional.linear(x.to(rows_KD.dtype), rows_KD).to(output.dtype)
+                output = output.index_copy(-1, ids_K, logits_BTK)
+        return output
+
+    def get_rows(self, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (the trained rows, their token ids)."""
+        if self._ids is None or self._ids.device != device:  # cached, because a copy to a GPU synchronizes
+            self._ids = torch.tensor(self.token_indices[name], device=device)
+        return self.trainable_tokens_delta[name], self._ids

@@ -16,7 +16,7 @@ Shapes: B examples of a micro-batch, T tokens of the longest target, N = B·T to
 D width, K trained rows of the head.
 """
 
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +28,9 @@ IGNORED_LABEL = -100
 LOGITS_PER_CHUNK = 2**23  # 32 MiB in fp32: 261 target tokens with T5's vocabulary
 
 Reduction = Literal["sum", "none"]
+
+
+_compute_losses = partial(functional.cross_entropy, ignore_index=IGNORED_LABEL, reduction="none")
 
 
 @cache
@@ -120,6 +123,16 @@ class HeadWeights(NamedTuple):
     rows_KD: torch.Tensor | None = None
     ids_K: torch.Tensor | None = None
 
+    def to(self, dtype: torch.dtype, rows_dtype: torch.dtype) -> "HeadWeights":
+        rows_KD = None if self.rows_KD is None else self.rows_KD.to(rows_dtype)
+        return HeadWeights(self.weight_VD.to(dtype), rows_KD, self.ids_K)
+
+    def compute_logits(self, hidden_CD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        logits_CV = (hidden_CD @ self.weight_VD.T).to(dtype)
+        if self.rows_KD is not None:
+            logits_CV[:, self.ids_K] = hidden_CD.to(dtype) @ self.rows_KD.T
+        return logits_CV
+
 
 def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeights | None:
     """Return the weights by which the head computes its logits, whatever PEFT has wrapped it in.
@@ -143,12 +156,7 @@ def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeig
 @torch.no_grad()
 def _compute_adapted_cross_entropies(hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: Any) -> torch.Tensor:
     parts = _slice_into_chunks(len(hidden_ND), head.out_features)
-    losses_N = [
-        functional.cross_entropy(
-            head(hidden_ND[part]).float(), labels_N[part], ignore_index=IGNORED_LABEL, reduction="none"
-        )
-        for part in parts
-    ]
+    losses_N = [_compute_losses(head(hidden_ND[part]).float(), labels_N[part]) for part in parts]
     return torch.cat(losses_N)
 
 
@@ -167,17 +175,13 @@ def compute_summed_cross_entropy(
 @torch.no_grad()
 def compute_cross_entropies(hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: HeadWeights) -> torch.Tensor:
     """Compute the cross-entropy of each label in fp32, without gradients; 0 for IGNORED_LABEL."""
-    weight_VD, rows_KD, ids_K = head
-    dtype, loss_dtype = _choose_dtypes(hidden_ND, weight_VD)
+    dtype, loss_dtype = _choose_dtypes(hidden_ND, head.weight_VD)
     losses_N = torch.zeros(len(hidden_ND), dtype=loss_dtype, device=hidden_ND.device)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        weight_VD = weight_VD.to(dtype)
-        rows_KD = None if rows_KD is None else rows_KD.to(loss_dtype)
-        for part in _slice_into_chunks(len(hidden_ND), len(weight_VD)):
-            logits_CV = _compute_logits(hidden_ND[part].to(dtype), weight_VD, rows_KD, ids_K, loss_dtype)
-            losses_N[part] = functional.cross_entropy(
-                logits_CV, labels_N[part], ignore_index=IGNORED_LABEL, reduction="none"
-            )
+        head = head.to(dtype, loss_dtype)
+        for part in _slice_into_chunks(len(hidden_ND), len(head.weight_VD)):
+            logits_CV = head.compute_logits(hidden_ND[part].to(dtype), loss_dtype)
+            losses_N[part] = _compute_losses(logits_CV, labels_N[part])
     return losses_N
 
 
@@ -191,19 +195,6 @@ def _choose_dtypes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[to
 def _slice_into_chunks(num_tokens: int, vocab_size: int) -> list[slice]:
     size = max(1, LOGITS_PER_CHUNK // vocab_size)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
-
-
-def _compute_logits(
-    hidden_CD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    rows_KD: torch.Tensor | None,
-    ids_K: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
-    if rows_KD is not None:
-        logits_CV[:, ids_K] = hidden_CD.to(dtype) @ rows_KD.T
-    return logits_CV
 
 
 def _compute_losses_in_place(
@@ -247,11 +238,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=loss_dtype) if wants_weight else None
         rows_grad_KD = torch.zeros_like(rows_KD, dtype=loss_dtype) if rows_KD is not None and wants_rows else None
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            weight_VD = weight_VD.to(dtype)
-            rows_KD = None if rows_KD is None else rows_KD.to(loss_dtype)
+            head = HeadWeights(weight_VD, rows_KD, ids_K).to(dtype, loss_dtype)
+            weight_VD, rows_KD, _ = head
             for part in _slice_into_chunks(len(hidden_ND), len(weight_VD)):
                 hidden_CD = hidden_ND[part].to(dtype)
-                logits_CV = _compute_logits(hidden_CD, weight_VD, rows_KD, ids_K, loss_dtype)
+                logits_CV = head.compute_logits(hidden_CD, loss_dtype)
                 is_target_C = labels_N[part] != IGNORED_LABEL
                 labels_C1 = labels_N[part, None].clamp_min(0)
                 # in place from here on: the logits become exp(logits - max), and then their gradient

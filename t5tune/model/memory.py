@@ -26,7 +26,7 @@ from t5tune.model import fused
 from t5tune.model.attention import Segments, can_pack, use_packing
 from t5tune.model.load import build_empty_model, find_quantizable_linears
 from t5tune.model.lora import add_lora
-from t5tune.settings.quantization import QuantizationSettings
+from t5tune.settings.shared import QuantizationSettings
 
 # of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
 BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
@@ -76,17 +76,14 @@ def build_empty_training_model(config: dict[str, Any], settings: Any, num_token_
     return model.train()
 
 
-def count_weight_bytes(model: nn.Module, quantization: QuantizationSettings | None) -> dict[str, int]:
+def count_weight_bytes(model: nn.Module, quantization: QuantizationSettings) -> dict[str, int]:
     """Count the bytes of the model's own tensors, by kind, as `load_base` would store them; without adapters."""
-    quantizable = (
-        find_quantizable_linears(model, quantization) if quantization is not None and quantization.q_lora else {}
-    )
+    quantizable = find_quantizable_linears(model, quantization) if quantization.q_lora else {}
     sizes = dict.fromkeys(WEIGHT_KINDS, 0)
     for name, parameter in model.named_parameters():
-        if _is_adapter(name):
+        if ".lora_" in name or "trainable_tokens" in name or "modules_to_save" in name:
             continue
-        module = name.rpartition(".")[0]
-        if module in quantizable and quantization is not None:
+        if name.rpartition(".")[0] in quantizable:
             size = count_quantized_bytes(parameter.numel(), parameter.shape[0], quantization)
         else:
             size = parameter.numel() * parameter.element_size()
@@ -226,10 +223,6 @@ def _make_padded_inputs(lengths: BatchLengths) -> dict[str, Any]:
     source = torch.ones(len(lengths.sources), max(lengths.sources), dtype=torch.int64)
     target = torch.ones(len(lengths.targets), max(lengths.targets), dtype=torch.int64)
     return {"input_ids": source, "attention_mask": source, "decoder_input_ids": target, "labels": target}
-
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name or "trainable_tokens" in name or "modules_to_save" in name
 
 
 def _classify(name: str) -> str:

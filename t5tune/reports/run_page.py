@@ -6,17 +6,17 @@ It is made from metrics.jsonl and samples.json in the run folder, and the token 
 """
 
 import html
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.model_card import is_timing
 from t5tune.data.cache import Cache
-from t5tune.data.histogram import LengthArray, build_histogram
+from t5tune.data.cache_view import build_histogram
 from t5tune.data.records import LABELED_BAD
-from t5tune.io.atomic import write_file
 from t5tune.reports.metrics_log import read_metrics, read_samples
-from t5tune.reports.svg import Series, draw_histogram, draw_line_chart, format_short
+from t5tune.reports.page import draw_length_charts, write_page
+from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings
 
 REPORT_FILE = "report.html"
@@ -24,59 +24,17 @@ GIB = 1 << 30
 # evaluation metrics that are shown at the top, in addition to the table
 TILE_METRICS = ("loss", "perplexity", "exact_match", "rougeL")
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --back: #fff; --text: #1f2937; --soft: #6b7280; --line: #d1d5db; --card: #f9fafb;
-  --c0: #2563eb; --c1: #c2410c; --c2: #15803d;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --back: #0f172a; --text: #e2e8f0; --soft: #94a3b8; --line: #334155; --card: #1e293b;
-    --c0: #60a5fa; --c1: #fb923c; --c2: #4ade80;
-  }
-}
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; background: var(--back); color: var(--text);
-       max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
-.soft { color: var(--soft); margin: .2rem 0 1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; }
-.cards div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .8rem; }
-.cards b { display: block; font-size: 1.25rem; font-weight: 600; }
-.cards span { color: var(--soft); font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .9rem; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; }
-figcaption { font-weight: 600; font-size: .9rem; display: flex; justify-content: space-between; }
-svg { display: block; width: 100%; height: auto; }
-.axis { fill: var(--soft); font-size: 11px; } .grid { stroke: var(--line); stroke-width: .6; }
-polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.line-0 { stroke: var(--c0); } .line-1 { stroke: var(--c1); }
-.dot-0, .bar-0 { fill: var(--c0); } .dot-1, .bar-1 { fill: var(--c1); } .bar-2 { fill: var(--c2); }
-.legend { font-weight: 400; } .legend span { margin-left: .9rem; }
-.key-0 { color: var(--c0); } .key-1 { color: var(--c1); }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th { text-align: left; color: var(--soft); font-weight: 500; }
-th, td { border-bottom: 1px solid var(--line); padding: .4rem .8rem .4rem 0; vertical-align: top;
-         overflow-wrap: anywhere; }
-pre, td.text { white-space: pre-wrap; } code, pre { font: 13px/1.5 ui-monospace, monospace; }
-.samples { table-layout: fixed; } summary { cursor: pointer; color: var(--soft); margin-top: .6rem; }
-"""
-
 
 def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str, Any], cache: Cache) -> Path:
-    """Write report.html to the run folder, through a temporary file.
+    """Write report.html to the run folder.
 
     Args:
         result: the fields of the result of `train`.
         cache: the examples that were trained on.
     """
     lines = read_metrics(run_folder)
-    name = html.escape(str(run_folder))
+    sources, targets = map(build_histogram, cache.read_lengths())
     parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{name}</title><style>{STYLE}</style><h1>{name}</h1>",
         f'<p class="soft">{_render_subtitle(settings, result)}</p>',
         f'<div class="cards">{"".join(_render_tiles(result))}</div>',
         '<h2>Training</h2><div class="charts">',
@@ -86,13 +44,11 @@ def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str
         *_render_samples(read_samples(run_folder)),
         "<h2>Training data</h2>",
         *_render_left_out(cache.manifest["rejected_by_reason"]),
-        '<div class="charts">',
-        *_draw_length_charts(cache.read_lengths()),
-        "</div>",
+        draw_length_charts(sources, targets),
         *_render_settings(settings),
     ]
     path = run_folder / REPORT_FILE
-    write_file(path, "\n".join(parts).encode(errors="backslashreplace"))
+    write_page(path, str(run_folder), parts)
     return path
 
 
@@ -131,16 +87,11 @@ def _draw_training_charts(lines: list[dict[str, Any]]) -> list[str]:
         return [(line["step"], line[name] * scale) for line in lines if isinstance(line.get(name), int | float)]
 
     return [
-        draw_line_chart(
-            "Loss",
-            [Series("training", of("loss")), Series("held out", of("eval_loss"))],
-            "step",
-            may_be_logarithmic=True,
-        ),
-        draw_line_chart("Learning rate", [Series("learning rate", of("learning_rate"))], "step"),
-        draw_line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], "step", may_be_logarithmic=True),
-        draw_line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))], "step"),
-        draw_line_chart("Peak memory (GiB)", [Series("peak memory", of("peak_memory_bytes", 1 / GIB))], "step"),
+        draw_line_chart("Loss", [Series("training", of("loss")), Series("held out", of("eval_loss"))], allow_log=True),
+        draw_line_chart("Learning rate", [Series("learning rate", of("learning_rate"))]),
+        draw_line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], allow_log=True),
+        draw_line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))]),
+        draw_line_chart("Peak memory (GiB)", [Series("peak memory", of("peak_memory_bytes", 1 / GIB))]),
     ]
 
 
@@ -152,13 +103,13 @@ def _render_evaluation(lines: list[dict[str, Any]]) -> list[str]:
     if not found:
         return []
     names = list(found[-1][1])
-    header = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ["step", *names])
     rows = (
-        f"<tr><td>{step:,}</td>{''.join(f'<td>{_format_number(values[name])}</td>' for name in names)}</tr>"
+        [f"{step:,}", *(_format_number(values[name]) for name in names)]
         for step, values in found
         if set(names) <= values.keys()
     )
-    return [f"<h2>Evaluation on held-out examples</h2><table><tr>{header}</tr>", *rows, "</table>"]
+    header = ["step", *(name.replace("_", " ") for name in names)]
+    return ["<h2>Evaluation on held-out examples</h2>", _render_table(rows, header)]
 
 
 def _format_number(value: float | None) -> str:
@@ -168,22 +119,9 @@ def _format_number(value: float | None) -> str:
 def _render_samples(samples: list[dict[str, str]]) -> list[str]:
     if not samples:
         return []
-    columns: list[tuple[str, Callable[[dict[str, str]], str]]] = [
-        ("source", lambda sample: sample["source"]),
-        ("before training", lambda sample: sample["before"]),
-        ("after training", lambda sample: sample.get("after", "–")),
-        ("target", lambda sample: sample["target"]),
-    ]
-    header = "".join(f"<th>{name}</th>" for name, _ in columns)
-    rows = (
-        f"<tr>{''.join(f'<td class=text>{html.escape(text(sample))}</td>' for _, text in columns)}</tr>"
-        for sample in samples
-    )
-    return [
-        f'<h2>Sample predictions before and after training</h2><table class="samples"><tr>{header}</tr>',
-        *rows,
-        "</table>",
-    ]
+    rows = ((one["source"], one["before"], one.get("after", "–"), one["target"]) for one in samples)
+    header = ("source", "before training", "after training", "target")
+    return ["<h2>Sample predictions before and after training</h2>", _render_table(rows, header, "samples")]
 
 
 def _render_left_out(by_reason: dict[str, int]) -> list[str]:
@@ -198,14 +136,6 @@ def _render_left_out(by_reason: dict[str, int]) -> list[str]:
     return [f'<p class="soft">Records left out: {html.escape("; ".join(parts))}</p>'] if parts else []
 
 
-def _draw_length_charts(lengths: tuple[LengthArray, LengthArray]) -> list[str]:
-    charts = []
-    for color, name, values in ((0, "Source", lengths[0]), (2, "Target", lengths[1])):
-        bars = build_histogram(values)
-        charts.append(draw_histogram(f"{name} length", bars.edges, bars.counts, "tokens", color))
-    return charts
-
-
 def _render_settings(settings: TrainSettings) -> list[str]:
     values = settings.model_dump(mode="json")
     defaults = {name: field.get_default() for name, field in TrainSettings.model_fields.items()}
@@ -213,17 +143,23 @@ def _render_settings(settings: TrainSettings) -> list[str]:
     rest = {name: value for name, value in values.items() if name not in changed}
 
     def table(part: dict[str, Any]) -> str:
-        rows = (
-            f"<tr><td><code>{name}</code></td><td><code>{html.escape(_format_value(value))}</code></td></tr>"
-            for name, value in part.items()
-        )
-        return f"<table>{''.join(rows)}</table>"
+        return _render_table(((name, _format_value(value)) for name, value in part.items()), kind="settings")
 
     return [
         "<h2>Settings</h2>",
         table(changed),
         f"<details><summary>Settings with their default values</summary>{table(rest)}</details>",
     ]
+
+
+def _render_table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), kind: str = "") -> str:
+    """Make a table; `kind` is its class in the style sheet."""
+    lines = [
+        f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+        for tag, cells in [("th", header), *(("td", row) for row in rows)]
+        if cells
+    ]
+    return f'<table class="{kind}">{"".join(lines)}</table>'
 
 
 def _format_value(value: Any) -> str:

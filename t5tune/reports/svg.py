@@ -1,6 +1,6 @@
 """Line charts and histograms as inline SVG, drawn in the colors of the surrounding page.
 
-    draw_line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])], "step")
+    draw_line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])])
 
 The page's style sheet defines the colors of the classes `axis`, `grid`, `line-0`, `line-1`, `bar-0`, …
 """
@@ -26,11 +26,11 @@ class Series:
     points: list[tuple[float, float]]
 
 
-def draw_line_chart(title: str, series: Sequence[Series], x_name: str, may_be_logarithmic: bool = False) -> str:
-    """Draw the series in one chart without values that aren't finite; return an empty string if no point is left.
+def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = False) -> str:
+    """Draw the finite values of the series over the steps, in one chart; return an empty string if there are none.
 
     Args:
-        may_be_logarithmic: use a logarithmic y axis if the values span a factor of LOGARITHMIC_FROM or more.
+        allow_log: use a logarithmic y axis if the values span a factor of LOGARITHMIC_FROM or more.
     """
     lines = [Series(one.name, _thin_out([p for p in one.points if math.isfinite(p[1])])) for one in series]
     lines = [one for one in lines if one.points]
@@ -38,19 +38,19 @@ def draw_line_chart(title: str, series: Sequence[Series], x_name: str, may_be_lo
         return ""
     points = [point for one in lines for point in one.points]
     low, high = min(y for _, y in points), max(y for _, y in points)
-    is_logarithmic = may_be_logarithmic and low > 0 and high / low >= LOGARITHMIC_FROM
+    is_logarithmic = allow_log and low > 0 and high / low >= LOGARITHMIC_FROM
     ticks = _list_powers_of_ten(low, high) if is_logarithmic else _choose_ticks(low, high)
     title = f"{title} (log scale)" if is_logarithmic else title
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
     frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1], is_logarithmic)
-    parts = [frame.grid(ticks), frame.x_label(low_x, "start"), frame.x_label(high_x, "end"), frame.x_name(x_name)]
+    parts = [frame.grid(ticks), frame.x_labels(low_x, "step", high_x)]
     for number, one in enumerate(lines):
         places = [(frame.x(x), frame.y(y)) for x, y in one.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="line-{number}" points="{path}"/>')
         if len(places) <= DOTS_UP_TO:
             for (x, y), (step, value) in zip(places, one.points, strict=True):
-                words = html.escape(f"{one.name}: {format_short(value)} at {x_name} {format_short(step)}")
+                words = html.escape(f"{one.name}: {format_short(value)} at step {format_short(step)}")
                 parts.append(
                     f'<circle class="dot-{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{words}</title></circle>'
                 )
@@ -61,12 +61,11 @@ def draw_line_chart(title: str, series: Sequence[Series], x_name: str, may_be_lo
     return _draw_figure(title, legend, parts)
 
 
-def draw_histogram(title: str, edges: Sequence[int], counts: Sequence[int], x_name: str, color: int = 0) -> str:
-    """Draw a bar over [edges[i], edges[i + 1]) for each count."""
+def draw_histogram(title: str, edges: Sequence[int], counts: Sequence[int], color: int) -> str:
+    """Draw a bar over [edges[i], edges[i + 1]) tokens for each count."""
     ticks = _choose_ticks(0, max(counts))
     frame = _Frame(edges[0], edges[-1], 0, ticks[-1])
-    parts = [frame.grid(ticks), frame.x_label(edges[0], "start"), frame.x_label(edges[-1], "end")]
-    parts.append(frame.x_name(x_name))
+    parts = [frame.grid(ticks), frame.x_labels(edges[0], "tokens", edges[-1])]
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         x, top = frame.x(low), frame.y(count)
         words = f"{low:,}–{high - 1:,}: {count:,}"
@@ -116,13 +115,17 @@ class _Frame:
             )
         return "".join(lines)
 
-    def x_label(self, value: float, anchor: str) -> str:
-        place = f'x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}"'
-        return f'<text class="axis" {place} text-anchor="{anchor}">{format_short(value)}</text>'
-
-    def x_name(self, name: str) -> str:
-        place = f'x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - BOTTOM + 16}"'
-        return f'<text class="axis" {place} text-anchor="middle">{html.escape(name)}</text>'
+    def x_labels(self, low: float, name: str, high: float) -> str:
+        """Label the x axis: its ends, and its name between them."""
+        labels = (
+            (LEFT, "start", format_short(low)),
+            ((LEFT + WIDTH - RIGHT) / 2, "middle", name),
+            (self.x(high), "end", format_short(high)),
+        )
+        return "".join(
+            f'<text class="axis" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{text}</text>'
+            for x, anchor, text in labels
+        )
 
 
 def _draw_figure(title: str, legend: str, parts: Sequence[str]) -> str:

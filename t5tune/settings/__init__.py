@@ -22,7 +22,7 @@ from t5tune.settings.data import ConversationSettings, DataSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.loading import dump_settings, load_settings, write_settings
 from t5tune.settings.merge import MergeSettings
-from t5tune.settings.quantization import QuantizationSettings
+from t5tune.settings.shared import QuantizationSettings
 
 __all__ = [
     "COMMANDS",

@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.data import (
     ConversationSettings,
     DataSettings,
@@ -15,18 +14,21 @@ from t5tune.settings.data import (
     SplitSettings,
     TrainingDataSettings,
 )
-from t5tune.settings.fields import GpuMemory, NoneIfUnset, PathList, Settings, WordList
-from t5tune.settings.inference import InferenceSettings
+from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathList, Settings, WordList
 from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
-from t5tune.settings.output import OutputSettings, ReplaceableOutputSettings, RunOutputSettings
-from t5tune.settings.quantization import QuantizationSettings
-from t5tune.settings.training import EvaluationSettings, ProcessSettings, TrainingSettings
+from t5tune.settings.shared import (
+    BaseModelSettings,
+    InferenceSettings,
+    OutputSettings,
+    QuantizationSettings,
+    ReplaceableOutputSettings,
+)
+from t5tune.settings.training import EvaluationSettings, ProcessSettings, RunOutputSettings, TrainingSettings
 
 
 class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, DataSettings, BaseModelSettings):
     command: ClassVar[str] = "prepare"
-    panel: ClassVar[str] = "Output"
 
 
 class TrainSettings(
@@ -130,9 +132,8 @@ class ExportSettings(ReplaceableOutputSettings):
         description="Round the trained tensors to this dtype (to nearest, ties to even); default: the dtype in the "
         "checkpoint, which is float32 for DeepSpeed shards.",
     )
-    lora_r: Annotated[int | None, NoneIfUnset] = Field(
+    lora_r: OptionalCount = Field(
         default=None,
-        gt=0,
         description="LoRA rank, for an adapter without adapter_config.json; default: the rank of its matrices.",
     )
     lora_alpha: Annotated[float | None, NoneIfUnset] = Field(
@@ -187,10 +188,8 @@ class EvaluateSettings(DataSettings, InferenceSettings):
     )
     overwrite: bool = Field(default=False, description="Replace the output folder even if it contains other files.")
     num_beams: int = Field(default=1, gt=0, description="Number of beams for beam search; 1 decodes greedily.")
-    max_new_tokens: Annotated[int | None, NoneIfUnset] = Field(
-        default=None,
-        gt=0,
-        description="Maximum length of a prediction (tokens); default: the length of the longest target.",
+    max_new_tokens: OptionalCount = Field(
+        default=None, description="Maximum length of a prediction (tokens); default: the length of the longest target."
     )
     per_device_eval_batch_size: int = Field(
         default=32, gt=0, description="Maximum batch size for the loss and for generation (examples)."
@@ -229,8 +228,8 @@ class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, Lora
         description="Token cache to take example lengths from; default: assume source_length and target_length for "
         "every example.",
     )
-    num_data: Annotated[int | None, NoneIfUnset] = Field(
-        default=None, gt=0, description="Plan for the first N examples of the cache; default: all."
+    num_data: OptionalCount = Field(
+        default=None, description="Plan for the first N examples of the cache; default: all."
     )
     source_length: int = Field(default=512, gt=0, description="Length of each source if no cache is given (tokens).")
     target_length: int = Field(default=128, gt=0, description="Length of each target if no cache is given (tokens).")

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.fields import NoneIfUnset, PathList, Settings, WordList
+from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathList, Settings, WordList
 
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
 
@@ -74,8 +74,8 @@ class SelectionSettings(Settings):
     train_on: Annotated[Literal["all", "last"], Affects.EXAMPLES] = Field(
         default="all", description="Train on all assistant turns of a conversation, or only on its last one."
     )
-    min_target_tokens: Annotated[int | None, NoneIfUnset, Affects.EXAMPLES] = Field(
-        default=None, gt=0, description="Skip targets shorter than this (tokens); default: keep all."
+    min_target_tokens: Annotated[OptionalCount, Affects.EXAMPLES] = Field(
+        default=None, description="Skip targets shorter than this (tokens); default: keep all."
     )
     dedupe: Annotated[Literal["none", "exact"], Affects.EXAMPLES] = Field(
         default="none", description="Deduplication: exact rejects a conversation identical to an earlier one."
@@ -93,10 +93,8 @@ class SelectionSettings(Settings):
         description="Fail if more than this fraction of the records is rejected, not counting records labeled bad; "
         "default: never.",
     )
-    num_workers: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
-        default=None,
-        gt=0,
-        description="Number of tokenization processes; default: one per CPU core, fewer for small data.",
+    num_workers: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None, description="Number of tokenization processes; default: one per CPU core, fewer for small data."
     )
 
 
@@ -114,8 +112,8 @@ class DataSettings(ReadingSettings, ConversationSettings):
         description="Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces, "
         "indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.",
     )
-    num_data: Annotated[int | None, NoneIfUnset, Affects.CACHE | Affects.WEIGHTS] = Field(
-        default=None, gt=0, description="Use only the first N examples; default: all."
+    num_data: Annotated[OptionalCount, Affects.CACHE | Affects.WEIGHTS] = Field(
+        default=None, description="Use only the first N examples; default: all."
     )
 
     @field_validator("add_tokens")
@@ -147,8 +145,6 @@ class SplitSettings(Settings):
 
 
 class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
-    panel: ClassVar[str] = "Data"
-
     preprocessed_path: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
         description="Folder for the token cache that train writes; default: `data` in the run folder.",

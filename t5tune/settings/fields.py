@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 NUMBER_TYPES = {int, float, int | None, float | None}
 SIZE_UNITS = {"B": 1}
@@ -76,12 +76,9 @@ def _split_items(value: Any) -> Any:
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list | tuple):
-        return [part for item in value for part in (_split_words(item) if isinstance(item, str) else [item])]
+        # each item of a list may again be several words: `--weights 0.7,0.3`
+        return [word for item in value for word in (re.findall(r"[^,\s]+", item) if isinstance(item, str) else [item])]
     return value
-
-
-def _split_words(text: str) -> list[str]:
-    return [word for word in re.split(r"[,\s]+", text) if word]
 
 
 def _wrap_in_list(value: Any) -> Any:
@@ -126,6 +123,9 @@ def _check_gpu_memory(value: Any) -> Any:
 
 NoneIfUnset = BeforeValidator(_parse_unset)
 """Reads `none`, `null`, an empty string and -1, which FastChat and Hugging Face use for "not set", as None."""
+
+OptionalCount = Annotated[int | None, Field(gt=0), NoneIfUnset]
+"""A positive whole number, or None if it isn't set."""
 
 WordList = Annotated[list[str], BeforeValidator(_split_items, json_schema_input_type=list[str] | str)]
 """A list that can be written as `q v`, `q,v` or a YAML list."""

@@ -1,6 +1,6 @@
 """Combine a YAML file, environment variables and flags into one validated settings model, or report all problems."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +52,9 @@ def load_settings(
     problems = list(problems)
     notes: list[str] = []
     values: dict[str, _Value] = {}
-    for source in _read_sources(model, file, environment or {}, flags or {}):
+    from_flags = {name: _Value(value, model.format_option(name)) for name, value in (flags or {}).items()}
+    # in increasing order of precedence
+    for source in (_read_file(file) if file is not None else {}, _read_environment(environment or {}), from_flags):
         values.update(_resolve_names(model, source, problems, notes))
     settings = None
     try:
@@ -80,18 +82,16 @@ def write_settings(folder: Path, settings: Settings) -> None:
     (folder / SETTINGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
 
 
-def _read_sources(
-    model: type[Settings], file: str | None, environment: Mapping[str, str], flags: Mapping[str, Any]
-) -> Iterator[dict[str, _Value]]:
-    """Yield the values of the file, of the environment and of the flags, in increasing order of precedence."""
-    if file is not None:
-        from t5tune.io.yaml_file import read_yaml
+def _read_file(file: str) -> dict[str, _Value]:
+    from t5tune.io.yaml_file import read_yaml
 
-        path = packaged_templates.find_run_config(file)
-        yield {name: _Value(value, f"{path}: {name}") for name, value in read_yaml(path).items()}
+    path = packaged_templates.find_run_config(file)
+    return {name: _Value(value, f"{path}: {name}") for name, value in read_yaml(path).items()}
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
     prefixed = {key: value for key, value in environment.items() if key.startswith(PREFIX)}
-    yield {key.removeprefix(PREFIX).lower(): _Value(value, key) for key, value in prefixed.items()}
-    yield {name: _Value(value, model.format_option(name)) for name, value in flags.items()}
+    return {key.removeprefix(PREFIX).lower(): _Value(value, key) for key, value in prefixed.items()}
 
 
 def _resolve_names(

@@ -93,8 +93,6 @@ class LoraSettings(Settings):
 class InitialAdapterSettings(LoraSettings):
     """LoRA settings with the adapter that training starts from."""
 
-    panel: ClassVar[str] = "LoRA"
-
     adapter: Annotated[Path | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
         description="Adapter folder or run folder to initialize from, with its added tokens and conversation template; "

@@ -4,9 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from t5tune.settings.base_model import BaseModelSettings
 from t5tune.settings.fields import ByteSize, FolderList, NoneIfUnset, NumberList
-from t5tune.settings.output import ReplaceableOutputSettings
+from t5tune.settings.shared import BaseModelSettings, ReplaceableOutputSettings
 
 Quantization = Literal[
     "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"

@@ -1,11 +1,15 @@
-"""Steps, batches, optimizer, precision, evaluation and checkpoints. Names and defaults follow Hugging Face's."""
+"""Steps, batches, optimizer, precision, evaluation, checkpoints, and the run folder.
+
+Names and defaults follow Hugging Face's.
+"""
 
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.fields import NoneIfUnset, Settings, WordList
+from t5tune.settings.fields import NoneIfUnset, OptionalCount, Settings, WordList
+from t5tune.settings.shared import OutputSettings
 
 
 def _strip_eval_prefix(value: Any) -> Any:
@@ -27,17 +31,14 @@ class TrainingSettings(Settings):
     num_train_epochs: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=3.0, gt=0, description="Training epochs (passes over the data)."
     )
-    max_steps: Annotated[int | None, NoneIfUnset, Affects.WEIGHTS] = Field(
-        default=None,
-        gt=0,
-        description="Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs.",
+    max_steps: Annotated[OptionalCount, Affects.WEIGHTS] = Field(
+        default=None, description="Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs."
     )
     per_device_train_batch_size: Annotated[int, Affects.TRAINER] = Field(
         default=8, gt=0, description="Micro-batch size per process (examples)."
     )
-    tokens_per_batch: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
+    tokens_per_batch: Annotated[OptionalCount, Affects.NOTHING] = Field(
         default=None,
-        gt=0,
         description="Fill each micro-batch up to this many tokens (source + target, including padding) instead of "
         "using per_device_train_batch_size.",
     )
@@ -142,12 +143,11 @@ class EvaluationSettings(Settings):
         default=None,
         description="When to evaluate; default: every epoch if there is held-out data, otherwise never.",
     )
-    eval_steps: Annotated[int | None, NoneIfUnset, Affects.EVALUATION | Affects.TRAINER] = Field(
-        default=None, gt=0, description="Evaluate every N steps; sets eval_strategy to steps."
+    eval_steps: Annotated[OptionalCount, Affects.EVALUATION | Affects.TRAINER] = Field(
+        default=None, description="Evaluate every N steps; sets eval_strategy to steps."
     )
-    eval_generate: Annotated[int | None, NoneIfUnset, Affects.EVALUATION] = Field(
+    eval_generate: Annotated[OptionalCount, Affects.EVALUATION] = Field(
         default=None,
-        gt=0,
         description="Generate predictions for this many held-out examples at each evaluation, and score them: exact "
         "match, ROUGE, BLEU, chrF.",
     )
@@ -161,9 +161,8 @@ class EvaluationSettings(Settings):
         description="Keep the checkpoint that is best by this held-out metric, and use its weights as the final ones; "
         "default: use the last checkpoint.",
     )
-    early_stopping_patience: Annotated[int | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.EVALUATION] = Field(
+    early_stopping_patience: Annotated[OptionalCount, Affects.FINAL_WEIGHTS | Affects.EVALUATION] = Field(
         default=None,
-        gt=0,
         description="Early stopping: stop after this many evaluations without a better metric_for_best_model "
         "(default: loss).",
     )
@@ -176,9 +175,8 @@ class EvaluationSettings(Settings):
     save_steps: Annotated[int, Affects.TRAINER] = Field(
         default=500, gt=0, description="Save a checkpoint every N steps."
     )
-    save_total_limit: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
+    save_total_limit: Annotated[OptionalCount, Affects.NOTHING] = Field(
         default=None,
-        gt=0,
         description="Keep only the newest N checkpoints, and the best one if metric_for_best_model is set; default: "
         "all.",
     )
@@ -199,11 +197,11 @@ class EvaluationSettings(Settings):
 class ProcessSettings(Settings):
     panel: ClassVar[str] = "Processes"
 
-    num_gpus: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
-        default=None, gt=0, description="Start this many processes on this machine, one per GPU."
+    num_gpus: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None, description="Start this many processes on this machine, one per GPU."
     )
-    num_processes: Annotated[int | None, NoneIfUnset, Affects.NOTHING] = Field(
-        default=None, gt=0, description="Start this many processes on this machine, on the CPU."
+    num_processes: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None, description="Start this many processes on this machine, on the CPU."
     )
     deepspeed: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
@@ -219,4 +217,20 @@ class ProcessSettings(Settings):
         ge=0,
         description="If a process is lost, restart all processes of num_gpus or num_processes from the last "
         "checkpoint, up to this many times.",
+    )
+
+
+class RunOutputSettings(OutputSettings):
+    fresh: Annotated[bool, Affects.THIS_CALL] = Field(
+        default=False,
+        description="Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …",
+    )
+    allow_change: Annotated[WordList, Affects.THIS_CALL] = Field(
+        default=[],
+        description="Resume even if these fields differ from those that the run was started with (lora_r, data, base, "
+        "…).",
+    )
+    dry_run: Annotated[bool, Affects.THIS_CALL] = Field(
+        default=False,
+        description="Show all settings including defaults, the memory plan and the launch command; write nothing.",
     )

@@ -8,11 +8,12 @@ from transformers import TrainingArguments
 
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
+from t5tune.io.reasons import to_one_line
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.packaged_templates import get_zero_stage
-from t5tune.training.trackers import choose_trackers
+from t5tune.training.validate import choose_trackers
 
 FIXED_ARGUMENTS = {
     "save_total_limit": None,  # we rotate checkpoints ourselves, once a new one is complete: see checkpoint.py
@@ -57,37 +58,25 @@ def make_training_arguments(
     values = {name: getattr(settings, name) for name in select_settings(TrainSettings, Affects.TRAINER)}
     if device.type != "cpu" and settings.optim == "adamw_torch":
         values["optim"] = "adamw_torch_fused"  # updates all parameters in one kernel
-    values |= _choose_evaluation_arguments(settings, evaluates)
-    values |= _choose_device_arguments(settings, world, device, report)
-    values |= _choose_memory_arguments(settings, deepspeed)
-    values |= {"output_dir": str(settings.output_dir), "max_steps": settings.max_steps or -1}
-    values |= {"report_to": choose_trackers(settings.report_to), **FIXED_ARGUMENTS, **settings.training_args}
-    try:
-        return OneGpuArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise SettingsError(f"training settings: {' '.join(str(error).split())}") from error
-
-
-def _choose_evaluation_arguments(settings: TrainSettings, evaluates: bool) -> dict[str, Any]:
-    metric = choose_best_metric(settings)
-    return {
+    metric, on_cpu = choose_best_metric(settings), device.type == "cpu"
+    values |= {
+        "output_dir": str(settings.output_dir),
+        "max_steps": settings.max_steps or -1,
         "eval_strategy": settings.eval_strategy or ("steps" if settings.eval_steps else "epoch" if evaluates else "no"),
         "metric_for_best_model": metric,
         "greater_is_better": metric not in {None, "loss", "perplexity"},
-    }
-
-
-def _choose_device_arguments(
-    settings: TrainSettings, world: World, device: torch.device, report: Report
-) -> dict[str, Any]:
-    on_cpu = device.type == "cpu"
-    return {
         "tf32": _choose_tf32(settings, device, report),
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world.size > 1 else None,
         "ddp_timeout": settings.process_group_timeout,
         "dataloader_pin_memory": not on_cpu,
+        "report_to": choose_trackers(settings.report_to),
     }
+    values |= {**_choose_memory_arguments(settings, deepspeed), **FIXED_ARGUMENTS, **settings.training_args}
+    try:
+        return OneGpuArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise SettingsError(f"training settings: {to_one_line(error)}") from error
 
 
 def _choose_memory_arguments(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,21 +1,20 @@
 """Batches of a token cache's examples: padded or packed, with a fixed number of examples or a token budget."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from t5tune.data.batching import TokenBudget, make_count_batches
+from t5tune.data.batching import Integers, TokenBudget, make_count_batches
 from t5tune.data.cache import Cache
 from t5tune.data.encoding import Example
 from t5tune.errors import SettingsError
 from t5tune.model.attention import Segments
 from t5tune.model.loss import IGNORED_LABEL
-from t5tune.settings.training import TrainingSettings
+from t5tune.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -45,72 +44,24 @@ class ExampleDataset(Dataset[Example]):
         return example
 
 
-class BucketSampler(Sampler[list[int | Filler]]):
-    """`make_count_batches` as a torch batch sampler: the micro-batches of all ranks, step by step and rank by rank.
+class StepSampler(Sampler[list[int | Filler]]):
+    """The micro-batches of all ranks, step by step and rank by rank, as a torch batch sampler.
 
     The order depends only on the seed and the epoch, not on any random state. A micro-batch for which no examples
     remain gets a `Filler`.
 
     Args:
-        lengths: length of each example, in tokens.
-        batch_size: examples per micro-batch.
+        make_batches: makes the micro-batches of an epoch.
+        count: their number, which is the same in every epoch.
         step_size: micro-batches per step: gradient accumulation steps × ranks.
     """
 
-    def __init__(self, lengths: npt.NDArray[np.int64], batch_size: int, step_size: int, seed: int) -> None:
-        self.lengths = lengths
+    def __init__(self, make_batches: Callable[[int], list[Integers]], count: int, step_size: int) -> None:
         # accelerate would drop incomplete batches if this sampler had an attribute `batch_size`
-        self.examples_per_batch = batch_size
+        self.make_batches = make_batches
+        self.count = count
         self.step_size = step_size
-        self.seed = seed
         self.epoch = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // (self.examples_per_batch * self.step_size)) * self.step_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch whose order `__iter__` yields. The trainer calls this before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int | Filler]]:
-        batches = make_count_batches(self.lengths, self.examples_per_batch, self.step_size, self.seed, self.epoch)
-        for position, batch in enumerate(batches):
-            first_of_step = batches[position - position % self.step_size]
-            yield batch.tolist() or [Filler(int(first_of_step[0]))]
-
-
-class BudgetSampler(Sampler[list[int | Filler]]):
-    """The batches of a `TokenBudget` as a torch batch sampler, for all ranks, step by step and rank by rank.
-
-    Raises:
-        SettingsError: an example is longer than the budget, or there are fewer examples than micro-batches in a step.
-    """
-
-    def __init__(
-        self,
-        sources: npt.NDArray[np.int64],
-        targets: npt.NDArray[np.int64],
-        tokens: int,
-        packed: bool,
-        step_size: int,
-        seed: int,
-    ) -> None:
-        longest = int((sources + targets).max())
-        if longest > tokens:
-            raise SettingsError(
-                f"tokens_per_batch: {tokens}: the longest example has {longest} source and target tokens",
-                hint=f"set at least {longest}, or shorten the examples with model_max_length",
-            )
-        self.lengths = sources, targets
-        self.step_size = step_size
-        self.budget = TokenBudget(tokens, packed, step_size, seed)
-        self.count = self.budget.count_batches(sources, targets)
-        self.epoch = 0
-        if self.count > len(sources):
-            raise SettingsError(
-                f"tokens_per_batch: {tokens}: {len(sources)} examples are too few for a step of {step_size} batches "
-                "(gradient_accumulation_steps × processes)"
-            )
 
     def __len__(self) -> int:
         return self.count
@@ -120,21 +71,50 @@ class BudgetSampler(Sampler[list[int | Filler]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int | Filler]]:
-        batches = self.budget.make_batches(*self.lengths, self.count, self.epoch)
-        yield from (batch.tolist() for batch in batches)
+        batches = self.make_batches(self.epoch)
+        for position, batch in enumerate(batches):
+            first_of_step = batches[position - position % self.step_size]
+            yield batch.tolist() or [Filler(int(first_of_step[0]))]
 
 
-StepSampler = BucketSampler | BudgetSampler
-
-
-def make_sampler(settings: TrainingSettings, cache: Cache, is_packed: bool, num_ranks: int, seed: int) -> StepSampler:
+def make_sampler(settings: TrainSettings, cache: Cache, is_packed: bool, num_ranks: int) -> StepSampler:
     """Make the sampler that the settings ask for."""
     sources, targets = cache.read_lengths()
     step_size = settings.gradient_accumulation_steps * num_ranks
     if settings.tokens_per_batch is not None:
-        return BudgetSampler(sources, targets, settings.tokens_per_batch, is_packed, step_size, seed)
+        return make_budget_sampler(sources, targets, settings.tokens_per_batch, is_packed, step_size, settings.seed)
     lengths = sources + targets if settings.group_by_length else np.zeros_like(sources)
-    return BucketSampler(lengths, settings.per_device_train_batch_size, step_size, seed)
+    return make_count_sampler(lengths, settings.per_device_train_batch_size, step_size, settings.seed)
+
+
+def make_count_sampler(lengths: Integers, batch_size: int, step_size: int, seed: int) -> StepSampler:
+    """Make the sampler of `make_count_batches`: a fixed number of examples per micro-batch."""
+    count = -(-len(lengths) // (batch_size * step_size)) * step_size
+    return StepSampler(lambda epoch: make_count_batches(lengths, batch_size, step_size, seed, epoch), count, step_size)
+
+
+def make_budget_sampler(
+    sources: Integers, targets: Integers, tokens: int, packed: bool, step_size: int, seed: int
+) -> StepSampler:
+    """Make the sampler of a `TokenBudget`.
+
+    Raises:
+        SettingsError: an example is longer than the budget, or there are fewer examples than micro-batches in a step.
+    """
+    longest = int((sources + targets).max())
+    if longest > tokens:
+        raise SettingsError(
+            f"tokens_per_batch: {tokens}: the longest example has {longest} source and target tokens",
+            hint=f"set at least {longest}, or shorten the examples with model_max_length",
+        )
+    budget = TokenBudget(tokens, packed, step_size, seed)
+    count = budget.count_batches(sources, targets)
+    if count > len(sources):
+        raise SettingsError(
+            f"tokens_per_batch: {tokens}: {len(sources)} examples are too few for a step of {step_size} batches "
+            "(gradient_accumulation_steps × processes)"
+        )
+    return StepSampler(lambda epoch: budget.make_batches(sources, targets, count, epoch), count, step_size)
 
 
 class PackedCollator:

@@ -1,12 +1,12 @@
 """Build the model to train (adapters, packing, ZeRO-3 sharding) and the function that saves it.
 
 built = build_model(settings, base, base_metadata, cache, deepspeed, device, report)
-built.write(folder, trained_tensors)    # the files of an adapter, or with train_mode full of a checkpoint
+built.weights.write(folder, trained_tensors)    # the files of an adapter, or with train_mode full of a checkpoint
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,81 +67,33 @@ def build_model(
         ModelError: the base is broken, or can't be trained with these settings.
         SettingsError: packing is required, but this model doesn't support it.
     """
-    dtype, adapter_dtype = _choose_dtypes(settings, deepspeed)
-    model = _load_base(settings, base, deepspeed, device, report)
-    tied = bool(model.config.tie_word_embeddings)
+    is_full, is_sharded = settings.train_mode == "full", get_zero_stage(deepspeed) == 3
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    # DeepSpeed keeps fp32 master copies of trained bf16 weights; without it, these weights themselves must be fp32
+    trained_dtype = dtype if deepspeed is not None else torch.float32
+    # a model for ZeRO-3 may not fit on one GPU: it is loaded on the CPU, and moved and sharded parameter by parameter
+    place = torch.device("cpu") if is_sharded and not settings.q_lora else device
+    model = load_base(base, trained_dtype if is_full else dtype, place, settings, settings.family, report)
     subtracted: dict[str, Tensor] = {}
-    is_full = settings.train_mode == "full"
     if is_full:
         model.requires_grad_(True)
     else:
-        model, subtracted = add_lora(model, base, settings, list(cache.manifest["added_token_ids"]), adapter_dtype)
+        model, subtracted = add_lora(model, base, settings, list(cache.manifest["added_token_ids"]), trained_dtype)
     if settings.adapter is not None:
         load_initial_adapter(model, settings.adapter, cache.tokenizer_folder)
     is_packed = _enable_packing(settings, model, report)
-    _speed_up_layers(settings, model, report)
-    trainable, total = count_parameters(model)
-    if settings.gradient_checkpointing:
-        model.enable_input_require_grads()
-    if deepspeed is not None and get_zero_stage(deepspeed) == 3:
-        _shard_parameters(model, deepspeed, dtype)
-    config = {} if is_full else _make_adapter_config(model, settings, bool(subtracted))
-    write = _make_writer(settings, base, tied, _collect_metadata(settings, cache, config, base_metadata))
-    weights = TrainedWeights(MODEL_FILE if is_full else ADAPTER_WEIGHTS_FILE, write, subtracted)
-    return BuiltModel(model, is_packed, weights, trainable, total)
-
-
-def _choose_dtypes(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> tuple[torch.dtype, torch.dtype]:
-    """Choose (the dtype of frozen weights, that of trained ones).
-
-    DeepSpeed keeps fp32 master copies of trained bf16 weights; without it, these weights themselves must be fp32.
-    """
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    return dtype, dtype if deepspeed is not None else torch.float32
-
-
-def _load_base(
-    settings: TrainSettings, base: Path, deepspeed: dict[str, Any] | None, device: torch.device, report: Report
-) -> Any:
-    frozen_dtype, trained_dtype = _choose_dtypes(settings, deepspeed)
-    dtype = trained_dtype if settings.train_mode == "full" else frozen_dtype
-    # a model for ZeRO-3 may not fit on one GPU: it is loaded on the CPU, and moved and sharded parameter by parameter
-    sharded = get_zero_stage(deepspeed) == 3
-    place = torch.device("cpu") if sharded and not settings.q_lora else device
-    return load_base(base, dtype, place, settings, settings.family, report)
-
-
-def _speed_up_layers(settings: TrainSettings, model: Any, report: Report) -> None:
-    """Compile the norms and feed-forward layers, or use their fused versions."""
     if settings.torch_compile:
         compile_layers(model)
         report(Note("norms and feed-forward layers are compiled; the first steps take seconds to minutes longer"))
     else:
         use_fused_layers(model)
-
-
-def _collect_metadata(
-    settings: TrainSettings, cache: Cache, config: dict[str, Any], base_metadata: dict[str, Any]
-) -> AdapterMetadata:
-    return AdapterMetadata(
-        config,
-        cache.tokenizer_folder,
-        cache.folder / TEMPLATE_FILE,
-        {} if settings.train_mode == "full" else base_metadata,
-        format_data_line(cache.manifest) + format_settings_line(settings.model_dump()),
-    )
-
-
-def _make_writer(
-    settings: TrainSettings, base: Path, tied: bool, metadata: AdapterMetadata
-) -> Callable[[Path, dict[str, Tensor]], None]:
-    def write(folder: Path, state: dict[str, Tensor]) -> None:
-        if settings.train_mode == "full":
-            write_model(folder, state, base, tied, metadata, settings.family)
-        else:
-            write_adapter(folder, state, metadata, with_non_lora_state=True)
-
-    return write
+    trainable, total = count_parameters(model)
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if deepspeed is not None and is_sharded:
+        _shard_parameters(model, deepspeed, dtype)
+    weights = _make_trained_weights(settings, base, base_metadata, cache, model, subtracted)
+    return BuiltModel(model, is_packed, weights, trainable, total)
 
 
 def _enable_packing(settings: TrainSettings, model: Any, report: Report) -> bool:
@@ -202,6 +154,26 @@ def _register_external_parameters(model: Any) -> None:
         for name, norms in getattr(module, "lora_magnitude_vector", {}).items():
             for read in (module.get_base_layer(), module.lora_A[name], module.lora_B[name]):
                 deepspeed.zero.register_external_parameter(norms, read.weight)
+
+
+def _make_trained_weights(
+    settings: TrainSettings,
+    base: Path,
+    base_metadata: dict[str, Any],
+    cache: Cache,
+    model: Any,
+    subtracted: dict[str, Tensor],
+) -> TrainedWeights:
+    files = cache.tokenizer_folder, cache.folder / TEMPLATE_FILE
+    if settings.train_mode == "full":
+        tied = bool(model.config.tie_word_embeddings)
+        write = partial(write_model, base=base, tied=tied, metadata=AdapterMetadata({}, *files), family=settings.family)
+        return TrainedWeights(MODEL_FILE, write, subtracted)
+    config = _make_adapter_config(model, settings, bool(subtracted))
+    training = format_data_line(cache.manifest) + format_settings_line(settings.model_dump())
+    metadata = AdapterMetadata(config, *files, base_metadata, training)
+    write = partial(write_adapter, metadata=metadata, with_non_lora_state=True)
+    return TrainedWeights(ADAPTER_WEIGHTS_FILE, write, subtracted)
 
 
 def _make_adapter_config(model: Any, settings: TrainSettings, is_converted_to_plain_lora: bool) -> dict[str, Any]:

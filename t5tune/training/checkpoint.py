@@ -7,17 +7,15 @@ checkpoint that passes verification.
 
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
 from t5tune.file_names import CHECKPOINT_MANIFEST_FILE
-from t5tune.io.atomic import encode_json, fsync, fsync_tree, hash_file, write_json
+from t5tune.io.atomic import encode_json, fsync_tree, hash_file, write_json
 from t5tune.io.untrusted import resolve_inside
 
-EVALUATION_FILE = "t5tune_evaluation.json"
 MANIFEST_FORMAT = 3
 STAGING_PREFIX = ".saving-"
 
@@ -31,20 +29,6 @@ def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[
     Raises:
         CheckpointError: the folder contains a symbolic link, whose target a hash can't vouch for.
     """
-    files = _describe_files(folder)
-    fsync_tree(folder)
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "step": step,
-        "world_size": world_size,
-        "made_of": run_identity,
-        "files": files,
-    }
-    write_json(folder / CHECKPOINT_MANIFEST_FILE, {**manifest, "sha256": _hash_manifest(manifest)})
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and hash of each file, by its path in the folder."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -52,7 +36,10 @@ def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-    return files
+    fsync_tree(folder)
+    manifest: dict[str, Any] = {"format": MANIFEST_FORMAT, "step": step, "world_size": world_size}
+    manifest |= {"made_of": run_identity, "files": files}
+    write_json(folder / CHECKPOINT_MANIFEST_FILE, {**manifest, "sha256": _hash_manifest(manifest)})
 
 
 def verify(folder: Path) -> str | None:
@@ -84,12 +71,11 @@ def read_run_identity(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: its manifest is missing or broken.
     """
-    found: dict[str, Any] = _read_manifest(folder)["made_of"]
-    return found
+    return dict(_read_manifest(folder)["made_of"])
 
 
 def count_bytes(folder: Path) -> int:
-    """Add up the bytes of a checkpoint's files."""
+    """Add up the bytes of the files in a folder, at any depth."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -117,8 +103,8 @@ def _hash_manifest(manifest: dict[str, Any]) -> str:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """List the checkpoint-N folders of a run, newest first."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
 def find_newest(run: Path) -> tuple[Path | None, list[str]]:
@@ -132,52 +118,7 @@ def find_newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def publish(staged: Path, run: Path, step: int, world_size: int, run_identity: dict[str, Any]) -> Path:
-    """Write the manifest of a staged checkpoint, and rename the checkpoint into the run folder."""
-    write_manifest(staged, step, world_size, run_identity)
-    final = run / f"checkpoint-{step}"
-    if final.exists():  # only a damaged one can exist: the run resumed from an earlier one
-        shutil.rmtree(final)
-    staged.rename(final)
-    fsync(run)
-    return final
-
-
-def rotate(run: Path, keep: int | None, best: int | None) -> None:
-    """Delete all checkpoints except the newest `keep` and that of step `best`. With `keep` None, delete none."""
-    for old in list_checkpoints(run)[keep:] if keep else []:
-        if old.name != f"checkpoint-{best}":
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def write_evaluation(folder: Path, line: dict[str, Any]) -> None:
-    """Add the evaluation's result to a complete checkpoint, so that a resumed run needn't evaluate it again.
-
-    Args:
-        line: the evaluation's entry in the Trainer's log history.
-
-    Raises:
-        WriteError: the file can't be written.
-    """
-    # the hash ties it to this checkpoint: a later checkpoint of the same step has another manifest
-    write_json(folder / EVALUATION_FILE, {"manifest": hash_file(folder / CHECKPOINT_MANIFEST_FILE), "line": line})
-
-
-def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """Read what `write_evaluation` added; None if that is missing, broken or belongs to another checkpoint."""
-    try:
-        found = json.loads(resolve_inside(folder, EVALUATION_FILE).read_bytes())
-        if found["manifest"] == hash_file(folder / CHECKPOINT_MANIFEST_FILE) and "eval_loss" in found["line"]:
-            return dict(found["line"])
-    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
-        pass
-    return None
-
-
 def remove_staged(run: Path) -> None:
     """Delete the folders that interrupted saves left."""
     for path in run.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-_NAME = re.compile(r"checkpoint-(\d+)")

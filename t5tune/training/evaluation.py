@@ -152,20 +152,16 @@ def _compute_key_value_bytes(model: Any, tokens: int) -> int:
     """Compute the size of the decoder's key-value cache for this many tokens: keys and values in each layer."""
     config = model.config
     width = config.num_heads * config.d_kv
-    return int(2 * config.num_decoder_layers * width * tokens * _get_bytes_per_value(model))
+    return int(2 * config.num_decoder_layers * width * tokens * model.dtype.itemsize)
 
 
 def _estimate_generation_bytes(model: Any, source: int, target: int, beams: int) -> int:
     """Estimate the memory for generating from one source, without the model itself."""
     config = model.config
     cache = beams * _compute_key_value_bytes(model, source + target)
-    scores = 2 * config.num_heads * source**2 * _get_bytes_per_value(model)  # encoder position bias, plain and masked
+    scores = 2 * config.num_heads * source**2 * model.dtype.itemsize  # encoder position bias, plain and masked
     logits = 4 * beams * config.vocab_size * 4  # of one step in fp32, and copies made by beam search
     return int(cache + scores + logits)
-
-
-def _get_bytes_per_value(model: Any) -> int:
-    return int(model.dtype.itemsize)
 
 
 @contextmanager
@@ -222,20 +218,14 @@ def _measure_all(
         if size == 1:
             raise _make_memory_error(task, batch, lengths) from error
         del results, error  # the error's frames keep the batch's tensors in memory
-        _free_memory(device)
+        gc.collect()
+        torch.cuda.empty_cache()
         batch_size = -(-size // 2)
-        problem = f"{task}: out of memory with {size} examples at a time"
-        report(Note(f"{problem}; continuing with {batch_size}", warning=True))
+        report(Note(f"{task}: out of memory with {size} examples at a time; continuing with {batch_size}", True))
         pending = [batch[i : i + batch_size] for batch in pending for i in range(0, len(batch), batch_size)]
     report(Finished(task))
     found = {index: value for part in all_gather(found) for index, value in part.items()}
     return [found[index] for index in range(len(examples))]
-
-
-def _free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _try_batch(

@@ -97,7 +97,10 @@ class NonFiniteGuard:
         before = self._find_skipped_before(step)
         stops = not self.skip or len(before) >= self.max_skipped
         if get_rank_and_size()[0] == 0:
-            self._log(step, loss, grad_norm, "stop" if stops else "skip", examples)
+            values = {"loss": loss, "grad_norm": grad_norm}
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            line = {"step": step, **finite, "action": "stop" if stops else "skip", "examples": examples}
+            append_line(self.path, json.dumps(line))
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
         found = f"step {step}: {what}; no update was made; its examples: {self.path}"
         if not stops:
@@ -123,11 +126,6 @@ class NonFiniteGuard:
             for value in parameters:
                 value.grad = None
 
-    def _log(self, step: int, loss: float, grad_norm: float, action: str, examples: list[int]) -> None:
-        values = {"loss": _replace_non_finite(loss), "grad_norm": _replace_non_finite(grad_norm)}
-        line = {"step": step, **values, "action": action, "examples": examples}
-        append_line(self.path, json.dumps(line))
-
     def _find_skipped_before(self, step: int) -> set[int]:
         """Find the earlier steps that were skipped.
 
@@ -145,7 +143,3 @@ class NonFiniteGuard:
                 if line["action"] == "skip" and line["step"] < step:
                     skipped.add(line["step"])
         return skipped
-
-
-def _replace_non_finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -6,27 +6,25 @@
 If one rank fails, all ranks raise, and the checkpoints that exist already are kept (see training/checkpoint.py).
 """
 
+import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from t5tune.compat.torch_patches import collect_save_errors
 from t5tune.distributed.collectives import all_gather, broadcast_from_rank_0, get_rank_and_size
 from t5tune.errors import CheckpointError, T5TuneError, TrainingError, WriteError
+from t5tune.file_names import CHECKPOINT_MANIFEST_FILE
+from t5tune.io.atomic import fsync, hash_file, write_json
+from t5tune.io.reasons import to_one_line
+from t5tune.io.untrusted import resolve_inside
 from t5tune.progress import Note, Report
-from t5tune.training.checkpoint import (
-    STAGING_PREFIX,
-    count_bytes,
-    list_checkpoints,
-    publish,
-    read_evaluation,
-    rotate,
-    write_evaluation,
-)
+from t5tune.training.checkpoint import STAGING_PREFIX, count_bytes, list_checkpoints, write_manifest
 
+EVALUATION_FILE = "t5tune_evaluation.json"
 RESUME_HINT = "the same command resumes from it"
 
 
@@ -65,7 +63,8 @@ class CheckpointPublisher:
         staging = self.run_folder / f"{STAGING_PREFIX}{broadcast_from_rank_0(uuid.uuid4().hex[:8])}"
         try:
             self._raise_if_any_rank_failed(self._write_staged(staging, step, write), step)
-            self._raise_if_any_rank_failed(self._publish_staged(staging, step, best) if self._rank == 0 else None, step)
+            staged = staging / f"checkpoint-{step}"
+            self._raise_if_any_rank_failed(self._publish_staged(staged, step, best) if self._rank == 0 else None, step)
         finally:
             if self._rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -79,21 +78,36 @@ class CheckpointPublisher:
         except (OSError, T5TuneError) as error:
             self._failures.append(error)
 
-    def save_evaluation(self, step: int, best: int | None, line: dict[str, Any] | None) -> None:
-        """Add an evaluation to its step's checkpoint, which was saved before it, and rotate the checkpoints."""
+    def save_evaluation(self, step: int, best: int | None, line: dict[str, Any]) -> None:
+        """Add an evaluation to its step's checkpoint, so that a resumed run needn't repeat it, and rotate checkpoints.
+
+        Args:
+            line: the evaluation's entry in the Trainer's log history.
+        """
         if self._rank != 0:
             return
-        if line is not None:
-            try:
-                write_evaluation(self.run_folder / f"checkpoint-{step}", line)
-            except (WriteError, OSError) as error:
-                self.report(Note(f"{_describe_error(error)}; a resumed run will repeat this evaluation", warning=True))
-        rotate(self.run_folder, self.keep, best)
+        folder = self.run_folder / f"checkpoint-{step}"
+        try:
+            # the hash ties it to this checkpoint: a later checkpoint of the same step has another manifest
+            manifest = hash_file(folder / CHECKPOINT_MANIFEST_FILE)
+            write_json(folder / EVALUATION_FILE, {"manifest": manifest, "line": line})
+        except (WriteError, OSError) as error:
+            self.report(Note(f"{to_one_line(error)}; a resumed run will repeat this evaluation", warning=True))
+        self._rotate(best)
 
     def read_evaluation(self, step: int) -> dict[str, Any] | None:
-        """Read the evaluation that was added to the checkpoint of a step, if there is one. Call on every rank."""
+        """Read the evaluation that was added to the checkpoint of a step. Call on every rank.
+
+        It is None if it is missing, broken or belongs to another checkpoint.
+        """
         folder = self.run_folder / f"checkpoint-{step}"
-        return broadcast_from_rank_0(read_evaluation(folder) if self._rank == 0 else None)
+        line = None
+        if self._rank == 0:
+            with suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):
+                found = json.loads(resolve_inside(folder, EVALUATION_FILE).read_bytes())
+                if found["manifest"] == hash_file(folder / CHECKPOINT_MANIFEST_FILE) and "eval_loss" in found["line"]:
+                    line = dict(found["line"])
+        return broadcast_from_rank_0(line)
 
     def _write_staged(self, staging: Path, step: int, write: Callable[[], None]) -> Exception | None:
         """Write this rank's files. Return the first error in writing a file, or None.
@@ -107,28 +121,37 @@ class CheckpointPublisher:
                 staging.mkdir(exist_ok=True)
                 write()
         except OSError as error:
-            raise self._make_error(step, _describe_error(error)) from error
+            raise self._make_error(step, to_one_line(error)) from error
         finally:
             self.staging = None
         return self._failures[0] if self._failures else None
 
-    def _publish_staged(self, staging: Path, step: int, best: int | None) -> Exception | None:
+    def _publish_staged(self, staged: Path, step: int, best: int | None) -> Exception | None:
+        """Write the manifest of a staged checkpoint, and rename the checkpoint into the run folder."""
+        final = self.run_folder / staged.name
         try:
-            publish(staging / f"checkpoint-{step}", self.run_folder, step, self._num_ranks, self.run_identity)
+            write_manifest(staged, step, self._num_ranks, self.run_identity)
+            if final.exists():  # only a damaged one can exist: the run resumed from an earlier one
+                shutil.rmtree(final)
+            staged.rename(final)
+            fsync(self.run_folder)
             if self.rotates:
-                rotate(self.run_folder, self.keep, best)
+                self._rotate(best)
         except (OSError, CheckpointError, WriteError) as error:
             return error
         return None
 
+    def _rotate(self, best: int | None) -> None:
+        for old in list_checkpoints(self.run_folder)[self.keep :] if self.keep else []:
+            if old.name != f"checkpoint-{best}":
+                shutil.rmtree(old, ignore_errors=True)
+
     def _raise_if_any_rank_failed(self, failure: Exception | None, step: int) -> None:
         """Exchange errors with all ranks. If one rank has failed, all ranks raise a TrainingError."""
-        reasons = all_gather(None if failure is None else _describe_error(failure))
-        failed = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
-        if failed is None:
-            return
-        where = f"rank {failed}: " if self._num_ranks > 1 else ""
-        raise self._make_error(step, f"{where}{reasons[failed]}") from failure
+        for rank, reason in enumerate(all_gather(None if failure is None else to_one_line(failure))):
+            if reason is not None:
+                where = f"rank {rank}: " if self._num_ranks > 1 else ""
+                raise self._make_error(step, f"{where}{reason}") from failure
 
     def _make_error(self, step: int, reason: str) -> TrainingError:
         kept = list_checkpoints(self.run_folder)
@@ -140,8 +163,3 @@ class CheckpointPublisher:
             if kept
             else "there is no earlier checkpoint; the same command starts from the beginning",
         )
-
-
-def _describe_error(error: Exception) -> str:
-    """Join an error's message to one line."""
-    return " ".join(str(error).split())

@@ -60,21 +60,17 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     if unknown := sorted(set(allowed) - now.keys()):
         raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggest_name(unknown[0], now)}")
     then = read_run_identity(checkpoint)
+    _check_shards(checkpoint, then, now)
     different = {
         name: f"{name}: {_abbreviate(then.get(name))} in {checkpoint}, now {_abbreviate(now.get(name))}"
-        for name in [*now, *(then.keys() - now.keys())]
-        if then.get(name) != now.get(name)
+        for name in now | then
+        if then.get(name) != now.get(name) and name not in SHARDING_FIELDS
     }
-    _check_shards(checkpoint, then, now)
-    for name in SHARDING_FIELDS:
-        different.pop(name, None)
-    refused = [line for name, line in different.items() if name not in allowed]
-    if refused:
-        names = " ".join(name for name in different if name not in allowed)
+    if refused := [name for name in different if name not in allowed]:
         raise SettingsError(
-            *refused,
-            hint=f"use the settings that the run started with, resume anyway with --allow-change {names}, or start "
-            "over with --fresh",
+            *(different[name] for name in refused),
+            hint="use the settings that the run started with, resume anyway with --allow-change "
+            f"{' '.join(refused)}, or start over with --fresh",
         )
     return list(different.values())
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.fingerprint import describe_base
-from t5tune.checkpoints.hash_cache import load_hash, read_file_stats, store_hash
+from t5tune.checkpoints.fingerprint import describe_base, load_hash, read_file_stats, store_hash
 from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
 from t5tune.file_names import RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
-from t5tune.io.atomic import explain_write_errors, write_file
+from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_file
 from t5tune.io.reasons import describe_error
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report
@@ -30,7 +29,7 @@ from t5tune.settings.affects import Affects, select_settings
 from t5tune.training.checkpoint import find_newest, remove_staged
 from t5tune.training.resume_guard import build_run_identity, check_run_identity
 
-HASH_CACHE_FILE = "base.json"  # see checkpoints/hash_cache.py
+HASH_CACHE_FILE = "base.json"  # see checkpoints/fingerprint.py
 CACHE_SETTINGS = {*select_settings(TrainSettings, Affects.CACHE)} - {*select_settings(TrainSettings, Affects.STEPS)}
 """What determines the examples in a token cache, without what train can also apply to them later, such as num_data."""
 
@@ -97,6 +96,7 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
     """
     folder = folder.resolve()
     path = folder.with_name(f".{folder.name}.lock")
+    descriptor = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_locked(path)
@@ -107,16 +107,14 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
         ) from None
     except OSError as error:
         if path.parent.is_dir():  # otherwise creating the run folder fails later, with a better message
-            report(
-                Note(f"{path}: {error.strerror}: no lock, so a second run in {folder} isn't prevented", warning=True)
-            )
-        yield
-        return
+            problem = f"{path}: {error.strerror}: no lock, so a second run in {folder} isn't prevented"
+            report(Note(problem, warning=True))
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def _open_locked(path: Path) -> int:
@@ -151,10 +149,7 @@ def move_aside(folder: Path, report: Report) -> None:
     """Rename a folder that isn't empty to the first unused name of folder.1, folder.2, …"""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    aside = folder.with_name(f"{folder.name}.{number}")
+    aside = find_unused_folder(folder)
     with explain_write_errors(aside):
         folder.rename(aside)
     report(Note(f"{folder}: moved to {aside}"))
@@ -205,7 +200,11 @@ def start_or_resume_run(
     stats = read_file_stats(base)
     base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / HASH_CACHE_FILE, stats))
     run_identity = build_run_identity(settings, cache, base_metadata["sha256"], world.size)
-    resume = _find_checkpoint_to_resume(run.folder, report)
+    resume, damaged = find_newest(run.folder)
+    for problem in damaged:
+        report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))
+    if damaged and resume is None:
+        raise CheckpointError(f"{run.folder}: all of its checkpoints are damaged", hint="use --fresh to start over")
     if resume:
         for change in check_run_identity(resume, run_identity, settings.allow_change):
             report(Note(f"change allowed by --allow-change: {change}", warning=True))
@@ -229,15 +228,6 @@ def read_result(folder: Path) -> TrainResult:
     for name in ("run", "adapter", "resumed_from"):
         values[name] = Path(values[name]) if values[name] is not None else None
     return TrainResult(**values)
-
-
-def _find_checkpoint_to_resume(folder: Path, report: Report) -> Path | None:
-    found, damaged = find_newest(folder)
-    for problem in damaged:
-        report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))
-    if damaged and found is None:
-        raise CheckpointError(f"{folder}: all of its checkpoints are damaged", hint="use --fresh to start over")
-    return found
 
 
 def _collect_base_metadata(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:

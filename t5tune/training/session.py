@@ -3,9 +3,10 @@
 result = run_training(Session(settings, run, world, device, stop, report))
 """
 
+import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.distributed.collectives import barrier, run_on_rank_0
 from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.world import World
+from t5tune.errors import TrainingError
 from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAINER_STATE_FILE
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.io.yaml_file import read_yaml
@@ -31,13 +33,17 @@ from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
 from t5tune.training.batches import PackedCollator, PaddedCollator, make_sampler
 from t5tune.training.build_model import BuiltModel, build_model
-from t5tune.training.disk_space import check_disk_space, estimate_checkpoint_bytes
+from t5tune.training.callbacks import SamplePredictions
+from t5tune.training.checkpoint import count_bytes
 from t5tune.training.evaluation import GenerationScorer, select_evenly
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import RESUME_HINT, CheckpointPublisher
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
-from t5tune.training.sample_predictions import SamplePredictions
 from t5tune.training.trainer import T5Trainer, TrainerParts
+
+BYTES_PER_PARAMETER = 4 + 8  # of a checkpoint: the weights in fp32, and Adam's two moments
+EXTRA_BYTES_WITH_DEEPSPEED = 4 + 4  # per parameter: DeepSpeed's fp32 masters, and a second copy of the weights
+OVERHEAD_BYTES = 1 << 20  # random states, the Trainer's state, the manifest
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Session:
     device: torch.device
     stop: StopRequest
     report: Report
+    started: float = field(default_factory=time.monotonic)
 
 
 def run_training(session: Session) -> TrainResult:
@@ -58,9 +65,20 @@ def run_training(session: Session) -> TrainResult:
     Raises:
         Stopped: a signal asked to stop; the progress so far is saved in a checkpoint.
     """
-    started = time.monotonic()
-    settings, run = session.settings, session.run
-    loaded, trainer, samples = _build_trainer(session)
+    settings, run, world, report = session.settings, session.run, session.world, session.report
+    # a single process may exit at once while it loads; a rank must not leave the others waiting in a collective
+    with session.stop.interruptible() if world.size == 1 else nullcontext():
+        loaded = _load_data(session)
+        set_seed(settings.seed)
+        built = build_model(
+            settings, loaded.base, loaded.base_metadata, loaded.cache, loaded.deepspeed, session.device, report
+        )
+        _report_sizes(session, loaded, built)
+        trainer = _make_trainer(session, loaded, built)
+        samples = _make_sample_callback(session, loaded) if settings.report_samples else None
+        if samples is not None:
+            trainer.add_callback(samples)
+        run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable))
     trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)
     training_seconds = trainer.totals.measure_seconds()
     if trainer.is_stopped:
@@ -68,39 +86,23 @@ def run_training(session: Session) -> TrainResult:
         raise session.stop.make_error(f"; progress saved to {checkpoint}", hint=RESUME_HINT)
     if samples is not None:
         samples.finish(trainer.model, trainer.is_world_process_zero())
-    tokens = trainer.totals.count_tokens()
     best = trainer.state.best_global_step if choose_best_metric(settings) else None
     if best is not None:
         metric = f"{choose_best_metric(settings)} {trainer.state.best_metric:.4g}"
-        session.report(Note(f"the adapter is from the best step, {best}: {metric}"))
-    result = TrainResult(
-        run=run.folder,
-        adapter=run.folder,
-        steps=trainer.state.global_step,
-        epochs=round(trainer.state.epoch or 0.0, 4),
-        train_loss=trainer.compute_mean_loss(),
-        eval=_get_evaluation_metrics(trainer.state, best),
-        examples=len(loaded.cache),
-        tokens=tokens,
-        tokens_per_second=round(tokens / max(training_seconds, 1e-9), 1),
-        trainable_parameters=loaded.built.trainable,
-        total_parameters=loaded.built.total,
-        peak_memory_bytes=get_peak_memory(session.device),
-        world_size=session.world.size,
-        resumed_from=loaded.resume,
-        seconds=round(time.monotonic() - started, 3),
-    )
+        report(Note(f"the adapter is from the best step, {best}: {metric}"))
+    result = _make_result(session, loaded, built, trainer, training_seconds, best)
     last = best or result.steps
-    run_on_rank_0(session.world, lambda: _finish_run(run, settings, loaded.cache, trainer.state, result, last))
+    run_on_rank_0(world, lambda: _finish_run(run, settings, loaded.cache, trainer.state, result, last))
     barrier()
     return result
 
 
 @dataclass(frozen=True)
-class _LoadedRun:
-    """The data and the model of a run, ready to start training or to resume from the checkpoint `resume`.
+class _LoadedData:
+    """What a run is made from, and the checkpoint `resume` that it continues from, if there is one.
 
     Args:
+        base_metadata: what identifies the base.
         run_identity: the configuration that the run depends on, for its checkpoints.
         deepspeed: the DeepSpeed config, if there is one.
     """
@@ -109,32 +111,34 @@ class _LoadedRun:
     held_out: Cache | None
     tokenizer: Tokenizer
     template: Template
-    built: BuiltModel
+    base: Path
+    base_metadata: dict[str, Any]
     run_identity: dict[str, Any]
     deepspeed: dict[str, Any] | None
     resume: Path | None
 
 
-def _load_data_and_model(session: Session) -> _LoadedRun:
-    settings, run, world, report = session.settings, session.run, session.world, session.report
+def _load_data(session: Session) -> _LoadedData:
+    settings, run, world = session.settings, session.run, session.world
     cache, held_out = open_data(settings, run)
     base = find_base(settings)
     base_metadata, run_identity, resume = run_on_rank_0(
-        world, lambda: start_or_resume_run(settings, run, cache, base, world, report)
+        world, lambda: start_or_resume_run(settings, run, cache, base, world, session.report)
     )
     tokenizer = load_tokenizer(cache.tokenizer_folder)
     template = parse_template(read_yaml(cache.folder / TEMPLATE_FILE), cache.folder / TEMPLATE_FILE)
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
-    set_seed(settings.seed)
-    built = build_model(settings, base, base_metadata, cache, deepspeed, session.device, report)
+    return _LoadedData(cache, held_out, tokenizer, template, base, base_metadata, run_identity, deepspeed, resume)
+
+
+def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> None:
     share = f"{built.trainable:,} of {built.total:,} ({built.trainable / built.total:.1%})"
-    processes = f"{world.size} × {session.device.type}"
-    report(Note(f"trainable parameters: {share}; {len(cache):,} examples; {processes}"))
-    return _LoadedRun(cache, held_out, tokenizer, template, built, run_identity, deepspeed, resume)
+    processes = f"{session.world.size} × {session.device.type}"
+    session.report(Note(f"trainable parameters: {share}; {len(loaded.cache):,} examples; {processes}"))
 
 
-def _make_trainer(session: Session, loaded: _LoadedRun) -> T5Trainer:
-    settings, report, built, folder = session.settings, session.report, loaded.built, session.run.folder
+def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T5Trainer:
+    settings, report, folder = session.settings, session.report, session.run.folder
     evaluates = loaded.held_out is not None
     args = make_training_arguments(settings, loaded.deepspeed, evaluates, session.world, session.device, report)
     start_id, pad_id = built.model.config.decoder_start_token_id, loaded.tokenizer.pad_token_id
@@ -142,7 +146,7 @@ def _make_trainer(session: Session, loaded: _LoadedRun) -> T5Trainer:
     parts = TrainerParts(
         examples=loaded.cache,
         held_out=loaded.held_out,
-        sampler=make_sampler(settings, loaded.cache, built.is_packed, session.world.size, settings.seed),
+        sampler=make_sampler(settings, loaded.cache, built.is_packed, session.world.size),
         collator=PackedCollator(start_id) if built.is_packed else PaddedCollator(pad_id, start_id),
         weights=built.weights,
         publisher=CheckpointPublisher(folder, loaded.run_identity, settings.save_total_limit, report),
@@ -157,37 +161,57 @@ def _make_trainer(session: Session, loaded: _LoadedRun) -> T5Trainer:
     return T5Trainer(built.model, args, parts)
 
 
-def _check_space_for_checkpoints(session: Session, loaded: _LoadedRun) -> None:
+def _check_disk_space(session: Session, loaded: _LoadedData, trainable: int) -> None:
+    """Compare the free disk space with what the checkpoints of the run need.
 
-    with_deepspeed = loaded.deepspeed is not None
-    size = estimate_checkpoint_bytes(loaded.built.trainable, with_deepspeed, loaded.cache.tokenizer_folder)
-    limit = session.settings.save_total_limit or 1
-    run_on_rank_0(session.world, lambda: check_disk_space(session.run.folder, size, limit, session.report))
-
-
-def _build_trainer(session: Session) -> tuple[_LoadedRun, T5Trainer, SamplePredictions | None]:
-    """Load the data and the model. Return them, the trainer, and the callback for sample predictions or None."""
-    stop, world = session.stop, session.world
-    # a single process may exit at once while it loads; a rank must not leave the others waiting in a collective
-    with stop.interruptible() if world.size == 1 else nullcontext():
-        loaded = _load_data_and_model(session)
-        trainer = _make_trainer(session, loaded)
-        samples = _make_sample_callback(session, loaded) if session.settings.report_samples else None
-        if samples is not None:
-            trainer.add_callback(samples)
-        _check_space_for_checkpoints(session, loaded)
-    return loaded, trainer, samples
+    Raises:
+        TrainingError: there is no room for two checkpoints; a new one is written before the old one is deleted.
+    """
+    folder, count = session.run.folder, session.settings.save_total_limit or 1
+    per_parameter = BYTES_PER_PARAMETER + (EXTRA_BYTES_WITH_DEEPSPEED if loaded.deepspeed is not None else 0)
+    size = trainable * per_parameter + count_bytes(loaded.cache.tokenizer_folder) + OVERHEAD_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size:
+        raise TrainingError(
+            f"{folder}: {free:,} bytes are free, but two checkpoints need about {2 * size:,}",
+            hint="free some disk space, or choose another output_dir",
+        )
+    if free < (needed := (count + 1) * size):
+        problem = f"{folder}: {free:,} bytes are free, but {count} checkpoints will need about {needed:,}"
+        session.report(Note(f"{problem}; lower save_total_limit to keep fewer", warning=True))
 
 
-def _get_evaluation_metrics(state: Any, step: int | None) -> dict[str, float]:
-    """Return the evaluation metrics of a step (None: the last evaluation), without the prefix `eval_`."""
-    for line in reversed(state.log_history):
-        if "eval_loss" in line and step in (None, line["step"]):
-            return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-    return {}
+def _make_result(
+    session: Session, loaded: _LoadedData, built: BuiltModel, trainer: T5Trainer, seconds: float, best: int | None
+) -> TrainResult:
+    """Make the result of a run that trained for so many seconds. Every rank calls this; it sums over them."""
+    tokens = trainer.totals.count_tokens()
+    return TrainResult(
+        run=session.run.folder,
+        adapter=session.run.folder,
+        steps=trainer.state.global_step,
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        train_loss=trainer.compute_mean_loss(),
+        eval=_get_evaluation_metrics(trainer.list_evaluations(), best),
+        examples=len(loaded.cache),
+        tokens=tokens,
+        tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+        trainable_parameters=built.trainable,
+        total_parameters=built.total,
+        peak_memory_bytes=get_peak_memory(session.device),
+        world_size=session.world.size,
+        resumed_from=loaded.resume,
+        seconds=round(time.monotonic() - session.started, 3),
+    )
 
 
-def _make_sample_callback(session: Session, loaded: _LoadedRun) -> SamplePredictions:
+def _get_evaluation_metrics(evaluations: dict[int, dict[str, Any]], step: int | None) -> dict[str, float]:
+    """Return the metrics of a step's evaluation (None: the last one), without the prefix `eval_`."""
+    line = evaluations.get(step or max(evaluations, default=0), {})
+    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+
+
+def _make_sample_callback(session: Session, loaded: _LoadedData) -> SamplePredictions:
     """Make the callback that generates sample predictions for a few evenly spaced examples."""
     settings, examples = session.settings, loaded.held_out or loaded.cache
     chosen = [examples[index] for index in select_evenly(len(examples), settings.report_samples)]

@@ -135,22 +135,15 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if self.parts.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer: Any = optimizer_class(self._make_parameter_groups(self.parts.loraplus_lr_ratio), **options)
+        slow: dict[str, Any] = {"params": [], "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+        fast = slow | {"params": [], "lr": self.args.learning_rate * self.parts.loraplus_lr_ratio}
+        for name, value in self.model.named_parameters():
+            if value.requires_grad:
+                # ZeRO-3 replaces each parameter with a one-dimensional placeholder; `ds_shape` has its shape
+                is_fast = ".lora_B." in name or len(getattr(value, "ds_shape", value.shape)) == 1
+                (fast if is_fast else slow)["params"].append(value)
+        self.optimizer: Any = optimizer_class([slow, fast], **options)
         return self.optimizer
-
-    def _make_parameter_groups(self, ratio: float) -> list[dict[str, Any]]:
-        named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
-        # ZeRO-3 replaces each parameter with a one-dimensional placeholder; `ds_shape` has its shape
-        is_fast = {
-            name: ".lora_B." in name or len(getattr(value, "ds_shape", value.shape)) == 1 for name, value in named
-        }
-        slow = [value for name, value in named if not is_fast[name]]
-        fast = [value for name, value in named if is_fast[name]]
-        learning_rate, decay = self.args.learning_rate, self.args.weight_decay
-        return [
-            {"params": slow, "lr": learning_rate, "weight_decay": decay},
-            {"params": fast, "lr": learning_rate * ratio, "weight_decay": decay},
-        ]
 
     def is_stop_requested(self) -> bool:
         """Whether any rank has received a signal. A collective, so that all ranks stop after the same step."""
@@ -181,18 +174,18 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def _is_evaluation_due(self) -> bool:
         """Whether the previous process ended after a step, but before the evaluation that is due after that step."""
         step, strategy = self.state.global_step, self.args.eval_strategy
-        if step == 0 or strategy == "no" or self._find_evaluation(step) is not None:
+        if step == 0 or strategy == "no" or step in self.list_evaluations():
             return False
         interval = self.state.eval_steps if strategy == "steps" else self._steps_per_epoch
         return bool(step >= self.state.max_steps or step % interval == 0)
 
-    def _find_evaluation(self, step: int) -> dict[str, Any] | None:
-        history = reversed(self.state.log_history)
-        return next((line for line in history if line["step"] == step and "eval_loss" in line), None)
+    def list_evaluations(self) -> dict[int, dict[str, Any]]:
+        """Return the evaluations of the run so far, in order: step -> its entry in the Trainer's log history."""
+        return {line["step"]: line for line in self.state.log_history if "eval_loss" in line}
 
     def _save_evaluation(self) -> None:
         step = self.state.global_step
-        self.parts.publisher.save_evaluation(step, self.state.best_global_step, self._find_evaluation(step))
+        self.parts.publisher.save_evaluation(step, self.state.best_global_step, self.list_evaluations()[step])
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Evaluate, or return the evaluation that an earlier process has saved in the checkpoint."""
@@ -308,7 +301,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if (name := self.args.metric_for_best_model) is None or not metrics:
             return False
         name = f"eval_{name.removeprefix('eval_')}"
-        history = {line["step"]: line for line in self.state.log_history if "eval_loss" in line}
+        history = self.list_evaluations()
         best = history.get(self.state.best_global_step)
         is_best = math.isfinite(metrics["eval_loss"]) and (best is None or self._is_better(metrics, best, name))
         if is_best:

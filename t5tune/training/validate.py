@@ -18,10 +18,10 @@ from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.training.run_folder import CACHE_SETTINGS
-from t5tune.training.trackers import choose_trackers
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
 RESERVED_ARGUMENTS = {"disable_tqdm", "remove_unused_columns", "fsdp"}
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -42,18 +42,36 @@ def check_settings(settings: TrainSettings) -> None:
         configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)
         problems += _find_deepspeed_conflicts(settings, configuration)
         _check_deepspeed_installation(settings.deepspeed, configuration)
-    if settings.torch_compile and _trains_on_cpu(settings):
-        _check_compiler()
+    if settings.torch_compile and _trains_on_cpu(settings) and shutil.which(os.environ.get("CXX", "g++")) is None:
+        problem = "torch_compile: no C++ compiler is on the PATH"
+        raise DependencyError(problem, hint="install g++ (apt install g++), set CXX, or leave out torch_compile")
     if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
         problems.append(f"optim: {settings.optim}: paged optimizers need a GPU; use adamw_bnb_8bit")
     if problems:
         raise SettingsError(*problems)
 
 
-def _check_compiler() -> None:
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        problem = "torch_compile: no C++ compiler is on the PATH"
-        raise DependencyError(problem, hint="install g++ (apt install g++), set CXX, or leave out torch_compile")
+def choose_trackers(names: list[str]) -> list[str]:
+    """Return the trackers that `--report-to` names: none for ["none"], all installed ones for ["all"].
+
+    transformers logs to them.
+
+    Raises:
+        SettingsError: a name is unknown.
+        DependencyError: a tracker isn't installed.
+    """
+    if names == ["all"]:
+        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    wanted = [name for name in names if name != "none"]
+    for name in wanted:
+        if name not in TRACKERS:
+            raise SettingsError(f"report_to: {name}: no such tracker; choose from {', '.join(TRACKERS)}, all and none")
+        if importlib.util.find_spec(name) is None:
+            raise DependencyError(
+                f"report_to: {name} isn't installed",
+                hint=f"pip install {name}, or leave it out: metrics.jsonl and report.html need no package",
+            )
+    return wanted
 
 
 def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:

@@ -13,8 +13,7 @@ import pytest
 from t5tune.commands import doctor as doctor_module
 from t5tune.commands.doctor import PROBE_HINTS, _run_probe
 from t5tune.compat.requirements import check_versions, read_oldest_releases
-from t5tune.diagnosis import machine, probes
-from t5tune.diagnosis.finding import Finding
+from t5tune.diagnosis import Finding, machine, probes
 from tests.support.command_line import t5tune
 from tests.support.paths import REPOSITORY
 
@@ -213,18 +212,6 @@ def test_a_driver_that_torch_cannot_use_is_reported(monkeypatch: pytest.MonkeyPa
         assert state == "warning"
         assert "470.82" in found
         assert expected in fix
-
-
-def test_a_compiler_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho 'fatal error: atomic: no such file' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.delenv("CXX", raising=False)
-    state, found, fix = machine._check_compiler()
-    assert state == "warning"
-    assert "fatal error: atomic" in found
-    assert "g++" in fix
 
 
 def test_json_is_one_object_even_if_training_cannot_run(tmp_path: Path) -> None:

@@ -492,8 +492,8 @@ def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again
         "eval_steps": 2, "save_steps": 2, "max_steps": 6, "eval_fraction": 0.2, "metric_for_best_model": "eval_loss",
     }  # fmt: skip
     published: list[int] = []
-    publish = publisher.publish
-    monkeypatch.setattr(publisher, "publish", lambda *given: published.append(given[2]) or publish(*given))
+    write = publisher.write_manifest
+    monkeypatch.setattr(publisher, "write_manifest", lambda *given: published.append(given[1]) or write(*given))
     run = tmp_path / "run"
     uninterrupted = train(make_short_settings(untied_base, conversations, run, **changes))
     assert published == [2, 4, 6]

@@ -181,11 +181,11 @@ def test_tensors_trained_in_addition_to_the_adapter_are_saved_and_reported(saves
     assert list(extra) == [EXTRA_PARAMETER]
     state = load_file(tmp_path / "adapter" / "non_lora_state.safetensors")
     assert_same(state, {name.removeprefix("base_model.model."): value for name, value in extra.items()})
-    fate = "it is saved to non_lora_state.safetensors, which PEFT doesn't load"
-    assert f"1 tensor was trained in addition to the adapter (first: {EXTRA_PARAMETER}); {fate}" in notes
+    fate = "saved to non_lora_state.safetensors, which PEFT doesn't load"
+    assert f"tensors trained in addition to the adapter: 1 (first: {EXTRA_PARAMETER}); {fate}" in notes
     run_export(folder, tmp_path / "alone", notes, non_lora_state="none")
     assert list_files(tmp_path / "alone") == [n for n in list_files(tmp_path / "adapter") if "non_lora" not in n]
-    assert any(note.endswith("; it is left out, because non_lora_state is none") for note in notes)
+    assert any(note.endswith("; left out by non_lora_state: none") for note in notes)
 
 
 # stock Trainer and stock PEFT
@@ -342,8 +342,8 @@ def test_the_rows_of_fastchats_tokens_are_recomputed_from_the_base(
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
-        ("lora_r", 8, "lora_r: 8, but the matrices in .* have rank 4"),
-        ("lora_target_modules", ["q"], "lora_target_modules: q, but .* adapts q v"),
+        ("lora_r", 8, "lora_r: 8, but .*old has 4"),
+        ("lora_target_modules", ["q"], "lora_target_modules: q, but .*old has q v"),
     ],
 )
 def test_a_flag_that_contradicts_the_old_output_is_refused(
@@ -357,7 +357,7 @@ def test_a_flag_that_contradicts_the_old_output_is_refused(
 
 
 def test_a_flag_that_contradicts_adapter_config_is_refused(trainer_run: tuple[Path, Any], tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"lora_alpha: 32\.0, but .*adapter_config\.json says 16"):
+    with pytest.raises(SettingsError, match=r"lora_alpha: 32\.0, but .*adapter_config\.json has 16"):
         run_export(trainer_run[0], tmp_path / "adapter", lora_alpha=32)
 
 

@@ -216,16 +216,16 @@ def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[i
 )
 def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str, uneven_cache: Path) -> None:
     from t5tune.data.cache import open_cache
-    from t5tune.training.batches import BucketSampler, BudgetSampler
+    from t5tune.training.batches import StepSampler, make_budget_sampler, make_count_sampler
 
     sources, targets = open_cache(uneven_cache).read_lengths()
     packed, tokens = packing != "off", batching.get("tokens_per_batch")
-    sampler: BucketSampler | BudgetSampler
+    sampler: StepSampler
     if tokens is None:  # 36 examples: two steps of 16, and one with 4 examples for 8 micro-batches
         lengths = sources + targets if batching["group_by_length"] else np.zeros_like(sources)
-        sampler = BucketSampler(lengths, 2, 8, seed=5)
+        sampler = make_count_sampler(lengths, 2, 8, seed=5)
     else:
-        sampler = BudgetSampler(sources, targets, tokens, packed, 8, seed=5)
+        sampler = make_budget_sampler(sources, targets, tokens, packed, 8, seed=5)
     with_fillers = [[index for index in batch if isinstance(index, int)] for batch in sampler]
     batches = [batch for batch in with_fillers if batch]
     result = make_plan(

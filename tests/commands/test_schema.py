@@ -14,7 +14,14 @@ import pytest
 from t5tune.commands.schema import FLAG_METADATA, schema
 from t5tune.commands.templates import templates
 from t5tune.errors import SettingsError
-from t5tune.settings import COMMANDS, TemplatesSettings, TrainSettings, load_settings, packaged_templates
+from t5tune.settings import (
+    COMMANDS,
+    SchemaSettings,
+    TemplatesSettings,
+    TrainSettings,
+    load_settings,
+    packaged_templates,
+)
 
 SCHEMA = Path(__file__).parents[2] / "templates" / "schemas" / "train.json"
 
@@ -23,7 +30,7 @@ if __name__ != "__main__":
 
 
 def schema_text() -> str:
-    return json.dumps(schema("train"), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(schema(SchemaSettings(of="train")), indent=2, ensure_ascii=False) + "\n"
 
 
 def test_the_packaged_schema_matches_the_settings() -> None:
@@ -32,7 +39,7 @@ def test_the_packaged_schema_matches_the_settings() -> None:
 
 @pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
 def test_every_command_has_a_schema_of_its_settings(model: type) -> None:
-    described = schema(model.command)
+    described = schema(SchemaSettings(of=model.command))
     assert set(described["properties"]) == set(model.model_fields)
     assert "required" not in described
     assert described["additionalProperties"] is False
@@ -40,7 +47,7 @@ def test_every_command_has_a_schema_of_its_settings(model: type) -> None:
 
 
 def test_a_schema_contains_choices_ranges_and_lists_written_as_text() -> None:
-    properties = schema("train")["properties"]
+    properties = schema(SchemaSettings(of="train"))["properties"]
     assert properties["quant_type"]["enum"] == ["nf4", "fp4", "int8"]
     assert properties["lora_r"]["exclusiveMinimum"] == 0
     assert {choice["type"] for choice in properties["lora_target_modules"]["anyOf"]} == {"array", "string"}
@@ -54,8 +61,8 @@ def test_every_run_config_and_its_copy_name_a_schema_next_to_them(name: str, tmp
     run, copied_schema = templates(TemplatesSettings(action="copy", name=name, to=tmp_path)).copied
     named = run.read_text().splitlines()[0].partition("$schema=")[2]
     assert run.parent / named == copied_schema
-    assert json.loads(copied_schema.read_text()) == schema("train")
-    properties = schema("train")["properties"]
+    assert json.loads(copied_schema.read_text()) == schema(SchemaSettings(of="train"))
+    properties = schema(SchemaSettings(of="train"))["properties"]
     from t5tune.io.yaml_file import read_yaml
 
     assert read_yaml(run) == read_yaml(packaged)
@@ -134,4 +141,5 @@ def test_the_name_of_a_shell_after_show_completion_is_refused() -> None:
 
 
 def test_a_size_can_be_written_with_its_unit() -> None:
-    assert {"type": "string"} in schema("merge")["properties"]["max_shard_size"]["anyOf"][0]["anyOf"]
+    merge = schema(SchemaSettings(of="merge"))
+    assert {"type": "string"} in merge["properties"]["max_shard_size"]["anyOf"][0]["anyOf"]

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import distributed_c10d
 from torch.nn import functional
 
-from t5tune.compat.environment import restore_environment
+from t5tune.compat.python_patches import restore_environment
 from t5tune.compat.torch_patches import collect_save_errors, replace_attention_kernel, use_default_timeout
 from t5tune.compat.transformers_patches import replace_forward
 

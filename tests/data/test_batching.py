@@ -5,17 +5,17 @@ import pytest
 
 from t5tune.data.batching import make_count_batches
 from t5tune.errors import SettingsError
-from t5tune.training.batches import BucketSampler, BudgetSampler, Filler
+from t5tune.training.batches import Filler, StepSampler, make_budget_sampler, make_count_sampler
 
 
-def list_indices(sampler: BucketSampler) -> list[int]:
+def list_indices(sampler: StepSampler) -> list[int]:
     return [index for batch in sampler for index in batch if isinstance(index, int)]
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 1000, 4099])
 def test_every_example_is_used_once_per_epoch(count: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 500, count)
-    sampler = BucketSampler(lengths, batch_size=4, step_size=4, seed=1)
+    sampler = make_count_sampler(lengths, batch_size=4, step_size=4, seed=1)
     batches = list(sampler)
     assert len(sampler) == len(batches) == -(-count // 16) * 4
     assert all(1 <= len(batch) <= 4 for batch in batches)
@@ -27,7 +27,7 @@ def test_a_step_has_the_same_examples_however_it_is_divided(count: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 500, count)
     steps = []
     for batch_size, step_size in ((8, 1), (4, 2), (1, 8)):
-        batches = list(BucketSampler(lengths, batch_size, step_size, seed=1))
+        batches = list(make_count_sampler(lengths, batch_size, step_size, seed=1))
         steps.append(
             [
                 [index for batch in batches[start : start + step_size] for index in batch if isinstance(index, int)]
@@ -41,7 +41,7 @@ def test_micro_batches_without_examples_are_empty_and_get_a_filler() -> None:
     lengths = np.arange(5, 16)
     batches = make_count_batches(lengths, batch_size=2, step_size=4, seed=1, epoch=0)
     assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1, 1, 1, 0]
-    sampled = list(BucketSampler(lengths, batch_size=2, step_size=4, seed=1))
+    sampled = list(make_count_sampler(lengths, batch_size=2, step_size=4, seed=1))
     assert sampled[:7] == [batch.tolist() for batch in batches[:7]]
     assert sampled[7] == [Filler(batches[4][0])]  # of the first example of the step
 
@@ -50,7 +50,7 @@ def test_seed_and_epoch_determine_the_order() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 500)
     orders = {}
     for seed in (1, 2):
-        sampler = BucketSampler(lengths, batch_size=8, step_size=1, seed=seed)
+        sampler = make_count_sampler(lengths, batch_size=8, step_size=1, seed=seed)
         for epoch in (0, 1, 0):
             sampler.set_epoch(epoch)
             order = list_indices(sampler)
@@ -60,7 +60,7 @@ def test_seed_and_epoch_determine_the_order() -> None:
 
 def test_a_step_has_examples_of_similar_length_and_steps_are_shuffled() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 4096)
-    order = np.array(list_indices(BucketSampler(lengths, batch_size=32, step_size=1, seed=3)))
+    order = np.array(list_indices(make_count_sampler(lengths, batch_size=32, step_size=1, seed=3)))
     steps = lengths[order].reshape(-1, 32)
     useful = steps.sum() / (steps.max(1) * 32).sum()
     shuffled = lengths.reshape(-1, 32)
@@ -80,7 +80,7 @@ def sample_lengths(count: int, longest: int, seed: int = 0) -> tuple[np.ndarray,
     return sources, np.clip(rng.lognormal(np.log(150), 1.0, count).astype(np.int64), 4, longest)
 
 
-def list_epoch(sampler: BudgetSampler, epoch: int) -> list[list[int]]:
+def list_epoch(sampler: StepSampler, epoch: int) -> list[list[int]]:
     sampler.set_epoch(epoch)
     return list(sampler)
 
@@ -91,7 +91,7 @@ def test_each_epoch_has_every_example_once_in_the_same_number_of_batches_within_
     count: int, step_size: int, packed: bool
 ) -> None:
     sources, targets = sample_lengths(count, 512)
-    sampler = BudgetSampler(sources, targets, 2048, packed, step_size, seed=1)
+    sampler = make_budget_sampler(sources, targets, 2048, packed, step_size, seed=1)
     assert len(sampler) % step_size == 0
     orders = [list_epoch(sampler, epoch) for epoch in range(6)]
     for batches in orders:
@@ -104,13 +104,13 @@ def test_each_epoch_has_every_example_once_in_the_same_number_of_batches_within_
         assert max(sizes) <= 2048
     assert len({str(batches) for batches in orders}) == 6
     assert list_epoch(sampler, 2) == orders[2]
-    assert list_epoch(BudgetSampler(sources, targets, 2048, packed, step_size, seed=2), 2) != orders[2]
+    assert list_epoch(make_budget_sampler(sources, targets, 2048, packed, step_size, seed=2), 2) != orders[2]
 
 
 @pytest.mark.parametrize(("longest", "tokens"), [(512, 8192), (2048, 16384)])
 def test_padded_batches_are_full_and_have_similar_lengths(longest: int, tokens: int) -> None:
     sources, targets = sample_lengths(20_000, longest)
-    batches = list_epoch(BudgetSampler(sources, targets, tokens, False, 4, seed=0), 1)
+    batches = list_epoch(make_budget_sampler(sources, targets, tokens, False, 4, seed=0), 1)
     padded = sum(len(batch) * (sources[batch].max() + targets[batch].max()) for batch in batches)
     assert (sources + targets).sum() / padded > 0.92
     assert padded / len(batches) / tokens > 0.9
@@ -119,7 +119,7 @@ def test_padded_batches_are_full_and_have_similar_lengths(longest: int, tokens: 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_batches_of_a_step_cost_about_the_same(packed: bool) -> None:
     sources, targets = sample_lengths(20_000, 2048)
-    batches = list_epoch(BudgetSampler(sources, targets, 8192, packed, 8, seed=0), 0)
+    batches = list_epoch(make_budget_sampler(sources, targets, 8192, packed, 8, seed=0), 0)
     costs = []
     for batch in batches:
         source, target = sources[batch], targets[batch]
@@ -137,6 +137,6 @@ def test_impossible_budgets_are_refused() -> None:
     with pytest.raises(
         SettingsError, match="tokens_per_batch: 100: the longest example has 101 source and target tokens"
     ):
-        BudgetSampler(sources, targets, 100, True, 1, seed=0)
+        make_budget_sampler(sources, targets, 100, True, 1, seed=0)
     with pytest.raises(SettingsError, match="3 examples are too few for a step of 4 batches"):
-        BudgetSampler(sources, targets, 101, True, 4, seed=0)
+        make_budget_sampler(sources, targets, 101, True, 4, seed=0)

@@ -30,9 +30,9 @@ from t5tune.data.formats import Turn
 from t5tune.data.tokenizer import decode_prediction, load_tokenizer
 from t5tune.errors import ModelError
 from t5tune.families import BYTE_FALLBACK, BYTES, FAMILIES, PLANNED_MODELS, Family, find_family
+from t5tune.model.inference import load_adapter
 from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.model.load import load_base
-from t5tune.model.lora import load_adapter
 from t5tune.settings import (
     ChatSettings,
     EvaluateSettings,
@@ -42,7 +42,7 @@ from t5tune.settings import (
     PrepareSettings,
     TrainSettings,
 )
-from t5tune.settings.base_model import FamilyName
+from t5tune.settings.shared import FamilyName
 from tests.support.command_line import t5tune
 from tests.support.prose import english_text
 

@@ -18,7 +18,7 @@ from t5tune.commands.merge import MergeResult, merge
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, TrainingError
-from t5tune.merging.converted_size import estimate_converted_size
+from t5tune.merging.shards import estimate_converted_size
 from t5tune.model.generation import Decoding, generate
 from t5tune.model.load import load_base
 from t5tune.progress import Note

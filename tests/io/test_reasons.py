@@ -93,7 +93,7 @@ def test_broken_files_are_described_on_the_command_line(tmp_path: Path) -> None:
     assert run_to_error(*prepare, "pocket", "--model-name-or-path", base) == f"{base / 'config.json'}: {reason}"
     cache.mkdir()
     (cache / "manifest.json").write_text("[1]")
-    assert "manifest.json: not the manifest of a token cache (it has no format)" in run_to_error("inspect", cache)
+    assert "manifest.json: not the manifest of a token cache (expected a JSON object)" in run_to_error("inspect", cache)
     for row, why in (('a,"b', "the file ends inside quotes"), ('a,"b"c', "there is text after a closing quote")):
         table.write_text(f"source,target\n{row}\n")
         said = run_to_error(*prepare, table, "--model-name-or-path", "pocket")

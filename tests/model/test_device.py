@@ -15,8 +15,8 @@ import torch
 from t5tune.commands.train import train
 from t5tune.errors import SettingsError
 from t5tune.model.device import SPIN_VARIABLES, check_bf16
+from t5tune.model.inference import load_adapter, load_weighted_sum
 from t5tune.model.load import load_base
-from t5tune.model.lora import load_adapter, load_weighted_sum
 from t5tune.training.validate import check_settings
 from tests.support import train_runs
 from tests.support.paths import REPOSITORY

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from t5tune.checkpoints import fingerprint, hash_cache
+from t5tune.checkpoints import fingerprint
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_full_hash
 from t5tune.commands.train import train
@@ -107,7 +107,7 @@ def test_a_base_is_hashed_once_and_again_after_one_of_its_files_was_touched(
     # not cached: the file is so new that a later change might leave its timestamp as it is
     assert resume_and_count_reads() == 1
     assert not (run / "base.json").exists()
-    monkeypatch.setattr(hash_cache, "SECONDS_TO_SETTLE", -1.0)
+    monkeypatch.setattr(fingerprint, "SECONDS_TO_SETTLE", -1.0)
     assert [resume_and_count_reads(), resume_and_count_reads()] == [1, 0]
     changed, times = bytearray(file.read_bytes()), file.stat()
     changed[-20_000] ^= 1  # in the middle of a tensor, which the fingerprint doesn't sample

@@ -245,11 +245,9 @@ def test_tensorboard_gets_the_metrics(untied_base: Path, conversations: Path, tm
 
 def test_charts_omit_values_that_are_not_finite_and_thin_out_long_series() -> None:
     long = [(float(step), 2.0) for step in range(10_000)]
-    assert len(re.findall(r"[\d.]+,[\d.]+", draw_line_chart("A", [Series("a", long)], "step"))) <= 301
-    assert draw_line_chart("A", [Series("a", [(1, float("nan"))])], "step") == ""
-    (points,) = re.findall(
-        r'points="(.*?)"', draw_line_chart("A", [Series("a", [(1, 1), (2, float("inf")), (3, 2)])], "step")
-    )
+    assert len(re.findall(r"[\d.]+,[\d.]+", draw_line_chart("A", [Series("a", long)]))) <= 301
+    assert draw_line_chart("A", [Series("a", [(1, float("nan"))])]) == ""
+    (points,) = re.findall(r'points="(.*?)"', draw_line_chart("A", [Series("a", [(1, 1), (2, float("inf")), (3, 2)])]))
     assert len(points.split()) == 2
     assert [format_short(value) for value in (0.00015, 12.5, 1200, 8718.9, 81_000, 3.2e6)] == [
         "0.00015", "12.5", "1,200", "8,719", "81k", "3.2M",
@@ -258,7 +256,7 @@ def test_charts_omit_values_that_are_not_finite_and_thin_out_long_series() -> No
 
 def test_a_loss_that_falls_a_thousandfold_is_drawn_on_a_log_scale() -> None:
     def heights(*values: float) -> list[float]:
-        chart = draw_line_chart("A", [Series("a", list(enumerate(values)))], "step", may_be_logarithmic=True)
+        chart = draw_line_chart("A", [Series("a", list(enumerate(values)))], allow_log=True)
         return [float(place.split(",")[1]) for place in re.findall(r'points="(.*?)"', chart)[0].split()]
 
     first, second, third = heights(10, 0.1, 0.001)

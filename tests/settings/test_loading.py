@@ -66,8 +66,8 @@ def run_command_line(
     for name in [name for name in os.environ if name.startswith("T5TUNE_")]:
         monkeypatch.delenv(name)
     received: list[Settings] = []
-    monkeypatch.setattr(command, "_call", lambda settings, output: received.append(settings) or 0)
-    monkeypatch.setattr(command, "_silence_libraries", lambda: None)
+    monkeypatch.setattr(command, "_import_command", lambda name: lambda settings, output: received.append(settings))
+    monkeypatch.setattr(command, "_configure_libraries", lambda name, debug: None)
 
     def run(*arguments: str) -> tuple[Any, str]:
         received.clear()

@@ -49,11 +49,11 @@ MAX_EXPANDED_ELEMENTS = 1 << 20
 """Number of elements up to which a tensor may repeat the elements of a smaller storage (torch's `expand`)."""
 
 
+@dataclass(frozen=True)
 class _StorageType:
     """Placeholder for torch.FloatStorage and similar classes, which a persistent id refers to."""
 
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,17 @@ class _Reader:
         )
 
     def load_storage(self, reference: Any) -> _Storage:
-        if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
-            raise ValueError("its pickle has a persistent id that isn't a storage")
-        _, storage_type, key, _, count = reference
-        if not isinstance(storage_type, _StorageType) or type(key) is not str or type(count) is not int:
-            raise ValueError("its pickle has a persistent id that isn't a storage")
-        dtype = NUMPY_DTYPES[storage_type.dtype]
+        match reference:
+            case ("storage", _StorageType() as kind, str() as key, _, int() as count) if type(count) is int:
+                dtype = NUMPY_DTYPES[kind.dtype]
+            case _:
+                raise ValueError("its pickle has a persistent id that isn't a storage")
         member = self.archive.get_member(f"data/{key}")
-        if count < 0 or count * dtype.itemsize != member.size:
+        if count * dtype.itemsize != member.size:
             raise ValueError(f"data/{key[:100]}: {member.size} bytes, expected {count * dtype.itemsize}")
         values = np.frombuffer(self.archive.view(f"data/{key}"), dtype)
         file_range = FileRange(self.archive.path, member.begin)
-        return _Storage(storage_type.dtype, values, file_range, partial(self.archive.check, f"data/{key}"))
+        return _Storage(kind.dtype, values, file_range, partial(self.archive.check, f"data/{key}"))
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -163,12 +162,6 @@ def _check_numbers(offset: Any, shape: tuple[Any, ...], strides: tuple[Any, ...]
         raise ValueError("its pickle has a tensor with an invalid shape")
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> Tensor:
-    if not isinstance(data, Tensor):
-        raise ValueError("its pickle has a parameter that isn't a tensor")
-    return data
-
-
 def _rebuild_from_type(rebuild: Any, _type: Any, arguments: Any, _state: Any) -> Tensor:
     """Replacement for torch._tensor._rebuild_from_type_v2: a tensor with extra attributes, which aren't needed here."""
     functions = [_FUNCTIONS["torch._utils", name] for name in ("_rebuild_tensor_v2", "_rebuild_parameter")]
@@ -177,28 +170,24 @@ def _rebuild_from_type(rebuild: Any, _type: Any, arguments: Any, _state: Any) ->
     return rebuild.call(*arguments)  # type: ignore[no-any-return]
 
 
-def _rebuild_set(values: Any = ()) -> list[Any]:
-    if type(values) is not list:
-        raise ValueError("its pickle has an invalid set")
-    return values
+def _take_first(kind: type[Any], problem: str) -> Function:
+    """Make the replacement for a function whose first argument, of this type, is all that is needed."""
+
+    def take(value: Any = None, *_: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"its pickle has {problem}")
+        return value
+
+    return Function(take)
 
 
-def _rebuild_size(values: Any) -> tuple[Any, ...]:
-    if type(values) is not tuple:
-        raise ValueError("its pickle has an invalid torch.Size")
-    return values
-
-
-def _rebuild_ordered_dict() -> dict[Any, Any]:
-    return {}
-
-
+_PARAMETER = _take_first(Tensor, "a parameter that isn't a tensor")
 _FUNCTIONS = {
-    ("collections", "OrderedDict"): Function(_rebuild_ordered_dict),
-    ("__builtin__", "set"): Function(_rebuild_set),
-    ("torch", "Size"): Function(_rebuild_size),
+    ("collections", "OrderedDict"): Function(lambda: {}),
+    ("__builtin__", "set"): _take_first(list, "an invalid set"),
+    ("torch", "Size"): _take_first(tuple, "an invalid torch.Size"),
     ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): Function(_rebuild_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): Function(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter"): _PARAMETER,
+    ("torch._utils", "_rebuild_parameter_with_state"): _PARAMETER,
     ("torch._tensor", "_rebuild_from_type_v2"): Function(_rebuild_from_type),
 }

@@ -16,6 +16,7 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from t5tune.checkpoints.tensors import drop_pages
 from t5tune.errors import CheckpointError
 from t5tune.io.reasons import describe_error
 
@@ -237,9 +238,3 @@ class StoredZip:
         if signature != b"PK\x03\x04" or method or name != member.name.encode() or sizes or checks:
             raise self._build_error(f"{member.name[:100]!r}: its local header contradicts the central directory")
         return member.header + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
-
-
-def drop_pages(mapped: mmap.mmap) -> None:
-    """Drop the pages of a mapped file from this process's memory; otherwise all that was read would stay in it."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)

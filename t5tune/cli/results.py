@@ -1,29 +1,37 @@
-"""`t5tune plan` on the terminal: the model, a table of the memory by ZeRO stage, and the suggested flags."""
+"""How results are shown on the terminal, for the commands whose result is more than the path of an output."""
 
+import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from t5tune.cli.output import Output
-from t5tune.commands.plan import GIB, Plan, StageMemory, plan
-from t5tune.settings import PlanSettings
+if TYPE_CHECKING:
+    from t5tune.commands.doctor import Diagnosis
+    from t5tune.commands.plan import Plan, StageMemory
+    from t5tune.commands.templates import Templates
+
+GIB = 1 << 30
+STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
 
 
-def run(settings: PlanSettings, output: Output) -> int:
-    """Show the plan."""
-    result = plan(settings, output.report)
-    output.show(result, render_plan(result))
-    return 0
+def render_result(command: str, result: Any) -> RenderableType | None:
+    """Make the text of a command's result; None for one that begins with the path of an output."""
+    match command:
+        case "plan":
+            return Group(*_render_plan(result))
+        case "doctor":
+            return Group(*_render_diagnosis(result))
+        case "templates":
+            return _render_templates(result)
+        case "schema":
+            return json.dumps(result, indent=2, ensure_ascii=False)
+    return None
 
 
-def render_plan(result: Plan) -> Group:
-    """Make the text of a plan."""
-    return Group(*_render_parts(result))
-
-
-def _render_parts(result: Plan) -> Iterator[RenderableType]:
+def _render_plan(result: "Plan") -> Iterator[RenderableType]:
     share = result.trainable_parameters / result.total_parameters
     yield Text(
         f"{result.model}: {result.total_parameters:,} parameters, {result.trainable_parameters:,} trainable "
@@ -39,7 +47,7 @@ def _render_parts(result: Plan) -> Iterator[RenderableType]:
         yield Text("nothing fits: use shorter examples, a smaller model, or more memory", "yellow")
 
 
-def _describe_batch(result: Plan) -> str:
+def _describe_batch(result: "Plan") -> str:
     device = f"{result.processes} × {result.device}"
     if result.device_memory is not None:
         device += f" with {_format_size(result.device_memory)}"
@@ -54,7 +62,7 @@ def _describe_batch(result: Plan) -> str:
     return ", ".join(parts)
 
 
-def _make_table(result: Plan) -> Table:
+def _make_table(result: "Plan") -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     names = ("GiB per device", "weights", "gradients", "optimizer", "activations", "runtime", "total", "host", "")
     for number, name in enumerate(names):
@@ -65,7 +73,7 @@ def _make_table(result: Plan) -> Table:
     return table
 
 
-def _make_row(stage: StageMemory, is_chosen: bool) -> list[str]:
+def _make_row(stage: "StageMemory", is_chosen: bool) -> list[str]:
     sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.runtime, stage.total, stage.host)
     fits = "" if stage.fits is None else "fits" if stage.fits else "no"
     name = "no DeepSpeed" if stage.stage == "none" else stage.stage
@@ -74,3 +82,25 @@ def _make_row(stage: StageMemory, is_chosen: bool) -> list[str]:
 
 def _format_size(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / (GIB >> 10):.2f} MiB"
+
+
+def _render_diagnosis(diagnosis: "Diagnosis") -> Iterator[Text]:
+    """Yield the findings as unwrapped plain lines, which a user can paste into an issue report."""
+    yield Text(f"t5tune {diagnosis.version} on {diagnosis.platform}")
+    width = max(len(finding.check) for finding in diagnosis.findings)
+    for finding in diagnosis.findings:
+        state = Text(f"{finding.state:<8}", STYLES[finding.state])
+        yield Text.assemble(state, f"{finding.check:<{width}}  ", finding.found)
+        if finding.mend:
+            yield Text.assemble(" " * (width + 10), ("fix: ", "bold"), finding.mend)
+    verdict = "training can run here" if diagnosis.ok else "training can't run here: fix what is broken"
+    yield Text(verdict, "green" if diagnosis.ok else "bold red")
+
+
+def _render_templates(result: "Templates") -> str:
+    """Return the names of the templates, the text of the one to show, or the paths of the copies."""
+    if result.copied:
+        return "\n".join(map(str, result.copied))
+    if result.shown is not None:
+        return result.shown.read_text(encoding="utf-8").removesuffix("\n")
+    return "\n".join(f"{kind}: {' '.join(names)}" for kind, names in result.names.items())

@@ -1,0 +1,72 @@
+"""What the HTML pages share: one style sheet, the frame of a page, and the charts of the examples' lengths."""
+
+import html
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+from t5tune.data.cache_view import Histogram
+from t5tune.io.atomic import write_file
+from t5tune.reports.svg import draw_histogram
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --back: #fff; --text: #1f2937; --soft: #6b7280; --line: #d1d5db; --card: #f9fafb;
+  --c0: #2563eb; --c1: #c2410c; --c2: #15803d; --cut: #b91c1c; --mark: #a16207;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #0f172a; --text: #e2e8f0; --soft: #94a3b8; --line: #334155; --card: #1e293b;
+    --c0: #60a5fa; --c1: #fb923c; --c2: #4ade80; --cut: #fca5a5; --mark: #fde047;
+  }
+}
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; background: var(--back); color: var(--text);
+       max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
+.soft { color: var(--soft); margin: .2rem 0 1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; }
+.cards div, figure, article { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+                              padding: .6rem .8rem; }
+.cards b { display: block; font-size: 1.25rem; font-weight: 600; }
+.cards span { color: var(--soft); font-size: .85rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .9rem; }
+figcaption { font-weight: 600; font-size: .9rem; display: flex; justify-content: space-between; }
+svg { display: block; width: 100%; height: auto; }
+.axis { fill: var(--soft); font-size: 11px; } .grid { stroke: var(--line); stroke-width: .6; }
+polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.line-0 { stroke: var(--c0); } .line-1 { stroke: var(--c1); }
+.dot-0, .bar-0 { fill: var(--c0); } .dot-1 { fill: var(--c1); } .bar-2 { fill: var(--c2); }
+.legend { font-weight: 400; } .legend span { margin-left: .9rem; }
+.key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .target { color: var(--c2); }
+.cut { color: var(--cut); text-decoration: line-through; }
+.added, .end { color: var(--mark); } .unknown { background: var(--cut); color: var(--back); border-radius: .2rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th { text-align: left; color: var(--soft); font-weight: 500; }
+th, td { border-bottom: 1px solid var(--line); padding: .4rem .8rem .4rem 0; vertical-align: top;
+         overflow-wrap: anywhere; }
+pre, .samples td { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre, .settings td { font: 13px/1.5 ui-monospace, monospace; }
+.samples { table-layout: fixed; } summary { cursor: pointer; color: var(--soft); margin-top: .6rem; }
+article { margin: 1rem 0; }
+"""
+
+
+def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
+    """Write an HTML page that needs no network, through a temporary file."""
+    head = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+    )
+    write_file(path, (f"{part}\n".encode(errors="backslashreplace") for part in chain([head], parts)))
+
+
+def draw_length_charts(sources: Histogram, targets: Histogram) -> str:
+    """Draw the histograms of the examples' lengths next to each other."""
+    charts = (
+        draw_histogram(f"{name} length", bars.edges, bars.counts, color)
+        for color, name, bars in ((0, "Source", sources), (2, "Target", targets))
+    )
+    return f'<div class="charts">{"".join(charts)}</div>'

@@ -1,0 +1,87 @@
+"""Groups of settings that several commands share: the base, its quantization, where it runs, and the output folder."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.fields import NoneIfUnset, Settings
+
+FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"]  # the keys of families.py
+
+
+class BaseModelSettings(Settings):
+    panel: ClassVar[str] = "Base model"
+
+    model_name_or_path: Annotated[str, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+        min_length=1,
+        description="Base checkpoint: a folder, a model id on the Hugging Face Hub, or `pocket` for the built-in small "
+        "model.",
+    )
+    revision: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+        default=None, description="Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch."
+    )
+    cache_dir: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
+        default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's own cache."
+    )
+    family: Annotated[FamilyName | None, NoneIfUnset, Affects.WEIGHTS] = Field(
+        default=None,
+        description="Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).",
+    )
+
+
+class QuantizationSettings(Settings):
+    """Quantization of the frozen base under the adapter (QLoRA, Dettmers et al. 2023)."""
+
+    panel: ClassVar[str] = "Quantized base"
+
+    q_lora: Annotated[bool, Affects.WEIGHTS] = Field(
+        default=False,
+        description="QLoRA: quantize the base to 4 bits (NF4 with double quantization by default). Training then uses "
+        "bf16, unless --no-bf16 is given.",
+    )
+    quant_type: Annotated[Literal["nf4", "fp4", "int8"], Affects.WEIGHTS] = Field(
+        default="nf4",
+        description="Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().",
+    )
+    quantize_wo: Annotated[bool, Affects.WEIGHTS] = Field(
+        default=True,
+        description="Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.",
+    )
+    double_quant: Annotated[bool, Affects.WEIGHTS] = Field(
+        default=True, description="Double quantization: also quantize the scales of the 4-bit blocks."
+    )
+
+
+class InferenceSettings(QuantizationSettings, BaseModelSettings):
+    """Which model generates predictions, and on which device."""
+
+    panel: ClassVar[str] = "Base model"
+
+    adapter: Annotated[Path | None, NoneIfUnset] = Field(
+        default=None,
+        description="Adapter folder or run folder to apply to the base; if model_name_or_path is itself an adapter or "
+        "a run, its own base is used.",
+    )
+    bf16: bool = Field(default=False, description="Compute in bfloat16.")
+    use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
+    device: Annotated[str | None, NoneIfUnset] = Field(
+        default=None, description="Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."
+    )
+
+    @model_validator(mode="after")
+    def _check_one_device(self) -> "InferenceSettings":
+        if self.use_cpu and self.device not in (None, "cpu"):
+            raise ValueError(f"device: {self.device} conflicts with use_cpu; give only one of them")
+        return self
+
+
+class OutputSettings(Settings):
+    panel: ClassVar[str] = "Output"
+
+    output_dir: Annotated[Path, Affects.NOTHING] = Field(description="Output folder.")
+
+
+class ReplaceableOutputSettings(OutputSettings):
+    overwrite: bool = Field(default=False, description="Replace the output folder even if it contains other files.")
