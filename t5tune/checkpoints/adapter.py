@@ -1,7 +1,7 @@
 """Read, check and write adapter folders in PEFT's layout.
 
 adapter_config.json, adapter_model.safetensors    what PeftModel.from_pretrained reads
-non_lora_state.safetensors                        every trained tensor that isn't a LoRA matrix
+non_lora_state.safetensors                        every trained tensor that isn't a LoRA parameter
 tokenizer files, template.yaml                    what the adapter was trained with
 README.md                                         the model card
 """
