@@ -32,11 +32,18 @@ def to_one_line(text: str) -> str:
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean lora_r?`, or an empty string if no known name is close."""
+    close = find_close_name(name, known)
+    return f"; did you mean {close}?" if close else ""
+
+
+def find_close_name(name: str, known: Iterable[str]) -> str | None:
+    """Find the known name that a mistyped one most likely means."""
     known = list(known)
     # a name that continues with another word is close: `--model` suggests `--model-name-or-path`
     longer = [other for other in known if other.startswith((f"{name}-", f"{name}_"))]
-    close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    # below 0.7, `serve` would suggest `merge`
+    close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return close[0] if close else None
 
 
 class T5TuneError(Exception):

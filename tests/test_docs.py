@@ -47,12 +47,21 @@ def build_reference() -> str:
         "",
         "Each setting is a flag (`--lora-r 16`), a key of the YAML file that `--config` reads (`lora_r: 16`) and an",
         "environment variable (`T5TUNE_LORA_R`). A flag overrides the variable, and the variable overrides the file.",
-        "Every command has `--config`, `--json`, `--quiet` and `--debug`.",
+        "Every command has `--config`, `--json`, `--quiet` and `--debug`. `--help` shows the settings that most people",
+        "use, `--help-all` all of them. On the command line, `lora_r=16` is the same as `--lora-r 16`.",
         "",
         "This page is generated from the settings by `python tests/test_docs.py`.",
     ]
     for model in COMMANDS:
         lines += ["", f"## t5tune {model.command}", "", SUMMARIES[model.command]]
+        required = [name for name, field in model.model_fields.items() if field.is_required()]
+        essential = ", ".join(f"`{name}`" for name in (*required, *model.essential))
+        lines += ["", f"What most people use: {essential}."]
+        if model.also_positional:
+            lines += [
+                "",
+                f"The first word after `{model.command}` may be the `{model.also_positional}`, without its flag.",
+            ]
         panels: dict[str, list[str]] = {}
         for name, field in model.model_fields.items():
             default = "required" if field.is_required() else format_default(field.default)

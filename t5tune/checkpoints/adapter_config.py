@@ -15,6 +15,11 @@ from t5tune.io.untrusted import read_json_object
 from t5tune.settings.messages import describe_value_error
 
 ADAPTER_FOLDER_HINT = "give a run folder, a checkpoint in it, or a folder that t5tune export wrote"
+# what axolotl's `adapter` means
+ADAPTER_KIND_HINTS = {
+    "lora": "leave it out: LoRA is the default",
+    "qlora": "to train QLoRA, leave it out and set q_lora: true",
+}
 # each of these changes the meaning of B·A
 UNSUPPORTED_KEYS = (
     "fan_in_fan_out", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config",
@@ -67,7 +72,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, broken, or describes another kind of adapter.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"adapter: {folder}: no such folder", hint=ADAPTER_FOLDER_HINT)
+        hint = ADAPTER_KIND_HINTS.get(str(folder), ADAPTER_FOLDER_HINT)
+        raise CheckpointError(f"adapter: {folder}: no such folder", hint=hint)
     try:
         config = read_json_object(folder, ADAPTER_CONFIG_FILE)
     except FileNotFoundError:

@@ -1,11 +1,13 @@
 """Find a base checkpoint's folder: a path, a model on the Hugging Face Hub, or the built-in `pocket`."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.errors import CheckpointError, ModelError, suggest_name
-from t5tune.file_names import CONFIG_FILE, SENTENCEPIECE_FILES
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, SENTENCEPIECE_FILES
 from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.io.untrusted import read_json_object
 from t5tune.settings.shared import BaseModelSettings
@@ -38,16 +40,42 @@ def find_base(settings: BaseModelSettings, with_weights: bool = True) -> Path:
     return folder
 
 
-def find_local_base(settings: BaseModelSettings) -> Path | None:
-    """Find the folder of a base that is on this machine, perhaps in the Hub's cache; nothing is downloaded."""
-    name = settings.model_name_or_path
-    folder = pocket_folder() if _is_pocket(name) else Path(name)
-    if not folder.is_dir() and _is_hub_name(name):
-        from huggingface_hub import try_to_load_from_cache
+def find_local_base(settings: BaseModelSettings, with_weights: bool = False) -> Path | None:
+    """Find the folder of a base that is on this machine, perhaps in the Hub's cache; nothing is downloaded.
 
-        cached = try_to_load_from_cache(name, CONFIG_FILE, cache_dir=settings.cache_dir, revision=settings.revision)
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    return folder if (folder / CONFIG_FILE).is_file() else None
+    Args:
+        with_weights: whether it must contain weights, too, or only config.json.
+    """
+    name = settings.model_name_or_path
+    with suppress(OSError, ValueError):  # a name that neither a file nor a model on the Hub can have
+        folder = pocket_folder() if _is_pocket(name) else Path(name)
+        if not folder.is_dir() and _is_hub_name(name):
+            from huggingface_hub import try_to_load_from_cache
+
+            cached = try_to_load_from_cache(name, CONFIG_FILE, cache_dir=settings.cache_dir, revision=settings.revision)
+            folder = Path(cached).parent if isinstance(cached, str) else folder
+        if (folder / CONFIG_FILE).is_file() and (_has_weights(folder) or not with_weights):
+            return folder
+    return None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", PICKLED_FILES))
+
+
+def read_base_of_adapter(adapter: Path, cache_dir: Path | None) -> BaseModelSettings:
+    """Read which base an adapter's config names. Anyone may have written the name.
+
+    Raises:
+        CheckpointError: the folder contains no adapter, or its config names no base.
+    """
+    config = read_adapter_config(adapter)
+    if not (name := config.get("base_model_name_or_path")):
+        raise CheckpointError(
+            f"{adapter / ADAPTER_CONFIG_FILE}: doesn't name the adapter's base",
+            hint=f"give the base with --model-name-or-path, and --adapter {adapter}",
+        )
+    return BaseModelSettings(model_name_or_path=name, revision=config.get("revision"), cache_dir=cache_dir)
 
 
 def _is_pocket(name: str) -> bool:
@@ -105,7 +133,7 @@ def _download(settings: BaseModelSettings, with_weights: bool) -> Path:
             return fetch(CONFIG_FILE)
         snapshot = fetch(*DOWNLOADED_FILES)
         # download pickled weights only if the model has no safetensors
-        if not any(any(snapshot.glob(pattern)) for pattern in ("*.safetensors", PICKLED_FILES)):
+        if not _has_weights(snapshot):
             files = HfApi().list_repo_files(name, revision=revision)
             if any(file.startswith("pytorch_model") for file in files):
                 snapshot = fetch(*DOWNLOADED_FILES, PICKLED_FILES)

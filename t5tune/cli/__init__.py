@@ -1,8 +1,8 @@
 """The command line.
 
-`run` finds the command; command.py runs it and shows its result. Typer only renders the help (help.py). Typer and Rich
-are used only in this package. A command's module is imported when the command runs, and Typer when help is asked for,
-so that neither costs what it doesn't need.
+`run` finds the command; command.py runs it and shows its result, and help.py explains it. Typer only completes words in
+a shell (completion.py). Typer and Rich are used only in this package. A command's module is imported when the command
+runs, so that the help doesn't wait for it.
 """
 
 import atexit
@@ -17,6 +17,7 @@ from t5tune.cli.summaries import SUMMARIES
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, T5TuneError, WriteError, suggest_name
 
+HELP_FLAGS = {"-h", "--help", "--help-all"}
 COMPLETION_FLAGS = ("--install-completion", "--show-completion")
 
 
@@ -42,12 +43,18 @@ def run(arguments: list[str]) -> int:
     """Run the command line and return the exit code."""
     failure: BaseException
     try:
-        options, command, rest = _split(arguments or ["--help"])
-        wants_help = any(word.partition("=")[0] == "--help" for word in takewhile(lambda word: word != "--", rest))
-        if command is None or options or wants_help or "_T5TUNE_COMPLETE" in os.environ:
-            from t5tune.cli.help import run_typer
+        options, command, rest = _split(arguments)
+        words = [*options, *takewhile(lambda word: word != "--", rest)]
+        help_flags = HELP_FLAGS & {word.partition("=")[0] for word in words}
+        if "_T5TUNE_COMPLETE" not in os.environ and (help_flags or not (command or options)):
+            from t5tune.cli.help import show_help
 
-            return run_typer([command, "--help"] if command and not options else options, command)
+            show_help(command, everything="--help-all" in help_flags)
+            return 0
+        if command is None or options or "_T5TUNE_COMPLETE" in os.environ:
+            from t5tune.cli.completion import run_typer
+
+            return run_typer(options)
         from t5tune.cli.command import run_command
 
         return run_command(command, rest)

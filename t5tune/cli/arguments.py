@@ -1,12 +1,13 @@
 """Parse the arguments of a command into values and problems.
 
-    parse_arguments(["--lora_r=8", "--bf16", "--lora-target-modules", "q", "v"], TrainSettings).values
-    -> {"lora_r": "8", "bf16": "true", "lora_target_modules": ["q", "v"]}
+    parse_arguments(["--lora_r=8", "--bf16", "--lora-target-modules", "q", "v", "seed=1"], TrainSettings).values
+    -> {"lora_r": "8", "bf16": "true", "lora_target_modules": ["q", "v"], "seed": "1"}
 
 Values stay text. Only pydantic reads them, whether they come from a flag, a file or the environment, so that all
 problems are reported at once.
 """
 
+import re
 import types
 import typing
 from collections import deque
@@ -15,12 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from t5tune.errors import suggest_name
 from t5tune.settings import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
+from t5tune.settings.synonyms import list_suggestions, suggest_setting
 
 SWITCHES = ("json", "quiet", "debug")
-BOOLEAN_WORDS = {"true", "1", "yes", "on", "false", "0", "no", "off"}
+BOOLEAN_WORDS = {"true", "t", "1", "yes", "y", "on", "false", "f", "0", "no", "n", "off"}
+PAIR_PATTERN = re.compile(r"([A-Za-z][\w.-]*)=(.*)", re.DOTALL)  # lora_r=16, as torchtune and Hydra write it
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ def parse_arguments(arguments: list[str], model: type[Settings]) -> ParsedArgume
                 parser.add_argument(parser.words.popleft())
         elif _is_flag(word):
             parser.add_flag(word)
+        elif pair := PAIR_PATTERN.fullmatch(word):
+            parser.add_pair(*pair.groups())
         else:
             parser.add_argument(word)
+    parser.apply_arguments()
     config = parser.values.pop("config", None)
     return ParsedArguments(parser.values, parser.problems, config, **{s: s in parser.switches for s in SWITCHES})
 
@@ -62,20 +67,47 @@ class _Parser:
         self.values: dict[str, Any] = {}
         self.switches: set[str] = set()
         self.problems: list[str] = []
+        self._arguments: dict[str, str] = {}  # setting -> the word without a flag that fills it
         fields = select_flag_fields(model)
         positional = [name for name, field in fields.items() if has_extra(field, "positional")]
         self._has_positional = bool(positional)
-        self._unfilled = deque(positional)
+        # `config` isn't meant: a word after a BOOL flag is rather a mistyped value than a config file
+        self._may_follow_bool = self._has_positional or model.also_positional in fields
+        self._unfilled = deque(positional or filter(None, [model.also_positional]))
         kinds = {name: classify_field(field) for name, field in fields.items() if name not in positional}
         legacy = dict.fromkeys(LEGACY_NAMES.get(model.command, {}), "legacy")
-        self._suggestions = [f"--{name.replace('_', '-')}" for name in {**kinds, **legacy}]
+        self._suggestions = [name for name in list_suggestions(model) if name in kinds] + ["config", *SWITCHES]
         self._kinds = {**legacy, **kinds, "config": "one", **dict.fromkeys(SWITCHES, "switch")}
 
     def add_argument(self, word: str) -> None:
         if self._unfilled:
-            self.values[self._unfilled.popleft()] = word
+            self._arguments[self._unfilled.popleft()] = word
+        elif self._arguments:
+            *_, (name, taken) = self._arguments.items()
+            self.problems.append(f"{word or repr(word)}: unexpected argument; {taken} is the {name} already")
         else:
-            self.problems.append(f"{word or repr(word)}: unexpected argument")
+            self.problems.append(f"{word or repr(word)}: unexpected argument; put its flag before it")
+
+    def add_pair(self, name: str, value: str) -> None:
+        setting = name.replace("-", "_")
+        if setting in self._kinds:
+            self.add_flag(f"--{setting}={value}")
+        elif setting in self._unfilled:
+            self._unfilled.remove(setting)
+            self._arguments[setting] = value
+        else:
+            known = [*self._suggestions, *self._unfilled]
+            self.problems.append(f"{name}: unknown setting{suggest_setting(name, known)}")
+
+    def apply_arguments(self) -> None:
+        """Fill the settings of the words without a flag. One that a flag has filled too becomes a problem."""
+        for name, word in self._arguments.items():
+            if name in self.values:
+                given = self.values[name]
+                by_flag = f"{_format_flag(name)} {' '.join(given) if isinstance(given, list) else given}"
+                self.problems.append(f"{name}: given twice, as {word} and as {by_flag}; remove one of them")
+            else:
+                self.values[name] = word
 
     def add_flag(self, word: str) -> None:
         flag, equals, attached = word.partition("=")
@@ -87,9 +119,7 @@ class _Parser:
                 if equals:
                     self.problems.append(f"{word}: {flag} takes no value")
             case "bool":
-                # where there are positional arguments, a word after a BOOL flag may be one of them
-                is_value = not self._has_positional or (self.words and self.words[0].lower() in BOOLEAN_WORDS)
-                self.values[name] = (given or self._take_values(1 if is_value else 0) or ["true"])[0]
+                self.values[name] = (given or self._take_values(1 if self._is_bool_next() else 0) or ["true"])[0]
             case "legacy":
                 self.values[name] = " ".join(given or self._take_values()) or "true"
             case "one" | "many" as kind:
@@ -103,16 +133,34 @@ class _Parser:
             case _ if not equals and self._kinds.get(name.removeprefix("no_")) == "bool":
                 self.values[name.removeprefix("no_")] = "false"
             case _:
-                self.problems.append(f"{flag}: unknown flag{suggest_name(flag.replace('_', '-'), self._suggestions)}")
+                advice = suggest_setting(flag.lstrip("-"), self._suggestions, write=_format_flag)
+                self.problems.append(f"{flag}: unknown flag{advice}")
                 if not equals and not self._has_positional:
                     self._take_values(1)  # its value, which would otherwise be reported as a second problem
 
     def _take_values(self, limit: int | None = None) -> list[str]:
-        """Take the words before the next flag, at most `limit` of them."""
+        """Take the words before the next flag or, after the first, the next `lora_r=16`; at most `limit` of them."""
         values: list[str] = []
         while self.words and len(values) != limit and not _is_flag(self.words[0]):
+            if values and self._is_pair(self.words[0]):
+                break
             values.append(self.words.popleft())
         return values
+
+    def _is_bool_next(self) -> bool:
+        """Whether the next word is the value of a BOOL flag, not a positional argument or `lora_r=16`."""
+        if not self.words or self._is_pair(self.words[0]):
+            return False
+        return not self._may_follow_bool or self.words[0].lower() in BOOLEAN_WORDS
+
+    def _is_pair(self, word: str) -> bool:
+        """Whether the word is a known setting with its value, not a path or a token that contains `=`."""
+        pair = PAIR_PATTERN.fullmatch(word)
+        return pair is not None and pair[1].replace("-", "_") in self._kinds
+
+
+def _format_flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _is_flag(word: str) -> bool:

@@ -6,11 +6,13 @@ chatter.reply([Turn("human", "Hello")])
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from t5tune.data.cleaning import normalize_text
 from t5tune.data.encoders import Encoder, make_encoder
 from t5tune.data.encoding import encode_prompt, find_long_word
 from t5tune.data.formats import Conversation, Turn
@@ -22,6 +24,7 @@ from t5tune.model.generation import Decoding, generate
 from t5tune.model.inference import load_for_inference
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import ChatSettings
+from t5tune.training.checkpoint import replace_stopped_runs
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Chatter:
         """
         from transformers import set_seed
 
+        settings = replace_stopped_runs(settings, report)
         loaded = load_for_inference(settings, report)
         set_seed(settings.seed)
         template = find_template(settings.conversation_template, loaded.template_files, report)
@@ -119,8 +123,9 @@ class Chatter:
         streamer = _TextStreamer(self.tokenizer, self.template.answer_suffix, show) if show else None
         _check_encodable(turns[-1].text, "message")
         _check_encodable(self.settings.system or "", "system message")
-        turns = [self._add_prefix(turn) for turn in (turns if self.keeps_history else turns[-1:])]
-        conversation = Conversation(RecordLocation("chat", 1, 0, 0), self.settings.system, tuple(turns))
+        turns = [self._prepare_turn(turn) for turn in (turns if self.keeps_history else turns[-1:])]
+        system = None if self.settings.system is None else normalize_text(self.settings.system, Counter())
+        conversation = Conversation(RecordLocation("chat", 1, 0, 0), system, tuple(turns))
         if rejection := find_long_word(conversation, self.encoder):
             raise SettingsError(f"message: {rejection.message}")
         pieces = render_conversation(conversation, self.template) + render_answer_prefix(self.template, len(turns))
@@ -147,10 +152,12 @@ class Chatter:
             seconds=round(time.monotonic() - started, 3),
         )
 
-    def _add_prefix(self, turn: Turn) -> Turn:
-        if turn.role != "human" or turn.text.startswith(self.source_prefix):
-            return turn
-        return Turn("human", self.source_prefix + turn.text)
+    def _prepare_turn(self, turn: Turn) -> Turn:
+        """Add the prefix to a message that doesn't begin with it, and normalize the text as `prepare` does."""
+        text = turn.text
+        if turn.role == "human" and not text.startswith(self.source_prefix):
+            text = self.source_prefix + text
+        return Turn(turn.role, normalize_text(text, Counter()))
 
 
 def _check_encodable(text: str, what: str) -> None:

@@ -40,6 +40,7 @@ from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.training.batches import PackedCollator, PaddedCollator
+from t5tune.training.checkpoint import replace_stopped_runs
 from t5tune.training.evaluation import Losses, find_max_target_length, generate_predictions, measure_losses
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -92,6 +93,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         f"evaluating with per_device_eval_batch_size {batch_size}",
         "a smaller batch size gives the same scores; --q-lora loads the base in 4 bits",
     ):
+        settings = replace_stopped_runs(settings, report)
         loaded = load_for_inference(settings, report)
         if loaded.training_data is not None and not is_cache(Path(settings.data_path[0])):
             settings = _inherit_data_settings(settings, loaded.training_data, report)

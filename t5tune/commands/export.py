@@ -49,7 +49,7 @@ from t5tune.io.untrusted import check_inside
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import ExportSettings, write_settings
 from t5tune.settings.shared import BaseModelSettings
-from t5tune.training.checkpoint import find_newest, list_checkpoints, verify
+from t5tune.training.checkpoint import find_complete_checkpoint, has_complete_checkpoints, list_checkpoints, verify
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
         raise CheckpointError(f"checkpoint: {path}: no such folder", hint="check the path's spelling")
     if not path.is_dir():
         raise CheckpointError(f"checkpoint: {path}: is a file; expected a run folder or a checkpoint-N in it")
+    if has_complete_checkpoints(path):
+        return find_complete_checkpoint(path, "checkpoint", report)
     of_run = list_checkpoints(path)
-    if any((checkpoint / CHECKPOINT_MANIFEST_FILE).is_file() for checkpoint in of_run):
-        return _find_complete_checkpoint(path, report)
     has_weights = _has_trained_weights(path)
     if of_run and not has_weights:
         check_inside(path, of_run[0])
@@ -139,16 +139,6 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
             hint="give a run folder, a checkpoint-N in it, or a folder that DeepSpeed wrote",
         )
     return path
-
-
-def _find_complete_checkpoint(run: Path, report: Report) -> Path:
-    found, damaged = find_newest(run)
-    for problem in damaged:
-        report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))
-    if found is None:
-        raise CheckpointError(f"checkpoint: {run}: none of its checkpoints is complete: {damaged[0]}")
-    check_inside(run, found)
-    return found
 
 
 def _has_trained_weights(folder: Path) -> bool:

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.batching import compute_padding_share, epoch_order
-from t5tune.data.cache import Cache, open_cache
+from t5tune.data.cache import Cache, is_cache, open_cache
 from t5tune.data.cache_view import CacheView, LengthStatistics, build_histogram
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Note, Report, silent
 from t5tune.reports.cache_page import write_cache_page
 from t5tune.settings import InspectSettings
+from t5tune.training.run_folder import locate_run, read_saved_settings
 
 NUM_LONGEST = 5
 SELECTION_FLAGS = ("worst_cut", "unknown", "all")  # ways to choose examples, in addition to --example N
@@ -40,7 +41,7 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
         DataError: the cache can't be used, or contains no such example.
         SettingsError: more than one selection of examples, or a page that can't be written.
     """
-    cache = open_cache(settings.cache)
+    cache = open_cache(_find_cache(settings.cache, report))
     examples = CacheView(cache, _choose_examples(cache, settings, report))
     statistics = (
         _compute_statistics(cache, settings.per_device_train_batch_size) if settings.stats or settings.html else None
@@ -53,6 +54,15 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
         except OSError as error:
             raise SettingsError(f"html: {page}: can't be written: {error.strerror}") from error
     return InspectResult(examples, statistics, page)
+
+
+def _find_cache(folder: Path, report: Report) -> Path:
+    """Return the token cache of a run folder, and any other folder as it is."""
+    if is_cache(folder) or (run_settings := read_saved_settings(folder)) is None:
+        return folder
+    cache = locate_run(run_settings.model_copy(update={"output_dir": folder})).cache
+    report(Note(f"{folder} is a run folder; its token cache is {cache}"))
+    return cache
 
 
 def _choose_examples(cache: Cache, settings: InspectSettings, report: Report) -> Sequence[int]:

@@ -1,6 +1,6 @@
 """`t5tune merge`: merge adapters into their base and write a checkpoint that loads without PEFT.
 
-    result = merge(MergeSettings(model_name_or_path="base", adapter="run", output_dir="merged"))
+    result = merge(MergeSettings(adapter="run", output_dir="merged"))
     result.checkpoint
 
 Streams the weights: tensors that no adapter changes are copied unchanged, and of the others only a few rows are in
@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t5tune.checkpoints.base import find_base, read_config
+from t5tune.checkpoints.base import find_base, find_local_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
 from t5tune.checkpoints.training_data import read_training_data
-from t5tune.errors import DependencyError, SettingsError
+from t5tune.data.chat_template import remove_chat_template
+from t5tune.errors import CheckpointError, DependencyError, SettingsError
 from t5tune.families import Family, find_family
 from t5tune.file_names import (
     MODEL_CARD_FILE,
@@ -42,6 +43,7 @@ from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase, check_base, li
 from t5tune.model.device import get_free_memory, keep_freed_memory
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
+from t5tune.training.checkpoint import find_trained_folder
 
 if TYPE_CHECKING:
     from t5tune.merging.ctranslate2 import Agreement
@@ -87,7 +89,8 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     started = time.monotonic()
     output, converts = settings.output_dir, settings.to == "ctranslate2"
     _check_target(settings)
-    base = Checkpoint(find_base(settings))
+    settings, base_folder = _find_inputs(settings, report)
+    base = Checkpoint(base_folder)
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     tied = base.is_tied()
     trained = check_base(settings, base, adapters, report)
@@ -136,6 +139,33 @@ def _check_target(settings: MergeSettings) -> None:
         except ImportError as error:
             problem = f"to: ctranslate2 can't be imported: {error}"
             raise DependencyError(problem, hint="pip install ctranslate2") from error
+
+
+def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings, Path]:
+    """Find the newest checkpoint of each run that was stopped, and the base: the adapter's, if none is given.
+
+    Anyone may have written the name of the adapter's base, so it isn't downloaded.
+
+    Returns:
+        The settings with what was found, and the folder of the base.
+
+    Raises:
+        CheckpointError: a run has no complete checkpoint, or the base of the adapter isn't on this machine.
+    """
+    folders = [find_trained_folder(folder, "adapter", report) for folder in settings.adapter]
+    settings = settings.model_copy(update={"adapter": folders})
+    if settings.model_name_or_path is not None:
+        return settings, find_base(settings)
+    named = read_base_of_adapter(folders[0], settings.cache_dir)
+    name, revision = named.model_name_or_path, settings.revision or named.revision
+    base = find_local_base(named.model_copy(update={"revision": revision}), with_weights=True)
+    if base is None:
+        raise CheckpointError(
+            f"adapter: {folders[0]}: its base, {name}, isn't on this machine",
+            hint="give --model-name-or-path with the base's folder, or with its name on the Hub to download it",
+        )
+    report(Note(f"{folders[0]} is an adapter; its base is {name}"))
+    return settings.model_copy(update={"model_name_or_path": name, "revision": revision}), base
 
 
 def _collect_deltas(
@@ -224,11 +254,16 @@ def _write_supporting_files(
     tokenizer_folder = adapter if has_file(adapter, TOKENIZER_CONFIG_FILE) else base.folder
     template_folder = adapter if has_file(adapter, TEMPLATE_FILE) else base.folder
     copy_supporting_files(base.folder, tokenizer_folder, template_folder / TEMPLATE_FILE, staged)
-    if any(read_training_data(other.folder) != read_training_data(adapter) for other in adapters[1:]):
+    made = [read_training_data(adapter.folder) for adapter in adapters]
+    if any(other != made[0] for other in made[1:]):
         (staged / TRAINING_DATA_FILE).unlink(missing_ok=True)
         report(Note(f"{TRAINING_DATA_FILE} is left out: the adapters were trained on different kinds of data"))
+    if len({data.source_prefix if data else "" for data in made}) > 1:
+        remove_chat_template(staged)
+        report(Note("the tokenizer gets no chat template: the adapters were trained with different source prefixes"))
     names = ", ".join(str(adapter.folder) for adapter in adapters)
     training = describe_run_training(adapter) if len(adapters) == 1 else ""
+    assert settings.model_name_or_path is not None  # see _find_inputs
     card = build_merged_card(settings.model_name_or_path, names, settings.to, family.converters, training)
     (staged / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
     write_settings(staged, settings)

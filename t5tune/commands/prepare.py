@@ -20,6 +20,7 @@ from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.checkpoints.training_data import TrainingData, write_training_data
 from t5tune.data.cache import FORMAT_VERSION, Cache, hash_files, is_cache
 from t5tune.data.cache_reuse import find_reusable_manifest
+from t5tune.data.chat_template import build_chat_template, write_chat_template
 from t5tune.data.data_problems import (
     check_any_example,
     check_any_used,
@@ -229,6 +230,9 @@ def _write_cache(
     reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
     reading["source_prefix"] = settings.source_prefix if writer.with_prefix else ""
     write_training_data(staged, TrainingData(counts["examples_with_earlier_turns"] > 0, **reading))
+    tokenizer = source.vocabulary.tokenizer
+    chat_template = build_chat_template(source.template, tokenizer, reading["source_prefix"])
+    write_chat_template(staged / "tokenizer", chat_template, tokenizer)
     manifest = _describe_cache(settings, source, writer, unused, counts)
     manifest["files"] = hash_files(staged)
     write_json(staged / CACHE_MANIFEST_FILE, manifest)

@@ -100,7 +100,7 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     if settings.fresh:
         move_aside(folder, report)
     run = locate_run(settings)
-    saved_settings = read_saved_settings(run)
+    saved_settings = read_saved_settings(folder)
     if run.finished and saved_settings is not None:
         check_finished_run(folder, saved_settings, settings)
         report(Note(f"{folder}: this run has already finished; use --fresh to start over"))

@@ -1,7 +1,8 @@
 """Encode the pieces of a rendered conversation (see data/templates.py), and find each example's source and target.
 
 Each piece is encoded once. Pieces meet at whitespace or at an added token, where the tokenizer splits words anyway, so
-their concatenated ids are those of the whole text (tests/commands/test_prepare.py checks this).
+their concatenated ids are those of the whole text (tests/commands/test_prepare.py checks this). The one exception is an
+indentation token, a newline with spaces, of which each of two pieces has a part.
 """
 
 from bisect import bisect_left
@@ -102,8 +103,8 @@ def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
     for piece in pieces:
         if result and result[-1].text.endswith(" "):
             before = result.pop()
-            if before.text != " ":
-                result.append(Piece(before.text[:-1], before.kind, before.turn))
+            # kept even if it is empty now: where the source ends depends on the kinds of the pieces
+            result.append(Piece(before.text[:-1], before.kind, before.turn))
             piece = Piece(" " + piece.text, piece.kind, piece.turn)
         result.append(piece)
     return result

@@ -79,7 +79,7 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     elif glob.has_magic(name):
         found = sorted(set(map(Path, _expand_pattern(name))))
     else:
-        raise DataError(f"{setting}: {path}: no such file or folder", hint="check the path's spelling")
+        raise _make_missing_error(path, setting)
     # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
     caches = {folder for folder in {entry.parent for entry in found} if is_cache(folder) or is_cache(folder.parent)}
     reasons = {
@@ -91,6 +91,18 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     if not files:
         raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file")
     return files
+
+
+def _make_missing_error(path: Path, setting: str) -> DataError:
+    """Make the error for a path that doesn't exist, which may be the id of a dataset on the Hub."""
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) and not path.parent.exists()
+    if not is_hub_id or find_data_suffix(path) is not None:
+        return DataError(f"{setting}: {path}: no such file or folder", hint="check the path's spelling")
+    return DataError(
+        f"{setting}: {path}: no such file or folder; datasets on the Hub aren't read",
+        hint=f"download it with `hf download --repo-type dataset {path} --local-dir {path.name}`, and give the folder "
+        "that then contains its files",
+    )
 
 
 def _explain_skipping(path: Path) -> str | None:

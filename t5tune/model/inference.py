@@ -11,12 +11,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from t5tune.checkpoints.adapter import read_adapter, read_base_metadata
-from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
-from t5tune.checkpoints.base import find_base, read_config
+from t5tune.checkpoints.base import find_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.training_data import TrainingData, read_training_data
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
-from t5tune.errors import CheckpointError, ModelError
+from t5tune.errors import ModelError
 from t5tune.families import find_family
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.reasons import to_one_line
@@ -24,7 +23,7 @@ from t5tune.model.device import check_bf16, choose_device
 from t5tune.model.load import load_base
 from t5tune.model.lora import replace_trainable_token_layers
 from t5tune.progress import Note, Report, silent
-from t5tune.settings.shared import BaseModelSettings, InferenceSettings
+from t5tune.settings.shared import InferenceSettings
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,8 @@ def _find_base_and_adapter(settings: InferenceSettings, report: Report) -> tuple
     folder = Path(settings.model_name_or_path)
     if settings.adapter is not None or not (folder / ADAPTER_CONFIG_FILE).is_file() or (folder / CONFIG_FILE).is_file():
         return find_base(settings), settings.adapter
-    config = read_adapter_config(folder)
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG_FILE}: doesn't name its base",
-            hint="give the base, and this folder with --adapter",
-        )
-    report(Note(f"{folder} is an adapter; its base is {name}"))
-    base = BaseModelSettings(model_name_or_path=name, revision=config.get("revision"), cache_dir=settings.cache_dir)
+    base = read_base_of_adapter(folder, settings.cache_dir)
+    report(Note(f"{folder} is an adapter; its base is {base.model_name_or_path}"))
     return find_base(base), folder
 
 

@@ -29,6 +29,10 @@ from t5tune.settings.training import EvaluationSettings, ProcessSettings, RunOut
 
 class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, DataSettings, BaseModelSettings):
     command: ClassVar[str] = "prepare"
+    essential: ClassVar[tuple[str, ...]] = (
+        "source_column", "target_column", "source_prefix", "conversation_template", "model_max_length", "num_data",
+        "eval_fraction",
+    )  # fmt: skip
 
 
 class TrainSettings(
@@ -42,6 +46,11 @@ class TrainSettings(
     BaseModelSettings,
 ):
     command: ClassVar[str] = "train"
+    also_positional: ClassVar[str | None] = "config"
+    essential: ClassVar[tuple[str, ...]] = (
+        "source_column", "target_column", "eval_fraction", "train_mode", "lora_r", "q_lora", "num_train_epochs",
+        "per_device_train_batch_size", "learning_rate", "bf16", "dry_run",
+    )  # fmt: skip
     notes_on_implied: ClassVar[Mapping[str, str]] = {
         "bf16": "q_lora turns bf16 on: the quantized base computes in bfloat16"
     }
@@ -100,6 +109,7 @@ class TrainSettings(
 
 class ExportSettings(ReplaceableOutputSettings):
     command: ClassVar[str] = "export"
+    essential: ClassVar[tuple[str, ...]] = ("model_name_or_path", "non_lora_state", "format", "dtype", "overwrite")
     panel: ClassVar[str] = "Export"
 
     checkpoint: Path = Field(
@@ -151,6 +161,11 @@ class ExportSettings(ReplaceableOutputSettings):
 
 class ChatSettings(ConversationSettings, InferenceSettings):
     command: ClassVar[str] = "chat"
+    also_positional: ClassVar[str | None] = "model_name_or_path"
+    essential: ClassVar[tuple[str, ...]] = (
+        "prompt", "adapter", "system", "conversation_template", "max_new_tokens", "temperature", "q_lora", "bf16",
+        "device",
+    )  # fmt: skip
     panel: ClassVar[str] = "Chat"
 
     prompt: str | None = Field(
@@ -179,6 +194,10 @@ class ChatSettings(ConversationSettings, InferenceSettings):
 
 class EvaluateSettings(DataSettings, InferenceSettings):
     command: ClassVar[str] = "evaluate"
+    also_positional: ClassVar[str | None] = "model_name_or_path"
+    essential: ClassVar[tuple[str, ...]] = (
+        "adapter", "output_dir", "source_column", "target_column", "num_data", "max_new_tokens", "num_beams", "bf16",
+    )  # fmt: skip
     panel: ClassVar[str] = "Evaluation"
 
     output_dir: Annotated[Path | None, NoneIfUnset] = Field(
@@ -198,9 +217,13 @@ class EvaluateSettings(DataSettings, InferenceSettings):
 
 class InspectSettings(Settings):
     command: ClassVar[str] = "inspect"
+    essential: ClassVar[tuple[str, ...]] = ("example", "worst_cut", "unknown", "all", "stats", "html")
     panel: ClassVar[str] = "Inspection"
 
-    cache: Path = Field(description="Token cache to inspect (a folder).", json_schema_extra={"positional": True})
+    cache: Path = Field(
+        description="Token cache to inspect (a folder), or a run folder, whose token cache it is.",
+        json_schema_extra={"positional": True},
+    )
     # not NoneIfUnset: a user who writes -1 may mean the last example, so it is rejected rather than read as None
     example: int | None = Field(default=None, ge=0, description="Show the example with this index, counted from 0.")
     worst_cut: bool = Field(
@@ -221,12 +244,18 @@ class InspectSettings(Settings):
 
 class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, LoraSettings, BaseModelSettings):
     command: ClassVar[str] = "plan"
+    also_positional: ClassVar[str | None] = "config"
+    essential: ClassVar[tuple[str, ...]] = (
+        "train_mode", "lora_r", "q_lora", "bf16", "data_path", "source_length", "target_length",
+        "per_device_train_batch_size", "num_gpus", "gpu_memory",
+    )  # fmt: skip
     panel: ClassVar[str] = "Plan"
 
     data_path: Annotated[PathList | None, NoneIfUnset] = Field(
         default=None,
         description="Token cache to take example lengths from; default: assume source_length and target_length for "
         "every example.",
+        json_schema_extra={"metavar": "PATH…"},
     )
     num_data: OptionalCount = Field(
         default=None, description="Plan for the first N examples of the cache; default: all."
@@ -237,13 +266,14 @@ class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, Lora
         default=None,
         description="Memory of each GPU, such as 24GiB (a number without a unit is in GiB); default: that of this "
         "machine's GPUs.",
-        json_schema_extra={"has_unit": True},
+        json_schema_extra={"metavar": "SIZE"},
     )
     seed: int = Field(default=42, ge=0, description="Random seed for the order of the cache's examples.")
 
 
 class DoctorSettings(Settings):
     command: ClassVar[str] = "doctor"
+    essential: ClassVar[tuple[str, ...]] = ("timeout",)
     panel: ClassVar[str] = "Doctor"
 
     timeout: float = Field(default=120.0, gt=0, description="Time limit for each check (seconds).")
@@ -251,6 +281,7 @@ class DoctorSettings(Settings):
 
 class TemplatesSettings(Settings):
     command: ClassVar[str] = "templates"
+    essential: ClassVar[tuple[str, ...]] = ("action", "name", "to")
     panel: ClassVar[str] = "Templates"
 
     action: Literal["list", "show", "copy"] = Field(
@@ -270,6 +301,7 @@ class TemplatesSettings(Settings):
 
 class SchemaSettings(Settings):
     command: ClassVar[str] = "schema"
+    essential: ClassVar[tuple[str, ...]] = ("of",)
     panel: ClassVar[str] = "Schema"
 
     of: str = Field(

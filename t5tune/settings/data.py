@@ -37,10 +37,10 @@ class ReadingSettings(Settings):
         default="auto", description="Format of the records; auto detects it from the keys of each record."
     )
     source_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default=None, description="Key or column that contains the source, if its name isn't one of the known ones."
+        default=None, description="Column or key with the input; default: detected."
     )
     target_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default=None, description="Key or column that contains the target, if its name isn't one of the known ones."
+        default=None, description="Column or key with the output; default: detected."
     )
     source_prefix: Annotated[str, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default="",
@@ -103,9 +103,9 @@ class DataSettings(ReadingSettings, ConversationSettings):
 
     data_path: Annotated[PathList, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
-        description="Conversations: JSON, JSONL, CSV or Parquet files, optionally compressed (.gz, .zst); folders, "
-        "glob patterns, or `-` for standard input; for train and evaluate also a token cache; `pocket` is the built-in "
-        "dataset.",
+        description="Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, or "
+        "`-` for standard input; for train and evaluate also a token cache; `pocket` is the built-in dataset.",
+        json_schema_extra={"metavar": "PATH…"},
     )
     add_tokens: Annotated[WordList, Affects.EXAMPLES] = Field(
         default=["auto"],
@@ -134,7 +134,7 @@ class SplitSettings(Settings):
         default=0.0,
         ge=0.0,
         lt=1.0,
-        description="Fraction of the conversations to hold out for evaluation, if there is no eval_data_path.",
+        description="Fraction of the data to hold out for evaluation, if there is no eval_data_path.",
     )
     seed: Annotated[int, Affects.CACHE | Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=42,
@@ -153,4 +153,5 @@ class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
         default=None,
         description="Conversations or a token cache to evaluate on; they are encoded with the added tokens and the "
         "conversation template of data_path.",
+        json_schema_extra={"metavar": "PATH…"},
     )

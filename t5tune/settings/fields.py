@@ -34,6 +34,10 @@ class Settings(BaseModel):
 
     panel: ClassVar[str] = "Options"
     command: ClassVar[str] = ""
+    essential: ClassVar[tuple[str, ...]] = ()
+    """The settings that most people use, besides the required ones: `--help` lists these, `--help-all` all of them."""
+    also_positional: ClassVar[str | None] = None
+    """The setting, or `config`, that a word without a flag fills: `t5tune chat run`. Its flag does the same."""
     notes_on_implied: ClassVar[Mapping[str, str]] = {}
     """Setting -> note for the user, for settings that validation turns on because of others."""
 

@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from t5tune.errors import SettingsError, suggest_name
+from t5tune.errors import SettingsError
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.settings import packaged_templates
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
 from t5tune.settings.messages import describe_value_error
+from t5tune.settings.synonyms import list_suggestions, suggest_setting
 
 PREFIX = "T5TUNE_"
 Model = TypeVar("Model", bound=Settings)
@@ -62,7 +63,7 @@ def load_settings(
     except ValidationError as error:
         problems += [_format_problem(detail, values, model) for detail in error.errors()]
     if problems or settings is None:
-        raise SettingsError(*problems, hint=f"t5tune {model.command} --help lists every option")
+        raise SettingsError(*problems, hint=f"t5tune {model.command} --help-all lists every option")
     implied = settings.model_fields_set - values.keys()
     notes += [note for name, note in model.notes_on_implied.items() if name in implied]
     return settings, notes
@@ -122,7 +123,8 @@ def _resolve_names(
         elif name in of_any_command and not value.place.startswith("--"):
             unused.append(name)
         else:
-            problems.append(f"{value.place}: unknown setting{suggest_name(name, [*model.model_fields, *legacy])}")
+            others = {other_name for other in COMMANDS for other_name in list_suggestions(other)}
+            problems.append(f"{value.place}: unknown setting{suggest_setting(name, list_suggestions(model), others)}")
     if unused:
         notes.append(f"{model.command} does not use {', '.join(unused)}")
     return known
@@ -136,6 +138,8 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
     if error["type"] == "missing":
         typed = model.format_option(name)
         give = typed if typed.startswith("--") else f"t5tune {model.command} {typed}"
+        if name == model.also_positional:
+            give = f"it right after t5tune {model.command}, as {typed},"
         return f"{name}: missing; give {give} or set it in a --config file"
     given = values.get(name)
     shown = repr(given.value if given else error["input"])

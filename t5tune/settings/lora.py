@@ -17,10 +17,10 @@ class LoraSettings(Settings):
     panel: ClassVar[str] = "LoRA"
 
     train_mode: Annotated[Literal["lora", "full"], Affects.WEIGHTS] = Field(
-        default="lora", description="Train a LoRA adapter, or all weights of the base (full fine-tuning)."
+        default="lora", description="Train an adapter, or all weights."
     )
     lora_r: Annotated[int, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
-        default=8, gt=0, description="LoRA rank: the rank of the low-rank update."
+        default=8, gt=0, description="LoRA rank: the size of the adapter."
     )
     lora_alpha: Annotated[float, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=16,

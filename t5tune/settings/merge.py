@@ -14,8 +14,17 @@ Quantization = Literal[
 
 class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     command: ClassVar[str] = "merge"
+    also_positional: ClassVar[str | None] = "adapter"
+    essential: ClassVar[tuple[str, ...]] = (
+        "model_name_or_path", "weights", "to", "quantization", "dtype", "overwrite",
+    )  # fmt: skip
     panel: ClassVar[str] = "Merge"
 
+    model_name_or_path: Annotated[str | None, NoneIfUnset] = Field(  # type: ignore[assignment]
+        default=None,
+        description="Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in); default: the "
+        "one that the adapter names, if it is on this machine.",
+    )
     adapter: FolderList = Field(
         min_length=1,
         description="Adapter folder or run folder to merge; several are summed, each multiplied by its weight.",
@@ -40,7 +49,7 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
         gt=0,
         description="Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like the "
         "base's.",
-        json_schema_extra={"has_unit": True},
+        json_schema_extra={"metavar": "SIZE"},
     )
     onto: Literal["base", "nf4", "fp4", "int8"] = Field(
         default="base",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import SettingsError, suggest_name
+from t5tune.file_names import SETTINGS_FILE
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 
@@ -54,7 +55,9 @@ def _find_template(setting: str, kind: str, name_or_path: str, suffix: str) -> P
         return packaged
     known = list_names(kind)
     if path.exists():
-        raise SettingsError(f"{setting}: {name_or_path}: expected a {suffix} file")
+        saved = path / SETTINGS_FILE  # of a run folder, for example
+        hint = f"give {saved}" if setting == "config" and saved.is_file() else None
+        raise SettingsError(f"{setting}: {name_or_path}: expected a {suffix} file", hint=hint)
     raise SettingsError(
         f"{setting}: {name_or_path}: no file or template of that name{suggest_name(name_or_path, known)}",
         hint=f"the templates are {', '.join(known)}",

@@ -16,8 +16,7 @@ class BaseModelSettings(Settings):
 
     model_name_or_path: Annotated[str, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
-        description="Base checkpoint: a folder, a model id on the Hugging Face Hub, or `pocket` for the built-in small "
-        "model.",
+        description="Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in).",
     )
     revision: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None, description="Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch."
@@ -38,8 +37,7 @@ class QuantizationSettings(Settings):
 
     q_lora: Annotated[bool, Affects.WEIGHTS] = Field(
         default=False,
-        description="QLoRA: quantize the base to 4 bits (NF4 with double quantization by default). Training then uses "
-        "bf16, unless --no-bf16 is given.",
+        description="QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.",
     )
     quant_type: Annotated[Literal["nf4", "fp4", "int8"], Affects.WEIGHTS] = Field(
         default="nf4",
@@ -59,6 +57,11 @@ class InferenceSettings(QuantizationSettings, BaseModelSettings):
 
     panel: ClassVar[str] = "Base model"
 
+    model_name_or_path: str = Field(
+        min_length=1,
+        description="A run folder, an adapter, or a base model: a folder, a model id on the Hugging Face Hub, or "
+        "`pocket` (built in).",
+    )
     adapter: Annotated[Path | None, NoneIfUnset] = Field(
         default=None,
         description="Adapter folder or run folder to apply to the base; if model_name_or_path is itself an adapter or "

@@ -35,7 +35,7 @@ class TrainingSettings(Settings):
         default=None, description="Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs."
     )
     per_device_train_batch_size: Annotated[int, Affects.TRAINER] = Field(
-        default=8, gt=0, description="Micro-batch size per process (examples)."
+        default=8, gt=0, description="Batch size per GPU or process (examples)."
     )
     tokens_per_batch: Annotated[OptionalCount, Affects.NOTHING] = Field(
         default=None,
@@ -83,7 +83,9 @@ class TrainingSettings(Settings):
         default=False, description="Compute in bfloat16, and keep the base in bfloat16."
     )
     fp16: Annotated[bool, Affects.NOTHING] = Field(
-        default=False, description="Not supported: T5's feed-forward layers overflow in fp16; use bf16."
+        default=False,
+        description="Not supported: T5's feed-forward layers overflow in fp16; use bf16.",
+        json_schema_extra={"hidden": True},
     )
     tf32: Annotated[bool | None, Affects.WEIGHTS] = Field(
         default=None,

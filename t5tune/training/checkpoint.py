@@ -9,15 +9,18 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from t5tune.errors import CheckpointError
-from t5tune.file_names import CHECKPOINT_MANIFEST_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CHECKPOINT_MANIFEST_FILE, CONFIG_FILE
 from t5tune.io.atomic import encode_json, fsync_tree, hash_file, write_json
-from t5tune.io.untrusted import resolve_inside
+from t5tune.io.untrusted import check_inside, resolve_inside
+from t5tune.progress import Note, Report
+from t5tune.settings.shared import InferenceSettings
 
 MANIFEST_FORMAT = 3
 STAGING_PREFIX = ".saving-"
+Inference = TypeVar("Inference", bound=InferenceSettings)
 
 
 def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[str, Any]) -> None:
@@ -116,6 +119,53 @@ def find_newest(run: Path) -> tuple[Path | None, list[str]]:
             return path, damaged
         damaged.append(problem)
     return None, damaged
+
+
+def has_complete_checkpoints(folder: Path) -> bool:
+    """Whether the folder is a run's, with at least one checkpoint that t5tune saved; it may be damaged by now."""
+    return any((checkpoint / CHECKPOINT_MANIFEST_FILE).is_file() for checkpoint in list_checkpoints(folder))
+
+
+def find_complete_checkpoint(run: Path, setting: str, report: Report) -> Path:
+    """Find the newest complete checkpoint of a run, and report those that are damaged.
+
+    Args:
+        setting: the setting that names the run, for messages.
+
+    Raises:
+        CheckpointError: none of its checkpoints is complete.
+    """
+    found, damaged = find_newest(run)
+    for problem in damaged:
+        report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))
+    if found is None:
+        raise CheckpointError(f"{setting}: {run}: none of its checkpoints is complete: {damaged[0]}")
+    check_inside(run, found)
+    return found
+
+
+def find_trained_folder(path: Path, setting: str, report: Report) -> Path:
+    """Return the newest complete checkpoint of a run that was stopped, and any other path as it is.
+
+    Raises:
+        CheckpointError: the run was stopped, and none of its checkpoints is complete.
+    """
+    has_result = any((path / name).is_file() for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
+    if has_result or not has_complete_checkpoints(path):
+        return path
+    checkpoint = find_complete_checkpoint(path, setting, report)
+    report(Note(f"{path}: this run hasn't finished; using its newest complete checkpoint, {checkpoint}"))
+    return checkpoint
+
+
+def replace_stopped_runs(settings: Inference, report: Report) -> Inference:
+    """Replace each run that was stopped by its newest complete checkpoint, as `find_trained_folder` finds it."""
+    found = {"model_name_or_path": Path(settings.model_name_or_path), "adapter": settings.adapter}
+    changes: dict[str, str | Path] = {}
+    for setting, path in found.items():
+        if path is not None and (folder := find_trained_folder(path, setting, report)) != path:
+            changes[setting] = folder if setting == "adapter" else str(folder)
+    return settings.model_copy(update=changes)
 
 
 def remove_staged(run: Path) -> None:

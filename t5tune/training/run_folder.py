@@ -132,17 +132,18 @@ def _open_locked(path: Path) -> int:
         os.close(descriptor)
 
 
-def read_saved_settings(run: Run) -> TrainSettings | None:
-    """Read the settings that an earlier train saved; None if there are none.
+def read_saved_settings(folder: Path) -> TrainSettings | None:
+    """Read the settings that an earlier train saved in a run folder; None if there are none.
 
     Other commands save theirs in a file of the same name, but without a learning rate.
 
     Raises:
         SettingsError: the file can't be read as settings of train.
     """
-    if not run.settings_path.is_file() or "learning_rate" not in read_yaml(run.settings_path):
+    path = folder / SETTINGS_FILE
+    if not path.is_file() or "learning_rate" not in read_yaml(path):
         return None
-    return load_settings(TrainSettings, str(run.settings_path))[0]
+    return load_settings(TrainSettings, str(path))[0]
 
 
 def move_aside(folder: Path, report: Report) -> None:

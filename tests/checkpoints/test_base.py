@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune
 
 pytestmark = pytest.mark.slow
@@ -152,6 +153,24 @@ def test_planning_with_a_hub_model_downloads_no_weights(hub: dict[str, str], tmp
     assert done.code == 0, done.stderr
     assert done.json["total_parameters"] > 0
     assert {path.name for path in tmp_path.rglob("*.*") if path.is_symlink()} == {"config.json"}
+
+
+def test_merge_uses_a_downloaded_base_that_the_adapter_names_and_downloads_none(
+    hub: dict[str, str], untied_base: Path, tmp_path: Path
+) -> None:
+    adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/t5"}))
+    arguments = ("merge", adapter, "--no-verify", "--output-dir", tmp_path / "merged")
+    environment = hub | {"HF_HOME": str(tmp_path / "home")}
+    assert_one_error(t5tune(*arguments, env=environment), ["some/t5, isn't on this machine", "--model-name-or-path"])
+    assert not list((tmp_path / "home").rglob("models--*"))
+    t5tune("plan", "--model-name-or-path", "some/t5", env=environment)  # downloads config.json alone
+    assert_one_error(t5tune(*arguments, env=environment), ["some/t5, isn't on this machine"])
+    assert t5tune(*arguments, "--model-name-or-path", "some/t5", env=environment).code == 0
+    done = t5tune(*arguments, "--overwrite", env=environment | {"HF_HUB_OFFLINE": "1"})
+    assert done.code == 0, done.stderr
+    assert f"{adapter} is an adapter; its base is some/t5" in done.stderr
 
 
 def assert_one_error(done: CommandResult, expected: list[str]) -> None:

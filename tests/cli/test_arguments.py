@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 
 from t5tune.cli.arguments import parse_arguments
-from t5tune.settings import ExportSettings, InspectSettings, Settings, TemplatesSettings, TrainSettings
+from t5tune.settings import (
+    ChatSettings,
+    EvaluateSettings,
+    ExportSettings,
+    InspectSettings,
+    MergeSettings,
+    PrepareSettings,
+    Settings,
+    TemplatesSettings,
+    TrainSettings,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +30,24 @@ from t5tune.settings import ExportSettings, InspectSettings, Settings, Templates
         (InspectSettings, "--all -- --stats", {"all": "true", "cache": "--stats"}),
         (ExportSettings, "--lora-target-modules q v -- run", {"lora_target_modules": ["q", "v"], "checkpoint": "run"}),
         (TemplatesSettings, "copy pocket -", {"action": "copy", "name": "pocket", "to": "-"}),
+        # a word that may also be given with a flag
+        (ChatSettings, "run --prompt Hi", {"model_name_or_path": "run", "prompt": "Hi"}),
+        (ChatSettings, "--bf16 run --use-cpu y", {"bf16": "true", "model_name_or_path": "run", "use_cpu": "y"}),
+        (EvaluateSettings, "run --data-path a b", {"model_name_or_path": "run", "data_path": ["a", "b"]}),
+        (MergeSettings, "--output-dir out -- run", {"output_dir": "out", "adapter": "run"}),
+        # key=value
+        (
+            TrainSettings,
+            "model_name_or_path=a=b lora-r=16 bf16=no",
+            {"model_name_or_path": "a=b", "lora_r": "16", "bf16": "no"},
+        ),
+        (TrainSettings, "--data-path a lora_r=16 data_path=b", {"data_path": ["a", "b"], "lora_r": "16"}),
+        (TrainSettings, "--bf16 warmup_ratio=0.1", {"bf16": "true", "warmup_ratio": "0.1"}),
+        (InspectSettings, "all=true cache=run", {"all": "true", "cache": "run"}),
+        # not key=value: the value of a flag, a path, a name that isn't a setting in a list, and what follows --
+        (ChatSettings, "./seed=1 --prompt seed=2", {"model_name_or_path": "./seed=1", "prompt": "seed=2"}),
+        (PrepareSettings, "--data-path seed=1.json x=2.json", {"data_path": ["seed=1.json", "x=2.json"]}),
+        (InspectSettings, "-- all=true", {"cache": "all=true"}),
     ],
 )
 def test_values_are_the_text_that_was_typed(model: type[Settings], line: str, values: dict[str, Any]) -> None:
@@ -32,10 +60,40 @@ def test_values_are_the_text_that_was_typed(model: type[Settings], line: str, va
     ("model", "line", "problems"),
     [
         (TrainSettings, "-x 1 --lora-r", ["-x: unknown flag", "--lora-r: expected a value after it"]),
-        (TrainSettings, "-5 -- --bf16", ["-5: unexpected argument", "--bf16: unexpected argument"]),
-        (InspectSettings, "--cache c d", ["--cache: unknown flag", "d: unexpected argument"]),
+        (
+            PrepareSettings,
+            "-5 -- --bf16",
+            [f"{word}: unexpected argument; put its flag before it" for word in ("-5", "--bf16")],
+        ),
+        (
+            InspectSettings,
+            "--cache c d",
+            ["--cache: unknown flag", "d: unexpected argument; c is the cache already"],
+        ),
         (InspectSettings, "--cach c", ["--cach: unknown flag"]),
         (InspectSettings, "--exampel c", ["--exampel: unknown flag; did you mean --example?"]),
+        (ChatSettings, "run other", ["other: unexpected argument; run is the model_name_or_path already"]),
+        (ChatSettings, "run --lr 3", ["--lr: unknown flag"]),
+        (
+            TrainSettings,
+            "run.yaml --config pocket",
+            ["config: given twice, as run.yaml and as --config pocket; remove one of them"],
+        ),
+        (
+            MergeSettings,
+            "run --adapter a adapter=b",
+            ["adapter: given twice, as run and as --adapter a b; remove one of them"],
+        ),
+        (
+            TrainSettings,
+            "lora_rr=8 base_model=x",
+            [
+                "lora_rr: unknown setting; did you mean lora_r?",
+                "base_model: unknown setting; did you mean model_name_or_path?",
+            ],
+        ),
+        (InspectSettings, "cach=c", ["cach: unknown setting; did you mean cache?"]),
+        (TrainSettings, "json=true", ["--json=true: --json takes no value"]),
     ],
 )
 def test_what_is_wrong_is_collected(model: type[Settings], line: str, problems: list[str]) -> None:
@@ -46,3 +104,11 @@ def test_the_flags_of_all_commands_are_no_settings() -> None:
     parsed = parse_arguments(["--json", "--config", "a", "--quiet", "--config=b", "--debug="], TrainSettings)
     assert (parsed.values, parsed.config, parsed.json, parsed.quiet, parsed.debug) == ({}, "b", True, True, True)
     assert parsed.problems == ["--debug=: --debug takes no value"]
+
+
+def test_the_config_may_be_a_word_without_a_flag() -> None:
+    assert parse_arguments(["run.yaml", "--lora-r", "8"], TrainSettings).config == "run.yaml"
+    assert parse_arguments(["config=run.yaml"], TrainSettings).config == "run.yaml"
+    # after a bool flag, a word is a mistyped value rather than a config
+    parsed = parse_arguments(["--bf16", "perhaps"], TrainSettings)
+    assert (parsed.config, parsed.values) == (None, {"bf16": "perhaps"})

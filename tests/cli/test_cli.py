@@ -16,11 +16,12 @@ import typer
 from rich.console import Console
 
 from t5tune import progress
-from t5tune.cli.help import build_app
+from t5tune.cli.completion import build_app
+from t5tune.cli.options import list_options
 from t5tune.cli.screen import Screen
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.progress import Advanced, Measured, Started
-from t5tune.settings import COMMANDS, Settings
+from t5tune.settings import COMMANDS
 
 if __name__ != "__main__":
     from tests.support.command_line import CommandResult, t5tune
@@ -43,20 +44,16 @@ PREPARE_RESULT_KEYS = [
 
 
 def options_text() -> str:
-    """The flags of every command in the built app, one per line, with type and default."""
+    """The options of every command that --help-all lists, one per line, with type and default."""
     lines: list[str] = []
     for model in COMMANDS:
-        app: Any = typer.main.get_command(build_app(model.command))
         lines.append(f"t5tune {model.command}")
-        for parameter in app.commands[model.command].params:
-            if getattr(parameter, "hidden", False):
-                continue
-            name, kind = parameter.opts[0], parameter.metavar or "SWITCH"
-            field = model.model_fields.get(parameter.name)
-            if field is None:
-                lines.append(f"  {name} {kind}")
-            else:
-                lines.append(f"  {name} {kind} {'required' if field.is_required() else repr(field.default)}")
+        for option in list_options(model.command):
+            words = [*option.flags, option.metavar] if option.flags else [option.argument, option.metavar]
+            if field := model.model_fields.get(option.name):
+                words.append("required" if field.is_required() else repr(field.default))
+            if not option.is_hidden:
+                lines.append(f"  {' '.join(filter(None, words))}")
         lines.append("")
     return "\n".join(lines)
 
@@ -86,31 +83,12 @@ def test_every_setting_has_a_flag_or_is_yaml_only() -> None:
         assert missing == ({"training_args"} if model.command in {"train", "plan"} else set())
 
 
-def test_help_lists_the_commands() -> None:
-    done = t5tune("--help")
-    assert done.code == 0
-    assert done.stderr == ""
+def test_without_arguments_the_commands_are_listed_without_an_error() -> None:
+    done = t5tune()
+    assert (done.code, done.stderr) == (0, "")
     for model in COMMANDS:
         assert model.command in done.stdout
         assert SUMMARIES[model.command] in done.stdout
-
-
-def test_without_arguments_the_help_is_shown_without_an_error() -> None:
-    done = t5tune()
-    assert "prepare" in done.stdout + done.stderr
-    assert done.errors == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
-def test_the_help_of_a_command_lists_its_flags(model: type[Settings]) -> None:
-    done = t5tune(model.command, "--help", env={"COLUMNS": "200"})
-    assert done.code == 0, done.stderr
-    assert done.stderr == ""
-    for name, field in model.model_fields.items():
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        if not extra.get("yaml_only") and not extra.get("positional"):
-            assert f"--{name.replace('_', '-')}" in done.stdout
 
 
 def test_the_version_is_printed() -> None:
@@ -122,7 +100,7 @@ def test_the_version_is_printed() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "unneeded"),
-    [(["--help"], {"pydantic"}), (["train", "--help"], set()), (["trian"], {"pydantic", "typer"})]
+    [(["--help"], {"pydantic", "typer"}), (["train", "--help-all"], {"typer"}), (["trian"], {"pydantic", "typer"})]
     + [([command, "--lora-rr", "8"], {"typer"}) for command in ("train", "schema")],
 )
 def test_the_help_and_a_refusal_import_little(arguments: list[str], unneeded: set[str]) -> None:
@@ -147,9 +125,24 @@ def test_an_unknown_command_is_refused_with_the_closest_one() -> None:
 
 
 def test_an_unexpected_argument_is_refused() -> None:
-    done = t5tune("train", "stray")
-    assert_refused(done, "stray: unexpected argument", "model_name_or_path: missing", "t5tune train --help")
+    done = t5tune("prepare", "stray")
+    assert_refused(done, "stray: unexpected argument", "model_name_or_path: missing", "t5tune prepare --help")
     assert_refused(t5tune("inspect", "one", "two"), "two: unexpected argument")
+
+
+def test_train_takes_a_config_as_its_first_word(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_rr: 8\n")
+    assert_refused(t5tune("train", file), f"{file}: lora_rr: unknown setting; did you mean lora_r?")
+    done = t5tune("train", "pocket", "--dry-run", "lora_r=3", f"output_dir={tmp_path}")
+    assert done.code == 0, done.stderr
+    assert "model_name_or_path: pocket" in done.stdout
+    assert "lora_r: 3" in done.stdout
+    assert_refused(t5tune("train", "pockt"), "config: pockt: no file or template of that name; did you mean pocket?")
+    (tmp_path / "settings.yaml").write_text("lora_r: 8\n")
+    assert_refused(
+        t5tune("train", tmp_path), f"config: {tmp_path}: expected a .yaml file; give {tmp_path}/settings.yaml"
+    )
 
 
 def test_errors_name_positional_arguments_without_dashes() -> None:
@@ -164,7 +157,10 @@ def test_a_missing_config_is_refused() -> None:
 def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache"]
     done = t5tune("prepare", *arguments, "--data-path", "nowhere.jsonl")
-    assert_refused(done, "data_path: nowhere.jsonl")
+    assert_refused(done, "data_path: nowhere.jsonl", "check the path's spelling")
+    done = t5tune("prepare", *arguments, "--data-path", "tatsu-lab/alpaca")
+    said = "datasets on the Hub aren't read; download it with `hf download --repo-type dataset tatsu-lab/alpaca"
+    assert_refused(done, f"data_path: tatsu-lab/alpaca: no such file or folder; {said}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,6 +179,11 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "out"]
     assert_refused(t5tune("merge", *arguments, "--adapter", tmp_path), f"adapter: {tmp_path}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_axolotls_kind_of_adapter_is_refused_with_our_setting(tmp_path: Path) -> None:
+    done = t5tune("train", "pocket", "adapter=qlora", "--output-dir", tmp_path / "run")
+    assert_refused(done, "adapter: qlora: no such folder; to train QLoRA, leave it out and set q_lora: true")
 
 
 def test_with_json_a_wrong_setting_is_an_object_on_stdout() -> None:

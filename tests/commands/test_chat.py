@@ -99,6 +99,35 @@ def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_ba
         assert [*source, cache.eos_token_id] == cache[example].source_S.tolist()
 
 
+@pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
+def test_the_chat_template_of_transformers_gives_the_source_ids_of_training(
+    kind: str, made: dict[str, Path], pair_run: dict[str, Path], conversations: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    stock = AutoTokenizer.from_pretrained(str(made[kind]))
+    cache = open_cache(made["run"] / "data")
+    roles = {"human": "user", "gpt": "assistant"}
+    sources = []
+    for line in conversations.read_text().splitlines():
+        record = json.loads(line)["conversations"]
+        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record]
+        for end in range(1, len(messages), 2):
+            sources.append(stock.apply_chat_template(messages[:end], add_generation_prompt=True)["input_ids"])
+    assert len(sources) > 24  # some conversations have several exchanges
+    assert sources == [example.source_S.tolist() for example in cache]
+    with_prefix = AutoTokenizer.from_pretrained(str(pair_run[kind]))
+    messages = [{"role": "user", "content": "the lamp of Ada is red"}]
+    ids = with_prefix.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ids == open_cache(pair_run["run"] / "data")[0].source_S.tolist()
+
+
+def test_a_message_is_normalized_as_in_training(made: dict[str, Path]) -> None:
+    chatter = Chatter.load(settings(made["merged"], system="Be\r\nbrief."))
+    typed, clean = ([Turn("human", text)] for text in ("two\r\n\u200btea", "two\ntea"))
+    assert chatter.reply(typed).source_tokens == chatter.with_system("Be\nbrief.").reply(clean).source_tokens
+
+
 def test_sampling_follows_the_seed(made: dict[str, Path]) -> None:
     ask = {"prompt": PROMPT, "temperature": 1.5}
     first, again, other = (chat(settings(made["merged"], **ask, seed=seed)).reply for seed in (1, 1, 2))

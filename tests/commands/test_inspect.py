@@ -13,7 +13,7 @@ from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
 from t5tune.errors import DataError, SettingsError
-from t5tune.settings import InspectSettings, PrepareSettings
+from t5tune.settings import InspectSettings, PrepareSettings, TrainSettings, write_settings
 from tests.support.command_line import t5tune
 
 RECORDS = [
@@ -172,6 +172,27 @@ def test_missing_examples_and_broken_caches_are_refused(cache: Path, tmp_path: P
     for other in ("<f8", "<u4", 2, None):
         (broken / "manifest.json").write_text(json.dumps(manifest | {"dtype": other}))
         assert "manifest.json: dtype: " in refusal(cache=broken)
+
+
+def test_a_run_folder_shows_its_token_cache(cache: Path, tmp_path: Path) -> None:
+    run, notes = tmp_path / "run", []
+    run.mkdir()
+    shutil.copytree(cache, run / "data")
+    settings = TrainSettings(model_name_or_path="pocket", data_path="chats.jsonl", output_dir="moved-since")
+    write_settings(run, settings)
+    shown = inspect(InspectSettings(cache=run, all=True), notes.append)
+    assert [example.index for example in shown.examples] == [0, 1, 2, 3]
+    assert [note.text for note in notes] == [f"{run} is a run folder; its token cache is {run / 'data'}"]
+    for changes in ({"data_path": [str(cache)]}, {"preprocessed_path": cache}):
+        shutil.rmtree(run / "data", ignore_errors=True)
+        write_settings(run, settings.model_copy(update=changes))
+        done = t5tune("inspect", run)
+        assert done.code == 0, done.stderr
+        assert f"{run} is a run folder; its token cache is {cache}" in done.stderr
+        assert "Human: Hi Assistant:" in done.stdout
+    write_settings(run, settings)
+    with pytest.raises(DataError, match=f"{run / 'data'}: no such folder"):
+        inspect(InspectSettings(cache=run))
 
 
 def test_an_output_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ from t5tune.checkpoints.fingerprint import (
     compute_full_hash,
     describe_base,
 )
+from t5tune.checkpoints.training_data import TrainingData, write_training_data
 from t5tune.commands.merge import MergeResult, merge
+from t5tune.data.chat_template import build_chat_template, write_chat_template
+from t5tune.data.templates import load_template
+from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError, TrainingError
 from t5tune.model.load import load_base
 from t5tune.progress import Note
@@ -219,6 +223,32 @@ def test_the_conversation_template_of_the_base_is_the_fallback(untied_adapter: P
     shutil.copy(TEMPLATES / "turns.yaml", base / "template.yaml")
     run_merge(base, untied_adapter, tmp_path / "merged", verify=False)
     assert (tmp_path / "merged" / "template.yaml").read_text() == (TEMPLATES / "turns.yaml").read_text()
+
+
+def test_adapters_trained_with_different_source_prefixes_get_no_chat_template(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(untied_base)
+    for name, prefix, has_earlier_turns in (("a", "sum: ", False), ("b", "sum: ", True), ("c", "fix: ", False)):
+        adapter = shutil.copytree(untied_adapter, tmp_path / name)
+        save_tokenizer(tokenizer, adapter)
+        write_chat_template(adapter, build_chat_template(load_template("plain"), tokenizer, prefix), tokenizer)
+        write_training_data(adapter, TrainingData(has_earlier_turns, "auto", None, None, prefix))
+    notes: list[str] = []
+    for others in ("ab", "ac"):
+        settings = MergeSettings(
+            model_name_or_path=str(untied_base),
+            adapter=[tmp_path / name for name in others],
+            weights=[0.5, 0.5],
+            output_dir=tmp_path / others,
+            verify=False,
+        )
+        merge(settings, lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    assert "sum: " in json.loads((tmp_path / "ab" / "tokenizer_config.json").read_text())["chat_template"]
+    assert "chat_template" not in json.loads((tmp_path / "ac" / "tokenizer_config.json").read_text())
+    assert (
+        sum("gets no chat template: the adapters were trained with different source prefixes" in n for n in notes) == 1
+    )
 
 
 def test_more_shards_can_be_written_than_open_files_are_allowed(
@@ -525,6 +555,40 @@ def test_a_missing_base_folder_is_refused(untied_adapter: Path, tmp_path: Path) 
     with pytest.raises(ModelError, match="gone"):
         run_merge(tmp_path / "gone", untied_adapter, tmp_path / "merged")
     assert list_folder(tmp_path) == []
+
+
+def test_without_a_base_the_one_that_the_adapter_names_is_used_and_reported(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path
+) -> None:
+    notes: list[Any] = []
+    merge(MergeSettings(adapter=untied_adapter, output_dir=tmp_path / "named", verify=False), notes.append)
+    assert [note.text for note in notes if isinstance(note, Note) and "its base is" in note.text] == [
+        f"{untied_adapter} is an adapter; its base is {untied_base}"
+    ]
+    run_merge(untied_base, untied_adapter, tmp_path / "given", verify=False)
+    assert list_folder(tmp_path / "named") == list_folder(tmp_path / "given")
+    for name in ("model.safetensors", "README.md"):
+        assert (tmp_path / "named" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "doesn't name the adapter's base; give the base with --model-name-or-path"),
+        ("some/t5", "its base, some/t5, isn't on this machine; give --model-name-or-path"),
+        ("no name on the Hub", "its base, no name on the Hub, isn't on this machine; give --model-name-or-path"),
+        ("x" * 300, "isn't on this machine; give --model-name-or-path"),
+    ],
+)
+def test_a_base_that_the_adapter_does_not_name_or_that_is_elsewhere_must_be_given(
+    untied_adapter: Path, tmp_path: Path, name: str, problem: str
+) -> None:
+    adapter = shutil.copytree(untied_adapter, tmp_path / "adapter")
+    change_config(base_model_name_or_path=name)(adapter)
+    with pytest.raises(CheckpointError) as caught:
+        merge(MergeSettings(adapter=adapter, output_dir=tmp_path / "merged"))
+    assert problem in f"{caught.value.message}; {caught.value.hint}"
+    assert list_folder(tmp_path) == ["adapter"]
 
 
 def test_an_untrained_adapter_is_accepted_with_a_warning(

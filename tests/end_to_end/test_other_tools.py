@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.commands.merge import MergeResult, merge
+from t5tune.data.chat_template import build_chat_template, write_chat_template
+from t5tune.data.templates import load_template
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, TrainingError
@@ -29,6 +31,10 @@ from tests.support.command_line import t5tune
 from tests.support.paths import REPOSITORY
 
 HARD_TEXTS = ["two words", "a\nline  and\ttabs {x}", "<extra_id_1> end", " begins with a space", "{\n    1\n}"]
+MESSAGES = [
+    {"role": role, "content": text}
+    for role, text in zip(["user", "assistant", "user"], HARD_TEXTS[:2] * 2, strict=False)
+]
 
 
 def run_merge(base: Path, adapter: Path, output: Path, **changes: object) -> Path:
@@ -70,6 +76,7 @@ def adapter_with_tokens(sentencepiece_base: Path) -> Path:
     tokenizer, added, _ = extend_tokenizer(load_tokenizer(sentencepiece_base), ["auto"], num_rows=1536)
     assert "\n" in added
     save_tokenizer(tokenizer, adapter)
+    write_chat_template(adapter, build_chat_template(load_template("fastchat-t5"), tokenizer), tokenizer)
     return adapter
 
 
@@ -262,7 +269,7 @@ def transformers_4() -> str:
 
 def ask_transformers_4(python: str, checkpoint: Path, folder: Path, **asked: Any) -> dict[str, Any]:
     """Run tests/support/transformers_4.py and return its result."""
-    (folder / "asked.json").write_text(json.dumps({"texts": [], "converted": None} | asked))
+    (folder / "asked.json").write_text(json.dumps({"texts": [], "messages": None, "converted": None} | asked))
     script = REPOSITORY / "tests/support/transformers_4.py"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, str(script), str(checkpoint), str(folder / "asked.json"), str(folder / "found.json")]
@@ -304,10 +311,12 @@ def test_transformers_4_gives_the_token_ids_of_the_adapters_tokenizer(
 ) -> None:
     merged = run_merge(sentencepiece_base, adapter_with_tokens, tmp_path / "merged")
     found = ask_transformers_4(
-        transformers_4, merged, tmp_path, inputs=[[5, 1]], decoder_inputs=[[0]], texts=HARD_TEXTS
+        transformers_4, merged, tmp_path, inputs=[[5, 1]], decoder_inputs=[[0]], texts=HARD_TEXTS, messages=MESSAGES
     )
     ours = load_tokenizer(adapter_with_tokens)
     assert [ids[:-1] for ids in found["ids"]] == [ours.encode(text) for text in HARD_TEXTS]
+    theirs = AutoTokenizer.from_pretrained(merged)
+    assert found["source"] == theirs.apply_chat_template(MESSAGES, add_generation_prompt=True).input_ids
 
 
 def cut_at_end_token(ids: list[int]) -> list[int]:

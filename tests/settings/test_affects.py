@@ -145,5 +145,5 @@ def test_saved_settings_have_the_defaults_of_what_applies_to_one_call_only(cache
     values = NEEDED | {"data_path": [str(cache)], "output_dir": tmp_path}
     given = TrainSettings(**values, fresh=True, allow_change=["data"], dry_run=True, lora_r=4)
     save_settings(given, locate_run(given))
-    saved = read_saved_settings(locate_run(given))
+    saved = read_saved_settings(given.output_dir)
     assert saved == apply_cache_settings(TrainSettings(**values, lora_r=4))

@@ -167,7 +167,7 @@ def test_unknown_names_in_any_source_are_refused_with_the_closest_known_name(
         "train", *NEEDED_FLAGS, "--config", file, "--lora-alfa", "8", "--zzz=1", "--model", "m", "--quant", "nf4"
     )
     assert settings is None
-    errors = [line.removesuffix("; t5tune train --help lists every option") for line in stderr.splitlines()]
+    errors = [line.removesuffix("; t5tune train --help-all lists every option") for line in stderr.splitlines()]
     assert all(line.startswith("error: ") for line in errors)
     assert len(errors) == 6
     assert f"error: {file}: lora_rr: unknown setting; did you mean lora_r?" in errors

@@ -4,9 +4,10 @@ Run with the Python of an environment that has both packages, and no t5tune:
 
     python tests/support/transformers_4.py CHECKPOINT REQUEST.json RESULT.json
 
-Reads {"inputs": [[…]], "decoder_inputs": [[…]], "texts": […], "converted": folder or null} and writes what plain
-transformers finds: its version, whether the head is tied, logits, ids of the texts, and the greedy replies of the
-checkpoint itself and of the checkpoint as converted by CTranslate2's own converter.
+Reads {"inputs": [[…]], "decoder_inputs": [[…]], "texts": […], "messages": […] or null, "converted": folder or null}
+and writes what plain transformers finds: its version, whether the head is tied, logits, ids of the texts, the source
+ids of the messages, and the greedy replies of the checkpoint itself and of the checkpoint as converted by CTranslate2's
+own converter.
 """
 
 import json
@@ -32,6 +33,8 @@ def main(checkpoint: str, request_file: str, result_file: str) -> None:
         "ids": [tokenizer(text).input_ids for text in request["texts"]],
         "replies": reply[:, 1:].tolist(),
     }
+    if request["messages"]:
+        result["source"] = tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True)
     if request["converted"]:
         result["converted_replies"] = generate_with_converted(checkpoint, request["converted"], request["inputs"])
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")

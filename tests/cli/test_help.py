@@ -1,0 +1,144 @@
+"""What the help shows: short, complete with --help-all, and with commands that work as they are shown."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t5tune.cli import run
+from t5tune.cli.arguments import parse_arguments
+from t5tune.cli.summaries import EXAMPLES, FIRST_STEPS, SUMMARIES
+from t5tune.settings import COMMANDS, Settings, load_settings
+
+EXAMPLE_LINES = [line for lines in EXAMPLES.values() for line in lines]
+
+
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Return what `t5tune WORDS` prints on a terminal of `width` columns."""
+
+    def show(*words: str, width: int = 80) -> str:
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert run(list(words)) == 0
+        return capsys.readouterr().out
+
+    return show
+
+
+@pytest.mark.parametrize("command", SUMMARIES)
+def test_the_help_of_a_command_fits_on_a_screen(command: str, show) -> None:
+    lines = show(command, "--help").splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(f"Usage: t5tune {command} ")
+    assert lines[2] == SUMMARIES[command]
+    if "--debug" in "\n".join(lines):  # a command with few options shows all of them
+        assert lines[-1].endswith(EXAMPLES[command][1])
+    else:
+        assert f"t5tune {command} --help-all lists the other " in lines[-1]
+
+
+@pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
+def test_help_all_lists_every_flag_except_those_that_can_only_be_refused(model: type[Settings], show) -> None:
+    text = show(model.command, "--help-all", width=200)
+    hidden = {"fp16", "training_args"}
+    for name in model.model_fields:
+        assert (f" {model.format_option(name)}" in text) == (name not in hidden), name
+    assert "--config" in text
+    assert "--debug" in text
+    assert "--fp16" not in show(model.command, "--help")
+
+
+def test_options_are_shown_with_readable_types_and_required_ones_first(show) -> None:
+    for text in show("train", "--help"), show("train", "--help-all"):
+        assert "--bf16 / --no-bf16 " in text
+        assert "--lora-r INT " in text
+        assert "--learning-rate NUMBER " in text
+        assert "--train-mode [lora|full] " in text
+        assert "--data-path PATH… " in text
+        assert "--output-dir PATH " in text
+        first = ["--model-name-or-path", "--data-path", "--output-dir", "--source-column"]
+        places = [text.index(f"{flag} ") for flag in first]
+        assert places == sorted(places)
+    text = show("train", "--help-all")
+    assert "--lora-target-modules NAME… " in text
+    assert "--data-format NAME " in text
+    assert "auto, sharegpt, openai" in " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("train", "train [CONFIG] [OPTIONS]"),
+        ("chat", "chat MODEL [OPTIONS]"),
+        ("merge", "merge ADAPTER [OPTIONS]"),
+        ("inspect", "inspect CACHE [OPTIONS]"),
+        ("templates", "templates [ACTION] [NAME] [TO] [OPTIONS]"),
+    ],
+)
+def test_the_usage_shows_what_needs_no_flag(command: str, usage: str, show) -> None:
+    assert show(command, "--help").splitlines()[0] == f"Usage: t5tune {usage}"
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("", "--help"),
+        ("-h", "--help"),
+        ("--help-all", "--help"),
+        ("train -h", "train --help"),
+        ("-h train", "train --help"),
+        ("chat run -h --temperature 1", "chat --help"),
+        ("train --help --lora-r", "train --help"),
+        ("train --lora-r 8 -h --help-all", "train --help-all"),
+    ],
+)
+def test_help_is_shown_wherever_it_is_asked_for(words: str, same: str, show) -> None:
+    assert show(*words.split()) == show(*same.split())
+
+
+def test_t5tune_alone_shows_the_commands_and_three_to_start_with(show) -> None:
+    text = show()
+    assert len(text.splitlines()) <= 40
+    assert text.index("Commands:") < text.index("  prepare ") < text.index("Start here:")
+    typed = text.partition("Start here:")[2].replace("\\\n", " ")
+    lines = [line.split() for line in typed.splitlines() if "t5tune" in line.split()[:1]]
+    assert lines == [shlex.split(line) for line in FIRST_STEPS.values()]
+    assert [line[1] for line in lines] == ["train", "chat", "train"]
+
+
+def test_the_help_is_shown_on_the_narrowest_terminal(show) -> None:
+    for width in 1, 20, 40:
+        assert "Examples:" in "".join(show("train", "--help", width=width).split("\n"))
+
+
+@pytest.mark.parametrize("line", [*FIRST_STEPS.values(), *EXAMPLE_LINES])
+def test_the_commands_in_the_help_are_valid(line: str) -> None:
+    _, command, *arguments = shlex.split(line.partition(" > ")[0])
+    model = next(model for model in COMMANDS if model.command == command)
+    parsed = parse_arguments(arguments, model)
+    load_settings(model, parsed.config, {}, parsed.values, parsed.problems)
+
+
+@pytest.mark.slow
+def test_the_commands_in_the_help_work_one_after_the_other(tmp_path: Path) -> None:
+    """All but doctor's and those for a published model, in an empty folder; variables keep the training short."""
+    (tmp_path / "dev.csv").write_text("question,answer\nHello?,Hi.\n", encoding="utf-8")
+    short = {"MAX_STEPS": "2", "MAX_NEW_TOKENS": "4", "REPORT_SAMPLES": "0", "VERIFY": "no"}
+    environment = {**os.environ, **{f"T5TUNE_{name}": value for name, value in short.items()}}
+    for line in EXAMPLE_LINES:
+        if "flan-t5-base" in line or "t5tune doctor" in line:
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", "t5tune", *shlex.split(line.partition(" > ")[0])[1:], "--quiet"],
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), line

@@ -1,0 +1,141 @@
+"""The names of other tools: each leads to a setting that exists, for flags, YAML keys and environment variables."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from t5tune.cli.arguments import parse_arguments
+from t5tune.errors import SettingsError
+from t5tune.settings import COMMANDS, ChatSettings, EvaluateSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.settings.legacy_names import TRAIN
+from t5tune.settings.synonyms import ADVICE, NAMES_IN_OTHER_TOOLS, list_suggestions, suggest_setting
+
+ALL_SETTINGS = {name for model in COMMANDS for name in list_suggestions(model)}
+
+
+def test_every_suggested_name_is_a_setting_that_is_neither_hidden_nor_a_legacy_name() -> None:
+    mentioned = {name for text in ADVICE.values() for name in re.findall(r"\{(\w+)\}", text)}
+    assert not mentioned - ALL_SETTINGS
+    assert not set(NAMES_IN_OTHER_TOOLS) - ALL_SETTINGS
+    assert not ALL_SETTINGS & ({*TRAIN, "fp16"})
+
+
+def test_no_name_of_another_tool_is_a_setting_of_the_command_that_would_suggest_another() -> None:
+    for model in COMMANDS:
+        own = set(model.model_fields)
+        for ours, names in NAMES_IN_OTHER_TOOLS.items():
+            assert ours not in own or not own & {*names.split()}, (model.command, ours)
+    advised = " ".join(ADVICE).split()
+    others = " ".join(NAMES_IN_OTHER_TOOLS.values()).split()
+    assert len(advised) == len({*advised})
+    assert not {*advised} & {*others}
+    assert not {*advised} & {*TrainSettings.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        # axolotl
+        ("base_model", "model_name_or_path"),
+        ("datasets", "data_path"),
+        ("test_datasets", "eval_data_path"),
+        ("dataset_prepared_path", "preprocessed_path"),
+        ("val_set_size", "eval_fraction"),
+        ("sequence_len", "model_max_length"),
+        ("sample_packing", "packing"),
+        ("micro_batch_size", "per_device_train_batch_size"),
+        ("num_epochs", "num_train_epochs"),
+        ("lr_scheduler", "lr_scheduler_type"),
+        ("optimizer", "optim"),
+        ("lora_model_dir", "adapter"),
+        ("peft_use_dora", "use_dora"),
+        # LLaMA-Factory
+        ("cutoff_len", "model_max_length"),
+        ("dataset", "data_path"),
+        ("eval_dataset", "eval_data_path"),
+        ("val_size", "eval_fraction"),
+        ("template", "conversation_template"),
+        ("finetuning_type", "train_mode"),
+        ("lora_rank", "lora_r"),
+        ("lora_target", "lora_target_modules"),
+        ("adapter_name_or_path", "adapter"),
+        ("max_samples", "num_data"),
+        ("preprocessing_num_workers", "num_workers"),
+        ("additional_target", "modules_to_save"),
+        # TRL
+        ("dataset_name", "data_path"),
+        ("max_length", "model_max_length"),
+        ("dataset_num_proc", "num_workers"),
+        ("bnb_4bit_quant_type", "quant_type"),
+        ("use_bnb_nested_quant", "double_quant"),
+        ("model_revision", "revision"),
+        # transformers and its scripts
+        ("lr", "learning_rate"),
+        ("batch_size", "per_device_train_batch_size"),
+        ("epochs", "num_train_epochs"),
+        ("train_file", "data_path"),
+        ("validation_file", "eval_data_path"),
+        ("max_source_length", "model_max_length"),
+        ("summary_column", "target_column"),
+        ("max_train_samples", "num_data"),
+        ("predict_with_generate", "eval_generate"),
+    ],
+)
+def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
+    flag, meant_flag = (f"--{word.replace('_', '-')}" for word in (name, meant))
+    assert parse_arguments([flag, "1"], TrainSettings).problems == [f"{flag}: unknown flag; did you mean {meant_flag}?"]
+    assert parse_arguments([f"{name}=1"], TrainSettings).problems == [f"{name}: unknown setting; did you mean {meant}?"]
+    with pytest.raises(SettingsError) as caught:
+        load_settings(TrainSettings, environment={f"T5TUNE_{name.upper()}": "1"})
+    assert f"T5TUNE_{name.upper()}: unknown setting; did you mean {meant}?" in caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("resume_from_checkpoint", "give the same command again: it resumes"),
+        ("load_best_model_at_end", "metric_for_best_model does it"),
+        ("push_to_hub", "hf upload"),
+        ("hub_model_id", "hf upload"),
+        ("lora_target_linear", "set lora_target_modules to all-linear"),
+        ("quantization_bit", "set q_lora to true"),
+        ("load_in_8bit", "quant_type to int8"),
+        ("wandb_project", "set report_to to wandb"),
+        ("use_peft", "LoRA is the default"),
+        ("flash_attention", "leave it out"),
+        ("evals_per_epoch", "set eval_steps"),
+        ("adam_beta2", "under training_args"),
+    ],
+)
+def test_a_name_without_an_equivalent_gets_the_sentence_that_helps(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"{name}: 1\n")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(TrainSettings, str(tmp_path / "run.yaml"))
+    (problem,) = [line for line in caught.value.problems if f"{name}: unknown setting; " in line]
+    assert advice in problem
+    (problem,) = parse_arguments([f"--{name}"], TrainSettings).problems
+    assert "unknown flag; " in problem
+    flags = {word for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", advice) if word != "training_args"}
+    assert all(f"--{word.replace('_', '-')}" in problem for word in flags)
+
+
+def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is() -> None:
+    assert parse_arguments(["--lora-rank=8"], PrepareSettings).problems == ["--lora-rank: unknown flag"]
+    with pytest.raises(SettingsError) as caught:
+        load_settings(PrepareSettings, environment={"T5TUNE_LORA_RANK": "8"})
+    assert "T5TUNE_LORA_RANK: unknown setting; did you mean lora_r?" in caught.value.problems
+    assert parse_arguments(["--batch-size=8"], EvaluateSettings).problems == [
+        "--batch-size: unknown flag; did you mean --per-device-eval-batch-size?"
+    ]
+    assert parse_arguments(["--load-in-4bit"], ChatSettings).problems == [
+        "--load-in-4bit: unknown flag; did you mean --q-lora?"
+    ]
+
+
+def test_a_mistyped_legacy_or_hidden_name_never_suggests_itself() -> None:
+    for name in (*TRAIN, "fp16"):
+        assert f"did you mean {name}?" not in suggest_setting(name[:-1], list_suggestions(TrainSettings))
+        flag = f"--{name[:-1].replace('_', '-')}"
+        (problem,) = parse_arguments([flag], TrainSettings).problems
+        assert f"--{name.replace('_', '-')}?" not in problem

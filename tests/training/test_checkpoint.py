@@ -1,0 +1,105 @@
+"""chat, evaluate and merge use the newest complete checkpoint of a run that was stopped."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from t5tune.commands.chat import chat
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.merge import merge
+from t5tune.commands.train import train
+from t5tune.errors import CheckpointError, Stopped
+from t5tune.progress import Advanced, Event, Note
+from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings
+from t5tune.training.checkpoint import list_checkpoints
+from tests.support.runs import stop_at
+from tests.support.train_runs import make_settings
+
+PROMPT = "Hello, two tea for Mira please."
+
+
+@pytest.fixture(scope="module")
+def stopped(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 2 and 3, stopped in the third of six steps."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    settings = make_settings(untied_base, conversations, run, save_steps=2, learning_rate=2e-2)
+    with pytest.raises(Stopped):
+        train(settings, stop_at(Advanced("train", 2)))
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-3", "checkpoint-2"]
+    return run
+
+
+def select_notes(events: list[Event], word: str) -> list[str]:
+    return [event.text for event in events if isinstance(event, Note) and word in event.text]
+
+
+def test_chat_and_evaluate_use_the_newest_checkpoint_and_name_it(
+    stopped: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    newest = stopped / "checkpoint-3"
+    replies = {}
+    for name, model, adapter in [
+        ("stopped", stopped, None),
+        ("as the adapter", untied_base, stopped),
+        ("newest", newest, None),
+        ("older", stopped / "checkpoint-2", None),
+        ("base", untied_base, None),
+    ]:
+        events: list[Event] = []
+        settings = ChatSettings(
+            model_name_or_path=str(model), adapter=adapter, prompt=PROMPT, max_new_tokens=12, use_cpu=True
+        )
+        replies[name] = chat(settings, events.append).reply
+        expected = [f"{stopped}: this run hasn't finished; using its newest complete checkpoint, {newest}"]
+        assert select_notes(events, "hasn't finished") == (expected if stopped in (model, adapter) else [])
+    assert replies["stopped"] == replies["as the adapter"] == replies["newest"]
+    assert replies["stopped"] not in (replies["older"], replies["base"])
+
+    losses = [
+        evaluate(
+            EvaluateSettings(
+                model_name_or_path=str(model),
+                data_path=str(conversations),
+                output_dir=tmp_path / str(index),
+                num_data=4,
+                max_new_tokens=2,
+                use_cpu=True,
+            )
+        ).loss
+        for index, model in enumerate((stopped, newest, stopped / "checkpoint-2"))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_merge_merges_the_newest_checkpoint_into_the_base_that_it_names(
+    stopped: Path, untied_base: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    merge(MergeSettings(adapter=stopped, output_dir=tmp_path / "a", verify=False), events.append)
+    assert len(select_notes(events, f"{stopped / 'checkpoint-3'} is an adapter; its base is {untied_base}")) == 1
+    assert len(select_notes(events, "hasn't finished")) == 1
+    given = {"model_name_or_path": str(untied_base), "adapter": stopped / "checkpoint-3"}
+    merge(MergeSettings(**given, output_dir=tmp_path / "b", verify=False))
+    merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert merged.keys() == expected.keys()
+    assert all(merged[name].equal(expected[name]) for name in expected)
+    assert (tmp_path / "a" / "settings.yaml").read_text() == (tmp_path / "b" / "settings.yaml").read_text().replace(
+        str(tmp_path / "b"), str(tmp_path / "a")
+    )
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_without_a_complete_one_the_run_is_refused(
+    stopped: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "checkpoint-3" / "adapter_model.safetensors").write_bytes(b"damaged")
+    events: list[Event] = []
+    merge(MergeSettings(adapter=run, output_dir=tmp_path / "merged", verify=False), events.append)
+    assert len(select_notes(events, "skipped a damaged checkpoint")) == 1
+    assert len(select_notes(events, f"using its newest complete checkpoint, {run / 'checkpoint-2'}")) == 1
+    (run / "checkpoint-2" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"adapter: {run}: none of its checkpoints is complete"):
+        merge(MergeSettings(adapter=run, output_dir=tmp_path / "merged-2", verify=False))
+    assert not (tmp_path / "merged-2").exists()
