@@ -40,6 +40,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         )
 
 
+def remove_chat_template(folder: Path) -> None:
+    """Remove the chat template from the tokenizer's files in a folder, if they have one."""
+    if has_file(folder, TOKENIZER_CONFIG_FILE):
+        config = read_json_object(folder, TOKENIZER_CONFIG_FILE)
+        config.pop("chat_template", None)
+        write_json(folder / TOKENIZER_CONFIG_FILE, config)
+
+
 def copy_sentencepiece(base: Path, folder: Path) -> None:
     """Copy the base's SentencePiece model to a folder that has only a tokenizer.json, and write added_tokens.json.
 

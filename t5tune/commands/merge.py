@@ -22,9 +22,8 @@ from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
-from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
+from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES, remove_chat_template
 from t5tune.checkpoints.training_data import read_training_data
-from t5tune.data.chat_template import remove_chat_template
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
 from t5tune.families import Family, find_family
 from t5tune.file_names import (

@@ -17,7 +17,7 @@ from t5tune.data.tokenizer import Tokenizer
 from t5tune.data.vocabulary import is_space_part_of_word
 from t5tune.file_names import TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import write_json
-from t5tune.io.untrusted import has_file, read_json_object
+from t5tune.io.untrusted import read_json_object
 
 # `$name$` is replaced with a value. `read` makes the replacements of cleaning.normalize_text.
 _SOURCE = r"""
@@ -95,11 +95,3 @@ def write_chat_template(folder: Path, source: str, tokenizer: Tokenizer) -> None
         known = config.get("added_tokens_decoder") or {}
         config["added_tokens_decoder"] = known | {str(tokenizer.eos_token_id): end}
     write_json(folder / TOKENIZER_CONFIG_FILE, config)
-
-
-def remove_chat_template(folder: Path) -> None:
-    """Remove the chat template from the tokenizer's files in a folder, if they have one."""
-    if has_file(folder, TOKENIZER_CONFIG_FILE):
-        config = read_json_object(folder, TOKENIZER_CONFIG_FILE)
-        config.pop("chat_template", None)
-        write_json(folder / TOKENIZER_CONFIG_FILE, config)
