@@ -63,14 +63,23 @@ class T5TuneError(Exception):
 
 
 class SettingsError(T5TuneError):
-    """One or more settings are wrong; `problems` has one line for each."""
+    """One or more settings are wrong; `problems` has one line for each.
+
+    Args:
+        heading: what the problems have in common, if they are to be shown as a list below it.
+        choices: the next steps to choose from, instead of a single hint.
+    """
 
     exit_code = 2
 
-    def __init__(self, *problems: str, hint: str | None = None) -> None:
+    def __init__(
+        self, *problems: str, hint: str | None = None, heading: str | None = None, choices: Iterable[str] = ()
+    ) -> None:
         self.problems = tuple(map(to_one_line, problems))
-        super().__init__("", hint)
-        self.message = "\n".join(self.problems)
+        self.heading = heading and to_one_line(heading)
+        self.choices = tuple(map(to_one_line, choices))
+        super().__init__("", hint or "; ".join(self.choices))
+        self.message = "\n".join([*([self.heading] if self.heading else []), *self.problems])
         self.args = (self.message,)
 
 

@@ -1,39 +1,84 @@
-"""Score predictions against references from 0 to 100: exact match, ROUGE, BLEU and chrF.
+"""Score predictions against references from 0 to 100: exact match, ROUGE, BLEU, chrF, and the validity and F1 of JSON.
 
-    score(["Hello."], ["Hello."])["rougeL"]  # 100.0
+    score(["Hello."], ["Hello."])["rougeL"]                              # 100.0
+    score(['{"a": 1, "b": 2}'], ['{"a": 1, "b": 3}'])["field_f1"]        # 50.0
 
-ROUGE is computed by rouge-score (Lin 2004), BLEU and chrF by sacrebleu (Post 2018) with its defaults.
+ROUGE is computed by rouge-score (Lin 2004), BLEU and chrF by sacrebleu (Post 2018) with its defaults. For a function of
+one's own, see custom_metrics.py.
 """
 
 import re
-from collections.abc import Sequence
-from statistics import fmean
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import fsum
+from typing import Any
+
+from t5tune.errors import SettingsError
+from t5tune.io.untrusted import parse_json
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
+MEANS = ("exact_match", *ROUGES)  # metrics of a corpus that are means over its examples
+JSON_METRICS = ("valid_json", "field_f1")
+METRICS = (*MEANS, "bleu", "chrf", *JSON_METRICS)
 
 
-def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Score a corpus: exact match and ROUGE are means over the examples, BLEU and chrF are corpus scores."""
+def score(predictions: Sequence[str], references: Sequence[str], names: Iterable[str] = METRICS) -> dict[str, float]:
+    """Score a corpus: exact match and ROUGE are means over the examples, BLEU and chrF are corpus scores.
+
+    `valid_json` is the percentage of predictions that are JSON. `field_f1` is the micro-averaged F1 over the fields, as
+    in Donut (Kim et al. 2022, `JSONParseEvaluator.cal_f1`): an example's fields are the pairs of path and value of all
+    its leaves, as a multiset, so that each field matches at most one. List items have the same path whatever their
+    order. Unlike Donut, values have a type ("1" is not 1) and are compared exactly, and an empty object or list is a
+    leaf too. A prediction that isn't JSON has no fields. Both are computed over the examples whose reference is a JSON
+    object or array; if there are none, they are left out.
+    """
     import sacrebleu
 
-    examples = [score_one(*pair) for pair in zip(predictions, references, strict=True)]
-    scores = {name: fmean(example[name] for example in examples) for name in ("exact_match", *ROUGES)}
-    scores["bleu"] = float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score)
-    scores["chrf"] = float(sacrebleu.corpus_chrf(list(predictions), [list(references)]).score)
+    names, pairs = set(names), list(zip(predictions, references, strict=True))
+    means = [name for name in MEANS if name in names]
+    examples = [score_one(*pair, means) for pair in pairs if means]
+    scores = {name: fsum(example[name] for example in examples) / len(examples) for name in means}
+    if "bleu" in names:
+        scores["bleu"] = float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score)
+    if "chrf" in names:
+        scores["chrf"] = float(sacrebleu.corpus_chrf(list(predictions), [list(references)]).score)
+    scores |= _score_json(pairs, names)
     return {name: round(value, 4) for name, value in scores.items()}
 
 
-def score_one(prediction: str, reference: str) -> dict[str, float]:
+def score_one(prediction: str, reference: str, names: Iterable[str] = METRICS) -> dict[str, float]:
     """Score one prediction, without BLEU, which means little for a single sentence."""
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
+    names = set(names)
+    scores = {"exact_match": 100.0 * (prediction == reference)} if "exact_match" in names else {}
+    if rouges := [name for name in ROUGES if name in names]:
+        from rouge_score.rouge_scorer import RougeScorer
 
-    rouge = RougeScorer(list(ROUGES), tokenizer=_UnicodeTokenizer()).score(reference, prediction)
-    return {
-        "exact_match": 100.0 * (prediction == reference),
-        **{name: round(100.0 * rouge[name].fmeasure, 4) for name in ROUGES},
-        "chrf": round(float(sacrebleu.sentence_chrf(prediction, [reference]).score), 4),
-    }
+        found = RougeScorer(rouges, tokenizer=_UnicodeTokenizer()).score(reference, prediction)
+        scores |= {name: round(100.0 * found[name].fmeasure, 4) for name in rouges}
+    if "chrf" in names:
+        import sacrebleu
+
+        scores["chrf"] = round(float(sacrebleu.sentence_chrf(prediction, [reference]).score), 4)
+    json_scores = _score_json([(prediction, reference)], names)
+    return scores | {name: round(value, 4) for name, value in json_scores.items()}
+
+
+def choose_metrics(names: Sequence[str] | None, references: Sequence[str]) -> tuple[str, ...]:
+    """Return the metrics to compute for these references: the named ones, or all that fit.
+
+    Raises:
+        SettingsError: one is for JSON, but no reference is JSON.
+    """
+    needs_json = [name for name in METRICS if name in JSON_METRICS and (names is None or name in names)]
+    if needs_json and not any(_is_json(_parse(reference)) for reference in references):
+        if names is not None:
+            raise SettingsError(
+                f"metrics: {needs_json[0]}: none of the {len(references):,} targets is a JSON object or array",
+                hint="remove it from metrics",
+            )
+        return tuple(name for name in METRICS if name not in JSON_METRICS)
+    return tuple(name for name in METRICS if names is None or name in names)
 
 
 class _UnicodeTokenizer:
@@ -41,3 +86,65 @@ class _UnicodeTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())
+
+
+@dataclass(frozen=True)
+class _JsonComparison:
+    """How a prediction compares with a reference that is JSON. `total`: the number of fields of both together."""
+
+    is_valid: bool
+    matched: int
+    total: int
+
+
+def _score_json(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str, float]:
+    """Score the pairs (prediction, reference) whose reference is JSON; nothing if there are none."""
+    if not names & set(JSON_METRICS):
+        return {}
+    compared = [found for pair in pairs if (found := _compare_json(*pair)) is not None]
+    if not compared:
+        return {}
+    scores = {
+        "valid_json": 100.0 * sum(each.is_valid for each in compared) / len(compared),
+        "field_f1": 200.0 * sum(each.matched for each in compared) / sum(each.total for each in compared),
+    }
+    return {name: value for name, value in scores.items() if name in names}
+
+
+def _compare_json(prediction: str, reference: str) -> _JsonComparison | None:
+    """Compare the fields; None if the reference isn't JSON."""
+    wanted, found = _parse(reference), _parse(prediction)
+    if not _is_json(wanted):
+        return None
+    wanted_fields, found_fields = _count_fields(wanted), _count_fields(found) if _is_json(found) else Counter()
+    matched = (wanted_fields & found_fields).total()
+    return _JsonComparison(_is_json(found), matched, wanted_fields.total() + found_fields.total())
+
+
+def _parse(text: str) -> Any:
+    """Parse strictly: duplicate keys, NaN and text around the JSON are errors. None if it can't be parsed."""
+    try:
+        return parse_json(text.encode())
+    except ValueError:  # also of a lone surrogate, and of an integer with more digits than Python converts
+        return None
+
+
+def _is_json(value: Any) -> bool:
+    """Whether it is an object or an array: a bare number or word is more likely plain text."""
+    return isinstance(value, dict | list)
+
+
+def _count_fields(value: Any) -> Counter[tuple[Any, ...]]:
+    """Count the leaves by path and value. Not recursive, because a prediction may be nested as deeply as it likes."""
+    fields: Counter[tuple[Any, ...]] = Counter()
+    pending: list[tuple[tuple[str | None, ...], Any]] = [((), value)]
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, dict) and value:
+            pending += [((*path, key), item) for key, item in value.items()]
+        elif isinstance(value, list) and value:
+            pending += [((*path, None), item) for item in value]
+        else:
+            leaf = type(value) if _is_json(value) else value
+            fields[path, isinstance(value, bool), leaf] += 1  # in Python, True equals 1
+    return fields

@@ -32,7 +32,7 @@ class Advanced:
 
 @dataclass(frozen=True)
 class Finished:
-    """The task has finished."""
+    """The task has ended, complete or not."""
 
     task: str
 
@@ -47,6 +47,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """The metrics of an evaluation during training. `is_best`: by the metric for the best model, it is the best yet."""
+
+    task: str
+    step: int
+    values: dict[str, float]
+    is_best: bool
+
+
+@dataclass(frozen=True)
 class Note:
     """A message for the user. `warning` marks what may be a mistake on their side."""
 
@@ -54,7 +64,7 @@ class Note:
     warning: bool = False
 
 
-Event = Started | Advanced | Finished | Measured | Note
+Event = Started | Advanced | Finished | Measured | Evaluated | Note
 Report = Callable[[Event], None]
 
 
@@ -85,5 +95,7 @@ def count_done(
         report(Advanced(task, done))
 
     report(Started(task, total, unit))
-    yield advance
-    report(Finished(task))
+    try:
+        yield advance
+    finally:
+        report(Finished(task))

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "t5tune"
 # from the lowest layer to the highest; packages of one layer may import each other, but not in a circle
 LAYERS = [
-    {"errors", "file_names", "progress", "metrics", "io", "__init__"},
+    {"errors", "file_names", "formatting", "progress", "metrics", "custom_metrics", "io", "__init__"},
     {"compat", "families", "settings"},
     {"data", "checkpoints"},
     {"model"},

@@ -96,6 +96,8 @@ def test_quickstart_runs_all_commands_and_shows_their_results(tmp_path: Path) ->
     assert f"resuming the interrupted quickstart in {tmp_path / 'quickstart'}" in done.stderr
     for word in ("token cache", "run", "adapter", "merged model", "exact match", "before", "after", "you:", "model:"):
         assert word in done.stdout
+    assert f"next          t5tune chat {tmp_path / 'quickstart' / 'merged'}\n" in done.stdout
+    assert f"report        {tmp_path / 'quickstart' / 'run' / 'report.html'}\n" in done.stdout
     assert (tmp_path / "quickstart" / "merged" / "model.safetensors").is_file()
 
 

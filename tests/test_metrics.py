@@ -1,10 +1,13 @@
 """Scores equal values computed by hand and those of the libraries with their default settings."""
 
+import json
+
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from t5tune.metrics import score, score_one
+from t5tune.errors import SettingsError
+from t5tune.metrics import METRICS, choose_metrics, score, score_one
 
 REFERENCES = ["The cat sat on the mat.", "Send 3 cups to Riga!", "It's a_b 3.5, isn't it?"]
 PREDICTIONS = ["The cat sat on a mat.", "Send 3 cups to Riga!", "It's a_b 3.5"]
@@ -44,3 +47,80 @@ def test_an_empty_prediction_scores_zero_without_an_error() -> None:
     scores = score(["", "a"], ["b", "a"])
     assert scores["exact_match"] == 50
     assert 0 <= scores["bleu"] <= 100
+
+
+def score_json(prediction: object, reference: object) -> float:
+    """The F1 of two values that are written as JSON."""
+    return score([json.dumps(prediction)], [json.dumps(reference)])["field_f1"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "f1"),
+    [
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, 100),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, 50),
+        ({"a": 1}, {"a": 1, "b": 3, "c": None}, 50),  # 1 matched, of 1 and 3 fields
+        ({}, {"a": 1}, 0),
+        ({}, {}, 100),
+        ({"a": {"b": {"c": 1}}}, {"a": {"b": {"c": 1}, "d": 2}}, 200 / 3),
+        ({"b": 1}, {"a": {"b": 1}}, 0),
+        ({"a.b": 1}, {"a": {"b": 1}}, 0),
+        ({"a": [1, 2]}, {"a": [2, 1]}, 100),
+        ({"a": [1, 1, 1]}, {"a": [1]}, 50),  # a field matches once
+        ({"a": [1, 1, 1]}, {"a": [1, 1]}, 80),
+        ({"a": [1]}, {"a": 1}, 0),
+        ({"a": []}, {"a": {}}, 0),
+        ({"a": []}, {"a": []}, 100),
+        ([{"n": "x"}, {"n": "y"}], [{"n": "y"}, {"n": "z"}], 50),
+        ({"a": "1"}, {"a": 1}, 0),
+        ({"a": True}, {"a": 1}, 0),
+        ({"a": 1.0}, {"a": 1}, 100),
+    ],
+)
+def test_fields_are_the_pairs_of_path_and_value_of_all_leaves(prediction: object, reference: object, f1: float) -> None:
+    assert score_json(prediction, reference) == pytest.approx(f1, abs=1e-4)
+
+
+def test_the_f1_of_a_corpus_counts_the_fields_of_all_its_examples() -> None:
+    references = ['{"a": 1, "b": 2, "c": 3}', '{"a": 1}', "text"]
+    scores = score(['{"a": 1, "b": 2, "c": 3}', "nothing", '{"a": 1}'], references)
+    assert scores["field_f1"] == pytest.approx(200 * 3 / (3 + 3 + 1), abs=1e-4)
+    assert scores["valid_json"] == 50  # of the two examples whose reference is JSON
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "", "{", '{"a": 1} and more', '{"a": 1, "a": 2}', '{"a": NaN}', '{"a": Infinity}', "17", "null", '"a"',
+        "[" * 200_000, '{"a":' * 100_000, '{"a": ' + "9" * 10_000 + "}", '{"a": "\ud800"}', "{'a': 1}",
+    ],
+)  # fmt: skip
+def test_what_is_not_strictly_json_is_not_valid_and_has_no_fields(prediction: str) -> None:
+    scores = score([prediction], ['{"a": 1}'])
+    assert scores["valid_json"] == scores["field_f1"] == 0
+
+
+def test_a_deeply_nested_prediction_and_large_numbers_are_compared() -> None:
+    deep = '{"a":' * 400 + "1" + "}" * 400
+    assert score([deep], [deep])["field_f1"] == 100
+    assert score(['{"a": 1e999}'], ['{"a": 1}'])["field_f1"] == 0
+    assert score(['{"a": "\\ud800"}'], ['{"a": "\\ud800"}'])["field_f1"] == 100
+
+
+def test_scores_of_json_are_absent_if_no_reference_is_json() -> None:
+    references = ["text", "17", '"quoted"']
+    assert not {"valid_json", "field_f1"} & score(references, references).keys()
+    assert not {"valid_json", "field_f1"} & score_one('{"a": 1}', "text").keys()
+    assert choose_metrics(None, references) == METRICS[:6]
+    assert choose_metrics(None, [*references, "[]"]) == METRICS
+
+
+def test_only_the_chosen_metrics_are_computed() -> None:
+    assert score(PREDICTIONS, REFERENCES, ["rougeL", "bleu"]) == {
+        name: score(PREDICTIONS, REFERENCES)[name] for name in ("rougeL", "bleu")
+    }
+    assert set(score(["{}"], ["{}"], ["chrf", "field_f1"])) == {"chrf", "field_f1"}
+    assert set(score_one("a", "{}", ["bleu", "chrf", "valid_json"])) == {"chrf", "valid_json"}
+    assert choose_metrics(["chrf", "exact_match"], ["{}"]) == ("exact_match", "chrf")
+    with pytest.raises(SettingsError, match="metrics: field_f1: none of the 2 targets is a JSON object or array"):
+        choose_metrics(["bleu", "field_f1"], ["a", "b"])

@@ -5,6 +5,7 @@ python examples/quickstart/quickstart.py [--output-dir runs/quickstart]
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,10 @@ def main() -> None:
     for label, text in (("source", question), ("target", target), ("before", was), ("after", now)):
         print(f"\n  {label:<14}" + text.replace("\n", "\n" + " " * 16))
     print(f"\n  you:          {PROMPT}\n  model:        " + answer["reply"].replace("\n", "\n" + " " * 16))
+    own_data = "--data-path YOURS.jsonl --learning-rate 3e-4 --output-dir tuned"
+    print(f"\n  report        {run / 'report.html'}")
+    print(f"  next          t5tune chat {shlex.quote(str(merged))}")
+    print(f"                t5tune train --model-name-or-path google/flan-t5-base {own_data}")
 
 
 def sample(folder: Path) -> tuple[str, str, str]:

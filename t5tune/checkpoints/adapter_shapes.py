@@ -18,6 +18,7 @@ from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
 from t5tune.families import EMBEDDING_WEIGHT, HEAD_WEIGHT, match_family
 from t5tune.file_names import ADAPTER_CONFIG_FILE
+from t5tune.formatting import format_count
 
 _OTHER_BASE_HINT = "is this the base that the adapter was trained on?"
 
@@ -85,7 +86,7 @@ def _check_all_adapted(
             raise CheckpointError(
                 f"{source}: {missing[0]}: has no LoRA matrices, "
                 f"although {ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}",
-                hint=f"{len(modules)} modules are adapted, but {len(modules) + len(missing)} modules of the base match",
+                hint=f"{format_count(len(modules), 'module')} adapted, {len(modules) + len(missing)} of the base match",
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from t5tune.errors import CheckpointError
 from t5tune.file_names import CACHE_MANIFEST_FILE, RESULT_FILE, RUN_CACHE_FOLDER
+from t5tune.formatting import format_count
 from t5tune.io.untrusted import read_json_object
 
 LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
@@ -54,12 +55,13 @@ conversation template. To merge the adapter into the base model, run
 
 def format_data_line(manifest: Mapping[str, Any]) -> str:
     """Format the counts in a token cache's manifest: "Data: 48 examples from 24 conversations, …"."""
-    counts = [manifest.get(name) for name in ("examples", "conversations", "source_tokens", "target_tokens")]
-    if not all(isinstance(count, int) for count in counts):
+    names = ("examples", "conversations", "source_tokens", "target_tokens")
+    counts = [count for name in names if isinstance(count := manifest.get(name), int)]
+    if len(counts) < len(names):
         return ""
     examples, conversations, source, target = counts
     tokens = f"{source:,} source and {target:,} target tokens"
-    return f"Data: {examples:,} examples from {conversations:,} conversations, {tokens}.\n"
+    return f"Data: {format_count(examples, 'example')} from {format_count(conversations, 'conversation')}, {tokens}.\n"
 
 
 def format_settings_line(settings: Mapping[str, Any]) -> str:
@@ -80,7 +82,7 @@ def describe_run_training(folder: Path) -> str:
 
 def format_outcome_lines(result: Mapping[str, Any]) -> str:
     """Format the number of steps and the evaluation metrics of a finished run, given its result.json."""
-    lines = f"Trained for {result['steps']:,} steps.\n" if isinstance(result.get("steps"), int) else ""
+    lines = f"Trained for {format_count(result['steps'], 'step')}.\n" if isinstance(result.get("steps"), int) else ""
     held_out = result.get("eval")
     if isinstance(held_out, dict):
         numbers = {name: value for name, value in held_out.items() if name.isidentifier() and isinstance(value, Real)}

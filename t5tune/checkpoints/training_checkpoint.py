@@ -34,6 +34,7 @@ from t5tune.file_names import (
     INDEX_SUFFIX,
     TRAINER_STATE_FILE,
 )
+from t5tune.formatting import format_count
 from t5tune.io.untrusted import check_all_inside, read_json_object
 
 MODEL_FILES = tuple(f"{name}{suffix}" for name in WEIGHTS_FILES.values() for suffix in ("", INDEX_SUFFIX))
@@ -118,8 +119,8 @@ def _build_from_files(folder: Path, has_adapter: bool, model_file: str | None, f
     rest = {name: value for name, value in raw.items() if to_peft_name(name) not in adapter_names}
     others = _rename_to_base({name: PartitionedTensor.from_tensor(value) for name, value in rest.items()})
     if others and has_adapter:
-        extra = f"the adapter file also contains {len(others)} tensors of the base"
-        notes += (f"{extra}, which aren't part of the adapter: {min(others)}, …",)
+        extra = f"the adapter file also contains {format_count(len(others), 'tensor')} of the base"
+        notes += (f"{extra}, not part of the adapter: {min(others)}, …",)
     return CheckpointContents(config, adapter, {}, others, notes=notes)
 
 

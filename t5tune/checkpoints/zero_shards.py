@@ -18,6 +18,7 @@ from t5tune.checkpoints.tensors import FLOAT_DTYPES, PartitionedTensor, Tensor
 from t5tune.checkpoints.torch_format.file import StoredTensor, read_torch_file
 from t5tune.checkpoints.torch_format.pickle import Inert
 from t5tune.errors import CheckpointError
+from t5tune.formatting import format_count
 from t5tune.io.reasons import shorten
 from t5tune.io.untrusted import check_all_inside, check_inside, is_file_name
 
@@ -134,7 +135,8 @@ def _check_ranks(folder: Path, files: Mapping[int, Path], world_size: int, what:
     missing = next((rank for rank in range(world_size) if rank not in files), None)
     if missing is not None or len(files) != world_size:
         raise CheckpointError(
-            f"{folder}: found {what} of ranks {shorten(str(sorted(files)))}, but training used {world_size} ranks"
+            f"{folder}: found {what} of ranks {shorten(str(sorted(files)))}, but training used "
+            + format_count(world_size, "rank")
             + (f"; rank {missing} is missing" if missing is not None else "")
         )
 
@@ -186,7 +188,10 @@ def _check_partitions(optimizer: Mapping[Any, Any], world_size: int, path: Path)
     counts = counts if type(counts) is list else [counts]
     for count in counts + [group.get("partition_count", world_size) for group in groups]:
         if _expect_count(count, path, "partition_count") != world_size:
-            raise CheckpointError(f"{path}: written by one of {count} ranks, but training used {world_size} ranks")
+            ranks = format_count(world_size, "rank")
+            raise CheckpointError(
+                f"{path}: written in a run of {format_count(count, 'rank')}, but training used {ranks}"
+            )
 
 
 def _read_fp32_groups(optimizer: Mapping[Any, Any], key: str, path: Path) -> list[Tensor]:
@@ -223,7 +228,8 @@ def _gather_stage1_and_2(
 ) -> dict[str, PartitionedTensor]:
     """Gather stages 1 and 2: each group is a vector in equal partitions, padded after each parameter and at its end."""
     if len(ranks[0]) != len(shapes):
-        raise CheckpointError(f"{folder}: {len(ranks[0])} groups in the shards, but {len(shapes)} in the model states")
+        found = format_count(len(ranks[0]), "group")
+        raise CheckpointError(f"{folder}: {found} in the shards, but {len(shapes)} in the model states")
     trained = {}
     for index, group in enumerate(shapes):
         flat = [groups[index] for groups in ranks]

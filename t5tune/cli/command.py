@@ -38,7 +38,7 @@ def run_command(command: str, arguments: list[str]) -> int:
             for note in notes:
                 output.report(Note(note))
             # before the command is imported: that takes seconds, in which a signal may arrive
-            with handle_signals() if _trains(settings) else _interrupt_on_signals():
+            with handle_signals(output.report) if _trains(settings) else _interrupt_on_signals():
                 return _import_command(command)(settings, output) or 0
         except KeyboardInterrupt as interrupt:
             return output.fail(interrupt)
@@ -86,8 +86,10 @@ def _import_command(command: str) -> Callable[[Any, Output], int | None]:
     function = getattr(importlib.import_module(f"t5tune.commands.{command}"), command)
 
     def run_and_show(settings: Any, output: Output) -> int:
+        from t5tune.cli.next_steps import list_next_steps
+
         result = function(settings, output.report)
-        output.show(result, render_result(command, result))
+        output.show(result, render_result(command, result), list_next_steps(settings, result))
         return 0 if getattr(result, "ok", True) else 1  # only doctor's result has `ok`
 
     return run_and_show

@@ -9,6 +9,7 @@ from t5tune.commands.inspect import inspect
 from t5tune.data.cache import Cache
 from t5tune.data.cache_view import ExampleView, Histogram, LengthStatistics, TextRun
 from t5tune.data.tokenizer import Tokenizer
+from t5tune.formatting import format_count
 from t5tune.settings import InspectSettings
 
 STYLES = {"source": "cyan", "target": "green", "added": "yellow", "unknown": "white on red", "end": "dim"}
@@ -43,7 +44,7 @@ def _render_example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cu
     cut = {"source": len(example.source_cut), "target": len(example.target_cut)}
     for side, runs in example.group_runs_by_side(tokenizer, set(cache.manifest["added_token_ids"])).items():
         lost = f", {cut[side]:,} cut off" if cut[side] else ""
-        text.append(f"{side} ({lengths[side]:,} tokens{lost})\n", "dim")
+        text.append(f"{side} ({format_count(lengths[side], 'token')}{lost})\n", "dim")
         for is_cut, part in groupby(runs, lambda run: run[1]):
             before, after = cut_marks if is_cut else ("", "")
             text.append(before)
@@ -78,8 +79,8 @@ def _render_statistics(statistics: LengthStatistics) -> Text:
 def _render_bars(histogram: Histogram, style: str) -> Text:
     text = Text()
     most = max(histogram.counts)
-    for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
+    for label, count in zip(histogram.label_bars(), histogram.counts, strict=True):
         bar = "█" * round(BAR_WIDTH * count / most) or ("▏" if count else "")
-        text.append(f"{f'{low:,}–{high - 1:,}':>15} ")
+        text.append(f"{label:>15} ")
         text.append(f"{bar:<{BAR_WIDTH}}", style).append(f" {count:,}\n")
     return text

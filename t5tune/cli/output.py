@@ -9,19 +9,35 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
-from rich.filesize import decimal
-from rich.table import Table
 from rich.text import Text
 
-from t5tune.cli.screen import Screen, StderrConsole, format_number
-from t5tune.errors import DependencyError, SettingsError, T5TuneError, WriteError
+from t5tune.checkpoints.model_card import is_timing
+from t5tune.cli.screen import Screen, StderrConsole, print_message
+from t5tune.errors import DependencyError, SettingsError, Stopped, T5TuneError, WriteError
+from t5tune.formatting import format_duration, format_metric_name, format_number, format_size
 from t5tune.progress import Report, silent
+
+# names of a result's values that aren't their names with spaces
+LABELS = {
+    "train_loss": "mean training loss",
+    "eval": "held-out",
+    "peak_memory_bytes": "peak memory per process",
+    "bytes": "size",
+    "world_size": "processes",
+    "zero_stage": "ZeRO stage",
+    "lora_tensors": "LoRA tensors",
+    "non_lora_tensors": "non-LoRA tensors",
+    "custom_metrics": "",
+    "max_error": "largest logit difference",
+    "from_training": "difference from training, base as",
+    "seconds": "time",
+}
 
 
 class Unexpected(T5TuneError):
@@ -51,11 +67,12 @@ class Output:
         self._screen = None if self.quiet else Screen()
         self.report: Report = self._screen or silent
 
-    def show(self, result: Any, text: RenderableType | None = None) -> None:
+    def show(self, result: Any, text: RenderableType | None = None, next_steps: Sequence[tuple[str, str]] = ()) -> None:
         """Show a command's result, a dataclass or a dictionary: as JSON with --json, else as `text`.
 
         Without `text`, its first field, which is the path of the output, is printed to stdout, and the others as a
-        table to stderr. Such a result is only shown if `shows_paths`.
+        table to stderr. Such a result is only shown if `shows_paths`. The next steps, (label, line), come last, on
+        stderr.
         """
         if text is None and not self.shows_paths:
             return
@@ -68,8 +85,13 @@ class Output:
             text = str(path)
             if not self.quiet and others:
                 with suppress(OSError):
-                    StderrConsole().print(_make_table(dict(others)))
+                    StderrConsole().print(_format_table(dict(others), text))
         self.print(text)
+        if not self.quiet:
+            with suppress(OSError):
+                console = StderrConsole()
+                for label, line in next_steps:
+                    console.print(Text.assemble((f"{label:<8}", "dim"), line))
 
     def print_json(self, value: Any) -> None:
         """Print a dataclass or a dictionary as JSON, on one line of stdout."""
@@ -94,12 +116,14 @@ class Output:
     def fail(self, error: BaseException) -> int:
         """Show an error, and return its exit code: one line per problem on stderr, with --json also a JSON object."""
         self.close_screen()
+        with suppress(OSError):
+            StderrConsole().show_cursor()  # which a worker that was killed has left hidden
         known = to_t5tune_error(error)
         if isinstance(known.__cause__, BrokenPipeError):  # the reader of the result is gone
             return known.exit_code
         if self.debug:
             traceback.print_exception(error)
-        print_error(known)
+        print_error(known, is_stop=isinstance(error, Stopped | KeyboardInterrupt))
         if self.json:
             with suppress(WriteError):
                 self.print_json({"error": {"kind": known.kind, "message": known.message, "hint": known.hint}})
@@ -111,15 +135,35 @@ class Output:
             self._screen.close()
 
 
-def print_error(error: T5TuneError) -> None:
-    """Print one line per problem to stderr, the last one with the hint."""
-    *problems, last = error.problems if isinstance(error, SettingsError) else [error.message]
+def print_error(error: T5TuneError, is_stop: bool = False) -> None:
+    """Print an error to stderr: a line per problem, the last one with the hint; or a heading and lists.
+
+    Args:
+        is_stop: the user has stopped the command, so it isn't called an error.
+    """
+    console = StderrConsole()
+    for line in _list_stop_lines(error) if is_stop else _list_error_lines(error):
+        with suppress(OSError):  # if stderr is closed, the exit code still reports the failure
+            print_message(console, line)
+
+
+def _list_stop_lines(error: T5TuneError) -> Iterator[Text]:
+    hint = f". {error.hint[0].upper()}{error.hint[1:]}." if error.hint else ""
+    yield Text(f"{error.message}{hint}")
+
+
+def _list_error_lines(error: T5TuneError) -> Iterator[Text]:
+    label = ("error:", "bold red")
+    problems = error.problems if isinstance(error, SettingsError) else (error.message,)
+    if isinstance(error, SettingsError) and error.heading is not None:
+        yield Text.assemble(label, " ", error.heading)
+        yield from (Text(f"  {problem}") for problem in problems)
+        yield from map(Text, error.choices)
+        return
+    *others, last = problems
     if error.hint:
         last += f"{' ' if last.endswith('?') else '; '}{error.hint}"
-    console = StderrConsole()
-    for line in (*problems, last):
-        with suppress(OSError):  # if stderr is closed, the exit code still reports the failure
-            console.print(Text.assemble(("error:", "bold red"), " ", line))
+    yield from (Text.assemble(label, " ", problem) for problem in (*others, last))
 
 
 def to_t5tune_error(error: BaseException) -> T5TuneError:
@@ -184,22 +228,45 @@ def _to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else dataclasses.asdict(value)
 
 
-def _make_table(values: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+def _format_table(values: dict[str, Any], path: str) -> Text:
+    """Write a result as lines of a name and a value, without those that are empty or repeat the path.
+
+    Not a table of Rich: that would break a long value in the middle of a word.
+    """
+    rows = [(label, text) for label, text in _list_rows(_add_base_columns(values)) if text != path]
+    width = max((len(label) for label, _ in rows), default=0)
+    return Text("\n").join(Text.assemble((f"{label:<{width}}", "dim"), "  ", text) for label, text in rows)
+
+
+def _add_base_columns(values: dict[str, Any]) -> dict[str, Any]:
+    """Put the base's metrics next to those of the tuned model, if evaluate has computed them."""
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    values = values | values.pop("custom_metrics")
+    rows = {"": ("tuned", "base", "difference")}
+    for name, other in base.items():
+        rows[name] = (format_number(values[name]), format_number(other), f"{values[name] - other:+.4g}")
+    widths = [max(map(len, column)) + 2 for column in zip(*rows.values(), strict=True)]
+    texts = {name: "".join(map(str.ljust, row, widths)).rstrip() for name, row in rows.items()}
+    return texts | {name: value for name, value in values.items() if name not in texts}
+
+
+def _list_rows(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
-        if value not in (None, {}, []) and value is not False:
-            label, shown = name.replace("_", " "), _format_value(value)
-            if name.endswith("bytes"):
-                label, shown = label.removesuffix("bytes").strip() or "size", decimal(value)
-            table.add_row(Text(label, "dim"), Text(shown))
-    return table
+        label = LABELS.get(name, format_metric_name(name))
+        if isinstance(value, dict):
+            without_timings = {key: item for key, item in value.items() if not is_timing(key)}
+            yield from ((f"{label} {row}".strip(), text) for row, text in _list_rows(without_timings))
+        elif value is not None and value is not False and (name, value) != ("world_size", 1):
+            yield label, _format_value(name, value)
 
 
-def _format_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return format_number(value)
-    if isinstance(value, dict):
-        return "  ".join(f"{name} {_format_value(item)}" for name, item in value.items())
-    return str(value)
+def _format_value(name: str, value: Any) -> str:
+    if name.endswith("bytes"):
+        return format_size(value)
+    if name == "seconds":
+        return format_duration(value)
+    if value is True:
+        return "yes"
+    return format_number(value) if isinstance(value, int | float) else str(value)

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from t5tune.formatting import format_count, format_size
 
 if TYPE_CHECKING:
     from t5tune.commands.doctor import Diagnosis
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from t5tune.commands.templates import Templates
 
 GIB = 1 << 30
+TEMPLATE_FLAGS = {"runs": "--config", "conversations": "--conversation-template", "deepspeed": "--deepspeed"}
 STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
 
 
@@ -37,12 +41,12 @@ def _render_plan(result: "Plan") -> Iterator[RenderableType]:
         f"{result.model}: {result.total_parameters:,} parameters, {result.trainable_parameters:,} trainable "
         f"({share:.2%}), {result.precision}"
     )
-    yield Text("weights: " + ", ".join(f"{name} {_format_size(size)}" for name, size in result.weights.items()))
+    yield Text("weights: " + ", ".join(f"{name} {format_size(size)}" for name, size in result.weights.items()))
     yield Text(_describe_batch(result))
     yield _make_table(result)
     if result.suggestion is not None:
         best = result.suggestion
-        yield Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({_format_size(best.total)} per device)")
+        yield Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({format_size(best.total)} per device)")
     elif result.device_memory is not None:
         yield Text("nothing fits: use shorter examples, a smaller model, or more memory", "yellow")
 
@@ -50,7 +54,7 @@ def _render_plan(result: "Plan") -> Iterator[RenderableType]:
 def _describe_batch(result: "Plan") -> str:
     device = f"{result.processes} × {result.device}"
     if result.device_memory is not None:
-        device += f" with {_format_size(result.device_memory)}"
+        device += f" with {format_size(result.device_memory)}"
     parts = [
         device,
         f"largest micro-batch {result.batch_size} × ({result.source_length:,} + {result.target_length:,}) tokens",
@@ -58,7 +62,7 @@ def _describe_batch(result: "Plan") -> str:
     if result.padding is not None:
         parts.append(f"{result.padding:.1%} padding")
     if result.steps is not None:
-        parts.append(f"{result.steps:,} steps")
+        parts.append(format_count(result.steps, "step"))
     return ", ".join(parts)
 
 
@@ -80,10 +84,6 @@ def _make_row(stage: "StageMemory", is_chosen: bool) -> list[str]:
     return [f"{name}{' *' if is_chosen else ''}", *(f"{size / GIB:.2f}" if size else "–" for size in sizes), fits]
 
 
-def _format_size(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / (GIB >> 10):.2f} MiB"
-
-
 def _render_diagnosis(diagnosis: "Diagnosis") -> Iterator[Text]:
     """Yield the findings as unwrapped plain lines, which a user can paste into an issue report."""
     yield Text(f"t5tune {diagnosis.version} on {diagnosis.platform}")
@@ -103,4 +103,9 @@ def _render_templates(result: "Templates") -> str:
         return "\n".join(map(str, result.copied))
     if result.shown is not None:
         return result.shown.read_text(encoding="utf-8").removesuffix("\n")
-    return "\n".join(f"{kind}: {' '.join(names)}" for kind, names in result.names.items())
+    width = max(map(len, chain.from_iterable(result.descriptions.values())))
+    lines: list[str] = []
+    for kind, descriptions in result.descriptions.items():
+        lines.append(f"{kind}: {TEMPLATE_FLAGS[kind]} NAME")
+        lines += [f"  {name:<{width}}  {description}" for name, description in descriptions.items()]
+    return "\n".join(lines)

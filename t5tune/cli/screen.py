@@ -1,33 +1,27 @@
 """Progress and notes on stderr: bars on a terminal, lines in a log."""
 
-import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, ConsoleOptions
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from t5tune.errors import to_one_line
-from t5tune.progress import Advanced, Event, Finished, Measured, Note, Started
+from t5tune.formatting import format_metric_name, format_number, format_size
+from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_WORTH_SHOWING = 1.0  # a bar that took less is erased when it is done
+SECONDS_OF_SPEED = 600.0  # the time left is estimated from the speed in these; steps may take minutes
+WORD, METRIC = r"\S+", r"\S+(?: \S+)*"  # metrics are separated by two spaces
 
 
 class StderrConsole(Console):
@@ -72,17 +66,17 @@ class Screen:
                 metrics = [f"{name} {format_number(value)}" for name, value in event.values.items()]
                 if not self._update_bar(task, values=metrics):
                     self._print_line(f"{task}: step {step}  {'  '.join(metrics)}")
+            case Evaluated(task, step):
+                where = f"step {step:,}" if task in self._bars else f"{task}: step {step}"
+                print_message(self.console, Text(f"{where}  {_format_evaluation(event)}"), METRIC)
             case Finished(task):
-                if self._progress is not None and task in self._bars:
-                    self._update_bar(task, total=self._progress.tasks[self._bars[task]].completed)
-                    del self._bars[task]
-                    if not self._bars:
-                        self.close()
+                if task in self._bars:
+                    self._end_bar(task)
                 elif task in self._lines:
                     self._print_line(self._lines.pop(task).unprinted)
             case Note(text, is_warning):
                 text = ("warning: " if is_warning else "") + to_one_line(text)
-                self.console.print(text, style="yellow" if is_warning else "dim", markup=False)
+                print_message(self.console, Text(text, "yellow" if is_warning else "dim"))
 
     def _update_bar(self, task: str, **changes: Any) -> bool:
         """Change the bar of a task. Return False if it has none."""
@@ -91,17 +85,53 @@ class Screen:
         self._progress.update(self._bars[task], **changes)
         return True
 
+    def _end_bar(self, name: str) -> None:
+        """End the bar of a task. It is erased if it is part of a longer task, or was done in almost no time."""
+        assert self._progress is not None
+        bar = self._bars.pop(name)
+        self._progress.stop_task(bar)
+        (task,) = (each for each in self._progress.tasks if each.id == bar)
+        is_done = task.total is None or task.finished
+        if self._bars or (is_done and (task.elapsed or 0.0) < SECONDS_WORTH_SHOWING):
+            self._progress.remove_task(bar)
+        if not self._bars:
+            self.close()
+
     def _print_line(self, line: str | None) -> None:
         if line is not None:
-            self.console.print(line, markup=False)
+            print_message(self.console, Text(line))
 
     def close(self) -> None:
         """Stop drawing progress bars."""
         if self._progress is not None:
+            for bar in self._bars.values():
+                self._progress.stop_task(bar)
             with suppress(OSError):
                 self._progress.stop()
             self._progress = None
             self._bars.clear()
+
+
+def print_message(console: Console, message: Text, unbroken: str = WORD) -> None:
+    """Print a message on one line; on a terminal, break a longer one between words.
+
+    Args:
+        unbroken: pattern of what is kept on a line if it isn't words.
+    """
+    console.print(_wrap(message, console.width, unbroken) if console.is_terminal else message, soft_wrap=True)
+
+
+def _wrap(message: Text, width: int, unbroken: str) -> Text:
+    # Rich's own wrapping would also break a path that is longer than the width
+    text, start, breaks = message.plain, 0, []
+    for word in re.finditer(unbroken, text):
+        if text[start : word.start()].strip() and cell_len(text[start : word.end()]) > width:
+            start = word.start()
+            breaks.append(start)
+    lines = message.divide(breaks)
+    for line in lines:
+        line.rstrip()
+    return Text("\n").join(lines)
 
 
 @dataclass
@@ -129,19 +159,66 @@ class _Lines:
         return line
 
 
+class _Bars(Progress):
+    def get_renderables(self) -> Iterator["_Narrower"]:
+        yield _Narrower(self.make_tasks_table(self.tasks))
+
+
+@dataclass
+class _Narrower:
+    """Leaves room for the `^C` that a terminal adds: if that breaks the line, the bar can't be erased any more."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.table, options.update_width(options.max_width - len("^C")))
+
+
 def _make_progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
+    return _Bars(
+        _Spinner(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TextColumn("[dim]{task.fields[unit]}"),
-        TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        TextColumn("[dim]left"),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        _CountColumn(Column(no_wrap=True)),
+        _TimeColumn(Column(no_wrap=True)),
         _MetricsColumn(),
         console=console,
+        speed_estimate_period=SECONDS_OF_SPEED,
     )
+
+
+class _Spinner(SpinnerColumn):
+    """Turns until the task ends."""
+
+    def render(self, task: Task) -> RenderableType:
+        return super().render(task) if task.stop_time is None else Text(" ")
+
+
+class _CountColumn(ProgressColumn):
+    """How much is done: 69/2,694 steps; 255 records if the total is unknown."""
+
+    def render(self, task: Task) -> Text:
+        is_bytes = task.fields["unit"] == "bytes"
+        counts = [int(count) for count in (task.completed, task.total) if count is not None]
+        count = "/".join(format_size(count) if is_bytes else f"{count:,}" for count in counts)
+        return Text.assemble((count, "green"), "" if is_bytes else f" {task.fields['unit']}")
+
+
+class _TimeColumn(ProgressColumn):
+    """[0:10 elapsed, 6:49 left], without the rest if it is unknown or nothing."""
+
+    def render(self, task: Task) -> Text:
+        times = [f"{_format_seconds(task.elapsed or 0)} elapsed"]
+        if task.stop_time is None and task.time_remaining:
+            times.append(f"{_format_seconds(task.time_remaining)} left")
+        return Text(f"[{', '.join(times)}]")
+
+
+def _format_seconds(seconds: float) -> str:
+    """Format a duration: 0:07, 12:34, 26:03:59."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class _MetricsColumn(ProgressColumn):
@@ -167,10 +244,7 @@ class _Metrics:
         return Measurement(0, len("  ".join(self.metrics)))
 
 
-def format_number(value: float) -> str:
-    """Four significant digits without trailing zeros; thousands separated by commas: 0.0001, 12.35, 81,920."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) < 1e12:
-        return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
+def _format_evaluation(event: Evaluated) -> str:
+    names = ["held-out loss" if name == "loss" else format_metric_name(name) for name in event.values]
+    metrics = [f"{name} {format_number(value)}" for name, value in zip(names, event.values.values(), strict=True)]
+    return "  ".join([*metrics, *(["(best)"] if event.is_best else [])])

@@ -6,6 +6,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
 from t5tune.commands.train import set_up_run_folder, train
@@ -17,7 +18,7 @@ from t5tune.io.processes import die_with_parent
 from t5tune.progress import Note
 from t5tune.settings import TrainSettings, dump_settings, write_settings
 from t5tune.training.run_folder import TrainResult, apply_cache_settings, read_result
-from t5tune.training.validate import check_settings, find_missing_gpus
+from t5tune.training.validate import check_settings, find_missing_gpus, suggest_learning_rate
 
 
 def run(settings: TrainSettings, output: Output) -> None:
@@ -33,13 +34,14 @@ def run(settings: TrainSettings, output: Output) -> None:
         die_with_parent()
         stop_with_deepspeed_launcher()
     if world.launched or _count_processes(settings) == 1:
-        output.show(train(settings, output.report))
+        result = train(settings, output.report)
     else:
-        output.show(_train_in_workers(settings, output))
+        result = _train_in_workers(settings, output)
+    output.show(result, next_steps=list_next_steps(settings, result))
 
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
-    with handle_signals() as stop, ExitStack() as stack:
+    with handle_signals(output.report) as stop, ExitStack() as stack:
         with stop.interruptible():
             run = set_up_run_folder(settings, stack, output.report)
         if not run.finished:
@@ -63,6 +65,8 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     check_settings(settings)
     if (problem := find_missing_gpus(settings)) is not None:
         output.report(Note(problem, warning=True))
+    if (suggestion := suggest_learning_rate(settings)) is not None:
+        output.report(Note(suggestion))
     settings = apply_cache_settings(settings)
     planned = plan(to_plan_settings(settings), output.report)
     command = _make_launch_command(settings)

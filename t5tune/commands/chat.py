@@ -17,7 +17,14 @@ from t5tune.data.encoders import Encoder, make_encoder
 from t5tune.data.encoding import encode_prompt, find_long_word
 from t5tune.data.formats import Conversation, Turn
 from t5tune.data.records import RecordLocation
-from t5tune.data.templates import Template, find_template, render_answer_prefix, render_conversation
+from t5tune.data.templates import (
+    DEFAULT_TEMPLATE,
+    Template,
+    find_template,
+    load_template,
+    render_answer_prefix,
+    render_conversation,
+)
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
 from t5tune.model.generation import Decoding, generate
@@ -66,7 +73,10 @@ class Chatter:
         settings = replace_stopped_runs(settings, report)
         loaded = load_for_inference(settings, report)
         set_seed(settings.seed)
-        template = find_template(settings.conversation_template, loaded.template_files, report)
+        template = find_template(settings.conversation_template, loaded.template_files)
+        if template is None:
+            report(Note(f"the model has no conversation template of its own; using {DEFAULT_TEMPLATE}"))
+            template = load_template(DEFAULT_TEMPLATE)
         # model_name_or_path may have named an adapter or a run: store base and adapter apart, so that /adapter can
         # replace or remove the adapter
         settings = settings.model_copy(update={"model_name_or_path": str(loaded.base), "adapter": loaded.adapter})
@@ -97,7 +107,7 @@ class Chatter:
         Raises:
             SettingsError: there is no such template.
         """
-        return replace(self, template=find_template(name_or_path, []))
+        return replace(self, template=load_template(name_or_path))
 
     def with_history(self, keeps_history: bool) -> "Chatter":
         """Choose whether the model sees the whole conversation or only its last message."""

@@ -4,17 +4,19 @@ result = evaluate(EvaluateSettings(model_name_or_path="run", data_path="heldout.
 result.exact_match, result.predictions
 """
 
+import gc
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.checkpoints.training_data import TrainingData
+from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.cache import Cache, is_cache, open_cache
 from t5tune.data.encoders import Encoder, make_encoder
 from t5tune.data.encoding import Example, encode_batch, extract_example
@@ -24,18 +26,20 @@ from t5tune.data.pipeline import read_conversation
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
-from t5tune.data.templates import Template, find_template, parse_template, render_conversation
+from t5tune.data.sample import choose_default_template, drain, take_sample
+from t5tune.data.templates import Template, find_template, load_template, parse_template, render_conversation
 from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference, load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
-from t5tune.errors import DataError, ModelError
+from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.file_names import TEMPLATE_FILE
+from t5tune.formatting import format_count
 from t5tune.io.atomic import check_replaceable, find_unused_folder, hash_file, write_folder_atomically
 from t5tune.io.yaml_file import read_yaml
-from t5tune.metrics import score, score_one
+from t5tune.metrics import METRICS, choose_metrics, score, score_one
 from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.device import explain_out_of_memory
 from t5tune.model.generation import Decoding
-from t5tune.model.inference import LoadedModel, load_for_inference
+from t5tune.model.inference import LoadedModel, is_adapter, load_for_inference, select_base
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.affects import Affects, select_settings
@@ -49,19 +53,37 @@ TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The metrics: loss in nats per target token, scores from 0 to 100, time in seconds."""
+    """The metrics: loss in nats per target token, scores from 0 to 100, time in seconds.
+
+    Args:
+        exact_match, …, field_f1: None if it isn't among the chosen metrics; those for JSON also if no target is JSON.
+        custom_metrics: the metrics of one's own functions.
+        base: the same metrics of the base without the adapter, by name; None without compare_base.
+    """
 
     predictions: Path
     examples: int
     loss: float
     perplexity: float
-    exact_match: float
-    rouge1: float
-    rouge2: float
-    rougeL: float
-    bleu: float
-    chrf: float
+    exact_match: float | None
+    rouge1: float | None
+    rouge2: float | None
+    rougeL: float | None
+    bleu: float | None
+    chrf: float | None
+    valid_json: float | None
+    field_f1: float | None
+    custom_metrics: dict[str, float]
+    base: dict[str, float] | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A model's loss and prediction for each example."""
+
+    losses: Losses
+    predictions: list[str]
 
 
 @dataclass(frozen=True)
@@ -84,36 +106,81 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
     Raises:
         DataError: the data can't be used, or the token cache was made with another tokenizer.
         ModelError, CheckpointError: the base or the adapter can't be used, or its loss isn't finite.
+        SettingsError: a custom metric can't be computed, or there is no base to compare with.
     """
     started = time.monotonic()
     folder = settings.output_dir or find_unused_folder(Path("evaluation"))
     check_replaceable(folder, settings.overwrite)
+    for function in settings.metric or []:
+        load_custom_metric(function)
     batch_size = settings.per_device_eval_batch_size
     with explain_out_of_memory(
         f"evaluating with per_device_eval_batch_size {batch_size}",
         "a smaller batch size gives the same scores; --q-lora loads the base in 4 bits",
     ):
         settings = replace_stopped_runs(settings, report)
+        if settings.compare_base:
+            _check_is_adapter(settings)
         loaded = load_for_inference(settings, report)
         if loaded.training_data is not None and not is_cache(Path(settings.data_path[0])):
             settings = _inherit_data_settings(settings, loaded.training_data, report)
         chosen = _load_examples(settings, loaded, report)
-        losses = _measure_losses(settings, loaded.model, chosen, report)
-        tokenizer, max_new_tokens = chosen.tokenizer, settings.max_new_tokens or find_max_target_length(chosen.examples)
-        decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, settings.num_beams)
-        predicted_ids = generate_predictions(loaded.model, chosen.examples, decoding, batch_size, report)
-    predictions = [decode_prediction(tokenizer, ids, chosen.answer_end) for ids in predicted_ids]
+        names, functions = choose_metrics(settings.metrics, chosen.targets), settings.metric or []
+        try_custom_metrics(functions, chosen.targets)
+        tuned, base = _run_model(settings, loaded.model, chosen, report), None
+        if settings.compare_base:
+            base_settings = select_base(settings, loaded)
+            report(Note("now the same for the base without the adapter"))
+            del loaded  # so that only one model is in memory
+            gc.collect()
+            base = _run_model(base_settings, load_for_inference(base_settings, report).model, chosen, report)
+    outcomes = [tuned] if base is None else [tuned, base]
+    built_in, custom = zip(*(_score(each, chosen.targets, names, functions) for each in outcomes), strict=True)
     with write_folder_atomically(folder) as staged:
-        _write_predictions(staged / PREDICTIONS_FILE, chosen, predictions, losses)
+        _write_predictions(staged / PREDICTIONS_FILE, chosen, names, tuned, base)
         write_settings(staged, settings)
     return EvaluateResult(
         predictions=folder / PREDICTIONS_FILE,
         examples=len(chosen.examples),
-        loss=round(losses.mean, 6),
-        perplexity=round(math.exp(min(losses.mean, 700.0)), 4),
-        **score(predictions, chosen.targets),
+        **{name: built_in[0].get(name) for name in ("loss", "perplexity", *METRICS)},
+        custom_metrics=custom[0],
+        base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _check_is_adapter(settings: EvaluateSettings) -> None:
+    """Check that the settings name an adapter, whose base is known.
+
+    Raises:
+        SettingsError: they name a base or a merged checkpoint.
+    """
+    name = settings.model_name_or_path
+    if settings.adapter is None and not is_adapter(Path(name)):
+        raise SettingsError(
+            f"compare_base: {name} is a whole model, not an adapter, so there is no base to compare it with",
+            hint="give the run or the adapter that it was merged from, or evaluate its base with a command of its own",
+        )
+
+
+def _run_model(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, report: Report) -> _Outcome:
+    """Measure the losses of a model, and generate its predictions."""
+    losses = _measure_losses(settings, model, chosen, report)
+    tokenizer, max_new_tokens = chosen.tokenizer, settings.max_new_tokens or find_max_target_length(chosen.examples)
+    decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, settings.num_beams)
+    batch_size = settings.per_device_eval_batch_size
+    predicted_ids = generate_predictions(model, chosen.examples, decoding, batch_size, report)
+    return _Outcome(losses, [decode_prediction(tokenizer, ids, chosen.answer_end) for ids in predicted_ids])
+
+
+def _score(
+    outcome: _Outcome, targets: list[str], names: Sequence[str], functions: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the built-in metrics and the custom ones."""
+    mean = outcome.losses.mean
+    losses = {"loss": round(mean, 6), "perplexity": round(math.exp(min(mean, 700.0)), 4)}
+    predictions = outcome.predictions
+    return losses | score(predictions, targets, names), compute_custom_metrics(functions, predictions, targets)
 
 
 def _measure_losses(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, report: Report) -> Losses:
@@ -139,16 +206,20 @@ def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedColl
     return PackedCollator(start)
 
 
-def _write_predictions(path: Path, chosen: _EvaluationSet, predictions: list[str], losses: Losses) -> None:
+def _write_predictions(
+    path: Path, chosen: _EvaluationSet, names: Sequence[str], tuned: _Outcome, base: _Outcome | None
+) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for index, (example, target) in enumerate(zip(chosen.examples, chosen.targets, strict=True)):
             line = {
                 "source": decode_reference(chosen.tokenizer, example.source_S, ""),
                 "target": target,
-                "prediction": predictions[index],
-                "loss": round(losses.sums[index] / losses.tokens[index], 6),
-                **score_one(predictions[index], target),
+                "prediction": tuned.predictions[index],
+                "loss": tuned.losses.get_mean(index),
+                **score_one(tuned.predictions[index], target, names),
             }
+            if base is not None:
+                line |= {"base_prediction": base.predictions[index], "base_loss": base.losses.get_mean(index)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -180,10 +251,16 @@ def _load_examples(settings: EvaluateSettings, loaded: LoadedModel, report: Repo
             )
         return _load_cache_examples(open_cache(path), settings, loaded, report)
     tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
-    template = find_template(settings.conversation_template, loaded.template_files, report)
     encoder = make_encoder(tokenizer)
     files = find_files([str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path])
     records = read_records(files, settings.max_record_bytes)
+    sample = take_sample(records)
+    template = find_template(settings.conversation_template, loaded.template_files)
+    if template is None:
+        name = choose_default_template(sample, files, settings)
+        report(Note(f"the model has no conversation template of its own; using {name}"))
+        template = load_template(name)
+    records = chain(drain(sample), records)
     examples: list[Example] = []
     targets: list[str] = []
     rejected: list[tuple[RecordLocation, Rejection]] = []
@@ -200,7 +277,8 @@ def _load_examples(settings: EvaluateSettings, loaded: LoadedModel, report: Repo
             break
     _report_rejected(rejected, report)
     if num_truncated:
-        report(Note(f"{num_truncated} examples truncated to model_max_length {settings.model_max_length}", True))
+        truncated = f"{format_count(num_truncated, 'example')} truncated to model_max_length"
+        report(Note(f"{truncated} {settings.model_max_length}", True))
     if not examples:
         raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
     return _EvaluationSet(examples, targets, tokenizer, template.answer_suffix)
@@ -236,11 +314,11 @@ def _encode(
 
 def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: Report) -> None:
     if bad := sum(rejection.reason == LABELED_BAD for _, rejection in rejected):
-        report(Note(f"{bad} records labeled bad (label: false, kto_tag: false) were left out", True))
+        was_left_out = "was left out" if bad == 1 else "were left out"
+        report(Note(f"{format_count(bad, 'record')} labeled bad (label: false, kto_tag: false) {was_left_out}", True))
     if broken := [each for each in rejected if each[1].reason != LABELED_BAD]:
         location, first = broken[0]
-        place = f"{location.file}:{location.line}"
-        report(Note(f"{len(broken)} records rejected, the first: {place}: {first.message}", True))
+        report(Note(f"{format_count(len(broken), 'record')} rejected, the first: {location}: {first.message}", True))
 
 
 def _load_cache_examples(
@@ -256,7 +334,7 @@ def _load_cache_examples(
         )
     _, held_out = cache.split_as_prepared()
     if held_out is not None:
-        report(Note(f"{cache.folder}: evaluating on its {len(held_out)} held-out examples"))
+        report(Note(f"{cache.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
     cache = held_out or cache
     if settings.num_data is not None:
         cache = cache.take(settings.num_data)

@@ -44,6 +44,7 @@ from t5tune.file_names import (
     TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
 )
+from t5tune.formatting import format_count
 from t5tune.io.atomic import check_replaceable, write_folder_atomically
 from t5tune.io.untrusted import check_inside
 from t5tune.progress import Note, Report, count_done, silent
@@ -98,8 +99,8 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         write_settings(staged, settings)
         size = sum(path.stat().st_size for path in staged.iterdir())
     lora = sum(map(_is_lora_name, trained.adapter))
-    ranks = "1 rank" if trained.world_size == 1 else f"{trained.world_size} ranks"
-    report(Note(f"gathered {lora} LoRA tensors of step {trained.step} from {ranks}"))
+    tensors, ranks = format_count(lora, "LoRA tensor"), format_count(trained.world_size, "rank")
+    report(Note(f"gathered {tensors} of step {trained.step} from {ranks}"))
     return ExportResult(
         adapter=settings.output_dir,
         step=trained.step,

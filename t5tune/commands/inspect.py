@@ -16,12 +16,14 @@ from t5tune.data.cache import Cache, is_cache, open_cache
 from t5tune.data.cache_view import CacheView, LengthStatistics, build_histogram
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
+from t5tune.formatting import format_count
 from t5tune.progress import Note, Report, silent
 from t5tune.reports.cache_page import write_cache_page
 from t5tune.settings import InspectSettings
 from t5tune.training.run_folder import locate_run, read_saved_settings
 
 NUM_LONGEST = 5
+NUM_ON_PAGE = 50  # examples of the HTML page if none are chosen
 SELECTION_FLAGS = ("worst_cut", "unknown", "all")  # ways to choose examples, in addition to --example N
 
 
@@ -50,9 +52,12 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
         if page.is_symlink() or (page.exists() and not page.is_file()):
             raise SettingsError(f"html: {page}: isn't a regular file, so it isn't replaced", hint="name another file")
         try:
-            write_cache_page(page, examples, statistics)
+            num_shown = write_cache_page(page, examples, statistics)
         except OSError as error:
             raise SettingsError(f"html: {page}: can't be written: {error.strerror}") from error
+        if num_shown < len(examples):
+            size = "the page would be too large for a browser"
+            report(Note(f"{page} shows the first {num_shown:,} of {len(examples):,} examples; with more, {size}"))
     return InspectResult(examples, statistics, page)
 
 
@@ -82,12 +87,17 @@ def _choose_examples(cache: Cache, settings: InspectSettings, report: Report) ->
         unknown = load_tokenizer(cache.tokenizer_folder).unk_token_id
         counts = [int((example.source_S == unknown).sum() + (example.target_T == unknown).sum()) for example in cache]
         return _find_largest(np.array(counts), cache, "has unknown tokens", report)
+    if settings.html is not None:
+        count = min(NUM_ON_PAGE, len(cache))
+        if count < len(cache):
+            report(Note(f"the page shows {count} of {len(cache):,} examples, evenly spaced; --all shows all of them"))
+        return [number * (len(cache) - 1) // max(count - 1, 1) for number in range(count)]  # evenly spaced
     return [] if settings.stats else [0]
 
 
 def _find_largest(counts: npt.NDArray[np.int64], cache: Cache, what: str, report: Report) -> list[int]:
     if not counts.any():
-        report(Note(f"{cache.folder}: none of its {len(cache)} examples {what}"))
+        report(Note(f"{cache.folder}: none of its examples ({len(cache):,}) {what}"))
         return []
     return [int(counts.argmax())]
 

@@ -35,7 +35,7 @@ from t5tune.model.memory import (
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import PlanSettings, TrainSettings, packaged_templates
 from t5tune.settings.fields import parse_gpu_memory
-from t5tune.training.batches import make_budget_sampler
+from t5tune.training.batches import count_steps, make_budget_sampler
 
 MIB, GIB = 1 << 20, 1 << 30
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
@@ -144,6 +144,10 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *STAGES])]
         suggestion = _suggest_settings(config, settings, machine, data, step_done)
     trainable, total = estimator.counts
+    steps = settings.max_steps
+    if steps is None and data.is_real:
+        step_size = settings.gradient_accumulation_steps * machine.count
+        steps = count_steps(len(batches), step_size, settings.num_train_epochs)
     dtype = "bf16" if settings.bf16 else "fp32"
     return Plan(
         model=settings.model_name_or_path,
@@ -159,7 +163,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         target_length=max(largest.targets),
         batch_size=len(largest.sources),
         padding=_compute_padding(settings, batches, data) if data.is_real else None,
-        steps=_count_steps(settings, machine.count, len(batches)) if data.is_real else settings.max_steps,
+        steps=steps,
         chosen=chosen,
         stages=stages,
         suggestion=suggestion,
@@ -335,13 +339,6 @@ def _compute_padding(settings: PlanSettings, batches: list[Integers], data: _Dat
     useful = int(data.sources.sum() + data.targets.sum())
     padded = sum(len(b) * int(data.sources[b].max() + data.targets[b].max()) for b in batches)
     return round(1 - useful / padded, 4)
-
-
-def _count_steps(settings: PlanSettings, num_processes: int, num_batches: int) -> int:
-    if settings.max_steps is not None:
-        return settings.max_steps
-    per_epoch = max(1, -(-num_batches // (settings.gradient_accumulation_steps * num_processes)))
-    return max(1, round(per_epoch * settings.num_train_epochs))
 
 
 def _suggest_settings(

@@ -26,6 +26,8 @@ from t5tune.data.data_problems import (
     check_any_used,
     check_rejected,
     format_first_rejected,
+    make_mixed_data_error,
+    report_default_template,
     report_problems,
 )
 from t5tune.data.files import STDIN, Digest, find_files
@@ -33,8 +35,8 @@ from t5tune.data.pipeline import EncodedRecord, Pipeline
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.records import LABELED_BAD
-from t5tune.data.sample import drain, parse_sample, take_sample
-from t5tune.data.templates import Template, find_template
+from t5tune.data.sample import choose_default_template, drain, parse_sample, take_sample
+from t5tune.data.templates import PAIR_TEMPLATE, Template, find_template, load_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import ExtendedTokenizer, RoundTripCheck, extend_tokenizer
 from t5tune.data.worker import BYTES_PER_WORKER, encode_records
@@ -120,6 +122,7 @@ class _CacheSource:
         records: an iterator over all records; can be consumed once.
         stdin: the hash of standard input, once that has been read.
         num_rows: number of the base's embedding rows.
+        default_template: the template's name if it was chosen by the first records; None if it was given or saved.
         inputs: the description of everything that the cache depends on, for its manifest.
     """
 
@@ -130,6 +133,7 @@ class _CacheSource:
     vocabulary: ExtendedTokenizer
     num_rows: int
     template: Template
+    default_template: str | None
     inputs: dict[str, Any]
 
 
@@ -140,13 +144,17 @@ def _prepare(
     files = _find_data_files(settings, report, setting)
     name = f"{setting}: {join_first(files)}"
     base = find_base(settings)
-    saved_templates = [folder / TEMPLATE_FILE for folder in (tokenizer_source, base) if folder]
-    template = find_template(settings.conversation_template, saved_templates)
     num_rows = _count_rows(settings, base)
     stdin = Digest()
     records = read_records(files, settings.max_record_bytes, stdin)
     sample = take_sample(records)
     vocabulary = _choose_vocabulary(settings, base, tokenizer_source, num_rows, sample)
+    saved_templates = [folder / TEMPLATE_FILE for folder in (tokenizer_source, base) if folder]
+    template = find_template(settings.conversation_template, saved_templates)
+    default_template = None
+    if template is None:
+        default_template = choose_default_template(sample, files, settings)
+        template = load_template(default_template)
     inputs = _describe_inputs(settings, files, vocabulary.tokenizer, template)
     folder = settings.output_dir
     if manifest := find_reusable_manifest(folder, inputs, in_use):
@@ -155,9 +163,12 @@ def _prepare(
         check_rejected(rejected, num_records, settings.max_rejected_fraction, name, f"see {folder / REJECTED_FILE}")
         remove_abandoned(folder)
         return manifest, True
-    source = _CacheSource(files, name, chain(drain(sample), records), stdin, vocabulary, num_rows, template, inputs)
+    all_records = chain(drain(sample), records)
+    source = _CacheSource(files, name, all_records, stdin, vocabulary, num_rows, template, default_template, inputs)
     with write_folder_atomically(folder) as staged:
         manifest = _write_cache(staged, settings, source, setting, report)
+    if default_template is not None:
+        report_default_template(default_template, manifest, report)
     report_problems(manifest, folder, report)
     return manifest, False
 
@@ -221,7 +232,7 @@ def _write_cache(
     records = track(source.records, "prepare", report, unit="records")
     results = encode_records(records, pipeline, _choose_num_workers(settings, source.files))
     with CacheWriter(staged, source.num_rows, settings.dedupe == "exact") as writer:
-        is_complete = _write_examples(results, writer, settings, source.name)
+        is_complete = _write_examples(results, writer, settings, source)
         unused = [str(file) for file in source.files if is_complete and not writer.usable[str(file)]]
         for path in _list_paths(settings) if unused else []:
             check_any_used(f"{setting}: {path}", list(map(str, find_files([path]))), writer)
@@ -253,7 +264,7 @@ def _write_examples(
     results: Generator[tuple[RawRecord, EncodedRecord], None, None],
     writer: CacheWriter,
     settings: PrepareSettings,
-    name: str,
+    source: _CacheSource,
 ) -> bool:
     """Write the examples, at least `num_data` if that is set.
 
@@ -261,15 +272,18 @@ def _write_examples(
         Whether all records were read.
 
     Raises:
-        DataError: too many records are rejected, or no example is left.
+        DataError: too many records are rejected, no example is left, or a conversation follows pairs that were taken
+            for all of the data.
     """
 
     def check_rejected_so_far() -> None:
         allowed, hint = settings.max_rejected_fraction, format_first_rejected(writer)
-        check_rejected(writer.rejected, writer.num_records, allowed, name, hint)
+        check_rejected(writer.rejected, writer.num_records, allowed, source.name, hint)
 
     is_complete = True
     for record, encoded in results:
+        if source.default_template == PAIR_TEMPLATE and encoded.rejection is None and not encoded.is_pair:
+            raise make_mixed_data_error(record.location, writer.conversations)
         writer.add(record, encoded)
         if settings.num_data is not None and writer.num_examples >= settings.num_data:
             is_complete = False
@@ -278,7 +292,7 @@ def _write_examples(
         if writer.num_records - writer.rejected[LABELED_BAD] >= MIN_RECORDS_TO_STOP:
             check_rejected_so_far()
     check_rejected_so_far()
-    check_any_example(name, writer)
+    check_any_example(source.name, writer)
     return is_complete
 
 
@@ -302,6 +316,7 @@ def _describe_cache(
         "inputs": {**source.inputs, "data": data},
         "unused_files": unused,
         "conversations_with_prefix": writer.with_prefix,
+        "pairs": writer.pairs,
         **counts,
         # what the targets contain and the tokenizer can't encode, the most frequent first
         "lost_characters": [

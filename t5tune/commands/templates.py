@@ -19,9 +19,14 @@ PACKAGED_SCHEMA = "schemas/train.json"  # in templates/
 
 @dataclass(frozen=True)
 class Templates:
-    """The names of all templates by kind; the file to show or copy, if any; the files that were written."""
+    """The names of all templates by kind; the file to show or copy, if any; the files that were written.
+
+    Args:
+        descriptions: a sentence for each template, by kind and name.
+    """
 
     names: dict[str, list[str]]
+    descriptions: dict[str, dict[str, str]]
     shown: Path | None
     copied: list[Path]
 
@@ -32,18 +37,19 @@ def templates(settings: TemplatesSettings, report: Report = silent) -> Templates
     Raises:
         SettingsError: there is no such template, or the target file exists already.
     """
-    names = {kind: packaged_templates.list_names(kind) for kind in KINDS}
+    descriptions = {kind: packaged_templates.describe_templates(kind) for kind in KINDS}
+    names = {kind: list(found) for kind, found in descriptions.items()}
     if settings.action == "list":
-        return Templates(names, None, [])
+        return Templates(names, descriptions, None, [])
     if settings.name is None:
         raise SettingsError(
             f"name: missing; use t5tune templates {settings.action} NAME", hint="t5tune templates lists the names"
         )
     source = _find_template_file(settings.name, names)
     if settings.action == "show":
-        return Templates(names, source, [])
+        return Templates(names, descriptions, source, [])
     target = settings.to / source.name if settings.to.is_dir() else settings.to
-    return Templates(names, source, _copy_template(source, target))
+    return Templates(names, descriptions, source, _copy_template(source, target))
 
 
 def _find_template_file(name: str, names: dict[str, list[str]]) -> Path:

@@ -6,7 +6,7 @@
 Runs in the current process: as the only one, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
 """
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
 from t5tune.commands.prepare import prepare
@@ -33,7 +33,7 @@ from t5tune.training.run_folder import (
     read_saved_settings,
     save_settings,
 )
-from t5tune.training.validate import check_machine, check_settings
+from t5tune.training.validate import check_machine, check_settings, suggest_learning_rate
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -47,7 +47,7 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     """
     world = World.from_environment()
     report = report if world.rank == 0 else silent
-    with handle_signals() as stop, ExitStack() as stack:
+    with handle_signals(report) as stop, ExitStack() as stack:
         # imports torch, which takes seconds, in which a signal may arrive
         from t5tune.distributed.collectives import report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
@@ -106,11 +106,28 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
         report(Note(f"{folder}: this run has already finished; use --fresh to start over"))
         return run
     _check_no_json_cache(settings.preprocessed_path)
+    is_new_folder = not folder.is_dir()
     _create_run_folder(folder, is_run=saved_settings is not None)
     if saved_settings is None:  # the saved settings mark the folder as a run
+        if (suggestion := suggest_learning_rate(settings)) is not None:
+            report(Note(suggestion))
         save_settings(settings, run)
-    _prepare_caches(settings, run, report)
+    try:
+        _prepare_caches(settings, run, report)
+    except BaseException:
+        if saved_settings is None:
+            _remove_failed_start(run, is_new_folder)
+        raise
     return run
+
+
+def _remove_failed_start(run: Run, is_new_folder: bool) -> None:
+    """Remove the settings and the folder of a run whose data couldn't be prepared, unless one of its caches exists."""
+    with suppress(OSError):  # the error that led here must be reported
+        if [path.name for path in run.folder.iterdir()] == [run.settings_path.name]:
+            run.settings_path.unlink()
+            if is_new_folder:
+                run.folder.rmdir()
 
 
 def _check_no_json_cache(path: Path | None) -> None:

@@ -27,6 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from t5tune.data.encoding import Example, Span, extract_example
 from t5tune.errors import DataError
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
+from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
@@ -148,7 +149,9 @@ class Cache(Sequence[Example]):
         unique = np.unique(keys)
         count = max(1, round(held_out * len(unique)))
         if count >= len(unique):
-            problem = f"eval_fraction: {held_out} of {len(unique)} conversations leaves none to train on"
+            problem = (
+                f"eval_fraction: {held_out} of {format_count(len(unique), 'conversation')} leaves none to train on"
+            )
             raise DataError(f"{problem}; give more conversations, or a separate file as eval_data_path")
         is_held_out = np.isin(keys, np.random.default_rng(seed).permutation(unique)[:count])
         return (

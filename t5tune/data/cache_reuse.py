@@ -45,15 +45,26 @@ def _check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
     """
     before = read_manifest(folder)["inputs"]
     lines = {
-        name: f"{name}: {_abbreviate(before.get(name))} in {folder}, now {_abbreviate(value)}"
+        name: f"{name}: {_abbreviate(before.get(name))} before, {_abbreviate(value)} now"
         for name, value in inputs.items()
         if before.get(name) != value
     }
     if lines:
         lines.setdefault("data", f"data: the token cache {folder} would have to be rebuilt")
-        resuming = f"resume anyway with --allow-change {' '.join(lines)}"
-        hint = f"use the values that the run started with, {resuming}, or start over with --fresh"
-        raise SettingsError(*lines.values(), hint=hint)
+        raise make_resume_error(folder, lines)
+
+
+def make_resume_error(changed: Path, differences: dict[str, str]) -> SettingsError:
+    """Make the error of a run that can't be resumed because of these differences: name -> description."""
+    return SettingsError(
+        *differences.values(),
+        heading=f"{changed}: the run can't be resumed with other settings or data:",
+        choices=[
+            "to resume, use the settings and data of before",
+            f"to resume all the same, add --allow-change {' '.join(differences)}",
+            "to start over, add --fresh; the old run is kept under another name",
+        ],
+    )
 
 
 def _abbreviate(value: Any) -> str:

@@ -1,8 +1,9 @@
 """Decoded examples of a token cache, as the model sees them, with the tokens that were cut; histograms of lengths."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -74,18 +75,45 @@ def _iterate_runs(parts: list[_Part], tokenizer: Tokenizer, added: set[int]) -> 
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts[i] is the number of lengths (tokens) in [edges[i], edges[i + 1]); the last bar includes its upper edge."""
+    """counts[i] is the number of lengths (tokens) in [edges[i], edges[i + 1]).
+
+    All bars are equally wide, except the last one if it collects a long tail.
+    """
 
     edges: list[int]
     counts: list[int]
 
+    @property
+    def has_tail(self) -> bool:
+        return self.edges[-1] - self.edges[-2] > self.edges[1] - self.edges[0]
+
+    def label_bars(self) -> list[str]:
+        """Name the lengths that each bar counts: "9", "10–12", and "133 and more" for a tail."""
+        labels = [f"{low:,}–{high - 1:,}" if high - low > 1 else f"{low:,}" for low, high in pairwise(self.edges)]
+        if self.has_tail:
+            labels[-1] = f"{self.edges[-2]:,} and more"
+        return labels
+
 
 def build_histogram(lengths: Integers) -> Histogram:
-    """Count lengths in about NUM_BARS bars of equal integer width, from the shortest length to the longest."""
-    low, high = int(lengths.min()), int(lengths.max())
-    width = max(1, -(-(high - low + 1) // NUM_BARS))
-    edges = list(range(low, high + width + 1, width))
+    """Count lengths in about NUM_BARS bars of equal integer width, from the shortest length to the longest.
+
+    If the longest 1% make the range at least twice as wide, the last bar collects them: a few very long examples would
+    leave most bars empty.
+    """
+    ordered = np.sort(lengths).tolist()
+    low, high = ordered[0], ordered[-1]
+    edges = _make_edges(low, high)
+    if len(ordered) >= NUM_BARS:
+        longest_without_tail = ordered[-1 - math.ceil(len(ordered) / 100)]
+        if high - low + 1 >= 2 * (longest_without_tail - low + 1):
+            edges = [*_make_edges(low, longest_without_tail), high + 1]
     return Histogram(edges, np.histogram(lengths, edges)[0].tolist())
+
+
+def _make_edges(low: int, high: int) -> list[int]:
+    width = max(1, -(-(high - low + 1) // NUM_BARS))
+    return list(range(low, high + width + 1, width))
 
 
 @dataclass(frozen=True)

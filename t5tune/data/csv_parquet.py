@@ -13,6 +13,7 @@ from t5tune.data.files import BOM, read_chunks
 from t5tune.data.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
 from t5tune.data.records import RecordLocation, Rejection
 from t5tune.errors import DataError, DependencyError
+from t5tune.formatting import format_count
 
 CELL_OVERHEAD_BYTES = 128  # memory of a cell in addition to its text
 CSV_REASONS = {  # part of the csv module's message: our message
@@ -64,7 +65,9 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawR
             if lines.size > max_bytes:
                 yield make_too_long_record(location, lines.beginning, lines.size, max_bytes)
             elif len(cells) != len(header):
-                rejection = Rejection("bad_row", f"{len(cells)} cells in a row, {len(header)} in the header")
+                rejection = Rejection(
+                    "bad_row", f"{format_count(len(cells), 'cell')} in a row, {len(header)} in the header"
+                )
                 yield RawRecord(location, cells, size, parsed=rejection)
             else:
                 yield RawRecord(location, dict(zip(header, cells, strict=True)), size)

@@ -5,14 +5,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.records import LABELED_BAD
+from t5tune.data.raw_records import KEYED_RECORDS
+from t5tune.data.records import LABELED_BAD, RecordLocation
+from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE
 from t5tune.data.vocabulary import REPLACEMENT_CHARACTER
-from t5tune.data.writer import REJECTED_FILE, CacheWriter
+from t5tune.data.writer import OTHER_FIELDS, REJECTED_FILE, CacheWriter
 from t5tune.errors import DataError
-from t5tune.io.reasons import join_first
+from t5tune.formatting import format_count
+from t5tune.io.reasons import MAX_NAMES, join_first
 from t5tune.progress import Note, Report
 
 LABELED_BAD_TEXT = "labeled bad (label: false, kto_tag: false)"
+# what the manifest counts as repaired -> (one, several) in words
+REPAIRS = {
+    KEYED_RECORDS: ("record keyed by id", "records keyed by id"),
+    "byte_order_mark": ("byte order mark", "byte order marks"),
+    "carriage_returns": ("carriage return", "carriage returns"),
+    "zero_width_characters": ("zero-width character", "zero-width characters"),
+    "blank_turns": ("blank turn", "blank turns"),
+    "leading_assistant_turns": ("answer before the first question", "answers before the first question"),
+    "trailing_human_turns": ("question without an answer", "questions without an answer"),
+    "merged_same_role_turns": ("turn merged with the one before", "turns merged with the one before"),
+    "merged_turns_not_learned": ("merged turn that isn't learned", "merged turns that aren't learned"),
+    "split_conversations": ("conversation split", "conversations split"),
+    "tool_calls_as_text": ("turn with tool calls as text", "turns with tool calls as text"),
+    "weights_taken_as_1": ("weight taken as 1", "weights taken as 1"),
+    "html_turns": ("turn converted from HTML", "turns converted from HTML"),
+    "html_turns_left_alone": ("turn of HTML that can't be converted", "turns of HTML that can't be converted"),
+    "html_entities": ("HTML entity", "HTML entities"),
+    "markdown_escapes": ("backslash of Markdown", "backslashes of Markdown"),
+    OTHER_FIELDS: ("unused field of another name", "unused fields of other names"),
+}
+# the beginning of what the manifest counts as unused, by name -> what has it, and what it is
+UNUSED = {
+    "ignored_field_": ("record", "column"),
+    "ignored_turn_field_": ("turn", "key"),
+    "ignored_part_": ("turn", "part of type"),
+}
+DROPPED = {
+    "zero_weight_targets": ("target of weight 0", "targets of weight 0"),
+    "short_targets": ("target shorter than min_target_tokens", "targets shorter than min_target_tokens"),
+    "truncated_targets": ("target longer than model_max_length", "targets longer than model_max_length"),
+}
 
 
 def check_rejected(rejected: Counter[str], num_records: int, allowed: float | None, data: str, hint: str) -> None:
@@ -31,7 +65,7 @@ def check_rejected(rejected: Counter[str], num_records: int, allowed: float | No
     broken = Counter({reason: count for reason, count in rejected.items() if reason != LABELED_BAD})
     count, num_records = broken.total(), num_records - bad
     if count > allowed * num_records:
-        problem = f"{count} of {num_records} records rejected ({_format_counts(broken)})"
+        problem = f"{count:,} of {format_count(num_records, 'record')} rejected ({_format_counts(broken)})"
         not_counted = f"; {bad} more are labeled bad and not counted" if bad else ""
         raise DataError(f"{data}: {problem}, more than max_rejected_fraction {allowed}{not_counted}", hint=hint)
 
@@ -71,8 +105,25 @@ def check_any_example(data: str, writer: CacheWriter) -> None:
         hint = "the data is empty; " if not writer.num_records else ""
         hint += 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
     dropped = _format_counts(writer.rejected + writer.dropped)
-    among = _format_number(writer.num_records, "record") + (f" ({dropped})" if dropped else "")
+    among = format_count(writer.num_records, "record") + (f" ({dropped})" if dropped else "")
     raise DataError(f"{data}: no conversation to train on among {among}", hint=hint)
+
+
+def make_mixed_data_error(location: RecordLocation, num_pairs: int) -> DataError:
+    """Make the error for a conversation after many pairs, for which the template of pairs was already chosen."""
+    return DataError(
+        f"{location}: a conversation, after {format_count(num_pairs, 'source/target pair')}",
+        hint=f"choose one template for both: --conversation-template {DEFAULT_TEMPLATE} or {PAIR_TEMPLATE}",
+    )
+
+
+def report_default_template(name: str, manifest: dict[str, Any], report: Report) -> None:
+    """Report the conversation template that was chosen by the data, unless the data is only conversations."""
+    pairs, num_records = manifest["pairs"], manifest["conversations"]
+    if pairs == 0:
+        return
+    what = "the data is" if pairs == num_records else f"{pairs:,} of {format_count(num_records, 'record')} are"
+    report(Note(f"conversation template {name}: {what} source/target pairs; --conversation-template chooses another"))
 
 
 def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> None:
@@ -86,14 +137,14 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
         report(Note(f"source_prefix: {prefix!r} has no effect: no record is a source/target pair", True))
     if unused := manifest["unused_files"]:
         report(Note(f"no conversation to train on in {join_first(unused)}", True))
-    for what, key in (("repaired or left out", "repaired"), ("examples left out", "dropped")):
-        if counts := manifest[key]:
-            report(Note(f"{what}: {_format_counts(counts)}"))
-    for side in ("sources", "targets"):
-        if count := manifest[f"truncated_{side}"]:
+    _report_repairs(manifest["repaired"], report)
+    if dropped := _format_named_counts(manifest["dropped"], DROPPED):
+        report(Note(f"examples left out: {dropped}"))
+    for side in ("source", "target"):
+        if count := manifest[f"truncated_{side}s"]:
             limit = manifest["inputs"]["model_max_length"]
             shown_by = f"t5tune inspect {folder} --worst-cut shows the worst"
-            report(Note(f"{count} {side} truncated to model_max_length {limit}; {shown_by}", True))
+            report(Note(f"{format_count(count, side)} truncated to model_max_length {limit}; {shown_by}", True))
     _report_lost_characters(manifest["lost_characters"], report)
     if left_out := manifest["left_out_tokens"]:
         report(Note(f"no unused embedding row is left for the tokens {join_first(list(map(repr, left_out)))}", True))
@@ -102,21 +153,53 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
 def _report_rejections(manifest: dict[str, Any], folder: Path, report: Report) -> None:
     reasons = Counter(manifest["rejected_by_reason"])
     if bad := reasons.pop(LABELED_BAD, 0):
-        left_out = f"{_format_number(bad, 'record')} {LABELED_BAD_TEXT} left out of supervised training"
+        left_out = f"{format_count(bad, 'record')} {LABELED_BAD_TEXT} left out of supervised training"
         report(Note(f"{left_out}: {folder / REJECTED_FILE}", True))
     if reasons:
-        report(Note(f"{reasons.total()} records rejected ({_format_counts(reasons)}): {folder / REJECTED_FILE}", True))
+        rejected = f"{format_count(reasons.total(), 'record')} rejected ({_format_counts(reasons)})"
+        report(Note(f"{rejected}: {folder / REJECTED_FILE}", True))
+
+
+def _report_repairs(repaired: Mapping[str, int], report: Report) -> None:
+    unused: dict[str, dict[str, int]] = {prefix: {} for prefix in UNUSED}
+    repairs: dict[str, int] = {}
+    for kind, count in repaired.items():
+        prefix = next((prefix for prefix in UNUSED if kind.startswith(prefix)), None)
+        if prefix is None:
+            repairs[kind] = count
+        else:
+            unused[prefix][kind.removeprefix(prefix)] = count
+    if cleaned := _format_named_counts(repairs, REPAIRS):
+        report(Note(f"cleaned up: {cleaned}"))
+    for prefix, (owner, what) in UNUSED.items():
+        if unused[prefix]:
+            report(Note(_format_unused(unused[prefix], owner, what)))
+
+
+def _format_unused(counts: Mapping[str, int], owner: str, what: str) -> str:
+    """Format what isn't used, grouped by the number of owners: `160 records: unused columns ID, section_header`."""
+    names: dict[int, list[str]] = {}
+    for name, count in counts.items():
+        names.setdefault(count, []).append(name)
+    groups = sorted(names.items(), reverse=True)
+    return "; ".join(
+        f"{format_count(count, owner)}: unused {what if len(of_count) == 1 else f'{what}s'} {join_first(of_count)}"
+        for count, of_count in groups[:MAX_NAMES]
+    ) + (f"; and {sum(len(of_count) for _, of_count in groups[MAX_NAMES:])} more" if len(groups) > MAX_NAMES else "")
+
+
+def _format_named_counts(counts: Mapping[str, int], names: Mapping[str, tuple[str, str]]) -> str:
+    return ", ".join(format_count(count, *names[kind]) for kind, count in Counter(counts).most_common())
 
 
 def _report_lost_characters(lost: list[dict[str, Any]], report: Report) -> None:
-    for what, is_missing in (("not in the vocabulary", True), ("changed by the tokenizer", False)):
-        characters = [
-            f"{item['text']!r} (in {_format_number(item['answers'], 'target')})"
-            for item in lost
-            if (item["becomes"] == REPLACEMENT_CHARACTER) == is_missing
-        ]
-        if characters:
-            report(Note(f"{what}: {join_first(characters)}", True))
+    missing = [item for item in lost if item["becomes"] == REPLACEMENT_CHARACTER]
+    if missing:
+        characters = [f"{item['text']!r} ({format_count(item['answers'], 'target')})" for item in missing]
+        report(Note(f"not in the vocabulary: {join_first(characters)}", True))
+    if changed := [item for item in lost if item not in missing]:
+        characters = [f"{item['text']!r} in {format_count(item['answers'], 'target')}" for item in changed]
+        report(Note(f"the tokenizer changes {join_first(characters)}", True))
 
 
 def format_first_rejected(writer: CacheWriter) -> str:
@@ -124,13 +207,9 @@ def format_first_rejected(writer: CacheWriter) -> str:
     return f"the first rejected record: {next(iter(writer.first_rejected.values()), None)}"
 
 
-def _format_number(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _format_all_bad(count: int) -> str:
-    return f"its only record is {LABELED_BAD_TEXT}" if count == 1 else f"all {count} records are {LABELED_BAD_TEXT}"
+    return f"its only record is {LABELED_BAD_TEXT}" if count == 1 else f"all {count:,} records are {LABELED_BAD_TEXT}"
 
 
 def _format_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in Counter(counts).most_common())
+    return ", ".join(f"{name} {count:,}" for name, count in Counter(counts).most_common())

@@ -17,6 +17,7 @@ from t5tune.data.cleaning import clean, normalize_text
 from t5tune.data.record_labels import find_labels, find_weight
 from t5tune.data.records import LABELED_BAD, RecordLocation, RejectionError
 from t5tune.data.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
+from t5tune.data.wrapped_records import suggest_unwrapping
 from t5tune.settings.data import ReadingSettings
 
 Role = Literal["human", "assistant"]
@@ -69,6 +70,7 @@ class Conversation:
     Args:
         repairs: counts of what was repaired or left out, by kind.
         has_prefix: whether source_prefix was prepended to the source.
+        is_pair: whether the record is a pair of texts, a source and a target, not a list of turns.
     """
 
     location: RecordLocation
@@ -76,6 +78,7 @@ class Conversation:
     turns: tuple[Turn, ...]
     repairs: Mapping[str, int] = field(default_factory=dict)
     has_prefix: bool = False
+    is_pair: bool = False
 
     @property
     def texts(self) -> list[str]:
@@ -112,7 +115,15 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
         raise RejectionError("zero_weight", f"every assistant turn has weight 0, so there is nothing to learn ({name})")
     has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
     counts = {kind: count for kind, count in sorted(repairs.items()) if count}
-    return Conversation(location, system or None, merged_turns, counts, has_prefix)
+    return Conversation(location, system or None, merged_turns, counts, has_prefix, _is_pair(name, value))
+
+
+def _is_pair(format_name: str, value: dict[str, Any]) -> bool:
+    """Whether a record of a format is a pair of texts: TRL's standard format, which no chat template is applied to."""
+    if format_name in ("columns", "source-target"):
+        return True
+    turns = (value.get(key) for key in ("conversations", "messages", "prompt", "completion", "chosen", "history"))
+    return not any(isinstance(item, list | dict) and item for item in turns)
 
 
 def _merge_turns(
@@ -170,6 +181,8 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
             if any(keys <= given for keys in alternatives):
                 return name, parser
     found = ", ".join(sorted(value)[:6])
+    if unwrapping := suggest_unwrapping(value):
+        raise RejectionError("unknown_format", f"its keys are {found}{unwrapping}")
     wanted = "; ".join(
         f"{name}: {' or '.join(' + '.join(sorted(keys)) for keys in alternatives)}"
         for name, (alternatives, _) in formats.items()
@@ -317,7 +330,8 @@ def _parse_pair(
     """Parse the columns `source` and `target`."""
     if missing := [name for name in (source, target) if name not in value]:
         found = ", ".join(sorted(map(str, value))[:6])
-        raise RejectionError("unknown_format", f"no column {', '.join(missing)}; the record has {found}")
+        problem = f"no column {', '.join(missing)}; the record has {found}{suggest_unwrapping(value)}"
+        raise RejectionError("unknown_format", problem)
     question = RecordTurn("human", reading.source_prefix + _parse_text(source, value[source]), source)
     return {source, target}, [question, _parse_text_turn("assistant", target, value[target])]
 

@@ -41,6 +41,7 @@ class EncodedRecord:
         dropped: counts of examples that were left out, by reason.
         lost: characters of the targets that the tokenizer can't reproduce -> (occurrences, targets that contain it).
         has_prefix: whether source_prefix was prepended to the source.
+        is_pair: whether the record is a pair of texts, not a list of turns.
     """
 
     rejection: Rejection | None = None
@@ -51,6 +52,7 @@ class EncodedRecord:
     dropped: Mapping[str, int] = field(default_factory=dict)
     lost: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     has_prefix: bool = False
+    is_pair: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Pipeline:
             dropped=dropped,
             lost=self._round_trip_check.count_lost(conversation),
             has_prefix=conversation.has_prefix,
+            is_pair=conversation.is_pair,
         )
 
     def _select_spans(self, spans: Sequence[Span], dropped: Counter[str]) -> list[Span]:

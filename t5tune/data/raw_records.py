@@ -18,9 +18,11 @@ from t5tune.data.records import (
     check_characters,
     parse_json,
 )
+from t5tune.data.wrapped_records import suggest_unwrapping_text
 from t5tune.errors import DataError
 from t5tune.settings.data import ReadingSettings
 
+KEYED_RECORDS = "records_keyed_by_id"  # counts the records of JSON objects of records, among the repairs
 MAX_KEPT_CHARACTERS = 1000  # of a record that is too long
 MAX_KEPT_BYTES = 4 * MAX_KEPT_CHARACTERS  # they contain at least as many characters of UTF-8
 
@@ -33,7 +35,7 @@ class RawRecord:
         data: the bytes of its JSON, or a row of a table; of a record that is too long only the beginning, as text;
             empty if `parsed` takes its place.
         size: approximate size in bytes; 0 if the record is too long.
-        in_array: whether it is an element of a JSON array.
+        is_enclosed: whether it is an element of a JSON array, or a value of a JSON object of records.
         repairs: (kind, count) of what the reader repaired.
         parsed: the record's conversation or its rejection; None if it isn't parsed yet.
     """
@@ -41,7 +43,7 @@ class RawRecord:
     location: RecordLocation
     data: bytes | str | dict[str, Any] | list[str]
     size: int
-    in_array: bool = False
+    is_enclosed: bool = False
     repairs: tuple[tuple[str, int], ...] = ()
     parsed: Conversation | Rejection | None = None
 
@@ -54,7 +56,8 @@ def make_too_long_record(location: RecordLocation, beginning: bytes, size: int, 
         size: its size in bytes.
     """
     text = beginning[:MAX_KEPT_BYTES].decode(errors="surrogateescape")[:MAX_KEPT_CHARACTERS]
-    rejection = Rejection("too_long", f"{size:,} bytes, more than max_record_bytes {max_bytes:,}")
+    problem = f"{size:,} bytes, more than max_record_bytes {max_bytes:,}"
+    rejection = Rejection("too_long", problem + suggest_unwrapping_text(text))
     return RawRecord(location, text, 0, parsed=rejection)
 
 
@@ -62,19 +65,21 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
     """Convert a record to a conversation, or reject it; repairs that were made while reading are counted too.
 
     Raises:
-        DataError: an array element is not valid JSON, so the start of the next element is unknown.
+        DataError: a record of a JSON array or object is not valid JSON, so the start of the next one is unknown.
     """
     if record.parsed is not None:
         return record.parsed
     data, location = record.data, record.location
     try:
         value = parse_json(data) if isinstance(data, bytes) else data
-        if not isinstance(data, bytes) or can_contain_forbidden(data):
+        if location.key is not None and isinstance(value, dict):
+            value = {"id": location.key, **value}
+        if not isinstance(data, bytes) or location.key is not None or can_contain_forbidden(data):
             check_characters(value)
         conversation = parse_conversation(value, location, reading)
     except RejectionError as error:
         reason = error.rejection.reason
-        if record.in_array and reason == "not_json":
+        if record.is_enclosed and reason == "not_json":
             raise DataError(f"{location.file}:{location.line}: record {location.index}: {error}") from None
         # in a table, a lone surrogate represents an invalid byte
         if reason == "lone_surrogate" and not isinstance(data, bytes):

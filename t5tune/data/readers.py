@@ -3,11 +3,12 @@
     for record in read_records([Path("chats.jsonl")], max_bytes=4 << 20):
         parse_record(record, reading)
 
-JSON arrays, JSON lines and multi-line objects are recognized by their content, not by the file name. An array is split
-into its elements without reading it whole. Each element and each line is parsed separately, so that a broken one
-doesn't affect the others.
+JSON arrays, objects of records (`{"id1": {…}, "id2": {…}}`), JSON lines and multi-line records are recognized by their
+content, not by the file name. An array or an object is split into its records without reading it whole. Each record is
+parsed separately, so that a broken one doesn't affect the others.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Literal
 
 from t5tune.data.csv_parquet import read_csv, read_parquet
 from t5tune.data.files import BOM, JSON_SUFFIXES, STDIN, Digest, find_data_suffix, read_chunks
-from t5tune.data.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
+from t5tune.data.raw_records import KEYED_RECORDS, MAX_KEPT_BYTES, RawRecord, make_too_long_record
 from t5tune.data.records import DEPTH_STEPS, RecordLocation, RejectionError, iterate_depths, parse_json
 from t5tune.errors import DataError
+
+MAX_KEY_BYTES = 1000  # of a record in an object of records
 
 
 def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None) -> Iterator[RawRecord]:
@@ -42,7 +45,10 @@ def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None)
 
 
 class _JsonReader:
-    """Reads a JSON file: an array, lines, or multi-line objects. Keeps at most one record and one chunk in memory."""
+    """Reads a JSON file: an array or an object of records, lines, or multi-line records.
+
+    Keeps at most one record and one chunk in memory.
+    """
 
     def __init__(self, path: Path, chunks: Iterator[bytes], max_bytes: int) -> None:
         self.path = path
@@ -57,7 +63,7 @@ class _JsonReader:
         self.index = 0
         self.depth = 0  # at `scan`, within the record
         self.in_string = False
-        self.in_array = False
+        self.closing = b""  # the bracket that ends the array or the object of records; empty if there is none
         self.repairs: tuple[tuple[str, int], ...] = ()
 
     def iterate_records(self) -> Iterator[RawRecord]:
@@ -70,14 +76,17 @@ class _JsonReader:
         if not self._skip_blank():
             return
         form = self._detect_form()
-        if form == "array":
-            yield from self._read_array()
+        if form in ("array", "object"):
+            yield from self._read_enclosed(b"]" if form == "array" else b"}")
             return
         while self._skip_blank():
             yield self._read_record(self._scan_to_line_end if form == "lines" else self._scan_to_value_end)
 
-    def _detect_form(self) -> Literal["array", "lines", "values"]:
-        """Detect the form of the file from its first two lines that aren't blank."""
+    def _detect_form(self) -> Literal["array", "object", "lines", "values"]:
+        """Detect the form of the file from its first two lines that aren't blank.
+
+        For an object whose first values are objects, from as much of it as a record may be long.
+        """
         while (lines := self._peek_lines()) is None and len(self.buffer) <= self.max_bytes and self._read_more():
             pass
         first, second = lines or (b"", b"")
@@ -85,9 +94,29 @@ class _JsonReader:
             # lines: `[INFO] starting`, or one list per line; otherwise an array, which may continue on the next line
             is_closed = bool(second) and 0 in iterate_depths(first)
             return "lines" if is_closed and (not _is_json(first) or second.startswith(b"[")) else "array"
+        if self._peek_byte() == b"{" and self._is_object_of_records(second):
+            return "object"
         # an object that is open at the end of the line continues, unless the line was cut off and the next is complete
         is_open = self._peek_byte() == b"{" and bool(second) and 0 not in iterate_depths(first)
         return "values" if is_open and _OUTSIDE_TEXT.fullmatch(first) and not _is_json(second) else "lines"
+
+    def _is_object_of_records(self, second: bytes) -> bool:
+        """Whether all values of the object at `start` are objects in its first max_bytes, and nothing follows it.
+
+        Args:
+            second: the file's second line.
+        """
+        while True:
+            beginning = self.buffer[self.start : self.start + self.max_bytes]
+            seen = _scan_objects(beginning)
+            if seen is None:
+                return False
+            is_closed, end = seen
+            if is_closed and _VISIBLE.search(self.buffer, self.start + end) is not None:
+                return False  # it is the first of several lines or values
+            if len(beginning) == self.max_bytes or not self._read_more():
+                # a line that was cut off may be followed by complete ones
+                return is_closed or (_MEMBER.match(beginning, 1) is not None and not _is_json(second))
 
     def _peek_lines(self) -> tuple[bytes, bytes] | None:
         """Return the line at `start` and the next one that isn't blank, or None if the buffer doesn't contain them."""
@@ -103,25 +132,53 @@ class _JsonReader:
         second = self.buffer[visible.start() : second_end if second_end >= 0 else len(self.buffer)]
         return self.buffer[self.start : end], second
 
-    def _read_array(self) -> Iterator[RawRecord]:
-        self.in_array = True
+    def _read_enclosed(self, closing: bytes) -> Iterator[RawRecord]:
+        """Read the records of an array, or of an object, which has a key for each."""
+        self.closing = closing
         self.start += 1
-        ending = b"]" if self._skip_blank() and self._peek_byte() == b"]" else b","
-        self.start += ending == b"]"
+        ending = closing if self._skip_blank() and self._peek_byte() == closing else b","
+        self.start += ending == closing
         while ending == b",":
             self._skip_blank()
-            yield self._read_record(self._scan_to_separator)
+            key = self._read_key() if closing == b"}" else None
+            yield self._read_record(self._scan_to_separator, key)
             ending = self._peek_byte()
             self.start += 1
         if self._skip_blank():
-            raise DataError(f"{self.path}:{self.line}: there is text after the end of the array")
+            raise DataError(f"{self.path}:{self.line}: there is text after the end of {self._name_enclosure()}")
 
-    def _read_record(self, find_end: Callable[[], bool]) -> RawRecord:
+    def _name_enclosure(self) -> str:
+        return "the array" if self.closing == b"]" else "the object"
+
+    def _read_key(self) -> str:
+        """Read the key of a record, and skip to its value."""
+        while (found := _KEY.match(self.buffer, self.start)) is None and len(self.buffer) - self.start <= MAX_KEY_BYTES:
+            if not self._read_more():
+                break
+        if found is None or len(found[1]) > MAX_KEY_BYTES:
+            raise self._make_key_error()
+        try:
+            # bytes that aren't UTF-8 become lone surrogates, for which the record is rejected
+            key = str(json.loads(found[1].decode(errors="surrogateescape"), strict=False))
+        except json.JSONDecodeError:
+            raise self._make_key_error() from None
+        self.line += self.buffer.count(self.line_end, self.start, found.end())
+        self.start = found.end()
+        self._skip_blank()
+        return key
+
+    def _make_key_error(self) -> DataError:
+        return DataError(
+            f"{self.path}:{self.line}: record {self.index}: expected a key in double quotes, and a colon",
+            hint="the file is incomplete, not valid JSON, or a key is longer than 1,000 bytes",
+        )
+
+    def _read_record(self, find_end: Callable[[], bool], key: str | None = None) -> RawRecord:
         """Read the record at `start`; `find_end` scans for its end.
 
         Of a record longer than max_bytes, only the beginning is kept.
         """
-        location = RecordLocation(str(self.path), self.line, self.index, self.offset + self.start)
+        location = RecordLocation(str(self.path), self.line, self.index, self.offset + self.start, key)
         self.scan, self.depth, self.in_string = self.start, 0, False
         beginning, size = b"", 0  # of the part of the record that isn't in the buffer anymore
         while not find_end():
@@ -130,9 +187,9 @@ class _JsonReader:
                 beginning += skipped[: MAX_KEPT_BYTES - len(beginning)]
                 size += len(skipped)
             if not self._read_more():
-                if self.in_array:
+                if self.closing:
                     hint = "the file is incomplete, or the record that begins there lacks a bracket or a quote"
-                    raise DataError(f"{self.path}:{self.line}: the array has no end", hint=hint)
+                    raise DataError(f"{self.path}:{self.line}: {self._name_enclosure()} has no end", hint=hint)
                 break
         data = self._consume()
         self.index += 1
@@ -140,9 +197,11 @@ class _JsonReader:
         if size > self.max_bytes:
             return make_too_long_record(location, beginning + data[:MAX_KEPT_BYTES], size, self.max_bytes)
         data, repairs, self.repairs = data.strip(), self.repairs, ()
-        if data.startswith(BOM) and not self.in_array:  # from concatenated files
+        if data.startswith(BOM) and not self.closing:  # from concatenated files
             data, repairs = data[len(BOM) :], (("byte_order_mark", 1),)
-        return RawRecord(location, data, size, self.in_array, repairs)
+        if key is not None:
+            repairs += ((KEYED_RECORDS, 1),)
+        return RawRecord(location, data, size, bool(self.closing), repairs)
 
     def _consume(self) -> bytes:
         """Return the bytes from `start` to `scan`, and continue after them."""
@@ -166,11 +225,12 @@ class _JsonReader:
         return False
 
     def _scan_to_separator(self) -> bool:
-        """Scan to the comma after an array element or the closing bracket; return False if the buffer has neither."""
+        """Scan to the comma after a record or to the closing bracket; return False if the buffer has neither."""
         while mark := self._scan_to_punctuation():
             if self.depth == 0 and mark in b",]}":
-                if mark == b"}":
-                    problem = "not valid JSON here: a closing brace without an opening one"
+                if mark not in (b",", self.closing):
+                    bracket = "brace" if mark == b"}" else "bracket"
+                    problem = f"not valid JSON here: a closing {bracket} without an opening one"
                     raise DataError(f"{self.path}:{self.line}: {problem}")
                 self.scan -= 1
                 return True
@@ -225,8 +285,38 @@ _VISIBLE = re.compile(rb"[^ \t\r\n]")
 _STRUCTURE = re.compile(rb'["\[\]{},]')
 _STRING_BODY = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _OUTSIDE_TEXT = re.compile(rb'(?:[^"]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+_KEY = re.compile(rb'("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+:', re.DOTALL)
+# a key with an object as its value, and what may be left of it at the end of the data
+_MEMBER = re.compile(rb'[ \t\r\n]*+"(?:[^"\\]++|\\.)*+"[ \t\r\n]*+:[ \t\r\n]*+\{', re.DOTALL)
+_CUT_MEMBER = re.compile(rb'[ \t\r\n]*+(?:"(?:[^"\\]++|\\.)*+(?:\\|"[ \t\r\n]*+(?::[ \t\r\n]*+)?)?)?\Z', re.DOTALL)
+_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)  # a bracket or a string, which may be cut off
+_AFTER_VALUE = re.compile(rb"[ \t\r\n]*+([,}]|\Z)")
 # ends in a carriage return without a newline
 _MAC_LINE = re.compile(rb'(?:[^"\r\n]++|"(?:[^"\\]++|\\.)*+")++(?=\r[^\n])', re.DOTALL)
+
+
+def _scan_objects(data: bytes) -> tuple[bool, int] | None:
+    """Scan an object while its values are objects; None if one isn't.
+
+    Returns:
+        Whether the object is complete, and the end of what was scanned: of the object, or of the data.
+    """
+    position = 1
+    while (member := _MEMBER.match(data, position)) is not None:
+        depth = 1
+        for mark in _MARK.finditer(data, member.end()):
+            depth += DEPTH_STEPS.get(mark[0], 0)
+            if depth == 0:
+                break
+        else:
+            return False, len(data)
+        after = _AFTER_VALUE.match(data, mark.end())
+        if after is None:
+            return None
+        position = after.end()
+        if after[1] != b",":
+            return after[1] == b"}", position
+    return (False, len(data)) if _CUT_MEMBER.match(data, position) else None
 
 
 def _is_json(data: bytes) -> bool:

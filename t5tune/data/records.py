@@ -43,12 +43,21 @@ UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "ba
 
 @dataclass(frozen=True)
 class RecordLocation:
-    """The location of a record: line from 1, index and byte offset (in the decompressed file) from 0."""
+    """The location of a record: line from 1, index and byte offset (in the decompressed file) from 0.
+
+    Args:
+        key: the record's key if the file is an object of records.
+    """
 
     file: str
     line: int
     index: int
     offset: int
+    key: str | None = None
+
+    def __str__(self) -> str:
+        """The file, the line and the key, for messages."""
+        return f"{self.file}:{self.line}" + (f": {self.key!r:.60}" if self.key is not None else "")
 
 
 class Rejection(NamedTuple):

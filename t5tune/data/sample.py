@@ -1,19 +1,28 @@
-"""The first records of the data, by which prepare chooses the tokens to add."""
+"""The first records of the data, by which prepare chooses the tokens to add and the conversation template."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
 
 from t5tune.data.encoding import MAX_WORD_LENGTH
+from t5tune.data.files import STDIN
 from t5tune.data.formats import Conversation
 from t5tune.data.raw_records import RawRecord, parse_record
+from t5tune.data.readers import read_records
 from t5tune.data.records import Rejection
+from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE
+from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
+from t5tune.settings.data import DataSettings, ReadingSettings
 
 SAMPLE_BYTES = 8 << 20
 RECORD_OVERHEAD_BYTES = 512  # memory of a record in addition to its text
 TURN_OVERHEAD_BYTES = 100  # memory of a parsed turn in addition to its text
 MAX_MEMORY_RATIO = 1.5  # of a conversation to its record
+FIRST_RECORDS = 100  # of each file, in which to look for a usable one
 
 
 def take_sample(records: Iterator[RawRecord]) -> list[RawRecord]:
@@ -52,3 +61,45 @@ def drain(sample: list[RawRecord]) -> Iterator[RawRecord]:
     sample.reverse()
     while sample:
         yield sample.pop()
+
+
+def choose_default_template(sample: list[RawRecord], files: list[Path], settings: DataSettings) -> str:
+    """Choose the conversation template of data for a model that has none: plain if all records are pairs of texts.
+
+    It is chosen by the usable records of the sample and the first one of each file.
+
+    Raises:
+        DataError: an array element is not valid JSON.
+    """
+    return PAIR_TEMPLATE if _has_only_pairs(sample, files, settings) else DEFAULT_TEMPLATE
+
+
+def _has_only_pairs(sample: list[RawRecord], files: list[Path], settings: DataSettings) -> bool:
+    """Whether there are usable records, and none of them is a list of turns.
+
+    Raises:
+        DataError: an array element is not valid JSON.
+    """
+    if settings.source_column or settings.target_column:
+        return True  # records without these columns are rejected
+    has_pairs = False
+    firsts = chain.from_iterable(_parse_first(file, settings) for file in files if file != STDIN)
+    for conversation in chain(_parse_usable(sample, settings), firsts):
+        if not conversation.is_pair:
+            return False
+        has_pairs = True
+    return has_pairs
+
+
+def _parse_first(file: Path, settings: DataSettings) -> Iterator[Conversation]:
+    """Yield the first usable record of a file, if there is one at its beginning."""
+    with suppress(DataError):  # it is raised again if the file is read so far
+        records = islice(read_records([file], settings.max_record_bytes), FIRST_RECORDS)
+        yield from islice(_parse_usable(records, settings), 1)
+
+
+def _parse_usable(records: Iterable[RawRecord], reading: ReadingSettings) -> Iterator[Conversation]:
+    for record in records:
+        parsed = parse_record(record, reading)
+        if isinstance(parsed, Conversation):
+            yield parsed

@@ -16,10 +16,10 @@ from typing import Any
 from t5tune.data.formats import Conversation
 from t5tune.errors import SettingsError, suggest_name
 from t5tune.io.yaml_file import read_yaml
-from t5tune.progress import Note, Report, silent
 from t5tune.settings.packaged_templates import find_conversation_template
 
 DEFAULT_TEMPLATE = "fastchat-t5"
+PAIR_TEMPLATE = "plain"  # the default for pairs of a source and a target
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,11 @@ class Piece:
     turn: int
 
 
-def find_template(name_or_path: str | None, saved: list[Path], report: Report = silent) -> Template:
-    """Find the conversation template: the given one, the first of the `saved` files that exists, or fastchat-t5."""
+def find_template(name_or_path: str | None, saved: list[Path]) -> Template | None:
+    """Find the conversation template: the given one, or the first of the `saved` files that exists; None: neither."""
     if name_or_path is not None:
         return load_template(name_or_path)
-    for file in saved:
-        if file.is_file():
-            return parse_template(read_yaml(file), file)
-    report(Note(f"the model has no conversation template of its own; using {DEFAULT_TEMPLATE}"))
-    return load_template(DEFAULT_TEMPLATE)
+    return next((parse_template(read_yaml(file), file) for file in saved if file.is_file()), None)
 
 
 def load_template(name_or_path: str) -> Template:

@@ -27,6 +27,7 @@ from t5tune.data.formats import Conversation
 from t5tune.data.tokenizer import Tokenizer, build_decoder
 from t5tune.errors import ModelError
 from t5tune.families import FASTCHAT_CHARACTERS, FASTCHAT_PAD, FASTCHAT_TOKENS
+from t5tune.formatting import format_count
 
 MISSING_CHARACTERS = ["\n", "\t", "<", "\\", "^", "`", "{", "}", "~"]
 INDENTATION_TOKENS = ["\n" + " " * width for width in (2, 4, 6, 8, 10, 12, 14, 16)]
@@ -196,8 +197,8 @@ def _has_metaspace(tokenizer: Tokenizer) -> bool:
 
 def _check_unused_rows(tokens: list[str], num_unused: int) -> None:
     if len(tokens) > num_unused:
-        rows = f"the embedding has only {max(num_unused, 0)} unused rows"
-        problem = f"add_tokens: {len(tokens)} tokens ({' '.join(map(repr, tokens))}), but {rows}"
+        rows = f"the embedding has only {format_count(max(num_unused, 0), 'unused row')}"
+        problem = f"add_tokens: {format_count(len(tokens), 'token')} ({' '.join(map(repr, tokens))}), but {rows}"
         raise ModelError(problem, hint="name fewer tokens, or use --add-tokens none")
 
 

@@ -23,6 +23,7 @@ REJECTED_FILE = "rejected.jsonl"
 FIRST_ANSWER_TURN = 1  # index among the turns; turn 0 is the human's
 MAX_TABLE_VALUE = np.iinfo(np.uint32).max  # in examples.bin
 ROWS_PER_CHUNK = 1 << 14  # rows of examples.bin that are read at once
+OTHER_FIELDS = "ignored_fields_of_other_names"  # counts the repairs of further kinds
 MAX_REPAIR_KINDS = 100  # kinds of repairs that are counted by name; a kind may contain any field name of the data
 
 
@@ -41,6 +42,7 @@ class CacheWriter:
         self.num_examples = 0
         self.conversations = 0
         self.with_prefix = 0  # conversations whose source has source_prefix
+        self.pairs = 0  # conversations that are pairs of texts in the data
         self.usable = Counter[str]()  # usable records by file, including duplicates
         self.unknown_tokens = 0
         self.rejected = Counter[str]()
@@ -71,14 +73,15 @@ class CacheWriter:
         rejection = encoded.rejection
         self.usable[record.location.file] += rejection is None
         if rejection is None and self._seen is not None:
-            place = f"{record.location.file}:{record.location.line}"
-            if first := self._seen.find_or_add(encoded.key, place):
+            first = self._seen.find_or_add(encoded.key, str(record.location))
+            if first is not None:
                 rejection = Rejection("duplicate", f"the same texts as {first}")
         if rejection is not None:
             self._reject(record, rejection)
             return
         self.conversations += 1
         self.with_prefix += encoded.has_prefix
+        self.pairs += encoded.is_pair
         self.unknown_tokens += encoded.unknown
         self._count_repairs(encoded.repairs)
         self.dropped.update(encoded.dropped)
@@ -108,7 +111,7 @@ class CacheWriter:
     def _count_repairs(self, repairs: Mapping[str, int]) -> None:
         for kind, count in repairs.items():
             is_known = kind in self.repaired or len(self.repaired) < MAX_REPAIR_KINDS or not kind.startswith("ignored_")
-            self.repaired[kind if is_known else "ignored_fields_of_other_names"] += count
+            self.repaired[kind if is_known else OTHER_FIELDS] += count
 
     def _append(self, encoded: EncodedConversation, key: bytes) -> None:
         rows = [(self._num_parts, *span) for span in encoded.spans]
@@ -129,8 +132,10 @@ class CacheWriter:
         if rejection.reason == LABELED_BAD:
             self.labeled_bad[location.file] += 1
         else:
-            self.first_rejected.setdefault(location.file, f"{location.file}:{location.line}: {rejection.message}")
+            self.first_rejected.setdefault(location.file, f"{location}: {rejection.message}")
         facts = {**vars(location), **rejection._asdict()}
+        if location.key is None:
+            del facts["key"]
         self._rejected.write(f'{json.dumps(facts)[:-1]}, "record": {_to_json(record.data, rejection.reason)}}}\n')
 
 

@@ -21,6 +21,7 @@ import torch
 
 from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.diagnosis import CheckResult, Finding
+from t5tune.formatting import format_count
 from t5tune.io.processes import make_module_command
 from t5tune.model.device import read_nvidia_driver
 
@@ -76,7 +77,7 @@ def probe_processes() -> CheckResult:
     count = torch.cuda.device_count()
     flag, backend, size = ("--num-gpus", "nccl", count) if count > 1 else ("--num-processes", "gloo", 2)
     seconds = _train_one_step(flag, str(size))
-    return "good", f"one step with {backend} in {size} processes, in {seconds:.1f} s", ""
+    return "good", f"one step with {backend} in {format_count(size, 'process', 'processes')}, in {seconds:.1f} s", ""
 
 
 def probe_deepspeed() -> CheckResult:

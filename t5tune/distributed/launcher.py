@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -64,9 +65,13 @@ def write_error(error: Exception) -> None:
     path = Path(os.environ[ERRORS_FOLDER_VARIABLE], f"rank-{World.from_environment().rank}.json")
     if not isinstance(error, T5TuneError):
         error = T5TuneError(f"{type(error).__name__}: {to_one_line(error)}", hint="--debug shows where")
-    problems = error.problems if isinstance(error, SettingsError) else (error.message,)
+    problems: list[str] = [error.message]
+    options: dict[str, Any] = {"hint": error.hint}
+    if isinstance(error, SettingsError):
+        problems = list(error.problems)
+        options |= {"heading": error.heading, "choices": error.choices}
     # renamed into place, since the launching process may read it while a worker is being killed
-    write_json(path, {"kind": error.kind, "problems": list(problems), "hint": error.hint})
+    write_json(path, {"kind": error.kind, "problems": problems, "options": options})
 
 
 def stop_with_deepspeed_launcher() -> None:
@@ -213,5 +218,5 @@ def _find_first_error(folder: Path, ended: list[int | None], received: _Received
 
 def _read_error(path: Path) -> T5TuneError:
     values = json.loads(path.read_text(encoding="utf-8"))
-    error: T5TuneError = getattr(errors, values["kind"])(*values["problems"], hint=values["hint"])
+    error: T5TuneError = getattr(errors, values["kind"])(*values["problems"], **values["options"])
     return error

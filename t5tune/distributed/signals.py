@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from t5tune.compat.python_patches import hide_unraisable
 from t5tune.errors import Stopped
 from t5tune.io.processes import die_with_parent
+from t5tune.progress import Note, Report, silent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 IGNORABLE_SIGNALS = (signal.SIGINT, signal.SIGHUP)
@@ -34,6 +35,7 @@ SECONDS_BETWEEN_SIGNALS = 1.0
 # exit after this long if the work can't be interrupted: download threads, for example, don't stop before their file is
 # complete
 SECONDS_TO_UNWIND = 20.0
+ERASE_LINE_AND_SHOW_CURSOR = "\r\x1b[K\x1b[?25h"
 
 
 class Interrupted(BaseException):
@@ -43,11 +45,15 @@ class Interrupted(BaseException):
 class StopRequest:
     """A request to stop this process.
 
+    Args:
+        report: receives a note when Ctrl-C is pressed.
+
     Attributes:
-        signal_name: the name of the first signal, or the sender if it was forwarded; None before any signal.
+        signal_name: the name of the first signal; None before any signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report = silent) -> None:
+        self._report = report
         self.signal_name: str | None = None
         self._came_at = 0.0
         self._is_interruptible = False
@@ -68,12 +74,14 @@ class StopRequest:
             if number != FORWARDED_SIGNAL and time.monotonic() - self._came_at > SECONDS_BETWEEN_SIGNALS:
                 self._exit_now("second signal: exiting now; the last complete checkpoint is kept")
             return
-        self.signal_name = "its launcher" if number == FORWARDED_SIGNAL else signal.Signals(number).name
+        self.signal_name = signal.Signals(number).name
         self._came_at = time.monotonic()
         if self._is_interruptible:
             self._interrupt()
-        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-            _write_stderr("stopping after this step and saving a checkpoint; press Ctrl-C again to quit now")
+        if number == signal.SIGINT:
+            # in a thread: the signal may have interrupted a report, which must not be entered a second time
+            note = Note("finishing this step and saving; press Ctrl-C again to quit immediately")
+            threading.Thread(target=self._report, args=(note,), daemon=True).start()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -93,14 +101,14 @@ class StopRequest:
         except (Interrupted, Exception) as error:
             if not self.is_set:
                 raise
-            raise self.make_error(" before training began") from error
+            raise self.make_error("before training began") from error
         finally:
             self._is_interruptible = False
 
     def _interrupt(self) -> NoReturn:
         if self._exit_timer is None:
             reason = "before training began; exiting, since the work in progress can't be interrupted"
-            line = f"stopped by {self.signal_name} {reason}"
+            line = f"{self._describe()} {reason}"
             self._exit_timer = threading.Timer(SECONDS_TO_UNWIND, self._exit_now, [line])
             self._exit_timer.daemon = True
             self._exit_timer.start()
@@ -116,16 +124,22 @@ class StopRequest:
             self._exit_timer.cancel()
 
     def make_error(self, what: str, hint: str | None = None) -> Stopped:
-        """Make the error to raise once the process has stopped; `what` is appended to the signal's name."""
-        error = Stopped(f"stopped by {self.signal_name or 'a signal to another rank'}{what}", hint=hint)
+        """Make the error to raise once the process has stopped; `what` follows the signal's name."""
+        error = Stopped(f"{self._describe()} {what}", hint=hint)
         error.exit_code = get_exit_code(self.signal_name)
         return error
+
+    def _describe(self) -> str:
+        if self.signal_name in (signal.SIGINT.name, FORWARDED_SIGNAL.name):  # of which the user knows
+            return "stopped"
+        return f"stopped by {self.signal_name or 'a signal to another rank'}"
 
 
 def _write_stderr(line: str) -> None:
     # in a signal handler, `print` could re-enter a buffered writer
     with suppress(OSError):  # Ctrl-C also ends a `tee` that the output is piped to
-        os.write(2, f"{line}\n".encode())
+        # a terminal has a progress bar in this line, and no cursor
+        os.write(2, f"{ERASE_LINE_AND_SHOW_CURSOR if os.isatty(2) else ''}{line}\n".encode())
 
 
 def choose_signals() -> list[signal.Signals]:
@@ -146,19 +160,19 @@ _current: StopRequest | None = None  # of the outermost `handle_signals` block
 
 
 @contextmanager
-def handle_signals() -> Iterator[StopRequest]:
+def handle_signals(report: Report = silent) -> Iterator[StopRequest]:
     """Handle the signals in this block. A nested block yields the same request.
 
     Python runs signal handlers in the main thread only: in another thread, the request is never set.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield StopRequest()
+        yield StopRequest(report)
         return
     global _current
     if _current is not None:
         yield _current
         return
-    stop = _current = StopRequest()
+    stop = _current = StopRequest(report)
     before = {number: signal.signal(number, stop.receive) for number in (*choose_signals(), FORWARDED_SIGNAL)}
     # `launch` starts workers with these signals blocked, so that one that arrives earlier is delivered here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)

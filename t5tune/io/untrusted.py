@@ -66,20 +66,29 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def parse_json_object(text: bytes) -> dict[str, Any]:
-    """Parse a JSON object, rejecting duplicate keys (parsers differ in which value they keep), NaN and infinity.
+    """Parse a JSON object as `parse_json` does.
 
     Raises:
         ValueError: not valid JSON, ambiguous, or not an object.
     """
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value
+
+
+def parse_json(text: bytes) -> Any:
+    """Parse JSON, rejecting duplicate keys (parsers differ in which value they keep), NaN and infinity.
+
+    Raises:
+        ValueError: not valid JSON, or ambiguous.
+    """
     try:
-        value = json.loads(
+        return json.loads(
             text.decode("utf-8"), object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constant
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("expected a JSON object")
-    return value
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

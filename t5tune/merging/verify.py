@@ -12,6 +12,7 @@ from t5tune.data.cache import is_cache, open_cache
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import TrainingError
 from t5tune.file_names import RUN_CACHE_FOLDER
+from t5tune.formatting import format_count
 from t5tune.merging.deltas import Adapter
 from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase
 from t5tune.model.device import choose_device
@@ -68,7 +69,7 @@ def verify_merge(
             hint="check that this is the base that the adapter was trained on",
         )
     summary = f"logits differ by at most {found.error:.3g} of {found.largest:.3g} ({allowed:.3g} is allowed)"
-    report(Note(f"verified on {found.examples} examples: {summary}"))
+    report(Note(f"verified on {format_count(found.examples, 'example')}: {summary}"))
     if trained.quantization is not None:
         parts = (
             f"{error:.3g} if merged into {'the base' if onto == UNQUANTIZED else onto}"

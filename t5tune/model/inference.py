@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -24,6 +24,8 @@ from t5tune.model.load import load_base
 from t5tune.model.lora import replace_trainable_token_layers
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.shared import InferenceSettings
+
+InferenceKind = TypeVar("InferenceKind", bound=InferenceSettings)
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,23 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
 
 def _find_base_and_adapter(settings: InferenceSettings, report: Report) -> tuple[Path, Path | None]:
     folder = Path(settings.model_name_or_path)
-    if settings.adapter is not None or not (folder / ADAPTER_CONFIG_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+    if settings.adapter is not None or not is_adapter(folder):
         return find_base(settings), settings.adapter
     base = read_base_of_adapter(folder, settings.cache_dir)
     report(Note(f"{folder} is an adapter; its base is {base.model_name_or_path}"))
     return find_base(base), folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder contains an adapter and not a whole model."""
+    return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:
+    """Return the settings that load only the base of a loaded adapter, as it was loaded there."""
+    family = settings.family or (read_base_metadata(loaded.adapter).get("family") if loaded.adapter else None)
+    base = {"model_name_or_path": str(loaded.base), "adapter": None, "revision": None, "family": family}
+    return settings.model_copy(update=base)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -2,43 +2,75 @@
 
 import html
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from t5tune.data.cache_view import CacheView, ExampleView, LengthStatistics, TextRun
 from t5tune.data.records import LABELED_BAD
 from t5tune.data.tokenizer import Tokenizer
+from t5tune.formatting import format_count
 from t5tune.reports.page import draw_length_charts, write_page
 
+MAX_EXAMPLE_CHARACTERS = 10_000_000  # of HTML; browsers need seconds for more
+LEGEND = {
+    "source": ("source", "what the model reads"),
+    "target": ("target", "what the model learns to write"),
+    "cut": ("cut off", "text beyond model_max_length, which the model never sees"),
+    "added": ("{ ↵", "tokens added to the vocabulary; ↵ is a line break"),
+    "unknown": ("<unk>", "a character that isn't in the vocabulary"),
+    "end": ("</s>", "the end token"),
+}
 
-def write_cache_page(path: Path, examples: CacheView, statistics: LengthStatistics | None) -> None:
-    """Write the page."""
-    write_page(path, str(examples.cache.folder), _render_page(examples, statistics))
+
+def write_cache_page(path: Path, examples: CacheView, statistics: LengthStatistics | None) -> int:
+    """Write the page. Return how many of the examples it shows: as many as a browser can display."""
+    shown = _render_examples(examples)
+    heading = _render_heading(len(shown), len(examples.cache))
+    write_page(path, str(examples.cache.folder), chain(_render_summary(examples, statistics), [heading], shown))
+    return len(shown)
 
 
-def _render_page(examples: CacheView, statistics: LengthStatistics | None) -> Iterator[str]:
+def _render_summary(examples: CacheView, statistics: LengthStatistics | None) -> Iterator[str]:
     cache, manifest = examples.cache, examples.cache.manifest
     bad = manifest["rejected_by_reason"].get(LABELED_BAD, 0)
-    left_out = f"{bad:,} records labeled bad and left out; " if bad else ""
+    left_out = f"{format_count(bad, 'record')} labeled bad and left out; " if bad else ""
     yield (
-        f'<p class="soft">{len(cache):,} examples from {manifest["conversations"]:,} conversations; '
-        f"{manifest['rejected'] - bad:,} records rejected; {left_out}{manifest['unknown_tokens']:,} unknown tokens; "
-        f"{manifest['truncated_sources']:,} sources and {manifest['truncated_targets']:,} targets truncated</p>"
-    )
-    yield (
-        '<p class="soft"><span class="source">source</span> · <span class="target">target</span> · '
-        '<span class="cut">cut off</span> · <span class="added">↵ added token</span> · '
-        '<span class="unknown">unknown token</span></p>'
+        f'<p class="soft">{format_count(len(cache), "example")} from '
+        f"{format_count(manifest['conversations'], 'conversation')}; "
+        f"{format_count(manifest['rejected'] - bad, 'record')} rejected; {left_out}"
+        f"{format_count(manifest['unknown_tokens'], 'unknown token')}; "
+        f"{format_count(manifest['truncated_sources'], 'source')} and "
+        f"{format_count(manifest['truncated_targets'], 'target')} truncated</p>"
     )
     if statistics is not None:
         yield draw_length_charts(statistics.source, statistics.target)
         yield (
-            f'<p class="soft">Padding in batches of {statistics.batch_size} examples: '
+            f'<p class="soft">Padding in batches of {format_count(statistics.batch_size, "example")}: '
             f"{statistics.padding_by_length:.1%} if examples of similar length are batched, "
             f"{statistics.padding_random:.1%} if batches are random</p>"
         )
-    yield "<h2>Examples</h2>"
+
+
+def _render_examples(examples: CacheView) -> list[str]:
+    added = set(examples.cache.manifest["added_token_ids"])
+    articles: list[str] = []
+    size = 0
     for example in examples:
-        yield _render_example(example, examples.tokenizer, set(manifest["added_token_ids"]))
+        article = _render_example(example, examples.tokenizer, added)
+        size += len(article)
+        if articles and size > MAX_EXAMPLE_CHARACTERS:
+            break
+        articles.append(article)
+    return articles
+
+
+def _render_heading(num_shown: int, num_examples: int) -> str:
+    items = (
+        f'<li><span class="{kind}">{html.escape(sample)}</span>: {html.escape(meaning)}</li>'
+        for kind, (sample, meaning) in LEGEND.items()
+    )
+    title = f"{num_shown:,} of {format_count(num_examples, 'example')}"
+    return f'<h2>{title}</h2><ul class="colors">{"".join(items)}</ul>'
 
 
 def _render_example(example: ExampleView, tokenizer: Tokenizer, added: set[int]) -> str:
@@ -49,11 +81,19 @@ def _render_example(example: ExampleView, tokenizer: Tokenizer, added: set[int])
         for side, runs in example.group_runs_by_side(tokenizer, added).items()
     }
     facts = f"example {example.index} · conversation {example.conversation} · turn {example.turn}"
-    lengths = f"{len(example.source_ids):,} source tokens · {len(example.target_ids):,} target tokens"
-    return (
-        f'<article><p class="soft">{facts} · {lengths}</p><pre class="source">{text["source"]}</pre>'
-        f'<pre class="target">{text["target"]}</pre></article>'
+    sides = (
+        f'<p class="note">{side} ({_format_length(len(ids), len(cut))})</p><pre class="{side}">{text[side]}</pre>'
+        for side, ids, cut in (
+            ("source", example.source_ids, example.source_cut),
+            ("target", example.target_ids, example.target_cut),
+        )
     )
+    return f'<article><p class="soft">{facts}</p>{"".join(sides)}</article>'
+
+
+def _format_length(num_tokens: int, num_cut: int) -> str:
+    tokens = format_count(num_tokens, "token")
+    return f"{tokens}, {num_cut:,} cut off" if num_cut else tokens
 
 
 def _render_run(run: TextRun) -> str:

@@ -6,9 +6,11 @@ metrics.jsonl has a line of metrics every few steps, and a heartbeat if nothing 
     {"step": 10, "time": "2026-01-31T12:01:00Z", "heartbeat": true}
 
 NaN and infinity are written as null. The file of a resumed run may contain a step twice: the later line counts.
-samples.json has the model's predictions for a few examples, before and after training:
+samples.json has the model's predictions for a few examples, before and after training. `loss` is the mean over the
+target's tokens after training, and `worst_of` the number of examples of which this one has one of the highest losses,
+null for evenly spaced ones:
 
-    [{"source": "…", "target": "…", "before": "…", "after": "…"}, …]
+    [{"source": "…", "target": "…", "before": "…", "after": "…", "loss": 0.25, "worst_of": null}, …]
 """
 
 import json
@@ -77,8 +79,8 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def read_samples(run_folder: Path) -> list[dict[str, str]]:
-    """Read samples.json; empty if it is missing. Only a finished run's samples have `after`."""
+def read_samples(run_folder: Path) -> list[dict[str, Any]]:
+    """Read samples.json; empty if it is missing. Only a finished run's samples have `after`, `loss` and `worst_of`."""
     try:
         return list(json.loads((run_folder / SAMPLES_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):

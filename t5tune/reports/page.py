@@ -26,30 +26,43 @@ body { font: 15px/1.5 system-ui, sans-serif; background: var(--back); color: var
        max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 .soft { color: var(--soft); margin: .2rem 0 1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; }
+.cards { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; }
 .cards div, figure, article { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
                               padding: .6rem .8rem; }
 .cards b { display: block; font-size: 1.25rem; font-weight: 600; }
 .cards span { color: var(--soft); font-size: .85rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .9rem; }
-figcaption { font-weight: 600; font-size: .9rem; display: flex; justify-content: space-between; }
+figcaption { font-weight: 600; font-size: .9rem; display: flex; flex-wrap: wrap; justify-content: space-between; }
+.note { color: var(--soft); font-size: .8rem; margin: 0; }
 svg { display: block; width: 100%; height: auto; }
 .axis { fill: var(--soft); font-size: 11px; } .grid { stroke: var(--line); stroke-width: .6; }
 polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.line-0 { stroke: var(--c0); } .line-1 { stroke: var(--c1); }
+.line-0 { stroke: var(--c0); } .line-1 { stroke: var(--c1); } .raw { stroke-width: 1; opacity: .5; }
+circle { stroke: var(--card); stroke-width: 1; }
 .dot-0, .bar-0 { fill: var(--c0); } .dot-1 { fill: var(--c1); } .bar-2 { fill: var(--c2); }
 .legend { font-weight: 400; } .legend span { margin-left: .9rem; }
 .key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .target { color: var(--c2); }
 .cut { color: var(--cut); text-decoration: line-through; }
-.added, .end { color: var(--mark); } .unknown { background: var(--cut); color: var(--back); border-radius: .2rem; }
+.added { color: var(--mark); } .end { color: var(--soft); }
+.unknown { background: var(--cut); color: var(--back); border-radius: .2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { border-bottom: 1px solid var(--line); padding: .4rem .8rem .4rem 0; vertical-align: top;
          overflow-wrap: anywhere; }
 pre, .samples td { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre, .settings td { font: 13px/1.5 ui-monospace, monospace; }
-.samples { table-layout: fixed; } summary { cursor: pointer; color: var(--soft); margin-top: .6rem; }
-article { margin: 1rem 0; }
+.samples { table-layout: fixed; } .samples .loss { width: 6.5rem; }
+h3 { font-size: .95rem; font-weight: 600; margin: 1.2rem 0 .3rem; }
+.scroll { overflow: auto; max-height: 32rem; } .scroll :is(th, td) { white-space: nowrap; }
+summary { cursor: pointer; color: var(--soft); margin-top: .6rem; }
+details pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
+article { margin: 1rem 0; } article p { margin: 0; } article pre { margin: 0 0 .5rem; }
+.colors { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: 0; font-size: .9rem; }
+@media (max-width: 40rem) {
+  .samples tr { display: block; border-bottom: 1px solid var(--line); padding: .4rem 0; }
+  .samples th { display: none; } .samples td { display: block; border: 0; padding: .2rem 0; }
+  .samples td::before { content: attr(data-name); display: block; color: var(--soft); font-size: .8rem; }
+}
 """
 
 
@@ -66,7 +79,7 @@ def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
 def draw_length_charts(sources: Histogram, targets: Histogram) -> str:
     """Draw the histograms of the examples' lengths next to each other."""
     charts = (
-        draw_histogram(f"{name} length", bars.edges, bars.counts, color)
+        draw_histogram(f"{name} length", bars, color)
         for color, name, bars in ((0, "Source", sources), (2, "Target", targets))
     )
     return f'<div class="charts">{"".join(charts)}</div>'

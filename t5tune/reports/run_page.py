@@ -6,7 +6,8 @@ It is made from metrics.jsonl and samples.json in the run folder, and the token 
 """
 
 import html
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from t5tune.checkpoints.model_card import is_timing
 from t5tune.data.cache import Cache
 from t5tune.data.cache_view import build_histogram
 from t5tune.data.records import LABELED_BAD
+from t5tune.formatting import format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.reports.metrics_log import read_metrics, read_samples
 from t5tune.reports.page import draw_length_charts, write_page
 from t5tune.reports.svg import Series, draw_line_chart, format_short
@@ -22,7 +24,9 @@ from t5tune.settings import TrainSettings
 REPORT_FILE = "report.html"
 GIB = 1 << 30
 # evaluation metrics that are shown at the top, in addition to the table
-TILE_METRICS = ("loss", "perplexity", "exact_match", "rougeL")
+TILE_METRICS = ("loss", "perplexity", "exact_match", "rougeL", "field_f1")
+# settings for a single start of a run, which aren't part of the command that made it
+NOT_REPEATED = {"fresh", "allow_change", "dry_run"}
 
 
 def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str, Any], cache: Cache) -> Path:
@@ -36,6 +40,8 @@ def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str
     sources, targets = map(build_histogram, cache.read_lengths())
     parts = [
         f'<p class="soft">{_render_subtitle(settings, result)}</p>',
+        "<details><summary>The command that made this run</summary>"
+        f"<pre>{html.escape(format_command(settings))}</pre></details>",
         f'<div class="cards">{"".join(_render_tiles(result))}</div>',
         '<h2>Training</h2><div class="charts">',
         *_draw_training_charts(lines),
@@ -56,10 +62,33 @@ def _render_subtitle(settings: TrainSettings, result: dict[str, Any]) -> str:
     way = "full fine-tuning" if settings.train_mode == "full" else f"LoRA with rank {settings.lora_r}"
     base = f" on a base quantized to {settings.quant_type}" if settings.q_lora else ""
     share = result["trainable_parameters"] / max(result["total_parameters"], 1)
+    stop = f"; stopped early {result['stopped_early']}" if result.get("stopped_early") else ""
+    processes = f"; {result['world_size']} processes" if result["world_size"] > 1 else ""
+    examples = format_count(result["examples"], "training example")
     return html.escape(
         f"{settings.model_name_or_path}: {way}{base}; trainable parameters: {result['trainable_parameters']:,} of "
-        f"{result['total_parameters']:,} ({share:.2%}); {result['examples']:,} training examples"
+        f"{result['total_parameters']:,} ({share:.2%}); {examples}{processes}{stop}"
     )
+
+
+def format_command(settings: TrainSettings) -> str:
+    """Format the command of a run, with a flag for each setting that differs from its default, one per line."""
+    words = (shlex.join(group) for group in _list_flags(settings))
+    return " \\\n  ".join(["t5tune train", *words])
+
+
+def _list_flags(settings: TrainSettings) -> Iterator[list[str]]:
+    for name, value in settings.model_dump(mode="json").items():
+        if name in NOT_REPEATED or value == TrainSettings.model_fields[name].get_default():
+            continue
+        flag = TrainSettings.format_option(name)
+        if isinstance(value, bool):
+            yield [flag if value else f"--no-{flag.removeprefix('--')}"]
+            continue
+        texts = [str(item) for item in (value if isinstance(value, list) else ["none" if value is None else value])]
+        # a value that begins with a dash would be read as a flag
+        has_dash = any(text.startswith("-") for text in texts)
+        yield [f"{flag}={text}" for text in texts] if has_dash else [flag, *texts]
 
 
 def _render_tiles(result: dict[str, Any]) -> list[str]:
@@ -67,17 +96,16 @@ def _render_tiles(result: dict[str, Any]) -> list[str]:
     tiles = [
         ("steps", f"{result['steps']:,}"),
         ("epochs", f"{result['epochs']:.3g}"),
-        ("mean training loss", "–" if loss is None else f"{loss:.4g}"),
+        ("mean training loss", "–" if loss is None else format_number(loss)),
         *(
-            (f"held-out {name.replace('_', ' ')}", f"{result['eval'][name]:.4g}")
+            (f"held-out {format_metric_name(name)}", format_number(result["eval"][name]))
             for name in TILE_METRICS
             if name in result["eval"]
         ),
         ("tokens/s", format_short(result["tokens_per_second"])),
         ("tokens", format_short(result["tokens"])),
-        ("peak memory per process", f"{result['peak_memory_bytes'] / GIB:.2f} GiB"),
-        ("process" if result["world_size"] == 1 else "processes", str(result["world_size"])),
-        ("time", _format_duration(result["seconds"])),
+        ("peak memory per process", format_size(result["peak_memory_bytes"])),
+        ("time", format_duration(result["seconds"])),
     ]
     return [f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles]
 
@@ -86,8 +114,12 @@ def _draw_training_charts(lines: list[dict[str, Any]]) -> list[str]:
     def of(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
         return [(line["step"], line[name] * scale) for line in lines if isinstance(line.get(name), int | float)]
 
+    losses = [
+        Series("training", of("loss"), is_smoothed=True),
+        Series("held out", of("eval_loss"), is_marked=True),
+    ]
     return [
-        draw_line_chart("Loss", [Series("training", of("loss")), Series("held out", of("eval_loss"))], allow_log=True),
+        draw_line_chart("Loss", losses, allow_log=True),
         draw_line_chart("Learning rate", [Series("learning rate", of("learning_rate"))]),
         draw_line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], allow_log=True),
         draw_line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))]),
@@ -103,25 +135,51 @@ def _render_evaluation(lines: list[dict[str, Any]]) -> list[str]:
     if not found:
         return []
     names = list(found[-1][1])
-    rows = (
-        [f"{step:,}", *(_format_number(values[name]) for name in names)]
-        for step, values in found
-        if set(names) <= values.keys()
-    )
-    header = ["step", *(name.replace("_", " ") for name in names)]
-    return ["<h2>Evaluation on held-out examples</h2>", _render_table(rows, header)]
+    rows = ([f"{step:,}", *(_format_optional(values.get(name)) for name in names)] for step, values in found)
+    header = ["step", *map(format_metric_name, names)]
+    return ["<h2>Evaluation on held-out examples</h2>", f'<div class="scroll">{_render_table(rows, header)}</div>']
 
 
-def _format_number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _format_optional(value: float | None) -> str:
+    return "–" if value is None else format_number(value)
 
 
-def _render_samples(samples: list[dict[str, str]]) -> list[str]:
+def _render_samples(samples: list[dict[str, Any]]) -> list[str]:
     if not samples:
         return []
-    rows = ((one["source"], one["before"], one.get("after", "–"), one["target"]) for one in samples)
-    header = ("source", "before training", "after training", "target")
-    return ["<h2>Sample predictions before and after training</h2>", _render_table(rows, header, "samples")]
+    worst = [sample for sample in samples if sample.get("worst_of")]
+    others = [sample for sample in samples if sample not in worst]
+    parts = [
+        "<h2>Sample predictions before and after training</h2>",
+        '<p class="soft">Greedy predictions before the first step and after the last one; long ones are cut off. '
+        "Loss: the mean over the target's tokens, after training.</p>",
+        f"<h3>Evenly spaced examples</h3>{_render_sample_table(others)}",
+    ]
+    if worst:
+        title = f"The worst {len(worst)} of {format_count(worst[0]['worst_of'], 'example')}, by loss"
+        parts.append(f"<h3>{title}</h3>{_render_sample_table(worst)}")
+    return parts
+
+
+def _render_sample_table(samples: list[dict[str, Any]]) -> str:
+    columns = {
+        "source": "source",
+        "before": "before training",
+        "after": "after training",
+        "target": "target (true answer)",
+    }
+    header = "".join(f"<th>{title}</th>" for title in columns.values())
+    lines = [f'<tr>{header}<th class="loss">loss</th></tr>']
+    for sample in samples:
+        texts = {title: _format_prediction(sample.get(key)) for key, title in columns.items()}
+        texts["loss"] = _format_optional(sample.get("loss"))
+        cells = (f'<td data-name="{title}">{html.escape(text)}</td>' for title, text in texts.items())
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<table class="samples">{"".join(lines)}</table>'
+
+
+def _format_prediction(text: str | None) -> str:
+    return "–" if text is None else text or "(empty)"
 
 
 def _render_left_out(by_reason: dict[str, int]) -> list[str]:
@@ -166,9 +224,3 @@ def _format_value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "–" if value in (None, "") else str(value)
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

@@ -8,7 +8,10 @@ The page's style sheet defines the colors of the classes `axis`, `grid`, `line-0
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
+
+from t5tune.data.cache_view import Histogram
 
 WIDTH, HEIGHT = 520, 210  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins for the labels
@@ -16,14 +19,27 @@ MAX_POINTS = 300
 NUM_TICKS = 4
 LOGARITHMIC_FROM = 100  # ratio of the largest to the smallest value; a linear axis shows smaller ratios well
 DOTS_UP_TO = 40  # a series with at most this many points gets a dot for each
+SMOOTH_FROM = 20  # points; fewer are drawn as they are
+MIN_SMOOTHING_WINDOW = 5  # points; longer series have a window of 5% of their points
+
+Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name for the legend, and its (x, y) points in the order of x."""
+    """A line.
+
+    Args:
+        name: for the legend.
+        points: (x, y) in the order of x.
+        is_marked: whether each point gets a dot, however many there are.
+        is_smoothed: whether the line is the running median of the points, with the points as a faint line.
+    """
 
     name: str
-    points: list[tuple[float, float]]
+    points: Points
+    is_marked: bool = False
+    is_smoothed: bool = False
 
 
 def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = False) -> str:
@@ -32,46 +48,46 @@ def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = Fals
     Args:
         allow_log: use a logarithmic y axis if the values span a factor of LOGARITHMIC_FROM or more.
     """
-    lines = [Series(one.name, _thin_out([p for p in one.points if math.isfinite(p[1])])) for one in series]
+    lines = [replace(one, points=[point for point in one.points if math.isfinite(point[1])]) for one in series]
     lines = [one for one in lines if one.points]
     if not lines:
         return ""
-    points = [point for one in lines for point in one.points]
+    points = [point for one in lines for point in _thin_out(one.points)]
     low, high = min(y for _, y in points), max(y for _, y in points)
     is_logarithmic = allow_log and low > 0 and high / low >= LOGARITHMIC_FROM
     ticks = _list_powers_of_ten(low, high) if is_logarithmic else _choose_ticks(low, high)
-    title = f"{title} (log scale)" if is_logarithmic else title
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
     frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1], is_logarithmic)
-    parts = [frame.grid(ticks), frame.x_labels(low_x, "step", high_x)]
+    parts = [frame.grid(ticks), frame.x_labels(format_short(low_x), "step", format_short(high_x))]
+    notes = []
     for number, one in enumerate(lines):
-        places = [(frame.x(x), frame.y(y)) for x, y in one.points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline class="line-{number}" points="{path}"/>')
-        if len(places) <= DOTS_UP_TO:
-            for (x, y), (step, value) in zip(places, one.points, strict=True):
-                words = html.escape(f"{one.name}: {format_short(value)} at step {format_short(step)}")
-                parts.append(
-                    f'<circle class="dot-{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{words}</title></circle>'
-                )
-    legend = ""
-    if len(lines) > 1:
-        names = (f'<span class="key-{i}">{html.escape(one.name)}</span>' for i, one in enumerate(lines))
-        legend = f'<span class="legend">{"".join(names)}</span>'
-    return _draw_figure(title, legend, parts)
+        if one.is_smoothed and len(one.points) >= SMOOTH_FROM:
+            window = max(MIN_SMOOTHING_WINDOW, len(one.points) // 20) | 1
+            notes.append(f"{one.name}: running median of {window} values; faint: each logged value")
+            parts.append(frame.line(_thin_out(one.points), f"raw line-{number}"))
+            parts.append(frame.line(_thin_out(_compute_running_median(one.points, window)), f"line-{number}"))
+            continue
+        shown = _thin_out(one.points)
+        parts.append(frame.line(shown, f"line-{number}"))
+        if one.is_marked or len(shown) <= DOTS_UP_TO:
+            parts += [frame.dot(point, one.name, number) for point in shown]
+    names = (f'<span class="key-{i}">{html.escape(one.name)}</span>' for i, one in enumerate(lines))
+    legend = f'<span class="legend">{"".join(names)}</span>' if len(lines) > 1 else ""
+    return _draw_figure(f"{title} (log scale)" if is_logarithmic else title, legend, parts, "; ".join(notes))
 
 
-def draw_histogram(title: str, edges: Sequence[int], counts: Sequence[int], color: int) -> str:
-    """Draw a bar over [edges[i], edges[i + 1]) tokens for each count."""
-    ticks = _choose_ticks(0, max(counts))
-    frame = _Frame(edges[0], edges[-1], 0, ticks[-1])
-    parts = [frame.grid(ticks), frame.x_labels(edges[0], "tokens", edges[-1])]
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+def draw_histogram(title: str, bars: Histogram, color: int) -> str:
+    """Draw a bar for each count; a long tail gets one as wide as the others."""
+    edges, labels = bars.edges, bars.label_bars()
+    end = edges[-2] + edges[1] - edges[0]
+    ticks = _choose_ticks(0, max(bars.counts))
+    frame = _Frame(edges[0], end, 0, ticks[-1])
+    parts = [frame.grid(ticks), frame.x_labels(f"{edges[0]:,}", "tokens", labels[-1] if bars.has_tail else f"{end:,}")]
+    for low, high, label, count in zip(edges, [*edges[1:-1], end], labels, bars.counts, strict=False):
         x, top = frame.x(low), frame.y(count)
-        words = f"{low:,}–{high - 1:,}: {count:,}"
         parts.append(
             f'<rect class="bar-{color}" x="{x + 0.5:.1f}" y="{top:.1f}" width="{max(frame.x(high) - x - 1, 0.5):.1f}" '
-            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{words}</title></rect>'
+            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{label}: {count:,}</title></rect>'
         )
     return _draw_figure(title, "", parts)
 
@@ -115,12 +131,22 @@ class _Frame:
             )
         return "".join(lines)
 
-    def x_labels(self, low: float, name: str, high: float) -> str:
+    def line(self, points: Points, css_class: str) -> str:
+        places = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+        return f'<polyline class="{css_class}" points="{places}"/>'
+
+    def dot(self, point: tuple[float, float], name: str, number: int) -> str:
+        """Draw a dot whose tooltip says what it is."""
+        words = html.escape(f"{name}: {format_short(point[1])} at step {format_short(point[0])}")
+        place = f'cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}"'
+        return f'<circle class="dot-{number}" {place} r="3"><title>{words}</title></circle>'
+
+    def x_labels(self, low: str, name: str, high: str) -> str:
         """Label the x axis: its ends, and its name between them."""
         labels = (
-            (LEFT, "start", format_short(low)),
+            (LEFT, "start", low),
             ((LEFT + WIDTH - RIGHT) / 2, "middle", name),
-            (self.x(high), "end", format_short(high)),
+            (WIDTH - RIGHT, "end", high),
         )
         return "".join(
             f'<text class="axis" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{text}</text>'
@@ -128,10 +154,11 @@ class _Frame:
         )
 
 
-def _draw_figure(title: str, legend: str, parts: Sequence[str]) -> str:
+def _draw_figure(title: str, legend: str, parts: Sequence[str], note: str = "") -> str:
     name = html.escape(title)
+    explanation = f'<p class="note">{html.escape(note)}</p>' if note else ""
     return (
-        f"<figure><figcaption>{name}{legend}</figcaption>"
+        f"<figure><figcaption>{name}{legend}</figcaption>{explanation}"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg></figure>'
     )
 
@@ -155,7 +182,20 @@ def _list_powers_of_ten(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(first, last + step, step)]
 
 
-def _thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _compute_running_median(points: Points, window: int) -> Points:
+    """Replace each y by the median of a window around it, which is narrower towards the ends of the line.
+
+    Unlike an exponential average, a centered window isn't late when the loss falls, and single outliers vanish.
+    """
+    values = [y for _, y in points]
+    smoothed = []
+    for index, (x, _) in enumerate(points):
+        reach = min(window // 2, index, len(points) - 1 - index)
+        smoothed.append((x, float(median(values[index - reach : index + reach + 1]))))
+    return smoothed
+
+
+def _thin_out(points: Points) -> Points:
     """Reduce points to about MAX_POINTS by averaging neighboring points; the last point stays as it is."""
     size = -(-len(points) // MAX_POINTS)
     if size <= 1:

@@ -6,6 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from t5tune.errors import suggest_name
+from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.data import (
     ConversationSettings,
@@ -20,6 +22,7 @@ from t5tune.settings.merge import MergeSettings
 from t5tune.settings.shared import (
     BaseModelSettings,
     InferenceSettings,
+    MetricSettings,
     OutputSettings,
     QuantizationSettings,
     ReplaceableOutputSettings,
@@ -64,13 +67,35 @@ class TrainSettings(
         for name in select_settings(TrainSettings, Affects.EVALUATION):
             if (value := getattr(self, name)) not in (None, "no") and self.eval_strategy == "no":
                 raise ValueError(f"{name}: {value}, but eval_strategy is no")
-        if self.metric_for_best_model not in (None, "loss", "perplexity") and self.eval_generate is None:
-            raise ValueError(
-                f"metric_for_best_model: {self.metric_for_best_model} needs generated predictions; set eval_generate "
-                "to the number of examples to generate for"
-            )
         if self.eval_steps is not None and self.eval_strategy == "epoch":
             raise ValueError(f"eval_steps: {self.eval_steps}, but eval_strategy is epoch")
+        return self
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> "TrainSettings":
+        best, losses = self.metric_for_best_model, ("loss", "perplexity")
+        if best in METRICS and self.metrics is not None and best not in self.metrics:
+            raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
+        known = (*losses, *METRICS)
+        if best is not None and best not in known and not self.metric:  # else checked when the functions are tried
+            advice = suggest_name(best, known).removesuffix("?")
+            raise ValueError(
+                f"metric_for_best_model: {best}: no such metric{advice}; choose from {', '.join(known)}, or give the "
+                "function that computes it with metric"
+            )
+        generated = {"metrics": self.metrics, "metric": self.metric}
+        generated["metric_for_best_model"] = [best] if best is not None and best not in losses else None
+        for name, value in generated.items():
+            if value and self.eval_generate is None:
+                raise ValueError(
+                    f"{name}: {' '.join(value)} needs generated predictions; set eval_generate to the number of "
+                    "examples to generate for"
+                )
+        if self.early_stopping_threshold is not None and self.early_stopping_patience is None:
+            raise ValueError(
+                f"early_stopping_threshold: {self.early_stopping_threshold:g} has no effect without "
+                "early_stopping_patience; set it to a number of evaluations"
+            )
         return self
 
     @model_validator(mode="after")
@@ -192,11 +217,11 @@ class ChatSettings(ConversationSettings, InferenceSettings):
     seed: int = Field(default=42, ge=0, description="Random seed for sampling.")
 
 
-class EvaluateSettings(DataSettings, InferenceSettings):
+class EvaluateSettings(MetricSettings, DataSettings, InferenceSettings):
     command: ClassVar[str] = "evaluate"
     also_positional: ClassVar[str | None] = "model_name_or_path"
     essential: ClassVar[tuple[str, ...]] = (
-        "adapter", "output_dir", "source_column", "target_column", "num_data", "max_new_tokens", "num_beams", "bf16",
+        "adapter", "output_dir", "source_column", "target_column", "num_data", "metrics", "compare_base", "bf16",
     )  # fmt: skip
     panel: ClassVar[str] = "Evaluation"
 
@@ -206,6 +231,9 @@ class EvaluateSettings(DataSettings, InferenceSettings):
         "evaluation.1, evaluation.2, … that doesn't exist.",
     )
     overwrite: bool = Field(default=False, description="Replace the output folder even if it contains other files.")
+    compare_base: bool = Field(
+        default=False, description="Also score the base without the adapter, and show the differences."
+    )
     num_beams: int = Field(default=1, gt=0, description="Number of beams for beam search; 1 decodes greedily.")
     max_new_tokens: OptionalCount = Field(
         default=None, description="Maximum length of a prediction (tokens); default: the length of the longest target."
@@ -235,7 +263,9 @@ class InspectSettings(Settings):
         default=False, description="Show length histograms, the share of padding, and the longest examples."
     )
     html: Annotated[Path | None, NoneIfUnset] = Field(
-        default=None, description="Write the examples and the length histograms to this HTML file."
+        default=None,
+        description="Write the length histograms and the chosen examples (default: 50 from all parts of the cache) to "
+        "this HTML file.",
     )
     per_device_train_batch_size: int = Field(
         default=8, gt=0, description="Batch size for which the share of padding is computed (examples)."

@@ -19,7 +19,8 @@ class ConversationSettings(Settings):
     conversation_template: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Conversation template: a name under conversations/ in `t5tune templates`, or a YAML file; "
-        "default: the model's own (template.yaml), or fastchat-t5 if it has none.",
+        "default: the model's own (template.yaml); if it has none, plain for source/target pairs, and fastchat-t5 for "
+        "conversations.",
     )
     model_max_length: Annotated[int, Affects.EXAMPLES] = Field(
         default=2048,

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from t5tune.formatting import format_count
 from t5tune.settings.fields import ByteSize, FolderList, NoneIfUnset, NumberList
 from t5tune.settings.shared import BaseModelSettings, ReplaceableOutputSettings
 
@@ -78,7 +79,7 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     def _check_one_weight_per_adapter(self) -> "MergeSettings":
         given, wanted = len(self.weights or []), len(self.adapter)
         if self.weights is not None and given != wanted:
-            raise ValueError(f"weights: {given} for {wanted} adapter(s); give one weight per adapter")
+            raise ValueError(f"weights: {given} for {format_count(wanted, 'adapter')}; give one weight per adapter")
         if self.weights is None and wanted > 1:
             raise ValueError(f"weights: missing for {wanted} adapters; give one per adapter, such as --weights 0.7 0.3")
         return self

@@ -1,5 +1,6 @@
 """Find, list and read the files in templates/: run configs, DeepSpeed configs and conversation templates."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,16 @@ from t5tune.errors import SettingsError, suggest_name
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
+
+DESCRIPTION = re.compile(r"^# (?!yaml-language-server)(.*)", re.MULTILINE)
+DEEPSPEED_CONFIGS = {  # JSON has no comments
+    "zero0": "Each GPU has all of the model, as without DeepSpeed.",
+    "zero1": "Shards the optimizer's state.",
+    "zero2": "Shards the optimizer's state and the gradients.",
+    "zero2-offload": "zero2 with the optimizer's state in host memory.",
+    "zero3": "Shards the weights, too, the frozen base included.",
+    "zero3-offload": "zero3 with the weights and the optimizer's state in host memory.",
+}
 
 
 def find_templates_folder() -> Path:
@@ -19,6 +30,14 @@ def find_templates_folder() -> Path:
 def list_names(kind: str) -> list[str]:
     """List the sorted names of the files in templates/<kind>."""
     return sorted(path.stem for path in (find_templates_folder() / kind).iterdir() if path.suffix in {".yaml", ".json"})
+
+
+def describe_templates(kind: str) -> dict[str, str]:
+    """Map the names in templates/<kind> to what each is for, in a sentence: of YAML, the first comment."""
+    if kind == "deepspeed":
+        return {name: DEEPSPEED_CONFIGS[name] for name in list_names(kind)}
+    lines = {name: (find_templates_folder() / kind / f"{name}.yaml").read_text("utf-8") for name in list_names(kind)}
+    return {name: DESCRIPTION.search(text)[1] for name, text in lines.items()}  # type: ignore[index]
 
 
 def find_run_config(name_or_path: str) -> Path:

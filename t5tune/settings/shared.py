@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from t5tune.errors import suggest_name
+from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects
-from t5tune.settings.fields import NoneIfUnset, Settings
+from t5tune.settings.fields import NoneIfUnset, PathList, Settings, WordList
 
 FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"]  # the keys of families.py
 
@@ -78,6 +80,33 @@ class InferenceSettings(QuantizationSettings, BaseModelSettings):
         if self.use_cpu and self.device not in (None, "cpu"):
             raise ValueError(f"device: {self.device} conflicts with use_cpu; give only one of them")
         return self
+
+
+class MetricSettings(Settings):
+    """Which metrics are computed for generated predictions."""
+
+    panel: ClassVar[str] = "Metrics"
+
+    metrics: Annotated[WordList | None, NoneIfUnset, Affects.EVALUATION] = Field(
+        default=None,
+        description=f"Metrics to compute: {', '.join(METRICS)}; default: all that fit the targets.",
+        json_schema_extra={"metavar": "NAME…"},
+    )
+    metric: Annotated[PathList | None, NoneIfUnset, Affects.EVALUATION] = Field(
+        default=None,
+        description="Metrics of your own, in addition: functions (predictions, references) -> dict of numbers, as "
+        "module:function or path/to/file.py:function.",
+        json_schema_extra={"metavar": "FUNCTION…"},
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_names(cls, names: list[str] | None) -> list[str] | None:
+        for name in names or []:
+            if name not in METRICS:
+                advice = suggest_name(name, METRICS).removesuffix("?")
+                raise ValueError(f"{name}: no such metric{advice}; choose from {', '.join(METRICS)}")
+        return names
 
 
 class OutputSettings(Settings):

@@ -76,7 +76,7 @@ ADVICE: Mapping[str, str] = {
     "resume_from_checkpoint auto_resume_from_checkpoints resume": "give the same command again: it resumes from the "
     "newest checkpoint; {fresh} starts over",
     "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
-    "greater_is_better": "leave it out: {metric_for_best_model} implies it",
+    "greater_is_better": "leave it out: {metric_for_best_model} implies it; a metric of your own is better if larger",
     "push_to_hub hub_model_id push_to_hub_model_id hub_strategy": "upload the result with `hf upload NAME FOLDER`",
     "wandb_project use_wandb": "set {report_to} to wandb, and the variable WANDB_PROJECT",
     "evals_per_epoch": "set {eval_steps}, or {eval_strategy} to epoch",

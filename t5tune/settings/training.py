@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field
 
 from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, OptionalCount, Settings, WordList
-from t5tune.settings.shared import OutputSettings
+from t5tune.settings.shared import MetricSettings, OutputSettings
 
 
 def _strip_eval_prefix(value: Any) -> Any:
@@ -138,7 +138,7 @@ class TrainingSettings(Settings):
         return value
 
 
-class EvaluationSettings(Settings):
+class EvaluationSettings(MetricSettings):
     panel: ClassVar[str] = "Evaluation and checkpoints"
 
     eval_strategy: Annotated[Literal["no", "steps", "epoch"] | None, Affects.EVALUATION] = Field(
@@ -150,23 +150,31 @@ class EvaluationSettings(Settings):
     )
     eval_generate: Annotated[OptionalCount, Affects.EVALUATION] = Field(
         default=None,
-        description="Generate predictions for this many held-out examples at each evaluation, and score them: exact "
-        "match, ROUGE, BLEU, chrF.",
+        description="Generate predictions for this many held-out examples at each evaluation, and score them (see "
+        "metrics and metric).",
     )
     metric_for_best_model: Annotated[
-        Literal["loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"] | None,
+        str | None,
         BeforeValidator(_strip_eval_prefix),
         NoneIfUnset,
         Affects.FINAL_WEIGHTS | Affects.EVALUATION,
     ] = Field(
         default=None,
-        description="Keep the checkpoint that is best by this held-out metric, and use its weights as the final ones; "
-        "default: use the last checkpoint.",
+        description="Keep the checkpoint that is best by this held-out metric, and use its weights as the final ones: "
+        "loss, perplexity or, with eval_generate, one of metrics or metric; default: use the last checkpoint.",
+        json_schema_extra={"metavar": "NAME"},
     )
     early_stopping_patience: Annotated[OptionalCount, Affects.FINAL_WEIGHTS | Affects.EVALUATION] = Field(
         default=None,
         description="Early stopping: stop after this many evaluations without a better metric_for_best_model "
         "(default: loss).",
+    )
+    early_stopping_threshold: Annotated[
+        float | None, Field(ge=0), NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.EVALUATION
+    ] = Field(
+        default=None,
+        description="Early stopping: count an evaluation as better only if the metric improves by more than this; "
+        "default: by any amount.",
     )
     per_device_eval_batch_size: Annotated[int, Affects.TRAINER] = Field(
         default=8, gt=0, description="Evaluation batch size per process (examples)."
@@ -189,10 +197,10 @@ class EvaluationSettings(Settings):
         default=["none"], description="Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none."
     )
     report_samples: Annotated[int, Affects.NOTHING] = Field(
-        default=3,
+        default=10,
         ge=0,
         description="Number of examples for which report.html shows predictions from before and after training (up to "
-        "64 tokens each).",
+        "64 tokens each); half of them are the worst of twice as many. 0: none.",
     )
 
 

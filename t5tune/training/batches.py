@@ -1,5 +1,6 @@
 """Batches of a token cache's examples: padded or packed, with a fixed number of examples or a token budget."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,11 @@ def make_sampler(settings: TrainSettings, cache: Cache, is_packed: bool, num_ran
     return make_count_sampler(lengths, settings.per_device_train_batch_size, step_size, settings.seed)
 
 
+def count_steps(num_batches: int, step_size: int, epochs: float) -> int:
+    """Count the steps of a run with so many micro-batches per epoch, as Hugging Face's Trainer does."""
+    return math.ceil(-(-num_batches // step_size) * epochs)
+
+
 def make_count_sampler(lengths: Integers, batch_size: int, step_size: int, seed: int) -> StepSampler:
     """Make the sampler of `make_count_batches`: a fixed number of examples per micro-batch."""
     count = -(-len(lengths) // (batch_size * step_size)) * step_size
@@ -111,7 +117,7 @@ def make_budget_sampler(
     count = budget.count_batches(sources, targets)
     if count > len(sources):
         raise SettingsError(
-            f"tokens_per_batch: {tokens}: {len(sources)} examples are too few for a step of {step_size} batches "
+            f"tokens_per_batch: {tokens}: too few examples ({len(sources)}) for a step of {step_size} batches "
             "(gradient_accumulation_steps × processes)"
         )
     return StepSampler(lambda epoch: budget.make_batches(sources, targets, count, epoch), count, step_size)

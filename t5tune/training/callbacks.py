@@ -1,30 +1,16 @@
-"""The Trainer's callbacks: report progress, decide when to log, save, evaluate and stop, and predict for samples."""
+"""The Trainer's callbacks: report progress, and decide when to log, save, evaluate and stop."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import math
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from t5tune.data.encoding import Example
-from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
-from t5tune.io.atomic import write_json
-from t5tune.model.generation import Decoding
-from t5tune.progress import Advanced, Finished, Measured, Report, Started
-from t5tune.reports.metrics_log import SAMPLES_FILE, MetricsLog, read_samples
-from t5tune.training.evaluation import find_max_target_length, generate_predictions
+from t5tune.checkpoints.model_card import is_timing
+from t5tune.progress import Advanced, Evaluated, Finished, Measured, Report, Started
+from t5tune.reports.metrics_log import MetricsLog
 
 TRAIN_TASK = "train"
-MAX_PREDICTED_TOKENS = 64  # a small limit, because under ZeRO-3 every token gathers the whole model
-REPORTED_METRICS = {
-    "loss": "loss",
-    "learning_rate": "lr",
-    "grad_norm": "grad norm",
-    "tokens_per_second": "tokens/s",
-    "eval_loss": "eval loss",
-    "eval_exact_match": "exact match",
-    "eval_rougeL": "rougeL",
-}
+REPORTED_METRICS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm", "tokens_per_second": "tokens/s"}
 
 
 class ReportProgress(TrainerCallback):  # type: ignore[misc]
@@ -51,8 +37,28 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
         if values:
             self.report(Measured(TRAIN_TASK, state.global_step, values))
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        finite = [line for line in state.log_history if math.isfinite(line.get("eval_loss", math.nan))]
+        others = [line for line in finite if line["step"] != state.global_step]
+        is_best = math.isfinite(metrics["eval_loss"]) and all(is_better(metrics, other, args) for other in others)
+        values = {
+            name.removeprefix("eval_"): value
+            for name, value in metrics.items()
+            if name.startswith("eval_") and not is_timing(name)
+        }
+        self.report(Evaluated(TRAIN_TASK, state.global_step, values, is_best))
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.report(Finished(TRAIN_TASK))
+
+
+def is_better(metrics: dict[str, float], other: dict[str, float], args: Any) -> bool:
+    """Compare two evaluations by the metric for the best model (default: the loss); if equal, by their losses."""
+    name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+    if name not in other:  # it was evaluated before this metric was chosen
+        return True
+    sign = 1 if args.greater_is_better else -1
+    return (sign * metrics[name], -metrics["eval_loss"]) > (sign * other[name], -other["eval_loss"])
 
 
 class _Trainer(Protocol):
@@ -108,51 +114,3 @@ class CatchUp(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
         self.trainer.catch_up(-(-len(train_dataloader) // args.gradient_accumulation_steps))
-
-
-class SamplePredictions(TrainerCallback):  # type: ignore[misc]
-    """Writes the predictions for a few examples, before the first step and after the last one, to samples.json.
-
-    Generates them greedily, on all ranks: under ZeRO-3 each forward pass gathers weights from all of them. A resumed
-    run keeps the predictions from before its first step.
-
-    Args:
-        answer_suffix: the text that the conversation template adds after each target.
-    """
-
-    def __init__(
-        self, run_folder: Path, examples: Sequence[Example], tokenizer: Tokenizer, answer_suffix: str, batch_size: int
-    ) -> None:
-        self.path = run_folder / SAMPLES_FILE
-        self.examples = examples
-        self.tokenizer = tokenizer
-        self.answer_suffix = answer_suffix
-        self.batch_size = batch_size
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step > 0:
-            return
-        predictions = self._generate_predictions(model)
-        if state.is_world_process_zero:
-            samples = [
-                {
-                    "source": self.tokenizer.decode(example.source_S[:-1].tolist()),
-                    "target": decode_reference(self.tokenizer, example.target_T, self.answer_suffix),
-                    "before": prediction,
-                }
-                for example, prediction in zip(self.examples, predictions, strict=True)
-            ]
-            write_json(self.path, samples)
-
-    def finish(self, model: Any, is_main_process: bool) -> None:
-        """Add the predictions of the trained model. Call on every rank."""
-        predictions = self._generate_predictions(model)
-        if is_main_process:
-            pairs = zip(read_samples(self.path.parent), predictions, strict=False)
-            write_json(self.path, [sample | {"after": prediction} for sample, prediction in pairs])
-
-    def _generate_predictions(self, model: Any) -> list[str]:
-        max_tokens = min(find_max_target_length(self.examples), MAX_PREDICTED_TOKENS)
-        decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, max_tokens)
-        predictions = generate_predictions(model, self.examples, decoding, self.batch_size)
-        return [decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in predictions]

@@ -16,14 +16,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from t5tune.custom_metrics import compute_custom_metrics, try_custom_metrics
 from t5tune.data.encoding import Example
 from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
-from t5tune.distributed.collectives import all_gather, any_rank, get_rank_and_size
+from t5tune.distributed.collectives import all_gather, any_rank, get_rank_and_size, run_on_rank_0
+from t5tune.distributed.world import World
 from t5tune.errors import OutOfMemory
-from t5tune.metrics import score
+from t5tune.metrics import choose_metrics, score
 from t5tune.model.device import is_out_of_memory
 from t5tune.model.generation import Decoding, generate
-from t5tune.progress import Advanced, Finished, Note, Report, Started, silent
+from t5tune.progress import Note, Report, count_done, silent
 from t5tune.training.batches import PackedCollator, PaddedCollator
 
 EVALUATE_TASK = "evaluate"
@@ -45,6 +47,10 @@ class Losses:
     def mean(self) -> float:
         """The mean loss per target token."""
         return sum(self.sums) / sum(self.tokens)
+
+    def get_mean(self, index: int) -> float:
+        """Return an example's mean loss per target token."""
+        return round(self.sums[index] / self.tokens[index], 6)
 
 
 def measure_losses(
@@ -92,20 +98,50 @@ class GenerationScorer:
     Args:
         answer_suffix: the text that the conversation template adds after each target; it isn't part of a prediction.
         count: number of examples.
+        names: the built-in metrics to compute; None: all that fit the targets.
+        functions: the custom metrics, as in the setting `metric`. Only rank 0 imports and calls them: some aren't
+            deterministic, and all ranks must agree on the best step.
     """
 
     tokenizer: Tokenizer
     answer_suffix: str
     count: int
+    names: Sequence[str] | None
+    functions: Sequence[str]
+    world: World
+
+    def list_metrics(self, examples: Sequence[Example]) -> list[str]:
+        """List the metrics of an evaluation, after trying whether they can be computed. Call on every rank.
+
+        Raises:
+            SettingsError: one can't.
+        """
+        targets = self._decode_targets(self._select_examples(examples))
+        return run_on_rank_0(
+            self.world, lambda: [*choose_metrics(self.names, targets), *try_custom_metrics(self.functions, targets)]
+        )
 
     def score(self, model: Any, examples: Sequence[Example], batch_size: int, report: Report) -> dict[str, float]:
         """Score greedy predictions for evenly spaced examples."""
-        chosen = [examples[index] for index in select_evenly(len(examples), self.count)]
+        chosen = self._select_examples(examples)
         longest = find_max_target_length(chosen)
         decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
-        predictions = generate_predictions(model, chosen, decoding, batch_size, report)
-        targets = [decode_reference(self.tokenizer, example.target_T, self.answer_suffix) for example in chosen]
-        return score([decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in predictions], targets)
+        generated = generate_predictions(model, chosen, decoding, batch_size, report)
+        predictions = [decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in generated]
+        targets = self._decode_targets(chosen)
+        return run_on_rank_0(
+            self.world,
+            lambda: (
+                score(predictions, targets, choose_metrics(self.names, targets))
+                | compute_custom_metrics(self.functions, predictions, targets)
+            ),
+        )
+
+    def _select_examples(self, examples: Sequence[Example]) -> list[Example]:
+        return [examples[index] for index in select_evenly(len(examples), self.count)]
+
+    def _decode_targets(self, examples: Sequence[Example]) -> list[str]:
+        return [decode_reference(self.tokenizer, example.target_T, self.answer_suffix) for example in examples]
 
 
 def generate_predictions(
@@ -197,33 +233,30 @@ def _measure_all(
     device = next(model.parameters()).device
     task = f"{EVALUATE_TASK}: {what}"
     found: dict[int, Found] = {}
-    done = 0
-    report(Started(task, len(examples), "examples"))
-    while pending:
-        together = pending[:num_ranks]
-        size = max(map(len, together))
-        # if fewer batches than ranks are left, the other ranks repeat the last one
-        batch = together[min(rank, len(together) - 1)]
-        results, error = _try_batch(measure, batch)
-        # Under ZeRO-3 the other ranks are now waiting in their forward pass for this rank's shards: no retry is
-        # possible, so this rank fails, and its exit ends their waiting.
-        if error is not None and _is_sharded(model):
-            raise _make_memory_error(task, batch, lengths) from error
-        if not any_rank(error is not None, device):
-            found |= results
-            pending = pending[num_ranks:]
-            done += sum(map(len, together))
-            report(Advanced(task, done))
-            continue
-        if size == 1:
-            raise _make_memory_error(task, batch, lengths) from error
-        del results, error  # the error's frames keep the batch's tensors in memory
-        gc.collect()
-        torch.cuda.empty_cache()
-        batch_size = -(-size // 2)
-        report(Note(f"{task}: out of memory with {size} examples at a time; continuing with {batch_size}", True))
-        pending = [batch[i : i + batch_size] for batch in pending for i in range(0, len(batch), batch_size)]
-    report(Finished(task))
+    with count_done(task, report, len(examples), "examples") as advance:
+        while pending:
+            together = pending[:num_ranks]
+            size = max(map(len, together))
+            # if fewer batches than ranks are left, the other ranks repeat the last one
+            batch = together[min(rank, len(together) - 1)]
+            results, error = _try_batch(measure, batch)
+            # Under ZeRO-3 the other ranks are now waiting in their forward pass for this rank's shards: no retry is
+            # possible, so this rank fails, and its exit ends their waiting.
+            if error is not None and _is_sharded(model):
+                raise _make_memory_error(task, batch, lengths) from error
+            if not any_rank(error is not None, device):
+                found |= results
+                pending = pending[num_ranks:]
+                advance(sum(map(len, together)))
+                continue
+            if size == 1:
+                raise _make_memory_error(task, batch, lengths) from error
+            del results, error  # the error's frames keep the batch's tensors in memory
+            gc.collect()
+            torch.cuda.empty_cache()
+            batch_size = -(-size // 2)
+            report(Note(f"{task}: out of memory with {size} examples at a time; continuing with {batch_size}", True))
+            pending = [batch[i : i + batch_size] for batch in pending for i in range(0, len(batch), batch_size)]
     found = {index: value for part in all_gather(found) for index, value in part.items()}
     return [found[index] for index in range(len(examples))]
 

@@ -102,7 +102,7 @@ class NonFiniteGuard:
             line = {"step": step, **finite, "action": "stop" if stops else "skip", "examples": examples}
             append_line(self.path, json.dumps(line))
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
-        found = f"step {step}: {what}; no update was made; its examples: {self.path}"
+        found = f"step {step}: {what}; no update was made; the batch is in {self.path}"
         if not stops:
             self.report(Note(f"{found} ({len(before) + 1} of at most {self.max_skipped} skipped)", warning=True))
             return

@@ -25,7 +25,6 @@ from t5tune.progress import Note, Report
 from t5tune.training.checkpoint import STAGING_PREFIX, count_bytes, list_checkpoints, write_manifest
 
 EVALUATION_FILE = "t5tune_evaluation.json"
-RESUME_HINT = "the same command resumes from it"
 
 
 class CheckpointPublisher:
@@ -159,7 +158,7 @@ class CheckpointPublisher:
         space = f"{shutil.disk_usage(self.run_folder).free:,} bytes are free{needed}"
         return TrainingError(
             f"{self.run_folder / f'checkpoint-{step}'} couldn't be written: {reason} ({space})",
-            hint=f"the last checkpoint, {kept[0]}, is complete; {RESUME_HINT}"
+            hint=f"the last checkpoint, {kept[0]}, is complete; the same command resumes from it"
             if kept
             else "there is no earlier checkpoint; the same command starts from the beginning",
         )

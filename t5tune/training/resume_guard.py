@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.cache import Cache
+from t5tune.data.cache_reuse import make_resume_error
 from t5tune.errors import CheckpointError, SettingsError, suggest_name
+from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
@@ -62,16 +64,12 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     then = read_run_identity(checkpoint)
     _check_shards(checkpoint, then, now)
     different = {
-        name: f"{name}: {_abbreviate(then.get(name))} in {checkpoint}, now {_abbreviate(now.get(name))}"
+        name: f"{name}: {_abbreviate(then.get(name))} before, {_abbreviate(now.get(name))} now"
         for name in now | then
         if then.get(name) != now.get(name) and name not in SHARDING_FIELDS
     }
-    if refused := [name for name in different if name not in allowed]:
-        raise SettingsError(
-            *(different[name] for name in refused),
-            hint="use the settings that the run started with, resume anyway with --allow-change "
-            f"{' '.join(refused)}, or start over with --fresh",
-        )
+    if refused := {name: line for name, line in different.items() if name not in allowed}:
+        raise make_resume_error(checkpoint, refused)
     return list(different.values())
 
 
@@ -89,12 +87,15 @@ def check_finished_run(folder: Path, then: TrainSettings, now: TrainSettings) ->
         if old == new or (name in paths and _resolve_paths(old) == _resolve_paths(new)):
             continue
         format_value = _format_in_full if name in paths else _abbreviate
-        different.append(f"{name}: {format_value(old)} in {folder} (finished), now {format_value(new)}")
+        different.append(f"{name}: {format_value(old)} before, {format_value(new)} now")
     if different:
         raise SettingsError(
             *different,
-            hint=f"--fresh starts over and keeps the old run under another name; --adapter {folder} with another "
-            "output_dir continues from its weights",
+            heading=f"{folder}: this run has already finished, with other settings:",
+            choices=[
+                "to start over, add --fresh; the old run is kept under another name",
+                f"to continue from its weights, use --adapter {folder} and another output_dir",
+            ],
         )
 
 
@@ -119,7 +120,7 @@ def _check_shards(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -
 
 
 def _describe_sharding(run_identity: dict[str, Any]) -> str:
-    ranks = "1 process" if run_identity["world_size"] == 1 else f"{run_identity['world_size']} processes"
+    ranks = format_count(run_identity["world_size"], "process", "processes")
     stage = run_identity["deepspeed_stage"]
     return f"{ranks} without DeepSpeed" if stage is None else f"{ranks} with ZeRO-{stage}"
 

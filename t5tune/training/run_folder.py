@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class TrainResult:
 
     Values cover the whole run, including before it was resumed, except `resumed_from`, `seconds` (wall-clock time,
     everything included) and `peak_memory_bytes`, which cover only the process that finished it. `tokens_per_second`
-    excludes the time of evaluations and saves.
+    excludes the time of evaluations and saves. `stopped_early` says when and why early stopping ended the run.
     """
 
     run: Path
@@ -58,6 +58,7 @@ class TrainResult:
     world_size: int
     resumed_from: Path | None
     seconds: float
+    stopped_early: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def locate_run(settings: TrainSettings) -> Run:
 def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
     """Lock the folder against other processes for this block, since two runs would mix up their files.
 
-    The lock is on a file next to the folder. The system releases it when this process ends, in whatever way.
+    The lock is on a file next to the folder. The system releases it when this process ends, in whatever way. Parent
+    folders that are created for that file are removed if they contain nothing else in the end.
 
     Raises:
         SettingsError: another run holds the lock.
@@ -97,6 +99,7 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
     folder = folder.resolve()
     path = folder.with_name(f".{folder.name}.lock")
     descriptor = None
+    created = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_locked(path)
@@ -115,6 +118,9 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
         if descriptor is not None:
             path.unlink(missing_ok=True)
             os.close(descriptor)
+        with suppress(OSError):
+            for parent in created:
+                parent.rmdir()
 
 
 def _open_locked(path: Path) -> int:

@@ -22,8 +22,9 @@ from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.distributed.collectives import barrier, run_on_rank_0
 from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.world import World
-from t5tune.errors import TrainingError
+from t5tune.errors import SettingsError, TrainingError, suggest_name
 from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAINER_STATE_FILE
+from t5tune.formatting import format_count, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.io.yaml_file import read_yaml
 from t5tune.model.device import get_peak_memory
@@ -31,14 +32,14 @@ from t5tune.progress import Note, Report
 from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
-from t5tune.training.batches import PackedCollator, PaddedCollator, make_sampler
+from t5tune.training.batches import PackedCollator, PaddedCollator, StepSampler, count_steps, make_sampler
 from t5tune.training.build_model import BuiltModel, build_model
-from t5tune.training.callbacks import SamplePredictions
 from t5tune.training.checkpoint import count_bytes
-from t5tune.training.evaluation import GenerationScorer, select_evenly
+from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.non_finite import NonFiniteGuard
-from t5tune.training.publisher import RESUME_HINT, CheckpointPublisher
+from t5tune.training.publisher import CheckpointPublisher
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
+from t5tune.training.sample_predictions import SamplePredictions, select_candidates
 from t5tune.training.trainer import T5Trainer, TrainerParts
 
 BYTES_PER_PARAMETER = 4 + 8  # of a checkpoint: the weights in fp32, and Adam's two moments
@@ -75,17 +76,22 @@ def run_training(session: Session) -> TrainResult:
         )
         _report_sizes(session, loaded, built)
         trainer = _make_trainer(session, loaded, built)
-        samples = _make_sample_callback(session, loaded) if settings.report_samples else None
+        _check_metrics(settings, trainer.parts)
+        samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None
         if samples is not None:
             trainer.add_callback(samples)
-        run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable))
+        saves = _count_saves(trainer.args, trainer.parts.sampler)
+        run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable, saves))
     trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)
     training_seconds = trainer.totals.measure_seconds()
     if trainer.is_stopped:
-        checkpoint = run.folder / f"checkpoint-{trainer.state.global_step}"
-        raise session.stop.make_error(f"; progress saved to {checkpoint}", hint=RESUME_HINT)
+        step = trainer.state.global_step
+        saved = f"after step {step:,} of {trainer.state.max_steps:,}; saved in {run.folder / f'checkpoint-{step}'}"
+        raise session.stop.make_error(saved, hint="run the same command to continue")
     if samples is not None:
         samples.finish(trainer.model, trainer.is_world_process_zero())
+    if trainer.early_stop is not None:
+        report(Note(f"stopped early {trainer.early_stop}"))
     best = trainer.state.best_global_step if choose_best_metric(settings) else None
     if best is not None:
         metric = f"{choose_best_metric(settings)} {trainer.state.best_metric:.4g}"
@@ -134,7 +140,7 @@ def _load_data(session: Session) -> _LoadedData:
 def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> None:
     share = f"{built.trainable:,} of {built.total:,} ({built.trainable / built.total:.1%})"
     processes = f"{session.world.size} × {session.device.type}"
-    session.report(Note(f"trainable parameters: {share}; {len(loaded.cache):,} examples; {processes}"))
+    session.report(Note(f"trainable parameters: {share}; {format_count(len(loaded.cache), 'example')}; {processes}"))
 
 
 def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T5Trainer:
@@ -152,22 +158,52 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
         publisher=CheckpointPublisher(folder, loaded.run_identity, settings.save_total_limit, report),
         non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
         stop=session.stop,
-        scorer=GenerationScorer(loaded.tokenizer, loaded.template.answer_suffix, count) if count else None,
+        scorer=_make_scorer(session, loaded, count) if count else None,
         label_smoothing=settings.label_smoothing_factor,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
         patience=settings.early_stopping_patience,
+        threshold=settings.early_stopping_threshold or 0.0,
         report=report,
     )
     return T5Trainer(built.model, args, parts)
 
 
-def _check_disk_space(session: Session, loaded: _LoadedData, trainable: int) -> None:
-    """Compare the free disk space with what the checkpoints of the run need.
+def _make_scorer(session: Session, loaded: _LoadedData, count: int) -> GenerationScorer:
+    names, functions = session.settings.metrics, session.settings.metric or []
+    return GenerationScorer(loaded.tokenizer, loaded.template.answer_suffix, count, names, functions, session.world)
+
+
+def _check_metrics(settings: TrainSettings, parts: TrainerParts) -> None:
+    """Check before the first step that evaluations can compute their metrics. Call on every rank.
+
+    Raises:
+        SettingsError: one can't be computed, or metric_for_best_model isn't among them.
+    """
+    if parts.scorer is None or parts.held_out is None:
+        return
+    names = ["loss", "perplexity", *parts.scorer.list_metrics(parts.held_out)]
+    if (best := settings.metric_for_best_model) is not None and best not in names:
+        advice = suggest_name(best, names) or f"; choose from {', '.join(names)}"
+        raise SettingsError(f"metric_for_best_model: {best}: not among the metrics of this run's evaluations{advice}")
+
+
+def _count_saves(args: Any, sampler: StepSampler) -> int:
+    """Count the checkpoints that a run saves."""
+    if args.save_strategy == "no":  # the last step saves one all the same
+        return 1
+    num_batches, step_size = len(sampler), sampler.step_size
+    steps = args.max_steps if args.max_steps > 0 else count_steps(num_batches, step_size, args.num_train_epochs)
+    return -(-steps // (count_steps(num_batches, step_size, 1) if args.save_strategy == "epoch" else args.save_steps))
+
+
+def _check_disk_space(session: Session, loaded: _LoadedData, trainable: int, saves: int) -> None:
+    """Compare the free disk space with what the checkpoints of the run need; say how much, if all are kept.
 
     Raises:
         TrainingError: there is no room for two checkpoints; a new one is written before the old one is deleted.
     """
-    folder, count = session.run.folder, session.settings.save_total_limit or 1
+    folder, limit = session.run.folder, session.settings.save_total_limit
+    count = min(saves, limit or saves)
     per_parameter = BYTES_PER_PARAMETER + (EXTRA_BYTES_WITH_DEEPSPEED if loaded.deepspeed is not None else 0)
     size = trainable * per_parameter + count_bytes(loaded.cache.tokenizer_folder) + OVERHEAD_BYTES
     free = shutil.disk_usage(folder).free
@@ -177,8 +213,13 @@ def _check_disk_space(session: Session, loaded: _LoadedData, trainable: int) -> 
             hint="free some disk space, or choose another output_dir",
         )
     if free < (needed := (count + 1) * size):
-        problem = f"{folder}: {free:,} bytes are free, but {count} checkpoints will need about {needed:,}"
-        session.report(Note(f"{problem}; lower save_total_limit to keep fewer", warning=True))
+        problem = (
+            f"{folder}: {free:,} bytes are free, but {format_count(count, 'checkpoint')} will need about {needed:,}"
+        )
+        session.report(Note(f"{problem}; set save_total_limit to keep fewer", warning=True))
+    elif limit is None and count > 2:
+        kept = f"all {count} checkpoints will be kept, about {format_size(count * size)}"
+        session.report(Note(f"{kept}; save_total_limit 2 keeps only the newest two, {format_size(2 * size)}"))
 
 
 def _make_result(
@@ -202,6 +243,7 @@ def _make_result(
         world_size=session.world.size,
         resumed_from=loaded.resume,
         seconds=round(time.monotonic() - session.started, 3),
+        stopped_early=trainer.early_stop,
     )
 
 
@@ -211,12 +253,18 @@ def _get_evaluation_metrics(evaluations: dict[int, dict[str, Any]], step: int | 
     return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
 
 
-def _make_sample_callback(session: Session, loaded: _LoadedData) -> SamplePredictions:
-    """Make the callback that generates sample predictions for a few evenly spaced examples."""
+def _make_sample_callback(session: Session, loaded: _LoadedData, parts: TrainerParts) -> SamplePredictions:
+    """Make the callback that generates sample predictions, for held-out examples if there are any."""
     settings, examples = session.settings, loaded.held_out or loaded.cache
-    chosen = [examples[index] for index in select_evenly(len(examples), settings.report_samples)]
-    answer_suffix, batch_size = loaded.template.answer_suffix, settings.per_device_eval_batch_size
-    return SamplePredictions(session.run.folder, chosen, loaded.tokenizer, answer_suffix, batch_size)
+    return SamplePredictions(
+        session.run.folder,
+        select_candidates(examples, settings.report_samples),
+        settings.report_samples,
+        loaded.tokenizer,
+        loaded.template.answer_suffix,
+        parts.collator,
+        settings.per_device_eval_batch_size,
+    )
 
 
 def _finish_run(run: Run, settings: TrainSettings, cache: Cache, state: Any, result: TrainResult, step: int) -> None:

@@ -22,12 +22,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from t5tune.data.cache import Cache
 from t5tune.distributed.collectives import any_rank, is_distributed
 from t5tune.distributed.signals import StopRequest, ignore_signals
-from t5tune.errors import DependencyError
+from t5tune.errors import DependencyError, SettingsError
+from t5tune.formatting import format_count
 from t5tune.model.device import get_peak_memory
-from t5tune.progress import Advanced, Event, Note, Report
+from t5tune.progress import Advanced, Event, Report
 from t5tune.reports.metrics_log import MetricsLog
 from t5tune.training.batches import ExampleDataset, Filler, PackedCollator, PaddedCollator, StepSampler
-from t5tune.training.callbacks import CatchUp, ReportProgress, TrainingFlow
+from t5tune.training.callbacks import CatchUp, ReportProgress, TrainingFlow, is_better
 from t5tune.training.evaluation import GenerationScorer, measure_losses
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import CheckpointPublisher
@@ -52,6 +53,7 @@ class TrainerParts:
         label_smoothing: probability mass spread uniformly over the vocabulary.
         loraplus_lr_ratio: LoRA+: learning-rate ratio of B to A; None: one learning rate.
         patience: number of evaluations without improvement after which training stops; None: never.
+        threshold: the improvement of an evaluation over the best one before it must be larger; 0: any counts.
         report: receives progress, and notes for the user.
     """
 
@@ -67,6 +69,7 @@ class TrainerParts:
     label_smoothing: float
     loraplus_lr_ratio: float | None
     patience: int | None
+    threshold: float
     report: Report
 
 
@@ -75,6 +78,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
     Attributes:
         is_stopped: whether a signal has ended training.
+        early_stop: when and why early stopping has ended training; None if it hasn't.
         totals: tokens and training time of the run so far.
     """
 
@@ -93,6 +97,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.totals = RunTotals(args.device)
         self.metrics_log = MetricsLog(Path(args.output_dir), report=parts.report)
         self.is_stopped = False
+        self.early_stop: str | None = None
         self._steps_per_epoch = 1
         self._evaluation_to_reuse: dict[str, Any] | None = None
         model.register_state_dict_post_hook(drop_frozen)
@@ -208,6 +213,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more than 709 overflows
         if self.parts.scorer is not None:
             values |= self.parts.scorer.score(self.model, examples, batch_size, report)
+        if (best := self.args.metric_for_best_model or "loss") not in values:  # a custom metric may come and go
+            raise SettingsError(f"metric_for_best_model: {best}: not among the metrics: {', '.join(values)}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
 
@@ -216,12 +223,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return []
 
     def _stop_evaluation_on_request(self, event: Event) -> None:
-        """Receive an evaluation's progress events, and interrupt the evaluation on a signal.
+        """Report an evaluation's progress events, and interrupt the evaluation on a signal.
 
         Every rank reports each batch, so all ranks check for a signal at the same points.
         """
-        if isinstance(event, Note):
-            self.parts.report(event)
+        self.parts.report(event)
         if isinstance(event, Advanced) and self.is_stop_requested():
             raise _EvaluationInterrupted
 
@@ -301,21 +307,34 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if (name := self.args.metric_for_best_model) is None or not metrics:
             return False
         name = f"eval_{name.removeprefix('eval_')}"
-        history = self.list_evaluations()
-        best = history.get(self.state.best_global_step)
-        is_best = math.isfinite(metrics["eval_loss"]) and (best is None or self._is_better(metrics, best, name))
+        best = self.list_evaluations().get(self.state.best_global_step)
+        is_best = math.isfinite(metrics["eval_loss"]) and (best is None or is_better(metrics, best, self.args))
         if is_best:
             self.state.best_metric, self.state.best_global_step = metrics[name], self.state.global_step
-        since = sum(step > (self.state.best_global_step or 0) for step in history)
-        is_over = self.parts.patience is not None and since >= self.parts.patience
+        since, patience = self._count_evaluations_without_gain(name), self.parts.patience
+        is_over = patience is not None and since >= patience
+        if is_over and self.state.global_step < self.state.max_steps:
+            self.early_stop = self._describe_early_stop(name, since)
         self.control.should_training_stop |= is_over
         self.control.should_save |= (is_best or is_over) and self.parts.publisher.last_step != self.state.global_step
         return is_best
 
-    def _is_better(self, metrics: dict[str, float], best: dict[str, float], name: str) -> bool:
-        """Compare the metric `name` of two evaluations; of equal ones, the one with the lower loss is better."""
-        sign = 1 if self.args.greater_is_better else -1
-        return (sign * metrics[name], -metrics["eval_loss"]) > (sign * best[name], -best["eval_loss"])
+    def _count_evaluations_without_gain(self, name: str) -> int:
+        """Count the latest evaluations that aren't better than the best one before them by more than the threshold."""
+        best, count, threshold = None, 0, self.parts.threshold
+        for line in (line for line in self.list_evaluations().values() if name in line):
+            gains = math.isfinite(line["eval_loss"]) and (best is None or is_better(line, best, self.args))
+            is_enough = best is None or not threshold or abs(line[name] - best[name]) > threshold
+            count = 0 if gains and is_enough else count + 1
+            best = line if gains else best
+        return count
+
+    def _describe_early_stop(self, name: str, count: int) -> str:
+        by = f" by more than {self.parts.threshold:g}" if self.parts.threshold else ""
+        evaluations = format_count(count, "evaluation")
+        step, value = self.state.best_global_step, self.state.best_metric
+        best = "none" if value is None else f"step {step} ({value:.4g})"  # none: no loss was finite
+        return f"at step {self.state.global_step}: {name} no better{by} for {evaluations}; best: {best}"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer and DeepSpeed write their files, and publish them as a checkpoint."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
+from t5tune.custom_metrics import load_custom_metric
 from t5tune.data.cache import is_cache, read_manifest
 from t5tune.data.templates import load_template
 from t5tune.distributed.deepspeed_build import find_missing_build_tools
@@ -37,7 +38,7 @@ def check_settings(settings: TrainSettings) -> None:
         check_versions("bitsandbytes")
     choose_trackers(settings.report_to)
     problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
-    problems += _find_unusable_arguments(settings.training_args)
+    problems += _find_unusable_arguments(settings.training_args) + _find_missing_functions(settings)
     if settings.deepspeed is not None:
         configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)
         problems += _find_deepspeed_conflicts(settings, configuration)
@@ -83,6 +84,17 @@ def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     problems = {name: _find_argument_problem(name, fields) for name in training_args}
     return [f"training_args.{name}: {problem}" for name, problem in problems.items() if problem is not None]
+
+
+def _find_missing_functions(settings: TrainSettings) -> list[str]:
+    """List what is wrong with the custom metrics that can't be imported."""
+    problems = []
+    for function in settings.metric or []:
+        try:
+            load_custom_metric(function)
+        except SettingsError as error:
+            problems += [f"{error.message}; {error.hint}" if error.hint else error.message]
+    return problems
 
 
 def _find_argument_problem(name: str, fields: set[str]) -> str | None:
@@ -151,6 +163,16 @@ def find_missing_gpus(settings: TrainSettings) -> str | None:
     if found < settings.num_gpus:
         return f"num_gpus: {settings.num_gpus}: this machine has {found}; use --num-processes to train on the CPU"
     return None
+
+
+def suggest_learning_rate(settings: TrainSettings) -> str | None:
+    """Say which learning rate suits LoRA, if the user has left it at the default, which suits full training."""
+    if settings.train_mode == "full" or "learning_rate" in settings.model_fields_set:
+        return None
+    return (
+        f"learning_rate: not set, so it is {settings.learning_rate:g} as in Hugging Face's Trainer, a rate for full "
+        "training; LoRA trains few weights, which start at zero, and usually learns much better at 3e-4"
+    )
 
 
 def _find_cache_conflicts(settings: TrainSettings) -> list[str]:

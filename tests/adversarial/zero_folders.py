@@ -190,7 +190,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
         "contains no shards|no checkpoint",
     ),
     "partition_count of 3": (optimizer(partition_count=3), "one of 3 ranks"),
-    "partition_count differs": (optimizer(0, partition_count=[2, 1]), "one of 1 ranks"),
+    "partition_count differs": (optimizer(0, partition_count=[2, 1]), "in a run of 1 rank"),
     "partition_count is a string": (optimizer(partition_count="2"), "partition_count: expected a non-negative integer"),
     "partition_count is missing": (optimizer(partition_count=None), "partition_count: expected a non-negative integer"),
     "groups of another partition": (optimizer(ds_zero_partition_groups=[{"partition_count": 4}]), "one of 4 ranks"),

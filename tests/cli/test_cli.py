@@ -3,7 +3,6 @@
 `python tests/cli/test_cli.py` regenerates golden/options.txt.
 """
 
-import io
 import json
 import os
 import subprocess
@@ -13,14 +12,10 @@ from typing import Any
 
 import pytest
 import typer
-from rich.console import Console
 
-from t5tune import progress
 from t5tune.cli.completion import build_app
 from t5tune.cli.options import list_options
-from t5tune.cli.screen import Screen
 from t5tune.cli.summaries import SUMMARIES
-from t5tune.progress import Advanced, Measured, Started
 from t5tune.settings import COMMANDS
 
 if __name__ != "__main__":
@@ -263,37 +258,6 @@ def test_prepare_prints_the_path_of_the_cache(tmp_path: Path, conversations: Pat
     done = t5tune("prepare", *arguments)
     assert done.code == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'cache'}\n"
-
-
-def test_at_80_columns_the_count_and_the_remaining_time_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = io.StringIO()
-    screen = Screen()
-    monkeypatch.setattr(screen, "console", Console(file=drawn, force_terminal=True, color_system=None, width=80))
-    screen(Started("train", 12_000, "steps"))
-    screen(Measured("train", 10, {"loss": 0.2849, "grad norm": 1.419, "lr": 0.019, "tokens/s": 4348.0}))
-    screen(Advanced("train", 1_200))
-    screen.close()
-    *_, last = [text for text in drawn.getvalue().splitlines() if "12000" in text]
-    assert " 1200/12000 steps 0:00:0" in last
-    assert last.rstrip().endswith(" left -:--:-- loss 0.2849")
-
-
-def test_a_log_has_a_last_line_for_a_long_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = io.StringIO()
-    screen = Screen()
-    monkeypatch.setattr(screen, "console", Console(file=drawn, width=80))
-    for task, seconds in (("short", 1000), ("long", 0), ("even", 0)):
-        screen(Started(task, 13, "batches"))
-        monkeypatch.setattr("t5tune.cli.screen.SECONDS_BETWEEN_LINES", seconds)
-        screen(Advanced(task, 7))
-        if task != "even":
-            monkeypatch.setattr("t5tune.cli.screen.SECONDS_BETWEEN_LINES", 1000)
-        screen(Advanced(task, 13))
-        screen(progress.Finished(task))
-    assert drawn.getvalue().splitlines() == [
-        *("long: 7 of 13 batches", "long: 13 of 13 batches"),
-        *("even: 7 of 13 batches", "even: 13 of 13 batches"),
-    ]
 
 
 if __name__ == "__main__":

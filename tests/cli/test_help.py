@@ -1,9 +1,6 @@
 """What the help shows: short, complete with --help-all, and with commands that work as they are shown."""
 
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from t5tune.cli import run
 from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.summaries import EXAMPLES, FIRST_STEPS, SUMMARIES
 from t5tune.settings import COMMANDS, Settings, load_settings
+from tests.support.command_line import t5tune
 
 EXAMPLE_LINES = [line for lines in EXAMPLES.values() for line in lines]
 
@@ -123,22 +121,60 @@ def test_the_commands_in_the_help_are_valid(line: str) -> None:
     load_settings(model, parsed.config, {}, parsed.values, parsed.problems)
 
 
+LABELS = ("report  ", "next    ", "        t5tune ")
+DEV_DATA = "--data-path dev.csv --source-column question --target-column answer"
+NEXT_STEPS = {
+    "t5tune prepare --model-name-or-path pocket --data-path pocket --output-dir cache": [
+        "next    t5tune inspect cache",
+        "        t5tune train --config pocket --data-path cache --output-dir run",
+    ],
+    "t5tune train --config pocket --output-dir run": [
+        "report  run/report.html",
+        "next    t5tune chat run",
+        "        t5tune evaluate run --data-path HELD_OUT.jsonl",
+        "        t5tune merge run --output-dir merged",
+    ],
+    "t5tune export run --output-dir adapter": [
+        "next    t5tune chat adapter",
+        "        t5tune merge adapter --output-dir merged",
+    ],
+    "t5tune merge run --output-dir merged": [
+        "next    t5tune chat merged",
+        "        t5tune evaluate merged --data-path HELD_OUT.jsonl",
+    ],
+    "t5tune merge run --dtype bfloat16 --output-dir merged-bf16": [
+        "next    t5tune chat merged-bf16",
+        "        t5tune evaluate merged-bf16 --data-path HELD_OUT.jsonl",
+    ],
+    "t5tune export run --output-dir adapter --dtype bfloat16 --overwrite": [
+        "next    t5tune chat adapter",
+        "        t5tune merge adapter --output-dir merged",
+    ],
+    "t5tune evaluate run --data-path pocket --num-data 100": [
+        "next    t5tune chat run",
+        "        t5tune evaluate run --data-path pocket --num-data 100 --compare-base",
+        "        t5tune merge run --output-dir merged.1",
+    ],
+    f"t5tune evaluate run {DEV_DATA}": [
+        "next    t5tune chat run",
+        f"        t5tune evaluate run {DEV_DATA} --compare-base",
+        "        t5tune merge run --output-dir merged.1",
+    ],
+}
+
+
 @pytest.mark.slow
-def test_the_commands_in_the_help_work_one_after_the_other(tmp_path: Path) -> None:
+def test_the_commands_in_the_help_work_one_after_the_other_and_suggest_each_other(tmp_path: Path) -> None:
     """All but doctor's and those for a published model, in an empty folder; variables keep the training short."""
     (tmp_path / "dev.csv").write_text("question,answer\nHello?,Hi.\n", encoding="utf-8")
     short = {"MAX_STEPS": "2", "MAX_NEW_TOKENS": "4", "REPORT_SAMPLES": "0", "VERIFY": "no"}
-    environment = {**os.environ, **{f"T5TUNE_{name}": value for name, value in short.items()}}
+    environment = {f"T5TUNE_{name}": value for name, value in short.items()}
+    next_steps = {}
     for line in EXAMPLE_LINES:
         if "flan-t5-base" in line or "t5tune doctor" in line:
             continue
-        done = subprocess.run(
-            [sys.executable, "-m", "t5tune", *shlex.split(line.partition(" > ")[0])[1:], "--quiet"],
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        assert (done.returncode, done.stderr) == (0, ""), line
+        done = t5tune(*shlex.split(line.partition(" > ")[0])[1:], cwd=tmp_path, env=environment)
+        assert (done.code, done.errors) == (0, []), line
+        next_steps[line] = [step for step in done.stderr.splitlines() if step.startswith(LABELS)]
+    assert (tmp_path / "run/report.html").is_file()
+    assert {line: steps for line, steps in next_steps.items() if steps} == NEXT_STEPS

@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -134,23 +136,25 @@ def test_versions_are_compared_with_the_oldest_supported_ones(monkeypatch: pytes
 
 
 def test_too_old_a_release_is_refused_with_the_upgrade_command(tmp_path: Path) -> None:
-    """doctor, train and chat compare versions with the requirements that the installed t5tune declares."""
+    """doctor's check, train and chat compare versions with the requirements that the installed t5tune declares."""
     env = {
         "PYTHONPATH": make_path_with_requirements(
             tmp_path, "transformers>=99.5", "numpy>=1.26", "absent-package>=1.0; extra == 'x'"
         )
     }
     version = importlib.metadata.version("transformers")
-    done = t5tune("doctor", "--json", env=env)
-    assert done.code == 1
-    found = {finding["check"]: finding for finding in done.json["findings"]}
-    assert Finding(**found["transformers"]) == Finding(
+    code = "import json; from t5tune.diagnosis.machine import compare_versions as compare; "
+    code += "print(json.dumps([vars(finding) for finding in compare()]))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+    found = index_by_check([Finding(**finding) for finding in json.loads(done.stdout)])
+    assert found["transformers"] == Finding(
         "transformers",
         "broken",
         f"{version}; t5tune needs 99.5 or newer",
         "pip install --upgrade 'transformers>=99.5'",
     )
-    assert found["packages"]["found"].startswith("numpy ")
+    assert found["packages"].found.startswith("numpy ")
     assert "absent-package" not in found
 
     run = ("--data-path", "pocket", "--output-dir", tmp_path / "run")

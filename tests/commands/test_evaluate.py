@@ -148,9 +148,9 @@ def test_a_run_reads_the_columns_that_it_was_trained_on(untied_base: Path, tmp_p
         result = evaluate(EvaluateSettings(**values, output_dir=tmp_path / f"of {name}", use_cpu=True), events.append)
         note = "as in training: source_column 'dialogue', target_column 'summary', source_prefix 'summarize: '"
         assert Note(note) in events
-        assert "### Human: summarize: count 0" in read_predictions(result)[0]["source"]
+        assert read_predictions(result)[0]["source"] == "summarize: count 0"
     without = run_evaluate(tmp_path / "run", data, tmp_path / "a", source_prefix="")
-    assert "### Human: count 0" in read_predictions(without)[0]["source"]
+    assert read_predictions(without)[0]["source"] == "count 0"
     with pytest.raises(DataError):
         run_evaluate(untied_base, data, tmp_path / "b")
     with pytest.raises(DataError):
@@ -162,9 +162,8 @@ def test_each_line_has_its_own_scores_and_loss(run: Path, conversations: Path, t
     lines = read_predictions(result)
     assert len(lines) == result.examples == 10
     assert result.rougeL == pytest.approx(sum(line["rougeL"] for line in lines) / 10, abs=1e-3)
-    assert {"source", "target", "prediction", "loss", "exact_match", "rouge1", "rouge2", "rougeL", "chrf"} == set(
-        lines[0]
-    )
+    scores = {"exact_match", "rouge1", "rouge2", "rougeL", "chrf", "valid_json", "field_f1"}  # its target is JSON
+    assert set(lines[0]) == {"source", "target", "prediction", "loss", *scores}
 
 
 def test_an_adapter_of_the_head_made_by_peft_is_applied(untied_base: Path, cache: Path, tmp_path: Path) -> None:
@@ -267,7 +266,7 @@ def test_a_record_with_a_word_that_is_too_long_is_rejected(untied_base: Path, tm
     settings = EvaluateSettings(**values, output_dir=tmp_path / "scores", max_new_tokens=2)
     assert evaluate(settings, notes.append).examples == 1
     place = f"{tmp_path / 'data.jsonl'}:1"
-    rejected = f"1 records rejected, the first: {place}: a word of 100,001 characters, more than 100,000"
+    rejected = f"1 record rejected, the first: {place}: a word of 100,001 characters, more than 100,000"
     assert Note(rejected, True) in notes
 
 
@@ -288,12 +287,12 @@ def test_only_records_and_examples_that_were_evaluated_are_counted(untied_base: 
         assert evaluate(settings, notes.append).examples == min(num_data, 3)
         return [event.text for event in notes if isinstance(event, Note) and event.warning]
 
-    rejected = f"records rejected, the first: {data}:2: conversations: expected a list of turns, found a number"
-    truncated = "1 examples truncated to model_max_length 48"
+    rejected = f"rejected, the first: {data}:2: conversations: expected a list of turns, found a number"
+    truncated = "1 example truncated to model_max_length 48"
     assert list_warnings(1) == []
-    assert list_warnings(2) == [f"1 {rejected}"]
-    assert list_warnings(3) == [f"1 {rejected}", truncated]
-    assert list_warnings(4) == [f"3 {rejected}", truncated]
+    assert list_warnings(2) == [f"1 record {rejected}"]
+    assert list_warnings(3) == [f"1 record {rejected}", truncated]
+    assert list_warnings(4) == [f"3 records {rejected}", truncated]
 
 
 def test_the_command_prints_one_json_object_and_numbers_its_folders(
@@ -304,7 +303,8 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
     first = t5tune(*arguments, "--json", cwd=tmp_path)
     second = t5tune(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
-    assert set(first.json) == {*METRICS, "predictions", "seconds"}
+    added = {"valid_json", "field_f1", "custom_metrics", "base"}
+    assert set(first.json) == {*METRICS, *added, "predictions", "seconds"}
     assert first.json["predictions"] == "evaluation/predictions.jsonl"
     assert second.stdout.strip() == "evaluation.1/predictions.jsonl"
     assert "exact match" in second.stderr

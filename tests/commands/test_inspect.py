@@ -1,7 +1,9 @@
 """inspect shows what the model sees: the ids of the cache, what was cut, unknown tokens, and lengths."""
 
 import json
+import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ def test_a_choice_without_a_matching_example_is_reported(tmp_path: Path) -> None
     for flag, what in (("--worst-cut", "is truncated"), ("--unknown", "has unknown tokens")):
         done = t5tune("inspect", whole, flag)
         assert done.code == 0
-        assert f"none of its 1 examples {what}" in " ".join(done.stderr.split())
+        assert f"none of its examples (1) {what}" in " ".join(done.stderr.split())
         assert t5tune("inspect", whole, flag, "--json").stdout == ""
 
 
@@ -148,6 +150,81 @@ def test_the_page_is_one_complete_file(cache: Path, tmp_path: Path) -> None:
     assert '<span class="cut">' in page
     assert '<span class="unknown">&lt;unk&gt;</span>' in page
     assert '<span class="added">{</span>x<span class="added">}</span>' in page
+
+
+def prepare_pairs(folder: Path, pairs: list[tuple[str, str]]) -> Path:
+    lines = [json.dumps({"source": source, "target": target}) for source, target in pairs]
+    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = PrepareSettings(
+        model_name_or_path="pocket", data_path=str(folder / "pairs.jsonl"), output_dir=folder / "pairs"
+    )
+    return prepare(settings).cache
+
+
+def test_a_page_without_a_choice_shows_fifty_examples_from_all_parts(tmp_path: Path) -> None:
+    big = prepare_pairs(tmp_path, [(f"<b>question {number}</b>", "yes") for number in range(120)])
+    page, notes = tmp_path / "page.html", []
+    shown = inspect(InspectSettings(cache=big, html=page), notes.append).examples
+    indices = [example.index for example in shown]
+    assert (len(set(indices)), indices[0], indices[-1]) == (50, 0, 119)
+    assert max(after - before for before, after in pairwise(indices)) == 3
+    text = page.read_text()
+    assert text.count("<article>") == 50
+    assert "50 of 120 examples" in text
+    assert "question 119" in text
+    assert '<span class="added">&lt;</span>' in text
+    assert [note.text for note in notes] == [
+        "the page shows 50 of 120 examples, evenly spaced; --all shows all of them"
+    ]
+    inspect(InspectSettings(cache=big, html=page, all=True))
+    assert page.read_text().count("<article>") == 120
+
+
+def test_a_page_says_what_its_colors_mean(cache: Path, tmp_path: Path) -> None:
+    inspect(InspectSettings(cache=cache, html=tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    legend = text.partition('<ul class="colors">')[2].partition("</ul>")[0]
+    explained = set(re.findall(r'<span class="(.*?)">', legend))
+    used = set(re.findall(r'<(?:span|pre) class="(.*?)">', text.partition("</ul>")[2]))
+    assert used == explained == {"source", "target", "cut", "added", "unknown", "end"}
+    style = text.partition("</style>")[0]
+    assert all(f".{kind}" in style for kind in explained)
+
+
+def test_a_page_that_a_browser_could_not_display_is_cut_short(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t5tune.reports.cache_page.MAX_EXAMPLE_CHARACTERS", 1)
+    notes: list[Any] = []
+    inspect(InspectSettings(cache=cache, html=tmp_path / "page.html", all=True), notes.append)
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<article>") == 1
+    assert "1 of 4 examples" in text
+    (note,) = notes
+    assert "shows the first 1 of 4 examples" in note.text
+
+
+def test_the_last_bar_collects_a_long_tail(tmp_path: Path) -> None:
+    long_one = prepare_pairs(
+        tmp_path, [("word " * (1 + number % 10), "yes") for number in range(150)] + [("word " * 400, "yes")]
+    )
+    statistics = inspect(InspectSettings(cache=long_one, stats=True)).statistics
+    assert statistics is not None
+    lengths = open_cache(long_one).read_lengths()[0]
+    histogram = statistics.source
+    assert sum(histogram.counts) == 151
+    assert histogram.counts[-1] == 1
+    assert histogram.counts.count(0) <= 1  # without the tail's bar, all but two of twenty
+    assert histogram.edges[-1] == max(lengths) + 1
+    label = histogram.label_bars()[-1]
+    assert label == f"{histogram.edges[-2]} and more"
+    assert not statistics.target.has_tail
+    assert label in t5tune("inspect", long_one, "--stats").stdout
+    inspect(InspectSettings(cache=long_one, html=tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    assert f"<title>{label}: 1</title>" in text
+    widths = {float(width) for width in re.findall(r'<rect class="bar-0" .*? width="([0-9.]+)"', text)}
+    assert max(widths) - min(widths) < 0.2
 
 
 def test_missing_examples_and_broken_caches_are_refused(cache: Path, tmp_path: Path) -> None:

@@ -163,10 +163,10 @@ def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp
 
     run = TrainSettings(
         model_name_or_path="pocket", data_path=str(cache), output_dir=tmp_path / "run", use_cpu=True,
-        num_train_epochs=2, gradient_accumulation_steps=2, per_device_train_batch_size=4, report_samples=0,
+        num_train_epochs=1.2, gradient_accumulation_steps=2, per_device_train_batch_size=4, report_samples=0,
     )  # fmt: skip
     result = make_plan(
-        "pocket", data_path=str(cache), use_cpu=True, num_train_epochs=2, gradient_accumulation_steps=2,
+        "pocket", data_path=str(cache), use_cpu=True, num_train_epochs=1.2, gradient_accumulation_steps=2,
         per_device_train_batch_size=4, packing="off",
     )  # fmt: skip
     trained = train(run)

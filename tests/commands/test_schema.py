@@ -74,8 +74,10 @@ def test_every_run_config_and_its_copy_name_a_schema_next_to_them(name: str, tmp
 def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_path: Path) -> None:
     listed = t5tune("templates")
     assert listed.code == 0
-    assert "runs: " in listed.stdout
-    assert " zero3 " in listed.stdout
+    lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines() if line.startswith("  ")]
+    assert dict(lines)["pocket"] == "The built-in model on the packaged conversations: about a minute on two cores."
+    assert {"flan-t5-xxl-qlora", "plain", "zero3"} <= dict(lines).keys()
+    assert all(text.endswith(".") for _, text in lines), "each is a sentence"
     shown = t5tune("templates", "show", "zero3")
     assert json.loads(shown.stdout)["zero_optimization"]["stage"] == 3
     copied = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")

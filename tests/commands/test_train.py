@@ -3,11 +3,13 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +21,9 @@ from safetensors.torch import load_file
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
-from t5tune.commands.train import train
+from t5tune.commands.train import set_up_run_folder, train
 from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
-from t5tune.progress import Advanced, Event, Measured, Note
+from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 from t5tune.settings import (
     ExportSettings,
     MergeSettings,
@@ -317,6 +319,43 @@ def test_tf32_is_ignored_with_a_note_on_a_cpu(untied_base: Path, conversations: 
     assert Note("tf32: ignored, since this CPU has no TensorFloat-32") in events
 
 
+def test_a_run_that_keeps_all_checkpoints_says_how_many_and_how_large(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    def list_notes(name: str, **changes: Any) -> list[str]:
+        events: list[Event] = []
+        train(make_settings(untied_base, conversations, tmp_path / name, save_steps=2, **changes), events.append)
+        return [event.text for event in events if isinstance(event, Note) and "checkpoints will be kept" in event.text]
+
+    [note] = list_notes("all")
+    checkpoints = list((tmp_path / "all").glob("checkpoint-*"))
+    mebibytes = sum(file.stat().st_size for folder in checkpoints for file in folder.iterdir()) / 2**20
+    kept = re.match(
+        "all 3 checkpoints will be kept, about ([0-9.]+) MiB; save_total_limit 2 keeps only the newest", note
+    )
+    assert kept is not None, note
+    assert len(checkpoints) == 3
+    assert mebibytes - 1 < float(kept[1]) < mebibytes + 4  # 1 MiB for the small files of each
+    assert list_notes("two", save_total_limit=2) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_suggested"),
+    [({}, True), ({"learning_rate": 5e-5}, False), ({"train_mode": "full"}, False), ({"q_lora": True}, True)],
+)
+def test_lora_without_a_learning_rate_names_one(tmp_path: Path, changes: dict[str, Any], is_suggested: bool) -> None:
+    settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", **changes)
+    events: list[Event] = []
+    with ExitStack() as locks:
+        set_up_run_folder(settings, locks, events.append)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert any(note.startswith("learning_rate: not set") and "3e-4" in note for note in notes) == is_suggested
+    again: list[Event] = []
+    with ExitStack() as locks:  # a run that has begun keeps its rate
+        set_up_run_folder(settings, locks, again.append)
+    assert not any(isinstance(event, Note) and event.text.startswith("learning_rate") for event in again)
+
+
 def test_the_last_step_always_has_a_line_of_metrics(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3, report_samples=0))
     assert [line["step"] for line in read_metrics_lines(tmp_path / "run") if "loss" in line] == [1, 3, 5]
@@ -432,9 +471,9 @@ def test_a_finished_run_is_not_repeated_and_fresh_renames_it(
     assert train(make_settings(untied_base, conversations, run, max_steps=1)) == first
     assert (run / "metrics.jsonl").read_bytes() == before
     assert train(make_settings(untied_base, conversations, run, max_steps=1, logging_steps=5)) == first
-    with pytest.raises(SettingsError, match=f"lora_r: 8 in {run} \\(finished\\), now 4"):
+    with pytest.raises(SettingsError, match=f"{run}: this run has already finished.*\nlora_r: 8 before, 4 now"):
         train(make_settings(untied_base, conversations, run, max_steps=1, lora_r=4))
-    with pytest.raises(SettingsError, match=r"data_path: .*conversations\.jsonl.* in .* \(finished\), .*other"):
+    with pytest.raises(SettingsError, match=r"data_path: .*conversations\.jsonl before, .*other\.jsonl now"):
         train(make_settings(untied_base, tmp_path / "other.jsonl", run, max_steps=1))
     train(make_settings(untied_base, conversations, run, max_steps=1, fresh=True))
     assert (tmp_path / "run.1" / "result.json").is_file()
@@ -492,6 +531,28 @@ def test_measured_events_have_loss_learning_rate_and_speed(
     train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=1), events.append)
     measured = [event for event in events if isinstance(event, Measured)]
     assert {"loss", "lr", "grad norm", "tokens/s"} <= set(measured[0].values)
+
+
+def test_each_evaluation_is_reported_with_its_progress_and_whether_it_is_the_best(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    changes = {"eval_fraction": 0.2, "eval_steps": 1, "eval_generate": 2, "max_steps": 3, "learning_rate": 1.0}
+    train(make_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
+    evaluated = [event for event in events if isinstance(event, Evaluated)]
+    lines = [line for line in read_metrics_lines(tmp_path / "run") if "eval_loss" in line]
+    assert [event.step for event in evaluated] == [1, 2, 3]
+    assert [event.values["loss"] for event in evaluated] == [line["eval_loss"] for line in lines]
+    losses = [line["eval_loss"] for line in lines]
+    assert [event.is_best for event in evaluated] == [losses[n] == min(losses[: n + 1]) for n in range(3)]
+    assert not evaluated[-1].is_best  # with such a learning rate
+    assert {"perplexity", "exact_match", "rougeL"} <= set(evaluated[0].values)
+    assert not any("second" in name or "runtime" in name for name in evaluated[0].values)
+    first, second = (events.index(event) for event in evaluated[:2])
+    for task, total in (("evaluate: losses", 12), ("evaluate: predictions", 2)):
+        progress = [event for event in events[first:second] if getattr(event, "task", None) == task]
+        assert progress[0] == Started(task, total, "examples")
+        assert progress[-2:] == [Advanced(task, total), Finished(task)]
 
 
 # --- two processes ---------------------------------------------------------------------------------------------
@@ -737,5 +798,26 @@ def test_two_ranks_of_zero3_resume_to_the_same_bits(
     assert (run / "adapter_model.safetensors").read_bytes() == uninterrupted
     samples = json.loads((run / "samples.json").read_text())
     assert len(samples) == 3
-    assert all({"source", "target", "before", "after"} == set(sample) for sample in samples)
+    assert all({"source", "target", "before", "after", "loss"} <= set(sample) for sample in samples)
     assert "Sample predictions before and after training" in (run / "report.html").read_text()
+
+
+def test_a_start_that_fails_on_its_data_leaves_nothing(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "bad.jsonl", tmp_path / "new" / "parent" / "run"
+    data.write_text('{"text": 1}\n')
+    with pytest.raises(DataError, match="no conversation to train on"):
+        train(make_settings(untied_base, data, run))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+    # an empty folder of the user's stays
+    run.mkdir(parents=True)
+    with pytest.raises(DataError, match="no conversation to train on"):
+        train(make_settings(untied_base, data, run))
+    assert list(run.iterdir()) == []
+    # a cache that took its time to prepare is kept for the next start, with the settings that make the folder a run
+    with pytest.raises(DataError, match="no conversation to train on"):
+        train(make_settings(untied_base, conversations, run, eval_data_path=str(data)))
+    assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]
+    # so is what existed before
+    with pytest.raises(DataError, match="no conversation to train on"):
+        train(make_settings(untied_base, data, run))
+    assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]

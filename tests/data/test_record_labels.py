@@ -139,7 +139,7 @@ def test_records_labeled_bad_are_counted_reported_and_written_in_full(
     place = tmp_path / "cache" / "rejected.jsonl"
     notes = [event.text for event in events if isinstance(event, Note)]
     assert f"2 records labeled bad (label: false, kto_tag: false) left out of supervised training: {place}" in notes
-    assert f"1 records rejected (unknown_format 1): {place}" in notes
+    assert f"1 record rejected (unknown_format 1): {place}" in notes
 
 
 def test_records_labeled_bad_do_not_count_toward_the_rejected_fraction(
@@ -195,7 +195,7 @@ def test_the_inspect_page_counts_records_labeled_bad_separately_from_rejected_on
     prepared(GOOD, BAD, BAD, {"x": 1})
     done = t5tune("inspect", tmp_path / "cache", "--html", tmp_path / "page.html")
     assert done.code == 0, done.stderr
-    assert "1 records rejected; 2 records labeled bad and left out; " in (tmp_path / "page.html").read_text()
+    assert "1 record rejected; 2 records labeled bad and left out; " in (tmp_path / "page.html").read_text()
 
 
 # ---------------------------------------------------------------- weights of single turns
@@ -371,7 +371,7 @@ def test_evaluate_does_not_score_a_turn_of_weight_0(tmp_path: Path) -> None:
     assert done.code == 0, done.stderr
     lines = (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["target"] for line in lines] == ["first", "third"]
-    assert "1 records rejected, the first" in done.stderr
+    assert "1 record rejected, the first" in done.stderr
     assert "every assistant turn has weight 0" in done.stderr
 
 

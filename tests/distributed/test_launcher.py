@@ -16,6 +16,7 @@ def test_the_launching_process_reads_each_problem_of_a_workers_error(
         monkeypatch.setenv(name, value)
     for raised in (
         SettingsError("seed: 1 \u2260 2", "lora_r: 4", hint="--fresh"),
+        SettingsError("lora_r: 8 before, 4 now", heading="run can't be resumed:", choices=["use 8", "add --fresh"]),
         RankLost("rank 0 is gone"),
         T5TuneError("x"),
     ):
@@ -25,6 +26,7 @@ def test_the_launching_process_reads_each_problem_of_a_workers_error(
         assert (path.name, type(read), str(read), read.hint) == ("rank-1.json", type(raised), str(raised), raised.hint)
         if isinstance(raised, SettingsError):
             assert isinstance(read, SettingsError)
-            assert read.problems == raised.problems
+            shown = (raised.problems, raised.heading, raised.choices)
+            assert (read.problems, read.heading, read.choices) == shown
     write_error(ValueError("a\nb"))
     assert _read_error(tmp_path / "rank-1.json").message == "ValueError: a b"

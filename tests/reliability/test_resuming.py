@@ -55,6 +55,7 @@ def check_resuming(base: Path, data: Path, tmp_path: Path, *more: str, **environ
     assert read_adapter(tmp_path / "uninterrupted") == read_adapter(tmp_path / "stopped")
 
 
+@pytest.mark.skipif(not LONG, reason="make reliability")
 def test_a_stopped_run_with_torch_compile_ends_with_the_same_bits(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -69,6 +70,10 @@ def test_a_stopped_run_with_torch_compile_ends_with_the_same_bits(
     done = t5tune(*make_arguments(untied_base, conversations, tmp_path / "stopped", more[1], "--max-steps=30"))
     assert done.code == 2
     assert "torch_compile" in done.stderr
-    done = t5tune(*make_arguments(untied_base, conversations, tmp_path / "new", *more), env={"PATH": str(tmp_path)})
+
+
+def test_torch_compile_without_a_compiler_is_refused(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    flags = make_arguments(untied_base, conversations, tmp_path / "run", "--torch-compile")
+    done = t5tune(*flags, env={"PATH": str(tmp_path)})
     assert (done.code, done.stderr.count("error: ")) == (1, 1), done.stderr
     assert "torch_compile: no C++ compiler" in done.stderr

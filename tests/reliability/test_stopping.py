@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import sys
+import termios
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +36,7 @@ from tests.support.runs import (
     start_run,
     stop_at,
 )
+from tests.support.terminal import read_screen
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +48,11 @@ def test_a_signal_saves_the_step_and_the_run_resumes_to_the_same_bits(
 ) -> None:
     settings = make_settings(untied_base, conversations, tmp_path / "run", save_steps=1000)
     event = Advanced("train", step - 1) if step else Started("train", STEPS, "steps")
-    with pytest.raises(Stopped, match=f"{number.name}.*checkpoint-{step}") as stopped:
+    with pytest.raises(Stopped) as stopped:
         train(settings, stop_at(event, number))
+    sender = "" if number == signal.SIGINT else f" by {number.name}"
+    saved = f"saved in {tmp_path / 'run' / f'checkpoint-{step}'}"
+    assert stopped.value.message == f"stopped{sender} after step {step} of {STEPS}; {saved}"
     assert stopped.value.exit_code == (130 if number == signal.SIGINT else 143)
     assert list_complete_steps(tmp_path / "run") == [step]
     train(settings)
@@ -100,7 +107,7 @@ def test_a_signal_while_the_data_is_prepared_leaves_no_partial_files(
     settings = make_settings(untied_base, conversations, tmp_path / "run")
     with pytest.raises(Stopped, match="before training began"):
         train(settings, stop_at(Started("prepare", None, "records")))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.yaml"]
+    assert not (tmp_path / "run").exists()
     train(settings)
     assert read_adapter(tmp_path / "run") == uninterrupted
 
@@ -124,10 +131,9 @@ def test_a_signal_while_rank_0_prepares_the_data_stops_all_ranks(
     command = make_arguments(untied_base, conversations, run, "--max-steps=2", "--report-samples=0")
     done = fork_server.run(command, 2, ["tests.reliability.test_stopping:stop_in_prepare()"])
     assert done.codes == [143, 143], done.log
-    errors = [line for line in done.log.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2
-    assert all("stopped by SIGTERM before training began" in line for line in errors)
-    assert [path.name for path in run.iterdir()] == ["settings.yaml"]
+    assert done.log.splitlines().count("stopped by SIGTERM before training began") == 2
+    assert "error:" not in done.log
+    assert not run.exists()
     assert fork_server.run(command, 2).codes == [0, 0]
 
 
@@ -150,7 +156,7 @@ def test_a_signal_to_torchrun_while_rank_0_prepares_the_data_leaves_no_partial_f
         assert running.wait() != 0
         running.wait_until_gone(workers)
     assert "stopped by SIGTERM before training began" in running.log.read_text()
-    assert [path.name for path in run.iterdir()] == ["settings.yaml"]
+    assert not run.exists()
     with Running(command, run) as running:
         assert running.wait() == 0, running.log.read_text()[-3000:]
 
@@ -186,9 +192,42 @@ def test_ctrl_c_saves_a_checkpoint_of_two_ranks_and_is_reported_once(
     (step,) = list_complete_steps(run)
     assert 3 <= step < STEPS
     log = running.log.read_text()
-    assert f"error: stopped by SIGINT; progress saved to {run}/checkpoint-{step}" in log
-    assert log.count("press Ctrl-C again to quit now") == 1
+    last = f"stopped after step {step} of {STEPS}; saved in {run}/checkpoint-{step}. Run the same command to continue."
+    assert log.splitlines()[-1] == last
+    assert log.count("press Ctrl-C again to quit immediately") == 1
+    assert "error:" not in log
     assert "Traceback" not in log
+
+
+def test_a_terminal_keeps_the_evaluations_and_says_where_ctrl_c_has_stopped_the_run(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    more = ("--eval-fraction=0.3", "--eval-steps=2", "--save-steps=100000", "--max-steps=100000")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 80))
+    command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, run, *more)]
+    drawn, is_sent = b"", False
+    with open(theirs, "wb") as terminal, Running(command, run, terminal, TERM="xterm") as running:
+        terminal.close()
+        with suppress(OSError):  # how a closed terminal reports its end
+            while True:
+                drawn += os.read(ours, 4096)
+                if b"step 4  held-out" in drawn and not is_sent:
+                    is_sent = True
+                    running.process.send_signal(signal.SIGINT)
+        assert running.wait() == 130
+    os.close(ours)
+    (step,) = list_complete_steps(run)
+    lines = read_screen(drawn.decode(), 80)
+    (evaluation,) = [line for line in lines if line.startswith("step 2  ")]
+    assert re.fullmatch(r"step 2  held-out loss [\d.]+  perplexity [\d.,]+  \(best\)", evaluation)
+    (bar,) = [line for line in lines if "━" in line]  # those of loading and of the evaluations are gone
+    assert re.fullmatch(rf"  train ━+ {step}/100,000 steps \[\d+:\d\d elapsed\]( +loss .*)?", bar)
+    assert lines.count("finishing this step and saving; press Ctrl-C again to quit immediately") == 1
+    end = f"stopped after step {step} of 100,000; saved in {run}/checkpoint-{step}. Run the same command to continue."
+    assert " ".join(lines[lines.index(bar) + 1 :]) == end
+    assert drawn.rfind(b"\x1b[?25h") > drawn.rfind(b"\x1b[?25l")  # the cursor is back
 
 
 def test_ctrl_c_does_not_stop_a_background_job_of_a_script() -> None:
@@ -247,7 +286,7 @@ def test_a_signal_while_libraries_are_imported_stops_training_afterwards(
     with start_run(untied_base, conversations, tmp_path / "run", **environment) as running:
         assert running.wait() == (130 if number == "SIGINT" else 143), running.log.read_text()
     lines = [line for line in running.log.read_text().splitlines() if "Ctrl-C" not in line]
-    assert lines[-1].startswith(f"error: stopped by {number} before training began"), lines
+    assert lines[-1] == f"stopped{'' if number == 'SIGINT' else f' by {number}'} before training began", lines
     assert not any("Exception" in line or "Traceback" in line for line in lines), lines
     assert list_complete_steps(tmp_path / "run") == []
 

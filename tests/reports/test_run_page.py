@@ -3,6 +3,7 @@
 Also the metrics log and the trackers.
 """
 
+import html
 import importlib.util
 import json
 import re
@@ -15,12 +16,17 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from t5tune.cli.arguments import parse_arguments
 from t5tune.commands.train import train
+from t5tune.data.cache import open_cache
 from t5tune.errors import DependencyError, SettingsError
+from t5tune.formatting import format_size
 from t5tune.progress import silent
 from t5tune.reports.metrics_log import MetricsLog, read_metrics
+from t5tune.reports.run_page import format_command, write_run_report
 from t5tune.reports.svg import Series, draw_line_chart, format_short
-from t5tune.settings import TrainSettings
+from t5tune.settings import TrainSettings, load_settings
+from t5tune.training.run_folder import read_saved_settings
 from tests.support.command_line import t5tune
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
@@ -113,7 +119,9 @@ def test_sample_predictions_are_those_of_the_base_and_of_the_trained_model(run: 
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     samples = json.loads((run / "samples.json").read_text())
-    assert len(samples) == 3
+    assert [sample["worst_of"] for sample in samples] == [*[None] * 5, *[12] * 5]  # 12 examples are held out
+    losses = [sample["loss"] for sample in samples]
+    assert losses[5:] == sorted(losses, reverse=True)[:5]
     cells = Page((run / "report.html").read_text()).cells
     tokenizer = AutoTokenizer.from_pretrained(run)
     base = AutoModelForSeq2SeqLM.from_pretrained(untied_base).eval()
@@ -140,7 +148,7 @@ def test_sample_predictions_do_not_change_training(
     )
     train(quiet)
     assert not (tmp_path / "run" / "samples.json").exists()
-    assert "before" not in (tmp_path / "run" / "report.html").read_text()
+    assert "before training" not in (tmp_path / "run" / "report.html").read_text()
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "run"))
     assert all(a[name].equal(b[name]) for name in a)
 
@@ -264,6 +272,83 @@ def test_a_loss_that_falls_a_thousandfold_is_drawn_on_a_log_scale() -> None:
     first, second, third = heights(10, 6, 2)
     assert second - first == pytest.approx(third - second, abs=0.2)
     assert heights(1000, 0, 0)[1] == heights(1000, 0, 0)[2]  # zero has no logarithm, so the axis is linear
+
+
+def test_a_long_noisy_line_is_smoothed_and_drawn_in_front_of_its_values() -> None:
+    # falls from 2 to 1, with an outlier
+    losses = [(step, 2 - step / 100 + (50 if step == 40 else 0.1 * (step % 2))) for step in range(100)]
+    series = [
+        Series("training", losses, is_smoothed=True),
+        Series("held out", [(50, 1.6), (99, 1.1)], is_marked=True),
+    ]
+    chart = draw_line_chart("Loss", series)
+    assert "training: running median of 5 values; faint: each logged value" in chart
+    assert re.findall(r'<polyline class="(.*?)"', chart) == ["raw line-0", "line-0", "line-1"]
+    raw, smooth, _ = (
+        [float(place.split(",")[1]) for place in points.split()] for points in re.findall('points="(.*?)"', chart)
+    )
+    assert len(raw) == len(smooth) == 100
+    assert smooth[0] == raw[0]
+    assert min(raw) == raw[40] < min(smooth) - 100  # the outlier is only in the faint line
+    assert chart.rindex("<circle") > chart.rindex("<polyline")
+    assert re.findall(r"<title>(.*?)</title>", chart) == ["held out: 1.6 at step 50", "held out: 1.1 at step 99"]
+    short = draw_line_chart("Loss", [Series("training", losses[:10], is_smoothed=True)])
+    assert "running median" not in short
+    assert re.findall(r'<polyline class="(.*?)"', short) == ["line-0"]
+
+
+def test_the_command_gives_the_settings_of_the_run(run: Path) -> None:
+    def parse(settings: TrainSettings) -> TrainSettings:
+        script = "t5tune() { printf '%s\\0' \"$@\"; }\n" + format_command(settings)
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        command, *words = done.stdout.removesuffix("\0").split("\0")
+        assert command == "train"
+        parsed = parse_arguments(words, TrainSettings)
+        return load_settings(TrainSettings, flags=parsed.values, problems=parsed.problems)[0]
+
+    settings = read_saved_settings(run)
+    assert settings is not None
+    assert parse(settings) == settings
+    unusual = TrainSettings(
+        model_name_or_path="a 'model'", data_path=["my data.jsonl", "-odd.jsonl"], output_dir=Path("run"),
+        source_prefix="fix:\nthis\t", bf16=True, add_tokens=["\n", "{"], lora_target_modules=["q", "v"],
+        gradient_checkpointing=True, eval_fraction=0.1,
+    )  # fmt: skip
+    assert parse(unusual) == unusual
+    once = unusual.model_copy(update={"fresh": True, "allow_change": ["data"]})
+    assert format_command(once) == format_command(unusual)
+    text = (run / "report.html").read_text()
+    assert html.escape(format_command(settings)) in text
+
+
+def test_the_page_has_readable_names_and_the_units_of_the_terminal(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    result = json.loads((run / "result.json").read_text())
+    tiles = dict(re.findall(r"<div><b>([^<]*)</b><span>([^<]*)</span></div>", text))
+    assert tiles[format_size(result["peak_memory_bytes"])] == "peak memory per process"
+    assert not any(name.startswith("process") for name in tiles.values())
+    assert "runtime" not in text
+
+
+def test_what_the_data_contains_is_shown_as_text(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    samples = [
+        {"source": "<script>1</script>", "target": '"<b>', "before": "", "after": "<img src=x>", "loss": None,
+         "worst_of": worst_of}
+        for worst_of in (None, 20)
+    ]  # fmt: skip
+    (copy / "samples.json").write_text(json.dumps(samples))
+    settings = read_saved_settings(copy)
+    assert settings is not None
+    result = json.loads((copy / "result.json").read_text())
+    write_run_report(copy, settings, result | {"eval": {"<i>": 1.0, **result["eval"]}}, open_cache(copy / "data"))
+    text = (copy / "report.html").read_text()
+    page = Page(text)
+    assert not page.names & {"script", "img", "i"}
+    assert page.cells.count("<script>1</script>") == 2
+    assert "(empty)" in page.cells
+    assert "The worst 1 of 20 examples, by loss" in text
 
 
 def test_the_page_shows_all_settings(run: Path) -> None:

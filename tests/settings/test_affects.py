@@ -36,7 +36,7 @@ RUN = [*LORA, *QUANTIZATION, *TRAINING]
 FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
     "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed", "eval_data_path", *LORA, "adapter", *QUANTIZATION,
-    *TRAINING[:-1], "training_args", "metric_for_best_model", "early_stopping_patience",
+    *TRAINING[:-1], "training_args", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
 ]  # fmt: skip
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}
 
@@ -99,7 +99,8 @@ MARKED = {
         "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps", "logging_steps",
     ],
     Affects.EVALUATION: [
-        "eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience",
+        "metrics", "metric", "eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model",
+        "early_stopping_patience", "early_stopping_threshold",
     ],
     Affects.INFERENCE: ["data_format", "source_column", "target_column", "source_prefix"],
     Affects.INPUT_FILES: ["model_name_or_path", "data_path", "eval_data_path", "adapter"],

@@ -1,0 +1,95 @@
+"""What to do after a command: where a run's report is, and the commands to type next."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE
+from t5tune.io.atomic import find_unused_folder
+from t5tune.reports.run_page import REPORT_FILE
+from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings, Settings, TrainSettings
+
+BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
+DATA_FLAGS = ("source_column", "target_column", "num_data")
+MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", "q_lora", "quant_type", "bf16", "use_cpu", "device")
+
+
+def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
+    """List the lines to show after a command, (label, text)."""
+    match settings:
+        case PrepareSettings():
+            commands = _follow_prepare(settings, result.cache)
+        case TrainSettings():
+            commands = _follow_train(settings, result)
+        case ExportSettings():
+            commands = _follow_export(result.adapter)
+        case MergeSettings() if settings.to == "checkpoint":
+            commands = _follow_merge(result.checkpoint)
+        case EvaluateSettings():
+            commands = _follow_evaluate(settings)
+        case _:
+            commands = iter(())
+    steps = [("next" if number == 0 else "", shlex.join(["t5tune", *words])) for number, words in enumerate(commands)]
+    if isinstance(settings, TrainSettings) and (report := result.run / REPORT_FILE).is_file():
+        steps.insert(0, ("report", str(report)))
+    return steps
+
+
+def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str]]:
+    yield ["inspect", str(cache)]
+    uses_pocket = settings.model_name_or_path == "pocket"
+    base = ["--config", "pocket"] if uses_pocket else [*_repeat(settings, BASE_FLAGS), "--learning-rate", "3e-4"]
+    yield ["train", *base, "--data-path", str(cache), "--output-dir", _name_output("run")]
+
+
+def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
+    yield ["chat", str(result.run)]
+    held_out = settings.eval_data_path
+    if held_out is None and result.eval and _is_cache(settings.data_path):
+        held_out = settings.data_path  # evaluate takes the examples that prepare has held out
+    yield ["evaluate", str(result.run), "--data-path", *(held_out or ["HELD_OUT.jsonl"])]
+    if settings.train_mode == "lora":
+        yield ["merge", str(result.run), *_repeat(settings, ("cache_dir",)), "--output-dir", _name_output("merged")]
+
+
+def _follow_export(adapter: Path) -> Iterator[list[str]]:
+    yield ["chat", str(adapter)]
+    yield ["merge", str(adapter), "--output-dir", _name_output("merged")]
+
+
+def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
+    yield ["chat", str(checkpoint)]
+    yield ["evaluate", str(checkpoint), "--data-path", "HELD_OUT.jsonl"]
+
+
+def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
+    model = settings.model_name_or_path
+    yield ["chat", model, *_repeat(settings, MODEL_FLAGS)]
+    is_adapter = (Path(model) / ADAPTER_CONFIG_FILE).is_file()
+    if (is_adapter or settings.adapter is not None) and not settings.compare_base:
+        data = ["--data-path", *settings.data_path, *_repeat(settings, DATA_FLAGS)]
+        yield ["evaluate", model, *_repeat(settings, MODEL_FLAGS), *data, "--compare-base"]
+    if is_adapter:
+        yield ["merge", model, *_repeat(settings, ("cache_dir",)), "--output-dir", _name_output("merged")]
+    elif settings.adapter is not None:
+        adapter = ["--adapter", str(settings.adapter)]
+        yield ["merge", *_repeat(settings, BASE_FLAGS), *adapter, "--output-dir", _name_output("merged")]
+
+
+def _repeat(settings: Settings, names: tuple[str, ...]) -> Iterator[str]:
+    """Yield the flags of those settings that differ from their defaults."""
+    for name in names:
+        value, field = getattr(settings, name), type(settings).model_fields[name]
+        if value != field.default:
+            yield "--" + name.replace("_", "-")
+            if value is not True:
+                yield str(value)
+
+
+def _is_cache(data: list[str]) -> bool:
+    return len(data) == 1 and (Path(data[0]) / CACHE_MANIFEST_FILE).is_file()
+
+
+def _name_output(name: str) -> str:
+    return str(find_unused_folder(Path(name)))

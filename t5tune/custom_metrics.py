@@ -1,0 +1,181 @@
+"""Metrics of one's own: functions (predictions, references) -> {name: number}, named as `module:function`.
+
+    # my_metric.py
+    def length_ratio(predictions: list[str], references: list[str]) -> dict[str, float]:
+        return {"length_ratio": sum(map(len, predictions)) / sum(map(len, references))}
+
+    compute_custom_metrics(["my_metric:length_ratio"], ["ab"], ["abcd"])  # {"length_ratio": 0.5}
+
+A module is looked for among the installed ones and in the current folder; `path/to/my_metric.py:length_ratio` names a
+file. Whatever goes wrong in this code of others becomes a SettingsError of one line.
+"""
+
+import importlib
+import importlib.util
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+
+from t5tune.errors import SettingsError, suggest_name
+from t5tune.io.reasons import join_first, to_one_line
+from t5tune.metrics import METRICS
+
+Metric = Callable[[list[str], list[str]], dict[str, float]]
+# what the results of train and evaluate call something else
+RESERVED_NAMES = {
+    *METRICS, "loss", "perplexity", "examples", "seconds", "base", "runtime", "samples_per_second", "steps_per_second",
+}  # fmt: skip
+FORMS = "give it as module:function or path/to/file.py:function"
+EXPECTED = "return a dict of names and finite numbers, such as {'my_score': 0.5}"
+
+
+def compute_custom_metrics(
+    functions: Sequence[str], predictions: Sequence[str], references: Sequence[str]
+) -> dict[str, float]:
+    """Compute the metrics of all functions.
+
+    Raises:
+        SettingsError: a function can't be loaded, raises an exception, or returns something else.
+    """
+    scores = _call_all(functions, predictions, references)
+    for function, name, value in scores:
+        if not math.isfinite(value):
+            raise SettingsError(f"metric: {function}: {name!r} is {value}", hint=EXPECTED)
+    return {name: value for _, name, value in scores}
+
+
+def try_custom_metrics(functions: Sequence[str], references: Sequence[str]) -> list[str]:
+    """Call each function with the first two references, also as predictions. Return the names of all metrics.
+
+    A value that isn't finite is no error yet: a correlation of two equal examples, say, is NaN.
+
+    Raises:
+        SettingsError: as for `compute_custom_metrics`.
+    """
+    return [name for _, name, _ in _call_all(functions, references[:2], references[:2])]
+
+
+@cache  # a file's module isn't executed again for each evaluation
+def load_custom_metric(function: str) -> Metric:
+    """Import the function that `module:function` or `path/to/file.py:function` names.
+
+    Raises:
+        SettingsError: there is no such module, file or function, or importing it fails.
+    """
+    place, _, name = function.rpartition(":")
+    if not place.endswith(".py") and not all(part.isidentifier() for part in place.split(".")):
+        raise SettingsError(f"metric: {function}: names no function", hint=FORMS)
+    module = _import_file(function, Path(place)) if place.endswith(".py") else _import_module(function, place)
+    found = getattr(module, name, None)
+    if not callable(found):
+        origin = _shorten_path(module.__file__ or place)
+        problem = "not a function" if hasattr(module, name) else f"no such function in {origin}"
+        own = {key: getattr(value, "__module__", None) for key, value in vars(module).items() if callable(value)}
+        known = [key for key, home in own.items() if home == module.__name__]
+        advice = suggest_name(name, known) or f"; it has {join_first(known) or 'no functions'}"
+        raise SettingsError(f"metric: {function}: {problem}{advice}")
+    return found  # type: ignore[no-any-return]
+
+
+def _import_module(function: str, module: str) -> ModuleType:
+    _add_to_path(Path.cwd())
+    missing = SettingsError(
+        f"metric: {function}: no module {module} in {Path.cwd()} or among the installed packages", hint=FORMS
+    )
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:  # the package that should contain it
+        raise missing from error
+    if spec is None:
+        raise missing
+    with _explain_exception(function, spec.origin, "importing it failed"):
+        return importlib.import_module(module)
+
+
+def _import_file(function: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise SettingsError(f"metric: {function}: {path}: no such file", hint=FORMS)
+    _add_to_path(path.resolve().parent)
+    name = f"t5tune_metric_{path.stem}"  # not the stem alone, which may be the name of a library
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None  # the file's name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # a dataclass looks its module up there
+    with _explain_exception(function, spec.origin, "importing it failed"):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _add_to_path(folder: Path) -> None:
+    """Let modules in the folder be imported. At the end, so that they don't replace a library's."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    importlib.invalidate_caches()
+
+
+def _call_all(
+    functions: Sequence[str], predictions: Sequence[str], references: Sequence[str]
+) -> list[tuple[str, str, float]]:
+    """Call the functions; return (function, name, value) of each metric, all names different."""
+    found: list[tuple[str, str, float]] = []
+    for function in functions:
+        metric = load_custom_metric(function)
+        file = getattr(getattr(metric, "__code__", None), "co_filename", None)
+        with _explain_exception(function, file, f"failed on {len(references):,} predictions and references"):
+            result = metric(list(predictions), list(references))
+        _check_result(function, result, {name: other for other, name, _ in found})
+        found += [(function, name, float(value)) for name, value in result.items()]
+    return found
+
+
+def _check_result(function: str, result: object, taken: dict[str, str]) -> None:
+    """Check that the result is a dict of numbers. `taken`: the names of other functions' metrics -> the function."""
+    if not isinstance(result, dict) or not result:
+        shown = "an empty dict" if result == {} else f"{to_one_line(repr(result))[:80]}"
+        raise SettingsError(f"metric: {function}: returned {shown}", hint=EXPECTED)
+    for name, value in result.items():
+        problem = None
+        if not isinstance(name, str) or not name.isidentifier():
+            problem = f"{to_one_line(repr(name))[:80]} can't be a metric's name: use letters, digits and _"
+        elif name in RESERVED_NAMES or name.startswith("eval_"):
+            problem = f"{name!r} is a name that t5tune uses; choose another"
+        elif name in taken:
+            problem = f"{name!r} is also a metric of {taken[name]}; rename one of them"
+        elif not isinstance(value, Real):
+            problem = f"{name!r} is {to_one_line(repr(value))[:80]}; {EXPECTED}"
+        if problem is not None:
+            raise SettingsError(f"metric: {function}: {problem}")
+
+
+@contextmanager
+def _explain_exception(function: str, file: str | None, what: str) -> Iterator[None]:
+    """Turn an exception of the user's code into one line with its last line in `file`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # a script may call sys.exit when it is imported
+        reason = f"{type(error).__name__}: {to_one_line(error)}" if str(error) else type(error).__name__
+        raise SettingsError(
+            f"metric: {function}: {what}: {reason} ({_locate(error, file)})",
+            hint="fix the function and run the same command again",
+        ) from error
+
+
+def _locate(error: BaseException, file: str | None) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_shorten_path(error.filename)}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = ([frame for frame in frames if frame.filename == file] or frames)[-1]
+    return f"{_shorten_path(frame.filename)}:{frame.lineno}"
+
+
+def _shorten_path(path: str) -> str:
+    """Make a path in the current folder relative to it."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path

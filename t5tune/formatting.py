@@ -1,0 +1,41 @@
+"""How numbers, counts, sizes, durations and the names of metrics are written, on the terminal and in the HTML pages."""
+
+import math
+
+SIZE_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
+METRIC_NAMES = {
+    "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF",
+    "valid_json": "valid JSON", "field_f1": "field F1",
+}  # fmt: skip
+
+
+def format_number(value: float) -> str:
+    """Four significant digits without trailing zeros; thousands separated by commas: 0.0001, 12.35, 81,920."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e12:
+        return f"{int(value):,}"
+    return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
+
+
+def format_count(count: int, noun: str, plural: str | None = None) -> str:
+    """Format a count with its noun: `1 record`, `2,000 records`; `plural` if that isn't `noun` with an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def format_size(num_bytes: int) -> str:
+    """Write a size in the largest unit of which it is at least a tenth: 0.59 GiB, 12.30 MiB, 0.24 KiB."""
+    unit, size = next((pair for pair in SIZE_UNITS.items() if num_bytes >= pair[1] // 10), ("KiB", 1 << 10))
+    return f"{num_bytes / size:.2f} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """Write a duration: 9.5 s, 4 min 08 s, 3 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def format_metric_name(name: str) -> str:
+    """Write the name of a metric for a reader: exact_match -> exact match, rougeL -> ROUGE-L."""
+    return METRIC_NAMES.get(name, name.replace("_", " "))

@@ -1,0 +1,135 @@
+"""The table of a command's result, on stderr: names, sizes and times for a reader; JSON has the result as it is."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.cli.output import Output
+from t5tune.data.cache_reuse import make_resume_error
+from t5tune.errors import Stopped
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result with one value of each kind."""
+
+    run: Path
+    adapter: Path
+    train_loss: float
+    eval: dict[str, float]
+    custom_metrics: dict[str, float]
+    from_training: dict[str, float]
+    tokens_per_second: float
+    peak_memory_bytes: int
+    bytes: int
+    world_size: int
+    verified: bool
+    up_to_date: bool
+    resumed_from: Path | None
+    seconds: float
+
+
+def make_result(folder: Path, **changes: Any) -> Result:
+    values: dict[str, Any] = {
+        "run": folder,
+        "adapter": folder,
+        "train_loss": 0.19399,
+        "eval": {"loss": 0.0011, "exact_match": 98.0, "rougeL": 99.5, "runtime": 5.9, "samples_per_second": 5.8},
+        "custom_metrics": {"length": 12.0},
+        "from_training": {"nf4": 0.01},
+        "tokens_per_second": 2118.4,
+        "peak_memory_bytes": 635_000_000,
+        "bytes": 1234,
+        "world_size": 1,
+        "verified": True,
+        "up_to_date": False,
+        "resumed_from": None,
+        "seconds": 247.7,
+    }
+    return Result(**{**values, **changes})
+
+
+def test_the_table_has_names_sizes_and_times_for_a_reader(capsys: pytest.CaptureFixture[str]) -> None:
+    stdout = io.StringIO()
+    Output(stdout).show(make_result(Path("run")))
+    assert stdout.getvalue() == "run\n"
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().err.splitlines())
+    assert {name: value.strip() for name, value in rows.items()} == {
+        "mean training loss": "0.194",
+        "held-out loss": "0.0011",
+        "held-out exact match": "98",
+        "held-out ROUGE-L": "99.5",
+        "length": "12",
+        "difference from training, base as nf4": "0.01",
+        "tokens per second": "2,118",
+        "peak memory per process": "0.59 GiB",
+        "size": "1.21 KiB",
+        "verified": "yes",
+        "time": "4 min 08 s",
+    }
+
+
+def test_a_long_value_stays_on_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long = Path("/a folder/" + "with-a-long-name/" * 5)
+    Output(io.StringIO()).show(make_result(Path("run"), adapter=long, world_size=4))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(str(long))
+    assert any(line.split() == ["processes", "4"] for line in lines)
+
+
+def test_json_keeps_every_key_and_number() -> None:
+    stdout = io.StringIO()
+    result = make_result(Path("run"))
+    Output(stdout, json=True).show(result)
+    found = json.loads(stdout.getvalue())
+    assert set(found) == set(vars(result))
+    assert found["eval"] == result.eval
+    assert found["peak_memory_bytes"] == 635_000_000
+
+
+def test_differences_are_a_list_below_one_heading_and_each_way_out_has_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stream = io.StringIO()
+    error = make_resume_error(Path("run/checkpoint-7"), {"seed": "seed: 1 before, 2 now", "lora_r": "lora_r: 8 before"})
+    assert Output(stream, json=True).fail(error) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: run/checkpoint-7: the run can't be resumed with other settings or data:",
+        "  seed: 1 before, 2 now",
+        "  lora_r: 8 before",
+        "to resume, use the settings and data of before",
+        "to resume all the same, add --allow-change seed lora_r",
+        "to start over, add --fresh; the old run is kept under another name",
+    ]
+    shown = json.loads(stream.getvalue())["error"]
+    assert shown["kind"] == "SettingsError"
+    assert shown["message"].splitlines()[1:] == ["seed: 1 before, 2 now", "lora_r: 8 before"]
+    assert "add --allow-change seed lora_r; to start over" in shown["hint"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line", "known"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted", ("T5TuneError", None)),
+        (KeyboardInterrupt(15), 143, "interrupted", ("T5TuneError", None)),
+        (
+            Stopped("stopped after step 5 of 9", hint="run the same command to continue"),
+            143,
+            "stopped after step 5 of 9. Run the same command to continue.",
+            ("Stopped", "run the same command to continue"),
+        ),
+    ],
+)
+def test_a_stop_is_not_called_an_error(
+    stop: BaseException, code: int, line: str, known: tuple[str, str | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.StringIO()
+    assert Output(stream, json=True).fail(stop) == code
+    assert capsys.readouterr().err == f"{line}\n"
+    shown = json.loads(stream.getvalue())["error"]
+    assert (shown["kind"], shown["hint"]) == known

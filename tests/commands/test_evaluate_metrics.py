@@ -1,0 +1,282 @@
+"""The choice of metrics in `evaluate` and in training, custom metrics, the comparison with the base, early stopping."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.commands.evaluate import EvaluateResult, evaluate
+from t5tune.commands.merge import merge
+from t5tune.commands.prepare import prepare
+from t5tune.commands.train import train
+from t5tune.errors import SettingsError
+from t5tune.progress import Event, Note
+from t5tune.reports.metrics_log import read_metrics
+from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.training.run_folder import read_result
+from tests.support import train_runs
+from tests.support.command_line import CommandResult, t5tune
+
+pytestmark = pytest.mark.slow
+
+METRICS = ("loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "valid_json", "field_f1")
+# the values fall from call to call; the first call is the trial before training
+SHRINKING = """
+CALLS = []
+def shrink(predictions, references):
+    CALLS.append(len(references))
+    return {"shrink": -len(CALLS), "small": -len(CALLS) / 1000}
+"""
+make_short_settings = functools.partial(train_runs.make_settings, max_steps=4, logging_steps=10, save_steps=500)
+
+
+def run_evaluate(model: Path, data: Path, output: Path, **changes: Any) -> EvaluateResult:
+    values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
+    return evaluate(EvaluateSettings(**{**values, "max_new_tokens": 12, **changes}))
+
+
+def get_metrics(result: EvaluateResult) -> dict[str, float | None]:
+    return {name: getattr(result, name) for name in METRICS}
+
+
+def read_lines(result: EvaluateResult) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.predictions.read_text(encoding="utf-8").splitlines()]
+
+
+def write_function(path: Path, code: str) -> Path:
+    path.write_text(code)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("metrics") / "cache"
+    prepare(PrepareSettings(model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve sources and targets, none of which is JSON."""
+    path = tmp_path_factory.mktemp("metrics") / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({"source": f"count {n}", "target": f"{n} lamps"}) for n in range(12)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(untied_base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that also trained layer norms and the rows of added tokens."""
+    folder = tmp_path_factory.mktemp("metrics") / "run"
+    train(make_short_settings(untied_base, cache, folder, modules_to_save=["final_layer_norm"], report_samples=0))
+    return folder
+
+
+def test_compare_base_gives_the_scores_of_the_base_alone(
+    run: Path, untied_base: Path, cache: Path, tmp_path: Path
+) -> None:
+    function = write_function(tmp_path / "sizes.py", "def f(p, r): return {'length': sum(map(len, p))}")
+    both = run_evaluate(run, cache, tmp_path / "both", compare_base=True, metric=f"{function}:f")
+    tuned, base = (run_evaluate(model, cache, tmp_path / model.name) for model in (run, untied_base))
+    assert get_metrics(both) == get_metrics(tuned)
+    length = sum(len(line["prediction"]) for line in read_lines(base))
+    assert both.base == get_metrics(base) | {"length": length}
+    assert both.base["loss"] != both.loss
+    lines = zip(read_lines(both), read_lines(tuned), read_lines(base), strict=True)
+    for line, with_adapter, without in lines:
+        assert line == with_adapter | {"base_prediction": without["prediction"], "base_loss": without["loss"]}
+    assert tuned.base is None
+
+
+def test_compare_base_of_a_whole_model_is_refused_before_it_is_loaded(
+    run: Path, untied_base: Path, cache: Path, tmp_path: Path
+) -> None:
+    merge(MergeSettings(model_name_or_path=str(untied_base), adapter=run, output_dir=tmp_path / "merged"))
+    (tmp_path / "merged" / "model.safetensors").unlink()
+    with pytest.raises(SettingsError, match="merged is a whole model, not an adapter, so there is no base to compare"):
+        run_evaluate(tmp_path / "merged", cache, tmp_path / "out", compare_base=True)
+
+
+def test_the_command_shows_both_models_and_the_difference(run: Path, cache: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", run, "--data-path", cache, "--num-data", 4, "--max-new-tokens", 4, "--compare-base")
+    write_function(tmp_path / "my_metric.py", "def f(p, r): return {'my_length': sum(map(len, p))}")
+    more = ("--metrics", "chrf", "--metric", "my_metric:f", "--use-cpu")
+    shown = t5tune(*arguments, *more, "--output-dir", "shown", cwd=tmp_path)
+    assert shown.code == 0, shown.stderr
+    words = [line.split() for line in shown.stderr.splitlines()]
+    assert ["tuned", "base", "difference"] in words
+    result = t5tune(*arguments, *more, "--output-dir", "out", "--json", cwd=tmp_path).json
+    assert set(result["base"]) == {"loss", "perplexity", "chrf", "my_length"}
+    assert result["bleu"] is result["valid_json"] is None
+    (row,) = [line for line in words if line[0] == "loss"]
+    assert [float(text) for text in row[1:]] == pytest.approx(
+        [result["loss"], result["base"]["loss"], result["loss"] - result["base"]["loss"]], rel=1e-2
+    )
+    assert row[3][0] in "+-"
+    assert [line[:2] for line in words if line[0] == "my"] == [["my", "length"]]
+    assert result["custom_metrics"].keys() == {"my_length"}
+
+
+def test_only_the_chosen_metrics_are_in_the_result_and_the_predictions(run: Path, cache: Path, tmp_path: Path) -> None:
+    every = run_evaluate(run, cache, tmp_path / "every", num_data=6)
+    some = run_evaluate(run, cache, tmp_path / "some", num_data=6, metrics=["rougeL", "bleu"])
+    assert get_metrics(some) == {
+        name: value if name in ("loss", "perplexity", "rougeL", "bleu") else None
+        for name, value in get_metrics(every).items()
+    }
+    assert set(read_lines(some)[0]) == {"source", "target", "prediction", "loss", "rougeL"}
+
+
+def test_json_targets_are_scored_as_json(untied_base: Path, pairs: Path, tmp_path: Path) -> None:
+    records = [{"source": "a", "target": '{"a": [1, 2]}'}, {"source": "b", "target": "no json"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    result = run_evaluate(untied_base, tmp_path / "data.jsonl", tmp_path / "out")
+    assert (result.valid_json, result.field_f1) == (0, 0)
+    assert [{"valid_json", "field_f1"} <= line.keys() for line in read_lines(result)] == [True, False]
+    without = run_evaluate(untied_base, pairs, tmp_path / "without", num_data=2)
+    assert without.valid_json is without.field_f1 is None
+    with pytest.raises(SettingsError, match="metrics: valid_json: none of the 2 targets is a JSON object or array"):
+        run_evaluate(untied_base, pairs, tmp_path / "none", num_data=2, metrics=["valid_json"])
+
+
+def test_a_mistake_in_a_custom_metric_ends_evaluate_before_the_model_is_loaded(cache: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", tmp_path / "no model", "--data-path", cache, "--metric", "my_metric:mean")
+    write_function(tmp_path / "my_metric.py", "def maen(p, r): return {}")
+    failed = t5tune(*arguments, cwd=tmp_path)
+    assert failed.code == 2
+    assert failed.errors == ["error: metric: my_metric:mean: no such function in my_metric.py; did you mean maen?"]
+
+
+# ---------------------------------------------------------------- during training
+
+
+def test_a_custom_metric_chooses_the_best_checkpoint_and_ends_the_run(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    function = write_function(tmp_path / "shrinking.py", SHRINKING)
+    changes: dict[str, Any] = {
+        "metric": f"{function}:shrink", "metrics": ["bleu"], "metric_for_best_model": "eval_shrink", "max_steps": 20,
+        "eval_steps": 2, "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2, "report_samples": 0,
+    }  # fmt: skip
+    notes: list[Event] = []
+    result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), notes.append)
+    assert result.steps == 6
+    reason = "at step 6: eval_shrink no better for 2 evaluations; best: step 2 (-2)"
+    assert result.stopped_early == reason
+    assert read_result(tmp_path / "run").stopped_early == reason
+    assert Note(f"stopped early {reason}") in notes
+    evaluated = [line for line in read_metrics(tmp_path / "run") if "eval_loss" in line]
+    assert [line["eval_shrink"] for line in evaluated] == [-2, -3, -4]
+    assert "eval_bleu" in evaluated[0]
+    assert "eval_rougeL" not in evaluated[0]
+    assert result.eval["shrink"] == -2
+    assert "stopped early at step 6" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_smaller_improvement_than_the_threshold_does_not_count(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """The metric grows by 0.5 each time."""
+    code = "C = []\ndef grow(p, r):\n    C.append(1)\n    return {'grow': len(C) / 2}"
+    function = write_function(tmp_path / "growing.py", code)
+    changes: dict[str, Any] = {
+        "metric": f"{function}:grow", "metric_for_best_model": "grow", "max_steps": 5, "eval_steps": 1,
+        "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2, "report_samples": 0,
+    }  # fmt: skip
+    settings = make_short_settings(untied_base, conversations, tmp_path / "a", **changes, early_stopping_threshold=0.5)
+    stopped = train(settings)
+    assert stopped.stopped_early == (
+        "at step 3: eval_grow no better by more than 0.5 for 2 evaluations; best: step 3 (2)"
+    )
+    settings = make_short_settings(untied_base, conversations, tmp_path / "b", **changes, early_stopping_threshold=0.4)
+    whole = train(settings)
+    assert (whole.steps, whole.stopped_early) == (5, None)
+
+
+def test_a_custom_metric_that_fails_during_training_can_be_fixed_and_the_run_resumed(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    code = "def f(p, r):\n    if len(r) > 2:\n        raise KeyError('no answer')\n    return {'x': 1}"
+    function = write_function(tmp_path / "failing.py", code)
+    changes: dict[str, Any] = {
+        "metric": f"{function}:f", "eval_steps": 2, "save_steps": 2, "eval_fraction": 0.2, "eval_generate": 3,
+        "report_samples": 0,
+    }  # fmt: skip
+    settings = make_short_settings(untied_base, conversations, tmp_path / "run", **changes)
+    with pytest.raises(SettingsError, match=r"failed on 3 predictions and references: KeyError: 'no answer' \(.*:3\)"):
+        train(settings)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    changes["metric"] = f"{write_function(tmp_path / 'fixed.py', SHRINKING)}:shrink"
+    resumed = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes))
+    assert resumed.resumed_from == tmp_path / "run" / "checkpoint-2"
+    assert resumed.eval["shrink"] == -3
+
+
+@pytest.mark.distributed
+def test_ranks_agree_on_a_random_metric_and_all_end_if_it_fails(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    code = (
+        "import random\n"
+        "R = random.Random()\n"
+        "def chance(p, r): return {'chance': R.random()}\n"
+        "def fails(p, r): return {'x': 1} if len(r) < 3 else {'x': float('inf')}\n"
+    )
+    function = write_function(tmp_path / "chances.py", code)
+    common = (
+        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--max-steps", "6", "--eval-steps",
+        "1", "--eval-fraction", "0.2", "--eval-generate", "4", "--report-samples", "0", "--use-cpu", "--json",
+    )  # fmt: skip
+    best = ("--metric-for-best-model", "chance", "--early-stopping-patience", "2")
+    agreed = on_ranks(2, *common, "--output-dir", tmp_path / "run", "--metric", f"{function}:chance", *best)
+    assert agreed.code == 0, agreed.stderr
+    failed = on_ranks(2, *common, "--output-dir", tmp_path / "failed", "--metric", f"{function}:fails")
+    assert failed.code == 2
+    assert "fails: 'x' is inf; return a dict of names and finite numbers" in failed.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric_for_best_model": "shrnk"}, "not among the metrics of this run's evaluations; did you mean shrink?"),
+        ({"metric_for_best_model": "field_f1"}, "metric_for_best_model: field_f1: not among the metrics"),
+        ({"metrics": ["field_f1"]}, "metrics: field_f1: none of the 3 targets is a JSON object or array"),
+    ],
+)
+def test_a_metric_that_evaluations_will_not_have_is_refused_before_the_first_step(
+    untied_base: Path, pairs: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    function = write_function(tmp_path / "shrinking.py", SHRINKING)
+    more = {"eval_fraction": 0.3, "eval_generate": 3, "metric": f"{function}:shrink", "report_samples": 0}
+    with pytest.raises(SettingsError) as caught:
+        train(make_short_settings(untied_base, pairs, tmp_path / "run", **more, **changes))
+    assert message in caught.value.message
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not read_metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"metrics": ["rouge"]}, "rouge: no such metric; did you mean rougeL; choose from exact_match, rouge1, "),
+        ({"metrics": ["rougeL"]}, "metrics: rougeL needs generated predictions; set eval_generate"),
+        ({"metric": ["a:b"]}, "metric: a:b needs generated predictions; set eval_generate"),
+        ({"metric_for_best_model": "bleu"}, "metric_for_best_model: bleu needs generated predictions"),
+        (
+            {"metric_for_best_model": "exactmatch", "eval_generate": "3"},
+            "metric_for_best_model: exactmatch: no such metric; did you mean exact_match; choose from loss, ",
+        ),
+        (
+            {"metric_for_best_model": "rougeL", "metrics": ["bleu", "chrf"], "eval_generate": "3"},
+            "metric_for_best_model: rougeL isn't among metrics: bleu, chrf; add it",
+        ),
+        ({"early_stopping_threshold": "0.1"}, "early_stopping_threshold: 0.1 has no effect without early_stopping_pat"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(flags: dict[str, Any], message: str) -> None:
+    needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "run", "eval_fraction": "0.1"}
+    with pytest.raises(SettingsError) as caught:
+        load_settings(TrainSettings, flags={**needed, **flags})
+    assert message in caught.value.message

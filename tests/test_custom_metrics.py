@@ -1,0 +1,162 @@
+"""Metrics of one's own: how they are found and called, and that each mistake is one line with the next step."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
+from t5tune.errors import SettingsError
+
+MODULE = """
+import math
+import sys
+
+def good(predictions, references):
+    return {"ratio": len(predictions[0]) / len(references[0]), "count": len(predictions)}
+
+def same(predictions, references):
+    return {"ratio": 1}
+
+def changes(predictions, references):
+    predictions.clear(); references.append("")
+    return {"rest": len(predictions)}
+
+def numpy(predictions, references):
+    import numpy
+    return {"small": numpy.float32(0.5), "whole": numpy.int64(3)}
+
+def fails(predictions, references):
+    return {"mean": sum([]) / len([])}
+
+def fails_below(predictions, references):
+    return {"x": math.sqrt(-1)}
+
+def exits(predictions, references):
+    sys.exit(3)
+
+def nothing(predictions, references): pass
+def number(predictions, references): return 0.5
+def empty(predictions, references): return {}
+def text(predictions, references): return {"x": "high"}
+def spaced(predictions, references): return {"my score": 1}
+def built_in(predictions, references): return {"bleu": 1}
+def prefixed(predictions, references): return {"eval_x": 1}
+def not_a_number(predictions, references): return {"x": float("nan")}
+VALUE = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with my_metric.py in it. What is imported from it is forgotten afterwards."""
+    (tmp_path / "my_metric.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {*sys.modules}
+    yield tmp_path
+    load_custom_metric.cache_clear()
+    for name in {*sys.modules} - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("place", ["my_metric", "my_metric.py", "./my_metric.py"])
+def test_a_function_is_found_in_the_current_folder(place: str) -> None:
+    assert compute_custom_metrics([f"{place}:good"], ["ab", ""], ["abcd", ""]) == {"ratio": 0.5, "count": 2.0}
+
+
+def test_a_file_elsewhere_can_import_its_neighbors_and_define_dataclasses(folder: Path) -> None:
+    (folder / "more").mkdir()
+    (folder / "more" / "neighbor.py").write_text("SCORE = 7")
+    (folder / "more" / "json.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom neighbor import SCORE\n"
+        "@dataclass\nclass Result:\n    value: int\n"
+        "def f(predictions, references):\n    import json\n    return {'x': Result(SCORE).value + len(json.dumps(1))}\n"
+    )
+    assert compute_custom_metrics(["more/json.py:f"], ["a"], ["a"]) == {"x": 8.0}
+
+
+def test_a_folder_of_the_user_does_not_replace_a_library(folder: Path) -> None:
+    (folder / "sacrebleu.py").write_text("raise RuntimeError('not the library')")
+    compute_custom_metrics(["my_metric:good"], ["a"], ["a"])
+    sys.modules.pop("sacrebleu", None)
+    import sacrebleu
+
+    assert "site-packages" in str(sacrebleu.__file__)
+
+
+def test_numpy_numbers_are_numbers_and_the_texts_are_copies() -> None:
+    predictions = ["a", "b"]
+    scores = compute_custom_metrics(["my_metric:changes", "my_metric:numpy"], predictions, predictions)
+    assert scores == {"rest": 0.0, "small": 0.5, "whole": 3.0}
+    assert predictions == ["a", "b"]
+    assert not any(isinstance(value, np.generic) for value in scores.values())
+
+
+def test_a_trial_uses_two_references_and_returns_the_names() -> None:
+    assert try_custom_metrics(["my_metric:good", "my_metric:not_a_number"], ["a", "b", "c"]) == ["ratio", "count", "x"]
+    with pytest.raises(SettingsError, match="'x' is nan") as caught:
+        compute_custom_metrics(["my_metric:not_a_number"], ["a"], ["a"])
+    assert caught.value.hint.startswith("return a dict of names and finite numbers")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ("my_metric", "metric: my_metric: names no function; give it as module:function or path/to/file.py:function"),
+        ("my metric:good", "metric: my metric:good: names no function; give it as"),
+        ("no_such_module:f", "metric: no_such_module:f: no module no_such_module in {cwd} or among the installed"),
+        ("no_such.module:f", "metric: no_such.module:f: no module no_such.module in {cwd} or among"),
+        ("more/none.py:f", "metric: more/none.py:f: more/none.py: no such file; give it as"),
+        ("my_metric:god", "metric: my_metric:god: no such function in my_metric.py; did you mean good?"),
+        ("my_metric:xyz", "no such function in my_metric.py; it has good, same, changes, numpy, fails and "),
+        ("my_metric:VALUE", "metric: my_metric:VALUE: not a function; it has good, "),
+        ("my_metric:fails", "failed on 2 predictions and references: ZeroDivisionError: "),
+        ("my_metric:fails", "(my_metric.py:20); fix the function and run the same command again"),
+        ("my_metric:fails_below", "(my_metric.py:23)"),
+        ("my_metric:exits", "SystemExit: 3 (my_metric.py:26)"),
+        ("my_metric:nothing", "metric: my_metric:nothing: returned None; return a dict of names and finite numbers"),
+        ("my_metric:number", "returned 0.5; return a dict"),
+        ("my_metric:empty", "returned an empty dict; return a dict"),
+        ("my_metric:text", "'x' is 'high'; return a dict"),
+        ("my_metric:spaced", "'my score' can't be a metric's name: use letters, digits and _"),
+        ("my_metric:built_in", "'bleu' is a name that t5tune uses; choose another"),
+        ("my_metric:prefixed", "'eval_x' is a name that t5tune uses; choose another"),
+        ("my_metric:good my_metric:same", "metric: my_metric:same: 'ratio' is also a metric of my_metric:good; rename"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_next_step(functions: str, message: str) -> None:
+    words = ["my metric:good"] if functions == "my metric:good" else functions.split()
+    with pytest.raises(SettingsError) as caught:
+        compute_custom_metrics(words, ["a", "b"], ["a", "b"])
+    (problem,) = caught.value.problems
+    line = f"{problem}; {caught.value.hint}" if caught.value.hint else problem
+    assert message.format(cwd=os.getcwd()) in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library' (broken.py:1)"),
+        ("\ndef f(:", "SyntaxError: invalid syntax (broken.py, line 2) (broken.py:2)"),
+        ("import my_metric\nmy_metric.fails([], [])", "ZeroDivisionError: "),
+        ("import sys\nsys.exit()", "SystemExit (broken.py:2)"),
+    ],
+)
+@pytest.mark.parametrize("place", ["broken", "broken.py"])
+def test_a_module_that_fails_to_import_is_named_with_its_line(
+    place: str, code: str, message: str, folder: Path
+) -> None:
+    (folder / "broken.py").write_text(code)
+    with pytest.raises(SettingsError) as caught:
+        load_custom_metric(f"{place}:f")
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"metric: {place}:f: importing it failed: ")
+    assert message in problem
+    assert "broken.py:" in problem
