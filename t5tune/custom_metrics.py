@@ -17,8 +17,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import accumulate
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,7 @@ EXPECTED = "return a dict of names and finite numbers, such as {'my_score': 0.5}
 
 
 def compute_custom_metrics(
-    functions: Sequence[str], predictions: Sequence[str], references: Sequence[str]
+    functions: Sequence[str], predictions: Sequence[str], references: Sequence[str], allow_non_finite: bool = False
 ) -> dict[str, float]:
     """Compute the metrics of all functions.
 
@@ -46,7 +47,7 @@ def compute_custom_metrics(
     """
     scores = _call_all(functions, predictions, references)
     for function, name, value in scores:
-        if not math.isfinite(value):
+        if not (allow_non_finite or math.isfinite(value)):
             raise SettingsError(f"metric: {function}: {name!r} is {value}", hint=EXPECTED)
     return {name: value for _, name, value in scores}
 
@@ -62,6 +63,12 @@ def try_custom_metrics(functions: Sequence[str], references: Sequence[str]) -> l
     return [name for _, name, _ in _call_all(functions, references[:2], references[:2])]
 
 
+def names_function(text: str) -> bool:
+    """Whether it has the form of `module:function` or `path/to/file.py:function`."""
+    place, _, name = text.rpartition(":")
+    return name.isidentifier() and (place.endswith(".py") or all(map(str.isidentifier, place.split("."))))
+
+
 @cache  # a file's module isn't executed again for each evaluation
 def load_custom_metric(function: str) -> Metric:
     """Import the function that `module:function` or `path/to/file.py:function` names.
@@ -69,13 +76,13 @@ def load_custom_metric(function: str) -> Metric:
     Raises:
         SettingsError: there is no such module, file or function, or importing it fails.
     """
-    place, _, name = function.rpartition(":")
-    if not place.endswith(".py") and not all(part.isidentifier() for part in place.split(".")):
+    if not names_function(function):
         raise SettingsError(f"metric: {function}: names no function", hint=FORMS)
+    place, _, name = function.rpartition(":")
     module = _import_file(function, Path(place)) if place.endswith(".py") else _import_module(function, place)
     found = getattr(module, name, None)
     if not callable(found):
-        origin = _shorten_path(module.__file__ or place)
+        origin = _shorten_path(getattr(module, "__file__", None) or place)  # a built-in module has no file
         problem = "not a function" if hasattr(module, name) else f"no such function in {origin}"
         own = {key: getattr(value, "__module__", None) for key, value in vars(module).items() if callable(value)}
         known = [key for key, home in own.items() if home == module.__name__]
@@ -86,17 +93,22 @@ def load_custom_metric(function: str) -> Metric:
 
 def _import_module(function: str, module: str) -> ModuleType:
     _add_to_path(Path.cwd())
-    missing = SettingsError(
-        f"metric: {function}: no module {module} in {Path.cwd()} or among the installed packages", hint=FORMS
-    )
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError as error:  # the package that should contain it
-        raise missing from error
+    *packages, _ = accumulate(module.split("."), "{}.{}".format)
+    for package in packages:  # find_spec would import them, outside of _explain_exception
+        _import_found(function, package, module)
+    return _import_found(function, module, module)
+
+
+def _import_found(function: str, name: str, module: str) -> ModuleType:
+    """Import `name`, which is the module or a package that contains it."""
+    spec = None
+    with suppress(ModuleNotFoundError, ValueError):  # its parent is no package; it is `__main__`
+        spec = importlib.util.find_spec(name)
     if spec is None:
-        raise missing
+        place = f"in {Path.cwd()} or among the installed packages"
+        raise SettingsError(f"metric: {function}: no module {module} {place}", hint=FORMS)
     with _explain_exception(function, spec.origin, "importing it failed"):
-        return importlib.import_module(module)
+        return importlib.import_module(name)
 
 
 def _import_file(function: str, path: Path) -> ModuleType:
@@ -151,8 +163,18 @@ def _check_result(function: str, result: object, taken: dict[str, str]) -> None:
             problem = f"{name!r} is also a metric of {taken[name]}; rename one of them"
         elif not isinstance(value, Real):
             problem = f"{name!r} is {to_one_line(repr(value))[:80]}; {EXPECTED}"
+        elif _overflows(value):
+            problem = f"{name!r} is a number that is too large; {EXPECTED}"
         if problem is not None:
             raise SettingsError(f"metric: {function}: {problem}")
+
+
+def _overflows(value: Real) -> bool:
+    try:
+        float(value)
+    except OverflowError:  # Python's integers have no limit
+        return True
+    return False
 
 
 @contextmanager

@@ -25,6 +25,10 @@ TRAINING_DATA_FILE = "training_data.json"
 # a token cache
 CACHE_MANIFEST_FILE = "manifest.json"
 
+# data; a JSON or a text table may also be compressed (.gz, .zst)
+JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
+TABLE_SUFFIXES = {".csv", ".tsv", ".parquet"}
+
 # a run's folder, and its checkpoints
 RUN_CACHE_FOLDER = "data"
 SETTINGS_FILE = "settings.yaml"

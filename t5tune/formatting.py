@@ -39,3 +39,8 @@ def format_duration(seconds: float) -> str:
 def format_metric_name(name: str) -> str:
     """Write the name of a metric for a reader: exact_match -> exact match, rougeL -> ROUGE-L."""
     return METRIC_NAMES.get(name, name.replace("_", " "))
+
+
+def format_held_out_metric(name: str) -> str:
+    """Write the name of an evaluation's metric where its loss could be taken for that of training."""
+    return "held-out loss" if name == "loss" else format_metric_name(name)

@@ -1,5 +1,6 @@
 """Metrics of one's own: how they are found and called, and that each mistake is one line with the next step."""
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def spaced(predictions, references): return {"my score": 1}
 def built_in(predictions, references): return {"bleu": 1}
 def prefixed(predictions, references): return {"eval_x": 1}
 def not_a_number(predictions, references): return {"x": float("nan")}
+def huge(predictions, references): return {"x": 10**5000}
 VALUE = 3
 """
 
@@ -103,6 +105,8 @@ def test_a_trial_uses_two_references_and_returns_the_names() -> None:
         compute_custom_metrics(["my_metric:not_a_number"], ["a"], ["a"])
     assert caught.value.hint.startswith("return a dict of names and finite numbers")
     assert caught.value.exit_code == 2
+    (value,) = compute_custom_metrics(["my_metric:not_a_number"], ["a"], ["a"], allow_non_finite=True).values()
+    assert math.isnan(value)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,11 @@ def test_a_trial_uses_two_references_and_returns_the_names() -> None:
         ("my_metric:number", "returned 0.5; return a dict"),
         ("my_metric:empty", "returned an empty dict; return a dict"),
         ("my_metric:text", "'x' is 'high'; return a dict"),
+        ("my_metric:huge", "'x' is a number that is too large; return a dict"),
+        ("my_metric:", "metric: my_metric:: names no function; give it as"),
+        ("__main__:no_such_function", "metric: __main__:no_such_function: no"),
+        ("sys:no_such_function", "metric: sys:no_such_function: no such function in sys"),
+        ("my_metric.more:f", "metric: my_metric.more:f: no module my_metric.more in {cwd} or among"),
         ("my_metric:spaced", "'my score' can't be a metric's name: use letters, digits and _"),
         ("my_metric:built_in", "'bleu' is a name that t5tune uses; choose another"),
         ("my_metric:prefixed", "'eval_x' is a name that t5tune uses; choose another"),
@@ -160,3 +169,26 @@ def test_a_module_that_fails_to_import_is_named_with_its_line(
     assert problem.startswith(f"metric: {place}:f: importing it failed: ")
     assert message in problem
     assert "broken.py:" in problem
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library' (broken/__init__.py:1)"),
+        ("\n1 / 0", "ZeroDivisionError: division by zero (broken/__init__.py:2)"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3 (broken/__init__.py:2)"),
+    ],
+)
+def test_a_package_that_fails_to_import_is_named_with_its_line(code: str, message: str, folder: Path) -> None:
+    (folder / "broken").mkdir()
+    (folder / "broken" / "__init__.py").write_text(code)
+    (folder / "broken" / "scores.py").write_text("def f(predictions, references): return {'x': 1}")
+    with pytest.raises(SettingsError) as caught:
+        load_custom_metric("broken.scores:f")
+    assert caught.value.message == f"metric: broken.scores:f: importing it failed: {message}"
+
+
+def test_a_module_of_a_package_is_found(folder: Path) -> None:
+    (folder / "scores" / "of").mkdir(parents=True)
+    (folder / "scores" / "of" / "mine.py").write_text("def f(predictions, references): return {'x': 1}")
+    assert compute_custom_metrics(["scores.of.mine:f"], ["a"], ["a"]) == {"x": 1.0}

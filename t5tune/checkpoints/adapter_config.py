@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from t5tune.errors import CheckpointError
-from t5tune.file_names import ADAPTER_CONFIG_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import shorten
 from t5tune.io.untrusted import read_json_object
 from t5tune.settings.messages import describe_value_error
@@ -77,8 +79,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json_object(folder, ADAPTER_CONFIG_FILE)
     except FileNotFoundError:
-        problem = f"adapter: {folder}: no {ADAPTER_CONFIG_FILE} in this folder"
-        raise CheckpointError(problem, hint=ADAPTER_FOLDER_HINT) from None
+        kind = describe_folder(folder)
+        if (folder / CONFIG_FILE).is_file():
+            whole = f"{kind} already: it was trained in full, merged, or never adapted"
+            problem = f"adapter: {folder}: {whole}, so there is no adapter in it to merge or load"
+            raise CheckpointError(problem, hint=f"use it as it is: t5tune chat {shlex.quote(str(folder))}") from None
+        problem = f"{kind}, not an adapter" if kind else f"no {ADAPTER_CONFIG_FILE} in this folder"
+        raise CheckpointError(f"adapter: {folder}: {problem}", hint=ADAPTER_FOLDER_HINT) from None
     path = folder / ADAPTER_CONFIG_FILE
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA is supported")

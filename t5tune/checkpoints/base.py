@@ -8,6 +8,7 @@ from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.errors import CheckpointError, ModelError, suggest_name
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, SENTENCEPIECE_FILES
+from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.io.untrusted import read_json_object
 from t5tune.settings.shared import BaseModelSettings
@@ -32,8 +33,9 @@ def find_base(settings: BaseModelSettings, with_weights: bool = True) -> Path:
     path = Path(name)
     folder = path if path.is_dir() else _download(settings, with_weights)
     if not (folder / CONFIG_FILE).is_file():
+        kind = describe_folder(folder)
         raise ModelError(
-            f"model_name_or_path: {name}: contains no {CONFIG_FILE}",
+            f"model_name_or_path: {name}: {f'{kind}, not a model' if kind else f'contains no {CONFIG_FILE}'}",
             hint="give a folder that save_pretrained or t5tune merge wrote",
         )
     read_config(folder)
@@ -120,6 +122,8 @@ def _find_code_key(value: Any) -> str | None:
 
 def _download(settings: BaseModelSettings, with_weights: bool) -> Path:
     name, revision = settings.model_name_or_path, settings.revision
+    if Path(name).is_file():
+        raise ModelError(f"model_name_or_path: {name}: a file, not the folder of a model", hint="name the folder")
     if not _is_hub_name(name) or Path(name).exists():
         raise ModelError(f"model_name_or_path: {name}: no such folder", hint="check the path's spelling")
     from huggingface_hub import HfApi, snapshot_download

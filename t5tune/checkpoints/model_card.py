@@ -93,7 +93,7 @@ def format_outcome_lines(result: Mapping[str, Any]) -> str:
 
 def is_timing(name: str) -> bool:
     """Whether an evaluation metric is one of the timings that Trainer adds."""
-    return name.endswith(("runtime", "_per_second"))
+    return name.removeprefix("eval_") in {"runtime", "samples_per_second", "steps_per_second"}
 
 
 def _read_optional(folder: Path, name: str) -> dict[str, Any]:

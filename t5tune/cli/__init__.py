@@ -18,6 +18,13 @@ from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, T5TuneError, WriteError, suggest_name
 
 HELP_FLAGS = {"-h", "--help", "--help-all"}
+# what other tools call our commands
+COMMANDS_IN_OTHER_TOOLS = {
+    "prepare": "preprocess tokenize",
+    "train": "finetune fine-tune fine_tune sft fit",
+    "evaluate": "eval predict test",
+    "chat": "generate infer inference",
+}
 COMPLETION_FLAGS = ("--install-completion", "--show-completion")
 
 
@@ -72,6 +79,8 @@ def run(arguments: list[str]) -> int:
 
 def _split(arguments: list[str]) -> tuple[list[str], str | None, list[str]]:
     """Split the arguments into the options before the command, the command, and what follows it."""
+    if arguments[:1] == ["help"]:  # t5tune help, t5tune help train
+        arguments = ["--help", *arguments[1:]]
     options = list(takewhile(lambda word: word.startswith("-"), arguments))
     command = next(iter(arguments[len(options) :]), None)
     rest = arguments[len(options) + 1 :]
@@ -86,5 +95,11 @@ def _make_unknown_command_error(command: str, options: list[str]) -> SettingsErr
     if options and options[-1] in COMPLETION_FLAGS:
         problem = f"{options[-1]} {command}: the option takes no value and detects the current shell"
         return SettingsError(problem, hint=f"run t5tune {options[-1]}")
-    problem = f"{command}: no such command{suggest_name(command, SUMMARIES)}"
-    return SettingsError(problem, hint=f"the commands are {', '.join(SUMMARIES)}")
+    problem = f"{command}: no such command"
+    if command == "version":
+        return SettingsError(problem, hint="run t5tune --version")
+    if command == "serve":
+        return SettingsError(problem, hint="t5tune chat answers here, and t5tune merge writes a model for a server")
+    ours = [name for name, others in COMMANDS_IN_OTHER_TOOLS.items() if command.lower() in others.split()]
+    advice = f"; did you mean {ours[0]}?" if ours else suggest_name(command, SUMMARIES)
+    return SettingsError(problem + advice, hint=None if ours else f"the commands are {', '.join(SUMMARIES)}")

@@ -12,13 +12,16 @@ import types
 import typing
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
+from t5tune.errors import find_close_name
+from t5tune.file_names import JSON_SUFFIXES, TABLE_SUFFIXES
 from t5tune.settings import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
-from t5tune.settings.synonyms import list_suggestions, suggest_setting
+from t5tune.settings.synonyms import find_meant_setting, list_suggestions, suggest_setting
 
 SWITCHES = ("json", "quiet", "debug")
 BOOLEAN_WORDS = {"true", "t", "1", "yes", "y", "on", "false", "f", "0", "no", "n", "off"}
@@ -27,10 +30,16 @@ PAIR_PATTERN = re.compile(r"([A-Za-z][\w.-]*)=(.*)", re.DOTALL)  # lora_r=16, as
 
 @dataclass(frozen=True)
 class ParsedArguments:
-    """The arguments of a command. `values`: the name of a setting, or a legacy name -> its text, or list of texts."""
+    """The arguments of a command.
+
+    Attributes:
+        values: the name of a setting, or a legacy name -> its text, or list of texts.
+        meant: settings that aren't in `values`, but that a problem suggests, so that they aren't missing too.
+    """
 
     values: dict[str, Any]
     problems: list[str]
+    meant: set[str]
     config: str | None
     json: bool
     quiet: bool
@@ -56,7 +65,8 @@ def parse_arguments(arguments: list[str], model: type[Settings]) -> ParsedArgume
             parser.add_argument(word)
     parser.apply_arguments()
     config = parser.values.pop("config", None)
-    return ParsedArguments(parser.values, parser.problems, config, **{s: s in parser.switches for s in SWITCHES})
+    switches = {name: name in parser.switches for name in SWITCHES}
+    return ParsedArguments(parser.values, parser.problems, parser.meant, config, **switches)
 
 
 class _Parser:
@@ -67,12 +77,11 @@ class _Parser:
         self.values: dict[str, Any] = {}
         self.switches: set[str] = set()
         self.problems: list[str] = []
+        self.meant: set[str] = set()
         self._arguments: dict[str, str] = {}  # setting -> the word without a flag that fills it
         fields = select_flag_fields(model)
         positional = [name for name, field in fields.items() if has_extra(field, "positional")]
         self._has_positional = bool(positional)
-        # `config` isn't meant: a word after a BOOL flag is rather a mistyped value than a config file
-        self._may_follow_bool = self._has_positional or model.also_positional in fields
         self._unfilled = deque(positional or filter(None, [model.also_positional]))
         kinds = {name: classify_field(field) for name, field in fields.items() if name not in positional}
         legacy = dict.fromkeys(LEGACY_NAMES.get(model.command, {}), "legacy")
@@ -80,13 +89,16 @@ class _Parser:
         self._kinds = {**legacy, **kinds, "config": "one", **dict.fromkeys(SWITCHES, "switch")}
 
     def add_argument(self, word: str) -> None:
-        if self._unfilled:
+        if "data_path" in self._kinds and self._is_data(word):
+            self.problems.append(f"{word}: unexpected argument; did you mean --data-path {word}?")
+            self.meant.add("data_path")
+        elif self._unfilled:
             self._arguments[self._unfilled.popleft()] = word
         elif self._arguments:
             *_, (name, taken) = self._arguments.items()
             self.problems.append(f"{word or repr(word)}: unexpected argument; {taken} is the {name} already")
         else:
-            self.problems.append(f"{word or repr(word)}: unexpected argument; put its flag before it")
+            self.problems.append(f"{word or repr(word)}: unexpected argument, with no flag before it")
 
     def add_pair(self, name: str, value: str) -> None:
         setting = name.replace("-", "_")
@@ -98,6 +110,18 @@ class _Parser:
         else:
             known = [*self._suggestions, *self._unfilled]
             self.problems.append(f"{name}: unknown setting{suggest_setting(name, known)}")
+            self._add_meant(name, known)
+
+    def _add_meant(self, name: str, known: list[str]) -> str | None:
+        if (meant := find_meant_setting(name, known)) is not None:
+            self.meant.add(meant)
+        return meant
+
+    def _is_data(self, word: str) -> bool:
+        """Whether a word without a flag is a file with data, which isn't what such a word fills."""
+        if (self._unfilled and self._unfilled[0] == "config" and word.endswith(".json")) or Path(word).is_dir():
+            return False  # a .json file may be a config
+        return any(word.lower().endswith((end, f"{end}.gz", f"{end}.zst")) for end in JSON_SUFFIXES | TABLE_SUFFIXES)
 
     def apply_arguments(self) -> None:
         """Fill the settings of the words without a flag. One that a flag has filled too becomes a problem."""
@@ -135,7 +159,8 @@ class _Parser:
             case _:
                 advice = suggest_setting(flag.lstrip("-"), self._suggestions, write=_format_flag)
                 self.problems.append(f"{flag}: unknown flag{advice}")
-                if not equals and not self._has_positional:
+                meant = self._add_meant(flag.lstrip("-"), self._suggestions)
+                if not equals and (not self._has_positional or self._kinds.get(meant or "") in ("one", "many")):
                     self._take_values(1)  # its value, which would otherwise be reported as a second problem
 
     def _take_values(self, limit: int | None = None) -> list[str]:
@@ -148,10 +173,10 @@ class _Parser:
         return values
 
     def _is_bool_next(self) -> bool:
-        """Whether the next word is the value of a BOOL flag, not a positional argument or `lora_r=16`."""
-        if not self.words or self._is_pair(self.words[0]):
-            return False
-        return not self._may_follow_bool or self.words[0].lower() in BOOLEAN_WORDS
+        """Whether the next word is the value of a BOOL flag, perhaps mistyped, not a word of its own."""
+        word = self.words[0] if self.words else ""
+        is_mistyped = find_close_name(word.lower(), ("true", "false")) is not None and not Path(word).exists()
+        return word.lower() in BOOLEAN_WORDS or is_mistyped
 
     def _is_pair(self, word: str) -> bool:
         """Whether the word is a known setting with its value, not a path or a token that contains `=`."""
@@ -159,8 +184,9 @@ class _Parser:
         return pair is not None and pair[1].replace("-", "_") in self._kinds
 
 
-def _format_flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _format_flag(name: str, value: str | None = None) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value in (None, "true") else f"{flag} {value}"
 
 
 def _is_flag(word: str) -> bool:

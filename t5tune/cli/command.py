@@ -34,7 +34,9 @@ def run_command(command: str, arguments: list[str]) -> int:
         shows_paths = world.rank == 0 and not world.is_run_set_up
         output = Output(stream, parsed.json, parsed.quiet or world.rank > 0, parsed.debug, shows_paths)
         try:
-            settings, notes = load_settings(model, parsed.config, os.environ, parsed.values, parsed.problems)
+            settings, notes = load_settings(
+                model, parsed.config, os.environ, parsed.values, parsed.problems, parsed.meant
+            )
             for note in notes:
                 output.report(Note(note))
             # before the command is imported: that takes seconds, in which a signal may arrive

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings, Settings, TrainSettings
+from t5tune.settings.flags import list_flags
+from t5tune.training.checkpoint import list_checkpoints
 
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
-DATA_FLAGS = ("source_column", "target_column", "num_data")
+NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
 MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", "q_lora", "quant_type", "bf16", "use_cpu", "device")
 
 
@@ -48,7 +51,7 @@ def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
     held_out = settings.eval_data_path
     if held_out is None and result.eval and _is_cache(settings.data_path):
         held_out = settings.data_path  # evaluate takes the examples that prepare has held out
-    yield ["evaluate", str(result.run), "--data-path", *(held_out or ["HELD_OUT.jsonl"])]
+    yield ["evaluate", str(result.run), "--data-path", *_name_data(held_out)]
     if settings.train_mode == "lora":
         yield ["merge", str(result.run), *_repeat(settings, ("cache_dir",)), "--output-dir", _name_output("merged")]
 
@@ -66,10 +69,11 @@ def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
 def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
     model = settings.model_name_or_path
     yield ["chat", model, *_repeat(settings, MODEL_FLAGS)]
-    is_adapter = (Path(model) / ADAPTER_CONFIG_FILE).is_file()
+    is_adapter = _contains_adapter(Path(model))
     if (is_adapter or settings.adapter is not None) and not settings.compare_base:
-        data = ["--data-path", *settings.data_path, *_repeat(settings, DATA_FLAGS)]
-        yield ["evaluate", model, *_repeat(settings, MODEL_FLAGS), *data, "--compare-base"]
+        again = settings.model_copy(update={"data_path": _name_data(settings.data_path)})
+        names = tuple(name for name in EvaluateSettings.model_fields if name not in NOT_REPEATED)
+        yield ["evaluate", model, *_repeat(again, names), "--compare-base"]
     if is_adapter:
         yield ["merge", model, *_repeat(settings, ("cache_dir",)), "--output-dir", _name_output("merged")]
     elif settings.adapter is not None:
@@ -79,12 +83,17 @@ def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
 
 def _repeat(settings: Settings, names: tuple[str, ...]) -> Iterator[str]:
     """Yield the flags of those settings that differ from their defaults."""
-    for name in names:
-        value, field = getattr(settings, name), type(settings).model_fields[name]
-        if value != field.default:
-            yield "--" + name.replace("_", "-")
-            if value is not True:
-                yield str(value)
+    return chain.from_iterable(list_flags(settings, names))
+
+
+def _name_data(paths: list[str] | None) -> list[str]:
+    """Return the data to evaluate on; what came from standard input can't be read a second time."""
+    return paths if paths and "-" not in paths else ["HELD_OUT.jsonl"]
+
+
+def _contains_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter, or a run that trained one; a run that was stopped has it in its checkpoints."""
+    return any((place / ADAPTER_CONFIG_FILE).is_file() for place in [folder, *list_checkpoints(folder)])
 
 
 def _is_cache(data: list[str]) -> bool:

@@ -243,27 +243,36 @@ def _add_base_columns(values: dict[str, Any]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    values = values | values.pop("custom_metrics")
+    custom = values.pop("custom_metrics")
     rows = {"": ("tuned", "base", "difference")}
-    for name, other in base.items():
-        rows[name] = (format_number(values[name]), format_number(other), f"{values[name] - other:+.4g}")
+    for name in base | custom:  # the names of a custom metric may depend on the predictions
+        tuned, other = custom.get(name, values.get(name)), base.get(name)
+        difference = None if tuned is None or other is None else tuned - other
+        sign = "+" if difference is not None and difference >= 0 else ""
+        rows[name] = (_format_optional(tuned), _format_optional(other), sign + _format_optional(difference))
     widths = [max(map(len, column)) + 2 for column in zip(*rows.values(), strict=True)]
     texts = {name: "".join(map(str.ljust, row, widths)).rstrip() for name, row in rows.items()}
-    return texts | {name: value for name, value in values.items() if name not in texts}
+    return {"custom_metrics": texts} | {name: value for name, value in values.items() if name not in texts}
+
+
+def _format_optional(value: float | None) -> str:
+    return "–" if value is None else format_number(value)
 
 
 def _list_rows(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         label = LABELS.get(name, format_metric_name(name))
-        if isinstance(value, dict):
-            without_timings = {key: item for key, item in value.items() if not is_timing(key)}
-            yield from ((f"{label} {row}".strip(), text) for row, text in _list_rows(without_timings))
+        if isinstance(value, dict):  # of metrics; some names may be the user's own, and mean nothing to us
+            metrics = {key: item for key, item in value.items() if not is_timing(key)}
+            for key, item in metrics.items():
+                text = item if isinstance(item, str) else format_number(item)
+                yield f"{label} {format_metric_name(key)}".strip(), text
         elif value is not None and value is not False and (name, value) != ("world_size", 1):
             yield label, _format_value(name, value)
 
 
 def _format_value(name: str, value: Any) -> str:
-    if name.endswith("bytes"):
+    if name in {"bytes", "peak_memory_bytes"}:
         return format_size(value)
     if name == "seconds":
         return format_duration(value)

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from t5tune.errors import to_one_line
-from t5tune.formatting import format_metric_name, format_number, format_size
+from t5tune.formatting import format_held_out_metric, format_number, format_size
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -245,6 +245,5 @@ class _Metrics:
 
 
 def _format_evaluation(event: Evaluated) -> str:
-    names = ["held-out loss" if name == "loss" else format_metric_name(name) for name in event.values]
-    metrics = [f"{name} {format_number(value)}" for name, value in zip(names, event.values.values(), strict=True)]
+    metrics = [f"{format_held_out_metric(name)} {format_number(value)}" for name, value in event.values.items()]
     return "  ".join([*metrics, *(["(best)"] if event.is_best else [])])

@@ -18,6 +18,7 @@ from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.checkpoints.training_data import TrainingData
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.cache import Cache, is_cache, open_cache
+from t5tune.data.data_problems import make_mixed_data_error, report_default_template
 from t5tune.data.encoders import Encoder, make_encoder
 from t5tune.data.encoding import Example, encode_batch, extract_example
 from t5tune.data.files import find_files
@@ -27,7 +28,14 @@ from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.sample import choose_default_template, drain, take_sample
-from t5tune.data.templates import Template, find_template, load_template, parse_template, render_conversation
+from t5tune.data.templates import (
+    PAIR_TEMPLATE,
+    Template,
+    find_template,
+    load_template,
+    parse_template,
+    render_conversation,
+)
 from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference, load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
@@ -134,15 +142,21 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
             del loaded  # so that only one model is in memory
             gc.collect()
             base = _run_model(base_settings, load_for_inference(base_settings, report).model, chosen, report)
-    outcomes = [tuned] if base is None else [tuned, base]
-    built_in, custom = zip(*(_score(each, chosen.targets, names, functions) for each in outcomes), strict=True)
     with write_folder_atomically(folder) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, chosen, names, tuned, base)
         write_settings(staged, settings)
+    outcomes, predictions = [tuned] if base is None else [tuned, base], folder / PREDICTIONS_FILE
+    built_in = [_score(each, chosen.targets, names) for each in outcomes]
+    try:
+        custom = [compute_custom_metrics(functions, each.predictions, chosen.targets) for each in outcomes]
+    except SettingsError as error:
+        hint = f"{error.hint}; " if error.hint else ""
+        replace = " (--overwrite replaces them)" if folder == settings.output_dir else ""
+        raise SettingsError(*error.problems, hint=f"{hint}the predictions are in {predictions}{replace}") from error
     return EvaluateResult(
-        predictions=folder / PREDICTIONS_FILE,
+        predictions=predictions,
         examples=len(chosen.examples),
-        **{name: built_in[0].get(name) for name in ("loss", "perplexity", *METRICS)},
+        **dict.fromkeys(METRICS) | built_in[0],  # type: ignore[arg-type]
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
@@ -173,14 +187,11 @@ def _run_model(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, r
     return _Outcome(losses, [decode_prediction(tokenizer, ids, chosen.answer_end) for ids in predicted_ids])
 
 
-def _score(
-    outcome: _Outcome, targets: list[str], names: Sequence[str], functions: Sequence[str]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the built-in metrics and the custom ones."""
+def _score(outcome: _Outcome, targets: list[str], names: Sequence[str]) -> dict[str, float]:
+    """Return the built-in metrics."""
     mean = outcome.losses.mean
     losses = {"loss": round(mean, 6), "perplexity": round(math.exp(min(mean, 700.0)), 4)}
-    predictions = outcome.predictions
-    return losses | score(predictions, targets, names), compute_custom_metrics(functions, predictions, targets)
+    return losses | score(outcome.predictions, targets, names)
 
 
 def _measure_losses(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, report: Report) -> Losses:
@@ -255,26 +266,32 @@ def _load_examples(settings: EvaluateSettings, loaded: LoadedModel, report: Repo
     files = find_files([str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path])
     records = read_records(files, settings.max_record_bytes)
     sample = take_sample(records)
-    template = find_template(settings.conversation_template, loaded.template_files)
+    template, default_template = find_template(settings.conversation_template, loaded.template_files), None
     if template is None:
-        name = choose_default_template(sample, files, settings)
-        report(Note(f"the model has no conversation template of its own; using {name}"))
-        template = load_template(name)
+        default_template = choose_default_template(sample, files, settings)
+        template = load_template(default_template)
     records = chain(drain(sample), records)
     examples: list[Example] = []
     targets: list[str] = []
     rejected: list[tuple[RecordLocation, Rejection]] = []
-    num_truncated = 0
+    num_pairs = num_truncated = 0
     for location, outcome in _encode(records, settings, template, encoder, tokenizer):
         if isinstance(outcome, Rejection):
             rejected.append((location, outcome))
             continue
-        example, target, is_truncated = outcome
+        example, target, is_pair, is_truncated = outcome
+        if default_template == PAIR_TEMPLATE and not is_pair:
+            raise make_mixed_data_error(location, num_pairs)
         examples.append(example)
         targets.append(target)
+        num_pairs += is_pair
         num_truncated += is_truncated
         if len(examples) == settings.num_data:
             break
+    if default_template is not None:
+        if num_pairs == 0:
+            report(Note(f"the model has no conversation template of its own; using {default_template}"))
+        report_default_template(default_template, num_pairs, format_count(len(examples), "example"), report)
     _report_rejected(rejected, report)
     if num_truncated:
         truncated = f"{format_count(num_truncated, 'example')} truncated to model_max_length"
@@ -290,8 +307,8 @@ def _encode(
     template: Template,
     encoder: Encoder,
     tokenizer: Tokenizer,
-) -> Iterator[tuple[RecordLocation, Rejection | tuple[Example, str, bool]]]:
-    """Yield a record's rejection, or for each of its targets (example, target as text, whether it was truncated).
+) -> Iterator[tuple[RecordLocation, Rejection | tuple[Example, str, bool, bool]]]:
+    """Yield a record's rejection, or for each of its targets (example, target as text, is pair, was truncated).
 
     They come in the order of the records, so that a caller that stops early has counted only what it used.
     """
@@ -309,7 +326,8 @@ def _encode(
                 text = conversation.turns[span.turn].text
                 if not span.target_is_whole:
                     text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
-                yield record.location, (example, text, not (span.source_is_whole and span.target_is_whole))
+                is_truncated = not (span.source_is_whole and span.target_is_whole)
+                yield record.location, (example, text, conversation.is_pair, is_truncated)
 
 
 def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: Report) -> None:

@@ -41,6 +41,7 @@ from t5tune.file_names import (
     ADAPTER_WEIGHTS_FILE,
     CHECKPOINT_MANIFEST_FILE,
     NON_LORA_FILE,
+    RESULT_FILE,
     TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
 )
@@ -120,7 +121,10 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint: {path}: is a file; expected a run folder or a checkpoint-N in it")
     if has_complete_checkpoints(path):
-        return find_complete_checkpoint(path, "checkpoint", report)
+        found = find_complete_checkpoint(path, "checkpoint", report)
+        if not (path / RESULT_FILE).is_file():
+            report(Note(f"{path}: this run hasn't finished; exporting its newest complete checkpoint, {found}"))
+        return found
     of_run = list_checkpoints(path)
     has_weights = _has_trained_weights(path)
     if of_run and not has_weights:

@@ -16,7 +16,6 @@ from t5tune.data.cache import Cache, is_cache, open_cache
 from t5tune.data.cache_view import CacheView, LengthStatistics, build_histogram
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
-from t5tune.formatting import format_count
 from t5tune.progress import Note, Report, silent
 from t5tune.reports.cache_page import write_cache_page
 from t5tune.settings import InspectSettings

@@ -28,6 +28,7 @@ from t5tune.data.data_problems import (
     format_first_rejected,
     make_mixed_data_error,
     report_default_template,
+    report_models_template,
     report_problems,
 )
 from t5tune.data.files import STDIN, Digest, find_files
@@ -44,6 +45,7 @@ from t5tune.data.writer import REJECTED_FILE, CacheWriter
 from t5tune.errors import DataError, T5TuneError
 from t5tune.families import find_family
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE
+from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically, write_json
 from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
@@ -123,6 +125,7 @@ class _CacheSource:
         stdin: the hash of standard input, once that has been read.
         num_rows: number of the base's embedding rows.
         default_template: the template's name if it was chosen by the first records; None if it was given or saved.
+        purpose: what the data is for, in messages: `train on` or `evaluate on`.
         inputs: the description of everything that the cache depends on, for its manifest.
     """
 
@@ -134,6 +137,7 @@ class _CacheSource:
     num_rows: int
     template: Template
     default_template: str | None
+    purpose: str
     inputs: dict[str, Any]
 
 
@@ -149,14 +153,16 @@ def _prepare(
     records = read_records(files, settings.max_record_bytes, stdin)
     sample = take_sample(records)
     vocabulary = _choose_vocabulary(settings, base, tokenizer_source, num_rows, sample)
-    saved_templates = [folder / TEMPLATE_FILE for folder in (tokenizer_source, base) if folder]
+    folder = settings.output_dir
+    # a run is resumed with the template that was the default when it was started
+    template_folders = (tokenizer_source, base, folder if in_use else None)
+    saved_templates = [each / TEMPLATE_FILE for each in template_folders if each is not None]
     template = find_template(settings.conversation_template, saved_templates)
     default_template = None
     if template is None:
         default_template = choose_default_template(sample, files, settings)
         template = load_template(default_template)
     inputs = _describe_inputs(settings, files, vocabulary.tokenizer, template)
-    folder = settings.output_dir
     if manifest := find_reusable_manifest(folder, inputs, in_use):
         rejected = Counter(manifest["rejected_by_reason"])
         num_records = manifest["conversations"] + rejected.total()
@@ -164,11 +170,17 @@ def _prepare(
         remove_abandoned(folder)
         return manifest, True
     all_records = chain(drain(sample), records)
-    source = _CacheSource(files, name, all_records, stdin, vocabulary, num_rows, template, default_template, inputs)
+    purpose = "evaluate on" if setting == "eval_data_path" else "train on"
+    source = _CacheSource(
+        files, name, all_records, stdin, vocabulary, num_rows, template, default_template, purpose, inputs
+    )
     with write_folder_atomically(folder) as staged:
         manifest = _write_cache(staged, settings, source, setting, report)
+    num_pairs, num_records = manifest["pairs"], manifest["conversations"]
     if default_template is not None:
-        report_default_template(default_template, manifest, report)
+        report_default_template(default_template, num_pairs, format_count(num_records, "record"), report)
+    elif settings.conversation_template is None and setting == "data_path" and num_pairs == num_records:
+        report_models_template(template, report)
     report_problems(manifest, folder, report)
     return manifest, False
 
@@ -235,7 +247,7 @@ def _write_cache(
         is_complete = _write_examples(results, writer, settings, source)
         unused = [str(file) for file in source.files if is_complete and not writer.usable[str(file)]]
         for path in _list_paths(settings) if unused else []:
-            check_any_used(f"{setting}: {path}", list(map(str, find_files([path]))), writer)
+            check_any_used(f"{setting}: {path}", list(map(str, find_files([path]))), writer, source.purpose)
         counts = writer.finish(settings.num_data)
     # how records were read, for adapters that are trained on this cache
     reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
@@ -292,7 +304,7 @@ def _write_examples(
         if writer.num_records - writer.rejected[LABELED_BAD] >= MIN_RECORDS_TO_STOP:
             check_rejected_so_far()
     check_rejected_so_far()
-    check_any_example(source.name, writer)
+    check_any_example(source.name, writer, source.purpose)
     return is_complete
 
 

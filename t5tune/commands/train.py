@@ -6,6 +6,7 @@
 Runs in the current process: as the only one, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
 """
 
+import shutil
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
@@ -97,8 +98,18 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     settings = apply_cache_settings(settings)
     folder = settings.output_dir
     locks.enter_context(lock_run_folder(folder, report))
-    if settings.fresh:
-        move_aside(folder, report)
+    if settings.fresh and (aside := move_aside(folder, report)) is not None:
+        try:
+            return _set_up_locked(settings, report)
+        except BaseException:
+            _move_back(aside, folder, report)
+            raise
+    return _set_up_locked(settings, report)
+
+
+def _set_up_locked(settings: TrainSettings, report: Report) -> Run:
+    """Save the settings in the run folder, which is locked, and prepare the cache."""
+    folder = settings.output_dir
     run = locate_run(settings)
     saved_settings = read_saved_settings(folder)
     if run.finished and saved_settings is not None:
@@ -119,6 +130,14 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
             _remove_failed_start(run, is_new_folder)
         raise
     return run
+
+
+def _move_back(aside: Path, folder: Path, report: Report) -> None:
+    """Move an old run back, in place of what a start that failed has left in the folder."""
+    with suppress(OSError):  # the error that led here must be reported
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        report(Note(f"{aside}: moved back to {folder}"))
 
 
 def _remove_failed_start(run: Run, is_new_folder: bool) -> None:

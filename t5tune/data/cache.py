@@ -29,6 +29,7 @@ from t5tune.errors import DataError
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
+from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.settings.messages import describe_value_error
@@ -195,6 +196,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = parse_json_object(path.read_bytes())
         version = manifest["format"]
+    except FileNotFoundError as error:
+        kind = describe_folder(folder)
+        why = f"{kind}, not a token cache" if kind else f"contains no {CACHE_MANIFEST_FILE}, so it isn't a token cache"
+        raise DataError(f"{folder}: {why}", hint="name a folder that t5tune prepare wrote, or a run folder") from error
     except (OSError, ValueError, KeyError) as error:
         why = "it has no format" if isinstance(error, KeyError) else describe_error(error)
         problem = f"{path}: not the manifest of a token cache ({why})"

@@ -60,7 +60,7 @@ def make_resume_error(changed: Path, differences: dict[str, str]) -> SettingsErr
         *differences.values(),
         heading=f"{changed}: the run can't be resumed with other settings or data:",
         choices=[
-            "to resume, use the settings and data of before",
+            "to resume, use the previous settings and data",
             f"to resume all the same, add --allow-change {' '.join(differences)}",
             "to start over, add --fresh; the old run is kept under another name",
         ],

@@ -7,7 +7,7 @@ from typing import Any
 
 from t5tune.data.raw_records import KEYED_RECORDS
 from t5tune.data.records import LABELED_BAD, RecordLocation
-from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE
+from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE, Template, load_template
 from t5tune.data.vocabulary import REPLACEMENT_CHARACTER
 from t5tune.data.writer import OTHER_FIELDS, REJECTED_FILE, CacheWriter
 from t5tune.errors import DataError
@@ -70,8 +70,11 @@ def check_rejected(rejected: Counter[str], num_records: int, allowed: float | No
         raise DataError(f"{data}: {problem}, more than max_rejected_fraction {allowed}{not_counted}", hint=hint)
 
 
-def check_any_used(data: str, files: list[str], writer: CacheWriter) -> None:
+def check_any_used(data: str, files: list[str], writer: CacheWriter, purpose: str) -> None:
     """Check that at least one of the files, which one path led to, has a conversation; single files may have none.
+
+    Args:
+        purpose: what the data is for: `train on` or `evaluate on`.
 
     Raises:
         DataError: none has.
@@ -82,11 +85,14 @@ def check_any_used(data: str, files: list[str], writer: CacheWriter) -> None:
     hint = _format_all_bad(bad) if bad else "it contains no record"
     if rejected := [writer.first_rejected[name] for name in files if name in writer.first_rejected]:
         hint = f"the first rejected record: {rejected[0]}"
-    raise DataError(f"{data}: contains no conversation to train on", hint=hint)
+    raise DataError(f"{data}: contains no conversation to {purpose}", hint=hint)
 
 
-def check_any_example(data: str, writer: CacheWriter) -> None:
+def check_any_example(data: str, writer: CacheWriter, purpose: str) -> None:
     """Check that there is an example.
+
+    Args:
+        purpose: what the data is for: `train on` or `evaluate on`.
 
     Raises:
         DataError: there is none.
@@ -95,7 +101,7 @@ def check_any_example(data: str, writer: CacheWriter) -> None:
         return
     if writer.num_records and writer.rejected[LABELED_BAD] == writer.num_records:
         hint = "add records labeled good (label: true, kto_tag: true), or rename the key if it means something else"
-        problem = f"{data}: {_format_all_bad(writer.num_records)}, so there is nothing to train on"
+        problem = f"{data}: {_format_all_bad(writer.num_records)}, so there is nothing to {purpose}"
         raise DataError(problem, hint=hint)
     if writer.dropped:
         hint = "every target was dropped by min_target_tokens or drop_truncated_targets"
@@ -106,7 +112,7 @@ def check_any_example(data: str, writer: CacheWriter) -> None:
         hint += 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
     dropped = _format_counts(writer.rejected + writer.dropped)
     among = format_count(writer.num_records, "record") + (f" ({dropped})" if dropped else "")
-    raise DataError(f"{data}: no conversation to train on among {among}", hint=hint)
+    raise DataError(f"{data}: no conversation to {purpose} among {among}", hint=hint)
 
 
 def make_mixed_data_error(location: RecordLocation, num_pairs: int) -> DataError:
@@ -117,13 +123,24 @@ def make_mixed_data_error(location: RecordLocation, num_pairs: int) -> DataError
     )
 
 
-def report_default_template(name: str, manifest: dict[str, Any], report: Report) -> None:
-    """Report the conversation template that was chosen by the data, unless the data is only conversations."""
-    pairs, num_records = manifest["pairs"], manifest["conversations"]
-    if pairs == 0:
+def report_default_template(name: str, num_pairs: int, among: str, report: Report) -> None:
+    """Report the conversation template that was chosen by the data, unless the data is only conversations.
+
+    Args:
+        among: how many there are in all, such as `5 records`.
+    """
+    if num_pairs == 0:
         return
-    what = "the data is" if pairs == num_records else f"{pairs:,} of {format_count(num_records, 'record')} are"
+    what = "the data is" if name == PAIR_TEMPLATE else f"{num_pairs:,} of {among} are"
     report(Note(f"conversation template {name}: {what} source/target pairs; --conversation-template chooses another"))
+
+
+def report_models_template(template: Template, report: Report) -> None:
+    """Report that source/target pairs are rendered with a template of the model's own, unless it is that of pairs."""
+    if template == load_template(PAIR_TEMPLATE):
+        return
+    advice = f"--conversation-template {PAIR_TEMPLATE} gives it the source alone"
+    report(Note(f"conversation template: the model's own; {advice}"))
 
 
 def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> None:
@@ -212,4 +229,4 @@ def _format_all_bad(count: int) -> str:
 
 
 def _format_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in Counter(counts).most_common())
+    return ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in Counter(counts).most_common())

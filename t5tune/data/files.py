@@ -21,12 +21,11 @@ from typing import Any, BinaryIO, cast
 
 from t5tune.data.cache import is_cache
 from t5tune.errors import DataError
+from t5tune.file_names import JSON_SUFFIXES, TABLE_SUFFIXES
 from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 
 STDIN = Path("-")
-JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
-TABLE_SUFFIXES = {".csv", ".tsv", ".parquet"}
 KNOWN_SUFFIXES = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
 # patterns of the first bytes; zstd's second alternative is a skippable frame, which may come first
 COMPRESSION_MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}

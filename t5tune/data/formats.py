@@ -7,6 +7,7 @@ A record's format is detected by its keys, unless `data_format` names one. A rec
 RejectionError. What is left out or repaired is counted.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from t5tune.data.record_labels import find_labels, find_weight
 from t5tune.data.records import LABELED_BAD, RecordLocation, RejectionError
 from t5tune.data.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
 from t5tune.data.wrapped_records import suggest_unwrapping
+from t5tune.errors import suggest_name
 from t5tune.settings.data import ReadingSettings
 
 Role = Literal["human", "assistant"]
@@ -183,13 +185,14 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
     found = ", ".join(sorted(value)[:6])
     if unwrapping := suggest_unwrapping(value):
         raise RejectionError("unknown_format", f"its keys are {found}{unwrapping}")
-    wanted = "; ".join(
-        f"{name}: {' or '.join(' + '.join(sorted(keys)) for keys in alternatives)}"
-        for name, (alternatives, _) in formats.items()
-    )
-    has_columns = sum(isinstance(item, str) for item in value.values()) > 1
-    columns = "; or name two columns with --source-column and --target-column" if has_columns else ""
-    raise RejectionError("unknown_format", f"its keys are {found or 'none'}; expected {wanted}{columns}")
+    texts = [shlex.quote(key) for key, item in value.items() if isinstance(item, str) and key not in COMMON_KEYS]
+    wanted = [" + ".join(sorted(alternatives[0])) for alternatives, _ in formats.values()]
+    advice = f"expected {', or '.join(wanted)}"
+    if len(texts) == 2:
+        advice = f"add --source-column {texts[0]} --target-column {texts[1]}, or the other way round"
+    elif len(texts) > 2:
+        advice += "; or name two columns with --source-column and --target-column"
+    raise RejectionError("unknown_format", f"its keys are {found or 'none'}; {advice}")
 
 
 Parser = Callable[[dict[str, Any], ReadingSettings, Counter[str]], ParsedTurns]
@@ -330,7 +333,8 @@ def _parse_pair(
     """Parse the columns `source` and `target`."""
     if missing := [name for name in (source, target) if name not in value]:
         found = ", ".join(sorted(map(str, value))[:6])
-        problem = f"no column {', '.join(missing)}; the record has {found}{suggest_unwrapping(value)}"
+        advice = suggest_unwrapping(value) or suggest_name(missing[0], map(str, value.keys() - {source, target}))
+        problem = f"no column {', '.join(missing)}; the record has {found}{advice}"
         raise RejectionError("unknown_format", problem)
     question = RecordTurn("human", reading.source_prefix + _parse_text(source, value[source]), source)
     return {source, target}, [question, _parse_text_turn("assistant", target, value[target])]

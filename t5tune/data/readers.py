@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 from t5tune.data.csv_parquet import read_csv, read_parquet
-from t5tune.data.files import BOM, JSON_SUFFIXES, STDIN, Digest, find_data_suffix, read_chunks
+from t5tune.data.files import BOM, STDIN, Digest, find_data_suffix, read_chunks
 from t5tune.data.raw_records import KEYED_RECORDS, MAX_KEPT_BYTES, RawRecord, make_too_long_record
 from t5tune.data.records import DEPTH_STEPS, RecordLocation, RejectionError, iterate_depths, parse_json
 from t5tune.errors import DataError
+from t5tune.file_names import JSON_SUFFIXES
 
 MAX_KEY_BYTES = 1000  # of a record in an object of records
+MIN_MEMBERS = 2  # to see of an object of records on a line that is longer than a record may be
 
 
 def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None) -> Iterator[RawRecord]:
@@ -94,29 +96,32 @@ class _JsonReader:
             # lines: `[INFO] starting`, or one list per line; otherwise an array, which may continue on the next line
             is_closed = bool(second) and 0 in iterate_depths(first)
             return "lines" if is_closed and (not _is_json(first) or second.startswith(b"[")) else "array"
-        if self._peek_byte() == b"{" and self._is_object_of_records(second):
+        if self._peek_byte() == b"{" and self._is_object_of_records(first, second):
             return "object"
         # an object that is open at the end of the line continues, unless the line was cut off and the next is complete
         is_open = self._peek_byte() == b"{" and bool(second) and 0 not in iterate_depths(first)
         return "values" if is_open and _OUTSIDE_TEXT.fullmatch(first) and not _is_json(second) else "lines"
 
-    def _is_object_of_records(self, second: bytes) -> bool:
+    def _is_object_of_records(self, first: bytes, second: bytes) -> bool:
         """Whether all values of the object at `start` are objects in its first max_bytes, and nothing follows it.
 
         Args:
-            second: the file's second line.
+            first, second: the file's first two lines; empty if they aren't in the buffer.
         """
         while True:
             beginning = self.buffer[self.start : self.start + self.max_bytes]
             seen = _scan_objects(beginning)
             if seen is None:
                 return False
-            is_closed, end = seen
+            is_closed, end, num_members = seen
             if is_closed and _VISIBLE.search(self.buffer, self.start + end) is not None:
                 return False  # it is the first of several lines or values
             if len(beginning) == self.max_bytes or not self._read_more():
+                # A line that is longer than a record may be can be a record itself, which begins with an object.
+                is_long_line = len(beginning) == self.max_bytes and not 0 < len(first) < self.max_bytes
+                is_object = num_members >= MIN_MEMBERS if is_long_line else _MEMBER.match(beginning, 1) is not None
                 # a line that was cut off may be followed by complete ones
-                return is_closed or (_MEMBER.match(beginning, 1) is not None and not _is_json(second))
+                return is_closed or (is_object and not _is_json(second))
 
     def _peek_lines(self) -> tuple[bytes, bytes] | None:
         """Return the line at `start` and the next one that isn't blank, or None if the buffer doesn't contain them."""
@@ -295,13 +300,15 @@ _AFTER_VALUE = re.compile(rb"[ \t\r\n]*+([,}]|\Z)")
 _MAC_LINE = re.compile(rb'(?:[^"\r\n]++|"(?:[^"\\]++|\\.)*+")++(?=\r[^\n])', re.DOTALL)
 
 
-def _scan_objects(data: bytes) -> tuple[bool, int] | None:
+def _scan_objects(data: bytes) -> tuple[bool, int, int] | None:
     """Scan an object while its values are objects; None if one isn't.
 
     Returns:
-        Whether the object is complete, and the end of what was scanned: of the object, or of the data.
+        Whether the object is complete, the end of what was scanned (of the object, or of the data), and the number of
+        complete members.
     """
     position = 1
+    num_members = 0
     while (member := _MEMBER.match(data, position)) is not None:
         depth = 1
         for mark in _MARK.finditer(data, member.end()):
@@ -309,14 +316,15 @@ def _scan_objects(data: bytes) -> tuple[bool, int] | None:
             if depth == 0:
                 break
         else:
-            return False, len(data)
+            return False, len(data), num_members
+        num_members += 1
         after = _AFTER_VALUE.match(data, mark.end())
         if after is None:
             return None
         position = after.end()
         if after[1] != b",":
-            return after[1] == b"}", position
-    return (False, len(data)) if _CUT_MEMBER.match(data, position) else None
+            return after[1] == b"}", position, num_members
+    return (False, len(data), num_members) if _CUT_MEMBER.match(data, position) else None
 
 
 def _is_json(data: bytes) -> bool:

@@ -6,8 +6,9 @@ It is made from metrics.jsonl and samples.json in the run folder, and the token 
 """
 
 import html
+import json
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from t5tune.reports.metrics_log import read_metrics, read_samples
 from t5tune.reports.page import draw_length_charts, write_page
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings
+from t5tune.settings.flags import list_flags
 
 REPORT_FILE = "report.html"
 GIB = 1 << 30
 # evaluation metrics that are shown at the top, in addition to the table
 TILE_METRICS = ("loss", "perplexity", "exact_match", "rougeL", "field_f1")
-# settings for a single start of a run, which aren't part of the command that made it
-NOT_REPEATED = {"fresh", "allow_change", "dry_run"}
+# settings for a single start of a run, and the one without a flag: not part of the command that made it
+NOT_REPEATED = {"fresh", "allow_change", "dry_run", "training_args"}
 
 
 def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str, Any], cache: Cache) -> Path:
@@ -72,23 +74,16 @@ def _render_subtitle(settings: TrainSettings, result: dict[str, Any]) -> str:
 
 
 def format_command(settings: TrainSettings) -> str:
-    """Format the command of a run, with a flag for each setting that differs from its default, one per line."""
-    words = (shlex.join(group) for group in _list_flags(settings))
-    return " \\\n  ".join(["t5tune train", *words])
+    """Format the command of a run, with a flag for each setting that differs from its default, one per line.
 
-
-def _list_flags(settings: TrainSettings) -> Iterator[list[str]]:
-    for name, value in settings.model_dump(mode="json").items():
-        if name in NOT_REPEATED or value == TrainSettings.model_fields[name].get_default():
-            continue
-        flag = TrainSettings.format_option(name)
-        if isinstance(value, bool):
-            yield [flag if value else f"--no-{flag.removeprefix('--')}"]
-            continue
-        texts = [str(item) for item in (value if isinstance(value, list) else ["none" if value is None else value])]
-        # a value that begins with a dash would be read as a flag
-        has_dash = any(text.startswith("-") for text in texts)
-        yield [f"{flag}={text}" for text in texts] if has_dash else [flag, *texts]
+    `training_args`, which has no flag, follows as a comment.
+    """
+    names = [name for name in TrainSettings.model_fields if name not in NOT_REPEATED]
+    words = (shlex.join(group) for group in list_flags(settings, names))
+    command = " \\\n  ".join(["t5tune train", *words])
+    if settings.training_args:
+        command += f"\n# and in YAML, given with --config: training_args: {json.dumps(settings.training_args)}"
+    return command
 
 
 def _render_tiles(result: dict[str, Any]) -> list[str]:
@@ -134,7 +129,7 @@ def _render_evaluation(lines: list[dict[str, Any]]) -> list[str]:
         found.append((line["step"], {name: value for name, value in metrics.items() if not is_timing(name)}))
     if not found:
         return []
-    names = list(found[-1][1])
+    names = list(dict.fromkeys(name for _, values in found for name in values))
     rows = ([f"{step:,}", *(_format_optional(values.get(name)) for name in names)] for step, values in found)
     header = ["step", *map(format_metric_name, names)]
     return ["<h2>Evaluation on held-out examples</h2>", f'<div class="scroll">{_render_table(rows, header)}</div>']

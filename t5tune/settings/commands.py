@@ -78,11 +78,8 @@ class TrainSettings(
             raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
         known = (*losses, *METRICS)
         if best is not None and best not in known and not self.metric:  # else checked when the functions are tried
-            advice = suggest_name(best, known).removesuffix("?")
-            raise ValueError(
-                f"metric_for_best_model: {best}: no such metric{advice}; choose from {', '.join(known)}, or give the "
-                "function that computes it with metric"
-            )
+            choices = f"; choose from {', '.join(known)}, or give the function that computes it with metric"
+            raise ValueError(f"metric_for_best_model: {best}: no such metric{suggest_name(best, known) or choices}")
         generated = {"metrics": self.metrics, "metric": self.metric}
         generated["metric_for_best_model"] = [best] if best is not None and best not in losses else None
         for name, value in generated.items():

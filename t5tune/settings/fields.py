@@ -86,6 +86,8 @@ def _split_items(value: Any) -> Any:
 
 
 def _wrap_in_list(value: Any) -> Any:
+    if value in ("", [""]):  # `--metric=`
+        return []
     return [value] if isinstance(value, str | Path) else value
 
 

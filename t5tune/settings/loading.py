@@ -15,9 +15,10 @@ from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
 from t5tune.settings.messages import describe_value_error
-from t5tune.settings.synonyms import list_suggestions, suggest_setting
+from t5tune.settings.synonyms import find_meant_setting, list_suggestions, suggest_setting
 
 PREFIX = "T5TUNE_"
+MAX_UNUSED_NAMES = 8  # of settings that a command doesn't use, in a note
 Model = TypeVar("Model", bound=Settings)
 
 
@@ -35,6 +36,7 @@ def load_settings(
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
     problems: Iterable[str] = (),
+    meant: Iterable[str] = (),
 ) -> tuple[Model, list[str]]:
     """Load the settings of one command.
 
@@ -43,6 +45,7 @@ def load_settings(
         environment: environment variables; only those that begin with T5TUNE_ are read.
         flags: setting name -> value as typed.
         problems: problems that the caller has found already; they are raised together with the others.
+        meant: settings that these problems suggest, so that they aren't reported as missing too.
 
     Returns:
         The settings, and notes about legacy names and about settings that the command doesn't use.
@@ -50,20 +53,23 @@ def load_settings(
     Raises:
         SettingsError: with one line for each problem in any of the three sources.
     """
-    problems = list(problems)
+    problems, meant = list(problems), set(meant)
     notes: list[str] = []
     values: dict[str, _Value] = {}
     from_flags = {name: _Value(value, model.format_option(name)) for name, value in (flags or {}).items()}
     # in increasing order of precedence
     for source in (_read_file(file) if file is not None else {}, _read_environment(environment or {}), from_flags):
-        values.update(_resolve_names(model, source, problems, notes))
+        values.update(_resolve_names(model, source, problems, notes, meant))
     settings = None
     try:
         settings = model.model_validate({name: value.value for name, value in values.items()})
     except ValidationError as error:
-        problems += [_format_problem(detail, values, model) for detail in error.errors()]
+        details = [detail for detail in error.errors() if detail["type"] != "missing" or detail["loc"][0] not in meant]
+        problems += [_format_problem(detail, values, model) for detail in details]
     if problems or settings is None:
-        raise SettingsError(*problems, hint=f"t5tune {model.command} --help-all lists every option")
+        say_what_to_do = all("; " in problem for problem in problems)
+        hint = None if say_what_to_do else f"t5tune {model.command} --help-all lists every option"
+        raise SettingsError(*problems, hint=hint)
     implied = settings.model_fields_set - values.keys()
     notes += [note for name, note in model.notes_on_implied.items() if name in implied]
     return settings, notes
@@ -96,11 +102,11 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
 
 
 def _resolve_names(
-    model: type[Settings], source: dict[str, _Value], problems: list[str], notes: list[str]
+    model: type[Settings], source: dict[str, _Value], problems: list[str], notes: list[str], meant: set[str]
 ) -> dict[str, _Value]:
     """Map legacy names to current names, skip settings of other commands with a note, and report unknown ones.
 
-    Appends to `problems` and `notes`.
+    Adds to `problems` and `notes`, and to `meant` what the unknown ones mean.
     """
     of_any_command = {name for other in COMMANDS for name in other.model_fields}
     of_any_command |= {name for names in LEGACY_NAMES.values() for name in names}
@@ -124,8 +130,12 @@ def _resolve_names(
             unused.append(name)
         else:
             others = {other_name for other in COMMANDS for other_name in list_suggestions(other)}
-            problems.append(f"{value.place}: unknown setting{suggest_setting(name, list_suggestions(model), others)}")
-    if unused:
+            own = list_suggestions(model)
+            problems.append(f"{value.place}: unknown setting{suggest_setting(name, own, others)}")
+            meant |= {setting for setting in [find_meant_setting(name, own, others)] if setting is not None}
+    if len(unused) > MAX_UNUSED_NAMES:
+        notes.append(f"{len(unused)} settings of other commands that {model.command} doesn't need are ignored")
+    elif unused:
         notes.append(f"{model.command} does not use {', '.join(unused)}")
     return known
 

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -66,6 +66,18 @@ class LoraSettings(Settings):
     train_token_rows: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True, description="Train the added tokens' rows of the embedding and the language-model head."
     )
+
+    @field_validator("train_mode", mode="before")
+    @classmethod
+    def _explain_qlora(cls, value: Any) -> Any:
+        if str(value).lower() in {"qlora", "q_lora"}:
+            raise ValueError("expected lora or full; for QLoRA, leave it out and set q_lora: true (--q-lora)")
+        return value
+
+    @field_validator("lora_target_modules")
+    @classmethod
+    def _read_all(cls, value: list[str]) -> list[str]:
+        return ["all-linear" if name == "all" else name for name in value]  # all, as LLaMA-Factory writes it
 
     @field_validator("init_lora_weights")
     @classmethod

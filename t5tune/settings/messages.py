@@ -6,6 +6,8 @@ describe_value_error({"type": "int_parsing", …})
 
 from pydantic_core import ErrorDetails
 
+from t5tune.errors import suggest_name
+
 # pydantic error type -> text; {…} is filled from the error's context
 VALUE_REASONS = {
     "int_type": "expected a whole number",
@@ -34,6 +36,8 @@ VALUE_REASONS = {
 
 def describe_value_error(error: ErrorDetails) -> str:
     """Describe why the value can't be used."""
+    if error["type"] == "bool_parsing":
+        return VALUE_REASONS[error["type"]] + suggest_name(str(error["input"]).lower(), ("true", "false"))
     if error["type"] in VALUE_REASONS:
         context = error.get("ctx", {})
         bounds = {

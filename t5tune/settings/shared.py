@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from t5tune.custom_metrics import FORMS, names_function
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects
@@ -99,14 +100,16 @@ class MetricSettings(Settings):
         json_schema_extra={"metavar": "FUNCTION…"},
     )
 
-    @field_validator("metrics")
-    @classmethod
-    def _check_names(cls, names: list[str] | None) -> list[str] | None:
-        for name in names or []:
+    @model_validator(mode="after")
+    def _check_names(self) -> "MetricSettings":
+        for name in self.metrics or []:
             if name not in METRICS:
-                advice = suggest_name(name, METRICS).removesuffix("?")
-                raise ValueError(f"{name}: no such metric{advice}; choose from {', '.join(METRICS)}")
-        return names
+                advice = suggest_name(name, METRICS) or f"; choose from {', '.join(METRICS)}"
+                raise ValueError(f"metrics: {name}: no such metric{advice}")
+        for function in self.metric or []:
+            if not names_function(function):
+                raise ValueError(f"metric: {function}: names no function; {FORMS}")
+        return self
 
 
 class OutputSettings(Settings):

@@ -17,6 +17,8 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "pretrained_model_name_or_path base_model_name_or_path",
     "revision": "model_revision revision_of_model",
     "conversation_template": "chat_template template prompt_template conv_template",
+    # before model_max_length, which chat and evaluate have as well
+    "max_new_tokens": "generation_max_length max_tokens max_length",
     "model_max_length": "sequence_len cutoff_len max_length max_seq_len max_seq_length max_source_length "
     "max_target_length max_prompt_length",
     "data_path": "datasets dataset dataset_name dataset_dir dataset_path data data_files train_file train_data "
@@ -25,11 +27,12 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "source_column": "text_column input_column prompt_column",
     "target_column": "summary_column output_column response_column label_column",
     "source_prefix": "prefix task_prefix",
-    "num_data": "max_samples max_train_samples max_eval_samples num_samples",
+    "num_data": "max_samples max_train_samples max_eval_samples num_samples limit num",
+    "example": "index idx",
     "eval_fraction": "val_set_size val_size eval_size test_size validation_split validation_split_percentage",
     "preprocessed_path": "dataset_prepared_path tokenized_path",
     "num_workers": "preprocessing_num_workers dataset_num_proc dataset_processes num_proc",
-    "add_tokens": "tokens special_tokens add_special_tokens new_special_tokens additional_special_tokens",
+    "add_tokens": "tokens add_special_tokens new_special_tokens additional_special_tokens",
     "train_mode": "finetuning_type",
     "lora_r": "lora_rank rank r",
     "lora_alpha": "alpha",
@@ -43,6 +46,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "quant_type": "bnb_4bit_quant_type quantization_type",
     "double_quant": "use_bnb_nested_quant bnb_4bit_use_double_quant double_quantization",
     "learning_rate": "lr optimizer.lr",
+    "weight_decay": "wd",
     "lr_scheduler_type": "lr_scheduler scheduler",
     "warmup_steps": "warmup num_warmup_steps",
     "num_train_epochs": "num_epochs epochs",
@@ -62,12 +66,13 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "num_gpus": "nproc_per_node gpus n_gpu",
     "process_group_timeout": "ddp_timeout",
     "use_cpu": "no_cuda cpu",
+    "bf16": "precision mixed_precision",
+    "dtype": "torch_dtype",
     "device": "device_map",
-    "max_new_tokens": "generation_max_length max_tokens",
     "num_beams": "generation_num_beams beam_size",
     "system": "system_prompt system_message default_system",
     "seed": "random_seed",
-    "output_dir": "output output_path out_dir save_dir export_dir",
+    "output_dir": "o output output_path out_dir save_dir export_dir",
     "overwrite": "overwrite_output_dir force",
 }
 """Setting -> its names in other tools. A name may belong to several settings: the first that the command has is it."""
@@ -78,34 +83,53 @@ ADVICE: Mapping[str, str] = {
     "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
     "greater_is_better": "leave it out: {metric_for_best_model} implies it; a metric of your own is better if larger",
     "push_to_hub hub_model_id push_to_hub_model_id hub_strategy": "upload the result with `hf upload NAME FOLDER`",
-    "wandb_project use_wandb": "set {report_to} to wandb, and the variable WANDB_PROJECT",
-    "evals_per_epoch": "set {eval_steps}, or {eval_strategy} to epoch",
-    "saves_per_epoch": "set {save_steps}, or {save_strategy} to epoch",
+    "wandb_project use_wandb": "use {report_to=wandb}, and the variable WANDB_PROJECT",
+    "evals_per_epoch": "use {eval_steps}, or {eval_strategy=epoch}",
+    "saves_per_epoch": "use {save_steps}, or {save_strategy=epoch}",
     "do_train do_predict": "leave it out",
     "do_eval": "leave it out: {eval_fraction} or {eval_data_path} turns evaluation on",
     "stage": "leave it out: supervised fine-tuning is all that there is",
-    "use_peft use_lora": "leave it out: LoRA is the default, and {train_mode} full trains all weights",
-    "lora_target_linear": "set {lora_target_modules} to all-linear",
-    "pissa_init": "set {init_lora_weights} to pissa",
-    "quantization_bit": "set {q_lora} to true for 4 bits, and {quant_type} to int8 for 8 bits",
-    "load_in_8bit load_8bit": "set {q_lora} to true and {quant_type} to int8",
-    "torch_dtype dtype": "set {bf16} to true, or leave it out for float32",
-    "attn_implementation flash_attention flash_attn": "leave it out: attention uses PyTorch's fused kernels (SDPA)",
+    "use_peft use_lora": "leave it out: LoRA is the default, and {train_mode=full} trains all weights",
+    "lora_target_linear": "use {lora_target_modules=all-linear}",
+    "pissa_init": "use {init_lora_weights=pissa}",
+    "quantization_bit": "use {q_lora=true} for 4 bits, and also {quant_type=int8} for 8 bits",
+    "load_in_8bit load_8bit": "use {q_lora=true} and {quant_type=int8}",
+    "torch_dtype dtype": "use {bf16=true}, or leave it out for float32",
+    "device device_map": "leave it out: CUDA_VISIBLE_DEVICES chooses the GPU that trains, {num_gpus} uses several, and "
+    "{use_cpu=true} none",
+    "num_beams generation_num_beams generation_max_length": "leave it out: the predictions of {eval_generate} are "
+    "greedy and at most as long as the longest target; t5tune evaluate has this option",
+    "limit num": "{example} shows one example, by its index, and {all=true} all of them",
+    "attn_implementation flash_attention flash_attn use_flash_attn use_flash_attention use_flash_attention_2": "leave "
+    "it out: attention uses PyTorch's fused kernels (SDPA)",
     "train_on_inputs completion_only_loss assistant_only_loss": "leave it out: the loss counts only targets",
     "tokenizer_name tokenizer_name_or_path tokenizer_config": "leave it out: the tokenizer is that of the model, and "
     "{add_tokens} extends it",
+    "special_tokens": "leave it out: the tokenizer's own are used",
+    "safe_serialization": "leave it out: weights are always written as safetensors",
+    "overwrite_cache": "leave it out: the token cache is written again whenever its inputs change",
+    "save_only_model": "leave it out: a checkpoint has all that resuming needs; {save_total_limit} keeps fewer",
+    "eval_table_size": "use {report_samples}: report.html shows so many predictions",
     "trust_remote_code": "leave it out: code from a model's repository is never run",
     "plot_loss": "leave it out: report.html in the run folder shows the curves",
     "adam_beta1 adam_beta2 adam_epsilon optim_args lr_scheduler_kwargs neftune_noise_alpha run_name": "set it under "
     "training_args in a YAML file",
 }
-"""Names in other tools -> what to do instead of a setting of the same meaning. Our settings are in braces."""
+"""Names in other tools -> what to do instead of a setting of the same meaning.
+
+Our settings are in braces, some with a value. A name of a setting, too, is that setting in a command that has it.
+"""
 
 _SETTINGS_BY_NAME = {
     name: [ours for ours, names in NAMES_IN_OTHER_TOOLS.items() if name in names.split()]
     for name in " ".join(NAMES_IN_OTHER_TOOLS.values()).split()
 }
+_SETTING_PATTERN = re.compile(r"\{(\w+)(?:=([\w-]+))?\}")
 _ADVICE_BY_NAME = {name: advice for names, advice in ADVICE.items() for name in names.split()}
+
+
+def _write_key(setting: str, value: str | None) -> str:
+    return setting if value is None else f"{setting}: {value}"
 
 
 def list_suggestions(model: type[Settings]) -> list[str]:
@@ -115,21 +139,42 @@ def list_suggestions(model: type[Settings]) -> list[str]:
 
 
 def suggest_setting(
-    name: str, own: Collection[str], others: Collection[str] = (), write: Callable[[str], str] = str
+    name: str,
+    own: Collection[str],
+    others: Collection[str] = (),
+    write: Callable[[str, str | None], str] = _write_key,
 ) -> str:
     """Return `; did you mean lora_r?`, or `; ` and what to do instead, or an empty string.
 
     Args:
         own: settings of the command, which may be suggested.
         others: settings of other commands, which another tool's name may also mean.
-        write: how to write a setting, such as `--lora-r`.
+        write: how to write a setting, or one with a value, such as `--lora-r` or `--report-to wandb`.
     """
-    name = name.lower().replace("-", "_")
-    if advice := _ADVICE_BY_NAME.get(name):
-        mentioned = re.findall(r"\{(\w+)\}", advice)
-        if {*mentioned} <= {*own, *others}:
-            return "; " + advice.format_map({setting: write(setting) for setting in mentioned})
-    meant = _SETTINGS_BY_NAME.get(name, [])
+    if advice := _find_advice(name, own, others):
+        return "; " + _SETTING_PATTERN.sub(lambda setting: write(*setting.groups()), advice)
+    meant = find_meant_setting(name, own, others)
+    return f"; did you mean {write(meant, None)}?" if meant else ""
+
+
+def find_meant_setting(name: str, own: Collection[str], others: Collection[str] = ()) -> str | None:
+    """Find the setting that an unknown name most likely means: another tool's name of it, or a mistyped one."""
+    if _find_advice(name, own, others):
+        return None
+    meant = _SETTINGS_BY_NAME.get(_normalize(name), [])
     ours = next((setting for names in (own, others) for setting in meant if setting in names), None)
-    ours = ours or find_close_name(name, own)
-    return f"; did you mean {write(ours)}?" if ours else ""
+    return ours or find_close_name(_normalize(name), own)
+
+
+def _find_advice(name: str, own: Collection[str], others: Collection[str]) -> str | None:
+    """Find what to do instead of a setting, unless the command has one that another tool calls by this name."""
+    name = _normalize(name)
+    advice = _ADVICE_BY_NAME.get(name)
+    if advice is None or not {*own}.isdisjoint(_SETTINGS_BY_NAME.get(name, [])):
+        return None
+    mentioned = {setting for setting, _ in _SETTING_PATTERN.findall(advice)}
+    return advice if mentioned <= {*own, *others} else None
+
+
+def _normalize(name: str) -> str:
+    return name.lower().replace("-", "_")

@@ -25,6 +25,15 @@ def _is_true(value: Any) -> bool:
         return False
 
 
+def _read_switch(value: Any) -> Any:
+    """Read true and false, as YAML 1.1 and other tools write it, as on and off."""
+    return {"true": "on", "false": "off"}.get(str(value).lower(), value)
+
+
+PackingMode = Literal["auto", "on", "off"]
+Packing = Annotated[PackingMode, BeforeValidator(_read_switch, json_schema_input_type=PackingMode | bool)]
+
+
 class TrainingSettings(Settings):
     panel: ClassVar[str] = "Training"
 
@@ -50,7 +59,7 @@ class TrainingSettings(Settings):
         description="Batch examples of similar length to reduce padding, by sorting within random windows of 64 steps; "
         "no effect with tokens_per_batch.",
     )
-    packing: Annotated[Literal["auto", "on", "off"], Affects.WEIGHTS] = Field(
+    packing: Annotated[Packing, Affects.WEIGHTS] = Field(
         default="auto",
         description="Pack the examples of a batch into one row without padding, without changing the results; auto "
         "packs if the model supports it.",

@@ -1,6 +1,7 @@
 """The Trainer's callbacks: report progress, and decide when to log, save, evaluate and stop."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
@@ -14,11 +15,16 @@ REPORTED_METRICS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad no
 
 
 class ReportProgress(TrainerCallback):  # type: ignore[misc]
-    """Reports progress events, and writes heartbeats to metrics.jsonl while nothing else is logged."""
+    """Reports progress events, and writes heartbeats to metrics.jsonl while nothing else is logged.
 
-    def __init__(self, report: Report, metrics_log: MetricsLog | None) -> None:
+    Args:
+        threshold: an evaluation is reported as the best if it gains more than this.
+    """
+
+    def __init__(self, report: Report, metrics_log: MetricsLog | None, threshold: float) -> None:
         self.report = report
         self.metrics_log = metrics_log
+        self.threshold = threshold
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.report(Started(TRAIN_TASK, state.max_steps, "steps"))
@@ -38,9 +44,8 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
             self.report(Measured(TRAIN_TASK, state.global_step, values))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        finite = [line for line in state.log_history if math.isfinite(line.get("eval_loss", math.nan))]
-        others = [line for line in finite if line["step"] != state.global_step]
-        is_best = math.isfinite(metrics["eval_loss"]) and all(is_better(metrics, other, args) for other in others)
+        evaluations = [line for line in state.log_history if "eval_loss" in line]
+        is_best = find_gains(evaluations, args, self.threshold)[-1]
         values = {
             name.removeprefix("eval_"): value
             for name, value in metrics.items()
@@ -52,13 +57,40 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
         self.report(Finished(TRAIN_TASK))
 
 
-def is_better(metrics: dict[str, float], other: dict[str, float], args: Any) -> bool:
-    """Compare two evaluations by the metric for the best model (default: the loss); if equal, by their losses."""
-    name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-    if name not in other:  # it was evaluated before this metric was chosen
-        return True
+def name_best_metric(args: Any) -> str:
+    """Name the metric for the best model (default: the loss) as the Trainer's log history does: eval_loss."""
+    return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+
+
+def get_best_metric(line: dict[str, float], args: Any) -> float | None:
+    """Return an evaluation's metric for the best model.
+
+    It is None if it or the loss isn't finite, or if it was chosen only after this evaluation.
+    """
+    return line.get(name_best_metric(args)) if math.isfinite(line["eval_loss"]) else None
+
+
+def is_better(line: dict[str, float], other: dict[str, float] | None, args: Any) -> bool:
+    """Compare two evaluations by the metric for the best model; if equal, by their losses."""
+    value, other_value = (None if each is None else get_best_metric(each, args) for each in (line, other))
+    if value is None or other is None or other_value is None:
+        return value is not None
     sign = 1 if args.greater_is_better else -1
-    return (sign * metrics[name], -metrics["eval_loss"]) > (sign * other[name], -other["eval_loss"])
+    return (sign * value, -line["eval_loss"]) > (sign * other_value, -other["eval_loss"])
+
+
+def find_gains(evaluations: Iterable[dict[str, float]], args: Any, threshold: float) -> list[bool]:
+    """Say of each evaluation whether it improves on the best one before it by more than the threshold.
+
+    Only the metric for the best model counts, as in Hugging Face's early stopping: an equal value with a lower loss is
+    no gain, though it makes the better checkpoint.
+    """
+    sign = 1 if args.greater_is_better else -1
+    gains, best = [], -math.inf
+    for value in (get_best_metric(line, args) for line in evaluations):
+        gains.append(value is not None and sign * value - best > threshold)
+        best = best if value is None else max(best, sign * value)
+    return gains
 
 
 class _Trainer(Protocol):

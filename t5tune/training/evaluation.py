@@ -122,7 +122,7 @@ class GenerationScorer:
         )
 
     def score(self, model: Any, examples: Sequence[Example], batch_size: int, report: Report) -> dict[str, float]:
-        """Score greedy predictions for evenly spaced examples."""
+        """Score greedy predictions for evenly spaced examples. Custom metrics may be NaN or infinite."""
         chosen = self._select_examples(examples)
         longest = find_max_target_length(chosen)
         decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
@@ -133,7 +133,7 @@ class GenerationScorer:
             self.world,
             lambda: (
                 score(predictions, targets, choose_metrics(self.names, targets))
-                | compute_custom_metrics(self.functions, predictions, targets)
+                | compute_custom_metrics(self.functions, predictions, targets, allow_non_finite=True)
             ),
         )
 

@@ -25,6 +25,7 @@ from t5tune.training.checkpoint import read_run_identity
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 CACHE_FILES = ("tokens.bin", "conversations.bin", "examples.bin")
 SHARDING_FIELDS = ("world_size", "deepspeed_stage")
+SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
 def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: int) -> dict[str, Any]:
@@ -68,6 +69,8 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
         for name in now | then
         if then.get(name) != now.get(name) and name not in SHARDING_FIELDS
     }
+    if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
+        different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"
     if refused := {name: line for name, line in different.items() if name not in allowed}:
         raise make_resume_error(checkpoint, refused)
     return list(different.values())

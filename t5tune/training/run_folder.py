@@ -30,6 +30,7 @@ from t5tune.training.checkpoint import find_newest, remove_staged
 from t5tune.training.resume_guard import build_run_identity, check_run_identity
 
 HASH_CACHE_FILE = "base.json"  # see checkpoints/fingerprint.py
+MAX_LOCK_ATTEMPTS = 100
 CACHE_SETTINGS = {*select_settings(TrainSettings, Affects.CACHE)} - {*select_settings(TrainSettings, Affects.STEPS)}
 """What determines the examples in a token cache, without what train can also apply to them later, such as num_data."""
 
@@ -91,7 +92,8 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
     """Lock the folder against other processes for this block, since two runs would mix up their files.
 
     The lock is on a file next to the folder. The system releases it when this process ends, in whatever way. Parent
-    folders that are created for that file are removed if they contain nothing else in the end.
+    folders that are created for that file are removed if they contain nothing else in the end, so another process that
+    was about to use them creates them again.
 
     Raises:
         SettingsError: another run holds the lock.
@@ -101,7 +103,6 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
     descriptor = None
     created = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_locked(path)
     except BlockingIOError:
         raise SettingsError(
@@ -124,8 +125,23 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
 
 
 def _open_locked(path: Path) -> int:
+    """Lock a file, which is created with its parent folders if it doesn't exist.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the file can't be created or locked.
+    """
+    attempts = 0
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            # a run that ended just now may have removed the folders; that can't happen many times in a row
+            attempts += 1
+            if attempts == MAX_LOCK_ATTEMPTS:
+                raise
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -152,14 +168,15 @@ def read_saved_settings(folder: Path) -> TrainSettings | None:
     return load_settings(TrainSettings, str(path))[0]
 
 
-def move_aside(folder: Path, report: Report) -> None:
-    """Rename a folder that isn't empty to the first unused name of folder.1, folder.2, …"""
+def move_aside(folder: Path, report: Report) -> Path | None:
+    """Rename a folder that isn't empty to the first unused name of folder.1, folder.2, …, and return that name."""
     if not folder.is_dir() or not any(folder.iterdir()):
-        return
+        return None
     aside = find_unused_folder(folder)
     with explain_write_errors(aside):
         folder.rename(aside)
     report(Note(f"{folder}: moved to {aside}"))
+    return aside
 
 
 def apply_cache_settings(settings: TrainSettings) -> TrainSettings:

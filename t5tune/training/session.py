@@ -24,7 +24,7 @@ from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, TrainingError, suggest_name
 from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAINER_STATE_FILE
-from t5tune.formatting import format_count, format_size
+from t5tune.formatting import format_count, format_held_out_metric, format_number, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.io.yaml_file import read_yaml
 from t5tune.model.device import get_peak_memory
@@ -76,7 +76,6 @@ def run_training(session: Session) -> TrainResult:
         )
         _report_sizes(session, loaded, built)
         trainer = _make_trainer(session, loaded, built)
-        _check_metrics(settings, trainer.parts)
         samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None
         if samples is not None:
             trainer.add_callback(samples)
@@ -92,10 +91,11 @@ def run_training(session: Session) -> TrainResult:
         samples.finish(trainer.model, trainer.is_world_process_zero())
     if trainer.early_stop is not None:
         report(Note(f"stopped early {trainer.early_stop}"))
-    best = trainer.state.best_global_step if choose_best_metric(settings) else None
-    if best is not None:
-        metric = f"{choose_best_metric(settings)} {trainer.state.best_metric:.4g}"
-        report(Note(f"the adapter is from the best step, {best}: {metric}"))
+    metric, value = choose_best_metric(settings), trainer.get_best_value()
+    best = trainer.state.best_global_step if metric else None
+    if metric and best is not None:
+        shown = "" if value is None else f": {format_held_out_metric(metric)} {format_number(value)}"
+        report(Note(f"the adapter is from the best step, {best}{shown}"))
     result = _make_result(session, loaded, built, trainer, training_seconds, best)
     last = best or result.steps
     run_on_rank_0(world, lambda: _finish_run(run, settings, loaded.cache, trainer.state, result, last))
@@ -149,6 +149,7 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
     args = make_training_arguments(settings, loaded.deepspeed, evaluates, session.world, session.device, report)
     start_id, pad_id = built.model.config.decoder_start_token_id, loaded.tokenizer.pad_token_id
     count, skips = settings.eval_generate, settings.on_non_finite == "skip"
+    scorer = _make_scorer(session, loaded, count) if count else None
     parts = TrainerParts(
         examples=loaded.cache,
         held_out=loaded.held_out,
@@ -158,9 +159,10 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
         publisher=CheckpointPublisher(folder, loaded.run_identity, settings.save_total_limit, report),
         non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
         stop=session.stop,
-        scorer=_make_scorer(session, loaded, count) if count else None,
+        scorer=scorer,
         label_smoothing=settings.label_smoothing_factor,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        metric_names=_list_metrics(settings, scorer, loaded.held_out),
         patience=settings.early_stopping_patience,
         threshold=settings.early_stopping_threshold or 0.0,
         report=report,
@@ -173,18 +175,20 @@ def _make_scorer(session: Session, loaded: _LoadedData, count: int) -> Generatio
     return GenerationScorer(loaded.tokenizer, loaded.template.answer_suffix, count, names, functions, session.world)
 
 
-def _check_metrics(settings: TrainSettings, parts: TrainerParts) -> None:
-    """Check before the first step that evaluations can compute their metrics. Call on every rank.
+def _list_metrics(settings: TrainSettings, scorer: GenerationScorer | None, held_out: Cache | None) -> list[str]:
+    """List the metrics of evaluations, after trying whether they can be computed. Call on every rank.
 
     Raises:
-        SettingsError: one can't be computed, or metric_for_best_model isn't among them.
+        SettingsError: one can't, or metric_for_best_model isn't among them.
     """
-    if parts.scorer is None or parts.held_out is None:
-        return
-    names = ["loss", "perplexity", *parts.scorer.list_metrics(parts.held_out)]
+    names = ["loss", "perplexity"]
+    if scorer is None or held_out is None:
+        return names
+    names += scorer.list_metrics(held_out)
     if (best := settings.metric_for_best_model) is not None and best not in names:
         advice = suggest_name(best, names) or f"; choose from {', '.join(names)}"
         raise SettingsError(f"metric_for_best_model: {best}: not among the metrics of this run's evaluations{advice}")
+    return names
 
 
 def _count_saves(args: Any, sampler: StepSampler) -> int:
@@ -219,7 +223,7 @@ def _check_disk_space(session: Session, loaded: _LoadedData, trainable: int, sav
         session.report(Note(f"{problem}; set save_total_limit to keep fewer", warning=True))
     elif limit is None and count > 2:
         kept = f"all {count} checkpoints will be kept, about {format_size(count * size)}"
-        session.report(Note(f"{kept}; save_total_limit 2 keeps only the newest two, {format_size(2 * size)}"))
+        session.report(Note(f"{kept}; --save-total-limit 2 keeps only the newest two, {format_size(2 * size)}"))
 
 
 def _make_result(

@@ -7,6 +7,7 @@ It finishes the current step and saves a checkpoint on a signal, and handles ste
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,17 +24,27 @@ from t5tune.data.cache import Cache
 from t5tune.distributed.collectives import any_rank, is_distributed
 from t5tune.distributed.signals import StopRequest, ignore_signals
 from t5tune.errors import DependencyError, SettingsError
-from t5tune.formatting import format_count
+from t5tune.formatting import format_count, format_held_out_metric, format_number
 from t5tune.model.device import get_peak_memory
-from t5tune.progress import Advanced, Event, Report
+from t5tune.progress import Advanced, Event, Note, Report
 from t5tune.reports.metrics_log import MetricsLog
 from t5tune.training.batches import ExampleDataset, Filler, PackedCollator, PaddedCollator, StepSampler
-from t5tune.training.callbacks import CatchUp, ReportProgress, TrainingFlow, is_better
+from t5tune.training.callbacks import (
+    CatchUp,
+    ReportProgress,
+    TrainingFlow,
+    find_gains,
+    get_best_metric,
+    is_better,
+    name_best_metric,
+)
 from t5tune.training.evaluation import GenerationScorer, measure_losses
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import CheckpointPublisher
 from t5tune.training.totals import TOTALS_KEY, RunTotals
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
+
+SCHEDULES_BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # the learning rate depends on metric_for_best_model
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class TrainerParts:
         scorer: generates and scores predictions in evaluations; None: evaluations measure only the loss.
         label_smoothing: probability mass spread uniformly over the vocabulary.
         loraplus_lr_ratio: LoRA+: learning-rate ratio of B to A; None: one learning rate.
+        metric_names: the metrics that evaluations are expected to have.
         patience: number of evaluations without improvement after which training stops; None: never.
         threshold: the improvement of an evaluation over the best one before it must be larger; 0: any counts.
         report: receives progress, and notes for the user.
@@ -68,6 +80,7 @@ class TrainerParts:
     scorer: GenerationScorer | None
     label_smoothing: float
     loraplus_lr_ratio: float | None
+    metric_names: Sequence[str]
     patience: int | None
     threshold: float
     report: Report
@@ -103,7 +116,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         model.register_state_dict_post_hook(drop_frozen)
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingFlow(self))
-        self.add_callback(ReportProgress(parts.report, self.metrics_log if self.is_world_process_zero() else None))
+        metrics_log = self.metrics_log if self.is_world_process_zero() else None
+        self.add_callback(ReportProgress(parts.report, metrics_log, parts.threshold))
         self.add_callback(CatchUp(self))
 
     def get_train_dataloader(self) -> Any:
@@ -168,7 +182,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if self.is_stop_requested():
             self._save_checkpoint(self.model, None)
         elif self._is_evaluation_due():
-            self._evaluation_to_reuse = self.parts.publisher.read_evaluation(step)
+            found, names = self.parts.publisher.read_evaluation(step), self.parts.metric_names
+            self._evaluation_to_reuse = found if found and all(f"eval_{name}" in found for name in names) else None
             self._determine_best_metric(self._evaluate(None, None), None)
             if not self.is_stopped:
                 self._save_evaluation()
@@ -187,6 +202,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def list_evaluations(self) -> dict[int, dict[str, Any]]:
         """Return the evaluations of the run so far, in order: step -> its entry in the Trainer's log history."""
         return {line["step"]: line for line in self.state.log_history if "eval_loss" in line}
+
+    def get_best_value(self) -> float | None:
+        """Return the metric for the best model of the best checkpoint; None if there is no best one."""
+        best = self.list_evaluations().get(self.state.best_global_step)
+        return None if best is None else get_best_metric(best, self.args)
 
     def _save_evaluation(self) -> None:
         step = self.state.global_step
@@ -212,9 +232,19 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         loss = measure_losses(self.model, examples, self.data_collator, batch_size, report).mean
         values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more than 709 overflows
         if self.parts.scorer is not None:
-            values |= self.parts.scorer.score(self.model, examples, batch_size, report)
-        if (best := self.args.metric_for_best_model or "loss") not in values:  # a custom metric may come and go
-            raise SettingsError(f"metric_for_best_model: {best}: not among the metrics: {', '.join(values)}")
+            scores = self.parts.scorer.score(self.model, examples, batch_size, report)
+            if (best := self.args.metric_for_best_model or "loss") not in values | scores:
+                names = ", ".join([*values, *scores])
+                raise SettingsError(f"metric_for_best_model: {best}: not among this evaluation's metrics: {names}")
+            if (schedule := self.args.lr_scheduler_type) in SCHEDULES_BY_METRIC and not math.isfinite(
+                scores.get(best, 0)
+            ):
+                problem = f"{best} is {scores[best]} at step {self.state.global_step:,}"
+                raise SettingsError(f"lr_scheduler_type: {schedule.value} needs metric_for_best_model, but {problem}")
+            for name in (name for name, score in scores.items() if not math.isfinite(score)):
+                skipped = f"the evaluation at step {self.state.global_step:,} leaves {name} out"
+                report(Note(f"metric: {skipped}, which is {scores[name]}", warning=True))
+            values |= {name: score for name, score in scores.items() if math.isfinite(score)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
 
@@ -293,7 +323,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             self._save_evaluation()
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Evaluate; return no metrics if a signal interrupts it. A resumed run will then repeat the evaluation."""
+        """Evaluate; return no metrics if a signal interrupts it. A resumed run will then repeat the evaluation.
+
+        Raises:
+            SettingsError: a metric can't be computed, on every rank; the step is saved.
+        """
         with self.totals.exclude_time():
             try:
                 metrics: dict[str, float] = super()._evaluate(*arguments, **options)
@@ -301,39 +335,48 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             except _EvaluationInterrupted:
                 self.control.should_save = self.control.should_training_stop = True
                 return {}
+            except SettingsError as error:
+                failure = error
+        self._save_checkpoint(self.model, None)
+        folder = self.parts.publisher.run_folder / f"checkpoint-{self.state.global_step}"
+        hint = f"{failure.hint}; " if failure.hint else ""
+        saved = f"the step is saved in {folder}, from which the same command resumes"
+        raise SettingsError(*failure.problems, hint=hint + saved) from failure
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Request a save if this is the best checkpoint so far, and a stop if there was no improvement for too long."""
-        if (name := self.args.metric_for_best_model) is None or not metrics:
+        if self.args.metric_for_best_model is None or not metrics:
             return False
-        name = f"eval_{name.removeprefix('eval_')}"
-        best = self.list_evaluations().get(self.state.best_global_step)
-        is_best = math.isfinite(metrics["eval_loss"]) and (best is None or is_better(metrics, best, self.args))
+        evaluations = self.list_evaluations()
+        is_best = is_better(metrics, evaluations.get(self.state.best_global_step), self.args)
         if is_best:
-            self.state.best_metric, self.state.best_global_step = metrics[name], self.state.global_step
-        since, patience = self._count_evaluations_without_gain(name), self.parts.patience
-        is_over = patience is not None and since >= patience
+            self.state.best_metric = get_best_metric(metrics, self.args)
+            self.state.best_global_step = self.state.global_step
+        since, patience = self._list_steps_without_gain(), self.parts.patience
+        is_over = patience is not None and len(since) >= patience
         if is_over and self.state.global_step < self.state.max_steps:
-            self.early_stop = self._describe_early_stop(name, since)
+            self.early_stop = self._describe_early_stop(since)
         self.control.should_training_stop |= is_over
         self.control.should_save |= (is_best or is_over) and self.parts.publisher.last_step != self.state.global_step
         return is_best
 
-    def _count_evaluations_without_gain(self, name: str) -> int:
-        """Count the latest evaluations that aren't better than the best one before them by more than the threshold."""
-        best, count, threshold = None, 0, self.parts.threshold
-        for line in (line for line in self.list_evaluations().values() if name in line):
-            gains = math.isfinite(line["eval_loss"]) and (best is None or is_better(line, best, self.args))
-            is_enough = best is None or not threshold or abs(line[name] - best[name]) > threshold
-            count = 0 if gains and is_enough else count + 1
-            best = line if gains else best
-        return count
+    def _list_steps_without_gain(self) -> list[int]:
+        """List the steps of the latest evaluations that haven't improved the metric by more than the threshold."""
+        # an evaluation without the metric says nothing about it
+        name, evaluations = name_best_metric(self.args), self.list_evaluations()
+        lines = {step: line for step, line in evaluations.items() if name in line}
+        gains = find_gains(lines.values(), self.args, self.parts.threshold)
+        last_gain = max((number for number, gain in enumerate(gains, 1) if gain), default=0)
+        return list(lines)[last_gain:]
 
-    def _describe_early_stop(self, name: str, count: int) -> str:
+    def _describe_early_stop(self, since: list[int]) -> str:
         by = f" by more than {self.parts.threshold:g}" if self.parts.threshold else ""
-        evaluations = format_count(count, "evaluation")
-        step, value = self.state.best_global_step, self.state.best_metric
-        best = "none" if value is None else f"step {step} ({value:.4g})"  # none: no loss was finite
+        name = format_held_out_metric(name_best_metric(self.args).removeprefix("eval_"))
+        evaluations = format_count(len(since), "evaluation")
+        step, value, why = self.state.best_global_step, self.get_best_value(), ""
+        if step in since:
+            why = ", within the threshold" if self.parts.threshold else ", equal but with a lower loss"
+        best = "none" if value is None else f"step {step} ({format_number(value)}{why})"  # none: no value was finite
         return f"at step {self.state.global_step}: {name} no better{by} for {evaluations}; best: {best}"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

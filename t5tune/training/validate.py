@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
 from t5tune.custom_metrics import load_custom_metric
@@ -26,17 +27,23 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", 
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Check what doesn't depend on the machine's GPUs and files.
+    """Check what doesn't depend on the machine's GPUs and on the base.
 
     Raises:
+        CheckpointError: `adapter` isn't the folder of an adapter.
         SettingsError: an unknown field under training_args, an unsuitable DeepSpeed config, settings of examples that
-            differ from those of the token cache, and the like: all problems at once.
+            differ from those of the token cache, and the like: all problems at once; before them, that there is no
+            such conversation template.
         DependencyError: DeepSpeed or a tracker isn't installed, or a library is older than t5tune needs.
     """
     check_versions("torch", "transformers", "accelerate", "peft")
     if settings.q_lora:
         check_versions("bitsandbytes")
     choose_trackers(settings.report_to)
+    if settings.adapter is not None:
+        read_adapter_config(settings.adapter)
+    if settings.conversation_template is not None:
+        load_template(settings.conversation_template)
     problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
     problems += _find_unusable_arguments(settings.training_args) + _find_missing_functions(settings)
     if settings.deepspeed is not None:

@@ -43,6 +43,8 @@ from t5tune.settings import (
         ),
         (TrainSettings, "--data-path a lora_r=16 data_path=b", {"data_path": ["a", "b"], "lora_r": "16"}),
         (TrainSettings, "--bf16 warmup_ratio=0.1", {"bf16": "true", "warmup_ratio": "0.1"}),
+        (TrainSettings, "--bf16 run.yaml --dry-run off", {"bf16": "true", "dry_run": "off"}),
+        (TrainSettings, "--bf16 flase", {"bf16": "flase"}),  # which pydantic refuses
         (InspectSettings, "all=true cache=run", {"all": "true", "cache": "run"}),
         # not key=value: the value of a flag, a path, a name that isn't a setting in a list, and what follows --
         (ChatSettings, "./seed=1 --prompt seed=2", {"model_name_or_path": "./seed=1", "prompt": "seed=2"}),
@@ -63,7 +65,7 @@ def test_values_are_the_text_that_was_typed(model: type[Settings], line: str, va
         (
             PrepareSettings,
             "-5 -- --bf16",
-            [f"{word}: unexpected argument; put its flag before it" for word in ("-5", "--bf16")],
+            [f"{word}: unexpected argument, with no flag before it" for word in ("-5", "--bf16")],
         ),
         (
             InspectSettings,
@@ -72,6 +74,17 @@ def test_values_are_the_text_that_was_typed(model: type[Settings], line: str, va
         ),
         (InspectSettings, "--cach c", ["--cach: unknown flag"]),
         (InspectSettings, "--exampel c", ["--exampel: unknown flag; did you mean --example?"]),
+        (InspectSettings, "c --index 3", ["--index: unknown flag; did you mean --example?"]),
+        (TrainSettings, "--bf16 lr=3e-4", ["lr: unknown setting; did you mean learning_rate?"]),
+        *(
+            (model, line, ["d.jsonl.gz: unexpected argument; did you mean --data-path d.jsonl.gz?"])
+            for model, line in [
+                (PrepareSettings, "--clean d.jsonl.gz"),
+                (TrainSettings, "--bf16 d.jsonl.gz"),
+                (EvaluateSettings, "d.jsonl.gz"),
+                (EvaluateSettings, "run d.jsonl.gz"),
+            ]
+        ),
         (ChatSettings, "run other", ["other: unexpected argument; run is the model_name_or_path already"]),
         (ChatSettings, "run --lr 3", ["--lr: unknown flag"]),
         (
@@ -109,6 +122,17 @@ def test_the_flags_of_all_commands_are_no_settings() -> None:
 def test_the_config_may_be_a_word_without_a_flag() -> None:
     assert parse_arguments(["run.yaml", "--lora-r", "8"], TrainSettings).config == "run.yaml"
     assert parse_arguments(["config=run.yaml"], TrainSettings).config == "run.yaml"
-    # after a bool flag, a word is a mistyped value rather than a config
-    parsed = parse_arguments(["--bf16", "perhaps"], TrainSettings)
-    assert (parsed.config, parsed.values) == (None, {"bf16": "perhaps"})
+    assert parse_arguments(["--bf16", "run.yaml"], TrainSettings).config == "run.yaml"
+    assert parse_arguments(["run.json"], TrainSettings).config == "run.json"
+
+
+@pytest.mark.parametrize(
+    ("model", "line", "meant"),
+    [
+        (PrepareSettings, "d.csv --model pocket", {"data_path", "model_name_or_path"}),
+        (TrainSettings, "base_model=pocket --resume=1", {"model_name_or_path"}),
+        (EvaluateSettings, "run d.csv", {"data_path"}),
+    ],
+)
+def test_the_settings_that_problems_suggest_are_listed(model: type[Settings], line: str, meant: set[str]) -> None:
+    assert parse_arguments(line.split(), model).meant == meant

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 
+from t5tune.cli import run
 from t5tune.cli.completion import build_app
 from t5tune.cli.options import list_options
 from t5tune.cli.summaries import SUMMARIES
@@ -119,6 +120,34 @@ def test_an_unknown_command_is_refused_with_the_closest_one() -> None:
     assert_refused(t5tune("trian"), "trian", "did you mean train?")
 
 
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        ("eval", "did you mean evaluate?"),
+        ("predict", "did you mean evaluate?"),
+        ("generate", "did you mean chat?"),
+        ("fine-tune", "did you mean train?"),
+        ("sft", "did you mean train?"),
+        ("tokenize", "did you mean prepare?"),
+        ("version", "run t5tune --version"),
+        ("serve", "t5tune chat answers here, and t5tune merge writes a model for a server"),
+    ],
+)
+def test_the_command_of_another_tool_is_refused_with_ours(
+    word: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([word]) == 2
+    assert capsys.readouterr().err == f"error: {word}: no such command; {advice}\n"
+
+
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, same in [(["help"], ["--help"]), (["help", "train"], ["train", "--help"])]:
+        assert run(words) == run(same) == 0
+        shown = capsys.readouterr().out
+        assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
+    assert run(["help", "trian"]) == 2
+
+
 def test_an_unexpected_argument_is_refused() -> None:
     done = t5tune("prepare", "stray")
     assert_refused(done, "stray: unexpected argument", "model_name_or_path: missing", "t5tune prepare --help")
@@ -177,8 +206,18 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def test_axolotls_kind_of_adapter_is_refused_with_our_setting(tmp_path: Path) -> None:
-    done = t5tune("train", "pocket", "adapter=qlora", "--output-dir", tmp_path / "run")
-    assert_refused(done, "adapter: qlora: no such folder; to train QLoRA, leave it out and set q_lora: true")
+    for more in ([], ["--dry-run"]):
+        done = t5tune("train", "pocket", "adapter=qlora", "--output-dir", tmp_path / "run", *more)
+        assert_refused(done, "adapter: qlora: no such folder; to train QLoRA, leave it out and set q_lora: true")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_conversation_template_is_refused_before_the_run_folder_exists(tmp_path: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        name = ["--conversation-template", "llama3"]
+        done = t5tune("train", "pocket", *name, "--output-dir", tmp_path / "run", *more)
+        assert_refused(done, "conversation_template: llama3: no file or template of that name")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_with_json_a_wrong_setting_is_an_object_on_stdout() -> None:

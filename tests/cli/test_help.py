@@ -152,12 +152,13 @@ NEXT_STEPS = {
     ],
     "t5tune evaluate run --data-path pocket --num-data 100": [
         "next    t5tune chat run",
-        "        t5tune evaluate run --data-path pocket --num-data 100 --compare-base",
+        "        t5tune evaluate run --data-path pocket --num-data 100 --max-new-tokens 4 --compare-base",
         "        t5tune merge run --output-dir merged.1",
     ],
     f"t5tune evaluate run {DEV_DATA}": [
         "next    t5tune chat run",
-        f"        t5tune evaluate run {DEV_DATA} --compare-base",
+        "        t5tune evaluate run --source-column question --target-column answer --data-path dev.csv "
+        "--max-new-tokens 4 --compare-base",
         "        t5tune merge run --output-dir merged.1",
     ],
 }

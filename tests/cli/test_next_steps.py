@@ -1,11 +1,13 @@
 """The commands that a command suggests when it ends; test_help.py has those that follow the examples in the help."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.next_steps import list_next_steps
-from t5tune.settings import EvaluateSettings
+from t5tune.settings import EvaluateSettings, load_settings
 from tests.support.command_line import t5tune
 
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
@@ -23,6 +25,42 @@ def test_commands_repeat_the_settings_that_find_the_model(tmp_path: Path, monkey
         ("", f"t5tune evaluate {base} {adapter} --bf16 --data-path dev.csv --compare-base"),
         ("", f"t5tune merge --model-name-or-path {base} {adapter} --output-dir merged"),
     ]
+
+
+def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: Path) -> None:
+    words = (
+        "--source-prefix 'fix: ' --conversation-template plain --metrics bleu chrf --metric my.py:good --num-beams 4 "
+        "--max-new-tokens 9 --num-data 5 --source-column a --no-double-quant --adapter tuned"
+    )
+    parsed = parse_arguments(["base", *shlex.split(words), "--data-path", "dev.csv", "b.csv"], EvaluateSettings)
+    settings, _ = load_settings(EvaluateSettings, flags={**parsed.values, "output_dir": "out", "overwrite": "true"})
+    [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
+    again = parse_arguments(shlex.split(line)[2:], EvaluateSettings)
+    assert again.problems == []
+    expected = settings.model_copy(update={"output_dir": None, "overwrite": False, "compare_base": True})
+    assert load_settings(EvaluateSettings, flags=again.values)[0] == expected
+
+
+def test_data_from_standard_input_is_not_repeated() -> None:
+    settings = EvaluateSettings(model_name_or_path="base", adapter=Path("tuned"), data_path=["-"])
+    assert (
+        "",
+        "t5tune evaluate base --adapter tuned --data-path HELD_OUT.jsonl --compare-base",
+    ) in list_next_steps(settings, None)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])
+def test_a_stopped_run_is_followed_like_a_finished_one(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / file).touch()
+    settings = EvaluateSettings(model_name_or_path="run", data_path=["dev.csv"])
+    follow = ["t5tune evaluate run --data-path dev.csv --compare-base", "t5tune merge run --output-dir merged"]
+    expected = ["t5tune chat run", *(follow if file == "adapter_config.json" else [])]
+    assert [line for _, line in list_next_steps(settings, None)] == expected
 
 
 @pytest.mark.parametrize("flag", ["--quiet", "--json"])

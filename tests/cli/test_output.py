@@ -39,7 +39,7 @@ def make_result(folder: Path, **changes: Any) -> Result:
         "adapter": folder,
         "train_loss": 0.19399,
         "eval": {"loss": 0.0011, "exact_match": 98.0, "rougeL": 99.5, "runtime": 5.9, "samples_per_second": 5.8},
-        "custom_metrics": {"length": 12.0},
+        "custom_metrics": {"length": 12.0, "reply_bytes": 2048, "words_per_second": 3.5, "bytes": 7.0},
         "from_training": {"nf4": 0.01},
         "tokens_per_second": 2118.4,
         "peak_memory_bytes": 635_000_000,
@@ -64,6 +64,9 @@ def test_the_table_has_names_sizes_and_times_for_a_reader(capsys: pytest.Capture
         "held-out exact match": "98",
         "held-out ROUGE-L": "99.5",
         "length": "12",
+        "reply bytes": "2,048",
+        "words per second": "3.5",
+        "bytes": "7",
         "difference from training, base as nf4": "0.01",
         "tokens per second": "2,118",
         "peak memory per process": "0.59 GiB",
@@ -71,6 +74,31 @@ def test_the_table_has_names_sizes_and_times_for_a_reader(capsys: pytest.Capture
         "verified": "yes",
         "time": "4 min 08 s",
     }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """As in the result of evaluate."""
+
+    predictions: Path
+    loss: float
+    bleu: float | None
+    custom_metrics: dict[str, float]
+    base: dict[str, float] | None
+
+
+def test_a_metric_of_only_one_of_two_compared_models_has_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    custom = {"length": 1368.0, "reply_bytes": 5.0, "only_tuned": 1.0}
+    base = {"loss": 2.5, "length": 2735.0, "reply_bytes": 3000.0, "only_base": 0.0}
+    Output(io.StringIO()).show(Comparison(Path("predictions.jsonl"), 2.25, None, custom, base))
+    assert [line.split() for line in capsys.readouterr().err.splitlines()] == [
+        ["tuned", "base", "difference"],
+        ["loss", "2.25", "2.5", "-0.25"],
+        ["length", "1,368", "2,735", "-1,367"],
+        ["reply", "bytes", "5", "3,000", "-2,995"],
+        ["only", "base", "–", "0", "–"],
+        ["only", "tuned", "1", "–", "–"],
+    ]
 
 
 def test_a_long_value_stays_on_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +130,7 @@ def test_differences_are_a_list_below_one_heading_and_each_way_out_has_a_line(
         "error: run/checkpoint-7: the run can't be resumed with other settings or data:",
         "  seed: 1 before, 2 now",
         "  lora_r: 8 before",
-        "to resume, use the settings and data of before",
+        "to resume, use the previous settings and data",
         "to resume all the same, add --allow-change seed lora_r",
         "to start over, add --fresh; the old run is kept under another name",
     ]

@@ -17,6 +17,7 @@ from t5tune.commands.evaluate import EvaluateResult, evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
+from t5tune.data import sample
 from t5tune.data.cache import open_cache
 from t5tune.errors import DataError, ModelError, OutOfMemory, SettingsError
 from t5tune.metrics import score
@@ -258,6 +259,28 @@ def test_rejected_records_are_reported(untied_base: Path, tmp_path: Path) -> Non
         run_evaluate(untied_base, tmp_path / "data.jsonl", tmp_path / "none")
 
 
+def test_the_template_of_pairs_is_named_and_isnt_used_for_a_conversation(
+    untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "SAMPLE_BYTES", 1)
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    pair, chat, path = {"source": "a", "target": "b"}, {"conversations": turns}, tmp_path / "data.jsonl"
+    values = {"model_name_or_path": str(untied_base), "data_path": str(path), "use_cpu": True, "max_new_tokens": 2}
+    for name, records, expected in (
+        ("pairs", [pair, pair], "plain: the data is"),
+        ("mixed", [chat, pair], "fastchat-t5: 1 of 2 examples are"),
+    ):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        notes: list[Event] = []
+        evaluate(EvaluateSettings(**values, output_dir=tmp_path / name), notes.append)
+        texts = [event.text for event in notes if isinstance(event, Note) and "template" in event.text]
+        advice = "source/target pairs; --conversation-template chooses another"
+        assert texts == [f"conversation template {expected} {advice}"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in (pair, pair, chat)))
+    with pytest.raises(DataError, match=r"data\.jsonl:3: a conversation, after 2 source/target pairs"):
+        evaluate(EvaluateSettings(**values, output_dir=tmp_path / "refused"))
+
+
 def test_a_record_with_a_word_that_is_too_long_is_rejected(untied_base: Path, tmp_path: Path) -> None:
     records = [{"source": "x" * 100_001, "target": "b"}, {"source": "a", "target": "b"}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -405,7 +428,7 @@ def test_the_best_checkpoint_is_kept_and_its_adapter_is_the_result(
     kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert kept == ["checkpoint-1", "checkpoint-5"]
     assert result.steps == 5
-    assert any("from the best step, 1: loss" in event.text for event in notes if isinstance(event, Note))
+    assert any("from the best step, 1: held-out loss" in event.text for event in notes if isinstance(event, Note))
     a, b = (tmp_path / "run" / name / "adapter_model.safetensors" for name in ("checkpoint-1", ""))
     assert a.read_bytes() == b.read_bytes()
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from t5tune.commands.evaluate import EvaluateResult, evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
+from t5tune.custom_metrics import load_custom_metric
 from t5tune.errors import SettingsError
-from t5tune.progress import Event, Note
+from t5tune.progress import Evaluated, Event, Note
 from t5tune.reports.metrics_log import read_metrics
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.training.checkpoint import verify
 from t5tune.training.run_folder import read_result
 from tests.support import train_runs
 from tests.support.command_line import CommandResult, t5tune
@@ -129,6 +132,21 @@ def test_only_the_chosen_metrics_are_in_the_result_and_the_predictions(run: Path
     assert set(read_lines(some)[0]) == {"source", "target", "prediction", "loss", "rougeL"}
 
 
+def test_a_custom_metric_that_fails_on_predictions_does_not_lose_them(
+    untied_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    function = write_function(tmp_path / "failing.py", "def f(p, r): return {'x': 1 / (3 - len(r))}")
+    with pytest.raises(SettingsError, match="failed on 3 predictions and references: ZeroDivisionError") as caught:
+        run_evaluate(untied_base, pairs, tmp_path / "out", num_data=3, metric=f"{function}:f")
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    assert str(caught.value.hint).endswith(f"; the predictions are in {predictions} (--overwrite replaces them)")
+    assert len(predictions.read_text().splitlines()) == 3
+    write_function(function, "def f(p, r): return {'x': 1}")
+    load_custom_metric.cache_clear()
+    fixed = run_evaluate(untied_base, pairs, tmp_path / "out", num_data=3, metric=f"{function}:f", overwrite=True)
+    assert fixed.custom_metrics == {"x": 1}
+
+
 def test_json_targets_are_scored_as_json(untied_base: Path, pairs: Path, tmp_path: Path) -> None:
     records = [{"source": "a", "target": '{"a": [1, 2]}'}, {"source": "b", "target": "no json"}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -163,7 +181,7 @@ def test_a_custom_metric_chooses_the_best_checkpoint_and_ends_the_run(
     notes: list[Event] = []
     result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), notes.append)
     assert result.steps == 6
-    reason = "at step 6: eval_shrink no better for 2 evaluations; best: step 2 (-2)"
+    reason = "at step 6: shrink no better for 2 evaluations; best: step 2 (-2)"
     assert result.stopped_early == reason
     assert read_result(tmp_path / "run").stopped_early == reason
     assert Note(f"stopped early {reason}") in notes
@@ -185,33 +203,107 @@ def test_a_smaller_improvement_than_the_threshold_does_not_count(
         "metric": f"{function}:grow", "metric_for_best_model": "grow", "max_steps": 5, "eval_steps": 1,
         "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2, "report_samples": 0,
     }  # fmt: skip
+    events: list[Event] = []
     settings = make_short_settings(untied_base, conversations, tmp_path / "a", **changes, early_stopping_threshold=0.5)
-    stopped = train(settings)
+    stopped = train(settings, events.append)
+    assert [event.is_best for event in events if isinstance(event, Evaluated)] == [True, False, False]
     assert stopped.stopped_early == (
-        "at step 3: eval_grow no better by more than 0.5 for 2 evaluations; best: step 3 (2)"
+        "at step 3: grow no better by more than 0.5 for 2 evaluations; best: step 3 (2, within the threshold)"
     )
     settings = make_short_settings(untied_base, conversations, tmp_path / "b", **changes, early_stopping_threshold=0.4)
     whole = train(settings)
     assert (whole.steps, whole.stopped_early) == (5, None)
 
 
-def test_a_custom_metric_that_fails_during_training_can_be_fixed_and_the_run_resumed(
+def test_a_metric_that_stays_the_same_ends_the_run_though_the_loss_falls(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    code = "def f(p, r):\n    if len(r) > 2:\n        raise KeyError('no answer')\n    return {'x': 1}"
-    function = write_function(tmp_path / "failing.py", code)
+    """Of equal checkpoints the one with the lower loss is kept."""
+    function = write_function(tmp_path / "same.py", "def f(p, r): return {'same_score': 100}")
     changes: dict[str, Any] = {
-        "metric": f"{function}:f", "eval_steps": 2, "save_steps": 2, "eval_fraction": 0.2, "eval_generate": 3,
-        "report_samples": 0,
+        "metric": f"{function}:f", "metric_for_best_model": "same_score", "max_steps": 9, "eval_steps": 1,
+        "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2, "report_samples": 0,
     }  # fmt: skip
-    settings = make_short_settings(untied_base, conversations, tmp_path / "run", **changes)
-    with pytest.raises(SettingsError, match=r"failed on 3 predictions and references: KeyError: 'no answer' \(.*:3\)"):
+    events: list[Event] = []
+    result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
+    evaluated = [event for event in events if isinstance(event, Evaluated)]
+    assert evaluated[0].values["loss"] > evaluated[1].values["loss"] > evaluated[2].values["loss"]
+    assert [event.is_best for event in evaluated] == [True, False, False]
+    best = "step 3 (100, equal but with a lower loss)"
+    assert result.stopped_early == f"at step 3: same score no better for 2 evaluations; best: {best}"
+    assert Note("the adapter is from the best step, 3: same score 100") in events
+
+
+def test_a_metric_that_is_not_finite_is_left_out_of_its_evaluation(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    code = "C = []\ndef f(p, r):\n    C.append(1)\n    return {'x': [0, 5, float('nan'), float('inf'), 4][len(C) - 1]}"
+    function = write_function(tmp_path / "gaps.py", code)
+    changes: dict[str, Any] = {
+        "metric": f"{function}:f", "metric_for_best_model": "x", "eval_steps": 1, "eval_fraction": 0.2,
+        "eval_generate": 3, "report_samples": 0,
+    }  # fmt: skip
+    events: list[Event] = []
+    result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
+    assert [line.get("eval_x") for line in read_metrics(tmp_path / "run") if "eval_loss" in line] == [5, None, None, 4]
+    assert [event.text for event in events if isinstance(event, Note) and event.warning] == [
+        "metric: the evaluation at step 2 leaves x out, which is nan",
+        "metric: the evaluation at step 3 leaves x out, which is inf",
+    ]
+    assert [event.is_best for event in events if isinstance(event, Evaluated)] == [True, False, False, False]
+    assert result.eval["x"] == 5
+
+
+@pytest.mark.parametrize(
+    ("second", "changes", "message"),
+    [
+        ("1 / 0", {}, r"failed on 3 predictions and references: ZeroDivisionError: "),
+        ("None", {}, "failing.py:f: returned None"),
+        ("{'y': 1}", {"metric_for_best_model": "x"}, "metric_for_best_model: x: not among this evaluation's metrics: "),
+        (
+            "{'x': float('nan')}",
+            {"metric_for_best_model": "x", "lr_scheduler_type": "reduce_lr_on_plateau"},
+            "lr_scheduler_type: reduce_lr_on_plateau needs metric_for_best_model, but x is nan at step 2",
+        ),
+    ],
+)
+def test_a_custom_metric_that_fails_during_training_costs_no_step(
+    untied_base: Path, conversations: Path, tmp_path: Path, second: str, changes: dict[str, Any], message: str
+) -> None:
+    code = "def f(p, r):\n    return {'x': 1} if len(r) < 3 else "
+    function = write_function(tmp_path / "failing.py", code + second)
+    common = {"eval_steps": 2, "eval_fraction": 0.2, "eval_generate": 3, "report_samples": 0, **changes}
+    run = tmp_path / "run"
+    settings = make_short_settings(untied_base, conversations, run, metric=f"{function}:f", **common)
+    with pytest.raises(SettingsError, match=message) as caught:
         train(settings)
-    assert (tmp_path / "run" / "checkpoint-2").is_dir()
-    changes["metric"] = f"{write_function(tmp_path / 'fixed.py', SHRINKING)}:shrink"
-    resumed = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes))
-    assert resumed.resumed_from == tmp_path / "run" / "checkpoint-2"
-    assert resumed.eval["shrink"] == -3
+    saved = f"the step is saved in {run / 'checkpoint-2'}, from which the same command resumes"
+    assert str(caught.value.hint).endswith(saved)
+    assert verify(run / "checkpoint-2") is None
+    fixed = f"{write_function(tmp_path / 'fixed.py', code + '{chr(120): 2}')}:f"
+    resumed = train(make_short_settings(untied_base, conversations, run, metric=fixed, **common))
+    assert resumed.resumed_from == run / "checkpoint-2"
+    assert [line["eval_x"] for line in read_metrics(run) if "eval_loss" in line] == [2, 2]
+    train(make_short_settings(untied_base, conversations, tmp_path / "other", metric=fixed, **common))
+    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (run, tmp_path / "other")]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_saved_evaluation_without_a_metric_that_is_now_needed_is_repeated(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"eval_steps": 2, "save_steps": 2, "eval_fraction": 0.2, "report_samples": 0}
+    run = tmp_path / "run"
+    train(make_short_settings(untied_base, conversations, run, **changes))
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoint-4")  # the evaluation is in checkpoint-2, but not yet in its history
+    function = write_function(tmp_path / "my_metric.py", "def f(p, r): return {'x': 1}")
+    changes |= {"eval_generate": 2, "metric": f"{function}:f", "metric_for_best_model": "x"}
+    resumed = train(make_short_settings(untied_base, conversations, run, **changes))
+    assert resumed.resumed_from == run / "checkpoint-2"
+    assert resumed.eval["x"] == 1
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert [line["eval_x"] for line in state["log_history"] if "eval_loss" in line] == [1, 1]
 
 
 @pytest.mark.distributed
@@ -222,7 +314,7 @@ def test_ranks_agree_on_a_random_metric_and_all_end_if_it_fails(
         "import random\n"
         "R = random.Random()\n"
         "def chance(p, r): return {'chance': R.random()}\n"
-        "def fails(p, r): return {'x': 1} if len(r) < 3 else {'x': float('inf')}\n"
+        "def fails(p, r): return {'x': 1} if len(r) < 3 else {'x': 'high'}\n"
     )
     function = write_function(tmp_path / "chances.py", code)
     common = (
@@ -234,7 +326,9 @@ def test_ranks_agree_on_a_random_metric_and_all_end_if_it_fails(
     assert agreed.code == 0, agreed.stderr
     failed = on_ranks(2, *common, "--output-dir", tmp_path / "failed", "--metric", f"{function}:fails")
     assert failed.code == 2
-    assert "fails: 'x' is inf; return a dict of names and finite numbers" in failed.errors[0]
+    assert "fails: 'x' is 'high'; return a dict of names and finite numbers" in failed.errors[0]
+    assert failed.errors[0].endswith("checkpoint-1, from which the same command resumes")
+    assert verify(tmp_path / "failed" / "checkpoint-1") is None
 
 
 @pytest.mark.parametrize(
@@ -260,13 +354,15 @@ def test_a_metric_that_evaluations_will_not_have_is_refused_before_the_first_ste
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"metrics": ["rouge"]}, "rouge: no such metric; did you mean rougeL; choose from exact_match, rouge1, "),
+        ({"metrics": ["rouge"]}, "metrics: rouge: no such metric; did you mean rougeL?"),
+        ({"metrics": ["xyz"]}, "metrics: xyz: no such metric; choose from exact_match, rouge1, "),
+        ({"metric": ["foo"]}, "metric: foo: names no function; give it as module:function or path/to/file.py:function"),
         ({"metrics": ["rougeL"]}, "metrics: rougeL needs generated predictions; set eval_generate"),
         ({"metric": ["a:b"]}, "metric: a:b needs generated predictions; set eval_generate"),
         ({"metric_for_best_model": "bleu"}, "metric_for_best_model: bleu needs generated predictions"),
         (
             {"metric_for_best_model": "exactmatch", "eval_generate": "3"},
-            "metric_for_best_model: exactmatch: no such metric; did you mean exact_match; choose from loss, ",
+            "metric_for_best_model: exactmatch: no such metric; did you mean exact_match?",
         ),
         (
             {"metric_for_best_model": "rougeL", "metrics": ["bleu", "chrf"], "eval_generate": "3"},

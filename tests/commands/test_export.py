@@ -299,6 +299,13 @@ def test_a_run_exports_its_newest_checkpoint(plain: Path, tmp_path: Path) -> Non
     assert run_export(plain, tmp_path / "adapter", notes).step == STEPS
     assert not [note for note in notes if note.warning]
     assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(plain / f"checkpoint-{STEPS}"))
+    assert not [note for note in notes if "hasn't finished" in note.text]
+    stopped = shutil.copytree(plain, tmp_path / "stopped")
+    (stopped / "result.json").unlink()
+    run_export(stopped, tmp_path / "other", notes)
+    newest = stopped / f"checkpoint-{STEPS}"
+    said = f"{stopped}: this run hasn't finished; exporting its newest complete checkpoint, {newest}"
+    assert [note.text for note in notes if "hasn't finished" in note.text] == [said]
 
 
 def flip_last_byte(path: Path) -> None:

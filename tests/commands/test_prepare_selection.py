@@ -134,7 +134,7 @@ def test_too_many_rejected_records_stop_prepare(
 ) -> None:
     records = [record("Hi", "Yes")] * 3 + [{"text": 1}]
     assert prepared(*records, max_rejected_fraction=0.25)[0].rejected == 1
-    with pytest.raises(DataError, match=r"1 of 4 records rejected \(unknown_format 1\)") as caught:
+    with pytest.raises(DataError, match=r"1 of 4 records rejected \(unknown format: 1\)") as caught:
         prepared(*records, max_rejected_fraction=0.2, output_dir=tmp_path / "other")
     assert "data.jsonl:4" in str(caught.value.hint)
     assert not (tmp_path / "other").exists()

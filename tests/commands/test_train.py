@@ -331,7 +331,7 @@ def test_a_run_that_keeps_all_checkpoints_says_how_many_and_how_large(
     checkpoints = list((tmp_path / "all").glob("checkpoint-*"))
     mebibytes = sum(file.stat().st_size for folder in checkpoints for file in folder.iterdir()) / 2**20
     kept = re.match(
-        "all 3 checkpoints will be kept, about ([0-9.]+) MiB; save_total_limit 2 keeps only the newest", note
+        "all 3 checkpoints will be kept, about ([0-9.]+) MiB; --save-total-limit 2 keeps only the newest", note
     )
     assert kept is not None, note
     assert len(checkpoints) == 3
@@ -814,9 +814,15 @@ def test_a_start_that_fails_on_its_data_leaves_nothing(untied_base: Path, conver
         train(make_settings(untied_base, data, run))
     assert list(run.iterdir()) == []
     # a cache that took its time to prepare is kept for the next start, with the settings that make the folder a run
-    with pytest.raises(DataError, match="no conversation to train on"):
+    with pytest.raises(DataError, match="no conversation to evaluate on"):
         train(make_settings(untied_base, conversations, run, eval_data_path=str(data)))
     assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]
+    # a start with --fresh that fails moves the old run back
+    (run / "data" / "old").touch()
+    with pytest.raises(DataError, match="no conversation to evaluate on"):
+        train(make_settings(untied_base, conversations, run, eval_data_path=str(data), fresh=True))
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+    (run / "data" / "old").unlink()
     # so is what existed before
     with pytest.raises(DataError, match="no conversation to train on"):
         train(make_settings(untied_base, data, run))

@@ -59,7 +59,7 @@ def test_what_is_left_out_and_rejected_is_counted_with_its_plural(tmp_path: Path
         tmp_path, make_pair(target="a"), make_pair(target="long enough to stay"), {"x": 1}, min_target_tokens=4
     )
     assert "examples left out: 1 target shorter than min_target_tokens" in notes
-    assert any(note.startswith("1 record rejected (unknown_format 1): ") for note in notes)
+    assert any(note.startswith("1 record rejected (unknown format: 1): ") for note in notes)
     (tmp_path / "cut").mkdir()
     notes = list_notes(
         tmp_path / "cut", make_pair("word " * 50, "word " * 50), make_pair("word " * 50), model_max_length=16

@@ -310,6 +310,30 @@ def test_unusable_records_of_an_object_are_named_by_their_keys(tmp_path: Path) -
     assert [each.turns[0].text for each in read(path) if isinstance(each, Conversation)] == ["x", "z"]
 
 
+@pytest.mark.parametrize("ending", ["", "\n", "\nnot JSON\n", f"\n{GOOD}\n{GOOD}\n"])
+@pytest.mark.parametrize("chunk", [3000, 1 << 20])
+def test_a_line_that_begins_with_an_object_and_is_too_long_is_one_record(
+    outcomes: Callable[..., tuple[list[str], list[str]]], monkeypatch: pytest.MonkeyPatch, ending: str, chunk: int
+) -> None:
+    monkeypatch.setattr("t5tune.data.files.READ_CHUNK_BYTES", chunk)
+    line = json.dumps({"id": {"number": 1}, "meta": {"text": "x" * LIMIT}, "source": "a", "target": "b"})
+    rejected = ["too_long", "not_json"] if "not" in ending else ["too_long"]
+    assert outcomes(f"{line}{ending}".encode()) == (["Hi"] * ending.count(GOOD), rejected)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_of_records_may_have_records_that_are_too_long(
+    outcomes: Callable[..., tuple[list[str], list[str]]], indent: int | None
+) -> None:
+    good = {"source": "Hi", "target": "a"}
+    records = {"a": good, "b": good, "c": {"source": "x" * LIMIT, "target": "a"}, "d": good}
+    assert outcomes(json.dumps(records, indent=indent).encode()) == (["Hi"] * 3, ["too_long"])
+    # a longer limit reads a file whose first record is too long
+    first = {"a": records["c"], "b": good, "d": good}
+    assert outcomes(json.dumps(first, indent=2).encode()) == (["Hi"] * 2, ["too_long"])
+    assert outcomes(json.dumps(first).encode()) == ([], ["too_long"])
+
+
 def test_a_large_object_may_have_a_value_that_is_no_record(
     outcomes: Callable[..., tuple[list[str], list[str]]],
 ) -> None:
@@ -326,13 +350,19 @@ BROKEN_OBJECTS = {
     "cut in a key": ('{"a": {"b": 1},\n"c', ":2: record 1: expected a key in double quotes, and a colon"),
     "cut after a colon": ('{"a": {"b": 1},\n"c":', ":2: the object has no end"),
     "a comma at its end": (
-        '{"a": {"b": 1}, ' + f'"c": {{"d": "{"x" * LIMIT}"}}' + ",}",
-        ":1: record 2: expected a key",
+        '{"a": {"b": 1}, "b": {"b": 1}, ' + f'"c": {{"d": "{"x" * LIMIT}"}}' + ",}",
+        ":1: record 3: expected a key",
     ),
     "a record that isn't JSON": ('{"a": {"b": 1}, "c": {"d" 1}}', ":1: record 1: not valid JSON: expected a colon"),
-    "a bracket too many": ('{"a": {"b": 1}' + f', "c": {{"d": "{"x" * LIMIT}"}}]}}', ":1: not valid JSON here"),
-    "text after it": ('{"a": {"b": "' + "x" * LIMIT + '"}}\nmore', ":2: there is text after the end of the object"),
-    "a long key": ('{"a": {"b": 1}, "' + "k" * LIMIT + '": {"d": 1}}', ":1: record 1: expected a key"),
+    "a bracket too many": (
+        '{"a": {"b": 1}, "b": {"b": 1}' + f', "c": {{"d": "{"x" * LIMIT}"}}]}}',
+        ":1: not valid JSON here",
+    ),
+    "text after it": (
+        '{"a": {}, "b": {}, "c": {"b": "' + "x" * LIMIT + '"}}\nmore',
+        ":2: there is text after the end of the object",
+    ),
+    "a long key": ('{"a": {}, "b": {}, "' + "k" * LIMIT + '": {"d": 1}}', ":1: record 2: expected a key"),
 }
 
 
@@ -664,6 +694,31 @@ def test_columns_can_have_other_names_and_a_prefix(tmp_path: Path) -> None:
     assert list_turns(record) == [("human", "summarize: Hi"), ("assistant", "Yes")]
     (rejected,) = read_record(tmp_path, {"dialogue": "Hi"}, **named)
     assert (rejected.reason, "note" in rejected.message) == ("unknown_format", True)
+
+
+def test_a_mistyped_column_is_suggested(tmp_path: Path) -> None:
+    value = {"disfluent": "a, no, b", "original": "b"}
+    (rejected,) = read_record(tmp_path, value, source_column="disfluent", target_column="orignal")
+    message = "no column orignal; the record has disfluent, original; did you mean original?"
+    assert rejected.message == message
+
+
+def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("id,disfluent,its original\n1,a uh b,a b\n")
+    (rejected,) = read(tmp_path / "pairs.csv")
+    assert isinstance(rejected, Rejection)
+    assert rejected.message == (
+        "its keys are disfluent, id, its original; add --source-column disfluent --target-column 'its original', "
+        "or the other way round"
+    )
+    expected = (
+        "expected conversations, or messages, or instruction + output, or completion + prompt, or source + target"
+    )
+    (rejected,) = read_record(tmp_path, {"text": "a", "number": 1})
+    assert rejected.message == f"its keys are number, text; {expected}"
+    (rejected,) = read_record(tmp_path, {"a": "a", "b": "b", "c": "c"})
+    named = "or name two columns with --source-column and --target-column"
+    assert rejected.message == f"its keys are a, b, c; {expected}; {named}"
 
 
 def read_record(folder: Path, value: Any, **reading: Any) -> list[Any]:

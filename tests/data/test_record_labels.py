@@ -139,7 +139,7 @@ def test_records_labeled_bad_are_counted_reported_and_written_in_full(
     place = tmp_path / "cache" / "rejected.jsonl"
     notes = [event.text for event in events if isinstance(event, Note)]
     assert f"2 records labeled bad (label: false, kto_tag: false) left out of supervised training: {place}" in notes
-    assert f"1 record rejected (unknown_format 1): {place}" in notes
+    assert f"1 record rejected (unknown format: 1): {place}" in notes
 
 
 def test_records_labeled_bad_do_not_count_toward_the_rejected_fraction(
@@ -148,7 +148,7 @@ def test_records_labeled_bad_do_not_count_toward_the_rejected_fraction(
     records = [BAD, GOOD, GOOD, GOOD, {"x": 1}, BAD]
     for _ in range(2):  # the second time the cache is up to date
         assert prepared(*records, max_rejected_fraction=0.25)["rejected"] == 3
-        with pytest.raises(DataError, match=r"1 of 4 records rejected \(unknown_format 1\)") as caught:
+        with pytest.raises(DataError, match=r"1 of 4 records rejected \(unknown format: 1\)") as caught:
             prepared(*records, max_rejected_fraction=0.2)
         assert "2 more are labeled bad and not counted" in caught.value.message
     monkeypatch.setattr("t5tune.commands.prepare.MIN_RECORDS_TO_STOP", 2)  # checked while records are still being read

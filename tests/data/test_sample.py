@@ -9,7 +9,7 @@ import pytest
 from t5tune.commands.prepare import prepare
 from t5tune.data import raw_records, sample
 from t5tune.data.templates import Template, load_template
-from t5tune.errors import DataError
+from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 
@@ -109,7 +109,23 @@ def test_a_given_template_and_that_of_the_base_are_used_for_pairs(untied_base: P
         (Path("pocket"), {}, "turns"),
     ):
         (tmp_path / expected).mkdir()
-        assert prepare_template(base, tmp_path / expected, [pair], **changes) == (load_template(expected), [])
+        note = "conversation template: the model's own; --conversation-template plain gives it the source alone"
+        notes = [note] if base == Path("pocket") else []
+        assert prepare_template(base, tmp_path / expected, [pair], **changes) == (load_template(expected), notes)
+    (tmp_path / "conversations").mkdir()
+    assert prepare_template(Path("pocket"), tmp_path / "conversations", [CHAT]) == (load_template("turns"), [])
+
+
+def test_a_cache_in_use_keeps_the_template_that_was_the_default_before(untied_base: Path, tmp_path: Path) -> None:
+    values = {"model_name_or_path": str(untied_base), "output_dir": tmp_path / "cache"}
+    values["data_path"] = str(tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text(json.dumps(PAIRS["source/target"]))
+    prepare(PrepareSettings(**values, conversation_template="fastchat-t5"))
+    assert prepare(PrepareSettings(**values), in_use=True).up_to_date
+    with pytest.raises(SettingsError, match='template: ".*" before, ".*" now'):
+        prepare(PrepareSettings(**values, conversation_template="plain"), in_use=True)
+    assert not prepare(PrepareSettings(**values)).up_to_date
+    assert load_template(str(tmp_path / "cache" / "template.yaml")) == load_template("plain")
 
 
 def test_mixed_data_gets_fastchats_template_in_any_order(

@@ -237,7 +237,7 @@ def test_base_shapes_derived_from_the_config_match_every_weight(key: str, bases:
 
 
 def test_the_added_tokens_of_fastchat_t5_keep_their_ids(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    arguments = ("--data-path", data, "--output-dir", tmp_path / "cache")
+    arguments = ("--data-path", data, "--output-dir", tmp_path / "cache", "--conversation-template", "fastchat-t5")
     assert t5tune("prepare", "--model-name-or-path", bases["fastchat-t5"], *arguments).code == 0
     cache = open_cache(tmp_path / "cache")
     assert cache.manifest["added_tokens"] == []

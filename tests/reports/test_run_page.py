@@ -315,6 +315,11 @@ def test_the_command_gives_the_settings_of_the_run(run: Path) -> None:
         gradient_checkpointing=True, eval_fraction=0.1,
     )  # fmt: skip
     assert parse(unusual) == unusual
+    empty = unusual.model_copy(update={"report_to": [], "metric": [], "add_tokens": []})
+    assert parse(empty) == empty
+    in_yaml = unusual.model_copy(update={"training_args": {"adam_beta2": 0.99}})
+    assert parse(in_yaml) == unusual
+    assert format_command(in_yaml).endswith('\n# and in YAML, given with --config: training_args: {"adam_beta2": 0.99}')
     once = unusual.model_copy(update={"fresh": True, "allow_change": ["data"]})
     assert format_command(once) == format_command(unusual)
     text = (run / "report.html").read_text()
@@ -328,6 +333,25 @@ def test_the_page_has_readable_names_and_the_units_of_the_terminal(run: Path) ->
     assert tiles[format_size(result["peak_memory_bytes"])] == "peak memory per process"
     assert not any(name.startswith("process") for name in tiles.values())
     assert "runtime" not in text
+
+
+def test_the_evaluations_have_a_column_for_each_metric_that_any_of_them_has(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    lines = [
+        {"step": step, "eval_loss": 1.0, "eval_runtime": 77.7, "eval_samples_per_second": 7.7, **more}
+        for step, more in ((3, {"eval_first_score": 31.0}), (6, {"eval_words_per_second": 41.0}))
+    ]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings, result = read_saved_settings(copy), json.loads((copy / "result.json").read_text())
+    assert settings is not None
+    write_run_report(copy, settings, result, open_cache(copy / "data"))
+    cells = Page((copy / "report.html").read_text()).cells
+    start = cells.index("step")
+    rows = [cells[start + 4 * number : start + 4 * (number + 1)] for number in range(3)]
+    assert rows == [
+        ["step", "loss", "first score", "words per second"], ["3", "1", "31", "–"], ["6", "1", "–", "41"],
+    ]  # fmt: skip
 
 
 def test_what_the_data_contains_is_shown_as_text(run: Path, tmp_path: Path) -> None:

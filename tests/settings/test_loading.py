@@ -1,6 +1,7 @@
 """Settings: where values come from, what is refused, and FastChat's own command lines."""
 
 import os
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from t5tune.settings import (
     ChatSettings,
     ExportSettings,
     MergeSettings,
+    PlanSettings,
     PrepareSettings,
     Settings,
     TrainSettings,
@@ -268,6 +270,38 @@ def test_keys_of_another_command_are_ignored_with_a_note(yaml_file: Callable[[st
     settings, notes = load_settings(PrepareSettings, file, {}, NEEDED)
     assert settings.model_max_length == 64
     assert notes == ["prepare does not use lora_r, learning_rate"]
+    file = yaml_file(dump_settings(load_settings(TrainSettings, None, {}, NEEDED)[0]))
+    _, [note] = load_settings(PlanSettings, file, {})
+    assert re.fullmatch(r"\d\d settings of other commands that plan doesn't need are ignored", note)
+
+
+def test_a_setting_that_a_problem_suggests_is_not_reported_as_missing_too(yaml_file: Callable[[str], str]) -> None:
+    found = problems_of(TrainSettings, yaml_file("base_model: pocket\ndatasets: a.jsonl\n"), {})
+    assert [problem.split("; ")[1] for problem in found] == [
+        "did you mean model_name_or_path?", "did you mean data_path?", "give --output-dir or set it in a --config file"
+    ]  # fmt: skip
+
+
+def test_words_of_other_tools_for_a_value_are_read_or_explained() -> None:
+    for value, read in [(True, "on"), ("true", "on"), ("False", "off"), ("auto", "auto")]:
+        assert load_settings(TrainSettings, None, {}, {**NEEDED, "packing": value})[0].packing == read
+    settings, _ = load_settings(TrainSettings, None, {}, {**NEEDED, "lora_target_modules": "all"})
+    assert settings.lora_target_modules == ["all-linear"]
+    assert "set q_lora: true (--q-lora)" in problems_of(**NEEDED, train_mode="qlora")[0]
+    assert problems_of(**NEEDED, bf16="flase") == [
+        "bf16: 'flase' (--bf16): expected true or false; did you mean false?"
+    ]
+
+
+def test_the_help_is_mentioned_only_if_a_problem_does_not_say_what_to_do() -> None:
+    for flags, problems, is_mentioned in [
+        ({"model_name_or_path": "m"}, ["--lr: unknown flag; did you mean --learning-rate?"], False),
+        ({"model_name_or_path": "m"}, ["--zzz: unknown flag"], True),
+        ({"lora_r": "x"}, [], True),
+    ]:
+        with pytest.raises(SettingsError) as caught:
+            load_settings(TrainSettings, None, {}, flags, problems)
+        assert (caught.value.hint is not None) == is_mentioned
 
 
 def test_a_flag_of_another_command_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
@@ -300,7 +334,7 @@ def test_a_boolean_may_have_a_value(
 
 
 def test_an_invalid_boolean_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--bf16", "perhaps")
+    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--bf16=perhaps")
     assert settings is None
     assert "bf16: 'perhaps' (--bf16)" in stderr
 

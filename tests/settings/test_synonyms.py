@@ -7,7 +7,17 @@ import pytest
 
 from t5tune.cli.arguments import parse_arguments
 from t5tune.errors import SettingsError
-from t5tune.settings import COMMANDS, ChatSettings, EvaluateSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.settings import (
+    COMMANDS,
+    ChatSettings,
+    EvaluateSettings,
+    InspectSettings,
+    MergeSettings,
+    PrepareSettings,
+    Settings,
+    TrainSettings,
+    load_settings,
+)
 from t5tune.settings.legacy_names import TRAIN
 from t5tune.settings.synonyms import ADVICE, NAMES_IN_OTHER_TOOLS, list_suggestions, suggest_setting
 
@@ -29,7 +39,9 @@ def test_no_name_of_another_tool_is_a_setting_of_the_command_that_would_suggest_
     advised = " ".join(ADVICE).split()
     others = " ".join(NAMES_IN_OTHER_TOOLS.values()).split()
     assert len(advised) == len({*advised})
-    assert not {*advised} & {*others}
+    # a command that has the setting of such a name suggests that, so the sentence must be about another command's
+    both = [text for names, text in ADVICE.items() if {*names.split()} & {*others}]
+    assert all("{" in text for text in both)
     assert not {*advised} & {*TrainSettings.model_fields}
 
 
@@ -80,6 +92,9 @@ def test_no_name_of_another_tool_is_a_setting_of_the_command_that_would_suggest_
         ("summary_column", "target_column"),
         ("max_train_samples", "num_data"),
         ("predict_with_generate", "eval_generate"),
+        ("precision", "bf16"),
+        ("wd", "weight_decay"),
+        ("limit", "num_data"),
     ],
 )
 def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
@@ -98,13 +113,20 @@ def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
         ("load_best_model_at_end", "metric_for_best_model does it"),
         ("push_to_hub", "hf upload"),
         ("hub_model_id", "hf upload"),
-        ("lora_target_linear", "set lora_target_modules to all-linear"),
-        ("quantization_bit", "set q_lora to true"),
-        ("load_in_8bit", "quant_type to int8"),
-        ("wandb_project", "set report_to to wandb"),
+        ("lora_target_linear", "use lora_target_modules: all-linear"),
+        ("quantization_bit", "use q_lora: true"),
+        ("load_in_8bit", "quant_type: int8"),
+        ("wandb_project", "use report_to: wandb"),
         ("use_peft", "LoRA is the default"),
         ("flash_attention", "leave it out"),
-        ("evals_per_epoch", "set eval_steps"),
+        ("use_flash_attn", "leave it out"),
+        ("evals_per_epoch", "use eval_steps"),
+        ("generation_max_length", "t5tune evaluate has this option"),
+        ("special_tokens", "the tokenizer's own are used"),
+        ("safe_serialization", "always written as safetensors"),
+        ("overwrite_cache", "whenever its inputs change"),
+        ("save_only_model", "save_total_limit keeps fewer"),
+        ("eval_table_size", "use report_samples"),
         ("adam_beta2", "under training_args"),
     ],
 )
@@ -131,6 +153,28 @@ def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is(
     assert parse_arguments(["--load-in-4bit"], ChatSettings).problems == [
         "--load-in-4bit: unknown flag; did you mean --q-lora?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "advice"),
+    [
+        (TrainSettings, "--load-in-8bit", "use --q-lora and --quant-type int8"),
+        (TrainSettings, "--wandb-project=x", "use --report-to wandb, and the variable WANDB_PROJECT"),
+        (TrainSettings, "--num-beams=3", "--eval-generate are greedy"),
+        (TrainSettings, "--device=cpu", "--use-cpu none"),
+        (TrainSettings, "-o=x", "did you mean --output-dir?"),
+        (ChatSettings, "--max-length=9", "did you mean --max-new-tokens?"),
+        (EvaluateSettings, "--generation-max-length=9", "did you mean --max-new-tokens?"),
+        (MergeSettings, "--torch-dtype=bfloat16", "did you mean --dtype?"),
+        (InspectSettings, "--limit=3", "--example shows one example, by its index, and --all all of them"),
+    ],
+)
+def test_the_advice_is_that_for_the_command_and_has_flags_as_they_are_typed(
+    model: type[Settings], words: str, advice: str
+) -> None:
+    (problem,) = parse_arguments(words.split(), model).problems
+    assert problem.startswith(f"{words.partition('=')[0]}: unknown flag; ")
+    assert advice in problem
 
 
 def test_a_mistyped_legacy_or_hidden_name_never_suggests_itself() -> None:

@@ -1,0 +1,12 @@
+"""Recognize a folder by its files, to say what it is where a folder of another kind is expected."""
+
+from pathlib import Path
+
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE, CONFIG_FILE
+
+KINDS = {CONFIG_FILE: "a whole model", ADAPTER_CONFIG_FILE: "an adapter", CACHE_MANIFEST_FILE: "a token cache"}
+
+
+def describe_folder(folder: Path) -> str | None:
+    """Say what kind of folder it is: `a whole model`, `an adapter`, `a token cache`; None if it is none of these."""
+    return next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)

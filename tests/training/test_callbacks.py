@@ -1,0 +1,35 @@
+"""Which evaluation is better than another, and which one counts as a gain."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from t5tune.training.callbacks import find_gains, is_better
+
+LARGER = SimpleNamespace(metric_for_best_model="field_f1", greater_is_better=True)
+LOSS = SimpleNamespace(metric_for_best_model=None, greater_is_better=False)
+
+
+def make_line(loss: float, field_f1: float | None = None) -> dict[str, Any]:
+    return {"eval_loss": loss} | ({} if field_f1 is None else {"eval_field_f1": field_f1})
+
+
+def test_of_equal_values_the_one_with_the_lower_loss_is_better_but_no_gain() -> None:
+    first, second = make_line(2.0, 100.0), make_line(1.0, 100.0)
+    assert is_better(second, first, LARGER)
+    assert not is_better(first, second, LARGER)
+    assert find_gains([first, second, make_line(9.0, 100.5)], LARGER, 0.0) == [True, False, True]
+
+
+def test_a_gain_is_larger_than_the_threshold_over_the_best_value_before() -> None:
+    values = [1.0, 1.5, 1.4, 2.1]
+    assert find_gains([make_line(1.0, value) for value in values], LARGER, 0.5) == [True, False, False, True]
+    assert find_gains([make_line(value) for value in (2.0, 1.5, 1.6, 1.4)], LOSS, 0.0) == [True, True, False, True]
+
+
+def test_a_value_that_is_missing_or_of_a_loss_that_is_not_finite_is_never_the_best() -> None:
+    lines = [make_line(1.0), make_line(math.nan, 90.0), make_line(1.0, 50.0), make_line(0.5), make_line(1.0, 60.0)]
+    assert find_gains(lines, LARGER, 0.0) == [False, False, True, False, True]
+    assert not is_better(lines[0], None, LARGER)
+    assert not is_better(lines[1], lines[2], LARGER)
+    assert is_better(lines[2], lines[0], LARGER)  # evaluated before this metric was chosen

@@ -1,0 +1,56 @@
+"""The lock of a run folder, and the differences for which a run can't be resumed."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.errors import SettingsError
+from t5tune.progress import Event
+from t5tune.training import resume_guard
+from t5tune.training.resume_guard import check_run_identity
+from t5tune.training.run_folder import lock_run_folder
+
+IDENTITY = {"seed": 1, "eval_fraction": 0.2, "lora_r": 8, "data": "sha256:1", "world_size": 1, "deepspeed_stage": None}
+
+
+def test_a_parent_that_another_run_removes_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, events, parent = tmp_path / "new" / "run", list[Event](), tmp_path / "new"
+    real_open = os.open
+
+    def open_late(path: Any, *arguments: Any) -> int:
+        monkeypatch.undo()
+        parent.rmdir()  # as another run does that ends now
+        return real_open(path, *arguments)
+
+    monkeypatch.setattr(os, "open", open_late)
+    with lock_run_folder(folder, events.append):
+        assert [path.name for path in parent.iterdir()] == [".run.lock"]
+        with pytest.raises(SettingsError, match="another run is using this folder"), lock_run_folder(folder, print):
+            pass
+    assert events == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": 2}, "data: other examples of it to train on, because of seed"),
+        (
+            {"seed": 2, "num_data": 9},
+            "data: other examples of it to train on, because of num_data and seed",
+        ),
+        ({"lora_r": 4}, 'data: "sha256:1" before, "sha256:2" now'),
+    ],
+)
+def test_other_held_out_examples_are_not_called_other_data(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], line: str
+) -> None:
+    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: IDENTITY)
+    now = IDENTITY | changes | {"data": "sha256:2"}
+    with pytest.raises(SettingsError) as caught:
+        check_run_identity(Path("run/checkpoint-1"), now, [])
+    assert line in caught.value.problems
+    assert len(caught.value.problems) == 1 + len(changes)
+    assert check_run_identity(Path("run/checkpoint-1"), now, ["data", *changes])
