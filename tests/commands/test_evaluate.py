@@ -171,6 +171,7 @@ def test_an_adapter_of_the_head_made_by_peft_is_applied(untied_base: Path, cache
     from peft import LoraConfig, get_peft_model
     from transformers import T5ForConditionalGeneration
 
+    torch.manual_seed(0)
     model = T5ForConditionalGeneration.from_pretrained(untied_base)
     model.config.tie_word_embeddings = False
     config = LoraConfig(r=4, target_modules=["q", "lm_head"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
@@ -189,7 +190,7 @@ def test_an_adapter_of_the_head_made_by_peft_is_applied(untied_base: Path, cache
         count += target.numel()
     assert result.loss == pytest.approx(total / count, rel=1e-5)
     assert result.loss != pytest.approx(
-        run_evaluate(untied_base, cache, tmp_path / "b", max_new_tokens=1).loss, rel=1e-2
+        run_evaluate(untied_base, cache, tmp_path / "b", max_new_tokens=1).loss, rel=1e-3
     )
 
 

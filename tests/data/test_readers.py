@@ -1002,12 +1002,12 @@ def test_large_and_compressed_garbage_needs_little_memory(
 def test_a_large_object_of_records_needs_little_memory(tmp_path: Path) -> None:
     records = b"".join(b', "%06d": {"source": "a", "target": "b"}' % number for number in range(20_000))
     with gzip.open(tmp_path / "object.json.gz", "wb") as file:
-        file.write(b'{"first": {"source": "' + b"x" * (60 << 20) + b'"}')
+        file.write(b'{"a": {"source": "a"}, "b": {"source": "b"}, "long": {"source": "' + b"x" * (60 << 20) + b'"}')
         for _ in range(50):
             file.write(records)
         file.write(b"}")
     done = subprocess.run([sys.executable, "-c", BOMB, tmp_path / "object.json.gz"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     count, megabytes = map(int, done.stdout.split())
-    assert count == 1 + 50 * 20_000
+    assert count == 3 + 50 * 20_000
     assert megabytes < 120

@@ -226,7 +226,8 @@ def test_a_terminal_keeps_the_evaluations_and_says_where_ctrl_c_has_stopped_the_
     assert re.fullmatch(rf"  train ━+ {step}/100,000 steps \[\d+:\d\d elapsed\]( +loss .*)?", bar)
     assert lines.count("finishing this step and saving; press Ctrl-C again to quit immediately") == 1
     end = f"stopped after step {step} of 100,000; saved in {run}/checkpoint-{step}. Run the same command to continue."
-    assert " ".join(lines[lines.index(bar) + 1 :]) == end
+    # the terminal may have broken the path, which is longer than a line
+    assert "".join(lines[lines.index(bar) + 1 :]).replace(" ", "") == end.replace(" ", "")
     assert drawn.rfind(b"\x1b[?25h") > drawn.rfind(b"\x1b[?25l")  # the cursor is back
 
 
