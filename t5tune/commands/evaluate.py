@@ -145,16 +145,11 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
     with write_folder_atomically(folder) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, chosen, names, tuned, base)
         write_settings(staged, settings)
-    outcomes, predictions = [tuned] if base is None else [tuned, base], folder / PREDICTIONS_FILE
+    outcomes = [tuned] if base is None else [tuned, base]
     built_in = [_score(each, chosen.targets, names) for each in outcomes]
-    try:
-        custom = [compute_custom_metrics(functions, each.predictions, chosen.targets) for each in outcomes]
-    except SettingsError as error:
-        hint = f"{error.hint}; " if error.hint else ""
-        replace = " (--overwrite replaces them)" if folder == settings.output_dir else ""
-        raise SettingsError(*error.problems, hint=f"{hint}the predictions are in {predictions}{replace}") from error
+    custom = _compute_custom_metrics(settings, outcomes, chosen.targets, folder)
     return EvaluateResult(
-        predictions=predictions,
+        predictions=folder / PREDICTIONS_FILE,
         examples=len(chosen.examples),
         **dict.fromkeys(METRICS) | built_in[0],  # type: ignore[arg-type]
         custom_metrics=custom[0],
@@ -192,6 +187,24 @@ def _score(outcome: _Outcome, targets: list[str], names: Sequence[str]) -> dict[
     mean = outcome.losses.mean
     losses = {"loss": round(mean, 6), "perplexity": round(math.exp(min(mean, 700.0)), 4)}
     return losses | score(outcome.predictions, targets, names)
+
+
+def _compute_custom_metrics(
+    settings: EvaluateSettings, outcomes: list[_Outcome], targets: list[str], folder: Path
+) -> list[dict[str, float]]:
+    """Compute the custom metrics of each model.
+
+    Raises:
+        SettingsError: a function fails; says that the predictions are in the folder.
+    """
+    functions = settings.metric or []
+    try:
+        return [compute_custom_metrics(functions, each.predictions, targets) for each in outcomes]
+    except SettingsError as error:
+        hint = f"{error.hint}; " if error.hint else ""
+        replace = " (--overwrite replaces them)" if folder == settings.output_dir else ""
+        hint += f"the predictions are in {folder / PREDICTIONS_FILE}{replace}"
+        raise SettingsError(*error.problems, hint=hint) from error
 
 
 def _measure_losses(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, report: Report) -> Losses:
