@@ -336,7 +336,7 @@ def test_a_run_that_keeps_all_checkpoints_says_how_many_and_how_large(
     assert kept is not None, note
     assert len(checkpoints) == 3
     assert mebibytes - 1 < float(kept[1]) < mebibytes + 4  # 1 MiB for the small files of each
-    assert list_notes("two", save_total_limit=2) == []
+    assert list_notes("three", save_total_limit=3) == []
 
 
 @pytest.mark.parametrize(
