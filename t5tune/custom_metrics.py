@@ -79,6 +79,7 @@ def load_custom_metric(function: str) -> Metric:
     if not names_function(function):
         raise SettingsError(f"metric: {function}: names no function", hint=FORMS)
     place, _, name = function.rpartition(":")
+    _add_to_path(Path.cwd())  # before the folder of any file, which may have a module of the same name
     module = _import_file(function, Path(place)) if place.endswith(".py") else _import_module(function, place)
     found = getattr(module, name, None)
     if not callable(found):
@@ -92,7 +93,6 @@ def load_custom_metric(function: str) -> Metric:
 
 
 def _import_module(function: str, module: str) -> ModuleType:
-    _add_to_path(Path.cwd())
     *packages, _ = accumulate(module.split("."), "{}.{}".format)
     for package in packages:  # find_spec would import them, outside of _explain_exception
         _import_found(function, package, module)

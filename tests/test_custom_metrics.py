@@ -57,7 +57,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with my_metric.py in it. What is imported from it is forgotten afterwards."""
     (tmp_path / "my_metric.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     before = {*sys.modules}
     yield tmp_path
     load_custom_metric.cache_clear()
@@ -80,6 +79,14 @@ def test_a_file_elsewhere_can_import_its_neighbors_and_define_dataclasses(folder
         "def f(predictions, references):\n    import json\n    return {'x': Result(SCORE).value + len(json.dumps(1))}\n"
     )
     assert compute_custom_metrics(["more/json.py:f"], ["a"], ["a"]) == {"x": 8.0}
+
+
+def test_the_current_folder_comes_before_the_folder_of_a_file(folder: Path) -> None:
+    (folder / "more").mkdir()
+    (folder / "more" / "my_metric.py").write_text("def f(p, r): return {'x': 1}")
+    (folder / "more" / "other.py").write_text("def f(p, r): return {'y': 2}")
+    scores = compute_custom_metrics(["more/other.py:f", "my_metric:good"], ["a"], ["a"])
+    assert scores == {"y": 2, "ratio": 1, "count": 1}
 
 
 def test_a_folder_of_the_user_does_not_replace_a_library(folder: Path) -> None:
