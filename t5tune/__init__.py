@@ -1,3 +1,97 @@
-"""Fine-tune T5-family encoder-decoders with LoRA and QLoRA."""
+"""Fine-tune T5-family encoder-decoders with LoRA and QLoRA.
 
-__version__ = "0.1.0"
+    from t5tune import TrainSettings, progress_bar, train
+
+    run = train(TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run"), progress_bar())
+    run.metrics(), run.load()
+
+What is imported from here loads its libraries when it is first used, and keeps them quiet. See docs/python.md.
+What type checkers see is in __init__.pyi.
+"""
+
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+from t5tune.version import __version__
+
+__all__ = [
+    "ChatSettings",
+    "Chatter",
+    "DoctorSettings",
+    "EvaluateSettings",
+    "ExportSettings",
+    "InspectSettings",
+    "MergeSettings",
+    "PlanSettings",
+    "PrepareSettings",
+    "SettingsError",
+    "Stopped",
+    "T5TuneError",
+    "TrainSettings",
+    "Turn",
+    "__version__",
+    "chat",
+    "doctor",
+    "evaluate",
+    "export",
+    "inspect",
+    "load_settings",
+    "merge",
+    "plan",
+    "prepare",
+    "progress_bar",
+    "read_metrics",
+    "read_result",
+    "train",
+]
+
+_COMMANDS = ("chat", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "train")
+_HOMES = {
+    **{name: f"commands.{name}" for name in _COMMANDS},
+    "Chatter": "commands.chat",
+    "Turn": "data.formats",
+    "SettingsError": "errors",
+    "Stopped": "errors",
+    "T5TuneError": "errors",
+    "progress_bar": "progress_bar",
+    "read_metrics": "reports.metrics_log",
+    "read_result": "training.run_folder",
+}  # anything else is in `settings`
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 't5tune' has no attribute {name!r}")
+    from t5tune.compat.quiet import quiet_libraries
+    from t5tune.model.device import limit_openmp_spinning
+
+    limit_openmp_spinning()
+    with quiet_libraries():
+        found = getattr(import_module(f"t5tune.{_HOMES.get(name, 'settings')}"), name)
+    value = _make_callable(found) if name in _COMMANDS else found
+    globals()[name] = value
+    return value
+
+
+def _make_callable(function: Any) -> Any:
+    """Check the arguments of each call of a command's function, and keep the libraries quiet during it."""
+    from t5tune.compat.quiet import quiet_libraries
+    from t5tune.settings import COMMANDS
+    from t5tune.settings.calls import check_call
+
+    name = function.__name__
+    model = next(model for model in COMMANDS if model.command == name)
+
+    @wraps(function)
+    def call(settings: Any = None, report: Any = None, *more: Any, **options: Any) -> Any:
+        report = check_call(name, settings, model, report)
+        with quiet_libraries():
+            return function(settings, report, *more, **options)
+
+    call.__module__ = __name__  # where pickle finds it again
+    return call
+
+
+def __dir__() -> list[str]:
+    return __all__

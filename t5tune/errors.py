@@ -56,6 +56,13 @@ class T5TuneError(Exception):
         self.hint = to_one_line(hint) if hint else None
         super().__init__(self.message)
 
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def _render_traceback_(self) -> list[str]:
+        """Be shown by IPython as one line, as on the command line: the message says what to change."""
+        return [f"{self.kind}: {self}"]
+
     @property
     def kind(self) -> str:
         """The name of the class, as `--json` shows it."""

@@ -5,7 +5,7 @@
 
 A model's files take precedence: the weights decide whether the head is tied, and unused embedding rows are counted.
 The table adds what the files don't say: what a model type computes, the names of its layers, and which tools can read
-it. docs/families.md is generated from it.
+it. docs/families.md and docs/support.md are generated from it.
 
 This module imports nothing heavier than the errors, so every package may import it.
 """

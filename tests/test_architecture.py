@@ -8,12 +8,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "t5tune"
 # from the lowest layer to the highest; packages of one layer may import each other, but not in a circle
 LAYERS = [
-    {"errors", "file_names", "formatting", "progress", "metrics", "custom_metrics", "io", "__init__"},
+    {"errors", "file_names", "formatting", "progress", "progress_bar", "metrics", "custom_metrics", "io", "version"},
     {"compat", "families", "settings"},
     {"data", "checkpoints"},
     {"model"},
     {"diagnosis", "distributed", "merging", "reports", "training"},
     {"commands"},
+    {"__init__"},
     {"cli"},
     {"__main__"},
 ]

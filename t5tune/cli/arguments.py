@@ -21,7 +21,7 @@ from t5tune.errors import find_close_name
 from t5tune.file_names import JSON_SUFFIXES, TABLE_SUFFIXES
 from t5tune.settings import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
-from t5tune.settings.synonyms import find_meant_setting, list_suggestions, suggest_setting
+from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
 SWITCHES = ("json", "quiet", "debug")
 BOOLEAN_WORDS = {"true", "t", "1", "yes", "y", "on", "false", "f", "0", "no", "n", "off"}
@@ -85,7 +85,7 @@ class _Parser:
         self._unfilled = deque(positional or filter(None, [model.also_positional]))
         kinds = {name: classify_field(field) for name, field in fields.items() if name not in positional}
         legacy = dict.fromkeys(LEGACY_NAMES.get(model.command, {}), "legacy")
-        self._suggestions = [name for name in list_suggestions(model) if name in kinds] + ["config", *SWITCHES]
+        self._suggestions = [name for name in model.list_suggestions() if name in kinds] + ["config", *SWITCHES]
         self._kinds = {**legacy, **kinds, "config": "one", **dict.fromkeys(SWITCHES, "switch")}
 
     def add_argument(self, word: str) -> None:

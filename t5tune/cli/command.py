@@ -1,10 +1,8 @@
 """Run a command: parse its arguments, load its settings, and call it."""
 
 import importlib
-import logging
 import os
 import signal
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -12,6 +10,7 @@ from typing import Any, NoReturn
 from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.output import Output, Unexpected, reserve_stdout, to_t5tune_error
 from t5tune.cli.results import render_result
+from t5tune.compat.quiet import quiet_libraries
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
@@ -30,7 +29,7 @@ def run_command(command: str, arguments: list[str]) -> int:
     parsed = parse_arguments(arguments, model)
     _configure_libraries(command, parsed.debug)
     world = _read_world()
-    with reserve_stdout() as stream:
+    with quiet_libraries(), reserve_stdout() as stream:
         shows_paths = world.rank == 0 and not world.is_run_set_up
         output = Output(stream, parsed.json, parsed.quiet or world.rank > 0, parsed.debug, shows_paths)
         try:
@@ -56,17 +55,7 @@ def _configure_libraries(command: str, debug: bool) -> None:
         # its matrix products are small: more BLAS threads would only wait for each other and use memory
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if debug:
-        return
-    # hide warnings and log messages that libraries address to developers
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise C++ stack traces appear if a rank is lost
-    for library in ("bitsandbytes", "accelerate"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")  # quiet_libraries respects this
 
 
 def _read_world() -> World:

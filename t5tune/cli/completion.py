@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from t5tune import __version__
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.errors import SettingsError
+from t5tune.version import __version__
 
 HELP_HINT = "run t5tune --help to list the commands"
 

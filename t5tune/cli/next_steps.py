@@ -9,12 +9,21 @@ from typing import Any
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.reports.run_page import REPORT_FILE
-from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings, Settings, TrainSettings
+from t5tune.settings import (
+    EvaluateSettings,
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    QuantizationSettings,
+    Settings,
+    TrainSettings,
+)
 from t5tune.settings.flags import list_flags
 from t5tune.training.checkpoint import list_checkpoints
 
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
+QUANTIZATION_FLAGS = ("q_lora", *(name for name in QuantizationSettings.model_fields if name != "q_lora"), "bf16")
 MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", "q_lora", "quant_type", "bf16", "use_cpu", "device")
 
 
@@ -47,13 +56,16 @@ def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str
 
 
 def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
-    yield ["chat", str(result.run)]
+    as_trained = [*_repeat(settings, QUANTIZATION_FLAGS)] if settings.q_lora else []
+    yield ["chat", str(result.run), *as_trained]
     held_out = settings.eval_data_path
     if held_out is None and result.eval and _is_cache(settings.data_path):
         held_out = settings.data_path  # evaluate takes the examples that prepare has held out
-    yield ["evaluate", str(result.run), "--data-path", *_name_data(held_out)]
+    yield ["evaluate", str(result.run), *as_trained, "--data-path", *_name_data(held_out)]
     if settings.train_mode == "lora":
-        yield ["merge", str(result.run), *_repeat(settings, ("cache_dir",)), "--output-dir", _name_output("merged")]
+        onto = ["--onto", settings.quant_type] if settings.q_lora else []
+        base = [*_repeat(settings, ("cache_dir",)), *onto]
+        yield ["merge", str(result.run), *base, "--output-dir", _name_output("merged")]
 
 
 def _follow_export(adapter: Path) -> Iterator[list[str]]:

@@ -32,6 +32,8 @@ def render_result(command: str, result: Any) -> RenderableType | None:
             return _render_templates(result)
         case "schema":
             return json.dumps(result, indent=2, ensure_ascii=False)
+        case "docs":
+            return str(result.text.removesuffix("\n"))
     return None
 
 

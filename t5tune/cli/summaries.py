@@ -12,6 +12,7 @@ SUMMARIES = {
     "doctor": "Check what works on this machine, and how to fix what doesn't.",
     "templates": "List, show or copy the templates that come with t5tune.",
     "schema": "Print the JSON schema of a command's YAML, for editors.",
+    "docs": "Print all that a coding assistant needs to use t5tune.",
 }
 
 # purpose: command; all of them work as typed, the last one once the file exists
@@ -68,5 +69,9 @@ EXAMPLES = {
     "schema": (
         "t5tune schema",
         "t5tune schema prepare > prepare.schema.json",
+    ),
+    "docs": (
+        "t5tune docs",
+        "t5tune docs > t5tune.md",
     ),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
-from t5tune.commands.train import set_up_run_folder, train
+from t5tune.commands.train import name_kept_records, set_up_run_folder, train
 from t5tune.distributed.launcher import launch, stop_with_deepspeed_launcher
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
@@ -46,7 +46,7 @@ def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
             run = set_up_run_folder(settings, stack, output.report)
         if not run.finished:
             # set_up_run_folder has renamed an existing run already; the workers must not do it again
-            worker_settings = settings.model_copy(update={"fresh": False})
+            worker_settings = name_kept_records(settings).model_copy(update={"fresh": False})
             flags, count = ["--quiet"] if output.quiet else [], _count_processes(settings)
             with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
                 write_settings(Path(folder), worker_settings)

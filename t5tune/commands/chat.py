@@ -1,7 +1,7 @@
 """`t5tune chat`: talk to a base, an adapter, a run or a merged checkpoint, in the conversation template of training.
 
 chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", adapter="run"))
-chatter.reply([Turn("human", "Hello")])
+chatter.reply("Hello")
 """
 
 import json
@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.cleaning import normalize_text
 from t5tune.data.encoders import Encoder, make_encoder
 from t5tune.data.encoding import encode_prompt, find_long_word
-from t5tune.data.formats import Conversation, Turn
+from t5tune.data.formats import Conversation, Role, Turn
 from t5tune.data.records import RecordLocation
 from t5tune.data.templates import (
     DEFAULT_TEMPLATE,
@@ -27,10 +28,12 @@ from t5tune.data.templates import (
 )
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
-from t5tune.model.generation import Decoding, generate
+from t5tune.model.generation import Decoding, RandomStream, generate
 from t5tune.model.inference import load_for_inference
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import ChatSettings
+from t5tune.settings.calls import check_call
+from t5tune.settings.messages import shorten_value
 from t5tune.training.checkpoint import replace_stopped_runs
 
 
@@ -51,6 +54,7 @@ class Chatter:
     Args:
         keeps_history: whether the model sees the whole conversation or only its last message.
         source_prefix: text added before each message that doesn't begin with it already.
+        random: what sampling draws from, continued by each reply.
     """
 
     model: Any
@@ -58,6 +62,7 @@ class Chatter:
     encoder: Encoder
     template: Template
     settings: ChatSettings
+    random: RandomStream
     keeps_history: bool = True
     source_prefix: str = ""
 
@@ -68,11 +73,10 @@ class Chatter:
         Raises:
             ModelError, CheckpointError: the base or the adapter can't be used.
         """
-        from transformers import set_seed
-
+        report = check_call("Chatter.load", settings, ChatSettings, report)
         settings = replace_stopped_runs(settings, report)
-        loaded = load_for_inference(settings, report)
-        set_seed(settings.seed)
+        with quiet_libraries():
+            loaded = load_for_inference(settings, report)
         template = find_template(settings.conversation_template, loaded.template_files)
         if template is None:
             report(Note(f"the model has no conversation template of its own; using {DEFAULT_TEMPLATE}"))
@@ -94,8 +98,16 @@ class Chatter:
             prefix = trained_on.source_prefix if trained_on is not None else ""
             if prefix:
                 report(Note(f"each message is prefixed with {prefix!r}, as in training"))
-        encoder = make_encoder(loaded.tokenizer)
-        return Chatter(loaded.model, loaded.tokenizer, encoder, template, settings, keeps_history, prefix)
+        return Chatter(
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            encoder=make_encoder(loaded.tokenizer),
+            template=template,
+            settings=settings,
+            random=RandomStream(settings.seed, loaded.model.device),
+            keeps_history=keeps_history,
+            source_prefix=prefix,
+        )
 
     def with_system(self, message: str | None) -> "Chatter":
         """Use another system message; None selects the conversation template's default."""
@@ -120,16 +132,19 @@ class Chatter:
         """
         return Chatter.load(self.settings.model_copy(update={"adapter": adapter}), report)
 
-    def reply(self, turns: list[Turn], show: Callable[[str], None] | None = None) -> Reply:
-        """Reply to a conversation that ends with a human turn (to that turn alone if history isn't kept).
+    def reply(self, message: str | list[Turn], show: Callable[[str], None] | None = None) -> Reply:
+        """Reply to a message, or to a conversation that ends with one (to that one alone if history isn't kept).
 
         Args:
             show: called with each piece of the reply as soon as its text is final; joined, the pieces are the reply.
 
         Raises:
-            SettingsError: the message or the system message isn't valid UTF-8, or contains a word that is too long.
+            SettingsError: the conversation isn't one, or the message or the system message isn't valid UTF-8, or
+                contains a word that is too long.
         """
         started = time.monotonic()
+        turns = [Turn("human", message)] if isinstance(message, str) else message
+        _check_turns(turns)
         streamer = _TextStreamer(self.tokenizer, self.template.answer_suffix, show) if show else None
         _check_encodable(turns[-1].text, "message")
         _check_encodable(self.settings.system or "", "system message")
@@ -140,18 +155,7 @@ class Chatter:
             raise SettingsError(f"message: {rejection.message}")
         pieces = render_conversation(conversation, self.template) + render_answer_prefix(self.template, len(turns))
         source = encode_prompt(pieces, self.encoder, self.settings.model_max_length)
-        (ids,) = generate(
-            self.model,
-            [[*source, self.tokenizer.eos_token_id]],
-            Decoding(
-                self.tokenizer.eos_token_id,
-                self.tokenizer.pad_token_id,
-                self.settings.max_new_tokens,
-                temperature=self.settings.temperature,
-                top_p=self.settings.top_p,
-            ),
-            on_token=streamer.add if streamer else None,
-        )
+        ids = self._generate([*source, self.tokenizer.eos_token_id], streamer.add if streamer else None)
         text = self.tokenizer.decode(ids, skip_special_tokens=True).removesuffix(self.template.answer_suffix)
         if streamer:
             streamer.show_up_to(text)
@@ -162,12 +166,35 @@ class Chatter:
             seconds=round(time.monotonic() - started, 3),
         )
 
+    def _generate(self, source: list[int], on_token: Callable[[int], None] | None) -> list[int]:
+        decoding = Decoding(
+            self.tokenizer.eos_token_id,
+            self.tokenizer.pad_token_id,
+            self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+        )
+        with quiet_libraries(), self.random.use():
+            (ids,) = generate(self.model, [source], decoding, on_token=on_token)
+        return ids
+
     def _prepare_turn(self, turn: Turn) -> Turn:
         """Add the prefix to a message that doesn't begin with it, and normalize the text as `prepare` does."""
         text = turn.text
         if turn.role == "human" and not text.startswith(self.source_prefix):
             text = self.source_prefix + text
         return Turn(turn.role, normalize_text(text, Counter()))
+
+
+def _check_turns(turns: object) -> None:
+    hint = 'expected a text, or a list such as [Turn("human", "…"), Turn("assistant", "…"), Turn("human", "…")]'
+    if not isinstance(turns, list) or not turns:
+        raise SettingsError(f"message: {shorten_value(turns)}", hint=hint)
+    for number, turn in enumerate(turns):
+        if not (isinstance(turn, Turn) and isinstance(turn.text, str) and turn.role in get_args(Role)):
+            raise SettingsError(f"message[{number}]: {shorten_value(turn)}", hint=hint)
+    if turns[-1].role != "human":
+        raise SettingsError("message: the last turn is the assistant's; there is nothing to reply to", hint=hint)
 
 
 def _check_encodable(text: str, what: str) -> None:
@@ -225,6 +252,11 @@ def save_conversation(path: Path, turns: list[Turn], system: str | None) -> None
 
 
 def chat(settings: ChatSettings, report: Report = silent) -> Reply:
-    """Reply to `settings.prompt`, which must be set."""
-    assert settings.prompt is not None
-    return Chatter.load(settings, report).reply([Turn("human", settings.prompt)])
+    """Reply to `settings.prompt`.
+
+    Raises:
+        SettingsError: it isn't set.
+    """
+    if settings.prompt is None:
+        raise SettingsError("prompt: missing", hint="set it, or use Chatter.load(…) for a conversation")
+    return Chatter.load(settings, report).reply(settings.prompt)

@@ -16,12 +16,12 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from t5tune import __version__
 from t5tune.diagnosis import Finding, machine
 from t5tune.distributed.deepspeed_build import remove_stale_locks
 from t5tune.io.processes import make_module_command
 from t5tune.progress import Report, silent, track
 from t5tune.settings import DoctorSettings
+from t5tune.version import __version__
 
 # probe name -> how to fix a probe that crashes or can't start; findings are shown in this order
 PROBE_HINTS = {

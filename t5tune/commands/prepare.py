@@ -14,7 +14,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from t5tune import __version__
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.checkpoints.training_data import TrainingData, write_training_data
@@ -52,6 +51,7 @@ from t5tune.io.yaml_file import to_yaml
 from t5tune.progress import Report, silent, track
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.version import __version__
 
 MAX_LISTED_CHARACTERS = 100  # lost characters in the manifest
 MIN_RECORDS_TO_STOP = 1000  # max_rejected_fraction isn't checked while fewer records than this were read

@@ -17,7 +17,8 @@ from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
-from t5tune.io.atomic import explain_write_errors
+from t5tune.io.atomic import copy_atomically, explain_write_errors
+from t5tune.io.records_in_memory import find_kept_path
 from t5tune.model.device import check_bf16, explain_out_of_memory
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import PrepareSettings, TrainSettings
@@ -47,8 +48,10 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         Stopped: a signal asked to stop; the progress so far is saved in a checkpoint.
     """
     world = World.from_environment()
+    _check_call(settings, world)
     report = report if world.rank == 0 else silent
-    with handle_signals(report) as stop, ExitStack() as stack:
+    # the process of a notebook or a script isn't ours to end; the command line handles signals before it calls this
+    with handle_signals(report, exits=world.launched) as stop, ExitStack() as stack:
         # imports torch, which takes seconds, in which a signal may arrive
         from t5tune.distributed.collectives import report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
@@ -64,6 +67,7 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
                     set_up_run_folder(settings, stack, report)
 
             run_on_rank_0(world, set_up_interruptibly)
+        settings = name_kept_records(settings)
         run = locate_run(settings)
         if run.finished:
             return read_result(run.folder)
@@ -71,6 +75,19 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
 
         with _explain_out_of_memory(settings):
             return run_training(Session(settings, run, world, device, stop, report))
+
+
+def _check_call(settings: TrainSettings, world: World) -> None:
+    """Refuse what the command line does before it calls `train`."""
+    if settings.dry_run:
+        raise SettingsError("dry_run: a call of train trains", hint="call plan(PlanSettings(…)) instead")
+    for name in ("num_gpus", "num_processes"):
+        number = getattr(settings, name)
+        if number not in (None, 1) and not world.launched:
+            raise SettingsError(
+                f"{name}: {number}: a call of train starts no processes",
+                hint=f"start the script with torchrun --nproc-per-node {number}, or run t5tune train",
+            )
 
 
 def _explain_out_of_memory(settings: TrainSettings) -> AbstractContextManager[None]:
@@ -95,16 +112,60 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     """
     check_settings(settings)
     check_machine(settings)
-    settings = apply_cache_settings(settings)
+    stored, settings = settings, name_kept_records(apply_cache_settings(settings))
     folder = settings.output_dir
     locks.enter_context(lock_run_folder(folder, report))
     if settings.fresh and (aside := move_aside(folder, report)) is not None:
         try:
-            return _set_up_locked(settings, report)
+            return _keep_records(stored, settings, report)
         except BaseException:
             _move_back(aside, folder, report)
             raise
-    return _set_up_locked(settings, report)
+    return _keep_records(stored, settings, report)
+
+
+def name_kept_records(settings: TrainSettings) -> TrainSettings:
+    """Name records that were given in memory by the files that `train` keeps them in, next to the run folder."""
+    kept: dict[str, list[str]] = {}
+    for name in ("data_path", "eval_data_path"):
+        paths = getattr(settings, name) or []
+        if any(found := [find_kept_path(path, settings.output_dir) for path in paths]):
+            kept[name] = [str(new or path) for path, new in zip(paths, found, strict=True)]
+    return settings.model_copy(update=kept)
+
+
+def _keep_records(stored: TrainSettings, settings: TrainSettings, report: Report) -> Run:
+    """Copy records that were given in memory to where they are kept, and set up the run folder, which is locked."""
+    paths = [
+        (Path(path), Path(kept))
+        for name in ("data_path", "eval_data_path")
+        for path, kept in zip(getattr(stored, name) or [], getattr(settings, name) or [], strict=True)
+        if path != kept and not Path(kept).is_file()
+    ]
+    try:
+        for path, kept in paths:
+            _copy_records(path, kept)
+        run = _set_up_locked(settings, report)
+    except BaseException as error:
+        for _, kept in paths:
+            with suppress(OSError):  # the error that led here must be reported
+                kept.unlink()
+        if isinstance(error, DataError) and any(kept.name in str(error) for _, kept in paths):
+            line = "line N is the N-th of the records"  # the file that the message names is gone
+            raise DataError(error.message, hint=f"{error.hint}; {line}" if error.hint else line) from error
+        raise
+    for _, kept in paths:
+        report(Note(f"the records are also in {kept}, for repeating this run from the command line"))
+    return run
+
+
+def _copy_records(path: Path, kept: Path) -> None:
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        copy_atomically(path, kept)
+    except OSError as error:
+        problem = f"output_dir: the records can't be kept next to it, in {kept}: {error.strerror}"
+        raise SettingsError(problem, hint="choose another output_dir") from error
 
 
 def _set_up_locked(settings: TrainSettings, report: Report) -> Run:

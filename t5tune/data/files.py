@@ -23,6 +23,7 @@ from t5tune.data.cache import is_cache
 from t5tune.errors import DataError
 from t5tune.file_names import JSON_SUFFIXES, TABLE_SUFFIXES
 from t5tune.io.reasons import join_first
+from t5tune.io.records_in_memory import is_stored
 from t5tune.progress import Note, Report, silent
 
 STDIN = Path("-")
@@ -96,7 +97,9 @@ def _make_missing_error(path: Path, setting: str) -> DataError:
     """Make the error for a path that doesn't exist, which may be the id of a dataset on the Hub."""
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) and not path.parent.exists()
     if not is_hub_id or find_data_suffix(path) is not None:
-        return DataError(f"{setting}: {path}: no such file or folder", hint="check the path's spelling")
+        hint = "create the settings again: records last as long as the process that they were given in"
+        spelling = "check the path's spelling"
+        return DataError(f"{setting}: {path}: no such file or folder", hint=hint if is_stored(path) else spelling)
     return DataError(
         f"{setting}: {path}: no such file or folder; datasets on the Hub aren't read",
         hint=f"download it with `hf download --repo-type dataset {path} --local-dir {path.name}`, and give the folder "

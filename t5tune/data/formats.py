@@ -370,7 +370,10 @@ def _parse_text(where: str, content: Any) -> str:
         texts = [part["text"] if part.get("text") is not None else part.get("value") for part in content]
         content = "\n".join(_parse_text(where, text) for text in texts)
     if not isinstance(content, str):
-        raise RejectionError("not_text", f"{where}: expected text, found {_name_json_type(content)}")
+        # 007 and 1.0 may be numbers by mistake, so which text is meant isn't guessed
+        is_number = isinstance(content, int | float) and not isinstance(content, bool)
+        advice = f"; write it as text: {str(content)!r}, or astype(str) in pandas" if is_number else ""
+        raise RejectionError("not_text", f"{where}: expected text, found {_name_json_type(content)}{advice}")
     return content
 
 

@@ -9,7 +9,8 @@
             ...                      # every rank gets here after the same step
 
 Schedulers send SIGTERM or SIGUSR1 some time before they kill a job. Closing a terminal sends SIGHUP. Ctrl-C sends
-SIGINT, for which the exit code is 130. A second signal exits immediately.
+SIGINT, for which the exit code is 130. A second signal exits immediately. If the process isn't ours to end, as in a
+notebook, a second signal raises KeyboardInterrupt instead.
 """
 
 import os
@@ -42,18 +43,28 @@ class Interrupted(BaseException):
     """Raised by a signal wherever it arrives. Not an Exception, because libraries catch those and continue."""
 
 
+class InterruptedAgain(KeyboardInterrupt):
+    """Raised by a second signal in a process that isn't ours to end."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Be shown by IPython as one line."""
+        return [f"KeyboardInterrupt: {self}"]
+
+
 class StopRequest:
     """A request to stop this process.
 
     Args:
         report: receives a note when Ctrl-C is pressed.
+        exits: whether to end the process at a second signal, or if the work can't be interrupted.
 
     Attributes:
         signal_name: the name of the first signal; None before any signal.
     """
 
-    def __init__(self, report: Report = silent) -> None:
+    def __init__(self, report: Report = silent, exits: bool = True) -> None:
         self._report = report
+        self._exits = exits
         self.signal_name: str | None = None
         self._came_at = 0.0
         self._is_interruptible = False
@@ -69,9 +80,12 @@ class StopRequest:
 
         Raises:
             Interrupted: within `interruptible`.
+            InterruptedAgain: at a second signal, unless that ends the process.
         """
         if self.is_set:
             if number != FORWARDED_SIGNAL and time.monotonic() - self._came_at > SECONDS_BETWEEN_SIGNALS:
+                if not self._exits:
+                    raise InterruptedAgain("stopped at once; the last complete checkpoint is kept")
                 self._exit_now("second signal: exiting now; the last complete checkpoint is kept")
             return
         self.signal_name = signal.Signals(number).name
@@ -80,7 +94,8 @@ class StopRequest:
             self._interrupt()
         if number == signal.SIGINT:
             # in a thread: the signal may have interrupted a report, which must not be entered a second time
-            note = Note("finishing this step and saving; press Ctrl-C again to quit immediately")
+            again = "press Ctrl-C again to quit immediately" if self._exits else "interrupt again to stop at once"
+            note = Note(f"finishing this step and saving; {again}")
             threading.Thread(target=self._report, args=(note,), daemon=True).start()
 
     @contextmanager
@@ -106,7 +121,7 @@ class StopRequest:
             self._is_interruptible = False
 
     def _interrupt(self) -> NoReturn:
-        if self._exit_timer is None:
+        if self._exits and self._exit_timer is None:
             reason = "before training began; exiting, since the work in progress can't be interrupted"
             line = f"{self._describe()} {reason}"
             self._exit_timer = threading.Timer(SECONDS_TO_UNWIND, self._exit_now, [line])
@@ -160,19 +175,19 @@ _current: StopRequest | None = None  # of the outermost `handle_signals` block
 
 
 @contextmanager
-def handle_signals(report: Report = silent) -> Iterator[StopRequest]:
-    """Handle the signals in this block. A nested block yields the same request.
+def handle_signals(report: Report = silent, exits: bool = True) -> Iterator[StopRequest]:
+    """Handle the signals in this block. A nested block yields the same request, as the outermost has set it up.
 
     Python runs signal handlers in the main thread only: in another thread, the request is never set.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield StopRequest(report)
+        yield StopRequest(report, exits)
         return
     global _current
     if _current is not None:
         yield _current
         return
-    stop = _current = StopRequest(report)
+    stop = _current = StopRequest(report, exits)
     before = {number: signal.signal(number, stop.receive) for number in (*choose_signals(), FORWARDED_SIGNAL)}
     # `launch` starts workers with these signals blocked, so that one that arrives earlier is delivered here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)

@@ -98,11 +98,11 @@ def make_scratch_folder(target: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             # The parent is locked until the new folder is, so that no other process takes the new folder for an
             # abandoned one. If another program holds the parent's lock for longer, abandoned folders are left alone.
-            with _lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
+            with lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
                 if is_locked:
                     _remove_abandoned_siblings(target)
                 staged.mkdir()
-                cleanup.enter_context(_lock_folder(staged))
+                cleanup.enter_context(lock_folder(staged))
         except OSError as error:
             if error.errno in DISK_ERRNOS:
                 raise
@@ -114,7 +114,7 @@ def make_scratch_folder(target: Path) -> Iterator[Path]:
 def remove_abandoned(target: Path) -> None:
     """Delete the temporary folders that killed processes have left next to `target`."""
     target = Path(os.path.realpath(target))
-    with _lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
+    with lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
         if is_locked:
             _remove_abandoned_siblings(target)
 
@@ -127,7 +127,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def _lock_folder(folder: Path, patience: float = 0.0) -> Iterator[bool]:
+def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[bool]:
     """Lock a folder until the block or this process ends; yield whether it could be locked in `patience` seconds."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -159,7 +159,7 @@ def _remove_abandoned_siblings(target: Path) -> None:
     for old in target.parent.glob(f".{name}.old-*") if target.exists() else []:
         shutil.rmtree(old, ignore_errors=True)  # the new folder is in place already
     for staged in target.parent.glob(f".{name}.new-*"):
-        with _lock_folder(staged) as is_abandoned:  # its owner holds a lock on it, which ends with that process
+        with lock_folder(staged) as is_abandoned:  # its owner holds a lock on it, which ends with that process
             if is_abandoned:
                 shutil.rmtree(staged, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """Text generation: greedy decoding, beam search or sampling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,37 @@ class Decoding:
     num_beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
+
+
+class RandomStream:
+    """Random numbers from a seed, for blocks that leave torch's global generators as they were.
+
+    Each block continues where the one before has ended.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Make what is sampled on the device in the block come from this stream."""
+        shared = _find_global_generator(self._generator.device)
+        before = shared.get_state()
+        shared.set_state(self._generator.get_state())
+        try:
+            yield
+        finally:
+            self._generator.set_state(shared.get_state())
+            shared.set_state(before)
+
+
+def _find_global_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    found: torch.Generator = torch.get_device_module(device).default_generators[device.index]
+    return found
 
 
 def generate(

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import WriteError
+from t5tune.errors import SettingsError, WriteError
 from t5tune.io.atomic import append_line
 from t5tune.progress import Note, Report, silent
 
@@ -61,13 +61,18 @@ class MetricsLog:
             self.write(step, {"heartbeat": True})
 
 
-def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
     """Read the metrics of each step, merged from all of its lines, in step order, without heartbeats.
 
     Lines that a kill has truncated are skipped.
+
+    Raises:
+        SettingsError: there is no such folder.
     """
+    if not Path(run_folder).is_dir():
+        raise SettingsError(f"{run_folder}: no such folder", hint="name a run folder")
     steps: dict[int, dict[str, Any]] = {}
-    path = run_folder / METRICS_FILE
+    path = Path(run_folder) / METRICS_FILE
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)

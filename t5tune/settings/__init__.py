@@ -8,6 +8,7 @@ Precedence: default < file < environment < flags. All problems are raised togeth
 from t5tune.settings.commands import (
     COMMANDS,
     ChatSettings,
+    DocsSettings,
     DoctorSettings,
     EvaluateSettings,
     ExportSettings,
@@ -29,6 +30,7 @@ __all__ = [
     "ChatSettings",
     "ConversationSettings",
     "DataSettings",
+    "DocsSettings",
     "DoctorSettings",
     "EvaluateSettings",
     "ExportSettings",

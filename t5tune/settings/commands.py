@@ -16,7 +16,7 @@ from t5tune.settings.data import (
     SplitSettings,
     TrainingDataSettings,
 )
-from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathList, Settings, WordList
+from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathAsText, PathList, Settings, WordList
 from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.shared import (
@@ -139,7 +139,7 @@ class ExportSettings(ReplaceableOutputSettings):
         "FastChat output folder.",
         json_schema_extra={"positional": True},
     )
-    model_name_or_path: Annotated[str | None, NoneIfUnset] = Field(
+    model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(
         default=None,
         description="Base checkpoint: its config.json is used to check tensor shapes, and --non-lora-state full copies "
         "its weights; default: the base that adapter_config.json names.",
@@ -338,6 +338,10 @@ class SchemaSettings(Settings):
     )
 
 
+class DocsSettings(Settings):
+    command: ClassVar[str] = "docs"
+
+
 COMMANDS: tuple[type[Settings], ...] = (
     PrepareSettings,
     TrainSettings,
@@ -350,4 +354,5 @@ COMMANDS: tuple[type[Settings], ...] = (
     DoctorSettings,
     TemplatesSettings,
     SchemaSettings,
+    DocsSettings,
 )

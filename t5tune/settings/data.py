@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathList, Settings, WordList
+from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
 
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
 
@@ -16,7 +16,7 @@ class ConversationSettings(Settings):
 
     panel: ClassVar[str] = "Conversations"
 
-    conversation_template: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+    conversation_template: Annotated[str | None, NoneIfUnset, PathAsText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Conversation template: a name under conversations/ in `t5tune templates`, or a YAML file; "
         "default: the model's own (template.yaml); if it has none, plain for source/target pairs, and fastchat-t5 for "
@@ -102,7 +102,7 @@ class SelectionSettings(Settings):
 class DataSettings(ReadingSettings, ConversationSettings):
     panel: ClassVar[str] = "Data"
 
-    data_path: Annotated[PathList, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    data_path: Annotated[DataList, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
         description="Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, or "
         "`-` for standard input; for train and evaluate also a token cache; `pocket` is the built-in dataset.",
@@ -150,7 +150,7 @@ class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
         default=None,
         description="Folder for the token cache that train writes; default: `data` in the run folder.",
     )
-    eval_data_path: Annotated[PathList | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    eval_data_path: Annotated[DataList | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
         description="Conversations or a token cache to evaluate on; they are encoded with the added tokens and the "
         "conversation template of data_path.",

@@ -4,19 +4,66 @@ A setting is declared once: its name is the flag (`--lora-r`), the YAML key (`lo
 variable (`T5TUNE_LORA_R`) and the attribute (`settings.lora_r`); its description is the help text.
 """
 
+import inspect
 import math
+import os
 import re
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticUndefined
+
+from t5tune.errors import SettingsError
+from t5tune.io.records_in_memory import CallerError, is_in_memory, store_records
+from t5tune.settings.messages import describe_python_errors, describe_unknown_names, shorten_value
+from t5tune.settings.synonyms import find_meant_setting
 
 NUMBER_TYPES = {int, float, int | None, float | None}
 SIZE_UNITS = {"B": 1}
 SIZE_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 SIZE_UNITS |= {f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
 MIN_GPU_MEMORY = 1 << 20
+
+
+class _Signature:
+    """The settings with the types that they take and defaults, as a notebook shows them: first those that people use.
+
+    pydantic's own is missing as long as the model isn't built, and is full of validators afterwards.
+    """
+
+    def __get__(self, instance: object, model: "type[Settings]") -> inspect.Signature:
+        names = dict.fromkeys([*model.list_required(), *model.essential, *model.list_suggestions()])
+        fields = {name: model.model_fields[name] for name in names if name in model.model_fields}
+        return inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.is_required() else field.default,
+                    annotation=_find_input_type(field.annotation, field.metadata),
+                )
+                for name, field in fields.items()
+            ]
+        )
+
+
+def _find_input_type(kind: Any, metadata: Iterable[Any] = ()) -> Any:
+    """Find what a setting takes: the type that its validator reads, or its own, without `Annotated`."""
+    if typing.get_origin(kind) is Annotated:
+        kind, *metadata = typing.get_args(kind)
+        return _find_input_type(kind, metadata)
+    read = [item.json_schema_input_type for item in metadata if isinstance(item, BeforeValidator)]
+    if declared := [read_type for read_type in read if read_type is not PydanticUndefined]:
+        return declared[0]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return reduce(or_, map(_find_input_type, typing.get_args(kind)))
+    return str | Path if kind is Path else kind
 
 
 class Settings(BaseModel):
@@ -41,6 +88,54 @@ class Settings(BaseModel):
     notes_on_implied: ClassVar[Mapping[str, str]] = {}
     """Setting -> note for the user, for settings that validation turns on because of others."""
 
+    __signature__: ClassVar[Any] = _Signature()
+
+    if not TYPE_CHECKING:  # type checkers derive the parameters from the fields
+
+        def __init__(self, **values: Any) -> None:
+            """Validate the settings.
+
+            Raises:
+                SettingsError: with one line for each problem.
+            """
+            self._refuse_unknown_names(values, required=self.list_required())  # before records are written to a file
+            try:
+                super().__init__(**values)
+            except CallerError as error:
+                raise (error.__cause__ or error) from None
+            except ValidationError as error:
+                raise SettingsError(*describe_python_errors(error)) from None
+
+        # validation that isn't a call, such as that of load_settings, raises pydantic's error
+        __init__.__pydantic_base_init__ = True
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            self._refuse_unknown_names([name])
+            raise SettingsError(
+                f"{name}: settings can't be changed; use settings.replace({name}={shorten_value(value)})"
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """Return validated settings with other values. What wasn't set before still isn't.
+
+        Raises:
+            SettingsError: with one line for each problem.
+        """
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other values, which aren't validated: `replace` does that.
+
+        Raises:
+            SettingsError: there is no such setting.
+        """
+        self._refuse_unknown_names(update or {})
+        return super().model_copy(update=update, deep=deep)
+
+    @classmethod
+    def __pydantic_on_complete__(cls) -> None:
+        del cls.__signature__  # pydantic's, which hides ours
+
     @field_validator("*", mode="before")
     @classmethod
     def _reject_unintended_value(cls, value: Any, field: ValidationInfo) -> Any:
@@ -48,13 +143,38 @@ class Settings(BaseModel):
         kind = cls.model_fields[field.field_name or ""].annotation
         if isinstance(value, bool) and kind in NUMBER_TYPES:
             raise ValueError("expected a number, not true or false")
-        if "\0" in str(value):
+        texts = value if isinstance(value, list | tuple) else [value]
+        if any("\0" in text for text in texts if isinstance(text, str)):
             raise ValueError("contains a NUL character, which no path or name can contain")
         if (kind is Path and value == "") or (
             kind == list[Path] and "" in (value if isinstance(value, list) else [value])
         ):
             raise ValueError("the path is empty; use `.` for the current folder")
         return value
+
+    @classmethod
+    def _refuse_unknown_names(cls, given: Iterable[str], required: Collection[str] = ()) -> None:
+        """Refuse unknown settings, and then name missing ones too, unless an unknown one is meant to be it."""
+        given = list(given)
+        unknown = [name for name in given if name not in cls.model_fields]
+        if not unknown:
+            return
+        own = cls.list_suggestions()
+        commands = {model.command: model.list_suggestions() for model in _list_commands()}
+        present = {*given, *(find_meant_setting(name, own) for name in unknown)}
+        missing = [f"{name}: missing" for name in required if name not in present]
+        raise SettingsError(*describe_unknown_names(unknown, own, commands), *missing)
+
+    @classmethod
+    def list_required(cls) -> list[str]:
+        """List the settings without a default."""
+        return [name for name, field in cls.model_fields.items() if field.is_required()]
+
+    @classmethod
+    def list_suggestions(cls) -> list[str]:
+        """List the settings without the hidden ones."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return [name for name, extra in extras.items() if not (isinstance(extra, dict) and extra.get("hidden"))]
 
     @classmethod
     def format_option(cls, name: str) -> str:
@@ -72,6 +192,14 @@ class Settings(BaseModel):
         raise KeyError(name)
 
 
+def _list_commands(model: type[Settings] = Settings) -> Iterator[type[Settings]]:
+    """Yield the settings models of all commands that are imported."""
+    if model.command:
+        yield model
+    for subclass in model.__subclasses__():
+        yield from _list_commands(subclass)
+
+
 def _parse_unset(value: Any) -> Any:
     return None if isinstance(value, str | int) and str(value).lower() in {"", "none", "null", "-1"} else value
 
@@ -85,10 +213,22 @@ def _split_items(value: Any) -> Any:
     return value
 
 
+def _read_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _wrap_in_list(value: Any) -> Any:
+    if is_in_memory(value):
+        raise ValueError("expected text or a path, or a list of them")
     if value in ("", [""]):  # `--metric=`
         return []
-    return [value] if isinstance(value, str | Path) else value
+    if isinstance(value, str | os.PathLike):
+        value = [value]
+    return value and [_read_path(item) for item in value]
+
+
+def _read_data(value: Any) -> Any:
+    return [str(store_records(value))] if is_in_memory(value) else _wrap_in_list(value)
 
 
 def parse_gpu_memory(text: str) -> int:
@@ -130,6 +270,9 @@ def _check_gpu_memory(value: Any) -> Any:
 NoneIfUnset = BeforeValidator(_parse_unset)
 """Reads `none`, `null`, an empty string and -1, which FastChat and Hugging Face use for "not set", as None."""
 
+PathAsText = BeforeValidator(_read_path)
+"""Reads a Path as the text of it, where a setting is a path or a name."""
+
 OptionalCount = Annotated[int | None, Field(gt=0), NoneIfUnset]
 """A positive whole number, or None if it isn't set."""
 
@@ -150,3 +293,6 @@ FolderList = Annotated[list[Path], BeforeValidator(_wrap_in_list, json_schema_in
 
 PathList = Annotated[list[str], BeforeValidator(_wrap_in_list, json_schema_input_type=list[str] | str)]
 """A list of paths; a single one needs no list. Paths may contain commas and spaces, so they aren't split."""
+
+DataList = Annotated[list[str], BeforeValidator(_read_data, json_schema_input_type=list[str] | str)]
+"""A list of paths; a single one needs no list. Records in memory are stored in a file (io/records_in_memory.py)."""

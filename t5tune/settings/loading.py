@@ -14,8 +14,8 @@ from t5tune.settings import packaged_templates
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.fields import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
-from t5tune.settings.messages import describe_value_error
-from t5tune.settings.synonyms import find_meant_setting, list_suggestions, suggest_setting
+from t5tune.settings.messages import describe_value_error, shorten_value
+from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
 PREFIX = "T5TUNE_"
 MAX_UNUSED_NAMES = 8  # of settings that a command doesn't use, in a note
@@ -70,8 +70,9 @@ def load_settings(
         say_what_to_do = all("; " in problem for problem in problems)
         hint = None if say_what_to_do else f"t5tune {model.command} --help-all lists every option"
         raise SettingsError(*problems, hint=hint)
-    implied = settings.model_fields_set - values.keys()
-    notes += [note for name, note in model.notes_on_implied.items() if name in implied]
+    for name, note in model.notes_on_implied.items():
+        if name not in values and getattr(settings, name) != model.model_fields[name].default:
+            notes.append(note)
     return settings, notes
 
 
@@ -129,8 +130,8 @@ def _resolve_names(
         elif name in of_any_command and not value.place.startswith("--"):
             unused.append(name)
         else:
-            others = {other_name for other in COMMANDS for other_name in list_suggestions(other)}
-            own = list_suggestions(model)
+            others = {other_name for other in COMMANDS for other_name in other.list_suggestions()}
+            own = model.list_suggestions()
             problems.append(f"{value.place}: unknown setting{suggest_setting(name, own, others)}")
             meant |= {setting for setting in [find_meant_setting(name, own, others)] if setting is not None}
     if len(unused) > MAX_UNUSED_NAMES:
@@ -152,6 +153,5 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
             give = f"it right after t5tune {model.command}, as {typed},"
         return f"{name}: missing; give {give} or set it in a --config file"
     given = values.get(name)
-    shown = repr(given.value if given else error["input"])
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    shown = shorten_value(given.value if given else error["input"])
     return f"{name}: {shown}{f' ({given.place})' if given else ''}: {describe_value_error(error)}"

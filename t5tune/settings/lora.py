@@ -25,7 +25,8 @@ class LoraSettings(Settings):
     lora_alpha: Annotated[float, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=16,
         gt=0,
-        description="LoRA alpha: the update is scaled by lora_alpha / lora_r (use_rslora: lora_alpha / √lora_r).",
+        description="LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r "
+        "(use_rslora: lora_alpha / √lora_r).",
     )
     lora_dropout: Annotated[float, Affects.WEIGHTS] = Field(
         default=0.05, ge=0, lt=1, description="Dropout probability on the input of the LoRA matrices."

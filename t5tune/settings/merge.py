@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from t5tune.formatting import format_count
-from t5tune.settings.fields import ByteSize, FolderList, NoneIfUnset, NumberList
+from t5tune.settings.fields import ByteSize, FolderList, NoneIfUnset, NumberList, PathAsText
 from t5tune.settings.shared import BaseModelSettings, ReplaceableOutputSettings
 
 Quantization = Literal[
@@ -21,7 +21,7 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
     )  # fmt: skip
     panel: ClassVar[str] = "Merge"
 
-    model_name_or_path: Annotated[str | None, NoneIfUnset] = Field(  # type: ignore[assignment]
+    model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(  # type: ignore[assignment]
         default=None,
         description="Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in); default: the "
         "one that the adapter names, if it is on this machine.",

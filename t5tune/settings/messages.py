@@ -4,9 +4,13 @@ describe_value_error({"type": "int_parsing", …})
 # "expected a whole number"
 """
 
+from collections.abc import Collection, Iterable, Mapping
+
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from t5tune.errors import suggest_name
+from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
 # pydantic error type -> text; {…} is filled from the error's context
 VALUE_REASONS = {
@@ -33,6 +37,8 @@ VALUE_REASONS = {
     "string_too_short": "must not be empty",
 }
 
+MAX_SHOWN_VALUE = 80  # characters
+
 
 def describe_value_error(error: ErrorDetails) -> str:
     """Describe why the value can't be used."""
@@ -46,3 +52,50 @@ def describe_value_error(error: ErrorDetails) -> str:
         return VALUE_REASONS[error["type"]].format(**context | bounds)  # a bound of 1.0 is shown as 1
     reason = error["msg"].removeprefix("Value error, ")
     return reason[0].lower() + reason[1:] if reason[1:2].islower() else reason  # lowercase "Input", but not "T5"
+
+
+def describe_python_errors(error: ValidationError) -> list[str]:
+    """Describe what is wrong with the values of settings in Python, a line for each setting."""
+    problems: dict[str, str] = {}
+    for detail in error.errors():
+        name, reason = str(next(iter(detail["loc"]), "")), describe_value_error(detail)
+        if name and detail["type"] != "missing":
+            reason = f"{shorten_value(detail['input'])}: {reason}"
+        problems.setdefault(name, f"{name}: {reason}" if name else reason)  # each item of a list may be an error
+    return list(problems.values())
+
+
+def describe_unknown_names(
+    names: Iterable[str], own: Collection[str], commands: Mapping[str, Collection[str]]
+) -> list[str]:
+    """Describe settings in Python that don't exist, a line for each.
+
+    Args:
+        own: settings that may be suggested.
+        commands: command -> its settings, to say where one belongs that isn't among `own`.
+    """
+    problems = []
+    for name in names:
+        advice = suggest_setting(name, own, write=_write_argument)
+        if not advice:
+            others = {other for settings in commands.values() for other in settings}
+            meant = name if name in others else find_meant_setting(name, (), others)
+            users = sorted(command for command, settings in commands.items() if meant in settings)
+            advice = f"; {meant} is a setting of {', '.join(users)}" if users else ""
+        problems.append(f"{name}: unknown setting{advice}")
+    return problems
+
+
+def shorten_value(value: object) -> str:
+    """Write a value for a message."""
+    try:
+        shown = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__}"
+    return shown if len(shown) <= MAX_SHOWN_VALUE else shown[: MAX_SHOWN_VALUE - 3] + "..."
+
+
+def _write_argument(setting: str, value: str | None) -> str:
+    if value is None:
+        return setting
+    return f"{setting}={value.title() if value in ('true', 'false') else repr(value)}"

@@ -1,23 +1,32 @@
 """Groups of settings that several commands share: the base, its quantization, where it runs, and the output folder."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from t5tune.custom_metrics import FORMS, names_function
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects
-from t5tune.settings.fields import NoneIfUnset, PathList, Settings, WordList
+from t5tune.settings.fields import NoneIfUnset, PathAsText, PathList, Settings, WordList
 
 FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"]  # the keys of families.py
+
+
+def _read_device(value: Any) -> Any:
+    # torch takes seconds to import, and --help needs no device
+    return str(value) if type(value).__module__ == "torch" else value
+
+
+DeviceAsText = BeforeValidator(_read_device)
+"""Reads a torch.device as the name of it."""
 
 
 class BaseModelSettings(Settings):
     panel: ClassVar[str] = "Base model"
 
-    model_name_or_path: Annotated[str, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    model_name_or_path: Annotated[str, PathAsText, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
         description="Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in).",
     )
@@ -60,7 +69,7 @@ class InferenceSettings(QuantizationSettings, BaseModelSettings):
 
     panel: ClassVar[str] = "Base model"
 
-    model_name_or_path: str = Field(
+    model_name_or_path: Annotated[str, PathAsText] = Field(
         min_length=1,
         description="A run folder, an adapter, or a base model: a folder, a model id on the Hugging Face Hub, or "
         "`pocket` (built in).",
@@ -72,7 +81,7 @@ class InferenceSettings(QuantizationSettings, BaseModelSettings):
     )
     bf16: bool = Field(default=False, description="Compute in bfloat16.")
     use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
-    device: Annotated[str | None, NoneIfUnset] = Field(
+    device: Annotated[str | None, NoneIfUnset, DeviceAsText] = Field(
         default=None, description="Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."
     )
 

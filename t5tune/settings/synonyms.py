@@ -1,6 +1,6 @@
 """What axolotl, LLaMA-Factory, TRL, torchtune and transformers' scripts call our settings, to suggest the right name.
 
-suggest_setting("lora_rank", list_suggestions(TrainSettings))    # "; did you mean lora_r?"
+suggest_setting("lora_rank", TrainSettings.list_suggestions())    # "; did you mean lora_r?"
 
 None of these names is accepted: a setting of another tool may differ in unit or default. For those that are, see
 legacy_names.py.
@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 
 from t5tune.errors import find_close_name
-from t5tune.settings.fields import Settings
 
 NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "model_name_or_path": "base_model base_model_config model model_name model_path model_id checkpoint_path "
@@ -48,7 +47,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "learning_rate": "lr optimizer.lr",
     "weight_decay": "wd",
     "lr_scheduler_type": "lr_scheduler scheduler",
-    "warmup_steps": "warmup num_warmup_steps",
+    "warmup_steps": "warmup num_warmup_steps warmup_ratio",
     "num_train_epochs": "num_epochs epochs",
     "max_steps": "max_train_steps num_training_steps",
     "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
@@ -74,6 +73,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "seed": "random_seed",
     "output_dir": "o output output_path out_dir save_dir export_dir",
     "overwrite": "overwrite_output_dir force",
+    "fresh": "overwrite_output_dir overwrite force",  # for train, which has no `overwrite`
 }
 """Setting -> its names in other tools. A name may belong to several settings: the first that the command has is it."""
 
@@ -130,12 +130,6 @@ _ADVICE_BY_NAME = {name: advice for names, advice in ADVICE.items() for name in 
 
 def _write_key(setting: str, value: str | None) -> str:
     return setting if value is None else f"{setting}: {value}"
-
-
-def list_suggestions(model: type[Settings]) -> list[str]:
-    """List the settings of a command without the hidden ones."""
-    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
-    return [name for name, extra in extras.items() if not (isinstance(extra, dict) and extra.get("hidden"))]
 
 
 def suggest_setting(

@@ -3,26 +3,18 @@
 Names and defaults follow Hugging Face's.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.fields import NoneIfUnset, OptionalCount, Settings, WordList
+from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
 from t5tune.settings.shared import MetricSettings, OutputSettings
 
 
 def _strip_eval_prefix(value: Any) -> Any:
     """Accept Hugging Face's metric names: `eval_loss` is `loss`."""
     return value.removeprefix("eval_") if isinstance(value, str) else value
-
-
-def _is_true(value: Any) -> bool:
-    """Whether pydantic will read the value as true."""
-    try:
-        return TypeAdapter(bool).validate_python(value)
-    except ValidationError:
-        return False
 
 
 def _read_switch(value: Any) -> Any:
@@ -133,11 +125,12 @@ class TrainingSettings(Settings):
         json_schema_extra={"yaml_only": True},
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _turn_bf16_on_for_q_lora(cls, values: Any) -> Any:
+    @model_validator(mode="after")
+    def _turn_bf16_on_for_q_lora(self) -> Self:
         # unless it is set: --no-bf16 computes in fp32, which is faster on a CPU without bf16
-        return {"bf16": True, **values} if isinstance(values, dict) and _is_true(values.get("q_lora")) else values
+        if getattr(self, "q_lora", False) and "bf16" not in self.model_fields_set:
+            self.__dict__["bf16"] = True  # it still isn't set: `replace(q_lora=False)` turns it off
+        return self
 
     @field_validator("fp16")
     @classmethod
@@ -222,7 +215,7 @@ class ProcessSettings(Settings):
     num_processes: Annotated[OptionalCount, Affects.NOTHING] = Field(
         default=None, description="Start this many processes on this machine, on the CPU."
     )
-    deepspeed: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
+    deepspeed: Annotated[str | None, NoneIfUnset, PathAsText, Affects.NOTHING] = Field(
         default=None,
         description="DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.",
     )

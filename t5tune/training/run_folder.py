@@ -7,16 +7,19 @@ read_result(run.folder).adapter     # of a finished run
 """
 
 import fcntl
+import html
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5tune.checkpoints.fingerprint import describe_base, load_hash, read_file_stats, store_hash
+from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
+from t5tune.data.templates import Template, find_template
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
 from t5tune.file_names import RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
@@ -24,8 +27,11 @@ from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_fil
 from t5tune.io.reasons import describe_error
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report
+from t5tune.reports.metrics_log import read_metrics
+from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, remove_staged
 from t5tune.training.resume_guard import build_run_identity, check_run_identity
 
@@ -33,6 +39,14 @@ HASH_CACHE_FILE = "base.json"  # see checkpoints/fingerprint.py
 MAX_LOCK_ATTEMPTS = 100
 CACHE_SETTINGS = {*select_settings(TrainSettings, Affects.CACHE)} - {*select_settings(TrainSettings, Affects.STEPS)}
 """What determines the examples in a token cache, without what train can also apply to them later, such as num_data."""
+
+
+class RunModel(NamedTuple):
+    """PEFT's model in evaluation mode, transformers' tokenizer, and the conversation template."""
+
+    model: Any
+    tokenizer: Any
+    template: Template
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,38 @@ class TrainResult:
     resumed_from: Path | None
     seconds: float
     stopped_early: str | None = None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read the logged metrics: a dict for each logged step, with "step", "loss", "learning_rate", "eval_loss", …"""
+        return read_metrics(self.run)
+
+    def load(self, **settings: Any) -> RunModel:
+        """Load the model with the adapter, for inference, and what belongs to it.
+
+        Args:
+            settings: such as `bf16=True`, `device="cuda"` or `q_lora=True`; see InferenceSettings.
+
+        Raises:
+            SettingsError, ModelError, CheckpointError: a setting, the base or the adapter can't be used.
+        """
+        with quiet_libraries():
+            from transformers import AutoTokenizer
+
+            from t5tune.model.inference import load_for_inference
+
+            loaded = load_for_inference(InferenceSettings(model_name_or_path=str(self.run), **settings))
+            tokenizer = AutoTokenizer.from_pretrained(loaded.tokenizer_folder)
+        template = find_template(None, loaded.template_files)
+        assert template is not None  # train has written it
+        return RunModel(loaded.model, tokenizer, template)
+
+    def _repr_html_(self) -> str | None:
+        """Show the run's report page in a notebook, in a frame, because it has a style of its own. None: no page."""
+        path = self.run / REPORT_FILE
+        if not path.is_file():
+            return None
+        page = html.escape(path.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
 @dataclass(frozen=True)
@@ -99,7 +145,7 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
         SettingsError: another run holds the lock.
     """
     folder = folder.resolve()
-    path = folder.with_name(f".{folder.name}.lock")
+    path = folder.parent / f".{folder.name}.lock"
     descriptor = None
     created = [parent for parent in path.parents if not parent.exists()]
     try:
@@ -239,19 +285,25 @@ def start_or_resume_run(
     return base_metadata, run_identity, resume
 
 
-def read_result(folder: Path) -> TrainResult:
+def read_result(folder: Path | str) -> TrainResult:
     """Read the result of a finished run.
 
     Raises:
         TrainingError: the run hasn't finished.
     """
+    path = Path(folder, RESULT_FILE)
     try:
-        values = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{folder / RESULT_FILE}: missing or broken: {describe_error(error)}") from error
-    for name in ("run", "adapter", "resumed_from"):
-        values[name] = Path(values[name]) if values[name] is not None else None
-    return TrainResult(**values)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        written = Path(values["run"])  # the folder may have been moved since
+        for name in ("run", "adapter", "resumed_from"):
+            if values[name] is not None:
+                values[name] = path.parent / Path(values[name]).relative_to(written)
+        return TrainResult(**values)
+    except FileNotFoundError:
+        hint = "train with the same settings to continue it"
+        raise TrainingError(f"{folder}: not a finished run: it has no {path.name}", hint=hint) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path}: broken: {describe_error(error)}") from error
 
 
 def _collect_base_metadata(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from t5tune.cli.summaries import SUMMARIES
 from t5tune.settings import COMMANDS
 
 if __name__ != "__main__":
-    from tests.support.command_line import CommandResult, t5tune
+    from tests.support.command_line import CommandResult, t5tune, t5tune_in_fork
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "options.txt"
 PREPARE_RESULT_KEYS = [
@@ -88,7 +88,7 @@ def test_without_arguments_the_commands_are_listed_without_an_error() -> None:
 
 
 def test_the_version_is_printed() -> None:
-    from t5tune import __version__
+    from t5tune.version import __version__
 
     done = t5tune("--version")
     assert (done.code, done.stdout.strip()) == (0, __version__)
@@ -158,7 +158,7 @@ def test_train_takes_a_config_as_its_first_word(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lora_rr: 8\n")
     assert_refused(t5tune("train", file), f"{file}: lora_rr: unknown setting; did you mean lora_r?")
-    done = t5tune("train", "pocket", "--dry-run", "lora_r=3", f"output_dir={tmp_path}")
+    done = t5tune_in_fork("train", "pocket", "--dry-run", "lora_r=3", f"output_dir={tmp_path}")
     assert done.code == 0, done.stderr
     assert "model_name_or_path: pocket" in done.stdout
     assert "lora_r: 3" in done.stdout
@@ -207,7 +207,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_axolotls_kind_of_adapter_is_refused_with_our_setting(tmp_path: Path) -> None:
     for more in ([], ["--dry-run"]):
-        done = t5tune("train", "pocket", "adapter=qlora", "--output-dir", tmp_path / "run", *more)
+        done = t5tune_in_fork("train", "pocket", "adapter=qlora", "--output-dir", tmp_path / "run", *more)
         assert_refused(done, "adapter: qlora: no such folder; to train QLoRA, leave it out and set q_lora: true")
         assert list(tmp_path.iterdir()) == []
 
@@ -215,7 +215,7 @@ def test_axolotls_kind_of_adapter_is_refused_with_our_setting(tmp_path: Path) ->
 def test_an_unknown_conversation_template_is_refused_before_the_run_folder_exists(tmp_path: Path) -> None:
     for more in ([], ["--dry-run"]):
         name = ["--conversation-template", "llama3"]
-        done = t5tune("train", "pocket", *name, "--output-dir", tmp_path / "run", *more)
+        done = t5tune_in_fork("train", "pocket", *name, "--output-dir", tmp_path / "run", *more)
         assert_refused(done, "conversation_template: llama3: no file or template of that name")
         assert list(tmp_path.iterdir()) == []
 

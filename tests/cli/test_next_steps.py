@@ -2,12 +2,13 @@
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.next_steps import list_next_steps
-from t5tune.settings import EvaluateSettings, load_settings
+from t5tune.settings import EvaluateSettings, TrainSettings, load_settings
 from tests.support.command_line import t5tune
 
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
@@ -47,6 +48,20 @@ def test_data_from_standard_input_is_not_repeated() -> None:
         "",
         "t5tune evaluate base --adapter tuned --data-path HELD_OUT.jsonl --compare-base",
     ) in list_next_steps(settings, None)
+
+
+def test_a_quantized_run_is_followed_with_its_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = TrainSettings(
+        model_name_or_path="base", data_path=["a.csv"], eval_data_path=["b.csv"], output_dir=Path("run"),
+        q_lora=True, quant_type="fp4", double_quant=False,
+    )  # fmt: skip
+    flags = "--q-lora --quant-type fp4 --no-double-quant --bf16"
+    assert [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={}))] == [
+        f"t5tune chat run {flags}",
+        f"t5tune evaluate run {flags} --data-path b.csv",
+        "t5tune merge run --onto fp4 --output-dir merged",
+    ]
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])

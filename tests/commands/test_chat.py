@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from t5tune.cli.chat import _ChatSession
 from t5tune.cli.output import Output
@@ -33,6 +34,7 @@ from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from tests.support.bases import make_base
+from tests.support.command_line import CommandResult, t5tune_in_fork
 
 PROMPT = "Hello, two tea for Mira please."
 
@@ -49,6 +51,7 @@ def made(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPa
             max_steps=8,
             learning_rate=2e-2,
             use_cpu=True,
+            report_samples=0,
         )
     )
     export(ExportSettings(checkpoint=folder / "run", output_dir=folder / "adapter"))
@@ -134,20 +137,54 @@ def test_sampling_follows_the_seed(made: dict[str, Path]) -> None:
     assert first == again != other
 
 
+def test_sampling_leaves_the_random_generators_of_a_script_as_they_were(made: dict[str, Path]) -> None:
+    chatter = Chatter.load(settings(made["merged"], temperature=1.5, seed=1))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second = (chatter.reply(PROMPT).reply for _ in range(2))
+    assert first != second
+    assert torch.get_rng_state().equal(before)
+    assert first == chat(settings(made["merged"], prompt=PROMPT, temperature=1.5, seed=1)).reply
+
+
+def test_a_text_is_a_conversation_of_one_message(made: dict[str, Path]) -> None:
+    chatter = Chatter.load(settings(made["merged"]))
+    assert chatter.reply(PROMPT).reply == chatter.reply([Turn("human", PROMPT)]).reply
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ([], r"^message: \[\]; expected a text, or a list such as \[Turn\("),
+        (None, "^message: None; expected"),
+        (["Hello"], r"^message\[0\]: 'Hello'; expected"),
+        ([Turn("human", "a"), Turn("gpt", "b"), Turn("human", "c")], r"^message\[1\]: Turn\(role='gpt', text='b'"),  # type: ignore[arg-type]
+        ([Turn("human", 5)], r"^message\[0\]: Turn\(role='human', text=5"),  # type: ignore[arg-type]
+        ([Turn("human", "a"), Turn("assistant", "b")], "^message: the last turn is the assistant's"),
+    ],
+)
+def test_what_is_not_a_conversation_is_refused(message: Any, said: str, made: dict[str, Path]) -> None:
+    with pytest.raises(SettingsError, match=said):
+        Chatter.load(settings(made["merged"])).reply(message)
+
+
+def test_chat_without_a_prompt_names_the_function_for_conversations() -> None:
+    with pytest.raises(SettingsError, match=r"^prompt: missing; set it, or use Chatter\.load\(…\) for a conversation$"):
+        chat(ChatSettings(model_name_or_path="pocket"))
+
+
 def test_a_quantized_base_replies(made: dict[str, Path], untied_base: Path) -> None:
     assert chat(settings(untied_base, adapter=made["run"], prompt=PROMPT, q_lora=True)).reply_tokens > 0
 
 
+def chat_in_fork(model: Path, *flags: object, stdin: str) -> CommandResult:
+    return t5tune_in_fork("chat", "--model-name-or-path", model, *flags, stdin=stdin.encode())
+
+
 @pytest.mark.slow
 def test_a_pipe_gets_one_reply_per_line_on_stdout(made: dict[str, Path]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"], "--max-new-tokens", "3"],
-        input=f"{PROMPT}\n/reset\n{PROMPT}\n/help\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = chat_in_fork(made["merged"], "--max-new-tokens", 3, stdin=f"{PROMPT}\n/reset\n{PROMPT}\n/help\n")
+    assert done.code == 0, done.stderr
     expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
     assert done.stdout == f"{expected}\n" * 2
     assert "/reset             clear the conversation" in done.stderr
@@ -299,10 +336,9 @@ def test_a_signal_ends_a_chat_with_a_prompt(untied_base: Path, number: signal.Si
 
 @pytest.mark.slow
 def test_input_that_is_not_utf_8_is_refused(made: dict[str, Path]) -> None:
-    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"]]
-    done = subprocess.run(command, input=b"Gr\xfc\n", capture_output=True, timeout=120)
-    assert done.returncode == 2
-    assert rb"error: message: contains bytes that aren't valid UTF-8: '\udcfc'; type UTF-8" in done.stderr
+    done = t5tune_in_fork("chat", "--model-name-or-path", made["merged"], stdin=b"Gr\xfc\n")
+    assert done.code == 2
+    assert r"error: message: contains bytes that aren't valid UTF-8: '\udcfc'; type UTF-8" in done.stderr
 
 
 def test_a_word_that_is_too_long_is_refused(untied_base: Path) -> None:
@@ -340,9 +376,8 @@ def test_chat_commands_change_the_replies(made: dict[str, Path], untied_base: Pa
         PROMPT,
     ]
     # the run stores its base's path as it was given
-    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["run"], "--max-new-tokens", "5"]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = chat_in_fork(made["run"], "--max-new-tokens", 5, stdin="\n".join(lines))
+    assert done.code == 0, done.stderr
 
     def reply(prompt: str, **changes: Any) -> str:
         asked = ChatSettings(model_name_or_path=str(untied_base), max_new_tokens=5, prompt=prompt, use_cpu=True)
@@ -389,10 +424,9 @@ def test_prepare_reads_a_saved_conversation(tmp_path: Path) -> None:
 def test_a_wrong_command_in_a_pipe_ends_the_chat_with_a_one_line_error(
     made: dict[str, Path], line: str, said: str
 ) -> None:
-    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"]]
-    done = subprocess.run(command, input=line + "\n", capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    (error,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+    done = chat_in_fork(made["merged"], stdin=line + "\n")
+    assert done.code == 2
+    (error,) = done.errors
     assert said in error
     assert "Traceback" not in done.stderr
 
@@ -451,14 +485,8 @@ def test_earlier_messages_are_ignored_after_training_on_single_pairs(kind: str, 
 @pytest.mark.slow
 def test_without_history_three_messages_in_one_chat_get_the_replies_of_three_chats(pair_run: dict[str, Path]) -> None:
     questions = [f"the lamp of {name} is red" for name in ("Otto", "Ada", "Mira")]
-    done = subprocess.run(
-        [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", pair_run["merged"], "--max-new-tokens", "12"],
-        input="\n".join(questions) + "\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = chat_in_fork(pair_run["merged"], "--max-new-tokens", 12, stdin="\n".join(questions) + "\n")
+    assert done.code == 0, done.stderr
     alone = [chat(settings(pair_run["merged"], prompt=question)).reply for question in questions]
     assert done.stdout.splitlines() == alone
     assert "earlier messages are ignored" in done.stderr

@@ -9,7 +9,7 @@ import pytest
 from t5tune.errors import SettingsError
 from t5tune.io.reasons import describe_error
 from t5tune.settings import MergeSettings, Settings, TrainSettings, load_settings
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune, t5tune_in_fork
 
 VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
     "word for a whole number": (TrainSettings, "lora_r", "abc", "expected a whole number"),
@@ -20,7 +20,7 @@ VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
     "word for a boolean": (TrainSettings, "bf16", "perhaps", "expected true or false"),
     "number for text": (TrainSettings, "model_name_or_path", 1.5, "expected text"),
     "number for a path": (TrainSettings, "cache_dir", 1.5, "expected a path"),
-    "number for a list": (TrainSettings, "data_path", 1.5, "expected a list"),
+    "number for a list": (TrainSettings, "allow_change", 1.5, "expected a list"),
     "word for a mapping": (TrainSettings, "training_args", "abc", "expected names with values"),
     "other choice": (TrainSettings, "save_strategy", "often", "expected 'no', 'steps' or 'epoch'"),
     "0 for a positive number": (TrainSettings, "save_steps", 0, "must be greater than 0"),
@@ -73,7 +73,7 @@ def test_a_missing_file_and_invalid_utf_8_are_described_without_error_numbers(tm
 
 def run_to_error(*arguments: Any) -> str:
     """Run a command that fails, and return its only error line."""
-    done = t5tune(*arguments)
+    done = t5tune_in_fork(*arguments)
     assert done.code == 2, done.stderr
     (line,) = done.errors
     return line.removeprefix("error: ")

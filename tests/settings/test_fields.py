@@ -1,15 +1,29 @@
-"""Sizes with units: the memory of a GPU, where a bare number is in GiB, and the size of a shard, where it is bytes."""
+"""The types of settings, such as sizes with units, and settings in Python: other values, names, paths as objects."""
 
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 
 from t5tune.errors import SettingsError
-from t5tune.settings import MergeSettings, PlanSettings, dump_settings, load_settings
+from t5tune.settings import (
+    ChatSettings,
+    EvaluateSettings,
+    ExportSettings,
+    MergeSettings,
+    PlanSettings,
+    PrepareSettings,
+    Settings,
+    TrainSettings,
+    dump_settings,
+    load_settings,
+)
 from t5tune.settings.fields import parse_gpu_memory
 
 GIB = 1 << 30
+NEEDED: dict[str, Any] = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "run"}
 
 
 def load_gpu_memory(value: Any) -> str | None:
@@ -77,3 +91,92 @@ def test_a_gpu_s_memory_is_read_back_from_the_written_settings(tmp_path: Path) -
     settings = PlanSettings(model_name_or_path="base", gpu_memory="24")
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
     assert load_settings(PlanSettings, str(tmp_path / "settings.yaml"))[0] == settings
+
+
+# ---------------------------------------------------------------- settings in Python
+
+
+def test_replace_validates_and_leaves_the_rest_as_it_was_given() -> None:
+    settings = TrainSettings(**NEEDED, q_lora=True)
+    other = settings.replace(learning_rate=1e-3, output_dir="other")
+    assert other == TrainSettings(**NEEDED | {"output_dir": "other"}, q_lora=True, learning_rate=1e-3)
+    assert other.model_fields_set == {*NEEDED, "q_lora", "learning_rate"}
+    assert other.output_dir == Path("other")
+    with pytest.raises(SettingsError) as caught:
+        settings.replace(learning_rate="fast", lora_r=0)
+    assert caught.value.problems == (
+        "lora_r: 0: must be greater than 0",
+        "learning_rate: 'fast': expected a number",
+    )
+
+
+def test_replace_decides_again_what_another_setting_implies() -> None:
+    settings = TrainSettings(**NEEDED, q_lora=True)
+    assert settings.bf16
+    assert not settings.replace(q_lora=False).bf16
+    assert not settings.replace(bf16=False).bf16
+    assert TrainSettings(**NEEDED).replace(q_lora=True).bf16
+    assert TrainSettings(**NEEDED, q_lora=True, bf16=True).replace(q_lora=False).bf16
+
+
+def test_no_copy_has_a_setting_that_does_not_exist() -> None:
+    settings = TrainSettings(**NEEDED)
+    for copy in (settings.replace, lambda **changes: settings.model_copy(update=changes)):
+        with pytest.raises(SettingsError) as caught:
+            copy(learning_rte=3)
+        assert str(caught.value) == "learning_rte: unknown setting; did you mean learning_rate?"
+    assert settings.model_copy(update={"lora_r": 3}).lora_r == 3
+
+
+def test_an_unknown_name_is_reported_before_records_are_read() -> None:
+    records = iter([{"source": "a", "target": "b"}])
+    with pytest.raises(SettingsError, match="lora_rank: unknown setting"):
+        TrainSettings(**NEEDED | {"data_path": records}, lora_rank=3)
+    assert next(records)["source"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "advice"),
+    [
+        (ChatSettings, "data", "data_path is a setting of evaluate, plan, prepare, train"),
+        (ChatSettings, "data_path", "data_path is a setting of evaluate, plan, prepare, train"),
+        (PrepareSettings, "lora_rank", "lora_r is a setting of export, plan, train"),
+        (TrainSettings, "temperature", "temperature is a setting of chat"),
+        (TrainSettings, "overwrite_output_dir", "did you mean fresh?"),
+        (TrainSettings, "overwrite", "did you mean fresh?"),
+        (TrainSettings, "warmup_ratio", "did you mean warmup_steps?"),
+        (MergeSettings, "overwrite_output_dir", "did you mean overwrite?"),
+    ],
+)
+def test_a_name_of_another_command_says_where_it_belongs(model: type[Settings], name: str, advice: str) -> None:
+    needed: dict[str, Any] = dict.fromkeys(model.list_required(), "x")
+    with pytest.raises(SettingsError) as caught:
+        model(**needed, **{name: True})
+    assert str(caught.value) == f"{name}: unknown setting; {advice}"
+
+
+def test_a_list_of_records_where_only_paths_are_read_is_a_single_problem() -> None:
+    for data in ([{"source": "a"}] * 3, pd.DataFrame({"source": ["a"]})):
+        with pytest.raises(SettingsError) as caught:
+            PlanSettings(model_name_or_path="pocket", data_path=data)
+        (problem,) = caught.value.problems
+        assert problem.endswith(": expected text or a path, or a list of them")
+    with pytest.raises(SettingsError) as caught:
+        TrainSettings(**NEEDED, lora_target_modules=[1, 2])
+    assert caught.value.problems == ("lora_target_modules: 1: expected text",)
+
+
+def test_a_path_object_is_as_good_as_its_text() -> None:
+    run, template = Path("a") / "run", Path("template.yaml")
+    needed: dict[str, Any] = {"data_path": run, "output_dir": run, "adapter": run, "checkpoint": run}
+    for model in (PrepareSettings, TrainSettings, ExportSettings, MergeSettings, ChatSettings, EvaluateSettings):
+        values = {name: needed[name] for name in model.list_required() if name in needed}
+        assert model(**values, model_name_or_path=run).model_name_or_path == "a/run"
+    assert ChatSettings(model_name_or_path=run, conversation_template=template).conversation_template == str(template)
+    assert TrainSettings(**NEEDED, deepspeed=Path("zero.json")).deepspeed == "zero.json"
+    assert PlanSettings(model_name_or_path=run, data_path=[run, "b"]).data_path == ["a/run", "b"]
+
+
+def test_a_device_of_torch_is_as_good_as_its_name() -> None:
+    assert ChatSettings(model_name_or_path="run", device=torch.device("cuda", 1)).device == "cuda:1"
+    assert ChatSettings(model_name_or_path="run", device=torch.device("cpu"), use_cpu=True).device == "cpu"

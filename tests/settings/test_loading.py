@@ -522,8 +522,12 @@ def test_dumped_settings_can_be_read_by_a_plain_yaml_parser() -> None:
 
 def test_settings_are_immutable() -> None:
     settings = TrainSettings(**NEEDED)
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(SettingsError) as caught:
         settings.lora_r = 16  # type: ignore[misc]
+    assert str(caught.value) == "lora_r: settings can't be changed; use settings.replace(lora_r=16)"
+    with pytest.raises(SettingsError, match="lora_rank: unknown setting; did you mean lora_r?"):
+        settings.lora_rank = 16  # type: ignore[attr-defined]
+    assert settings.lora_r == 8
 
 
 def test_a_boolean_for_a_number_and_a_nul_in_a_path_are_refused() -> None:

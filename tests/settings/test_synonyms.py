@@ -19,9 +19,9 @@ from t5tune.settings import (
     load_settings,
 )
 from t5tune.settings.legacy_names import TRAIN
-from t5tune.settings.synonyms import ADVICE, NAMES_IN_OTHER_TOOLS, list_suggestions, suggest_setting
+from t5tune.settings.synonyms import ADVICE, NAMES_IN_OTHER_TOOLS, suggest_setting
 
-ALL_SETTINGS = {name for model in COMMANDS for name in list_suggestions(model)}
+ALL_SETTINGS = {name for model in COMMANDS for name in model.list_suggestions()}
 
 
 def test_every_suggested_name_is_a_setting_that_is_neither_hidden_nor_a_legacy_name() -> None:
@@ -163,6 +163,8 @@ def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is(
         (TrainSettings, "--num-beams=3", "--eval-generate are greedy"),
         (TrainSettings, "--device=cpu", "--use-cpu none"),
         (TrainSettings, "-o=x", "did you mean --output-dir?"),
+        (TrainSettings, "--overwrite", "did you mean --fresh?"),
+        (TrainSettings, "--force", "did you mean --fresh?"),
         (ChatSettings, "--max-length=9", "did you mean --max-new-tokens?"),
         (EvaluateSettings, "--generation-max-length=9", "did you mean --max-new-tokens?"),
         (MergeSettings, "--torch-dtype=bfloat16", "did you mean --dtype?"),
@@ -179,7 +181,7 @@ def test_the_advice_is_that_for_the_command_and_has_flags_as_they_are_typed(
 
 def test_a_mistyped_legacy_or_hidden_name_never_suggests_itself() -> None:
     for name in (*TRAIN, "fp16"):
-        assert f"did you mean {name}?" not in suggest_setting(name[:-1], list_suggestions(TrainSettings))
+        assert f"did you mean {name}?" not in suggest_setting(name[:-1], TrainSettings.list_suggestions())
         flag = f"--{name[:-1].replace('_', '-')}"
         (problem,) = parse_arguments([flag], TrainSettings).problems
         assert f"--{name.replace('_', '-')}?" not in problem

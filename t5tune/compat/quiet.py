@@ -1,0 +1,65 @@
+"""Hide warnings and log messages that libraries address to developers."""
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+VARIABLES = {
+    "PYTHONWARNINGS": "ignore",  # of processes that are started
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "DS_LOG_LEVEL": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # otherwise C++ stack traces appear if a rank is lost
+}
+# their levels, unless the user has set others; transformers takes its own from the variable when it is imported
+LEVELS = {"bitsandbytes": logging.NOTSET, "accelerate": logging.NOTSET, "transformers": logging.WARNING}
+
+_lock = threading.Lock()
+_num_blocks = 0  # nested, and of other threads: what they change belongs to the process
+_undo = ExitStack()  # of the first of them
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide the libraries' messages in this block, unless TRANSFORMERS_VERBOSITY asks for more than errors.
+
+    Where blocks overlap, the first to begin hides the messages, and the last to end shows them again. Libraries that
+    are imported in the block may stay quiet after it.
+    """
+    global _num_blocks
+    if os.environ.get("TRANSFORMERS_VERBOSITY", "error").lower() not in ("error", "critical"):
+        yield
+        return
+    with _lock:
+        if _num_blocks == 0:
+            _undo.enter_context(_hide_messages())
+        _num_blocks += 1
+        warnings.simplefilter("ignore")  # also before filters that a library has added since the first block began
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_blocks -= 1
+            if _num_blocks == 0:
+                _undo.close()
+
+
+@contextmanager
+def _hide_messages() -> Iterator[None]:
+    levels = {logging.getLogger(name): logging.getLogger(name).level or level for name, level in LEVELS.items()}
+    added = {name: value for name, value in VARIABLES.items() if name not in os.environ}
+    os.environ.update(added)
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        for name in added:
+            os.environ.pop(name, None)

@@ -1,0 +1,36 @@
+"""Check the arguments of a call from Python, which have no parser that has done it already."""
+
+import inspect
+from typing import Any
+
+from t5tune.errors import SettingsError
+from t5tune.progress import Report, silent
+from t5tune.settings.fields import Settings
+from t5tune.settings.messages import shorten_value
+
+
+def check_call(name: str, settings: Any, model: type[Settings], report: Any) -> Report:
+    """Return the report to use in a call of the function; a report of None is a silent one.
+
+    Raises:
+        SettingsError: the settings aren't the function's, or the report isn't a function that takes an event.
+    """
+    if not isinstance(settings, model):
+        raise SettingsError(f"settings: {shorten_value(settings)}", hint=f"call {name}({model.__name__}(…))")
+    if report is None:
+        return silent
+    if not _takes_event(report):
+        shown = getattr(report, "__name__", shorten_value(report))
+        raise SettingsError(f"report: {shown}: not a function that takes an event", hint="call progress_bar()")
+    checked: Report = report
+    return checked
+
+
+def _takes_event(report: Any) -> bool:
+    try:
+        inspect.signature(report).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # some that are written in C don't say what they take
+        return True
+    return True

@@ -1,0 +1,415 @@
+"""`from t5tune import …`: what a script or a notebook uses."""
+
+import ast
+import html
+import inspect
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mypy.api
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+import t5tune
+from t5tune import (
+    ChatSettings,
+    Chatter,
+    EvaluateSettings,
+    MergeSettings,
+    PrepareSettings,
+    SettingsError,
+    TrainSettings,
+    Turn,
+    evaluate,
+    load_settings,
+    prepare,
+    progress_bar,
+    read_metrics,
+    read_result,
+    train,
+)
+from t5tune.checkpoints.pocket import pocket_folder
+from t5tune.errors import DataError, T5TuneError
+from t5tune.progress import Event, Note
+from t5tune.settings import COMMANDS
+from tests.support.command_line import t5tune_in_fork
+from tests.support.python_stub import STUB, build_stub
+
+PAIRS = [{"source": f"How much is {a} + {b}?", "target": str(a + b)} for a in range(6) for b in range(6)]
+
+
+def make_settings(folder: Path, **changes: Any) -> TrainSettings:
+    values = {"model_name_or_path": "pocket", "data_path": PAIRS, "output_dir": folder / "run", "max_steps": 2}
+    return TrainSettings(**{**values, "report_samples": 0, "use_cpu": True, "learning_rate": 3e-3, **changes})
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=500)
+
+
+# ---------------------------------------------------------------- names and signatures
+
+
+def test_importing_t5tune_imports_no_library() -> None:
+    code = "import sys, t5tune; print(*{'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules))"
+    assert run_python(code, Path.cwd()).stdout == "\n"
+
+
+def test_every_name_can_be_imported_and_type_checkers_see_the_same() -> None:
+    assert STUB.read_text(encoding="utf-8") == build_stub(), "regenerate it: python tests/support/python_stub.py"
+    body = ast.parse(build_stub()).body
+    homes = {
+        alias.asname: node.module
+        for node in body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    homes |= {node.name: "t5tune.settings" for node in body if isinstance(node, ast.ClassDef)}
+    assert homes.keys() == set(t5tune.__all__) == set(dir(t5tune))
+    for name, module in homes.items():
+        assert inspect.unwrap(getattr(t5tune, name)) is getattr(sys.modules[str(module)], str(name))
+    assert (Path(t5tune.__file__).parent / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="module 't5tune' has no attribute 'trian'"):
+        t5tune.trian  # noqa: B018
+
+
+@pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
+def test_the_signature_shows_the_settings_before_and_after_the_first_use(model: type[t5tune.PrepareSettings]) -> None:
+    code = f"import inspect; from t5tune.settings import {model.__name__} as M; print(inspect.signature(M))"
+    with pytest.raises(SettingsError):
+        model(no_such_setting=1)
+    assert str(inspect.signature(model)) == run_python(code, Path.cwd()).stdout.strip()
+    parameters = inspect.signature(model).parameters
+    assert set(parameters) == set(model.list_suggestions())
+    for name, parameter in parameters.items():
+        field = model.model_fields[name]
+        assert parameter.default == (inspect.Parameter.empty if field.is_required() else field.default)
+        assert "Annotated" not in str(parameter.annotation)
+
+
+def test_the_signature_begins_with_what_people_use() -> None:
+    start = (
+        "(*, model_name_or_path: str, data_path: list[str] | str, output_dir: str | pathlib.Path, "
+        "source_column: str | None = None,"
+    )
+    assert str(inspect.signature(TrainSettings)).startswith(start)
+    assert "(settings: t5tune.settings.commands.TrainSettings, report:" in str(inspect.signature(train))
+
+
+@pytest.mark.slow
+def test_a_type_checker_accepts_the_documentation_and_flags_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(t5tune.__file__).parents[1])
+    blocks = re.findall(r"```python\n(.*?)```", Path("docs/python.md").read_text(encoding="utf-8"), re.DOTALL)
+    needed = 'model_name_or_path=run.run, data_path=[Path("a"), "b"], output_dir=Path("c")'
+    more = [
+        f"TrainSettings({needed}, lora_target_modules=('q', 'v'), eval_data_path=[{{'source': 'a'}}], adapter='x')",
+        "MergeSettings(adapter=run.run, output_dir='merged', weights=[1, 0.5], max_shard_size='5GB')",
+        "settings.replace(lora_r=4).lora_r + 1",
+    ]
+    mistakes = {
+        f"TrainSettings({needed}, lora_rank=3)": 'Unexpected keyword argument "lora_rank"',
+        f"TrainSettings({needed}, lora_r='x')": 'Argument "lora_r" to "TrainSettings" has incompatible type',
+        f"TrainSettings({needed}, train_mode='lorra')": 'Argument "train_mode"',
+        "TrainSettings(data_path='a', output_dir='b')": 'Missing named argument "model_name_or_path"',
+        "t5tune.trian": 'Module has no attribute "trian"',
+    }
+    lines = ["import t5tune", "from pathlib import Path", "from t5tune import MergeSettings", *blocks, *more]
+    (tmp_path / "script.py").write_text("\n".join([*lines, *mistakes]))
+    config = tmp_path / "mypy.ini"
+    # what those libraries declare matters neither here nor to how long this takes
+    config.write_text(
+        "[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n"
+        "[mypy-torch.*,transformers.*]\nfollow_imports = skip\n"
+    )
+    words = ["--config-file", config, "--cache-dir", tmp_path / "cache", "--no-error-summary", "--hide-error-context"]
+    shown = mypy.api.run([str(word) for word in (*words, tmp_path / "script.py")])[0]
+    errors = [line for line in shown.splitlines() if " error: " in line]
+    assert len(errors) == len(mistakes), shown
+    assert all(message in line for message, line in zip(mistakes.values(), errors, strict=True)), shown
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 4}, "lora_rank: unknown setting; did you mean lora_r?"),
+        ({"learning_rat": 4}, "learning_rat: unknown setting; did you mean learning_rate?"),
+        ({"load_in_8bit": True}, "load_in_8bit: unknown setting; use q_lora=True and quant_type='int8'"),
+        ({"lora_r": "many"}, "lora_r: 'many': expected a whole number"),
+        ({"lora_r": True}, "lora_r: True: expected a number, not true or false"),
+        ({"lora_r": 0, "seed": -1}, "seed: -1: must be at least 0\nlora_r: 0: must be greater than 0"),
+        ({"data_path": 5}, "data_path: 5: of type int; expected a path, or records: a list of dicts, a DataFrame or"),
+        ({"data_path": []}, "data_path: []: must not be empty"),
+        ({"output_dir": ""}, "output_dir: '': the path is empty; use `.` for the current folder"),
+        ({"lora_target_modules": "q\0"}, "contains a NUL character"),
+        ({"num_gpus": 2, "num_processes": 3}, "num_gpus: 2 conflicts with num_processes: 3; give only one of them"),
+    ],
+)
+def test_a_mistake_is_explained_as_on_the_command_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        make_settings(tmp_path, **changes)
+    assert str(caught.value).startswith(message) or message in str(caught.value)
+
+
+def test_a_mistyped_required_setting_is_not_missing_too() -> None:
+    with pytest.raises(SettingsError) as caught:
+        TrainSettings(model="pocket", output_dir="run")
+    problems = ["model: unknown setting; did you mean model_name_or_path?", "data_path: missing"]
+    assert str(caught.value).splitlines() == problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_processes": 2}, "num_processes: 2: a call of train starts no processes; start the script with torchrun"),
+        ({"dry_run": True}, "dry_run: a call of train trains; call plan(PlanSettings(…)) instead"),
+    ],
+)
+def test_train_refuses_what_only_the_command_line_does(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        train(make_settings(tmp_path, **changes))
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([{"data_path": "a"}], "settings: {'data_path': 'a'}; call train(TrainSettings(…))"),
+        (["run.yaml"], "settings: 'run.yaml'; call train(TrainSettings(…))"),
+        ([], "settings: None; call train(TrainSettings(…))"),
+        ([t5tune.DoctorSettings()], "settings: DoctorSettings(timeout=120.0); call train(TrainSettings(…))"),
+        ([Path("run"), progress_bar], "report: progress_bar: not a function that takes an event; call progress_bar()"),
+        ([Path("run"), True], "report: True: not a function that takes an event; call progress_bar()"),
+    ],
+)
+def test_arguments_in_the_wrong_place_are_explained(arguments: list[Any], message: str, tmp_path: Path) -> None:
+    given = [make_settings(tmp_path) if each == Path("run") else each for each in arguments]
+    with pytest.raises(SettingsError) as caught:
+        train(*given)
+    assert str(caught.value) == message
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_of_chatter_load_in_the_wrong_place_are_explained() -> None:
+    with pytest.raises(SettingsError, match=r"^settings: 'run'; call Chatter\.load\(ChatSettings\(…\)\)$"):
+        Chatter.load("run")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="^report: progress_bar: not a function that takes an event"):
+        Chatter.load(ChatSettings(model_name_or_path="run"), progress_bar)  # type: ignore[arg-type]
+
+
+def test_the_functions_can_be_pickled_for_another_process() -> None:
+    for name in ("train", "evaluate", "prepare", "inspect", "load_settings", "TrainSettings", "Chatter"):
+        function = getattr(t5tune, name)
+        assert pickle.loads(pickle.dumps(function)) is function
+
+
+def test_an_error_includes_the_next_step_and_is_one_line_in_ipython() -> None:
+    error = DataError("a.jsonl: broken", hint="copy it again")
+    assert str(error) == "a.jsonl: broken; copy it again"
+    assert error._render_traceback_() == ["DataError: a.jsonl: broken; copy it again"]
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("python")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> t5tune.training.run_folder.TrainResult:  # type: ignore[name-defined]
+    """A run on a DataFrame, with an evaluation."""
+    return train(
+        make_settings(folder, data_path=pd.DataFrame(PAIRS), eval_fraction=0.2, eval_steps=1, report_samples=2)
+    )
+
+
+def test_the_metrics_of_a_run_are_a_list_of_dicts(run: Any) -> None:
+    metrics = run.metrics()
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert all(line["loss"] > 0 and line["eval_loss"] > 0 for line in metrics)
+    assert metrics[-1]["eval_loss"] == run.eval["loss"]
+    assert read_metrics(str(run.run)) == metrics
+    assert read_result(str(run.run)) == run
+
+
+def test_load_gives_the_weights_on_disk(run: Any) -> None:
+    model, tokenizer, template = run.load(use_cpu=True)
+    state = model.state_dict()
+    adapter, base = load_file(run.run / "adapter_model.safetensors"), load_file(pocket_folder() / "model.safetensors")
+    lora = {name: tensor for name, tensor in adapter.items() if "lora_" in name}
+    attentions = model.config.num_layers + 2 * model.config.num_decoder_layers
+    assert len(lora) == 4 * attentions  # A and B of q and v
+    for name, tensor in lora.items():
+        assert state[re.sub(r"(lora_[AB])", r"\1.default", name)].equal(tensor), name
+    query = "encoder.block.0.layer.0.SelfAttention.q"
+    assert state[f"base_model.model.{query}.base_layer.weight"].equal(base[f"{query}.weight"])
+    message = [{"role": "user", "content": "How much is 2 + 2?"}]
+    inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")
+    reply = tokenizer.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
+    chatter = Chatter.load(ChatSettings(model_name_or_path=str(run.run), max_new_tokens=8, use_cpu=True))
+    assert chatter.reply([Turn("human", "How much is 2 + 2?")]).reply == reply
+    assert chatter.template == template
+    with pytest.raises(SettingsError, match="bf_16: unknown setting; did you mean bf16?"):
+        run.load(bf_16=True)
+
+
+def test_a_notebook_shows_the_report_in_a_frame(run: Any) -> None:
+    shown = run._repr_html_()
+    page = re.fullmatch(r'<iframe srcdoc="([^"]*)" style="[^"]*"></iframe>', shown)
+    assert page is not None
+    assert html.unescape(page[1]) == (run.run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_was_moved_is_read_where_it_is(run: Any, tmp_path: Path) -> None:
+    shutil.copytree(run.run, tmp_path / "moved")
+    moved = read_result(tmp_path / "moved")
+    assert (moved.run, moved.adapter) == (tmp_path / "moved", tmp_path / "moved")
+    assert moved.metrics() == run.metrics()
+    (moved.run / "report.html").unlink()
+    assert moved._repr_html_() is None  # a notebook shows the text then
+    (moved.run / "result.json").write_text("[]")
+    with pytest.raises(T5TuneError, match=r"result\.json: broken"):
+        read_result(moved.run)
+    (moved.run / "result.json").unlink()
+    with pytest.raises(T5TuneError, match=r"moved: not a finished run: .*; train with the same settings to continue"):
+        read_result(moved.run)
+    with pytest.raises(SettingsError, match="elsewhere: no such folder"):
+        read_metrics(tmp_path / "elsewhere")
+
+
+def test_records_are_kept_so_that_the_command_line_can_repeat_the_run(run: Any, folder: Path) -> None:
+    (kept,) = folder.glob("run.records-*.jsonl")
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == PAIRS
+    settings, _ = load_settings(TrainSettings, str(run.run / "settings.yaml"))
+    assert settings.data_path == [str(kept)]
+    again = t5tune_in_fork("train", "--config", run.run / "settings.yaml", "--output-dir", folder / "again", "--json")
+    assert again.code == 0, again.stderr
+    assert again.json["train_loss"] == run.train_loss
+
+
+def test_the_same_records_resume_a_run_and_others_are_refused(run: Any, folder: Path) -> None:
+    same = {"eval_fraction": 0.2, "eval_steps": 1, "report_samples": 2}
+    notes: list[Event] = []
+    assert train(make_settings(folder, data_path=PAIRS, **same), notes.append) == run
+    assert train(make_settings(folder, data_path=PAIRS, **same), None) == run  # silent
+    assert notes == [Note(f"{run.run}: this run has already finished; use --fresh to start over")]
+    with pytest.raises(SettingsError, match=r"data_path: \S+\.jsonl before, \S+\.jsonl now"):
+        train(make_settings(folder, data_path=PAIRS[:-1], **same))
+    assert len([*folder.glob("run.records-*.jsonl")]) == 1
+
+
+def test_evaluate_and_prepare_take_records(run: Any, folder: Path, tmp_path: Path) -> None:
+    scores = evaluate(
+        EvaluateSettings(model_name_or_path=str(run.run), data_path=PAIRS[:3], output_dir=tmp_path / "scores")
+    )
+    assert scores.examples == 3
+    settings = {"model_name_or_path": "pocket", "output_dir": tmp_path / "cache"}
+    missing = [*PAIRS, {"source": "?", "target": None}]
+    first = prepare(PrepareSettings(data_path=pd.DataFrame(missing), **settings))
+    assert (first.examples, first.rejected, first.up_to_date) == (len(PAIRS), 1, False)
+    rejected = json.loads((tmp_path / "cache" / "rejected.jsonl").read_text())
+    assert (rejected["line"], rejected["reason"]) == (len(missing), "not_text")
+    assert prepare(PrepareSettings(data_path=missing, **settings)).up_to_date
+
+
+def test_records_that_cannot_be_used_leave_nothing(tmp_path: Path) -> None:
+    for answer, found in ((None, "null"), (4, "a number; write it as text: '4', or astype(str) in pandas")):
+        with pytest.raises(DataError) as caught:
+            train(make_settings(tmp_path, data_path=[{"source": "2 + 2", "target": answer}]))
+        assert "no conversation to train on among 1 record" in caught.value.message
+        assert caught.value.hint is not None
+        where = f":1: target: expected text, found {found}; line N is the N-th of the records"
+        assert caught.value.hint.endswith(where)
+        assert not list(tmp_path.iterdir())
+
+
+def test_records_that_cannot_be_kept_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"can't be kept next to it, in \S+: .*; choose another output_dir"):
+        train(make_settings(tmp_path / "file"))
+
+
+def test_the_root_folder_is_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="^output_dir: /: isn't empty and isn't a t5tune run; choose another outp"):
+        train(make_settings(tmp_path, output_dir="/", data_path="pocket"))
+
+
+def test_settings_whose_records_are_gone_must_be_created_again(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path)
+    shutil.rmtree(Path(settings.data_path[0]).parent)
+    with pytest.raises(DataError, match=r"no such file or folder; create the settings again: "):
+        train(settings)
+    assert train(make_settings(tmp_path)).steps == 2
+
+
+def test_an_error_of_the_caller_s_generator_passes_unchanged(tmp_path: Path) -> None:
+    def read_pairs() -> Iterator[dict[str, str]]:
+        yield PAIRS[0]
+        raise error
+
+    error = ValueError("broken pair")
+    with pytest.raises(ValueError, match="^broken pair$") as caught:
+        make_settings(tmp_path, data_path=read_pairs())
+    assert caught.value is error
+
+
+def test_records_that_are_nested_too_deeply_are_refused(tmp_path: Path) -> None:
+    nested: Any = "a"
+    for _ in range(sys.getrecursionlimit()):
+        nested = [nested]
+    with pytest.raises(SettingsError, match="^data_path: a list: item 0 contains itself, or is nested too deeply$"):
+        make_settings(tmp_path, data_path=[{"source": nested}])
+
+
+@pytest.mark.slow
+def test_nothing_is_printed_and_no_file_is_left(tmp_path: Path) -> None:
+    code = (
+        "from t5tune import TrainSettings, MergeSettings, ChatSettings, train, merge, chat\n"
+        "values = dict(model_name_or_path='pocket', output_dir='run', max_steps=1, q_lora=True, bf16=False)\n"
+        "train(TrainSettings(data_path=[{'source': 'a', 'target': 'b'}] * 9, gradient_checkpointing=True, **values))\n"
+        "merge(MergeSettings(adapter='run', output_dir='merged'))\n"
+        "assert chat(ChatSettings(model_name_or_path='run', prompt='a', max_new_tokens=2)).reply_tokens\n"
+        "import transformers\n"
+        "assert transformers.logging.get_verbosity() == transformers.logging.WARNING\n"
+    )
+    (tmp_path / "work").mkdir()
+    (tmp_path / "temporary").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path / "temporary"))
+        done = run_python(code, tmp_path / "work")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list((tmp_path / "temporary").glob("t5tune-*"))
+
+
+def test_a_progress_bar_shows_steps_losses_evaluations_and_notes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_settings(tmp_path, eval_fraction=0.2, eval_steps=2), progress_bar())
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = re.split(r"[\r\n]+", shown.err)
+    assert any(re.search(r"train: +100%.* 2/2 .*loss \d+\.\d+, grad norm ", line) for line in lines)
+    assert any(re.fullmatch(r"step 2: held-out loss \d+\.\d+, perplexity [\d.,]+ \(best\)", line) for line in lines)
+    assert any(line.startswith("trainable parameters: ") for line in lines)
+
+
+def test_settings_can_come_from_a_run_config() -> None:
+    settings, notes = load_settings(TrainSettings, "pocket", flags={"output_dir": "run"})
+    assert (settings.learning_rate, settings.output_dir, notes) == (3e-3, Path("run"), [])
+    assert isinstance(MergeSettings(adapter="run", output_dir="merged"), MergeSettings)
