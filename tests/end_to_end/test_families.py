@@ -5,6 +5,7 @@ import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ from t5tune.settings import (
     TrainSettings,
 )
 from t5tune.settings.shared import FamilyName
-from tests.support.command_line import t5tune
+from tests.support.command_line import CommandResult, t5tune
+from tests.support.other_python import ask_transformers_4, needs_transformers_4
 from tests.support.prose import english_text
+from tests.support.train_runs import make_settings, read_steps
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +55,8 @@ ANSWERS = ["a line,\nand {another}", "two teas", "naïve"]
 PIECES = 700
 FASTCHATS = ["[PAD]", "<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
 CPU = torch.device("cpu")
+# one key of FAMILIES for each architecture: others of the same differ only in the tokenizer and the number of rows
+ARCHITECTURES = {(family.model_type, family.feed_forward, family.tied): key for key, family in FAMILIES.items()}
 
 
 def make_tokenizer(family: Family, folder: Path) -> int:
@@ -124,11 +129,12 @@ class Made:
     q_lora: bool
 
 
-@pytest.fixture(scope="module", params=[(key, q_lora) for key in FAMILIES for q_lora in (False, True)], ids=str)
+@pytest.fixture(scope="module", params=[f"{key} {mode}" for key in FAMILIES for mode in ("lora", "q_lora")])
 def made(
     request: pytest.FixtureRequest, bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Made:
-    key, q_lora = request.param
+    key, mode = request.param.split()
+    q_lora = mode == "q_lora"
     folder = tmp_path_factory.mktemp("made")
     train(
         TrainSettings(
@@ -225,6 +231,51 @@ def test_ctranslate2_gives_the_replies_of_the_merged_model(made: Made, tmp_path:
     tokens = json.loads((tmp_path / "converted" / "shared_vocabulary.json").read_text())
     assert len(set(tokens)) == len(tokens) == load_file(made.base / "model.safetensors")["shared.weight"].shape[0]
     assert all(tokens[index] == token for token, index in load_tokenizer(made.merged).get_vocab().items())
+
+
+@needs_transformers_4
+@pytest.mark.parametrize("made", [f"{key} lora" for key in FAMILIES], indirect=True)
+def test_transformers_4_has_the_logits_and_token_ids_of_the_merged_model(made: Made, tmp_path: Path) -> None:
+    source, target = [[3, 210, 17, 203, 1]], [[0, 203, 31, 7]]
+    found = ask_transformers_4(made.merged, tmp_path, inputs=source, decoder_inputs=target, texts=ANSWERS)
+    model = load_base(made.merged, torch.float32, CPU)
+    with torch.inference_mode():
+        ours = model(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target), use_cache=False).logits
+    torch.testing.assert_close(torch.tensor(found["logits"]), ours, rtol=0, atol=1e-5)
+    tokenizer = load_tokenizer(made.run)
+    assert found["ids"] == [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in ANSWERS]
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_each_family_trains_in_full(key: str, bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """The run folder is a checkpoint with every tensor changed, and stock transformers computes its logits."""
+    base, run = bases[key], tmp_path / "run"
+    train(make_settings(base, data, run, train_mode="full", max_steps=2, report_samples=0))
+    before, after = load_file(base / "model.safetensors"), load_file(run / "model.safetensors")
+    assert [name for name, tensor in before.items() if tensor.equal(after[name])] == []
+    made = Made(base, run, run, run, q_lora=False)
+    ours = logits_of(load_base(run, torch.float32, CPU), made)
+    torch.testing.assert_close(logits_of(load_stock(run), made), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("key", ARCHITECTURES.values())
+def test_each_architecture_has_the_losses_of_one_process_under_zero3(
+    key: str, bases: dict[str, Path], data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    """Two steps of three examples on each of two ranks, between which the base is sharded."""
+    twice = {"max_steps": 2, "learning_rate": 3e-2, "lora_dropout": 0.0, "report_samples": 0}
+    alone = {"data_path": [str(data), str(data)], "per_device_train_batch_size": 6}
+    train(make_settings(bases[key], data, tmp_path / "alone", **alone, **twice))
+    done = on_ranks(
+        *(2, "train", "--model-name-or-path", bases[key], "--data-path", data, data),
+        *("--output-dir", tmp_path / "ranks", "--deepspeed", "zero3", "--per-device-train-batch-size", 3),
+        *("--logging-steps", 1, *chain.from_iterable((f"--{name}", value) for name, value in twice.items())),
+    )
+    assert done.code == 0, done.stderr
+    for found, expected in zip(read_steps(tmp_path / "ranks"), read_steps(tmp_path / "alone"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("key", FAMILIES)

@@ -1,9 +1,7 @@
 """Merged checkpoints work in other tools: llama.cpp's converter, CTranslate2 and transformers 4."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,8 @@ from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 from tests.support.adapters import load_stock_base, make_rows_adapter, make_stock_adapter
 from tests.support.bases import make_base
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune_in_fork
+from tests.support.other_python import ask_transformers_4, needs_transformers_4
 from tests.support.paths import REPOSITORY
 
 HARD_TEXTS = ["two words", "a\nline  and\ttabs {x}", "<extra_id_1> end", " begins with a space", "{\n    1\n}"]
@@ -154,7 +153,7 @@ def test_without_ctranslate2_the_error_says_how_to_install_it(
 
 
 def test_quantization_needs_ctranslate2(tmp_path: Path) -> None:
-    done = t5tune(
+    done = t5tune_in_fork(
         *("merge", "--model-name-or-path", "pocket", "--adapter", tmp_path, "--output-dir", tmp_path / "merged"),
         *("--quantization", "int8"),
     )
@@ -259,37 +258,16 @@ def test_a_failing_converter_is_reported_with_the_versions(
         merge_with_notes(untied_base, adapter, tmp_path / "converted")
 
 
-@pytest.fixture(scope="module")
-def transformers_4() -> str:
-    """The Python of an environment with transformers 4 and CTranslate2, which `make compatibility` creates."""
-    if not (python := os.environ.get("TRANSFORMERS_4_PYTHON")):
-        pytest.skip("TRANSFORMERS_4_PYTHON isn't set to a Python with transformers 4; use make compatibility")
-    return python
-
-
-def ask_transformers_4(python: str, checkpoint: Path, folder: Path, **asked: Any) -> dict[str, Any]:
-    """Run tests/support/transformers_4.py and return its result."""
-    (folder / "asked.json").write_text(json.dumps({"texts": [], "messages": None, "converted": None} | asked))
-    script = REPOSITORY / "tests/support/transformers_4.py"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, str(script), str(checkpoint), str(folder / "asked.json"), str(folder / "found.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
-    assert found["version"].startswith("4.")
-    return found
-
-
+@needs_transformers_4
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_transformers_4_and_its_conversion_give_our_logits_and_replies_for_a_merged_checkpoint(
-    tied: bool, transformers_4: str, tmp_path: Path
+    tied: bool, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", tied=tied)
     adapter, _ = make_rows_adapter(base, tmp_path / "adapter")
     checkpoint = run_merge(base, adapter, tmp_path / "merged")
     source, target = [[5, 210, 17, 203, 99, 1], [201, 8, 8, 44, 12, 1]], [[0, 203, 31, 7], [0, 210, 201, 12]]
     found = ask_transformers_4(
-        transformers_4,
         checkpoint,
         tmp_path,
         inputs=source,
@@ -306,12 +284,13 @@ def test_transformers_4_and_its_conversion_give_our_logits_and_replies_for_a_mer
     assert found["converted_replies"] == replies
 
 
+@needs_transformers_4
 def test_transformers_4_gives_the_token_ids_of_the_adapters_tokenizer(
-    sentencepiece_base: Path, adapter_with_tokens: Path, transformers_4: str, tmp_path: Path
+    sentencepiece_base: Path, adapter_with_tokens: Path, tmp_path: Path
 ) -> None:
     merged = run_merge(sentencepiece_base, adapter_with_tokens, tmp_path / "merged")
     found = ask_transformers_4(
-        transformers_4, merged, tmp_path, inputs=[[5, 1]], decoder_inputs=[[0]], texts=HARD_TEXTS, messages=MESSAGES
+        merged, tmp_path, inputs=[[5, 1]], decoder_inputs=[[0]], texts=HARD_TEXTS, messages=MESSAGES
     )
     ours = load_tokenizer(adapter_with_tokens)
     assert [ids[:-1] for ids in found["ids"]] == [ours.encode(text) for text in HARD_TEXTS]

@@ -22,7 +22,8 @@ from t5tune.training.batches import PackedCollator, PaddedCollator
 SHAPE = {"vocab_size": 120, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
 CONFIGS = {
     "t5": T5Config(**SHAPE, feed_forward_proj="relu", tie_word_embeddings=True),
-    "flan": T5Config(**SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "flan-t5": T5Config(**SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "flan-ul2": T5Config(**SHAPE, feed_forward_proj="gated-silu", tie_word_embeddings=False),
     "mt5": MT5Config(**SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "umt5": UMT5Config(**SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
@@ -168,7 +169,7 @@ def test_attention_dropout_has_the_same_statistics_in_every_segment() -> None:
 
 @pytest.mark.slow
 def test_dropout_has_the_same_statistics_packed_as_padded() -> None:
-    model = make_random_model("flan", torch.float32, dropout=0.3)
+    model = make_random_model("flan-t5", torch.float32, dropout=0.3)
     use_packing(model)
     batch = make_examples([(12, 6)] * 2)
     with torch.no_grad():

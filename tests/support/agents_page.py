@@ -1,0 +1,118 @@
+"""The generated parts of docs/for-agents.md, which `t5tune docs` prints.
+
+    python tests/support/agents_page.py
+
+writes what is between `<!-- generated: NAME -->` and `<!-- end -->`. The rest of the page is written by hand.
+"""
+
+import dataclasses
+import importlib
+import re
+import typing
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import t5tune
+from t5tune import errors, progress
+from t5tune.cli.inspect import JSON_FIELDS
+from t5tune.cli.options import COMMON_OPTIONS, Option, list_essential_options
+from t5tune.cli.results import TEMPLATE_FLAGS
+from t5tune.cli.summaries import SUMMARIES
+from t5tune.data.cache_view import ExampleView
+from t5tune.errors import T5TuneError
+from t5tune.settings import COMMANDS, Settings
+from t5tune.settings.packaged_templates import describe_templates
+
+PAGE = Path(__file__).parents[2] / "docs" / "for-agents.md"
+BLOCK = re.compile(r"(<!-- generated: ([\w ]+) -->\n)(?:(?!<!-- end -->).)*(<!-- end -->\n)", re.DOTALL)
+TYPE_NAMES = {bool: "bool", int: "int", float: "number", str: "text", Path: "path", list: "list", dict: "object"}
+
+
+def build_page(text: str) -> str:
+    """Return the page's text with its generated parts as they should be."""
+    return BLOCK.sub(lambda block: block[1] + "\n".join([*GENERATED[block[2]](), block[3]]), text)
+
+
+def describe_command(model: type[Settings]) -> Iterator[str]:
+    """Yield the summary of a command, its essential settings as its help shows them, and its result's keys."""
+    yield SUMMARIES[model.command]
+    earlier = {describe_option(option) for other in COMMANDS[: COMMANDS.index(model)] for option in list_options(other)}
+    options = list_options(model)
+    yield ""
+    if repeated := [option for option in options if describe_option(option) in earlier]:
+        yield f"- as above: {', '.join(describe_option(option).partition(': ')[0] for option in repeated)}"
+    yield from (f"- {describe_option(option)}" for option in options if option not in repeated)
+    yield f"- result: {', '.join(find_result_keys(model.command)) or 'the JSON schema'}"
+
+
+def list_options(model: type[Settings]) -> list[Option]:
+    """List the options of a command's short help, without those of every command."""
+    return [option for option in list_essential_options(model.command) if option not in COMMON_OPTIONS]
+
+
+def describe_option(option: Option) -> str:
+    return f"`{option.label}`{' (required)' if option.is_required else ''}: {option.description}"
+
+
+def find_result_keys(command: str) -> list[str]:
+    """List the keys of what a command prints with --json, each with its type; none for schema's JSON schema."""
+    result = typing.get_type_hints(getattr(importlib.import_module(f"t5tune.commands.{command}"), command))["return"]
+    if command == "schema":
+        return []
+    # inspect prints an object for each example
+    names = JSON_FIELDS if command == "inspect" else [field.name for field in dataclasses.fields(result)]
+    hints = typing.get_type_hints(ExampleView if command == "inspect" else result)
+    return [f"`{name}` {name_type(hints[name])}" for name in names]
+
+
+def name_type(hint: Any) -> str:
+    """Return the type of a value in JSON: `path`, `number?`, `object`, …"""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if type(None) in typing.get_args(hint):
+        return f"{name_type(kinds[0])}?"
+    return TYPE_NAMES.get(typing.get_origin(hint) or hint, "object")
+
+
+def list_errors() -> Iterator[str]:
+    """Yield a line for each kind of error, by exit code."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, T5TuneError)]
+    for kind in sorted(kinds[1:], key=lambda kind: kind.exit_code):  # without T5TuneError itself
+        yield f"- {kind.exit_code} `{kind.__name__}`: {get_summary(kind)}"
+
+
+def list_templates() -> Iterator[str]:
+    """Yield a line for each kind of template, with the names of those that come with t5tune."""
+    for kind, flag in TEMPLATE_FLAGS.items():
+        names = (f"`{name}` ({text.removesuffix('.')})" for name, text in describe_templates(kind).items())
+        yield f"- `{flag}`: {'; '.join(names)}"
+
+
+def list_events() -> Iterator[str]:
+    """Yield a line for each event that a report receives."""
+    for event in typing.get_args(progress.Event):
+        fields = ", ".join(field.name for field in dataclasses.fields(event))
+        yield f"- `{event.__name__}({fields})`: {get_summary(event)}"
+
+
+def get_summary(described: type) -> str:
+    return (described.__doc__ or "").partition("\n")[0]
+
+
+def list_names() -> Iterator[str]:
+    """Yield what can be imported from t5tune."""
+    yield ", ".join(f"`{name}`" for name in t5tune.__all__ if not name.startswith("_"))
+
+
+GENERATED: dict[str, Callable[[], Iterator[str]]] = {
+    **{model.command: partial(describe_command, model) for model in COMMANDS},
+    "errors": list_errors,
+    "names of templates": list_templates,
+    "events": list_events,
+    "names": list_names,
+}
+
+if __name__ == "__main__":
+    PAGE.write_text(build_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE)

@@ -1,0 +1,300 @@
+"""docs/support.md: what is tested with each model type and on each platform, and why the rest isn't.
+
+    python tests/support/support_matrix.py
+
+writes the page. `COLUMNS` and `PLATFORMS` are the facts; which tools read a merged checkpoint is in t5tune/families.py.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from t5tune.families import CONVERTERS, FAMILIES, Family
+
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+FAMILIES_TEST = "tests/end_to_end/test_families.py"
+OTHER_TOOLS_TEST = "tests/end_to_end/test_other_tools.py"
+TRAIN_TEST = "tests/commands/test_train.py"
+WHOLE_CHAIN = f"{FAMILIES_TEST}::test_each_family_trains_exports_merges_and_replies"
+
+State = Literal["yes", "no", "untested"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the matrix, and the section to which its cells link.
+
+    Args:
+        text: what is tested, or why it isn't.
+        tests: tests of a model type: `{key}` is its key in FAMILIES, `{architecture}` the key for all types
+            of its architecture.
+        more_tests: tests that the text refers to, of some model types only.
+        state: of the model types that aren't in `reasons`.
+        reasons: why the tool can't read a model type, by its key; which ones it can't is in families.py.
+    """
+
+    text: str
+    tests: tuple[str, ...] = ()
+    more_tests: tuple[str, ...] = ()
+    state: State = "yes"
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def get_architecture(family: Family) -> tuple[str, str, bool]:
+    """Return what distinguishes a model's layers; of one architecture, only tokenizers and numbers of rows differ."""
+    return family.model_type, family.feed_forward, family.tied
+
+
+ARCHITECTURES = {get_architecture(family): key for key, family in FAMILIES.items()}
+
+COLUMNS = {
+    "prepare": Column(
+        "A conversation becomes token ids that decode to the original text, with newlines, braces and non-ASCII "
+        "letters as far as the tokenizer has them. The tokenizer is of the published kind: SentencePiece, with byte "
+        "fallback, or bytes.",
+        (f"{WHOLE_CHAIN}[{{key}} lora]",),
+        (
+            "tests/commands/test_prepare.py::test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text",
+            f"{FAMILIES_TEST}::test_the_added_tokens_of_fastchat_t5_keep_their_ids",
+        ),
+    ),
+    "LoRA": Column(
+        "A run on all linear layers changes the logits, and stock PEFT computes the same ones from the run's adapter. "
+        "The variants (DoRA, rsLoRA, PiSSA, …) are tested with the architectures of T5 and Flan-T5.",
+        (f"{WHOLE_CHAIN}[{{key}} lora]",),
+        ("tests/end_to_end/test_lora_variants.py::test_live_model_saved_adapter_and_merged_checkpoint_agree",),
+    ),
+    "QLoRA": Column(
+        "The same with `--q-lora`, in NF4 with double quantization. FP4, int8 and LoftQ are tested with the "
+        "architecture of Flan-T5.",
+        (f"{WHOLE_CHAIN}[{{key}} q_lora]",),
+        (
+            "tests/end_to_end/test_lora_variants.py::"
+            "test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded",
+        ),
+    ),
+    "full": Column(
+        "`--train-mode full` changes every tensor, and stock transformers computes t5tune's logits from the run "
+        "folder.",
+        (f"{FAMILIES_TEST}::test_each_family_trains_in_full[{{key}}]",),
+    ),
+    "packed": Column(
+        "All gradients of a packed row equal those of the padded batch. One test for each architecture; the tests of "
+        "LoRA above train packed rows of every model type.",
+        ("tests/model/test_attention.py::test_all_gradients_equal_those_of_the_padded_batch[{architecture}]",),
+    ),
+    "ZeRO-3": Column(
+        "Two processes that share the base have the losses and gradient norms of one process. One test for each "
+        "architecture. ZeRO-3 with `--q-lora`, with `--train-mode full` and resuming are tested with the architecture "
+        "of Flan-T5.",
+        (
+            f"{FAMILIES_TEST}::test_each_architecture_has_the_losses_of_one_process_under_zero3[{{architecture}}]",
+        ),
+        (
+            f"{TRAIN_TEST}::test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters[way0]",
+            "tests/end_to_end/test_lora_variants.py::test_full_training_gives_the_same_weights_under_zero3",
+            f"{TRAIN_TEST}::test_two_ranks_of_zero3_resume_to_the_same_bits",
+        ),
+    ),
+    "merge": Column(
+        "Stock transformers 5 computes the logits of base and adapter from the merged checkpoint, and `chat` gives the "
+        "same reply. With `--onto nf4`, t5tune and stock transformers compute the same logits.",
+        (f"{WHOLE_CHAIN}[{{key}} lora]", f"{WHOLE_CHAIN}[{{key}} q_lora]"),
+    ),
+    "transformers 4": Column(
+        "transformers 4 computes t5tune's logits and token ids from a merged checkpoint. These tests are skipped "
+        "unless there is an environment with transformers 4; `make compatibility` creates it.",
+        (f"{FAMILIES_TEST}::test_transformers_4_has_the_logits_and_token_ids_of_the_merged_model[{{key}} lora]",),
+        (f"{OTHER_TOOLS_TEST}::test_transformers_4_gives_the_token_ids_of_the_adapters_tokenizer",),
+    ),
+    "CTranslate2": Column(
+        "`merge --to ctranslate2` gives the greedy replies of the merged model. These tests, too, are skipped unless "
+        "CTranslate2 is installed; `make compatibility` installs it.",
+        (f"{FAMILIES_TEST}::test_ctranslate2_gives_the_replies_of_the_merged_model[{{key}} lora]",),
+    ),
+    "llama.cpp": Column(
+        "No test reads a GGUF file. Logits and tensors were compared once by hand, on small models with Flan-T5's "
+        "vocabulary: [serving](serving.md#llamacpp) has the results, and what to watch for. A test reads the files "
+        "that llama.cpp's converter reads.",
+        more_tests=(
+            f"{OTHER_TOOLS_TEST}::test_merge_adds_spiece_model_and_added_tokens_to_the_tokenizer_of_an_adapter",
+        ),
+        state="untested",
+        reasons={
+            "byt5": "llama.cpp has no byte-level tokenizer.",
+            "flan-ul2": "llama.cpp computes GELU in every T5, whatever `config.json` says; Flan-UL2 has SiLU.",
+        },
+    ),
+    "serve": Column(
+        "t5tune has no server. `t5tune chat` answers on a terminal; [serving](serving.md) shows what serves a "
+        "merged checkpoint.",
+        state="no",
+    ),
+}  # fmt: skip
+
+PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
+    "Linux, CPU, one process": ("yes", "All tests run here.", ()),
+    "Linux, CPU, several processes": (
+        "yes",
+        "With gloo, started by `--num-processes`, torchrun and deepspeed. `pytest -m distributed` selects these tests.",
+        (
+            f"{TRAIN_TEST}::test_training_runs_under_other_launchers[torchrun]",
+            "tests/training/test_packing.py::test_every_step_of_an_epoch_is_the_same_on_one_rank_and_on_two",
+        ),
+    ),
+    "Linux, one NVIDIA GPU": (
+        "untested",
+        "t5tune hasn't run on a GPU yet, so speed and memory there are estimates. That one process takes one GPU is "
+        "tested without one. Run `t5tune doctor` first: it trains a step of the built-in model.",
+        (f"{TRAIN_TEST}::test_one_process_trains_on_one_gpu_however_many_are_visible",),
+    ),
+    "Linux, several NVIDIA GPUs": (
+        "untested",
+        "The same, with NCCL in place of gloo. That missing GPUs are refused is tested without one.",
+        ("tests/end_to_end/test_environments.py::test_missing_gpus_are_refused_with_the_reason",),
+    ),
+    "several nodes": (
+        "untested",
+        "Tested only as several processes on one machine, lost and hanging ones among them, with SLURM's variables but "
+        "without `srun`. See [many nodes](multinode.md).",
+        ("tests/reliability/test_ranks.py::test_tasks_of_srun_connect_and_stop_together",),
+    ),
+    "macOS": (
+        "untested",
+        "`pyproject.toml` leaves out DeepSpeed and bitsandbytes there, so `--deepspeed` and `--q-lora` end with an "
+        "error.",
+        (),
+    ),
+    "Windows, under WSL": ("untested", "To t5tune it is Linux.", ()),
+    "Windows": ("no", "t5tune locks files and measures memory by `fcntl` and `resource`, which Windows lacks.", ()),
+}
+
+INTRODUCTION = (
+    "What t5tune does with each [model type](families.md) and on each platform. A cell says *yes* only if a test does "
+    "it. It links to the test, or to the reason for *no* and *untested*."
+)
+HOW_IT_IS_TESTED = (
+    "The tests train small random models with the architecture and the kind of tokenizer of the published ones, on the "
+    "CPU of a Linux machine. They use no published weights, because no test needs a network. These model types share "
+    "an architecture, and differ only in the tokenizer and the number of embedding rows:"
+)
+WHAT_THAT_MEANS = "Where the tokenizer plays no part, one test counts for all of them."
+VERSIONS = (
+    "t5tune needs Python 3.11 or newer, and the tests are run with 3.11. `make floors` runs them with the oldest "
+    "releases of the libraries that `pyproject.toml` allows."
+)
+EXAMPLE = f'pytest -n 0 "{FAMILIES_TEST}::test_each_family_trains_in_full[mt5]"'
+
+
+def build_page() -> str:
+    """Return the text of docs/support.md."""
+    lines = [
+        "# What is supported",
+        "",
+        *fill(INTRODUCTION),
+        "",
+        *build_matrix(),
+        "",
+        *fill(f"{HOW_IT_IS_TESTED} {'; '.join(list_shared_architectures())}. {WHAT_THAT_MEANS}"),
+        "",
+        "## Platforms",
+        "",
+        "| platform | | what that rests on |",
+        "|---|---|---|",
+    ]
+    for name, (state, text, tests) in PLATFORMS.items():
+        lines.append(f"| {name} | {state} | {' '.join([text, *map(link_to_test, tests)])} |")
+    lines += [
+        "",
+        *fill(VERSIONS),
+        "",
+        "## Tests and reasons",
+        "",
+        "To run one of these tests:",
+        "",
+        "```",
+        EXAMPLE,
+        "```",
+    ]
+    for name, column in COLUMNS.items():
+        lines += build_section(name, column)
+    return "\n".join([*lines, "", "This page is generated by `python tests/support/support_matrix.py`.", ""])
+
+
+def build_matrix() -> Iterator[str]:
+    """Yield the lines of the table of model types."""
+    yield f"| model | {' | '.join(COLUMNS)} |"
+    yield "|---" * (1 + len(COLUMNS)) + "|"
+    for key, family in FAMILIES.items():
+        cells = (f"[{find_state(name, key)}](#{make_anchor(name)})" for name in COLUMNS)
+        yield f"| {family.name} | {' | '.join(cells)} |"
+
+
+def find_state(name: str, key: str) -> State:
+    """Return what the cell of a column and a model type says."""
+    if name in CONVERTERS and name not in FAMILIES[key].converters:
+        return "no"
+    return COLUMNS[name].state
+
+
+def list_tests(name: str, key: str) -> list[str]:
+    """List the tests of a column for a model type."""
+    architecture = ARCHITECTURES[get_architecture(FAMILIES[key])]
+    tests = COLUMNS[name].tests if find_state(name, key) == "yes" else ()
+    return [test.format(key=key, architecture=architecture) for test in tests]
+
+
+def build_section(name: str, column: Column) -> Iterator[str]:
+    """Yield the lines about a column: its tests with their parameters for each model type, and the reasons."""
+    yield from ("", f"### {name}", "", *fill(column.text))
+    functions: dict[str, dict[str, list[str]]] = {}  # function -> parameter -> names of model types
+    reasons = []
+    for key, family in FAMILIES.items():
+        for test in list_tests(name, key):
+            function, bracket, parameter = test.partition("[")
+            functions.setdefault(function, {}).setdefault(bracket + parameter, []).append(family.name)
+        if find_state(name, key) != column.state:
+            reasons.append(f"{family.name}: no. {column.reasons[key]}")
+    items = []
+    for function, names_by_parameter in functions.items():
+        parts = (f"{', '.join(names)} `{parameter}`" for parameter, names in names_by_parameter.items())
+        items.append(f"{link_to_test(function)}: {'; '.join(parts)}")
+    items += [*map(link_to_test, column.more_tests), *reasons]
+    if items:
+        yield from ("", *(f"- {item}" for item in items))
+
+
+def link_to_test(test: str) -> str:
+    """Link a test's name, but not its parameter, to its file."""
+    function, bracket, parameter = test.partition("[")
+    return f"[`{function}`](../{test.partition('::')[0]})" + (f" `{bracket}{parameter}`" if bracket else "")
+
+
+def fill(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, break_on_hyphens=False, break_long_words=False)
+
+
+def list_shared_architectures() -> Iterator[str]:
+    """Yield the names of the model types that share an architecture, joined."""
+    for architecture in ARCHITECTURES:
+        names = [family.name for family in FAMILIES.values() if get_architecture(family) == architecture]
+        if len(names) > 1:
+            yield ", ".join(names)
+
+
+def list_all_tests() -> list[str]:
+    """List every test that the page names."""
+    of_columns = [test for name in COLUMNS for key in FAMILIES for test in list_tests(name, key)]
+    more = [test for column in COLUMNS.values() for test in column.more_tests]
+    return list(dict.fromkeys([*of_columns, *more, *(test for *_, tests in PLATFORMS.values() for test in tests)]))
+
+
+def make_anchor(heading: str) -> str:
+    return heading.lower().replace(".", "").replace(" ", "-")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(build_page(), encoding="utf-8")
+    print(PAGE)

@@ -1,0 +1,49 @@
+"""docs/support.md: it is up to date, it has a cell for everything, and the tests that it names exist."""
+
+import subprocess
+import sys
+
+import pytest
+
+from t5tune.families import CONVERTERS, FAMILIES
+from tests.support.paths import REPOSITORY
+from tests.support.support_matrix import COLUMNS, PAGE, build_matrix, build_page, find_state, list_all_tests, list_tests
+
+
+def test_the_page_matches_the_facts() -> None:
+    assert PAGE.read_text("utf-8") == build_page(), "regenerate it: python tests/support/support_matrix.py"
+
+
+def test_every_model_type_has_a_cell_for_every_feature_and_every_yes_has_a_test() -> None:
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in build_matrix()]
+    assert head[1:] == ["prepare", "LoRA", "QLoRA", "full", "packed", "ZeRO-3", "merge", *CONVERTERS, "serve"]
+    assert [row[0] for row in rows] == [family.name for family in FAMILIES.values()]
+    assert {len(row) for row in rows} == {len(head)}
+    for name in COLUMNS:
+        for key, family in FAMILIES.items():
+            assert bool(list_tests(name, key)) == (find_state(name, key) == "yes"), (name, key)
+            assert (find_state(name, key) == "no") == (
+                name == "serve" or name in set(CONVERTERS) - {*family.converters}
+            )
+
+
+@pytest.mark.slow
+def test_the_tests_that_the_page_names_exist() -> None:
+    files = sorted({test.partition("::")[0] for test in list_all_tests()})
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        *files,
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    collected = set(done.stdout.splitlines())
+    functions = {test.partition("[")[0] for test in collected}
+    # a test that is named without its parameters means all of them
+    assert [test for test in list_all_tests() if test not in collected and test not in functions] == []
