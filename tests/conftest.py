@@ -13,7 +13,7 @@ import torch
 
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult
-from tests.support.forks import ForkServer
+from tests.support.forks import ForkServer, get_fork_server
 from tests.support.paths import REPOSITORY, SHARED
 
 # Tests that are started in the background or with nohup ignore these signals, and so would every child process.
@@ -24,6 +24,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # pytest runs one process per core; with several threads each, the processes would wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files with slow tests first, so that no worker is left with a long file when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,10 +48,9 @@ def import_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+def fork_server() -> ForkServer:
     """A server process from which runs are forked."""
-    with ForkServer(tmp_path_factory.mktemp("forks")) as fork_server:
-        yield fork_server
+    return get_fork_server()
 
 
 @pytest.fixture(scope="session")

@@ -4,26 +4,26 @@
 """
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
+import tomllib
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic.fields import FieldInfo
 
+import docs_site
 from t5tune.cli.arguments import parse_arguments, unwrap_type
-from t5tune.cli.summaries import SUMMARIES
+from t5tune.cli.summaries import EXAMPLES, SUMMARIES
 from t5tune.errors import SettingsError
-from t5tune.families import CONVERTERS, FAMILIES, PLANNED_MODELS, TARGET_MODULE_GROUPS
+from t5tune.families import FAMILIES, PLANNED_MODELS, TARGET_MODULE_GROUPS
 from t5tune.settings import COMMANDS, Settings
 from t5tune.settings.loading import load_settings
+from tests.support.command_line import t5tune_in_fork
 
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = REPOSITORY / "docs" / "commands.md"
@@ -41,35 +41,97 @@ def get_name(path: Path) -> str:
 
 
 def build_reference() -> str:
-    """Return the text of docs/commands.md: each command with its settings, by panel, and their defaults and help."""
+    """Return the text of docs/commands.md: what each command is for, then each setting once, under an anchor."""
+    rows = find_setting_rows()
     lines = [
+        "<!-- generated from the settings by `python tests/test_docs.py` -->",
+        "",
         "# Commands",
+        "",
+        " · ".join(f"[{model.command}](#t5tune-{model.command})" for model in COMMANDS),
         "",
         "Each setting is a flag (`--lora-r 16`), a key of the YAML file that `--config` reads (`lora_r: 16`) and an",
         "environment variable (`T5TUNE_LORA_R`). A flag overrides the variable, and the variable overrides the file.",
         "Every command has `--config`, `--json`, `--quiet` and `--debug`. `--help` shows the settings that most people",
         "use, `--help-all` all of them. On the command line, `lora_r=16` is the same as `--lora-r 16`.",
         "",
-        "This page is generated from the settings by `python tests/test_docs.py`.",
+        "The tables of the commands have the settings that most people use. [All settings](#settings) are explained",
+        "once, at the end of this page; each has an anchor, such as [`commands.md#lora_r`](#lora_r).",
     ]
     for model in COMMANDS:
-        lines += ["", f"## t5tune {model.command}", "", SUMMARIES[model.command]]
-        required = [name for name, field in model.model_fields.items() if field.is_required()]
-        essential = ", ".join(f"`{name}`" for name in (*required, *model.essential))
-        lines += ["", f"What most people use: {essential}."]
-        if model.also_positional:
-            lines += [
-                "",
-                f"The first word after `{model.command}` may be the `{model.also_positional}`, without its flag.",
-            ]
-        panels: dict[str, list[str]] = {}
+        lines += build_command_section(model, rows)
+    lines += ["", "## Settings"]
+    panels: dict[str, list[str]] = {}
+    for row in rows:
+        description = f"{row.description} *({', '.join(row.commands)})*"
+        cells = f'<a id="{row.anchor}"></a>`{row.name}`', row.default, description
+        panels.setdefault(row.panel, []).append(f"| {' | '.join(cells)} |")
+    for panel, texts in panels.items():
+        lines += ["", f"### {panel}", "", "| setting | default | |", "|---|---|---|", *texts]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass
+class SettingRow:
+    """A setting as one or more commands describe it."""
+
+    name: str
+    panel: str
+    default: str
+    description: str
+    commands: list[str]
+    anchor: str
+
+
+def find_setting_rows() -> list[SettingRow]:
+    """Return each setting once, or once for each group of commands that describe it differently."""
+    rows: dict[tuple[str, ...], SettingRow] = {}
+    anchors = {anchor_of(model.find_panel(name)) for model in COMMANDS for name in model.model_fields}
+    for model in COMMANDS:
         for name, field in model.model_fields.items():
             default = "required" if field.is_required() else format_default(field.default)
-            row = f"| `{name}` | {default} | {format_description(field)} |"
-            panels.setdefault(model.find_panel(name), []).append(row)
-        for panel, rows in panels.items():
-            lines += ["", f"**{panel}**", "", "| setting | default | |", "|---|---|---|", *rows]
-    return "\n".join(lines) + "\n"
+            key = (name, default, format_description(field))
+            if key in rows:
+                rows[key].commands.append(model.command)
+                continue
+            anchor = f"{model.command}-{name}" if name in anchors else name
+            anchors.add(anchor)
+            rows[key] = SettingRow(*key[:1], model.find_panel(name), *key[1:], [model.command], anchor)
+    return list(rows.values())
+
+
+def build_command_section(model: type[Settings], rows: list[SettingRow]) -> list[str]:
+    """Return the lines on a command: its summary, two examples, its essential settings, and links to the others."""
+    lines = ["", f"## t5tune {model.command}", "", SUMMARIES[model.command]]
+    if model.also_positional:
+        lines += [f"The first word after `{model.command}` may be the `{model.also_positional}`, without its flag."]
+    lines += ["", "```sh", *map(break_command, EXAMPLES[model.command]), "```"]
+    own = {row.name: row for row in rows if model.command in row.commands}
+    required = [name for name, field in model.model_fields.items() if field.is_required()]
+    essential = dict.fromkeys((*required, *model.essential))
+    if essential:
+        lines += ["", "| setting | default | |", "|---|---|---|"]
+    lines += [
+        f"| [`{name}`](#{own[name].anchor}) | {own[name].default} | {own[name].description} |" for name in essential
+    ]
+    panels: dict[str, list[str]] = {}
+    for name, row in own.items():
+        if name not in essential:
+            panels.setdefault(model.find_panel(name), []).append(f"[`{name}`](#{row.anchor})")
+    if panels:
+        lines += ["", "More settings:", ""]
+        lines += [f"- {panel}: {', '.join(links)}" for panel, links in panels.items()]
+    return lines
+
+
+def break_command(command: str) -> str:
+    """Break a command into lines of at most 80 characters."""
+    text, line = "", ""
+    for word in re.findall(r'(?:"[^"]*"|\S)+(?: (?!-)(?:"[^"]*"|\S)+)*', command):
+        if line and len(line) + len(word) > 77:
+            text, line = f"{text}{line} \\\n", "   "
+        line = f"{line} {word}" if line else word
+    return text + line
 
 
 def build_families_table() -> str:
@@ -84,7 +146,7 @@ def build_families_table() -> str:
         "unused embedding rows",
         "`--family`",
     ]
-    rows = [[*head, *CONVERTERS], ["---"] * (len(head) + len(CONVERTERS))]
+    rows = [head, ["---"] * len(head)]
     for key, family in FAMILIES.items():
         facts = [
             family.name,
@@ -96,7 +158,7 @@ def build_families_table() -> str:
             f"{family.num_unused_rows} of {family.num_rows:,}",
             f"`{key}`",
         ]
-        rows.append([*facts, *("yes" if converter in family.converters else "**no**" for converter in CONVERTERS)])
+        rows.append(facts)
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -116,9 +178,9 @@ def format_default(default: object) -> str:
 
 
 def find_anchors(path: Path) -> set[str]:
-    """Return the anchors of a document's headings, as GitHub derives them."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return set(map(anchor_of, headings))
+    """Return the anchors of a document: those of its headings, as GitHub derives them, and its own."""
+    text = path.read_text(encoding="utf-8")
+    return {*map(anchor_of, re.findall(r"^#+ (.*)$", text, re.MULTILINE)), *re.findall(r'<a id="([^"]*)">', text)}
 
 
 def anchor_of(heading: str) -> str:
@@ -131,7 +193,7 @@ def find_commands(path: Path) -> Iterator[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["t5tune"]:
-                yield words[1:]
+                yield words[1 : words.index(">") if ">" in words else None]
 
 
 def find_settings_model(command: str) -> type[Settings]:
@@ -166,7 +228,7 @@ def test_every_document_can_be_reached_from_the_readme() -> None:
 
 
 def pages_of(nav: Any) -> Iterator[str]:
-    """The files of mkdocs.yml's nav, in its order."""
+    """The files of zensical.toml's nav, in its order."""
     match nav:
         case str():
             yield nav
@@ -177,20 +239,41 @@ def pages_of(nav: Any) -> Iterator[str]:
                 yield from pages_of(entry)
 
 
-def test_the_site_has_every_document() -> None:
-    pages = list(pages_of(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
-    documents = {path.relative_to(REPOSITORY / "docs").as_posix() for path in (REPOSITORY / "docs").rglob("*.md")}
-    assert set(pages) == documents | {"contributing.md", "changelog.md"}  # those two by mkdocs_hooks.py
-    assert len(pages) == len(set(pages))
+@pytest.fixture(scope="module")
+def navigation() -> list[str]:
+    """The pages of the site, in the order of its navigation."""
+    project = tomllib.loads((REPOSITORY / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    return list(pages_of(project["nav"]))
 
 
-def test_the_first_page_links_to_every_document_in_the_order_of_the_site() -> None:
-    pages = list(pages_of(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
-    linked = re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / "docs" / "README.md").read_text(encoding="utf-8"))
-    included = {"contributing.md": "../CONTRIBUTING.md", "changelog.md": "../CHANGELOG.md"}
-    expected = [page for page in pages[1:] if page == "decisions/README.md" or not page.startswith("decisions/")]
-    linked = [target for target in linked if target.endswith(".md")]
-    assert linked == [included.get(page, page) for page in expected]
+def test_the_navigation_has_every_page_once(navigation: list[str]) -> None:
+    assert sorted(navigation) == sorted([*docs_site.list_pages().values(), *docs_site.INCLUDED.values()])
+
+
+def test_the_first_page_links_to_every_page_in_the_order_of_the_navigation(navigation: list[str]) -> None:
+    first = REPOSITORY / "docs" / "README.md"
+    _, _, tables = docs_site.adapt_links(first).partition("\n## Start\n")
+    expected = [page for page in navigation[1:] if page == "decisions/README.md" or not page.startswith("decisions/")]
+    assert re.findall(r"^\| \[.*\]\((.*)\)", tables, re.MULTILINE) == expected
+
+
+def test_links_of_the_site_lead_to_its_own_pages(tmp_path: Path) -> None:
+    """The documents' links to other files of the repository, such as tests, would be dead on the site."""
+    site = tmp_path / "site"
+    docs_site.main(site)
+    for page in site.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
+            linked = (page.parent / target).resolve()
+            assert linked.is_relative_to(site.resolve()), f"{page.relative_to(site)}: {target}"
+            assert linked.is_file(), f"{page.relative_to(site)}: {target}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=get_name)
+def test_commands_and_code_are_at_most_80_characters_wide(path: Path) -> None:
+    """That is the width of the site's text and of a terminal. Other blocks, such as JSON lines, wrap on the site."""
+    text = path.read_text(encoding="utf-8")
+    for block in re.findall(r"^```(?:sh|console|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        assert [line for line in block.splitlines() if len(line) > 80] == []
 
 
 def test_the_index_of_decisions_lists_every_entry() -> None:
@@ -236,22 +319,17 @@ def test_the_families_page_contains_the_generated_table() -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_the_getting_started_page_work(tmp_path: Path) -> None:
-    """Run the commands of docs/start.md on the built-in model unchanged; a variable keeps the training short."""
+    """Run the commands of docs/start.md on the built-in model unchanged; variables keep them short."""
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     own, _, _ = (REPOSITORY / "docs" / "start.md").read_text(encoding="utf-8").partition("## 5.")
     section = tmp_path / "start.md"
     section.write_text(own, encoding="utf-8")
+    short = {"T5TUNE_MAX_STEPS": "2", "T5TUNE_MAX_NEW_TOKENS": "4", "T5TUNE_NUM_DATA": "20"}
+    short["T5TUNE_REPORT_SAMPLES"] = "2"
     ran = []
     for words in find_commands(section):
-        done = subprocess.run(
-            [sys.executable, "-m", "t5tune", *words, "--quiet"],
-            cwd=tmp_path,
-            env={**os.environ, "T5TUNE_MAX_STEPS": "2", "T5TUNE_MAX_NEW_TOKENS": "4"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{words}: {done.stderr}"
+        done = t5tune_in_fork(*words, "--quiet", cwd=tmp_path, env=short)
+        assert done.code == 0, f"{words}: {done.stderr}"
         ran.append(words[0])
     assert ran == ["train", "chat", "evaluate", "merge"]
     assert (tmp_path / "merged" / "model.safetensors").is_file()

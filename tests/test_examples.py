@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forks import get_fork_server
 from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -16,12 +17,19 @@ pytestmark = pytest.mark.slow
 EXAMPLES = REPOSITORY / "examples"
 GENERATE = EXAMPLES / "pocket" / "generate.py"
 SMALL = {"MODEL": "pocket", "T5TUNE_MAX_STEPS": "2", "T5TUNE_MAX_NEW_TOKENS": "4", "T5TUNE_VERIFY": "false"}
+SMALL["T5TUNE_REPORT_SAMPLES"] = "2"
+# quickstart.py starts `sys.executable -m t5tune`
+IN_FORKS = """
+import runpy, sys
+sys.executable = sys.argv[1]
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def run(script: str, output: Path, *flags: str, **variables: str) -> str:
     """Run an example, and return what it printed on stdout."""
-    # the console script of this environment must be found, even if the environment isn't activated
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{get_fork_server().scripts}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [EXAMPLES / script / "run.sh", *flags],
         env={**os.environ, **SMALL, "PATH": path, "OUTPUT": str(output), **variables},
@@ -85,12 +93,15 @@ def test_quickstart_runs_all_commands_and_shows_their_results(tmp_path: Path) ->
     half_made.parent.mkdir(parents=True)
     half_made.write_text("")
     done = subprocess.run(
-        [sys.executable, script, "--output-dir", tmp_path / "quickstart", "--max-steps", "3"],
+        [
+            *(sys.executable, "-c", IN_FORKS, get_fork_server().scripts / "python", script),
+            *("--output-dir", tmp_path / "quickstart", "--max-steps", "3"),
+        ],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=tmp_path,
-        env={**os.environ, "T5TUNE_MAX_NEW_TOKENS": "4", "T5TUNE_NUM_DATA": "20"},
+        env={**os.environ, "T5TUNE_MAX_NEW_TOKENS": "4", "T5TUNE_NUM_DATA": "20", "T5TUNE_REPORT_SAMPLES": "2"},
     )
     assert done.returncode == 0, done.stderr
     assert f"resuming the interrupted quickstart in {tmp_path / 'quickstart'}" in done.stderr

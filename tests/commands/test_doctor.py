@@ -16,7 +16,7 @@ from t5tune.commands import doctor as doctor_module
 from t5tune.commands.doctor import PROBE_HINTS, _run_probe
 from t5tune.compat.requirements import check_versions, read_oldest_releases
 from t5tune.diagnosis import Finding, machine, probes
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune, t5tune_in_fork
 from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -159,7 +159,7 @@ def test_too_old_a_release_is_refused_with_the_upgrade_command(tmp_path: Path) -
 
     run = ("--data-path", "pocket", "--output-dir", tmp_path / "run")
     for command in (("train", *run), ("train", *run, "--dry-run"), ("chat", "--prompt", "hello")):
-        done = t5tune(*command, "--model-name-or-path", "pocket", env=env)
+        done = t5tune_in_fork(*command, "--model-name-or-path", "pocket", env=env)
         assert (done.code, done.errors) == (
             1,
             [
@@ -177,8 +177,8 @@ def test_too_old_a_release_is_refused_with_the_upgrade_command(tmp_path: Path) -
 def test_only_libraries_that_a_run_uses_must_be_recent(package: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     env = {"PYTHONPATH": make_path_with_requirements(tmp_path, f"{package}>=99.5")}
     run = ("train", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", tmp_path / "run")
-    assert t5tune(*run, "--dry-run", env=env).code == 0
-    done = t5tune(*run, "--dry-run", *flags, env=env)
+    assert t5tune_in_fork(*run, "--dry-run", env=env).code == 0
+    done = t5tune_in_fork(*run, "--dry-run", *flags, env=env)
     assert done.code == 1
     (error,) = done.errors
     assert f"{package}: version {importlib.metadata.version(package)} is installed; t5tune needs 99.5" in error

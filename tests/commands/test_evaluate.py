@@ -32,7 +32,7 @@ from t5tune.training.checkpoint import verify
 from t5tune.training.evaluation import measure_losses
 from t5tune.training.validate import check_settings
 from tests.support import train_runs
-from tests.support.command_line import CommandResult, t5tune
+from tests.support.command_line import CommandResult, t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +141,7 @@ def test_a_run_reads_the_columns_that_it_was_trained_on(untied_base: Path, tmp_p
     data = tmp_path / "named.jsonl"
     data.write_text("\n".join(lines))
     columns = {"source_column": "dialogue", "target_column": "summary", "source_prefix": "summarize: "}
-    train(make_short_settings(untied_base, data, tmp_path / "run", max_steps=1, report_samples=0, **columns))
+    train(make_short_settings(untied_base, data, tmp_path / "run", max_steps=1, **columns))
     merge(MergeSettings(model_name_or_path=str(untied_base), adapter=tmp_path / "run", output_dir=tmp_path / "merged"))
     for name in ("run", "merged"):
         events: list[Event] = []
@@ -198,7 +198,7 @@ def test_a_given_data_format_overrides_the_columns_of_training(untied_base: Path
     named = tmp_path / "named.jsonl"
     named.write_text("\n".join(json.dumps({"dialogue": f"count {n}", "summary": f"{n} lamps"}) for n in range(6)))
     columns = {"source_column": "dialogue", "target_column": "summary"}
-    train(make_short_settings(untied_base, named, tmp_path / "run", max_steps=1, report_samples=0, **columns))
+    train(make_short_settings(untied_base, named, tmp_path / "run", max_steps=1, **columns))
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"source": "count 1", "target": "1 lamp"}))
     with pytest.raises(DataError, match="no example to evaluate on"):
@@ -324,15 +324,15 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
 ) -> None:
     arguments = ("evaluate", "--model-name-or-path", untied_base, "--data-path", conversations, "--num-data", "2")
     arguments += ("--max-new-tokens", "4")
-    first = t5tune(*arguments, "--json", cwd=tmp_path)
-    second = t5tune(*arguments, cwd=tmp_path)
+    first = t5tune_in_fork(*arguments, "--json", cwd=tmp_path)
+    second = t5tune_in_fork(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
     added = {"valid_json", "field_f1", "custom_metrics", "base"}
     assert set(first.json) == {*METRICS, *added, "predictions", "seconds"}
     assert first.json["predictions"] == "evaluation/predictions.jsonl"
     assert second.stdout.strip() == "evaluation.1/predictions.jsonl"
     assert "exact match" in second.stderr
-    full = t5tune(*arguments, "--output-dir", "evaluation", cwd=tmp_path)
+    full = t5tune_in_fork(*arguments, "--output-dir", "evaluation", cwd=tmp_path)
     assert full.code == 2
     assert "--overwrite" in full.errors[0]
 
@@ -394,8 +394,11 @@ def test_two_ranks_of_zero3_evaluate_like_one_process(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     """With a learning rate of 0 the weights are those of the base, so all metrics must be the same."""
+    held_out = tmp_path / "held_out.jsonl"
+    # short ones, because under ZeRO-3 every generated token gathers the whole model
+    held_out.write_text("\n".join(sorted(conversations.read_text().splitlines(), key=len)[:7]))
     common = (
-        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", conversations,
+        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", held_out,
         "--learning-rate", "0", "--max-steps", "1", "--eval-generate", "7", "--per-device-eval-batch-size", "2",
         "--report-samples", "0", "--use-cpu", "--json",
     )  # fmt: skip

@@ -21,7 +21,7 @@ from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, Tr
 from t5tune.training.checkpoint import verify
 from t5tune.training.run_folder import read_result
 from tests.support import train_runs
-from tests.support.command_line import CommandResult, t5tune
+from tests.support.command_line import CommandResult, t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(untied_base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that also trained layer norms and the rows of added tokens."""
     folder = tmp_path_factory.mktemp("metrics") / "run"
-    train(make_short_settings(untied_base, cache, folder, modules_to_save=["final_layer_norm"], report_samples=0))
+    train(make_short_settings(untied_base, cache, folder, modules_to_save=["final_layer_norm"]))
     return folder
 
 
@@ -106,11 +106,11 @@ def test_the_command_shows_both_models_and_the_difference(run: Path, cache: Path
     arguments = ("evaluate", run, "--data-path", cache, "--num-data", 4, "--max-new-tokens", 4, "--compare-base")
     write_function(tmp_path / "my_metric.py", "def f(p, r): return {'my_length': sum(map(len, p))}")
     more = ("--metrics", "chrf", "--metric", "my_metric:f", "--use-cpu")
-    shown = t5tune(*arguments, *more, "--output-dir", "shown", cwd=tmp_path)
+    shown = t5tune_in_fork(*arguments, *more, "--output-dir", "shown", cwd=tmp_path)
     assert shown.code == 0, shown.stderr
     words = [line.split() for line in shown.stderr.splitlines()]
     assert ["tuned", "base", "difference"] in words
-    result = t5tune(*arguments, *more, "--output-dir", "out", "--json", cwd=tmp_path).json
+    result = t5tune_in_fork(*arguments, *more, "--output-dir", "out", "--json", cwd=tmp_path).json
     assert set(result["base"]) == {"loss", "perplexity", "chrf", "my_length"}
     assert result["bleu"] is result["valid_json"] is None
     (row,) = [line for line in words if line[0] == "loss"]
@@ -162,7 +162,7 @@ def test_json_targets_are_scored_as_json(untied_base: Path, pairs: Path, tmp_pat
 def test_a_mistake_in_a_custom_metric_ends_evaluate_before_the_model_is_loaded(cache: Path, tmp_path: Path) -> None:
     arguments = ("evaluate", tmp_path / "no model", "--data-path", cache, "--metric", "my_metric:mean")
     write_function(tmp_path / "my_metric.py", "def maen(p, r): return {}")
-    failed = t5tune(*arguments, cwd=tmp_path)
+    failed = t5tune_in_fork(*arguments, cwd=tmp_path)
     assert failed.code == 2
     assert failed.errors == ["error: metric: my_metric:mean: no such function in my_metric.py; did you mean maen?"]
 
@@ -176,7 +176,7 @@ def test_a_custom_metric_chooses_the_best_checkpoint_and_ends_the_run(
     function = write_function(tmp_path / "shrinking.py", SHRINKING)
     changes: dict[str, Any] = {
         "metric": f"{function}:shrink", "metrics": ["bleu"], "metric_for_best_model": "eval_shrink", "max_steps": 20,
-        "eval_steps": 2, "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2, "report_samples": 0,
+        "eval_steps": 2, "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2,
     }  # fmt: skip
     notes: list[Event] = []
     result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), notes.append)
@@ -201,7 +201,7 @@ def test_a_smaller_improvement_than_the_threshold_does_not_count(
     function = write_function(tmp_path / "growing.py", code)
     changes: dict[str, Any] = {
         "metric": f"{function}:grow", "metric_for_best_model": "grow", "max_steps": 5, "eval_steps": 1,
-        "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2, "report_samples": 0,
+        "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2,
     }  # fmt: skip
     events: list[Event] = []
     settings = make_short_settings(untied_base, conversations, tmp_path / "a", **changes, early_stopping_threshold=0.5)
@@ -222,7 +222,7 @@ def test_a_metric_that_stays_the_same_ends_the_run_though_the_loss_falls(
     function = write_function(tmp_path / "same.py", "def f(p, r): return {'same_score': 100}")
     changes: dict[str, Any] = {
         "metric": f"{function}:f", "metric_for_best_model": "same_score", "max_steps": 9, "eval_steps": 1,
-        "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2, "report_samples": 0,
+        "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2,
     }  # fmt: skip
     events: list[Event] = []
     result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
@@ -241,7 +241,7 @@ def test_a_metric_that_is_not_finite_is_left_out_of_its_evaluation(
     function = write_function(tmp_path / "gaps.py", code)
     changes: dict[str, Any] = {
         "metric": f"{function}:f", "metric_for_best_model": "x", "eval_steps": 1, "eval_fraction": 0.2,
-        "eval_generate": 3, "report_samples": 0,
+        "eval_generate": 3,
     }  # fmt: skip
     events: list[Event] = []
     result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
@@ -272,7 +272,7 @@ def test_a_custom_metric_that_fails_during_training_costs_no_step(
 ) -> None:
     code = "def f(p, r):\n    return {'x': 1} if len(r) < 3 else "
     function = write_function(tmp_path / "failing.py", code + second)
-    common = {"eval_steps": 2, "eval_fraction": 0.2, "eval_generate": 3, "report_samples": 0, **changes}
+    common = {"eval_steps": 2, "eval_fraction": 0.2, "eval_generate": 3, **changes}
     run = tmp_path / "run"
     settings = make_short_settings(untied_base, conversations, run, metric=f"{function}:f", **common)
     with pytest.raises(SettingsError, match=message) as caught:
@@ -292,7 +292,7 @@ def test_a_custom_metric_that_fails_during_training_costs_no_step(
 def test_a_saved_evaluation_without_a_metric_that_is_now_needed_is_repeated(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    changes: dict[str, Any] = {"eval_steps": 2, "save_steps": 2, "eval_fraction": 0.2, "report_samples": 0}
+    changes: dict[str, Any] = {"eval_steps": 2, "save_steps": 2, "eval_fraction": 0.2}
     run = tmp_path / "run"
     train(make_short_settings(untied_base, conversations, run, **changes))
     (run / "result.json").unlink()
@@ -343,7 +343,7 @@ def test_a_metric_that_evaluations_will_not_have_is_refused_before_the_first_ste
     untied_base: Path, pairs: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     function = write_function(tmp_path / "shrinking.py", SHRINKING)
-    more = {"eval_fraction": 0.3, "eval_generate": 3, "metric": f"{function}:shrink", "report_samples": 0}
+    more = {"eval_fraction": 0.3, "eval_generate": 3, "metric": f"{function}:shrink"}
     with pytest.raises(SettingsError) as caught:
         train(make_short_settings(untied_base, pairs, tmp_path / "run", **more, **changes))
     assert message in caught.value.message

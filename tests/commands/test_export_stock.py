@@ -3,9 +3,7 @@
 import argparse
 import importlib.util
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +23,7 @@ from t5tune.progress import Note
 from t5tune.settings import ExportSettings
 from tests.support.deepspeed_saves import CASES, EXTRA_PARAMETER, STEPS
 from tests.support.exports import assert_same, list_files, read_adapter_tensors
+from tests.support.forks import ForkServer
 
 pytestmark = pytest.mark.slow
 
@@ -33,31 +32,14 @@ UNIVERSAL = [name for name in CASES if name not in {"zero0", "zero2-fp16", "zero
 
 
 @pytest.fixture(scope="module")
-def saves(tmp_path_factory: pytest.TempPathFactory, tied_base: Path, untied_base: Path) -> Path:
+def saves(
+    fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory, tied_base: Path, untied_base: Path
+) -> Path:
     """Checkpoints that two ranks of DeepSpeed's engine saved: one folder per case."""
     out = tmp_path_factory.mktemp("deepspeed")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    worker = Path(__file__).parents[1] / "support/deepspeed_saves.py"
-    command = [sys.executable, str(worker), str(tied_base), str(untied_base), str(out)]
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=500)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:]
+    paths = ", ".join(repr(str(path)) for path in (tied_base, untied_base, out))
+    done = fork_server.run(["--version"], 2, [f"tests.support.deepspeed_saves:save_all({paths})"])
+    assert done.codes == [0, 0], done.log[-3000:]
     return out
 
 

@@ -24,7 +24,7 @@ from t5tune.model.memory import (
 from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings
 from t5tune.settings.fields import parse_gpu_memory
 from tests.support.bases import make_base
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -351,7 +351,7 @@ def test_settings_that_train_refuses_are_refused(given: dict[str, Any], reason: 
 
 def test_the_command_accepts_a_run_config_and_refuses_other_models(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model_name_or_path: google/flan-t5-small\ndata_path: x.jsonl\noutput_dir: y\n")
-    done = t5tune("plan", "--config", tmp_path / "run.yaml", "--gpu-memory", "16GiB")
+    done = t5tune_in_fork("plan", "--config", tmp_path / "run.yaml", "--gpu-memory", "16GiB")
     assert done.code == 0, done.stderr
     assert "76,961,152" not in done.stdout  # the adapters are counted, too
     assert "no DeepSpeed *" in done.stdout

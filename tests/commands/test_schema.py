@@ -26,7 +26,7 @@ from t5tune.settings import (
 SCHEMA = Path(__file__).parents[2] / "templates" / "schemas" / "train.json"
 
 if __name__ != "__main__":
-    from tests.support.command_line import t5tune
+    from tests.support.command_line import t5tune, t5tune_in_fork
 
 
 def schema_text() -> str:
@@ -97,7 +97,7 @@ def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_pa
 @pytest.mark.distributed
 def test_a_dry_run_shows_the_settings_the_plan_and_the_command_and_writes_nothing(tmp_path: Path) -> None:
     arguments = ["train", "--config", "pocket", "--output-dir", tmp_path / "run", "--dry-run", "--num-processes", "2"]
-    done = t5tune(*arguments)
+    done = t5tune_in_fork(*arguments)
     assert done.code == 0, done.stderr
     assert "lora_r: 8" in done.stdout
     assert "no DeepSpeed *" in done.stdout
@@ -109,9 +109,9 @@ def test_a_dry_run_shows_the_settings_the_plan_and_the_command_and_writes_nothin
     settings, _ = load_settings(TrainSettings, file=str(tmp_path / "mine.yaml"))
     assert not settings.dry_run
     assert settings.num_processes == 2
-    wrong = t5tune(*arguments, "--report-to", "nothing-such")
+    wrong = t5tune_in_fork(*arguments, "--report-to", "nothing-such")
     assert wrong.code == 2
-    elsewhere = t5tune(*arguments[:-2], "--model-name-or-path", "google/flan-t5-small", "--num-gpus", "4")
+    elsewhere = t5tune_in_fork(*arguments[:-2], "--model-name-or-path", "google/flan-t5-small", "--num-gpus", "4")
     assert elsewhere.code == 0, elsewhere.stderr
     assert "warning: num_gpus: 4: this machine has " in elsewhere.stderr
     assert "torchrun --nproc-per-node 4" in elsewhere.stdout

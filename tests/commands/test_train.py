@@ -32,9 +32,10 @@ from t5tune.settings import (
     TrainSettings,
     load_settings,
 )
+from t5tune.training import sample_predictions
 from t5tune.training.trainer import T5Trainer
 from tests.support.bases import make_base
-from tests.support.command_line import CommandResult, t5tune
+from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
 TWO = ("--num-processes", "2")
@@ -357,7 +358,7 @@ def test_lora_without_a_learning_rate_names_one(tmp_path: Path, changes: dict[st
 
 
 def test_the_last_step_always_has_a_line_of_metrics(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3, report_samples=0))
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3))
     assert [line["step"] for line in read_metrics_lines(tmp_path / "run") if "loss" in line] == [1, 3, 5]
     saved = json.loads((tmp_path / "run" / "checkpoint-5" / "trainer_state.json").read_text())
     assert [line["step"] for line in saved["log_history"] if "loss" in line] == [1, 3, 5]
@@ -368,9 +369,7 @@ def test_a_resumed_run_counts_tokens_and_loss_of_all_its_steps(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    chosen = make_settings(
-        untied_base, conversations, run, max_steps=6, save_steps=4, logging_steps=3, report_samples=0
-    )
+    chosen = make_settings(untied_base, conversations, run, max_steps=6, save_steps=4, logging_steps=3)
     uninterrupted = train(chosen)
     shutil.rmtree(run / "checkpoint-6")
     (run / "result.json").unlink()
@@ -648,7 +647,7 @@ def test_settings_of_examples_that_differ_from_those_of_the_cache_are_refused(
     assert f"model_max_length: 32 here, 64 in the cache {cache}" in caught.value.message
     assert not run.exists()
     agreed = {"model_max_length": 64, "conversation_template": "plain"}
-    train(make_settings(untied_base, cache, run, max_steps=1, report_samples=0, **agreed))
+    train(make_settings(untied_base, cache, run, max_steps=1, **agreed))
     saved, _ = load_settings(TrainSettings, str(run / "settings.yaml"))
     assert (saved.model_max_length, saved.train_on, saved.add_tokens) == (64, "last", ["auto"])
     assert train(saved).steps == 1  # the run is finished, and the settings are the same
@@ -679,25 +678,25 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(
 
     def meanwhile(event: Event) -> None:
         if event == Advanced("train", 2):
-            refused.append(t5tune("train", *flags, *more))
-            refused.append(t5tune("train", *flags, *more, "--fresh"))
+            refused.append(t5tune_in_fork("train", *flags, *more))
+            refused.append(t5tune_in_fork("train", *flags, *more, "--fresh"))
 
-    train(make_settings(untied_base, conversations, run, report_samples=0), meanwhile)
+    train(make_settings(untied_base, conversations, run), meanwhile)
     message = (
         f"error: output_dir: {run}: another run is using this folder; wait until it ends, or choose another folder"
     )
     assert [(done.code, done.errors) for done in refused] == [(2, [message])] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert train(make_settings(untied_base, conversations, run, report_samples=0)).steps == 6
+    assert train(make_settings(untied_base, conversations, run)).steps == 6
 
 
 @pytest.mark.slow
 def test_a_finished_run_of_two_processes_is_not_repeated(
-    untied_base: Path, conversations: Path, tmp_path: Path
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
-    more = [*TWO, "--max-steps", "1"]
-    first = t5tune(*make_command(untied_base, conversations, tmp_path / "run", *more))
-    again = t5tune(*make_command(untied_base, conversations, tmp_path / "run", *more))
+    command = make_command(untied_base, conversations, tmp_path / "run", "--max-steps", "1")
+    first = on_ranks(2, *command)
+    again = t5tune_in_fork(*command, *TWO)
     assert first.code == again.code == 0, first.stderr + again.stderr
     assert first.json == again.json
 
@@ -727,7 +726,7 @@ def test_training_runs_under_other_launchers(
 def test_an_error_in_all_workers_is_shown_once_with_its_exit_code(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    done = t5tune(
+    done = t5tune_in_fork(
         *make_command(
             untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query", "--max-steps", "1"
         )
@@ -775,6 +774,11 @@ def test_the_live_base_equals_its_file_before_and_after_training(
         assert "lm_head.weight" in names
 
 
+def shorten_samples() -> None:
+    """From here on, samples have at most six predicted tokens: under ZeRO-3 every token gathers the whole model."""
+    sample_predictions.MAX_PREDICTED_TOKENS = 6
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_of_zero3_resume_to_the_same_bits(
@@ -784,13 +788,14 @@ def test_two_ranks_of_zero3_resume_to_the_same_bits(
     more = ["--deepspeed", "zero3", "--max-steps", "4", "--save-steps", "2", "--lora-dropout", "0.05"]
     more += ["--per-device-train-batch-size", "2", "--report-samples", "3"]
     arguments = make_command(untied_base, conversations, run, *more)
-    first = on_ranks(2, *arguments)
+    shorten = "tests.commands.test_train:shorten_samples()"
+    first = on_ranks(2, *arguments, calls=[shorten])
     assert first.code == 0, first.stderr
     uninterrupted = (run / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoint-4")
     for name in ("result.json", "adapter_model.safetensors"):
         (run / name).unlink()
-    again = on_ranks(2, *arguments)
+    again = on_ranks(2, *arguments, calls=[shorten])
     assert again.code == 0, again.stderr
     assert again.json["resumed_from"] == str(run / "checkpoint-2")
     for name in ("tokens", "train_loss"):

@@ -21,7 +21,7 @@ from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune, t5tune_in_fork
 from tests.support.paths import REPOSITORY
 
 HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
@@ -177,13 +177,13 @@ def test_data_with_only_records_labeled_bad_is_refused_with_that_reason(tmp_path
 def test_train_reports_records_labeled_bad_and_evaluate_does_not_score_them(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", GOOD, BAD, BAD)
     arguments = ["--model-name-or-path", "pocket", "--data-path", data, "--output-dir"]
-    done = t5tune("train", *arguments, tmp_path / "run", "--max-steps", "1")
+    done = t5tune_in_fork("train", *arguments, tmp_path / "run", "--max-steps", "1", "--report-samples", "0")
     assert done.code == 0, done.stderr
     left_out = "2 records labeled bad (label: false, kto_tag: false) left out of supervised training"
     assert f"warning: {left_out}: {tmp_path / 'run' / 'data' / 'rejected.jsonl'}" in done.stderr
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Records left out: labeled bad (label: false, kto_tag: false): 2" in page
-    done = t5tune("evaluate", *arguments, tmp_path / "scores", "--max-new-tokens", "1", "--json")
+    done = t5tune_in_fork("evaluate", *arguments, tmp_path / "scores", "--max-new-tokens", "1", "--json")
     assert done.code == 0, done.stderr
     assert done.json["examples"] == 1
     assert "2 records labeled bad (label: false, kto_tag: false) were left out" in done.stderr
@@ -367,7 +367,7 @@ def test_a_merged_turn_with_a_part_of_weight_0_is_not_learned(tmp_path: Path) ->
 def test_evaluate_does_not_score_a_turn_of_weight_0(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", {"messages": CHAT}, {"messages": [HI, {**YES, "weight": 0}]})
     arguments = ["--model-name-or-path", "pocket", "--data-path", data, "--output-dir", tmp_path / "scores"]
-    done = t5tune("evaluate", *arguments, "--max-new-tokens", "1", "--json")
+    done = t5tune_in_fork("evaluate", *arguments, "--max-new-tokens", "1", "--json")
     assert done.code == 0, done.stderr
     lines = (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["target"] for line in lines] == ["first", "third"]

@@ -17,10 +17,13 @@ from t5tune.model import device
 from t5tune.progress import Note
 from t5tune.settings import TrainSettings
 from t5tune.training.validate import check_machine
+from tests.support.command_line import t5tune_in_fork
+from tests.support.forks import get_fork_server
 
 pytestmark = pytest.mark.slow
 
 WINDOWS_1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "C"}
+PREPARE = ("prepare", "--model-name-or-path", "pocket", "--data-path")
 ANSWER = "Zoë → 日本, é\n{}"
 
 
@@ -45,6 +48,14 @@ def run(arguments: list[object], environment: dict[str, str | None]) -> tuple[in
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.fixture(scope="module")
+def tokens(records: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The tokens of the records, prepared in the environment of the tests."""
+    cache = tmp_path_factory.mktemp("plain") / "cache"
+    assert run([*PREPARE, records, "--output-dir", cache], {})[0] == 0
+    return (cache / "tokens.bin").read_bytes()
+
+
 @pytest.mark.parametrize(
     "environment",
     [
@@ -58,16 +69,14 @@ def run(arguments: list[object], environment: dict[str, str | None]) -> tuple[in
     ids=["no home", "a home that can't be written", "windows-1252", "dumb", "narrow", "no columns"],
 )
 def test_an_odd_environment_gives_the_same_cache_without_a_traceback(
-    environment: dict[str, str | None], records: Path, tmp_path: Path
+    environment: dict[str, str | None], records: Path, tokens: bytes, tmp_path: Path
 ) -> None:
-    arguments = ["prepare", "--model-name-or-path", "pocket", "--data-path", records, "--output-dir"]
-    code, stdout, stderr = run([*arguments, tmp_path / "cache"], environment)
+    code, stdout, stderr = run([*PREPARE, records, "--output-dir", tmp_path / "cache"], environment)
     assert code == 0, stderr
     assert stdout.decode() == f"{tmp_path / 'cache'}\n"
     assert b"Traceback" not in stderr
     assert b"\x1b" not in stderr
-    assert run([*arguments, tmp_path / "plain"], {})[0] == 0
-    assert (tmp_path / "cache" / "tokens.bin").read_bytes() == (tmp_path / "plain" / "tokens.bin").read_bytes()
+    assert (tmp_path / "cache" / "tokens.bin").read_bytes() == tokens
     (rejected,) = (tmp_path / "cache" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(rejected)["record"]["conversations"][0]["value"] == "日本"
 
@@ -88,6 +97,12 @@ def test_an_error_with_non_ascii_text_is_one_line_in_any_locale() -> None:
     assert code == 2
     assert stderr.count(b"error:") == len(stderr.splitlines())
     assert b"Traceback" not in stderr
+
+
+def run_in_fork(arguments: list[object], environment: dict[str, str]) -> tuple[int, bytes, bytes]:
+    """Run the command line where no library needs to be imported in that environment."""
+    done = t5tune_in_fork(*arguments, env=environment)
+    return done.code, done.stdout.encode(), done.stderr.encode()
 
 
 def train(records: Path, output: Path, *flags: object) -> list[object]:
@@ -135,7 +150,7 @@ def test_a_port_in_use_is_named_in_the_error(records: Path, tmp_path: Path) -> N
         taken.listen()
         port = taken.getsockname()[1]
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        code, _, stderr = run(
+        code, _, stderr = run_in_fork(
             train(records, tmp_path / "run"), {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **place}
         )
     assert code == 1, stderr
@@ -151,7 +166,7 @@ def test_a_rank_without_a_peer_names_the_address_that_it_tried(records: Path, tm
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    code, _, stderr = run(
+    code, _, stderr = run_in_fork(
         train(records, tmp_path / "run", "--process-group-timeout", "2"),
         {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", **place},
     )
@@ -199,7 +214,7 @@ def test_an_out_of_memory_error_names_the_batch_size(tmp_path: Path) -> None:
     """The attention scores of 200,000 tokens are a terabyte, an allocation that Linux refuses at once."""
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"source": "a b c d " * 50_000, "target": "e"}))
-    code, _, stderr = run(train(path, tmp_path / "run", "--model-max-length", "200000"), {})
+    code, _, stderr = run_in_fork(train(path, tmp_path / "run", "--model-max-length", "200000"), {})
     assert code == 1, stderr
     (error,) = [line for line in stderr.decode().splitlines() if line.startswith("error:")]
     assert "out of memory: training with per_device_train_batch_size 8 and model_max_length 200000" in error
@@ -240,7 +255,7 @@ def test_an_empty_output_path_does_not_mean_the_current_folder(tmp_path: Path) -
 
 @pytest.mark.distributed
 def test_rank_without_world_size_is_ignored_and_invalid_values_are_named(tmp_path: Path) -> None:
-    code, output, _ = run(["chat", "--model-name-or-path", "pocket", "--prompt", "hello"], {"RANK": "8"})
+    code, output, _ = run_in_fork(["chat", "--model-name-or-path", "pocket", "--prompt", "hello"], {"RANK": "8"})
     assert (code, bool(output.strip())) == (0, True)
     code, output, _ = run(["templates"], {"RANK": "abc", "WORLD_SIZE": "2"})
     assert (code, b"pocket" in output) == (0, True)
@@ -248,14 +263,14 @@ def test_rank_without_world_size_is_ignored_and_invalid_values_are_named(tmp_pat
         ({"RANK": "0", "WORLD_SIZE": "abc"}, b"error: WORLD_SIZE: 'abc' in the environment: expected a whole number"),
         ({"RANK": "3", "WORLD_SIZE": "2"}, b"error: RANK: 3: must be less than WORLD_SIZE 2, since ranks start at 0"),
     ):
-        code, _, error = run([*TRAIN, "--output-dir", tmp_path / "run"], dict(variables))
+        code, _, error = run_in_fork([*TRAIN, "--output-dir", tmp_path / "run"], variables)
         assert (code, error.startswith(said)) == (2, True), error
     assert not (tmp_path / "run").exists()
 
 
 def test_environment_variables_of_accelerate_are_ignored_with_a_note(tmp_path: Path) -> None:
     arguments = [*TRAIN, "--output-dir", tmp_path / "run"]
-    code, _, error = run(arguments, {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    code, _, error = run_in_fork(arguments, {"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert code == 0, error
     assert b"ACCELERATE_MIXED_PRECISION=bf16 in the environment is ignored" in error
 
@@ -297,7 +312,7 @@ def test_modules_in_the_current_folder_do_not_shadow_libraries(tmp_path: Path) -
 
 
 def test_settings_can_be_read_from_a_pipe(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "t5tune", "train", "--config", "/dev/stdin", "--dry-run"]
+    command = [get_fork_server().scripts / "t5tune", "train", "--config", "/dev/stdin", "--dry-run"]
     settings = f"{{model_name_or_path: pocket, data_path: pocket, output_dir: '{tmp_path / 'run'}', max_steps: 77}}"
     done = subprocess.run(command, input=settings, capture_output=True, text=True, timeout=120)
     assert (done.returncode, "max_steps: 77" in done.stdout) == (0, True), done.stderr

@@ -320,7 +320,7 @@ def test_full_training_writes_a_checkpoint_that_stock_transformers_loads(
     from transformers import AutoModelForSeq2SeqLM
 
     before = load_file(base / "model.safetensors")
-    result = full(base, conversations, tmp_path / "run")
+    result = full(base, conversations, tmp_path / "run", report_samples=2)
     after = load_file(tmp_path / "run" / "model.safetensors")
     assert after.keys() == before.keys()
     assert all(not torch.equal(after[name], before[name]) for name in before)
@@ -436,7 +436,7 @@ def test_token_rows_of_the_initial_adapter_keep_their_tokens(untied_base: Path, 
     for name, answer in (("first", "日本 日"), ("other", "月水 月")):
         files.append(tmp_path / f"{name}.jsonl")
         files[-1].write_text("\n".join(json.dumps({"source": f"{n}?", "target": answer}) for n in range(8)))
-    more = {"eval_data_path": None, "max_steps": 1, "report_samples": 0}
+    more = {"eval_data_path": None, "max_steps": 1}
     train(make_settings(untied_base, files[0], tmp_path / "first", **more, conversation_template="plain"))
     more["adapter"] = tmp_path / "first"
     train(make_settings(untied_base, files[1], tmp_path / "same", **more, learning_rate=0))
@@ -492,7 +492,7 @@ def first_adapter(untied_base: Path, conversations: Path, tmp_path_factory: pyte
 def test_merging_onto_nf4_quantizes_the_weights_that_training_quantized(
     quantize_wo: bool, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    changes = {"q_lora": True, "bf16": False, "quantize_wo": quantize_wo, "max_steps": 2, "report_samples": 0}
+    changes = {"q_lora": True, "bf16": False, "quantize_wo": quantize_wo, "max_steps": 2}
     train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
     values = {"model_name_or_path": str(untied_base), "adapter": tmp_path / "run", "output_dir": tmp_path / "merged"}
     result = merge(MergeSettings(**values, onto="nf4"))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from t5tune.commands.train import train
-from tests.support.runs import ZERO3, make_settings, read_adapter, start_run
+from tests.support.forks import ForkServer
+from tests.support.runs import make_arguments, make_settings, read_adapter
 
 
 @pytest.fixture(scope="session")
@@ -17,11 +18,13 @@ def uninterrupted(untied_base: Path, conversations: Path, tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="session")
-def zero3_run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def zero3_run(
+    fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An uninterrupted run of two ranks under ZeRO-3."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    with start_run(untied_base, conversations, run, *ZERO3) as running:
-        assert running.wait() == 0, running.log.read_text()[-3000:]
+    done = fork_server.run(make_arguments(untied_base, conversations, run, "--deepspeed=zero3"), 2)
+    assert done.codes == [0, 0], done.log[-3000:]
     return run
 
 

@@ -64,6 +64,9 @@ def check_survival(
     shutil.rmtree(run)
     mode, error = WAYS[way]
     done = fork_server.run(command, ranks, folder=run, operation_number=at, mode=mode, error=error)
+    if len(done.operations) < at:  # texts with times in them take a write more or less, so nothing has failed
+        assert (done.codes, hash_results(run)) == ([0] * ranks, expected), done.log
+        return
     failed = done.operations[at - 1]
     where = f"{at}: {failed}\n{done.codes}\n{done.log}"
     assert set(find_published_steps(done.operations[: at - 1], run)) <= set(list_complete_steps(run)), where

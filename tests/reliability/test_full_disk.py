@@ -1,7 +1,6 @@
 """On a full disk the error names the path and the bytes, the last checkpoint is kept, and the run can resume."""
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from t5tune.commands.train import train
-from tests.support.runs import LONG, Running, list_complete_steps, make_arguments, make_settings, read_adapter
+from tests.support.forks import ForkServer
+from tests.support.runs import LONG, list_complete_steps, make_arguments, make_settings, read_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -34,18 +34,16 @@ def mount_small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_full_disk_costs_no_checkpoint(
-    size: int, untied_base: Path, conversations: Path, uninterrupted: bytes, tmp_path: Path
+    size: int, fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted: bytes, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
     run = disk / "run"
     with mount_small_disk(disk, size):
-        command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, run, "--save-steps=2")]
-        with Running(command, tmp_path / "outside") as running:
-            assert running.wait() == 1, running.log.read_text()
-        log = running.log.read_text()
-        assert str(run) in log
-        assert "bytes are free" in log
-        assert "Traceback" not in log
+        done = fork_server.run(make_arguments(untied_base, conversations, run, "--save-steps=2"))
+        assert done.codes == [1], done.log
+        assert str(run) in done.log
+        assert "bytes are free" in done.log
+        assert "Traceback" not in done.log
         before = list_complete_steps(run)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         result = train(make_settings(untied_base, conversations, run, save_steps=2))

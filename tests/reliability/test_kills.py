@@ -24,7 +24,7 @@ from tests.support.runs import (
 
 pytestmark = pytest.mark.slow
 
-KILLS = {"one process": 50, "zero3": 20} if LONG else {"one process": 3}
+KILLS = {"one process": 50, "zero3": 20} if LONG else {"one process": 2}
 OFTEN = ("--save-steps=1", "--save-total-limit=2")
 
 

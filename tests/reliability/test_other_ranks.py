@@ -1,9 +1,7 @@
 """A run resumes with another number of processes: the same examples in each step, and nearly the same weights."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,20 +16,6 @@ pytestmark = pytest.mark.slow
 BATCH = 4  # examples of a step
 CHANGES = [(2, 1), (2, 4), (4, 2)] if LONG else [(2, 1)]
 STOPPED = 9
-
-
-def stop_after(step: int) -> None:
-    """From here on, rank 0 gets a SIGTERM in the middle of this step, after which the run stops."""
-    from t5tune.training.trainer import T5Trainer
-
-    train = T5Trainer.training_step
-
-    def stop(self: T5Trainer, *given: object, **options: object) -> object:
-        if self.state.global_step == step - 1 and os.environ.get("RANK", "0") == "0":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train(self, *given, **options)
-
-    T5Trainer.training_step = stop  # type: ignore[assignment, method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +44,7 @@ def test_resuming_on_other_ranks_keeps_the_examples_and_nearly_the_weights(
         return done.codes
 
     assert run("uninterrupted", before) == [0] * before
-    stop = f"tests.reliability.test_other_ranks:stop_after({STOPPED})"
+    stop = f"tests.support.stop_in_step:stop_in_step({STOPPED})"
     assert run("changed", before, stop) == [143] * before
     assert [path.name for path in (tmp_path / "changed").glob("checkpoint-*")] == [f"checkpoint-{STOPPED}"]
     assert run("changed", after) == [0] * after

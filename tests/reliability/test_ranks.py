@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from t5tune.distributed.world import parse_first_host
+from tests.support.forks import ForkServer
 from tests.support.runs import (
     LONG,
     STEPS,
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_killed_ranks_and_launchers_leave_no_process_and_the_run_resumes_to_the_same_bits(
-    untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
+    fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with start_run(untied_base, conversations, run, *ZERO3, "--max-restarts=1") as running:
@@ -53,8 +54,8 @@ def test_killed_ranks_and_launchers_leave_no_process_and_the_run_resumes_to_the_
         workers = running.find_workers()
         running.process.kill()
         running.wait_until_gone(workers)
-    with start_run(untied_base, conversations, run, *ZERO3) as running:
-        assert running.wait() == 0, running.log.read_text()
+    done = fork_server.run(make_arguments(untied_base, conversations, run, "--deepspeed=zero3"), 2)
+    assert done.codes == [0, 0], done.log
     assert read_adapter(run) == uninterrupted_zero3
 
 
@@ -108,22 +109,23 @@ def test_the_other_ranks_exit_in_time(
 
 
 def test_tasks_of_srun_connect_and_stop_together(
-    untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
+    fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(find_free_port() - 20000), "SLURM_STEP_ID": "0"}
     job |= {"SLURM_JOB_NODELIST": "localhost"}
-    command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, run, "--deepspeed=zero3")]
-    for is_signaled in (True, False):
-        tasks = [
-            Running(command, tmp_path / f"task-{rank}", **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-            for rank in range(2)
-        ]
-        with tasks[0], tasks[1]:
-            if is_signaled:
-                tasks[0].wait_until(lambda: read_last_step(run) > 3)
-                send_signal(tasks[0].process.pid, signal.SIGTERM)
-            assert [task.wait() for task in tasks] == [143 if is_signaled else 0] * 2, tasks[0].log.read_text()
+    arguments = make_arguments(untied_base, conversations, run, "--deepspeed=zero3")
+    command = [sys.executable, "-m", "t5tune", *arguments]
+    tasks = [
+        Running(command, tmp_path / f"task-{rank}", **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+        for rank in range(2)
+    ]
+    with tasks[0], tasks[1]:
+        tasks[0].wait_until(lambda: read_last_step(run) > 3)
+        send_signal(tasks[0].process.pid, signal.SIGTERM)
+        assert [task.wait() for task in tasks] == [143, 143], tasks[0].log.read_text()
+    done = fork_server.run(arguments, 2)
+    assert done.codes == [0, 0], done.log
     assert read_adapter(run) == uninterrupted_zero3
 
 

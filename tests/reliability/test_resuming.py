@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune_in_fork
+from tests.support.forks import ForkServer
 from tests.support.runs import LONG, list_complete_steps, make_arguments, read_adapter, send_signal, start_run
 
 pytestmark = pytest.mark.slow
 
-STAGES = {"alone": (), **{f"zero{stage}": (f"--deepspeed=zero{stage}", "--num-processes=2") for stage in (0, 2, 3)}}
+STAGES = {"alone": (1,), **{f"zero{stage}": (2, f"--deepspeed=zero{stage}") for stage in (0, 2, 3)}}
+STOPPED = 8
 METHODS = {
     "bf16": ("--bf16",),
     "q_lora": ("--q-lora", "--no-bf16"),
@@ -34,24 +36,16 @@ CASES = ALL if LONG else [("alone", "q_lora", "tokens"), ("zero2", "bf16", "exam
 
 @pytest.mark.parametrize(("stage", "method", "data"), CASES)
 def test_a_stopped_run_ends_with_the_bits_of_an_uninterrupted_one(
-    stage: str, method: str, data: str, untied_base: Path, conversations: Path, tmp_path: Path
+    stage: str, method: str, data: str, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    flags = (*PARTIAL_STEPS_WITH_EVALUATION, *STAGES[stage], *METHODS[method], *DATA[data])
-    check_resuming(untied_base, conversations, tmp_path, *flags)
-
-
-def check_resuming(base: Path, data: Path, tmp_path: Path, *more: str, **environment: str) -> None:
-    """Check that a run which was stopped and resumed has the same adapter as an uninterrupted one."""
-    for name in ("uninterrupted", "stopped"):
-        run = tmp_path / name
-        if name == "stopped":
-            with start_run(base, data, run, *more, **environment) as running:
-                running.wait_for_step(8)
-                send_signal(running.process.pid, signal.SIGTERM)
-                assert running.wait() == 143, running.log.read_text()[-3000:]
-            assert list_complete_steps(run)[0] >= 8
-        with start_run(base, data, run, *more, **environment) as running:
-            assert running.wait() == 0, running.log.read_text()[-3000:]
+    ranks, *flags = STAGES[stage]
+    more = (*PARTIAL_STEPS_WITH_EVALUATION, *flags, *METHODS[method], *DATA[data])
+    stop = f"tests.support.stop_in_step:stop_in_step({STOPPED})"
+    for name, calls in (("uninterrupted", ()), ("stopped", (stop,)), ("stopped", ())):
+        done = fork_server.run(make_arguments(untied_base, conversations, tmp_path / name, *more), ranks, calls)
+        assert done.codes == [143 if calls else 0] * ranks, done.log[-3000:]
+        if calls:
+            assert list_complete_steps(tmp_path / name) == [STOPPED]
     assert read_adapter(tmp_path / "uninterrupted") == read_adapter(tmp_path / "stopped")
 
 
@@ -64,16 +58,24 @@ def test_a_stopped_run_with_torch_compile_ends_with_the_same_bits(
     if compiler is None:
         pytest.skip("torch.compile needs a C++ compiler")
     more, kernels = ("--torch-compile", "--lora-target-modules=all-linear"), tmp_path / "kernels"
-    check_resuming(untied_base, conversations, tmp_path, *more, TORCHINDUCTOR_CACHE_DIR=str(kernels))
+    for name in ("uninterrupted", "stopped", "stopped"):
+        run, cache = tmp_path / name, {"TORCHINDUCTOR_CACHE_DIR": str(kernels)}
+        is_stopped = name == "stopped" and not run.exists()
+        with start_run(untied_base, conversations, run, *more, **cache) as running:
+            if is_stopped:
+                running.wait_for_step(8)
+                send_signal(running.process.pid, signal.SIGTERM)
+            assert running.wait() == (143 if is_stopped else 0), running.log.read_text()[-3000:]
+    assert read_adapter(tmp_path / "uninterrupted") == read_adapter(tmp_path / "stopped")
     assert any(kernels.glob("**/*.so"))
     assert "are compiled; the first steps take" in (tmp_path / "uninterrupted.log").read_text()
-    done = t5tune(*make_arguments(untied_base, conversations, tmp_path / "stopped", more[1], "--max-steps=30"))
+    done = t5tune_in_fork(*make_arguments(untied_base, conversations, tmp_path / "stopped", more[1], "--max-steps=30"))
     assert done.code == 2
     assert "torch_compile" in done.stderr
 
 
 def test_torch_compile_without_a_compiler_is_refused(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     flags = make_arguments(untied_base, conversations, tmp_path / "run", "--torch-compile")
-    done = t5tune(*flags, env={"PATH": str(tmp_path)})
+    done = t5tune_in_fork(*flags, env={"PATH": str(tmp_path)})
     assert (done.code, done.stderr.count("error: ")) == (1, 1), done.stderr
     assert "torch_compile: no C++ compiler" in done.stderr

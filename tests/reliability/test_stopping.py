@@ -41,8 +41,13 @@ from tests.support.terminal import read_screen
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("step", [0, 7, STEPS])
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+MOMENTS = [(0, signal.SIGINT), *((7, number) for number in SIGNALS), (STEPS, signal.SIGTERM)]
+if LONG:
+    MOMENTS = [(step, number) for step in (0, 7, STEPS) for number in SIGNALS]
+
+
+@pytest.mark.parametrize(("step", "number"), MOMENTS)
 def test_a_signal_saves_the_step_and_the_run_resumes_to_the_same_bits(
     step: int, number: signal.Signals, untied_base: Path, conversations: Path, uninterrupted: bytes, tmp_path: Path
 ) -> None:
@@ -162,7 +167,7 @@ def test_a_signal_to_torchrun_while_rank_0_prepares_the_data_leaves_no_partial_f
 
 
 def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_same_bits(
-    untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
+    fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with start_run(untied_base, conversations, run, *ZERO3, "--save-steps=1000") as running:
@@ -173,8 +178,8 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_same_bits(
     assert 5 <= step < STEPS
     assert f"checkpoint-{step}" in running.log.read_text()
     assert "Traceback" not in running.log.read_text()
-    with start_run(untied_base, conversations, run, *ZERO3) as running:
-        assert running.wait() == 0, running.log.read_text()
+    done = fork_server.run(make_arguments(untied_base, conversations, run, "--deepspeed=zero3"), 2)
+    assert done.codes == [0, 0], done.log
     assert read_adapter(run) == uninterrupted_zero3
 
 
@@ -277,8 +282,12 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT"])
-@pytest.mark.parametrize("library", ["t5tune.commands.train", "torch", "torch._C", "peft"])
+IMPORTS = [("t5tune.commands.train", "SIGUSR1"), ("torch", "SIGINT"), ("torch._C", "SIGTERM"), ("peft", "SIGTERM")]
+if LONG:
+    IMPORTS = [(library, number) for library in dict(IMPORTS) for number in ("SIGTERM", "SIGUSR1", "SIGINT")]
+
+
+@pytest.mark.parametrize(("library", "number"), IMPORTS)
 def test_a_signal_while_libraries_are_imported_stops_training_afterwards(
     library: str, number: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

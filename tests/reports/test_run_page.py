@@ -27,7 +27,7 @@ from t5tune.reports.run_page import format_command, write_run_report
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings, load_settings
 from t5tune.training.run_folder import read_saved_settings
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
 CANARY = "hf_canary0123456789"
@@ -82,7 +82,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "reported"
-    chosen = make_settings(untied_base, conversations, folder, eval_fraction=0.2, eval_steps=3)
+    chosen = make_settings(untied_base, conversations, folder, eval_fraction=0.2, eval_steps=3, report_samples=10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", CANARY)
         train(chosen)
@@ -143,9 +143,7 @@ def test_sample_predictions_are_those_of_the_base_and_of_the_trained_model(run: 
 def test_sample_predictions_do_not_change_training(
     run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    quiet = make_settings(
-        untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=3, report_samples=0
-    )
+    quiet = make_settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=3)
     train(quiet)
     assert not (tmp_path / "run" / "samples.json").exists()
     assert "before training" not in (tmp_path / "run" / "report.html").read_text()
@@ -206,15 +204,16 @@ def test_slow_steps_write_heartbeats(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MetricsLog.__init__, "__defaults__", (0.0, silent))
-    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=4, logging_steps=100, report_samples=0))
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=4, logging_steps=100))
     assert [line["step"] for line in read_metrics_lines(tmp_path / "run") if "heartbeat" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
 def test_progress_in_a_log_file_is_plain_lines(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    done = t5tune(
+    done = t5tune_in_fork(
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
-        "--max-steps", "4", "--logging-steps", "2", "--use-cpu", env={"TERM": "xterm-256color", "CI": "true"},
+        "--max-steps", "4", "--logging-steps", "2", "--report-samples", "0", "--use-cpu",
+        env={"TERM": "xterm-256color", "CI": "true"},
     )  # fmt: skip
     assert done.code == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("train: step")]
@@ -242,7 +241,7 @@ def test_a_missing_tracker_is_refused_before_anything_is_written(
 def test_tensorboard_gets_the_metrics(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(make_settings(untied_base, conversations, tmp_path / "run", report_to=["tensorboard"], report_samples=0))
+    train(make_settings(untied_base, conversations, tmp_path / "run", report_to=["tensorboard"]))
     (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
     accumulator = EventAccumulator(str(events.parent))
     accumulator.Reload()

@@ -1,4 +1,4 @@
-"""Run the command line in a new process."""
+"""Run the command line in a process of its own."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.support.forks import get_fork_server
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,16 @@ def t5tune(*arguments: Any, env: dict[str, str] | None = None, cwd: Path | None 
         command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=500
     )
     return CommandResult(done.returncode, done.stdout, done.stderr)
+
+
+def t5tune_in_fork(
+    *arguments: Any, env: dict[str, str] | None = None, cwd: Path | None = None, stdin: bytes = b""
+) -> CommandResult:
+    """Run the command line in a fork of a process that has imported everything.
+
+    This saves five seconds if the command imports torch. Variables that libraries read when they are imported have no
+    effect.
+    """
+    environment = {**os.environ, **(env or {})}
+    done = get_fork_server().run([*map(str, arguments)], environment=environment, cwd=cwd, stdin=stdin)
+    return CommandResult(done.codes[0], done.stdout, done.log)

@@ -1,13 +1,10 @@
-"""A worker of commands/test_export_stock.py: plain PEFT, trained and saved by DeepSpeed itself.
-
-RANK=0 WORLD_SIZE=2 … python tests/support/deepspeed_saves.py TIED_BASE UNTIED_BASE OUT
+"""Called in each rank for commands/test_export_stock.py: plain PEFT, trained and saved by DeepSpeed itself.
 
 Next to each case's checkpoint it writes the fp32 weights of the live engine: masters.safetensors.
 """
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +81,11 @@ def save(base: Path, folder: Path, stage: int, without_frozen: bool, more: dict[
     engine.destroy()
 
 
-def main() -> None:
+def save_all(tied_base: str, untied_base: str, output: str) -> None:
+    """Save the checkpoints of all cases, one folder per case."""
     import deepspeed
 
-    tied, untied, out = map(Path, sys.argv[1:])
+    tied, untied, out = map(Path, (tied_base, untied_base, output))
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     done, skipped = [], {}
     for name, (stage, is_tied, without_frozen, more) in CASES.items():
@@ -102,7 +100,3 @@ def main() -> None:
     if os.environ["RANK"] == "0":
         (out / "done.json").write_text(json.dumps({"done": done, "skipped": skipped}))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,15 @@
-"""Import everything once, then fork the processes of a run for each line of standard input (see forks.py)."""
+"""Import everything once, then fork the processes of a run for each request on a Unix socket (see forks.py).
+
+    python -m tests.support.fork_server SOCKET
+
+It ends when its standard input does.
+"""
 
 import ast
 import importlib
 import json
 import os
+import select
 import socket
 import sys
 from contextlib import suppress
@@ -18,37 +24,52 @@ IMPORTED = (
 )
 
 
-def serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print while they are imported
-    for name in IMPORTED:
-        importlib.import_module(name)
-    while line := sys.stdin.readline():
-        request = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        reader, writer = os.pipe()
-        ranks = []
-        for rank in range(request["ranks"]):
-            pid = os.fork()
-            if pid == 0:
-                _run(request, rank, port, writer)
-            ranks.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-        os.close(writer)
-        with os.fdopen(reader) as names:
-            for name in names.read().split():
-                with suppress(Exception):  # some names can't be imported by themselves
-                    importlib.import_module(name)
-        print(json.dumps(codes), file=answers, flush=True)
+def serve(address: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)  # requests wait until everything is imported
+        os.dup2(2, 1)  # libraries print while they are imported
+        for name in IMPORTED:
+            importlib.import_module(name)
+        while select.select([listener, sys.stdin], [], [])[0] == [listener]:
+            client, _ = listener.accept()
+            with client, client.makefile("rw") as stream:
+                stream.write(json.dumps(run_ranks(json.loads(stream.readline()))) + "\n")
+
+
+def run_ranks(request: dict[str, Any]) -> list[int]:
+    """Fork the ranks of a run, and wait for them. Return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    reader, writer = os.pipe()
+    ranks = []
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            _run(request, rank, port, writer)
+        ranks.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    os.close(writer)
+    with os.fdopen(reader) as names:
+        for name in names.read().split():
+            with suppress(Exception):  # some names can't be imported by themselves
+                importlib.import_module(name)
+    return codes
 
 
 def _run(request: dict[str, Any], rank: int, port: int, writer: int) -> NoReturn:
     code = 70
     try:
-        for stream, path in enumerate(request["outputs"], start=1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
+        for number, path in enumerate(request["streams"]):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY), number)
+        if request["environment"] is not None:
+            os.environ.clear()
+            os.environ |= request["environment"]
+            sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        if request["cwd"] is not None:
+            os.chdir(request["cwd"])
         count = request["ranks"]
         if count > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -71,4 +92,4 @@ def _run(request: dict[str, Any], rank: int, port: int, writer: int) -> NoReturn
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

@@ -1,28 +1,33 @@
 """Run t5tune in forks of a process that has imported everything, which saves seconds per run.
 
-    with ForkServer(tmp_path) as fork_server:
-        done = fork_server.run(arguments, ranks=2)                          # `t5tune` with these arguments
-        done.codes, done.log
-        done = fork_server.run(arguments, calls=["tests.support.overflowing:overflow_at(5)"])
+    fork_server = get_fork_server()
+    done = fork_server.run(arguments, ranks=2)                          # `t5tune` with these arguments
+    done.codes, done.log
+    done = fork_server.run(arguments, calls=["tests.support.overflowing:overflow_at(5)"])
+
+A script that starts `t5tune` by itself gets a fork too, with `fork_server.scripts` first on its PATH.
 
 If there is a C compiler, the forks run with faults.c preloaded, which makes the Nth open, write, fsync, rename, link,
 truncate or mkdir below a folder fail with a given system error:
 
-        done = fork_server.run(arguments, folder=run)                       # done.operations: on files, in order
-        done = fork_server.run(arguments, folder=run, operation_number=17, mode=ONCE, error=errno.EIO)
+    done = fork_server.run(arguments, folder=run)                       # done.operations: on files, in order
+    done = fork_server.run(arguments, folder=run, operation_number=17, mode=ONCE, error=errno.EIO)
 """
 
+import atexit
 import ctypes
-import json
+import functools
 import mmap
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from tests.support.fork_client import ask
 
 NEVER, ONCE, FROM_THEN_ON, SHORT = range(4)
 
@@ -63,6 +68,9 @@ class ForkServer:
 
     Args:
         folder: where to put the compiled library, the logs and the traces.
+
+    Attributes:
+        scripts: a folder with the command `t5tune`, and a `python` for `python -m t5tune`, which run in forks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,14 +84,23 @@ class ForkServer:
         self.can_inject_faults = library is not None
         if library is not None:
             environment |= {"LD_PRELOAD": str(library), "FAULTS": str(block)}
+        self._address = str(folder / "socket")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.fork_server"],
+            [sys.executable, "-m", "tests.support.fork_server", self._address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
             cwd=Path(__file__).parents[2],
             env=environment,
         )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+        self.scripts = folder / "bin"
+        self.scripts.mkdir()
+        client = Path(__file__).with_name("fork_client.py")
+        for name, skipped in (("t5tune", ""), ("python", "shift 2; ")):
+            script = f'#!/bin/sh\n{skipped}exec {sys.executable} -IS {client} {self._address} "$@"\n'
+            (self.scripts / name).write_text(script)
+            (self.scripts / name).chmod(0o755)
 
     def run(
         self,
@@ -94,6 +111,9 @@ class ForkServer:
         operation_number: int = 0,
         mode: int = NEVER,
         error: int = 0,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        stdin: bytes = b"",
     ) -> RunOutput:
         """Run `t5tune` with these arguments, and wait until it ends.
 
@@ -103,37 +123,44 @@ class ForkServer:
             operation_number: which operation on them fails, from 1.
             mode: how it fails: NEVER, ONCE, FROM_THEN_ON (this one and all later ones) or SHORT (writes only half).
             error: the errno of the failure.
+            environment: all variables; None for those of the server.
+            cwd: the current folder; None for that of the server.
         """
-        trace, stdout, log = (self.folder / name for name in ("trace", "stdout", "log"))
+        trace, stdout, log, typed = (self.folder / name for name in ("trace", "stdout", "log", "stdin"))
         for path in (trace, stdout, log):
             path.write_bytes(b"")
+        typed.write_bytes(stdin)
         control = self._control
         control.count, control.at, control.mode, control.error = 0, operation_number, mode, error
         control.trace = os.fsencode(trace)
         control.folder = os.fsencode(folder) if folder else b""
-        outputs = [str(stdout), str(log)]
-        request = {"arguments": arguments, "ranks": ranks, "outputs": outputs, "calls": list(calls)}
-        codes = self._ask(request)
+        request = {
+            "arguments": arguments,
+            "ranks": ranks,
+            "calls": list(calls),
+            "streams": [str(typed), str(stdout), str(log)],
+            "environment": None if environment is None else dict(environment),
+            "cwd": None if cwd is None else str(cwd),
+        }
+        codes = ask(self._address, request)
         control.folder = b""
         lines = sorted((line.split(" ", 2) for line in trace.read_text().splitlines()), key=lambda line: int(line[0]))
         texts = [path.read_text(errors="replace") for path in (stdout, log)]
         return RunOutput(codes, *texts, [FileOperation(kind, path) for _, kind, path in lines])
 
-    def _ask(self, request: dict[str, Any]) -> list[int]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return list(json.loads(self._process.stdout.readline()))
-
-    def __enter__(self) -> "ForkServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         with self._process as process:
             assert process.stdin is not None
             process.stdin.close()
             process.wait(30)
+
+
+@functools.cache
+def get_fork_server() -> ForkServer:
+    """Return this process's server, and start it if there is none yet."""
+    fork_server = ForkServer(Path(tempfile.mkdtemp()))
+    atexit.register(fork_server.close)
+    return fork_server
 
 
 def _compile_library(folder: Path) -> Path | None:
