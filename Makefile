@@ -45,7 +45,8 @@ build: .venv/installed-dev
 
 docs: .venv/installed
 	$(BIN)/pip install --quiet -e '.[docs]'
-	$(BIN)/mkdocs build --strict --site-dir build/site
+	$(BIN)/python docs_site.py build/docs
+	$(BIN)/zensical build --strict --clean
 
 # the picture in README.md: the report of a real run on the built-in model
 picture: .venv/installed
@@ -54,7 +55,7 @@ picture: .venv/installed
 	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,850 --screenshot=docs/report.png build/run/report.html
 
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache runs
+	rm -rf build dist .cache .mypy_cache .ruff_cache runs
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("t5tune needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'

@@ -18,10 +18,16 @@ How much memory the weights of each model take, in GB (10⁹ bytes), and how man
 trains. In the NF4 column, every linear layer of the blocks, including `wo`, is stored in NF4 with double quantization;
 embedding and head stay in bf16.
 
+When a run ends, `train` shows the peak memory per process; it is also in `report.html`, and in `result.json` as
+`peak_memory_bytes`.
+
 `t5tune plan` estimates the rest for your batch size, lengths and machine: gradients, optimizer state and activations,
 by ZeRO stage.
 
-    t5tune plan --model-name-or-path google/flan-t5-xxl --q-lora --gradient-checkpointing --gpu-memory 24GiB
+```sh
+t5tune plan --model-name-or-path google/flan-t5-xxl --q-lora \\
+    --gradient-checkpointing --gpu-memory 24GiB
+```
 
 | model | parameters | LoRA trains | fp32 | bf16 | NF4 (`--q-lora`) | embedding and head (bf16) |
 |---|---|---|---|---|---|---|

@@ -1,0 +1,51 @@
+"""Collect the pages of the documentation site for zensical.toml: docs/, CONTRIBUTING.md and CHANGELOG.md.
+
+    python docs_site.py build/docs
+
+The documents link to each other, and to other files of the repository, as GitHub shows them. On the site, a link to a
+file that isn't a page becomes its text.
+"""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent
+DOCUMENTS = REPOSITORY / "docs"
+INCLUDED = {REPOSITORY / "CONTRIBUTING.md": "contributing.md", REPOSITORY / "CHANGELOG.md": "changelog.md"}
+# not an image; `[text](file#anchor)`
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+
+
+def main(folder: Path) -> None:
+    """Write the pages into `folder`, which is emptied first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(DOCUMENTS, folder)
+    for document, page in {**list_pages(), **INCLUDED}.items():
+        (folder / page).write_text(adapt_links(document), encoding="utf-8")
+
+
+def list_pages() -> dict[Path, str]:
+    """Return the page of each document under docs/, as a path within the site."""
+    return {path: path.relative_to(DOCUMENTS).as_posix() for path in DOCUMENTS.rglob("*.md")}
+
+
+def adapt_links(document: Path) -> str:
+    """Return a document's text, in which links lead to pages of the site."""
+    pages = {**list_pages(), **INCLUDED}
+    folder = Path(pages[document]).parent
+
+    def adapt(link: re.Match[str]) -> str:
+        text, file, anchor = link.groups(default="")
+        target = Path(os.path.normpath(document.parent / file))
+        if target in pages:
+            return f"[{text}]({os.path.relpath(pages[target], folder)}{anchor})"
+        return text if target.exists() else link[0]
+
+    return LINK.sub(adapt, document.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
