@@ -33,9 +33,8 @@ t5tune plan --model-name-or-path google/flan-t5-xxl --q-lora \\
 |---|---|---|---|---|---|---|
 """
 AFTER = """
-`python benchmarks/memory.py` generates this page with the functions that `plan` uses, from the shapes in each
-`config.json`. `python benchmarks/plan.py` measures how close a plan comes to a run on the CPU; see
-[results](results.md#plan).
+The numbers are computed from the shapes in each model's `config.json`, as `plan` computes them.
+[Results](results.md#plan) say how close a plan comes to a run on the CPU.
 """
 
 

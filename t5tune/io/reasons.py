@@ -7,6 +7,8 @@ describe_error(JSONDecodeError("Expecting ',' delimiter", text, 12))
 import json
 from collections.abc import Sequence
 
+from t5tune.errors import T5TuneError
+
 MAX_NAMES = 5  # in a message
 # beginning of a message of Python's json module -> plain description
 JSON_REASONS = {
@@ -45,8 +47,8 @@ def describe_error(error: BaseException) -> str:
 
 
 def to_one_line(text: object) -> str:
-    """Join the lines of a text or of an error's message."""
-    return " ".join(str(text).split())
+    """Join the lines of a text or of an error's message, without the next step of one of t5tune's own."""
+    return " ".join(str(text.message if isinstance(text, T5TuneError) else text).split())
 
 
 def shorten(text: str, limit: int = 60) -> str:

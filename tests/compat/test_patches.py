@@ -29,7 +29,7 @@ def test_errors_of_torch_save_are_collected_with_the_systems_reason(tmp_path: Pa
     assert torch.save is save
     assert torch.load(tmp_path / "new folder" / "a.pt")["a"].tolist() == [1, 1, 1]
     (failure,) = failures
-    assert str(failure) == "/dev/full: No space left on device (errno 28)"
+    assert failure.message == "/dev/full: No space left on device (errno 28)"
 
 
 def test_the_attention_kernel_and_the_environment_are_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

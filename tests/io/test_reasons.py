@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from t5tune.errors import SettingsError
-from t5tune.io.reasons import describe_error
+from t5tune.errors import SettingsError, WriteError
+from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.settings import MergeSettings, Settings, TrainSettings, load_settings
 from tests.support.command_line import t5tune, t5tune_in_fork
 
@@ -30,6 +30,11 @@ VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
     "empty list": (TrainSettings, "data_path", [], "must not be empty"),
     "size that is too large": (MergeSettings, "max_shard_size", "9" * 400 + "GB", "the size is too large"),
 }
+
+
+def test_the_reason_that_an_error_gives_is_without_its_next_step() -> None:
+    assert to_one_line(WriteError("a.pt: no space", hint="free up space")) == "a.pt: no space"
+    assert to_one_line(OSError("two\nlines")) == "two lines"
 
 
 @pytest.mark.parametrize(("model", "name", "value", "reason"), VALUES.values(), ids=VALUES)

@@ -142,7 +142,7 @@ def test_an_allowed_change_is_reported_and_stored_in_the_next_checkpoint(
     changed = make_settings(untied_base, conversations, run, learning_rate=5e-3, model_max_length=64)
     with pytest.raises(SettingsError, match="allow_change: learnin_rate: no such field.*learning_rate"):
         train(changed.model_copy(update={"allow_change": ["data", "model_max_length", "learnin_rate"]}))
-    with pytest.raises(SettingsError, match=r"settings or data:\nlearning_rate: 0.01 before, 0.005 now$"):
+    with pytest.raises(SettingsError, match=r"settings or data:\nlearning_rate: 0.01 before, 0.005 now; to resume"):
         train(changed.model_copy(update={"allow_change": ["data", "model_max_length"]}))
     message: list[str] = []
 

@@ -201,7 +201,7 @@ def build_page() -> str:
         "",
         "## Platforms",
         "",
-        "| platform | | what that rests on |",
+        "| platform | works | what that rests on |",
         "|---|---|---|",
     ]
     for name, (state, text, tests) in PLATFORMS.items():
