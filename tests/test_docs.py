@@ -56,7 +56,7 @@ def build_reference() -> str:
         "use, `--help-all` all of them. On the command line, `lora_r=16` is the same as `--lora-r 16`.",
         "",
         "The tables of the commands have the settings that most people use. [All settings](#settings) are explained",
-        "once, at the end of this page; each has an anchor, such as [`commands.md#lora_r`](#lora_r).",
+        "once, at the end of this page; each has an address of its own, such as [`lora_r`](#lora_r).",
     ]
     for model in COMMANDS:
         lines += build_command_section(model, rows)
