@@ -24,7 +24,7 @@ from t5tune.training.checkpoint import list_checkpoints
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
 QUANTIZATION_FLAGS = ("q_lora", *(name for name in QuantizationSettings.model_fields if name != "q_lora"), "bf16")
-MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", "q_lora", "quant_type", "bf16", "use_cpu", "device")
+MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", *QUANTIZATION_FLAGS, "use_cpu", "device")
 
 
 def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:

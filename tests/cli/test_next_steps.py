@@ -36,6 +36,7 @@ def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: 
     parsed = parse_arguments(["base", *shlex.split(words), "--data-path", "dev.csv", "b.csv"], EvaluateSettings)
     settings, _ = load_settings(EvaluateSettings, flags={**parsed.values, "output_dir": "out", "overwrite": "true"})
     [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
+    assert list_next_steps(settings, None)[0][1].endswith(" --no-double-quant")  # chat
     again = parse_arguments(shlex.split(line)[2:], EvaluateSettings)
     assert again.problems == []
     expected = settings.model_copy(update={"output_dir": None, "overwrite": False, "compare_base": True})
