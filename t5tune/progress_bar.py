@@ -15,7 +15,7 @@ def progress_bar() -> Report:
 
 class _Bars:
     def __init__(self) -> None:
-        is_notebook = "ipykernel" in sys.modules
+        is_notebook = _is_in_kernel()
         if is_notebook and find_spec("ipywidgets") is not None:
             from tqdm.notebook import tqdm
         else:
@@ -47,3 +47,9 @@ class _Bars:
 
     def _write(self, line: str) -> None:
         self._tqdm.write(line, file=self._stream)
+
+
+def _is_in_kernel() -> bool:
+    """Return whether Jupyter runs this code: its shell has a kernel, and that of a terminal has none."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mypy.api
@@ -398,8 +399,10 @@ def test_nothing_is_printed_and_no_file_is_left(tmp_path: Path) -> None:
 
 
 def test_a_progress_bar_shows_steps_losses_evaluations_and_notes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # that a script imports Jupyter's kernel doesn't make it a notebook
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
     train(make_settings(tmp_path, eval_fraction=0.2, eval_steps=2), progress_bar())
     shown = capsys.readouterr()
     assert shown.out == ""
