@@ -64,9 +64,10 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 't5tune' has no attribute {name!r}")
     from t5tune.compat.quiet import quiet_libraries
-    from t5tune.model.device import limit_openmp_spinning
+    from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 
     limit_openmp_spinning()
+    let_gpu_memory_grow()
     with quiet_libraries():
         found = getattr(import_module(f"t5tune.{_HOMES.get(name, 'settings')}"), name)
     value = _make_callable(found) if name in _COMMANDS else found

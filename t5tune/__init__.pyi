@@ -156,6 +156,8 @@ class TrainSettings(_settings.TrainSettings):
         gradient_accumulation_steps: int = 1,
         group_by_length: bool = True,
         packing: Literal["auto", "on", "off"] | bool = "auto",
+        packed_attention: Literal["auto", "flex", "loop"] = "auto",
+        attention_dropout: bool = True,
         lr_scheduler_type: str = "linear",
         warmup_steps: float = 0,
         weight_decay: float = 0.0,
@@ -267,12 +269,16 @@ class TrainSettings(_settings.TrainSettings):
                 steps; no effect with tokens_per_batch.
             packing: Pack the examples of a batch into one row without padding, without changing the results; auto packs
                 if the model supports it.
+            packed_attention: How attention over packed rows is computed: in one compiled kernel per layer (flex), or in
+                a loop over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.
+            attention_dropout: Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout
+                is faster, and keeps the dropout of hidden states.
             lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
             warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
             weight_decay: Decoupled weight decay (as in AdamW).
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
             max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
-            optim: Optimizer, by its transformers name.
+            optim: Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.
             tf32: Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.
             gradient_checkpointing: Recompute activations in the backward pass instead of storing them: less memory,
                 about a third slower.
@@ -426,7 +432,7 @@ class ChatSettings(_settings.ChatSettings):
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         q_lora: bool = False,
-        bf16: bool = False,
+        bf16: bool | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
@@ -455,7 +461,7 @@ class ChatSettings(_settings.ChatSettings):
             max_new_tokens: Maximum length of a reply (tokens).
             temperature: Sampling temperature; 0 decodes greedily, higher values give more varied replies.
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
-            bf16: Compute in bfloat16.
+            bf16: Compute in bfloat16; default: on GPUs that can.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
@@ -484,7 +490,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
         num_data: int | None = None,
         metrics: Sequence[str] | str | None = None,
         compare_base: bool = False,
-        bf16: bool = False,
+        bf16: bool | None = None,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         family: Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"] | None = None,
@@ -525,7 +531,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
                 all that fit the targets.
             compare_base: Also score the base without the adapter, and show the differences.
-            bf16: Compute in bfloat16.
+            bf16: Compute in bfloat16; default: on GPUs that can.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
@@ -619,6 +625,8 @@ class PlanSettings(_settings.PlanSettings):
         gradient_accumulation_steps: int = 1,
         group_by_length: bool = True,
         packing: Literal["auto", "on", "off"] | bool = "auto",
+        packed_attention: Literal["auto", "flex", "loop"] = "auto",
+        attention_dropout: bool = True,
         learning_rate: float = 5e-05,
         lr_scheduler_type: str = "linear",
         warmup_steps: float = 0,
@@ -687,13 +695,17 @@ class PlanSettings(_settings.PlanSettings):
                 steps; no effect with tokens_per_batch.
             packing: Pack the examples of a batch into one row without padding, without changing the results; auto packs
                 if the model supports it.
+            packed_attention: How attention over packed rows is computed: in one compiled kernel per layer (flex), or in
+                a loop over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.
+            attention_dropout: Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout
+                is faster, and keeps the dropout of hidden states.
             learning_rate: Peak learning rate.
             lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
             warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
             weight_decay: Decoupled weight decay (as in AdamW).
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
             max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
-            optim: Optimizer, by its transformers name.
+            optim: Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.
             tf32: Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.
             gradient_checkpointing: Recompute activations in the backward pass instead of storing them: less memory,
                 about a third slower.

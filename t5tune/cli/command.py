@@ -14,7 +14,7 @@ from t5tune.compat.quiet import quiet_libraries
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
-from t5tune.model.device import limit_openmp_spinning
+from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 from t5tune.progress import Note
 from t5tune.settings import COMMANDS, Settings, TrainSettings, load_settings
 
@@ -51,6 +51,7 @@ def run_command(command: str, arguments: list[str]) -> int:
 
 def _configure_libraries(command: str, debug: bool) -> None:
     limit_openmp_spinning()
+    let_gpu_memory_grow()
     if command == "merge":
         # its matrix products are small: more BLAS threads would only wait for each other and use memory
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

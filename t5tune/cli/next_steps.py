@@ -57,6 +57,8 @@ def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str
 
 def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
     as_trained = [*_repeat(settings, QUANTIZATION_FLAGS)] if settings.q_lora else []
+    if settings.q_lora and not settings.bf16:
+        as_trained.append("--no-bf16")
     yield ["chat", str(result.run), *as_trained]
     held_out = settings.eval_data_path
     if held_out is None and result.eval and _is_cache(settings.data_path):

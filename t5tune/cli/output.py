@@ -28,6 +28,7 @@ LABELS = {
     "train_loss": "mean training loss",
     "eval": "held-out",
     "peak_memory_bytes": "peak memory per process",
+    "peak_reserved_bytes": "peak memory reserved",
     "bytes": "size",
     "world_size": "processes",
     "zero_stage": "ZeRO stage",
@@ -272,7 +273,7 @@ def _list_rows(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _format_value(name: str, value: Any) -> str:
-    if name in {"bytes", "peak_memory_bytes"}:
+    if name in {"bytes", "peak_memory_bytes", "peak_reserved_bytes"}:
         return format_size(value)
     if name == "seconds":
         return format_duration(value)

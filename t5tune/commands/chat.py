@@ -28,6 +28,7 @@ from t5tune.data.templates import (
 )
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
+from t5tune.model.device import use_gpu_kernels
 from t5tune.model.generation import Decoding, RandomStream, generate
 from t5tune.model.inference import load_for_inference
 from t5tune.progress import Note, Report, silent
@@ -174,7 +175,7 @@ class Chatter:
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
         )
-        with quiet_libraries(), self.random.use():
+        with quiet_libraries(), use_gpu_kernels(self.model.device), self.random.use():
             (ids,) = generate(self.model, [source], decoding, on_token=on_token)
         return ids
 

@@ -27,6 +27,7 @@ from t5tune.version import __version__
 PROBE_HINTS = {
     "torch": "pip install --upgrade --force-reinstall torch",
     "bf16": "pip install --upgrade --force-reinstall torch",
+    "kernels": "training uses slower operations; see the result for torch",
     "bitsandbytes": "pip install --upgrade bitsandbytes, or uninstall it if you don't use --q-lora",
     "processes": "see the result for torch; training in one process doesn't need this",
     "deepspeed": "pip install --upgrade deepspeed ninja, or uninstall it if you don't use --deepspeed",

@@ -45,7 +45,7 @@ from t5tune.io.atomic import check_replaceable, find_unused_folder, hash_file, w
 from t5tune.io.yaml_file import read_yaml
 from t5tune.metrics import METRICS, choose_metrics, score, score_one
 from t5tune.model.attention import can_pack, use_packing
-from t5tune.model.device import explain_out_of_memory
+from t5tune.model.device import explain_out_of_memory, use_gpu_kernels
 from t5tune.model.generation import Decoding
 from t5tune.model.inference import LoadedModel, is_adapter, load_for_inference, select_base
 from t5tune.progress import Note, Report, silent
@@ -174,11 +174,12 @@ def _check_is_adapter(settings: EvaluateSettings) -> None:
 
 def _run_model(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, report: Report) -> _Outcome:
     """Measure the losses of a model, and generate its predictions."""
-    losses = _measure_losses(settings, model, chosen, report)
     tokenizer, max_new_tokens = chosen.tokenizer, settings.max_new_tokens or find_max_target_length(chosen.examples)
     decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, settings.num_beams)
     batch_size = settings.per_device_eval_batch_size
-    predicted_ids = generate_predictions(model, chosen.examples, decoding, batch_size, report)
+    with use_gpu_kernels(model.device):
+        losses = _measure_losses(settings, model, chosen, report)
+        predicted_ids = generate_predictions(model, chosen.examples, decoding, batch_size, report)
     return _Outcome(losses, [decode_prediction(tokenizer, ids, chosen.answer_end) for ids in predicted_ids])
 
 

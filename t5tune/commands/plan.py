@@ -23,6 +23,7 @@ from t5tune.data.batching import Integers, estimate_cost, make_count_batches
 from t5tune.data.cache import is_cache, open_cache
 from t5tune.errors import SettingsError
 from t5tune.families import find_family, match_family
+from t5tune.model.device import has_bf16
 from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.model.load import count_parameters
 from t5tune.model.memory import (
@@ -109,6 +110,7 @@ class _Machine:
     count: int
     memory: int | None
     name: str
+    has_bf16: bool
 
 
 @dataclass(frozen=True)
@@ -265,11 +267,12 @@ def _detect_machine(settings: PlanSettings) -> _Machine:
     found = 0 if settings.use_cpu else torch.cuda.device_count()
     if memory is None and settings.num_processes is None and found:
         properties = torch.cuda.get_device_properties(0)
-        return _Machine(True, settings.num_gpus or found, int(properties.total_memory), properties.name)
+        count, has_own_bf16 = settings.num_gpus or found, has_bf16(torch.device("cuda"))
+        return _Machine(True, count, int(properties.total_memory), properties.name, has_own_bf16)
     if memory is not None or settings.num_gpus:
-        return _Machine(True, settings.num_gpus or 1, memory, "GPU")
+        return _Machine(True, settings.num_gpus or 1, memory, "GPU", has_bf16=True)
     count = settings.num_processes or 1
-    return _Machine(False, count, psutil.virtual_memory().total // count, "CPU")
+    return _Machine(False, count, psutil.virtual_memory().total // count, "CPU", has_bf16=False)
 
 
 def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str, Any], Path]:
@@ -368,7 +371,8 @@ def _suggest_settings(
 def _list_candidates(settings: PlanSettings, machine: _Machine) -> list[dict[str, Any]]:
     """List changes of the settings, from the fastest to those that need the least memory; `train` may refuse some."""
     base: dict[str, Any] = {
-        "bf16": settings.bf16 or machine.on_gpu,
+        # train refuses bf16 on a GPU that only emulates it
+        "bf16": machine.has_bf16 or (settings.bf16 and not machine.on_gpu),
         "gradient_checkpointing": False,
         "q_lora": False,
         "deepspeed": None,

@@ -19,7 +19,7 @@ from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import copy_atomically, explain_write_errors
 from t5tune.io.records_in_memory import find_kept_path
-from t5tune.model.device import check_bf16, explain_out_of_memory
+from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import PrepareSettings, TrainSettings
 from t5tune.training.checkpoint import list_checkpoints
@@ -55,8 +55,10 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         # imports torch, which takes seconds, in which a signal may arrive
         from t5tune.distributed.collectives import report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
+        from t5tune.distributed.watch import watch_ranks
 
         device = stack.enter_context(join_process_group(world, settings, report))
+        watch = stack.enter_context(watch_ranks(world, settings.process_group_timeout))
         stack.enter_context(report_lost_ranks(world))
         if settings.bf16:
             check_bf16(device)
@@ -71,10 +73,14 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         run = locate_run(settings)
         if run.finished:
             return read_result(run.folder)
+        from t5tune.compat.torch_patches import restore_determinism
+        from t5tune.training.arguments import choose_tf32
         from t5tune.training.session import Session, run_training
 
+        stack.enter_context(restore_determinism())
+        stack.enter_context(use_gpu_kernels(device, choose_tf32(settings, device, report)))
         with _explain_out_of_memory(settings):
-            return run_training(Session(settings, run, world, device, stop, report))
+            return run_training(Session(settings, run, world, device, stop, watch, report))
 
 
 def _check_call(settings: TrainSettings, world: World) -> None:

@@ -48,6 +48,25 @@ def replace_attention_kernel(kernel: Callable[..., torch.Tensor]) -> AbstractCon
 
 
 @contextmanager
+def restore_determinism() -> Iterator[None]:
+    """Undo at the end of this block what TrainingArguments' `full_determinism` turns on for the process.
+
+    transformers' `enable_full_determinism` never turns it off (up to at least 5.24), and in a notebook the process
+    goes on. The environment variables that it sets are restored with those of the process group.
+    """
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn
+    try:
+        with _replace(cudnn, deterministic=cudnn.deterministic, benchmark=cudnn.benchmark):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@contextmanager
 def collect_save_errors() -> Iterator[list[Exception]]:
     """Make `torch.save` write through Python files. Yield a list that receives its errors, which aren't raised.
 

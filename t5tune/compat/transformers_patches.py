@@ -1,6 +1,6 @@
-"""Patch of transformers: other computations for some layers of one model."""
+"""Patches of one model for transformers: other computations in some layers, and no needless work in each step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,3 +18,39 @@ def replace_forward(model: Any, class_names: tuple[str, ...], forward: Callable[
     for module in model.modules():
         if type(module).__name__.endswith(class_names):
             module.forward = partial(forward, module, module.forward)
+
+
+def skip_module_walks(model: Any, wrapper: Any, trained: Sequence[Any]) -> None:
+    """Spare each micro-step two walks over all modules of a model, of which one with adapters has thousands.
+
+    `Trainer.training_step` calls `model.train()` each time, and `Trainer._run_epoch` calls `model.zero_grad()`, which
+    looks for gradients in frozen parameters too (transformers 5.18 to 5.24).
+    https://github.com/huggingface/transformers/blob/v5.18.0/src/transformers/trainer.py
+
+    Args:
+        wrapper: DistributedDataParallel or DeepSpeed's engine around the model; the model itself without one.
+        trained: the parameters that have gradients.
+    """
+    # once with all modules: those of a base that was loaded in evaluation mode are still in it
+    set_mode = model.train().train
+
+    def train(mode: bool = True) -> Any:
+        return model if model.training is mode else set_mode(mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    model.train, wrapper.zero_grad = train, zero_grad
+
+
+def leave_empty_bias_without_gradient(model: Any) -> None:
+    """Keep cross-attention from computing a gradient of its position bias, which is all zeros and has no weights.
+
+    With gradient checkpointing T5Attention makes this bias require one (transformers 5.18 to 5.24). torch's fused
+    kernels don't take such a bias, and the others store all scores. Call it once checkpointing is enabled.
+    https://github.com/huggingface/transformers/blob/v5.18.0/src/transformers/models/t5/modeling_t5.py#L345
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention") and hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False

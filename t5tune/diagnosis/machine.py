@@ -11,7 +11,8 @@ from pathlib import Path
 from t5tune.compat.requirements import is_older, make_upgrade_command, read_oldest_releases
 from t5tune.diagnosis import CheckResult, Finding
 from t5tune.io.reasons import to_one_line
-from t5tune.model.device import get_free_memory
+from t5tune.model.build_tools import find_missing_compiler
+from t5tune.model.device import get_free_memory, read_nvidia_driver
 
 GIB = 1 << 30
 
@@ -59,7 +60,9 @@ def _check_python() -> CheckResult:
 
 
 def _check_compiler() -> CheckResult:
-    """Check for a C++ compiler and ninja: DeepSpeed compiles its CPU Adam for offloading at first use."""
+    """Check for compilers: Triton compiles at first use on a GPU, and DeepSpeed its CPU Adam for offloading."""
+    if read_nvidia_driver() and (missing := find_missing_compiler(on_gpu=True)):
+        return "warning", missing.what, f"{missing.fix}; needed for --torch-compile and for fused kernels"
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         fix = "apt install g++ ninja-build, or dnf install gcc-c++ ninja-build; needed for --deepspeed with offloading"

@@ -23,8 +23,16 @@ from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.diagnosis import CheckResult, Finding
 from t5tune.formatting import format_count
 from t5tune.io.processes import make_module_command
+from t5tune.model.attention_check import (
+    AttentionShape,
+    find_difference,
+    find_unmet_requirement,
+    measure_implementations,
+)
 from t5tune.model.device import read_nvidia_driver
+from t5tune.model.gated_gelu import find_kernel_problem
 
+BASE_SHAPE = AttentionShape(num_heads=12, head_width=64, max_distance=128, dropout=0.1)  # of Flan-T5-base
 SLOW_BF16 = 3.0  # bf16 time / fp32 time of a matrix product above which a CPU has no useful bf16 arithmetic
 TRAIN_ONE_STEP = "train --config pocket --num-data 64 --max-steps 1 --report-samples 0 --quiet --output-dir"
 NEWER_DRIVER_FIX = "install a newer NVIDIA driver, or a torch build for an older CUDA version"
@@ -62,6 +70,23 @@ def _time_product(dtype: torch.dtype) -> float:
     """Return the shortest time of a few matrix products, in seconds."""
     a = torch.randn(512, 512).to(dtype)
     return min(timeit.repeat(lambda: torch.mm(a, a), number=1))
+
+
+def probe_kernels() -> CheckResult:
+    """Compare the kernels that are compiled for a GPU with torch's operations: their results, and attention's speed."""
+    if not torch.cuda.is_available():
+        return "good", "no GPU: attention over packed rows loops over the examples", ""
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    if (problem := find_kernel_problem(device)) is not None:
+        return "warning", f"gated activations use torch's operations, which is slower: {problem}", ""
+    if (limit := find_unmet_requirement(BASE_SHAPE, device, dtype, trains_bias=False)) is not None:
+        return "warning", f"attention over packed rows loops over the examples, which is slower: {limit}", ""
+    if (problem := find_difference(BASE_SHAPE, device, dtype)) is not None:
+        found = f"attention over packed rows can't use one kernel, so it loops over the examples: {problem}"
+        return "warning", found, "install a newer torch with the triton that belongs to it"
+    seconds = measure_implementations(BASE_SHAPE, device, dtype)
+    flex, loop = (f"{1000 * seconds[name]:.1f} ms" for name in ("flex", "loop"))
+    return "good", f"attention over packed rows in one kernel: {flex}, and {loop} in a loop over the examples", ""
 
 
 def probe_bitsandbytes() -> CheckResult:
@@ -111,6 +136,7 @@ def _train_one_step(*flags: str) -> float:
 PROBES: dict[str, Callable[[], CheckResult]] = {
     "torch": probe_torch,
     "bf16": probe_bf16,
+    "kernels": probe_kernels,
     "bitsandbytes": probe_bitsandbytes,
     "processes": probe_processes,
     "deepspeed": probe_deepspeed,

@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from t5tune.distributed.world import World
+from t5tune.distributed.world import RESUME_HINT, World
 from t5tune.errors import RankLost, T5TuneError, TrainingError
+from t5tune.io.reasons import to_one_line
 
 Value = TypeVar("Value")
 ANSWER_SECONDS = 1.0
+MAX_PAUSE = 0.25  # seconds between two looks into the store
 # parts of gloo's messages, whose errors are plain RuntimeErrors
 RANK_LOSS_MESSAGES = (
     "gloo",
+    "Gloo",
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
@@ -37,19 +40,18 @@ def get_rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
-def any_rank(flag: bool, device: Any) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank. A collective: every rank must call it at the same point."""
     if not is_distributed():
         return flag
-    found = torch.tensor(int(flag), device=device)
+    found = torch.tensor(int(flag))  # on the CPU, also on GPUs: no one waits for a GPU
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
-    if is_distributed():
-        dist.barrier()
+    """Wait for all ranks, but not for their GPUs, as torch's own barrier does."""
+    any_rank(False)
 
 
 def all_gather(value: Value) -> list[Value]:
@@ -73,20 +75,39 @@ def broadcast_from_rank_0(value: Value) -> Value:
 def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
     """Call `act` on rank 0 while the others wait, and return its result on every rank.
 
+    `act` may take longer than a collective may wait: the others look into the rendezvous store until it is done. If
+    rank 0 doesn't answer any more, the rank watch ends them (see watch.py).
+
     Raises:
         T5TuneError: `act` raised it; every rank raises it.
     """
+    if world.size == 1:
+        return act()
+    store = distributed_c10d._get_default_store()
+    # calls are counted in the store, because a later run of the same processes may get the same store
+    done = f"t5tune/done/{store.add(f't5tune/calls/{world.rank}', 1)}"
     found: Value | T5TuneError | None = None
     if world.rank == 0:
         try:
             found = act()
         except T5TuneError as error:
             found = error
-    if world.size > 1:
-        found = broadcast_from_rank_0(found)
+        finally:  # after any other error, the others lose their connection in the broadcast
+            store.set(done, "yes")
+    else:
+        _wait_for_key(store, done)
+    found = broadcast_from_rank_0(found)
     if isinstance(found, T5TuneError):
         raise found
     return found  # type: ignore[return-value]
+
+
+def _wait_for_key(store: Any, key: str) -> None:
+    # `store.wait` would keep Python from handling signals
+    pause = 0.01
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE)
 
 
 @contextmanager
@@ -95,7 +116,7 @@ def report_rendezvous_errors() -> Iterator[None]:
 
     Raises:
         TrainingError: another process listens on the port of rank 0.
-        RankLost: rank 0 can't be reached.
+        RankLost: a rank can't be reached.
     """
     try:
         yield
@@ -109,6 +130,14 @@ def report_rendezvous_errors() -> Iterator[None]:
         raise RankLost(
             f"rank {rank}: no answer at {host}:{port}, the rendezvous of the ranks",
             hint="start all ranks with the same MASTER_ADDR and MASTER_PORT, which every rank must be able to reach",
+        ) from error
+    except RuntimeError as error:  # of NCCL or of gloo, which has no type of its own
+        if not _is_rank_loss(error):
+            raise
+        raise RankLost(
+            f"rank {os.environ.get('RANK', '?')}: can't connect to the other ranks: {to_one_line(error)}",
+            hint="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that connects the machines, "
+            "such as eth0; NCCL_DEBUG=WARN says more about GPUs",
         ) from error
 
 
@@ -126,11 +155,12 @@ def report_lost_ranks(world: World) -> Iterator[None]:
     except Exception as error:
         if world.size == 1 or not _is_rank_loss(error):
             raise
-        problem = f"rank {world.rank}: {_describe_silence(_find_silent_ranks(world))}"
-        raise RankLost(problem, hint="run the same command again to resume from the last checkpoint") from error
+        problem = f"rank {world.rank}: {describe_silence(_find_silent_ranks(world))}"
+        raise RankLost(problem, hint=RESUME_HINT) from error
 
 
-def _describe_silence(ranks: list[int]) -> str:
+def describe_silence(ranks: list[int]) -> str:
+    """Say which ranks don't answer; without any, that the connection to one broke."""
     if len(ranks) == 1:
         return f"rank {ranks[0]} doesn't answer"
     if ranks:

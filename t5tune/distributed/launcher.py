@@ -28,7 +28,7 @@ from t5tune.distributed.signals import (
     choose_signals,
     get_exit_code,
 )
-from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, World
+from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, RESUME_HINT, World
 from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import die_with_parent, make_module_command
@@ -203,6 +203,10 @@ def _find_first_error(folder: Path, ended: list[int | None], received: _Received
         return own[0]
     if received.first is not None and received.is_second:
         return Stopped(f"second {received.first.name}: exited immediately", hint="the last complete checkpoint is kept")
+    left = ", ".join(str(rank) for rank, code in enumerate(ended) if code is None)
+    if -signal.SIGABRT in ended and left:
+        aborted = f"rank {ended.index(-signal.SIGABRT)} was killed by SIGABRT, as NCCL does if another rank hangs"
+        return RankLost(f"{aborted}; still running: rank {left}", hint=RESUME_HINT)
     for rank, code in enumerate(ended):
         if code is not None and code < 0:
             hint = "unless someone killed it, the machine may have run out of memory"

@@ -5,7 +5,7 @@
         with stop.interruptible():   # a recorded signal raises here: there is nothing to save yet
             model = load()           # a signal interrupts this
         train(model)                 # signals are recorded again, to be looked at after each step
-        if any_rank(stop.is_set, device):
+        if any_rank(stop.is_set):
             ...                      # every rank gets here after the same step
 
 Schedulers send SIGTERM or SIGUSR1 some time before they kill a job. Closing a terminal sends SIGHUP. Ctrl-C sends
@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 from t5tune.compat.python_patches import hide_unraisable
@@ -36,6 +36,9 @@ SECONDS_BETWEEN_SIGNALS = 1.0
 # exit after this long if the work can't be interrupted: download threads, for example, don't stop before their file is
 # complete
 SECONDS_TO_UNWIND = 20.0
+# how long the main thread has to exit at a second signal before another thread does it
+SECONDS_TO_REACT = 0.5
+SECOND_SIGNAL = "second signal: exiting now; the last complete checkpoint is kept"
 ERASE_LINE_AND_SHOW_CURSOR = "\r\x1b[K\x1b[?25h"
 
 
@@ -69,6 +72,7 @@ class StopRequest:
         self._came_at = 0.0
         self._is_interruptible = False
         self._exit_timer: threading.Timer | None = None
+        self._is_exiting = threading.Event()
 
     @property
     def is_set(self) -> bool:
@@ -86,7 +90,7 @@ class StopRequest:
             if number != FORWARDED_SIGNAL and time.monotonic() - self._came_at > SECONDS_BETWEEN_SIGNALS:
                 if not self._exits:
                     raise InterruptedAgain("stopped at once; the last complete checkpoint is kept")
-                self._exit_now("second signal: exiting now; the last complete checkpoint is kept")
+                self._exit_now(SECOND_SIGNAL)
             return
         self.signal_name = signal.Signals(number).name
         self._came_at = time.monotonic()
@@ -97,6 +101,22 @@ class StopRequest:
             again = "press Ctrl-C again to quit immediately" if self._exits else "interrupt again to stop at once"
             note = Note(f"finishing this step and saving; {again}")
             threading.Thread(target=self._report, args=(note,), daemon=True).start()
+
+    def exit_at_second_signal(self, pipe: int) -> None:
+        """Read the numbers of signals from a pipe until a 0, and exit at a second signal if the main thread doesn't.
+
+        Python runs signal handlers in the main thread, but not while that waits in C++ for a GPU or for another rank.
+        """
+        first_came_at: float | None = None
+        with open(pipe, "rb", buffering=0) as numbers:
+            while number := numbers.read(1)[0]:
+                if signal.getsignal(number) != self.receive:  # `launch` handles signals itself
+                    continue
+                now = time.monotonic()
+                first_came_at = first_came_at or now
+                is_second = number != FORWARDED_SIGNAL and now - first_came_at > SECONDS_BETWEEN_SIGNALS
+                if is_second and not self._is_exiting.wait(SECONDS_TO_REACT):
+                    self._exit_now(SECOND_SIGNAL)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -130,7 +150,8 @@ class StopRequest:
         raise Interrupted
 
     def _exit_now(self, line: str) -> NoReturn:
-        _write_stderr(line)
+        self._is_exiting.set()
+        write_stderr(line)
         os._exit(get_exit_code(self.signal_name))
 
     def close(self) -> None:
@@ -150,7 +171,8 @@ class StopRequest:
         return f"stopped by {self.signal_name or 'a signal to another rank'}"
 
 
-def _write_stderr(line: str) -> None:
+def write_stderr(line: str) -> None:
+    """Write a line to stderr, also from a signal handler or while another thread draws a progress bar."""
     # in a signal handler, `print` could re-enter a buffered writer
     with suppress(OSError):  # Ctrl-C also ends a `tee` that the output is piped to
         # a terminal has a progress bar in this line, and no cursor
@@ -192,13 +214,30 @@ def handle_signals(report: Report = silent, exits: bool = True) -> Iterator[Stop
     # `launch` starts workers with these signals blocked, so that one that arrives earlier is delivered here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
     try:
-        yield stop
+        with _watch_signals(stop) if exits else nullcontext():
+            yield stop
     finally:
         _current = None
         stop.close()
         for number, handler in before.items():
             if signal.getsignal(number) == stop.receive:  # after a signal, `launch` has set them to be ignored
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _watch_signals(stop: StopRequest) -> Iterator[None]:
+    """Start the thread that exits at a second signal while the main thread can't."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Python's C code writes each signal's number there at once
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=stop.exit_at_second_signal, args=(reader,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writer, b"\0")
+        os.close(writer)
 
 
 def ignore_signals(_worker: int) -> None:

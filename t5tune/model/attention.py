@@ -7,11 +7,14 @@ T5's position bias depends only on the distance between two tokens, so each exam
 of the row: losses and gradients equal those of the padded batch. Without the argument `packing` the model computes as
 before, so evaluation and generation don't have to switch anything.
 
-B batch (1 if packed), Q query tokens, K key tokens, H heads, D head width.
+On a GPU, all segments are attended to in one kernel (flex_attention.py), if the collator has planned the rows for that.
+Otherwise a loop attends to one segment after the other.
+
+B batch (1 if packed), Q query tokens, K key tokens, H heads, D head width, R entries of a bias table.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,16 +23,33 @@ from torch.nn import functional
 
 from t5tune.compat.transformers_patches import replace_forward
 from t5tune.families import FAMILIES
+from t5tune.model.flex_attention import PackedRows
+from t5tune.model.flex_attention import attend as flex_attend
 
 PACKABLE_ATTENTION = tuple({family.attention_layer for family in FAMILIES.values()})
+BIAS_ALIGNMENT = 8  # elements
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Lengths of the examples in a packed row, in order, in tokens: of their sources, and of their targets."""
+    """The examples in a packed row.
+
+    Args:
+        sources, targets: lengths of the examples' sources and targets, in order, in tokens.
+        rows: how the rows are divided into blocks; None: attention loops over the segments.
+    """
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
+    rows: PackedRows | None = None
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Segments":
+        """Copy the rows' blocks to a device. accelerate calls this for a batch."""
+        return self if self.rows is None else replace(self, rows=self.rows.to(device, non_blocking))
+
+    def pin_memory(self) -> "Segments":
+        """Copy the rows' blocks to pinned memory. The data loader calls this for a batch."""
+        return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
 
 
 def can_pack(model: Any) -> bool:
@@ -44,10 +64,19 @@ def use_packing(model: Any) -> None:
 
     Call it after `requires_grad` is set on all parameters.
     """
-    trains_bias = any(
-        parameter.requires_grad for name, parameter in model.named_parameters() if "relative_attention_bias" in name
-    )
-    replace_forward(model, PACKABLE_ATTENTION, partial(_forward, trains_bias))
+    replace_forward(model, PACKABLE_ATTENTION, partial(_forward, trains_position_bias(model)))
+
+
+def trains_position_bias(model: Any) -> bool:
+    """Whether the position bias is trained."""
+    return any(value.requires_grad for name, value in model.named_parameters() if "relative_attention_bias" in name)
+
+
+def switch_off_attention_dropout(model: Any) -> None:
+    """Set the dropout of attention's probabilities to 0; that of hidden states stays."""
+    for module in model.modules():
+        if type(module).__name__.endswith(PACKABLE_ATTENTION):
+            module.dropout = 0.0
 
 
 def _forward(
@@ -63,27 +92,27 @@ def _forward(
     if packing is None:
         return original_forward(hidden_BQ, *args, **kwargs)
     memory_BK = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states"))
-    queries = packing.targets if module.is_decoder else packing.sources
-    keys = queries if memory_BK is None else packing.sources
-    bias_1HQK = kwargs.get("position_bias")
-    if bias_1HQK is None and module.has_relative_attention_bias:
-        bias_1HQK = _compute_position_bias(module, max(queries))
-    if bias_1HQK is not None and not trains_bias:
+    bias = kwargs.get("position_bias")
+    if bias is None and module.has_relative_attention_bias:
+        bias = _compute_bias(module, packing)
+    if bias is not None and not trains_bias:
         # reentrant checkpointing sets requires_grad on all outputs of a block; with a mask that requires a gradient,
         # torch would not choose the fused attention kernels
-        bias_1HQK = bias_1HQK.detach()
+        bias = bias.detach()
     source_BK = hidden_BQ if memory_BK is None else memory_BK
-    attended_BQHD = segment_attention(
-        _split_heads(module, module.q(hidden_BQ)),
-        _split_heads(module, module.k(source_BK)),
-        _split_heads(module, module.v(source_BK)),
-        list(queries),
-        list(keys),
-        bias_1HQK,
-        module.dropout if module.training else 0.0,
-    )
+    states = module.q(hidden_BQ), module.k(source_BK), module.v(source_BK)
+    query_BHQD, key_BHKD, value_BHKD = (_split_heads(module, states_B) for states_B in states)
+    dropout = module.dropout if module.training else 0.0
+    if packing.rows is not None:
+        kind = "cross" if memory_BK is not None else "decoder" if module.is_decoder else "encoder"
+        blocks = getattr(packing.rows, kind)
+        attended_BQHD = flex_attend(query_BHQD, key_BHKD, value_BHKD, blocks, bias, kind == "decoder", dropout)
+    else:
+        queries = packing.targets if module.is_decoder else packing.sources
+        keys = queries if memory_BK is None else packing.sources
+        attended_BQHD = segment_attention(query_BHQD, key_BHKD, value_BHKD, list(queries), list(keys), bias, dropout)
     output_BQ = module.o(attended_BQHD.flatten(2))
-    return (output_BQ, bias_1HQK, None) if "position_bias" in kwargs else (output_BQ, None)
+    return (output_BQ, bias, None) if "position_bias" in kwargs else (output_BQ, None)
 
 
 def segment_attention(
@@ -96,8 +125,6 @@ def segment_attention(
     dropout: float,
 ) -> torch.Tensor:
     """Attend within each segment. The bias is that of the longest segment; shorter ones take its upper left corner.
-
-    To use a variable-length kernel on GPUs, only this function has to change.
 
     Args:
         queries, keys: lengths of the segments, in tokens.
@@ -121,13 +148,24 @@ def segment_attention(
     return torch.cat(attended, 1)
 
 
+def _compute_bias(module: Any, packing: Segments) -> torch.Tensor:
+    """Compute the position bias, once for all layers: a table for the kernel [H, R], or a matrix for the loop."""
+    if packing.rows is not None:
+        distance = module.relative_attention_max_distance
+        table_1H1R: torch.Tensor = module.compute_bias(1, 2 * distance + 1, past_seen_tokens=distance)
+        return table_1H1R[0, :, 0].to(torch.promote_types(table_1H1R.dtype, torch.float32)).contiguous()
+    return _compute_position_bias(module, max(packing.targets if module.is_decoder else packing.sources))
+
+
 def _compute_position_bias(module: Any, length: int) -> torch.Tensor:
     """Compute the position bias of a segment of `length` tokens; in a decoder, future tokens are masked."""
-    bias_1HQK: torch.Tensor = module.compute_bias(length, length)
+    # torch's memory-efficient kernel on GPUs copies a bias whose rows aren't aligned, for each segment in each layer
+    width = -(-length // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    bias_1HQK: torch.Tensor = module.compute_bias(length, width)
     if module.is_decoder:
-        is_ahead_QK = torch.ones(length, length, dtype=torch.bool, device=bias_1HQK.device).triu(1)
+        is_ahead_QK = torch.ones(length, width, dtype=torch.bool, device=bias_1HQK.device).triu(1)
         bias_1HQK = bias_1HQK.masked_fill(is_ahead_QK, torch.finfo(bias_1HQK.dtype).min)
-    return bias_1HQK.contiguous()
+    return bias_1HQK.contiguous()[..., :length]
 
 
 def _split_heads(module: Any, states_B: torch.Tensor) -> torch.Tensor:

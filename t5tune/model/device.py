@@ -18,11 +18,14 @@ CGROUP_FOLDER = Path("/sys/fs/cgroup")
 NVIDIA_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 SPIN_COUNT = "3000"
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -> Any:
     """Return the named device, else the GPU of this rank, else the CPU.
+
+    A launcher may show each process all GPUs of the machine, or only one of its own, as SLURM's `--gpus-per-task=1`.
 
     Raises:
         SettingsError: torch doesn't know the device, or this machine doesn't have it.
@@ -39,7 +42,7 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
         # transformers imports DeepSpeed, which would otherwise look for an accelerator and warn that there is none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -54,11 +57,46 @@ def check_bf16(device: Any) -> None:
     """
     import torch
 
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and not has_bf16(device):
         raise SettingsError(
             f"bf16: {torch.cuda.get_device_name(device)} has no bf16 arithmetic and would emulate it",
             hint="use --no-bf16 to compute in fp32, also with --q-lora",
         )
+
+
+def has_bf16(device: Any) -> bool:
+    """Whether this is a GPU with bf16 arithmetic of its own (NVIDIA GPUs since compute capability 8.0)."""
+    import torch
+
+    return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+@contextmanager
+def use_gpu_kernels(device: Any, tf32: bool = False) -> Iterator[None]:
+    """Choose among torch's kernels for a GPU in this block; elsewhere change nothing.
+
+    - cuDNN's attention is off: it makes a plan for every new shape, which takes tens of milliseconds, and packed rows
+      and generation have new shapes all the time.
+    - TF32 is set by `torch.set_float32_matmul_precision`. After `torch.backends.fp32_precision = "tf32"`, as
+      transformers sets it, torch's older functions raise an error in whatever library reads them.
+
+    Args:
+        tf32: whether to multiply fp32 matrices in TensorFloat-32.
+    """
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    kernels: Any = torch.backends.cuda
+    precision, cudnn = torch.get_float32_matmul_precision(), kernels.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    kernels.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        kernels.enable_cudnn_sdp(cudnn)
+        torch.set_float32_matmul_precision(precision)
 
 
 def read_nvidia_driver() -> str | None:
@@ -94,6 +132,16 @@ def limit_openmp_spinning() -> None:
     """
     if not any(name in os.environ for name in SPIN_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def let_gpu_memory_grow() -> None:
+    """Make torch's GPU allocator extend its segments, instead of reserving new ones for other sizes.
+
+    Packed rows have another length in each step, which would leave more and more reserved memory unused. torch reads
+    the variable when it first uses a GPU. A value that the user has set is kept, also under the variable's older name.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @contextmanager
@@ -136,6 +184,19 @@ def get_peak_memory(device: Any) -> int:
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def get_reserved_memory(device: Any) -> dict[str, int]:
+    """Return the peak of the GPU memory that torch has reserved, in bytes, as `peak_reserved_bytes`.
+
+    It includes what torch's allocator keeps for later and loses to fragmentation, so it is what fills the GPU. On a
+    CPU there is no such allocator, and the result is empty.
+    """
+    if device.type != "cuda":
+        return {}
+    import torch
+
+    return {"peak_reserved_bytes": int(torch.cuda.max_memory_reserved(device))}
 
 
 def get_free_memory() -> int:

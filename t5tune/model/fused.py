@@ -9,36 +9,48 @@ same bits as transformers' and has a closed-form gradient. An ungated activation
 kernel. A gated one is computed chunk by chunk and multiplied by its linear half while it is in the cache. For the
 backward pass, the layers save only their inputs; norms also save one number per row.
 
+On a GPU, norms and gated activations are one kernel in each direction: torch's, and one that Triton compiles. LoRA's
+layers take fewer kernels, too (fused_lora.py).
+
 N tokens, C tokens of a chunk, D model width, F feed-forward width.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from t5tune.compat.transformers_patches import replace_forward
+from t5tune.model.fused_lora import use_fused_lora
+from t5tune.model.gated_gelu import CUBE, KERNEL_DTYPES, SLOPE, find_kernel_problem, gated_gelu
+from t5tune.progress import Note, Report, silent
 
 ELEMENTS_PER_CHUNK = 1 << 17  # per thread: 512 KiB in fp32
-SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # 2k and c of GELU's tanh approximation
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def use_fused_layers(model: Any) -> None:
-    """Compute the norms, `gelu_new` and gated activations of a T5, mT5 or umT5, with or without adapters, here."""
+def use_fused_layers(model: Any, device: torch.device | None = None, report: Report = silent) -> None:
+    """Compute the norms, activations and adapters of a T5, mT5 or umT5 here.
+
+    Args:
+        device: where the model will be trained, if that is a GPU: the kernel of gated activations is tried there.
+        report: receives a warning if that kernel doesn't work.
+    """
     replace_forward(model, ("T5LayerNorm",), _forward_norm)
-    replace_forward(model, ("T5DenseGatedActDense",), _forward_gated)
+    replace_forward(model, ("T5DenseGatedActDense",), partial(_forward_gated, _has_gate_kernel(model, device, report)))
     replace_forward(model, ("NewGELUActivation",), _forward_gelu)
+    use_fused_lora(model)
 
 
 def compile_layers(model: Any) -> None:
     """Compile each norm and each feed-forward layer with torch.compile, for any batch size and length.
 
-    Attention isn't compiled: with packed rows it loops over a variable number of segments.
+    Attention isn't compiled here: the loop has a variable number of segments, and flex_attention.py compiles its own
+    kernel.
     """
     for module in model.modules():
         if type(module).__name__.endswith(("T5LayerNorm", "T5LayerFF")):
@@ -60,15 +72,44 @@ def _forward_gelu(_module: Any, _original_forward: Callable[..., Any], hidden: t
     return functional.gelu(hidden, approximate="tanh")
 
 
+def _has_gate_kernel(model: Any, device: torch.device | None, report: Report) -> bool:
+    """Whether gated activations can be computed in one kernel on this GPU. Report why not."""
+    is_gated = any(type(module).__name__.endswith("GatedActDense") for module in model.modules())
+    if device is None or device.type != "cuda" or not is_gated:
+        return False
+    problem = find_kernel_problem(device)
+    if problem is not None:
+        report(Note(f"gated activations use torch's operations, which is slower on a GPU: {problem}", warning=True))
+    return problem is None
+
+
 def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
+    if hidden.device.type == "cuda" and hidden.dtype == module.weight.dtype:
+        return normalize_in_one_kernel(hidden, module.weight, module.variance_epsilon)
     return _RootMeanSquareNorm.apply(hidden, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
 
 
-def _forward_gated(module: Any, original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
+def normalize_in_one_kernel(hidden: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Compute T5's norm by torch's operator, which is one kernel on a GPU and saves what `_RootMeanSquareNorm` does.
+
+    In half precision, the kernel rounds once, after the product with the weight. transformers rounds before it, too, so
+    the kernel's result is nearer to the exact one, from which transformers' differs by up to one unit in the last place
+    more.
+    """
+    # autocast would return fp32 for this operator
+    with torch.autocast(hidden.device.type, enabled=False):
+        return functional.rms_norm(hidden, weight_D.shape, weight_D, epsilon)
+
+
+def _forward_gated(has_kernel: bool, module: Any, original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
     """Forward of T5DenseGatedActDense."""
     if type(module.act).__name__ != "NewGELUActivation":
         return original_forward(hidden)
-    inner = _GatedGelu.apply(module.wi_0(hidden), module.wi_1(hidden))  # type: ignore[no-untyped-call]
+    gate, linear = module.wi_0(hidden), module.wi_1(hidden)
+    if has_kernel and gate.device.type == "cuda" and gate.dtype == linear.dtype and gate.dtype in KERNEL_DTYPES:
+        inner = gated_gelu(gate.contiguous(), linear.contiguous())
+    else:
+        inner = _GatedGelu.apply(gate, linear)  # type: ignore[no-untyped-call]
     inner = module.dropout(inner)
     weight = module.wo.weight
     if isinstance(weight, torch.Tensor) and weight.is_floating_point():

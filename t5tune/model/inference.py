@@ -19,7 +19,7 @@ from t5tune.errors import ModelError
 from t5tune.families import find_family
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.reasons import to_one_line
-from t5tune.model.device import check_bf16, choose_device
+from t5tune.model.device import check_bf16, choose_device, has_bf16
 from t5tune.model.load import load_base
 from t5tune.model.lora import replace_trainable_token_layers
 from t5tune.progress import Note, Report, silent
@@ -66,11 +66,11 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
         check_adapter_shapes(
             state, config, find_family(base_config, base, family).complete_config(base_config), adapter
         )
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
     device = choose_device(settings.use_cpu, name=settings.device)
     if settings.bf16:
         check_bf16(device)
-    model = load_base(base, dtype, device, settings, family, report)
+    in_bf16 = has_bf16(device) if settings.bf16 is None else settings.bf16
+    model = load_base(base, torch.bfloat16 if in_bf16 else torch.float32, device, settings, family, report)
     if adapter is not None:
         model = load_adapter(model, adapter)
         replace_trainable_token_layers(model)  # PEFT would copy the whole embedding and head in each forward

@@ -28,6 +28,7 @@ from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.lora import LoraSettings
 
 BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora")  # they subtract each adapter's initial B·A from the base weight
+SVD_OVERSAMPLING, SVD_ITERATIONS = 4, 8  # of LoftQ's randomized decomposition (Halko et al. 2011)
 SAME_TOKENS_HINT = (
     "give the conversations instead of a token cache, and leave add_tokens at auto: then they are prepared with the "
     "adapter's tokens"
@@ -138,11 +139,15 @@ def _initialize_from_quantization_error(peft_model: Any, base: Path) -> None:
         error_OI = (
             to_torch(checkpoint.get_tensor(f"{name}.weight"), torch.float32).to(quantized_OI.device) - quantized_OI
         )
-        u_OR, s_R, v_RI = torch.linalg.svd(error_OI, full_matrices=False)
         rank = module.r["default"]
-        root_R = (s_R[:rank] / module.scaling["default"]).sqrt()
-        module.lora_A["default"].weight.data = (root_R[:, None] * v_RI[:rank]).contiguous()
-        module.lora_B["default"].weight.data = (u_OR[:, :rank] * root_R).contiguous()
+        # a full decomposition takes minutes for all weights of a large model, and corrects hardly more
+        u_OR, s_R, v_IR = (
+            part[..., :rank]
+            for part in torch.svd_lowrank(error_OI, min(SVD_OVERSAMPLING * rank, *error_OI.shape), SVD_ITERATIONS)
+        )
+        root_R = (s_R / module.scaling["default"]).sqrt()
+        module.lora_A["default"].weight.data = (v_IR * root_R).T.contiguous()
+        module.lora_B["default"].weight.data = (u_OR * root_R).contiguous()
 
 
 def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) -> None:

@@ -26,6 +26,7 @@ from t5tune.model import fused
 from t5tune.model.attention import Segments, can_pack, use_packing
 from t5tune.model.load import build_empty_model, find_quantizable_linears
 from t5tune.model.lora import add_lora
+from t5tune.model.loss import use_gpu_chunks
 from t5tune.settings.shared import QuantizationSettings
 
 # of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
@@ -126,6 +127,7 @@ def measure_step(
         if on_gpu:
             stack.enter_context(replace_attention_kernel(_attend))
             stack.enter_context(fused.without_chunks())
+            stack.enter_context(use_gpu_chunks(model.config.vocab_size))
         live = stack.enter_context(_LiveBytes(model.parameters()))
         in_bf16 = autocast and settings.bf16
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):

@@ -79,7 +79,10 @@ class InferenceSettings(QuantizationSettings, BaseModelSettings):
         description="Adapter folder or run folder to apply to the base; if model_name_or_path is itself an adapter or "
         "a run, its own base is used.",
     )
-    bf16: bool = Field(default=False, description="Compute in bfloat16.")
+    bf16: bool | None = Field(
+        default=None,
+        description="Compute in bfloat16; default: on GPUs that can.",
+    )
     use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
     device: Annotated[str | None, NoneIfUnset, DeviceAsText] = Field(
         default=None, description="Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."

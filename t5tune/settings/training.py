@@ -56,6 +56,16 @@ class TrainingSettings(Settings):
         description="Pack the examples of a batch into one row without padding, without changing the results; auto "
         "packs if the model supports it.",
     )
+    packed_attention: Annotated[Literal["auto", "flex", "loop"], Affects.NOTHING] = Field(
+        default="auto",
+        description="How attention over packed rows is computed: in one compiled kernel per layer (flex), or in a loop "
+        "over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.",
+    )
+    attention_dropout: Annotated[bool, Affects.WEIGHTS] = Field(
+        default=True,
+        description="Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout is "
+        "faster, and keeps the dropout of hidden states.",
+    )
     learning_rate: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=5e-5, ge=0, description="Peak learning rate."
     )
@@ -78,7 +88,8 @@ class TrainingSettings(Settings):
         default=1.0, ge=0, description="Gradient clipping: maximum norm of the gradient; 0 turns clipping off."
     )
     optim: Annotated[str, Affects.WEIGHTS | Affects.TRAINER] = Field(
-        default="adamw_torch", description="Optimizer, by its transformers name."
+        default="adamw_torch",
+        description="Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.",
     )
     bf16: Annotated[bool, Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=False, description="Compute in bfloat16, and keep the base in bfloat16."

@@ -48,7 +48,6 @@ def make_training_arguments(
     evaluates: bool,
     world: World,
     device: torch.device,
-    report: Report,
 ) -> OneGpuArguments:
     """Make the Trainer's arguments. The settings' own `training_args` override all others.
 
@@ -65,11 +64,11 @@ def make_training_arguments(
         "eval_strategy": settings.eval_strategy or ("steps" if settings.eval_steps else "epoch" if evaluates else "no"),
         "metric_for_best_model": metric,
         "greater_is_better": metric not in {None, "loss", "perplexity"},
-        "tf32": _choose_tf32(settings, device, report),
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world.size > 1 else None,
         "ddp_timeout": settings.process_group_timeout,
         "dataloader_pin_memory": not on_cpu,
+        "accelerator_config": {"non_blocking": not on_cpu},  # copy a batch to the GPU without waiting for its work
         "report_to": choose_trackers(settings.report_to),
     }
     values |= {**_choose_memory_arguments(settings, deepspeed), **FIXED_ARGUMENTS, **settings.training_args}
@@ -91,13 +90,17 @@ def _choose_memory_arguments(settings: TrainSettings, deepspeed: dict[str, Any] 
     }
 
 
-def _choose_tf32(settings: TrainSettings, device: torch.device, report: Report) -> bool | None:
-    """Whether to multiply fp32 matrices in TensorFloat-32: by default, if the GPU can. None: not available here."""
+def choose_tf32(settings: TrainSettings, device: torch.device, report: Report) -> bool:
+    """Whether to multiply fp32 matrices in TensorFloat-32: by default, if the GPU can.
+
+    TrainingArguments' own `tf32` isn't used: see `use_gpu_kernels`.
+    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return settings.tf32 is not False
     if settings.tf32:
-        report(Note(f"tf32: ignored, since this {device.type.upper()} has no TensorFloat-32"))
-    return None
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        report(Note(f"tf32: ignored, since {where} has no TensorFloat-32"))
+    return False
 
 
 def choose_best_metric(settings: TrainSettings) -> str | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from t5tune.data.cache import Cache
 from t5tune.data.encoding import Example
 from t5tune.errors import SettingsError
 from t5tune.model.attention import Segments
+from t5tune.model.flex_attention import divide_rows
 from t5tune.model.loss import IGNORED_LABEL
 from t5tune.settings import TrainSettings
 
@@ -124,20 +125,34 @@ def make_budget_sampler(
 
 
 class PackedCollator:
-    """Concatenates the examples of a batch in one row (see model/attention.py)."""
+    """Concatenates the examples of a batch in one row (see model/attention.py).
 
-    def __init__(self, decoder_start_token_id: int) -> None:
+    Args:
+        pad_token_id: what fills rows up to whole blocks.
+        divides_rows: whether to divide rows into blocks, for attention in one kernel.
+    """
+
+    def __init__(self, decoder_start_token_id: int, pad_token_id: int = 0, divides_rows: bool = False) -> None:
         self.decoder_start_token_id = decoder_start_token_id
+        self.pad_token_id = pad_token_id
+        self.divides_rows = divides_rows
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         sources = [example.source_S for example in examples]
         targets = [example.target_T for example in examples]
         shifted = _shift_right(targets, self.decoder_start_token_id)
+        segments = Segments(tuple(map(len, sources)), tuple(map(len, targets)))
+        if self.divides_rows:
+            segments = replace(segments, rows=(rows := divide_rows(segments.sources, segments.targets)))
+            sources.append(np.full(rows.source_length - sum(segments.sources), self.pad_token_id))
+            padding = rows.target_length - sum(segments.targets)
+            shifted.append(np.full(padding, self.pad_token_id))
+            targets.append(np.full(padding, IGNORED_LABEL))
         return {
             "input_ids": _concatenate(sources),
             "decoder_input_ids": _concatenate(shifted),
             "labels": _concatenate(targets),
-            "packing": Segments(tuple(map(len, sources)), tuple(map(len, targets))),
+            "packing": segments,
         }
 
 

@@ -20,7 +20,7 @@ from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.cache import Cache
 from t5tune.errors import SettingsError
 from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE, TEMPLATE_FILE
-from t5tune.model.attention import can_pack, use_packing
+from t5tune.model.attention import can_pack, switch_off_attention_dropout, use_packing
 from t5tune.model.fused import compile_layers, use_fused_layers
 from t5tune.model.load import count_parameters, load_base
 from t5tune.model.lora import add_lora, load_initial_adapter
@@ -82,13 +82,17 @@ def build_model(
     if settings.adapter is not None:
         load_initial_adapter(model, settings.adapter, cache.tokenizer_folder)
     is_packed = _enable_packing(settings, model, report)
+    if not settings.attention_dropout:
+        switch_off_attention_dropout(model)
     if settings.torch_compile:
         compile_layers(model)
         report(Note("norms and feed-forward layers are compiled; the first steps take seconds to minutes longer"))
     else:
-        use_fused_layers(model)
+        use_fused_layers(model, device, report)
     trainable, total = count_parameters(model)
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing or is_sharded:
+        # ZeRO-3 frees a block's weights once its inputs that require gradients have them, so its first input must be
+        # among these: otherwise the gradient for the encoder's output would free a decoder block in use
         model.enable_input_require_grads()
     if deepspeed is not None and is_sharded:
         _shard_parameters(model, deepspeed, dtype)
@@ -106,8 +110,8 @@ def _enable_packing(settings: TrainSettings, model: Any, report: Report) -> bool
         return False
     if not can_pack(model):
         reason = f"packing: {settings.packing}: the attention of {model.config.model_type} doesn't support packing"
-        if settings.packing == "on":
-            raise SettingsError(reason, hint="set packing to auto or off to use padded batches")
+        if settings.packing == "on" or settings.packed_attention == "flex":
+            raise SettingsError(reason, hint="leave out packing and packed_attention to use padded batches")
         report(Note(f"{reason}; using padded batches"))
         return False
     use_packing(model)
@@ -132,6 +136,9 @@ def _shard_parameters(model: Any, configuration: dict[str, Any], dtype: Any) -> 
         config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero},
         dtype=dtype,
     )
+    # Gather a block's weights at once: DeepSpeed would otherwise run hooks in Python for each of PEFT's small modules.
+    blocks = {type(module) for module in model.modules() if type(module).__name__.endswith("T5Block")}
+    deepspeed.utils.set_z3_leaf_modules(model, sorted(blocks, key=str))
     _register_external_parameters(model)
 
 

@@ -71,13 +71,11 @@ def measure_losses(
     device = next(model.parameters()).device
 
     def measure(indices: list[int]) -> dict[int, float]:
-        batch = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in collator([examples[i] for i in indices]).items()
-        }
+        batch = {name: value.to(device) for name, value in collator([examples[i] for i in indices]).items()}
         losses_BT = model(**batch, reduction="none", use_cache=False)
         if isinstance(collator, PackedCollator):
-            parts = losses_BT[0].split([len(examples[i].target_T) for i in indices])
+            lengths = [len(examples[i].target_T) for i in indices]
+            parts = losses_BT[0, : sum(lengths)].split(lengths)  # without the row's padding
         else:
             parts = losses_BT.unbind()
         sums_B = torch.stack([part.double().sum() for part in parts])
@@ -230,7 +228,6 @@ def _measure_all(
     longest_first = sorted(range(len(examples)), key=lambda i: lengths[i], reverse=True)
     pending = _make_batches(longest_first, lengths, batch_size, fits)
     rank, num_ranks = get_rank_and_size()
-    device = next(model.parameters()).device
     task = f"{EVALUATE_TASK}: {what}"
     found: dict[int, Found] = {}
     with count_done(task, report, len(examples), "examples") as advance:
@@ -244,7 +241,7 @@ def _measure_all(
             # possible, so this rank fails, and its exit ends their waiting.
             if error is not None and _is_sharded(model):
                 raise _make_memory_error(task, batch, lengths) from error
-            if not any_rank(error is not None, device):
+            if not any_rank(error is not None):
                 found |= results
                 pending = pending[num_ranks:]
                 advance(sum(map(len, together)))

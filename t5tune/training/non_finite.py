@@ -63,12 +63,13 @@ class NonFiniteGuard:
         The Trainer would otherwise add NaN to its running mean, which would never recover.
         """
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
-        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
     def check(self, norm: Any, step: int, model: Any, list_examples: Callable[[], list[int]]) -> Any:
-        """Check the gradient norm of a step, and return it. Call on every rank.
+        """Check the gradient norm of a step, and return it as a number. Call on every rank.
 
-        Under DeepSpeed the update has already been made or skipped; otherwise this drops non-finite gradients.
+        Under DeepSpeed the update has already been made or skipped; otherwise this drops non-finite gradients. Reading
+        the norm is the only time in a step that this process waits for its GPU: whether to update depends on it.
 
         Args:
             norm: None if DeepSpeed didn't compute it: stage 0 does that only for clipping.
@@ -78,8 +79,7 @@ class NonFiniteGuard:
             TrainingError: the step isn't finite, and training is to stop; names the step, the file and the last
                 complete checkpoint.
         """
-        if norm is None:
-            norm = self._plain_optimizer_norm
+        norm = self._plain_optimizer_norm if norm is None else float(norm)
         loss, self._step_loss = self._step_loss, None
         if self._engine is not None:
             skipped = self._count_skipped()
@@ -87,7 +87,7 @@ class NonFiniteGuard:
         elif is_skipped := not math.isfinite(norm):
             model.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
         if is_skipped:
-            self._handle(step, float(loss), math.inf if self._engine is not None else float(norm), list_examples())
+            self._handle(step, float(loss), math.inf if self._engine is not None else norm, list_examples())
         return norm
 
     def _handle(self, step: int, own_loss: float, grad_norm: float, examples: list[int]) -> None:
@@ -119,8 +119,8 @@ class NonFiniteGuard:
 
     def _skip_if_non_finite(self, optimizer: Any, *_: Any) -> None:
         parameters = [value for group in optimizer.param_groups for value in group["params"]]
-        norm = torch.nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
-        self._plain_optimizer_norm = float(norm)
+        norm = float(torch.nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None]))
+        self._plain_optimizer_norm = norm
         if not math.isfinite(norm):
             self._num_skipped_by_hook += 1
             for value in parameters:

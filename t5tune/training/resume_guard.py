@@ -25,6 +25,7 @@ from t5tune.training.checkpoint import read_run_identity
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 CACHE_FILES = ("tokens.bin", "conversations.bin", "examples.bin")
 SHARDING_FIELDS = ("world_size", "deepspeed_stage")
+PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
@@ -67,7 +68,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     different = {
         name: f"{name}: {_abbreviate(then.get(name))} before, {_abbreviate(now.get(name))} now"
         for name in now | then
-        if then.get(name) != now.get(name) and name not in SHARDING_FIELDS
+        if then.get(name) != now.get(name) and name not in (*SHARDING_FIELDS, PACKED_ATTENTION)
     }
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
         different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"

@@ -56,6 +56,7 @@ class TrainResult:
     Values cover the whole run, including before it was resumed, except `resumed_from`, `seconds` (wall-clock time,
     everything included) and `peak_memory_bytes`, which cover only the process that finished it. `tokens_per_second`
     excludes the time of evaluations and saves. `stopped_early` says when and why early stopping ended the run.
+    `peak_reserved_bytes` is what torch had reserved on a GPU, of which `peak_memory_bytes` was in use; None on a CPU.
     """
 
     run: Path
@@ -74,6 +75,7 @@ class TrainResult:
     resumed_from: Path | None
     seconds: float
     stopped_early: str | None = None
+    peak_reserved_bytes: int | None = None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the logged metrics: a dict for each logged step, with "step", "loss", "learning_rate", "eval_loss", …"""

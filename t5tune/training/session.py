@@ -1,6 +1,6 @@
 """One rank's part in a run: load the data and the model, train, and finish the run folder.
 
-result = run_training(Session(settings, run, world, device, stop, report))
+result = run_training(Session(settings, run, world, device, stop, watch, report))
 """
 
 import shutil
@@ -21,23 +21,28 @@ from t5tune.data.templates import Template, parse_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.distributed.collectives import barrier, run_on_rank_0
 from t5tune.distributed.signals import StopRequest
+from t5tune.distributed.watch import RankWatch
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, TrainingError, suggest_name
 from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAINER_STATE_FILE
 from t5tune.formatting import format_count, format_held_out_metric, format_number, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.io.yaml_file import read_yaml
-from t5tune.model.device import get_peak_memory
+from t5tune.model.attention import trains_position_bias
+from t5tune.model.attention_check import PackedAttention, read_attention_shape
+from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
 from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
+from t5tune.training.attention_choice import choose_packed_attention
 from t5tune.training.batches import PackedCollator, PaddedCollator, StepSampler, count_steps, make_sampler
 from t5tune.training.build_model import BuiltModel, build_model
-from t5tune.training.checkpoint import count_bytes
+from t5tune.training.checkpoint import count_bytes, read_run_identity
 from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import CheckpointPublisher
+from t5tune.training.resume_guard import PACKED_ATTENTION
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
 from t5tune.training.sample_predictions import SamplePredictions, select_candidates
 from t5tune.training.trainer import T5Trainer, TrainerParts
@@ -56,6 +61,7 @@ class Session:
     world: World
     device: torch.device
     stop: StopRequest
+    watch: RankWatch
     report: Report
     started: float = field(default_factory=time.monotonic)
 
@@ -146,19 +152,27 @@ def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> N
 def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T5Trainer:
     settings, report, folder = session.settings, session.report, session.run.folder
     evaluates = loaded.held_out is not None
-    args = make_training_arguments(settings, loaded.deepspeed, evaluates, session.world, session.device, report)
+    args = make_training_arguments(settings, loaded.deepspeed, evaluates, session.world, session.device)
     start_id, pad_id = built.model.config.decoder_start_token_id, loaded.tokenizer.pad_token_id
+    collator: PackedCollator | PaddedCollator = PaddedCollator(pad_id, start_id)
+    run_identity = loaded.run_identity
+    if built.is_packed:
+        attention = _choose_packed_attention(session, loaded, built)
+        collator = PackedCollator(start_id, pad_id, divides_rows=attention == "flex")
+        if attention == "flex" or session.device.type == "cuda":
+            run_identity = run_identity | {PACKED_ATTENTION: attention}
     count, skips = settings.eval_generate, settings.on_non_finite == "skip"
     scorer = _make_scorer(session, loaded, count) if count else None
     parts = TrainerParts(
         examples=loaded.cache,
         held_out=loaded.held_out,
         sampler=make_sampler(settings, loaded.cache, built.is_packed, session.world.size),
-        collator=PackedCollator(start_id) if built.is_packed else PaddedCollator(pad_id, start_id),
+        collator=collator,
         weights=built.weights,
-        publisher=CheckpointPublisher(folder, loaded.run_identity, settings.save_total_limit, report),
+        publisher=CheckpointPublisher(folder, run_identity, settings.save_total_limit, report),
         non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
         stop=session.stop,
+        watch=session.watch,
         scorer=scorer,
         label_smoothing=settings.label_smoothing_factor,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
@@ -168,6 +182,19 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
         report=report,
     )
     return T5Trainer(built.model, args, parts)
+
+
+def _choose_packed_attention(session: Session, loaded: _LoadedData, built: BuiltModel) -> PackedAttention:
+    settings, resume = session.settings, loaded.resume
+    return choose_packed_attention(
+        settings.packed_attention,
+        read_attention_shape(built.model.config, settings.attention_dropout),
+        session.device,
+        torch.bfloat16 if settings.bf16 else torch.float32,
+        trains_position_bias(built.model),
+        None if resume is None else read_run_identity(resume).get(PACKED_ATTENTION),
+        session.report,
+    )
 
 
 def _make_scorer(session: Session, loaded: _LoadedData, count: int) -> GenerationScorer:
@@ -248,6 +275,7 @@ def _make_result(
         resumed_from=loaded.resume,
         seconds=round(time.monotonic() - session.started, 3),
         stopped_early=trainer.early_stop,
+        **get_reserved_memory(session.device),
     )
 
 

@@ -1,26 +1,43 @@
 """Totals of a run over all of its processes: tokens, training time and loss, continued when it resumes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from t5tune.distributed.collectives import is_distributed
+from t5tune.data.encoding import Example
+from t5tune.distributed.collectives import all_gather
 from t5tune.model.loss import IGNORED_LABEL
+
+NUM_TOKENS = "num_tokens"
+"""Key in a micro-batch: its source and target tokens. A filler, which has no targets, has none."""
 
 TOTALS_KEY = "T5TuneTotals"
 """Key in the stateful_callbacks of a checkpoint's Trainer state: tokens, sum of the steps' losses, training seconds."""
 
 
+@dataclass(frozen=True)
+class TokenCountingCollator:
+    """Adds the number of tokens to a micro-batch, where its lengths are known. Asking a GPU would wait for it.
+
+    Args:
+        collate: makes the rest of the micro-batch.
+    """
+
+    collate: Callable[[Sequence[Example]], dict[str, Any]]
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        lengths = [len(each.source_S) + len(each.target_T) for each in examples if each.target_T[0] != IGNORED_LABEL]
+        return {**self.collate(examples), NUM_TOKENS: sum(lengths)}
+
+
 class RunTotals:
     """Counts the tokens trained on, and measures the time since the first step without evaluations and saves."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.before = {"tokens": 0, "loss": 0.0, "seconds": 0.0}  # of the run, when this process resumed it
-        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._tokens = 0  # of this rank, in this process
         self._first_step_at: float | None = None
         self._seconds_excluded = 0.0
         self._last_logged = (0, 0.0)  # tokens and seconds
@@ -30,13 +47,11 @@ class RunTotals:
         self.before = {**self.before, **state.stateful_callbacks.get(TOTALS_KEY, {})}
         self._last_logged = (self.count_tokens(), self.measure_seconds())
 
-    def count(self, batch: dict[str, Any]) -> None:
-        """Add the source and target tokens of this rank's micro-batch, which is about to be trained on."""
+    def count(self, tokens: int) -> None:
+        """Add the tokens of this rank's micro-batch, which is about to be trained on."""
         if self._first_step_at is None:
             self._first_step_at = time.monotonic()
-        targets = batch["labels"].ne(IGNORED_LABEL).sum()
-        sources = batch["input_ids"].numel() if "packing" in batch else batch["attention_mask"].sum()
-        self._tokens += (targets + sources) * targets.ne(0)  # a filler, which has no targets, isn't counted
+        self._tokens += tokens
 
     @contextmanager
     def exclude_time(self) -> Iterator[None]:
@@ -50,10 +65,7 @@ class RunTotals:
 
     def count_tokens(self) -> int:
         """Count the tokens that the run has trained on, over all ranks. Call on every rank."""
-        total = self._tokens.clone()
-        if is_distributed():
-            dist.all_reduce(total)
-        return int(self.before["tokens"]) + int(total)
+        return int(self.before["tokens"]) + sum(all_gather(self._tokens))
 
     def measure_seconds(self) -> float:
         """Measure the run's training time in seconds."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._utils import _unflatten_dense_tensors
 
 from t5tune.checkpoints.adapter import convert_to_plain_lora, to_peft_name
 from t5tune.checkpoints.safetensors import SafetensorsFile
@@ -70,13 +71,21 @@ def _gather_fp32_master(parameter: Any) -> torch.Tensor:
 
 
 def _map_stage_0_masters(engine: Any) -> dict[int, torch.Tensor]:
-    """Map the id of each bf16 parameter to its fp32 master copy, for stage 0, where DeepSpeed keeps these in lists."""
+    """Map the id of each bf16 parameter to its fp32 master copy, for stage 0, where DeepSpeed keeps these in lists.
+
+    If DeepSpeed's config defines a fused optimizer, the masters of a group are one flat tensor.
+    """
     optimizer = getattr(engine, "optimizer", None)
-    groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
+    groups = getattr(optimizer, "fp16_groups", [])
+    masters = getattr(optimizer, "fp32_groups", None)
+    if masters is None:
+        flat = getattr(optimizer, "fp32_groups_flat", [])
+        unflatten: Any = _unflatten_dense_tensors
+        masters = [unflatten(each, group) for each, group in zip(flat, groups, strict=False)]
     return {
         id(parameter): master
-        for parameters, masters in groups
-        for parameter, master in zip(parameters, masters, strict=True)
+        for group, masters_of_group in zip(groups, masters, strict=False)
+        for parameter, master in zip(group, masters_of_group, strict=True)
     }
 
 

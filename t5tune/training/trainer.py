@@ -20,12 +20,14 @@ from transformers import PrinterCallback, Trainer
 from transformers import __version__ as transformers_version
 from transformers.trainer_utils import EvalLoopOutput
 
+from t5tune.compat.transformers_patches import leave_empty_bias_without_gradient, skip_module_walks
 from t5tune.data.cache import Cache
 from t5tune.distributed.collectives import any_rank, is_distributed
 from t5tune.distributed.signals import StopRequest, ignore_signals
+from t5tune.distributed.watch import RankWatch
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.formatting import format_count, format_held_out_metric, format_number
-from t5tune.model.device import get_peak_memory
+from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Advanced, Event, Note, Report
 from t5tune.reports.metrics_log import MetricsLog
 from t5tune.training.batches import ExampleDataset, Filler, PackedCollator, PaddedCollator, StepSampler
@@ -41,7 +43,7 @@ from t5tune.training.callbacks import (
 from t5tune.training.evaluation import GenerationScorer, measure_losses
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import CheckpointPublisher
-from t5tune.training.totals import TOTALS_KEY, RunTotals
+from t5tune.training.totals import NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
 
 SCHEDULES_BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # the learning rate depends on metric_for_best_model
@@ -60,6 +62,7 @@ class TrainerParts:
         publisher: saves checkpoints.
         non_finite: handles steps with a non-finite loss or gradient.
         stop: request to stop, set by a signal.
+        watch: watches the other ranks, which need to know how far this one is.
         scorer: generates and scores predictions in evaluations; None: evaluations measure only the loss.
         label_smoothing: probability mass spread uniformly over the vocabulary.
         loraplus_lr_ratio: LoRA+: learning-rate ratio of B to A; None: one learning rate.
@@ -77,6 +80,7 @@ class TrainerParts:
     publisher: CheckpointPublisher
     non_finite: NonFiniteGuard
     stop: StopRequest
+    watch: RankWatch
     scorer: GenerationScorer | None
     label_smoothing: float
     loraplus_lr_ratio: float | None
@@ -107,12 +111,13 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         # compute_loss divides by the step's number of target tokens, which the Trainer then counts
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.parts = parts
-        self.totals = RunTotals(args.device)
+        self.totals = RunTotals()
         self.metrics_log = MetricsLog(Path(args.output_dir), report=parts.report)
         self.is_stopped = False
         self.early_stop: str | None = None
         self._steps_per_epoch = 1
         self._evaluation_to_reuse: dict[str, Any] | None = None
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.register_state_dict_post_hook(drop_frozen)
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingFlow(self))
@@ -126,7 +131,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self.parts.sampler,
-            collate_fn=self.data_collator,
+            collate_fn=TokenCountingCollator(self.data_collator),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=ignore_signals,
@@ -134,17 +139,25 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return self.accelerator.prepare(loader)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self.totals.count(inputs)
+        self.parts.watch.count_batch()
+        self.totals.count(inputs.pop(NUM_TOKENS))
         return self.parts.non_finite.record_loss(super().training_step(model, inputs, num_items_in_batch))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the mean loss over the target tokens of the step: of all its micro-batches on all ranks."""
+        if "attention_mask" in inputs:
+            # transformers would ask whether a mask of two dimensions has padding, and wait for the GPU's answer
+            inputs = {**inputs, "attention_mask": inputs["attention_mask"][:, None, None, :].bool()}
         total = model(**inputs, reduction="sum", label_smoothing=self.parts.label_smoothing)
         # the gradients are averaged over the ranks
         loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count no operations: nothing reads `total_flos`, for which the Trainer walks over all modules."""
+        return 0
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer. With LoRA+, the B matrices and DoRA's magnitudes have their own learning rate.
@@ -166,7 +179,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
     def is_stop_requested(self) -> bool:
         """Whether any rank has received a signal. A collective, so that all ranks stop after the same step."""
-        self.is_stopped = self.is_stopped or any_rank(self.parts.stop.is_set, self.args.device)
+        self.is_stopped = self.is_stopped or any_rank(self.parts.stop.is_set)
         return self.is_stopped
 
     def catch_up(self, steps_per_epoch: int) -> None:
@@ -178,6 +191,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         step = self.state.global_step
         self.parts.publisher.last_step = step or None  # the checkpoint of that step already exists
         self.parts.non_finite.watch(self.model_wrapped if self.is_deepspeed_enabled else None)
+        skip_module_walks(self.model, self.model_wrapped, self._trained)
+        leave_empty_bias_without_gradient(self.model)
         self.totals.resume(self.state)
         if self.is_stop_requested():
             self._save_checkpoint(self.model, None)
@@ -266,6 +281,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs["tokens_per_second"] = self.totals.measure_speed()
             logs["peak_memory_bytes"] = get_peak_memory(self.args.device)
+            logs |= get_reserved_memory(self.args.device)
         if "train_loss" in logs:  # the Trainer's value covers only the steps of this process
             logs["train_loss"] = self.compute_mean_loss() or logs["train_loss"]
         super().log(logs, start_time)
@@ -298,10 +314,15 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if not self.control.should_training_stop:
             super()._run_epoch(*arguments, **options)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradient, and return its norm. The Trainer would look for gradients in all modules."""
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Get the gradient norm. The Trainer calls this before the update, DeepSpeed has already made or skipped it."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        return self.parts.non_finite.check(norm, self.state.global_step + 1, model, self._list_examples_of_step)
+        if grad_norm is None:  # without clipping
+            grad_norm = self.accelerator.clip_grad_norm_(self._trained, math.inf)
+        return self.parts.non_finite.check(grad_norm, self.state.global_step + 1, model, self._list_examples_of_step)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
         """Log, save and evaluate, in this order: the Trainer evaluates before it saves.
@@ -408,8 +429,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
 
 OVERRIDDEN_METHODS = (
-    "_run_epoch", "_get_grad_norm", "_maybe_log_save_evaluate", "_evaluate", "_determine_best_metric",
-    "_save_checkpoint", "_get_output_dir", "_load_from_checkpoint",
+    "_run_epoch", "_clip_grad_norm", "_get_grad_norm", "_maybe_log_save_evaluate", "_evaluate",
+    "_determine_best_metric", "_save_checkpoint", "_get_output_dir", "_load_from_checkpoint",
 )  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from t5tune.data.templates import load_template
 from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.errors import DependencyError, SettingsError, suggest_name
 from t5tune.families import find_family
+from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
@@ -50,9 +49,10 @@ def check_settings(settings: TrainSettings) -> None:
         configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)
         problems += _find_deepspeed_conflicts(settings, configuration)
         _check_deepspeed_installation(settings.deepspeed, configuration)
-    if settings.torch_compile and _trains_on_cpu(settings) and shutil.which(os.environ.get("CXX", "g++")) is None:
-        problem = "torch_compile: no C++ compiler is on the PATH"
-        raise DependencyError(problem, hint="install g++ (apt install g++), set CXX, or leave out torch_compile")
+    if settings.torch_compile and (missing := find_missing_compiler(on_gpu=not _trains_on_cpu(settings))):
+        raise DependencyError(f"torch_compile: {missing.what}", hint=f"{missing.fix}; or leave out torch_compile")
+    if settings.packed_attention == "flex" and settings.packing == "off":
+        problems.append("packed_attention: flex: needs packing; leave out packing: off")
     if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
         problems.append(f"optim: {settings.optim}: paged optimizers need a GPU; use adamw_bnb_8bit")
     if problems:

@@ -65,6 +65,15 @@ def test_a_quantized_run_is_followed_with_its_quantization(tmp_path: Path, monke
     ]
 
 
+def test_a_quantized_run_in_fp32_is_followed_in_fp32() -> None:
+    """On GPUs, chat and evaluate would take bf16 by default."""
+    settings = TrainSettings(
+        model_name_or_path="base", data_path=["a.csv"], output_dir=Path("run"), q_lora=True, bf16=False
+    )
+    [(_, chat), *_] = list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={}))
+    assert chat == "t5tune chat run --q-lora --no-bf16"
+
+
 @pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])
 def test_a_stopped_run_is_followed_like_a_finished_one(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

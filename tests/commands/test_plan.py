@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -303,6 +304,23 @@ def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
     assert make_plan(tmp_path, gpu_memory="940MiB", per_device_train_batch_size=1).suggestion is None
     assert fused.ELEMENTS_PER_CHUNK < 1 << 20  # the chunk size for GPUs is reset
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"), [(80 << 30, "--no-bf16 --per"), (1100 << 20, "--no-bf16 --gradient-checkpointing --q-lora")]
+)
+def test_no_bf16_is_suggested_for_a_gpu_that_only_emulates_it(
+    memory: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(total_memory=memory, name="Tesla T4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    write_short_model(tmp_path)
+    suggestion = make_plan(tmp_path, bf16=True, per_device_train_batch_size=1).suggestion
+    assert suggestion is not None
+    assert suggestion.flags.startswith(expected)
+    assert not load_train_settings(suggestion.flags, bf16=True).bf16
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,15 @@ from t5tune.compat.transformers_patches import replace_forward
 
 
 def test_process_groups_without_a_timeout_of_their_own_get_ours() -> None:
-    before = distributed_c10d._get_default_timeout(distributed_c10d.Backend("gloo"))
+    names = ("gloo", "cpu:gloo,cuda:nccl")  # the second has one timeout for both of its backends
+
+    def read_timeouts() -> list[timedelta]:
+        return [distributed_c10d._get_default_timeout(distributed_c10d.Backend(name)) for name in names]
+
+    before = read_timeouts()
     with use_default_timeout(timedelta(seconds=7)):
-        assert distributed_c10d._get_default_timeout(distributed_c10d.Backend("gloo")) == timedelta(seconds=7)
-    assert distributed_c10d._get_default_timeout(distributed_c10d.Backend("gloo")) == before
+        assert read_timeouts() == [timedelta(seconds=7)] * 2
+    assert read_timeouts() == before
 
 
 def test_errors_of_torch_save_are_collected_with_the_systems_reason(tmp_path: Path) -> None:

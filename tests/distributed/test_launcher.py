@@ -1,10 +1,12 @@
 """Errors of workers: what the launching process reads is what the worker raised."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from t5tune.distributed.launcher import _read_error, write_error
+from t5tune.distributed import launcher
+from t5tune.distributed.launcher import _read_error, _ReceivedSignals, write_error
 from t5tune.errors import RankLost, SettingsError, T5TuneError
 
 
@@ -30,3 +32,15 @@ def test_the_launching_process_reads_each_problem_of_a_workers_error(
             assert (read.problems, read.heading, read.choices) == shown
     write_error(ValueError("a\nb"))
     assert _read_error(tmp_path / "rank-1.json").message == "ValueError: a b"
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of Python 3.12 and later, at preexec_fn
+def test_where_nccl_aborts_the_ranks_that_wait_the_one_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "SECONDS_TO_REPORT", 0.5)
+    hang_or_abort = "import os, signal; signal.pause() if os.environ['RANK'] == '1' else os.abort()"
+    error = launcher._run([sys.executable, "-c", hang_or_abort], 3, _ReceivedSignals())
+    assert isinstance(error, RankLost)
+    assert error.message == "rank 0 was killed by SIGABRT, as NCCL does if another rank hangs; still running: rank 1"
+    error = launcher._run([sys.executable, "-c", "import os; os.abort()"], 2, _ReceivedSignals())
+    assert isinstance(error, RankLost)
+    assert error.message == "rank 0 was killed by SIGABRT"

@@ -160,6 +160,15 @@ def test_loftq_initialization_is_closer_to_the_base_than_quantization_alone(
             for initialization, model in models.items()
         }
     assert errors["loftq"] < 0.9 * errors["default"]
+    with torch.inference_mode():
+        quantized, corrected = (
+            models[initialization].base_model.model.get_submodule(name)(torch.eye(32)).T
+            for initialization in ("default", "loftq")
+        )
+    left_out = torch.linalg.svdvals(file[f"{name}.weight"] - quantized)[
+        4:
+    ].norm()  # by the best approximation of rank 4
+    assert (file[f"{name}.weight"] - corrected).norm() < 1.001 * left_out
 
 
 def test_target_module_groups_are_resolved_to_layers_of_the_model(

@@ -13,10 +13,19 @@ import pytest
 import torch
 
 from t5tune.commands.train import train
+from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
-from t5tune.model.device import SPIN_VARIABLES, check_bf16
-from t5tune.model.inference import load_adapter, load_weighted_sum
+from t5tune.model.device import (
+    ALLOCATOR_VARIABLES,
+    SPIN_VARIABLES,
+    check_bf16,
+    get_reserved_memory,
+    use_gpu_kernels,
+)
+from t5tune.model.inference import load_adapter, load_for_inference, load_weighted_sum
 from t5tune.model.load import load_base
+from t5tune.settings import ChatSettings
+from t5tune.training.arguments import choose_tf32, make_training_arguments
 from t5tune.training.validate import check_settings
 from tests.support import train_runs
 from tests.support.paths import REPOSITORY
@@ -124,3 +133,99 @@ def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(monkeypatch: pytest.Monk
     check_bf16(torch.device("cpu"))
     generation.major = 8
     check_bf16(torch.device("cuda"))
+
+
+CUDA = torch.device("cuda")
+
+
+def read_kernel_choices() -> tuple[str, bool, bool]:
+    """Read torch's choices, also by the older function that other libraries read them by."""
+    is_tf32 = torch.backends.cuda.matmul.allow_tf32
+    return torch.get_float32_matmul_precision(), is_tf32, torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("tf32", "expected"), [(True, ("high", True, False)), (False, ("highest", False, False))])
+def test_kernels_of_a_gpu_are_chosen_for_a_block(tf32: bool, expected: tuple[str, bool, bool]) -> None:
+    before = read_kernel_choices()
+    with use_gpu_kernels(CUDA, tf32):
+        assert read_kernel_choices() == expected
+    assert read_kernel_choices() == before
+    with use_gpu_kernels(torch.device("cpu"), tf32):
+        assert read_kernel_choices() == before
+
+
+@pytest.mark.parametrize(
+    ("capability", "tf32", "expected"),
+    [((8, 0), None, True), ((8, 0), True, True), ((9, 0), False, False), ((7, 5), None, False), ((7, 5), True, False)],
+)
+def test_the_trainer_leaves_tf32_to_us(
+    capability: tuple[int, int], tf32: bool | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers sets it so that reading it by torch's older functions raises an error."""
+    settings = make_settings(tmp_path, tmp_path, tmp_path / "run", tf32=tf32, use_cpu=False)
+    events: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_tf32(settings, CUDA, events.append) is expected
+    assert len(events) == (tf32 is True and not expected)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = read_kernel_choices()
+    arguments = make_training_arguments(settings, None, False, World(), torch.device("cpu"))
+    assert arguments.tf32 is None
+    assert read_kernel_choices() == before
+
+
+def test_batches_are_copied_to_a_gpu_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_settings(tmp_path, tmp_path, tmp_path / "run", use_cpu=False, optim="adamw_torch")
+    chosen: dict[str, Any] = {}
+    monkeypatch.setattr("t5tune.training.arguments.OneGpuArguments", lambda **values: chosen.update(values))
+    make_training_arguments(settings, None, False, World(), CUDA)
+    assert chosen["dataloader_pin_memory"]
+    assert chosen["accelerator_config"] == {"non_blocking": True}
+    make_training_arguments(settings, None, False, World(), torch.device("cpu"))
+    assert chosen["accelerator_config"] == {"non_blocking": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_gpu_memory_grows_unless_the_user_sets_the_allocator(variables: dict[str, str], expected: str | None) -> None:
+    """The variable is set before torch is imported, and means nothing to torch without a GPU."""
+    environment = {name: text for name, text in os.environ.items() if name not in ALLOCATOR_VARIABLES} | variables
+    code = (
+        "import os, sys, t5tune; assert 'torch' not in sys.modules; t5tune.train; import torch; torch.ones(1);"
+        "print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:torch", "-c", code],
+        capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected}\n", "")
+
+
+def test_reserved_memory_is_that_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7 << 20)
+    assert get_reserved_memory(CUDA) == {"peak_reserved_bytes": 7 << 20}
+    assert get_reserved_memory(torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "bf16", "expected"),
+    [
+        (True, None, torch.bfloat16),
+        (True, False, torch.float32),
+        (False, None, torch.float32),
+        (False, True, torch.bfloat16),
+    ],
+)
+def test_inference_is_in_bf16_where_a_gpu_has_it(
+    on_gpu: bool, bf16: bool | None, expected: torch.dtype, untied_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t5tune.model.inference.has_bf16", lambda device: on_gpu)
+    settings = ChatSettings(model_name_or_path=str(untied_base), bf16=bf16, use_cpu=True)
+    assert load_for_inference(settings).model.dtype == expected

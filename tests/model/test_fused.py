@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
 from t5tune.model import fused
-from t5tune.model.fused import compile_layers, use_fused_layers
+from t5tune.model.fused import compile_layers, normalize_in_one_kernel, use_fused_layers
+from t5tune.progress import Event, Note
 
 SHAPE = {"vocab_size": 64, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 CONFIGS = {
@@ -150,3 +151,47 @@ def test_only_inputs_are_saved_for_the_backward_pass() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             module(x.mul(1))
         assert sum(kept.values()) <= 4 * (500 * width + more + width)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_the_norm_of_gpus_and_its_gradients_are_those_of_the_formula(dtype: torch.dtype, bound: float) -> None:
+    """Under autocast, too, which would return fp32. Here it runs as torch's operators for CPUs."""
+    torch.manual_seed(5)
+    x, grad = (10 * torch.randn(3, 7, 48, dtype=torch.float64)).to(dtype), torch.randn(3, 7, 48).to(dtype)
+    weight = torch.randn(48, dtype=torch.float64).to(dtype)
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    exact = wide[1] * wide[0] / (wide[0].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = exact, *torch.autograd.grad(exact, wide, grad.double())
+    given = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = normalize_in_one_kernel(*given, 1e-6)
+    found = output, *torch.autograd.grad(output, given, grad)
+    for ours, exactly in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exactly).norm() <= bound * exactly.norm()
+    if dtype == torch.bfloat16:  # rounded once
+        assert torch.equal(output, exact.to(dtype))
+
+
+def test_the_norm_of_gpus_is_nearer_to_the_exact_one_than_that_of_transformers() -> None:
+    norm = find_module(make_model("flan"), "T5LayerNorm").to(torch.bfloat16)
+    x = (10 * torch.randn(1, 500, SHAPE["d_model"])).to(torch.bfloat16)
+    exact = norm.weight.double() * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    ours = (normalize_in_one_kernel(x, norm.weight, norm.variance_epsilon).double() - exact).norm()
+    assert ours < 0.8 * (norm(x).double() - exact).norm()
+
+
+def test_a_gate_kernel_that_does_not_compile_is_reported_once_and_replaced() -> None:
+    stock = make_model("flan")
+    ours, events = copy.deepcopy(stock), list[Event]()
+    if torch.cuda.is_available():
+        pytest.skip("the kernel compiles on this machine")
+    use_fused_layers(ours, torch.device("cuda"), events.append)
+    (note,) = events
+    assert isinstance(note, Note)
+    assert note.warning
+    assert note.text.startswith("gated activations use torch's operations, which is slower on a GPU: ")
+    ids = torch.randint(1, 60, (2, 9))
+    torch.testing.assert_close(
+        ours(input_ids=ids, decoder_input_ids=ids).logits, stock(input_ids=ids, decoder_input_ids=ids).logits
+    )

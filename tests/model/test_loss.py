@@ -100,3 +100,12 @@ def test_the_losses_of_a_head_trained_in_full_by_another_tool_are_those_of_the_t
             losses = model(**inputs, labels=labels, reduction="none")
         torch.testing.assert_close(losses[0], functional.cross_entropy(logits[0], labels[0], reduction="none"))
         model.base_model.disable_adapter_layers()  # then they are those of the base's head
+
+
+def test_chunks_of_gpus_are_whole_tiles_of_matrix_products() -> None:
+    sizes = {size: loss_module.choose_chunk_size(size, on_gpu=True) for size in (384, 32128, 250112, 256000)}
+    assert sizes == {384: 87296, 32128: 1024, 250112: 256, 256000: 256}
+    assert loss_module.choose_chunk_size(VOCABULARY, on_gpu=False) == 64
+    with loss_module.use_gpu_chunks(32128):
+        assert loss_module.choose_chunk_size(32128, on_gpu=False) == 1024
+    assert loss_module.choose_chunk_size(VOCABULARY, on_gpu=False) == 64

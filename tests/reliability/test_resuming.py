@@ -4,12 +4,27 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from t5tune.commands.train import train
+from t5tune.errors import Stopped
+from t5tune.progress import Advanced, Event
+from t5tune.training.callbacks import TRAIN_TASK
 from tests.support.command_line import t5tune_in_fork
 from tests.support.forks import ForkServer
-from tests.support.runs import LONG, list_complete_steps, make_arguments, read_adapter, send_signal, start_run
+from tests.support.runs import (
+    LONG,
+    list_complete_steps,
+    make_arguments,
+    make_settings,
+    read_adapter,
+    send_signal,
+    start_run,
+    stop_at,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +62,28 @@ def test_a_stopped_run_ends_with_the_bits_of_an_uninterrupted_one(
         if calls:
             assert list_complete_steps(tmp_path / name) == [STOPPED]
     assert read_adapter(tmp_path / "uninterrupted") == read_adapter(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("more", [{"packing": "on"}, {"packing": "off", "q_lora": True, "bf16": False}])
+def test_full_determinism_runs_and_resumes_with_the_same_bits(
+    more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """On GPUs it is what makes resuming exact. torch raises an error for an operation that isn't deterministic."""
+    seen = []
+
+    def note_mode(_: Event) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    more = {**more, "training_args": {"full_determinism": True}, "max_steps": 12, "label_smoothing_factor": 0.1}
+    stopped = make_settings(untied_base, conversations, tmp_path / "stopped", **more)
+    with pytest.raises(Stopped):
+        train(stopped, stop_at(Advanced(TRAIN_TASK, 5)))
+    train(stopped)
+    train(make_settings(untied_base, conversations, tmp_path / "uninterrupted", **more), note_mode)
+    assert read_adapter(tmp_path / "uninterrupted") == read_adapter(tmp_path / "stopped")
+    assert any(seen)
+    assert not torch.are_deterministic_algorithms_enabled()  # a notebook goes on
+    assert not torch.backends.cudnn.deterministic
 
 
 @pytest.mark.skipif(not LONG, reason="make reliability")

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -25,6 +26,7 @@ from tests.support.paths import REPOSITORY
 from tests.support.runs import (
     LONG,
     STEPS,
+    TIMEOUT,
     ZERO3,
     Running,
     list_complete_steps,
@@ -271,6 +273,27 @@ with handle_signals() as stop:
     assert "second signal: exiting now" in running.log.read_text()
 
 
+def test_a_second_signal_exits_while_the_main_thread_waits_outside_of_python(tmp_path: Path) -> None:
+    waiting = """
+from datetime import timedelta
+from torch.distributed import TCPStore
+from t5tune.distributed.signals import handle_signals
+store = TCPStore("localhost", 0, is_master=True)
+with handle_signals():
+    print("ready", flush=True)
+    store.wait(["never"], timedelta(hours=1))  # as for a GPU or a rank that hangs: Python handles no signal meanwhile
+"""
+    with Running([sys.executable, "-c", waiting], tmp_path / "run") as running:
+        running.wait_until(lambda: "ready" in running.log.read_text())
+        end = time.monotonic() + TIMEOUT
+        while running.process.poll() is None and time.monotonic() < end:
+            send_signal(running.process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                running.process.wait(0.2)
+        assert running.process.poll() == 143
+    assert running.log.read_text() == "ready\nsecond signal: exiting now; the last complete checkpoint is kept\n"
+
+
 SIGNAL_WHILE_IMPORTING = """
 import importlib.abc, os, signal, sys
 class Finder(importlib.abc.MetaPathFinder):
@@ -342,7 +365,10 @@ with signals.handle_signals() as stop, stop.interruptible():
     assert "stopped by SIGTERM before training began" in running.log.read_text()
 
 
-SLURM = {"srun": 'exec "$@"', "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >>"$REQUESTS"'}
+SLURM = {
+    "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift && exec "$@"',
+    "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >>"$REQUESTS"',
+}
 
 
 def torchrun_forwards_chosen_signals() -> bool:

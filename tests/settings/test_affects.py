@@ -28,9 +28,9 @@ LORA = [
 ]  # fmt: skip
 QUANTIZATION = ["q_lora", "quant_type", "quantize_wo", "double_quant"]
 TRAINING = [
-    "num_train_epochs", "max_steps", "group_by_length", "packing", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "label_smoothing_factor", "max_grad_norm", "optim", "bf16", "tf32", "torch_compile",
-    "on_non_finite", "max_skipped_steps", "training_args",
+    "num_train_epochs", "max_steps", "group_by_length", "packing", "attention_dropout", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "label_smoothing_factor", "max_grad_norm", "optim", "bf16",
+    "tf32", "torch_compile", "on_non_finite", "max_skipped_steps", "training_args",
 ]  # fmt: skip
 RUN = [*LORA, *QUANTIZATION, *TRAINING]
 FINISHED = [

@@ -41,3 +41,18 @@ def record_head_status(output: str) -> None:
 
     TargetLoss.forward = compute_and_record  # type: ignore[method-assign]
     T5Trainer.training_step = step_and_record  # type: ignore[method-assign]
+
+
+def record_hooks(file: str) -> None:
+    """From here on, let rank 0 write the names of modules with hooks of ZeRO-3, once a step has begun, to this file."""
+    from t5tune.training.trainer import T5Trainer
+
+    run_micro_step = T5Trainer.training_step
+
+    def record(self: T5Trainer, *arguments: Any, **options: Any) -> Any:
+        if self.is_world_process_zero():
+            hooked = [name for name, module in self.model.named_modules() if module._forward_pre_hooks]
+            Path(file).write_text(json.dumps(hooked))
+        return run_micro_step(self, *arguments, **options)
+
+    T5Trainer.training_step = record  # type: ignore[method-assign]

@@ -1,16 +1,25 @@
-"""The trainer's seams to transformers and DeepSpeed."""
+"""The trainer's seams to transformers and DeepSpeed, and what it does in each step besides computing."""
 
 import json
+import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
+from t5tune.commands.train import train
 from t5tune.errors import DependencyError
 from t5tune.settings import packaged_templates
 from t5tune.training.trainer import OVERRIDDEN_METHODS, T5Trainer, check_overridden_methods
 from tests.support.command_line import CommandResult
+from tests.support.train_runs import make_settings, read_losses
 
 
 def test_every_private_method_that_the_trainer_overrides_is_checked() -> None:
@@ -50,3 +59,121 @@ def test_zero_3_gathers_the_head_for_the_loss_alone(
         for place, status, shape in lines:
             gathered = (status, shape) == ("AVAILABLE", [1536, 32])
             assert gathered == (place == "loss"), lines
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("more", [(), ("--gradient-checkpointing", "--use-dora")], ids=["lora", "dora"])
+def test_zero_3_gathers_a_block_at_once_with_the_same_losses(
+    more: tuple[str, ...],
+    untied_base: Path,
+    conversations: Path,
+    tmp_path: Path,
+    on_ranks: Callable[..., CommandResult],
+) -> None:
+    """A hook for each of the adapters' modules would take longer than a step's computation on a fast GPU."""
+    config = packaged_templates.read_deepspeed_config("zero3")
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}  # else such small weights stay gathered
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    found = tmp_path / "found.json"
+    losses = []
+    for way in (("--deepspeed", tmp_path / "zero3.json"), ()):
+        run = tmp_path / f"run{len(way)}"
+        done = on_ranks(
+            2,
+            *("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run, *way),
+            *("--max-steps", "4", "--logging-steps", "1", "--learning-rate", "1e-2", "--use-cpu"),
+            *("--report-samples", "0", *more),
+            calls=[f"tests.support.gathered_head:record_hooks({str(found)!r})"] if way else [],
+        )
+        assert done.code == 0, done.stderr[-3000:]
+        losses.append(read_losses(run))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    hooks = json.loads(found.read_text())
+    blocks = [name for name in hooks if name.rpartition(".")[0].endswith(".block")]
+    assert len(blocks) == 4
+    assert [name for name in hooks if any(name.startswith(f"{block}.") for block in blocks)] == []
+
+
+Phase = tuple[str, int]
+"""("micro", step) within a micro-step's `training_step`, else ("step", step); steps from 0."""
+
+
+class HostWork(TorchDispatchMode):
+    """Records where Python reads a tensor's value, for which it would wait on a GPU, and walks over modules."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.phase: Phase | None = None
+        self.reads: dict[Phase | None, list[str]] = defaultdict(list)
+        self.walks: Counter[Phase | None] = Counter()
+        self.modes: set[bool] = set()
+        run_micro_step = T5Trainer.training_step
+
+        def note_phase(trainer: T5Trainer, *arguments: Any, **options: Any) -> Any:
+            self.phase = ("micro", trainer.state.global_step)
+            try:
+                return run_micro_step(trainer, *arguments, **options)
+            finally:
+                self.phase = None
+                self.modes |= {module.training for module in trainer.model.modules()}
+                self.phase = ("step", trainer.state.global_step)
+
+        def note_walks(walk: Callable[..., Any]) -> Callable[..., Any]:
+            def note_walk(model: Any, *arguments: Any, **options: Any) -> Any:
+                self.walks[self.phase] += len(model._modules) > 0
+                return walk(model, *arguments, **options)
+
+            return note_walk
+
+        monkeypatch.setattr(T5Trainer, "training_step", note_phase)
+        for name in ("named_children", "named_modules"):  # which all other walks call
+            monkeypatch.setattr(nn.Module, name, note_walks(getattr(nn.Module, name)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            frames = (frame for frame in reversed(traceback.extract_stack()[:-1]) if "/torch/" not in frame.filename)
+            frame = next(frames)
+            self.reads[self.phase].append(f"{Path(frame.filename).name}:{frame.name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"packing": "off", "gradient_checkpointing": True}, {"max_grad_norm": 0.0, "label_smoothing_factor": 0.1}],
+    ids=["packed", "padded", "not clipped"],
+)
+def test_a_step_reads_two_values_at_most_and_a_micro_step_none(
+    more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each read waits for all work before it. The optimizer is the one that GPUs use by default."""
+    settings = make_settings(
+        untied_base, conversations, tmp_path / "run", optim="adamw_torch_fused", gradient_accumulation_steps=2,
+        logging_steps=2, save_steps=100, **more,
+    )  # fmt: skip
+    with HostWork(monkeypatch) as work:
+        train(settings)
+    norm, logged_loss = "non_finite.py:check", "trainer.py:_maybe_log_save_evaluate"
+    assert [work.reads["micro", step] for step in range(6)] == [[]] * 6
+    expected = [[norm, logged_loss], [norm, logged_loss], [norm], [norm, logged_loss], [norm]]
+    assert [work.reads["step", step] for step in range(5)] == expected  # the last one saves
+    # in the first step, the Trainer looks through the gradients once
+    assert [work.walks["micro", step] + work.walks["step", step] for step in range(1, 5)] == [0] * 4
+    assert work.modes == {True}  # the base was loaded in evaluation mode
+
+
+def test_checkpointing_makes_no_gradient_of_padded_attentions_bias(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's fused kernels compute none."""
+    attend, seen = functional.scaled_dot_product_attention, []
+
+    def note_bias(*arguments: Any, attn_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(attn_mask.requires_grad)
+        return attend(*arguments, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", note_bias)
+    more = {"packing": "off", "gradient_checkpointing": True, "max_steps": 1}
+    train(make_settings(untied_base, conversations, tmp_path / "run", **more))
+    assert len(seen) == 2 * 6  # each block's attentions, again in the backward pass
+    assert not any(seen)

@@ -1,0 +1,294 @@
+"""Attention for packed rows in one kernel per layer, by torch's FlexAttention, for GPUs.
+
+    packing = Segments(sources, targets, rows=divide_rows(sources, targets))
+    attended_BQHD = attend(query_BHQD, key_BHKD, value_BHKD, packing.rows.encoder, table_HR, False, dropout=0.1)
+
+The loop over segments in attention.py launches a kernel for each segment in each layer, which on a GPU takes longer
+than the attention itself. Here, a whole row is one kernel:
+
+- T5's position bias depends only on the distance between two tokens, and is constant from `max_distance` on. So the
+  kernel reads it from a small table, and no matrix of the row's length squared is stored.
+- A row is divided into blocks of 128 tokens, and the kernel visits only pairs of blocks with a segment in common. They
+  follow from the lengths of the segments, so the collator computes them, in the data loader's processes.
+- Rows are filled up to whole blocks with a segment of padding, whose labels are ignored.
+
+FlexAttention has no dropout. With a hash of (seed, head, query, key) as its random number, dropout after the softmax is
+computed exactly: attention over the kept keys alone is normalized by their own sum, which is then replaced with the sum
+over all keys.
+
+B batch (always 1), Q query tokens, K key tokens, H heads, D head width, R entries of the table: 2·max_distance + 1.
+Dong et al. 2024, "Flex Attention: A Programming Model for Generating Optimized Attention Kernels".
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+BLOCK = 128  # tokens: FlexAttention's default, which its kernels' own tiles must divide
+MIN_LENGTH = 2 * BLOCK  # torch.compile specializes dimensions of 1, so it would compile again for rows of one block
+MIN_HEAD_WIDTH = 16  # of a matrix product in Triton
+BUFFER_ALIGNMENT = 4  # elements of the buffer: 16 bytes
+HASH_SIZE = 2**24
+MAX_COMPILATIONS = 64
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The pairs of query and key blocks that a kernel visits, as torch's BlockMask has them.
+
+    Args:
+        query_segments, key_segments: the number of the segment of each token, int32.
+        tensors: the eight tensors of a BlockMask: the counts and indices of the key blocks that each query block sees
+            in part and as a whole, and the same of the query blocks that see each key block; int32.
+    """
+
+    query_segments: torch.Tensor
+    key_segments: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """How the source row and the target row of a batch are divided into blocks.
+
+    Args:
+        source_length, target_length: tokens of the rows, with the padding: multiples of BLOCK.
+        buffer: the segment numbers and block pairs in one tensor, so that one copy moves them to a GPU.
+    """
+
+    source_length: int
+    target_length: int
+    buffer: torch.Tensor
+
+    def to(self, device: Any, non_blocking: bool = False) -> "PackedRows":
+        """Copy to a device."""
+        buffer = self.buffer.to(device, non_blocking=non_blocking)
+        return PackedRows(self.source_length, self.target_length, buffer)
+
+    def pin_memory(self) -> "PackedRows":
+        """Copy to pinned memory, for copies to a GPU that don't block."""
+        return PackedRows(self.source_length, self.target_length, self.buffer.pin_memory())
+
+    @property
+    def encoder(self) -> Blocks:
+        """Blocks of the source row's attention to itself."""
+        return self._blocks[0]
+
+    @property
+    def decoder(self) -> Blocks:
+        """Blocks of the target row's attention to itself."""
+        return self._blocks[1]
+
+    @property
+    def cross(self) -> Blocks:
+        """Blocks of the target row's attention to the source row."""
+        return self._blocks[2]
+
+    @cached_property
+    def _blocks(self) -> list[Blocks]:
+        """Views of the buffer."""
+        lengths = self.source_length, self.target_length
+        *segments, parts = torch.split(self.buffer, [*lengths, len(self.buffer) - sum(lengths)])
+        kinds, found, start = [(0, 0), (1, 1), (1, 0)], [], 0
+        for queries, keys in kinds:
+            tensors = []
+            for size in _list_sizes(lengths[queries], lengths[keys]):
+                tensors.append(parts[start : start + math.prod(size)].view(1, 1, *size))
+                start += _align(math.prod(size))
+            found.append(Blocks(segments[queries], segments[keys], tuple(tensors)))
+        return found
+
+
+def divide_rows(sources: tuple[int, ...], targets: tuple[int, ...]) -> PackedRows:
+    """Divide the rows of a packed batch into blocks.
+
+    Args:
+        sources, targets: lengths of the examples, in tokens.
+    """
+    target_length = _round_up(sum(targets))
+    # the target row's padding attends to the source row's, of which there must be some, too
+    source_length = _round_up(sum(sources) + (target_length > sum(targets)))
+    source_ends, target_ends = (
+        np.cumsum([*lengths, total - sum(lengths)])
+        for lengths, total in ((sources, source_length), (targets, target_length))
+    )
+    parts = [_number_segments(source_ends), _number_segments(target_ends)]
+    parts += _find_blocks(source_ends, source_ends, is_causal=False)
+    parts += _find_blocks(target_ends, target_ends, is_causal=True)
+    parts += _find_blocks(target_ends, source_ends, is_causal=False)
+    buffer = np.concatenate(
+        [np.pad(part.ravel(), (0, _align(part.size) - part.size)) for part in parts], dtype=np.int32
+    )
+    return PackedRows(source_length, target_length, torch.from_numpy(buffer))
+
+
+def _round_up(length: int) -> int:
+    return max(MIN_LENGTH, -(-length // BLOCK) * BLOCK)
+
+
+def _number_segments(ends: Integers) -> Integers:
+    return np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+
+
+def _find_blocks(query_ends: Integers, key_ends: Integers, is_causal: bool) -> list[Integers]:
+    """Find the blocks of keys that each block of queries sees. Segments are in the same order on both sides.
+
+    Args:
+        query_ends, key_ends: where each segment ends, with the padding as the last one.
+    """
+    num_rows, num_columns = query_ends[-1] // BLOCK, key_ends[-1] // BLOCK
+    first_query = np.arange(num_rows) * BLOCK
+    first, last = (np.searchsorted(query_ends, first_query + offset, "right") for offset in (0, BLOCK - 1))
+    # the segments of a block of queries are consecutive, so their keys are, too
+    low, high = (key_ends - np.diff(key_ends, prepend=0))[first], key_ends[last]
+    whole_high = high
+    if is_causal:
+        high, whole_high = np.minimum(high, first_query + BLOCK), np.minimum(high, first_query)
+    column = np.arange(num_columns)
+    is_seen = (column >= (low // BLOCK)[:, None]) & (column < -(-high // BLOCK)[:, None])
+    is_whole = (column >= -(-low // BLOCK)[:, None]) & (column < (whole_high // BLOCK)[:, None])
+    is_whole &= (first == last)[:, None]
+    is_partial = is_seen & ~is_whole
+    return [array for is_in in (is_partial, is_whole, is_partial.T, is_whole.T) for array in _list_blocks(is_in)]
+
+
+def _list_blocks(is_in: npt.NDArray[np.bool_]) -> list[Integers]:
+    """For each row, count the blocks that are in, and list their columns, before those of the others."""
+    return [is_in.sum(1), np.argsort(~is_in, axis=1, kind="stable")]
+
+
+def _list_sizes(query_length: int, key_length: int) -> list[tuple[int, ...]]:
+    """List the sizes of the arrays that `_find_blocks` returns."""
+    rows, columns = query_length // BLOCK, key_length // BLOCK
+    return [(rows,), (rows, columns)] * 2 + [(columns,), (columns, rows)] * 2
+
+
+def _align(count: int) -> int:
+    """Round up, so that each array begins at an address for which compiled kernels needn't copy it."""
+    return -(-count // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
+
+
+def attend(
+    query_BHQD: torch.Tensor,
+    key_BHKD: torch.Tensor,
+    value_BHKD: torch.Tensor,
+    blocks: Blocks,
+    table_HR: torch.Tensor | None,
+    is_causal: bool,
+    dropout: float,
+) -> torch.Tensor:
+    """Attend within each segment.
+
+    Args:
+        table_HR: the position bias by distance (key - query), from -max_distance to max_distance; None: no bias.
+        dropout: probability of dropping a key, after the softmax.
+
+    Returns:
+        [B, Q, H, D]
+    """
+    seeds_H = draw_seeds(query_BHQD) if dropout else None
+    max_distance = 0 if table_HR is None else table_HR.shape[1] // 2
+    kernel = _get_kernel(is_causal, max_distance, count_kept_hashes(dropout))
+    # Autocast is among torch.compile's guards: with it, training would compile again what was compiled for comparing
+    # it with the loop. The states have its dtype already. The three kinds of attention, with and without dropout and
+    # gradients, are more variants than torch.compile's default limit of 8.
+    no_autocast = torch.autocast(query_BHQD.device.type, enabled=False)
+    with no_autocast, torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
+        attended_BHQD: torch.Tensor = kernel(query_BHQD, key_BHKD, value_BHKD, blocks, table_HR, seeds_H)
+    return attended_BHQD.transpose(1, 2)
+
+
+def draw_seeds(query_BHQD: torch.Tensor) -> torch.Tensor:
+    """Draw the seed of each head's dropout."""
+    bounds = torch.iinfo(torch.int32)
+    size, device = query_BHQD.shape[1:2], query_BHQD.device
+    return torch.randint(bounds.min, bounds.max, size, dtype=torch.int32, device=device)
+
+
+def count_kept_hashes(dropout: float) -> int:
+    """Count the values of the hash for which dropout keeps a key."""
+    return round((1 - dropout) * HASH_SIZE)
+
+
+@cache
+def _get_kernel(*options: Any) -> Any:
+    return torch.compile(_Kernel(*options), dynamic=True, fullgraph=True)
+
+
+class _Kernel(nn.Module):
+    """The function to compile.
+
+    A module, because torch.compile takes a module's integers for constants. Any other integer, in 2.13 even one that
+    never changes, can't be used in a function that FlexAttention calls for each score.
+    """
+
+    def __init__(self, is_causal: bool, max_distance: int, num_kept_hashes: int) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+        self.max_distance = max_distance
+        self.num_kept_hashes = num_kept_hashes
+
+    def forward(
+        self,
+        query_BHQD: torch.Tensor,
+        key_BHKD: torch.Tensor,
+        value_BHKD: torch.Tensor,
+        blocks: Blocks,
+        table_HR: torch.Tensor | None,
+        seeds_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+        def see(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+            is_same = blocks.query_segments[query] == blocks.key_segments[key]
+            return is_same & (query >= key) if self.is_causal else is_same
+
+        def add_bias(score: Any, _batch: Any, head: Any, query: Any, key: Any) -> Any:
+            if table_HR is None:
+                return score
+            distance = (key - query).clamp(-self.max_distance, self.max_distance)
+            return score + table_HR[head, distance + self.max_distance]
+
+        def add_bias_or_drop(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+            assert seeds_H is not None
+            is_kept = compute_hash(seeds_H[head], query, key) < self.num_kept_hashes
+            return torch.where(is_kept, add_bias(score, batch, head, query, key), -torch.inf)
+
+        lengths = query_BHQD.shape[2], key_BHKD.shape[2]
+        for length in lengths:  # so that the kernel needn't compare each index with the row's length
+            torch._check(length % BLOCK == 0)  # type: ignore[no-untyped-call]
+        if table_HR is not None:
+            torch._dynamo.mark_static(table_HR)
+        mask = BlockMask(lengths, *blocks.tensors, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=see)  # type: ignore[misc, arg-type]
+        call = partial(flex_attention, query_BHQD, key_BHKD, block_mask=mask, scale=1.0)
+        if seeds_H is None:
+            return call(value_BHKD, add_bias)
+        call = partial(call, return_aux=AuxRequest(lse=True))
+        attended_BHQD, kept = call(value_BHKD, add_bias_or_drop)
+        # only the normalizer is of interest, so the values may be narrow
+        unneeded_BHQD, every = call(value_BHKD[..., :MIN_HEAD_WIDTH], add_bias)
+        scale_BHQ = (kept.lse - every.lse).exp() * (HASH_SIZE / self.num_kept_hashes)
+        # an output without a gradient can't be compiled for a GPU: torch 2.13's _inductor/kernel/flex multiplies by it
+        scale_BHQ = scale_BHQ + 0 * unneeded_BHQD[..., 0]
+        scaled_BHQD: torch.Tensor = (attended_BHQD * scale_BHQ[..., None]).to(attended_BHQD.dtype)
+        return scaled_BHQD
+
+
+def compute_hash(seed: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Compute a number below HASH_SIZE that looks random: the finalizer lowbias32 (Wellons 2018).
+
+    Products may wrap around, and `>>` copies the sign bit, which the masks remove. So int32, in which GPUs compute it,
+    and int64 give the same number.
+    """
+    x = seed + query * -1640531535 + key * -2048144777
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261
+    return (x ^ ((x >> 16) & 0xFFFF)) & (HASH_SIZE - 1)

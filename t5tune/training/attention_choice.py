@@ -1,0 +1,57 @@
+"""Choose how a run computes attention over packed rows: in one kernel per layer (flex), or in a loop over the segments.
+
+choice = choose_packed_attention("auto", shape, device, torch.bfloat16, trains_bias=False, previous=None, report)
+"""
+
+from typing import Literal
+
+import torch
+
+from t5tune.distributed.collectives import all_gather
+from t5tune.errors import SettingsError
+from t5tune.model.attention_check import AttentionShape, PackedAttention, find_difference, find_unmet_requirement
+from t5tune.progress import Note, Report
+
+
+def choose_packed_attention(
+    wanted: Literal["auto", "flex", "loop"],
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    trains_bias: bool,
+    previous: PackedAttention | None,
+    report: Report,
+) -> PackedAttention:
+    """Choose the implementation, the same on all ranks. Every rank calls this.
+
+    Args:
+        trains_bias: whether the position bias is trained.
+        previous: the choice that the checkpoint records; None for a new run, or one on a CPU.
+
+    Raises:
+        SettingsError: `flex` is wanted, but can't be used here.
+    """
+    if wanted == "auto" and previous == "loop" and device.type == "cuda":
+        again = "as when this run began; --packed-attention flex tries one kernel per layer"
+        report(Note(f"attention over packed rows loops over the examples, {again}"))
+        return "loop"
+    if wanted == "loop":
+        return "loop"
+    limit = find_unmet_requirement(shape, device, dtype, trains_bias)
+    problem = None
+    if limit is None:
+        report(Note("compiling attention for this GPU, which takes up to some minutes the first time"))
+        problem = find_difference(shape, device, dtype)
+    reasons = all_gather(limit or problem)
+    found = [f"rank {rank}: {reason}" if len(reasons) > 1 else reason for rank, reason in enumerate(reasons) if reason]
+    if not found:
+        report(Note("attention over packed rows: one kernel per layer"))
+        return "flex"
+    if wanted == "flex":
+        raise SettingsError(f"packed_attention: flex: {found[0]}", hint="set it to auto or loop")
+    if device.type == "cuda":
+        what = "attention over packed rows loops over the examples, which is slower on a GPU"
+        report(Note(f"{what}: {found[0]}", warning=limit is None))
+        if previous == "flex":
+            report(Note("until now this run used one kernel for them: results may differ by rounding", warning=True))
+    return "loop"

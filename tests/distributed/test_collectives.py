@@ -1,0 +1,128 @@
+"""Collectives between two processes."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import send_signal
+from tests.support.two_ranks import start_two_ranks
+
+pytestmark = pytest.mark.slow
+
+JOINED = """
+import signal, sys, time
+from torch.distributed import distributed_c10d
+from t5tune.distributed.collectives import report_lost_ranks, run_on_rank_0
+from t5tune.distributed.process_group import join_process_group
+from t5tune.distributed.watch import watch_ranks
+from t5tune.distributed.world import World
+from t5tune.errors import DataError
+from t5tune.progress import silent
+from t5tune.settings import TrainSettings
+
+world = World.from_environment()
+settings = TrainSettings(
+    model_name_or_path="pocket", data_path="pocket", output_dir="run", use_cpu=True, process_group_timeout=2
+)
+with join_process_group(world, settings, silent), watch_ranks(world, 2), report_lost_ranks(world):
+    store = distributed_c10d._get_default_store()
+
+    def count_looks():  # of rank 1 into the store: one each fifth of a second
+        return store.add("t5tune/watch/1/looks/1", 0)
+"""
+
+
+def test_a_rank_waits_for_rank_0_longer_than_the_timeout_of_collectives(tmp_path: Path) -> None:
+    code = """
+    def work():
+        first = count_looks()
+        while count_looks() < first + 30:  # three timeouts
+            time.sleep(0.05)
+        return world.rank, "prepared"
+
+    print(run_on_rank_0(world, work), flush=True)
+    print(run_on_rank_0(world, lambda: (world.rank, "again")), flush=True)
+"""
+    ranks = start_two_ranks(JOINED + code, tmp_path)
+    with ranks[0], ranks[1]:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
+    for rank in ranks:
+        assert rank.log.read_text().splitlines() == ["(0, 'prepared')", "(0, 'again')"]
+
+
+def test_every_rank_raises_the_error_of_rank_0(tmp_path: Path) -> None:
+    code = """
+    def fail():
+        raise DataError("data_path: chats.jsonl: no conversations", hint="see t5tune inspect")
+
+    try:
+        run_on_rank_0(world, fail)
+    except DataError as error:
+        print(error, flush=True)
+"""
+    ranks = start_two_ranks(JOINED + code, tmp_path)
+    with ranks[0], ranks[1]:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
+    for rank in ranks:
+        assert rank.log.read_text() == "data_path: chats.jsonl: no conversations; see t5tune inspect\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_waits_for_rank_0_says_that_it_does_not_answer(number: signal.Signals, tmp_path: Path) -> None:
+    code = """
+    def work():
+        print("working", flush=True)
+        while True:
+            signal.pause()
+
+    try:
+        run_on_rank_0(world, work)
+    finally:
+        print("unwinding", flush=True)
+"""
+    code = (
+        JOINED.replace(
+            "    store =", "    sys.excepthook = lambda kind, error, _: print(f'error: {error}')\n    store ="
+        )
+        + code
+    )
+    ranks = start_two_ranks(code, tmp_path)
+    with ranks[0], ranks[1]:
+        ranks[0].wait_until(lambda: "working" in ranks[0].log.read_text())
+        send_signal(ranks[0].process.pid, number)
+        assert ranks[1].wait() == 1
+    hint = "run the same command again to resume from the last checkpoint"
+    assert ranks[1].log.read_text().splitlines()[-1] == f"error: rank 1: rank 0 doesn't answer; {hint}"
+
+
+def test_objects_and_flags_go_through_the_cpu_in_a_group_that_has_gpus_too(tmp_path: Path) -> None:
+    """The group's other backend does nothing, and returns at once: a value that went through it would be wrong."""
+    code = """
+import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg
+from torch.distributed import distributed_c10d
+from t5tune.distributed import collectives
+from t5tune.distributed.world import World
+
+world = World.from_environment()
+dist.init_process_group("cpu:gloo,cuda:fake")
+print(collectives.all_gather(world.rank))
+print(collectives.broadcast_from_rank_0(f"from {world.rank}"))
+print(collectives.any_rank(world.rank == 1), collectives.any_rank(False))
+print(collectives.run_on_rank_0(world, lambda: world.rank))
+store = distributed_c10d._get_default_store()
+if world.rank == 0:
+    store.set("first", "yes")
+collectives.barrier()
+print(store.check(["first"]))
+group = dist.new_group()
+print(distributed_c10d.get_backend_config(group), sorted(device.type for device in group._device_types))
+"""
+    ranks = start_two_ranks(code, tmp_path)
+    with ranks[0], ranks[1]:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
+    expected = ["[0, 1]", "from 0", "True False", "0", "True", "cpu:gloo,cuda:fake ['cpu', 'cuda']"]
+    for rank in ranks:
+        assert rank.log.read_text().splitlines() == expected

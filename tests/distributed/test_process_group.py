@@ -1,0 +1,113 @@
+"""Joining the process group: which GPU a rank takes, with which backends, and who must not share one."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from t5tune.distributed.process_group import choose_backend, find_shared_gpu, join_process_group, refuse_shared_gpus
+from t5tune.distributed.world import World
+from t5tune.errors import SettingsError
+from t5tune.progress import silent
+from t5tune.settings import TrainSettings
+from tests.support.two_ranks import start_two_ranks
+
+
+@pytest.fixture
+def show_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[torch.device]]:
+    """Pretend that this process sees some GPUs. Returns the devices that it has set as the current one."""
+
+    def show(count: int) -> list[torch.device]:
+        chosen: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
+
+    return show
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 3, 3), (1, 3, 0), (4, 0, 0), (2, 3, 1)])
+def test_a_rank_takes_the_gpu_of_its_own_whether_it_sees_all_or_only_that_one(
+    visible: int,
+    local_rank: int,
+    index: int,
+    show_gpus: Callable[[int], list[torch.device]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    chosen = show_gpus(visible)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)}.items():
+        monkeypatch.setenv(name, value)
+    settings = TrainSettings(model_name_or_path="pocket", data_path=["x"], output_dir=tmp_path)
+    with join_process_group(World.from_environment(), settings, silent) as device:
+        assert device == torch.device("cuda", index)
+        assert chosen == [device]
+        assert os.environ["LOCAL_RANK"] == str(index)  # accelerate and DeepSpeed take this GPU
+    assert os.environ["LOCAL_RANK"] == str(local_rank)
+
+
+def test_a_group_of_gpus_has_a_backend_for_the_cpu_too() -> None:
+    assert choose_backend("cuda") == "cpu:gloo,cuda:nccl"
+    assert choose_backend("cpu") == "gloo"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shared"),
+    [(["a"], None), (["a", "b", "c"], None), (["a", "b", "a"], (0, 2)), (["a", "b", "c", "b", "a"], (1, 3))],
+)
+def test_two_ranks_with_the_same_gpu_are_found(gpus: list[str], shared: tuple[int, int] | None) -> None:
+    assert find_shared_gpu(gpus) == shared
+
+
+def join_together(gpus: list[str]) -> list[str | None]:
+    """Let ranks check their GPUs together. Returns what each of them raises."""
+    store = dist.HashStore()
+
+    def check(rank: int) -> str | None:
+        try:
+            refuse_shared_gpus(store, rank, len(gpus), gpus[rank])
+        except SettingsError as error:
+            return error.message
+        return None
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        return list(pool.map(check, range(len(gpus))))
+
+
+def test_every_rank_refuses_a_gpu_that_two_of_them_have() -> None:
+    assert join_together(["GPU-1", "GPU-2", "GPU-3"]) == [None] * 3
+    assert join_together(["GPU-1", "GPU-2", "GPU-2"]) == ["ranks 1 and 2 have the same GPU, GPU-2"] * 3
+
+
+@pytest.mark.slow
+def test_a_network_interface_that_does_not_exist_is_an_error_that_says_how_to_choose_one(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from t5tune.distributed.process_group import join_process_group
+from t5tune.distributed.world import World
+from t5tune.errors import RankLost
+from t5tune.progress import silent
+from t5tune.settings import TrainSettings
+
+os.environ["GLOO_SOCKET_IFNAME"] = "nope"
+settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run", use_cpu=True)
+try:
+    with join_process_group(World.from_environment(), settings, silent):
+        pass
+except RankLost as error:
+    print(error.message)
+    print(error.hint)
+"""
+    ranks = start_two_ranks(code, tmp_path)
+    with ranks[0], ranks[1]:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
+    for number, rank in enumerate(ranks):
+        message, hint = rank.log.read_text().splitlines()
+        assert message.startswith(f"rank {number}: can't connect to the other ranks: ")
+        assert message.endswith(" nope")
+        assert hint.startswith("GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface")

@@ -1,0 +1,102 @@
+"""Ranks that hang are named, and the others end, also while their main threads wait where no exception reaches them."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from t5tune import train
+from t5tune.distributed.watch import LOOKS, RankWatch
+from t5tune.distributed.world import World
+from tests.support.runs import send_signal
+from tests.support.train_runs import make_settings
+from tests.support.two_ranks import start_two_ranks
+
+HINT = "run the same command again to resume from the last checkpoint"
+WATCHING = """
+import signal
+import torch.distributed as dist
+from t5tune.distributed.watch import watch_ranks
+from t5tune.distributed.world import World
+world = World.from_environment()
+dist.init_process_group("gloo")
+with watch_ranks(world, 2) as watch:
+    BATCHES
+    print("watching", flush=True)
+    while True:
+        signal.pause()  # as if it waited for its GPU
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hung", [0, 1])  # rank 0 has the rendezvous store
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_does_not_answer_is_named_while_the_other_waits_for_its_gpu(
+    hung: int, number: signal.Signals, tmp_path: Path
+) -> None:
+    ranks = start_two_ranks(WATCHING.replace("BATCHES", "pass"), tmp_path)
+    with ranks[0], ranks[1]:
+        for rank in ranks:
+            rank.wait_until(lambda rank=rank: "watching" in rank.log.read_text())
+        send_signal(ranks[hung].process.pid, number)
+        assert ranks[1 - hung].wait() == 1
+    lines = ranks[1 - hung].log.read_text().splitlines()
+    assert lines == ["watching", f"error: rank {1 - hung}: rank {hung} doesn't answer; {HINT}"]
+
+
+@pytest.mark.slow
+def test_a_rank_whose_main_thread_hangs_is_named_by_the_one_that_waits_for_it(tmp_path: Path) -> None:
+    ranks = start_two_ranks(
+        WATCHING.replace("BATCHES", "for _ in range(2 - world.rank): watch.count_batch()"), tmp_path
+    )
+    with ranks[0], ranks[1]:
+        assert ranks[0].wait() == 1
+    error = "error: rank 0: rank 1 hangs: the others wait for it in a batch that it hasn't begun"
+    assert ranks[0].log.read_text().splitlines() == ["watching", f"{error}; {HINT}"]
+
+
+def compare_often(watch: RankWatch, *ranks: tuple[int, int], times: int = 3 * LOOKS) -> list[str | None]:
+    """Let the watch look this often: each rank's own looks move by its first number, its batches don't."""
+    return [watch.compare([(look * moves, batches) for moves, batches in ranks]) for look in range(1, times + 1)]
+
+
+def test_ranks_in_the_same_batch_are_not_named_however_long_they_take() -> None:
+    watch = RankWatch(World(rank=0, size=3), 60)
+    assert set(compare_often(watch, (1, 7), (1, 7), (1, 7))) == {None}
+
+
+def test_a_rank_is_named_after_the_timeout_and_not_before() -> None:
+    silent = compare_often(RankWatch(World(rank=0, size=2), 60), (1, 7), (0, 7), times=LOOKS)
+    assert silent == [None] * (LOOKS - 1) + ["rank 1 doesn't answer"]
+    watch = RankWatch(World(rank=0, size=2), 60)
+    assert watch.compare([(0, 7), (0, 6)]) is None  # both have begun new batches
+    behind = compare_often(watch, (1, 7), (1, 6), times=LOOKS)
+    assert behind[:-1] == [None] * (LOOKS - 1)
+    assert "rank 1 hangs" in str(behind[-1])
+
+
+def test_a_slow_rank_that_begins_batches_is_not_named() -> None:
+    watch = RankWatch(World(rank=0, size=2), 60)
+    found = [watch.compare([(look, 100), (look, look // (LOOKS - 1))]) for look in range(1, 5 * LOOKS)]
+    assert set(found) == {None}
+
+
+def test_all_silent_ranks_are_named_but_never_the_own_one() -> None:
+    found = compare_often(RankWatch(World(rank=1, size=4), 60), (0, 7), (1, 6), (1, 7), (0, 6))
+    assert found[-1] == "ranks 0, 3 don't answer"
+    assert set(compare_often(RankWatch(World(rank=1, size=2), 60), (1, 7), (1, 6))) == {None}
+
+
+def test_each_micro_batch_of_a_run_is_counted(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watches: set[RankWatch] = set()
+    count_batch = RankWatch.count_batch
+
+    def count(watch: RankWatch) -> None:
+        watches.add(watch)
+        count_batch(watch)
+
+    monkeypatch.setattr(RankWatch, "count_batch", count)
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=3, gradient_accumulation_steps=2))
+    assert [watch.num_batches for watch in watches] == [6]

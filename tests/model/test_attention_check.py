@@ -1,0 +1,195 @@
+"""Attention over packed rows: one kernel, if it computes what the loop does, and else the loop."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5tune import TrainSettings, train
+from t5tune.diagnosis import probes
+from t5tune.errors import SettingsError
+from t5tune.model import attention_check
+from t5tune.model.attention_check import AttentionShape, find_difference
+from t5tune.model.flex_attention import Blocks, attend
+from t5tune.progress import Note
+from t5tune.training import attention_choice
+from t5tune.training.attention_choice import choose_packed_attention
+from tests.model.test_flex_attention import pytestmark, without_kernels  # noqa: F401
+
+SHAPE = AttentionShape(num_heads=2, head_width=16, max_distance=128, dropout=0.1)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def choose(
+    wanted: Any = "auto", previous: Any = None, device: torch.device = GPU, dtype: torch.dtype = torch.bfloat16
+) -> tuple[str, list[Note]]:
+    notes: list[Any] = []
+    choice = choose_packed_attention(wanted, SHAPE, device, dtype, False, previous, notes.append)
+    return choice, notes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_kernel_computes_what_the_loop_does(dropout: float) -> None:
+    state = torch.get_rng_state()
+    assert find_difference(SHAPE._replace(dropout=dropout), CPU, torch.float32) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def raise_error(*_: Any) -> torch.Tensor:
+    raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid\n  at line 2")
+
+
+def forget_segments(query: Any, key: Any, value: Any, blocks: Blocks, *options: Any) -> torch.Tensor:
+    return attend(query, key, value, replace(blocks, query_segments=blocks.query_segments.clamp_min(1)), *options)
+
+
+def forget_bias(query: Any, key: Any, value: Any, blocks: Blocks, table: Any, *options: Any) -> torch.Tensor:
+    return attend(query, key, value, blocks, table if table is None else 0 * table, *options)
+
+
+MISTAKES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
+    "fails": (raise_error, "^RuntimeError: Triton Error .CUDA.: device kernel image is invalid at line 2$"),
+    "segments": (forget_segments, r"the output of encoder attention differs by \d"),
+    "bias": (forget_bias, "the output of encoder attention differs by"),
+    "causal": (
+        lambda q, k, v, blocks, table, causal, dropout: attend(q, k, v, blocks, table, False, dropout),
+        "the output of decoder attention differs by",
+    ),
+    "dropout": (
+        lambda *arguments: attend(*arguments[:-1], min(arguments[-1], 0.05)),
+        "^with dropout 0.1, the output of encoder attention differs by",
+    ),
+    "gradient": (
+        lambda q, k, v, *options: attend(q, k.detach() * 0.9 + 0.1 * k, v, *options),
+        "the key's gradient of encoder attention differs by",
+    ),
+    "not finite": (lambda *arguments: attend(*arguments) * torch.nan, "the output of encoder attention differs by nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    wrong, message = MISTAKES[mistake]
+    monkeypatch.setattr(attention_check, "attend", wrong)
+    problem = find_difference(SHAPE, CPU, torch.float32)
+    assert problem is not None
+    assert re.search(message, problem), problem
+
+
+def test_on_a_cpu_the_loop_is_used_without_a_word() -> None:
+    assert choose(device=CPU) == ("loop", [])
+    with pytest.raises(
+        SettingsError, match="^packed_attention: flex: the kernel needs an NVIDIA GPU; set it to auto or loop$"
+    ):
+        choose("flex", device=CPU)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of which torch knows only what is asked before anything is computed."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 3060")
+    monkeypatch.setattr(attention_check, "find_missing_compiler", lambda on_gpu: None)
+    monkeypatch.setattr(attention_choice, "find_difference", lambda *_: None)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_uses_one_kernel_once_it_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, notes = choose()
+    assert (choice, [note.text for note in notes]) == (
+        "flex",
+        [
+            "compiling attention for this GPU, which takes up to some minutes the first time",
+            "attention over packed rows: one kernel per layer",
+        ],
+    )
+    assert choose(previous="flex")[0] == choose("flex", previous="loop")[0] == "flex"
+    # as before, and chosen by the user: neither compiles anything
+    monkeypatch.setattr(attention_choice, "find_difference", raise_error)
+    assert choose("loop") == ("loop", [])
+    again = "as when this run began; --packed-attention flex tries one kernel per layer"
+    assert choose(previous="loop") == ("loop", [Note(f"attention over packed rows loops over the examples, {again}")])
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_without_a_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    slower = "attention over packed rows loops over the examples, which is slower on a GPU"
+    choice, notes = choose(dtype=torch.float32)
+    assert (choice, notes) == (
+        "loop", [Note(f"{slower}: the kernel computes only in bf16, which --bf16 turns on")]
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert choose()[1][0].text.endswith(": NVIDIA GeForce RTX 3060 is too old for the kernel")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_all_ranks_use_the_loop_if_one_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "all_gather", lambda reason: [reason, "the output differs by 30%"])
+    choice, notes = choose(previous="flex")
+    assert choice == "loop"
+    assert [note.warning for note in notes[1:]] == [True, True]
+    assert notes[1].text.endswith("slower on a GPU: rank 1: the output differs by 30%")
+    assert "results may differ by rounding" in notes[2].text
+    with pytest.raises(SettingsError, match="packed_attention: flex: rank 1: the output differs by 30%"):
+        choose("flex")
+
+
+def test_both_implementations_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_check, "TIMED_SEGMENTS", (40, 7, 90))
+    seconds = attention_check.measure_implementations(SHAPE, CPU, torch.float32)
+    assert seconds.keys() == {"flex", "loop"}
+    assert min(seconds.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("gate", "limit", "difference", "expected"),
+    [
+        ("no gcc", None, None, ("warning", "gated activations use torch's operations, which is slower: no gcc")),
+        (None, "it is too old", None, ("warning", "which is slower: it is too old")),
+        (None, None, "the output differs by 30%", ("warning", "it loops over the examples: the output differs by 30%")),
+        (None, None, None, ("good", "in one kernel: 2.0 ms, and 60.0 ms in a loop over the examples")),
+    ],
+)
+def test_doctor_says_which_kernels_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+    gate: str | None,
+    limit: str | None,
+    difference: str | None,
+    expected: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(probes, "find_unmet_requirement", lambda *_, **__: limit)
+    monkeypatch.setattr(probes, "find_difference", lambda *_: difference)
+    monkeypatch.setattr(probes, "find_kernel_problem", lambda _: gate)
+    monkeypatch.setattr(probes, "measure_implementations", lambda *_: {"flex": 0.002, "loop": 0.06})
+    state, found, _ = probes.probe_kernels()
+    assert state == expected[0]
+    assert found.endswith(expected[1])
+
+
+def test_a_run_with_one_kernel_has_the_losses_of_one_with_the_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From data to adapter, on the CPU: with evaluations, gradient accumulation and a row of padding."""
+    monkeypatch.setattr(attention_choice, "find_unmet_requirement", lambda *_: None)
+    pairs = [{"source": "word " * (i % 7 + 1), "target": "answer " * (i % 3 + 1)} for i in range(24)]
+    found = {}
+    for choice in ("flex", "loop"):
+        settings = TrainSettings(
+            model_name_or_path="pocket", data_path=pairs, output_dir=tmp_path / choice, max_steps=3, use_cpu=True,
+            lora_dropout=0.0, gradient_accumulation_steps=2, per_device_train_batch_size=4, eval_fraction=0.2,
+            learning_rate=1e-3, eval_steps=3, logging_steps=1, report_samples=0, packed_attention=choice,
+        )  # fmt: skip
+        result = train(settings)
+        manifest = json.loads((tmp_path / choice / "checkpoint-3" / "t5tune_manifest.json").read_text())
+        assert manifest["made_of"].get("packed_attention") == (choice if choice == "flex" else None)
+        lines = [{name: line[name] for name in ("loss", "grad_norm") if name in line} for line in result.metrics()]
+        found[choice] = [*lines, {"eval_loss": result.eval["loss"], "tokens": result.tokens}]
+    assert found["flex"][0]["loss"] > 0
+    for flex, loop in zip(found["flex"], found["loop"], strict=True):
+        assert flex == pytest.approx(loop, rel=1e-4)

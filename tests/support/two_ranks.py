@@ -1,0 +1,17 @@
+"""Two processes that run a piece of code as the ranks of a group."""
+
+import sys
+from pathlib import Path
+
+from t5tune.distributed.launcher import find_free_port
+from tests.support.runs import Running
+
+
+def start_two_ranks(code: str, folder: Path) -> list[Running]:
+    """Start the code as ranks 0 and 1 of a launcher that isn't t5tune's. Their output is in their logs."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    common |= {"MASTER_PORT": str(find_free_port()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return [
+        Running([sys.executable, "-c", code], folder / f"rank-{rank}", **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(2)
+    ]
