@@ -170,7 +170,8 @@ def make_flags(values: dict[str, Any]) -> list[str]:
 
 def describe_result(result: dict[str, Any]) -> str:
     """Return the keys of a result, and its values that aren't measured."""
-    measured = {"seconds", "tokens_per_second", "peak_memory_bytes", "bytes_per_second", "stages", "suggestion"}
+    measured = {"seconds", "tokens_per_second", "bytes_per_second", "stages", "suggestion"}
+    measured |= {"peak_memory_bytes", "peak_reserved_bytes"}
     return json.dumps({name: None if name in measured else value for name, value in result.items()}, sort_keys=True)
 
 
@@ -189,7 +190,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def drop_measured(line: dict[str, Any]) -> dict[str, Any]:
-    measured = ("time", "tokens_per_second", "peak_memory_bytes", "train_runtime", "eval_runtime", "_per_second")
+    measured = ("time", "tokens_per_second", "peak_memory_bytes", "peak_reserved_bytes", "_runtime", "_per_second")
     return {name: value for name, value in line.items() if not name.endswith(measured)}
 
 

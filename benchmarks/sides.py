@@ -66,8 +66,12 @@ def read_process_memory(name: str) -> int:
     raise SystemExit("needs Linux's /proc/self/status")
 
 
-def write_base(folder: Path, config: dict[str, Any]) -> Path:
-    """Write a random checkpoint for a config of t5tune.model.known_configs: untied head, built-in tokenizer."""
+def write_base(folder: Path, config: dict[str, Any], dtype: str = "float32", device: str = "cpu") -> Path:
+    """Write a random checkpoint for a config of t5tune.model.known_configs: untied head, built-in tokenizer.
+
+    Args:
+        device: where its weights are drawn, which takes a large model minutes on a CPU.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
@@ -76,7 +80,8 @@ def write_base(folder: Path, config: dict[str, Any]) -> Path:
     values = {**config, "tie_word_embeddings": False, "decoder_start_token_id": 0}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
-    model = AutoModelForSeq2SeqLM.from_config(config)
+    with torch.device(device):
+        model = AutoModelForSeq2SeqLM.from_config(config, dtype=getattr(torch, dtype))
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * config.d_model**-0.5)
     model.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())

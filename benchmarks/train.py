@@ -83,50 +83,79 @@ def write_conversations(path: Path, count: int, longest: int) -> Path:
     return path
 
 
+def read_clock(on_gpu: bool) -> float:
+    """Read the process's CPU time, or with a GPU the wall time once it has finished its work."""
+    if not on_gpu:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock:
-    """Measures the seconds of all steps after the first, a warm-up: CPU time, or wall time if training on a GPU."""
+    """Measures the seconds of the steps between the warm-up and the end: CPU time, or wall time if training on a GPU.
 
-    def __init__(self, on_gpu: bool) -> None:
+    On a GPU it waits only before and after all of these steps. `on_end` is called after the last of them, and once more
+    after each step that follows.
+    """
+
+    def __init__(self, on_gpu: bool, warm_up: int, steps: int, on_end: Callable[[], None] | None = None) -> None:
         self.on_gpu = on_gpu
-        self.begun: float | None = None
-        self.seconds = 0.0
-
-    def now(self) -> float:
-        if not self.on_gpu:
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        self.warm_up = warm_up
+        self.steps = steps
+        self.on_end = on_end
+        self.done = 0
+        self.begun = self.seconds = 0.0
 
     def tick(self) -> None:
-        now = self.now()
-        self.begun = self.begun or now
-        self.seconds = now - self.begun
+        self.done += 1
+        if self.done == self.warm_up:
+            self.begun = read_clock(self.on_gpu)
+        if self.done == self.steps:
+            self.seconds = read_clock(self.on_gpu) - self.begun
+        if self.done >= self.steps and self.on_end is not None:
+            self.on_end()
 
 
-def run_ours(options: argparse.Namespace, folder: Path, packing: str, compiles: bool = False) -> dict[str, Any]:
+def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes: Any) -> dict[str, Any]:
+    """Train one of OUR_WAYS.
+
+    Args:
+        changes: further settings of `t5tune train`.
+    """
     from t5tune.commands.train import train
     from t5tune.data.cache import open_cache
-    from t5tune.progress import Advanced, Event
-    from t5tune.settings import TrainSettings
+    from t5tune.progress import Advanced, Event, Note
     from t5tune.training.batches import make_budget_sampler
 
-    clock = Clock(options.on_gpu)
+    clock = Clock(options.on_gpu, options.warm_up, options.steps, options.on_end)
+
+    notes: list[str] = []
 
     def report(event: Event) -> None:
         if isinstance(event, Advanced) and event.task == "train" and event.done:
             clock.tick()
+        if isinstance(event, Note):
+            notes.append(event.text)
 
-    settings = TrainSettings(
-        model_name_or_path=str(options.folder / "base"), data_path=str(options.folder / "cache"), output_dir=folder,
-        tokens_per_batch=options.tokens, packing=packing, max_steps=options.steps, use_cpu=not options.on_gpu,
-        bf16=options.dtype == "bfloat16", save_strategy="no", train_token_rows=False, lora_dropout=options.dropout,
-        report_samples=0, logging_steps=1000, torch_compile=compiles, training_args=options.training_args,
-    )  # fmt: skip
+    settings = make_settings(options, folder, packing, **changes)
     train(settings, report)
     sources, targets = open_cache(options.folder / "cache").read_lengths()
     sampler = make_budget_sampler(sources, targets, options.tokens, packing == "on", 1, settings.seed)
     batches = list(sampler)[: options.steps]
-    return compute_metrics(clock, sources, targets, batches, packing == "on", options)
+    return {**compute_metrics(clock, sources, targets, batches, packing == "on", options), "notes": notes}
+
+
+def make_settings(options: argparse.Namespace, folder: Path, packing: str, **changes: Any) -> Any:
+    """Make the settings of `t5tune train` for a run in `folder`."""
+    from t5tune.settings import TrainSettings
+
+    values = dict(
+        model_name_or_path=str(options.folder / "base"), data_path=str(options.folder / "cache"), output_dir=folder,
+        tokens_per_batch=options.tokens, packing=packing, max_steps=options.steps + count_extra_steps(options),
+        use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16", save_strategy="no", train_token_rows=False,
+        lora_dropout=options.dropout, report_samples=0, logging_steps=1000, training_args=options.training_args,
+    )  # fmt: skip
+    return TrainSettings(**{**values, **changes})
 
 
 def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str, Any]:
@@ -153,16 +182,17 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
     sources, targets = cache.read_lengths()
     # about as many steps as give the number of tokens that our ways see
     num_steps = round(options.steps * options.tokens / (options.batch_size * (sources + targets).mean()))
-    count = min(max(MIN_STOCK_BATCHES, num_steps) + 1, len(cache) // options.batch_size)
+    extra = count_extra_steps(options)
+    steps = min(max(MIN_STOCK_BATCHES, num_steps) + options.warm_up, len(cache) // options.batch_size - extra)
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=count,
+        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=steps + extra,
         train_sampling_strategy=way.sampling, use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16",
         optim="adamw_torch_fused" if options.on_gpu else "adamw_torch",
         tf32=True if options.on_gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1000, remove_unused_columns=False,
         log_level="error",
     )  # fmt: skip
-    clock, seen = Clock(options.on_gpu), []
+    clock, seen = Clock(options.on_gpu, options.warm_up, steps, options.on_end), []
 
     class SpreadTrainer(Trainer):
         """Trains on a selection of the batches of an epoch that Trainer's own sampler makes: see `spread_batches`."""
@@ -175,7 +205,13 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
             order = list(self.sampler)
             size = options.batch_size
             whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-            return [index for batch in spread_batches(whole, count, sources, targets) for index in batch]
+            return [index for batch in self.spread(whole) for index in batch]
+
+        def spread(self, batches: list[list[int]]) -> list[list[int]]:
+            warm_up, timed = batches[: options.warm_up], batches[options.warm_up : len(batches) - extra]
+            picked = spread_batches(timed, steps - options.warm_up, sources, targets)
+            # those that follow are of medium size
+            return warm_up + picked + [picked[len(picked) // 2]] * extra
 
     class Ticks(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -199,15 +235,20 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
     )  # fmt: skip
     trainer.train()
     used = {"attention": base.config._attn_implementation, "sampler": type(trainer.sampler).__name__}
-    return {**used, **compute_metrics(clock, sources, targets, seen[:count], False, options)}
+    return {**used, **compute_metrics(clock, sources, targets, seen[:steps], False, options)}
+
+
+def count_extra_steps(options: argparse.Namespace) -> int:
+    """Count the steps after the timed ones."""
+    return 0 if options.on_end is None else 1
 
 
 def spread_batches(batches: list[list[int]], count: int, sources: Any, targets: Any) -> list[list[int]]:
-    """Select the first batch of an epoch, for warm-up, and `count - 1` others that represent the rest of the epoch.
+    """Select `count` batches that represent all of them.
 
     Trainer sorts by length in windows of 50 batches, the longest first, so its first few batches contain only long
-    examples. Therefore the rest is sorted by size and split into equal parts, and of each part the batch is selected
-    whose share of padding is closest to that of the part.
+    examples. Therefore the batches are sorted by size and split into equal parts, and of each part the batch is
+    selected whose share of padding is closest to that of the part.
     """
 
     def count_all(batch: list[int]) -> int:
@@ -216,12 +257,11 @@ def spread_batches(batches: list[list[int]], count: int, sources: Any, targets: 
     def count_useful(batch: list[int]) -> int:
         return int(sources[batch].sum() + targets[batch].sum())
 
-    first, *others = batches
-    others.sort(key=count_all)
-    cuts = [round(len(others) * place / (count - 1)) for place in range(count)]
-    picked = [first]
+    by_size = sorted(batches, key=count_all)
+    cuts = [round(len(by_size) * place / count) for place in range(count + 1)]
+    picked = []
     for start, end in itertools.pairwise(cuts):
-        part = others[start:end]
+        part = by_size[start:end]
         share = sum(map(count_useful, part)) / sum(map(count_all, part))
         picked.append(min(part, key=lambda batch: abs(count_useful(batch) / count_all(batch) - share)))
     return picked
@@ -237,7 +277,7 @@ def compute_metrics(
 ) -> dict[str, Any]:
     """Compute the useful tokens per second, the share of the peak speed, and the share of useful tokens."""
     peak_memory = torch.cuda.max_memory_allocated() if options.on_gpu else read_process_memory("VmHWM")
-    lengths = [(sources[batch], targets[batch]) for batch in batches[1:]]
+    lengths = [(sources[batch], targets[batch]) for batch in batches[options.warm_up :]]
     useful = sum(int(source.sum() + target.sum()) for source, target in lengths)
     computed = useful
     if not packed:
@@ -249,6 +289,7 @@ def compute_metrics(
         "seconds": round(clock.seconds, 2),
         "tokens_per_second": round(useful / clock.seconds, 1),
         "of_peak": round(operations / clock.seconds / measure_matrix_peak(options), 3),
+        "operations_per_token": round(operations / useful),
         "peak_memory_mb": peak_memory // 10**6,
     }
 
@@ -273,12 +314,12 @@ def measure_matrix_peak(options: argparse.Namespace) -> float:
     """Measure the operations per second of a large matrix product: the fastest of five, to exclude disturbances."""
     size = 8192 if options.on_gpu else 2048
     a = torch.randn(size, size, device="cuda" if options.on_gpu else "cpu").to(getattr(torch, options.dtype))
-    clock, fastest = Clock(options.on_gpu), math.inf
+    fastest = math.inf
     a @ a
     for _ in range(5):
-        begun = clock.now()
+        begun = read_clock(options.on_gpu)
         a @ a
-        fastest = min(fastest, clock.now() - begun)
+        fastest = min(fastest, read_clock(options.on_gpu) - begun)
     return 2 * size**3 / fastest
 
 
@@ -328,7 +369,7 @@ def run_way(options: argparse.Namespace) -> dict[str, Any]:
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "budget": lambda: run_ours(options, run, "off"),
         "packed": lambda: run_ours(options, run, "on"),
-        "compiled": lambda: run_ours(options, run, "on", compiles=True),
+        "compiled": lambda: run_ours(options, run, "on", torch_compile=True),
     }
     if options.way in STOCK_WAYS:
         return run_stock(options, STOCK_WAYS[options.way], run)
@@ -336,7 +377,7 @@ def run_way(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_parser(doc: str) -> argparse.ArgumentParser:
-    """Build the parser of the options that train.py and gpu.py share."""
+    """Build the parser of this benchmark's options, which gpu.py uses too."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, help="ShareGPT conversations; default: synthetic ones with long-tailed lengths"
@@ -345,7 +386,8 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--num-layers", type=int, help="layers of encoder and of decoder; default: that of --size")
     parser.add_argument("--longest", type=int, default=512, help="maximum tokens of a source and of a target")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--steps", type=int, default=4, help="steps of our ways; the first is a warm-up")
+    parser.add_argument("--steps", type=int, default=4, help="steps of our ways, with the warm-up")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps that aren't timed, at the start of each way")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch of our ways")
     parser.add_argument("--batch-size", type=int, default=8, help="examples per batch of the stock ways")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout of the base and of the adapters")
@@ -353,7 +395,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.set_defaults(on_gpu=False)
+    parser.set_defaults(on_gpu=False, on_end=None)
     return parser
 
 

@@ -112,10 +112,9 @@ def test_the_selected_batches_of_a_stock_way_have_the_padding_share_of_the_epoch
         useful = sum((sources + targets)[batch].sum() for batch in batches)
         return float(useful / sum(train.count_padded_tokens(sources[batch], targets[batch]) for batch in batches))
 
-    picked = train.spread_batches(batches, 13, sources, targets)
-    assert picked[0] == batches[0]
-    assert len({tuple(batch) for batch in picked}) == 13
-    assert useful_share(picked[1:]) == pytest.approx(useful_share(batches), rel=0.02)
+    picked = train.spread_batches(batches, 12, sources, targets)
+    assert len({tuple(batch) for batch in picked}) == 12
+    assert useful_share(picked) == pytest.approx(useful_share(batches), rel=0.02)
     # the reason for the selection: the next batches of the epoch have less padding
     assert useful_share(batches[1:13]) > 1.05 * useful_share(batches)
 

@@ -1,0 +1,297 @@
+"""Compare t5tune's kernels with fp64, and with what transformers and PEFT compute, in outputs, gradients and time.
+
+Errors are norms of the difference, relative to the norm of the exact result. Each run draws other inputs. bf16
+rounds to 8 bits, so an error of some 0.002 to 0.01 is rounding. Times are of forward and backward together.
+
+H heads, D head width, Q query tokens, K key tokens, R entries of the bias table, N tokens, V vocabulary.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from t5tune.model.attention import segment_attention
+from t5tune.model.attention_check import AttentionShape
+from t5tune.model.flex_attention import Blocks, attend, compute_hash, count_kept_hashes, divide_rows, draw_seeds
+from t5tune.model.fused import use_fused_layers
+from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.model.loss import HeadWeights, compute_summed_cross_entropy
+
+Tensors = dict[str, torch.Tensor]
+Lengths = tuple[tuple[int, ...], tuple[int, ...]]  # of the sources and targets of a packed batch, in tokens
+
+KINDS = ("encoder", "decoder", "cross")
+CHECKED_LENGTHS: Lengths = ((200, 1, 390, 33, 128), (40, 1, 90, 300, 128))
+REPEATS, WARM_UP = 10, 3
+
+
+def check_attention(shape: AttentionShape, lengths: Lengths, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Compute the errors of attention over packed rows, in one kernel and in the loop."""
+    results: dict[str, Any] = {}
+    for kind in KINDS:
+        layer = RandomAttention(kind, shape, lengths, device, dtype)
+        for dropout in (0.0, shape.dropout):
+            ways = {"flex": partial(layer.attend, dropout)}
+            if not dropout:  # the loop's dropout is torch's own, whose random numbers are others
+                ways["loop"] = layer.loop
+            seed = draw_seed()
+            exact = layer.compute_gradients(partial(layer.attend_exactly, dropout), torch.float64, seed)
+            for way, attend_in_this_way in ways.items():
+                found = layer.compute_gradients(attend_in_this_way, dtype, seed)
+                results[f"{kind}, dropout {dropout:g}, {way}"] = compute_errors(found, exact)
+    return results
+
+
+def time_attention(shape: AttentionShape, lengths: Lengths, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Measure the milliseconds of a layer's attention over packed rows, in one kernel and in the loop."""
+    results: dict[str, Any] = {"tokens": [sum(of) for of in lengths], "segments": len(lengths[0])}
+    for kind in KINDS:
+        layer = RandomAttention(kind, shape, lengths, device, dtype)
+        for dropout in (0.0, shape.dropout):
+            for way in (partial(layer.attend, dropout), partial(layer.loop, dropout=dropout)):
+                name = f"{kind}, dropout {dropout:g}, {'loop' if way.func == layer.loop else 'flex'}"
+                results[name] = measure_milliseconds(partial(layer.compute_gradients, way, dtype, 0), device)
+    return results
+
+
+def count_compilations(
+    shape: AttentionShape, batches: int, longest: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Count how often torch compiles attention for the first batch, and for the others, whose lengths differ.
+
+    Args:
+        longest: tokens of the longest example.
+    """
+    from torch._dynamo.utils import counters
+
+    found = []
+    for _ in range(batches):
+        before = counters["stats"]["unique_graphs"]
+        lengths = draw_lengths(longest), draw_lengths(longest)
+        for kind in KINDS:
+            layer = RandomAttention(kind, shape, lengths, device, dtype)
+            layer.compute_gradients(partial(layer.attend, shape.dropout), dtype, 0)
+        found.append(counters["stats"]["unique_graphs"] - before)
+    return {"batches": batches, "first": found[0], "later": sum(found[1:])}
+
+
+def time_cudnn(shape: AttentionShape, batches: int, longest: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Measure the milliseconds of the loop for batches of new lengths, with and without cuDNN's attention.
+
+    t5tune switches it off, because cuDNN makes a plan for every new shape.
+
+    Args:
+        longest: tokens of the longest example.
+    """
+    results: dict[str, Any] = {"batches": batches}
+    was_on = torch.backends.cuda.cudnn_sdp_enabled()
+    for is_on in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(is_on)
+        seconds = []
+        for _ in range(batches + 1):  # the first one loads the libraries
+            lengths = draw_lengths(longest), draw_lengths(longest)
+            layers = [RandomAttention(kind, shape, lengths, device, dtype) for kind in KINDS]
+            started = read_clock(device)
+            for layer in layers:
+                layer.compute_gradients(layer.loop, dtype, 0)
+            seconds.append(read_clock(device) - started)
+        results["cuDNN on" if is_on else "cuDNN off"] = round(1000 * statistics.mean(seconds[1:]), 2)
+    torch.backends.cuda.enable_cudnn_sdp(was_on)
+    return results
+
+
+def check_layers(size: str, tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare norm, gated feed-forward layer and linear layer with LoRA with those of transformers and PEFT."""
+    notes: list[Any] = []
+    stock = make_lora_model(size, device, dtype)
+    ours, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
+    use_fused_layers(ours, torch.device(device), notes.append)
+    results: dict[str, Any] = {"notes": [note.text for note in notes]}
+    seed = draw_seed()
+    for part, find in LAYERS.items():
+        expected = compute_layer(find(exact), tokens, stock.config.d_model, torch.float64, seed)
+        for side, model in (("t5tune", ours), ("stock", stock)):
+            run = partial(compute_layer, find(model), tokens, stock.config.d_model, dtype, seed)
+            with torch.autocast(device, dtype):
+                errors = compute_errors(run(), expected)
+                results[f"{part}, {side}"] = errors | {"ms": measure_milliseconds(run, device)}
+    return results
+
+
+def check_loss(size: str, tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare the loss in chunks with the one that stores all logits."""
+    config = KNOWN_CONFIGS[size]
+    torch.manual_seed(draw_seed())
+    weight_VD = torch.randn(config["vocab_size"], config["d_model"], device=device).to(dtype)
+    hidden_ND = (torch.randn(tokens, config["d_model"], device=device) * config["d_model"] ** -0.5).to(dtype)
+    labels_N = torch.randint(config["vocab_size"], (tokens,), device=device)
+    labels_N[:7] = -100
+
+    def compute(loss: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> Tensors:
+        leaf = hidden_ND.to(dtype).requires_grad_()
+        total = loss(leaf)
+        return {"output": total.detach(), "input": torch.autograd.grad(total, leaf)[0]}
+
+    def store_logits(hidden: torch.Tensor) -> torch.Tensor:
+        logits_NV = hidden @ weight_VD.to(hidden.dtype).T
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        return functional.cross_entropy(logits_NV.to(wide), labels_N, reduction="sum")
+
+    exact = compute(store_logits, torch.float64)
+    ways = {"t5tune": lambda hidden: compute_summed_cross_entropy(hidden, labels_N, HeadWeights(weight_VD))}
+    ways["stock"] = store_logits
+    results = {}
+    for way, loss in ways.items():
+        run = partial(compute, loss, dtype)
+        with torch.autocast(device, dtype):
+            results[way] = compute_errors(run(), exact) | {"ms": measure_milliseconds(run, device)}
+    return results
+
+
+class RandomAttention:
+    """A layer's attention over a packed batch, with random queries, keys, values and position bias."""
+
+    def __init__(self, kind: str, shape: AttentionShape, lengths: Lengths, device: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(draw_seed())
+        sources, targets = lengths
+        self.is_causal = kind == "decoder"
+        self.queries, self.keys = sources if kind == "encoder" else targets, targets if self.is_causal else sources
+        self.blocks: Blocks = getattr(divide_rows(sources, targets).to(device), kind)
+        size = shape.num_heads, 2 * shape.max_distance + 1
+        # rounded, so that the loop, whose bias is in bf16, adds the same numbers
+        self.table_HR = None if kind == "cross" else torch.randn(size, device=device).to(dtype).float()
+        rows = len(self.blocks.query_segments), len(self.blocks.key_segments), len(self.blocks.key_segments)
+        heads = shape.num_heads, shape.head_width
+        self.states = [torch.randn(1, length, *heads, device=device) for length in rows]
+        self.states[0] *= shape.head_width**-0.5  # as T5's initialization of q does
+        self.states = [state.to(dtype) for state in self.states]
+        # the padding's outputs don't matter
+        self.weights = torch.randn(1, sum(self.queries), *heads, device=device).to(dtype)
+
+    def compute_gradients(self, attend: Callable[..., torch.Tensor], dtype: torch.dtype, seed: int) -> Tensors:
+        """Compute the output, and the gradients of its product with random weights."""
+        leaves = [state.to(dtype).detach().requires_grad_() for state in self.states]
+        torch.manual_seed(seed)  # of dropout
+        output = attend(*(leaf.transpose(1, 2) for leaf in leaves))[:, : self.weights.shape[1]]
+        gradients = torch.autograd.grad(output, leaves, self.weights.to(dtype))
+        return dict(zip(("output", "query", "key", "value"), (output.detach(), *gradients), strict=True))
+
+    def attend(self, dropout: float, *states_BHLD: torch.Tensor) -> torch.Tensor:
+        query, key, value = states_BHLD
+        return attend(query, key, value, self.blocks, self.table_HR, self.is_causal, dropout)
+
+    def loop(self, *states_BHLD: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        lengths = (self.queries, self.keys, self.keys)
+        query, key, value = (state[:, :, : sum(of)] for state, of in zip(states_BHLD, lengths, strict=True))
+        bias = self._make_bias(max(self.queries), max(self.keys), query.dtype)
+        return segment_attention(query, key, value, list(self.queries), list(self.keys), bias, dropout)
+
+    def attend_exactly(self, dropout: float, *states_BHLD: torch.Tensor) -> torch.Tensor:
+        """Compute softmax and dropout with all scores in memory."""
+        seeds_H = draw_seeds(states_BHLD[0])
+        query_BHQD, key_BHKD, value_BHKD = states_BHLD
+        scores_BHQK = query_BHQD @ key_BHKD.mT
+        bias = self._make_bias(*scores_BHQK.shape[2:], scores_BHQK.dtype)
+        scores_BHQK = scores_BHQK if bias is None else scores_BHQK + bias
+        is_other_QK = self.blocks.query_segments[:, None] != self.blocks.key_segments
+        probabilities_BHQK = scores_BHQK.masked_fill(is_other_QK, -torch.inf).softmax(-1)
+        query, key = (torch.arange(size, device=query_BHQD.device) for size in scores_BHQK.shape[2:])
+        kept_HQK = compute_hash(seeds_H[:, None, None], query[:, None], key) < count_kept_hashes(dropout)
+        attended_BHQD: torch.Tensor = probabilities_BHQK * kept_HQK / (1 - dropout) @ value_BHKD
+        return attended_BHQD.transpose(1, 2)
+
+    def _make_bias(self, length: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Make the position bias as a matrix [1, H, length, width]."""
+        if self.table_HR is None:
+            return None
+        device, max_distance = self.table_HR.device, self.table_HR.shape[1] // 2
+        distance_QK = torch.arange(width, device=device) - torch.arange(length, device=device)[:, None]
+        bias_HQK = self.table_HR[:, distance_QK.clamp(-max_distance, max_distance) + max_distance].to(dtype)
+        if self.is_causal:
+            bias_HQK = bias_HQK.masked_fill(distance_QK > 0, torch.finfo(dtype).min)
+        return bias_HQK[None]
+
+
+def make_lora_model(size: str, device: str, dtype: torch.dtype) -> Any:
+    """Make a T5 with one layer, in `dtype`, and with random adapters in fp32."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(draw_seed())
+    values = {**KNOWN_CONFIGS[size], "num_layers": 1, "num_decoder_layers": 1, "vocab_size": 128, "dropout_rate": 0.0}
+    values.pop("model_type")
+    base = T5ForConditionalGeneration(T5Config(**values)).to(device, dtype)
+    model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q", "v"]))
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data = torch.randn_like(value, dtype=torch.float32) * value.shape[1] ** -0.5
+    return model.train()
+
+
+LAYERS: dict[str, Callable[[Any], Any]] = {
+    "norm": lambda model: model.base_model.model.encoder.block[0].layer[1].layer_norm,
+    "feed-forward": lambda model: model.base_model.model.encoder.block[0].layer[1].DenseReluDense,
+    "LoRA": lambda model: model.base_model.model.encoder.block[0].layer[0].SelfAttention.q,
+}
+
+
+def compute_layer(layer: Any, tokens: int, width: int, dtype: torch.dtype, seed: int) -> Tensors:
+    """Compute a layer's output for random tokens, and the gradients of its product with random weights."""
+    device = next(layer.parameters()).device
+    torch.manual_seed(seed)
+    # drawn in bf16, so that both precisions get the same numbers
+    hidden = torch.randn(1, tokens, width, device=device, dtype=torch.bfloat16).to(dtype).requires_grad_()
+    trained = {name: value for name, value in layer.named_parameters() if value.requires_grad}
+    output = layer(hidden)
+    weights = torch.randn(output.shape, device=device, dtype=torch.bfloat16).to(output.dtype)
+    gradients = torch.autograd.grad(output, [hidden, *trained.values()], weights)
+    names = "output", "input", *(name.partition(".")[0] for name in trained)
+    return dict(zip(names, (output.detach(), *gradients), strict=True))
+
+
+def compute_errors(found: Tensors, exact: Tensors) -> dict[str, float]:
+    """Compute the norm of each difference, relative to the norm of the exact result."""
+    return {
+        name: float(f"{float((found[name].double() - value).norm() / value.norm()):.2e}")
+        for name, value in exact.items()
+    }
+
+
+def measure_milliseconds(run: Callable[[], Any], device: str) -> float:
+    """Measure the milliseconds of a call: the median of three means."""
+    for _ in range(WARM_UP):
+        run()
+    seconds = []
+    for _ in range(3):
+        started = read_clock(device)
+        for _ in range(REPEATS):
+            run()
+        seconds.append((read_clock(device) - started) / REPEATS)
+    return round(1000 * statistics.median(seconds), 3)
+
+
+def read_clock(device: str) -> float:
+    """Read the clock once the GPU has finished its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def draw_lengths(longest: int, count: int = 30) -> tuple[int, ...]:
+    """Draw the lengths of segments, in tokens."""
+    return tuple(1 + int(value) for value in torch.randint(longest, (count,), generator=GENERATOR))
+
+
+def draw_seed() -> int:
+    """Draw a seed that differs each time, also if a measurement is repeated."""
+    return int(torch.randint(2**31, (), generator=GENERATOR))
+
+
+GENERATOR = torch.Generator()
+GENERATOR.seed()
