@@ -283,7 +283,7 @@ class TrainSettings(_settings.TrainSettings):
             gradient_checkpointing: Recompute activations in the backward pass instead of storing them: less memory,
                 about a third slower.
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
-                to minutes longer; later ones are often faster.
+                to minutes longer; later ones are often faster. On a GPU, try without it first.
             on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No
                 update is made in either case.
             max_skipped_steps: Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step
@@ -710,7 +710,7 @@ class PlanSettings(_settings.PlanSettings):
             gradient_checkpointing: Recompute activations in the backward pass instead of storing them: less memory,
                 about a third slower.
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
-                to minutes longer; later ones are often faster.
+                to minutes longer; later ones are often faster. On a GPU, try without it first.
             on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No
                 update is made in either case.
             max_skipped_steps: Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step

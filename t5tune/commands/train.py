@@ -73,11 +73,16 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         run = locate_run(settings)
         if run.finished:
             return read_result(run.folder)
+        from transformers.trainer_utils import enable_full_determinism
+
         from t5tune.compat.torch_patches import restore_determinism
         from t5tune.training.arguments import choose_tf32
         from t5tune.training.session import Session, run_training
 
         stack.enter_context(restore_determinism())
+        if settings.training_args.get("full_determinism"):
+            # the Trainer does this too, but only after products on the GPU, at which cuBLAS is set up for good
+            enable_full_determinism(settings.seed)
         stack.enter_context(use_gpu_kernels(device, choose_tf32(settings, device, report)))
         with _explain_out_of_memory(settings):
             return run_training(Session(settings, run, world, device, stop, watch, report))

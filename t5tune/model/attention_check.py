@@ -7,6 +7,7 @@ The kernel is compiled on the machine on which it runs, by several libraries of 
 it only after its outputs and gradients were compared with those of the loop (training/attention_choice.py).
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -72,6 +73,8 @@ def find_unmet_requirement(
         return "the kernel computes only in bf16, which --bf16 turns on"
     if trains_bias:
         return "the kernel can't train the position bias, as full training does"
+    if off := [name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name) == "1"]:
+        return f"{off[0]} in the environment turns torch.compile off"
     if shape.head_width < MIN_HEAD_WIDTH:
         return f"the kernel needs heads at least {MIN_HEAD_WIDTH} wide, and this model's are {shape.head_width}"
     missing = find_missing_compiler(on_gpu=True)
@@ -81,10 +84,11 @@ def find_unmet_requirement(
 def find_difference(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> str | None:
     """Compare outputs and gradients of the kernel with those of the loop. Return a problem in words, or None.
 
-    It takes some milliseconds, and the time for compiling, after which training needn't compile again.
+    It takes some milliseconds, and the time for compiling what training and its evaluations use. Training compiles
+    again only for layers whose keys or values need no gradient, such as the first layer's keys with LoRA on q and v.
     """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         try:
             return next(_find_differences(shape, device, dtype), None)
@@ -105,7 +109,7 @@ def measure_implementations(
     seconds = {}
     for name, attend_in_this_way in ways.items():
         for started in (_wait_and_read_clock(device) for _ in range(2)):  # the first time compiles
-            _run_with_gradients(attend_in_this_way, states, sum(TIMED_SEGMENTS))
+            _run(attend_in_this_way, states, sum(TIMED_SEGMENTS), has_gradients=True)
             seconds[name] = _wait_and_read_clock(device) - started
     return seconds
 
@@ -121,10 +125,11 @@ def _find_differences(shape: AttentionShape, device: torch.device, dtype: torch.
     kinds = {"encoder": (SOURCES, SOURCES), "decoder": (TARGETS, TARGETS), "cross": (TARGETS, SOURCES)}
     for kind, (queries, keys) in kinds.items():
         states, layer = _make_layer(shape, kind, getattr(rows, kind), device, dtype)
-        for dropout in sorted({0.0, shape.dropout}):
+        # what training computes, and what its evaluations do
+        for dropout, has_gradients in ((shape.dropout, True), (0.0, False)):
             reference = partial(layer.attend_densely, dropout) if dropout else partial(layer.loop, queries, keys)
-            expected = _run_with_gradients(reference, states, sum(queries))
-            found = _run_with_gradients(partial(layer.attend, dropout), states, sum(queries))
+            expected = _run(reference, states, sum(queries), has_gradients)
+            found = _run(partial(layer.attend, dropout), states, sum(queries), has_gradients)
             for name, value in expected.items():
                 difference = float((found[name] - value).norm() / value.norm())
                 if not difference < MAX_DIFFERENCE:  # it may be NaN
@@ -144,18 +149,21 @@ def _make_layer(
     return states, _Layer(blocks, table_HR, kind == "decoder")
 
 
-def _run_with_gradients(
-    attend: Callable[..., torch.Tensor], states: list[torch.Tensor], length: int
+def _run(
+    attend: Callable[..., torch.Tensor], states: list[torch.Tensor], length: int, has_gradients: bool
 ) -> dict[str, torch.Tensor]:
     """Compute the output for the first `length` queries, and its gradients, in fp32. The others are padding."""
-    leaves = [state.detach().requires_grad_() for state in states]
+    leaves = [state.detach().requires_grad_(has_gradients) for state in states]
     torch.manual_seed(1)  # of dropout
-    output = attend(*(leaf.transpose(1, 2) for leaf in leaves))
+    with torch.set_grad_enabled(has_gradients):
+        output = attend(*(leaf.transpose(1, 2) for leaf in leaves))[:, :length]
+    if not has_gradients:
+        return {"the output": output.float()}
     torch.manual_seed(2)
     weights = torch.randn(output.shape, device=output.device, dtype=output.dtype)
-    gradients = torch.autograd.grad((output * weights)[:, :length].sum(), leaves)
+    gradients = torch.autograd.grad((output * weights).sum(), leaves)
     names = "the output", "the query's gradient", "the key's gradient", "the value's gradient"
-    return {name: value.float() for name, value in zip(names, (output[:, :length].detach(), *gradients), strict=True)}
+    return {name: value.float() for name, value in zip(names, (output.detach(), *gradients), strict=True)}
 
 
 class _Layer(NamedTuple):

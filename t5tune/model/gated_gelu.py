@@ -84,4 +84,4 @@ def _compare_with_torch(device: torch.device) -> list[float]:
     expected = exact, *torch.autograd.grad(exact.sum(), (exact_gate, exact_linear))
     output = gated_gelu(gate, linear)
     found = output, *torch.autograd.grad(output.float().sum(), (gate, linear))
-    return [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+    return [float((a.detach().float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]

@@ -111,7 +111,7 @@ class TrainingSettings(Settings):
     torch_compile: Annotated[bool, Affects.WEIGHTS] = Field(
         default=False,
         description="Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds to "
-        "minutes longer; later ones are often faster.",
+        "minutes longer; later ones are often faster. On a GPU, try without it first.",
     )
     on_non_finite: Annotated[Literal["stop", "skip"], Affects.WEIGHTS] = Field(
         default="stop",

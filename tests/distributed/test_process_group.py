@@ -4,12 +4,21 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from t5tune.distributed.process_group import choose_backend, find_shared_gpu, join_process_group, refuse_shared_gpus
+from t5tune.distributed import process_group
+from t5tune.distributed.process_group import (
+    SECONDS_FOR_WATCH,
+    choose_backend,
+    find_shared_gpu,
+    join_process_group,
+    refuse_shared_gpus,
+)
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.progress import silent
@@ -54,6 +63,24 @@ def test_a_rank_takes_the_gpu_of_its_own_whether_it_sees_all_or_only_that_one(
 def test_a_group_of_gpus_has_a_backend_for_the_cpu_too() -> None:
     assert choose_backend("cuda") == "cpu:gloo,cuda:nccl"
     assert choose_backend("cpu") == "gloo"
+
+
+def test_nccl_knows_the_gpu_of_its_rank_and_waits_longer_than_the_rank_watch(
+    show_gpus: Callable[[int], list[torch.device]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without the GPU, NCCL would guess it from the rank. It aborts a rank that waits, which the watch is to do."""
+    show_gpus(2)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    group: dict[str, Any] = {}
+    monkeypatch.setattr(process_group, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
+    monkeypatch.setattr(process_group, "refuse_shared_gpus", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: group.update(options))
+    settings = TrainSettings(model_name_or_path="pocket", data_path=["x"], output_dir=tmp_path)
+    with join_process_group(World.from_environment(), settings, silent):
+        assert group["device_id"] == torch.device("cuda", 1)
+        assert group["timeout"].total_seconds() == settings.process_group_timeout + SECONDS_FOR_WATCH
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,17 @@ from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, LongT5Config, MT5Config, T5Config, UMT5Config
 
 from t5tune.data.encoding import Example
+from t5tune.model import attention
 from t5tune.model.attention import Segments, can_pack, segment_attention, use_packing
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import IGNORED_LABEL
+from t5tune.progress import silent
 from t5tune.settings import QuantizationSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.training.batches import PackedCollator, PaddedCollator
+from t5tune.training.build_model import build_model
+from tests.support.train_runs import make_settings
 
 SHAPE = {"vocab_size": 120, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
 CONFIGS = {
@@ -108,6 +113,13 @@ def test_without_the_packing_argument_logits_and_generation_are_unchanged(kind: 
     assert torch.equal(again, ids)
 
 
+def enable_checkpointing(model: Any, reentrant: bool) -> None:
+    new = hasattr(model, "activation_checkpointing_enable")  # the method's name since transformers 5.23
+    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(
+        {"use_reentrant": reentrant}
+    )
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "all-linear dora": {"lora_target_modules": ["all-linear"], "use_dora": True},
@@ -139,9 +151,7 @@ def test_adapters_and_token_rows_get_the_same_gradients_packed_as_padded(variant
             torch.nn.init.normal_(parameter, std=0.1)
     if reentrant is not None:
         model.enable_input_require_grads()
-        t5 = model.base_model.model
-        new = hasattr(t5, "activation_checkpointing_enable")  # the method's name since transformers 5.23
-        (t5.activation_checkpointing_enable if new else t5.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+        enable_checkpointing(model.base_model.model, reentrant)
     model.train()
     batch = make_examples(vocabulary=1536)
     batch[3].source_S[::7] = 1500
@@ -154,6 +164,37 @@ def test_adapters_and_token_rows_get_the_same_gradients_packed_as_padded(variant
     assert {
         name: error for name in found if (error := compute_relative_error(found[name], expected[name])) > 1e-5
     } == {}
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_attention_dropout_can_be_switched_off_and_the_rest_stays(
+    is_on: bool, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    settings = make_settings(untied_base, conversations, tmp_path, attention_dropout=is_on, lora_dropout=0.2)
+    cache: Any = SimpleNamespace(manifest={"added_token_ids": [1500]}, tokenizer_folder=untied_base, folder=tmp_path)
+    model = build_model(settings, untied_base, {}, cache, None, torch.device("cpu"), silent).model
+    layers = [module for module in model.modules() if type(module).__name__ == "T5Attention"]
+    assert [layer.dropout for layer in layers] == [0.1 if is_on else 0.0] * 6
+    others = {module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert others == {0.1, 0.2}
+
+
+def test_with_reentrant_checkpointing_the_bias_of_the_loop_needs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bias that does, torch wouldn't choose its fused kernels."""
+    model = make_random_model("t5", torch.float32).requires_grad_(False)
+    model.enable_input_require_grads()
+    enable_checkpointing(model, reentrant=True)
+    use_packing(model)
+    needs: list[bool] = []
+
+    def note_bias(*args: Any) -> torch.Tensor:
+        if (bias := args[5]) is not None:
+            needs.append(bias.requires_grad)
+        return segment_attention(*args)
+
+    monkeypatch.setattr(attention, "segment_attention", note_bias)
+    compute_packed_loss(model, make_examples())[0].backward()
+    assert needs == [False] * 12  # those of self-attention in six blocks, forward and recomputed
 
 
 def test_attention_dropout_has_the_same_statistics_in_every_segment() -> None:

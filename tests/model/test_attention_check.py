@@ -4,21 +4,33 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import T5Config
 
 from t5tune import TrainSettings, train
 from t5tune.diagnosis import probes
 from t5tune.errors import SettingsError
-from t5tune.model import attention_check
-from t5tune.model.attention_check import AttentionShape, find_difference
+from t5tune.model import attention_check, flex_attention
+from t5tune.model.attention import use_packing
+from t5tune.model.attention_check import (
+    AttentionShape,
+    find_difference,
+    find_unmet_requirement,
+    read_attention_shape,
+)
+from t5tune.model.build_tools import MissingTool
 from t5tune.model.flex_attention import Blocks, attend
 from t5tune.progress import Note
 from t5tune.training import attention_choice
 from t5tune.training.attention_choice import choose_packed_attention
+from t5tune.training.batches import PackedCollator
+from tests.model.test_attention import LENGTHS, make_examples, make_random_model
 from tests.model.test_flex_attention import pytestmark, without_kernels  # noqa: F401
 
 SHAPE = AttentionShape(num_heads=2, head_width=16, max_distance=128, dropout=0.1)
@@ -38,6 +50,35 @@ def test_the_kernel_computes_what_the_loop_does(dropout: float) -> None:
     state = torch.get_rng_state()
     assert find_difference(SHAPE._replace(dropout=dropout), CPU, torch.float32) is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_compiles_again_only_for_layers_whose_keys_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    @cache
+    def compile_kernel(*options: Any) -> Any:
+        return torch.compile(flex_attention._Kernel(*options), dynamic=True, fullgraph=True, backend=count)
+
+    monkeypatch.setattr(flex_attention, "_get_kernel", compile_kernel)
+    torch._dynamo.reset()
+    model = make_random_model("flan-t5", torch.float32, dropout=0.1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith((".q.weight", ".v.weight")))  # the first layer's keys need no gradient
+    use_packing(model)
+    assert find_difference(read_attention_shape(model.config, has_dropout=True), CPU, torch.float32) is None
+    assert len(compiled) == 6  # three kinds of attention, in training and in evaluation
+    for lengths in (LENGTHS, LENGTHS[:3]):
+        inputs = PackedCollator(0, divides_rows=True)(make_examples(lengths))
+        labels = inputs.pop("labels")
+        logits = model.train()(**inputs).logits[0]
+        torch.nn.functional.cross_entropy(logits, labels[0]).backward()
+        with torch.no_grad():
+            model.eval()(**inputs)
+        assert len(compiled) == 8  # and the first layers of encoder and decoder
 
 
 def raise_error(*_: Any) -> torch.Tensor:
@@ -64,6 +105,14 @@ MISTAKES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
         lambda *arguments: attend(*arguments[:-1], min(arguments[-1], 0.05)),
         "^with dropout 0.1, the output of encoder attention differs by",
     ),
+    "cross": (
+        lambda *arguments: attend(*arguments) * (1.1 if arguments[4] is None else 1),
+        "^with dropout 0.1, the output of cross attention differs by",
+    ),
+    "evaluation": (
+        lambda *arguments: attend(*arguments) * (1 if arguments[-1] else 1.1),
+        "^with dropout 0, the output of encoder attention differs by",
+    ),
     "gradient": (
         lambda q, k, v, *options: attend(q, k.detach() * 0.9 + 0.1 * k, v, *options),
         "the key's gradient of encoder attention differs by",
@@ -79,6 +128,14 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, mistak
     problem = find_difference(SHAPE, CPU, torch.float32)
     assert problem is not None
     assert re.search(message, problem), problem
+
+
+def test_the_shape_is_read_from_the_config() -> None:
+    config = T5Config(
+        num_heads=3, d_kv=24, dropout_rate=0.2, relative_attention_max_distance=99, relative_attention_num_buckets=32
+    )
+    assert read_attention_shape(config, has_dropout=True) == (3, 24, 99, 0.2)
+    assert read_attention_shape(config, has_dropout=False) == (3, 24, 99, 0.0)
 
 
 def test_on_a_cpu_the_loop_is_used_without_a_word() -> None:
@@ -125,6 +182,27 @@ def test_a_gpu_without_a_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert choose()[1][0].text.endswith(": NVIDIA GeForce RTX 3060 is too old for the kernel")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"trains_bias": True}, "the kernel can't train the position bias, as full training does"),
+        ({"head_width": 8}, "the kernel needs heads at least 16 wide, and this model's are 8"),
+        ({"missing": MissingTool("no C compiler", "install gcc")}, "no C compiler; install gcc"),
+        ({"variable": "TORCHDYNAMO_DISABLE"}, "TORCHDYNAMO_DISABLE in the environment turns torch.compile off"),
+    ],
+)
+def test_each_unmet_requirement_is_named(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str | None
+) -> None:
+    monkeypatch.setattr(attention_check, "find_missing_compiler", lambda on_gpu: changes.get("missing"))
+    if "variable" in changes:
+        monkeypatch.setenv(changes["variable"], "1")
+    shape = SHAPE._replace(head_width=changes.get("head_width", 16))
+    assert find_unmet_requirement(shape, GPU, torch.bfloat16, changes.get("trains_bias", False)) == expected
 
 
 @pytest.mark.usefixtures("gpu")

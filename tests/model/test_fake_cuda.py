@@ -23,6 +23,7 @@ LOSSES = [name for name, case in CASES.items() if case.task == "losses"]
 GENERATION = [name for name, case in CASES.items() if case.task == "generate"]
 TOKEN_ROW_PRODUCTS = 2  # the logits of the trained rows, in fp32, and their gradient
 MAX_LAUNCHES = 6000
+LORA_LAYERS = 12  # the queries and values of two layers in the encoder and, with cross-attention, in the decoder
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,15 @@ def test_only_transformers_waits_for_the_gpu_during_generation(found: dict[str, 
     ours = {place: count for place, count in waits.items() if place.startswith("t5tune")}
     assert ours == {"t5tune/model/generation.py tolist": 1}
     assert waits["transformers/generation/utils.py item"] >= 3  # whether all replies have ended, after each token
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_measuring_losses_is_in_the_dtype_of_the_run_without_dropout(found: dict[str, Any], name: str) -> None:
+    products, launches = dict(found[name]["products"]), found[name]["launches"]
+    assert products.pop("float32") == 1  # the logits of the trained rows
+    assert set(products) == {"bfloat16"}
+    assert launches["addmm_"] == LORA_LAYERS  # each is computed by fused_lora.py, which adds the adapter's output
+    assert "native_dropout" not in launches
 
 
 @pytest.mark.parametrize("name", TRAINING)

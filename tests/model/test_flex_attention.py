@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import flex_attention as torch_flex
@@ -43,6 +43,9 @@ H, D = 4, 16
 SOURCES, TARGETS = (150, 7, 61, 1, 200), (40, 3, 90, 12, 1)
 LENGTHS = {"encoder": (SOURCES, SOURCES), "decoder": (TARGETS, TARGETS), "cross": (TARGETS, SOURCES)}
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+REAL_GET_KERNEL = flex_attention._get_kernel
 
 
 @cache
@@ -195,6 +198,9 @@ lengths = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300)), min_size
 
 
 @settings(max_examples=40, deadline=None)
+@example([(256, 3)])  # sources fill whole blocks, and targets don't
+@example([(1, 1)])
+@example([(128, 256), (128, 1)])
 @given(lengths)
 def test_blocks_are_those_of_create_block_mask(pairs: list[tuple[int, int]]) -> None:
     sources, targets = (tuple(side) for side in zip(*pairs, strict=True))
@@ -310,3 +316,10 @@ def test_few_variants_are_compiled_for_many_batches(monkeypatch: pytest.MonkeyPa
             assert query.grad is not None
         counts.append(len(compiled))
     assert counts == [4] * 4
+
+
+def test_the_kernel_is_compiled_with_these_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "compile", lambda kernel, **options: given.update(options))
+    REAL_GET_KERNEL.__wrapped__(False, 128, 2**24)
+    assert given == {"dynamic": True, "fullgraph": True}

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
 from t5tune.model import fused
 from t5tune.model.fused import compile_layers, normalize_in_one_kernel, use_fused_layers
-from t5tune.progress import Event, Note
+from t5tune.progress import Event, Note, silent
+from tests.model.test_fused_lora import pretend_to_be_on_a_gpu
 
 SHAPE = {"vocab_size": 64, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 CONFIGS = {
@@ -191,7 +193,33 @@ def test_a_gate_kernel_that_does_not_compile_is_reported_once_and_replaced() -> 
     assert isinstance(note, Note)
     assert note.warning
     assert note.text.startswith("gated activations use torch's operations, which is slower on a GPU: ")
+    assert not fused._has_gate_kernel(stock, torch.device("cuda"), silent)
     ids = torch.randint(1, 60, (2, 9))
     torch.testing.assert_close(
         ours(input_ids=ids, decoder_input_ids=ids).logits, stock(input_ids=ids, decoder_input_ids=ids).logits
     )
+
+
+@pytest.mark.parametrize(("weights", "is_used"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_norm_of_gpus_is_used_where_the_weight_has_the_dtype_of_the_values(
+    weights: torch.dtype, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = find_module(make_model("flan"), "T5LayerNorm").to(weights)
+    ours, x, calls = copy.deepcopy(stock), torch.randn(2, 7, SHAPE["d_model"]).bfloat16(), list[Any]()
+    use_fused_layers(ours)
+    monkeypatch.setattr(fused, "normalize_in_one_kernel", lambda *args: calls.append(args) or stock(x))
+    assert torch.equal(ours(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), stock(x))
+    assert len(calls) == is_used
+
+
+@pytest.mark.parametrize(("dtype", "is_used"), [(torch.bfloat16, True), (torch.float32, True), (torch.float64, False)])
+def test_the_kernel_of_gated_activations_is_used_in_its_dtypes(
+    dtype: torch.dtype, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = find_module(make_model("flan"), "GatedActDense").to(dtype)
+    ours, x, calls = copy.deepcopy(stock), torch.randn(2, 7, SHAPE["d_model"]).to(dtype), list[Any]()
+    monkeypatch.setattr(fused, "find_kernel_problem", lambda device: None)
+    monkeypatch.setattr(fused, "gated_gelu", lambda *args: calls.append(args) or stock.act(args[0]) * args[1])
+    use_fused_layers(ours, torch.device("cuda"))
+    torch.testing.assert_close(ours(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), stock(x))
+    assert len(calls) == is_used

@@ -1,5 +1,6 @@
 """LoRA layers with fewer operations, compared with PEFT's and with the formula in fp64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,27 +65,68 @@ def pretend_to_be_on_a_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_subclass(OnGpu)
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls that compute a layer here instead of in PEFT."""
+    made: list[Any] = []
+    monkeypatch.setattr(
+        fused_lora, "compute_lora_linear", lambda *args: made.append(args) or compute_lora_linear(*args)
+    )
+    return made
+
+
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True")
 @pytest.mark.parametrize(
     ("options", "is_fused"),
-    [({}, True), ({"use_rslora": True}, True), ({"use_dora": True}, False), ({"lora_bias": True}, False)],
+    [
+        ({}, True),
+        ({"use_rslora": True}, True),
+        ({"lora_dropout": 0.9}, True),
+        ({"use_dora": True}, False),
+        ({"lora_bias": True}, False),
+    ],
 )
 def test_plain_lora_is_computed_here_and_the_rest_by_peft(
-    options: dict[str, Any], is_fused: bool, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], is_fused: bool, calls: list[Any]
 ) -> None:
-    model = make_peft_model(**options)
+    """As in an evaluation, so without dropout."""
+    model = make_peft_model(**options).eval()
     x = torch.randn(3, 5, WIDTH)
     expected = model(x)
-    calls = []
-    monkeypatch.setattr(
-        fused_lora, "compute_lora_linear", lambda *args: calls.append(args) or compute_lora_linear(*args)
-    )
     use_fused_lora(model)
     assert torch.equal(model(x), expected)  # on a CPU, PEFT computes all of it
     assert not calls
     found = model(pretend_to_be_on_a_gpu(x))
     assert len(calls) == is_fused
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+
+
+def make_base_bf16(model: Any) -> None:
+    model.base_model.model[0].base_layer.bfloat16()
+
+
+def train_base(model: Any) -> None:
+    model.base_model.model[0].base_layer.requires_grad_(True)
+
+
+def shard_as_zero_3(model: Any) -> None:
+    model.base_model.model[0].lora_A["default"].weight.ds_id = 0
+
+
+def use_two_adapters(model: Any) -> None:
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize("change", [make_base_bf16, train_base, shard_as_zero_3, use_two_adapters])
+def test_what_plain_lora_does_not_cover_is_left_to_peft(change: Callable[[Any], None], calls: list[Any]) -> None:
+    model = make_peft_model()
+    change(model)
+    x = torch.randn(3, 5, WIDTH, dtype=model.base_model.model[0].weight.dtype)
+    expected = model(x)
+    use_fused_lora(model)
+    assert torch.equal(model(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), expected)
+    assert not calls
 
 
 def test_disabled_and_merged_adapters_are_left_to_peft() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from t5tune.model import loss as loss_module
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
-from t5tune.model.loss import IGNORED_LABEL, HeadWeights, compute_summed_cross_entropy
+from t5tune.model.loss import IGNORED_LABEL, HeadWeights, compute_cross_entropies, compute_summed_cross_entropy
 from t5tune.settings.lora import LoraSettings
 
 TOKENS, VOCABULARY, WIDTH = 300, 97, 16
@@ -65,6 +65,21 @@ def test_losses_of_bf16_logits_are_summed_in_fp32() -> None:
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=2e-4)
     assert abs(in_bf16.item() - exact.item()) > 10 * abs(loss.item() - exact.item())
+
+
+def test_autocast_affects_only_the_product_with_the_weight() -> None:
+    """Trained rows are multiplied in fp32, as they are without autocast if the weight is in bf16."""
+    hidden, weight, rows, labels = make_tensors(torch.bfloat16)
+    rows_KD, ids_K = rows.detach().float().requires_grad_(), torch.tensor(ROWS)
+    results = []
+    for weight_VD in (weight, weight.float()):
+        head = HeadWeights(weight_VD, rows_KD, ids_K)
+        with torch.autocast("cpu", torch.bfloat16, enabled=weight_VD.dtype == torch.float32):
+            total = compute_summed_cross_entropy(hidden, labels, head)
+            losses = compute_cross_entropies(hidden, labels, head)
+        results.append((total, losses, *torch.autograd.grad(total, (hidden, rows_KD))))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])

@@ -38,7 +38,7 @@ class Case:
     """What to run, and with which settings.
 
     Args:
-        task: "train", "losses" (an evaluation) or "generate".
+        task: "train", "losses" (an evaluation during training) or "generate".
         flex: attention over packed rows in one kernel; False: the loop over segments.
         deepspeed: the dtypes of DeepSpeed, trained weights in bf16 and no autocast.
         reentrant: the variant of gradient checkpointing.
@@ -74,6 +74,7 @@ CASES = {
     "padded, checkpointing": Case(settings=PADDED | CHECKPOINTING),
     "losses, packed": Case("losses"),
     "losses, packed, loop": Case("losses", flex=False),
+    "losses, packed, DeepSpeed": Case("losses", deepspeed=True),  # the dtypes of `evaluate`, too
     "losses, padded": Case("losses", settings=PADDED),
     "generation": Case("generate"),
     "generation, NF4": Case("generate", settings=NF4),
@@ -144,9 +145,11 @@ class _TwoStepsMade(Exception):
 
 def _measure_losses(model: Any, settings: Any, case: Case, watch: Any) -> None:
     from t5tune.training.evaluation import measure_losses
-    from tests.support.fake_cuda_models import make_collator, make_examples
+    from tests.support.fake_cuda_models import make_collator, make_examples, make_trainer
 
     examples, collator = make_examples(case.sources, case.targets), make_collator(settings, case.flex)
+    # it wraps the model's forward in autocast, unless DeepSpeed's dtypes are those of the run
+    model = make_trainer(model, settings, examples, case.flex).accelerator.prepare_model(model)
     for _ in range(2):  # the first one keeps the ids of added tokens on the GPU
         watch.clear()
         measure_losses(model, examples, collator, len(examples))

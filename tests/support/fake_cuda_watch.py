@@ -23,6 +23,8 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from t5tune.model import fused
+
 CUDA = torch.device("cuda:0")
 # the package has a function of the module's name
 flex_operators = importlib.import_module("torch._higher_order_ops.flex_attention")
@@ -178,6 +180,8 @@ def pretend_cuda() -> Iterator[None]:
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             # it spares a fake mask the wait that a real one costs
             (transformers.masking_utils, "is_tracing", lambda *_: False),
+            # it would compare values, which fake tensors don't have
+            (fused, "find_kernel_problem", lambda _: None),
             (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (functional, "scaled_dot_product_attention", _attend),
             (FakeTensor, "tolist", lambda tensor: _get_watch().note_tolist(tensor)),
