@@ -37,6 +37,7 @@ SLOW_BF16 = 3.0  # bf16 time / fp32 time of a matrix product above which a CPU h
 TRAIN_ONE_STEP = "train --config pocket --num-data 64 --max-steps 1 --report-samples 0 --quiet --output-dir"
 NEWER_DRIVER_FIX = "install a newer NVIDIA driver, or a torch build for an older CUDA version"
 CUDA_BUILD_FIX = "pip install --force-reinstall torch, with the --index-url of a CUDA build"
+KERNEL_FIX = "training works all the same; a newer torch, which brings its own Triton, may help"
 FP32_FIX = "train in fp32: omit --bf16, and give --no-bf16 with --q-lora"
 
 
@@ -78,12 +79,12 @@ def probe_kernels() -> CheckResult:
         return "good", "no GPU: attention over packed rows loops over the examples", ""
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     if (problem := find_kernel_problem(device)) is not None:
-        return "warning", f"gated activations use torch's operations, which is slower: {problem}", ""
+        return "warning", f"gated activations use torch's operations, which is slower: {problem}", KERNEL_FIX
     if (limit := find_unmet_requirement(BASE_SHAPE, device, dtype, trains_bias=False)) is not None:
-        return "warning", f"attention over packed rows loops over the examples, which is slower: {limit}", ""
+        return "warning", f"attention over packed rows loops over the examples, which is slower: {limit}", KERNEL_FIX
     if (problem := find_difference(BASE_SHAPE, device, dtype)) is not None:
         found = f"attention over packed rows can't use one kernel, so it loops over the examples: {problem}"
-        return "warning", found, "install a newer torch with the triton that belongs to it"
+        return "warning", found, KERNEL_FIX
     seconds = measure_implementations(BASE_SHAPE, device, dtype)
     flex, loop = (f"{1000 * seconds[name]:.1f} ms" for name in ("flex", "loop"))
     return "good", f"attention over packed rows in one kernel: {flex}, and {loop} in a loop over the examples", ""

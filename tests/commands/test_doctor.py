@@ -51,7 +51,7 @@ def test_a_working_machine_is_good_and_its_token_stays_secret() -> None:
     assert done.json["ok"] is True
     assert {"python", "compiler", "hub folder", "disk", "memory", *PROBE_HINTS} <= found.keys()
     assert {name: found[name]["state"] for name in PROBE_HINTS if name != "bf16"} == dict.fromkeys(
-        ("torch", "bitsandbytes", "processes", "deepspeed", "training"), "good"
+        ("torch", "kernels", "bitsandbytes", "processes", "deepspeed", "training"), "good"
     )
     assert CANARY not in done.stdout + done.stderr
     for finding in (Finding(**finding) for finding in found.values()):

@@ -317,7 +317,7 @@ def test_bf16_keeps_fp32_adapters(untied_base: Path, conversations: Path, tmp_pa
 def test_tf32_is_ignored_with_a_note_on_a_cpu(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=1, tf32=True), events.append)
-    assert Note("tf32: ignored, since this CPU has no TensorFloat-32") in events
+    assert Note("tf32: ignored, since the CPU has no TensorFloat-32") in events
 
 
 def test_a_run_that_keeps_all_checkpoints_says_how_many_and_how_large(
