@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import send_signal
-from tests.support.two_ranks import start_two_ranks
+from tests.support.two_ranks import read_lines, start_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_a_rank_waits_for_rank_0_longer_than_the_timeout_of_collectives(tmp_path
     with ranks[0], ranks[1]:
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
     for rank in ranks:
-        assert rank.log.read_text().splitlines() == ["(0, 'prepared')", "(0, 'again')"]
+        assert read_lines(rank) == ["(0, 'prepared')", "(0, 'again')"]
 
 
 def test_every_rank_raises_the_error_of_rank_0(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_every_rank_raises_the_error_of_rank_0(tmp_path: Path) -> None:
     with ranks[0], ranks[1]:
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
     for rank in ranks:
-        assert rank.log.read_text() == "data_path: chats.jsonl: no conversations; see t5tune inspect\n"
+        assert read_lines(rank) == ["data_path: chats.jsonl: no conversations; see t5tune inspect"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
@@ -93,7 +93,7 @@ def test_a_rank_that_waits_for_rank_0_says_that_it_does_not_answer(number: signa
         send_signal(ranks[0].process.pid, number)
         assert ranks[1].wait() == 1
     hint = "run the same command again to resume from the last checkpoint"
-    assert ranks[1].log.read_text().splitlines()[-1] == f"error: rank 1: rank 0 doesn't answer; {hint}"
+    assert read_lines(ranks[1])[-1] == f"error: rank 1: rank 0 doesn't answer; {hint}"
 
 
 def test_objects_and_flags_go_through_the_cpu_in_a_group_that_has_gpus_too(tmp_path: Path) -> None:
@@ -125,4 +125,4 @@ print(distributed_c10d.get_backend_config(group), sorted(device.type for device 
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
     expected = ["[0, 1]", "from 0", "True False", "0", "True", "cpu:gloo,cuda:fake ['cpu', 'cuda']"]
     for rank in ranks:
-        assert rank.log.read_text().splitlines() == expected
+        assert read_lines(rank) == expected

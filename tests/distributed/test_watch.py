@@ -10,7 +10,7 @@ from t5tune.distributed.watch import LOOKS, RankWatch
 from t5tune.distributed.world import World
 from tests.support.runs import send_signal
 from tests.support.train_runs import make_settings
-from tests.support.two_ranks import start_two_ranks
+from tests.support.two_ranks import read_lines, start_two_ranks
 
 HINT = "run the same command again to resume from the last checkpoint"
 WATCHING = """
@@ -40,7 +40,7 @@ def test_a_rank_that_does_not_answer_is_named_while_the_other_waits_for_its_gpu(
             rank.wait_until(lambda rank=rank: "watching" in rank.log.read_text())
         send_signal(ranks[hung].process.pid, number)
         assert ranks[1 - hung].wait() == 1
-    lines = ranks[1 - hung].log.read_text().splitlines()
+    lines = read_lines(ranks[1 - hung])
     assert lines == ["watching", f"error: rank {1 - hung}: rank {hung} doesn't answer; {HINT}"]
 
 
@@ -52,7 +52,7 @@ def test_a_rank_whose_main_thread_hangs_is_named_by_the_one_that_waits_for_it(tm
     with ranks[0], ranks[1]:
         assert ranks[0].wait() == 1
     error = "error: rank 0: rank 1 hangs: the others wait for it in a batch that it hasn't begun"
-    assert ranks[0].log.read_text().splitlines() == ["watching", f"{error}; {HINT}"]
+    assert read_lines(ranks[0]) == ["watching", f"{error}; {HINT}"]
 
 
 def compare_often(watch: RankWatch, *ranks: tuple[int, int], times: int = 3 * LOOKS) -> list[str | None]:

@@ -146,7 +146,11 @@ def main() -> None:
     """Compile, and print the kernels."""
     try:
         load_stubs()
+        import torch
         import triton  # noqa: F401
+
+        if torch.version.cuda is not None:
+            raise StubsUnavailable("this is torch's CUDA build: t5tune doctor compiles the kernels on a GPU")
     except (StubsUnavailable, ImportError) as error:
         print(json.dumps({"unavailable": str(error)}))
         return

@@ -15,3 +15,8 @@ def start_two_ranks(code: str, folder: Path) -> list[Running]:
         Running([sys.executable, "-c", code], folder / f"rank-{rank}", **common, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(2)
     ]
+
+
+def read_lines(rank: Running) -> list[str]:
+    """Read a rank's output, without the lines that gloo prints in torch 2.8."""
+    return [line for line in rank.log.read_text().splitlines() if not line.startswith("[Gloo]")]
