@@ -4,19 +4,17 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.backends.debugging import aot_eager
 from transformers import T5Config
 
 from t5tune import TrainSettings, train
 from t5tune.diagnosis import probes
 from t5tune.errors import SettingsError
-from t5tune.model import attention_check, flex_attention
+from t5tune.model import attention_check
 from t5tune.model.attention import use_packing
 from t5tune.model.attention_check import (
     AttentionShape,
@@ -31,7 +29,7 @@ from t5tune.training import attention_choice
 from t5tune.training.attention_choice import choose_packed_attention
 from t5tune.training.batches import PackedCollator
 from tests.model.test_attention import LENGTHS, make_examples, make_random_model
-from tests.model.test_flex_attention import pytestmark, without_kernels  # noqa: F401
+from tests.model.test_flex_attention import pytestmark, record_compilations, without_kernels  # noqa: F401
 
 SHAPE = AttentionShape(num_heads=2, head_width=16, max_distance=128, dropout=0.1)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -53,18 +51,7 @@ def test_the_kernel_computes_what_the_loop_does(dropout: float) -> None:
 
 
 def test_training_compiles_again_only_for_layers_whose_keys_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        compiled.append(graph)
-        return aot_eager(graph, inputs)
-
-    @cache
-    def compile_kernel(*options: Any) -> Any:
-        return torch.compile(flex_attention._Kernel(*options), dynamic=True, fullgraph=True, backend=count)
-
-    monkeypatch.setattr(flex_attention, "_get_kernel", compile_kernel)
-    torch._dynamo.reset()
+    compiled = record_compilations(monkeypatch)
     model = make_random_model("flan-t5", torch.float32, dropout=0.1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith((".q.weight", ".v.weight")))  # the first layer's keys need no gradient

@@ -60,6 +60,23 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention, "_get_kernel", compile_kernel)
 
 
+def record_compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that receives each graph which torch.compile makes of a kernel from here on."""
+    compiled: list[Any] = []
+
+    def record(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    @cache
+    def compile_and_record(*options: Any) -> Any:
+        return torch.compile(flex_attention._Kernel(*options), dynamic=True, fullgraph=True, backend=record)
+
+    monkeypatch.setattr(flex_attention, "_get_kernel", compile_and_record)
+    torch._dynamo.reset()
+    return compiled
+
+
 def make_attention(model_type: str, kind: str, dtype: torch.dtype) -> Any:
     """Make an attention layer with position bias; None for cross-attention."""
     if kind == "cross":
@@ -287,18 +304,7 @@ def test_a_batch_is_filled_up_with_padding_that_counts_for_nothing() -> None:
 
 def test_few_variants_are_compiled_for_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile runs here as far as it can without a GPU: graphs with gradients, but no kernels."""
-    compiled: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        compiled.append(graph)
-        return aot_eager(graph, inputs)
-
-    @cache
-    def compile_kernel(*options: Any) -> Any:
-        return torch.compile(flex_attention._Kernel(*options), dynamic=True, fullgraph=True, backend=count)
-
-    monkeypatch.setattr(flex_attention, "_get_kernel", compile_kernel)
-    torch._dynamo.reset()
+    compiled = record_compilations(monkeypatch)
     rng = np.random.default_rng(0)
     counts = []
     for _ in range(4):
