@@ -1,15 +1,21 @@
-"""Compare the memory of loading a quantized base: t5tune's loader and transformers' with BitsAndBytesConfig.
+"""Compare the memory of loading a base: quantized, with that of transformers; on ranks under ZeRO-3, with one process.
 
     python benchmarks/load.py                       # the shape of Flan-T5-large, random weights, 4 bits, on the CPU
     python benchmarks/load.py --shape xl --dtype float32
+    python benchmarks/load.py --ranks 2 4           # in bf16, partitioned among 2 and among 4 ranks
+    python benchmarks/load.py --ranks 2 4 --shape xxl-wide
 
 Writes the weights tensor by tensor to a temporary folder, loads them each way in its own process, and prints one JSON
 line: seconds, bytes of the parameters, and the increase of the peak resident memory (VmHWM) over the resident memory
-after the imports.
+after the imports. Under ZeRO-3 each rank has its own, and `over_share` is what remains without its share of the base,
+as a multiple of the largest tensor.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,12 +24,15 @@ from typing import Any
 import numpy as np
 from sides import read_process_memory, run_self
 
+from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.checkpoints.safetensors import build_header
+from t5tune.distributed.launcher import find_free_port
 
 SHAPES: dict[str, dict[str, int]] = {  # of Flan-T5
     "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
     "large": {"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
     "xl": {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+    "xxl-wide": {"d_model": 4096, "d_ff": 10240, "num_layers": 2, "num_heads": 64},  # XXL has 24 such layers
 }
 STORED = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 
@@ -57,6 +66,58 @@ def write_base(folder: Path, shape: str, dtype: str) -> int:
             values = rng.standard_normal(dimensions, np.float32) * np.float32(dimensions[-1] ** -0.5)
             file.write((values if size == 4 else (values.view(np.uint32) >> 16).astype(np.uint16)).tobytes())
         return file.tell()
+
+
+def load_partition(folder: Path) -> dict[str, Any]:
+    """Load this rank's partition of the base and measure; runs in its own process. Without ranks, load all of it."""
+    import torch
+
+    from t5tune.compat.deepspeed_patches import import_deepspeed
+    from t5tune.model.device import return_freed_memory
+    from t5tune.model.load import load_base
+    from t5tune.model.zero3 import Zero3Partitioner
+
+    return_freed_memory()  # as train does on CPUs
+    partitioner = None
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+        import_deepspeed(on_cpu=True).init_distributed(verbose=False)
+        partitioner = Zero3Partitioner({"zero_optimization": {"stage": 3}}, torch.bfloat16)
+    load_base(pocket_folder(), torch.bfloat16, torch.device("cpu"))  # imports what loading needs
+    imported = read_process_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    started = time.perf_counter()
+    model = load_base(folder, torch.bfloat16, torch.device("cpu"), partitioner=partitioner)
+    seconds = time.perf_counter() - started
+    parameters = list(model.parameters())
+    return {
+        "seconds": round(seconds, 1),
+        "parameter_bytes": sum(2 * getattr(value, "ds_numel", value.numel()) for value in parameters),
+        "largest_bytes": max(2 * getattr(value, "ds_numel", value.numel()) for value in parameters),
+        "peak_bytes": read_process_memory("VmHWM") - imported,
+    }
+
+
+def load_on_ranks(folder: Path, count: int) -> dict[str, Any]:
+    """Load the base partitioned among ranks, each in its own process; return the largest of their values."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
+    command = [sys.executable, sys.argv[0], "--way", "partition", "--folder", str(folder)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(count)
+    ]
+    found = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
+    largest, whole = found[0]["largest_bytes"], found[0]["parameter_bytes"]
+    return {
+        "seconds": max(each["seconds"] for each in found),
+        "peak_bytes": [each["peak_bytes"] for each in found],
+        "over_share": [round((each["peak_bytes"] - whole / count) / largest, 2) for each in found],
+    }
 
 
 def load(way: str, folder: Path) -> dict[str, Any]:
@@ -97,15 +158,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="large")
     parser.add_argument("--dtype", choices=list(STORED), default="bfloat16", help="dtype of the file")
-    parser.add_argument("--way", choices=["t5tune", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, nargs="+", help="measure ZeRO-3 on these numbers of ranks")
+    parser.add_argument("--way", choices=["t5tune", "transformers", "partition"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(load(options.way, options.folder)))
+        partition = options.way == "partition"
+        print(json.dumps(load_partition(options.folder) if partition else load(options.way, options.folder)))
         return
     results: dict[str, Any] = {"shape": options.shape, "file_dtype": options.dtype}
     with tempfile.TemporaryDirectory(prefix="t5tune-load-") as folder:
         results["file_bytes"] = write_base(Path(folder), options.shape, options.dtype)
+        if options.ranks:
+            results["one process"] = run_self("--way", "partition", "--folder", folder)
+            for count in options.ranks:
+                results[f"{count} ranks"] = load_on_ranks(Path(folder), count)
+            print(json.dumps(results))
+            return
         for way in ("t5tune", "transformers"):
             results[way] = run_self("--way", way, "--folder", folder)
     results["peak_over_parameters"] = round(results["t5tune"]["peak_bytes"] / results["t5tune"]["parameter_bytes"], 2)

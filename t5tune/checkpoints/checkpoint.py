@@ -87,10 +87,11 @@ class Checkpoint:
             return True
         if EMBEDDING_WEIGHT not in self:
             raise CheckpointError(f"{self.folder}: {EMBEDDING_WEIGHT}: missing from the weights")
-        return _are_equal(self.get_tensor(HEAD_WEIGHT), self.get_tensor(EMBEDDING_WEIGHT))
+        return are_equal(self.get_tensor(HEAD_WEIGHT), self.get_tensor(EMBEDDING_WEIGHT))
 
 
-def _are_equal(first: Tensor, second: Tensor) -> bool:
+def are_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values; NaN equals NaN."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     pairs = zip(first.iter_blocks(), second.iter_blocks(), strict=True)

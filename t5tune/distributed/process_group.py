@@ -20,7 +20,7 @@ from t5tune.distributed.deepspeed_build import remove_stale_locks
 from t5tune.distributed.launcher import find_free_port
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, Stopped
-from t5tune.model.device import DOCTOR_HINT, choose_device, keep_freed_memory, read_nvidia_driver
+from t5tune.model.device import DOCTOR_HINT, choose_device, read_nvidia_driver
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 
@@ -34,12 +34,11 @@ def join_process_group(world: World, settings: TrainSettings, report: Report) ->
     Yields:
         The torch device to train on.
     """
-    device = choose_device(settings.use_cpu or settings.num_processes is not None, world.local_rank)
-    if device.type == "cpu":
-        keep_freed_memory()
-        if not settings.use_cpu and settings.num_processes is None and (driver := read_nvidia_driver()):
-            problem = f"torch can't use the NVIDIA driver ({driver})"
-            report(Note(f"{problem}: training on the CPU; {DOCTOR_HINT}", warning=True))
+    chooses_cpu = settings.use_cpu or settings.num_processes is not None
+    device = choose_device(chooses_cpu, world.local_rank)
+    if device.type == "cpu" and not chooses_cpu and (driver := read_nvidia_driver()):
+        problem = f"torch can't use the NVIDIA driver ({driver})"
+        report(Note(f"{problem}: training on the CPU; {DOCTOR_HINT}", warning=True))
     # NCCL's watchdog aborts a rank that waits for a lost one; the rank watch is to name the lost one before that
     extra = SECONDS_FOR_WATCH if device.type == "cuda" else 0
     timeout = timedelta(seconds=settings.process_group_timeout + extra)

@@ -12,14 +12,15 @@ from typing import Any
 
 from t5tune.errors import OutOfMemory, SettingsError
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt(3), from glibc's malloc.h
+# parameters of mallopt(3), from glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 DOCTOR_HINT = "t5tune doctor says how to fix that"
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 NVIDIA_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 SPIN_COUNT = "3000"
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
+MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
 
 
 def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -> Any:
@@ -108,18 +109,30 @@ def read_nvidia_driver() -> str | None:
     return next((word for word in words if word[:1].isdigit() and "." in word), "unknown version")
 
 
+def return_freed_memory() -> None:
+    """Make glibc return the memory of each freed tensor to Linux at once.
+
+    Otherwise the tensors of a base that is loaded and partitioned leave holes between the partitions.
+    """
+    _set_malloc_options({M_MMAP_THRESHOLD: 1 << 20})
+
+
 def keep_freed_memory() -> None:
     """Make glibc reuse the memory of freed large tensors, instead of returning it to Linux at once.
 
-    Otherwise Linux maps and zeroes these pages again in each step. Values that the user has set in the environment are
-    kept, and C libraries other than glibc are left alone.
+    Otherwise Linux maps and zeroes these pages again in each step.
     """
+    _set_malloc_options({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 1 << 30, M_TOP_PAD: 64 << 20})
+
+
+def _set_malloc_options(options: dict[int, int]) -> None:
+    """Call mallopt(3). Values that the user has set in the environment are kept, and other C libraries left alone."""
     if sys.platform != "linux" or any(name in os.environ for name in MALLOC_VARIABLES):
         return
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20)):
+    for option, value in options.items():
         libc.mallopt(option, value)
 
 

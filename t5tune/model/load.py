@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from t5tune.checkpoints.base import read_config
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint, are_equal
 from t5tune.checkpoints.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
 from t5tune.compat.bitsandbytes_patches import keep_training_layout
 from t5tune.compat.requirements import check_versions
@@ -28,6 +28,7 @@ from t5tune.families import (
 )
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.model.loss import make_loss_class
+from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Report, silent, track
 from t5tune.settings.shared import QuantizationSettings
 
@@ -45,6 +46,7 @@ def load_base(
     quantization: QuantizationSettings | None = None,
     family: str | None = None,
     report: Report = silent,
+    partitioner: Zero3Partitioner | None = None,
 ) -> Any:
     """Load a base as a frozen transformers model in evaluation mode.
 
@@ -53,6 +55,7 @@ def load_base(
         quantization: if its q_lora is set, the linear layers of the blocks are quantized to 4 bits (Dettmers et al.
             2023) or int8 (Dettmers et al. 2022), and compute in `dtype`.
         family: key of the table of families, for a model_type that isn't in the table.
+        partitioner: partitions each tensor among the ranks before the next one is loaded; only rank 0 reads them.
 
     Raises:
         ModelError: not a T5, or tensors are missing, unexpected, or of another shape than config.json implies.
@@ -63,14 +66,19 @@ def load_base(
     config = read_config(folder)
     config = find_family(config, folder, family).complete_config(config)
     checkpoint = Checkpoint(folder)
-    tied = checkpoint.is_tied()
+    tied = checkpoint.is_tied() if partitioner is None else partitioner.ask_rank_0(checkpoint.is_tied)
     model = build_empty_model(config, dtype, tied)
     if quantization is not None and quantization.q_lora:
         _replace_linears_with_quantized(model, dtype, quantization)
     parameters = _collect_own_parameters(model, tied)
     _check_names(checkpoint, set(parameters))
+    if partitioner is None or partitioner.is_rank_0:
+        _check_copies(checkpoint)
     for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
-        _place_tensor(model, name, _read_tensor(checkpoint, name, parameter), dtype, device)
+        tensor = _find_tensor(checkpoint, name, parameter)
+        values = read_on_rank_0(tensor, dtype, _choose_place(model, name, device), partitioner)
+        _set_values(model, name, values, device, partitioner)
+        del values  # with the next tensor's, two of them would be in memory
     _share_embedding(model, tied)
     if (folder / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
@@ -134,12 +142,15 @@ def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
             f"{len(surplus)} unexpected tensors)",
             hint="give an adapter with --adapter; a base must contain only the model's own tensors",
         )
-    for name in set(EMBEDDING_COPIES) & found:
-        if not np.array_equal(checkpoint.get_tensor(name).array, checkpoint.get_tensor(EMBEDDING_WEIGHT).array):
+
+
+def _check_copies(checkpoint: Checkpoint) -> None:
+    for name in EMBEDDING_COPIES:
+        if name in checkpoint and not are_equal(checkpoint.get_tensor(name), checkpoint.get_tensor(EMBEDDING_WEIGHT)):
             raise ModelError(f"{checkpoint.folder}: {name}: differs from {EMBEDDING_WEIGHT}, but T5 shares the two")
 
 
-def _read_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> Tensor:
+def _find_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> Tensor:
     tensor = checkpoint.get_tensor(name)
     if tensor.shape != tuple(parameter.shape):
         shapes = f"shape {list(tensor.shape)} in the file, {list(parameter.shape)} by config.json"
@@ -149,34 +160,54 @@ def _read_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> 
     return tensor
 
 
-def _place_tensor(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def _choose_place(model: nn.Module, name: str, device: torch.device) -> torch.device:
+    """Choose where a tensor is read to: the model's device, unless bitsandbytes quantizes it on its way there."""
+    # `to` quantizes an int8 weight only if it comes from the CPU; one on a GPU would be quantized in its first forward
+    return torch.device("cpu") if type(model.get_parameter(name)).__name__ == "Int8Params" else device
+
+
+def read_on_rank_0(
+    tensor: Tensor, dtype: torch.dtype, device: torch.device, partitioner: Zero3Partitioner | None
+) -> torch.Tensor:
+    """Read a tensor's values, with a partitioner only on rank 0: the others get a tensor of the same shape."""
+    if partitioner is None or partitioner.is_rank_0:
+        return to_torch(tensor, dtype, device)
+    return torch.empty(tensor.shape, dtype=dtype, device=device)
+
+
+def _set_values(
+    model: nn.Module, name: str, values: torch.Tensor, device: torch.device, partitioner: Zero3Partitioner | None
+) -> None:
+    """Give a parameter its values: quantized if its layer is, and partitioned if there is a partitioner."""
     module: Any = model.get_submodule(name.rpartition(".")[0])
-    values = to_torch(tensor, dtype)
-    quantized = type(module.weight)
-    if quantized.__name__ == "Params4bit":
-        module.weight = quantized(
-            values.to(device),
+    kind = type(module.weight)
+    if kind.__name__ == "Params4bit":
+        if partitioner is not None:
+            partitioner.broadcast(values)  # every rank needs the scales, which aren't parameters
+        module.weight = kind(
+            values,
             requires_grad=False,
             compress_statistics=module.weight.compress_statistics,
             quant_type=module.weight.quant_type,
             quant_storage=module.compute_dtype,
             module=module,
         ).to(device)
-    elif quantized.__name__ == "Int8Params":
-        # `.to` quantizes only tensors that come from the CPU; one on a GPU would be quantized in its first forward
-        module.weight = quantized(values, requires_grad=False, has_fp16_weights=False).to(device)
+    elif kind.__name__ == "Int8Params":
+        module.weight = kind(values, requires_grad=False, has_fp16_weights=False).to(device)
         assert module.weight.dtype == torch.int8, f"{name}: bitsandbytes left it in {module.weight.dtype}"
     else:
-        _set_attribute(model, name, nn.Parameter(values.to(device), requires_grad=False))
+        _set_attribute(model, name, nn.Parameter(values, requires_grad=False))
+    if partitioner is not None:
+        partitioner.partition([module.weight])
 
 
-def to_torch(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Copy a memory-mapped tensor to torch in chunks, so that no second buffer of the tensor's size is needed."""
-    values = torch.empty(tensor.shape, dtype=dtype)
+def to_torch(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Copy a tensor to torch in chunks, which are read from its file, so that a second buffer isn't needed."""
+    values = torch.empty(tensor.shape, dtype=dtype, device=device)
     rows = max(1, LOAD_CHUNK_BYTES * len(tensor.array) // max(1, tensor.array.nbytes))
     for start in range(0, len(tensor.array), rows):
-        part = slice(start, start + rows)
-        values[part] = torch.from_numpy(np.array(tensor.array[part])).view(TORCH_DTYPES[tensor.dtype])
+        part = tensor.read_rows(start, min(start + rows, len(tensor.array)))
+        values[start : start + rows] = torch.from_numpy(part.array).view(TORCH_DTYPES[tensor.dtype])
     return values
 
 

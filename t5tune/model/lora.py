@@ -1,6 +1,7 @@
 """Add LoRA adapters and trainable embedding rows of added tokens to a model, in PEFT's own format."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.families import HEAD_MODULE, TARGET_MODULE_GROUPS, expand_target_modules
 from t5tune.file_names import TOKENIZER_CONFIG_FILE
-from t5tune.model.load import to_torch
+from t5tune.model.load import read_on_rank_0, to_torch
+from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.lora import LoraSettings
 
@@ -36,7 +38,12 @@ SAME_TOKENS_HINT = (
 
 
 def add_lora(
-    model: Any, base: Path, settings: LoraSettings, token_ids: list[int], adapter_dtype: torch.dtype
+    model: Any,
+    base: Path,
+    settings: LoraSettings,
+    token_ids: list[int],
+    adapter_dtype: torch.dtype,
+    partitioner: Zero3Partitioner | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Wrap a frozen base with adapters. Only the adapters and the rows of added tokens are trainable.
 
@@ -44,6 +51,7 @@ def add_lora(
         base: folder that the model was loaded from.
         token_ids: rows of the embedding and the head to train.
         adapter_dtype: dtype of the trained tensors.
+        partitioner: the one that has partitioned the base. The adapters aren't partitioned yet.
 
     Returns:
         The PEFT model, and the initial LoRA matrices that were subtracted from the base weights (PiSSA, OLoRA), in fp32
@@ -69,11 +77,13 @@ def add_lora(
         task_type=TaskType.SEQ_2_SEQ_LM,
         trainable_token_indices=token_indices,
     )
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    copied = _list_parameters(model, config.modules_to_save or [])
+    with nullcontext() if partitioner is None else partitioner.prepare_peft(copied):
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     replace_trainable_token_layers(peft_model)
     _share_embedding_rows(peft_model)
     if method == "loftq":
-        _initialize_from_quantization_error(peft_model, base)
+        _initialize_from_quantization_error(peft_model, base, partitioner)
     subtracted = _copy_lora_matrices(peft_model) if method.startswith(BASE_CHANGING_INITIALIZATIONS) else {}
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
@@ -123,7 +133,17 @@ def _select_modules_to_save(model: Any, settings: LoraSettings) -> list[str] | N
     return list(settings.modules_to_save) if settings.modules_to_save else None
 
 
-def _initialize_from_quantization_error(peft_model: Any, base: Path) -> None:
+def _list_parameters(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
+    """List the parameters of the modules whose path ends with one of the names."""
+    return [
+        parameter
+        for path, module in model.named_modules()
+        if any(f".{path}".endswith(f".{name}") for name in names)
+        for parameter in module.parameters()
+    ]
+
+
+def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner: Zero3Partitioner | None) -> None:
     """Initialize each B·A as the best low-rank approximation of its weight's 4-bit quantization error.
 
     This is one step of LoftQ (Li et al. 2023). PEFT's own implementation needs a GPU, this one doesn't.
@@ -135,10 +155,14 @@ def _initialize_from_quantization_error(peft_model: Any, base: Path) -> None:
         if not (hasattr(module, "lora_A") and "default" in module.lora_A):
             continue
         quantized = module.base_layer.weight
-        quantized_OI = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state).float()
-        error_OI = (
-            to_torch(checkpoint.get_tensor(f"{name}.weight"), torch.float32).to(quantized_OI.device) - quantized_OI
+        with nullcontext() if partitioner is None else partitioner.gather([quantized]):
+            quantized_OI = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state).float()
+        error_OI = read_on_rank_0(
+            checkpoint.get_tensor(f"{name}.weight"), torch.float32, quantized_OI.device, partitioner
         )
+        if partitioner is not None:
+            partitioner.broadcast(error_OI)
+        error_OI -= quantized_OI
         rank = module.r["default"]
         # a full decomposition takes minutes for all weights of a large model, and corrects hardly more
         u_OR, s_R, v_IR = (

@@ -99,7 +99,7 @@ class TargetLoss(nn.Module):
     """The loss of a batch's labels, from the decoder's hidden states and the head.
 
     A module without parameters, so that ZeRO-3 gathers the head's weight for this call alone: it is registered as an
-    external parameter of this module (training/build_model.py).
+    external parameter of this module (model/zero3.py).
     """
 
     def forward(

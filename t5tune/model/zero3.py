@@ -1,0 +1,113 @@
+"""ZeRO-3: partition a model's parameters among the ranks while it is loaded (Rajbhandari et al. 2020).
+
+    partitioner = Zero3Partitioner(deepspeed_config, torch.bfloat16)
+    model = load_base(base, torch.bfloat16, device, settings, partitioner=partitioner)
+    model, _ = add_lora(model, base, settings, token_ids, torch.bfloat16, partitioner)
+    partitioner.partition_model(model)
+
+Rank 0 reads a tensor, and DeepSpeed broadcasts it, keeps each rank's partition and frees the rest, before the next one
+is read. So no rank needs memory for more than its share of the base and the largest tensor. Sharding in
+`from_pretrained`, as transformers does with DeepSpeed, replaces Flan-T5's untied head with its embedding.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from t5tune.compat.peft_patches import gather_in_peft
+from t5tune.model.loss import TargetLoss, read_head_weights
+
+
+class Zero3Partitioner:
+    """Partitions parameters among the ranks of the process group. Every rank must call it in the same order.
+
+    Args:
+        configuration: a DeepSpeed config with ZeRO stage 3.
+        dtype: dtype of the model.
+    """
+
+    def __init__(self, configuration: dict[str, Any], dtype: torch.dtype) -> None:
+        import deepspeed
+
+        zero = {key: value for key, value in configuration["zero_optimization"].items() if value != "auto"}
+        # By default DeepSpeed permanently replaces torch.nn.functional.linear in this process with a function that
+        # keeps the input of every frozen layer for the backward pass. Only the config can turn this off: in 0.19, the
+        # argument of Init with the same name has no effect.
+        zero.setdefault("memory_efficient_linear", False)
+        first = nn.ParameterList([nn.Parameter(torch.zeros(1, dtype=dtype))])
+        # not entered as a context, which would patch the constructors of all modules
+        deepspeed.zero.Init(
+            module=first,
+            config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero},
+            dtype=dtype,
+        )
+        self._convert = first[0].convert_to_zero_parameters
+        self.is_rank_0 = dist.get_rank() == 0
+
+    def ask_rank_0(self, question: Callable[[], bool]) -> bool:
+        """Return rank 0's answer on every rank."""
+        answer = torch.tensor(int(self.is_rank_0 and question()))
+        dist.broadcast(answer, 0)
+        return bool(answer)
+
+    def broadcast(self, values: torch.Tensor) -> None:
+        """Copy rank 0's values to the other ranks, in place."""
+        dist.broadcast(values, 0)
+
+    def partition(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each parameter by this rank's partition of rank 0's values, in place, unless it is one already."""
+        self._convert(list(parameters))
+
+    @contextmanager
+    def gather(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Make these parameters whole on every rank for this block. Changes to them are lost."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
+            yield
+
+    @contextmanager
+    def prepare_peft(self, copied: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Let PEFT add adapters in this block: it gathers what it reads, one parameter at a time.
+
+        Args:
+            copied: the parameters of modules that PEFT copies (modules_to_save), which it doesn't gather.
+        """
+        with gather_in_peft(), self.gather(copied):
+            yield
+
+    def partition_model(self, model: nn.Module) -> None:
+        """Partition the parameters that are still whole, and set up how ZeRO-3 gathers those of the whole model."""
+        import deepspeed
+
+        self.partition(model.parameters())
+        # Gather a block's weights at once: DeepSpeed would otherwise run hooks in Python for each of PEFT's small
+        # modules.
+        blocks = {type(module) for module in model.modules() if type(module).__name__.endswith("T5Block")}
+        deepspeed.utils.set_z3_leaf_modules(model, sorted(blocks, key=str))
+        _register_external_parameters(model)
+
+
+def _register_external_parameters(model: Any) -> None:
+    """Make ZeRO-3 gather parameters that are used outside of the forward pass of the module that owns them."""
+    import deepspeed
+
+    head = read_head_weights(model.get_output_embeddings())
+    for module in model.modules():
+        if isinstance(module, TargetLoss) and head is not None:
+            deepspeed.zero.register_external_parameter(module, head.weight_VD)
+            if head.rows_KD is not None:
+                deepspeed.zero.register_external_parameter(module, head.rows_KD)
+        # the ParameterDict with the embedding rows of added tokens has no forward, so ZeRO-3 has no hook to gather them
+        rows = getattr(module, "trainable_tokens_delta", None)
+        if isinstance(rows, nn.ParameterDict):
+            for row in rows.values():
+                deepspeed.zero.register_external_parameter(module, row)
+        # DoRA's module owns only the magnitudes, but its forward reads the weights of three other modules
+        for name, norms in getattr(module, "lora_magnitude_vector", {}).items():
+            for read in (module.get_base_layer(), module.lora_A[name], module.lora_B[name]):
+                deepspeed.zero.register_external_parameter(norms, read.weight)
