@@ -126,6 +126,19 @@ class PartitionedTensor:
             _drop_array_pages(array)
         return Tensor(self.dtype, joined.reshape(self.shape))
 
+    def read(self, begin: int, end: int) -> npt.NDArray[np.float32]:
+        """Copy elements [begin, end) of the flat tensor into memory, as fp32."""
+        values = np.empty(end - begin, np.float32)
+        offset = 0
+        for array in self.arrays:
+            part = array[max(0, begin - offset) : max(0, end - offset)]
+            if len(part):
+                start = max(0, offset - begin)
+                values[start : start + len(part)] = Tensor(self.dtype, part).to_float32()
+                _drop_array_pages(array)
+            offset += len(array)
+        return values
+
     def iter_chunks(self) -> Iterator[bytes]:
         """Iterate over the tensor's bytes in order, a few MiB at a time."""
         for array in self.arrays:

@@ -27,7 +27,7 @@ from torch.distributed import distributed_c10d
 from t5tune.distributed.collectives import describe_silence
 from t5tune.distributed.launcher import write_error
 from t5tune.distributed.signals import write_stderr
-from t5tune.distributed.world import RESUME_HINT, World
+from t5tune.distributed.world import RERUN_HINT, World
 from t5tune.errors import RankLost
 
 MAX_INTERVAL = 10.0  # seconds between two looks into the store
@@ -71,8 +71,11 @@ class RankWatch:
         self._counters = list(counters)
         if silent := self._list_over_limit(self._looks_without_sign):
             return describe_silence(silent)
-        behind = self._list_over_limit(self._looks_behind)
-        return f"rank {behind[0]} hangs: the others wait for it in a batch that it hasn't begun" if behind else None
+        if not (behind := self._list_over_limit(self._looks_behind)):
+            return None
+        if self._looks_without_sign[behind[0]] > self._limit / 2:  # it was late when its machine got lost
+            return describe_silence(behind[:1])
+        return f"rank {behind[0]} hangs: the others wait for it in a batch that it hasn't begun"
 
     def _list_over_limit(self, looks: list[int]) -> list[int]:
         return [rank for rank, count in enumerate(looks) if count >= self._limit and rank != self._world.rank]
@@ -107,7 +110,7 @@ class RankWatch:
 
     def _exit(self, problem: str) -> NoReturn:
         # the main thread waits for the GPU or another rank, outside of Python, so no exception would reach it
-        error = RankLost(f"rank {self._world.rank}: {problem}", hint=RESUME_HINT)
+        error = RankLost(f"rank {self._world.rank}: {problem}", hint=RERUN_HINT)
         if self._world.is_run_set_up:
             write_error(error)
         else:

@@ -1,11 +1,11 @@
 """The run identity: the configuration a run depends on. Resuming with a different one is refused.
 
     run_identity = build_run_identity(settings, cache, base_hash, world_size)   # {"lora_r": 8, "data": "sha256:…", …}
-    check_run_identity(checkpoint, run_identity, allowed=["learning_rate"])
+    check_run_identity(checkpoint, run_identity, ["learning_rate"], settings.gradient_accumulation_steps)
 
 Each checkpoint stores it in t5tune_manifest.json, under the key `made_of`. `batch` is the number of examples per
-optimizer step, `batch_tokens` (with tokens_per_batch) the number of its tokens, however these are divided among ranks
-and micro-batches.
+optimizer step, however these are divided among ranks and micro-batches. With tokens_per_batch, which determines what a
+micro-batch contains, it is `batch_tokens`, the number of tokens, however the micro-batches are divided among ranks.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.zero_optimizer import read_zero_optimizer
+from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.data.cache import Cache
 from t5tune.data.cache_reuse import make_resume_error
 from t5tune.errors import CheckpointError, SettingsError, suggest_name
@@ -25,6 +27,7 @@ from t5tune.training.checkpoint import read_run_identity
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 CACHE_FILES = ("tokens.bin", "conversations.bin", "examples.bin")
 SHARDING_FIELDS = ("world_size", "deepspeed_stage")
+ZERO_STAGES = {1, 2, 3}  # those that divide the optimizer's state among the ranks
 PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
@@ -37,13 +40,15 @@ def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, wo
     values["eval_fraction"] = values["eval_fraction"] or cache.manifest["eval_fraction"]
     values["num_data"] = values["num_data"] or inputs["num_data"]
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
-    micro_batch = settings.tokens_per_batch or settings.per_device_train_batch_size
+    tokens, num_batches = settings.tokens_per_batch, settings.gradient_accumulation_steps * world_size
+    if tokens is None:
+        batch = {"batch": settings.per_device_train_batch_size * num_batches}
+    else:
+        batch = {"tokens_per_batch": tokens, "batch_tokens": tokens * num_batches}
     return {
         **inputs,
         **{name: values[name] for name in sorted(values)},
-        "batch_tokens" if settings.tokens_per_batch else "batch": (
-            micro_batch * settings.gradient_accumulation_steps * world_size
-        ),
+        **batch,
         "data": _hash_mapping(
             {**{name: cache.manifest["files"][name] for name in CACHE_FILES}, "examples": cache.hash_indices()}
         ),
@@ -54,12 +59,15 @@ def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, wo
     }
 
 
-def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> list[str]:
+def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str], accumulation_steps: int) -> list[str]:
     """Compare the configuration with the one in a checkpoint. Return a line for each difference that is allowed.
+
+    Args:
+        accumulation_steps: the setting gradient_accumulation_steps, of which another value may keep the batch equal.
 
     Raises:
         SettingsError: fields differ; names each one with both values.
-        CheckpointError: the checkpoint's shards are for another number of ranks or another ZeRO stage.
+        CheckpointError: this number of ranks or this ZeRO stage can't resume from the checkpoint's state.
     """
     if unknown := sorted(set(allowed) - now.keys()):
         raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggest_name(unknown[0], now)}")
@@ -73,8 +81,36 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
         different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"
     if refused := {name: line for name, line in different.items() if name not in allowed}:
+        for name in ("batch", "batch_tokens"):
+            if name in refused and then.get(name) and now.get(name):
+                refused[name] += _suggest_equal_batch(then, now, accumulation_steps)
         raise make_resume_error(checkpoint, refused)
     return list(different.values())
+
+
+def needs_resharding(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a checkpoint has shards that DeepSpeed can't load on these ranks, but `load_resharded` can."""
+    return {then["deepspeed_stage"], now["deepspeed_stage"]} <= ZERO_STAGES and any(
+        then[name] != now[name] for name in SHARDING_FIELDS
+    )
+
+
+def describe_other_ranks(checkpoint: Path, now: dict[str, Any]) -> str | None:
+    """Describe what another number of ranks or another ZeRO stage means for a resumed run; None if there is none."""
+    then = read_run_identity(checkpoint)
+    before, ranks = then["world_size"], now["world_size"]
+    if all(then[name] == now[name] for name in SHARDING_FIELDS):
+        return None
+    if then["deepspeed_stage"] == now["deepspeed_stage"]:
+        text = f"resuming on {format_count(ranks, 'process', 'processes')} from a checkpoint of {before}"
+    else:
+        text = f"resuming on {_describe_sharding(now)} from a checkpoint of {_describe_sharding(then)}"
+    # one process and several save their random states under different names
+    first_new = ranks if before == ranks else 0 if min(before, ranks) == 1 else before
+    if first_new >= ranks:
+        return text
+    new = f"rank {first_new}" if first_new == ranks - 1 else f"ranks {first_new} to {ranks - 1}"
+    return f"{text}; the random generators of {new} start from the seed and the step"
 
 
 def check_finished_run(folder: Path, then: TrainSettings, now: TrainSettings) -> None:
@@ -113,14 +149,37 @@ def _resolve_paths(value: Any) -> list[str]:
 
 
 def _check_shards(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    stages = then["deepspeed_stage"], now["deepspeed_stage"]
-    if stages[0] == stages[1] and (stages[0] is None or then["world_size"] == now["world_size"]):
+    reason = ""
+    if needs_resharding(then, now):
+        try:
+            read_zero_optimizer(find_deepspeed_folder(checkpoint) or checkpoint)
+            return
+        except CheckpointError as error:
+            reason = f" ({error.message})"
+    elif then["deepspeed_stage"] == now["deepspeed_stage"]:  # without ZeRO's shards, each rank loads all of the state
         return
     raise CheckpointError(
-        f"{checkpoint}: its state is for {_describe_sharding(then)}; {_describe_sharding(now)} can't resume from it",
+        f"{checkpoint}: its state is for {_describe_sharding(then)}; {_describe_sharding(now)} can't resume from it"
+        f"{reason}",
         hint=f"t5tune export {checkpoint} --output-dir ADAPTER, then train with --adapter ADAPTER and a new "
         "output_dir: this keeps the weights and starts with a new optimizer",
     )
+
+
+def _suggest_equal_batch(then: dict[str, Any], now: dict[str, Any], accumulation_steps: int) -> str:
+    """Say with which number of micro-batches, or of examples in each, a step is as large as before; "" if with none."""
+    ranks = now["world_size"]
+    if "batch_tokens" in then:
+        divisors = {"gradient_accumulation_steps": ranks * then["tokens_per_batch"]}
+        total = then["batch_tokens"]
+    else:
+        divisors = {
+            "gradient_accumulation_steps": now["batch"] // accumulation_steps,
+            "per_device_train_batch_size": ranks * accumulation_steps,
+        }
+        total = then["batch"]
+    fitting = [f"{name} {total // divisor}" for name, divisor in divisors.items() if total % divisor == 0]
+    return f"; {' or '.join(fitting)} makes it {total}" if fitting else ""
 
 
 def _describe_sharding(run_identity: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, remove_staged
-from t5tune.training.resume_guard import build_run_identity, check_run_identity
+from t5tune.training.resume_guard import build_run_identity, check_run_identity, describe_other_ranks
 
 HASH_CACHE_FILE = "base.json"  # see checkpoints/fingerprint.py
 MAX_LOCK_ATTEMPTS = 100
@@ -266,7 +266,7 @@ def start_or_resume_run(
         The base's metadata, the run identity, and the checkpoint to resume from (None for a new run).
 
     Raises:
-        CheckpointError: all checkpoints are damaged, or the newest is for another number of ranks.
+        CheckpointError: all checkpoints are damaged, or the newest has state that these ranks can't use.
         SettingsError: the run was started with a different configuration.
     """
     stats = read_file_stats(base)
@@ -278,9 +278,12 @@ def start_or_resume_run(
     if damaged and resume is None:
         raise CheckpointError(f"{run.folder}: all of its checkpoints are damaged", hint="use --fresh to start over")
     if resume:
-        for change in check_run_identity(resume, run_identity, settings.allow_change):
+        steps = settings.gradient_accumulation_steps
+        for change in check_run_identity(resume, run_identity, settings.allow_change, steps):
             report(Note(f"change allowed by --allow-change: {change}", warning=True))
         report(Note(f"resuming from {resume}"))
+        if (other_ranks := describe_other_ranks(resume, run_identity)) is not None:
+            report(Note(other_ranks))
     remove_staged(run.folder)
     save_settings(settings, run)
     store_hash(run.folder / HASH_CACHE_FILE, stats, base_metadata["sha256"])
@@ -309,10 +312,11 @@ def read_result(folder: Path | str) -> TrainResult:
 
 
 def _collect_base_metadata(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:
-    """Collect what an adapter records about its base, by which merge verifies it and quantizes it as in training."""
+    """Collect what an adapter records about its base, by which merge verifies it and loads it as in training."""
     base_metadata: dict[str, Any] = dict(describe_base(base, settings.model_name_or_path, sha256))
     if settings.family is not None:
         base_metadata["family"] = settings.family
+    base_metadata["bf16"] = settings.bf16
     if settings.q_lora:
         compute = "bfloat16" if settings.bf16 else "float32"
         base_metadata |= {"onto": settings.quant_type, "double_quant": settings.double_quant, "compute": compute}

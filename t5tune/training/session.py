@@ -42,7 +42,7 @@ from t5tune.training.checkpoint import count_bytes, read_run_identity
 from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import CheckpointPublisher
-from t5tune.training.resume_guard import PACKED_ATTENTION
+from t5tune.training.resume_guard import PACKED_ATTENTION, needs_resharding
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
 from t5tune.training.sample_predictions import SamplePredictions, select_candidates
 from t5tune.training.trainer import T5Trainer, TrainerParts
@@ -175,6 +175,7 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
         collator=collator,
         weights=built.weights,
         publisher=CheckpointPublisher(folder, run_identity, settings.save_total_limit, report),
+        reshards=loaded.resume is not None and needs_resharding(read_run_identity(loaded.resume), run_identity),
         non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
         stop=session.stop,
         watch=session.watch,
@@ -184,6 +185,7 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
         metric_names=_list_metrics(settings, scorer, loaded.held_out),
         patience=settings.early_stopping_patience,
         threshold=settings.early_stopping_threshold or 0.0,
+        eval_batch_size=settings.per_device_eval_batch_size,
         report=report,
     )
     return T5Trainer(built.model, args, parts)

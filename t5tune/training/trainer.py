@@ -13,22 +13,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, set_seed
 from transformers import __version__ as transformers_version
 from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.compat.transformers_patches import leave_empty_bias_without_gradient, skip_module_walks
 from t5tune.data.cache import Cache
-from t5tune.distributed.collectives import any_rank, is_distributed
+from t5tune.distributed.collectives import any_rank, get_rank_and_size, is_distributed
 from t5tune.distributed.signals import StopRequest, ignore_signals
 from t5tune.distributed.watch import RankWatch
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.formatting import format_count, format_held_out_metric, format_number
 from t5tune.model.device import get_peak_memory, get_reserved_memory
-from t5tune.progress import Advanced, Event, Note, Report
+from t5tune.progress import Note, Report
 from t5tune.reports.metrics_log import MetricsLog
 from t5tune.training.batches import ExampleDataset, Filler, PackedCollator, PaddedCollator, StepSampler
 from t5tune.training.callbacks import (
@@ -41,8 +42,10 @@ from t5tune.training.callbacks import (
     name_best_metric,
 )
 from t5tune.training.evaluation import GenerationScorer, measure_losses
+from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import CheckpointPublisher
+from t5tune.training.reshard import load_resharded
 from t5tune.training.totals import NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
 
@@ -60,6 +63,7 @@ class TrainerParts:
         collator: makes the batches of training and evaluation; packs them if the model is set up for packing.
         weights: collects, writes and loads the trained tensors.
         publisher: saves checkpoints.
+        reshards: whether the checkpoint to resume from has ZeRO's shards for another number of ranks or another stage.
         non_finite: handles steps with a non-finite loss or gradient.
         stop: request to stop, set by a signal.
         watch: watches the other ranks, which need to know how far this one is.
@@ -69,6 +73,7 @@ class TrainerParts:
         metric_names: the metrics that evaluations are expected to have.
         patience: number of evaluations without improvement after which training stops; None: never.
         threshold: the improvement of an evaluation over the best one before it must be larger; 0: any counts.
+        eval_batch_size: maximum number of examples per batch of an evaluation; None: any.
         report: receives progress, and notes for the user.
     """
 
@@ -78,6 +83,7 @@ class TrainerParts:
     collator: PaddedCollator | PackedCollator
     weights: TrainedWeights
     publisher: CheckpointPublisher
+    reshards: bool
     non_finite: NonFiniteGuard
     stop: StopRequest
     watch: RankWatch
@@ -87,6 +93,7 @@ class TrainerParts:
     metric_names: Sequence[str]
     patience: int | None
     threshold: float
+    eval_batch_size: int | None
     report: Report
 
 
@@ -242,12 +249,15 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         The Trainer's own loop averages over batches, which depends on how the examples are batched, and it changes
         the random state, because its data loader draws from it. This loop draws no random numbers.
         """
-        examples, batch_size = self.eval_dataset.cache, self.args.per_device_eval_batch_size
-        report = self._stop_evaluation_on_request
-        loss = measure_losses(self.model, examples, self.data_collator, batch_size, report).mean
+        examples, batch_size, report = self.eval_dataset.cache, self.parts.eval_batch_size, self.parts.report
+
+        def is_stopped() -> bool:
+            return self.parts.stop.is_set
+
+        loss = measure_losses(self.model, examples, self.data_collator, batch_size, report, is_stopped).mean
         values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more than 709 overflows
         if self.parts.scorer is not None:
-            scores = self.parts.scorer.score(self.model, examples, batch_size, report)
+            scores = self.parts.scorer.score(self.model, examples, batch_size, report, is_stopped)
             if (best := self.args.metric_for_best_model or "loss") not in values | scores:
                 names = ", ".join([*values, *scores])
                 raise SettingsError(f"metric_for_best_model: {best}: not among this evaluation's metrics: {names}")
@@ -266,15 +276,6 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def get_eval_dataloader(self, eval_dataset: Any = None) -> list[Any]:
         """Return nothing: `evaluation_loop` makes its own batches."""
         return []
-
-    def _stop_evaluation_on_request(self, event: Event) -> None:
-        """Report an evaluation's progress events, and interrupt the evaluation on a signal.
-
-        Every rank reports each batch, so all ranks check for a signal at the same points.
-        """
-        self.parts.report(event)
-        if isinstance(event, Advanced) and self.is_stop_requested():
-            raise _EvaluationInterrupted
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens per second and peak memory to training metrics, and append the line to metrics.jsonl."""
@@ -353,7 +354,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             try:
                 metrics: dict[str, float] = super()._evaluate(*arguments, **options)
                 return metrics
-            except _EvaluationInterrupted:
+            except EvaluationStopped:
+                self.is_stopped = True
                 self.control.should_save = self.control.should_training_stop = True
                 return {}
             except SettingsError as error:
@@ -415,6 +417,24 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.parts.publisher.staging or super()._get_output_dir(trial=trial))
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Wrap the model, create the optimizer, and load the checkpoint. DeepSpeed can't load one of other shards."""
+        if resume_from_checkpoint is None or not self.parts.reshards:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_resharded(self.model_wrapped, Path(resume_from_checkpoint))
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # with DeepSpeed, only the schedule
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load this rank's random state. A rank that the checkpoint has none of derives it from seed, step and rank."""
+        rank, num_ranks = get_rank_and_size()
+        file = f"rng_state_{rank}.pth" if num_ranks > 1 else "rng_state.pth"
+        if checkpoint is not None and not Path(checkpoint, file).is_file():
+            seeds = np.random.SeedSequence((self.args.seed, self.state.global_step, rank))
+            set_seed(int(seeds.generate_state(1)[0]))
+        super()._load_rng_state(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.parts.weights.load(Path(resume_from_checkpoint), self.model)
 
@@ -430,7 +450,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
 OVERRIDDEN_METHODS = (
     "_run_epoch", "_clip_grad_norm", "_get_grad_norm", "_maybe_log_save_evaluate", "_evaluate",
-    "_determine_best_metric", "_save_checkpoint", "_get_output_dir", "_load_from_checkpoint",
+    "_determine_best_metric", "_save_checkpoint", "_get_output_dir", "_load_from_checkpoint", "_prepare_for_training",
+    "_load_rng_state",
 )  # fmt: skip
 
 
@@ -446,7 +467,3 @@ def check_overridden_methods(trainer_class: Any) -> None:
                 f"transformers {transformers_version}: Trainer has no method {name}, which t5tune replaces",
                 hint="install a release that t5tune knows: pip install 'transformers>=5.18,<=5.24'",
             )
-
-
-class _EvaluationInterrupted(Exception):
-    """Raised when a signal arrives during an evaluation."""

@@ -12,12 +12,14 @@ from t5tune.custom_metrics import load_custom_metric
 from t5tune.data.cache import is_cache, read_manifest
 from t5tune.data.templates import load_template
 from t5tune.distributed.deepspeed_build import find_missing_build_tools
+from t5tune.distributed.world import World
 from t5tune.errors import DependencyError, SettingsError, suggest_name
 from t5tune.families import find_family
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.training import RankSettings
 from t5tune.training.run_folder import CACHE_SETTINGS
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
@@ -121,9 +123,22 @@ def _find_deepspeed_conflicts(settings: TrainSettings, configuration: dict[str, 
     problems = []
     if configuration.get("fp16", {}).get("enabled") is True:
         problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16; use bf16")
+    if configuration.get("zero_optimization", {}).get("round_robin_gradients"):
+        # DeepSpeed 0.19 reorders the fp32 weights, but looks for a parameter's where they would be without it
+        problem = "DeepSpeed saves the weights under each other's names; remove it"
+        problems.append(f"deepspeed: {settings.deepspeed}: round_robin_gradients: {problem}")
     if settings.q_lora and settings.quant_type == "int8":
         problem = "DeepSpeed can't handle int8 weights; use nf4 or fp4, or leave out --deepspeed"
         problems.append(f"quant_type: int8: {problem}")
+    # PEFT 0.21 replaces quantized weights on CPUs whenever it reads them for DoRA, and DeepSpeed loses track of them
+    if (
+        settings.q_lora
+        and settings.use_dora
+        and packaged_templates.get_zero_stage(configuration) == 3
+        and _trains_on_cpu(settings)
+    ):
+        problem = "with q_lora and ZeRO-3 it works only on GPUs"
+        problems.append(f"use_dora: {problem}; use zero2, or leave out use_dora or q_lora")
     if settings.loraplus_lr_ratio is not None and "optimizer" in configuration:
         problem = f"{settings.deepspeed} defines its own optimizer, with a single learning rate"
         problems.append(f"loraplus_lr_ratio: {problem}; remove `optimizer` from it")
@@ -158,7 +173,7 @@ def check_machine(settings: TrainSettings) -> None:
         raise SettingsError(problem)
 
 
-def find_missing_gpus(settings: TrainSettings) -> str | None:
+def find_missing_gpus(settings: RankSettings) -> str | None:
     """Say what is wrong with num_gpus on this machine; None if nothing is."""
     if settings.num_gpus is None:
         return None
@@ -168,8 +183,23 @@ def find_missing_gpus(settings: TrainSettings) -> str | None:
     if found == 0 and (driver := read_nvidia_driver()):
         return f"num_gpus: {settings.num_gpus}: torch can't use the NVIDIA driver ({driver}); {DOCTOR_HINT}"
     if found < settings.num_gpus:
-        return f"num_gpus: {settings.num_gpus}: this machine has {found}; use --num-processes to train on the CPU"
+        return f"num_gpus: {settings.num_gpus}: this machine has {found}; use --num-processes for the CPU"
     return None
+
+
+def check_starts_no_processes(settings: RankSettings, world: World) -> None:
+    """Refuse num_gpus and num_processes in a call from Python: only the command line starts processes.
+
+    Raises:
+        SettingsError: one is more than 1, and no launcher started this process.
+    """
+    for name in ("num_gpus", "num_processes"):
+        number = getattr(settings, name)
+        if number not in (None, 1) and not world.launched:
+            raise SettingsError(
+                f"{name}: {number}: a call of {settings.command} starts no processes",
+                hint=f"start the script with torchrun --nproc-per-node {number}, or run t5tune {settings.command}",
+            )
 
 
 def suggest_learning_rate(settings: TrainSettings) -> str | None:

@@ -12,7 +12,7 @@ from tests.support.runs import send_signal
 from tests.support.train_runs import make_settings
 from tests.support.two_ranks import read_lines, start_two_ranks
 
-HINT = "run the same command again to resume from the last checkpoint"
+HINT = "run the same command again; training resumes from the last checkpoint"
 WATCHING = """
 import signal
 import torch.distributed as dist
@@ -73,6 +73,14 @@ def test_a_rank_is_named_after_the_timeout_and_not_before() -> None:
     behind = compare_often(watch, (1, 7), (1, 6), times=LOOKS)
     assert behind[:-1] == [None] * (LOOKS - 1)
     assert "rank 1 hangs" in str(behind[-1])
+
+
+def test_a_late_rank_that_becomes_silent_does_not_answer_rather_than_hang() -> None:
+    watch = RankWatch(World(rank=0, size=2), 60)
+    assert watch.compare([(1, 7), (1, 6)]) is None
+    assert watch.compare([(2, 7), (2, 6)]) is None  # the first look at which it is late
+    silent = [watch.compare([(look, 7), (2, 6)]) for look in range(3, 2 + LOOKS)]
+    assert silent == [None] * (LOOKS - 2) + ["rank 1 doesn't answer"]
 
 
 def test_a_slow_rank_that_begins_batches_is_not_named() -> None:

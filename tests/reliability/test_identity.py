@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints import fingerprint
@@ -18,6 +19,9 @@ from t5tune.errors import CheckpointError, SettingsError, Stopped
 from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Event, Note, Started
 from t5tune.settings import PrepareSettings
+from t5tune.training import resume_guard
+from t5tune.training.checkpoint import read_run_identity
+from t5tune.training.resume_guard import SHARDING_FIELDS, check_run_identity, describe_other_ranks
 from tests.support.runs import STEPS, make_settings, read_adapter, stop_at
 
 pytestmark = pytest.mark.slow
@@ -41,7 +45,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "its targets": ({"lora_target_modules": ["q"]}, r'lora_target_modules: \["q", "v"\] before, \["q"\] now'),
     "dtype": ({"bf16": True}, "bf16: false before, true now"),
     "quantization": ({"q_lora": True}, "q_lora: false before, true now"),
-    "batch": ({"per_device_train_batch_size": 4}, "batch: 2 before, 4 now"),
+    "batch": ({"per_device_train_batch_size": 4}, "batch: 2 before, 4 now; per_device_train_batch_size 2 makes it 2"),
     "dropout": ({"lora_dropout": 0.1}, "lora_dropout: 0.05 before, 0.1 now"),
     "schedule": ({"lr_scheduler_type": "cosine"}, 'lr_scheduler_type: "linear" before, "cosine" now'),
     "its length": ({"max_steps": 30}, "max_steps: 24 before, 30 now"),
@@ -169,15 +173,100 @@ def test_settings_that_do_not_affect_the_weights_may_change(
     assert read_adapter(begun_run) == uninterrupted
 
 
-def test_shards_for_another_number_of_ranks_are_refused_with_the_command_that_helps(
+def test_shards_are_refused_without_zero_with_the_command_that_helps(
     zero3_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(zero3_run, run)
     (run / "result.json").unlink()
-    settings = make_settings(untied_base, conversations, run, deepspeed="zero3", gradient_accumulation_steps=2)
-    with pytest.raises(CheckpointError, match="2 processes with ZeRO-3; 1 process with ZeRO-3 can't resume") as refused:
+    settings = make_settings(untied_base, conversations, run, gradient_accumulation_steps=2)
+    with pytest.raises(CheckpointError, match="2 processes with ZeRO-3; 1 process without DeepSpeed can't") as refused:
         train(settings)
     assert refused.value.exit_code == 2
     assert f"t5tune export {run / f'checkpoint-{STEPS}'}" in (refused.value.hint or "")
     assert json.loads((run / f"checkpoint-{STEPS}" / "t5tune_manifest.json").read_text())["made_of"]["batch"] == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        (
+            "absmax",
+            torch.ones(3),
+            "the optimizer's absmax isn't one value for each weight",
+        ),  # of an optimizer in 8 bits
+        ("RMS", 0.5, "the optimizer's RMS differs between ranks or parameter groups"),  # Adafactor's
+    ],
+)
+def test_other_ranks_refuse_an_optimizer_whose_state_depends_on_how_it_was_divided(
+    key: str, value: Any, reason: str, zero3_run: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(zero3_run / f"checkpoint-{STEPS}", tmp_path / "checkpoint")
+    for rank, path in enumerate(sorted(checkpoint.glob("global_step*/*_optim_states.pt"))):
+        shard = torch.load(path, weights_only=False)
+        shard["optimizer_state_dict"]["optimizer_state_dict"]["state"][0][key] = value * (rank + 1)
+        torch.save(shard, path)
+    now = read_run_identity(checkpoint) | {"world_size": 4}
+    with pytest.raises(CheckpointError) as refused:
+        check_run_identity(checkpoint, now, [], 1)
+    assert f"; 4 processes with ZeRO-3 can't resume from it ({checkpoint}" in refused.value.message
+    assert reason in refused.value.message
+    assert f"t5tune export {checkpoint}" in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "line"),
+    [
+        (
+            {"world_size": 2, "batch": 8},
+            {"world_size": 4, "batch": 16},  # 2 micro-batches of 2 examples
+            "batch: 8 before, 16 now; gradient_accumulation_steps 1 or per_device_train_batch_size 1 makes it 8",
+        ),
+        (
+            {"world_size": 2, "batch": 8},
+            {"world_size": 1, "batch": 4},
+            "batch: 8 before, 4 now; gradient_accumulation_steps 4 or per_device_train_batch_size 4 makes it 8",
+        ),
+        ({"world_size": 2, "batch": 2}, {"world_size": 4, "batch": 16}, "batch: 2 before, 16 now"),
+        (
+            {"world_size": 2, "tokens_per_batch": 600, "batch_tokens": 2400},
+            {"world_size": 1, "tokens_per_batch": 600, "batch_tokens": 1200},
+            "batch_tokens: 2400 before, 1200 now; gradient_accumulation_steps 4 makes it 2400",
+        ),
+    ],
+)
+def test_another_batch_is_refused_with_the_setting_that_makes_it_equal(
+    then: dict[str, Any], now: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"deepspeed_stage": None}
+    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: common | then)
+    with pytest.raises(SettingsError) as refused:
+        check_run_identity(Path("run/checkpoint-1"), common | now, [], 2)
+    assert refused.value.problems == (line,)
+
+
+def test_tokens_per_batch_may_not_change_since_a_step_would_get_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    then = {"world_size": 2, "deepspeed_stage": None, "tokens_per_batch": 600, "batch_tokens": 1200}
+    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: then)
+    with pytest.raises(SettingsError, match="tokens_per_batch: 600 before, 300 now"):
+        check_run_identity(Path("run/checkpoint-1"), then | {"tokens_per_batch": 300, "world_size": 4}, [], 1)
+    assert check_run_identity(Path("run/checkpoint-1"), then | {"world_size": 1}, [], 2) == []
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "text"),
+    [
+        ((2, 3), (1, 3), "resuming on 1 process from a checkpoint of 2; the random generators of rank 0 start"),
+        ((2, 3), (4, 3), "resuming on 4 processes from a checkpoint of 2; the random generators of ranks 2 to 3 start"),
+        ((1, 2), (2, 2), "resuming on 2 processes from a checkpoint of 1; the random generators of ranks 0 to 1 start"),
+        ((4, None), (2, None), "resuming on 2 processes from a checkpoint of 4"),
+        ((2, 2), (2, 3), "resuming on 2 processes with ZeRO-3 from a checkpoint of 2 processes with ZeRO-2"),
+        ((2, 2), (2, 2), None),
+    ],
+)
+def test_a_note_says_what_another_number_of_ranks_means(
+    then: tuple[int, int], now: tuple[int, int], text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: dict(zip(SHARDING_FIELDS, then, strict=True)))
+    note = describe_other_ranks(Path("run/checkpoint-1"), dict(zip(SHARDING_FIELDS, now, strict=True)))
+    assert note == (text and text + (" from the seed and the step" if "start" in text else ""))

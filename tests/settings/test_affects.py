@@ -59,7 +59,8 @@ def test_a_run_is_made_of_these_fields_in_this_order(cache: Path, batch: str) ->
     settings = TrainSettings(**NEEDED, data_path=[str(cache)], tokens_per_batch=tokens, seed=5, num_data=9)
     identity = build_run_identity(settings, open_cache(cache), "0", world_size=3)
     own = sorted([*RUN, "family"])
-    computed = [batch, "data", "base", "adapter", "world_size", "deepspeed_stage"]
+    batches = ["batch"] if tokens is None else ["tokens_per_batch", "batch_tokens"]
+    computed = [*batches, "data", "base", "adapter", "world_size", "deepspeed_stage"]
     assert list(identity) == ["tokenizer", "template", *CACHE, *own, *computed]
     assert (identity["seed"], identity["num_data"], identity["source_prefix"]) == (5, 9, "q: ")
     assert identity[batch] == 3 * (tokens or 8)
@@ -96,7 +97,7 @@ MARKED = {
     Affects.TRAINER: [
         "seed", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "dataloader_num_workers",
-        "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps", "logging_steps",
+        "eval_steps", "save_strategy", "save_steps", "logging_steps",
     ],
     Affects.EVALUATION: [
         "metrics", "metric", "eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model",

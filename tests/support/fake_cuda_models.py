@@ -130,6 +130,7 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         collator=make_collator(settings, flex),
         weights=SimpleNamespace(),
         publisher=SimpleNamespace(last_step=None),
+        reshards=False,
         non_finite=NonFiniteGuard(Path(settings.output_dir), False, 0, silent),
         stop=SimpleNamespace(is_set=False),
         watch=SimpleNamespace(count_batch=lambda: None),
@@ -139,6 +140,7 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         metric_names=["loss"],
         patience=None,
         threshold=0.0,
+        eval_batch_size=None,
         report=silent,
     )
     return T5Trainer(model, make_training_arguments(settings, None, False, World(), CUDA), parts)

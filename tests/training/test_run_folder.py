@@ -50,7 +50,7 @@ def test_other_held_out_examples_are_not_called_other_data(
     monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: IDENTITY)
     now = IDENTITY | changes | {"data": "sha256:2"}
     with pytest.raises(SettingsError) as caught:
-        check_run_identity(Path("run/checkpoint-1"), now, [])
+        check_run_identity(Path("run/checkpoint-1"), now, [], 1)
     assert line in caught.value.problems
     assert len(caught.value.problems) == 1 + len(changes)
-    assert check_run_identity(Path("run/checkpoint-1"), now, ["data", *changes])
+    assert check_run_identity(Path("run/checkpoint-1"), now, ["data", *changes], 1)
