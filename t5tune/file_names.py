@@ -22,8 +22,9 @@ NON_LORA_FILE = "non_lora_state.safetensors"
 TEMPLATE_FILE = "template.yaml"
 TRAINING_DATA_FILE = "training_data.json"
 
-# a token cache
+# a token cache, and a part of one
 CACHE_MANIFEST_FILE = "manifest.json"
+PART_MANIFEST_FILE = "part.json"
 
 # data; a JSON or a text table may also be compressed (.gz, .zst)
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}

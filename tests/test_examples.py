@@ -1,5 +1,7 @@
 """Run each example's script at a small size (the built-in model, a few steps), and its data generator."""
 
+import filecmp
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from t5tune.commands.prepare import prepare
+from t5tune.settings import PrepareSettings
 from tests.support.forks import get_fork_server
 from tests.support.paths import REPOSITORY
 
@@ -85,6 +89,69 @@ def test_the_zero3_example_runs_on_two_processes(tmp_path: Path, conversations: 
     run("zero3", tmp_path, *flags, DATA=str(conversations), PROCESSES="--num-processes 2")
     assert "deepspeed: zero3" in (tmp_path / "run" / "settings.yaml").read_text()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+# stand-ins: a job array whose tasks run one after the other, and a step with two tasks
+SBATCH = """#!/bin/sh
+range=${1#--array=}
+shift
+export SLURM_ARRAY_TASK_MIN=${range%-*} SLURM_ARRAY_TASK_MAX=${range#*-} SLURM_ARRAY_TASK_STEP=1 SLURM_CPUS_PER_TASK=1
+export SLURM_ARRAY_TASK_COUNT=$((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1))
+for SLURM_ARRAY_TASK_ID in $(seq "$SLURM_ARRAY_TASK_MIN" "$SLURM_ARRAY_TASK_MAX"); do
+    SLURM_ARRAY_TASK_ID=$SLURM_ARRAY_TASK_ID bash "$@" || exit
+done
+"""
+SRUN = """#!/bin/sh
+while [ "$1" != t5tune ]; do shift; done
+export SLURM_NTASKS=2 SLURM_STEP_ID=0 SLURM_LOCALID=0
+SLURM_PROCID=0 "$@" && SLURM_PROCID=1 "$@"
+"""
+MANY_NODES = EXAMPLES / "prepare-many-nodes"
+
+
+def prepare_in_parts(tmp_path: Path, data: Path, *command: object) -> str:
+    """Start the parts, check that the cache is that of one process, and return what was printed on stderr."""
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join(map(str, (tmp_path, get_fork_server().scripts, Path(sys.executable).parent)))
+    flags = ["--model-name-or-path=pocket", f"--data-path={data}", "--num-workers=1", "--dedupe=exact"]
+    done = subprocess.run(
+        [*map(str, command), *flags, f"--output-dir={tmp_path / 'cache'}"],
+        env={**os.environ, "HOME": str(tmp_path), "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "num_workers": 1, "dedupe": "exact"}
+    prepare(PrepareSettings(**values, output_dir=tmp_path / "one"))
+    names = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*") if file.is_file()]
+    assert filecmp.cmpfiles(tmp_path / "one", tmp_path / "cache", names, shallow=False)[0] == names
+    assert not list(tmp_path.glob("*.parts"))
+    return done.stderr
+
+
+def test_a_job_array_prepares_data_in_parts(tmp_path: Path, conversations: Path) -> None:
+    log = prepare_in_parts(tmp_path, conversations, "sbatch", "--array=3-5", MANY_NODES / "array.sbatch")
+    assert "part 0/3 is complete" in log
+    assert "part 1/3 is complete" in log
+
+
+def test_srun_prepares_data_in_parts(tmp_path: Path, conversations: Path) -> None:
+    log = prepare_in_parts(tmp_path, conversations, "srun", "--nodes=2", "t5tune", "prepare", "--shard=auto")
+    assert "part 0/2 is complete" in log
+
+
+@pytest.mark.distributed
+def test_torchrun_prepares_data_in_parts(tmp_path: Path, conversations: Path) -> None:
+    log = prepare_in_parts(tmp_path, conversations, "env", "PROCESSES_PER_NODE=2", MANY_NODES / "torchrun.sh")
+    assert "/2 is complete" in log
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray isn't installed: pip install 't5tune[ray]'")
+def test_ray_prepares_data_in_parts(tmp_path: Path, conversations: Path) -> None:
+    prepare_in_parts(tmp_path, conversations, sys.executable, MANY_NODES / "ray_tasks.py", "3")
 
 
 def test_quickstart_runs_all_commands_and_shows_their_results(tmp_path: Path) -> None:

@@ -44,14 +44,18 @@ def _check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         SettingsError: they differ; one line for each input that does.
     """
     before = read_manifest(folder)["inputs"]
-    lines = {
-        name: f"{name}: {_abbreviate(before.get(name))} before, {_abbreviate(value)} now"
-        for name, value in inputs.items()
-        if before.get(name) != value
-    }
-    if lines:
+    if lines := describe_differences(before, inputs):
         lines.setdefault("data", f"data: the token cache {folder} would have to be rebuilt")
         raise make_resume_error(folder, lines)
+
+
+def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Describe which inputs differ: name -> line with both values."""
+    return {
+        name: f"{name}: {_abbreviate(before.get(name))} before, {_abbreviate(value)} now"
+        for name, value in now.items()
+        if before.get(name) != value
+    }
 
 
 def make_resume_error(changed: Path, differences: dict[str, str]) -> SettingsError:

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t5tune.data.counts import OTHER_FIELDS, RecordCounts
 from t5tune.data.raw_records import KEYED_RECORDS
 from t5tune.data.records import LABELED_BAD, RecordLocation
 from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE, Template, load_template
 from t5tune.data.vocabulary import REPLACEMENT_CHARACTER
-from t5tune.data.writer import OTHER_FIELDS, REJECTED_FILE, CacheWriter
+from t5tune.data.writer import REJECTED_FILE
 from t5tune.errors import DataError
 from t5tune.formatting import format_count
 from t5tune.io.reasons import MAX_NAMES, join_first
@@ -70,7 +71,7 @@ def check_rejected(rejected: Counter[str], num_records: int, allowed: float | No
         raise DataError(f"{data}: {problem}, more than max_rejected_fraction {allowed}{not_counted}", hint=hint)
 
 
-def check_any_used(data: str, files: list[str], writer: CacheWriter, purpose: str) -> None:
+def check_any_used(data: str, files: list[str], counts: RecordCounts, purpose: str) -> None:
     """Check that at least one of the files, which one path led to, has a conversation; single files may have none.
 
     Args:
@@ -79,16 +80,16 @@ def check_any_used(data: str, files: list[str], writer: CacheWriter, purpose: st
     Raises:
         DataError: none has.
     """
-    if any(writer.usable[name] for name in files):
+    if any(counts.usable[name] for name in files):
         return
-    bad = sum(writer.labeled_bad[name] for name in files)
+    bad = sum(counts.labeled_bad[name] for name in files)
     hint = _format_all_bad(bad) if bad else "it contains no record"
-    if rejected := [writer.first_rejected[name] for name in files if name in writer.first_rejected]:
+    if rejected := [counts.first_rejected[name] for name in files if name in counts.first_rejected]:
         hint = f"the first rejected record: {rejected[0]}"
     raise DataError(f"{data}: contains no conversation to {purpose}", hint=hint)
 
 
-def check_any_example(data: str, writer: CacheWriter, purpose: str) -> None:
+def check_any_example(data: str, counts: RecordCounts, purpose: str) -> None:
     """Check that there is an example.
 
     Args:
@@ -97,21 +98,21 @@ def check_any_example(data: str, writer: CacheWriter, purpose: str) -> None:
     Raises:
         DataError: there is none.
     """
-    if writer.num_examples:
+    if counts.num_examples:
         return
-    if writer.num_records and writer.rejected[LABELED_BAD] == writer.num_records:
+    if counts.num_records and counts.rejected[LABELED_BAD] == counts.num_records:
         hint = "add records labeled good (label: true, kto_tag: true), or rename the key if it means something else"
-        problem = f"{data}: {_format_all_bad(writer.num_records)}, so there is nothing to {purpose}"
+        problem = f"{data}: {_format_all_bad(counts.num_records)}, so there is nothing to {purpose}"
         raise DataError(problem, hint=hint)
-    if writer.dropped:
+    if counts.dropped:
         hint = "every target was dropped by min_target_tokens or drop_truncated_targets"
-    elif writer.first_rejected:
-        hint = format_first_rejected(writer)
+    elif counts.first_rejected:
+        hint = format_first_rejected(counts)
     else:
-        hint = "the data is empty; " if not writer.num_records else ""
+        hint = "the data is empty; " if not counts.num_records else ""
         hint += 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
-    dropped = _format_counts(writer.rejected + writer.dropped)
-    among = format_count(writer.num_records, "record") + (f" ({dropped})" if dropped else "")
+    dropped = _format_counts(counts.rejected + counts.dropped)
+    among = format_count(counts.num_records, "record") + (f" ({dropped})" if dropped else "")
     raise DataError(f"{data}: no conversation to {purpose} among {among}", hint=hint)
 
 
@@ -219,9 +220,9 @@ def _report_lost_characters(lost: list[dict[str, Any]], report: Report) -> None:
         report(Note(f"the tokenizer changes {join_first(characters)}", True))
 
 
-def format_first_rejected(writer: CacheWriter) -> str:
+def format_first_rejected(counts: RecordCounts) -> str:
     """Format the first rejected record for a hint."""
-    return f"the first rejected record: {next(iter(writer.first_rejected.values()), None)}"
+    return f"the first rejected record: {next(iter(counts.first_rejected.values()), None)}"
 
 
 def _format_all_bad(count: int) -> str:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from t5tune.data.cache import is_cache
 from t5tune.errors import DataError
-from t5tune.file_names import JSON_SUFFIXES, TABLE_SUFFIXES
+from t5tune.file_names import JSON_SUFFIXES, PART_MANIFEST_FILE, TABLE_SUFFIXES
 from t5tune.io.reasons import join_first
 from t5tune.io.records_in_memory import is_stored
 from t5tune.progress import Note, Report, silent
@@ -81,7 +81,8 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     else:
         raise _make_missing_error(path, setting)
     # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
-    caches = {folder for folder in {entry.parent for entry in found} if is_cache(folder) or is_cache(folder.parent)}
+    folders = {entry.parent for entry in found}
+    caches = {folder for folder in folders if is_cache(folder) or is_cache(folder.parent) or _is_part(folder)}
     reasons = {
         entry: "part of a token cache" if entry.parent in caches else _explain_skipping(entry) for entry in found
     }
@@ -91,6 +92,10 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     if not files:
         raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file")
     return files
+
+
+def _is_part(folder: Path) -> bool:
+    return (folder / PART_MANIFEST_FILE).is_file()
 
 
 def _make_missing_error(path: Path, setting: str) -> DataError:
@@ -197,6 +202,35 @@ def read_chunks(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
             except damages as error:
                 problem = f"{path}: broken {compression} archive after {position} decompressed bytes: {error}"
                 raise DataError(problem, hint="download or copy the file again") from error
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file's content is compressed.
+
+    Raises:
+        DataError: the file can't be read, or isn't what its name says.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _detect_compression(path, file.read(4)) is not None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def read_byte_range(path: Path, start: int, end: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a file from `start` to `end`, as stored, in chunks of about 1 MiB.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            while chunk := file.read(READ_CHUNK_BYTES if end is None else min(READ_CHUNK_BYTES, end - start)):
+                start += len(chunk)
+                yield chunk
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 

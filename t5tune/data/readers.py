@@ -21,6 +21,8 @@ from t5tune.data.records import DEPTH_STEPS, RecordLocation, RejectionError, ite
 from t5tune.errors import DataError
 from t5tune.file_names import JSON_SUFFIXES
 
+Form = Literal["array", "object", "lines", "values"]
+
 MAX_KEY_BYTES = 1000  # of a record in an object of records
 MIN_MEMBERS = 2  # to see of an object of records on a line that is longer than a record may be
 
@@ -39,28 +41,29 @@ def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None)
         kind = find_data_suffix(path)
         if kind in JSON_SUFFIXES:
             chunks = read_chunks(path, stdin if path == STDIN else None)
-            yield from _JsonReader(path, chunks, max_bytes).iterate_records()
+            yield from JsonReader(path, chunks, max_bytes).iterate_records()
         elif kind == ".parquet":
             yield from read_parquet(path, max_bytes)
         else:
             yield from read_csv(path, "\t" if kind == ".tsv" else None, max_bytes)
 
 
-class _JsonReader:
+class JsonReader:
     """Reads a JSON file: an array or an object of records, lines, or multi-line records.
 
     Keeps at most one record and one chunk in memory.
     """
 
-    def __init__(self, path: Path, chunks: Iterator[bytes], max_bytes: int) -> None:
+    def __init__(self, path: Path, chunks: Iterator[bytes], max_bytes: int, offset: int = 0) -> None:
         self.path = path
         self.max_bytes = max_bytes
         self.chunks = chunks
         self.buffer = b""
-        self.offset = 0  # of the buffer in the file
+        self.offset = offset  # of the buffer in the file
         self.start = 0  # in the buffer, of the data that isn't consumed yet
         self.scan = 0  # in the buffer, of the data that isn't scanned yet
         self.line = 1  # line number at `start`
+        self.mac_line = 1  # the same if lines end in carriage returns, until the line end is known
         self.line_end = b"\n"
         self.index = 0
         self.depth = 0  # at `scan`, within the record
@@ -70,21 +73,50 @@ class _JsonReader:
 
     def iterate_records(self) -> Iterator[RawRecord]:
         """Yield the file's records."""
+        form = self.detect_form()
+        if form in ("array", "object"):
+            yield from self._read_enclosed(b"]" if form == "array" else b"}")
+        elif form == "lines":
+            yield from self._iterate_lines()
+        elif form == "values":
+            while self._skip_blank():
+                yield self._read_record(self._scan_to_value_end)
+
+    def iterate_lines(self, line_end: bytes) -> Iterator[RawRecord]:
+        """Yield the records of those lines of a file that begin at `offset`; they are all data of this reader.
+
+        Their lines and indices are counted from the first of them.
+        """
+        self.line_end = line_end
+        self._skip_byte_order_mark()
+        yield from self._iterate_lines()
+
+    def _iterate_lines(self) -> Iterator[RawRecord]:
+        while self._skip_blank():
+            if self.line > 1:
+                self.repairs = ()  # a mark belongs to the first line, so that each line can be read by itself
+            yield self._read_record(self._scan_to_line_end)
+
+    def detect_form(self) -> Form | None:
+        """Skip to the first record, and detect the form of the file; None if it has no record."""
+        self._skip_byte_order_mark()
+        if not self._skip_blank():
+            return None
+        form = self._detect_form()
+        if self.line_end == b"\r":
+            self.line = self.mac_line
+        return form
+
+    def _skip_byte_order_mark(self) -> None:
+        if self.offset > 0:
+            return
         while len(self.buffer) < len(BOM) and self._read_more():
             pass
         if self.buffer.startswith(BOM):
             self.start = len(BOM)
             self.repairs = (("byte_order_mark", 1),)
-        if not self._skip_blank():
-            return
-        form = self._detect_form()
-        if form in ("array", "object"):
-            yield from self._read_enclosed(b"]" if form == "array" else b"}")
-            return
-        while self._skip_blank():
-            yield self._read_record(self._scan_to_line_end if form == "lines" else self._scan_to_value_end)
 
-    def _detect_form(self) -> Literal["array", "object", "lines", "values"]:
+    def _detect_form(self) -> Form:
         """Detect the form of the file from its first two lines that aren't blank.
 
         For an object whose first values are objects, from as much of it as a record may be long.
@@ -184,6 +216,7 @@ class _JsonReader:
         Of a record longer than max_bytes, only the beginning is kept.
         """
         location = RecordLocation(str(self.path), self.line, self.index, self.offset + self.start, key)
+        repairs, self.repairs = self.repairs, ()
         self.scan, self.depth, self.in_string = self.start, 0, False
         beginning, size = b"", 0  # of the part of the record that isn't in the buffer anymore
         while not find_end():
@@ -201,7 +234,7 @@ class _JsonReader:
         size += len(data)
         if size > self.max_bytes:
             return make_too_long_record(location, beginning + data[:MAX_KEPT_BYTES], size, self.max_bytes)
-        data, repairs, self.repairs = data.strip(), self.repairs, ()
+        data = data.strip()
         if data.startswith(BOM) and not self.closing:  # from concatenated files
             data, repairs = data[len(BOM) :], (("byte_order_mark", 1),)
         if key is not None:
@@ -266,13 +299,18 @@ class _JsonReader:
     def _skip_blank(self) -> bool:
         """Skip to the next byte that isn't whitespace; return False at the end of the file."""
         while (found := _VISIBLE.search(self.buffer, self.start)) is None:
-            self.line += self.buffer.count(self.line_end, self.start)
+            self._count_blank_lines(len(self.buffer))
             self.start = len(self.buffer)
             if not self._read_more():
                 return False
-        self.line += self.buffer.count(self.line_end, self.start, found.start())
+        self._count_blank_lines(found.start())
         self.start = found.start()
         return True
+
+    def _count_blank_lines(self, end: int) -> None:
+        self.line += self.buffer.count(self.line_end, self.start, end)
+        if self.index == 0:
+            self.mac_line += self.buffer.count(b"\r", self.start, end)
 
     def _read_more(self) -> bool:
         """Read another chunk; return False at the end of the file."""

@@ -140,6 +140,21 @@ def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds a lock on a folder; False too if the file system has no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(descriptor)
+
+
 def _wait_for_lock(descriptor: int, patience: float) -> bool:
     until = time.monotonic() + patience
     while True:

@@ -47,7 +47,7 @@ def test_a_value_that_does_not_fit_is_refused(tmp_path: Path, field: str) -> Non
 def test_statistics_are_those_of_all_examples(
     tmp_path: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("t5tune.data.writer.ROWS_PER_CHUNK", 5)
+    monkeypatch.setattr("t5tune.data.counts.ROWS_PER_CHUNK", 5)
     values = {"model_name_or_path": "pocket", "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values, model_max_length=32))
     cache = open_cache(tmp_path / "cache")

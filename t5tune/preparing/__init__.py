@@ -1,0 +1,1 @@
+"""Write a token cache: in one process, or in parts on many nodes that are joined."""

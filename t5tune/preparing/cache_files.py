@@ -1,0 +1,165 @@
+"""Write the files of a token cache: what it is made from, its records in one process, and what is around them."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from t5tune.checkpoints.training_data import TrainingData, write_training_data
+from t5tune.data.cache import FORMAT_VERSION, Cache, hash_files
+from t5tune.data.chat_template import build_chat_template, write_chat_template
+from t5tune.data.counts import RecordCounts
+from t5tune.data.data_problems import check_any_used
+from t5tune.data.encoders import choose_ids_dtype
+from t5tune.data.files import STDIN, Digest, find_files
+from t5tune.data.pipeline import Pipeline
+from t5tune.data.raw_records import RawRecord
+from t5tune.data.templates import Template
+from t5tune.data.tokenizer import save_tokenizer
+from t5tune.data.vocabulary import ExtendedTokenizer, RoundTripCheck
+from t5tune.data.worker import BYTES_PER_WORKER, encode_records
+from t5tune.data.writer import CacheWriter
+from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE
+from t5tune.io.atomic import write_json
+from t5tune.io.yaml_file import to_yaml
+from t5tune.preparing.record_checks import RecordChecks
+from t5tune.progress import Report, track
+from t5tune.settings import PrepareSettings
+from t5tune.settings.affects import Affects, select_settings
+from t5tune.version import __version__
+
+MAX_LISTED_CHARACTERS = 100  # lost characters in the manifest
+MADE_BY = f"t5tune {__version__}"
+
+
+@dataclass(frozen=True)
+class CacheSource:
+    """What a token cache is made from.
+
+    Args:
+        setting: the setting that `paths` come from, for messages.
+        paths: what the files were found from.
+        stdin: the hash of standard input, once that has been read.
+        num_rows: number of the base's embedding rows.
+        default_template: the template's name if it was chosen by the first records; None if it was given or saved.
+        inputs: the description of everything that the cache depends on, for its manifest.
+    """
+
+    settings: PrepareSettings
+    setting: str
+    paths: list[str]
+    files: list[Path]
+    stdin: Digest
+    vocabulary: ExtendedTokenizer
+    num_rows: int
+    template: Template
+    default_template: str | None
+    inputs: dict[str, Any]
+    checks: RecordChecks
+
+
+def write_cache(
+    staged: Path, source: CacheSource, write_records: Callable[[Path], tuple[RecordCounts, bool]]
+) -> dict[str, Any]:
+    """Write the files of a token cache to `staged`, and return its manifest.
+
+    Args:
+        write_records: writes the files of the records to `staged`, where the tokenizer is already, and returns the
+            counts, and whether all records were read.
+
+    Raises:
+        DataError: a path leads to no conversation, or eval_fraction leaves nothing to train on.
+    """
+    settings, tokenizer = source.settings, source.vocabulary.tokenizer
+    save_tokenizer(tokenizer, staged / "tokenizer")
+    (staged / TEMPLATE_FILE).write_text(to_yaml(dict(vars(source.template))), encoding="utf-8")
+    counts, is_complete = write_records(staged)
+    unused = [str(file) for file in source.files if is_complete and not counts.usable[str(file)]]
+    for path in source.paths if unused else []:
+        check_any_used(f"{source.setting}: {path}", list(map(str, find_files([path]))), counts, source.checks.purpose)
+    described = counts.describe(choose_ids_dtype(source.num_rows), staged / "examples.bin")
+    # how records were read, for adapters that are trained on this cache
+    reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
+    reading["source_prefix"] = settings.source_prefix if counts.with_prefix else ""
+    write_training_data(staged, TrainingData(described["examples_with_earlier_turns"] > 0, **reading))
+    chat_template = build_chat_template(source.template, tokenizer, reading["source_prefix"])
+    write_chat_template(staged / "tokenizer", chat_template, tokenizer)
+    manifest = _describe_cache(source, counts, unused, described)
+    manifest["files"] = hash_files(staged)
+    write_json(staged / CACHE_MANIFEST_FILE, manifest)
+    if settings.eval_fraction:
+        Cache(staged, manifest).split_as_prepared()  # raises if eval_fraction leaves nothing to train on
+    return manifest
+
+
+def encode_cache(
+    staged: Path, source: CacheSource, records: Iterable[RawRecord], report: Report
+) -> tuple[RecordCounts, bool]:
+    """Encode the records and write them, at least `num_data` examples if that is set.
+
+    Returns:
+        The counts, and whether all records were read.
+
+    Raises:
+        DataError: too many records are rejected, no example is left, or a conversation follows pairs that were taken
+            for all of the data.
+    """
+    checks, is_complete = source.checks, True
+    pipeline = Pipeline(staged / "tokenizer", source.template, source.settings)
+    results = encode_records(track(records, "prepare", report, unit="records"), pipeline, choose_num_workers(source))
+    with CacheWriter(staged, source.num_rows, source.settings.dedupe == "exact") as writer:
+        counts = writer.counts
+        for record, encoded in results:
+            checks.check_kind(record, encoded, counts)
+            writer.add(record, encoded)
+            if checks.num_data is not None and counts.num_examples >= checks.num_data:
+                is_complete = False
+                results.close()
+                break
+            checks.check_rejected_so_far(counts)
+        checks.check_all(counts)
+        writer.finish(checks.num_data)
+    return counts, is_complete
+
+
+def choose_num_workers(source: CacheSource, num_parts: int = 1) -> int:
+    """Choose the number of tokenization processes for one of `num_parts` parts of the data."""
+    if source.settings.num_workers is not None:
+        return source.settings.num_workers
+    cores = os.cpu_count() or 1
+    if STDIN in source.files:  # its size is unknown; encode_records starts a worker only when all others are busy
+        return cores
+    size = sum(file.stat().st_size for file in source.files) // num_parts
+    return min(cores, 1 + size // BYTES_PER_WORKER)
+
+
+def _describe_cache(
+    source: CacheSource, counts: RecordCounts, unused: list[str], described: dict[str, Any]
+) -> dict[str, Any]:
+    """Make the manifest, except for the hashes of the files."""
+    tokenizer, added, left_out = source.vocabulary
+    check = RoundTripCheck(tokenizer)
+    data = [{**file, "sha256": file["sha256"] or source.stdin.value} for file in source.inputs["data"]]
+    return {
+        "format": FORMAT_VERSION,
+        "made_by": MADE_BY,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "added_tokens": added,
+        "added_token_ids": tokenizer.convert_tokens_to_ids(added),
+        "left_out_tokens": left_out,
+        "eval_fraction": source.settings.eval_fraction,
+        "seed": source.settings.seed,
+        "inputs": {**source.inputs, "data": data},
+        "unused_files": unused,
+        "conversations_with_prefix": counts.with_prefix,
+        "pairs": counts.pairs,
+        **described,
+        # what the targets contain and the tokenizer can't encode, the most frequent first
+        "lost_characters": [
+            {"text": text, "becomes": check.round_trip(text), "count": count, "answers": num_targets}
+            for text, count, num_targets in islice(counts.lost.iterate_by_targets(), MAX_LISTED_CHARACTERS)
+        ],
+    }

@@ -1,0 +1,204 @@
+"""The folder of the parts of a token cache, next to the cache: `cache.parts/part-0-of-3`, …
+
+Processes on several machines share it, maybe on a file system without locks. So each step is a rename, which only one
+process can do: of a part when it is complete, and of the whole folder when its parts are joined. A lock only shows
+whether a process that took the parts to join them was killed. On a file system without locks, a process that starts
+takes the parts from one that joins. That one notices it and gives up; neither changes the files of a part.
+"""
+
+import glob
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from t5tune.data.cache_reuse import describe_differences
+from t5tune.errors import DataError, SettingsError
+from t5tune.file_names import PART_MANIFEST_FILE
+from t5tune.io.atomic import LOCK_TIMEOUT_SECONDS, explain_write_errors, fsync, fsync_tree, is_locked, lock_folder
+from t5tune.preparing.part import read_part_manifest, verify_part
+from t5tune.settings.shard import Shard
+
+_PART_NAME = re.compile(r"part-(\d+)-of-(\d+)")
+
+
+class PartsTakenError(Exception):
+    """Another process has taken the parts while this one wrote or joined them."""
+
+
+class PartsFolder:
+    """The parts of a cache.
+
+    Args:
+        cache: the folder of the cache, which need not exist.
+        description: what all parts must agree on, by name.
+    """
+
+    def __init__(self, cache: Path, description: dict[str, Any]) -> None:
+        cache = Path(os.path.realpath(cache))
+        self._cache = cache
+        self.folder = cache.with_name(f"{cache.name}.parts")
+        self._joining_prefix = f".{cache.name}.joining-"
+        self.description = description
+
+    def list_parts(self) -> dict[Shard, Path]:
+        """List the complete parts, in their order."""
+        return _list_parts(self.folder)
+
+    def check_parts(self, count: int | None) -> None:
+        """Check that the complete parts were made from the same inputs, and are of `count` parts.
+
+        Raises:
+            SettingsError: they differ; one line for each input that does.
+            DataError: a part's manifest is broken.
+        """
+        for shard, part in self.list_parts().items():
+            manifest = read_part_manifest(part)
+            before, now = dict(manifest["inputs"]), dict(self.description)
+            if count is not None:
+                before["shard"], now["shard"] = f"one of {shard.count} parts", f"one of {count} parts"
+            if lines := describe_differences(before, now):
+                raise SettingsError(
+                    *lines.values(),
+                    heading=f"{part}: was made from other inputs than this part:",
+                    choices=[
+                        "to continue, use the previous settings, data and version",
+                        f"to start over, delete {self.folder}",
+                    ],
+                )
+
+    def read_part(self, shard: Shard) -> dict[str, Any] | None:
+        """Return the manifest of a part that is complete, and delete one that is damaged."""
+        part = self.list_parts().get(shard)
+        if part is None:
+            return None
+        manifest = read_part_manifest(part)
+        try:
+            verify_part(part, manifest)
+        except DataError:
+            self._remove(part)
+            return None
+        return manifest
+
+    def read_taken_part(self, shard: Shard) -> dict[str, Any] | None:
+        """Return the manifest of a part that another process joins."""
+        for taken in self._list_taken():
+            with suppress(DataError, KeyError):
+                manifest = read_part_manifest(_list_parts(taken)[shard])
+                if manifest["inputs"] == self.description:
+                    return manifest
+        return None
+
+    @contextmanager
+    def write_part(self, shard: Shard) -> Iterator[Path]:
+        """Yield a new folder that becomes the part when the block ends, unless another process has completed it.
+
+        Raises:
+            PartsTakenError: another process has completed it, and has taken all parts.
+        """
+        name = f"part-{shard.index}-of-{shard.count}"
+        staged = self.folder / f".{name}.new-{uuid.uuid4().hex[:8]}"
+        try:
+            with explain_write_errors(self.folder):
+                staged.mkdir(parents=True)
+                yield staged
+                fsync_tree(staged)
+                try:
+                    staged.rename(self.folder / name)
+                except OSError:  # the part exists
+                    if not (self.folder / name).is_dir():
+                        raise
+                fsync(self.folder)
+        except OSError as error:
+            if staged.is_dir() or (self.folder / name).is_dir():
+                raise
+            raise PartsTakenError from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+            with suppress(OSError):  # if this is the only part, and failed, the folder is empty
+                self.folder.rmdir()
+
+    def list_missing(self, count: int) -> list[Shard]:
+        """List the parts of `count` that aren't complete."""
+        complete = self.list_parts()
+        return [shard for shard in (Shard(index, count) for index in range(count)) if shard not in complete]
+
+    @contextmanager
+    def take_parts(self) -> Iterator[dict[Shard, Path] | None]:
+        """Take all parts, to join them; None if another process has taken them. `remove` deletes them afterwards.
+
+        If the block fails, the parts are put back.
+
+        Raises:
+            PartsTakenError: another process has taken them meanwhile, so that the block failed.
+        """
+        taken = self.folder.with_name(f"{self._joining_prefix}{uuid.uuid4().hex[:8]}")
+        try:
+            self.folder.rename(taken)
+        except FileNotFoundError:
+            yield None
+            return
+        parts = _list_parts(taken)
+        try:
+            with lock_folder(taken, LOCK_TIMEOUT_SECONDS):
+                yield parts
+        except BaseException as error:
+            is_mine = all(part.is_dir() for part in parts.values())
+            self._put_back(taken)
+            if is_mine or not isinstance(error, Exception):
+                raise
+            raise PartsTakenError from error
+
+    def take_back(self) -> None:
+        """Put back the parts that a process took which was killed while it joined them."""
+        for taken in self._list_taken():
+            if not is_locked(taken):
+                self._put_back(taken)
+
+    def is_being_joined(self) -> bool:
+        """Whether another process has taken the parts to join them."""
+        return bool(self._list_taken())
+
+    def remove(self) -> None:
+        """Delete all parts of a cache that is complete, if they were made from the same inputs."""
+        for folder in (self.folder, *self._list_taken()):
+            if folder.is_dir() and not is_locked(folder) and self._has_same_inputs(folder):
+                self._remove(folder)
+
+    def _list_taken(self) -> list[Path]:
+        return sorted(self.folder.parent.glob(f"{glob.escape(self._joining_prefix)}*"))
+
+    def _has_same_inputs(self, folder: Path) -> bool:
+        parts = [part for part in _list_parts(folder).values() if (part / PART_MANIFEST_FILE).is_file()]
+        with suppress(DataError):
+            return all(read_part_manifest(part)["inputs"] == self.description for part in parts)
+        return False
+
+    def _remove(self, folder: Path) -> None:
+        """Delete a folder; if that is interrupted, the next prepare deletes the rest."""
+        old = self._cache.with_name(f".{self._cache.name}.old-{uuid.uuid4().hex[:8]}")
+        with suppress(FileNotFoundError):  # another process has deleted it
+            folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _put_back(self, taken: Path) -> None:
+        entries = [*taken.iterdir()] if taken.is_dir() else []
+        if entries:
+            self.folder.mkdir(exist_ok=True)
+        for entry in entries:
+            with suppress(OSError):  # it is there already, or another process has put it back
+                entry.rename(self.folder / entry.name)
+        if _list_parts(taken).keys() <= self.list_parts().keys():
+            shutil.rmtree(taken, ignore_errors=True)
+
+
+def _list_parts(folder: Path) -> dict[Shard, Path]:
+    """List the parts in a folder, in their order."""
+    entries = folder.iterdir() if folder.is_dir() else iter(())
+    matches = ((_PART_NAME.fullmatch(entry.name), entry) for entry in entries)
+    found = {Shard(int(match[1]), int(match[2])): entry for match, entry in matches if match is not None}
+    return dict(sorted(found.items()))

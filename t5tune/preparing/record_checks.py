@@ -1,0 +1,80 @@
+"""Check the records of a token cache while they are written, in one process or when parts are joined."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from t5tune.data.counts import RecordCounts
+from t5tune.data.data_problems import (
+    check_any_example,
+    check_rejected,
+    format_first_rejected,
+    make_mixed_data_error,
+)
+from t5tune.data.pipeline import EncodedRecord
+from t5tune.data.raw_records import RawRecord
+from t5tune.data.records import LABELED_BAD
+
+MIN_RECORDS_TO_STOP = 1000  # max_rejected_fraction isn't checked while fewer records than this were read
+
+
+@dataclass(frozen=True)
+class RecordChecks:
+    """What the data must be like.
+
+    Args:
+        data: the setting and its files, for messages.
+        purpose: what the data is for, in messages: `train on` or `evaluate on`.
+        takes_only_pairs: whether the default template of pairs was chosen, so that no conversation may follow.
+        num_data: number of examples after which no more records are read; None: read all.
+    """
+
+    data: str
+    purpose: str
+    takes_only_pairs: bool
+    max_rejected_fraction: float | None
+    num_data: int | None
+
+    def check_kind(self, record: RawRecord, encoded: EncodedRecord, counts: RecordCounts) -> None:
+        """Check a record that follows those that are counted.
+
+        Raises:
+            DataError: it is a conversation where only pairs are expected.
+        """
+        if self.takes_only_pairs and encoded.rejection is None and not encoded.is_pair:
+            raise make_mixed_data_error(record.location, counts.conversations)
+
+    def check_rejected_so_far(self, counts: RecordCounts) -> None:
+        """Check the fraction of rejected records, once there are enough records.
+
+        Raises:
+            DataError: it is more than max_rejected_fraction.
+        """
+        if counts.num_records - counts.rejected[LABELED_BAD] >= MIN_RECORDS_TO_STOP:
+            self._check_rejected(counts)
+
+    def find_excess(self, totals: npt.NDArray[np.int64], broken: npt.NDArray[np.int64]) -> int | None:
+        """Find the first of several records after which `check_rejected_so_far` raises.
+
+        Args:
+            totals, broken: the numbers of records and of rejected ones after each record, without those labeled bad.
+        """
+        allowed = self.max_rejected_fraction
+        if allowed is None:
+            return None
+        found = np.flatnonzero((totals >= MIN_RECORDS_TO_STOP) & (broken > allowed * totals))
+        return int(found[0]) if len(found) else None
+
+    def check_all(self, counts: RecordCounts) -> None:
+        """Check what all records amount to.
+
+        Raises:
+            DataError: too many are rejected, or there is no example.
+        """
+        self._check_rejected(counts)
+        check_any_example(self.data, counts, self.purpose)
+
+    def _check_rejected(self, counts: RecordCounts) -> None:
+        hint = format_first_rejected(counts)
+        check_rejected(counts.rejected, counts.num_records, self.max_rejected_fraction, self.data, hint)

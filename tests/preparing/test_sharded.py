@@ -1,0 +1,327 @@
+"""prepare in parts: the same bytes, or the same error, as one process, for any number of parts in any order."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.commands.prepare import PrepareResult, prepare
+from t5tune.data.worker import encode_records
+from t5tune.errors import DataError, T5TuneError
+from t5tune.io.atomic import lock_folder
+from t5tune.preparing.part import verify_part
+from t5tune.progress import Note
+from t5tune.settings import PrepareSettings
+from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
+
+PAIRS = [{"source": f"q {number}", "target": f"a {number % 7}"} for number in range(60)]
+CONVERSATION = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
+UNUSABLE = {"text": 1}
+LABELED_BAD = {**PAIRS[0], "label": False}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small data have several blocks, chunks, buckets, runs of copied bytes, and open parts."""
+    monkeypatch.setattr("t5tune.preparing.shards.BLOCK_RECORDS", 7)
+    monkeypatch.setattr("t5tune.preparing.join.CHUNK_RECORDS", 5)
+    monkeypatch.setattr("t5tune.preparing.join.COPY_BYTES", 100)
+    monkeypatch.setattr("t5tune.preparing.join.MAX_OPEN_PARTS", 2)
+    monkeypatch.setattr("t5tune.preparing.duplicates.BUCKET_RECORDS", 50)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "data")
+
+
+def make_settings(data: Path, cache: Path, **values: Any) -> PrepareSettings:
+    values = {"model_name_or_path": "pocket", "num_workers": 1, **values}
+    return PrepareSettings(data_path=str(data), output_dir=cache, **values)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def prepare_all(data: Path, cache: Path, count: int, **values: Any) -> PrepareResult:
+    """Prepare all parts in a random order, and return the last result."""
+    order = random.Random(count).sample(range(count), count)
+    *others, last = [prepare(make_settings(data, cache, shard=f"{index}/{count}", **values)) for index in order]
+    assert not any(result.joined for result in others)
+    assert last.joined
+    return last
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return path
+
+
+# ---------------------------------------------------------------- the same bytes
+
+
+EVERYTHING = {
+    "dedupe": "exact", "eval_fraction": 0.2, "split_long": True, "model_max_length": 40, "max_rejected_fraction": 0.9,
+    "min_target_tokens": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        (EVERYTHING, (1, 3, 8)),
+        ({}, (3,)),
+        ({"num_data": 150}, (3,)),
+        ({"num_data": 250, "dedupe": "exact"}, (8,)),
+        ({"num_data": 9999, "add_tokens": "none", "min_target_tokens": 4, "train_on": "last"}, (2,)),
+    ],
+    ids=["everything", "defaults", "num_data", "num_data and dedupe", "selection"],
+)
+def test_parts_are_joined_to_the_bytes_of_one_process(
+    corpus: Path, tmp_path: Path, values: dict[str, Any], counts: tuple[int, ...]
+) -> None:
+    values = {**values, "max_record_bytes": MAX_RECORD_BYTES}
+    one = prepare(make_settings(corpus, tmp_path / "one", **values))
+    expected = bytes_of(tmp_path / "one")
+    assert len(expected) >= 9
+    for count in counts:
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        joined = prepare_all(corpus, folder / "cache", count, **values)
+        assert bytes_of(folder / "cache") == expected
+        assert [path.name for path in folder.iterdir()] == ["cache"]
+        assert (joined.examples, joined.rejected, joined.truncated_sources) == (
+            one.examples, one.rejected, one.truncated_sources,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_more_kinds_of_repairs_than_are_counted_are_counted_in_the_order_of_the_data(tmp_path: Path, name: str) -> None:
+    records = [{**PAIRS[n % 60], f"field{n % 130}": 1, f"other{n % 13}": 2} for n in range(200)]
+    data = write_lines(tmp_path / name, records)
+    if name == "data.json":
+        data.write_text(json.dumps(records))
+    prepare(make_settings(data, tmp_path / "one"))
+    prepare_all(data, tmp_path / "cache", 3)
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+
+
+def test_more_parts_than_records_and_data_of_one_record_are_joined(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS[:3])
+    prepare(make_settings(data, tmp_path / "one"))
+    prepare_all(data, tmp_path / "cache", 8)
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+
+
+# ---------------------------------------------------------------- the same errors
+
+
+def write_array(path: Path, records: list[Any], end: str) -> Path:
+    path.write_text("[" + ",\n".join(map(json.dumps, records)) + end)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "values"),
+    [
+        (lambda path: write_lines(path, PAIRS + [CONVERSATION] * 3), {}),
+        (lambda path: write_array(path, PAIRS * 2 + [UNUSABLE] + [CONVERSATION], "]"), {"dedupe": "exact"}),
+        (
+            lambda path: write_lines(path, [UNUSABLE, *PAIRS] + [LABELED_BAD, UNUSABLE] * 5 + PAIRS + [UNUSABLE] * 30),
+            {"max_rejected_fraction": 0.05},
+        ),
+        (
+            lambda path: write_lines(path, PAIRS[:30] + PAIRS + [UNUSABLE] * 9),
+            {"max_rejected_fraction": 0.3, "dedupe": "exact"},
+        ),
+        (lambda path: write_array(path, PAIRS, ", {'a': 1}]"), {}),
+        (lambda path: write_array(path, PAIRS, ""), {"num_data": 61}),
+        (lambda path: write_lines(path, [UNUSABLE, "text"] * 5), {}),
+        (lambda path: write_lines(path, [LABELED_BAD] * 9), {}),
+        (lambda path: write_lines(path, PAIRS), {"min_target_tokens": 99, "drop_truncated_targets": True}),
+        (lambda path: write_lines(path, PAIRS[:1]), {"eval_fraction": 0.5}),
+    ],
+    ids=[
+        "mixed", "mixed in an array", "rejected", "duplicates rejected", "broken", "no end", "unusable", "labeled bad",
+        "dropped", "nothing left",
+    ],
+)  # fmt: skip
+def test_the_error_is_that_of_one_process(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    untied_base: Path,
+    write: Callable[[Path], Path],
+    values: dict[str, Any],
+) -> None:
+    monkeypatch.setattr("t5tune.preparing.record_checks.MIN_RECORDS_TO_STOP", 20)
+    monkeypatch.setattr("t5tune.data.sample.SAMPLE_BYTES", 1000)
+    data = write(tmp_path / "data.json")
+    values = {"model_name_or_path": str(untied_base), "add_tokens": "none", **values}
+    with pytest.raises(T5TuneError) as expected:
+        prepare(make_settings(data, tmp_path / "one", **values))
+    settings = [make_settings(data, tmp_path / "cache", shard=f"{index}/3", **values) for index in (2, 0, 1)]
+    with pytest.raises(T5TuneError) as raised:
+        [prepare(part) for part in settings]
+    assert (type(raised.value), str(raised.value)) == (type(expected.value), str(expected.value))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_error_that_one_process_does_not_reach_is_not_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_array(tmp_path / "data.json", PAIRS, "")
+    values = {"num_data": 40, "add_tokens": "none"}
+    monkeypatch.setattr("t5tune.data.sample.SAMPLE_BYTES", 1000)
+    prepare(make_settings(data, tmp_path / "one", **values))
+    prepare_all(data, tmp_path / "cache", 3, **values)
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+
+
+# ---------------------------------------------------------------- one part at a time
+
+
+def test_a_complete_part_is_not_encoded_again_and_a_damaged_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    settings = make_settings(data, tmp_path / "cache", shard="1/2")
+    first = prepare(settings)
+    assert (first.joined, first.shard) == (False, "1/2")
+    part = tmp_path / "cache.parts" / "part-1-of-2"
+    with monkeypatch.context() as patch:
+        patch.setattr("t5tune.preparing.sharded.encode_records", None)
+        assert prepare(settings).examples == first.examples > 20
+    (part / "tokens.bin").write_bytes(b"\0\0")
+    again = prepare(settings)
+    assert (again.joined, again.examples) == (False, first.examples)
+    assert (part / "tokens.bin").stat().st_size > 2
+
+
+def test_join_names_a_part_that_is_missing_or_damaged(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    with pytest.raises(DataError, match=r"cache\.parts: contains no complete part; prepare each part with --shard I/N"):
+        prepare(make_settings(data, tmp_path / "cache", join=True))
+    for index in (0, 2):
+        prepare(make_settings(data, tmp_path / "cache", shard=f"{index}/3"))
+    with pytest.raises(DataError, match=r"still missing: 1/3; prepare each of them, such as with --shard 1/3"):
+        prepare(make_settings(data, tmp_path / "cache", join=True))
+    (tmp_path / "cache.parts" / "part-0-of-3" / "records.bin").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"records\.bin: differs from what prepare wrote; run prepare --shard 0/3 again"
+    ):
+        prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
+    assert prepare(make_settings(data, tmp_path / "cache", shard="0/3")).joined
+    assert prepare(make_settings(data, tmp_path / "cache", join=True)).up_to_date
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"model_max_length": 99}, "model_max_length: 2048 before, 99 now"),
+        ({"shard": "1/4"}, 'shard: "one of 3 parts" before, "one of 4 parts" now'),
+        ({"dedupe": "exact"}, 'dedupe: "none" before, "exact" now'),
+    ],
+)
+def test_parts_of_other_settings_are_refused_by_name(tmp_path: Path, values: dict[str, Any], problem: str) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "cache", shard="0/3"))
+    with pytest.raises(T5TuneError, match="part-0-of-3: was made from other inputs") as refused:
+        prepare(make_settings(data, tmp_path / "cache", **{"shard": "1/3", **values}))
+    assert problem in refused.value.message
+    assert f"delete {tmp_path / 'cache.parts'}" in str(refused.value.hint)
+
+
+def test_parts_of_other_data_or_of_another_version_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "cache", shard="0/3"))
+    with monkeypatch.context() as patch:
+        patch.setattr("t5tune.preparing.sharded.MADE_BY", "t5tune 99")
+        with pytest.raises(T5TuneError, match=r'made_by: "t5tune [\d.]+.*" before, "t5tune 99" now'):
+            prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
+    write_lines(data, PAIRS[1:])
+    with pytest.raises(T5TuneError, match=r"data: .* before, .* now"):
+        prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
+    part = tmp_path / "cache.parts" / "part-0-of-3" / "part.json"
+    part.write_text(json.dumps(json.loads(part.read_text()) | {"format": 0}))
+    with pytest.raises(T5TuneError, match=r"part\.json: format 0; this version of t5tune reads format 1; delete"):
+        prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
+
+
+def test_two_processes_on_the_same_part_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process completes the part, and all others, while the first one encodes it."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "one"))
+    expected = bytes_of(tmp_path / "one")
+    cache = tmp_path / "cache"
+    for name, others in (("part", ["0/2"]), ("all", ["0/2", "1/2"])):
+        with monkeypatch.context() as patch:
+
+            def encode(*arguments: Any, patch: pytest.MonkeyPatch = patch, others: list[str] = others) -> Any:
+                patch.undo()
+                for shard in others:
+                    prepare(make_settings(data, cache, shard=shard))
+                return encode_records(*arguments)
+
+            patch.setattr("t5tune.preparing.sharded.encode_records", encode)
+            first = prepare(make_settings(data, cache, shard="0/2"))
+        assert first.joined == (name == "all")
+        if name == "part":
+            assert prepare(make_settings(data, cache, shard="1/2")).joined
+        assert bytes_of(cache) == expected
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "one"]
+        shutil.rmtree(cache)
+
+
+def test_a_part_that_another_process_is_joining_is_left_to_it(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+    taken = tmp_path / ".cache.joining-1234"
+    (tmp_path / "cache.parts").rename(taken)
+    notes: list[Any] = []
+    with lock_folder(taken):
+        result = prepare(make_settings(data, tmp_path / "cache", shard="0/2"), notes.append)
+        assert (result.joined, result.examples > 20) == (False, True)
+        with pytest.raises(DataError, match="another process is joining them"):
+            prepare(make_settings(data, tmp_path / "cache", join=True))
+    assert any(isinstance(note, Note) and "another process is joining the parts" in note.text for note in notes)
+    assert prepare(make_settings(data, tmp_path / "cache", shard="1/2")).joined  # without the lock, it was killed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl"]
+
+
+def test_two_processes_that_join_at_the_same_time_leave_one_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where locks don't work, the second takes the parts from the first, which then gives up."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "one"))
+    prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+    second: list[PrepareResult] = []
+
+    def verify(folder: Path, manifest: dict[str, Any]) -> None:
+        if not second:
+            second.append(PrepareResult(Path(), *[0] * 9, False, 0.0))
+            second[0] = prepare(make_settings(data, tmp_path / "cache", join=True))
+        verify_part(folder, manifest)
+
+    monkeypatch.setattr("t5tune.preparing.sharded.verify_part", verify)
+    monkeypatch.setattr("t5tune.preparing.parts_folder.is_locked", lambda folder: False)
+    first = prepare(make_settings(data, tmp_path / "cache", shard="1/2"))
+    assert (first.joined, second[0].joined) == (False, True)
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "one"]
+
+
+def test_parts_are_not_read_as_data(tmp_path: Path) -> None:
+    folder = tmp_path / "place"
+    folder.mkdir()
+    write_lines(folder / "data.jsonl", PAIRS)
+    for index in range(2):
+        result = prepare(make_settings(tmp_path / "place" / "**", folder / "cache", shard=f"{index}/2"))
+    assert (result.joined, result.conversations) == (True, 60)
