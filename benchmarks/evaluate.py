@@ -1,17 +1,33 @@
-"""Compare the peak memory of evaluation with that of training, on the same base and conversations.
+"""Compare the peak memory of evaluation with that of training, and its speed with transformers and on two processes.
 
     python benchmarks/evaluate.py --config mt5-small.json --data chats.json [--num-conversations 40] [--steps 8]
         [--num-beams 1] [--max-new-tokens N] [--model-max-length 2048] [--tokenizer FOLDER] [--vocabulary N]
+    python benchmarks/evaluate.py --compare stock ...  [--batch-sizes 8 48] [--repeat 3]
+    python benchmarks/evaluate.py --compare processes ...
 
 Makes a random base with the shape of a config.json (`--vocabulary` sets another number of embedding rows), prepares
-the conversations, then runs `t5tune train` and `t5tune evaluate` with their default settings, each in its own process.
-Prints one JSON line: the peak memory of both (MB, VmHWM) and the ratio of evaluate to train.
+the conversations, a list in a JSON file or one per line, and trains an adapter with `t5tune train`. Prints one JSON
+line. By default, this is the peak memory (MB, VmHWM) of `t5tune train` and `t5tune evaluate`, each in its own process
+with its default settings, and the ratio of evaluate to train.
+
+`--compare stock` generates predictions as `t5tune evaluate` does, for the run with its adapter, and with transformers'
+`generate` for the merged checkpoint in batches of the given sizes, in the order of the data: seconds and CPU seconds of
+the best of several turns, without loading, the ratio to transformers' best, and whether the predictions are the same.
+
+`--compare processes` runs `t5tune evaluate` with one process and with two, of one thread each: seconds with start-up,
+CPU seconds of all processes together, and whether the results are the same.
 """
 
 import argparse
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +48,7 @@ run(["evaluate", "--model-name-or-path", base, "--data-path", cache, "--output-d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--compare", choices=("memory", "stock", "processes"), default="memory")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--num-conversations", type=int, default=40)
@@ -41,13 +58,17 @@ def main() -> None:
     parser.add_argument("--model-max-length", type=int, default=2048)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 48])
+    parser.add_argument("--repeat", type=int, default=3)
     chosen = parser.parse_args()
+    compare = {"memory": compare_memory, "stock": compare_with_stock, "processes": compare_processes}[chosen.compare]
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        print(json.dumps(compare(chosen, Path(folder))))
+        facts = prepare(chosen, Path(folder))
+        print(json.dumps(facts | compare(chosen, Path(folder))))
 
 
-def compare(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measure the peak memory of both commands."""
+def prepare(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Make the base and the token cache. Return what the comparison is about."""
     config = json.loads(chosen.config.read_text())
     if chosen.vocabulary:
         config["vocab_size"] = chosen.vocabulary
@@ -55,28 +76,114 @@ def compare(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for file in chosen.tokenizer.iterdir() if chosen.tokenizer else []:
         if not file.name.startswith(("config", "generation")):
             shutil.copy(file, base)
-    records = json.loads(chosen.data.read_text())[: chosen.num_conversations]
-    (folder / "data.json").write_text(json.dumps(records))
-    cache = folder / "cache"
+    text = chosen.data.read_text()
+    records = [json.loads(line) for line in text.splitlines()] if chosen.data.suffix == ".jsonl" else json.loads(text)
+    (folder / "data.json").write_text(json.dumps(records[: chosen.num_conversations]))
     t5tune(
-        "prepare", "--model-name-or-path", base, "--data-path", folder / "data.json", "--output-dir", cache,
+        "prepare", "--model-name-or-path", base, "--data-path", folder / "data.json", "--output-dir", folder / "cache",
         "--model-max-length", chosen.model_max_length,
     )  # fmt: skip
-    manifest = json.loads((cache / "manifest.json").read_text())
-    train = run_script(TRAIN, [base, cache, folder / "run", str(chosen.steps)], folder / "train")
-    options = ["--num-beams", str(chosen.num_beams)]
-    if chosen.max_new_tokens:
-        options += ["--max-new-tokens", str(chosen.max_new_tokens)]
-    evaluate = run_script(EVALUATE, [base, cache, folder / "scores", *options], folder / "evaluate")
+    manifest = json.loads((folder / "cache" / "manifest.json").read_text())
     return {
         "config": chosen.config.name,
         "vocabulary": config["vocab_size"],
         "examples": manifest["examples"],
         "longest": [manifest[f"{side}_length"]["p100"] for side in ("source", "target")],
         "num_beams": chosen.num_beams,
-        "train_mb": train["peak_mb"],
-        "evaluate_mb": evaluate["peak_mb"],
-        "ratio": round(evaluate["peak_mb"] / train["peak_mb"], 3),
+    }
+
+
+def list_options(chosen: argparse.Namespace) -> list[str]:
+    options = ["--num-beams", str(chosen.num_beams)]
+    return options + (["--max-new-tokens", str(chosen.max_new_tokens)] if chosen.max_new_tokens else [])
+
+
+def compare_memory(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure the peak memory of both commands."""
+    base, cache = folder / "base", folder / "cache"
+    train = run_script(TRAIN, [base, cache, folder / "run", str(chosen.steps)], folder / "train")
+    evaluate = run_script(EVALUATE, [base, cache, folder / "scores", *list_options(chosen)], folder / "evaluate")
+    ratio = round(evaluate["peak_mb"] / train["peak_mb"], 3)
+    return {"train_mb": train["peak_mb"], "evaluate_mb": evaluate["peak_mb"], "ratio": ratio}
+
+
+def train_adapter(folder: Path) -> Path:
+    t5tune(
+        "train", "--model-name-or-path", folder / "base", "--data-path", folder / "cache", "--output-dir",
+        folder / "run", "--max-steps", 2, "--learning-rate", "1e-2", "--report-samples", 0,
+    )  # fmt: skip
+    return folder / "run"
+
+
+def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure the time of generating predictions, in turns."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    from t5tune.data.cache import open_cache
+    from t5tune.model.generation import Decoding, generate
+    from t5tune.model.inference import load_for_inference
+    from t5tune.settings import EvaluateSettings
+    from t5tune.training.evaluation import find_max_target_length, generate_predictions
+
+    run = train_adapter(folder)
+    t5tune("merge", run, "--output-dir", folder / "merged")
+    ours = load_for_inference(EvaluateSettings(model_name_or_path=str(run), data_path="unused", use_cpu=True))
+    stock = AutoModelForSeq2SeqLM.from_pretrained(folder / "merged", dtype="float32").eval()
+    examples = list(open_cache(folder / "cache"))
+    sources = [example.source_S.tolist() for example in examples]
+    max_new_tokens = chosen.max_new_tokens or find_max_target_length(examples)
+    tokenizer = ours.tokenizer
+    decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, chosen.num_beams)
+
+    def generate_in_batches(size: int) -> list[list[int]]:
+        parts = [sources[start : start + size] for start in range(0, len(sources), size)]
+        return [ids for part in parts for ids in generate(stock, part, decoding)]
+
+    sides: dict[str, Callable[[], list[list[int]]]] = {
+        "t5tune": lambda: generate_predictions(ours.model, examples, decoding, None),
+        **{f"stock_{size}": lambda size=size: generate_in_batches(size) for size in chosen.batch_sizes},
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    predictions = {}
+    for _ in range(chosen.repeat):
+        for name, side in sides.items():
+            started = time.perf_counter(), time.process_time()
+            predictions[name] = side()
+            seconds[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    best = {name: [round(min(column), 2) for column in zip(*times, strict=True)] for name, times in seconds.items()}
+    fastest = [min(best[name][column] for name in best if name != "t5tune") for column in (0, 1)]
+    return {
+        "max_new_tokens": max_new_tokens,
+        "seconds_and_cpu_seconds": best,
+        "ratios": [round(own / other, 3) for own, other in zip(best["t5tune"], fastest, strict=True)],
+        "same": all(found == predictions["t5tune"] for found in predictions.values()),
+    }
+
+
+def compare_processes(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure the time of `t5tune evaluate` with one and with two processes."""
+    run, seconds, cpu_seconds, results = train_adapter(folder), {}, {}, []
+    for count in (1, 2):
+        output = folder / f"scores-{count}"
+        command = [sys.executable, "-m", "t5tune", "evaluate", run, "--data-path", folder / "cache", "--output-dir"]
+        command += [output, "--num-processes", count, *list_options(chosen), "--json", "--quiet"]
+        started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        seconds[count] = round(time.perf_counter() - started, 2)
+        if done.returncode:
+            sys.exit(done.stderr)
+        total = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_seconds[count] = round(total.ru_utime + total.ru_stime - used.ru_utime - used.ru_stime, 2)
+        result = json.loads(done.stdout) | {"predictions": None, "seconds": None}
+        results.append((result, (output / "predictions.jsonl").read_bytes()))
+    speedup = round(seconds[1] / seconds[2], 2)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "speedup": speedup,
+        "same": results[0] == results[1],
     }
 
 

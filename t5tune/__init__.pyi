@@ -51,6 +51,8 @@ class PrepareSettings(_settings.PrepareSettings):
         clean: bool = False,
         max_record_bytes: int = 4194304,
         add_tokens: Sequence[str] | str = ["auto"],
+        shard: str | None = None,
+        join: bool = False,
         train_on: Literal["all", "last"] = "all",
         min_target_tokens: int | None = None,
         dedupe: Literal["none", "exact"] = "none",
@@ -86,6 +88,9 @@ class PrepareSettings(_settings.PrepareSettings):
             max_record_bytes: Reject records longer than this (bytes).
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
                 indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.
+            shard: Prepare part I of N of the data, I from 0; default: all of it. The process that completes the last
+                part joins them. `auto` takes I and N from torchrun, srun or a SLURM job array.
+            join: Only join the parts that `--shard` prepared, such as after the joining was killed.
             train_on: Train on all assistant turns of a conversation, or only on its last one.
             min_target_tokens: Skip targets shorter than this (tokens); default: keep all.
             dedupe: Deduplication: exact rejects a conversation identical to an earlier one.
@@ -180,7 +185,7 @@ class TrainSettings(_settings.TrainSettings):
         metric_for_best_model: str | None = None,
         early_stopping_patience: int | None = None,
         early_stopping_threshold: float | None = None,
-        per_device_eval_batch_size: int = 8,
+        per_device_eval_batch_size: int | None = None,
         save_strategy: Literal["no", "steps", "epoch"] = "steps",
         save_steps: int = 500,
         save_total_limit: int | None = None,
@@ -189,8 +194,8 @@ class TrainSettings(_settings.TrainSettings):
         report_samples: int = 10,
         num_gpus: int | None = None,
         num_processes: int | None = None,
-        deepspeed: str | PathLike[str] | None = None,
         process_group_timeout: int = 1800,
+        deepspeed: str | PathLike[str] | None = None,
         max_restarts: int = 0,
         fresh: bool = False,
         allow_change: Sequence[str] | str = [],
@@ -306,7 +311,8 @@ class TrainSettings(_settings.TrainSettings):
                 metric_for_best_model (default: loss).
             early_stopping_threshold: Early stopping: count an evaluation as better only if the metric improves by more
                 than this; default: by any amount.
-            per_device_eval_batch_size: Evaluation batch size per process (examples).
+            per_device_eval_batch_size: Maximum batch size of evaluations per process (examples); default: as many as
+                fit a budget of tokens.
             save_strategy: When to save a checkpoint; the last step always saves one.
             save_steps: Save a checkpoint every N steps.
             save_total_limit: Keep only the newest N checkpoints, and the best one if metric_for_best_model is set;
@@ -317,9 +323,9 @@ class TrainSettings(_settings.TrainSettings):
                 (up to 64 tokens each); half of them are the worst of twice as many. 0: none.
             num_gpus: Start this many processes on this machine, one per GPU.
             num_processes: Start this many processes on this machine, on the CPU.
-            deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
             process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
                 (seconds).
+            deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
             max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
                 checkpoint, up to this many times.
             fresh: Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …
@@ -491,6 +497,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
         metrics: Sequence[str] | str | None = None,
         compare_base: bool = False,
         bf16: bool | None = None,
+        num_gpus: int | None = None,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         family: Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"] | None = None,
@@ -500,6 +507,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
         double_quant: bool = True,
         use_cpu: bool = False,
         device: str | torch.device | None = None,
+        num_processes: int | None = None,
+        process_group_timeout: int = 1800,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
@@ -512,7 +521,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
         overwrite: bool = False,
         num_beams: int = 1,
         max_new_tokens: int | None = None,
-        per_device_eval_batch_size: int = 32,
+        per_device_eval_batch_size: int | None = None,
     ) -> None:
         """Settings of evaluate: Score a model's predictions against a dataset's targets.
 
@@ -523,24 +532,27 @@ class EvaluateSettings(_settings.EvaluateSettings):
                 standard input; for train and evaluate also a token cache; `pocket` is the built-in dataset.
             adapter: Adapter folder or run folder to apply to the base; if model_name_or_path is itself an adapter or a
                 run, its own base is used.
-            output_dir: Folder for predictions.jsonl; default: `evaluation` in the current folder, or the first of
-                evaluation.1, evaluation.2, … that doesn't exist.
+            output_dir: Folder for predictions.jsonl; default: a new one (evaluation, evaluation.1, …).
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
             num_data: Use only the first N examples; default: all.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
                 all that fit the targets.
-            compare_base: Also score the base without the adapter, and show the differences.
-            bf16: Compute in bfloat16; default: on GPUs that can.
+            compare_base: Also score the base alone, and the differences.
+            bf16: Compute in bfloat16; default: as in training, else on GPUs that can.
+            num_gpus: Start this many processes on this machine, one per GPU.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
+            q_lora: Quantize the base to 4 bits or int8; default: as in training, like its options.
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
             quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             use_cpu: Run on the CPU even if there is a GPU.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
+            num_processes: Start this many processes on this machine, on the CPU.
+            process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
+                (seconds).
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, or a YAML
                 file; default: the model's own (template.yaml); if it has none, plain for source/target pairs, and
                 fastchat-t5 for conversations.
@@ -558,7 +570,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
             overwrite: Replace the output folder even if it contains other files.
             num_beams: Number of beams for beam search; 1 decodes greedily.
             max_new_tokens: Maximum length of a prediction (tokens); default: the length of the longest target.
-            per_device_eval_batch_size: Maximum batch size for the loss and for generation (examples).
+            per_device_eval_batch_size: Maximum batch size for the loss and for generation (examples); default: as many
+                as fit a budget of tokens.
         """
 
 class InspectSettings(_settings.InspectSettings):
@@ -643,8 +656,8 @@ class PlanSettings(_settings.PlanSettings):
         use_cpu: bool = False,
         training_args: dict[str, Any] = {},
         num_processes: int | None = None,
-        deepspeed: str | PathLike[str] | None = None,
         process_group_timeout: int = 1800,
+        deepspeed: str | PathLike[str] | None = None,
         max_restarts: int = 0,
         num_data: int | None = None,
         seed: int = 42,
@@ -719,9 +732,9 @@ class PlanSettings(_settings.PlanSettings):
             use_cpu: Train on the CPU even if there is a GPU.
             training_args: Additional fields of transformers' TrainingArguments; YAML only.
             num_processes: Start this many processes on this machine, on the CPU.
-            deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
             process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
                 (seconds).
+            deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
             max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
                 checkpoint, up to this many times.
             num_data: Plan for the first N examples of the cache; default: all.

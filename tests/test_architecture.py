@@ -12,7 +12,7 @@ LAYERS = [
     {"compat", "families", "settings"},
     {"data", "checkpoints"},
     {"model"},
-    {"diagnosis", "distributed", "merging", "reports", "training"},
+    {"diagnosis", "distributed", "merging", "preparing", "reports", "training"},
     {"commands"},
     {"__init__"},
     {"cli"},

@@ -16,11 +16,11 @@ from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 from t5tune.progress import Note
-from t5tune.settings import COMMANDS, Settings, TrainSettings, load_settings
+from t5tune.settings import COMMANDS, EvaluateSettings, PrepareSettings, Settings, TrainSettings, load_settings
 
 # Each of these has a module in this package with a function `run(settings, output)`. For the others, the function in
 # t5tune/commands is called and its result shown.
-COMMANDS_WITH_MODULE = {"train", "chat", "inspect"}
+COMMANDS_WITH_MODULE = {"prepare", "train", "chat", "evaluate", "inspect"}
 
 
 def run_command(command: str, arguments: list[str]) -> int:
@@ -30,7 +30,8 @@ def run_command(command: str, arguments: list[str]) -> int:
     _configure_libraries(command, parsed.debug)
     world = _read_world()
     with quiet_libraries(), reserve_stdout() as stream:
-        shows_paths = world.rank == 0 and not world.is_run_set_up
+        # the process that started the ranks of train shows their run folder
+        shows_paths = world.rank == 0 and not (world.is_run_set_up and command == "train")
         output = Output(stream, parsed.json, parsed.quiet or world.rank > 0, parsed.debug, shows_paths)
         try:
             settings, notes = load_settings(
@@ -38,8 +39,10 @@ def run_command(command: str, arguments: list[str]) -> int:
             )
             for note in notes:
                 output.report(Note(note))
+            if isinstance(settings, PrepareSettings) and settings.shard is not None:
+                output = Output(stream, parsed.json, parsed.quiet, parsed.debug)  # each rank has a part of its own
             # before the command is imported: that takes seconds, in which a signal may arrive
-            with handle_signals(output.report) if _trains(settings) else _interrupt_on_signals():
+            with handle_signals(output.report) if _stops_as_a_rank(settings, world) else _interrupt_on_signals():
                 return _import_command(command)(settings, output) or 0
         except KeyboardInterrupt as interrupt:
             return output.fail(interrupt)
@@ -60,15 +63,18 @@ def _configure_libraries(command: str, debug: bool) -> None:
 
 
 def _read_world() -> World:
-    """Read the rank from the environment. `train` reports invalid variables itself; other commands don't need them."""
+    """Read the rank from the environment. `train` and `evaluate` report invalid variables; others don't need them."""
     try:
         return World.from_environment()
     except SettingsError:
         return World()
 
 
-def _trains(settings: Settings) -> bool:
-    return isinstance(settings, TrainSettings) and not settings.dry_run
+def _stops_as_a_rank(settings: Settings, world: World) -> bool:
+    """Whether a signal is to be handled as `train` does, and every rank of `evaluate`: see distributed/signals.py."""
+    if isinstance(settings, TrainSettings):
+        return not settings.dry_run
+    return isinstance(settings, EvaluateSettings) and world.launched
 
 
 def _import_command(command: str) -> Callable[[Any, Output], int | None]:

@@ -63,7 +63,7 @@ def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
     held_out = settings.eval_data_path
     if held_out is None and result.eval and _is_cache(settings.data_path):
         held_out = settings.data_path  # evaluate takes the examples that prepare has held out
-    yield ["evaluate", str(result.run), *as_trained, "--data-path", *_name_data(held_out)]
+    yield ["evaluate", str(result.run), "--data-path", *_name_data(held_out)]
     if settings.train_mode == "lora":
         onto = ["--onto", settings.quant_type] if settings.q_lora else []
         base = [*_repeat(settings, ("cache_dir",)), *onto]

@@ -13,8 +13,9 @@ from t5tune.formatting import format_count, format_size
 
 if TYPE_CHECKING:
     from t5tune.commands.doctor import Diagnosis
-    from t5tune.commands.plan import Plan, StageMemory
+    from t5tune.commands.plan import Plan
     from t5tune.commands.templates import Templates
+    from t5tune.training.memory_estimate import StageMemory
 
 GIB = 1 << 30
 TEMPLATE_FLAGS = {"runs": "--config", "conversations": "--conversation-template", "deepspeed": "--deepspeed"}
@@ -46,6 +47,9 @@ def _render_plan(result: "Plan") -> Iterator[RenderableType]:
     yield Text("weights: " + ", ".join(f"{name} {format_size(size)}" for name, size in result.weights.items()))
     yield Text(_describe_batch(result))
     yield _make_table(result)
+    chosen = next(stage for stage in result.stages if stage.stage == result.chosen)
+    loading = f"{format_size(chosen.loading)} per device, {format_size(chosen.loading_host)} of the machine's memory"
+    yield Text(f"* while the base is loaded: {loading}")
     if result.suggestion is not None:
         best = result.suggestion
         yield Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({format_size(best.total)} per device)")
@@ -83,7 +87,12 @@ def _make_row(stage: "StageMemory", is_chosen: bool) -> list[str]:
     sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.runtime, stage.total, stage.host)
     fits = "" if stage.fits is None else "fits" if stage.fits else "no"
     name = "no DeepSpeed" if stage.stage == "none" else stage.stage
-    return [f"{name}{' *' if is_chosen else ''}", *(f"{size / GIB:.2f}" if size else "–" for size in sizes), fits]
+    return [f"{name}{' *' if is_chosen else ''}", *map(_format_gib, sizes), fits]
+
+
+def _format_gib(size: int) -> str:
+    gib = size / GIB
+    return "–" if size == 0 else f"{gib:.2f}" if gib < 100 else f"{gib:.1f}"  # so that a row fits in 80 columns
 
 
 def _render_diagnosis(diagnosis: "Diagnosis") -> Iterator[Text]:

@@ -2,21 +2,18 @@
 
 import io
 import os
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 
 from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
+from t5tune.cli.workers import follow_launcher, run_in_workers
 from t5tune.commands.train import name_kept_records, set_up_run_folder, train
-from t5tune.distributed.launcher import launch, stop_with_deepspeed_launcher
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
 from t5tune.file_names import SETTINGS_FILE
-from t5tune.io.processes import die_with_parent
 from t5tune.progress import Note
-from t5tune.settings import TrainSettings, dump_settings, write_settings
+from t5tune.settings import TrainSettings, dump_settings
 from t5tune.training.run_folder import TrainResult, apply_cache_settings, read_result
 from t5tune.training.validate import check_settings, find_missing_gpus, suggest_learning_rate
 
@@ -30,10 +27,7 @@ def run(settings: TrainSettings, output: Output) -> None:
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         value = os.environ.pop(name)
         output.report(Note(f"{name}={value} in the environment is ignored: t5tune uses its own settings"))
-    if world.launched:
-        die_with_parent()
-        stop_with_deepspeed_launcher()
-    if world.launched or _count_processes(settings) == 1:
+    if follow_launcher(world) or settings.process_count == 1:
         result = train(settings, output.report)
     else:
         result = _train_in_workers(settings, output)
@@ -47,15 +41,8 @@ def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
         if not run.finished:
             # set_up_run_folder has renamed an existing run already; the workers must not do it again
             worker_settings = name_kept_records(settings).model_copy(update={"fresh": False})
-            flags, count = ["--quiet"] if output.quiet else [], _count_processes(settings)
-            with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
-                write_settings(Path(folder), worker_settings)
-                launch(Path(folder, SETTINGS_FILE), count, flags, settings.max_restarts, output.report)
+            run_in_workers(worker_settings, output, settings.max_restarts)
         return read_result(run.folder)
-
-
-def _count_processes(settings: TrainSettings) -> int:
-    return settings.num_gpus or settings.num_processes or 1
 
 
 def _show_dry_run(settings: TrainSettings, output: Output) -> None:
@@ -82,6 +69,6 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
 
 def _make_launch_command(settings: TrainSettings) -> list[str]:
     """Make the torchrun command equivalent to --num-gpus or --num-processes; `t5tune train` for a single process."""
-    count = _count_processes(settings)
+    count = settings.process_count
     train = ["t5tune", "train", "--config", str(settings.output_dir / SETTINGS_FILE)]
     return train if count == 1 else ["torchrun", "--nproc-per-node", str(count), "-m", *train]

@@ -1,62 +1,60 @@
 """`t5tune evaluate`: loss, perplexity and scores of generated predictions against the targets of examples.
 
-result = evaluate(EvaluateSettings(model_name_or_path="run", data_path="heldout.jsonl", output_dir="scores"))
-result.exact_match, result.predictions
+    result = evaluate(EvaluateSettings(model_name_or_path="run", data_path="heldout.jsonl", output_dir="scores"))
+    result.exact_match, result.predictions
+
+Runs in the current process: as the only one, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
+Then each rank loads the model and computes its share; rank 0 alone reads the data, writes and computes the scores.
 """
 
 import gc
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.pocket import find_conversations_file
-from t5tune.checkpoints.training_data import TrainingData
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
-from t5tune.data.cache import Cache, is_cache, open_cache
-from t5tune.data.data_problems import make_mixed_data_error, report_default_template
-from t5tune.data.encoders import Encoder, make_encoder
-from t5tune.data.encoding import Example, encode_batch, extract_example
-from t5tune.data.files import find_files
-from t5tune.data.formats import Conversation
-from t5tune.data.pipeline import read_conversation
-from t5tune.data.raw_records import RawRecord
-from t5tune.data.readers import read_records
-from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
-from t5tune.data.sample import choose_default_template, drain, take_sample
-from t5tune.data.templates import (
-    PAIR_TEMPLATE,
-    Template,
-    find_template,
-    load_template,
-    parse_template,
-    render_conversation,
+from t5tune.data.encoding import Example
+from t5tune.data.tokenizer import decode_prediction, decode_reference
+from t5tune.distributed.collectives import (
+    broadcast_from_rank_0,
+    report_lost_ranks,
+    run_on_rank_0,
+    run_only_on_rank_0,
 )
-from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference, load_tokenizer
-from t5tune.data.vocabulary import extend_tokenizer
-from t5tune.errors import DataError, ModelError, SettingsError
-from t5tune.file_names import TEMPLATE_FILE
-from t5tune.formatting import format_count
-from t5tune.io.atomic import check_replaceable, find_unused_folder, hash_file, write_folder_atomically
-from t5tune.io.yaml_file import read_yaml
+from t5tune.distributed.process_group import join_process_group
+from t5tune.distributed.signals import handle_signals
+from t5tune.distributed.watch import watch_ranks
+from t5tune.distributed.world import World
+from t5tune.errors import ModelError, SettingsError
+from t5tune.io.atomic import check_replaceable, find_unused_folder, write_folder_atomically
 from t5tune.metrics import METRICS, choose_metrics, score, score_one
 from t5tune.model.attention import can_pack, use_packing
-from t5tune.model.device import explain_out_of_memory, use_gpu_kernels
+from t5tune.model.device import explain_out_of_memory, has_bf16, use_gpu_kernels
 from t5tune.model.generation import Decoding
-from t5tune.model.inference import LoadedModel, is_adapter, load_for_inference, select_base
+from t5tune.model.inference import (
+    LoadedModel,
+    find_base_and_adapter,
+    is_adapter,
+    load_for_inference,
+    read_training_precision,
+    select_base,
+)
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, write_settings
-from t5tune.settings.affects import Affects, select_settings
 from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.checkpoint import replace_stopped_runs
 from t5tune.training.evaluation import Losses, find_max_target_length, generate_predictions, measure_losses
+from t5tune.training.evaluation_set import EvaluationSet, inherit_data_settings, load_evaluation_set
+from t5tune.training.run_folder import read_saved_settings
+from t5tune.training.validate import check_starts_no_processes
 
 PREDICTIONS_FILE = "predictions.jsonl"
-TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
+WHEN_INTERRUPTED = "before the evaluation was complete"
 
 
 @dataclass(frozen=True)
@@ -87,25 +85,44 @@ class EvaluateResult:
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """A model's loss and prediction for each example."""
+class _Work:
+    """What every rank needs to compute its share: the examples, and how to generate predictions."""
 
-    losses: Losses
-    predictions: list[str]
+    examples: Sequence[Example]
+    decoding: Decoding
 
 
 @dataclass(frozen=True)
-class _EvaluationSet:
-    """Examples, their targets as text, and how to decode predictions.
+class _Outcome:
+    """A model's loss and the ids of its prediction for each example."""
+
+    losses: Losses
+    predicted_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What only rank 0 has: the data that the settings name, and where the result goes.
 
     Args:
-        answer_end: the text that the conversation template adds after each target.
+        settings: with the values that were taken from training.
+        names: the built-in metrics to compute.
     """
 
-    examples: Sequence[Example]
-    targets: list[str]
-    tokenizer: Tokenizer
-    answer_end: str
+    settings: EvaluateSettings
+    folder: Path
+    chosen: EvaluationSet
+    names: list[str]
+
+    def make_work(self, num_ranks: int) -> _Work:
+        chosen, settings = self.chosen, self.settings
+        examples = chosen.examples if num_ranks == 1 else list(chosen.examples)  # to be sent to the other ranks
+        max_new_tokens = settings.max_new_tokens or find_max_target_length(chosen.examples)
+        eos, pad = chosen.tokenizer.eos_token_id, chosen.tokenizer.pad_token_id
+        return _Work(examples, Decoding(eos, pad, max_new_tokens, settings.num_beams))
+
+    def decode(self, outcome: _Outcome) -> list[str]:
+        return [decode_prediction(self.chosen.tokenizer, ids, self.chosen.answer_end) for ids in outcome.predicted_ids]
 
 
 def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateResult:
@@ -115,42 +132,113 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         DataError: the data can't be used, or the token cache was made with another tokenizer.
         ModelError, CheckpointError: the base or the adapter can't be used, or its loss isn't finite.
         SettingsError: a custom metric can't be computed, or there is no base to compare with.
+        RankLost: another rank died or doesn't answer.
+        Stopped: a signal asked a rank to stop.
     """
     started = time.monotonic()
-    folder = settings.output_dir or find_unused_folder(Path("evaluation"))
-    check_replaceable(folder, settings.overwrite)
-    for function in settings.metric or []:
-        load_custom_metric(function)
-    batch_size = settings.per_device_eval_batch_size
-    with explain_out_of_memory(
-        f"evaluating with per_device_eval_batch_size {batch_size}",
-        "a smaller batch size gives the same scores; --q-lora loads the base in 4 bits",
-    ):
-        settings = replace_stopped_runs(settings, report)
-        if settings.compare_base:
-            _check_is_adapter(settings)
-        loaded = load_for_inference(settings, report)
-        if loaded.training_data is not None and not is_cache(Path(settings.data_path[0])):
-            settings = _inherit_data_settings(settings, loaded.training_data, report)
-        chosen = _load_examples(settings, loaded, report)
-        names, functions = choose_metrics(settings.metrics, chosen.targets), settings.metric or []
-        try_custom_metrics(functions, chosen.targets)
-        tuned, base = _run_model(settings, loaded.model, chosen, report), None
+    world = World.from_environment()
+    check_starts_no_processes(settings, world)
+    report = report if world.rank == 0 else silent
+    with ExitStack() as stack:
+        if world.launched:  # else Ctrl-C raises KeyboardInterrupt, as in other commands
+            stop = stack.enter_context(handle_signals(report))
+            # outside of the process group: a rank that is interrupted must not wait for the others
+            stack.enter_context(stop.interruptible(WHEN_INTERRUPTED))
+        device = stack.enter_context(join_process_group(world, settings, report))
+        stack.enter_context(watch_ranks(world, settings.process_group_timeout))
+        stack.enter_context(report_lost_ranks(world))
+        stack.enter_context(_explain_out_of_memory(settings))
+        folder, settings = run_on_rank_0(world, lambda: _prepare(settings, device, report))
+        loaded = _load_model(settings, device, report)
+        task = run_only_on_rank_0(world, lambda: _read_task(settings, folder, loaded, report))
+        work = broadcast_from_rank_0(None if task is None else task.make_work(world.size))
+        assert work is not None
+        tuned, base = _run_model(settings, loaded.model, work, report), None
         if settings.compare_base:
             base_settings = select_base(settings, loaded)
             report(Note("now the same for the base without the adapter"))
             del loaded  # so that only one model is in memory
             gc.collect()
-            base = _run_model(base_settings, load_for_inference(base_settings, report).model, chosen, report)
-    with write_folder_atomically(folder) as staged:
-        _write_predictions(staged / PREDICTIONS_FILE, chosen, names, tuned, base)
-        write_settings(staged, settings)
+            base = _run_model(base_settings, _load_model(base_settings, device, report).model, work, report)
+        return run_on_rank_0(world, lambda: _finish(task, tuned, base, started))
+
+
+def _explain_out_of_memory(settings: EvaluateSettings) -> AbstractContextManager[None]:
+    size = settings.per_device_eval_batch_size
+    batch = "" if size is None else f" with per_device_eval_batch_size {size}"
+    return explain_out_of_memory(
+        f"evaluating{batch}",
+        "--per-device-eval-batch-size 1 gives the same scores; --q-lora loads the base in 4 bits",
+    )
+
+
+def _prepare(settings: EvaluateSettings, device: Any, report: Report) -> tuple[Path, EvaluateSettings]:
+    """Check what can be checked before the model is loaded.
+
+    Returns:
+        The output folder, and the settings with the model's folder, its precision and its quantization.
+    """
+    folder = settings.output_dir or find_unused_folder(Path("evaluation"))
+    check_replaceable(folder, settings.overwrite)
+    for function in settings.metric or []:
+        load_custom_metric(function)
+    settings = replace_stopped_runs(settings, report)
+    if settings.compare_base:
+        _check_is_adapter(settings)
+    return folder, _inherit_precision(settings, device, report)
+
+
+def _inherit_precision(settings: EvaluateSettings, device: Any, report: Report) -> EvaluateSettings:
+    """Return the settings with the precision and the quantization of training, unless the user set others."""
+    _, adapter = find_base_and_adapter(settings)
+    trained = _read_full_training(Path(settings.model_name_or_path)) if adapter is None else {}
+    trained |= {} if adapter is None else read_training_precision(adapter)
+    inherited = {name: value for name, value in trained.items() if name not in settings.model_fields_set}
+    if not inherited.get("q_lora", settings.q_lora):
+        inherited = {name: value for name, value in inherited.items() if name == "bf16"}
+    otherwise = settings.model_dump() | {"bf16": has_bf16(device)}
+    values = [f"{name} {_format(value)}" for name, value in inherited.items() if value != otherwise[name]]
+    if values:
+        report(Note(f"as in training: {', '.join(values)}"))
+    return settings.model_copy(update=inherited)
+
+
+def _format(value: bool | str) -> str:
+    return value if isinstance(value, str) else "on" if value else "off"
+
+
+def _read_full_training(folder: Path) -> dict[str, Any]:
+    """Read the precision of the full training that wrote a model; empty if it isn't in a run folder."""
+    saved = read_saved_settings(folder.parent if folder.name.startswith("checkpoint-") else folder)
+    return {} if saved is None else {"bf16": saved.bf16}
+
+
+def _load_model(settings: EvaluateSettings, device: Any, report: Report) -> LoadedModel:
+    return load_for_inference(settings, report, device)
+
+
+def _read_task(settings: EvaluateSettings, folder: Path, loaded: LoadedModel, report: Report) -> _Task:
+    """Read the data, and try whether the metrics can be computed."""
+    settings = inherit_data_settings(settings, loaded, report)
+    chosen = load_evaluation_set(settings, loaded, report)
+    names = choose_metrics(settings.metrics, chosen.targets)
+    try_custom_metrics(settings.metric or [], chosen.targets)
+    return _Task(settings, folder, chosen, list(names))
+
+
+def _finish(task: _Task | None, tuned: _Outcome, base: _Outcome | None, started: float) -> EvaluateResult:
+    """Write the output folder, and compute the metrics."""
+    assert task is not None, "only rank 0 finishes"
     outcomes = [tuned] if base is None else [tuned, base]
-    built_in = [_score(each, chosen.targets, names) for each in outcomes]
-    custom = _compute_custom_metrics(settings, outcomes, chosen.targets, folder)
+    predictions = [task.decode(outcome) for outcome in outcomes]
+    with write_folder_atomically(task.folder) as staged:
+        _write_predictions(staged / PREDICTIONS_FILE, task, outcomes, predictions)
+        write_settings(staged, task.settings)
+    built_in = [_score(outcome, texts, task) for outcome, texts in zip(outcomes, predictions, strict=True)]
+    custom = _compute_custom_metrics(task, predictions)
     return EvaluateResult(
-        predictions=folder / PREDICTIONS_FILE,
-        examples=len(chosen.examples),
+        predictions=task.folder / PREDICTIONS_FILE,
+        examples=len(task.chosen.targets),
         **dict.fromkeys(METRICS) | built_in[0],  # type: ignore[arg-type]
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
@@ -172,50 +260,22 @@ def _check_is_adapter(settings: EvaluateSettings) -> None:
         )
 
 
-def _run_model(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, report: Report) -> _Outcome:
-    """Measure the losses of a model, and generate its predictions."""
-    tokenizer, max_new_tokens = chosen.tokenizer, settings.max_new_tokens or find_max_target_length(chosen.examples)
-    decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, settings.num_beams)
-    batch_size = settings.per_device_eval_batch_size
+def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> _Outcome:
+    """Measure the losses of a model, and generate its predictions. Call on every rank."""
     with use_gpu_kernels(model.device):
-        losses = _measure_losses(settings, model, chosen, report)
-        predicted_ids = generate_predictions(model, chosen.examples, decoding, batch_size, report)
-    return _Outcome(losses, [decode_prediction(tokenizer, ids, chosen.answer_end) for ids in predicted_ids])
+        losses = _measure_losses(settings, model, work, report)
+        batch_size = settings.per_device_eval_batch_size
+        return _Outcome(losses, generate_predictions(model, work.examples, work.decoding, batch_size, report))
 
 
-def _score(outcome: _Outcome, targets: list[str], names: Sequence[str]) -> dict[str, float]:
-    """Return the built-in metrics."""
-    mean = outcome.losses.mean
-    losses = {"loss": round(mean, 6), "perplexity": round(math.exp(min(mean, 700.0)), 4)}
-    return losses | score(outcome.predictions, targets, names)
-
-
-def _compute_custom_metrics(
-    settings: EvaluateSettings, outcomes: list[_Outcome], targets: list[str], folder: Path
-) -> list[dict[str, float]]:
-    """Compute the custom metrics of each model.
-
-    Raises:
-        SettingsError: a function fails; says that the predictions are in the folder.
-    """
-    functions = settings.metric or []
-    try:
-        return [compute_custom_metrics(functions, each.predictions, targets) for each in outcomes]
-    except SettingsError as error:
-        hint = f"{error.hint}; " if error.hint else ""
-        replace = " (--overwrite replaces them)" if folder == settings.output_dir else ""
-        hint += f"the predictions are in {folder / PREDICTIONS_FILE}{replace}"
-        raise SettingsError(*error.problems, hint=hint) from error
-
-
-def _measure_losses(settings: EvaluateSettings, model: Any, chosen: _EvaluationSet, report: Report) -> Losses:
+def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Losses:
     """Measure the loss of each target.
 
     Raises:
         ModelError: the loss isn't finite.
     """
-    collator = _make_collator(model, chosen.tokenizer.pad_token_id)
-    losses = measure_losses(model, chosen.examples, collator, settings.per_device_eval_batch_size, report)
+    collator = _make_collator(model, work.decoding.pad_token_id)
+    losses = measure_losses(model, work.examples, collator, settings.per_device_eval_batch_size, report)
     if not math.isfinite(losses.mean):
         problem = f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}"
         raise ModelError(problem, hint="the checkpoint may be damaged")
@@ -231,151 +291,42 @@ def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedColl
     return PackedCollator(start)
 
 
-def _write_predictions(
-    path: Path, chosen: _EvaluationSet, names: Sequence[str], tuned: _Outcome, base: _Outcome | None
-) -> None:
+def _write_predictions(path: Path, task: _Task, outcomes: list[_Outcome], predictions: list[list[str]]) -> None:
+    chosen = task.chosen
     with open(path, "w", encoding="utf-8") as file:
         for index, (example, target) in enumerate(zip(chosen.examples, chosen.targets, strict=True)):
+            prediction, *of_base = (texts[index] for texts in predictions)
+            loss, *loss_of_base = (outcome.losses.get_mean(index) for outcome in outcomes)
             line = {
                 "source": decode_reference(chosen.tokenizer, example.source_S, ""),
                 "target": target,
-                "prediction": tuned.predictions[index],
-                "loss": tuned.losses.get_mean(index),
-                **score_one(tuned.predictions[index], target, names),
+                "prediction": prediction,
+                "loss": loss,
+                **score_one(prediction, target, task.names),
             }
-            if base is not None:
-                line |= {"base_prediction": base.predictions[index], "base_loss": base.losses.get_mean(index)}
+            if of_base:
+                line |= {"base_prediction": of_base[0], "base_loss": loss_of_base[0]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _inherit_data_settings(settings: EvaluateSettings, trained_on: TrainingData, report: Report) -> EvaluateSettings:
-    """Return the settings with the data columns and the source prefix of training, unless the user set others."""
-    names = select_settings(EvaluateSettings, Affects.INFERENCE)
-    given, columns = settings.model_fields_set, set(names) - {"source_prefix"}
-    if given & columns:  # a user who names one column describes the whole layout
-        given = given | columns
-    inherited = {
-        name: getattr(trained_on, name)
-        for name in names
-        if name not in given and getattr(trained_on, name) != getattr(settings, name)
-    }
-    if inherited:
-        values = ", ".join(f"{name} {value!r}" for name, value in inherited.items())
-        report(Note(f"as in training: {values}"))
-    return settings.model_copy(update=inherited)
+def _score(outcome: _Outcome, predictions: list[str], task: _Task) -> dict[str, float]:
+    """Return the built-in metrics."""
+    mean = outcome.losses.mean
+    losses = {"loss": round(mean, 6), "perplexity": round(math.exp(min(mean, 700.0)), 4)}
+    return losses | score(predictions, task.chosen.targets, task.names)
 
 
-def _load_examples(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> _EvaluationSet:
-    """Load the examples of a token cache, or encode conversations with the model's conversation template."""
-    path = Path(settings.data_path[0])
-    if is_cache(path):
-        if len(settings.data_path) > 1:
-            raise DataError(
-                f"data_path: {path}: a token cache can't be combined with other data",
-                hint="give one token cache, or only conversations",
-            )
-        return _load_cache_examples(open_cache(path), settings, loaded, report)
-    tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
-    encoder = make_encoder(tokenizer)
-    files = find_files([str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path])
-    records = read_records(files, settings.max_record_bytes)
-    sample = take_sample(records)
-    template, default_template = find_template(settings.conversation_template, loaded.template_files), None
-    if template is None:
-        default_template = choose_default_template(sample, files, settings)
-        template = load_template(default_template)
-    records = chain(drain(sample), records)
-    examples: list[Example] = []
-    targets: list[str] = []
-    rejected: list[tuple[RecordLocation, Rejection]] = []
-    num_pairs = num_truncated = 0
-    for location, outcome in _encode(records, settings, template, encoder, tokenizer):
-        if isinstance(outcome, Rejection):
-            rejected.append((location, outcome))
-            continue
-        example, target, is_pair, is_truncated = outcome
-        if default_template == PAIR_TEMPLATE and not is_pair:
-            raise make_mixed_data_error(location, num_pairs)
-        examples.append(example)
-        targets.append(target)
-        num_pairs += is_pair
-        num_truncated += is_truncated
-        if len(examples) == settings.num_data:
-            break
-    if default_template is not None:
-        if num_pairs == 0:
-            report(Note(f"the model has no conversation template of its own; using {default_template}"))
-        report_default_template(default_template, num_pairs, format_count(len(examples), "example"), report)
-    _report_rejected(rejected, report)
-    if num_truncated:
-        truncated = f"{format_count(num_truncated, 'example')} truncated to model_max_length"
-        report(Note(f"{truncated} {settings.model_max_length}", True))
-    if not examples:
-        raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
-    return _EvaluationSet(examples, targets, tokenizer, template.answer_suffix)
+def _compute_custom_metrics(task: _Task, predictions: list[list[str]]) -> list[dict[str, float]]:
+    """Compute the custom metrics of each model.
 
-
-def _encode(
-    records: Iterator[RawRecord],
-    settings: EvaluateSettings,
-    template: Template,
-    encoder: Encoder,
-    tokenizer: Tokenizer,
-) -> Iterator[tuple[RecordLocation, Rejection | tuple[Example, str, bool, bool]]]:
-    """Yield a record's rejection, or for each of its targets (example, target as text, is pair, was truncated).
-
-    They come in the order of the records, so that a caller that stops early has counted only what it used.
+    Raises:
+        SettingsError: a function fails; says that the predictions are in the folder.
     """
-    while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
-        read = [read_conversation(record, settings, encoder) for record in batch]
-        pieces = [render_conversation(each, template) for each in read if isinstance(each, Conversation)]
-        encodings = iter(encode_batch(pieces, encoder, settings.model_max_length))
-        for record, conversation in zip(batch, read, strict=True):
-            if isinstance(conversation, Rejection):
-                yield record.location, conversation
-                continue
-            encoded = next(encodings)
-            for span in encoded.spans:
-                example = extract_example(encoded.ids, span, tokenizer.eos_token_id)
-                text = conversation.turns[span.turn].text
-                if not span.target_is_whole:
-                    text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
-                is_truncated = not (span.source_is_whole and span.target_is_whole)
-                yield record.location, (example, text, conversation.is_pair, is_truncated)
-
-
-def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: Report) -> None:
-    if bad := sum(rejection.reason == LABELED_BAD for _, rejection in rejected):
-        was_left_out = "was left out" if bad == 1 else "were left out"
-        report(Note(f"{format_count(bad, 'record')} labeled bad (label: false, kto_tag: false) {was_left_out}", True))
-    if broken := [each for each in rejected if each[1].reason != LABELED_BAD]:
-        location, first = broken[0]
-        report(Note(f"{format_count(len(broken), 'record')} rejected, the first: {location}: {first.message}", True))
-
-
-def _load_cache_examples(
-    cache: Cache, settings: EvaluateSettings, loaded: LoadedModel, report: Report
-) -> _EvaluationSet:
-    saved, made = loaded.tokenizer_folder / "tokenizer.json", cache.tokenizer_folder / "tokenizer.json"
-    tokenizer = load_tokenizer(cache.tokenizer_folder)
-    same = saved.is_file() and made.is_file() and hash_file(saved) == hash_file(made)
-    if not same and not _is_extension(tokenizer, loaded.tokenizer):
-        raise DataError(
-            f"data_path: {cache.folder}: made with another tokenizer than that of {loaded.tokenizer_folder}",
-            hint="pass the conversation files instead of the cache",
-        )
-    _, held_out = cache.split_as_prepared()
-    if held_out is not None:
-        report(Note(f"{cache.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
-    cache = held_out or cache
-    if settings.num_data is not None:
-        cache = cache.take(settings.num_data)
-    template = parse_template(read_yaml(cache.folder / TEMPLATE_FILE), cache.folder / TEMPLATE_FILE)
-    targets = [decode_reference(tokenizer, example.target_T, template.answer_suffix) for example in cache]
-    return _EvaluationSet(cache, targets, tokenizer, template.answer_suffix)
-
-
-def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:
-    """Whether a tokenizer has all tokens of the base's, with the same ids."""
-    vocabulary = tokenizer.get_vocab()
-    return all(vocabulary.get(token) == index for token, index in base.get_vocab().items())
+    functions = task.settings.metric or []
+    try:
+        return [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]
+    except SettingsError as error:
+        hint = f"{error.hint}; " if error.hint else ""
+        replace = " (--overwrite replaces them)" if task.folder == task.settings.output_dir else ""
+        hint += f"the predictions are in {task.folder / PREDICTIONS_FILE}{replace}"
+        raise SettingsError(*error.problems, hint=hint) from error

@@ -22,52 +22,20 @@ from t5tune.checkpoints.base import find_base, read_config
 from t5tune.data.batching import Integers, estimate_cost, make_count_batches
 from t5tune.data.cache import is_cache, open_cache
 from t5tune.errors import SettingsError
-from t5tune.families import find_family, match_family
+from t5tune.families import find_family
 from t5tune.model.device import has_bf16
 from t5tune.model.known_configs import KNOWN_CONFIGS
-from t5tune.model.load import count_parameters
-from t5tune.model.memory import (
-    BatchLengths,
-    StepMemory,
-    build_empty_training_model,
-    count_weight_bytes,
-    measure_step,
-)
+from t5tune.model.memory import BatchLengths
 from t5tune.progress import Note, Report, count_done, silent
-from t5tune.settings import PlanSettings, TrainSettings, packaged_templates
+from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.fields import parse_gpu_memory
 from t5tune.training.batches import count_steps, make_budget_sampler
+from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
 
-MIB, GIB = 1 << 20, 1 << 30
-GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
-USABLE_GPU_SHARE = 0.92  # the rest is lost to fragmentation in the allocator
-# with gradient checkpointing, the heap on a CPU was measured at 1.5 to 2.4 times the size of the step's tensors
-HEAP_FRAGMENTATION = 1.85
 NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
 MAX_SUGGESTED_BATCH_SIZE = 64
 GOOD_BATCH_SIZE = 4  # examples per micro-batch from which a GPU is well used
 STAGES = ("none", "zero1", "zero2", "zero3", "zero3-offload")
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """Bytes per device with one DeepSpeed config.
-
-    Args:
-        stage: `none` (no partitioning: each process has everything), or the name of a packaged DeepSpeed config.
-        runtime: memory of Python's libraries on a CPU, of the CUDA context on a GPU.
-        host: bytes offloaded to the machine's memory, summed over all processes.
-    """
-
-    stage: str
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    runtime: int
-    total: int
-    host: int
-    fits: bool | None
 
 
 @dataclass(frozen=True)
@@ -103,17 +71,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Machine:
-    """The devices to plan for; `memory` is in bytes per device, None if unknown."""
-
-    on_gpu: bool
-    count: int
-    memory: int | None
-    name: str
-    has_bf16: bool
-
-
-@dataclass(frozen=True)
 class _Data:
     """Example lengths in tokens: those of a token cache (`is_real`), or of one micro-batch of equally long examples."""
 
@@ -142,7 +99,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     largest = _find_largest_batch(batches, data, packed=settings.packing != "off")
     # each step takes seconds for a large model
     with count_done("measuring the memory of steps", report, unit="steps") as step_done:
-        estimator = _MemoryEstimator(config, settings, machine, data.num_added_tokens, step_done)
+        estimator = MemoryEstimator(config, settings, machine, data.num_added_tokens, step_done)
         stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *STAGES])]
         suggestion = _suggest_settings(config, settings, machine, data, step_done)
     trainable, total = estimator.counts
@@ -172,107 +129,17 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     )
 
 
-class _MemoryEstimator:
-    """Estimates memory per device for one way of training; each kind of step is measured once and cached."""
-
-    def __init__(
-        self,
-        config: dict[str, Any],
-        settings: PlanSettings,
-        machine: _Machine,
-        num_added_tokens: int,
-        step_done: Callable[[int], None],
-    ) -> None:
-        self.config, self.settings, self.machine, self.step_done = config, settings, machine, step_done
-        self.num_token_rows = min(num_added_tokens, match_family(config).num_unused_rows)
-        model = self._build_empty_model(deepspeed=False)
-        self.weights = count_weight_bytes(model, settings)
-        self.counts = count_parameters(model)
-        self._steps: dict[Any, StepMemory] = {}
-
-    def estimate(self, stage: str, lengths: BatchLengths) -> StageMemory:
-        """Estimate the bytes per device with a DeepSpeed config, for one micro-batch of these lengths."""
-        step = self._measure_step(lengths, stage != "none", _read_zero_config(stage).get("stage", 0) == 3)
-        is_fragmented = self.settings.gradient_checkpointing and not self.machine.on_gpu
-        activations = int(step.activations * (HEAP_FRAGMENTATION if is_fragmented else 1))
-        return self._partition(stage, step.gradients, activations)
-
-    def can_fit(self, stage: str) -> bool:
-        """Whether the memory held between steps fits: a quick check before a step is measured, which takes seconds."""
-        return self._partition(stage, 0, 0).fits is not False
-
-    def _partition(self, stage: str, gradients: int, activations: int) -> StageMemory:
-        """Distribute the memory over the devices and the host, as DeepSpeed's ZeRO stage and offloading do."""
-        zero = _read_zero_config(stage)
-        level, count = int(zero.get("stage", 0)), self.machine.count
-        under_deepspeed = stage != "none"
-        trainable = self.counts[0]
-        # what is trained is in fp32; DeepSpeed keeps it in the compute dtype, with an fp32 copy in the optimizer
-        width, masters = (2, 4 * trainable) if under_deepspeed and self.settings.bf16 else (4, 0)
-        frozen = 0 if self.settings.train_mode == "full" else sum(self.weights.values())
-        held = whole = frozen + width * trainable
-        optimizer = masters + _count_optimizer_bytes(self.settings.optim) * trainable
-        host = 0
-        if level >= 1:
-            optimizer //= count
-        if level >= 2:
-            gradients //= count
-        # ZeRO-3 gathers partitioned parameters for a step, and keeps up to max_live_parameters of them for reuse
-        gathered = int(zero.get("stage3_max_live_parameters", 10**9)) * held // self.counts[1]
-        if level == 3:
-            held //= count
-            activations += min(whole - held, gathered)
-        if zero.get("offload_optimizer", {}).get("device") == "cpu":
-            host, optimizer = host + optimizer * count, 0
-        if zero.get("offload_param", {}).get("device") == "cpu":
-            activations += min(held, gathered)
-            host, held = host + held * count, 0
-        runtime = GPU_RUNTIME_BYTES if self.machine.on_gpu else psutil.Process().memory_info().rss
-        total = held + gradients + optimizer + activations + runtime
-        if not self.machine.on_gpu:
-            total += host // count
-        memory = self.machine.memory
-        fits = None if memory is None else total <= memory * (USABLE_GPU_SHARE if self.machine.on_gpu else 1.0)
-        return StageMemory(stage, held, gradients, optimizer, activations, runtime, total, host, fits)
-
-    def _build_empty_model(self, deepspeed: bool) -> Any:
-        return build_empty_training_model(self.config, self.settings, self.num_token_rows, deepspeed)
-
-    def _measure_step(self, lengths: BatchLengths, deepspeed: bool, reentrant: bool) -> StepMemory:
-        key = (lengths, deepspeed, reentrant and self.settings.gradient_checkpointing)
-        if key not in self._steps:
-            model = self._build_empty_model(deepspeed)
-            self._steps[key] = measure_step(
-                model, lengths, self.settings, self.machine.on_gpu, reentrant, autocast=not deepspeed
-            )
-            self.step_done(1)
-        return self._steps[key]
-
-
-def _read_zero_config(stage: str) -> dict[str, Any]:
-    return {} if stage == "none" else dict(packaged_templates.read_deepspeed_config(stage).get("zero_optimization", {}))
-
-
-def _count_optimizer_bytes(name: str) -> int:
-    """Return the bytes of optimizer state per trainable parameter (two fp32 moments for Adam)."""
-    if "8bit" in name:
-        return 2
-    if name == "adafactor":
-        return 1  # its state is one row and one column per matrix
-    return 4 if name == "sgd" else 8
-
-
-def _detect_machine(settings: PlanSettings) -> _Machine:
+def _detect_machine(settings: PlanSettings) -> Machine:
     memory = parse_gpu_memory(settings.gpu_memory) if settings.gpu_memory else None
     found = 0 if settings.use_cpu else torch.cuda.device_count()
     if memory is None and settings.num_processes is None and found:
         properties = torch.cuda.get_device_properties(0)
         count, has_own_bf16 = settings.num_gpus or found, has_bf16(torch.device("cuda"))
-        return _Machine(True, count, int(properties.total_memory), properties.name, has_own_bf16)
+        return Machine(True, count, int(properties.total_memory), properties.name, has_own_bf16)
     if memory is not None or settings.num_gpus:
-        return _Machine(True, settings.num_gpus or 1, memory, "GPU", has_bf16=True)
+        return Machine(True, settings.num_gpus or 1, memory, "GPU", has_bf16=True)
     count = settings.num_processes or 1
-    return _Machine(False, count, psutil.virtual_memory().total // count, "CPU", has_bf16=False)
+    return Machine(False, count, psutil.virtual_memory().total // count, "CPU", has_bf16=False)
 
 
 def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str, Any], Path]:
@@ -345,7 +212,7 @@ def _compute_padding(settings: PlanSettings, batches: list[Integers], data: _Dat
 
 
 def _suggest_settings(
-    config: dict[str, Any], settings: PlanSettings, machine: _Machine, data: _Data, step_done: Callable[[int], None]
+    config: dict[str, Any], settings: PlanSettings, machine: Machine, data: _Data, step_done: Callable[[int], None]
 ) -> Suggestion | None:
     """Return the fastest settings that fit GOOD_BATCH_SIZE examples, else those that fit the most; None: nothing fits.
 
@@ -358,7 +225,7 @@ def _suggest_settings(
         candidate = settings.model_copy(update=changes)
         if _find_refusals(candidate):
             continue
-        estimator = _MemoryEstimator(config, candidate, machine, data.num_added_tokens, step_done)
+        estimator = MemoryEstimator(config, candidate, machine, data.num_added_tokens, step_done)
         found = _find_largest_batch_size(estimator, candidate.deepspeed or "none", data)
         if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
             flags = _format_flags(settings, {**changes, "per_device_train_batch_size": found[0]}, machine)
@@ -368,7 +235,7 @@ def _suggest_settings(
     return best
 
 
-def _list_candidates(settings: PlanSettings, machine: _Machine) -> list[dict[str, Any]]:
+def _list_candidates(settings: PlanSettings, machine: Machine) -> list[dict[str, Any]]:
     """List changes of the settings, from the fastest to those that need the least memory; `train` may refuse some."""
     base: dict[str, Any] = {
         # train refuses bf16 on a GPU that only emulates it
@@ -399,7 +266,7 @@ def _find_refusals(settings: PlanSettings) -> list[str]:
     return []
 
 
-def _find_largest_batch_size(estimator: _MemoryEstimator, stage: str, data: _Data) -> tuple[int, int] | None:
+def _find_largest_batch_size(estimator: MemoryEstimator, stage: str, data: _Data) -> tuple[int, int] | None:
     """Find the largest batch size, a power of two, that fits if every example is as long as the longest.
 
     Returns:
@@ -420,7 +287,7 @@ def _find_largest_batch_size(estimator: _MemoryEstimator, stage: str, data: _Dat
     return size, first.total + (size - 1) * each
 
 
-def _format_flags(settings: PlanSettings, changes: dict[str, Any], machine: _Machine) -> str:
+def _format_flags(settings: PlanSettings, changes: dict[str, Any], machine: Machine) -> str:
     """Format the flags that change the settings: what they turn on, and what they turn off if it was on."""
     if machine.count > 1:
         changes = {**changes, "num_gpus" if machine.on_gpu else "num_processes": machine.count}

@@ -35,7 +35,7 @@ from t5tune.training.run_folder import (
     read_saved_settings,
     save_settings,
 )
-from t5tune.training.validate import check_machine, check_settings, suggest_learning_rate
+from t5tune.training.validate import check_machine, check_settings, check_starts_no_processes, suggest_learning_rate
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -92,13 +92,7 @@ def _check_call(settings: TrainSettings, world: World) -> None:
     """Refuse what the command line does before it calls `train`."""
     if settings.dry_run:
         raise SettingsError("dry_run: a call of train trains", hint="call plan(PlanSettings(…)) instead")
-    for name in ("num_gpus", "num_processes"):
-        number = getattr(settings, name)
-        if number not in (None, 1) and not world.launched:
-            raise SettingsError(
-                f"{name}: {number}: a call of train starts no processes",
-                hint=f"start the script with torchrun --nproc-per-node {number}, or run t5tune train",
-            )
+    check_starts_no_processes(settings, world)
 
 
 def _explain_out_of_memory(settings: TrainSettings) -> AbstractContextManager[None]:
@@ -289,6 +283,7 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
 
 
 def _make_prepare_settings(settings: TrainSettings, data: list[str], cache: Path) -> PrepareSettings:
-    values = {name: getattr(settings, name) for name in PrepareSettings.model_fields}
+    names = PrepareSettings.model_fields.keys() & TrainSettings.model_fields.keys()  # train prepares no part
+    values = {name: getattr(settings, name) for name in names}
     # train holds out examples itself, so that a change of eval_fraction or seed doesn't need another cache
     return PrepareSettings(**{**values, "data_path": data, "output_dir": cache, "eval_fraction": 0.0, "seed": 0})

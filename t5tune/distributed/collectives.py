@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from t5tune.distributed.world import RESUME_HINT, World
+from t5tune.distributed.world import RERUN_HINT, World
 from t5tune.errors import RankLost, T5TuneError, TrainingError
 from t5tune.io.reasons import to_one_line
 
@@ -95,17 +95,33 @@ def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
         finally:  # after any other error, the others lose their connection in the broadcast
             store.set(done, "yes")
     else:
-        _wait_for_key(store, done)
+        wait_until(lambda: bool(store.check([done])))
     found = broadcast_from_rank_0(found)
     if isinstance(found, T5TuneError):
         raise found
     return found  # type: ignore[return-value]
 
 
-def _wait_for_key(store: Any, key: str) -> None:
-    # `store.wait` would keep Python from handling signals
+def run_only_on_rank_0(world: World, act: Callable[[], Value]) -> Value | None:
+    """Call `act` on rank 0 while the others wait, as `run_on_rank_0` does, but return None on the others.
+
+    Raises:
+        T5TuneError: `act` raised it; every rank raises it.
+    """
+    kept: Value | None = None
+
+    def act_and_keep() -> None:
+        nonlocal kept
+        kept = act()
+
+    run_on_rank_0(world, act_and_keep)
+    return kept
+
+
+def wait_until(is_over: Callable[[], bool]) -> None:
+    """Wait until the store says what `is_over` asks for. `store.wait` would keep Python from handling signals."""
     pause = 0.01
-    while not store.check([key]):
+    while not is_over():
         time.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE)
 
@@ -156,7 +172,7 @@ def report_lost_ranks(world: World) -> Iterator[None]:
         if world.size == 1 or not _is_rank_loss(error):
             raise
         problem = f"rank {world.rank}: {describe_silence(_find_silent_ranks(world))}"
-        raise RankLost(problem, hint=RESUME_HINT) from error
+        raise RankLost(problem, hint=RERUN_HINT) from error
 
 
 def describe_silence(ranks: list[int]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -28,7 +28,7 @@ from t5tune.distributed.signals import (
     choose_signals,
     get_exit_code,
 )
-from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, RESUME_HINT, World
+from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, RERUN_HINT, World
 from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import die_with_parent, make_module_command
@@ -40,18 +40,21 @@ SECONDS_TO_REPORT = 2.0  # how long the other ranks have to report their own err
 
 
 def launch(
-    settings_path: Path, count: int, arguments: list[str], max_restarts: int = 0, report: Report = silent
+    arguments: list[str], count: int, max_restarts: int = 0, report: Report = silent, stdout: IO[str] | None = None
 ) -> None:
-    """Run `t5tune train --config settings_path` in `count` processes on this machine, and wait for them.
+    """Run `t5tune` with these arguments in `count` processes on this machine, and wait for them.
+
+    Args:
+        stdout: what they print results to; None: the same as this process.
 
     Raises:
         T5TuneError: the error of the worker that failed first, or how that worker ended.
         Stopped: a signal asked to stop.
     """
-    command = make_module_command("t5tune", "train", "--config", str(settings_path), *arguments)
+    command = make_module_command("t5tune", *arguments)
     with _record_signals() as received:
         for restart in range(max_restarts + 1):
-            failure = _run(command, count, received)
+            failure = _run(command, count, received, stdout)
             if failure is None:
                 return
             # the subclasses are errors that t5tune itself detected, and would detect again
@@ -123,10 +126,12 @@ def _record_signals() -> Iterator[_ReceivedSignals]:
             signal.signal(number, signal.SIG_IGN if received.first else handler)
 
 
-def _run(command: list[str], count: int, received: _ReceivedSignals) -> T5TuneError | None:
+def _run(
+    command: list[str], count: int, received: _ReceivedSignals, stdout: IO[str] | None = None
+) -> T5TuneError | None:
     """Run the workers until they end. Return the error that ended them, or None."""
     with tempfile.TemporaryDirectory(prefix="t5tune-errors-") as folder:
-        workers = _start(command, count, folder)
+        workers = _start(command, count, folder, stdout)
         try:
             _watch(workers, received)
             ended = [worker.poll() for worker in workers]
@@ -144,7 +149,7 @@ def _run(command: list[str], count: int, received: _ReceivedSignals) -> T5TuneEr
         return error
 
 
-def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen[bytes]]:
+def _start(command: list[str], count: int, folder: str, stdout: IO[str] | None) -> list[subprocess.Popen[bytes]]:
     common = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -159,6 +164,7 @@ def _start(command: list[str], count: int, folder: str) -> list[subprocess.Popen
             subprocess.Popen(
                 command,
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=stdout,
                 preexec_fn=die_with_parent,
             )
             for rank in range(count)
@@ -206,7 +212,7 @@ def _find_first_error(folder: Path, ended: list[int | None], received: _Received
     left = ", ".join(str(rank) for rank, code in enumerate(ended) if code is None)
     if -signal.SIGABRT in ended and left:
         aborted = f"rank {ended.index(-signal.SIGABRT)} was killed by SIGABRT, as NCCL does if another rank hangs"
-        return RankLost(f"{aborted}; still running: rank {left}", hint=RESUME_HINT)
+        return RankLost(f"{aborted}; still running: rank {left}", hint=RERUN_HINT)
     for rank, code in enumerate(ended):
         if code is not None and code < 0:
             hint = "unless someone killed it, the machine may have run out of memory"

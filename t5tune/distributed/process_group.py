@@ -1,4 +1,4 @@
-"""Process group of a training run's ranks."""
+"""Process group of the ranks that train or evaluate together."""
 
 import io
 import os
@@ -22,30 +22,29 @@ from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, Stopped
 from t5tune.model.device import DOCTOR_HINT, choose_device, read_nvidia_driver
 from t5tune.progress import Note, Report
-from t5tune.settings import TrainSettings
+from t5tune.settings import EvaluateSettings, TrainSettings
 
 SECONDS_FOR_WATCH = 60  # more than the rank watch takes to name a rank, after the timeout
 
 
 @contextmanager
-def join_process_group(world: World, settings: TrainSettings, report: Report) -> Iterator[Any]:
+def join_process_group(
+    world: World, settings: TrainSettings | EvaluateSettings, report: Report
+) -> Iterator[torch.device]:
     """Choose the device, and join a process group for this block if there are several ranks or DeepSpeed.
 
     Yields:
-        The torch device to train on.
+        The torch device to compute on.
     """
-    chooses_cpu = settings.use_cpu or settings.num_processes is not None
-    device = choose_device(chooses_cpu, world.local_rank)
-    if device.type == "cpu" and not chooses_cpu and (driver := read_nvidia_driver()):
-        problem = f"torch can't use the NVIDIA driver ({driver})"
-        report(Note(f"{problem}: training on the CPU; {DOCTOR_HINT}", warning=True))
+    device = _choose_device(world, settings, report)
+    uses_deepspeed = isinstance(settings, TrainSettings) and settings.deepspeed is not None
     # NCCL's watchdog aborts a rank that waits for a lost one; the rank watch is to name the lost one before that
     extra = SECONDS_FOR_WATCH if device.type == "cuda" else 0
     timeout = timedelta(seconds=settings.process_group_timeout + extra)
     failed = True
     with restore_environment(), use_default_timeout(timeout):
         try:
-            _join(world, device, timeout, settings.deepspeed is not None, report)
+            _join(world, device, timeout, uses_deepspeed, report)
             yield device
             failed = False
         except Stopped:  # all ranks agreed to stop, so none is waiting in a collective
@@ -56,6 +55,18 @@ def join_process_group(world: World, settings: TrainSettings, report: Report) ->
             # at once: the others may be waiting in a collective, and destroying the group would wait for them.
             if is_distributed() and not (failed and world.size > 1):
                 dist.destroy_process_group()
+
+
+def _choose_device(world: World, settings: TrainSettings | EvaluateSettings, report: Report) -> torch.device:
+    """Choose the device of this rank, and warn if that is the CPU although there is an NVIDIA driver."""
+    name = settings.device if isinstance(settings, EvaluateSettings) else None
+    chooses_cpu = settings.use_cpu or settings.num_processes is not None or name is not None
+    device: torch.device = choose_device(settings.use_cpu or settings.num_processes is not None, world.local_rank, name)
+    if device.type == "cpu" and not chooses_cpu and (driver := read_nvidia_driver()):
+        what = "training" if isinstance(settings, TrainSettings) else "evaluating"
+        problem = f"torch can't use the NVIDIA driver ({driver})"
+        report(Note(f"{problem}: {what} on the CPU; {DOCTOR_HINT}", warning=True))
+    return device
 
 
 def choose_backend(device_type: str) -> str:

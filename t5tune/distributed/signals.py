@@ -70,7 +70,7 @@ class StopRequest:
         self._exits = exits
         self.signal_name: str | None = None
         self._came_at = 0.0
-        self._is_interruptible = False
+        self._interruptible_when: str | None = None
         self._exit_timer: threading.Timer | None = None
         self._is_exiting = threading.Event()
 
@@ -94,7 +94,7 @@ class StopRequest:
             return
         self.signal_name = signal.Signals(number).name
         self._came_at = time.monotonic()
-        if self._is_interruptible:
+        if self._interruptible_when is not None:
             self._interrupt()
         if number == signal.SIGINT:
             # in a thread: the signal may have interrupted a report, which must not be entered a second time
@@ -119,15 +119,18 @@ class StopRequest:
                     self._exit_now(SECOND_SIGNAL)
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Let a signal interrupt the block, for work before the first step, where there is nothing to save.
+    def interruptible(self, when: str = "before training began") -> Iterator[None]:
+        """Let a signal interrupt the block, for work that has nothing to save, such as that before the first step.
+
+        Args:
+            when: completes the message `stopped by SIGTERM …`.
 
         Raises:
             Stopped: a signal arrived, before or during the block.
         """
         try:
             with hide_unraisable(Interrupted):
-                self._is_interruptible = True
+                self._interruptible_when = when
                 if self.is_set:
                     self._interrupt()
                 yield
@@ -136,14 +139,14 @@ class StopRequest:
         except (Interrupted, Exception) as error:
             if not self.is_set:
                 raise
-            raise self.make_error("before training began") from error
+            raise self.make_error(when) from error
         finally:
-            self._is_interruptible = False
+            self._interruptible_when = None
 
     def _interrupt(self) -> NoReturn:
         if self._exits and self._exit_timer is None:
-            reason = "before training began; exiting, since the work in progress can't be interrupted"
-            line = f"{self._describe()} {reason}"
+            reason = "exiting, since the work in progress can't be interrupted"
+            line = f"{self._describe()} {self._interruptible_when}; {reason}"
             self._exit_timer = threading.Timer(SECONDS_TO_UNWIND, self._exit_now, [line])
             self._exit_timer.daemon = True
             self._exit_timer.start()

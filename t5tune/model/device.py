@@ -12,8 +12,12 @@ from typing import Any
 
 from t5tune.errors import OutOfMemory, SettingsError
 
-# parameters of mallopt(3), from glibc's malloc.h
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = (
+    -1,
+    -2,
+    -3,
+    -4,
+)  # parameters of mallopt(3), from glibc's malloc.h
 DOCTOR_HINT = "t5tune doctor says how to fix that"
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 NVIDIA_DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -35,7 +39,9 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
 
     if name not in (None, "cpu"):
         try:
-            return torch.zeros(1, device=name).device
+            device = torch.zeros(1, device=name).device
+            if name != "cuda":  # which names no GPU, so each rank takes its own
+                return device
         except (RuntimeError, AssertionError) as error:  # the error differs by device and by torch's build
             reason = str(error).splitlines()[0]
             raise SettingsError(f"device: {name}: {reason}", hint="cpu always works") from None

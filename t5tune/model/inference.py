@@ -1,7 +1,7 @@
 """Load a model for inference: a base, optionally quantized and with an adapter, or a merged checkpoint."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, T
 from t5tune.io.reasons import to_one_line
 from t5tune.model.device import check_bf16, choose_device, has_bf16
 from t5tune.model.load import load_base
-from t5tune.model.lora import replace_trainable_token_layers
+from t5tune.model.lora import list_parameters, replace_trainable_token_layers
+from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.shared import InferenceSettings
 
@@ -38,6 +39,7 @@ class LoadedModel:
         training_data: how its training examples were made; None if unknown.
         template_files: possible paths of its conversation template, the preferred one first.
         num_rows: rows of the embedding.
+        engine: DeepSpeed's, which gathers the weights of a partitioned model as long as it exists.
     """
 
     base: Path
@@ -48,15 +50,25 @@ class LoadedModel:
     training_data: TrainingData | None
     template_files: list[Path]
     num_rows: int
+    engine: Any = None
 
 
-def load_for_inference(settings: InferenceSettings, report: Report = silent) -> LoadedModel:
+def load_for_inference(
+    settings: InferenceSettings,
+    report: Report = silent,
+    device: torch.device | None = None,
+    zero3: dict[str, Any] | None = None,
+) -> LoadedModel:
     """Load the model that the settings name. If that is an adapter or a run folder, its base is loaded too.
+
+    Args:
+        device: where to; None: as the settings say.
+        zero3: a DeepSpeed config with ZeRO-3, to partition the model among the ranks; None: each rank has all of it.
 
     Raises:
         ModelError, CheckpointError: the base or the adapter can't be used.
     """
-    base, adapter = _find_base_and_adapter(settings, report)
+    base, adapter = find_base_and_adapter(settings, report)
     family: str | None = settings.family
     if adapter is not None:
         config, state = read_adapter(adapter)
@@ -66,14 +78,20 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
         check_adapter_shapes(
             state, config, find_family(base_config, base, family).complete_config(base_config), adapter
         )
-    device = choose_device(settings.use_cpu, name=settings.device)
+    device = device or choose_device(settings.use_cpu, name=settings.device)
     if settings.bf16:
         check_bf16(device)
     in_bf16 = has_bf16(device) if settings.bf16 is None else settings.bf16
-    model = load_base(base, torch.bfloat16 if in_bf16 else torch.float32, device, settings, family, report)
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    partitioner = None if zero3 is None else Zero3Partitioner(zero3, dtype)
+    model = load_base(base, dtype, device, settings, family, report, partitioner)
     if adapter is not None:
-        model = load_adapter(model, adapter)
+        copied = list_parameters(model, config.get("modules_to_save") or [])
+        with nullcontext() if partitioner is None else partitioner.prepare_peft(copied):
+            model = load_adapter(model, adapter)
         replace_trainable_token_layers(model)  # PEFT would copy the whole embedding and head in each forward
+    if partitioner is not None:
+        partitioner.partition_model(model)
     folders = [base] if adapter is None else [adapter, base]
     tokenizer_folder = next((folder for folder in folders if (folder / TOKENIZER_CONFIG_FILE).is_file()), base)
     return LoadedModel(
@@ -85,10 +103,12 @@ def load_for_inference(settings: InferenceSettings, report: Report = silent) -> 
         training_data=read_training_data(folders[0]),
         template_files=[folder / TEMPLATE_FILE for folder in folders],
         num_rows=int(model.config.vocab_size),
+        engine=None if partitioner is None else partitioner.set_up_inference(model),
     )
 
 
-def _find_base_and_adapter(settings: InferenceSettings, report: Report) -> tuple[Path, Path | None]:
+def find_base_and_adapter(settings: InferenceSettings, report: Report = silent) -> tuple[Path, Path | None]:
+    """Find the folders of the base, which is downloaded if need be, and of the adapter if there is one."""
     folder = Path(settings.model_name_or_path)
     if settings.adapter is not None or not is_adapter(folder):
         return find_base(settings), settings.adapter
@@ -100,6 +120,21 @@ def _find_base_and_adapter(settings: InferenceSettings, report: Report) -> tuple
 def is_adapter(folder: Path) -> bool:
     """Whether a folder contains an adapter and not a whole model."""
     return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def read_training_precision(adapter: Path) -> dict[str, Any]:
+    """Read how the base was loaded when an adapter was trained: `bf16`, `q_lora` and what belongs to it, as settings.
+
+    Empty if t5tune didn't train the adapter.
+    """
+    metadata = read_base_metadata(adapter)
+    if "onto" not in metadata:
+        return {"bf16": metadata["bf16"], "q_lora": False} if "bf16" in metadata else {}
+    quantization: dict[str, Any] = {
+        name: metadata[name] for name in ("double_quant", "quantize_wo") if name in metadata
+    }
+    in_bf16 = metadata.get("bf16", metadata.get("compute") != "float32")
+    return {"bf16": in_bf16, "q_lora": True, "quant_type": metadata["onto"], **quantization}
 
 
 def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:

@@ -77,7 +77,7 @@ def add_lora(
         task_type=TaskType.SEQ_2_SEQ_LM,
         trainable_token_indices=token_indices,
     )
-    copied = _list_parameters(model, config.modules_to_save or [])
+    copied = list_parameters(model, config.modules_to_save or [])
     with nullcontext() if partitioner is None else partitioner.prepare_peft(copied):
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     replace_trainable_token_layers(peft_model)
@@ -133,7 +133,7 @@ def _select_modules_to_save(model: Any, settings: LoraSettings) -> list[str] | N
     return list(settings.modules_to_save) if settings.modules_to_save else None
 
 
-def _list_parameters(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
+def list_parameters(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
     """List the parameters of the modules whose path ends with one of the names."""
     return [
         parameter

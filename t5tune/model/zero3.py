@@ -10,8 +10,9 @@ is read. So no rank needs memory for more than its share of the base and the lar
 `from_pretrained`, as transformers does with DeepSpeed, replaces Flan-T5's untied head with its embedding.
 """
 
+import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ import torch.distributed as dist
 from torch import nn
 
 from t5tune.compat.peft_patches import gather_in_peft
+from t5tune.model.device import get_free_memory
 from t5tune.model.loss import TargetLoss, read_head_weights
+
+HOLDER = -1  # takes the place of a module's number among those that use a parameter
 
 
 class Zero3Partitioner:
@@ -38,13 +42,14 @@ class Zero3Partitioner:
         # keeps the input of every frozen layer for the backward pass. Only the config can turn this off: in 0.19, the
         # argument of Init with the same name has no effect.
         zero.setdefault("memory_efficient_linear", False)
+        self._configuration = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": zero,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+        }
         first = nn.ParameterList([nn.Parameter(torch.zeros(1, dtype=dtype))])
         # not entered as a context, which would patch the constructors of all modules
-        deepspeed.zero.Init(
-            module=first,
-            config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero},
-            dtype=dtype,
-        )
+        deepspeed.zero.Init(module=first, config_dict_or_path=self._configuration, dtype=dtype)
         self._convert = first[0].convert_to_zero_parameters
         self.is_rank_0 = dist.get_rank() == 0
 
@@ -71,7 +76,7 @@ class Zero3Partitioner:
             yield
 
     @contextmanager
-    def prepare_peft(self, copied: Iterable[nn.Parameter]) -> Iterator[None]:
+    def prepare_peft(self, copied: Iterable[nn.Parameter] = ()) -> Iterator[None]:
         """Let PEFT add adapters in this block: it gathers what it reads, one parameter at a time.
 
         Args:
@@ -90,6 +95,57 @@ class Zero3Partitioner:
         blocks = {type(module) for module in model.modules() if type(module).__name__.endswith("T5Block")}
         deepspeed.utils.set_z3_leaf_modules(model, sorted(blocks, key=str))
         _register_external_parameters(model)
+
+    def set_up_inference(self, model: nn.Module) -> Any:
+        """Make the forward passes of a partitioned model gather its weights. For training, the Trainer does this.
+
+        Returns:
+            DeepSpeed's engine: they do so as long as it exists.
+        """
+        import deepspeed
+
+        with redirect_stdout(io.StringIO()):  # stdout is for results only
+            return deepspeed.initialize(model=model, config=self._configuration)[0]
+
+
+@contextmanager
+def gather_decoder(model: nn.Module) -> Iterator[None]:
+    """Keep the weights that each new token needs gathered for this block, if all ranks have enough memory for that.
+
+    Otherwise ZeRO-3 gathers them for each token again. Every rank calls this.
+    """
+    import deepspeed
+
+    parameters: list[Any] = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if hasattr(parameter, "ds_id") and "encoder" not in name.split(".")
+    ]
+    if not parameters or not _have_room(parameters):
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+        for parameter in parameters:  # DeepSpeed frees what no module uses
+            parameter.ds_active_sub_modules.add(HOLDER)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(HOLDER)
+
+
+def _have_room(parameters: list[Any]) -> bool:
+    """Whether the whole parameters take at most half of the memory that is free, on every rank."""
+    device = parameters[0].device
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+    else:
+        free = get_free_memory() // dist.get_world_size()
+    needed = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+    has_room = torch.tensor(int(2 * needed <= free))
+    dist.all_reduce(has_room, dist.ReduceOp.MIN)
+    return bool(has_room)
 
 
 def _register_external_parameters(model: Any) -> None:

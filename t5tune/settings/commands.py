@@ -19,6 +19,7 @@ from t5tune.settings.data import (
 from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathAsText, PathList, Settings, WordList
 from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
+from t5tune.settings.shard import ShardSettings
 from t5tune.settings.shared import (
     BaseModelSettings,
     InferenceSettings,
@@ -27,10 +28,16 @@ from t5tune.settings.shared import (
     QuantizationSettings,
     ReplaceableOutputSettings,
 )
-from t5tune.settings.training import EvaluationSettings, ProcessSettings, RunOutputSettings, TrainingSettings
+from t5tune.settings.training import (
+    EvaluationSettings,
+    ProcessSettings,
+    RankSettings,
+    RunOutputSettings,
+    TrainingSettings,
+)
 
 
-class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, DataSettings, BaseModelSettings):
+class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, ShardSettings, BaseModelSettings):
     command: ClassVar[str] = "prepare"
     essential: ClassVar[tuple[str, ...]] = (
         "source_column", "target_column", "source_prefix", "conversation_template", "model_max_length", "num_data",
@@ -59,11 +66,7 @@ class TrainSettings(
     }
 
     @model_validator(mode="after")
-    def _check_process_and_evaluation_options(self) -> "TrainSettings":
-        if self.num_gpus and self.num_processes and self.num_gpus != self.num_processes:
-            raise ValueError(
-                f"num_gpus: {self.num_gpus} conflicts with num_processes: {self.num_processes}; give only one of them"
-            )
+    def _check_evaluation_options(self) -> "TrainSettings":
         for name in select_settings(TrainSettings, Affects.EVALUATION):
             if (value := getattr(self, name)) not in (None, "no") and self.eval_strategy == "no":
                 raise ValueError(f"{name}: {value}, but eval_strategy is no")
@@ -214,30 +217,47 @@ class ChatSettings(ConversationSettings, InferenceSettings):
     seed: int = Field(default=42, ge=0, description="Random seed for sampling.")
 
 
-class EvaluateSettings(MetricSettings, DataSettings, InferenceSettings):
+class EvaluateSettings(MetricSettings, DataSettings, RankSettings, InferenceSettings):
     command: ClassVar[str] = "evaluate"
     also_positional: ClassVar[str | None] = "model_name_or_path"
     essential: ClassVar[tuple[str, ...]] = (
         "adapter", "output_dir", "source_column", "target_column", "num_data", "metrics", "compare_base", "bf16",
+        "num_gpus",
     )  # fmt: skip
     panel: ClassVar[str] = "Evaluation"
 
     output_dir: Annotated[Path | None, NoneIfUnset] = Field(
         default=None,
-        description="Folder for predictions.jsonl; default: `evaluation` in the current folder, or the first of "
-        "evaluation.1, evaluation.2, … that doesn't exist.",
+        description="Folder for predictions.jsonl; default: a new one (evaluation, evaluation.1, …).",
     )
     overwrite: bool = Field(default=False, description="Replace the output folder even if it contains other files.")
-    compare_base: bool = Field(
-        default=False, description="Also score the base without the adapter, and show the differences."
-    )
+    compare_base: bool = Field(default=False, description="Also score the base alone, and the differences.")
     num_beams: int = Field(default=1, gt=0, description="Number of beams for beam search; 1 decodes greedily.")
     max_new_tokens: OptionalCount = Field(
         default=None, description="Maximum length of a prediction (tokens); default: the length of the longest target."
     )
-    per_device_eval_batch_size: int = Field(
-        default=32, gt=0, description="Maximum batch size for the loss and for generation (examples)."
+    per_device_eval_batch_size: OptionalCount = Field(
+        default=None,
+        description="Maximum batch size for the loss and for generation (examples); default: as many as fit a budget "
+        "of tokens.",
     )
+    bf16: bool | None = Field(
+        default=None,
+        description="Compute in bfloat16; default: as in training, else on GPUs that can.",
+    )
+    q_lora: bool = Field(
+        default=False, description="Quantize the base to 4 bits or int8; default: as in training, like its options."
+    )
+
+    @model_validator(mode="after")
+    def _check_device_of_ranks(self) -> "EvaluateSettings":
+        for name in ("num_gpus", "num_processes"):
+            fits = self.device is None or (self.device == "cpu" and name == "num_processes")
+            if getattr(self, name) not in (None, 1) and not fits:
+                raise ValueError(
+                    f"device: {self.device} conflicts with {name}: {getattr(self, name)}; leave out device"
+                )
+        return self
 
 
 class InspectSettings(Settings):

@@ -76,18 +76,24 @@ def load_settings(
     return settings, notes
 
 
-def dump_settings(settings: Settings) -> str:
-    """Write the settings as YAML; `--config` reads it back to an equal model."""
+def dump_settings(settings: Settings, only_given: bool = False) -> str:
+    """Write the settings as YAML; `--config` reads it back to an equal model.
+
+    Args:
+        only_given: leave out those that weren't set, which the command may then choose.
+    """
     from t5tune.io.yaml_file import to_yaml
 
     start_over = next((f" --{name}" for name in ("fresh", "overwrite") if name in type(settings).model_fields), "")
     header = f"# to run this again: t5tune {settings.command} --config THIS_FILE{start_over}\n"
-    return header + to_yaml(settings.model_dump(mode="json"))
+    return header + to_yaml(settings.model_dump(mode="json", exclude_unset=only_given))
 
 
-def write_settings(folder: Path, settings: Settings) -> None:
-    """Write settings.yaml to a folder."""
-    (folder / SETTINGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
+def write_settings(folder: Path, settings: Settings, only_given: bool = False) -> Path:
+    """Write settings.yaml to a folder, as `dump_settings` does, and return its path."""
+    path = folder / SETTINGS_FILE
+    path.write_text(dump_settings(settings, only_given), encoding="utf-8")
+    return path
 
 
 def _read_file(file: str) -> dict[str, _Value]:

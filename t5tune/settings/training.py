@@ -189,8 +189,10 @@ class EvaluationSettings(MetricSettings):
         description="Early stopping: count an evaluation as better only if the metric improves by more than this; "
         "default: by any amount.",
     )
-    per_device_eval_batch_size: Annotated[int, Affects.TRAINER] = Field(
-        default=8, gt=0, description="Evaluation batch size per process (examples)."
+    per_device_eval_batch_size: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None,
+        description="Maximum batch size of evaluations per process (examples); default: as many as fit a budget of "
+        "tokens.",
     )
     save_strategy: Annotated[Literal["no", "steps", "epoch"], Affects.TRAINER] = Field(
         default="steps", description="When to save a checkpoint; the last step always saves one."
@@ -217,7 +219,9 @@ class EvaluationSettings(MetricSettings):
     )
 
 
-class ProcessSettings(Settings):
+class RankSettings(Settings):
+    """How many processes to start, and how long they wait for each other."""
+
     panel: ClassVar[str] = "Processes"
 
     num_gpus: Annotated[OptionalCount, Affects.NOTHING] = Field(
@@ -226,14 +230,30 @@ class ProcessSettings(Settings):
     num_processes: Annotated[OptionalCount, Affects.NOTHING] = Field(
         default=None, description="Start this many processes on this machine, on the CPU."
     )
-    deepspeed: Annotated[str | None, NoneIfUnset, PathAsText, Affects.NOTHING] = Field(
-        default=None,
-        description="DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.",
-    )
     process_group_timeout: Annotated[int, Affects.NOTHING] = Field(
         default=1800,
         gt=0,
         description="Process-group timeout: stop if another rank doesn't respond within this time (seconds).",
+    )
+
+    @model_validator(mode="after")
+    def _check_number_of_processes(self) -> Self:
+        if self.num_gpus and self.num_processes and self.num_gpus != self.num_processes:
+            raise ValueError(
+                f"num_gpus: {self.num_gpus} conflicts with num_processes: {self.num_processes}; give only one of them"
+            )
+        return self
+
+    @property
+    def process_count(self) -> int:
+        """The number of processes that the command line starts."""
+        return self.num_gpus or self.num_processes or 1
+
+
+class ProcessSettings(RankSettings):
+    deepspeed: Annotated[str | None, NoneIfUnset, PathAsText, Affects.NOTHING] = Field(
+        default=None,
+        description="DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.",
     )
     max_restarts: Annotated[int, Affects.NOTHING] = Field(
         default=0,

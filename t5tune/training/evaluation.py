@@ -1,17 +1,13 @@
 """Losses and predictions of a model, with the examples divided among the ranks: for `train` and `evaluate`.
 
 Neither takes more memory than a training step. The losses come from the same chunked head as in training. Batches have
-a maximum number of tokens, and in generation also a maximum size of the key-value cache. If memory runs out anyway, all
-ranks halve the number of examples per batch.
-
-Every rank makes the same number of forward passes, since under ZeRO-3 each one gathers weights from all ranks.
+a maximum number of tokens, and in generation also a maximum size of the key-value cache (see evaluation_batches.py).
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +15,22 @@ import torch
 from t5tune.custom_metrics import compute_custom_metrics, try_custom_metrics
 from t5tune.data.encoding import Example
 from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
-from t5tune.distributed.collectives import all_gather, any_rank, get_rank_and_size, run_on_rank_0
+from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
-from t5tune.errors import OutOfMemory
 from t5tune.metrics import choose_metrics, score
-from t5tune.model.device import is_out_of_memory
 from t5tune.model.generation import Decoding, generate
-from t5tune.progress import Note, Report, count_done, silent
+from t5tune.progress import Report, silent
 from t5tune.training.batches import PackedCollator, PaddedCollator
+from t5tune.training.evaluation_batches import BatchRun, Lengths, make_batches
 
 EVALUATE_TASK = "evaluate"
 MAX_TOKENS_PER_BATCH = 8192  # source and target tokens; a single longer example is a batch of its own
+MIN_GENERATION_BYTES = 1 << 29  # less than small models take in training; without it, their batches would be small
 
-Found = TypeVar("Found")
-Fits = Callable[[int, int, int], bool]
-"""(number of examples, length of the longest source, length of the longest target) -> whether they fit in a batch."""
+
+def never_stopped() -> bool:
+    """Return False: the `is_stopped` of callers whose work no signal stops in between."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -57,16 +54,19 @@ def measure_losses(
     model: Any,
     examples: Sequence[Example],
     collator: PaddedCollator | PackedCollator,
-    batch_size: int,
+    batch_size: int | None,
     report: Report = silent,
+    is_stopped: Callable[[], bool] = never_stopped,
 ) -> Losses:
-    """Measure the cross-entropy of every example's target with teacher forcing.
+    """Measure the cross-entropy of every example's target with teacher forcing. Call on every rank.
 
     Args:
         batch_size: maximum number of examples per batch; long examples make smaller batches.
+        is_stopped: whether this rank has been asked to stop; asked after each batch.
 
     Raises:
         OutOfMemory: even a single example doesn't fit into memory.
+        EvaluationStopped: a rank has been asked to stop.
     """
     device = next(model.parameters()).device
 
@@ -81,11 +81,12 @@ def measure_losses(
         sums_B = torch.stack([part.double().sum() for part in parts])
         return dict(zip(indices, sums_B.tolist(), strict=True))
 
-    def fits(count: int, source: int, target: int) -> bool:
-        return count * (source + target) <= MAX_TOKENS_PER_BATCH
+    def count_tokens(count: int, source: int, target: int) -> int:
+        return count * (source + target)
 
+    batches = make_batches(_list_lengths(examples), batch_size, count_tokens, MAX_TOKENS_PER_BATCH)
     with _switch_to_eval_mode(model), torch.no_grad():
-        sums = _measure_all(model, examples, batch_size, fits, measure, "losses", report)
+        sums = BatchRun(batches, measure, f"{EVALUATE_TASK}: losses", report, is_stopped).run(_is_sharded(model))
     return Losses(sums, [len(example.target_T) for example in examples])
 
 
@@ -119,12 +120,19 @@ class GenerationScorer:
             self.world, lambda: [*choose_metrics(self.names, targets), *try_custom_metrics(self.functions, targets)]
         )
 
-    def score(self, model: Any, examples: Sequence[Example], batch_size: int, report: Report) -> dict[str, float]:
+    def score(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        batch_size: int | None,
+        report: Report,
+        is_stopped: Callable[[], bool],
+    ) -> dict[str, float]:
         """Score greedy predictions for evenly spaced examples. Custom metrics may be NaN or infinite."""
         chosen = self._select_examples(examples)
         longest = find_max_target_length(chosen)
         decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
-        generated = generate_predictions(model, chosen, decoding, batch_size, report)
+        generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped)
         predictions = [decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in generated]
         targets = self._decode_targets(chosen)
         return run_on_rank_0(
@@ -146,30 +154,38 @@ def generate_predictions(
     model: Any,
     examples: Sequence[Example],
     decoding: Decoding,
-    batch_size: int,
+    batch_size: int | None,
     report: Report = silent,
+    is_stopped: Callable[[], bool] = never_stopped,
 ) -> list[list[int]]:
-    """Generate a prediction for each example's source; its ids without the EOS token.
+    """Generate a prediction for each example's source; its ids without the EOS token. Call on every rank.
 
     Args:
         batch_size: maximum number of examples per batch; a large key-value cache makes smaller batches.
+        is_stopped: whether this rank has been asked to stop; asked after each batch.
 
     Raises:
         OutOfMemory: even a single example doesn't fit into memory.
+        EvaluationStopped: a rank has been asked to stop.
     """
     sharded = _is_sharded(model)
-    budget = _compute_key_value_bytes(model, MAX_TOKENS_PER_BATCH)
+    budget = max(MIN_GENERATION_BYTES, _compute_key_value_bytes(model, MAX_TOKENS_PER_BATCH))
 
     def predict(indices: list[int]) -> dict[int, list[int]]:
         sources = [examples[i].source_S.tolist() for i in indices]
         ids = generate(model, sources, decoding, synced_gpus=sharded)
         return dict(zip(indices, ids, strict=True))
 
-    def fits(count: int, source: int, _target: int) -> bool:
-        return count * _estimate_generation_bytes(model, source, decoding.max_new_tokens, decoding.num_beams) <= budget
+    def count_bytes(count: int, source: int, _target: int) -> int:
+        return count * _estimate_generation_bytes(model, source, decoding.max_new_tokens, decoding.num_beams)
 
+    batches = make_batches(_list_lengths(examples), batch_size, count_bytes, budget)
     with _switch_to_eval_mode(model):
-        return _measure_all(model, examples, batch_size, fits, predict, "predictions", report)
+        return BatchRun(batches, predict, f"{EVALUATE_TASK}: predictions", report, is_stopped).run(sharded)
+
+
+def _list_lengths(examples: Sequence[Example]) -> list[Lengths]:
+    return [Lengths(len(example.target_T), len(example.source_S)) for example in examples]
 
 
 def find_max_target_length(examples: Sequence[Example]) -> int:
@@ -208,92 +224,6 @@ def _switch_to_eval_mode(model: Any) -> Iterator[None]:
     finally:
         for module in trained:
             module.training = True
-
-
-def _measure_all(
-    model: Any,
-    examples: Sequence[Example],
-    batch_size: int,
-    fits: Fits,
-    measure: Callable[[list[int]], dict[int, Found]],
-    what: str,
-    report: Report,
-) -> list[Found]:
-    """Apply `measure` to all examples, batch by batch, with the same number of batches on every rank.
-
-    Returns:
-        The result for each example, on every rank.
-    """
-    lengths = [(len(example.target_T), len(example.source_S)) for example in examples]
-    longest_first = sorted(range(len(examples)), key=lambda i: lengths[i], reverse=True)
-    pending = _make_batches(longest_first, lengths, batch_size, fits)
-    rank, num_ranks = get_rank_and_size()
-    task = f"{EVALUATE_TASK}: {what}"
-    found: dict[int, Found] = {}
-    with count_done(task, report, len(examples), "examples") as advance:
-        while pending:
-            together = pending[:num_ranks]
-            size = max(map(len, together))
-            # if fewer batches than ranks are left, the other ranks repeat the last one
-            batch = together[min(rank, len(together) - 1)]
-            results, error = _try_batch(measure, batch)
-            # Under ZeRO-3 the other ranks are now waiting in their forward pass for this rank's shards: no retry is
-            # possible, so this rank fails, and its exit ends their waiting.
-            if error is not None and _is_sharded(model):
-                raise _make_memory_error(task, batch, lengths) from error
-            if not any_rank(error is not None):
-                found |= results
-                pending = pending[num_ranks:]
-                advance(sum(map(len, together)))
-                continue
-            if size == 1:
-                raise _make_memory_error(task, batch, lengths) from error
-            del results, error  # the error's frames keep the batch's tensors in memory
-            gc.collect()
-            torch.cuda.empty_cache()
-            batch_size = -(-size // 2)
-            report(Note(f"{task}: out of memory with {size} examples at a time; continuing with {batch_size}", True))
-            pending = [batch[i : i + batch_size] for batch in pending for i in range(0, len(batch), batch_size)]
-    found = {index: value for part in all_gather(found) for index, value in part.items()}
-    return [found[index] for index in range(len(examples))]
-
-
-def _try_batch(
-    measure: Callable[[list[int]], dict[int, Found]], batch: list[int]
-) -> tuple[dict[int, Found], Exception | None]:
-    """Measure a batch; if memory runs out, return the error."""
-    try:
-        return measure(batch), None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return {}, error
-
-
-def _make_batches(order: list[int], lengths: list[tuple[int, int]], batch_size: int, fits: Fits) -> list[list[int]]:
-    """Divide the order, longest targets first, into batches that fit; an example too long to fit is alone."""
-    batches: list[list[int]] = []
-    longest_source = longest_target = 0
-    for index in order:
-        target, source = lengths[index]
-        longest = max(longest_source, source), max(longest_target, target)
-        if batches and len(batches[-1]) < batch_size and fits(len(batches[-1]) + 1, *longest):
-            batches[-1].append(index)
-            longest_source, longest_target = longest
-        else:
-            batches.append([index])
-            longest_source, longest_target = source, target
-    return batches
-
-
-def _make_memory_error(task: str, batch: list[int], lengths: list[tuple[int, int]]) -> OutOfMemory:
-    examples = "one example of" if len(batch) == 1 else f"{len(batch)} examples of up to"
-    source, target = max(lengths[i][1] for i in batch), max(lengths[i][0] for i in batch)
-    smaller = "shorten examples with model_max_length" if len(batch) == 1 else "set per_device_eval_batch_size to 1"
-    return OutOfMemory(
-        f"out of memory: {task}: {examples} {source} source and {target} target tokens",
-        hint=f"{smaller}, or load the base in four bits with --q-lora",
-    )
 
 
 def _is_sharded(model: Any) -> bool:

@@ -53,7 +53,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         tokenizer: Tokenizer,
         answer_suffix: str,
         collator: PaddedCollator | PackedCollator,
-        batch_size: int,
+        batch_size: int | None,
     ) -> None:
         self.path = run_folder / SAMPLES_FILE
         self.candidates = candidates

@@ -36,6 +36,8 @@ PREPARE_RESULT_KEYS = [
     "added_tokens",
     "up_to_date",
     "seconds",
+    "shard",
+    "joined",
 ]
 
 

@@ -60,13 +60,13 @@ def test_a_quantized_run_is_followed_with_its_quantization(tmp_path: Path, monke
     flags = "--q-lora --quant-type fp4 --no-double-quant --bf16"
     assert [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={}))] == [
         f"t5tune chat run {flags}",
-        f"t5tune evaluate run {flags} --data-path b.csv",
+        "t5tune evaluate run --data-path b.csv",
         "t5tune merge run --onto fp4 --output-dir merged",
     ]
 
 
 def test_a_quantized_run_in_fp32_is_followed_in_fp32() -> None:
-    """On GPUs, chat and evaluate would take bf16 by default."""
+    """On GPUs, chat would take bf16 by default."""
     settings = TrainSettings(
         model_name_or_path="base", data_path=["a.csv"], output_dir=Path("run"), q_lora=True, bf16=False
     )

@@ -24,6 +24,7 @@ from t5tune.model.memory import (
 )
 from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings
 from t5tune.settings.fields import parse_gpu_memory
+from t5tune.training.memory_estimate import USABLE_GPU_SHARE
 from tests.support.bases import make_base
 from tests.support.command_line import t5tune_in_fork
 
@@ -267,6 +268,27 @@ def test_each_zero_stage_partitions_what_it_should() -> None:
     assert stages["zero3"].weights == pytest.approx(stages["zero2"].weights / 4, rel=0.01)
     assert stages["zero3-offload"].weights == stages["zero3-offload"].optimizer == 0
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
+
+
+def test_loading_takes_the_partitions_and_the_largest_tensor() -> None:
+    common = {"gpu_memory": "16GiB", "num_gpus": 4, "bf16": True, "source_length": 16, "target_length": 16}
+    plain = {stage.stage: stage for stage in make_plan("google/flan-t5-small", **common).stages}
+    largest = 2 * 32128 * 512
+    assert plain["none"].loading == plain["none"].weights + plain["none"].runtime
+    assert plain["zero3"].loading == plain["zero3"].weights + plain["zero3"].runtime + largest
+    assert plain["zero3-offload"].loading == plain["zero3-offload"].runtime + largest
+    moved = plain["zero3-offload"].loading_host - plain["zero3"].loading_host
+    assert moved == pytest.approx(4 * plain["zero3"].weights, rel=0.01)
+    quantized = {stage.stage: stage for stage in make_plan("google/flan-t5-small", q_lora=True, **common).stages}
+    assert quantized["none"].loading == quantized["none"].weights + quantized["none"].runtime + largest
+
+
+def test_a_run_whose_base_fits_only_once_it_is_quantized_does_not_fit() -> None:
+    common = {"bf16": True, "q_lora": True, "per_device_train_batch_size": 1, "source_length": 1, "target_length": 1}
+    enough = make_plan("google/flan-t5-small", gpu_memory="16GiB", **common).stages[0]
+    assert enough.total < enough.loading
+    middle = (enough.total + enough.loading) / 2 / USABLE_GPU_SHARE / 2**30
+    assert make_plan("google/flan-t5-small", gpu_memory=f"{middle}GiB", **common).stages[0].fits is False
 
 
 def write_short_model(folder: Path) -> Path:

@@ -182,7 +182,7 @@ def test_missing_gpus_are_refused_with_the_reason(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     asked = TrainSettings(model_name_or_path="pocket", data_path=str(records), output_dir=tmp_path / "run", num_gpus=4)
-    with pytest.raises(SettingsError, match="num_gpus: 4: this machine has 1; use --num-processes to train on the CPU"):
+    with pytest.raises(SettingsError, match="num_gpus: 4: this machine has 1; use --num-processes for the CPU"):
         check_machine(asked)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")

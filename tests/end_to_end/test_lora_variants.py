@@ -411,6 +411,12 @@ def test_int8_under_deepspeed_is_refused(untied_base: Path, conversations: Path,
         train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
 
 
+def test_quantized_dora_under_zero3_is_refused_on_cpus(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    changes = {"q_lora": True, "use_dora": True, "deepspeed": "zero3"}
+    with pytest.raises(SettingsError, match="use_dora: with q_lora and ZeRO-3 it works only on GPUs; use zero2"):
+        train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
+
+
 @pytest.mark.parametrize("ways", [{}, {"use_dora": True, "modules_to_save": NORMS}], ids=["lora", "dora and norms"])
 def test_training_starts_from_the_exact_weights_of_an_adapter(
     ways: dict[str, Any], base: Path, conversations: Path, tmp_path: Path

@@ -1,6 +1,5 @@
 """Simulate a GPU whose memory is too small for large batches."""
 
-import os
 import weakref
 from typing import Any
 
@@ -10,10 +9,8 @@ from t5tune.model.loss import TargetLoss
 from t5tune.training import evaluation
 
 
-def limit_memory(count: int, rank: int) -> None:
-    """From here on, evaluation runs out of memory on this rank in batches of more than `count` examples."""
-    if int(os.environ.get("RANK", "0")) != rank:
-        return
+def limit_memory(count: int) -> None:
+    """From here on, evaluation runs out of memory in batches of more than `count` examples."""
     generate = evaluation.generate
     compute_losses = TargetLoss.forward
     live_batches: list[weakref.ref[torch.Tensor]] = []

@@ -141,6 +141,7 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
         "With gloo, started by `--num-processes`, torchrun and deepspeed. `pytest -m distributed` selects these tests.",
         (
             f"{TRAIN_TEST}::test_training_runs_under_other_launchers[torchrun]",
+            "tests/commands/test_evaluate_ranks.py::test_any_number_of_ranks_gives_the_same_result",
             "tests/training/test_packing.py::test_every_step_of_an_epoch_is_the_same_on_one_rank_and_on_two",
         ),
     ),
