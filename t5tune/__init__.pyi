@@ -509,6 +509,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
         device: str | torch.device | None = None,
         num_processes: int | None = None,
         process_group_timeout: int = 1800,
+        deepspeed: str | PathLike[str] | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
@@ -553,6 +554,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
             num_processes: Start this many processes on this machine, on the CPU.
             process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
                 (seconds).
+            deepspeed: DeepSpeed config with ZeRO-3, if the base doesn't fit on one GPU: zero3, zero3-offload, or a JSON
+                file.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, or a YAML
                 file; default: the model's own (template.yaml); if it has none, plain for source/target pairs, and
                 fastchat-t5 for conversations.

@@ -6,6 +6,7 @@ from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.io.atomic import check_replaceable
 from t5tune.settings import EvaluateSettings
+from t5tune.settings.packaged_templates import read_zero3_config
 
 
 def run(settings: EvaluateSettings, output: Output) -> None:
@@ -17,6 +18,8 @@ def run(settings: EvaluateSettings, output: Output) -> None:
     # what can be checked without torch fails before the workers import it
     if settings.output_dir is not None:
         check_replaceable(settings.output_dir, settings.overwrite)
+    if settings.deepspeed is not None:
+        read_zero3_config(settings.deepspeed)
     if settings.num_gpus is not None:
         _check_gpus(settings)
     run_in_workers(settings, output, rank_0_shows_result=True)

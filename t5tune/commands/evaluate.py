@@ -34,7 +34,7 @@ from t5tune.errors import ModelError, SettingsError
 from t5tune.io.atomic import check_replaceable, find_unused_folder, write_folder_atomically
 from t5tune.metrics import METRICS, choose_metrics, score, score_one
 from t5tune.model.attention import can_pack, use_packing
-from t5tune.model.device import explain_out_of_memory, has_bf16, use_gpu_kernels
+from t5tune.model.device import explain_out_of_memory, has_bf16, manage_memory_for_loading, use_gpu_kernels
 from t5tune.model.generation import Decoding
 from t5tune.model.inference import (
     LoadedModel,
@@ -46,6 +46,7 @@ from t5tune.model.inference import (
 )
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, write_settings
+from t5tune.settings.packaged_templates import read_zero3_config
 from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.checkpoint import replace_stopped_runs
 from t5tune.training.evaluation import Losses, find_max_target_length, generate_predictions, measure_losses
@@ -138,6 +139,8 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
     started = time.monotonic()
     world = World.from_environment()
     check_starts_no_processes(settings, world)
+    if settings.deepspeed is not None:
+        read_zero3_config(settings.deepspeed)  # raises before anything is loaded
     report = report if world.rank == 0 else silent
     with ExitStack() as stack:
         if world.launched:  # else Ctrl-C raises KeyboardInterrupt, as in other commands
@@ -214,7 +217,9 @@ def _read_full_training(folder: Path) -> dict[str, Any]:
 
 
 def _load_model(settings: EvaluateSettings, device: Any, report: Report) -> LoadedModel:
-    return load_for_inference(settings, report, device)
+    zero3 = None if settings.deepspeed is None else read_zero3_config(settings.deepspeed)
+    with manage_memory_for_loading(device):
+        return load_for_inference(settings, report, device, zero3)
 
 
 def _read_task(settings: EvaluateSettings, folder: Path, loaded: LoadedModel, report: Report) -> _Task:

@@ -37,14 +37,13 @@ def join_process_group(
         The torch device to compute on.
     """
     device = _choose_device(world, settings, report)
-    uses_deepspeed = isinstance(settings, TrainSettings) and settings.deepspeed is not None
     # NCCL's watchdog aborts a rank that waits for a lost one; the rank watch is to name the lost one before that
     extra = SECONDS_FOR_WATCH if device.type == "cuda" else 0
     timeout = timedelta(seconds=settings.process_group_timeout + extra)
     failed = True
     with restore_environment(), use_default_timeout(timeout):
         try:
-            _join(world, device, timeout, uses_deepspeed, report)
+            _join(world, device, timeout, settings.deepspeed is not None, report)
             yield device
             failed = False
         except Stopped:  # all ranks agreed to stop, so none is waiting in a collective

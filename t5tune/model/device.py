@@ -115,6 +115,16 @@ def read_nvidia_driver() -> str | None:
     return next((word for word in words if word[:1].isdigit() and "." in word), "unknown version")
 
 
+@contextmanager
+def manage_memory_for_loading(device: Any) -> Iterator[None]:
+    """On a CPU, return freed memory to Linux while a model is loaded in this block, and keep it afterwards."""
+    if device.type == "cpu":
+        return_freed_memory()
+    yield
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
 def return_freed_memory() -> None:
     """Make glibc return the memory of each freed tensor to Linux at once.
 

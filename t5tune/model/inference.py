@@ -15,7 +15,7 @@ from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import find_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.training_data import TrainingData, read_training_data
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
-from t5tune.errors import ModelError
+from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_family
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.reasons import to_one_line
@@ -83,7 +83,10 @@ def load_for_inference(
         check_bf16(device)
     in_bf16 = has_bf16(device) if settings.bf16 is None else settings.bf16
     dtype = torch.bfloat16 if in_bf16 else torch.float32
-    partitioner = None if zero3 is None else Zero3Partitioner(zero3, dtype)
+    partitioner = None
+    if zero3 is not None:
+        _check_partitioning(settings, adapter is not None and bool(config.get("use_dora")), device)
+        partitioner = Zero3Partitioner(zero3, dtype)
     model = load_base(base, dtype, device, settings, family, report, partitioner)
     if adapter is not None:
         copied = list_parameters(model, config.get("modules_to_save") or [])
@@ -105,6 +108,16 @@ def load_for_inference(
         num_rows=int(model.config.vocab_size),
         engine=None if partitioner is None else partitioner.set_up_inference(model),
     )
+
+
+def _check_partitioning(settings: InferenceSettings, uses_dora: bool, device: torch.device) -> None:
+    if settings.q_lora and settings.quant_type == "int8":
+        problem = "quant_type: int8: DeepSpeed can't handle int8 weights"
+        raise SettingsError(problem, hint="use nf4 or fp4, or leave out --deepspeed")
+    # PEFT 0.21 replaces quantized weights on CPUs whenever it reads them for DoRA, and DeepSpeed loses track of them
+    if settings.q_lora and uses_dora and device.type == "cpu":
+        problem = "q_lora: with ZeRO-3 and an adapter with DoRA, it works only on GPUs"
+        raise SettingsError(problem, hint="use --no-q-lora, or leave out --deepspeed")
 
 
 def find_base_and_adapter(settings: InferenceSettings, report: Report = silent) -> tuple[Path, Path | None]:

@@ -30,8 +30,8 @@ from t5tune.settings.shared import (
 )
 from t5tune.settings.training import (
     EvaluationSettings,
+    PartitionSettings,
     ProcessSettings,
-    RankSettings,
     RunOutputSettings,
     TrainingSettings,
 )
@@ -217,7 +217,7 @@ class ChatSettings(ConversationSettings, InferenceSettings):
     seed: int = Field(default=42, ge=0, description="Random seed for sampling.")
 
 
-class EvaluateSettings(MetricSettings, DataSettings, RankSettings, InferenceSettings):
+class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, InferenceSettings):
     command: ClassVar[str] = "evaluate"
     also_positional: ClassVar[str | None] = "model_name_or_path"
     essential: ClassVar[tuple[str, ...]] = (

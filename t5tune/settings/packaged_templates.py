@@ -59,6 +59,21 @@ def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
         raise SettingsError(f"deepspeed: {path}: can't be read: {describe_error(error)}") from error
 
 
+def read_zero3_config(deepspeed: str) -> dict[str, Any]:
+    """Read a DeepSpeed config that partitions weights.
+
+    Raises:
+        SettingsError: it isn't one, or can't be read.
+    """
+    config = read_deepspeed_config(deepspeed)
+    if (stage := get_zero_stage(config)) != 3:
+        raise SettingsError(
+            f"deepspeed: {deepspeed}: has ZeRO stage {stage}, but only stage 3 partitions weights",
+            hint="use zero3 if the base doesn't fit on one GPU; otherwise leave it out",
+        )
+    return config
+
+
 def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
     """Return the ZeRO stage of a DeepSpeed config; 0 without one."""
     return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))

@@ -250,6 +250,14 @@ class RankSettings(Settings):
         return self.num_gpus or self.num_processes or 1
 
 
+class PartitionSettings(RankSettings):
+    deepspeed: Annotated[str | None, NoneIfUnset, PathAsText] = Field(
+        default=None,
+        description="DeepSpeed config with ZeRO-3, if the base doesn't fit on one GPU: zero3, zero3-offload, or a JSON "
+        "file.",
+    )
+
+
 class ProcessSettings(RankSettings):
     deepspeed: Annotated[str | None, NoneIfUnset, PathAsText, Affects.NOTHING] = Field(
         default=None,

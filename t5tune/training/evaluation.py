@@ -19,6 +19,7 @@ from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
 from t5tune.metrics import choose_metrics, score
 from t5tune.model.generation import Decoding, generate
+from t5tune.model.zero3 import gather_decoder
 from t5tune.progress import Report, silent
 from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.evaluation_batches import BatchRun, Lengths, make_batches
@@ -180,7 +181,7 @@ def generate_predictions(
         return count * _estimate_generation_bytes(model, source, decoding.max_new_tokens, decoding.num_beams)
 
     batches = make_batches(_list_lengths(examples), batch_size, count_bytes, budget)
-    with _switch_to_eval_mode(model):
+    with _switch_to_eval_mode(model), gather_decoder(model):
         return BatchRun(batches, predict, f"{EVALUATE_TASK}: predictions", report, is_stopped).run(sharded)
 
 

@@ -30,7 +30,7 @@ from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, 
 from t5tune.io.yaml_file import read_yaml
 from t5tune.model.attention import trains_position_bias
 from t5tune.model.attention_check import PackedAttention, read_attention_shape
-from t5tune.model.device import get_peak_memory, get_reserved_memory, keep_freed_memory, return_freed_memory
+from t5tune.model.device import get_peak_memory, get_reserved_memory, manage_memory_for_loading
 from t5tune.progress import Note, Report
 from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
@@ -77,14 +77,10 @@ def run_training(session: Session) -> TrainResult:
     with session.stop.interruptible() if world.size == 1 else nullcontext():
         loaded = _load_data(session)
         set_seed(settings.seed)
-        on_cpu = session.device.type == "cpu"
-        if on_cpu:
-            return_freed_memory()
-        built = build_model(
-            settings, loaded.base, loaded.base_metadata, loaded.cache, loaded.deepspeed, session.device, report
-        )
-        if on_cpu:
-            keep_freed_memory()
+        with manage_memory_for_loading(session.device):
+            built = build_model(
+                settings, loaded.base, loaded.base_metadata, loaded.cache, loaded.deepspeed, session.device, report
+            )
         _report_sizes(session, loaded, built)
         trainer = _make_trainer(session, loaded, built)
         samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None

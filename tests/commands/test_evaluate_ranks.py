@@ -70,6 +70,29 @@ def test_any_number_of_ranks_gives_the_same_result(
     assert set(done[1].json["custom_metrics"]) == {"words"}
 
 
+def test_a_partitioned_model_gives_the_same_result(
+    run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    """Each rank has half of the weights; the sums of a forward pass are the same."""
+    whole = on_ranks(1, *make_arguments(run, data, tmp_path / "whole", "--json"))
+    parts = on_ranks(2, *make_arguments(run, data, tmp_path / "parts", "--json", "--deepspeed", "zero3"))
+    assert parts.code == 0, parts.stderr
+    assert read_json(parts) == read_json(whole)
+    assert len({(tmp_path / name / "predictions.jsonl").read_bytes() for name in ("whole", "parts")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"deepspeed": "zero2"}, "deepspeed: zero2: has ZeRO stage 2, but only stage 3 partitions weights"),
+        ({"deepspeed": "zero3", "q_lora": True, "quant_type": "int8"}, "quant_type: int8: DeepSpeed can't handle int8"),
+    ],
+)
+def test_what_cannot_be_partitioned_is_refused(run: Path, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        evaluate(EvaluateSettings(model_name_or_path=str(run), data_path=["pocket"], use_cpu=True, **options))
+
+
 def fail_in_generation(what: str, rank: int | None = None) -> None:
     """Let a rank, or each, end itself before it generates predictions."""
     from t5tune.commands import evaluate as command
