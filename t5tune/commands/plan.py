@@ -30,6 +30,8 @@ from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.fields import parse_gpu_memory
 from t5tune.training.batches import count_steps, make_budget_sampler
+from t5tune.training.evaluation import MAX_TOKENS_PER_BATCH, make_loss_batches
+from t5tune.training.evaluation_batches import Lengths
 from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
 
 NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
@@ -49,7 +51,11 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Plan:
-    """What train would need. Lengths are in tokens, memory is in bytes, `padding` is a share from 0 to 1."""
+    """What train would need. Lengths are in tokens, memory is in bytes, `padding` is a share from 0 to 1.
+
+    Args:
+        evaluation: by stage, what each device needs while held-out examples are evaluated.
+    """
 
     model: str
     total_parameters: int
@@ -67,6 +73,7 @@ class Plan:
     steps: int | None
     chosen: str
     stages: list[StageMemory]
+    evaluation: dict[str, int]
     suggestion: Suggestion | None
 
 
@@ -101,6 +108,8 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     with count_done("measuring the memory of steps", report, unit="steps") as step_done:
         estimator = MemoryEstimator(config, settings, machine, data.num_added_tokens, step_done)
         stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *STAGES])]
+        evaluated = _find_largest_loss_batch(data)
+        evaluation = {stage.stage: estimator.estimate_evaluation(stage.stage, evaluated) for stage in stages}
         suggestion = _suggest_settings(config, settings, machine, data, step_done)
     trainable, total = estimator.counts
     steps = settings.max_steps
@@ -125,6 +134,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         steps=steps,
         chosen=chosen,
         stages=stages,
+        evaluation=evaluation,
         suggestion=suggestion,
     )
 
@@ -201,6 +211,18 @@ def _find_largest_batch(batches: list[Integers], data: _Data, packed: bool) -> B
     # of batches with as many tokens, the one with the longest examples takes the most memory for attention
     largest = max(batches, key=lambda batch: estimate_cost(data.sources[batch], data.targets[batch], packed))
     return BatchLengths(tuple(data.sources[largest].tolist()), tuple(data.targets[largest].tolist()))
+
+
+def _find_largest_loss_batch(data: _Data) -> BatchLengths:
+    """Return the lengths of the largest batch whose losses an evaluation measures, of examples like those of the data.
+
+    There are as many of an assumed length as fit.
+    """
+    lengths = [Lengths(*each) for each in zip(data.targets.tolist(), data.sources.tolist(), strict=True)]
+    if not data.is_real:
+        lengths *= MAX_TOKENS_PER_BATCH
+    batch = max(make_loss_batches(lengths, None).batches, key=lambda batch: sum(sum(lengths[i]) for i in batch))
+    return BatchLengths(tuple(lengths[i].source for i in batch), tuple(lengths[i].target for i in batch))
 
 
 def _compute_padding(settings: PlanSettings, batches: list[Integers], data: _Data) -> float:

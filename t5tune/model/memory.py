@@ -10,7 +10,7 @@ every live storage is counted. So no per-layer formulas have to be kept in sync 
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,33 +113,55 @@ def measure_step(
         reentrant: the variant of gradient checkpointing.
         autocast: whether the forward pass uses mixed precision, as it does without DeepSpeed.
     """
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        _move_to_fake_cpu(model)
+    packs = settings.packing != "off" and can_pack(model)
+    with _use_fake_tensors(model, on_gpu):
         if settings.gradient_checkpointing:
             model.enable_input_require_grads()
             # the method has another name in newer releases of transformers 5
             new = hasattr(model, "activation_checkpointing_enable")
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
-        packs = settings.packing != "off" and can_pack(model)
         inputs = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
+        with _LiveBytes(model.parameters()) as live:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and settings.bf16):
+                smoothing = settings.label_smoothing_factor
+                total = model(**inputs, use_cache=False, reduction="sum", label_smoothing=smoothing)
+            total.backward()
+            del total
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return StepMemory(gradients, max(0, live.peak - gradients) + _count_unpacked_bytes(model, settings))
+
+
+def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_gpu: bool, autocast: bool) -> int:
+    """Run the forward pass of an evaluation on fake tensors; return the most bytes that are live at a time."""
+    packs = settings.packing != "off" and can_pack(model)
+    with _use_fake_tensors(model, on_gpu):
+        inputs = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
+        model.eval()
+        live = _LiveBytes(model.parameters())
+        with live, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast and settings.bf16):
+            model(**inputs, use_cache=False, reduction="none")
+        model.train()
+    return live.peak + _count_unpacked_bytes(model, settings)
+
+
+def _count_unpacked_bytes(model: nn.Module, settings: Any) -> int:
+    """Count the bytes of the largest weight that a product of quantized layers dequantizes to a temporary tensor."""
+    layers = find_quantizable_linears(model, settings).values() if settings.q_lora else []
+    return max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
+
+
+@contextmanager
+def _use_fake_tensors(model: Any, on_gpu: bool) -> Iterator[None]:
+    """Make the tensors of a model fake in this block, and its operations those of a GPU or of a CPU."""
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _move_to_fake_cpu(model)
         if on_gpu:
             stack.enter_context(replace_attention_kernel(_attend))
             stack.enter_context(fused.without_chunks())
             stack.enter_context(use_gpu_chunks(model.config.vocab_size))
-        live = stack.enter_context(_LiveBytes(model.parameters()))
-        in_bf16 = autocast and settings.bf16
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-            total = model(**inputs, use_cache=False, reduction="sum", label_smoothing=settings.label_smoothing_factor)
-        total.backward()
-        del total
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    unpacked = 0
-    if settings.q_lora:  # each product dequantizes its weight to a temporary tensor
-        layers = find_quantizable_linears(model, settings).values()
-        unpacked = max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
-    return StepMemory(gradients, max(0, live.peak - gradients) + unpacked)
+        yield
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from t5tune.model.generation import Decoding, generate
 from t5tune.model.zero3 import gather_decoder
 from t5tune.progress import Report, silent
 from t5tune.training.batches import PackedCollator, PaddedCollator
-from t5tune.training.evaluation_batches import BatchRun, Lengths, make_batches
+from t5tune.training.evaluation_batches import Batches, BatchRun, Lengths, make_batches
 
 EVALUATE_TASK = "evaluate"
 MAX_TOKENS_PER_BATCH = 8192  # source and target tokens; a single longer example is a batch of its own
@@ -82,13 +82,19 @@ def measure_losses(
         sums_B = torch.stack([part.double().sum() for part in parts])
         return dict(zip(indices, sums_B.tolist(), strict=True))
 
-    def count_tokens(count: int, source: int, target: int) -> int:
-        return count * (source + target)
-
-    batches = make_batches(_list_lengths(examples), batch_size, count_tokens, MAX_TOKENS_PER_BATCH)
+    batches = make_loss_batches(_list_lengths(examples), batch_size)
     with _switch_to_eval_mode(model), torch.no_grad():
         sums = BatchRun(batches, measure, f"{EVALUATE_TASK}: losses", report, is_stopped).run(_is_sharded(model))
     return Losses(sums, [len(example.target_T) for example in examples])
+
+
+def make_loss_batches(lengths: Sequence[Lengths], batch_size: int | None) -> Batches:
+    """Make the batches of `measure_losses`."""
+
+    def count_tokens(count: int, source: int, target: int) -> int:
+        return count * (source + target)
+
+    return make_batches(lengths, batch_size, count_tokens, MAX_TOKENS_PER_BATCH)
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ def generate_predictions(
         EvaluationStopped: a rank has been asked to stop.
     """
     sharded = _is_sharded(model)
-    budget = max(MIN_GENERATION_BYTES, _compute_key_value_bytes(model, MAX_TOKENS_PER_BATCH))
+    budget = compute_generation_budget(model)
 
     def predict(indices: list[int]) -> dict[int, list[int]]:
         sources = [examples[i].source_S.tolist() for i in indices]
@@ -183,6 +189,11 @@ def generate_predictions(
     batches = make_batches(_list_lengths(examples), batch_size, count_bytes, budget)
     with _switch_to_eval_mode(model), gather_decoder(model):
         return BatchRun(batches, predict, f"{EVALUATE_TASK}: predictions", report, is_stopped).run(sharded)
+
+
+def compute_generation_budget(model: Any) -> int:
+    """Compute how many bytes the batches of `generate_predictions` may take, in addition to the model."""
+    return max(MIN_GENERATION_BYTES, _compute_key_value_bytes(model, MAX_TOKENS_PER_BATCH))
 
 
 def _list_lengths(examples: Sequence[Example]) -> list[Lengths]:

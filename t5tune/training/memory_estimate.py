@@ -20,9 +20,11 @@ from t5tune.model.memory import (
     StepMemory,
     build_empty_training_model,
     count_weight_bytes,
+    measure_losses_memory,
     measure_step,
 )
 from t5tune.settings import PlanSettings, packaged_templates
+from t5tune.training.evaluation import compute_generation_budget
 
 MIB = 1 << 20
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
@@ -85,6 +87,7 @@ class MemoryEstimator:
         self.counts = count_parameters(model)
         self.most_elements = max(parameter.numel() for parameter in model.parameters())
         self._steps: dict[Any, StepMemory] = {}
+        self._evaluations: dict[bool, int] = {}
 
     def estimate(self, stage: str, lengths: BatchLengths) -> StageMemory:
         """Estimate the bytes per device with a DeepSpeed config, for one micro-batch of these lengths."""
@@ -92,6 +95,20 @@ class MemoryEstimator:
         is_fragmented = self.settings.gradient_checkpointing and not self.machine.on_gpu
         activations = int(step.activations * (HEAP_FRAGMENTATION if is_fragmented else 1))
         return self._partition(stage, step.gradients, activations)
+
+    def estimate_evaluation(self, stage: str, lengths: BatchLengths) -> int:
+        """Estimate the bytes per device during an evaluation between two steps: its losses and its predictions.
+
+        Args:
+            lengths: of the largest batch whose losses are measured.
+        """
+        under_deepspeed = stage != "none"
+        if under_deepspeed not in self._evaluations:
+            model = self._build_empty_model(under_deepspeed)
+            losses = measure_losses_memory(model, lengths, self.settings, self.machine.on_gpu, not under_deepspeed)
+            self._evaluations[under_deepspeed] = max(losses, compute_generation_budget(model))
+            self.step_done(1)
+        return self._partition(stage, 0, self._evaluations[under_deepspeed]).total
 
     def can_fit(self, stage: str) -> bool:
         """Whether the memory held between steps fits: a quick check before a step is measured, which takes seconds."""

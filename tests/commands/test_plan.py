@@ -291,6 +291,24 @@ def test_a_run_whose_base_fits_only_once_it_is_quantized_does_not_fit() -> None:
     assert make_plan("google/flan-t5-small", gpu_memory=f"{middle}GiB", **common).stages[0].fits is False
 
 
+def test_an_evaluation_takes_what_its_predictions_or_its_losses_need(tmp_path: Path) -> None:
+    """Predictions may take 512 MiB; losses are those of up to 8,192 tokens at a time, or of one longer example."""
+    model = write_short_model(tmp_path)
+    short = make_plan(model, gpu_memory="16GiB", num_gpus=2, bf16=True, deepspeed="zero3")
+    stages = {stage.stage: stage for stage in short.stages}
+    others = {name: stage.weights + stage.optimizer + stage.runtime for name, stage in stages.items()}
+    assert short.evaluation["none"] == others["none"] + (512 << 20)
+    gathered = stages["none"].weights - stages["zero3"].weights
+    assert short.evaluation["zero3"] == pytest.approx(others["zero3"] + (512 << 20) + gathered, rel=0.01)
+    lengths = {"source_length": 9000, "target_length": 9000, "per_device_train_batch_size": 1}
+    long = make_plan(model, use_cpu=True, packing="off", **lengths)
+    heads, scores = 6, 9000**2 * 4  # of one layer in fp32
+    evaluated = long.evaluation["none"] - sum(
+        (long.stages[0].weights, long.stages[0].optimizer, long.stages[0].runtime)
+    )
+    assert 2 * heads * scores < evaluated < long.stages[0].activations
+
+
 def write_short_model(folder: Path) -> Path:
     """Write a config.json like Flan-T5 small's, with two blocks."""
     shape = {**KNOWN_CONFIGS["google/flan-t5-small"], "num_layers": 2, "num_decoder_layers": 2}
