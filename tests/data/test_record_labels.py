@@ -151,7 +151,9 @@ def test_records_labeled_bad_do_not_count_toward_the_rejected_fraction(
         with pytest.raises(DataError, match=r"1 of 4 records rejected \(unknown format: 1\)") as caught:
             prepared(*records, max_rejected_fraction=0.2)
         assert "2 more are labeled bad and not counted" in caught.value.message
-    monkeypatch.setattr("t5tune.preparing.record_checks.MIN_RECORDS_TO_STOP", 2)  # checked while records are still being read
+    monkeypatch.setattr(
+        "t5tune.preparing.record_checks.MIN_RECORDS_TO_STOP", 2
+    )  # checked while records are still being read
     assert prepared(BAD, {"x": 1}, BAD, GOOD, max_rejected_fraction=0.5)["rejected"] == 3
     assert prepared(BAD, GOOD, BAD, max_rejected_fraction=0)["rejected"] == 2
     with pytest.raises(DataError) as caught:
