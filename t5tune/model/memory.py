@@ -31,6 +31,7 @@ from t5tune.settings.shared import QuantizationSettings
 
 # of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
 BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
+BLOCKS_WITHOUT_GRADIENTS = 2  # the first one computes the position bias that all of them share
 WEIGHT_KINDS = ("embedding", "head", "attention", "feed-forward", "rest")
 
 
@@ -135,7 +136,7 @@ def measure_step(
 def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_gpu: bool, autocast: bool) -> int:
     """Run the forward pass of an evaluation on fake tensors; return the most bytes that are live at a time."""
     packs = settings.packing != "off" and can_pack(model)
-    with _use_fake_tensors(model, on_gpu):
+    with _use_fake_tensors(model, on_gpu), _keep_few_blocks(model):
         inputs = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
         model.eval()
         live = _LiveBytes(model.parameters())
@@ -143,6 +144,28 @@ def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_g
             model(**inputs, use_cache=False, reduction="none")
         model.train()
     return live.peak + _count_unpacked_bytes(model, settings)
+
+
+@contextmanager
+def _keep_few_blocks(model: nn.Module) -> Iterator[None]:
+    """Leave out most blocks in this block of code.
+
+    Without gradients nothing is kept from one block to the next, and running all of a large model's blocks, each of
+    which loops over hundreds of examples, takes most of a minute.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and _has_blocks(module)]
+    before = [list(blocks) for blocks in lists]
+    for blocks in lists:
+        del blocks[BLOCKS_WITHOUT_GRADIENTS:]
+    try:
+        yield
+    finally:
+        for blocks, all_blocks in zip(lists, before, strict=True):
+            blocks.extend(all_blocks[BLOCKS_WITHOUT_GRADIENTS:])
+
+
+def _has_blocks(modules: nn.ModuleList) -> bool:
+    return all(type(module).__name__.endswith("Block") for module in modules)
 
 
 def _count_unpacked_bytes(model: nn.Module, settings: Any) -> int:
