@@ -4,6 +4,7 @@
         [--num-beams 1] [--max-new-tokens N] [--model-max-length 2048] [--tokenizer FOLDER] [--vocabulary N]
     python benchmarks/evaluate.py --compare stock ...  [--batch-sizes 8 48] [--repeat 3]
     python benchmarks/evaluate.py --compare processes ...
+    python benchmarks/evaluate.py --compare gathering ...
 
 Makes a random base with the shape of a config.json (`--vocabulary` sets another number of embedding rows), prepares
 the conversations, a list in a JSON file or one per line, and trains an adapter with `t5tune train`. Prints one JSON
@@ -16,6 +17,9 @@ the best of several turns, without loading, the ratio to transformers' best, and
 
 `--compare processes` runs `t5tune evaluate` with one process and with two, of one thread each: seconds with start-up,
 CPU seconds of all processes together, and whether the results are the same.
+
+`--compare gathering` runs `t5tune evaluate --deepspeed zero3` on two ranks of one thread each: as it is, with the
+decoder gathered once per batch, and with every weight gathered again for each token. Prints the same.
 """
 
 import argparse
@@ -44,11 +48,19 @@ from t5tune.cli import run
 base, cache, folder, *options = arguments
 run(["evaluate", "--model-name-or-path", base, "--data-path", cache, "--output-dir", folder, *options, "--quiet"])
 """
+# every rank runs this in place of t5tune, as if it had no memory for the whole decoder
+GATHER_FOR_EACH_TOKEN = """
+import sys
+from t5tune.cli import run
+from t5tune.model import zero3
+zero3._have_room = lambda parameters: False
+run(sys.argv[1:])
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--compare", choices=("memory", "stock", "processes"), default="memory")
+    parser.add_argument("--compare", choices=("memory", "stock", "processes", "gathering"), default="memory")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--num-conversations", type=int, default=40)
@@ -61,7 +73,12 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 48])
     parser.add_argument("--repeat", type=int, default=3)
     chosen = parser.parse_args()
-    compare = {"memory": compare_memory, "stock": compare_with_stock, "processes": compare_processes}[chosen.compare]
+    compare = {
+        "memory": compare_memory,
+        "stock": compare_with_stock,
+        "processes": compare_processes,
+        "gathering": compare_gathering,
+    }[chosen.compare]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         facts = prepare(chosen, Path(folder))
         print(json.dumps(facts | compare(chosen, Path(folder))))
@@ -162,27 +179,49 @@ def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, An
 
 def compare_processes(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure the time of `t5tune evaluate` with one and with two processes."""
+    command = [sys.executable, "-m", "t5tune"]
+    options = {f"{count}": ["--num-processes", str(count)] for count in (1, 2)}
+    return compare_evaluations(chosen, folder, {name: (command, extra) for name, extra in options.items()})
+
+
+def compare_gathering(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure the time of `t5tune evaluate` under ZeRO-3 with and without gathering the decoder once per batch."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    zero3 = ["--deepspeed", "zero3"]
+    sides = {
+        "for each token": ([*ranks, sys.executable, "-c", GATHER_FOR_EACH_TOKEN], zero3),
+        "for each batch": ([*ranks, sys.executable, "-m", "t5tune"], zero3),
+    }
+    return compare_evaluations(chosen, folder, sides)
+
+
+def compare_evaluations(
+    chosen: argparse.Namespace, folder: Path, sides: dict[str, tuple[list[str], list[str]]]
+) -> dict[str, Any]:
+    """Run two commands of `t5tune evaluate`, each with its options, and compare times and results."""
     run, seconds, cpu_seconds, results = train_adapter(folder), {}, {}, []
-    for count in (1, 2):
-        output = folder / f"scores-{count}"
-        command = [sys.executable, "-m", "t5tune", "evaluate", run, "--data-path", folder / "cache", "--output-dir"]
-        command += [output, "--num-processes", count, *list_options(chosen), "--json", "--quiet"]
+    for number, (name, (command, options)) in enumerate(sides.items()):
+        output = folder / f"scores-{number}"
+        arguments = ["evaluate", run, "--data-path", folder / "cache", "--output-dir", output, *list_options(chosen)]
         started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            list(map(str, [*command, *arguments, *options, "--json", "--quiet"])),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        seconds[count] = round(time.perf_counter() - started, 2)
+        seconds[name] = round(time.perf_counter() - started, 2)
         if done.returncode:
             sys.exit(done.stderr)
         total = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu_seconds[count] = round(total.ru_utime + total.ru_stime - used.ru_utime - used.ru_stime, 2)
-        result = json.loads(done.stdout) | {"predictions": None, "seconds": None}
+        cpu_seconds[name] = round(total.ru_utime + total.ru_stime - used.ru_utime - used.ru_stime, 2)
+        result = json.loads(done.stdout.splitlines()[-1]) | {"predictions": None, "seconds": None}
         results.append((result, (output / "predictions.jsonl").read_bytes()))
-    speedup = round(seconds[1] / seconds[2], 2)
+    first, second = seconds.values()
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "speedup": speedup,
+        "speedup": round(first / second, 2),
         "same": results[0] == results[1],
     }
 
