@@ -19,7 +19,7 @@ fuzz: .venv/installed-dev
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adversarial/test_fuzz_*.py -n 0 --timeout 7200
 
 reliability: .venv/installed-dev
-	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability -n 0 --timeout 14400
+	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability tests/test_pocket.py -n 0 --timeout 14400
 
 # tests that load merged checkpoints with transformers 4, CTranslate2 and a stock tokenizer
 compatibility: .venv/installed-dev build/transformers-4/installed
