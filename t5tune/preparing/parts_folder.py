@@ -57,7 +57,8 @@ class PartsFolder:
             DataError: a part's manifest is broken.
         """
         for shard, part in self.list_parts().items():
-            manifest = read_part_manifest(part)
+            if (manifest := _read_manifest(part)) is None:
+                continue
             before, now = dict(manifest["inputs"]), dict(self.description)
             if count is not None:
                 before["shard"], now["shard"] = f"one of {shard.count} parts", f"one of {count} parts"
@@ -74,9 +75,9 @@ class PartsFolder:
     def read_part(self, shard: Shard) -> dict[str, Any] | None:
         """Return the manifest of a part that is complete, and delete one that is damaged."""
         part = self.list_parts().get(shard)
-        if part is None:
+        manifest = None if part is None else _read_manifest(part)
+        if part is None or manifest is None:
             return None
-        manifest = read_part_manifest(part)
         try:
             verify_part(part, manifest)
         except DataError:
@@ -186,7 +187,7 @@ class PartsFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def _put_back(self, taken: Path) -> None:
-        entries = [*taken.iterdir()] if taken.is_dir() else []
+        entries = _list_entries(taken)
         if entries:
             self.folder.mkdir(exist_ok=True)
         for entry in entries:
@@ -196,9 +197,29 @@ class PartsFolder:
             shutil.rmtree(taken, ignore_errors=True)
 
 
+def _read_manifest(part: Path) -> dict[str, Any] | None:
+    """Read the manifest of a part; None if another process has taken the parts since they were listed.
+
+    Raises:
+        DataError: it is broken.
+    """
+    try:
+        return read_part_manifest(part)
+    except DataError:
+        if part.is_dir():
+            raise
+        return None
+
+
 def _list_parts(folder: Path) -> dict[Shard, Path]:
     """List the parts in a folder, in their order."""
-    entries = folder.iterdir() if folder.is_dir() else iter(())
-    matches = ((_PART_NAME.fullmatch(entry.name), entry) for entry in entries)
+    matches = ((_PART_NAME.fullmatch(entry.name), entry) for entry in _list_entries(folder))
     found = {Shard(int(match[1]), int(match[2])): entry for match, entry in matches if match is not None}
     return dict(sorted(found.items()))
+
+
+def _list_entries(folder: Path) -> list[Path]:
+    """List a folder; nothing if it doesn't exist, or if another process takes or deletes it at this moment."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return list(folder.iterdir())
+    return []

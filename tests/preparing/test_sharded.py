@@ -14,6 +14,7 @@ from t5tune.data.worker import encode_records
 from t5tune.errors import DataError, T5TuneError
 from t5tune.io.atomic import lock_folder
 from t5tune.preparing.part import verify_part
+from t5tune.preparing.parts_folder import _list_parts
 from t5tune.progress import Note
 from t5tune.settings import PrepareSettings
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
@@ -316,6 +317,33 @@ def test_two_processes_that_join_at_the_same_time_leave_one_cache(
     assert (first.joined, second[0].joined) == (False, True)
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "one"]
+
+
+@pytest.mark.parametrize("shard", ["1/2", "0/2"])
+def test_a_part_is_complete_if_another_process_takes_the_parts_before_their_manifests_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str
+) -> None:
+    """Whether the part was encoded just now, or is complete already."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+    folder, taken = tmp_path / "cache.parts", tmp_path / ".cache.joining-1234"
+    num_listed = 0
+
+    def list_parts(listed: Path) -> Any:
+        nonlocal num_listed
+        parts = _list_parts(listed)
+        if listed == folder and len(parts) == (2 if shard == "1/2" else 1):
+            num_listed += 1
+            if num_listed == (1 if shard == "1/2" else 2):
+                folder.rename(taken)
+        return parts
+
+    monkeypatch.setattr("t5tune.preparing.parts_folder._list_parts", list_parts)
+    notes: list[Any] = []
+    result = prepare(make_settings(data, tmp_path / "cache", shard=shard), notes.append)
+    assert taken.is_dir()
+    assert (result.joined, result.examples > 20) == (False, True)
+    assert any(isinstance(note, Note) and "another process is joining the parts" in note.text for note in notes)
 
 
 def test_parts_are_not_read_as_data(tmp_path: Path) -> None:
