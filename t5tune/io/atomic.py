@@ -94,7 +94,7 @@ def make_scratch_folder(target: Path) -> Iterator[Path]:
     with ExitStack() as cleanup:
         # registered before the folder exists, because Ctrl-C can arrive at any line
         cleanup.callback(shutil.rmtree, staged, ignore_errors=True)
-        try:
+        with explain_creation_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             # The parent is locked until the new folder is, so that no other process takes the new folder for an
             # abandoned one. If another program holds the parent's lock for longer, abandoned folders are left alone.
@@ -103,12 +103,23 @@ def make_scratch_folder(target: Path) -> Iterator[Path]:
                     _remove_abandoned_siblings(target)
                 staged.mkdir()
                 cleanup.enter_context(lock_folder(staged))
-        except OSError as error:
-            if error.errno in DISK_ERRNOS:
-                raise
-            problem = f"{target}: can't be created: {error.strerror}"
-            raise SettingsError(problem, hint="choose another folder") from error
         yield staged
+
+
+@contextmanager
+def explain_creation_errors(target: Path) -> Iterator[None]:
+    """Turn the errors of a block that creates a folder into a `SettingsError`, except for those of the disk.
+
+    Raises:
+        SettingsError: with the folder and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRNOS:
+            raise
+        problem = f"{target}: can't be created: {error.strerror}"
+        raise SettingsError(problem, hint="choose another folder") from error
 
 
 def remove_abandoned(target: Path) -> None:

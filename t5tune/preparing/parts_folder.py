@@ -6,6 +6,7 @@ whether a process that took the parts to join them was killed. On a file system 
 takes the parts from one that joins. That one notices it and gives up; neither changes the files of a part.
 """
 
+import errno
 import glob
 import os
 import re
@@ -19,7 +20,15 @@ from typing import Any
 from t5tune.data.cache_reuse import describe_differences
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import PART_MANIFEST_FILE
-from t5tune.io.atomic import LOCK_TIMEOUT_SECONDS, explain_write_errors, fsync, fsync_tree, is_locked, lock_folder
+from t5tune.io.atomic import (
+    LOCK_TIMEOUT_SECONDS,
+    explain_creation_errors,
+    explain_write_errors,
+    fsync,
+    fsync_tree,
+    is_locked,
+    lock_folder,
+)
 from t5tune.preparing.part import read_part_manifest, verify_part
 from t5tune.settings.shard import Shard
 
@@ -100,24 +109,27 @@ class PartsFolder:
 
         Raises:
             PartsTakenError: another process has completed it, and has taken all parts.
+            SettingsError: no folder can be created there.
         """
         name = f"part-{shard.index}-of-{shard.count}"
         staged = self.folder / f".{name}.new-{uuid.uuid4().hex[:8]}"
         try:
             with explain_write_errors(self.folder):
-                staged.mkdir(parents=True)
-                yield staged
-                fsync_tree(staged)
+                with explain_creation_errors(self.folder):
+                    _make_folder(staged)
                 try:
-                    staged.rename(self.folder / name)
-                except OSError:  # the part exists
-                    if not (self.folder / name).is_dir():
+                    yield staged
+                    fsync_tree(staged)
+                    try:
+                        staged.rename(self.folder / name)
+                    except OSError as error:  # the part exists
+                        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                            raise
+                    fsync(self.folder)
+                except FileNotFoundError as error:
+                    if staged.is_dir() or (self.folder / name).is_dir():
                         raise
-                fsync(self.folder)
-        except OSError as error:
-            if staged.is_dir() or (self.folder / name).is_dir():
-                raise
-            raise PartsTakenError from error
+                    raise PartsTakenError from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             with suppress(OSError):  # if this is the only part, and failed, the folder is empty
@@ -195,6 +207,14 @@ class PartsFolder:
                 entry.rename(self.folder / entry.name)
         if _list_parts(taken).keys() <= self.list_parts().keys():
             shutil.rmtree(taken, ignore_errors=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder in one that may not exist, and that another process may delete or rename at this moment."""
+    try:
+        folder.mkdir(parents=True)
+    except FileNotFoundError:
+        folder.mkdir(parents=True)
 
 
 def _read_manifest(part: Path) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
 """prepare in parts: the same bytes, or the same error, as one process, for any number of parts in any order."""
 
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import pytest
 
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.worker import encode_records
-from t5tune.errors import DataError, T5TuneError
+from t5tune.errors import DataError, SettingsError, T5TuneError
 from t5tune.io.atomic import lock_folder
 from t5tune.preparing.part import verify_part
 from t5tune.preparing.parts_folder import _list_parts
@@ -344,6 +346,47 @@ def test_a_part_is_complete_if_another_process_takes_the_parts_before_their_mani
     assert taken.is_dir()
     assert (result.joined, result.examples > 20) == (False, True)
     assert any(isinstance(note, Note) and "another process is joining the parts" in note.text for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("file/cache", "Not a directory"), ("read_only/cache", "Permission denied")]
+)
+def test_a_folder_of_parts_that_can_not_be_created_is_an_error_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "read_only").mkdir()
+    make = Path.mkdir
+
+    def mkdir(path: Path, *arguments: Any, **values: Any) -> None:
+        if path.parent.name == "read_only":  # root may write to such folders
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *arguments, **values)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(SettingsError, match=rf"\.parts: can't be created: {reason}; choose another folder"):
+        prepare(make_settings(data, tmp_path / name, shard="0/2"))
+
+
+def test_a_folder_of_parts_that_another_process_deletes_at_once_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process does whose part failed, if the folder is empty."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    make, folder = Path.mkdir, tmp_path / "cache.parts"
+    num_deleted = 0
+
+    def mkdir(path: Path, *arguments: Any, **values: Any) -> None:
+        nonlocal num_deleted
+        make(path, *arguments, **values)
+        if path == folder and num_deleted == 0:
+            num_deleted += 1
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert prepare(make_settings(data, tmp_path / "cache", shard="0/2")).joined is False
+    assert num_deleted == 1
 
 
 def test_parts_are_not_read_as_data(tmp_path: Path) -> None:
