@@ -139,9 +139,28 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[bool]:
-    """Lock a folder until the block or this process ends; yield whether it could be locked in `patience` seconds."""
+    """Lock a folder until the block or this process ends; yield whether it could be locked in `patience` seconds.
+
+    On NFS, other machines don't see the lock; they see that of `lock_file`.
+    """
+    with _lock(folder, os.O_RDONLY, patience) as is_locked:
+        yield is_locked
+
+
+@contextmanager
+def lock_file(path: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Lock a file until the block or this process ends, and create it if it doesn't exist.
+
+    Yield whether it could be locked in `patience` seconds; False too if the file system has no locks.
+    """
+    with _lock(path, os.O_RDWR | os.O_CREAT, patience) as is_locked:  # NFS locks only what is open for writing
+        yield is_locked
+
+
+@contextmanager
+def _lock(path: Path, flags: int, patience: float) -> Iterator[bool]:
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, flags, 0o666)
     except OSError:
         yield False
         return
@@ -151,14 +170,14 @@ def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether another process holds a lock on a folder; False too if the file system has no locks."""
+def is_locked(path: Path) -> bool:
+    """Whether a process holds `lock_file`'s lock; False too if there is no such file, or if there are no locks."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which others may have at the same time, to find out
         return False
     except OSError as error:
         return isinstance(error, BlockingIOError)

@@ -1,9 +1,10 @@
 """The folder of the parts of a token cache, next to the cache: `cache.parts/part-0-of-3`, …
 
 Processes on several machines share it, maybe on a file system without locks. So each step is a rename, which only one
-process can do: of a part when it is complete, and of the whole folder when its parts are joined. A lock only shows
-whether a process that took the parts to join them was killed. On a file system without locks, a process that starts
-takes the parts from one that joins. That one notices it and gives up; neither changes the files of a part.
+process can do: of a part when it is complete, and of the whole folder when its parts are joined. The lock of a file in
+the folder only shows whether a process that took the parts to join them was killed. On a file system without locks, a
+process that starts takes the parts from one that joins. That one notices it and gives up; neither changes the files of
+a part.
 """
 
 import errno
@@ -27,11 +28,12 @@ from t5tune.io.atomic import (
     fsync,
     fsync_tree,
     is_locked,
-    lock_folder,
+    lock_file,
 )
 from t5tune.preparing.part import read_part_manifest, verify_part
 from t5tune.settings.shard import Shard
 
+LOCK_FILE = "joining.lock"
 _PART_NAME = re.compile(r"part-(\d+)-of-(\d+)")
 
 
@@ -150,14 +152,17 @@ class PartsFolder:
             PartsTakenError: another process has taken them meanwhile, so that the block failed.
         """
         taken = self.folder.with_name(f"{self._joining_prefix}{uuid.uuid4().hex[:8]}")
+        parts: dict[Shard, Path] = {}
         try:
-            self.folder.rename(taken)
-        except FileNotFoundError:
-            yield None
-            return
-        parts = _list_parts(taken)
-        try:
-            with lock_folder(taken, LOCK_TIMEOUT_SECONDS):
+            # The lock moves with the folder, so that no process finds the folder without it. Whether there are locks
+            # makes no difference here: without them, another process may take the parts, and this one gives up.
+            with lock_file(self.folder / LOCK_FILE, LOCK_TIMEOUT_SECONDS):
+                try:
+                    self.folder.rename(taken)
+                except FileNotFoundError:
+                    yield None
+                    return
+                parts = _list_parts(taken)
                 yield parts
         except BaseException as error:
             is_mine = all(part.is_dir() for part in parts.values())
@@ -169,7 +174,7 @@ class PartsFolder:
     def take_back(self) -> None:
         """Put back the parts that a process took which was killed while it joined them."""
         for taken in self._list_taken():
-            if not is_locked(taken):
+            if not is_locked(taken / LOCK_FILE):
                 self._put_back(taken)
 
     def is_being_joined(self) -> bool:
@@ -179,7 +184,7 @@ class PartsFolder:
     def remove(self) -> None:
         """Delete all parts of a cache that is complete, if they were made from the same inputs."""
         for folder in (self.folder, *self._list_taken()):
-            if folder.is_dir() and not is_locked(folder) and self._has_same_inputs(folder):
+            if folder.is_dir() and not is_locked(folder / LOCK_FILE) and self._has_same_inputs(folder):
                 self._remove(folder)
 
     def _list_taken(self) -> list[Path]:
@@ -199,7 +204,7 @@ class PartsFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def _put_back(self, taken: Path) -> None:
-        entries = _list_entries(taken)
+        entries = [entry for entry in _list_entries(taken) if entry.name != LOCK_FILE]
         if entries:
             self.folder.mkdir(exist_ok=True)
         for entry in entries:

@@ -104,9 +104,9 @@ def _join(source: CacheSource, parts: PartsFolder, count: int, report: Report) -
         with parts.take_parts() as taken:
             if taken is None:
                 return None
+            if len(taken) < count:  # another process has begun to put them back, to join them itself
+                raise PartsTakenError
             loaded = [(folder, read_part_manifest(folder)) for folder in taken.values()]
-            if len(loaded) < count:
-                raise DataError(f"{parts.folder}: a part was deleted", hint="run the same command again")
             for folder, manifest in loaded:
                 verify_part(folder, manifest)
 

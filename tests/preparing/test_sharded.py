@@ -14,12 +14,13 @@ import pytest
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.worker import encode_records
 from t5tune.errors import DataError, SettingsError, T5TuneError
-from t5tune.io.atomic import lock_folder
+from t5tune.io.atomic import lock_file
 from t5tune.preparing.part import verify_part
-from t5tune.preparing.parts_folder import _list_parts
+from t5tune.preparing.parts_folder import LOCK_FILE, PartsFolder, _list_parts
 from t5tune.progress import Note
 from t5tune.settings import PrepareSettings
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
+from tests.support.nfs import flock_on_nfs
 
 PAIRS = [{"source": f"q {number}", "target": f"a {number % 7}"} for number in range(60)]
 CONVERSATION = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
@@ -288,7 +289,7 @@ def test_a_part_that_another_process_is_joining_is_left_to_it(tmp_path: Path) ->
     taken = tmp_path / ".cache.joining-1234"
     (tmp_path / "cache.parts").rename(taken)
     notes: list[Any] = []
-    with lock_folder(taken):
+    with lock_file(taken / LOCK_FILE):
         result = prepare(make_settings(data, tmp_path / "cache", shard="0/2"), notes.append)
         assert (result.joined, result.examples > 20) == (False, True)
         with pytest.raises(DataError, match="another process is joining them"):
@@ -314,11 +315,76 @@ def test_two_processes_that_join_at_the_same_time_leave_one_cache(
         verify_part(folder, manifest)
 
     monkeypatch.setattr("t5tune.preparing.sharded.verify_part", verify)
-    monkeypatch.setattr("t5tune.preparing.parts_folder.is_locked", lambda folder: False)
+    monkeypatch.setattr("t5tune.preparing.parts_folder.is_locked", lambda path: False)
     first = prepare(make_settings(data, tmp_path / "cache", shard="1/2"))
     assert (first.joined, second[0].joined) == (False, True)
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "one"]
+
+
+def test_parts_that_are_started_again_while_they_are_joined_are_left_to_the_first_on_nfs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", flock_on_nfs)
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "one"))
+    for index in range(2):
+        prepare(make_settings(data, tmp_path / "cache", shard=f"{index}/3"))
+    others: list[PrepareResult] = []
+
+    def verify(folder: Path, manifest: dict[str, Any]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("t5tune.preparing.sharded.verify_part", verify_part)
+            if not others:
+                for index in range(3):
+                    others.append(prepare(make_settings(data, tmp_path / "cache", shard=f"{index}/3")))
+        verify_part(folder, manifest)
+
+    monkeypatch.setattr("t5tune.preparing.sharded.verify_part", verify)
+    assert prepare(make_settings(data, tmp_path / "cache", shard="2/3")).joined
+    assert [(result.joined, result.up_to_date) for result in others] == [(False, False)] * 3
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "one"]
+
+
+@pytest.mark.parametrize("num_left", [0, 1])
+def test_parts_that_are_put_back_as_soon_as_they_are_taken_are_left_to_that_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_left: int
+) -> None:
+    """As a process does that starts at this moment, where locks don't work."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "one"))
+    prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+    folder, rename = tmp_path / "cache.parts", Path.rename
+
+    def take(path: Path, target: Path) -> None:
+        rename(path, target)
+        if path == folder:
+            folder.mkdir()
+            for index in range(num_left, 2):
+                name = f"part-{index}-of-2"
+                rename(target / name, folder / name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", take)
+        assert prepare(make_settings(data, tmp_path / "cache", shard="1/2")).joined is False
+    assert prepare(make_settings(data, tmp_path / "cache", shard="0/2")).joined
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "one"]
+
+
+def test_parts_are_locked_at_the_moment_when_they_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+    folder, rename = tmp_path / "cache.parts", Path.rename
+
+    def take(path: Path, target: Path) -> None:
+        rename(path, target)
+        if path == folder:
+            PartsFolder(tmp_path / "cache", {}).take_back()  # of a process that starts
+
+    monkeypatch.setattr(Path, "rename", take)
+    assert prepare(make_settings(data, tmp_path / "cache", shard="1/2")).joined
 
 
 @pytest.mark.parametrize("shard", ["1/2", "0/2"])

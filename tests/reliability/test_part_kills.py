@@ -70,6 +70,22 @@ def test_a_part_or_a_join_that_was_killed_is_completed(
         check_completion(folder, expected, by_join=True)
 
 
+@pytest.mark.parametrize("moment", ["the parts are taken", "the join begins", "the parts are deleted"])
+@pytest.mark.parametrize("call", ["tests.support.nfs:lock_as_on_nfs()", "tests.support.nfs:lock_nothing()"])
+def test_parts_that_are_started_again_together_after_a_kill_leave_one_cache(
+    moment: str, call: str, tmp_path: Path, expected: dict[str, bytes], fork_server: ForkServer
+) -> None:
+    folder = tmp_path / "place"
+    shutil.copytree(tmp_path / "before", folder)
+    killed = fork_server.run(
+        [*base_flags(folder), "--shard=1/2"], calls=[call, f"tests.support.killing:kill_at{MOMENTS[moment]!r}"]
+    )
+    assert killed.codes != [0], killed.log
+    done = fork_server.run([*base_flags(folder), "--shard=auto"], ranks=2, calls=[call])
+    assert done.codes == [0, 0], done.log
+    check_completion(folder, expected, by_join=False)  # also if both have left the join to the other
+
+
 @pytest.mark.skipif(not LONG, reason="LONG_TESTS=1 kills at every moment")
 def test_a_kill_at_any_moment_is_survived(tmp_path: Path, expected: dict[str, bytes], fork_server: ForkServer) -> None:
     number, codes = 0, [1]
