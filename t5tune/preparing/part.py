@@ -128,8 +128,12 @@ def verify_part(folder: Path, manifest: dict[str, Any]) -> None:
     """
     for name in FILES:
         path = folder / name
-        if not path.is_file() or hash_file(path) != manifest["files"].get(name):
-            what = "differs from what prepare wrote" if path.is_file() else "missing from the part"
+        try:
+            found = hash_file(path)
+        except FileNotFoundError:  # it is missing, or another process has just taken the parts
+            found = None
+        if found is None or found != manifest["files"].get(name):
+            what = "missing from the part" if found is None else "differs from what prepare wrote"
             raise DataError(f"{path}: {what}", hint=f"run prepare --shard {manifest['shard']} again")
 
 

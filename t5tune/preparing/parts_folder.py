@@ -92,7 +92,8 @@ class PartsFolder:
         try:
             verify_part(part, manifest)
         except DataError:
-            self._remove(part)
+            if part.is_dir():  # otherwise another process has taken the parts meanwhile
+                self._remove(part)
             return None
         return manifest
 

@@ -14,7 +14,7 @@ import pytest
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.worker import encode_records
 from t5tune.errors import DataError, SettingsError, T5TuneError
-from t5tune.io.atomic import lock_file
+from t5tune.io.atomic import hash_file, lock_file
 from t5tune.preparing.part import verify_part
 from t5tune.preparing.parts_folder import LOCK_FILE, PartsFolder, _list_parts
 from t5tune.progress import Note
@@ -453,6 +453,25 @@ def test_a_folder_of_parts_that_another_process_deletes_at_once_is_made_again(
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert prepare(make_settings(data, tmp_path / "cache", shard="0/2")).joined is False
     assert num_deleted == 1
+
+
+def test_a_part_is_complete_if_another_process_takes_the_parts_while_it_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    settings = make_settings(data, tmp_path / "cache", shard="0/2")
+    prepare(settings)
+    taken = tmp_path / ".cache.joining-1234"
+
+    def hash_taken(path: Path) -> str:
+        if not taken.is_dir():
+            (tmp_path / "cache.parts").rename(taken)
+        return hash_file(path)
+
+    monkeypatch.setattr("t5tune.preparing.part.hash_file", hash_taken)
+    monkeypatch.setattr("t5tune.preparing.sharded.encode_records", None)
+    result = prepare(settings)
+    assert (result.joined, result.examples > 20, taken.is_dir()) == (False, True, True)
 
 
 def test_parts_are_not_read_as_data(tmp_path: Path) -> None:
