@@ -183,7 +183,10 @@ class PartsFolder:
         return bool(self._list_taken())
 
     def remove(self) -> None:
-        """Delete all parts of a cache that is complete, if they were made from the same inputs."""
+        """Delete all parts of a cache that is complete, if they were made from the same inputs.
+
+        A folder without a complete part is left alone if parts are in progress there, since their inputs are unknown.
+        """
         for folder in (self.folder, *self._list_taken()):
             if folder.is_dir() and not is_locked(folder / LOCK_FILE) and self._has_same_inputs(folder):
                 self._remove(folder)
@@ -193,6 +196,8 @@ class PartsFolder:
 
     def _has_same_inputs(self, folder: Path) -> bool:
         parts = [part for part in _list_parts(folder).values() if (part / PART_MANIFEST_FILE).is_file()]
+        if not parts:
+            return not any(entry.is_dir() for entry in _list_entries(folder))
         with suppress(DataError):
             return all(read_part_manifest(part)["inputs"] == self.description for part in parts)
         return False

@@ -474,6 +474,27 @@ def test_a_part_is_complete_if_another_process_takes_the_parts_while_it_is_verif
     assert (result.joined, result.examples > 20, taken.is_dir()) == (False, True, True)
 
 
+def test_a_part_in_progress_is_kept_if_its_inputs_may_be_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first part of other settings is encoded, the same cache as before is asked for again."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    before = make_settings(data, tmp_path / "cache", shard="0/1")
+    assert prepare(before).joined
+
+    def encode(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        assert prepare(before).up_to_date
+        return encode_records(*arguments)
+
+    monkeypatch.setattr("t5tune.preparing.sharded.encode_records", encode)
+    assert prepare(make_settings(data, tmp_path / "cache", shard="0/2", dedupe="exact")).joined is False
+    (part,) = (tmp_path / "cache.parts").iterdir()
+    assert part.name == "part-0-of-2"
+    assert prepare(make_settings(data, tmp_path / "cache", shard="1/2", dedupe="exact")).joined
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl"]
+
+
 def test_parts_are_not_read_as_data(tmp_path: Path) -> None:
     folder = tmp_path / "place"
     folder.mkdir()
