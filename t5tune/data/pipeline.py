@@ -23,6 +23,7 @@ from t5tune.data.records import Rejection
 from t5tune.data.templates import Piece, Template, render_conversation
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.vocabulary import RoundTripCheck
+from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import ReadingSettings
 
@@ -66,13 +67,16 @@ class Pipeline:
     template: Template
     settings: PrepareSettings
 
-    def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord]:
-        """Return the result of each record.
-
-        Raises:
-            DataError: an array element is not valid JSON.
-        """
-        parsed = [read_conversation(record, self.settings, self._encoder) for record in batch]
+    def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord | DataError]:
+        """Return the result of each record. If an array element is not valid JSON, its error is the last result."""
+        parsed: list[Conversation | Rejection] = []
+        problems: list[DataError] = []
+        for record in batch:
+            try:
+                parsed.append(read_conversation(record, self.settings, self._encoder))
+            except DataError as error:
+                problems.append(error)
+                break
         # the pieces have no variable, so that they are freed at once: they take more memory than the ids
         encodings = iter(
             encode_batch(
@@ -81,10 +85,11 @@ class Pipeline:
                 self.settings.model_max_length,
             )
         )
-        return [
+        results = (
             EncodedRecord(each) if isinstance(each, Rejection) else self._select_examples(each, next(encodings))
             for each in parsed
-        ]
+        )
+        return [*results, *problems]
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from t5tune.data.pipeline import EncodedRecord, Pipeline
 from t5tune.data.raw_records import RawRecord
-from t5tune.errors import T5TuneError, TrainingError
+from t5tune.errors import DataError, T5TuneError, TrainingError
 from t5tune.io.processes import make_module_command
 
 BATCH_RECORDS = 256
@@ -40,7 +40,7 @@ def encode_records(
     batches = _group_into_batches(records)
     if num_workers == 1:
         for batch in batches:
-            yield from zip(batch, pipeline(batch), strict=True)
+            yield from _pair(batch, pipeline(batch))
         return
     yield from _encode_in_workers(batches, pipeline, num_workers)
 
@@ -52,7 +52,7 @@ def _encode_in_workers(
     workers: list[Worker] = []
     idle: SimpleQueue[Worker] = SimpleQueue()
 
-    def encode(batch: list[RawRecord]) -> list[EncodedRecord]:
+    def encode(batch: list[RawRecord]) -> list[EncodedRecord | DataError]:
         worker = idle.get()
         try:
             return worker(batch)
@@ -60,7 +60,7 @@ def _encode_in_workers(
             idle.put(worker)
 
     try:
-        waiting: deque[tuple[list[RawRecord], Future[list[EncodedRecord]]]] = deque()
+        waiting: deque[tuple[list[RawRecord], Future[list[EncodedRecord | DataError]]]] = deque()
         problem: Exception | None = None
         while True:
             try:
@@ -74,7 +74,7 @@ def _encode_in_workers(
                 waiting.append((read, executor.submit(encode, read)))
             while waiting and (read is None or len(waiting) > 2 * num_workers):
                 batch, results = waiting.popleft()
-                yield from zip(batch, results.result(), strict=True)
+                yield from _pair(batch, results.result())
             if read is None:
                 break
         if problem is not None:
@@ -99,7 +99,7 @@ class Worker:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0)
         self._send(pipeline)
 
-    def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord]:
+    def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord | DataError]:
         """Return the result of each record, like `Pipeline`."""
         assert self._process.stdout is not None
         try:
@@ -121,6 +121,16 @@ class Worker:
         assert self._process.stdin is not None
         pickle.dump(value, self._process.stdin)
         self._process.stdin.flush()
+
+
+def _pair(
+    batch: list[RawRecord], results: list[EncodedRecord | DataError]
+) -> Iterator[tuple[RawRecord, EncodedRecord]]:
+    """Yield each record with its result, and raise the error if the last result is one."""
+    for record, result in zip(batch, results, strict=False):
+        if isinstance(result, DataError):
+            raise result
+        yield record, result
 
 
 def _group_into_batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
@@ -150,7 +160,7 @@ def _serve_batches(requests: BinaryIO, answers: BinaryIO) -> None:
             batch = pickle.load(requests)
         except EOFError:
             return
-        answer: list[EncodedRecord] | T5TuneError
+        answer: list[EncodedRecord | DataError] | T5TuneError
         try:
             answer = pipeline(batch)
         except T5TuneError as error:

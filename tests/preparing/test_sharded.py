@@ -175,11 +175,13 @@ def test_the_error_is_that_of_one_process(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("end", ["", ", {'a': 1}]"], ids=["no end", "broken"])
 def test_an_error_that_one_process_does_not_reach_is_not_raised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, num_workers: int
 ) -> None:
-    data = write_array(tmp_path / "data.json", PAIRS, "")
-    values = {"num_data": 40, "add_tokens": "none"}
+    data = write_array(tmp_path / "data.json", PAIRS, end)
+    values = {"num_data": 40, "add_tokens": "none", "num_workers": num_workers}
     monkeypatch.setattr("t5tune.data.sample.SAMPLE_BYTES", 1000)
     prepare(make_settings(data, tmp_path / "one", **values))
     prepare_all(data, tmp_path / "cache", 3, **values)
