@@ -6,7 +6,6 @@ tensors are divided into files. The second hash, `sha256`, covers all of their b
 
 import hashlib
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.families import EMBEDDING_COPIES, HEAD_WEIGHT
 from t5tune.io.atomic import write_json
+from t5tune.io.processes import count_cores
 from t5tune.io.untrusted import parse_json_object
 
 FINGERPRINT_BYTES = 2 << 10  # bytes from the beginning of a tensor, and as many from its end
@@ -54,7 +54,7 @@ def compute_fingerprint(base: Checkpoint) -> str:
 def compute_full_hash(base: Checkpoint) -> str:
     """Hash all bytes of all tensors, several tensors at a time."""
     names = _list_tensor_names(base)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, count_cores())) as pool:
         parts = pool.map(lambda name: _hash_tensor(name, base.get_tensor(name)), names)
         return hashlib.sha256(b"".join(parts)).hexdigest()
 

@@ -1,9 +1,11 @@
-"""Which part of the data this process prepares with `--shard auto`, from what started it."""
+"""Which part of the data this process prepares with `--shard auto`, and on how many cores, from what started it."""
 
 import os
+import re
 
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
+from t5tune.io.processes import count_cores
 from t5tune.settings.shard import AUTO, Shard, parse_shard
 
 ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_STEP")
@@ -26,6 +28,29 @@ def find_shard(shard: str) -> Shard:
     if (found := task or ranks) is None:
         raise _make_missing_error()
     return found
+
+
+def count_rank_cores() -> int:
+    """Count the cores for this rank: if the ranks on its node may use the same ones, its share of them.
+
+    srun gives each task cores of its own if it is told how many, with --cpus-per-task. torchrun and deepspeed don't.
+    """
+    cores = count_cores()
+    if cores_per_task := _read_count("SLURM_CPUS_PER_TASK"):
+        cores = min(cores, cores_per_task)
+    if num_ranks := _read_count("LOCAL_WORLD_SIZE") or _read_count("LOCAL_SIZE"):
+        return max(1, cores // num_ranks)
+    if not cores_per_task and "SLURM_STEP_ID" in os.environ:
+        # such as 4(x2),3: two nodes with four tasks, and one with three
+        numbers = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        return max(1, cores // max(1, 1, *map(int, numbers)))
+    return cores
+
+
+def _read_count(name: str) -> int:
+    """Read a number of at least 1; 0 if the variable is missing or is something else."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isascii() and value.isdigit() else 0
 
 
 def _read_rank() -> Shard | None:

@@ -1,4 +1,4 @@
-"""Helpers for starting subprocesses of t5tune."""
+"""Helpers for starting subprocesses of t5tune, and threads."""
 
 import ctypes
 import os
@@ -16,6 +16,13 @@ def make_module_command(name: str, *arguments: str) -> list[str]:
     """
     is_here = os.path.samefile(Path(__file__).parents[2], os.curdir)
     return [sys.executable, *([] if is_here else ["-P"]), "-m", name, *arguments]
+
+
+def count_cores() -> int:
+    """Count the cores that this process may use: with taskset, or in a job of SLURM, not all of the machine."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def die_with_parent() -> None:

@@ -20,6 +20,7 @@ from t5tune.checkpoints.tensors import FLOAT_DTYPES, NUMPY_DTYPES, FileRange, co
 from t5tune.errors import CheckpointError
 from t5tune.file_names import INDEX_SUFFIX, MODEL_FILE
 from t5tune.io.atomic import write_json
+from t5tune.io.processes import count_cores
 from t5tune.merging.fold import WeightDelta, convert_dtype, fold_tensor
 
 NUM_THREADS = 2  # one copies while the other computes
@@ -117,7 +118,7 @@ def write_shards(
 
 def _run_jobs(jobs: Iterable[Job]) -> Iterator[int]:
     """Run the jobs in a few threads; yields each result when it is done, and raises the error of the first to fail."""
-    with ThreadPoolExecutor(min(NUM_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(NUM_THREADS, count_cores())) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
             for future in as_completed(futures):

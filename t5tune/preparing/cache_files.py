@@ -1,6 +1,5 @@
 """Write the files of a token cache: what it is made from, its records in one process, and what is around them."""
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -21,13 +20,16 @@ from t5tune.data.tokenizer import save_tokenizer
 from t5tune.data.vocabulary import ExtendedTokenizer, RoundTripCheck
 from t5tune.data.worker import BYTES_PER_WORKER, encode_records
 from t5tune.data.writer import CacheWriter
+from t5tune.distributed.shard import count_rank_cores
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_json
+from t5tune.io.processes import count_cores
 from t5tune.io.yaml_file import to_yaml
 from t5tune.preparing.record_checks import RecordChecks
 from t5tune.progress import Report, track
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.shard import AUTO
 from t5tune.version import __version__
 
 MAX_LISTED_CHARACTERS = 100  # lost characters in the manifest
@@ -125,10 +127,13 @@ def encode_cache(
 
 
 def choose_num_workers(source: CacheSource, num_parts: int = 1) -> int:
-    """Choose the number of tokenization processes for one of `num_parts` parts of the data."""
+    """Choose the number of tokenization processes for one of `num_parts` parts of the data.
+
+    With `--shard auto`, the parts on a node share its cores.
+    """
     if source.settings.num_workers is not None:
         return source.settings.num_workers
-    cores = os.cpu_count() or 1
+    cores = count_rank_cores() if source.settings.shard == AUTO else count_cores()
     if STDIN in source.files:  # its size is unknown; encode_records starts a worker only when all others are busy
         return cores
     size = sum(file.stat().st_size for file in source.files) // num_parts

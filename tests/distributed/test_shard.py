@@ -1,11 +1,13 @@
-"""`--shard auto`: the part of this process, from the variables of what started it."""
+"""`--shard auto`: the part of this process and its number of cores, from the variables of what started it."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from t5tune.distributed.shard import find_shard
+from t5tune.distributed.shard import count_rank_cores, find_shard
 from t5tune.errors import SettingsError
+from t5tune.preparing.cache_files import CacheSource, choose_num_workers
 from t5tune.settings import PrepareSettings
 from t5tune.settings.shard import Shard
 
@@ -21,7 +23,7 @@ VALUES = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "JOB_COMPLETION")) or name in {*TORCHRUN, "MASTER_ADDR"}:
+        if name.startswith(("SLURM_", "JOB_COMPLETION", "LOCAL_")) or name in {*TORCHRUN, "MASTER_ADDR"}:
             monkeypatch.delenv(name)
 
 
@@ -44,6 +46,43 @@ def test_the_part_is_that_of_the_rank_and_the_task(
         monkeypatch.setenv(name, value)
     assert find_shard("auto") == shard
     assert find_shard("1/3") == Shard(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, 32),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, 8),
+        ({**TORCHRUN, "LOCAL_SIZE": "64"}, 1),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "16"}, 8),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x12),1"}, 16),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "1,4(x2)"}, 8),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "32"}, 32),
+        ({**ARRAY, "SLURM_CPUS_PER_TASK": "4"}, 4),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "", "SLURM_CPUS_PER_TASK": "many"}, 32),
+    ],
+)
+def test_ranks_on_a_node_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: int
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("t5tune.distributed.shard.count_cores", lambda: 32)
+    assert count_rank_cores() == expected
+
+
+@pytest.mark.parametrize(("shard", "expected"), [("auto", 8), ("0/2", 32), (None, 32)])
+def test_only_auto_takes_the_other_parts_for_ranks_on_the_same_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str | None, expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(32)), raising=False)
+    monkeypatch.setattr("t5tune.preparing.cache_files.BYTES_PER_WORKER", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    data = tmp_path / "data.jsonl"
+    data.write_text("x" * 100)
+    settings = PrepareSettings(**{**VALUES, "data_path": str(data)}, shard=shard)
+    source = CacheSource(settings, "", [], [data], *[None] * 7)
+    assert choose_num_workers(source) == expected
 
 
 @pytest.mark.parametrize(
