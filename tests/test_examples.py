@@ -149,9 +149,26 @@ def test_torchrun_prepares_data_in_parts(tmp_path: Path, conversations: Path) ->
     assert "/2 is complete" in log
 
 
+KILL_ONCE = """
+import os, signal, sys
+if "1/3" in sys.orig_argv:
+    try:
+        os.mkdir({killed!r})
+        os.kill(os.getpid(), signal.SIGKILL)
+    except FileExistsError:
+        pass
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray isn't installed: pip install 't5tune[ray]'")
-def test_ray_prepares_data_in_parts(tmp_path: Path, conversations: Path) -> None:
+def test_ray_prepares_data_in_parts_and_repeats_one_that_was_killed(
+    tmp_path: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+    (tmp_path / "sitecustomize.py").write_text(KILL_ONCE.format(killed=str(killed)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     prepare_in_parts(tmp_path, conversations, sys.executable, MANY_NODES / "ray_tasks.py", "3")
+    assert killed.is_dir()
 
 
 def test_quickstart_runs_all_commands_and_shows_their_results(tmp_path: Path) -> None:
