@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from t5tune.data.counts import OTHER_FIELDS, RecordCounts
 from t5tune.data.raw_records import KEYED_RECORDS
 from t5tune.data.records import LABELED_BAD, RecordLocation
@@ -16,6 +19,7 @@ from t5tune.formatting import format_count
 from t5tune.io.reasons import MAX_NAMES, join_first
 from t5tune.progress import Note, Report
 
+Numbers = int | npt.NDArray[np.int64]
 LABELED_BAD_TEXT = "labeled bad (label: false, kto_tag: false)"
 # what the manifest counts as repaired -> (one, several) in words
 REPAIRS = {
@@ -65,10 +69,18 @@ def check_rejected(rejected: Counter[str], num_records: int, allowed: float | No
     # in a KTO dataset half of the records are labeled bad, which doesn't mean that the records are broken
     broken = Counter({reason: count for reason, count in rejected.items() if reason != LABELED_BAD})
     count, num_records = broken.total(), num_records - bad
-    if count > allowed * num_records:
+    if is_excess(count, num_records, allowed):
         problem = f"{count:,} of {format_count(num_records, 'record')} rejected ({_format_counts(broken)})"
         not_counted = f"; {bad} more are labeled bad and not counted" if bad else ""
         raise DataError(f"{data}: {problem}, more than max_rejected_fraction {allowed}{not_counted}", hint=hint)
+
+
+def is_excess(rejected: Numbers, num_records: Numbers, allowed: float) -> Any:
+    """Whether more than the fraction `allowed` of the records is rejected; for arrays, an array.
+
+    Neither number counts records that are labeled bad.
+    """
+    return rejected > allowed * num_records
 
 
 def check_any_used(data: str, files: list[str], counts: RecordCounts, purpose: str) -> None:

@@ -1,15 +1,18 @@
 """Check the records of a token cache while they are written, in one process or when parts are joined."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.counts import RecordCounts
 from t5tune.data.data_problems import (
+    Numbers,
     check_any_example,
     check_rejected,
     format_first_rejected,
+    is_excess,
     make_mixed_data_error,
 )
 from t5tune.data.pipeline import EncodedRecord
@@ -51,7 +54,7 @@ class RecordChecks:
         Raises:
             DataError: it is more than max_rejected_fraction.
         """
-        if counts.num_records - counts.rejected[LABELED_BAD] >= MIN_RECORDS_TO_STOP:
+        if _are_enough(counts.num_records - counts.rejected[LABELED_BAD]):
             self._check_rejected(counts)
 
     def find_excess(self, totals: npt.NDArray[np.int64], broken: npt.NDArray[np.int64]) -> int | None:
@@ -60,10 +63,9 @@ class RecordChecks:
         Args:
             totals, broken: the numbers of records and of rejected ones after each record, without those labeled bad.
         """
-        allowed = self.max_rejected_fraction
-        if allowed is None:
+        if self.max_rejected_fraction is None:
             return None
-        found = np.flatnonzero((totals >= MIN_RECORDS_TO_STOP) & (broken > allowed * totals))
+        found = np.flatnonzero(_are_enough(totals) & is_excess(broken, totals, self.max_rejected_fraction))
         return int(found[0]) if len(found) else None
 
     def check_all(self, counts: RecordCounts) -> None:
@@ -78,3 +80,8 @@ class RecordChecks:
     def _check_rejected(self, counts: RecordCounts) -> None:
         hint = format_first_rejected(counts)
         check_rejected(counts.rejected, counts.num_records, self.max_rejected_fraction, self.data, hint)
+
+
+def _are_enough(num_records: Numbers) -> Any:
+    """Whether the fraction of rejected records is checked after so many, without those labeled bad."""
+    return num_records >= MIN_RECORDS_TO_STOP
