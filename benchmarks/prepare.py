@@ -12,7 +12,9 @@ tokenizer's.
 
 repeats a file of JSON lines to that many bytes and prepares that, with --threads workers. Prints a JSON line: bytes,
 seconds, counts, and the peak memory (MB, VmHWM) of the process, of each worker, and their sum. SCRATCH needs enough
-free space for the repeated file and its cache.
+free space for the repeated file and its cache. With `--parts N`, it is prepared again in N parts, one after another,
+the last of which joins them. Prints seconds and peak memory of each, the speedup that all at once on N machines could
+have (by the slowest part), and whether the cache is the same.
 
     python benchmarks/prepare.py --cache FOLDER
 
@@ -158,32 +160,51 @@ def measure_peak_megabytes() -> int:
 
 
 def run_repeated(options: argparse.Namespace) -> None:
-    """Prepare a file that consists of the data repeated up to a size."""
+    """Prepare a file that consists of the data repeated up to a size, and again in parts."""
     data = Path(options.data).read_bytes().rstrip(b"\n") + b"\n"
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        repeated = Path(scratch) / "repeated.jsonl"
+        repeated, whole, joined = Path(scratch) / "repeated.jsonl", Path(scratch) / "whole", Path(scratch) / "joined"
         with open(repeated, "wb") as file:
             for _ in range(-(-options.repeat_to // len(data))):
                 file.write(data)
         command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", options.tokenizer]
-        command += ["--data-path", str(repeated), "--output-dir", str(Path(scratch) / "cache"), "--json"]
-        command += ["--num-workers", str(options.threads)]
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        peaks: dict[int, int] = {}
-        while process.poll() is None:
-            peaks.update(read_peaks(process.pid))
-            time.sleep(0.02)
-        seconds = round(time.perf_counter() - started, 1)
-        if process.returncode:
-            sys.exit(f"prepare exited with code {process.returncode}")
-        result = json.loads(process.stdout.read()) if process.stdout else {}
-        facts = {"bytes": repeated.stat().st_size, "workers": options.threads, "seconds": seconds}
+        command += ["--data-path", str(repeated), "--num-workers", str(options.threads), "--json", "--output-dir"]
+        result, memory = measure_prepare([*command, str(whole)])
         counts = {name: result[name] for name in ("conversations", "rejected", "examples")}
-        memory = {"peak_mb": [peak >> 10 for peak in peaks.values()], "sum_mb": sum(peaks.values()) >> 10}
-        print(json.dumps(facts | counts | memory))
+        facts = {"bytes": repeated.stat().st_size, "workers": options.threads} | memory | counts
+        if options.parts:
+            shards = [["--shard", f"{index}/{options.parts}"] for index in range(options.parts)]
+            parts = [measure_prepare([*command, str(joined), *shard])[1] for shard in shards]
+            facts["parts"] = parts
+            facts["speedup"] = round(memory["seconds"] / max(part["seconds"] for part in parts), 2)
+            facts["same"] = hash_files(joined) == hash_files(whole)
+        print(json.dumps(facts))
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the hash of each file of a folder, also in its subfolders, by name."""
+    from t5tune.io.atomic import hash_file
+
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hash_file(path) for path in files}
+
+
+def measure_prepare(command: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run `t5tune prepare`; return its result, and its seconds and peak memory (MB)."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    peaks: dict[int, int] = {}
+    while process.poll() is None:
+        peaks.update(read_peaks(process.pid))
+        time.sleep(0.02)
+    seconds = round(time.perf_counter() - started, 1)
+    if process.returncode:
+        sys.exit(f"prepare exited with code {process.returncode}")
+    result = json.loads(process.stdout.read()) if process.stdout else {}
+    memory = {"peak_mb": [peak >> 10 for peak in peaks.values()], "sum_mb": sum(peaks.values()) >> 10}
+    return result, {"seconds": seconds} | memory
 
 
 def read_at_random(folder: Path) -> None:
@@ -241,6 +262,7 @@ def main() -> None:
     parser.add_argument(
         "--repeat-to", type=int, metavar="BYTES", help="only run prepare, on the data repeated to this size"
     )
+    parser.add_argument("--parts", type=int, default=0, help="then prepare it again in this many parts")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="temporary folder for the repeated data")
     options = parser.parse_args()
     if options.cache:
