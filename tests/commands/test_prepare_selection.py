@@ -26,6 +26,7 @@ from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, DependencyError, ModelError
 from t5tune.progress import Event, Note, Report, silent
 from t5tune.settings import PrepareSettings
+from tests.support.forks import ForkServer
 from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
 
@@ -285,57 +286,47 @@ def test_memory_does_not_grow_with_the_input_and_torch_is_not_imported(many: Pat
     assert peaks[1] < 250
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from t5tune.commands.prepare import prepare
-from t5tune.settings import PrepareSettings
-folder, data, moment = sys.argv[1], sys.argv[2], int(sys.argv[3])
-touched = 0
-def watch(event, arguments):
-    global touched
-    if event.startswith(("open", "os.", "shutil.")) and folder in str(arguments):
-        touched += 1
-        if touched == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
-prepare(PrepareSettings(model_name_or_path="pocket", data_path=data, output_dir=Path(folder, "cache")))
-print(touched)
-"""
-
-
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_the_old_cache_the_new_cache_or_none(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_leaves_the_old_cache_the_new_cache_or_none(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
     """Kill prepare whenever it opens, renames or removes a file next to its output."""
     place = tmp_path / "place"
     place.mkdir()
     for name in ("old", "new"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record("Hi", name)) + "\n")
 
-    def run(name: str, moment: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", KILLED, place, tmp_path / f"{name}.jsonl", str(moment)]
-        return subprocess.run(command, capture_output=True, text=True)
+    def run(name: str, *calls: str) -> int:
+        data, cache = tmp_path / f"{name}.jsonl", place / "cache"
+        flags = ["--model-name-or-path=pocket", f"--data-path={data}", f"--output-dir={cache}"]
+        return fork_server.run(["prepare", *flags], calls=calls).codes[0]
 
-    assert run("old", 0).returncode == 0
-    before = bytes_of(place / "cache")
-    shutil.copytree(place, tmp_path / "before")
-    done = run("new", 0)
-    after = bytes_of(place / "cache")
-    assert before != after
-    last = int(done.stdout)
-    assert last > 20
-    states = []
-    for moment in [*range(1, last - 12, 3), *range(last - 12, last + 1)]:
+    def run_until(moment: int) -> int:
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "before", place)
-        assert run("new", moment).returncode == -signal.SIGKILL
+        return run("new", f"tests.support.killing:kill_after({str(place)!r}, {moment})")
+
+    assert run("old") == 0
+    before = bytes_of(place / "cache")
+    shutil.copytree(place, tmp_path / "before")
+    assert run("new") == 0
+    after = bytes_of(place / "cache")
+    assert before != after
+    states: list[str] = []
+    code = -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        code = run_until(len(states) + 1)
         found = bytes_of(place / "cache") if (place / "cache").exists() else None
         assert found in (before, after, None)
         states.append({str(before): "old", str(after): "new"}.get(str(found), "none"))
+    assert code == 0
+    assert len(states) > 20
     assert states == sorted(states, key=["old", "none", "new"].index)
-    assert {"old", "new"} <= set(states)
-    assert run("new", 0).returncode == 0  # leftover files don't disturb the next run
-    assert bytes_of(place / "cache") == after
+    assert {"old", "new"} <= set(states[:-1])
+    for moment in (len(states) // 2, len(states) - 1):  # leftover files don't disturb the next run
+        assert run_until(moment) == -signal.SIGKILL
+        assert run("new") == 0
+        assert bytes_of(place / "cache") == after
 
 
 def test_folders_of_killed_processes_are_removed_and_those_in_use_are_kept(
