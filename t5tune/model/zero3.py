@@ -114,8 +114,6 @@ def gather_decoder(model: nn.Module) -> Iterator[None]:
 
     Otherwise ZeRO-3 gathers them for each token again. Every rank calls this.
     """
-    import deepspeed
-
     parameters: list[Any] = [
         parameter
         for name, parameter in model.named_parameters()
@@ -124,6 +122,8 @@ def gather_decoder(model: nn.Module) -> Iterator[None]:
     if not parameters or not _have_room(parameters):
         yield
         return
+    import deepspeed  # only where there are partitioned parameters: it isn't installed everywhere
+
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
         for parameter in parameters:  # DeepSpeed frees what no module uses
             parameter.ds_active_sub_modules.add(HOLDER)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ def test_the_batch_size_does_not_change_the_metrics(untied_base: Path, cache: Pa
         line["prediction"] for line in read_predictions(many)
     ]
     assert get_metrics(one) == pytest.approx(get_metrics(many), rel=1e-5)
+
+
+def test_it_works_where_deepspeed_is_not_installed(
+    untied_base: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it fails
+    assert run_evaluate(untied_base, cache, tmp_path / "out", num_data=2).examples == 2
 
 
 def test_cache_and_conversations_give_the_same_metrics(
