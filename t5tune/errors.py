@@ -125,7 +125,7 @@ class TrainingError(T5TuneError):
 
 
 class RankLost(TrainingError):
-    """Another rank died or doesn't respond. The same command resumes from the last checkpoint."""
+    """Another rank died or doesn't respond. Run the same command again; training resumes from the last checkpoint."""
 
 
 class Stopped(T5TuneError):

@@ -4,7 +4,7 @@ import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 from t5tune.cli.arguments import parse_arguments
@@ -42,7 +42,7 @@ def run_command(command: str, arguments: list[str]) -> int:
             if isinstance(settings, PrepareSettings) and settings.shard is not None:
                 output = Output(stream, parsed.json, parsed.quiet, parsed.debug)  # each rank has a part of its own
             # before the command is imported: that takes seconds, in which a signal may arrive
-            with handle_signals(output.report) if _stops_as_a_rank(settings, world) else _interrupt_on_signals():
+            with _handle_signals(settings, output, world):
                 return _import_command(command)(settings, output) or 0
         except KeyboardInterrupt as interrupt:
             return output.fail(interrupt)
@@ -70,11 +70,12 @@ def _read_world() -> World:
         return World()
 
 
-def _stops_as_a_rank(settings: Settings, world: World) -> bool:
-    """Whether a signal is to be handled as `train` does, and every rank of `evaluate`: see distributed/signals.py."""
-    if isinstance(settings, TrainSettings):
-        return not settings.dry_run
-    return isinstance(settings, EvaluateSettings) and world.launched
+def _handle_signals(settings: Settings, output: Output, world: World) -> AbstractContextManager[object]:
+    """Handle signals in a block: `train`, and every rank of `evaluate`, stop as distributed/signals.py says."""
+    trains = isinstance(settings, TrainSettings) and not settings.dry_run
+    if trains or (isinstance(settings, EvaluateSettings) and world.launched):
+        return handle_signals(output.report, saves_checkpoints=trains)
+    return _interrupt_on_signals()
 
 
 def _import_command(command: str) -> Callable[[Any, Output], int | None]:

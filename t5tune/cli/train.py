@@ -35,7 +35,7 @@ def run(settings: TrainSettings, output: Output) -> None:
 
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
-    with handle_signals(output.report) as stop, ExitStack() as stack:
+    with handle_signals(output.report, saves_checkpoints=True) as stop, ExitStack() as stack:
         with stop.interruptible():
             run = set_up_run_folder(settings, stack, output.report)
         if not run.finished:

@@ -14,7 +14,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.data.cache import is_cache
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.distributed.signals import handle_signals
-from t5tune.distributed.world import World
+from t5tune.distributed.world import RESUME_HINT, World
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import copy_atomically, explain_write_errors
@@ -51,15 +51,15 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     _check_call(settings, world)
     report = report if world.rank == 0 else silent
     # the process of a notebook or a script isn't ours to end; the command line handles signals before it calls this
-    with handle_signals(report, exits=world.launched) as stop, ExitStack() as stack:
+    with handle_signals(report, exits=world.launched, saves_checkpoints=True) as stop, ExitStack() as stack:
         # imports torch, which takes seconds, in which a signal may arrive
         from t5tune.distributed.collectives import report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
         from t5tune.distributed.watch import watch_ranks
 
         device = stack.enter_context(join_process_group(world, settings, report))
-        watch = stack.enter_context(watch_ranks(world, settings.process_group_timeout))
-        stack.enter_context(report_lost_ranks(world))
+        watch = stack.enter_context(watch_ranks(world, settings.process_group_timeout, RESUME_HINT))
+        stack.enter_context(report_lost_ranks(world, RESUME_HINT))
         if settings.bf16:
             check_bf16(device)
         if not world.is_run_set_up:

@@ -158,8 +158,11 @@ def report_rendezvous_errors() -> Iterator[None]:
 
 
 @contextmanager
-def report_lost_ranks(world: World) -> Iterator[None]:
+def report_lost_ranks(world: World, hint: str = RERUN_HINT) -> Iterator[None]:
     """Turn a collective's network error into a message that says which ranks were lost.
+
+    Args:
+        hint: what to do then.
 
     Raises:
         RankLost: names the ranks that don't answer, if the others can still reach the store.
@@ -172,7 +175,7 @@ def report_lost_ranks(world: World) -> Iterator[None]:
         if world.size == 1 or not _is_rank_loss(error):
             raise
         problem = f"rank {world.rank}: {describe_silence(_find_silent_ranks(world))}"
-        raise RankLost(problem, hint=RERUN_HINT) from error
+        raise RankLost(problem, hint=hint) from error
 
 
 def describe_silence(ranks: list[int]) -> str:

@@ -23,12 +23,13 @@ import psutil
 from t5tune import errors
 from t5tune.distributed.signals import (
     FORWARDED_SIGNAL,
+    KEPT_CHECKPOINT,
     SECONDS_BETWEEN_SIGNALS,
     STOP_SIGNALS,
     choose_signals,
     get_exit_code,
 )
-from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, RERUN_HINT, World
+from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, RERUN_HINT, RESUME_HINT, World
 from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import die_with_parent, make_module_command
@@ -52,9 +53,10 @@ def launch(
         Stopped: a signal asked to stop.
     """
     command = make_module_command("t5tune", *arguments)
+    saves_checkpoints = arguments[0] == "train"
     with _record_signals() as received:
         for restart in range(max_restarts + 1):
-            failure = _run(command, count, received, stdout)
+            failure = _run(command, count, received, saves_checkpoints, stdout)
             if failure is None:
                 return
             # the subclasses are errors that t5tune itself detected, and would detect again
@@ -127,7 +129,7 @@ def _record_signals() -> Iterator[_ReceivedSignals]:
 
 
 def _run(
-    command: list[str], count: int, received: _ReceivedSignals, stdout: IO[str] | None = None
+    command: list[str], count: int, received: _ReceivedSignals, saves_checkpoints: bool, stdout: IO[str] | None = None
 ) -> T5TuneError | None:
     """Run the workers until they end. Return the error that ended them, or None."""
     with tempfile.TemporaryDirectory(prefix="t5tune-errors-") as folder:
@@ -143,7 +145,7 @@ def _run(
                 worker.wait()
         if not any(ended) and None not in ended:
             return None
-        error = _find_first_error(Path(folder), ended, received)
+        error = _find_first_error(Path(folder), ended, received, saves_checkpoints)
         if isinstance(error, Stopped) and received.first is not None:
             error.exit_code = get_exit_code(received.first.name)
         return error
@@ -197,7 +199,9 @@ def _watch(workers: list[subprocess.Popen[bytes]], received: _ReceivedSignals) -
         time.sleep(POLL_SECONDS)
 
 
-def _find_first_error(folder: Path, ended: list[int | None], received: _ReceivedSignals) -> T5TuneError:
+def _find_first_error(
+    folder: Path, ended: list[int | None], received: _ReceivedSignals, saves_checkpoints: bool
+) -> T5TuneError:
     """Find the cause of a failure: first an error that a rank detected, then a kill, and only then a lost rank.
 
     When a rank fails, the others lose the connection to it, and their errors only say so.
@@ -208,11 +212,12 @@ def _find_first_error(folder: Path, ended: list[int | None], received: _Received
     if own:
         return own[0]
     if received.first is not None and received.is_second:
-        return Stopped(f"second {received.first.name}: exited immediately", hint="the last complete checkpoint is kept")
+        what = f"second {received.first.name}: exited immediately"
+        return Stopped(what, hint=KEPT_CHECKPOINT if saves_checkpoints else None)
     left = ", ".join(str(rank) for rank, code in enumerate(ended) if code is None)
     if -signal.SIGABRT in ended and left:
         aborted = f"rank {ended.index(-signal.SIGABRT)} was killed by SIGABRT, as NCCL does if another rank hangs"
-        return RankLost(f"{aborted}; still running: rank {left}", hint=RERUN_HINT)
+        return RankLost(f"{aborted}; still running: rank {left}", hint=RESUME_HINT if saves_checkpoints else RERUN_HINT)
     for rank, code in enumerate(ended):
         if code is not None and code < 0:
             hint = "unless someone killed it, the machine may have run out of memory"

@@ -38,7 +38,7 @@ SECONDS_BETWEEN_SIGNALS = 1.0
 SECONDS_TO_UNWIND = 20.0
 # how long the main thread has to exit at a second signal before another thread does it
 SECONDS_TO_REACT = 0.5
-SECOND_SIGNAL = "second signal: exiting now; the last complete checkpoint is kept"
+KEPT_CHECKPOINT = "the last complete checkpoint is kept"
 ERASE_LINE_AND_SHOW_CURSOR = "\r\x1b[K\x1b[?25h"
 
 
@@ -60,14 +60,16 @@ class StopRequest:
     Args:
         report: receives a note when Ctrl-C is pressed.
         exits: whether to end the process at a second signal, or if the work can't be interrupted.
+        saves_checkpoints: whether the command saves checkpoints, as `train` does.
 
     Attributes:
         signal_name: the name of the first signal; None before any signal.
     """
 
-    def __init__(self, report: Report = silent, exits: bool = True) -> None:
+    def __init__(self, report: Report = silent, exits: bool = True, saves_checkpoints: bool = False) -> None:
         self._report = report
         self._exits = exits
+        self._kept = f"; {KEPT_CHECKPOINT}" if saves_checkpoints else ""
         self.signal_name: str | None = None
         self._came_at = 0.0
         self._interruptible_when: str | None = None
@@ -89,8 +91,8 @@ class StopRequest:
         if self.is_set:
             if number != FORWARDED_SIGNAL and time.monotonic() - self._came_at > SECONDS_BETWEEN_SIGNALS:
                 if not self._exits:
-                    raise InterruptedAgain("stopped at once; the last complete checkpoint is kept")
-                self._exit_now(SECOND_SIGNAL)
+                    raise InterruptedAgain(f"stopped at once{self._kept}")
+                self._exit_at_second_signal()
             return
         self.signal_name = signal.Signals(number).name
         self._came_at = time.monotonic()
@@ -116,7 +118,7 @@ class StopRequest:
                 first_came_at = first_came_at or now
                 is_second = number != FORWARDED_SIGNAL and now - first_came_at > SECONDS_BETWEEN_SIGNALS
                 if is_second and not self._is_exiting.wait(SECONDS_TO_REACT):
-                    self._exit_now(SECOND_SIGNAL)
+                    self._exit_at_second_signal()
 
     @contextmanager
     def interruptible(self, when: str = "before training began") -> Iterator[None]:
@@ -151,6 +153,9 @@ class StopRequest:
             self._exit_timer.daemon = True
             self._exit_timer.start()
         raise Interrupted
+
+    def _exit_at_second_signal(self) -> NoReturn:
+        self._exit_now(f"second signal: exiting now{self._kept}")
 
     def _exit_now(self, line: str) -> NoReturn:
         self._is_exiting.set()
@@ -200,19 +205,21 @@ _current: StopRequest | None = None  # of the outermost `handle_signals` block
 
 
 @contextmanager
-def handle_signals(report: Report = silent, exits: bool = True) -> Iterator[StopRequest]:
+def handle_signals(
+    report: Report = silent, exits: bool = True, saves_checkpoints: bool = False
+) -> Iterator[StopRequest]:
     """Handle the signals in this block. A nested block yields the same request, as the outermost has set it up.
 
     Python runs signal handlers in the main thread only: in another thread, the request is never set.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield StopRequest(report, exits)
+        yield StopRequest(report, exits, saves_checkpoints)
         return
     global _current
     if _current is not None:
         yield _current
         return
-    stop = _current = StopRequest(report, exits)
+    stop = _current = StopRequest(report, exits, saves_checkpoints)
     before = {number: signal.signal(number, stop.receive) for number in (*choose_signals(), FORWARDED_SIGNAL)}
     # `launch` starts workers with these signals blocked, so that one that arrives earlier is delivered here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)

@@ -41,12 +41,13 @@ class RankWatch:
 
     Args:
         timeout: in seconds.
+        hint: what to do when a rank is lost.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
+    def __init__(self, world: World, timeout: float, hint: str = RERUN_HINT) -> None:
         self.interval = min(MAX_INTERVAL, timeout / LOOKS)
         self.num_batches = 0
-        self._world = world
+        self._world, self._hint = world, hint
         self._limit = math.ceil(timeout / self.interval)
         self._answered = threading.Event()
         self._counters = [(0, 0)] * world.size
@@ -110,7 +111,7 @@ class RankWatch:
 
     def _exit(self, problem: str) -> NoReturn:
         # the main thread waits for the GPU or another rank, outside of Python, so no exception would reach it
-        error = RankLost(f"rank {self._world.rank}: {problem}", hint=RERUN_HINT)
+        error = RankLost(f"rank {self._world.rank}: {problem}", hint=self._hint)
         if self._world.is_run_set_up:
             write_error(error)
         else:
@@ -119,13 +120,14 @@ class RankWatch:
 
 
 @contextmanager
-def watch_ranks(world: World, timeout: float) -> Iterator[RankWatch]:
+def watch_ranks(world: World, timeout: float, hint: str = RERUN_HINT) -> Iterator[RankWatch]:
     """Watch the other ranks of the process group in this block.
 
     Args:
         timeout: how many seconds a rank may be silent or late.
+        hint: what to do when one is lost.
     """
-    watch = RankWatch(world, timeout)
+    watch = RankWatch(world, timeout, hint)
     if world.size == 1:
         yield watch
         return

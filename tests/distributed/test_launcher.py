@@ -1,12 +1,13 @@
 """Errors of workers: what the launching process reads is what the worker raised."""
 
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from t5tune.distributed import launcher
-from t5tune.distributed.launcher import _read_error, _ReceivedSignals, write_error
+from t5tune.distributed.launcher import _find_first_error, _read_error, _ReceivedSignals, write_error
 from t5tune.errors import RankLost, SettingsError, T5TuneError
 
 
@@ -38,9 +39,19 @@ def test_the_launching_process_reads_each_problem_of_a_workers_error(
 def test_where_nccl_aborts_the_ranks_that_wait_the_one_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "SECONDS_TO_REPORT", 0.5)
     hang_or_abort = "import os, signal; signal.pause() if os.environ['RANK'] == '1' else os.abort()"
-    error = launcher._run([sys.executable, "-c", hang_or_abort], 3, _ReceivedSignals())
+    error = launcher._run([sys.executable, "-c", hang_or_abort], 3, _ReceivedSignals(), saves_checkpoints=False)
     assert isinstance(error, RankLost)
+    assert error.hint == "run the same command again"
     assert error.message == "rank 0 was killed by SIGABRT, as NCCL does if another rank hangs; still running: rank 1"
-    error = launcher._run([sys.executable, "-c", "import os; os.abort()"], 2, _ReceivedSignals())
+    error = launcher._run(
+        [sys.executable, "-c", "import os; os.abort()"], 2, _ReceivedSignals(), saves_checkpoints=True
+    )
     assert isinstance(error, RankLost)
     assert error.message == "rank 0 was killed by SIGABRT"
+
+
+def test_only_a_command_that_saves_checkpoints_says_that_one_is_kept(tmp_path: Path) -> None:
+    received = _ReceivedSignals(signal.SIGTERM, is_second=True)
+    for saves_checkpoints, hint in ((True, "the last complete checkpoint is kept"), (False, None)):
+        error = _find_first_error(tmp_path, [None], received, saves_checkpoints)
+        assert (error.message, error.hint) == ("second SIGTERM: exited immediately", hint)

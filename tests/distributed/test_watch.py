@@ -7,20 +7,19 @@ import pytest
 
 from t5tune import train
 from t5tune.distributed.watch import LOOKS, RankWatch
-from t5tune.distributed.world import World
+from t5tune.distributed.world import RESUME_HINT, World
 from tests.support.runs import send_signal
 from tests.support.train_runs import make_settings
 from tests.support.two_ranks import read_lines, start_two_ranks
 
-HINT = "run the same command again; training resumes from the last checkpoint"
 WATCHING = """
 import signal
 import torch.distributed as dist
 from t5tune.distributed.watch import watch_ranks
-from t5tune.distributed.world import World
+from t5tune.distributed.world import RESUME_HINT, World
 world = World.from_environment()
 dist.init_process_group("gloo")
-with watch_ranks(world, 2) as watch:
+with watch_ranks(world, 2, RESUME_HINT) as watch:
     BATCHES
     print("watching", flush=True)
     while True:
@@ -41,7 +40,7 @@ def test_a_rank_that_does_not_answer_is_named_while_the_other_waits_for_its_gpu(
         send_signal(ranks[hung].process.pid, number)
         assert ranks[1 - hung].wait() == 1
     lines = read_lines(ranks[1 - hung])
-    assert lines == ["watching", f"error: rank {1 - hung}: rank {hung} doesn't answer; {HINT}"]
+    assert lines == ["watching", f"error: rank {1 - hung}: rank {hung} doesn't answer; {RESUME_HINT}"]
 
 
 @pytest.mark.slow
@@ -52,7 +51,7 @@ def test_a_rank_whose_main_thread_hangs_is_named_by_the_one_that_waits_for_it(tm
     with ranks[0], ranks[1]:
         assert ranks[0].wait() == 1
     error = "error: rank 0: rank 1 hangs: the others wait for it in a batch that it hasn't begun"
-    assert read_lines(ranks[0]) == ["watching", f"{error}; {HINT}"]
+    assert read_lines(ranks[0]) == ["watching", f"{error}; {RESUME_HINT}"]
 
 
 def compare_often(watch: RankWatch, *ranks: tuple[int, int], times: int = 3 * LOOKS) -> list[str | None]:

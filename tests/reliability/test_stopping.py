@@ -291,7 +291,7 @@ with handle_signals():
             with suppress(subprocess.TimeoutExpired):
                 running.process.wait(0.2)
         assert running.process.poll() == 143
-    assert running.log.read_text() == "ready\nsecond signal: exiting now; the last complete checkpoint is kept\n"
+    assert running.log.read_text() == "ready\nsecond signal: exiting now\n"
 
 
 SIGNAL_WHILE_IMPORTING = """
