@@ -94,7 +94,7 @@ def test_what_cannot_be_partitioned_is_refused(run: Path, options: dict[str, Any
 
 
 def fail_in_generation(what: str, rank: int | None = None) -> None:
-    """Let a rank, or each, end itself before it generates predictions."""
+    """Let a rank, or each, hang or end itself before it generates predictions."""
     from t5tune.commands import evaluate as command
 
     generate = command.generate_predictions
@@ -103,6 +103,8 @@ def fail_in_generation(what: str, rank: int | None = None) -> None:
         if rank is None or os.environ["RANK"] == str(rank):
             if what == "exit":
                 os._exit(9)
+            while what == "hang":
+                signal.pause()
             os.kill(os.getpid(), signal.Signals[what])
         return generate(*arguments, **options)
 
@@ -119,6 +121,17 @@ def test_a_lost_rank_is_named_and_ends_the_others(
     done = on_ranks(2, *arguments, calls=[f"{CALL}('exit', 1)"])
     assert done.code == 9
     assert done.errors == ["error: rank 0: rank 1 doesn't answer; run the same command again"]
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_rank_that_hangs_is_named_by_the_one_that_has_finished_its_batches(
+    run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    arguments = make_arguments(run, data, tmp_path / "scores", "--process-group-timeout", "2")
+    done = on_ranks(2, *arguments, calls=[f"{CALL}('hang', 1)"])
+    assert done.code == 1
+    problem = "rank 1 hangs or is gone: the others wait, and no batch was finished for 2 seconds"
+    assert done.errors[0].startswith(f"error: rank 0: {problem}; run the same command again; if a batch")
     assert not (tmp_path / "scores").exists()
 
 
