@@ -72,8 +72,10 @@ def load_base(
         _replace_linears_with_quantized(model, dtype, quantization)
     parameters = _collect_own_parameters(model, tied)
     _check_names(checkpoint, set(parameters))
-    if partitioner is None or partitioner.is_rank_0:
+    if partitioner is None:
         _check_copies(checkpoint)
+    else:
+        partitioner.run_only_on_rank_0(lambda: _check_copies(checkpoint))
     for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
         tensor = _find_tensor(checkpoint, name, parameter)
         values = read_on_rank_0(tensor, dtype, _choose_place(model, name, device), partitioner)
@@ -169,10 +171,15 @@ def _choose_place(model: nn.Module, name: str, device: torch.device) -> torch.de
 def read_on_rank_0(
     tensor: Tensor, dtype: torch.dtype, device: torch.device, partitioner: Zero3Partitioner | None
 ) -> torch.Tensor:
-    """Read a tensor's values, with a partitioner only on rank 0: the others get a tensor of the same shape."""
-    if partitioner is None or partitioner.is_rank_0:
+    """Read a tensor's values, with a partitioner only on rank 0: the others get a tensor of the same shape.
+
+    Raises:
+        CheckpointError: the file was truncated after it was opened; every rank raises it.
+    """
+    if partitioner is None:
         return to_torch(tensor, dtype, device)
-    return torch.empty(tensor.shape, dtype=dtype, device=device)
+    values = partitioner.run_only_on_rank_0(lambda: to_torch(tensor, dtype, device))
+    return torch.empty(tensor.shape, dtype=dtype, device=device) if values is None else values
 
 
 def _set_values(

@@ -13,16 +13,18 @@ is read. So no rank needs memory for more than its share of the base and the lar
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from t5tune.compat.peft_patches import gather_in_peft
+from t5tune.errors import T5TuneError
 from t5tune.model.device import get_free_memory
 from t5tune.model.loss import TargetLoss, read_head_weights
 
+Value = TypeVar("Value")
 HOLDER = -1  # takes the place of a module's number among those that use a parameter
 
 
@@ -54,10 +56,32 @@ class Zero3Partitioner:
         self.is_rank_0 = dist.get_rank() == 0
 
     def ask_rank_0(self, question: Callable[[], bool]) -> bool:
-        """Return rank 0's answer on every rank."""
-        answer = torch.tensor(int(self.is_rank_0 and question()))
+        """Return rank 0's answer on every rank.
+
+        Raises:
+            T5TuneError: `question` raised it; every rank raises it.
+        """
+        answer = torch.tensor(int(self.run_only_on_rank_0(question) or False))
         dist.broadcast(answer, 0)
         return bool(answer)
+
+    def run_only_on_rank_0(self, act: Callable[[], Value]) -> Value | None:
+        """Call `act` on rank 0, and return its result there; None on the others. They don't wait for a failed rank 0.
+
+        Raises:
+            T5TuneError: `act` raised it; every rank raises it.
+        """
+        found: Value | None = None
+        failure: list[T5TuneError | None] = [None]
+        if self.is_rank_0:
+            try:
+                found = act()
+            except T5TuneError as error:
+                failure = [error]
+        dist.broadcast_object_list(failure, 0)
+        if failure[0] is not None:
+            raise failure[0]
+        return found
 
     def broadcast(self, values: torch.Tensor) -> None:
         """Copy rank 0's values to the other ranks, in place."""

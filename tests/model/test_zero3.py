@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints.safetensors import build_header
 from t5tune.settings import TrainSettings
@@ -73,3 +74,17 @@ def test_each_rank_gets_its_partition_of_what_rank_0_reads_and_needs_memory_for_
         assert found["problems"] == []
         # modules and other small things take 10 to 20 MB
         assert found["increase"] <= found["whole"] / 2 + found["largest"] + (24 << 20) < found["whole"]
+
+
+def test_every_rank_raises_an_error_that_only_rank_0_finds(tmp_path: Path) -> None:
+    differing, truncated = make_base(tmp_path / "differing", tied=False), make_base(tmp_path / "truncated", tied=False)
+    tensors = load_file(differing / "model.safetensors")
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
+    save_file(tensors, differing / "model.safetensors")
+    code = "from pathlib import Path\nfrom tests.support.partitioned_bases import describe_errors\n"
+    ranks = start_two_ranks(f"{code}describe_errors(Path({str(differing)!r}), Path({str(truncated)!r}))", tmp_path)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.log.read_text()[-2000:]
+        differs, ends = json.loads(read_lines(rank)[-1])
+        assert "encoder.embed_tokens.weight: differs from shared.weight" in differs
+        assert "model.safetensors: file ends before byte" in ends

@@ -1,11 +1,13 @@
 """What one of two ranks finds when it loads bases that ZeRO-3 partitions, and the same bases whole.
 
     describe(tied, untied, large, adapters)      # prints a JSON object
+    describe_errors(differing, truncated)       # prints the errors, which only rank 0 finds, as a JSON list
 
 Rank 0 alone may read weights: on the other rank, reading a tensor for a partitioned base fails.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from t5tune.compat.deepspeed_patches import import_deepspeed
+from t5tune.errors import T5TuneError
 from t5tune.families import EMBEDDING_WEIGHT
 from t5tune.model import load
 from t5tune.model.device import return_freed_memory
@@ -25,6 +28,7 @@ from t5tune.model.inference import load_for_inference
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.zero3 import Zero3Partitioner, gather_decoder
+from t5tune.progress import Advanced, Event, silent
 from t5tune.settings import EvaluateSettings, TrainSettings
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
@@ -50,6 +54,25 @@ def describe(tied: Path, untied: Path, large: Path, adapters: list[Path]) -> Non
     problems += [f"{base.name}: {what}" for base in (tied, untied) for what in compare_with_file(base, partitioner)]
     problems += [f"{path.name}: {what}" for path in adapters for what in find_other_replies(untied, path)]
     print(json.dumps({"problems": problems, **measure_loading(large, partitioner)}))
+
+
+def describe_errors(differing: Path, truncated: Path) -> None:
+    """Load a base whose copies of the embedding differ, and one whose file is truncated once it is opened."""
+    dist.init_process_group("gloo")
+    import_deepspeed(on_cpu=True).init_distributed(verbose=False)
+    partitioner = Zero3Partitioner(ZERO3, DTYPE)
+
+    def truncate(event: Event) -> None:
+        if event == Advanced("load", 3) and partitioner.is_rank_0:
+            os.truncate(truncated / "model.safetensors", 10_000)
+
+    errors = []
+    for base, report in ((differing, silent), (truncated, truncate)):
+        try:
+            load_base(base, DTYPE, CPU, report=report, partitioner=partitioner)
+        except T5TuneError as error:
+            errors.append(str(error))
+    print(json.dumps(errors))
 
 
 def find_differences(name: str, base: Path, partitioner: Zero3Partitioner) -> Iterator[str]:
