@@ -21,7 +21,7 @@ from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, T
 from t5tune.io.reasons import to_one_line
 from t5tune.model.device import check_bf16, choose_device, has_bf16
 from t5tune.model.load import load_base
-from t5tune.model.lora import list_parameters, replace_trainable_token_layers
+from t5tune.model.lora import replace_trainable_token_layers
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.shared import InferenceSettings
@@ -89,8 +89,7 @@ def load_for_inference(
         partitioner = Zero3Partitioner(zero3, dtype)
     model = load_base(base, dtype, device, settings, family, report, partitioner)
     if adapter is not None:
-        copied = list_parameters(model, config.get("modules_to_save") or [])
-        with nullcontext() if partitioner is None else partitioner.prepare_peft(copied):
+        with nullcontext() if partitioner is None else partitioner.prepare_peft():
             model = load_adapter(model, adapter)
         replace_trainable_token_layers(model)  # PEFT would copy the whole embedding and head in each forward
     if partitioner is not None:

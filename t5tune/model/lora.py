@@ -77,8 +77,7 @@ def add_lora(
         task_type=TaskType.SEQ_2_SEQ_LM,
         trainable_token_indices=token_indices,
     )
-    copied = list_parameters(model, config.modules_to_save or [])
-    with nullcontext() if partitioner is None else partitioner.prepare_peft(copied):
+    with nullcontext() if partitioner is None else partitioner.prepare_peft():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     replace_trainable_token_layers(peft_model)
     _share_embedding_rows(peft_model)

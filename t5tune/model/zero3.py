@@ -100,13 +100,9 @@ class Zero3Partitioner:
             yield
 
     @contextmanager
-    def prepare_peft(self, copied: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-        """Let PEFT add adapters in this block: it gathers what it reads, one parameter at a time.
-
-        Args:
-            copied: the parameters of modules that PEFT copies (modules_to_save), which it doesn't gather.
-        """
-        with gather_in_peft(), self.gather(copied):
+    def prepare_peft(self) -> Iterator[None]:
+        """Let PEFT add adapters in this block: it gathers what it reads and copies, one layer at a time."""
+        with gather_in_peft():
             yield
 
     def partition_model(self, model: nn.Module) -> None:
