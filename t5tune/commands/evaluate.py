@@ -162,7 +162,8 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
             report(Note("now the same for the base without the adapter"))
             del loaded  # so that only one model is in memory
             gc.collect()
-            base = _run_model(base_settings, _load_model(base_settings, device, report).model, work, report)
+            loaded = _load_model(base_settings, device, report)
+            base = _run_model(base_settings, loaded.model, work, report)
         return run_on_rank_0(world, lambda: _finish(task, tuned, base, started))
 
 

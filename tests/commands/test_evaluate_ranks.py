@@ -74,9 +74,11 @@ def test_a_partitioned_model_gives_the_same_result(
     run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     """Each rank has half of the weights; the sums of a forward pass are the same."""
-    whole = on_ranks(1, *make_arguments(run, data, tmp_path / "whole", "--json"))
-    parts = on_ranks(2, *make_arguments(run, data, tmp_path / "parts", "--json", "--deepspeed", "zero3"))
+    more = ("--compare-base", "--json")
+    whole = on_ranks(1, *make_arguments(run, data, tmp_path / "whole", *more))
+    parts = on_ranks(2, *make_arguments(run, data, tmp_path / "parts", *more, "--deepspeed", "zero3"))
     assert parts.code == 0, parts.stderr
+    assert whole.json["base"] is not None
     assert read_json(parts) == read_json(whole)
     assert len({(tmp_path / name / "predictions.jsonl").read_bytes() for name in ("whole", "parts")}) == 1
 
