@@ -87,7 +87,7 @@ class MemoryEstimator:
         self.counts = count_parameters(model)
         self.most_elements = max(parameter.numel() for parameter in model.parameters())
         self._steps: dict[Any, StepMemory] = {}
-        self._evaluations: dict[bool, int] = {}
+        self._evaluations: dict[tuple[bool, BatchLengths], int] = {}
 
     def estimate(self, stage: str, lengths: BatchLengths) -> StageMemory:
         """Estimate the bytes per device with a DeepSpeed config, for one micro-batch of these lengths."""
@@ -103,12 +103,13 @@ class MemoryEstimator:
             lengths: of the largest batch whose losses are measured.
         """
         under_deepspeed = stage != "none"
-        if under_deepspeed not in self._evaluations:
+        key = (under_deepspeed, lengths)
+        if key not in self._evaluations:
             model = self._build_empty_model(under_deepspeed)
             losses = measure_losses_memory(model, lengths, self.settings, self.machine.on_gpu, not under_deepspeed)
-            self._evaluations[under_deepspeed] = max(losses, compute_generation_budget(model))
+            self._evaluations[key] = max(losses, compute_generation_budget(model))
             self.step_done(1)
-        return self._partition(stage, 0, self._evaluations[under_deepspeed]).total
+        return self._partition(stage, 0, self._evaluations[key]).total
 
     def can_fit(self, stage: str) -> bool:
         """Whether the memory held between steps fits: a quick check before a step is measured, which takes seconds."""
