@@ -19,6 +19,9 @@ from t5tune.checkpoints.zero_optimizer import ZeroOptimizer, read_zero_optimizer
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.distributed.collectives import get_rank_and_size
 from t5tune.errors import CheckpointError
+from t5tune.formatting import format_count
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 class Fragment(NamedTuple):
@@ -56,6 +59,7 @@ def load_resharded(engine: Any, checkpoint: Path) -> None:
     # offload_optimizer to nvme keeps the vectors in files, and elastic_checkpoint saves a list
     if not all(flat.numel() for flat in flats) or not isinstance(base, dict):
         raise CheckpointError(f"{folder}: other ranks can't load it with offload to NVMe or elastic_checkpoint")
+    _check_contents(folder, saved, len(base["param_groups"]), engine.lr_scheduler is not None)
     if is_stage3:
         optimizer.checkpoint_event_prologue()
     for fragment in fragments:  # `state` refers to the weights themselves
@@ -67,10 +71,25 @@ def load_resharded(engine: Any, checkpoint: Path) -> None:
         optimizer.checkpoint_event_epilogue()
     else:
         optimizer.update_lp_params()
-    for counter in ("global_steps", "global_samples", "skipped_steps"):
+    for counter in COUNTERS:
         setattr(engine, counter, saved.engine[counter])
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(saved.engine["lr_scheduler"])
+
+
+def _check_contents(folder: Path, saved: ZeroOptimizer, num_groups: int, needs_schedule: bool) -> None:
+    """Check that a checkpoint contains what the engine needs besides the weights.
+
+    Args:
+        num_groups: number of parameter groups of the engine's optimizer.
+        needs_schedule: whether DeepSpeed has the learning-rate schedule.
+    """
+    needed = (*COUNTERS, "lr_scheduler") if needs_schedule else COUNTERS
+    if missing := [name for name in needed if saved.engine.get(name) is None]:
+        raise CheckpointError(f"{folder}: the model states contain no {missing[0]}")
+    if len(saved.groups) != num_groups:
+        found = format_count(len(saved.groups), "parameter group")
+        raise CheckpointError(f"{folder}: the optimizer has {found}, but {num_groups} in this run")
 
 
 def _fill_base_state(
