@@ -104,7 +104,7 @@ def find_zero_files(folder: Path) -> ZeroFiles:
     path = model_files[min(model_files)]
     first = expect_dict(read_torch_file(path), path)
     if first.get("mp_world_size", 1) != 1:
-        raise CheckpointError(f"{path}: was trained with model parallelism, which export doesn't support")
+        raise CheckpointError(f"{path}: was trained with model parallelism, which t5tune doesn't support")
     step = _expect_count(first.get("global_steps", 0), path, "global_steps")
     world_size = _expect_count(first.get("dp_world_size"), path, "dp_world_size")
     shapes = read_shapes(first.get("param_shapes"), path)
@@ -157,7 +157,7 @@ def _find_files_by_rank(folder: Path, pattern: str, form: re.Pattern[str]) -> di
         match = form.fullmatch(path.name)
         if match is None or int(match[2]) != 0:
             raise CheckpointError(
-                f"{path}: is from a run with experts, pipeline or model parallelism, which export doesn't support"
+                f"{path}: is from a run with experts, pipeline or model parallelism, which t5tune doesn't support"
             )
         rank = int(match[1] or 0)
         if rank in files:

@@ -172,7 +172,7 @@ def _explain_out_of_memory(settings: EvaluateSettings) -> AbstractContextManager
     batch = "" if size is None else f" with per_device_eval_batch_size {size}"
     return explain_out_of_memory(
         f"evaluating{batch}",
-        "--per-device-eval-batch-size 1 gives the same scores; --q-lora loads the base in 4 bits",
+        "--per-device-eval-batch-size 1 gives the same scores; --q-lora, if it isn't set yet, loads the base in 4 bits",
     )
 
 

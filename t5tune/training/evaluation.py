@@ -66,7 +66,7 @@ def measure_losses(
         is_stopped: whether this rank has been asked to stop; asked after each batch.
 
     Raises:
-        OutOfMemory: even a single example doesn't fit into memory.
+        OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
         EvaluationStopped: a rank has been asked to stop.
     """
     device = next(model.parameters()).device
@@ -172,7 +172,7 @@ def generate_predictions(
         is_stopped: whether this rank has been asked to stop; asked after each batch.
 
     Raises:
-        OutOfMemory: even a single example doesn't fit into memory.
+        OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
         EvaluationStopped: a rank has been asked to stop.
     """
     sharded = _is_sharded(model)

@@ -1,11 +1,11 @@
 """Batches of an evaluation, and their division among the ranks.
 
     batches = make_batches(lengths, batch_size=None, cost=count_tokens, budget=8192)
-    found = measure_batches(batches, measure, task, is_sharded=False)       # for each example, on every rank
+    found = BatchRun(batches, measure, task, report, is_stopped).run(is_sharded=False)      # on every rank
 
 Batches follow from the examples and the settings alone, never from the number of ranks, and so do the results. A rank
-takes the next batch when it is done with one, the most expensive first, so that no rank waits for a slower one. If
-memory runs out, the rank halves the batch.
+takes the next batch when it is done with one, so that no rank waits for a slower one except at the end. The longest
+targets come first, whose predictions take the most steps to generate. If memory runs out, the rank halves the batch.
 
 Under ZeRO-3 each forward pass gathers weights from all ranks. There, all ranks make the same number of passes.
 """
@@ -24,9 +24,9 @@ from t5tune.errors import OutOfMemory
 from t5tune.model.device import is_out_of_memory
 from t5tune.progress import Note, Report, count_done
 
-# A batch has at most this part of the examples that are left, so that the last batches, for which ranks may wait for
-# each other, are small. But smaller ones than that take longer for each example.
-LARGEST_PART, SMALL_BATCH = 32, 48
+# A batch has at most this share of the examples that are left, so that the last batches, for which ranks may wait for
+# each other, are small. But batches of fewer examples than SMALL_BATCH take longer for each example.
+LARGEST_SHARE, SMALL_BATCH = 1 / 32, 48
 
 Found = TypeVar("Found")
 Cost = Callable[[int, int, int], int]
@@ -46,7 +46,7 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """Lists of indices of examples, the most expensive batch first, and what each costs.
+    """Lists of indices of examples, those of the longest targets first, and what each costs.
 
     Args:
         lengths: of all examples.
@@ -85,7 +85,7 @@ def make_batches(lengths: Sequence[Lengths], batch_size: int | None, cost: Cost,
             batches[-1].append(index)
             longest = added
         else:
-            most = min(batch_size or len(order), max(SMALL_BATCH, (len(order) - position) // LARGEST_PART))
+            most = min(batch_size or len(order), max(SMALL_BATCH, int((len(order) - position) * LARGEST_SHARE)))
             batches.append([index])
             longest = lengths[index]
     return Batches(batches, lengths, cost)
@@ -121,6 +121,7 @@ class BatchRun(Generic[Found]):
         Raises:
             OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
             EvaluationStopped: a rank has been asked to stop.
+            RankLost: a rank hasn't finished its batch in the time that a collective may wait.
         """
         found = self._measure_in_step() if is_sharded else self._measure_freely()
         merged = {index: value for part in all_gather(found) for index, value in part.items()}
@@ -190,7 +191,7 @@ class BatchRun(Generic[Found]):
         smaller = "shorten examples with model_max_length" if len(batch) == 1 else "set per_device_eval_batch_size to 1"
         return OutOfMemory(
             f"out of memory: {self.task}: {self.batches.describe(batch)}",
-            hint=f"{smaller}, or load the base in four bits with --q-lora",
+            hint=f"{smaller}, or load the base in four bits with --q-lora if it isn't yet",
         )
 
 
