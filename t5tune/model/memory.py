@@ -32,6 +32,7 @@ from t5tune.settings.shared import QuantizationSettings
 # of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
 BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
 BLOCKS_WITHOUT_GRADIENTS = 2  # the first one computes the position bias that all of them share
+MAX_SEGMENTS = 64
 WEIGHT_KINDS = ("embedding", "head", "attention", "feed-forward", "rest")
 
 
@@ -262,8 +263,21 @@ def _make_packed_inputs(lengths: BatchLengths) -> dict[str, Any]:
         "input_ids": torch.ones(1, sum(lengths.sources), dtype=torch.int64),
         "decoder_input_ids": target,
         "labels": target,
-        "packing": Segments(lengths.sources, lengths.targets),
+        "packing": _join_segments(lengths),
     }
+
+
+def _join_segments(lengths: BatchLengths) -> Segments:
+    """Return the segments of a packed row, joined to at most MAX_SEGMENTS: a loop over thousands would take minutes.
+
+    So many are short, and then attention takes little of the memory.
+    """
+    size = -(-len(lengths.sources) // MAX_SEGMENTS)
+    # those of similar lengths are joined
+    pairs = sorted(zip(lengths.sources, lengths.targets, strict=True), key=sum)
+    groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    sources, targets = (tuple(sum(pair[side] for pair in group) for group in groups) for side in (0, 1))
+    return Segments(sources, targets)
 
 
 def _make_padded_inputs(lengths: BatchLengths) -> dict[str, Any]:

@@ -309,6 +309,20 @@ def test_an_evaluation_takes_what_its_predictions_or_its_losses_need(tmp_path: P
     assert 2 * heads * scores < evaluated < long.stages[0].activations
 
 
+def test_many_short_examples_are_measured_as_fewer_longer_ones(
+    untied_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((untied_base / "config.json").read_text())
+    settings = PlanSettings(model_name_or_path="-")
+    lengths = BatchLengths((7, 3, 9) * 60, (2, 5, 1) * 60)
+    found = []
+    for most in (10**6, 64):
+        monkeypatch.setattr("t5tune.model.memory.MAX_SEGMENTS", most)
+        model = build_empty_training_model(config, settings, 0, deepspeed=False)
+        found.append(measure_step(model, lengths, settings, on_gpu=False, reentrant=False, autocast=False).activations)
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
 def write_short_model(folder: Path) -> Path:
     """Write a config.json like Flan-T5 small's, with two blocks."""
     shape = {**KNOWN_CONFIGS["google/flan-t5-small"], "num_layers": 2, "num_decoder_layers": 2}
