@@ -84,7 +84,7 @@ def test_a_second_signal_ends_a_run_with_a_hung_rank(untied_base: Path, conversa
                 running.process.wait(0.2)
         assert running.wait() == 143
         assert not any(map(is_running, workers))
-    assert "second SIGTERM: exited immediately; the last complete checkpoint is kept" in running.log.read_text()
+    assert "second SIGTERM: exited immediately. The last complete checkpoint is kept." in running.log.read_text()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
