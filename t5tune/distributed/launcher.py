@@ -32,7 +32,7 @@ from t5tune.distributed.signals import (
 from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, RERUN_HINT, RESUME_HINT, World
 from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
 from t5tune.io.atomic import write_json
-from t5tune.io.processes import die_with_parent, make_module_command
+from t5tune.io.processes import count_cores, die_with_parent, make_module_command
 from t5tune.io.reasons import to_one_line
 from t5tune.progress import Note, Report, silent
 
@@ -159,7 +159,7 @@ def _start(command: list[str], count: int, folder: str, stdout: IO[str] | None) 
         "MASTER_PORT": str(find_free_port()),
         ERRORS_FOLDER_VARIABLE: folder,
     }
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **common}
+    environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // count)), **os.environ, **common}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, FORWARDED_SIGNAL))
     try:
         return [
