@@ -3,7 +3,7 @@ PYTHON ?= python3
 CHROMIUM ?= chromium
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast compatibility floors reliability fuzz check lint types build docs picture clean
+.PHONY: quickstart test test-fast families real compatibility floors reliability fuzz check lint types build docs picture clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -20,6 +20,14 @@ fuzz: .venv/installed-dev
 
 reliability: .venv/installed-dev
 	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability tests/test_pocket.py -n 0 --timeout 14400
+
+# the whole chain on a tiny model of each model type, in all combinations
+families: .venv/installed-dev
+	LONG_TESTS=1 $(BIN)/python -m pytest tests/end_to_end/test_families.py -n 0 --timeout 7200
+
+# published checkpoints against stock transformers; needs a network and about 60 GB for the Hub's cache
+real: .venv/installed-dev
+	$(BIN)/python benchmarks/published.py
 
 # tests that load merged checkpoints with transformers 4, CTranslate2 and a stock tokenizer
 compatibility: .venv/installed-dev build/transformers-4/installed

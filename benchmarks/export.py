@@ -111,10 +111,10 @@ def make_checkpoint(folder: Path, config_file: Path) -> int:
     import numpy as np
     import torch
 
-    from t5tune.checkpoints.adapter_shapes import derive_base_shapes
+    from t5tune.families import find_architecture
 
     config = json.loads(config_file.read_text())
-    shapes = derive_base_shapes(config)
+    shapes = find_architecture(config, config_file).derive_shapes()
     frozen = {name: shape for name, shape in shapes.items() if "embed_tokens" not in name}
     prefix, adapted = "base_model.model.", {}
     for name, (out, inner) in ((n, s) for n, s in shapes.items() if n.endswith((".q.weight", ".v.weight"))):

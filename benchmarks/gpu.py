@@ -155,7 +155,7 @@ def measure_environment(_folder: Path, device: str = "cuda", size: int = MATRIX_
     result = {
         "gpu": "none",
         "driver": read_nvidia_driver(),
-        "bf16 TFLOP/s of a matrix product": round(2 * size**3 / product / 1e9, 1),
+        "bf16 TFLOP/s of a matrix product": float(f"{2 * size**3 / product / 1e9:.4g}"),
         "GB/s of a copy": round(2 * 2 * size**2 / copy / 1e6, 1),
         "python": platform.python_version(),
         "CUDA": torch.version.cuda,

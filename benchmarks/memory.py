@@ -5,7 +5,8 @@ python benchmarks/memory.py
 
 from pathlib import Path
 
-from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.families import find_architecture
+from t5tune.model.known_configs import KNOWN_CONFIGS, T5GEMMA_VARIANTS
 from t5tune.model.load import count_parameters
 from t5tune.model.memory import build_empty_training_model, count_weight_bytes
 from t5tune.settings import PlanSettings
@@ -33,6 +34,9 @@ t5tune plan --model-name-or-path google/flan-t5-xxl --q-lora \\
 |---|---|---|---|---|---|---|
 """
 AFTER = """
+T5Gemma's `-ul2` and `-it` checkpoints have the sizes of `-prefixlm`. T5Gemma 2 is counted without its vision tower,
+which isn't loaded.
+
 The numbers are computed from the shapes in each model's `config.json`, as `plan` computes them.
 [Results](results.md#plan) say how close a plan comes to a run on the CPU.
 """
@@ -40,13 +44,16 @@ The numbers are computed from the shapes in each model's `config.json`, as `plan
 
 def build_page() -> str:
     """Return the text of docs/memory.md."""
-    return TEXT + "\n".join(build_row(name) for name in KNOWN_CONFIGS) + "\n" + AFTER
+    # those of a size have the same shape
+    names = [name for name in KNOWN_CONFIGS if "/t5gemma-" not in name or not name.endswith(T5GEMMA_VARIANTS[1:])]
+    return TEXT + "\n".join(map(build_row, names)) + "\n" + AFTER
 
 
 def build_row(name: str) -> str:
     """Return a model's row of the table."""
     settings = PlanSettings(model_name_or_path=name, bf16=True)
-    model = build_empty_training_model(KNOWN_CONFIGS[name], settings, 0, deepspeed=False)
+    architecture = find_architecture(KNOWN_CONFIGS[name], Path(name))
+    model = build_empty_training_model(architecture, settings, 0, deepspeed=False)
     trainable, total = count_parameters(model)
     plain = sum(count_weight_bytes(model, settings).values())
     parts = count_weight_bytes(model, settings.model_copy(update={"q_lora": True}))

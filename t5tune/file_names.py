@@ -13,6 +13,8 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
+BPE_FILES = ("vocab.json", "merges.txt")  # of byte-level BPE, such as CodeT5's
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 # an adapter's folder, as PEFT writes it, and what t5tune adds
 ADAPTER_CONFIG_FILE = "adapter_config.json"

@@ -24,7 +24,7 @@ from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
 from t5tune.checkpoints.tokenizer_files import copy_template, copy_tokenizer
 from t5tune.checkpoints.torch_format.file import read_state_dict
 from t5tune.errors import CheckpointError
-from t5tune.families import EMBEDDING_MODULES, HEAD_MODULE
+from t5tune.families.t5 import T5
 from t5tune.file_names import (
     ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
@@ -39,7 +39,7 @@ from t5tune.settings.lora import UNTRAINABLE
 PEFT_PREFIX = "base_model.model."
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 TOKEN_ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
-ENCODER_ROWS, DECODER_ROWS = (f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in EMBEDDING_MODULES)
+ENCODER_ROWS, DECODER_ROWS = (f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in T5.token_row_modules)
 MAX_TENSORS = 1 << 12
 """The most tensors that an adapter may contain. T5-XXL has 432 linear layers."""
 QUANTIZATIONS = {"nf4", "fp4", "int8"}
@@ -112,7 +112,7 @@ def add_decoder_rows(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     """Add the decoder's trained embedding rows, which it shares with the encoder, if the config lists both."""
     indices = config.get("trainable_token_indices")
     result = dict(state)
-    if isinstance(indices, dict) and EMBEDDING_MODULES[1] in indices and ENCODER_ROWS in state:
+    if isinstance(indices, dict) and T5.token_row_modules[1] in indices and ENCODER_ROWS in state:
         result.setdefault(DECODER_ROWS, state[ENCODER_ROWS])
     return result
 
@@ -276,4 +276,4 @@ def build_token_indices(ids: list[int], tied: bool) -> Any:
     every T5 as tied. So the indices of an untied head are listed in the reverse order of the embedding's: then stock
     PEFT loads the saved adapter correctly without extra code.
     """
-    return list(ids) if tied else {name: list(ids) for name in EMBEDDING_MODULES} | {HEAD_MODULE: ids[::-1]}
+    return list(ids) if tied else {name: list(ids) for name in T5.token_row_modules} | {T5.head: ids[::-1]}

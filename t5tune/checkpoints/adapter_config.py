@@ -4,6 +4,7 @@ import functools
 import re
 import shlex
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ MAX_PATTERN_LENGTH = 200
 MAX_PATTERNS = 4096
 MAX_EXPRESSIONS = 4  # each may take some milliseconds per module
 # a module's full name or the end of one, as PEFT writes them: matched in linear time
+_CHOICE_PATTERN = re.compile(r"(?<!\\)\(((?:[\w|]|\\[.-])+)\)(?![*+?{])")
 _MODULE_NAME_PATTERN = re.compile(r"\^?(\.\*)?([\w.-]|\\[.-]){1,1000}\$?")
 
 
@@ -131,13 +133,21 @@ def _compile_pattern(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})")
 
 
+def _replace_plain_choice(match: re.Match[str]) -> str:
+    """Replace a choice between names, such as (q_proj|v_proj), if at most one of them can match at a place."""
+    names = sorted(match[1].split("|"))
+    is_plain = all(names) and not any(after.startswith(name) for name, after in pairwise(names))
+    return "x" if is_plain else match[0]
+
+
 def _check_patterns(patterns: Collection[str], source: str) -> None:
     """Refuse regular expressions that could take hours to match against module names (catastrophic backtracking)."""
     if len(patterns) > MAX_PATTERNS:
         raise CheckpointError(f"{source}: {len(patterns)} patterns; at most {MAX_PATTERNS} are allowed")
     expressions = [pattern for pattern in patterns if not _MODULE_NAME_PATTERN.fullmatch(pattern)]
     for number, pattern in enumerate(expressions):
-        choices = pattern.count("|") > 4 or pattern.count("(") > 2 or re.search(r"\)[*+?{]|\\\d", pattern)
+        simple = _CHOICE_PATTERN.sub(_replace_plain_choice, pattern)
+        choices = simple.count("|") > 4 or simple.count("(") > 2 or re.search(r"\)[*+?{]|\\\d", simple)
         repeats = len(re.findall(r"(?<!\\)[*+]", pattern)) > 3 or re.search(r"(?<!\\)[?{]", pattern)
         if len(pattern) > MAX_PATTERN_LENGTH or choices or repeats or number == MAX_EXPRESSIONS:
             raise CheckpointError(

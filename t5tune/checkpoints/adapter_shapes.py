@@ -1,6 +1,6 @@
 """Check that an adapter's tensors fit its own config and its base. Only the base's config.json is read, no weights.
 
-check_adapter_shapes(state, adapter_config, read_config(base), source)
+check_adapter_shapes(state, adapter_config, find_architecture(read_config(base), base), source)
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from t5tune.checkpoints.adapter import (
 )
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
-from t5tune.families import EMBEDDING_WEIGHT, HEAD_WEIGHT, match_family
+from t5tune.families.architecture import Architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE
 from t5tune.formatting import format_count
 
@@ -24,12 +24,12 @@ _OTHER_BASE_HINT = "is this the base that the adapter was trained on?"
 
 
 def check_adapter_shapes(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Any] | None, source: Path
+    state: Mapping[str, Tensor], config: Mapping[str, Any], base: Architecture | None, source: Path
 ) -> None:
     """Refuse tensor names and shapes that contradict adapter_config.json or the base's config.json.
 
     Args:
-        base: the base's config.json; None if it isn't available or isn't a T5.
+        base: the base's architecture and sizes; None if they aren't known.
 
     Raises:
         CheckpointError: a tensor doesn't fit; the message names it.
@@ -38,7 +38,7 @@ def check_adapter_shapes(
     _check_token_rows(state, config, source)
     if base is None:
         return
-    shapes = derive_base_shapes(base)
+    shapes = base.derive_shapes()
     for module, shape in modules.items():
         expected = shapes.get(f"{module}.weight")
         if expected is None:
@@ -90,52 +90,8 @@ def _check_all_adapted(
             )
 
 
-def derive_base_shapes(base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Derive the shapes of a T5's weights, by their names in the checkpoint, from its config.json.
-
-    Linear layers are [out, in]. The model_type must be in the table of families.
-
-    Raises:
-        CheckpointError: the config.json lacks a size.
-    """
-    try:
-        width, inner = base["d_model"], base["d_kv"] * base["num_heads"]
-        d_ff, vocab_size = base["d_ff"], base["vocab_size"]
-        layers = {"encoder": base["num_layers"], "decoder": base.get("num_decoder_layers") or base["num_layers"]}
-        buckets = base.get("relative_attention_num_buckets", 32)
-        if not all(type(size) is int and 0 < size < 1 << 32 for size in (width, inner, d_ff, vocab_size, buckets)):
-            raise TypeError
-        if not all(type(number) is int and 0 < number < 1 << 12 for number in layers.values()):
-            raise TypeError
-    except (KeyError, TypeError) as error:
-        raise CheckpointError("the base's config.json: a size of the model is missing or isn't a number") from error
-    family = match_family(base)
-    gated = str(base.get("feed_forward_proj", family.default_feed_forward)).startswith("gated-")
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: (vocab_size, width), HEAD_WEIGHT: (vocab_size, width)}
-    for stack, number in layers.items():
-        shapes[f"{stack}.embed_tokens.weight"] = (vocab_size, width)
-        shapes[f"{stack}.final_layer_norm.weight"] = (width,)
-        attentions = ["SelfAttention", "EncDecAttention"] if stack == "decoder" else ["SelfAttention"]
-        for block in range(number):
-            layer = f"{stack}.block.{block}.layer"
-            for index, attention in enumerate(attentions):
-                for part in "qkv":
-                    shapes[f"{layer}.{index}.{attention}.{part}.weight"] = (inner, width)
-                shapes[f"{layer}.{index}.{attention}.o.weight"] = (width, inner)
-                bias = f"{layer}.{index}.{attention}.relative_attention_bias.weight"
-                if index == 0 and (block == 0 or family.bias_in_each_block):
-                    shapes[bias] = (buckets, base["num_heads"])
-                shapes[f"{layer}.{index}.layer_norm.weight"] = (width,)
-            last = f"{layer}.{len(attentions)}"
-            for part in ("wi_0", "wi_1") if gated else ("wi",):
-                shapes[f"{last}.DenseReluDense.{part}.weight"] = (d_ff, width)
-            shapes[f"{last}.DenseReluDense.wo.weight"] = (width, d_ff)
-            shapes[f"{last}.layer_norm.weight"] = (width,)
-    return shapes
-
-
 def _check_other_shape(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Check trained token rows, DoRA magnitudes and modules_to_save. Refuse names that don't exist in a T5."""
+    """Check trained token rows, DoRA magnitudes and modules_to_save. Refuse names that don't exist in the base."""
     own = name.removeprefix(PEFT_PREFIX)
     expected: tuple[int, ...] | None
     if ".lora_" in own and not own.endswith(MAGNITUDE_SUFFIX):

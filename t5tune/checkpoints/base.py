@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.errors import CheckpointError, ModelError, suggest_name
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, SENTENCEPIECE_FILES
+from t5tune.families import find_architecture
+from t5tune.file_names import ADAPTER_CONFIG_FILE, BPE_FILES, CONFIG_FILE, SENTENCEPIECE_FILES
 from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.io.untrusted import read_json_object
 from t5tune.settings.shared import BaseModelSettings
 
 CODE_KEYS = {"auto_map", "custom_pipelines"}
-DOWNLOADED_FILES = ("*.json", "*.safetensors", *SENTENCEPIECE_FILES)
+DOWNLOADED_FILES = ("*.json", "*.safetensors", *SENTENCEPIECE_FILES, *BPE_FILES)
 PICKLED_FILES = "pytorch_model*.bin"
 
 
@@ -105,6 +107,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if key := _find_code_key(config):
         raise ModelError(f"{path}: {key}: requires custom code from the model's repository, which t5tune doesn't run")
     return config
+
+
+def open_base(folder: Path, family: str | None = None) -> Checkpoint:
+    """Open the weights of a base, by their names in the model.
+
+    Args:
+        family: key of the table of families, for a model_type that isn't in the table.
+
+    Raises:
+        ModelError: config.json can't be read, or it isn't a supported model.
+        CheckpointError: the weights can't be read.
+    """
+    return Checkpoint(folder, find_architecture(read_config(folder), folder, family))
 
 
 def _find_code_key(value: Any) -> str | None:

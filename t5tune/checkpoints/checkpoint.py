@@ -1,4 +1,4 @@
-"""All tensors of a model's folder, whatever files contain them.
+"""All tensors of a model's folder, whatever files contain them, by the names that they have in the model.
 
 These are one safetensors file, or several shards with `model.safetensors.index.json`, or the same with torch's .bin
 files.
@@ -14,7 +14,8 @@ from t5tune.checkpoints.safetensors import SafetensorsFile
 from t5tune.checkpoints.tensors import FileRange, Tensor
 from t5tune.checkpoints.torch_format.file import read_state_dict
 from t5tune.errors import CheckpointError
-from t5tune.families import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from t5tune.families.architecture import Architecture
+from t5tune.families.t5 import T5
 from t5tune.file_names import ADAPTER_CONFIG_FILE, INDEX_SUFFIX, MODEL_BIN_FILE, MODEL_FILE
 from t5tune.io.untrusted import has_file, is_file_name, read_json_object
 
@@ -23,15 +24,20 @@ UNSUPPORTED_SUFFIXES = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".
 
 
 class Checkpoint:
-    """All tensors of a model folder by name, whatever files contain them."""
+    """All tensors of a model folder by their names in the model, whatever files contain them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, architecture: Architecture | None = None) -> None:
         """Open the folder's weight files and check them against the index.
+
+        Args:
+            architecture: that of the model; None: T5's, which keeps the names of the files.
 
         Raises:
             CheckpointError: there are no weights, a file can't be trusted, or the index doesn't match the files.
         """
         self.folder = folder
+        self.architecture = architecture or T5({})
+        self._file_names: dict[str, str] = {}
         self.files: list[SafetensorsFile] = []
         self.shards: list[tuple[Path, list[str]]] = []
         """Each weight file with the names of its tensors, in the order of their bytes."""
@@ -44,14 +50,21 @@ class Checkpoint:
                 sources = dict.fromkeys(self.files[-1].entries, self.files[-1])
             else:
                 sources = read_state_dict(path)
-            if duplicate := next((name for name in sources if name in self), None):
-                raise CheckpointError(f"{path}: {duplicate}: is also in another file of this checkpoint")
-            self._sources |= sources
-            self.shards.append((path, list(sources)))
-        found = {name: path.name for path, names in self.shards for name in names}
+            self._add_file(path, sources)
+        found = {self._file_names[name]: path.name for path, names in self.shards for name in names}
         for name, file_name in weight_map.items():
             if found.get(name) != file_name:
                 raise CheckpointError(f"{self.index}: {name}: is not in {file_name}")
+
+    def _add_file(self, path: Path, sources: Mapping[str, SafetensorsFile | Tensor]) -> None:
+        names = []
+        for file_name, source in sources.items():
+            name = self.architecture.to_model_name(file_name)
+            if name in self:
+                raise CheckpointError(f"{path}: {file_name}: is also in another file of this checkpoint")
+            self._sources[name], self._file_names[name] = source, file_name
+            names.append(name)
+        self.shards.append((path, names))
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
@@ -60,34 +73,39 @@ class Checkpoint:
         """List the tensors' names, file by file."""
         return list(self._sources)
 
+    def get_file_name(self, name: str) -> str:
+        """Return the name of a tensor in its file."""
+        return self._file_names[name]
+
     def get_dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return a tensor's dtype and shape without mapping it."""
         source = self._sources[name]
-        entry = source.entries[name] if isinstance(source, SafetensorsFile) else source
+        entry = source.entries[self._file_names[name]] if isinstance(source, SafetensorsFile) else source
         return entry.dtype, entry.shape
 
     def get_file_range(self, name: str) -> FileRange | None:
         """Return where the tensor's bytes are, without mapping it; None if they aren't contiguous."""
         source = self._sources[name]
         if isinstance(source, SafetensorsFile):
-            return FileRange(source.path, source.entries[name].begin)
+            return FileRange(source.path, source.entries[self._file_names[name]].begin)
         return source.file_range
 
     def get_tensor(self, name: str) -> Tensor:
         """Return the tensor as a view of a mapped file."""
         source = self._sources[name]
-        return source.get_tensor(name) if isinstance(source, SafetensorsFile) else source
+        return source.get_tensor(self._file_names[name]) if isinstance(source, SafetensorsFile) else source
 
     def is_tied(self) -> bool:
         """Whether the output head is tied to the embedding, as the weights show.
 
         config.json isn't reliable: transformers 5 writes `tie_word_embeddings: true` for any T5, whatever its weights.
         """
-        if HEAD_WEIGHT not in self:
+        head, embedding = self.architecture.head_weight, self.architecture.tied_to
+        if head not in self:
             return True
-        if EMBEDDING_WEIGHT not in self:
-            raise CheckpointError(f"{self.folder}: {EMBEDDING_WEIGHT}: missing from the weights")
-        return are_equal(self.get_tensor(HEAD_WEIGHT), self.get_tensor(EMBEDDING_WEIGHT))
+        if embedding not in self:
+            raise CheckpointError(f"{self.folder}: {embedding}: missing from the weights")
+        return are_equal(self.get_tensor(head), self.get_tensor(embedding))
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:

@@ -20,7 +20,8 @@ from t5tune.checkpoints.adapter import LORA_MATRIX_PATTERN, PEFT_PREFIX, TOKEN_R
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.families import EMBEDDING_MODULES, EMBEDDING_WEIGHT, FASTCHAT_TOKENS, HEAD_MODULE, HEAD_WEIGHT
+from t5tune.families import FASTCHAT_TOKENS
+from t5tune.families.t5 import T5
 from t5tune.file_names import ADAPTER_CONFIG_FILE, ADDED_TOKENS_FILE
 from t5tune.io.untrusted import read_json_object
 
@@ -164,14 +165,16 @@ def compute_mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
     """
     tied = base.is_tied()
     rows: dict[str, Tensor] = {}
-    for weight in (EMBEDDING_WEIGHT,) if tied else (EMBEDDING_WEIGHT, HEAD_WEIGHT):
+    head = base.architecture.head_weight
+    for weight in (T5.tied_to,) if tied else (T5.tied_to, head):
         num_rows = base.get_tensor(weight).shape[0]
         if num_rows <= ids[-1]:
             raise CheckpointError(
                 f"{base.folder}: {weight} has no row {ids[-1]}", hint="give the base that FastChat was trained on"
             )
         rows_KD = np.repeat(_compute_mean_row(base, weight, ids[0])[None], len(ids), 0)
-        modules = [HEAD_MODULE] if weight == HEAD_WEIGHT else ["shared"] if tied else list(EMBEDDING_MODULES)
+        embeddings = [T5.embedding] if tied else list(T5.token_row_modules)
+        modules = [T5.head] if weight == head else embeddings
         rows |= {f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}": Tensor("F32", rows_KD) for module in modules}
     return rows
 

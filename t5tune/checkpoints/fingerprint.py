@@ -12,7 +12,6 @@ from pathlib import Path
 
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
-from t5tune.families import EMBEDDING_COPIES, HEAD_WEIGHT
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
 from t5tune.io.untrusted import parse_json_object
@@ -30,9 +29,8 @@ hashed again.
 """
 
 
-def describe_base(folder: Path, name: str, sha256: str | None = None) -> dict[str, str]:
+def describe_base(base: Checkpoint, name: str, sha256: str | None = None) -> dict[str, str]:
     """Describe a base for an adapter's file: its name and both hashes; `sha256` is the full one if already known."""
-    base = Checkpoint(folder)
     return {"base": name, "fingerprint": compute_fingerprint(base), "sha256": sha256 or compute_full_hash(base)}
 
 
@@ -61,7 +59,7 @@ def compute_full_hash(base: Checkpoint) -> str:
 
 def _list_tensor_names(base: Checkpoint) -> list[str]:
     """List the tensors in order, without copies of a shared tensor, which only some files contain."""
-    copies = {*EMBEDDING_COPIES, HEAD_WEIGHT} if base.is_tied() else {*EMBEDDING_COPIES}
+    copies = base.architecture.list_shared(base.is_tied())
     return sorted(name for name in base.list_names() if name not in copies)
 
 

@@ -123,7 +123,7 @@ from transformers import AutoTokenizer
 
 translator = Translator("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-source = tokenizer.convert_ids_to_tokens([*tokenizer.encode("Hello", add_special_tokens=False), tokenizer.eos_token_id])
+source = tokenizer.convert_ids_to_tokens(tokenizer.encode("Hello"))
 (result,) = translator.translate_batch([source], beam_size=1, max_input_length=0)
 print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
 ```
@@ -138,7 +138,9 @@ def build_merged_card(base: str, adapter: str, kind: str, converters: Sequence[s
         kind: the format, as in merge's --to.
         converters: other tools that read a checkpoint of this model type.
     """
-    others = f"\nThese tools can also read it: {', '.join(converters)}.\n" if kind == "checkpoint" else ""
+    others = (
+        f"\nThese tools can also read it: {', '.join(converters)}.\n" if kind == "checkpoint" and converters else ""
+    )
     return f"""---
 base_model: {base}
 library_name: {"transformers" if kind == "checkpoint" else kind}

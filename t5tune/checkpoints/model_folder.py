@@ -5,6 +5,7 @@ from pathlib import Path
 
 from t5tune.checkpoints.adapter import AdapterMetadata
 from t5tune.checkpoints.base import read_config
+from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.safetensors import write_safetensors
 from t5tune.checkpoints.tensors import TORCH_NAMES, Tensor
 from t5tune.checkpoints.tokenizer_files import (
@@ -42,19 +43,27 @@ def is_trained_file(name: str) -> bool:
 
 
 def write_model(
-    folder: Path, state: Mapping[str, Tensor], base: Path, tied: bool, metadata: AdapterMetadata, family: str | None
+    folder: Path,
+    state: Mapping[str, Tensor],
+    base: Checkpoint,
+    tied: bool,
+    metadata: AdapterMetadata,
+    family: str | None,
 ) -> None:
-    """Write the checkpoint of a fully trained model, by the base's tensor names."""
-    write_safetensors(folder / MODEL_FILE, state, {"format": "pt"})
-    write_config(base, folder, tied, family=family)
-    copy_supporting_files(base, metadata.tokenizer_folder, metadata.template_file, folder)
+    """Write the checkpoint of a fully trained model, with the tensors of the base's modules that aren't loaded.
+
+    Args:
+        state: the trained tensors, by their names in the base's files.
+    """
+    skipped = filter(base.architecture.is_skipped, base.list_names())
+    copied = {base.get_file_name(name): base.get_tensor(name) for name in skipped}
+    write_safetensors(folder / MODEL_FILE, {**state, **copied}, {"format": "pt"})
+    write_config(base.folder, folder, tied, family=family)
+    copy_supporting_files(base.folder, metadata.tokenizer_folder, metadata.template_file, folder)
 
 
 def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None, family: str | None = None) -> None:
-    """Write config.json with the actual `tie_word_embeddings`, and with an explicit `scale_decoder_outputs`.
-
-    transformers 4 scales the decoder's output if `tie_word_embeddings` is true; transformers 5 reads
-    `scale_decoder_outputs`. Writing both keeps the scaling after the flag is corrected.
+    """Write config.json with the actual `tie_word_embeddings`.
 
     Args:
         dtype: the dtype that the weights were rounded to; None: they have the base's.
@@ -65,9 +74,7 @@ def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None,
     if config.get("model_type") != model_family.model_type:
         config = model_family.complete_config(config)
         config.pop("architectures", None)
-    if model_family.scales_logits:
-        config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
-    config["tie_word_embeddings"] = tied
+    model_family.architecture.set_tied(config, tied)
     if dtype is not None:
         # older releases of transformers read torch_dtype, newer ones dtype
         config["torch_dtype"] = config["dtype"] = TORCH_NAMES[dtype]

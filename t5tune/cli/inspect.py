@@ -12,7 +12,7 @@ from t5tune.data.tokenizer import Tokenizer
 from t5tune.formatting import format_count
 from t5tune.settings import InspectSettings
 
-STYLES = {"source": "cyan", "target": "green", "added": "yellow", "unknown": "white on red", "end": "dim"}
+STYLES = {"source": "cyan", "target": "green", "added": "yellow", "unknown": "white on red", "special": "dim"}
 CUT_MARKS = ("[cut: ", "]")  # for output that has no strikethrough
 BAR_WIDTH = 40
 JSON_FIELDS = ("index", "conversation", "turn", "source_ids", "target_ids", "source_text", "target_text", "truncated")

@@ -26,7 +26,7 @@ from t5tune.data.templates import (
     render_answer_prefix,
     render_conversation,
 )
-from t5tune.data.tokenizer import Tokenizer
+from t5tune.data.tokenizer import Tokenizer, decode_prediction
 from t5tune.errors import SettingsError
 from t5tune.model.device import use_gpu_kernels
 from t5tune.model.generation import Decoding, RandomStream, generate
@@ -146,7 +146,8 @@ class Chatter:
         started = time.monotonic()
         turns = [Turn("human", message)] if isinstance(message, str) else message
         _check_turns(turns)
-        streamer = _TextStreamer(self.tokenizer, self.template.answer_suffix, show) if show else None
+        answer_suffix = self.tokenizer.remove_special_tokens(self.template.answer_suffix)
+        streamer = _TextStreamer(self.tokenizer, answer_suffix, show) if show else None
         _check_encodable(turns[-1].text, "message")
         _check_encodable(self.settings.system or "", "system message")
         turns = [self._prepare_turn(turn) for turn in (turns if self.keeps_history else turns[-1:])]
@@ -156,8 +157,8 @@ class Chatter:
             raise SettingsError(f"message: {rejection.message}")
         pieces = render_conversation(conversation, self.template) + render_answer_prefix(self.template, len(turns))
         source = encode_prompt(pieces, self.encoder, self.settings.model_max_length)
-        ids = self._generate([*source, self.tokenizer.eos_token_id], streamer.add if streamer else None)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True).removesuffix(self.template.answer_suffix)
+        ids = self._generate(self.encoder.special_ids.surround_source(source), streamer.add if streamer else None)
+        text = decode_prediction(self.tokenizer, ids, answer_suffix)
         if streamer:
             streamer.show_up_to(text)
         return Reply(

@@ -290,11 +290,11 @@ def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report:
 
 def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedCollator:
     """Make the collator of packed batches, and set the model up for them; of padded ones if it can't be packed."""
-    start = model.config.decoder_start_token_id
+    start = model.architecture.token_ids.start
     if not can_pack(model):
         return PaddedCollator(pad_token_id, start)
     use_packing(model)
-    return PackedCollator(start)
+    return PackedCollator(start, pad_token_id)
 
 
 def _write_predictions(path: Path, task: _Task, outcomes: list[_Outcome], predictions: list[list[str]]) -> None:

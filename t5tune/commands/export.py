@@ -25,8 +25,7 @@ from t5tune.checkpoints.adapter import (
     write_adapter,
 )
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
-from t5tune.checkpoints.base import find_base, find_local_base, read_config
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.base import find_base, find_local_base, open_base, read_config
 from t5tune.checkpoints.fastchat import LoraFlags, compute_mean_rows, read_added_ids
 from t5tune.checkpoints.model_card import describe_run_data
 from t5tune.checkpoints.safetensors import write_safetensors
@@ -34,7 +33,8 @@ from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, TORCH_NAMES, Partit
 from t5tune.checkpoints.training_checkpoint import MODEL_FILES, CheckpointContents, read_training_checkpoint
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.errors import CheckpointError
-from t5tune.families import MODEL_TYPES
+from t5tune.families import MODEL_TYPES, find_architecture
+from t5tune.families.architecture import Architecture
 from t5tune.file_names import (
     ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
@@ -166,7 +166,7 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
     check_adapter(trained.adapter, trained.config, folder)
     for name, tensor in trained.extra.items():
         check_finite(name, tensor.to_float32(), folder)
-    check_adapter_shapes(trained.adapter, trained.config, _read_base_config(settings, trained, report), folder)
+    check_adapter_shapes(trained.adapter, trained.config, _find_base_architecture(settings, trained, report), folder)
     if trained.extra:
         is_saved = settings.non_lora_state != "none"
         fate = f"saved to {NON_LORA_FILE}, which PEFT doesn't load" if is_saved else "left out by non_lora_state: none"
@@ -193,8 +193,10 @@ def _find_tokenizer_folder(folder: Path) -> Path:
     return folder
 
 
-def _read_base_config(settings: ExportSettings, trained: CheckpointContents, report: Report) -> dict[str, Any] | None:
-    """Return config.json of the base if it is on this machine.
+def _find_base_architecture(
+    settings: ExportSettings, trained: CheckpointContents, report: Report
+) -> Architecture | None:
+    """Find the architecture and the sizes of the base if it is on this machine.
 
     The base's name may come from an untrusted checkpoint, so nothing is downloaded.
     """
@@ -211,7 +213,7 @@ def _read_base_config(settings: ExportSettings, trained: CheckpointContents, rep
         model_type = config.get("model_type")
         report(Note(f"{name}: model_type {model_type!r}: the adapter's shapes aren't checked against it"))
         return None
-    return config
+    return find_architecture(config, folder)
 
 
 def _add_fastchat_rows(
@@ -228,7 +230,7 @@ def _add_fastchat_rows(
         problem = f"FastChat didn't save the embedding rows of its tokens {ids[0]} to {ids[-1]}"
         report(Note(f"{problem}; give --model-name-or-path to recompute them", warning=True))
         return trained
-    base = Checkpoint(find_base(_make_base_settings(settings, settings.model_name_or_path)))
+    base = open_base(find_base(_make_base_settings(settings, settings.model_name_or_path)))
     rows = compute_mean_rows(base, ids)
     recomputed = f"the embedding rows of FastChat's tokens {ids[0]} to {ids[-1]}"
     report(Note(f"recomputed {recomputed} as the mean of the rows before them"))
@@ -291,7 +293,7 @@ def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents)
             f"{settings.checkpoint}: contains no unquantized base weights and doesn't name the base of training",
             hint="give --model-name-or-path",
         )
-    base = Checkpoint(find_base(_make_base_settings(settings, base_name)))
+    base = open_base(find_base(_make_base_settings(settings, base_name)))
     return {name: PartitionedTensor.from_tensor(base.get_tensor(name)) for name in base.list_names()}
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t5tune.checkpoints.base import find_base, find_local_base, read_base_of_adapter, read_config
+from t5tune.checkpoints.adapter import read_base_metadata
+from t5tune.checkpoints.base import find_base, find_local_base, open_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
@@ -25,7 +26,8 @@ from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES, remove_chat_template
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
-from t5tune.families import Family, find_family
+from t5tune.families import CTRANSLATE2, Family, find_family
+from t5tune.families.architecture import Architecture, get_layer_name
 from t5tune.file_names import (
     MODEL_CARD_FILE,
     SETTINGS_FILE,
@@ -89,11 +91,15 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     output, converts = settings.output_dir, settings.to == "ctranslate2"
     _check_target(settings)
     settings, base_folder = _find_inputs(settings, report)
-    base = Checkpoint(base_folder)
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
+    family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
+    base = open_base(base_folder, family_key)
     tied = base.is_tied()
     trained = check_base(settings, base, adapters, report)
-    family = find_family(read_config(base.folder), base.folder, trained.family)
+    family = find_family(read_config(base_folder), base_folder, family_key)
+    if converts and CTRANSLATE2 not in family.converters:
+        problem = f"to: ctranslate2: {family.name} can't be converted"
+        raise SettingsError(problem, hint="write a checkpoint, which transformers loads, with --to checkpoint")
     deltas = _collect_deltas(settings, base, adapters, tied, trained)
     _warn_if_zero(deltas, report)
     dtype = DTYPES_BY_TORCH_NAME[settings.dtype] if settings.dtype else None
@@ -104,7 +110,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     scratch = make_scratch_folder(Path(os.path.realpath(output))) if converts else None
     with write_folder_atomically(output) as staged, scratch or nullcontext(staged) as checkpoint:
         _write_weights(base, shards, deltas, checkpoint, report)
-        write_config(base.folder, checkpoint, tied, dtype, trained.family)
+        write_config(base.folder, checkpoint, tied, dtype, family_key)
         _write_supporting_files(settings, base, adapters, family, checkpoint, report)
         if verify:
             from t5tune.merging.verify import verify_merge
@@ -173,7 +179,7 @@ def _collect_deltas(
     """Collect the change of each tensor, including that of the base's weights to those of training."""
     deltas = collect_deltas(adapters, base, tied)
     if adapters[0].initialization is not None:
-        _subtract_initialization(adapters[0].initialization, deltas)
+        _subtract_initialization(adapters[0].initialization, deltas, base.architecture)
     if settings.onto != UNQUANTIZED and trained.quantization is not None:
         _requantize_base(base, trained.quantization, trained.compute, deltas)
     return deltas
@@ -187,15 +193,18 @@ def _warn_if_zero(deltas: dict[str, WeightDelta], report: Report) -> None:
         report(Note("every lora_B is zero: the adapter changes nothing except embedding rows of tokens", warning=True))
 
 
-def _subtract_initialization(kind: str, deltas: dict[str, WeightDelta]) -> None:
+def _subtract_initialization(kind: str, deltas: dict[str, WeightDelta], architecture: Architecture) -> None:
     """Subtract the PiSSA or OLoRA initialization from the base, since the adapter was saved without its conversion."""
     from t5tune.merging.pissa import subtract_initialization
 
     for name, delta in deltas.items():
         for update, _ in delta.updates:
-            rank = update.a_RI.shape[0]
             delta.base_transform = functools.partial(
-                subtract_initialization, name=name, kind=kind, rank=rank, scale=update.scale
+                subtract_initialization,
+                kind=kind,
+                rank=update.a_RI.shape[0],
+                scale=update.scale,
+                stays_fp32=get_layer_name(name) == architecture.fp16_overflow_layer,
             )
 
 

@@ -100,17 +100,19 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     machine = _detect_machine(settings)
     data = _read_lengths(settings, report)
     config, place = _read_model_config(settings, report)
-    config = find_family(config, place, settings.family).complete_config(config)
+    family = find_family(config, place, settings.family)
+    architecture = family.bind(config)
+    num_token_rows = min(data.num_added_tokens, family.num_unused_rows)
     chosen = settings.deepspeed or "none"
     batches = _make_batches(settings, machine.count, data)
     largest = _find_largest_batch(batches, data, packed=settings.packing != "off")
     # each step takes seconds for a large model
     with count_done("measuring the memory of steps", report, unit="steps") as step_done:
-        estimator = MemoryEstimator(config, settings, machine, data.num_added_tokens, step_done)
+        estimator = MemoryEstimator(architecture, settings, machine, num_token_rows, step_done)
         stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *STAGES])]
         evaluated = _find_largest_loss_batch(data)
         evaluation = {stage.stage: estimator.estimate_evaluation(stage.stage, evaluated) for stage in stages}
-        suggestion = _suggest_settings(config, settings, machine, data, step_done)
+        suggestion = _suggest_settings(estimator, data, step_done)
     trainable, total = estimator.counts
     steps = settings.max_steps
     if steps is None and data.is_real:
@@ -233,13 +235,15 @@ def _compute_padding(settings: PlanSettings, batches: list[Integers], data: _Dat
     return round(1 - useful / padded, 4)
 
 
-def _suggest_settings(
-    config: dict[str, Any], settings: PlanSettings, machine: Machine, data: _Data, step_done: Callable[[int], None]
-) -> Suggestion | None:
+def _suggest_settings(asked: MemoryEstimator, data: _Data, step_done: Callable[[int], None]) -> Suggestion | None:
     """Return the fastest settings that fit GOOD_BATCH_SIZE examples, else those that fit the most; None: nothing fits.
 
     Batches are of the longest examples.
+
+    Args:
+        asked: the estimator for the settings that the user gave.
     """
+    settings, machine = asked.settings, asked.machine
     if machine.memory is None:
         return None
     best: Suggestion | None = None
@@ -247,7 +251,7 @@ def _suggest_settings(
         candidate = settings.model_copy(update=changes)
         if _find_refusals(candidate):
             continue
-        estimator = MemoryEstimator(config, candidate, machine, data.num_added_tokens, step_done)
+        estimator = MemoryEstimator(asked.architecture, candidate, machine, asked.num_token_rows, step_done)
         found = _find_largest_batch_size(estimator, candidate.deepspeed or "none", data)
         if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
             flags = _format_flags(settings, {**changes, "per_device_train_batch_size": found[0]}, machine)

@@ -33,7 +33,7 @@ from t5tune.data.vocabulary import ExtendedTokenizer, extend_tokenizer
 from t5tune.data.writer import REJECTED_FILE
 from t5tune.distributed.shard import find_shard
 from t5tune.errors import DataError, T5TuneError
-from t5tune.families import find_family
+from t5tune.families import find_architecture
 from t5tune.file_names import TEMPLATE_FILE
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically
@@ -209,9 +209,7 @@ def _list_paths(settings: PrepareSettings) -> list[str]:
 
 def _count_rows(settings: PrepareSettings, base: Path) -> int:
     """Count the base's embedding rows; raise if the base isn't a supported model."""
-    config = read_config(base)
-    find_family(config, base, settings.family)
-    return int(config.get("vocab_size", 0))
+    return find_architecture(read_config(base), base, settings.family).dimensions.num_rows
 
 
 def _choose_vocabulary(

@@ -1,14 +1,14 @@
 """Patches of one model for transformers: other computations in some layers, and no needless work in each step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 
-def replace_forward(model: Any, class_names: tuple[str, ...], forward: Callable[..., Any]) -> None:
-    """Replace the forward of all modules whose class's name ends with one of `class_names`, for good.
+def replace_forwards(model: Any, forwards: Mapping[str, Callable[..., Any]]) -> None:
+    """Replace the forward of all modules whose class has one of these names, for good.
 
-    `forward` is called with the module, its original forward, and the arguments. The weights stay in the module, so
+    The new one is called with the module, its original forward, and the arguments. The weights stay in the module, so
     adapters, DeepSpeed's hooks and checkpoints don't notice.
 
     transformers 5 has an extension point for attention (AttentionInterface), but T5Attention.forward calls it with a
@@ -16,8 +16,24 @@ def replace_forward(model: Any, class_names: tuple[str, ...], forward: Callable[
     activations. https://github.com/huggingface/transformers/blob/v5.18.0/src/transformers/models/t5/modeling_t5.py#L350
     """
     for module in model.modules():
-        if type(module).__name__.endswith(class_names):
+        if (forward := forwards.get(type(module).__name__)) is not None:
             module.forward = partial(forward, module, module.forward)
+
+
+def register_attention(name: str, attend: Callable[..., Any]) -> None:
+    """Make a function available as `attn_implementation`, for the whole process. Its mask is boolean, and always made.
+
+    transformers 5 looks up both by this name: https://huggingface.co/docs/transformers/attention_interface. Its own
+    mask for sdpa leaves out a causal one, for which sdpa has an argument.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def make_mask(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_mask)
 
 
 def skip_module_walks(model: Any, wrapper: Any, trained: Sequence[Any]) -> None:

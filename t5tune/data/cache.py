@@ -25,6 +25,7 @@ import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
 from t5tune.data.encoding import Example, Span, extract_example
+from t5tune.data.tokenizer import SpecialIds
 from t5tune.errors import DataError
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
 from t5tune.formatting import format_count
@@ -34,7 +35,7 @@ from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.settings.messages import describe_value_error
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # the index of the first id in tokens.bin, and a hash that conversations with the same texts share
 CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
 # the number of the conversation, and a Span, whose positions count tokens from the start of that conversation
@@ -51,6 +52,8 @@ CACHE_CONTENTS = {
 MANIFEST_TYPES: dict[str, Any] = {
     "dtype": Literal["<u2", "<i4"],
     "eos_token_id": int,
+    "source_start_ids": list[int],
+    "source_end_ids": list[int],
     "added_tokens": list[str],
     "added_token_ids": list[int],
     "left_out_tokens": list[str],
@@ -73,7 +76,8 @@ class Cache(Sequence[Example]):
     def __init__(self, folder: Path, manifest: dict[str, Any], indices: npt.NDArray[np.int64] | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.eos_token_id = int(manifest["eos_token_id"])
+        start, end = (tuple(manifest[f"source_{side}_ids"]) for side in ("start", "end"))
+        self.special_ids = SpecialIds(start, end, manifest["eos_token_id"])
         self._tokens = _map_file(folder / "tokens.bin", np.dtype(manifest["dtype"]))
         self._conversations = _map_file(folder / "conversations.bin", CONVERSATION_DTYPE)
         self._starts = self._conversations["start"]
@@ -87,7 +91,7 @@ class Cache(Sequence[Example]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         conversation, span = self._read_row(index)
-        return extract_example(self._tokens[int(self._starts[conversation]) :], span, self.eos_token_id)
+        return extract_example(self._tokens[int(self._starts[conversation]) :], span, self.special_ids)
 
     def read_untruncated(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
         """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""
@@ -111,8 +115,8 @@ class Cache(Sequence[Example]):
         return list(self.manifest["added_tokens"])
 
     def read_lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return (source lengths, target lengths) in tokens, EOS tokens included, in the order of the cache."""
-        return compute_lengths(self._read_column)
+        """Return (source lengths, target lengths) in tokens, special ones included, in the order of the cache."""
+        return compute_lengths(self._read_column, self.special_ids)
 
     def _read_row(self, index: int) -> tuple[int, Span]:
         conversation, *span = self._examples.item(self._indices[index])
@@ -162,10 +166,10 @@ class Cache(Sequence[Example]):
 
 
 def compute_lengths(
-    column: Callable[[str], npt.NDArray[np.int64]],
+    column: Callable[[str], npt.NDArray[np.int64]], special: SpecialIds
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Compute (source lengths, target lengths) of examples, EOS tokens included, from columns of EXAMPLE_DTYPE."""
-    source = column("system_end") + column("source_end") - column("source_start") + 1
+    """Compute (source lengths, target lengths) of examples, special tokens included, from columns of EXAMPLE_DTYPE."""
+    source = column("system_end") + column("source_end") - column("source_start") + special.source_size
     target = column("target_end") - column("target_start") + column("target_is_whole")
     return source, target
 

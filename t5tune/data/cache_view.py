@@ -14,13 +14,13 @@ from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 
 NUM_BARS = 20  # of a histogram, about
 
-_RunKind = Literal["text", "added", "unknown", "end"]
+_RunKind = Literal["text", "added", "unknown", "special"]
 _Part = tuple[list[int], bool]  # ids, and whether they were cut off
 
 
 @dataclass(frozen=True)
 class TextRun:
-    """The text of consecutive tokens; an added, unknown or EOS token is a run of its own."""
+    """The text of consecutive tokens; an added, unknown or special token is a run of its own."""
 
     text: str
     kind: _RunKind
@@ -32,7 +32,7 @@ class ExampleView:
 
     Args:
         index: position in the cache; `conversation` and `turn` are its origin.
-        source_ids, target_ids: EOS tokens included.
+        source_ids, target_ids: special tokens included.
         truncated: which of "source" and "target" were cut.
         source_cut: tokens that were removed from the source, after its first `source_head` tokens.
         target_cut: tokens that were removed from the end of the target.
@@ -61,8 +61,9 @@ class ExampleView:
 
 
 def _iterate_runs(parts: list[_Part], tokenizer: Tokenizer, added: set[int]) -> Iterator[tuple[TextRun, bool]]:
-    special: dict[int, _RunKind] = {tokenizer.eos_token_id: "end", tokenizer.unk_token_id: "unknown"}
-    special |= dict.fromkeys(added, "added")
+    around = tokenizer.special_ids
+    special: dict[int, _RunKind] = dict.fromkeys((*around.source_start, *around.source_end), "special")
+    special |= {around.target_end: "special", tokenizer.unk_token_id: "unknown", **dict.fromkeys(added, "added")}
     before: list[int] = []  # the token before the run
     for ids, is_cut in parts:
         for kind, tokens in groupby(ids, lambda token: special.get(token, "text")):
@@ -148,17 +149,17 @@ class CacheView(Sequence[ExampleView]):
     def __getitem__(self, number: Any) -> Any:
         index, decode = self._indices[number], self.tokenizer.decode
         example, conversation, ids, span = self.cache.read_untruncated(index)
-        source, target = example.source_S.tolist(), example.target_T.tolist()
+        source, target, around = example.source_S.tolist(), example.target_T.tolist(), self.cache.special_ids
         return ExampleView(
             index=index,
             conversation=conversation,
             turn=span.turn,
             source_ids=source,
             target_ids=target,
-            source_text=decode(source[:-1]),
+            source_text=decode(around.strip_source(source)),
             target_text=decode(target[: span.target_end - span.target_start]),
             truncated=["source"] * (not span.source_is_whole) + ["target"] * (not span.target_is_whole),
-            source_head=span.system_end,
+            source_head=len(around.source_start) + span.system_end,
             source_cut=ids[span.system_end : span.source_start].tolist(),
             target_cut=ids[span.target_end : span.answer_end].tolist(),
         )

@@ -3,8 +3,9 @@
     tokenizer = AutoTokenizer.from_pretrained("merged")
     tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
 
-The text is that of the source in training, and ends with the EOS token. So its ids are those of training, for a
-conversation within the length limit in which no message spells out a special token.
+The text is that of the source in training, between the model's special tokens. So its ids are those of training, for a
+conversation within the length limit in which no message spells out a special token. With tokenizers that aren't
+SentencePiece's, no earlier answer may follow a space or a newline of the template with which it could share a token.
 """
 
 import re
@@ -53,8 +54,9 @@ _SOURCE = r"""
   {{- raise_exception('add_generation_prompt: the last message must be the user\'s') -}}
 {%- else -%}
   {%- set source = result.text ~ $assistant_prefix$ -%}
+  {{- source_start -}}
   {{- source[:-1] if $drops_space$ and source.endswith(' ') else source -}}
-  {{- eos_token -}}
+  {{- source_end -}}
 {%- endif -%}
 """
 
@@ -81,8 +83,19 @@ def build_chat_template(template: Template, tokenizer: Tokenizer, source_prefix:
         "source_prefix": source_prefix,
         "drops_space": is_space_part_of_word(tokenizer),
     }
+    special = tokenizer.special_ids
+    start, end = (_spell_out(tokenizer, ids) for ids in (special.source_start, special.source_end))
+    source = _SOURCE.replace("  {{- source_start -}}\n", f"  {{{{- {start} -}}}}\n" if special.source_start else "")
+    source = source.replace("  {{- source_end -}}\n", f"  {{{{- {end} -}}}}\n" if special.source_end else "")
     # Python's notation of strings, tuples and bools is also Jinja's
-    return re.sub(r"\$(\w+)\$", lambda match: repr(values[match[1]]), _SOURCE).strip()
+    return re.sub(r"\$(\w+)\$", lambda match: repr(values[match[1]]), source).strip()
+
+
+def _spell_out(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
+    """Return a Jinja expression for special tokens."""
+    if ids == (tokenizer.eos_token_id,):
+        return "eos_token"
+    return repr("".join(tokenizer.backend.id_to_token(index) for index in ids))
 
 
 def write_chat_template(folder: Path, source: str, tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from t5tune.data.cache import EXAMPLE_DTYPE, compute_lengths, compute_percentiles
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
+from t5tune.data.tokenizer import SpecialIds
 from t5tune.data.vocabulary import LostCharacterCounts
 
 FIRST_ANSWER_TURN = 1  # index among the turns; turn 0 is the human's
@@ -58,7 +59,7 @@ class RecordCounts:
         else:
             self.first_rejected.setdefault(location.file, f"{location}: {rejection.message}")
 
-    def describe(self, dtype: np.dtype[Any], examples: Path) -> dict[str, Any]:
+    def describe(self, dtype: np.dtype[Any], examples: Path, special: SpecialIds) -> dict[str, Any]:
         """Return the counts for the manifest, with those of the file of examples."""
         return {
             "dtype": dtype.str,
@@ -69,11 +70,11 @@ class RecordCounts:
             "dropped": dict(sorted(self.dropped.items())),
             "examples": self.num_examples,
             "unknown_tokens": self.unknown_tokens,
-            **_measure_examples(examples),
+            **_measure_examples(examples, special),
         }
 
 
-def _measure_examples(path: Path) -> dict[str, Any]:
+def _measure_examples(path: Path, special: SpecialIds) -> dict[str, Any]:
     """Measure the examples of an examples.bin: token counts, truncated sides and length percentiles."""
     lengths: dict[str, Counter[int]] = {"source": Counter(), "target": Counter()}
     truncated = Counter[str]()
@@ -81,7 +82,8 @@ def _measure_examples(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         while len(rows := np.fromfile(file, EXAMPLE_DTYPE, ROWS_PER_CHUNK)):
             with_earlier_turns += int((rows["turn"] > FIRST_ANSWER_TURN).sum())
-            for side, of_side in zip(lengths, compute_lengths(lambda name: rows[name].astype(np.int64)), strict=True):
+            columns = compute_lengths(lambda name: rows[name].astype(np.int64), special)
+            for side, of_side in zip(lengths, columns, strict=True):
                 lengths[side].update(of_side.tolist())
                 truncated[side] += int((~rows[f"{side}_is_whole"]).sum())
     measured: dict[str, Any] = {"examples_with_earlier_turns": with_earlier_turns}

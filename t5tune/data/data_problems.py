@@ -176,7 +176,12 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
             shown_by = f"t5tune inspect {folder} --worst-cut shows the worst"
             report(Note(f"{format_count(count, side)} truncated to model_max_length {limit}; {shown_by}", True))
     _report_lost_characters(manifest["lost_characters"], report)
-    if left_out := manifest["left_out_tokens"]:
+    left_out = manifest["left_out_tokens"]
+    if manifest["inputs"]["add_tokens"] == ["auto"] and not (
+        manifest["added_tokens"] or left_out or manifest["lost_characters"]
+    ):
+        report(Note("no tokens added: the base's tokenizer writes every character of the targets"))
+    if left_out:
         report(Note(f"no unused embedding row is left for the tokens {join_first(list(map(repr, left_out)))}", True))
 
 

@@ -3,7 +3,8 @@
     encoder = make_encoder(tokenizer)
     encoder.encode([Beginning("Two red"), " hats"])  # the ids of "Two red hats", in two arrays
 
-Text from the data never becomes a special token such as `</s>`.
+Text from the data never becomes a special token such as `</s>`. Those that a conversation template spells out are found
+with `encoder.markers.split`.
 """
 
 import functools
@@ -49,6 +50,35 @@ class Beginning(NamedTuple):
 Text = str | Beginning
 
 
+class Markers:
+    """Finds the special tokens that a conversation template spells out, as the tokenizer does in any text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        ids = dict(
+            zip(tokenizer.special_tokens, tokenizer.convert_tokens_to_ids([*tokenizer.special_tokens]), strict=True)
+        )
+        self._ids = {token: index for token, index in ids.items() if index >= 0}
+        added = {} if tokenizer.backend is None else tokenizer.backend.get_added_tokens_decoder()
+        flags = {token.content: token for token in added.values()}
+        patterns = []
+        for token in sorted(self._ids, key=len, reverse=True):
+            # some tokens include the whitespace around them
+            before, after = (r"\s*" if getattr(flags.get(token), side, False) else "" for side in ("lstrip", "rstrip"))
+            patterns.append(f"{before}({re.escape(token)}){after}")
+        self._pattern = re.compile("|".join(patterns) or _NEVER)
+        self.split = functools.lru_cache(4096)(self._split)
+
+    def _split(self, text: str) -> tuple[str | int, ...]:
+        """Split a template's text into plain texts and the ids of special tokens."""
+        parts: list[str | int] = []
+        start = 0
+        for match in self._pattern.finditer(text):
+            assert match.lastindex is not None
+            parts += [text[start : match.start()], self._ids[match[match.lastindex]]]
+            start = match.end()
+        return tuple(part for part in (*parts, text[start:]) if part != "")
+
+
 def make_encoder(tokenizer: Tokenizer) -> "Encoder":
     """Make the encoder that suits a tokenizer."""
     if tokenizer.backend is None:
@@ -62,22 +92,27 @@ class ByteEncoder:
     is_space_part_of_word = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._dtype = choose_ids_dtype(len(tokenizer))
+        self.special_ids = tokenizer.special_ids
+        self.markers = Markers(tokenizer)
+        self.dtype = choose_ids_dtype(len(tokenizer))
 
     def encode(self, texts: list[Text]) -> list[Ids]:
-        """Return the ids of each text, without EOS tokens."""
-        return [np.frombuffer(_get_text(text).encode(), np.uint8).astype(self._dtype) + BYTES_OFFSET for text in texts]
+        """Return the ids of each text, without special tokens."""
+        return [np.frombuffer(_get_text(text).encode(), np.uint8).astype(self.dtype) + BYTES_OFFSET for text in texts]
 
 
 class WholeTextEncoder:
     """Encodes each text with a call of the tokenizer, for tokenizers of which no more is known."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self.special_ids = tokenizer.special_ids
+        self.markers = Markers(tokenizer)
         self.is_space_part_of_word = is_space_part_of_word(tokenizer)
         self._tokenizers = _TokenizerPair(tokenizer)
+        self.dtype = self._tokenizers.dtype
 
     def encode(self, texts: list[Text]) -> list[Ids]:
-        """Return the ids of each text, without EOS tokens."""
+        """Return the ids of each text, without special tokens."""
         plans = [_split(text, self._tokenizers.split_special_tokens) for text in texts]
         ids = self._tokenizers.encode({part for plan in plans for part in plan})
         return [np.frombuffer(b"".join([ids[part] for part in plan]), self._tokenizers.dtype) for plan in plans]
@@ -92,8 +127,11 @@ class WordEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self.special_ids = tokenizer.special_ids
+        self.markers = Markers(tokenizer)
         self.is_space_part_of_word = is_space_part_of_word(tokenizer)
         self._tokenizers = _TokenizerPair(tokenizer)
+        self.dtype = self._tokenizers.dtype
         self._known: dict[Text, bytes] = {}  # only of type str, because Python finds those faster
         self._drops_spaces = not is_prepend_scheme_first(tokenizer)
         added = _list_added_tokens(tokenizer)
@@ -115,7 +153,7 @@ class WordEncoder:
         self._is_separate = functools.lru_cache(4096)(functools.partial(_is_separate, normalize))
 
     def encode(self, texts: list[Text]) -> list[Ids]:
-        """Return the ids of each text, without EOS tokens."""
+        """Return the ids of each text, without special tokens."""
         if max(map(len, map(_get_text, texts)), default=0) <= PART_LENGTH:
             return self._encode(texts)
         return [np.concatenate([self._encode([part])[0] for part in _split(text, self._cut)]) for text in texts]
@@ -248,7 +286,7 @@ def _is_separate(normalize: Callable[[str], str], character: str) -> bool:
 def _is_split_at_spaces(tokenizer: Tokenizer) -> bool:
     """Return whether the tokenizer encodes each word separately, as T5's tokenizers do."""
     parts = read_pre_tokenizer_config(tokenizer)
-    kinds = [part["type"] for part in parts.get("pretokenizers", [parts])]
+    kinds = [part.get("type") for part in parts.get("pretokenizers", [parts])]
     splits_at_metaspace = kinds == ["Metaspace"] and is_prepend_scheme_first(tokenizer)
     is_t5s = splits_at_metaspace or kinds == ["WhitespaceSplit", "Metaspace"]
     return is_t5s and '"split": true' in json.dumps(parts)

@@ -1,12 +1,14 @@
 """Encode the pieces of a rendered conversation (see data/templates.py), and find each example's source and target.
 
-Each piece is encoded once. Pieces meet at whitespace or at an added token, where the tokenizer splits words anyway, so
-their concatenated ids are those of the whole text (tests/commands/test_prepare.py checks this). The one exception is an
-indentation token, a newline with spaces, of which each of two pieces has a part.
+Each piece is encoded once. The special tokens that its template spells out are found first, and become their ids.
+Pieces meet at whitespace or at an added token, where the tokenizer splits words anyway, so their concatenated ids are
+those of the whole text (tests/commands/test_prepare.py checks this). The one exception is an indentation token, a
+newline with spaces, of which each of two pieces has a part.
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from t5tune.data.encoders import Beginning, Encoder, Ids, Text, WordEncoder
 from t5tune.data.formats import Conversation
 from t5tune.data.records import Rejection
 from t5tune.data.templates import Piece
+from t5tune.data.tokenizer import SpecialIds
 
 MAX_WORD_LENGTH = 100_000  # characters; the tokenizer takes 13 MB for such a word
 
@@ -24,8 +27,8 @@ class Span(NamedTuple):
     """The positions of one example in the ids of its conversation, in tokens. Ends are exclusive.
 
     The source is ids[:system_end] + ids[source_start:source_end], the target is ids[target_start:target_end].
-    An EOS token is appended to the source, and to the target if `target_is_whole`. The untruncated target ends at
-    answer_end.
+    The special tokens around a source aren't among these, nor is the EOS token that is appended to the target if
+    `target_is_whole`. The untruncated target ends at answer_end.
     """
 
     turn: int
@@ -49,18 +52,18 @@ class EncodedConversation:
 
 @dataclass(frozen=True)
 class Example:
-    """Source and target ids as the model reads them, EOS tokens included; int64 of lengths S and T."""
+    """Source and target ids as the model reads them, special tokens included; int64 of lengths S and T."""
 
     source_S: npt.NDArray[np.int64]
     target_T: npt.NDArray[np.int64]
 
 
-def extract_example(ids: Any, span: Span, eos_token_id: int) -> Example:
+def extract_example(ids: Any, span: Span, special: SpecialIds) -> Example:
     """Cut one example out of the ids of its conversation, which are a list or an array."""
-    end = [eos_token_id]
-    source = np.concatenate([ids[: span.system_end], ids[span.source_start : span.source_end], end])
-    target = np.concatenate([ids[span.target_start : span.target_end], end if span.target_is_whole else []])
-    return Example(source.astype(np.int64), target.astype(np.int64))
+    source = [special.source_start, ids[: span.system_end], ids[span.source_start : span.source_end]]
+    target = [ids[span.target_start : span.target_end], [special.target_end] if span.target_is_whole else []]
+    parts = [*source, special.source_end], target
+    return Example(*(np.concatenate(each).astype(np.int64) for each in parts))
 
 
 def find_long_word(conversation: Conversation, encoder: Encoder) -> Rejection | None:
@@ -74,17 +77,59 @@ def find_long_word(conversation: Conversation, encoder: Encoder) -> Rejection | 
 
 
 def encode_batch(conversations: list[list[Piece]], encoder: Encoder, max_length: int) -> list[EncodedConversation]:
-    """Encode conversations; `max_length` limits source and target separately, EOS tokens included."""
+    """Encode conversations; `max_length` limits source and target separately, special tokens included."""
     shifted = [_shift_spaces(pieces, encoder) for pieces in conversations]
-    texts: list[Text] = [
-        piece.text if number else Beginning(piece.text) for pieces in shifted for number, piece in enumerate(pieces)
+    ids_by_piece = encode_pieces(shifted, encoder)
+    source_room = max_length - encoder.special_ids.source_size
+    return [
+        _join_pieces(pieces, ids, source_room, max_length - 1)
+        for pieces, ids in zip(shifted, ids_by_piece, strict=True)
     ]
+
+
+def encode_pieces(conversations: list[list[Piece]], encoder: Encoder, begins: bool = True) -> list[list[Ids]]:
+    """Encode the pieces of conversations, each alone.
+
+    Args:
+        begins: whether the first piece of each begins a sequence.
+    """
+    plans = [[_split_at_markers(piece, encoder) for piece in pieces] for pieces in conversations]
+    texts: list[Text] = []
+    for plan in plans:
+        parts = chain.from_iterable(plan)
+        texts += (
+            Beginning(part) if begins and number == 0 else part
+            for number, part in enumerate(parts)
+            if isinstance(part, str)
+        )
     ids = iter(encoder.encode(texts))
-    return [_join_pieces(pieces, [next(ids) for _ in pieces], max_length) for pieces in shifted]
+
+    def join(parts: list[str | int]) -> Ids:
+        if len(parts) == 1 and isinstance(parts[0], str):
+            return next(ids)
+        found = [next(ids) if isinstance(part, str) else np.array([part], encoder.dtype) for part in parts]
+        return np.concatenate(found)
+
+    return [[join(parts) for parts in plan] for plan in plans]
+
+
+def _split_at_markers(piece: Piece, encoder: Encoder) -> list[str | int]:
+    """Split a piece into plain texts and the ids of its template's special tokens."""
+    start, end = piece.message
+    before, after = encoder.markers.split(piece.text[:start]), encoder.markers.split(piece.text[end:])
+    if all(isinstance(part, str) for part in (*before, *after)):
+        return [piece.text]
+    parts: list[str | int] = []
+    for part in (*before, piece.text[start:end], *after):
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        elif part != "":
+            parts.append(part)
+    return parts
 
 
 def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> list[int]:
-    """Encode a conversation up to the assistant's prefix as a source, truncated as in training, without EOS token."""
+    """Encode a conversation up to the assistant's prefix as a source, as in training, without special tokens."""
     # a dummy answer, so that a span (and its truncated source) is computed
     encoded = encode_batch([[*pieces, Piece(" x", "answer", pieces[-1].turn)]], encoder, max_length)[0]
     span = encoded.spans[-1]
@@ -104,13 +149,15 @@ def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
         if result and result[-1].text.endswith(" "):
             before = result.pop()
             # kept even if it is empty now: where the source ends depends on the kinds of the pieces
-            result.append(Piece(before.text[:-1], before.kind, before.turn))
-            piece = Piece(" " + piece.text, piece.kind, piece.turn)
+            result.append(replace(before, text=before.text[:-1]))
+            piece = piece.prepend(" ")
         result.append(piece)
     return result
 
 
-def _join_pieces(pieces: list[Piece], ids_by_piece: list[Ids], max_length: int) -> EncodedConversation:
+def _join_pieces(
+    pieces: list[Piece], ids_by_piece: list[Ids], source_room: int, target_room: int
+) -> EncodedConversation:
     spans: list[Span] = []
     turn_starts: list[int] = []
     length = system_end = source_end = 0
@@ -128,27 +175,29 @@ def _join_pieces(pieces: list[Piece], ids_by_piece: list[Ids], max_length: int) 
             source_end = length if piece.kind != "gap" else source_end
         elif piece.text.strip():
             whole = Span(turn, system_end, system_end, source_end, target_start, length, length, True, True)
-            spans.append(_truncate(whole, turn_starts, max_length))
+            spans.append(_truncate(whole, turn_starts, source_room, target_room))
     return EncodedConversation(np.concatenate(ids_by_piece), spans)
 
 
-def _truncate(span: Span, turn_starts: list[int], max_length: int) -> Span:
-    """Truncate an example to `max_length`: drop the oldest turns first, then tokens from the start of the last turn.
+def _truncate(span: Span, turn_starts: list[int], source_room: int, target_room: int) -> Span:
+    """Truncate an example: drop the oldest turns first, then tokens from the start of the last turn.
 
     The system line stays; it is cut only if it would fill more than half of a source that is too long.
+
+    Args:
+        source_room, target_room: the maximum number of tokens, without special ones.
     """
     turn, system_end, source_start, source_end, target_start, target_end, *_ = span
-    room = max_length - 1  # for the EOS token
-    kept_system = system_end if source_end <= room else min(system_end, room // 2)
-    earliest = source_end - (room - kept_system)
+    kept_system = system_end if source_end <= source_room else min(system_end, source_room // 2)
+    earliest = source_end - (source_room - kept_system)
     # Never start at the last entry: it is only this target's assistant prefix. Truncate the turn before it instead.
     if earliest > system_end and (last := len(turn_starts) - 2) >= 0:
         source_start = turn_starts[bisect_left(turn_starts, earliest, 0, last)]
     source_start = max(source_start, earliest)
     whole_source = source_start == system_end and kept_system == system_end
-    whole_target = target_end - target_start <= room
+    whole_target = target_end - target_start <= target_room
     # a truncated target gets no EOS token, so it has room for one more token
-    kept_end = target_end if whole_target else target_start + max_length
+    kept_end = target_end if whole_target else target_start + target_room + 1
     return Span(
         turn, kept_system, source_start, source_end, target_start, kept_end, target_end, whole_source, whole_target
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from t5tune.data.encoders import Encoder, Text, make_encoder
-from t5tune.data.encoding import MAX_WORD_LENGTH, EncodedConversation, Span, encode_batch, find_long_word
+from t5tune.data.encoders import Encoder, make_encoder
+from t5tune.data.encoding import MAX_WORD_LENGTH, EncodedConversation, Span, encode_batch, encode_pieces, find_long_word
 from t5tune.data.formats import Conversation
 from t5tune.data.raw_records import RawRecord, parse_record
 from t5tune.data.records import Rejection
@@ -198,7 +198,5 @@ def _count_exchange_tokens(
     for start in range(0, len(exchanges), EXCHANGES_PER_BATCH):
         batch = exchanges[start : start + EXCHANGES_PER_BATCH]
         parts = [_render_turns(conversation, template, *exchange) for exchange in batch]
-        flat: list[Text] = [piece.text for pieces in parts for piece in pieces]
-        ids = iter(encoder.encode(flat))
-        lengths += [sum(len(next(ids)) for _ in pieces) for pieces in parts]
+        lengths += [sum(map(len, ids)) for ids in encode_pieces(parts, encoder, begins=False)]
     return lengths

@@ -5,11 +5,14 @@ With fastchat-t5, the human turn "Hi" and the assistant turn "Hello." become
     A chat between … questions.\n\n### Human: Hi\n### Assistant: |Hello.\n
 
 where | separates the source from the target. The source of a later target contains all of this text.
+
+A special token that a template spells out, such as `<end_of_turn>`, becomes that token. In the text of a record it
+stays text, so each piece knows which of its characters come from the record.
 """
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +63,18 @@ class Piece:
         kind: system, human, prefix (the end of a source), gap (a space between source and target that belongs to
             neither), answer (a target), or context (an assistant turn that is only part of later sources).
         turn: index of the turn; -1 for the system line.
+        message: the bounds of the record's text within `text`; the rest is the template's.
     """
 
     text: str
     kind: str
     turn: int
+    message: tuple[int, int] = (0, 0)
+
+    def prepend(self, text: str) -> "Piece":
+        """Return the piece with text of the template before it."""
+        start, end = self.message
+        return replace(self, text=text + self.text, message=(start + len(text), end + len(text)))
 
 
 def find_template(name_or_path: str | None, saved: list[Path]) -> Template | None:
@@ -127,18 +137,24 @@ def _find_pattern_problems(template: Template) -> list[str]:
 def render_conversation(conversation: Conversation, template: Template) -> list[Piece]:
     """Render a conversation as pieces; their concatenated texts are the whole rendered conversation."""
     pieces = []
-    system = template.system_message if conversation.system is None else conversation.system
-    if system:
-        pieces.append(Piece(template.system.replace("{text}", system), "system", -1))
+    if conversation.system is None and template.system_message:
+        pieces.append(Piece(template.system.replace("{text}", template.system_message), "system", -1))
+    elif conversation.system:
+        pieces.append(_fill_in(template.system, conversation.system, "system", -1))
     for index, turn in enumerate(conversation.turns):
         if turn.role == "human":
-            separator = template.turn_separator if index else ""
-            pieces.append(Piece(separator + template.human.replace("{text}", turn.text), "human", index))
+            piece = _fill_in(template.human, turn.text, "human", index)
+            pieces.append(piece.prepend(template.turn_separator) if index else piece)
         else:
             pieces += render_answer_prefix(template, index)
-            answer = template.assistant.removeprefix(" ").replace("{text}", turn.text)
-            pieces.append(Piece(answer, "answer" if turn.learned else "context", index))
+            kind = "answer" if turn.learned else "context"
+            pieces.append(_fill_in(template.assistant.removeprefix(" "), turn.text, kind, index))
     return pieces
+
+
+def _fill_in(pattern: str, text: str, kind: str, turn: int) -> Piece:
+    start = pattern.index("{text}")
+    return Piece(pattern.replace("{text}", text), kind, turn, (start, start + len(text)))
 
 
 def render_answer_prefix(template: Template, turn: int) -> list[Piece]:

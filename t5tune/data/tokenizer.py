@@ -18,7 +18,14 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from t5tune.errors import DependencyError, ModelError
-from t5tune.file_names import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from t5tune.file_names import (
+    ADDED_TOKENS_FILE,
+    BPE_FILES,
+    SENTENCEPIECE_FILES,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from t5tune.io.atomic import write_json
 from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.io.untrusted import parse_json_object
@@ -26,6 +33,35 @@ from t5tune.io.untrusted import parse_json_object
 BYTES_OFFSET = 3  # ByT5: ids 0 to 2 are pad, end and unknown, then come the 256 bytes (Xue et al. 2022)
 BYT5_EXTRA_IDS = 125
 DEFAULT_SPECIAL_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+OTHER_SPECIAL_TOKENS = ("bos_token", "cls_token", "sep_token", "mask_token")
+USER_DEFINED_PIECE = 4  # type of a SentencePiece piece that any text becomes
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The special tokens around a model's texts.
+
+    Args:
+        source_start, source_end: before and after each source. T5 has only the EOS token, after it.
+        target_end: the EOS token, after each target.
+    """
+
+    source_start: tuple[int, ...]
+    source_end: tuple[int, ...]
+    target_end: int
+
+    @property
+    def source_size(self) -> int:
+        """The number of special tokens of a source."""
+        return len(self.source_start) + len(self.source_end)
+
+    def surround_source(self, ids: Iterable[int]) -> list[int]:
+        """Add the special tokens to the ids of a source."""
+        return [*self.source_start, *ids, *self.source_end]
+
+    def strip_source(self, ids: list[int]) -> list[int]:
+        """Remove the special tokens from the ids of a source."""
+        return ids[len(self.source_start) : len(ids) - len(self.source_end)]
 
 
 @dataclass(frozen=True)
@@ -65,6 +101,19 @@ class Tokenizer:
     def unk_token_id(self) -> int:
         return self._find_id(self.unk_token)
 
+    @property
+    def special_ids(self) -> SpecialIds:
+        """The special tokens around sources and targets, as the tokenizer's post-processor adds them.
+
+        Without one, as for bytes, a source ends with the EOS token, as T5's do.
+        """
+        eos = self.eos_token_id
+        if self.backend is None or self.backend.post_processor is None:
+            return SpecialIds((), (eos,), eos)
+        plain, whole = (list(self.backend.encode("a", add_special_tokens=added).ids) for added in (False, True))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return SpecialIds(tuple(whole[:start]), tuple(whole[start + len(plain) :]), eos)
+
     def get_vocab(self) -> dict[str, int]:
         """Return {token: id}; ByT5's bytes are not included."""
         if self.backend is None:
@@ -87,6 +136,12 @@ class Tokenizer:
             return self._decode_bytes([int(i) for i in ids], skip_special_tokens)
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
+    def remove_special_tokens(self, text: str) -> str:
+        """Remove the special tokens that a conversation template's text spells out."""
+        for token in sorted(self.special_tokens, key=len, reverse=True):
+            text = text.replace(token, "")
+        return text
+
     def _find_id(self, token: str) -> int:
         if self.backend is not None:
             index = self.backend.token_to_id(token)
@@ -105,16 +160,17 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder: tokenizer.json, else a SentencePiece model, else ByT5's bytes.
+    """Load the tokenizer of a folder: tokenizer.json, a SentencePiece model, byte-level BPE's files, or ByT5's bytes.
 
     Raises:
         ModelError: the folder has no tokenizer, or a broken one.
         DependencyError: it is a SentencePiece model, and the installed protobuf can't read it.
     """
-    config = _read_json_object(folder / TOKENIZER_CONFIG_FILE)
-    file = next((folder / name for name in (TOKENIZER_FILE, *SENTENCEPIECE_FILES) if (folder / name).is_file()), None)
+    config = _read_json_object(folder / SPECIAL_TOKENS_FILE) | _read_json_object(folder / TOKENIZER_CONFIG_FILE)
+    candidates = (TOKENIZER_FILE, *SENTENCEPIECE_FILES, BPE_FILES[0])
+    file = next((folder / name for name in candidates if (folder / name).is_file()), None)
     if file is None and config.get("tokenizer_class") != "ByT5Tokenizer":
-        problem = f"{folder}: no tokenizer in this folder ({', '.join((TOKENIZER_FILE, *SENTENCEPIECE_FILES))})"
+        problem = f"{folder}: no tokenizer in this folder ({', '.join(candidates)})"
         raise ModelError(problem, hint="copy the base model's tokenizer files into it")
     names = {name: _get_token_text(config.get(name), default) for name, default in DEFAULT_SPECIAL_TOKENS.items()}
     length = config.get("model_max_length")
@@ -135,6 +191,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _load_backend(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
     try:
+        if file.name == BPE_FILES[0]:
+            return _load_byte_level_bpe(file, config, names)
         return _load_json(file) if file.name == TOKENIZER_FILE else _load_sentencepiece(file, config, names)
     except DependencyError:
         raise
@@ -168,7 +226,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def decode_prediction(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str) -> str:
     """Decode a model's output, without special tokens and without the template's answer suffix."""
-    return tokenizer.decode(ids, skip_special_tokens=True).removesuffix(answer_suffix)
+    return tokenizer.decode(ids, skip_special_tokens=True).removesuffix(tokenizer.remove_special_tokens(answer_suffix))
 
 
 def decode_reference(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str) -> str:
@@ -248,15 +306,46 @@ def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str
     )
     special = [*names.values(), *reversed(sentinels)]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    # MADLAD-400's target languages, for example: <2de>
+    defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED_PIECE]
+    backend.add_tokens([AddedToken(piece, normalized=False) for piece in defined if not piece.startswith("▁")])
     return backend
+
+
+def _load_byte_level_bpe(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
+    """Build RoBERTa's tokenizer, which CodeT5 has, as transformers does: `<s>` before a text, `</s>` after it."""
+    adds_space = bool(config.get("add_prefix_space", False))
+    backend = Backend(models.BPE.from_file(*(str(file.with_name(name)) for name in BPE_FILES)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)
+    backend.decoder = decoders.ByteLevel()
+    start = _get_token_text(config.get("cls_token", config.get("bos_token")), "<s>")
+    end = _get_token_text(config.get("sep_token"), names["eos_token"])
+    others = (_get_token_text(config.get(name), "") for name in OTHER_SPECIAL_TOKENS)
+    special = dict.fromkeys((*names.values(), start, end, *others, *_list_more_special_tokens(config)))
+    known = [token for token in special if backend.token_to_id(token) is not None]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in known])
+    for token in (end, start):
+        if token not in known:
+            raise ValueError(f"the special token {token!r} is not in the vocabulary")
+    backend.post_processor = processors.TemplateProcessing(
+        single=[start, "$A", end],
+        pair=[start, "$A", end, end, "$B", end],
+        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys((start, end))],
+    )
+    return backend
+
+
+def _list_more_special_tokens(config: dict[str, Any]) -> list[str]:
+    return [_get_token_text(token, "") for token in config.get("additional_special_tokens") or []]
 
 
 def _add_listed_tokens(backend: Any, config: dict[str, Any], folder: Path) -> None:
     """Add tokens that only tokenizer_config.json or added_tokens.json (fastchat-t5) lists, at the ids given there."""
     listed = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
+    special = set(_list_more_special_tokens(config))
     for content, index in _read_json_object(folder / ADDED_TOKENS_FILE).items():
         if isinstance(index, int):
-            listed.setdefault(index, {"content": content})
+            listed.setdefault(index, {"content": content, "special": content in special})
     for index, token in sorted(listed.items()):
         if backend.token_to_id(token["content"]) is None and index == backend.get_vocab_size():
             flags = {

@@ -64,9 +64,12 @@ def extend_tokenizer(
             MIN_TARGET_SHARE of their targets contain.
 
     Raises:
-        ModelError: there are fewer unused embedding rows than requested tokens.
+        ModelError: there are fewer unused embedding rows than requested tokens, or the tokenizer can't take any.
     """
-    if add_tokens == ["none"] or not _has_metaspace(tokenizer):
+    if not _has_metaspace(tokenizer):
+        _check_none_requested(tokenizer, add_tokens)
+        return ExtendedTokenizer(tokenizer, [], [])
+    if add_tokens == ["none"]:
         return ExtendedTokenizer(tokenizer, [], [])
     num_unused = num_rows - len(tokenizer)
     left_out: list[str] = []
@@ -76,19 +79,23 @@ def extend_tokenizer(
     if add_tokens == ["fastchat"]:
         _check_unused_rows(FASTCHAT_TOKENS, num_unused)
         return ExtendedTokenizer(_add_fastchat_tokens(tokenizer), list(FASTCHAT_TOKENS), [])
+    # what it can't write even if it keeps whitespace: with byte fallback, this may be nothing
+    rebuilt = _rebuild_with_tokens(tokenizer, [])
+    missing = [text for text in MISSING_CHARACTERS if _encode_and_decode(rebuilt, text) != text]
     if add_tokens == ["auto"]:
-        missing = [text for text in MISSING_CHARACTERS if _encode_and_decode(tokenizer, text) != text]
         wanted = missing + [text for text in _find_unwritable_characters(tokenizer, sample) if text not in missing]
         room = max(num_unused, len(missing))
         wanted, left_out = wanted[:room], wanted[room:]
         # indentation tokens shorten code, but nothing is lost without them: they only take the remaining rows
         wanted += (INDENTATION_TOKENS if "\n" in missing else [])[: room - len(wanted)]
         if not wanted:
-            return ExtendedTokenizer(tokenizer, [], [])
+            loses_whitespace = any(_encode_and_decode(tokenizer, text) != text for text in MISSING_CHARACTERS)
+            return ExtendedTokenizer(rebuilt if loses_whitespace else tokenizer, [], [])
     else:
         # the rebuilt tokenizer keeps whitespace, so newline and tab need tokens, whatever the list contains
+        whitespace = [text for text in ("\n", "\t") if text in missing]
         wanted = [
-            token for token in dict.fromkeys([*add_tokens, "\n", "\t"]) if not _is_in_vocabulary(tokenizer, token)
+            token for token in dict.fromkeys([*add_tokens, *whitespace]) if not _is_in_vocabulary(tokenizer, token)
         ]
     _check_unused_rows(wanted, num_unused)
     return ExtendedTokenizer(_rebuild_with_tokens(tokenizer, wanted), wanted, left_out)
@@ -193,6 +200,17 @@ def _is_in_vocabulary(tokenizer: Tokenizer, token: str) -> bool:
 
 def _has_metaspace(tokenizer: Tokenizer) -> bool:
     return tokenizer.backend is not None and "Metaspace" in json.dumps(read_pre_tokenizer_config(tokenizer))
+
+
+def _check_none_requested(tokenizer: Tokenizer, add_tokens: list[str]) -> None:
+    """Refuse tokens for a tokenizer that can't be rebuilt with them; it has bytes for what has no token."""
+    if add_tokens in (["none"], ["auto"]):
+        return
+    wanted = FASTCHAT_TOKENS if add_tokens == ["fastchat"] else add_tokens
+    known = tokenizer.get_vocab()
+    if missing := [token for token in wanted if token not in known]:
+        problem = f"add_tokens: {', '.join(map(repr, missing))}: t5tune can't add tokens to this base's tokenizer"
+        raise ModelError(problem, hint="leave out --add-tokens: the tokenizer writes every text without them")
 
 
 def _check_unused_rows(tokens: list[str], num_unused: int) -> None:

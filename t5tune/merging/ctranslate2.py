@@ -19,10 +19,9 @@ import torch
 import transformers
 from ctranslate2.converters import TransformersConverter
 
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.base import open_base
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DependencyError, TrainingError
-from t5tune.families import EMBEDDING_WEIGHT
 from t5tune.io.reasons import to_one_line
 from t5tune.merging.verify import find_max_difference, read_example_ids
 from t5tune.model.device import choose_device
@@ -65,7 +64,8 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
 
     def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
         tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
-        (rows, _) = Checkpoint(self.checkpoint).get_dtype_and_shape(EMBEDDING_WEIGHT)[1]
+        base = open_base(self.checkpoint)
+        (rows, _) = base.get_dtype_and_shape(base.architecture.tied_to)[1]
         tokens = tokenizer.get_vocab()
         # the converter would name unused rows <extra_id_0> and so on, although these names are taken, and CTranslate2
         # identifies tokens by name
@@ -150,7 +150,7 @@ def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[
     """Generate a reply to each source: (its ids, the log-probabilities of these and of the EOS token)."""
     tokenizer = load_tokenizer(checkpoint)
     model = load_base(checkpoint, torch.float32, choose_device(use_cpu=True))
-    start, end = model.config.decoder_start_token_id, tokenizer.eos_token_id
+    start, end = model.architecture.token_ids.start, tokenizer.eos_token_id
     # generation_config.json may set penalties, which the converted model doesn't apply
     model.generation_config = transformers.GenerationConfig(decoder_start_token_id=start)
     result = []
@@ -165,6 +165,6 @@ def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[
 
 def _find_common_dtype(checkpoint: Path) -> torch.dtype:
     """Return the dtype of the weights, or fp32 if they have several."""
-    files = Checkpoint(checkpoint)
+    files = open_base(checkpoint)
     dtypes = {files.get_dtype_and_shape(name)[0] for name in files.list_names()}
     return TORCH_DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32

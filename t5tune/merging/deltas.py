@@ -21,7 +21,7 @@ from t5tune.checkpoints.adapter_config import resolve_pattern
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
-from t5tune.families import EMBEDDING_COPIES, EMBEDDING_MODULES, EMBEDDING_WEIGHT, HEAD_MODULE, HEAD_WEIGHT
+from t5tune.families.architecture import Architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE
 from t5tune.merging.fold import OTHER_BASE_HINT, LowRankUpdate, TrainedRows, WeightDelta
 
@@ -106,11 +106,9 @@ def collect_deltas(adapters: list[Adapter], base: Checkpoint, tied: bool) -> dic
             raise CheckpointError(
                 f"{adapter.folder}: adapts {unknown}, which {base.folder} doesn't have", hint=OTHER_BASE_HINT
             )
-    if EMBEDDING_WEIGHT in deltas:
-        # transformers 4 reads an untied T5's encoder.embed_tokens from shared.weight, so copies must change with it
-        copies = [*EMBEDDING_COPIES, HEAD_WEIGHT] if tied else EMBEDDING_COPIES
-        deltas |= {copy: deltas[EMBEDDING_WEIGHT] for copy in copies if copy in base}
-    return dict(deltas)
+    # transformers 4 reads an untied T5's encoder.embed_tokens from shared.weight, so copies must change with it
+    shared = base.architecture.list_shared(tied).items()
+    return {**deltas, **{name: deltas[original] for name, original in shared if original in deltas and name in base}}
 
 
 def _add_deltas(deltas: defaultdict[str, WeightDelta], adapter: Adapter, base: Checkpoint, tied: bool) -> None:
@@ -118,7 +116,7 @@ def _add_deltas(deltas: defaultdict[str, WeightDelta], adapter: Adapter, base: C
     updates = _collect_low_rank_updates(config, state)
     for name, update in updates.items():
         deltas[name].updates.append((update, weight))
-    for name, rows in _collect_token_rows(config, state, tied).items():
+    for name, rows in _collect_token_rows(config, state, base.architecture, tied).items():
         deltas[name].rows.append((rows, weight))
     for name, tensor in collect_modules_to_save(config, state).items():
         deltas[name].replacements.append((tensor, weight))
@@ -148,14 +146,18 @@ def _collect_low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Ten
     return updates
 
 
-def _collect_token_rows(config: Mapping[str, Any], state: Mapping[str, Tensor], tied: bool) -> dict[str, TrainedRows]:
+def _collect_token_rows(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], architecture: Architecture, tied: bool
+) -> dict[str, TrainedRows]:
     """Map the names of the embedding and of the head to their trained rows."""
     indices = config.get("trainable_token_indices") or {}
     rows: dict[str, TrainedRows] = {}
-    for module, ids in indices.items() if isinstance(indices, dict) else [("shared", indices)]:
-        is_head = module.endswith(HEAD_MODULE) and not tied
-        weight = HEAD_WEIGHT if is_head else EMBEDDING_WEIGHT
-        modules = [HEAD_MODULE] if is_head else [EMBEDDING_MODULES[0], "shared", "embed_tokens"]
+    embedding, head = architecture.tied_to, architecture.head
+    embedding_module = embedding.removesuffix(".weight")
+    for module, ids in indices.items() if isinstance(indices, dict) else [(embedding_module, indices)]:
+        is_head = module.endswith(head) and not tied
+        weight = architecture.head_weight if is_head else embedding
+        modules = [head] if is_head else [*architecture.token_row_modules[:1], embedding_module, "embed_tokens"]
         names = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in modules]
         found = next((state[name] for name in names if name in state), None)
         if found is None:

@@ -7,16 +7,15 @@ initialization. That depends only on W, so the same decomposition reproduces it 
 import torch
 
 from t5tune.checkpoints.tensors import Tensor
-from t5tune.families import FP16_OVERFLOW_LAYER
 from t5tune.model.load import TORCH_DTYPES, from_torch, to_torch
 
 
-def subtract_initialization(weight_OI: Tensor, name: str, kind: str, rank: int, scale: float) -> Tensor:
+def subtract_initialization(weight_OI: Tensor, kind: str, rank: int, scale: float, stays_fp32: bool) -> Tensor:
     """Compute W - scale · B₀·A₀ in the dtype that transformers loads W in.
 
     Args:
-        name: name of the weight.
         kind: pissa or olora.
+        stays_fp32: whether transformers loads the weight of an fp16 base in fp32.
     """
     # The decomposition's last bits depend on the number of threads, and a new thread only uses torch's number after
     # this call.
@@ -24,8 +23,7 @@ def subtract_initialization(weight_OI: Tensor, name: str, kind: str, rank: int, 
     stored = to_torch(weight_OI, TORCH_DTYPES[weight_OI.dtype])
     values_OI = stored.float()
     b_OR, a_RI = _compute_initialization(values_OI, kind, rank, scale)
-    # transformers loads wo of an fp16 base in fp32, because its output exceeds the range of fp16
-    dtype = "F32" if weight_OI.dtype == "F16" and name.endswith(f".{FP16_OVERFLOW_LAYER}.weight") else weight_OI.dtype
+    dtype = "F32" if weight_OI.dtype == "F16" and stays_fp32 else weight_OI.dtype
     return from_torch((values_OI - scale * b_OR @ a_RI).to(TORCH_DTYPES[dtype]))
 
 

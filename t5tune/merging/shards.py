@@ -62,7 +62,7 @@ def plan_shards(base: Checkpoint, dtype: str | None, max_size: int | None) -> li
     shards = []
     for number, entries in enumerate(parts, 1):
         file_name = MODEL_FILE if len(parts) == 1 else f"model-{number:05}-of-{len(parts):05}.safetensors"
-        header = build_header(entries, {"format": "pt"})
+        header = build_header({base.get_file_name(name): entry for name, entry in entries.items()}, {"format": "pt"})
         size = len(header) + sum(starmap(count_tensor_bytes, entries.values()))
         shards.append(Shard(file_name, header, entries, size))
     return shards
@@ -107,7 +107,7 @@ def write_shards(
         if (written := (folder / shard.name).stat().st_size) != shard.size:
             raise CheckpointError(f"{folder / shard.name}: {written} bytes written, expected {shard.size}")
     if len(shards) > 1 or (base.index is not None and shards[0].name != MODEL_FILE):
-        weight_map = {name: shard.name for shard in shards for name in shard.entries}
+        weight_map = {base.get_file_name(name): shard.name for shard in shards for name in shard.entries}
         metadata = {
             "total_parameters": sum(math.prod(shape) for shard in shards for _, shape in shard.entries.values()),
             "total_size": sum(shard.size - len(shard.header) for shard in shards),

@@ -8,7 +8,6 @@ from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_fingerprint, compute_full_hash
 from t5tune.errors import CheckpointError
-from t5tune.families import is_quantizable
 from t5tune.merging.deltas import Adapter
 from t5tune.progress import Note, Report
 from t5tune.settings import MergeSettings
@@ -35,7 +34,7 @@ class TrainedBase:
 def list_quantized_weights(base: Checkpoint, quantization: QuantizationSettings) -> list[str]:
     """List the weights that q_lora quantizes."""
     linear = (name for name in base.list_names() if len(base.get_dtype_and_shape(name)[1]) == 2)
-    return [n for n in linear if "relative_attention" not in n and is_quantizable(n, quantization.quantize_wo)]
+    return [name for name in linear if base.architecture.is_quantizable(name, quantization.quantize_wo)]
 
 
 def check_base(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> TrainedBase:

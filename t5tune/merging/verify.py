@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from t5tune.checkpoints.base import read_config
+from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.data.cache import is_cache, open_cache
 from t5tune.data.tokenizer import load_tokenizer
@@ -59,7 +59,8 @@ def verify_merge(
         TrainingError: the difference exceeds the tolerance for the dtype of the merged weights.
     """
     found = _compare_logits(base.folder, adapters, merged, trained, settings.onto, report)
-    dtypes = {Checkpoint(merged).get_dtype_and_shape(name)[0] for name in base.list_names()}
+    written = open_base(merged)
+    dtypes = {written.get_dtype_and_shape(name)[0] for name in base.list_names()}
     is_exact = dtypes <= {"F32", "F64"} and settings.onto == UNQUANTIZED
     allowed = max(settings.verify_tolerance, 0.0 if is_exact else ROUNDING_TOLERANCE) * max(found.largest, 1.0)
     if not found.error <= allowed:
@@ -89,7 +90,7 @@ def _compare_logits(
         onto: what the adapters were merged into: base, or a kind of quantized base. The merged model is compared with
             the adapters on this base.
     """
-    start = read_config(merged).get("decoder_start_token_id", 0)
+    start = open_base(merged).architecture.token_ids.start
     inputs = [
         {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
         for source, target in read_example_ids(merged, adapters[0].folder)
@@ -141,5 +142,5 @@ def read_example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[
         examples = (cache[number] for number in range(min(NUM_EXAMPLES, len(cache))))
         return [(example.source_S.tolist(), example.target_T.tolist()) for example in examples]
     tokenizer = load_tokenizer(merged)
-    ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in FALLBACK_TEXTS]
+    ids = [tokenizer.special_ids.surround_source(tokenizer.encode(text)) for text in FALLBACK_TEXTS]
     return list(zip(ids, ids, strict=True))

@@ -3,68 +3,43 @@
     use_packing(model)
     model(input_ids=row_1S, decoder_input_ids=row_1T, packing=Segments(sources=(7, 4), targets=(3, 2)))
 
-T5's position bias depends only on the distance between two tokens, so each example can attend to itself at any offset
-of the row: losses and gradients equal those of the padded batch. Without the argument `packing` the model computes as
-before, so evaluation and generation don't have to switch anything.
-
-On a GPU, all segments are attended to in one kernel (flex_attention.py), if the collator has planned the rows for that.
-Otherwise a loop attends to one segment after the other.
-
-B batch (1 if packed), Q query tokens, K key tokens, H heads, D head width, R entries of a bias table.
+Each example attends only to itself: losses and gradients equal those of the padded batch. Without the argument
+`packing` the model computes as before, so evaluation and generation don't have to switch anything.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch.nn import functional
+from t5tune.compat.transformers_patches import replace_forwards
+from t5tune.model import gemma_attention, longt5_attention, t5_attention
 
-from t5tune.compat.transformers_patches import replace_forward
-from t5tune.families import FAMILIES
-from t5tune.model.flex_attention import PackedRows
-from t5tune.model.flex_attention import attend as flex_attend
-
-PACKABLE_ATTENTION = tuple({family.attention_layer for family in FAMILIES.values()})
-BIAS_ALIGNMENT = 8  # elements
-
-
-@dataclass(frozen=True)
-class Segments:
-    """The examples in a packed row.
-
-    Args:
-        sources, targets: lengths of the examples' sources and targets, in order, in tokens.
-        rows: how the rows are divided into blocks; None: attention loops over the segments.
-    """
-
-    sources: tuple[int, ...]
-    targets: tuple[int, ...]
-    rows: PackedRows | None = None
-
-    def to(self, device: Any, non_blocking: bool = False) -> "Segments":
-        """Copy the rows' blocks to a device. accelerate calls this for a batch."""
-        return self if self.rows is None else replace(self, rows=self.rows.to(device, non_blocking))
-
-    def pin_memory(self) -> "Segments":
-        """Copy the rows' blocks to pinned memory. The data loader calls this for a batch."""
-        return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
+# classes of transformers, with the forward that packed rows pass through
+FORWARDS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("T5Attention", "MT5Attention", "UMT5Attention"), t5_attention.forward),
+    "LongT5Attention": longt5_attention.forward_decoder,
+    "LongT5LocalAttention": longt5_attention.forward_encoder,
+    "LongT5TransientGlobalAttention": longt5_attention.forward_encoder,
+    "T5GemmaSelfAttention": gemma_attention.forward_self,
+    "T5GemmaCrossAttention": gemma_attention.forward_cross,
+    "T5Gemma2SelfAttention": gemma_attention.forward_self,
+    "T5Gemma2MergedAttention": gemma_attention.forward_merged,
+}
 
 
 def can_pack(model: Any) -> bool:
     """Whether packing supports every attention layer of the model."""
     kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Attention")}
-    attention = {kind for kind in kinds if "Layer" not in kind}
-    return bool(attention) and attention <= set(PACKABLE_ATTENTION)
+    return bool(kinds) and {kind for kind in kinds if "Layer" not in kind} <= FORWARDS.keys()
 
 
 def use_packing(model: Any) -> None:
-    """Make the attention layers of a T5, mT5 or umT5, with or without adapters, accept the argument `packing`.
+    """Make the attention layers of a model, with or without adapters, accept the argument `packing`.
 
     Call it after `requires_grad` is set on all parameters.
     """
-    replace_forward(model, PACKABLE_ATTENTION, partial(_forward, trains_position_bias(model)))
+    trains_bias = trains_position_bias(model)
+    replace_forwards(model, {name: partial(forward, trains_bias) for name, forward in FORWARDS.items()})
 
 
 def trains_position_bias(model: Any) -> bool:
@@ -75,99 +50,5 @@ def trains_position_bias(model: Any) -> bool:
 def switch_off_attention_dropout(model: Any) -> None:
     """Set the dropout of attention's probabilities to 0; that of hidden states stays."""
     for module in model.modules():
-        if type(module).__name__.endswith(PACKABLE_ATTENTION):
-            module.dropout = 0.0
-
-
-def _forward(
-    trains_bias: bool,
-    module: Any,
-    original_forward: Callable[..., Any],
-    hidden_BQ: torch.Tensor,
-    *args: Any,
-    packing: Segments | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Forward of an attention layer. T5 and mT5 pass on the position bias of block 0, umT5 has one in each block."""
-    if packing is None:
-        return original_forward(hidden_BQ, *args, **kwargs)
-    memory_BK = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states"))
-    bias = kwargs.get("position_bias")
-    if bias is None and module.has_relative_attention_bias:
-        bias = _compute_bias(module, packing)
-    if bias is not None and not trains_bias:
-        # reentrant checkpointing sets requires_grad on all outputs of a block; with a mask that requires a gradient,
-        # torch would not choose the fused attention kernels
-        bias = bias.detach()
-    source_BK = hidden_BQ if memory_BK is None else memory_BK
-    states = module.q(hidden_BQ), module.k(source_BK), module.v(source_BK)
-    query_BHQD, key_BHKD, value_BHKD = (_split_heads(module, states_B) for states_B in states)
-    dropout = module.dropout if module.training else 0.0
-    if packing.rows is not None:
-        kind = "cross" if memory_BK is not None else "decoder" if module.is_decoder else "encoder"
-        blocks = getattr(packing.rows, kind)
-        attended_BQHD = flex_attend(query_BHQD, key_BHKD, value_BHKD, blocks, bias, kind == "decoder", dropout)
-    else:
-        queries = packing.targets if module.is_decoder else packing.sources
-        keys = queries if memory_BK is None else packing.sources
-        attended_BQHD = segment_attention(query_BHQD, key_BHKD, value_BHKD, list(queries), list(keys), bias, dropout)
-    output_BQ = module.o(attended_BQHD.flatten(2))
-    return (output_BQ, bias, None) if "position_bias" in kwargs else (output_BQ, None)
-
-
-def segment_attention(
-    query_BHQD: torch.Tensor,
-    key_BHKD: torch.Tensor,
-    value_BHKD: torch.Tensor,
-    queries: list[int],
-    keys: list[int],
-    bias_1HQK: torch.Tensor | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Attend within each segment. The bias is that of the longest segment; shorter ones take its upper left corner.
-
-    Args:
-        queries, keys: lengths of the segments, in tokens.
-
-    Returns:
-        [B, Q, H, D]
-    """
-    attended = []
-    for query, key, value in zip(
-        torch.split(query_BHQD, queries, 2),
-        torch.split(key_BHKD, keys, 2),
-        torch.split(value_BHKD, keys, 2),
-        strict=True,
-    ):
-        bias = None if bias_1HQK is None else bias_1HQK[:, :, : query.shape[2], : key.shape[2]]
-        # T5 doesn't scale the scores by 1/√D: its initialization of q includes that factor
-        output = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=dropout, scale=1.0
-        )
-        attended.append(output.transpose(1, 2))
-    return torch.cat(attended, 1)
-
-
-def _compute_bias(module: Any, packing: Segments) -> torch.Tensor:
-    """Compute the position bias, once for all layers: a table for the kernel [H, R], or a matrix for the loop."""
-    if packing.rows is not None:
-        distance = module.relative_attention_max_distance
-        table_1H1R: torch.Tensor = module.compute_bias(1, 2 * distance + 1, past_seen_tokens=distance)
-        return table_1H1R[0, :, 0].to(torch.promote_types(table_1H1R.dtype, torch.float32)).contiguous()
-    return _compute_position_bias(module, max(packing.targets if module.is_decoder else packing.sources))
-
-
-def _compute_position_bias(module: Any, length: int) -> torch.Tensor:
-    """Compute the position bias of a segment of `length` tokens; in a decoder, future tokens are masked."""
-    # torch's memory-efficient kernel on GPUs copies a bias whose rows aren't aligned, for each segment in each layer
-    width = -(-length // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
-    bias_1HQK: torch.Tensor = module.compute_bias(length, width)
-    if module.is_decoder:
-        is_ahead_QK = torch.ones(length, width, dtype=torch.bool, device=bias_1HQK.device).triu(1)
-        bias_1HQK = bias_1HQK.masked_fill(is_ahead_QK, torch.finfo(bias_1HQK.dtype).min)
-    return bias_1HQK.contiguous()[..., :length]
-
-
-def _split_heads(module: Any, states_B: torch.Tensor) -> torch.Tensor:
-    """Reshape [B, Q, H·D] -> [B, H, Q, D]."""
-    return states_B.view(*states_B.shape[:2], module.n_heads, module.key_value_proj_dim).transpose(1, 2)
+        if type(module).__name__ in FORWARDS:
+            setattr(module, "attention_dropout" if hasattr(module, "attention_dropout") else "dropout", 0.0)

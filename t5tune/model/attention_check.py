@@ -17,7 +17,6 @@ import torch
 from torch.nn.attention import flex_attention as torch_flex_attention
 
 from t5tune.io.reasons import to_one_line
-from t5tune.model.attention import segment_attention
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import has_bf16
 from t5tune.model.flex_attention import (
@@ -29,6 +28,7 @@ from t5tune.model.flex_attention import (
     divide_rows,
     draw_seeds,
 )
+from t5tune.model.segments import segment_attention
 
 PackedAttention = Literal["flex", "loop"]
 
@@ -53,16 +53,21 @@ class AttentionShape(NamedTuple):
     dropout: float
 
 
-def read_attention_shape(config: Any, has_dropout: bool) -> AttentionShape:
-    """Read the shape from a T5's config."""
+def read_attention_shape(model: Any, has_dropout: bool) -> AttentionShape | None:
+    """Read the shape from a model's config; None if the kernel can't compute its attention."""
+    if not model.architecture.has_flex_attention:
+        return None
+    config = model.config
     dropout = config.dropout_rate if has_dropout else 0.0
     return AttentionShape(config.num_heads, config.d_kv, config.relative_attention_max_distance, dropout)
 
 
 def find_unmet_requirement(
-    shape: AttentionShape, device: torch.device, dtype: torch.dtype, trains_bias: bool
+    shape: AttentionShape | None, device: torch.device, dtype: torch.dtype, trains_bias: bool
 ) -> str | None:
     """Return why the kernel isn't for this device or model; None if it is."""
+    if shape is None:
+        return "the kernel computes only T5's attention"
     if device.type != "cuda":
         return "the kernel needs an NVIDIA GPU"
     if not hasattr(torch_flex_attention, "AuxRequest"):

@@ -1,4 +1,4 @@
-"""T5's norms and activations with less memory traffic, for training.
+"""Norms and gated activations with less memory traffic, for training.
 
     use_fused_layers(model)
     compile_layers(model)  # the alternative
@@ -24,25 +24,38 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from t5tune.compat.transformers_patches import replace_forward
+from t5tune.compat.transformers_patches import replace_forwards
 from t5tune.model.fused_lora import use_fused_lora
 from t5tune.model.gated_gelu import CUBE, KERNEL_DTYPES, SLOPE, find_kernel_problem, gated_gelu
 from t5tune.progress import Note, Report, silent
 
 ELEMENTS_PER_CHUNK = 1 << 17  # per thread: 512 KiB in fp32
+# classes of transformers
+NORMS = ("T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm", "LongT5LayerNorm")
+GATED_LAYERS = ("T5DenseGatedActDense", "MT5DenseGatedActDense", "UMT5DenseGatedActDense", "LongT5DenseGatedActDense")
+GEMMA_NORMS = ("T5GemmaRMSNorm", "T5Gemma2RMSNorm")
+GEMMA_GATED_LAYERS = ("T5GemmaMLP", "T5Gemma2MLP")
+FEED_FORWARD_LAYERS = ("T5LayerFF", "MT5LayerFF", "UMT5LayerFF", "LongT5LayerFF", *GEMMA_GATED_LAYERS)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def use_fused_layers(model: Any, device: torch.device | None = None, report: Report = silent) -> None:
-    """Compute the norms, activations and adapters of a T5, mT5 or umT5 here.
+    """Compute the norms, activations and adapters of a model here.
 
     Args:
         device: where the model will be trained, if that is a GPU: the kernel of gated activations is tried there.
         report: receives a warning if that kernel doesn't work.
     """
-    replace_forward(model, ("T5LayerNorm",), _forward_norm)
-    replace_forward(model, ("T5DenseGatedActDense",), partial(_forward_gated, _has_gate_kernel(model, device, report)))
-    replace_forward(model, ("NewGELUActivation",), _forward_gelu)
+    has_kernel = _has_gate_kernel(model, device, report)
+    forwards: dict[str, Callable[..., Any]] = {
+        **dict.fromkeys(NORMS, _forward_norm),
+        **dict.fromkeys(GEMMA_NORMS, _forward_gemma_norm),
+        **dict.fromkeys(GATED_LAYERS, partial(_forward_gated, has_kernel)),
+        **dict.fromkeys(GEMMA_GATED_LAYERS, partial(_forward_gemma_gated, has_kernel)),
+        "NewGELUActivation": _forward_gelu,
+        "T5Gemma2TextScaledWordEmbedding": _forward_scaled_embedding,
+    }
+    replace_forwards(model, forwards)
     use_fused_lora(model)
 
 
@@ -53,7 +66,7 @@ def compile_layers(model: Any) -> None:
     kernel.
     """
     for module in model.modules():
-        if type(module).__name__.endswith(("T5LayerNorm", "T5LayerFF")):
+        if type(module).__name__ in (*NORMS, *GEMMA_NORMS, *FEED_FORWARD_LAYERS):
             module.compile(dynamic=True)
 
 
@@ -74,7 +87,8 @@ def _forward_gelu(_module: Any, _original_forward: Callable[..., Any], hidden: t
 
 def _has_gate_kernel(model: Any, device: torch.device | None, report: Report) -> bool:
     """Whether gated activations can be computed in one kernel on this GPU. Report why not."""
-    is_gated = any(type(module).__name__.endswith("GatedActDense") for module in model.modules())
+    gated = (*GATED_LAYERS, *GEMMA_GATED_LAYERS)
+    is_gated = any(type(module).__name__ in gated for module in model.modules())
     if device is None or device.type != "cuda" or not is_gated:
         return False
     problem = find_kernel_problem(device)
@@ -86,7 +100,36 @@ def _has_gate_kernel(model: Any, device: torch.device | None, report: Report) ->
 def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
     if hidden.device.type == "cuda" and hidden.dtype == module.weight.dtype:
         return normalize_in_one_kernel(hidden, module.weight, module.variance_epsilon)
-    return _RootMeanSquareNorm.apply(hidden, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+    weight_D = module.weight
+    # transformers rounds to a half-precision weight's dtype before the product with it, too
+    is_half = weight_D.dtype in HALF_DTYPES
+    dtype = weight_D.dtype if is_half else torch.promote_types(_widen(hidden.dtype), weight_D.dtype)
+    dtypes = torch.float32, dtype, dtype
+    return _RootMeanSquareNorm.apply(hidden, weight_D, module.variance_epsilon, *dtypes)  # type: ignore[no-untyped-call]
+
+
+def _forward_scaled_embedding(module: Any, _original_forward: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
+    """Forward of T5Gemma 2's embedding, which gives the end of an image a vector that isn't scaled.
+
+    transformers writes it to a selection by a mask, for which a GPU is waited for.
+    """
+    embedded = functional.embedding(ids, module.weight, module.padding_idx) * module.embed_scale.to(module.weight.dtype)
+    is_end = (ids == module.eoi_token_index).unsqueeze(-1)
+    return torch.where(is_end, module.eoi_embedding.to(embedded.dtype), embedded)
+
+
+def _forward_gemma_norm(module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
+    """Forward of T5GemmaRMSNorm: its weight is added to 1, and the result is rounded once, at the end.
+
+    In fp64, this is exact; transformers computes it in fp32.
+    """
+    wide = _widen(hidden.dtype)
+    dtypes = wide, wide, hidden.dtype
+    return _RootMeanSquareNorm.apply(hidden, 1 + module.weight.to(wide), module.eps, *dtypes)  # type: ignore[no-untyped-call]
+
+
+def _widen(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def normalize_in_one_kernel(hidden: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -105,34 +148,56 @@ def _forward_gated(has_kernel: bool, module: Any, original_forward: Callable[...
     """Forward of T5DenseGatedActDense."""
     if type(module.act).__name__ != "NewGELUActivation":
         return original_forward(hidden)
-    gate, linear = module.wi_0(hidden), module.wi_1(hidden)
-    if has_kernel and gate.device.type == "cuda" and gate.dtype == linear.dtype and gate.dtype in KERNEL_DTYPES:
-        inner = gated_gelu(gate.contiguous(), linear.contiguous())
-    else:
-        inner = _GatedGelu.apply(gate, linear)  # type: ignore[no-untyped-call]
-    inner = module.dropout(inner)
+    inner = module.dropout(_compute_gated_gelu(has_kernel, module.wi_0(hidden), module.wi_1(hidden)))
     weight = module.wo.weight
     if isinstance(weight, torch.Tensor) and weight.is_floating_point():
         inner = inner.to(weight.dtype)
     return module.wo(inner)
 
 
+def _forward_gemma_gated(
+    has_kernel: bool, module: Any, original_forward: Callable[..., Any], hidden: torch.Tensor
+) -> Any:
+    """Forward of T5GemmaMLP."""
+    if type(module.act_fn).__name__ != "GELUTanh":
+        return original_forward(hidden)
+    inner = _compute_gated_gelu(has_kernel, module.gate_proj(hidden), module.up_proj(hidden))
+    return module.down_proj(module.dropout(inner))
+
+
+def _compute_gated_gelu(has_kernel: bool, gate: torch.Tensor, linear: torch.Tensor) -> Any:
+    if has_kernel and gate.device.type == "cuda" and gate.dtype == linear.dtype and gate.dtype in KERNEL_DTYPES:
+        return gated_gelu(gate.contiguous(), linear.contiguous())
+    return _GatedGelu.apply(gate, linear)  # type: ignore[no-untyped-call]
+
+
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """RMSNorm: weight · x / sqrt(mean(x²) + epsilon), with the mean in fp32 (Zhang and Sennrich 2019)."""
+    """RMSNorm: weight · x / sqrt(mean(x²) + epsilon) (Zhang and Sennrich 2019).
+
+    Args:
+        mean_dtype: of the mean.
+        factor_dtype: of x / sqrt(mean(x²) + epsilon), before the product with the weight.
+        dtype: of the output.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight_D: torch.Tensor,
+        epsilon: float,
+        mean_dtype: torch.dtype,
+        factor_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-        scale_N1 = hidden.new_empty(len(hidden_ND), 1, dtype=torch.float32)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        dtype = weight_D.dtype if weight_D.dtype in HALF_DTYPES else torch.promote_types(wide, weight_D.dtype)
+        scale_N1 = hidden.new_empty(len(hidden_ND), 1, dtype=mean_dtype)
         output = torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
         output_ND = output.view_as(hidden_ND)
         for part in _slice_rows(hidden_ND):
-            scale_N1[part] = torch.rsqrt(hidden_ND[part].to(torch.float32).pow(2).mean(1, keepdim=True) + epsilon)
+            scale_N1[part] = torch.rsqrt(hidden_ND[part].to(mean_dtype).pow(2).mean(1, keepdim=True) + epsilon)
             normal_CD = hidden_ND[part] * scale_N1[part]
-            # transformers rounds to a half-precision weight's dtype before this product, too
-            torch.mul(normal_CD.to(dtype), weight_D, out=output_ND[part])
+            torch.mul(normal_CD.to(factor_dtype), weight_D, out=output_ND[part])
         ctx.save_for_backward(hidden, weight_D, scale_N1)
         return output
 
@@ -152,7 +217,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
             hidden_grad_ND[part] = scaled_CD.addcmul_(normal_CD, along_C1, value=-1).mul_(scale_N1[part])
             if wants_weight:
                 weight_grad_D += (grad_ND[part] * normal_CD).sum(0)
-        return hidden_grad, weight_grad_D.to(weight_D.dtype) if wants_weight else None, None
+        return hidden_grad, weight_grad_D.to(weight_D.dtype) if wants_weight else None, None, None, None, None
 
 
 class _GatedGelu(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -58,15 +59,16 @@ def generate(
     synced_gpus: bool = False,
     on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Generate a reply to each source of one batch; the ids are returned without the EOS token.
+    """Generate a reply to each source of one batch; the ids are returned without the token that ended it.
 
     Sampling uses torch's global random generator.
 
     Args:
-        sources: ids of different lengths, each with its EOS token.
+        sources: ids of different lengths, each with its special tokens.
         synced_gpus: continue until every rank is done. ZeRO-3 needs this, because each forward gathers weights from
             all ranks.
-        on_token: called with each new id, including the EOS token; only for a single source without beams.
+        on_token: called with each new id, including the one that ends the reply; only for a single source and
+            without beams.
     """
     device = next(model.parameters()).device
     width = max(map(len, sources))
@@ -75,20 +77,31 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if decoding.temperature > 0:
         sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    stop_ids = _find_stop_ids(model, decoding)
     with torch.no_grad():
         output_BT = model.generate(
             input_ids=input_ids_BS.to(device),
             attention_mask=(torch.arange(width) < lengths_B).long().to(device),
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
-            eos_token_id=decoding.eos_token_id,
+            eos_token_id=stop_ids,
             pad_token_id=decoding.pad_token_id,
             synced_gpus=synced_gpus,
             streamer=_Streamer(on_token) if on_token else None,
             **sampling,
         )
     replies = [row[1:] for row in output_BT.tolist()]  # the first id is the decoder's start token
-    return [ids[: ids.index(decoding.eos_token_id)] if decoding.eos_token_id in ids else ids for ids in replies]
+    return [list(takewhile(lambda token: token not in stop_ids, ids)) for ids in replies]
+
+
+def _find_stop_ids(model: Any, decoding: Decoding) -> list[int]:
+    """Find the tokens that end a reply: the EOS token, and those that generation_config.json lists.
+
+    Instruction-tuned models list the end of a turn there.
+    """
+    listed = model.generation_config.eos_token_id
+    others = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    return list(dict.fromkeys([decoding.eos_token_id, *others]))
 
 
 class _Streamer:

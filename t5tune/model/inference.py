@@ -16,7 +16,7 @@ from t5tune.checkpoints.base import find_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.training_data import TrainingData, read_training_data
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import ModelError, SettingsError
-from t5tune.families import find_family
+from t5tune.families import find_architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.reasons import to_one_line
 from t5tune.model.device import check_bf16, choose_device, has_bf16
@@ -73,11 +73,8 @@ def load_for_inference(
     if adapter is not None:
         config, state = read_adapter(adapter)
         family = family or read_base_metadata(adapter).get("family")
-        base_config = read_config(base)
         # PEFT only warns about tensors that have no place in the model, and ignores them
-        check_adapter_shapes(
-            state, config, find_family(base_config, base, family).complete_config(base_config), adapter
-        )
+        check_adapter_shapes(state, config, find_architecture(read_config(base), base, family), adapter)
     device = device or choose_device(settings.use_cpu, name=settings.device)
     if settings.bf16:
         check_bf16(device)
@@ -104,7 +101,7 @@ def load_for_inference(
         tokenizer_folder=tokenizer_folder,
         training_data=read_training_data(folders[0]),
         template_files=[folder / TEMPLATE_FILE for folder in folders],
-        num_rows=int(model.config.vocab_size),
+        num_rows=model.architecture.dimensions.num_rows,
         engine=None if partitioner is None else partitioner.set_up_inference(model),
     )
 

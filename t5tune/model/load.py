@@ -5,6 +5,7 @@ replaces Flan-T5's head with the embedding. So this module builds the model on t
 of the files by name. The weights decide whether the head is tied: whether the files contain one.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from t5tune.checkpoints.base import read_config
+from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.checkpoint import Checkpoint, are_equal
 from t5tune.checkpoints.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
 from t5tune.compat.bitsandbytes_patches import keep_training_layout
 from t5tune.compat.requirements import check_versions
 from t5tune.errors import DependencyError, ModelError
-from t5tune.families import (
-    ATTENTION_IMPLEMENTATION,
-    EMBEDDING_COPIES,
-    EMBEDDING_WEIGHT,
-    HEAD_WEIGHT,
-    find_family,
-    is_quantizable,
-)
+from t5tune.families.architecture import Architecture
 from t5tune.file_names import GENERATION_CONFIG_FILE
+from t5tune.model.gemma_attention import register_soft_capped_attention
 from t5tune.model.loss import make_loss_class
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Report, silent, track
@@ -35,8 +30,6 @@ from t5tune.settings.shared import QuantizationSettings
 TORCH_DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOAT_DTYPES}
 OUTLIER_THRESHOLD = 6.0  # LLM.int8() multiplies activations beyond this without quantization; the value is the paper's
 LOAD_CHUNK_BYTES = 16 << 20
-# T5's first release saved a position bias for the first cross-attention, which no implementation uses
-IGNORED_TENSORS = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 
 
 def load_base(
@@ -63,60 +56,77 @@ def load_base(
     """
     from transformers import GenerationConfig
 
-    config = read_config(folder)
-    config = find_family(config, folder, family).complete_config(config)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_base(folder, family)
+    architecture = checkpoint.architecture
     tied = checkpoint.is_tied() if partitioner is None else partitioner.ask_rank_0(checkpoint.is_tied)
-    model = build_empty_model(config, dtype, tied)
+    model = build_empty_model(architecture, dtype, tied)
     if quantization is not None and quantization.q_lora:
         _replace_linears_with_quantized(model, dtype, quantization)
-    parameters = _collect_own_parameters(model, tied)
-    _check_names(checkpoint, set(parameters))
+    _compute_buffers(model, device)
+    shared = architecture.list_shared(tied)
+    parameters = {n: value for n, value in model.named_parameters(remove_duplicate=False) if n not in shared}
+    _check_names(checkpoint, architecture, set(parameters))
     if partitioner is None:
-        _check_copies(checkpoint)
+        _check_copies(checkpoint, architecture.always_shared)
     else:
-        partitioner.run_only_on_rank_0(lambda: _check_copies(checkpoint))
+        partitioner.run_only_on_rank_0(lambda: _check_copies(checkpoint, architecture.always_shared))
     for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
         tensor = _find_tensor(checkpoint, name, parameter)
         values = read_on_rank_0(tensor, dtype, _choose_place(model, name, device), partitioner)
         _set_values(model, name, values, device, partitioner)
         del values  # with the next tensor's, two of them would be in memory
-    _share_embedding(model, tied)
+    _share_parameters(model, shared)
     if (folder / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    model.generation_config.decoder_start_token_id = architecture.token_ids.start
     model.requires_grad_(False)
     return model.eval()
 
 
-def _collect_own_parameters(model: nn.Module, tied: bool) -> dict[str, nn.Parameter]:
-    """Collect the parameters by name, without those that share the embedding's weight."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name not in EMBEDDING_COPIES and not (name == HEAD_WEIGHT and tied)
-    }
+def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool) -> Any:
+    """Build the transformers model on the meta device, with or without a tied head.
 
-
-def build_empty_model(config: dict[str, Any], dtype: torch.dtype, tied: bool) -> Any:
-    """Build the transformers model of a completed config.json on the meta device, with or without a tied head."""
+    Returns:
+        The model, with the attribute `architecture`.
+    """
     check_versions("transformers")  # older releases lack sdpa for T5, or don't mask future tokens in umT5's decoder
     from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-    values = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    values = CONFIG_MAPPING[architecture.model_type].from_dict(dict(architecture.config))
     values.tie_word_embeddings = tied
     model_class = make_loss_class(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(values)])
+    attention = architecture.attention_implementation
+    register_soft_capped_attention()
     with torch.device("meta"):
-        model = model_class._from_config(values, attn_implementation=ATTENTION_IMPLEMENTATION, dtype=dtype)
-    _share_embedding(model, tied)
+        model = model_class._from_config(values, attn_implementation=attention, dtype=dtype)
+    model.architecture = architecture
+    for path in architecture.skipped_modules:
+        parent, _, name = path.rpartition(".")
+        delattr(model.get_submodule(parent), name)
+    _share_parameters(model, architecture.list_shared(tied))
+    if not hasattr(model.config, "hidden_size"):
+        # a config of an encoder's and a decoder's has none, but transformers derives DeepSpeed's `auto` values from it
+        model.config.hidden_size = model.get_output_embeddings().in_features
     return model
 
 
-def find_quantizable_linears(model: nn.Module, quantization: QuantizationSettings) -> dict[str, nn.Linear]:
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers that files don't contain, such as the frequencies of rotations, as transformers does."""
+    for module in model.modules():
+        names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if names:
+            model._init_weights(module)  # parameters are still on the meta device, where this does nothing
+
+
+def find_quantizable_linears(model: Any, quantization: QuantizationSettings) -> dict[str, nn.Linear]:
     """Find the layers that q_lora quantizes, by name: the linear layers of the blocks, `wo` only with quantize_wo."""
+    is_quantizable, with_wo = model.architecture.is_quantizable, quantization.quantize_wo
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name and is_quantizable(name, quantization.quantize_wo)
+        if isinstance(module, nn.Linear) and ".lora_" not in name and is_quantizable(name, with_wo)
     }
 
 
@@ -131,13 +141,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
+def _check_names(checkpoint: Checkpoint, architecture: Architecture, expected: set[str]) -> None:
     found = set(checkpoint.list_names())
     if missing := sorted(expected - found):
         raise ModelError(
             f"{checkpoint.folder}: {missing[0]}: missing from the weights (1 of {len(missing)} missing tensors)"
         )
-    surplus = sorted(found - expected - set(EMBEDDING_COPIES) - {HEAD_WEIGHT} - IGNORED_TENSORS)
+    unneeded = {*architecture.list_shared(tied=True), *architecture.ignored_tensors}
+    surplus = sorted(name for name in found - expected - unneeded if not architecture.is_skipped(name))
     if surplus:
         raise ModelError(
             f"{checkpoint.folder}: {surplus[0]}: the model of this config.json has no such tensor (1 of "
@@ -146,10 +157,10 @@ def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
         )
 
 
-def _check_copies(checkpoint: Checkpoint) -> None:
-    for name in EMBEDDING_COPIES:
-        if name in checkpoint and not are_equal(checkpoint.get_tensor(name), checkpoint.get_tensor(EMBEDDING_WEIGHT)):
-            raise ModelError(f"{checkpoint.folder}: {name}: differs from {EMBEDDING_WEIGHT}, but T5 shares the two")
+def _check_copies(checkpoint: Checkpoint, always_shared: Mapping[str, str]) -> None:
+    for name, original in always_shared.items():
+        if name in checkpoint and not are_equal(checkpoint.get_tensor(name), checkpoint.get_tensor(original)):
+            raise ModelError(f"{checkpoint.folder}: {name}: differs from {original}, but the model shares the two")
 
 
 def _find_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> Tensor:
@@ -186,8 +197,9 @@ def _set_values(
     model: nn.Module, name: str, values: torch.Tensor, device: torch.device, partitioner: Zero3Partitioner | None
 ) -> None:
     """Give a parameter its values: quantized if its layer is, and partitioned if there is a partitioner."""
-    module: Any = model.get_submodule(name.rpartition(".")[0])
-    kind = type(module.weight)
+    path, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    kind = type(getattr(module, leaf))
     if kind.__name__ == "Params4bit":
         if partitioner is not None:
             partitioner.broadcast(values)  # every rank needs the scales, which aren't parameters
@@ -196,7 +208,7 @@ def _set_values(
             requires_grad=False,
             compress_statistics=module.weight.compress_statistics,
             quant_type=module.weight.quant_type,
-            quant_storage=module.compute_dtype,
+            quant_storage=module.quant_storage,
             module=module,
         ).to(device)
     elif kind.__name__ == "Int8Params":
@@ -205,7 +217,7 @@ def _set_values(
     else:
         _set_attribute(model, name, nn.Parameter(values, requires_grad=False))
     if partitioner is not None:
-        partitioner.partition([module.weight])
+        partitioner.partition([getattr(module, leaf)])
 
 
 def to_torch(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
@@ -226,9 +238,9 @@ def from_torch(values: torch.Tensor) -> Tensor:
     return Tensor(dtype, bits)
 
 
-def _share_embedding(model: nn.Module, tied: bool) -> None:
-    for name in (*EMBEDDING_COPIES, *((HEAD_WEIGHT,) if tied else ())):
-        _set_attribute(model, name, model.get_parameter(EMBEDDING_WEIGHT))
+def _share_parameters(model: nn.Module, shared: Mapping[str, str]) -> None:
+    for name, original in shared.items():
+        _set_attribute(model, name, model.get_parameter(original))
 
 
 def _set_attribute(model: nn.Module, name: str, value: nn.Parameter | nn.Module) -> None:
@@ -236,7 +248,7 @@ def _set_attribute(model: nn.Module, name: str, value: nn.Parameter | nn.Module)
     setattr(model.get_submodule(parent), leaf, value)
 
 
-def _replace_linears_with_quantized(model: nn.Module, dtype: torch.dtype, quantization: QuantizationSettings) -> None:
+def _replace_linears_with_quantized(model: Any, dtype: torch.dtype, quantization: QuantizationSettings) -> None:
     try:
         import bitsandbytes
     except ImportError as error:
@@ -258,11 +270,20 @@ def _replace_linears_with_quantized(model: nn.Module, dtype: torch.dtype, quanti
                 compute_dtype=dtype,
                 compress_statistics=quantization.double_quant,
                 quant_type=quantization.quant_type,
-                quant_storage=dtype,  # ZeRO-3 gathers only one dtype, so packed weights are stored as the compute dtype
+                quant_storage=_choose_storage(module, dtype),
                 device="meta",
             )
             keep_training_layout(quantized)
         _set_attribute(model, name, quantized)
     # PEFT reads these attributes before it wraps quantized layers
-    model.is_loaded_in_8bit = in_int8  # type: ignore[assignment]
-    model.is_loaded_in_4bit = not in_int8  # type: ignore[assignment]
+    model.is_loaded_in_8bit = in_int8
+    model.is_loaded_in_4bit = not in_int8
+
+
+def _choose_storage(layer: nn.Linear, dtype: torch.dtype) -> torch.dtype:
+    """Choose the dtype that packed weights are stored as: the compute dtype, because ZeRO-3 gathers only one dtype.
+
+    A weight whose bytes don't fill up numbers of that dtype stays in bytes.
+    """
+    num_bytes = (layer.weight.numel() + 1) // 2
+    return dtype if num_bytes % dtype.itemsize == 0 else torch.uint8

@@ -22,7 +22,6 @@ from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.families import HEAD_MODULE, TARGET_MODULE_GROUPS, expand_target_modules
 from t5tune.file_names import TOKENIZER_CONFIG_FILE
 from t5tune.model.load import read_on_rank_0, to_torch
 from t5tune.model.zero3 import Zero3Partitioner
@@ -58,11 +57,17 @@ def add_lora(
         by their saved names; see `checkpoints.adapter.convert_to_plain_lora`.
 
     Raises:
-        SettingsError: lora_target_modules or modules_to_save contain a name that the model doesn't have.
+        SettingsError: lora_target_modules or modules_to_save contain a name that the model doesn't have, or there are
+            added tokens whose rows it can't train.
     """
     targets = _select_target_modules(model, settings.lora_target_modules)
     method = settings.init_lora_weights
     trains_rows = settings.train_token_rows and token_ids
+    if trains_rows and not model.architecture.token_row_modules:
+        raise SettingsError(
+            f"train_token_rows: the embeddings of {model.config.model_type} can't get rows for added tokens",
+            hint="prepare the data with add_tokens none: its tokens can write every text",
+        )
     token_indices = build_token_indices(token_ids, model.config.tie_word_embeddings) if trains_rows else None
     config = LoraConfig(
         r=settings.lora_r,
@@ -98,37 +103,48 @@ def _copy_lora_matrices(peft_model: Any) -> dict[str, Tensor]:
     }
 
 
-def _select_target_modules(model: Any, names: list[str]) -> list[str]:
-    """Expand names and groups to the linear layers that this model has."""
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear.discard(HEAD_MODULE)
-    unknown = sorted(name for name in names if not linear & set(expand_target_modules([name])))
+def _select_target_modules(model: Any, names: list[str]) -> list[str] | str:
+    """Expand names and groups to the linear layers that this model has, as PEFT's target_modules."""
+    architecture = model.architecture
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != architecture.head
+    }
+    unknown = sorted(name for name in names if not linear & set(architecture.expand_target_modules([name])))
     if unknown:
         raise SettingsError(
             f"lora_target_modules: {', '.join(unknown)}: no such linear layer in this model",
-            hint=f"it has {', '.join(sorted(linear))}, and the groups are {', '.join(TARGET_MODULE_GROUPS)}",
+            hint=f"it has {', '.join(sorted(linear))}, and the groups are {', '.join(architecture.linear_layers)}",
         )
-    return [name for name in expand_target_modules(names) if name in linear]
+    layers = [name for name in architecture.expand_target_modules(names) if name in linear]
+    return architecture.restrict_target_modules(layers)  # type: ignore[no-any-return]
 
 
 def _select_modules_to_save(model: Any, settings: LoraSettings) -> list[str] | None:
     """Check the modules to train in full, and return them as PEFT's modules_to_save.
 
     Raises:
-        SettingsError: a module doesn't exist, or contains quantized weights.
+        SettingsError: a module doesn't exist, contains quantized weights, or one that another module shares.
     """
+    shared = model.architecture.list_shared(tied=True)
     for name in settings.modules_to_save or []:
-        found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+        paths = {path: module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")}
+        found = list(paths.values())
         if not found:
             raise SettingsError(
                 f"modules_to_save: {name}: no such module in this model",
-                hint="besides linear layers, T5 has layer_norm, final_layer_norm and relative_attention_bias",
+                hint=f"besides linear layers, it has {', '.join(model.architecture.trainable_modules)}",
             )
         if any(type(part).__name__ in {"Linear4bit", "Linear8bitLt"} for module in found for part in module.modules()):
             raise SettingsError(
                 f"modules_to_save: {name}: contains quantized weights, which can't be trained",
                 hint="train without q_lora, or adapt it with lora_target_modules",
             )
+        parameters = {f"{path}.{own}" for path, module in paths.items() for own, _ in module.named_parameters()}
+        if both := sorted(parameters & {*shared, *shared.values()}):
+            problem = f"modules_to_save: {name}: contains {both[0]}, which an embedding or the head shares"
+            raise SettingsError(problem, hint="PEFT would train a copy, which can't be merged: use train_mode full")
     return list(settings.modules_to_save) if settings.modules_to_save else None
 
 
@@ -149,7 +165,7 @@ def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner
     """
     import bitsandbytes
 
-    checkpoint = Checkpoint(base)
+    checkpoint = Checkpoint(base, peft_model.architecture)
     for name, module in peft_model.base_model.model.named_modules():
         if not (hasattr(module, "lora_A") and "default" in module.lora_A):
             continue
@@ -243,8 +259,10 @@ def _check_same_tokens(folder: Path, tokenizer_folder: Path) -> None:
 def _share_embedding_rows(peft_model: Any) -> None:
     """Make encoder and decoder train the same rows, since T5 has one embedding."""
     base = peft_model.base_model.model
-    encoder, decoder = base.encoder.embed_tokens, base.decoder.embed_tokens
-    if not base.config.tie_word_embeddings and hasattr(encoder, "token_adapter"):
+    if base.config.tie_word_embeddings or not base.architecture.token_row_modules:
+        return
+    encoder, decoder = map(base.get_submodule, base.architecture.token_row_modules)
+    if hasattr(encoder, "token_adapter"):
         decoder.token_adapter.trainable_tokens_delta = encoder.token_adapter.trainable_tokens_delta
 
 

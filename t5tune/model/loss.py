@@ -12,6 +12,8 @@ The logits over 32,000 tokens are by far the largest tensor of a step. Here they
 tokens at a time. The gradient of the hidden states is computed in the forward pass as well: the incoming gradient of a
 sum is a scalar, which can be multiplied later. So no tensor of the logits' size is kept.
 
+Some architectures cap the logits softly: cap · tanh(logits / cap).
+
 Shapes: B examples of a micro-batch, T tokens of the longest target, N = B·T tokens, C tokens of a chunk, V vocabulary,
 D width, K trained rows of the head.
 """
@@ -62,37 +64,26 @@ def make_loss_class(model_class: Any) -> Any:
                 return super().forward(*arguments, **inputs)
             given = {name: value for name, value in inputs.items() if value is not None}
             labels_BT = given.pop("labels")
-            hidden_BTD = compute_hidden_states(self, **given)
-            return self.target_loss(hidden_BTD, labels_BT, self.get_output_embeddings(), reduction, label_smoothing)
+            hidden_BTD = self._compute_hidden_states(**given)
+            head, logit_cap = self.get_output_embeddings(), self.architecture.logit_cap
+            return self.target_loss(hidden_BTD, labels_BT, head, reduction, label_smoothing, logit_cap)
+
+        def _compute_hidden_states(
+            self,
+            input_ids: torch.Tensor,
+            decoder_input_ids: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            packing: Any = None,
+            use_cache: bool = False,
+        ) -> torch.Tensor:
+            """Compute what the head multiplies with its weight: the decoder's output, shape (B, T, D)."""
+            hidden_BTD: torch.Tensor = self.architecture.compute_hidden_states(
+                self, input_ids, decoder_input_ids, attention_mask, packing, use_cache
+            )
+            return hidden_BTD
 
     ModelWithLoss.__name__ = ModelWithLoss.__qualname__ = model_class.__name__
     return ModelWithLoss
-
-
-def compute_hidden_states(
-    model: Any,
-    input_ids: torch.Tensor,
-    decoder_input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    use_cache: bool = False,
-    **options: Any,
-) -> torch.Tensor:
-    """Compute what the head multiplies with its weight: the decoder's output, shape (B, T, D).
-
-    Args:
-        options: passed on to every layer, such as `packing` (see model/attention.py).
-    """
-    encoded_BSD = model.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
-    hidden_BTD: torch.Tensor = model.decoder(
-        input_ids=decoder_input_ids,
-        encoder_hidden_states=encoded_BSD,
-        encoder_attention_mask=attention_mask,
-        use_cache=use_cache,
-        **options,
-    )[0]
-    # in transformers 5.18, umT5's config has only tie_word_embeddings
-    scales = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
-    return hidden_BTD * model.model_dim**-0.5 if scales else hidden_BTD
 
 
 class TargetLoss(nn.Module):
@@ -109,16 +100,17 @@ class TargetLoss(nn.Module):
         head: Any,
         reduction: Reduction,
         label_smoothing: float = 0.0,
+        logit_cap: float | None = None,
     ) -> torch.Tensor:
         """Return the sum of the labels' losses (a scalar), or the loss of each label, not smoothed (B, T)."""
         hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
         weights = read_head_weights(head, hidden_BTD.device)
         if reduction == "sum":
             assert weights is not None, "t5tune doesn't adapt the head, so it never trains with such an adapter"
-            return compute_summed_cross_entropy(hidden_ND, labels_N, weights, label_smoothing)
+            return compute_summed_cross_entropy(hidden_ND, labels_N, weights, label_smoothing, logit_cap)
         if weights is not None:
-            return compute_cross_entropies(hidden_ND, labels_N, weights).view(labels_BT.shape)
-        return _compute_adapted_cross_entropies(hidden_ND, labels_N, head).view(labels_BT.shape)
+            return compute_cross_entropies(hidden_ND, labels_N, weights, logit_cap).view(labels_BT.shape)
+        return _compute_adapted_cross_entropies(hidden_ND, labels_N, head, logit_cap).view(labels_BT.shape)
 
 
 class HeadWeights(NamedTuple):
@@ -159,26 +151,41 @@ def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeig
 
 
 @torch.no_grad()
-def _compute_adapted_cross_entropies(hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: Any) -> torch.Tensor:
+def _compute_adapted_cross_entropies(
+    hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: Any, logit_cap: float | None
+) -> torch.Tensor:
     parts = _slice_into_chunks(len(hidden_ND), head.out_features, hidden_ND.device)
-    losses_N = [_compute_losses(head(hidden_ND[part]).float(), labels_N[part]) for part in parts]
-    return torch.cat(losses_N)
+    losses = []
+    for part in parts:
+        logits_CV = head(hidden_ND[part]).float()
+        if logit_cap is not None:
+            _cap_in_place(logits_CV, logit_cap)
+        losses.append(_compute_losses(logits_CV, labels_N[part]))
+    return torch.cat(losses)
 
 
 def compute_summed_cross_entropy(
-    hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: HeadWeights, label_smoothing: float = 0.0
+    hidden_ND: torch.Tensor,
+    labels_N: torch.Tensor,
+    head: HeadWeights,
+    label_smoothing: float = 0.0,
+    logit_cap: float | None = None,
 ) -> torch.Tensor:
     """Sum the cross-entropies of `hidden · weightᵀ` over the labels that aren't IGNORED_LABEL, in fp32.
 
     Args:
         label_smoothing: probability mass spread uniformly over the vocabulary (Szegedy et al. 2016).
+        logit_cap: logits are cap · tanh(logits / cap) (Gemma Team 2024, "Gemma 2"); None: not capped.
     """
-    total: torch.Tensor = _SummedCrossEntropy.apply(hidden_ND, labels_N, label_smoothing, *head)  # type: ignore[no-untyped-call]
+    options = label_smoothing, logit_cap
+    total: torch.Tensor = _SummedCrossEntropy.apply(hidden_ND, labels_N, options, *head)  # type: ignore[no-untyped-call]
     return total
 
 
 @torch.no_grad()
-def compute_cross_entropies(hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: HeadWeights) -> torch.Tensor:
+def compute_cross_entropies(
+    hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: HeadWeights, logit_cap: float | None = None
+) -> torch.Tensor:
     """Compute the cross-entropy of each label in fp32, without gradients; 0 for IGNORED_LABEL."""
     dtype, loss_dtype = _choose_dtypes(hidden_ND, head.weight_VD)
     losses_N = torch.zeros(len(hidden_ND), dtype=loss_dtype, device=hidden_ND.device)
@@ -186,6 +193,8 @@ def compute_cross_entropies(hidden_ND: torch.Tensor, labels_N: torch.Tensor, hea
         head = head.to(dtype, loss_dtype)
         for part in _slice_into_chunks(len(hidden_ND), len(head.weight_VD), hidden_ND.device):
             logits_CV = head.compute_logits(hidden_ND[part].to(dtype), loss_dtype)
+            if logit_cap is not None:
+                _cap_in_place(logits_CV, logit_cap)
             losses_N[part] = _compute_losses(logits_CV, labels_N[part])
     return losses_N
 
@@ -220,6 +229,14 @@ def use_gpu_chunks(vocab_size: int) -> Iterator[None]:
         LOGITS_PER_CHUNK = before
 
 
+def _cap_in_place(logits_CV: torch.Tensor, cap: float, wants_slope: bool = False) -> torch.Tensor | None:
+    """Turn logits into cap · tanh(logits / cap). Return the derivative 1 - tanh², if it is wanted."""
+    logits_CV.div_(cap).tanh_()
+    slope_CV = 1 - logits_CV.square() if wants_slope else None
+    logits_CV.mul_(cap)
+    return slope_CV
+
+
 def _compute_losses_in_place(
     logits_CV: torch.Tensor, labels_C1: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -250,13 +267,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_ND: torch.Tensor,
         labels_N: torch.Tensor,
-        smoothing: float,
+        options: tuple[float, float | None],
         weight_VD: torch.Tensor,
         rows_KD: torch.Tensor | None,
         ids_K: torch.Tensor | None,
     ) -> torch.Tensor:
+        smoothing, logit_cap = options
         dtype, loss_dtype = _choose_dtypes(hidden_ND, weight_VD)
         wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
+        wants_gradient = wants_hidden or wants_weight or wants_rows
         total = torch.zeros((), dtype=loss_dtype, device=hidden_ND.device)
         hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=loss_dtype) if wants_weight else None
@@ -267,15 +286,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
             for part in _slice_into_chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
                 hidden_CD = hidden_ND[part].to(dtype)
                 logits_CV = head.compute_logits(hidden_CD, loss_dtype)
+                slope_CV = None if logit_cap is None else _cap_in_place(logits_CV, logit_cap, wants_gradient)
                 is_target_C = labels_N[part] != IGNORED_LABEL
                 labels_C1 = labels_N[part, None].clamp_min(0)
                 # in place from here on: the logits become exp(logits - max), and then their gradient
                 losses_C, grad_CV, sum_C1 = _compute_losses_in_place(logits_CV, labels_C1, smoothing)
                 total += torch.where(is_target_C, losses_C, 0.0).sum()
-                if not (wants_hidden or wants_weight or wants_rows):
+                if not wants_gradient:
                     continue
                 is_target_C1 = is_target_C[:, None].to(loss_dtype)
                 _compute_gradient_in_place(grad_CV, sum_C1, labels_C1, is_target_C1, smoothing)
+                if slope_CV is not None:
+                    grad_CV *= slope_CV
                 grad_CK = None
                 if rows_KD is not None:
                     grad_CK = grad_CV[:, ids_K]

@@ -1,6 +1,6 @@
 """Measure the memory of a model and of a training step, from config.json alone.
 
-    model = build_empty_training_model(config, settings, num_token_rows=19, deepspeed=False)
+    model = build_empty_training_model(architecture, settings, num_token_rows=19, deepspeed=False)
     lengths = BatchLengths(sources=(512,) * 8, targets=(128,) * 8)
     step = measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=True)
 
@@ -21,19 +21,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from t5tune.checkpoints.adapter import PEFT_PREFIX
 from t5tune.compat.torch_patches import replace_attention_kernel
+from t5tune.families.architecture import WEIGHT_KINDS, Architecture
 from t5tune.model import fused
-from t5tune.model.attention import Segments, can_pack, use_packing
+from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.load import build_empty_model, find_quantizable_linears
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import use_gpu_chunks
+from t5tune.model.segments import Segments
 from t5tune.settings.shared import QuantizationSettings
 
 # of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
 BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
 BLOCKS_WITHOUT_GRADIENTS = 2  # the first one computes the position bias that all of them share
 MAX_SEGMENTS = 64
-WEIGHT_KINDS = ("embedding", "head", "attention", "feed-forward", "rest")
 
 
 @dataclass(frozen=True)
@@ -52,34 +54,33 @@ class StepMemory:
     activations: int
 
 
-def build_empty_training_model(config: dict[str, Any], settings: Any, num_token_rows: int, deepspeed: bool) -> Any:
+def build_empty_training_model(architecture: Architecture, settings: Any, num_token_rows: int, deepspeed: bool) -> Any:
     """Build the model that `train` would train, on the meta device.
 
     Args:
-        config: contents of config.json, completed (see families.py).
         settings: any settings with the base model, LoRA, quantization and training fields.
         num_token_rows: trained embedding rows of added tokens.
         deepspeed: whether DeepSpeed trains it: its optimizer keeps the fp32 master weights of the adapters.
     """
-    tied = bool(config.get("tie_word_embeddings", True))
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     adapter_dtype = dtype if deepspeed else torch.float32
     is_full = settings.train_mode == "full"
     with torch.device("meta"):
-        model = build_empty_model(config, adapter_dtype if is_full else dtype, tied)
+        model = build_empty_model(architecture, adapter_dtype if is_full else dtype, architecture.is_tied)
         model.requires_grad_(is_full)
         if not is_full:
             # the other initializations need the weights' values
             lora_settings = settings.model_copy(update={"init_lora_weights": "default"})
-            last = int(config["vocab_size"]) - 1
-            model, _ = add_lora(model, Path(), lora_settings, list(range(last - num_token_rows, last)), adapter_dtype)
+            last = architecture.dimensions.num_rows - 1
+            rows = list(range(last - num_token_rows, last)) if architecture.token_row_modules else []
+            model, _ = add_lora(model, Path(), lora_settings, rows, adapter_dtype)
     if settings.packing != "off" and can_pack(model):
         use_packing(model)
     fused.use_fused_layers(model)
     return model.train()
 
 
-def count_weight_bytes(model: nn.Module, quantization: QuantizationSettings) -> dict[str, int]:
+def count_weight_bytes(model: Any, quantization: QuantizationSettings) -> dict[str, int]:
     """Count the bytes of the model's own tensors, by kind, as `load_base` would store them; without adapters."""
     quantizable = find_quantizable_linears(model, quantization) if quantization.q_lora else {}
     sizes = dict.fromkeys(WEIGHT_KINDS, 0)
@@ -90,7 +91,7 @@ def count_weight_bytes(model: nn.Module, quantization: QuantizationSettings) -> 
             size = count_quantized_bytes(parameter.numel(), parameter.shape[0], quantization)
         else:
             size = parameter.numel() * parameter.element_size()
-        sizes[_classify(name)] += size
+        sizes[model.architecture.classify(name.removeprefix(PEFT_PREFIX))] += size
     return sizes
 
 
@@ -148,13 +149,18 @@ def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_g
 
 
 @contextmanager
-def _keep_few_blocks(model: nn.Module) -> Iterator[None]:
+def _keep_few_blocks(model: Any) -> Iterator[None]:
     """Leave out most blocks in this block of code.
 
     Without gradients nothing is kept from one block to the next, and running all of a large model's blocks, each of
     which loops over hundreds of examples, takes most of a minute.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and _has_blocks(module)]
+    names = model.architecture.block_classes
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and all(type(block).__name__.endswith(names) for block in module)
+    ]
     before = [list(blocks) for blocks in lists]
     for blocks in lists:
         del blocks[BLOCKS_WITHOUT_GRADIENTS:]
@@ -165,11 +171,7 @@ def _keep_few_blocks(model: nn.Module) -> Iterator[None]:
             blocks.extend(all_blocks[BLOCKS_WITHOUT_GRADIENTS:])
 
 
-def _has_blocks(modules: nn.ModuleList) -> bool:
-    return all(type(module).__name__.endswith("Block") for module in modules)
-
-
-def _count_unpacked_bytes(model: nn.Module, settings: Any) -> int:
+def _count_unpacked_bytes(model: Any, settings: Any) -> int:
     """Count the bytes of the largest weight that a product of quantized layers dequantizes to a temporary tensor."""
     layers = find_quantizable_linears(model, settings).values() if settings.q_lora else []
     return max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
@@ -184,7 +186,7 @@ def _use_fake_tensors(model: Any, on_gpu: bool) -> Iterator[None]:
         if on_gpu:
             stack.enter_context(replace_attention_kernel(_attend))
             stack.enter_context(fused.without_chunks())
-            stack.enter_context(use_gpu_chunks(model.config.vocab_size))
+            stack.enter_context(use_gpu_chunks(model.architecture.dimensions.num_rows))
         yield
 
 
@@ -284,13 +286,3 @@ def _make_padded_inputs(lengths: BatchLengths) -> dict[str, Any]:
     source = torch.ones(len(lengths.sources), max(lengths.sources), dtype=torch.int64)
     target = torch.ones(len(lengths.targets), max(lengths.targets), dtype=torch.int64)
     return {"input_ids": source, "attention_mask": source, "decoder_input_ids": target, "labels": target}
-
-
-def _classify(name: str) -> str:
-    if "lm_head" in name:
-        return "head"
-    if "shared" in name or "embed_tokens" in name:
-        return "embedding"
-    if "layer_norm" in name or "relative_attention_bias" in name:
-        return "rest"
-    return "feed-forward" if "DenseReluDense" in name else "attention"

@@ -105,14 +105,15 @@ class Zero3Partitioner:
         with gather_in_peft():
             yield
 
-    def partition_model(self, model: nn.Module) -> None:
+    def partition_model(self, model: Any) -> None:
         """Partition the parameters that are still whole, and set up how ZeRO-3 gathers those of the whole model."""
         import deepspeed
 
         self.partition(model.parameters())
         # Gather a block's weights at once: DeepSpeed would otherwise run hooks in Python for each of PEFT's small
         # modules.
-        blocks = {type(module) for module in model.modules() if type(module).__name__.endswith("T5Block")}
+        names = model.architecture.block_classes
+        blocks = {type(module) for module in model.modules() if type(module).__name__.endswith(names)}
         deepspeed.utils.set_z3_leaf_modules(model, sorted(blocks, key=str))
         _register_external_parameters(model)
 
@@ -129,16 +130,18 @@ class Zero3Partitioner:
 
 
 @contextmanager
-def gather_decoder(model: nn.Module) -> Iterator[None]:
+def gather_decoder(model: Any) -> Iterator[None]:
     """Keep the weights that each new token needs gathered for this block, if all ranks have enough memory for that.
 
     Otherwise ZeRO-3 gathers them for each token again. Every rank calls this.
     """
-    parameters: list[Any] = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if hasattr(parameter, "ds_id") and "encoder" not in name.split(".")
-    ]
+    names = model.named_parameters(remove_duplicate=False)  # the decoder may share its embedding with the encoder
+    of_decoder = {
+        id(parameter): parameter
+        for name, parameter in names
+        if hasattr(parameter, "ds_id") and f".{model.architecture.encoder_module}." not in f".{name}"
+    }
+    parameters: list[Any] = list(of_decoder.values())
     if not parameters or not _have_room(parameters):
         yield
         return

@@ -81,7 +81,7 @@ def write_cache(
     unused = [str(file) for file in source.files if is_complete and not counts.usable[str(file)]]
     for path in source.paths if unused else []:
         check_any_used(f"{source.setting}: {path}", list(map(str, find_files([path]))), counts, source.checks.purpose)
-    described = counts.describe(choose_ids_dtype(source.num_rows), staged / "examples.bin")
+    described = counts.describe(choose_ids_dtype(source.num_rows), staged / "examples.bin", tokenizer.special_ids)
     # how records were read, for adapters that are trained on this cache
     reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
     reading["source_prefix"] = settings.source_prefix if counts.with_prefix else ""
@@ -152,6 +152,8 @@ def _describe_cache(
         "made_by": MADE_BY,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "source_start_ids": list(tokenizer.special_ids.source_start),
+        "source_end_ids": list(tokenizer.special_ids.source_end),
         "added_tokens": added,
         "added_token_ids": tokenizer.convert_tokens_to_ids(added),
         "left_out_tokens": left_out,

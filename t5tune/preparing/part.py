@@ -21,6 +21,7 @@ from t5tune.data.cache import hash_files
 from t5tune.data.pipeline import EncodedRecord
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.records import REJECTION_REASONS
+from t5tune.data.tokenizer import SpecialIds
 from t5tune.data.writer import REJECTED_FILE, CacheWriter
 from t5tune.errors import DataError
 from t5tune.file_names import PART_MANIFEST_FILE
@@ -48,8 +49,9 @@ FILES = ("tokens.bin", "conversations.bin", "examples.bin", "rejected.bin", "rec
 class PartWriter(CacheWriter):
     """Writes the files of a part, except for its manifest. Duplicates are kept: the join finds them."""
 
-    def __init__(self, folder: Path, num_rows: int) -> None:
+    def __init__(self, folder: Path, num_rows: int, special: SpecialIds) -> None:
         super().__init__(folder, num_rows, rejects_duplicates=False)
+        self._special = special
         self._rows = open(folder / "records.bin", "wb")  # noqa: SIM115 (closed by __exit__)
         self._details = open(folder / "details.bin", "wb")  # noqa: SIM115
         self._details_bytes = 0
@@ -73,7 +75,7 @@ class PartWriter(CacheWriter):
     def finish_part(self) -> dict[str, Any]:
         """Return the counts for the part's manifest, with those that a cache's manifest doesn't have."""
         self.finish(None)
-        counts = self.counts.describe(self.dtype, self.folder / "examples.bin")
+        counts = self.counts.describe(self.dtype, self.folder / "examples.bin", self._special)
         lost = {text: [count, targets] for text, count, targets in self.counts.lost.iterate_by_targets()}
         return {**counts, "records": self.counts.num_records, "lost": lost}
 

@@ -18,7 +18,7 @@ LEGEND = {
     "cut": ("cut off", "text beyond model_max_length, which the model never sees"),
     "added": ("{ ↵", "tokens added to the vocabulary; ↵ is a line break"),
     "unknown": ("<unk>", "a character that isn't in the vocabulary"),
-    "end": ("</s>", "the end token"),
+    "special": ("</s>", "the special tokens around a text, such as the one that ends it"),
 }
 
 

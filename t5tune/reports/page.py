@@ -43,7 +43,7 @@ circle { stroke: var(--card); stroke-width: 1; }
 .legend { font-weight: 400; } .legend span { margin-left: .9rem; }
 .key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .target { color: var(--c2); }
 .cut { color: var(--cut); text-decoration: line-through; }
-.added { color: var(--mark); } .end { color: var(--soft); }
+.added { color: var(--mark); } .special { color: var(--soft); }
 .unknown { background: var(--cut); color: var(--back); border-radius: .2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th { text-align: left; color: var(--soft); font-weight: 500; }

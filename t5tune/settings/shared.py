@@ -11,7 +11,11 @@ from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, PathAsText, PathList, Settings, WordList
 
-FamilyName = Literal["byt5", "fastchat-t5", "flan-ul2", "t5", "flan-t5", "mt5", "umt5"]  # the keys of families.py
+# the keys of the table in t5tune/families
+FamilyName = Literal[
+    "byt5", "fastchat-t5", "flan-ul2", "madlad400", "codet5", "t5", "flan-t5", "mt5", "umt5", "longt5", "t5gemma",
+    "t5gemma2",
+]  # fmt: skip
 
 
 def _read_device(value: Any) -> Any:

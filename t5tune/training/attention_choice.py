@@ -15,7 +15,7 @@ from t5tune.progress import Note, Report
 
 def choose_packed_attention(
     wanted: Literal["auto", "flex", "loop"],
-    shape: AttentionShape,
+    shape: AttentionShape | None,
     device: torch.device,
     dtype: torch.dtype,
     trains_bias: bool,
@@ -25,6 +25,7 @@ def choose_packed_attention(
     """Choose the implementation, the same on all ranks. Every rank calls this.
 
     Args:
+        shape: that of the model's attention; None if the kernel can't compute it.
         trains_bias: whether the position bias is trained.
         previous: the choice that the checkpoint records; None for a new run, or one on a CPU.
 
@@ -39,7 +40,7 @@ def choose_packed_attention(
         return "loop"
     limit = find_unmet_requirement(shape, device, dtype, trains_bias)
     problem = None
-    if limit is None:
+    if shape is not None and limit is None:
         report(Note("compiling attention for this GPU, which takes up to some minutes the first time"))
         problem = find_difference(shape, device, dtype)
     reasons = all_gather(limit or problem)

@@ -13,9 +13,9 @@ from t5tune.data.batching import Integers, TokenBudget, make_count_batches
 from t5tune.data.cache import Cache
 from t5tune.data.encoding import Example
 from t5tune.errors import SettingsError
-from t5tune.model.attention import Segments
 from t5tune.model.flex_attention import divide_rows
 from t5tune.model.loss import IGNORED_LABEL
+from t5tune.model.segments import Segments
 from t5tune.settings import TrainSettings
 
 
@@ -132,7 +132,7 @@ class PackedCollator:
         divides_rows: whether to divide rows into blocks, for attention in one kernel.
     """
 
-    def __init__(self, decoder_start_token_id: int, pad_token_id: int = 0, divides_rows: bool = False) -> None:
+    def __init__(self, decoder_start_token_id: int, pad_token_id: int, divides_rows: bool = False) -> None:
         self.decoder_start_token_id = decoder_start_token_id
         self.pad_token_id = pad_token_id
         self.divides_rows = divides_rows

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from t5tune.checkpoints.adapter import AdapterMetadata, convert_config_to_plain_lora, write_adapter
+from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.model_card import format_data_line, format_settings_line
 from t5tune.checkpoints.model_folder import write_model
 from t5tune.checkpoints.tensors import Tensor
@@ -129,8 +130,13 @@ def _make_trained_weights(
     files = cache.tokenizer_folder, cache.folder / TEMPLATE_FILE
     if settings.train_mode == "full":
         tied = bool(model.config.tie_word_embeddings)
-        write = partial(write_model, base=base, tied=tied, metadata=AdapterMetadata({}, *files), family=settings.family)
-        return TrainedWeights(MODEL_FILE, write, subtracted)
+        checkpoint = open_base(base, settings.family)
+        names = {
+            name: file_name for name in checkpoint.list_names() if (file_name := checkpoint.get_file_name(name)) != name
+        }
+        metadata = AdapterMetadata({}, *files)
+        write = partial(write_model, base=checkpoint, tied=tied, metadata=metadata, family=settings.family)
+        return TrainedWeights(MODEL_FILE, write, subtracted, names)
     config = _make_adapter_config(model, settings, bool(subtracted))
     training = format_data_line(cache.manifest) + format_settings_line(settings.model_dump())
     metadata = AdapterMetadata(config, *files, base_metadata, training)

@@ -212,17 +212,16 @@ def select_evenly(count: int, wanted: int) -> list[int]:
 
 def _compute_key_value_bytes(model: Any, tokens: int) -> int:
     """Compute the size of the decoder's key-value cache for this many tokens: keys and values in each layer."""
-    config = model.config
-    width = config.num_heads * config.d_kv
-    return int(2 * config.num_decoder_layers * width * tokens * model.dtype.itemsize)
+    dimensions = model.architecture.dimensions
+    return int(2 * dimensions.num_decoder_layers * dimensions.cache_width * tokens * model.dtype.itemsize)
 
 
 def _estimate_generation_bytes(model: Any, source: int, target: int, beams: int) -> int:
     """Estimate the memory for generating from one source, without the model itself."""
-    config = model.config
+    dimensions = model.architecture.dimensions
     cache = beams * _compute_key_value_bytes(model, source + target)
-    scores = 2 * config.num_heads * source**2 * model.dtype.itemsize  # encoder position bias, plain and masked
-    logits = 4 * beams * config.vocab_size * 4  # of one step in fp32, and copies made by beam search
+    scores = 2 * dimensions.num_heads * source**2 * model.dtype.itemsize  # encoder position bias, plain and masked
+    logits = 4 * beams * dimensions.num_rows * 4  # of one step in fp32, and copies made by beam search
     return int(cache + scores + logits)
 
 

@@ -150,7 +150,7 @@ def _encode(
                 continue
             encoded = next(encodings)
             for span in encoded.spans:
-                example = extract_example(encoded.ids, span, tokenizer.eos_token_id)
+                example = extract_example(encoded.ids, span, encoder.special_ids)
                 text = conversation.turns[span.turn].text
                 if not span.target_is_whole:
                     text = decode_reference(tokenizer, example.target_T, template.answer_suffix)

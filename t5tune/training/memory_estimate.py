@@ -1,6 +1,6 @@
 """Estimate the memory of a training run: per device with each DeepSpeed config, and of the machine.
 
-    estimator = MemoryEstimator(config, settings, machine, num_added_tokens=19, step_done=print)
+    estimator = MemoryEstimator(architecture, settings, machine, num_token_rows=19, step_done=print)
     estimator.estimate("zero3", BatchLengths((512,) * 8, (128,) * 8)).total
 
 The weights are counted on a model without data, and a step's memory is measured by running the step on fake tensors
@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from t5tune.families import match_family
+from t5tune.families.architecture import Architecture
 from t5tune.model.load import LOAD_CHUNK_BYTES, count_parameters
 from t5tune.model.memory import (
     BatchLengths,
@@ -74,14 +74,14 @@ class MemoryEstimator:
 
     def __init__(
         self,
-        config: dict[str, Any],
+        architecture: Architecture,
         settings: PlanSettings,
         machine: Machine,
-        num_added_tokens: int,
+        num_token_rows: int,
         step_done: Callable[[int], None],
     ) -> None:
-        self.config, self.settings, self.machine, self.step_done = config, settings, machine, step_done
-        self.num_token_rows = min(num_added_tokens, match_family(config).num_unused_rows)
+        self.architecture, self.settings, self.machine, self.step_done = architecture, settings, machine, step_done
+        self.num_token_rows = num_token_rows
         model = self._build_empty_model(deepspeed=False)
         self.weights = count_weight_bytes(model, settings)
         self.counts = count_parameters(model)
@@ -179,7 +179,7 @@ class MemoryEstimator:
         return held + whole + runtime, (libraries + buffer) * self.machine.count + offloaded
 
     def _build_empty_model(self, deepspeed: bool) -> Any:
-        return build_empty_training_model(self.config, self.settings, self.num_token_rows, deepspeed)
+        return build_empty_training_model(self.architecture, self.settings, self.num_token_rows, deepspeed)
 
     def _measure_step(self, lengths: BatchLengths, deepspeed: bool, reentrant: bool) -> StepMemory:
         key = (lengths, deepspeed, reentrant and self.settings.gradient_checkpointing)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import describe_base, load_hash, read_file_stats, store_hash
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
@@ -313,7 +314,8 @@ def read_result(folder: Path | str) -> TrainResult:
 
 def _collect_base_metadata(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:
     """Collect what an adapter records about its base, by which merge verifies it and loads it as in training."""
-    base_metadata: dict[str, Any] = dict(describe_base(base, settings.model_name_or_path, sha256))
+    opened = open_base(base, settings.family)
+    base_metadata: dict[str, Any] = dict(describe_base(opened, settings.model_name_or_path, sha256))
     if settings.family is not None:
         base_metadata["family"] = settings.family
     base_metadata["bf16"] = settings.bf16

@@ -99,7 +99,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
 
     def _decode(self, example: Example) -> dict[str, Any]:
         return {
-            "source": self.tokenizer.decode(example.source_S[:-1].tolist()),
+            "source": self.tokenizer.decode(self.tokenizer.special_ids.strip_source(example.source_S.tolist())),
             "target": decode_reference(self.tokenizer, example.target_T, self.answer_suffix),
         }
 

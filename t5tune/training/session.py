@@ -154,7 +154,7 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
     settings, report, folder = session.settings, session.report, session.run.folder
     evaluates = loaded.held_out is not None
     args = make_training_arguments(settings, loaded.deepspeed, evaluates, session.world, session.device)
-    start_id, pad_id = built.model.config.decoder_start_token_id, loaded.tokenizer.pad_token_id
+    start_id, pad_id = built.model.architecture.token_ids.start, loaded.tokenizer.pad_token_id
     collator: PackedCollator | PaddedCollator = PaddedCollator(pad_id, start_id)
     run_identity = loaded.run_identity
     if built.is_packed:
@@ -191,7 +191,7 @@ def _choose_packed_attention(session: Session, loaded: _LoadedData, built: Built
     settings, resume = session.settings, loaded.resume
     return choose_packed_attention(
         settings.packed_attention,
-        read_attention_shape(built.model.config, settings.attention_dropout),
+        read_attention_shape(built.model, settings.attention_dropout),
         session.device,
         torch.bfloat16 if settings.bf16 else torch.float32,
         trains_position_bias(built.model),

@@ -1,7 +1,7 @@
 """The tensors that a run trains: gathered in fp32 for a checkpoint, and set from one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,19 @@ class TrainedWeights:
         file: name of the file in a checkpoint that contains the tensors.
         write_files: writes the tensors and their accompanying files to a folder.
         subtracted: initial LoRA matrices that were subtracted from the base weights (PiSSA and OLoRA).
+        file_names: names in the file of those tensors that have another name in the model.
     """
 
     file: str
     write_files: Callable[[Path, dict[str, Tensor]], None]
     subtracted: dict[str, Tensor]
+    file_names: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the tensors that `collect` returned."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.write_files(folder, convert_to_plain_lora(state, self.subtracted))
+        tensors = convert_to_plain_lora(state, self.subtracted)
+        self.write_files(folder, {self.file_names.get(name, name): tensor for name, tensor in tensors.items()})
 
     def collect(self, model: Any, engine: Any) -> dict[str, Tensor]:
         """Collect every trained tensor by its saved name, in fp32: under DeepSpeed, the optimizer's master copies.
@@ -54,7 +57,8 @@ class TrainedWeights:
         file = SafetensorsFile(folder / self.file)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                values = torch.from_numpy(file.get_tensor(to_peft_name(name)).to_float32().copy())
+                saved_name = self.file_names.get(name, to_peft_name(name))
+                values = torch.from_numpy(file.get_tensor(saved_name).to_float32().copy())
                 # with PiSSA and OLoRA, the saved matrices have the subtracted ones appended: take only the first part
                 parameter.data.copy_(values[tuple(slice(size) for size in parameter.shape)])
 

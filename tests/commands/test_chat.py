@@ -99,7 +99,7 @@ def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_ba
             Conversation(RecordLocation("", 1, 0, 0), None, tuple(turns[:end])), chatter.template
         )
         source = encode_prompt(pieces + render_answer_prefix(chatter.template, end), chatter.encoder, 2048)
-        assert [*source, cache.eos_token_id] == cache[example].source_S.tolist()
+        assert cache.special_ids.surround_source(source) == cache[example].source_S.tolist()
 
 
 @pytest.mark.parametrize("kind", ["run", "adapter", "merged"])

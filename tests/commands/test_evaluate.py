@@ -570,7 +570,7 @@ def test_losses_need_neither_all_logits_of_a_batch_nor_a_copy_of_the_embedding(
     examples = open_cache(cache)
     vocabulary, width = loaded.model.get_input_embeddings().weight.shape
     monkeypatch.setattr("t5tune.model.loss.LOGITS_PER_CHUNK", 64 * vocabulary)
-    collator = PackedCollator(loaded.model.config.decoder_start_token_id)
+    collator = PackedCollator(loaded.model.config.decoder_start_token_id, 0)
     with Shapes() as shapes:
         measure_losses(loaded.model, examples, collator, 16)
     rows = {math.prod(shape[:-1]) for shape in shapes.seen if shape[-1:] == (vocabulary,)}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
+from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.commands.export import ExportResult, export
 from t5tune.errors import CheckpointError, SettingsError
@@ -388,7 +389,7 @@ def test_an_adapter_that_contradicts_its_config_is_refused(
         ({"d_model": 64}, r"the base's weight is \[32, 64\], B·A is \[32, 32\]"),
         ({"num_layers": 1, "num_decoder_layers": 1}, "adapts decoder.block.1.* which doesn't exist in the base"),
         ({"num_layers": 3, "num_decoder_layers": 3}, "encoder.block.2.*has no LoRA matrices"),
-        ({"d_kv": "x"}, "a size of the model is missing or isn't a number"),
+        ({"d_kv": "x"}, "d_kv: x: expected the size of the model"),
     ],
 )
 def test_an_adapter_of_another_base_is_refused_from_its_config_json_alone(
@@ -429,7 +430,7 @@ def test_an_adapter_with_all_kinds_of_tensors_fits_its_base(
 ) -> None:
     state, config = all_kinds
     assert {NORM, TOKENS, f"{Q}.lora_magnitude_vector"} < state.keys()
-    check_adapter_shapes(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
+    check_adapter_shapes(state, config, open_base(untied_base).architecture, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +455,7 @@ def test_a_tensor_of_another_shape_is_refused_by_its_name(
     state, config = all_kinds
     state = {**state, name: Tensor("F32", state[name].array[cut])}
     with pytest.raises(CheckpointError, match=expected):
-        check_adapter_shapes(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
+        check_adapter_shapes(state, config, open_base(untied_base).architecture, tmp_path)
 
 
 def test_a_weight_that_does_not_exist_in_a_t5_is_refused_by_its_name(
@@ -463,7 +464,7 @@ def test_a_weight_that_does_not_exist_in_a_t5_is_refused_by_its_name(
     state, config = all_kinds
     state = {**state, "base_model.model.pooler.weight": state[NORM]}
     with pytest.raises(CheckpointError, match=r"pooler.weight: shape \[32\]; the base has no such weight"):
-        check_adapter_shapes(state, config, json.loads((untied_base / "config.json").read_text()), tmp_path)
+        check_adapter_shapes(state, config, open_base(untied_base).architecture, tmp_path)
 
 
 # memory

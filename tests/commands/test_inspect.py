@@ -186,7 +186,7 @@ def test_a_page_says_what_its_colors_mean(cache: Path, tmp_path: Path) -> None:
     legend = text.partition('<ul class="colors">')[2].partition("</ul>")[0]
     explained = set(re.findall(r'<span class="(.*?)">', legend))
     used = set(re.findall(r'<(?:span|pre) class="(.*?)">', text.partition("</ul>")[2]))
-    assert used == explained == {"source", "target", "cut", "added", "unknown", "end"}
+    assert used == explained == {"source", "target", "cut", "added", "unknown", "special"}
     style = text.partition("</style>")[0]
     assert all(f".{kind}" in style for kind in explained)
 

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fingerprint import (
     FINGERPRINT_BYTES,
@@ -649,7 +650,7 @@ def test_the_same_bytes_are_written_without_verify(untied_base: Path, untied_ada
 def add_base_metadata(base: Path, adapter: Path, **changes: Any) -> Path:
     """Add the base's metadata to the adapter, as train writes it, with some changes."""
     path = adapter / "adapter_model.safetensors"
-    metadata = {"format": "pt", "t5tune": json.dumps(describe_base(base, "the-base") | changes)}
+    metadata = {"format": "pt", "t5tune": json.dumps(describe_base(open_base(base), "the-base") | changes)}
     save_file(load_file(path), path, metadata)
     return adapter
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from t5tune.checkpoints.base import read_config
 from t5tune.commands.plan import Plan, plan
 from t5tune.commands.prepare import prepare
 from t5tune.data.batching import epoch_order
 from t5tune.errors import ModelError, SettingsError
+from t5tune.families import find_architecture
 from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.model.load import count_parameters, load_base
 from t5tune.model.memory import (
@@ -39,6 +41,8 @@ PARAMETERS = {
     "google/flan-t5-xxl": 11_135_332_352,
     "google-t5/t5-base": 222_903_552,
     "google/mt5-small": 300_176_768,
+    "google/t5gemma-s-s-ul2": 312_517_632,
+    "google/t5gemma-b-b-prefixlm-it": 591_490_560,
 }
 
 
@@ -49,7 +53,7 @@ def make_plan(model: str | Path, **changes: Any) -> Plan:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_known_configs_have_as_many_parameters_as_their_checkpoints(name: str) -> None:
     settings = PlanSettings(model_name_or_path=name, train_mode="full")
-    model = build_empty_training_model(KNOWN_CONFIGS[name], settings, 0, deepspeed=False)
+    model = build_empty_training_model(find_architecture(KNOWN_CONFIGS[name], Path(name)), settings, 0, deepspeed=False)
     assert count_parameters(model)[1] == PARAMETERS[name]
 
 
@@ -69,8 +73,8 @@ def test_loaded_weights_take_the_planned_bytes(quantization: dict[str, Any], tmp
     base = make_base(tmp_path / "base", tied=False, d_model=64, d_ff=256, d_kv=16)
     settings = PlanSettings(model_name_or_path=str(base), bf16=True, train_mode="full", **{"q_lora": False})
     chosen = QuantizationSettings(**{"q_lora": True, **quantization})
-    config = json.loads((base / "config.json").read_text())
-    expected = count_weight_bytes(build_empty_training_model(config, settings, 0, deepspeed=True), chosen)
+    architecture = find_architecture(read_config(base), base)
+    expected = count_weight_bytes(build_empty_training_model(architecture, settings, 0, deepspeed=True), chosen)
     model = load_base(base, torch.bfloat16, torch.device("cpu"), chosen)
     stored = 0
     for parameter in model.parameters():
@@ -88,13 +92,13 @@ def test_loaded_weights_take_the_planned_bytes(quantization: dict[str, Any], tmp
 
 def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path) -> None:
     """Compare the tensors that autograd saves for a real model with the count on fake tensors."""
-    from t5tune.model.attention import Segments
     from t5tune.model.lora import add_lora
+    from t5tune.model.segments import Segments
 
     settings = TrainSettings(model_name_or_path=str(untied_base), data_path="-", output_dir=Path("-"), packing="on")
-    config = json.loads((untied_base / "config.json").read_text())
+    architecture = find_architecture(read_config(untied_base), untied_base)
     lengths = BatchLengths((50, 40), (30, 20))
-    model = build_empty_training_model(config, settings, 0, deepspeed=False)
+    model = build_empty_training_model(architecture, settings, 0, deepspeed=False)
     step = measure_step(model, lengths, settings, on_gpu=False, reentrant=False, autocast=True)
 
     from t5tune.model.attention import use_packing
@@ -138,11 +142,11 @@ def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path)
 def test_memory_saving_settings_reduce_the_planned_memory(
     better: dict[str, Any], worse: dict[str, Any], untied_base: Path
 ) -> None:
-    config = json.loads((untied_base / "config.json").read_text())
+    architecture = find_architecture(read_config(untied_base), untied_base)
 
     def taken(per_device_train_batch_size: int = 4, **changes: Any) -> tuple[int, int]:
         settings = PlanSettings(model_name_or_path="-", **changes)
-        model = build_empty_training_model(config, settings, 0, deepspeed=False)
+        model = build_empty_training_model(architecture, settings, 0, deepspeed=False)
         lengths = BatchLengths((200, *[20] * (per_device_train_batch_size - 1)), (50,) * per_device_train_batch_size)
         weights = sum(count_weight_bytes(model, settings).values())
         return weights, measure_step(model, lengths, settings, False, False, True).activations
@@ -312,14 +316,14 @@ def test_an_evaluation_takes_what_its_predictions_or_its_losses_need(tmp_path: P
 def test_many_short_examples_are_measured_as_fewer_longer_ones(
     untied_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = json.loads((untied_base / "config.json").read_text())
+    architecture = find_architecture(read_config(untied_base), untied_base)
     settings = PlanSettings(model_name_or_path="-")
     lengths = BatchLengths((7, 3, 9) * 60, (2, 5, 1) * 60)
     found = []
     for most in (10**6, 64):
         monkeypatch.setattr("t5tune.model.memory.MAX_SEGMENTS", most)
-        model = build_empty_training_model(config, settings, 0, deepspeed=False)
-        found.append(measure_step(model, lengths, settings, on_gpu=False, reentrant=False, autocast=False).activations)
+        model = build_empty_training_model(architecture, settings, 0, deepspeed=False)
+        found.append(measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=False).activations)
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 

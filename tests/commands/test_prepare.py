@@ -27,6 +27,7 @@ from t5tune.data.templates import load_template, render_answer_prefix, render_co
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
+from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.settings import PrepareSettings
 from tests.support.paths import REPOSITORY, SHARED
 
@@ -818,7 +819,7 @@ def test_more_added_tokens_than_unused_rows_are_refused(
 def byt5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("byt5")
     ByT5Tokenizer().save_pretrained(str(folder))
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 384}))
+    (folder / "config.json").write_text(json.dumps(KNOWN_CONFIGS["google/byt5-small"]))
     return folder
 
 

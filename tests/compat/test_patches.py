@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from t5tune.compat.python_patches import restore_environment
 from t5tune.compat.torch_patches import collect_save_errors, replace_attention_kernel, use_default_timeout
-from t5tune.compat.transformers_patches import replace_forward
+from t5tune.compat.transformers_patches import replace_forwards
 
 
 def test_process_groups_without_a_timeout_of_their_own_get_ours() -> None:
@@ -58,6 +58,6 @@ def test_only_the_named_layers_of_a_model_get_another_forward() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     x = torch.ones(1, 2)
     expected = model[0](x)
-    replace_forward(model, ("Linear",), lambda module, forward, *args: forward(*args) * module.in_features)
+    replace_forwards(model, {"Linear": lambda module, forward, *args: forward(*args) * module.in_features})
     assert model[0](x).equal(2 * expected)
     assert model(x).equal((2 * expected).relu())

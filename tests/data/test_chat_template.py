@@ -90,7 +90,7 @@ def parse(messages: Messages) -> Conversation:
 def encode_as_in_training(messages: Messages, tokenizer: Tokenizer, template: Template) -> list[int]:
     conversation = parse([*messages, ANSWER])
     (encoded,) = encode_batch([render_conversation(conversation, template)], make_encoder(tokenizer), 4096)
-    return list(extract_example(encoded.ids, encoded.spans[-1], tokenizer.eos_token_id).source_S)
+    return list(extract_example(encoded.ids, encoded.spans[-1], tokenizer.special_ids).source_S)
 
 
 def has_divided_indentation(messages: Messages, template: Template) -> bool:

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForSeq2SeqLM, LongT5Config, MT5Config, T5Config, UMT5Config
+from transformers import AutoModelForSeq2SeqLM, BartConfig, MT5Config, T5Config, UMT5Config
 
 from t5tune.data.encoding import Example
-from t5tune.model import attention
-from t5tune.model.attention import Segments, can_pack, segment_attention, use_packing
+from t5tune.model import t5_attention
+from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import IGNORED_LABEL
+from t5tune.model.segments import Segments, segment_attention
 from t5tune.progress import silent
 from t5tune.settings import QuantizationSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.build_model import build_model
+from tests.support.checkpointing import enable_checkpointing
 from tests.support.train_runs import make_settings
 
 SHAPE = {"vocab_size": 120, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
@@ -66,7 +68,7 @@ def compute_padded_loss(model: Any, batch: list[Example]) -> tuple[torch.Tensor,
 
 
 def compute_packed_loss(model: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = PackedCollator(0)(batch)
+    inputs = PackedCollator(0, 0)(batch)
     labels = inputs.pop("labels")
     logits = model(**inputs).logits
     return functional.cross_entropy(logits[0], labels[0], reduction="sum"), logits[0]
@@ -113,13 +115,6 @@ def test_without_the_packing_argument_logits_and_generation_are_unchanged(kind: 
     assert torch.equal(again, ids)
 
 
-def enable_checkpointing(model: Any, reentrant: bool) -> None:
-    new = hasattr(model, "activation_checkpointing_enable")  # the method's name since transformers 5.23
-    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(
-        {"use_reentrant": reentrant}
-    )
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "all-linear dora": {"lora_target_modules": ["all-linear"], "use_dora": True},
@@ -158,7 +153,7 @@ def test_adapters_and_token_rows_get_the_same_gradients_packed_as_padded(variant
     batch[4].target_T[::5] = 1501
     expected = compute_gradients(model, compute_padded_loss(model, batch)[0])
     use_packing(model)
-    found = compute_gradients(model, model(**PackedCollator(0)(batch), reduction="sum"))
+    found = compute_gradients(model, model(**PackedCollator(0, 0)(batch), reduction="sum"))
     assert any("trainable_tokens_delta" in name for name in found)
     assert found.keys() == expected.keys()
     assert {
@@ -192,7 +187,7 @@ def test_with_reentrant_checkpointing_the_bias_of_the_loop_needs_no_gradient(mon
             needs.append(bias.requires_grad)
         return segment_attention(*args)
 
-    monkeypatch.setattr(attention, "segment_attention", note_bias)
+    monkeypatch.setattr(t5_attention, "segment_attention", note_bias)
     compute_packed_loss(model, make_examples())[0].backward()
     assert needs == [False] * 12  # those of self-attention in six blocks, forward and recomputed
 
@@ -221,12 +216,12 @@ def test_dropout_has_the_same_statistics_packed_as_padded() -> None:
 
 
 def test_can_pack_is_false_for_other_attention_classes() -> None:
-    config = LongT5Config(**{**SHAPE, "num_layers": 1}, encoder_attention_type="local")
+    config = BartConfig(vocab_size=120, d_model=32, encoder_layers=1, decoder_layers=1)
     assert not can_pack(AutoModelForSeq2SeqLM.from_config(config))
 
 
 def test_packed_collator_describes_the_segments() -> None:
-    batch = PackedCollator(9)(make_examples([(3, 2), (4, 1)]))
+    batch = PackedCollator(9, 0)(make_examples([(3, 2), (4, 1)]))
     first, second = make_examples([(3, 2), (4, 1)])
     assert batch["packing"] == Segments((3, 4), (2, 1))
     assert batch["input_ids"].tolist() == [[*first.source_S, *second.source_S]]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import T5Config
 
 from t5tune import TrainSettings, train
 from t5tune.diagnosis import probes
 from t5tune.errors import SettingsError
+from t5tune.families import FAMILIES
 from t5tune.model import attention_check
 from t5tune.model.attention import use_packing
 from t5tune.model.attention_check import (
@@ -24,6 +24,7 @@ from t5tune.model.attention_check import (
 )
 from t5tune.model.build_tools import MissingTool
 from t5tune.model.flex_attention import Blocks, attend
+from t5tune.model.load import build_empty_model
 from t5tune.progress import Note
 from t5tune.training import attention_choice
 from t5tune.training.attention_choice import choose_packed_attention
@@ -56,10 +57,11 @@ def test_training_compiles_again_only_for_layers_whose_keys_need_no_gradient(mon
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith((".q.weight", ".v.weight")))  # the first layer's keys need no gradient
     use_packing(model)
-    assert find_difference(read_attention_shape(model.config, has_dropout=True), CPU, torch.float32) is None
+    shape = AttentionShape(model.config.num_heads, model.config.d_kv, 128, model.config.dropout_rate)
+    assert find_difference(shape, CPU, torch.float32) is None
     assert len(compiled) == 6  # three kinds of attention, in training and in evaluation
     for lengths in (LENGTHS, LENGTHS[:3]):
-        inputs = PackedCollator(0, divides_rows=True)(make_examples(lengths))
+        inputs = PackedCollator(0, 0, divides_rows=True)(make_examples(lengths))
         labels = inputs.pop("labels")
         logits = model.train()(**inputs).logits[0]
         torch.nn.functional.cross_entropy(logits, labels[0]).backward()
@@ -118,11 +120,10 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, mistak
 
 
 def test_the_shape_is_read_from_the_config() -> None:
-    config = T5Config(
-        num_heads=3, d_kv=24, dropout_rate=0.2, relative_attention_max_distance=99, relative_attention_num_buckets=32
-    )
-    assert read_attention_shape(config, has_dropout=True) == (3, 24, 99, 0.2)
-    assert read_attention_shape(config, has_dropout=False) == (3, 24, 99, 0.0)
+    config = {"num_heads": 3, "d_kv": 24, "dropout_rate": 0.2, "relative_attention_max_distance": 99}
+    model = build_empty_model(FAMILIES["flan-t5"].bind(config), torch.float32, tied=False)
+    assert read_attention_shape(model, has_dropout=True) == (3, 24, 99, 0.2)
+    assert read_attention_shape(model, has_dropout=False) == (3, 24, 99, 0.0)
 
 
 def test_on_a_cpu_the_loop_is_used_without_a_word() -> None:

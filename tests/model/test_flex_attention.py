@@ -22,9 +22,11 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from t5tune.model import flex_attention
-from t5tune.model.attention import Segments, _compute_bias, segment_attention, use_packing
+from t5tune.model.attention import use_packing
 from t5tune.model.flex_attention import BLOCK, MIN_LENGTH, Blocks, attend, divide_rows
 from t5tune.model.fused import use_fused_layers
+from t5tune.model.segments import Segments, segment_attention
+from t5tune.model.t5_attention import _compute_bias
 from t5tune.training.batches import PackedCollator
 from tests.model.test_attention import (
     compute_gradients,
@@ -257,7 +259,7 @@ def test_a_model_has_the_losses_and_gradients_of_the_loop(kind: str) -> None:
     examples = make_examples()
     loss, logits = compute_packed_loss(model, examples)
     expected = compute_gradients(model, loss)
-    inputs = PackedCollator(0, divides_rows=True)(examples)
+    inputs = PackedCollator(0, 0, divides_rows=True)(examples)
     labels = inputs.pop("labels")
     found_logits = model(**inputs).logits[0]
     found_loss = torch.nn.functional.cross_entropy(found_logits, labels[0], reduction="sum")
@@ -281,7 +283,7 @@ def test_checkpointing_recomputes_the_same_dropout(reentrant: bool) -> None:
             new = hasattr(model, "activation_checkpointing_enable")
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
-        inputs = PackedCollator(0, divides_rows=True)(examples)
+        inputs = PackedCollator(0, 0, divides_rows=True)(examples)
         labels = inputs.pop("labels")
         torch.manual_seed(2)
         logits = model(**inputs, use_cache=False).logits[0]
@@ -292,7 +294,7 @@ def test_checkpointing_recomputes_the_same_dropout(reentrant: bool) -> None:
 
 def test_a_batch_is_filled_up_with_padding_that_counts_for_nothing() -> None:
     examples = make_examples()
-    packed, filled = PackedCollator(9)(examples), PackedCollator(9, 7, divides_rows=True)(examples)
+    packed, filled = PackedCollator(9, 0)(examples), PackedCollator(9, 7, divides_rows=True)(examples)
     for name, padding in (("input_ids", 7), ("decoder_input_ids", 7), ("labels", -100)):
         length = packed[name].shape[1]
         assert torch.equal(filled[name][:, :length], packed[name])

@@ -36,21 +36,29 @@ def make_tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_loss_and_gradients_equal_those_of_torch_in_fp64(smoothing: float, rows: bool, trained: bool) -> None:
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_loss_and_gradients_equal_those_of_torch_in_fp64(
+    smoothing: float, rows: bool, trained: bool, cap: float | None
+) -> None:
     hidden, weight, row_values, labels = make_tensors(torch.float64)
     weight.requires_grad_(trained)
     leaves = [hidden, *([weight] if trained else []), *([row_values] if rows else [])]
     whole = weight.index_copy(0, torch.tensor(ROWS), row_values) if rows else weight
+    logits = hidden @ whole.T
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     plain = functional.cross_entropy(
-        hidden @ whole.T, labels, ignore_index=IGNORED_LABEL, reduction="sum", label_smoothing=smoothing
+        logits, labels, ignore_index=IGNORED_LABEL, reduction="sum", label_smoothing=smoothing
     )
+    each = functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
     if smoothing:  # torch ignores the smoothed part of ignored labels, too, so the sums are comparable
         assert plain.isfinite()
     expected = torch.autograd.grad(plain * 0.37, leaves)
     head = HeadWeights(weight, row_values, torch.tensor(ROWS)) if rows else HeadWeights(weight)
-    loss = compute_summed_cross_entropy(hidden, labels, head, smoothing)
+    loss = compute_summed_cross_entropy(hidden, labels, head, smoothing, cap)
     found = torch.autograd.grad(loss * 0.37, leaves)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-13)
+    torch.testing.assert_close(compute_cross_entropies(hidden, labels, head, cap), each, rtol=0, atol=1e-12)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() < 1e-12 * b.abs().max()
 

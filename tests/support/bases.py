@@ -35,6 +35,10 @@ def make_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **ch
             if name.endswith("layer_norm.weight"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
+    copy_pocket_tokenizer(folder)
+    return folder
+
+
+def copy_pocket_tokenizer(folder: Path) -> None:
     for file in (REPOSITORY / "t5tune" / "pocket").glob("tokenizer*"):
         shutil.copy(file, folder)
-    return folder

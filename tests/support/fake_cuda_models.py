@@ -10,6 +10,7 @@ from torch import nn
 
 from t5tune.data.encoding import Example
 from t5tune.distributed.world import World
+from t5tune.families.t5 import T5
 from t5tune.model import load
 from t5tune.model.attention import use_packing
 from t5tune.model.fused import use_fused_layers
@@ -48,7 +49,7 @@ def build_empty_model(shape: dict[str, Any], settings: TrainSettings, deepspeed:
     trained_dtype = dtype if deepspeed else torch.float32
     is_full = settings.train_mode == "full"
     with torch.device("meta"):
-        model = load.build_empty_model({**FLAN, **shape}, trained_dtype if is_full else dtype, False)
+        model = load.build_empty_model(T5({**FLAN, **shape}), trained_dtype if is_full else dtype, False)
         model.requires_grad_(is_full)
         if settings.q_lora:
             load._replace_linears_with_quantized(model, dtype, settings)
@@ -118,7 +119,7 @@ def make_collator(settings: TrainSettings, flex: bool) -> PackedCollator | Padde
     Args:
         flex: whether attention over packed rows is one kernel, or a loop over the segments.
     """
-    return PaddedCollator(0, 0) if settings.packing == "off" else PackedCollator(0, divides_rows=flex)
+    return PaddedCollator(0, 0) if settings.packing == "off" else PackedCollator(0, 0, divides_rows=flex)
 
 
 def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], flex: bool) -> T5Trainer:

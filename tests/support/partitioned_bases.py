@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.errors import T5TuneError
-from t5tune.families import EMBEDDING_WEIGHT
+from t5tune.families.t5 import T5
 from t5tune.model import load
 from t5tune.model.device import return_freed_memory
 from t5tune.model.generation import Decoding, generate
@@ -116,7 +116,7 @@ def compare_with_file(base: Path, partitioner: Zero3Partitioner) -> Iterator[str
     with safe_open(base / "model.safetensors", "pt") as file:
         names = set(file.keys())
         for key, parameter in model.named_parameters(remove_duplicate=False):
-            name = key if key in names else EMBEDDING_WEIGHT
+            name = key if key in names else T5.tied_to
             with partitioner.gather([parameter]):
                 if not are_same(parameter, file.get_tensor(name)):
                     yield f"{key} isn't {name} of the file"

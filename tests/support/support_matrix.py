@@ -2,7 +2,7 @@
 
     python tests/support/support_matrix.py
 
-writes the page. `COLUMNS` and `PLATFORMS` are the facts; which tools read a merged checkpoint is in t5tune/families.py.
+writes the page. `COLUMNS` and `PLATFORMS` are the facts; which tools read a merged checkpoint is in t5tune/families.
 """
 
 import textwrap
@@ -19,6 +19,9 @@ OTHER_TOOLS_TEST = "tests/end_to_end/test_other_tools.py"
 TRAIN_TEST = "tests/commands/test_train.py"
 WHOLE_CHAIN = f"{FAMILIES_TEST}::test_each_family_trains_exports_merges_and_replies"
 
+NEW_MODELS = ("longt5", "t5gemma", "t5gemma2")
+GEMMA_BASES = {"t5gemma": "t5gemma-9b-2b", "t5gemma2": "t5gemma2"}  # key -> the tests' name of its base
+
 State = Literal["yes", "no", "untested"]
 
 
@@ -30,13 +33,15 @@ class Column:
         text: what is tested, or why it isn't.
         tests: tests of a model type: `{key}` is its key in FAMILIES, `{architecture}` the key for all types
             of its architecture.
+        other_tests: the tests of some model types, in place of `tests`, by key.
         more_tests: tests that the text refers to, of some model types only.
         state: of the model types that aren't in `reasons`.
-        reasons: why the tool can't read a model type, by its key; which ones it can't is in families.py.
+        reasons: why the tool can't read a model type, by its key; which ones it can't is in t5tune/families.
     """
 
     text: str
     tests: tuple[str, ...] = ()
+    other_tests: dict[str, tuple[str, ...]] = field(default_factory=dict)
     more_tests: tuple[str, ...] = ()
     state: State = "yes"
     reasons: dict[str, str] = field(default_factory=dict)
@@ -47,15 +52,21 @@ def get_architecture(family: Family) -> tuple[str, str, bool]:
     return family.model_type, family.feed_forward, family.tied
 
 
+def of_gemma(*tests: str) -> dict[str, tuple[str, ...]]:
+    """Return the tests of T5Gemma and T5Gemma 2; `{base}` is the tests' name of its base."""
+    return {key: tuple(f"tests/{test}".format(base=base) for test in tests) for key, base in GEMMA_BASES.items()}
+
+
 ARCHITECTURES = {get_architecture(family): key for key, family in FAMILIES.items()}
 
 COLUMNS = {
     "prepare": Column(
         "A conversation becomes token ids that decode to the original text, with newlines, braces and non-ASCII "
         "letters as far as the tokenizer has them. The tokenizer is of the published kind: SentencePiece, with byte "
-        "fallback, or bytes.",
+        "fallback, byte-level BPE, or bytes.",
         (f"{WHOLE_CHAIN}[{{key}} lora]",),
-        (
+        of_gemma("end_to_end/test_gemma.py::test_the_data_has_the_special_tokens_of_gemma[{base} lora]"),
+        more_tests=(
             "tests/commands/test_prepare.py::test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text",
             f"{FAMILIES_TEST}::test_the_added_tokens_of_fastchat_t5_keep_their_ids",
         ),
@@ -64,13 +75,17 @@ COLUMNS = {
         "A run on all linear layers changes the logits, and stock PEFT computes the same ones from the run's adapter. "
         "The variants (DoRA, rsLoRA, PiSSA, …) are tested with the architectures of T5 and Flan-T5.",
         (f"{WHOLE_CHAIN}[{{key}} lora]",),
-        ("tests/end_to_end/test_lora_variants.py::test_live_model_saved_adapter_and_merged_checkpoint_agree",),
+        of_gemma(
+            "end_to_end/test_gemma.py::test_stock_peft_loads_the_adapter_without_touching_the_vision_tower[{base} lora]"
+        ),
+        more_tests=("tests/end_to_end/test_lora_variants.py::test_live_model_saved_adapter_and_merged_checkpoint_agree",),
     ),
     "QLoRA": Column(
         "The same with `--q-lora`, in NF4 with double quantization. FP4, int8 and LoftQ are tested with the "
         "architecture of Flan-T5.",
         (f"{WHOLE_CHAIN}[{{key}} q_lora]",),
-        (
+        of_gemma("end_to_end/test_gemma.py::test_only_the_layers_of_the_text_are_quantized[{base} q_lora]"),
+        more_tests=(
             "tests/end_to_end/test_lora_variants.py::"
             "test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded",
         ),
@@ -79,11 +94,24 @@ COLUMNS = {
         "`--train-mode full` changes every tensor, and stock transformers computes t5tune's logits from the run "
         "folder.",
         (f"{FAMILIES_TEST}::test_each_family_trains_in_full[{{key}}]",),
+        of_gemma(
+            "end_to_end/test_gemma.py::test_a_full_run_is_a_complete_checkpoint_from_which_it_resumes[{base}]"
+        ),
     ),
     "packed": Column(
         "All gradients of a packed row equal those of the padded batch. One test for each architecture; the tests of "
         "LoRA above train packed rows of every model type.",
         ("tests/model/test_attention.py::test_all_gradients_equal_those_of_the_padded_batch[{architecture}]",),
+        {
+            "longt5": tuple(
+                "tests/model/test_longt5.py::test_packed_padded_and_single_examples_have_the_same_gradients"
+                f"[None-{kind}]"
+                for kind in ("local", "transient-global")
+            ),
+            **of_gemma(
+                "model/test_gemma.py::test_packed_rows_equal_a_padded_batch_and_single_examples[{base}-None]"
+            ),
+        },
     ),
     "ZeRO-3": Column(
         "Two processes that share the base have the losses and gradient norms of one process. One test for each "
@@ -92,7 +120,8 @@ COLUMNS = {
         (
             f"{FAMILIES_TEST}::test_each_architecture_has_the_losses_of_one_process_under_zero3[{{architecture}}]",
         ),
-        (
+        of_gemma("end_to_end/test_gemma.py::test_two_ranks_have_the_losses_of_one_process[{base}-3-mode3]"),
+        more_tests=(
             f"{TRAIN_TEST}::test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters[way0]",
             "tests/end_to_end/test_lora_variants.py::test_full_training_gives_the_same_weights_under_zero3",
             f"{TRAIN_TEST}::test_two_ranks_of_zero3_resume_to_the_same_bits",
@@ -102,17 +131,23 @@ COLUMNS = {
         "Stock transformers 5 computes the logits of base and adapter from the merged checkpoint, and `chat` gives the "
         "same reply. With `--onto nf4`, t5tune and stock transformers compute the same logits.",
         (f"{WHOLE_CHAIN}[{{key}} lora]", f"{WHOLE_CHAIN}[{{key}} q_lora]"),
+        of_gemma(
+            "end_to_end/test_gemma.py::test_stock_transformers_has_the_logits_of_the_merged_checkpoint[{base} lora]",
+            "end_to_end/test_gemma.py::test_stock_transformers_has_the_logits_of_the_merged_checkpoint[{base} q_lora]",
+        ),
     ),
     "transformers 4": Column(
         "transformers 4 computes t5tune's logits and token ids from a merged checkpoint. These tests are skipped "
         "unless there is an environment with transformers 4; `make compatibility` creates it.",
         (f"{FAMILIES_TEST}::test_transformers_4_has_the_logits_and_token_ids_of_the_merged_model[{{key}} lora]",),
-        (f"{OTHER_TOOLS_TEST}::test_transformers_4_gives_the_token_ids_of_the_adapters_tokenizer",),
+        more_tests=(f"{OTHER_TOOLS_TEST}::test_transformers_4_gives_the_token_ids_of_the_adapters_tokenizer",),
+        reasons=dict.fromkeys(NEW_MODELS[1:], "Merged checkpoints of it are for transformers 5."),
     ),
     "CTranslate2": Column(
         "`merge --to ctranslate2` gives the greedy replies of the merged model. These tests, too, are skipped unless "
         "CTranslate2 is installed; `make compatibility` installs it.",
         (f"{FAMILIES_TEST}::test_ctranslate2_gives_the_replies_of_the_merged_model[{{key}} lora]",),
+        reasons=dict.fromkeys(NEW_MODELS, "t5tune doesn't convert it."),
     ),
     "llama.cpp": Column(
         "No test reads a GGUF file. Logits and tensors were compared once by hand, on small models with Flan-T5's "
@@ -124,7 +159,9 @@ COLUMNS = {
         state="untested",
         reasons={
             "byt5": "llama.cpp has no byte-level tokenizer.",
+            "codet5": "llama.cpp reads only SentencePiece tokenizers of T5 models.",
             "flan-ul2": "llama.cpp computes GELU in every T5, whatever `config.json` says; Flan-UL2 has SiLU.",
+            **dict.fromkeys(NEW_MODELS, "llama.cpp doesn't read it."),
         },
     ),
     "serve": Column(
@@ -247,7 +284,8 @@ def find_state(name: str, key: str) -> State:
 def list_tests(name: str, key: str) -> list[str]:
     """List the tests of a column for a model type."""
     architecture = ARCHITECTURES[get_architecture(FAMILIES[key])]
-    tests = COLUMNS[name].tests if find_state(name, key) == "yes" else ()
+    column = COLUMNS[name]
+    tests = column.other_tests.get(key, column.tests) if find_state(name, key) == "yes" else ()
     return [test.format(key=key, architecture=architecture) for test in tests]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForSeq2SeqLM, LongT5Config
+from transformers import AutoModelForSeq2SeqLM, BartConfig
 
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
@@ -174,12 +174,12 @@ def _delete_after_step(run: Path, step: int) -> None:
 
 
 def test_a_model_without_packing_uses_padded_batches_with_a_note(tmp_path: Path) -> None:
-    shape = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    model = AutoModelForSeq2SeqLM.from_config(LongT5Config(**shape))
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = AutoModelForSeq2SeqLM.from_config(BartConfig(vocab_size=64, d_model=16, **layers))
     events: list[Event] = []
     chosen = make_settings(tmp_path, tmp_path, tmp_path)
     assert not _enable_packing(chosen, model, events.append)
     (note,) = events
-    assert "longt5 doesn't support packing; using padded batches" in note.text
-    with pytest.raises(SettingsError, match="packing: on: the attention of longt5"):
+    assert "bart doesn't support packing; using padded batches" in note.text
+    with pytest.raises(SettingsError, match="packing: on: the attention of bart"):
         _enable_packing(chosen.model_copy(update={"packing": "on"}), model, events.append)

@@ -1,13 +1,14 @@
-"""The T5 model families that can be trained: a table of their differences, and the constants that they share.
+"""The model families that can be trained: a table of the published checkpoints, and their architectures.
 
     family = find_family(read_config(folder), folder)
-    family.complete_config(config)["model_type"]
+    architecture = family.bind(config)
 
 A model's files take precedence: the weights decide whether the head is tied, and unused embedding rows are counted.
-The table adds what the files don't say: what a model type computes, the names of its layers, and which tools can read
-it. docs/families.md and docs/support.md are generated from it.
+The table adds what the files don't say, and which tools can read a merged checkpoint. docs/families.md and
+docs/support.md are generated from it. What a model computes and the names of its layers are in one module for each
+architecture (see architecture.py).
 
-This module imports nothing heavier than the errors, so every package may import it.
+This package imports nothing heavier than the errors, so every package may import it.
 """
 
 from collections.abc import Mapping
@@ -16,24 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import ModelError
+from t5tune.families.architecture import Architecture
+from t5tune.families.longt5 import LongT5
+from t5tune.families.t5 import MT5, T5, UMT5
+from t5tune.families.t5gemma import T5Gemma
+from t5tune.families.t5gemma2 import T5Gemma2
 from t5tune.file_names import CONFIG_FILE
 
-# what all families share
-EMBEDDING_MODULES = ("encoder.embed_tokens", "decoder.embed_tokens")
-HEAD_MODULE = "lm_head"
-EMBEDDING_WEIGHT = "shared.weight"
-HEAD_WEIGHT = f"{HEAD_MODULE}.weight"
-EMBEDDING_COPIES = tuple(f"{module}.weight" for module in EMBEDDING_MODULES)  # only some files contain them
-DECODER_START_TOKEN_ID = 0  # the decoder starts with the pad token
-PAD_TOKEN_ID = 0
-EOS_TOKEN_ID = 1
-ATTENTION_IMPLEMENTATION = "sdpa"  # for padded batches; transformers' attn_implementation
-FP16_OVERFLOW_LAYER = "wo"  # its output exceeds the range of fp16, so transformers keeps its weight in fp32
-TARGET_MODULE_GROUPS = {  # linear layers that LoRA can adapt, by the name of their group
-    "attention": ("q", "k", "v", "o"),
-    "feed-forward": ("wi", "wi_0", "wi_1", "wo"),
-    "all-linear": ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
-}
 # the tokens that FastChat adds to Flan-T5's
 FASTCHAT_PAD = "[PAD]"
 FASTCHAT_CHARACTERS = ["<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
@@ -41,7 +31,10 @@ FASTCHAT_TOKENS = [FASTCHAT_PAD, *FASTCHAT_CHARACTERS]
 BYTES = "bytes"
 SENTENCEPIECE = "SentencePiece"
 BYTE_FALLBACK = "SentencePiece with byte fallback"
-CONVERTERS = ("transformers 4", "CTranslate2", "llama.cpp")
+BYTE_LEVEL_BPE = "byte-level BPE"
+GEMMA = "BPE with byte fallback"
+CTRANSLATE2 = "CTranslate2"
+CONVERTERS = ("transformers 4", CTRANSLATE2, "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -51,33 +44,25 @@ class Family:
     Args:
         name: its common name.
         checkpoints: examples of published checkpoints, by their names on the Hugging Face Hub.
-        model_type: model_type in config.json.
+        architecture: what it computes, and the names of its layers.
         tied: whether the published checkpoints tie the head to the embedding.
         feed_forward: feed_forward_proj of the published checkpoints.
         num_rows: rows of the published embeddings.
         num_tokens: tokens of the published tokenizers.
         tokenizer: kind of tokenizer.
         identified_by: values of config.json that distinguish it from other families of its type: key -> values.
-        default_feed_forward: what transformers computes for this type where config.json has no feed_forward_proj.
-        scales_logits: whether its type divides the logits of a tied head by √d_model.
-        bias_in_each_block: whether every block has its own relative position bias, not only the first.
-        attention_layer: name of transformers' attention class, which packed rows can pass through.
         converters: tools that read a merged checkpoint and compute the same logits.
     """
 
     name: str
     checkpoints: tuple[str, ...]
-    model_type: str = "t5"
+    architecture: type[Architecture] = T5
     tied: bool = False
     feed_forward: str = "gated-gelu"
     num_rows: int = 32128
     num_tokens: int = 32100
     tokenizer: str = SENTENCEPIECE
     identified_by: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    default_feed_forward: str = "relu"
-    scales_logits: bool = True
-    bias_in_each_block: bool = False
-    attention_layer: str = "T5Attention"
     converters: tuple[str, ...] = CONVERTERS
 
     @property
@@ -85,17 +70,27 @@ class Family:
         """Rows of the published embeddings without a token: the number of tokens that can be added."""
         return self.num_rows - self.num_tokens
 
+    @property
+    def model_type(self) -> str:
+        """model_type in config.json."""
+        return self.architecture.model_type
+
     def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fill in what a config.json leaves out: the ids of special tokens, and the model type that --family gave."""
         given = {name: value for name, value in config.items() if value is not None}
+        key = self.architecture.feed_forward_key
+        is_own_type = config.get("model_type") == self.model_type
         return {
-            "decoder_start_token_id": DECODER_START_TOKEN_ID,
-            "pad_token_id": PAD_TOKEN_ID,
-            "eos_token_id": EOS_TOKEN_ID,
-            **({} if config.get("model_type") == self.model_type else {"feed_forward_proj": self.feed_forward}),
+            **self.architecture.default_config,
+            **{name: values[0] for name, values in self.identified_by.items()},
+            **({} if key is None or is_own_type else {key: self.feed_forward}),
             **given,
             "model_type": self.model_type,
         }
+
+    def bind(self, config: Mapping[str, Any]) -> Architecture:
+        """Return the architecture with the sizes of a config.json."""
+        return self.architecture(self.complete_config(config))
 
 
 # Several families share a model_type: the first one whose `identified_by` matches config.json is chosen.
@@ -123,6 +118,24 @@ FAMILIES: dict[str, Family] = {
         identified_by={"feed_forward_proj": ("gated-silu",)},
         converters=CONVERTERS[:2],  # llama.cpp's T5 always computes GELU, whatever config.json says
     ),
+    "madlad400": Family(
+        name="MADLAD-400",
+        checkpoints=("google/madlad400-3b-mt",),
+        num_rows=256000,
+        num_tokens=256000,
+        identified_by={"pad_token_id": (1,), "eos_token_id": (2,)},  # the decoder starts with 0
+    ),
+    "codet5": Family(
+        name="CodeT5",
+        checkpoints=("Salesforce/codet5-base", "Salesforce/codet5p-770m"),
+        tied=True,
+        feed_forward="relu",
+        num_rows=32100,
+        num_tokens=32100,
+        tokenizer=BYTE_LEVEL_BPE,
+        identified_by={"bos_token_id": (1,), "eos_token_id": (2,), "pad_token_id": (0,)},
+        converters=CONVERTERS[:2],  # llama.cpp reads only SentencePiece tokenizers of T5 models
+    ),
     "t5": Family(
         name="T5",
         checkpoints=("google-t5/t5-base",),
@@ -133,34 +146,52 @@ FAMILIES: dict[str, Family] = {
     "flan-t5": Family(name="T5 v1.1, Flan-T5", checkpoints=("google/t5-v1_1-base", "google/flan-t5-base")),
     "mt5": Family(
         name="mT5",
-        checkpoints=("google/mt5-base",),
-        model_type="mt5",
+        checkpoints=("google/mt5-base", "CohereForAI/aya-101"),
+        architecture=MT5,
         num_rows=250112,
         num_tokens=250100,
         tokenizer=BYTE_FALLBACK,
-        default_feed_forward="gated-gelu",
-        scales_logits=False,
-        attention_layer="MT5Attention",
     ),
     "umt5": Family(
         name="umT5",
         checkpoints=("google/umt5-base",),
-        model_type="umt5",
+        architecture=UMT5,
         num_rows=256384,
         num_tokens=256300,
         tokenizer=BYTE_FALLBACK,
-        default_feed_forward="gated-gelu",
-        bias_in_each_block=True,
-        attention_layer="UMT5Attention",
+    ),
+    "longt5": Family(
+        name="LongT5",
+        checkpoints=("google/long-t5-local-base", "google/long-t5-tglobal-base"),
+        architecture=LongT5,
+        tied=True,
+        converters=CONVERTERS[:1],
+    ),
+    "t5gemma": Family(
+        name="T5Gemma",
+        checkpoints=("google/t5gemma-2b-2b-prefixlm", "google/t5gemma-9b-2b-ul2-it"),
+        architecture=T5Gemma,
+        tied=True,
+        num_rows=256000,
+        num_tokens=256000,
+        tokenizer=GEMMA,
+        converters=(),
+    ),
+    "t5gemma2": Family(
+        name="T5Gemma 2",
+        checkpoints=("google/t5gemma-2-270m-270m", "google/t5gemma-2-4b-4b"),
+        architecture=T5Gemma2,
+        tied=True,
+        num_rows=262208,
+        num_tokens=262145,
+        tokenizer=GEMMA,
+        converters=(),
     ),
 }
 
-# model_type -> name of T5 variants that t5tune doesn't support yet
-PLANNED_MODELS = {
-    "longt5": "LongT5",
-    "t5gemma": "T5Gemma",
-    "t5gemma2": "T5Gemma 2",
-    "switch_transformers": "Switch Transformers",
+# model_type -> why an encoder-decoder of T5's kin is refused
+REFUSED_MODELS = {
+    "switch_transformers": "Switch Transformers: its experts have a capacity per text, so packing changes results",
 }
 MODEL_TYPES = {family.model_type for family in FAMILIES.values()}
 
@@ -176,8 +207,8 @@ def find_family(config: Mapping[str, Any], folder: Path, requested: str | None =
         ModelError: the model is of an unsupported kind, or contradicts `requested`.
     """
     place, model_type = folder / CONFIG_FILE, config.get("model_type")
-    if model_type in PLANNED_MODELS:
-        raise ModelError(f"{place}: {PLANNED_MODELS[str(model_type)]} is not supported yet", hint=_list_supported())
+    if model_type in REFUSED_MODELS:
+        raise ModelError(f"{place}: {REFUSED_MODELS[str(model_type)]}", hint=_list_supported())
     if model_type in MODEL_TYPES:
         found = match_family(config)
         if requested is not None and _get_family(requested).model_type != model_type:
@@ -199,21 +230,14 @@ def find_family(config: Mapping[str, Any], folder: Path, requested: str | None =
     return _get_family(requested)
 
 
+def find_architecture(config: Mapping[str, Any], folder: Path, requested: str | None = None) -> Architecture:
+    """Find the architecture of a config.json, with its sizes. The arguments and errors are those of `find_family`."""
+    return find_family(config, folder, requested).bind(config)
+
+
 def match_family(config: Mapping[str, Any]) -> Family:
     """Find the family of a config whose model_type is one of MODEL_TYPES."""
     return next(f for f in FAMILIES.values() if f.model_type == config.get("model_type") and _is_match(f, config))
-
-
-def expand_target_modules(names: list[str]) -> list[str]:
-    """Replace names of groups with their layers, each once: attention -> q, k, v, o."""
-    return list(
-        dict.fromkeys(layer for name in names for layer in TARGET_MODULE_GROUPS.get(name.replace("_", "-"), (name,)))
-    )
-
-
-def is_quantizable(name: str, quantize_wo: bool) -> bool:
-    """Whether q_lora quantizes a linear layer of this name: those of the blocks, `wo` only with quantize_wo."""
-    return ".block." in name and (quantize_wo or FP16_OVERFLOW_LAYER not in name.split("."))
 
 
 def _is_match(family: Family, config: Mapping[str, Any]) -> bool:

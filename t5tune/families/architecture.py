@@ -1,0 +1,187 @@
+"""What t5tune must know about an architecture of transformers, such as T5's.
+
+    architecture = find_family(config, folder).bind(config)
+    architecture.head_weight, architecture.token_ids.start
+
+Each architecture is a class in a module of its own. Tensors have the names of transformers' modules, which are also
+those in PEFT's adapters; `to_model_name` converts the names in a checkpoint's files. Nothing here imports torch: what a
+function does with tensors, it does by their own methods.
+
+docs/develop.md says how to add one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from t5tune.errors import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+WEIGHT_KINDS = ("embedding", "head", "attention", "feed-forward", "rest")
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The special tokens of the decoder: what it starts with, what fills up a batch, and what ends a text."""
+
+    start: int
+    pad: int
+    eos: int
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes on which the memory of an evaluation depends.
+
+    Args:
+        num_rows: rows of the embedding.
+        num_heads: attention heads of an encoder layer.
+        cache_width: keys of a token in a decoder layer's cache; it has as many values.
+    """
+
+    num_rows: int
+    num_heads: int
+    num_decoder_layers: int
+    cache_width: int
+
+
+class Architecture(ABC):
+    """An architecture with the sizes of one config.json.
+
+    Attributes:
+        model_type: in config.json.
+        default_config: what a config.json may leave out, such as the ids of special tokens.
+        feed_forward_key: the key of config.json that says which activation a feed-forward layer has.
+        head: path of the output layer.
+        tied_to: the weight that a tied head shares.
+        always_shared: parameters that share another one, whether or not the head is tied. Only some files contain them.
+        token_row_modules: paths of the embeddings of encoder and decoder, if rows of them can be trained.
+        block_classes: ends of the names of transformers' classes for a layer of the encoder or decoder.
+        encoder_module: path of the modules that generation runs only once.
+        skipped_modules: paths of modules that text doesn't need: they aren't loaded, and `merge` copies their tensors.
+        ignored_tensors: tensors in some files that no implementation uses.
+        attention_implementation: transformers' attn_implementation for padded batches.
+        takes_whole_masks: whether the model uses a mask of four dimensions as it is. One with windows must make its own
+            masks from one of two dimensions.
+        has_flex_attention: whether all attention over packed rows can be computed in one kernel per layer.
+        linear_layers: the names that `lora_target_modules` can contain, with the linear layers of each.
+        fp16_overflow_layer: a linear layer whose output exceeds the range of fp16, so transformers keeps its weight in
+            fp32.
+        trainable_modules: other modules, which `modules_to_save` can contain.
+    """
+
+    model_type: ClassVar[str]
+    default_config: ClassVar[Mapping[str, Any]] = {}
+    feed_forward_key: ClassVar[str | None] = None
+    head: ClassVar[str]
+    tied_to: ClassVar[str]
+    always_shared: ClassVar[Mapping[str, str]] = {}
+    token_row_modules: ClassVar[tuple[str, ...]] = ()
+    block_classes: ClassVar[tuple[str, ...]]
+    encoder_module: ClassVar[str]
+    skipped_modules: ClassVar[tuple[str, ...]] = ()
+    ignored_tensors: ClassVar[frozenset[str]] = frozenset()
+    attention_implementation: ClassVar[str] = "sdpa"
+    takes_whole_masks: ClassVar[bool] = True
+    has_flex_attention: ClassVar[bool] = False
+    linear_layers: ClassVar[Mapping[str, tuple[str, ...]]]
+    fp16_overflow_layer: ClassVar[str | None] = None
+    trainable_modules: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Bind the architecture to a config.json that `Family.complete_config` has completed."""
+        self.config = config
+
+    @property
+    def head_weight(self) -> str:
+        return f"{self.head}.weight"
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether config.json says that the head is tied; the files may say something else."""
+        return bool(self.config.get("tie_word_embeddings", True))
+
+    def list_shared(self, tied: bool) -> dict[str, str]:
+        """List the parameters that share another one: name -> that one's name."""
+        return {**self.always_shared, **({self.head_weight: self.tied_to} if tied else {})}
+
+    def to_model_name(self, file_name: str) -> str:
+        """Convert the name of a tensor in a checkpoint's files to its name in the model."""
+        return file_name
+
+    def is_skipped(self, name: str) -> bool:
+        """Whether a tensor belongs to a module that isn't loaded."""
+        return name.startswith(tuple(f"{module}." for module in self.skipped_modules))
+
+    def expand_target_modules(self, names: list[str]) -> list[str]:
+        """Replace names of groups with their linear layers, each once: attention -> q, k, v, o."""
+        expanded = (self.linear_layers.get(name.replace("_", "-"), (name,)) for name in names)
+        return list(dict.fromkeys(layer for layers in expanded for layer in layers))
+
+    def restrict_target_modules(self, layers: list[str]) -> list[str] | str:
+        """Return PEFT's target_modules for these linear layers: a list of names, or a regular expression."""
+        return layers
+
+    @classmethod
+    def set_tied(cls, config: dict[str, Any], tied: bool) -> None:
+        """Write into a config.json whether the head is tied."""
+        config["tie_word_embeddings"] = tied
+
+    @property
+    @abstractmethod
+    def token_ids(self) -> TokenIds:
+        """The decoder's special tokens, from config.json."""
+
+    @property
+    @abstractmethod
+    def dimensions(self) -> Dimensions:
+        """Sizes, from config.json."""
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The final soft cap: logits are cap · tanh(logits / cap); None if there is none."""
+        return None
+
+    @abstractmethod
+    def derive_shapes(self) -> Shapes:
+        """Derive the shapes of all weights that are loaded, by name; linear layers are [out, in].
+
+        Raises:
+            CheckpointError: config.json lacks a size.
+        """
+
+    @abstractmethod
+    def is_quantizable(self, name: str, quantize_wo: bool) -> bool:
+        """Whether q_lora quantizes a linear layer of this name: those of the blocks, `wo` only with quantize_wo."""
+
+    @abstractmethod
+    def classify(self, name: str) -> str:
+        """Return the kind of a weight, one of WEIGHT_KINDS."""
+
+    @abstractmethod
+    def compute_hidden_states(
+        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, packing: Any, use_cache: bool
+    ) -> Any:
+        """Compute what the head multiplies with its weight: the decoder's output, shape (B, T, D).
+
+        Args:
+            attention_mask: of a padded batch (B, S); None without padding.
+            packing: model.attention.Segments of a packed batch; None: the batch is padded.
+        """
+
+    def read_size(self, config: Mapping[str, Any], key: str, limit: int = 1 << 32) -> int:
+        """Read a size from (a part of) config.json.
+
+        Raises:
+            CheckpointError: it is missing, or no positive integer below the limit.
+        """
+        value = config.get(key)
+        if type(value) is not int or not 0 < value < limit:
+            raise CheckpointError(f"the base's config.json: {key}: {str(value)[:50]}: expected the size of the model")
+        return value
+
+
+def get_layer_name(name: str) -> str:
+    """Return the own name of a linear layer, given its path or that of its weight, with an adapter or without."""
+    return name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]

@@ -1,0 +1,166 @@
+"""T5 (Raffel et al. 2020), and its siblings that differ in details: T5 v1.1, Flan-T5, ByT5, mT5 and umT5."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from t5tune.families.architecture import Architecture, Dimensions, Shapes, TokenIds, get_layer_name
+
+ATTENTION = ("q", "k", "v", "o")
+FEED_FORWARD = ("wi", "wi_0", "wi_1", "wo")
+MAX_LAYERS = 1 << 12
+
+
+class T5(Architecture):
+    """T5.
+
+    Attributes:
+        embedding: path of the embedding that encoder, decoder and a tied head share.
+        default_feed_forward: what transformers computes where config.json has no feed_forward_proj.
+        scales_logits: whether the logits of a tied head are divided by √d_model.
+        bias_in_each_block: whether every block has its own relative position bias, not only the first.
+    """
+
+    model_type = "t5"
+    # the decoder starts with the pad token
+    default_config: ClassVar[Mapping[str, Any]] = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    feed_forward_key = "feed_forward_proj"
+    head = "lm_head"
+    embedding = "shared"
+    tied_to = f"{embedding}.weight"
+    token_row_modules = ("encoder.embed_tokens", "decoder.embed_tokens")
+    always_shared: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (f"{path}.weight" for path in token_row_modules), "shared.weight"
+    )
+    block_classes = ("T5Block",)
+    encoder_module = "encoder"
+    has_flex_attention: ClassVar[bool] = True
+    # T5's first release saved a position bias for the first cross-attention
+    ignored_tensors = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})
+    linear_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ATTENTION,
+        "feed-forward": FEED_FORWARD,
+        "all-linear": (*ATTENTION, *FEED_FORWARD),
+    }
+    fp16_overflow_layer = "wo"
+    trainable_modules: ClassVar[tuple[str, ...]] = ("layer_norm", "final_layer_norm", "relative_attention_bias")
+    default_feed_forward: ClassVar[str] = "relu"
+    scales_logits: ClassVar[bool] = True
+    bias_in_each_block: ClassVar[bool] = False
+
+    @property
+    def token_ids(self) -> TokenIds:
+        config = self.config
+        return TokenIds(config["decoder_start_token_id"], config["pad_token_id"], config["eos_token_id"])
+
+    @property
+    def dimensions(self) -> Dimensions:
+        heads = self.read_size(self.config, "num_heads")
+        return Dimensions(
+            num_rows=self.read_size(self.config, "vocab_size"),
+            num_heads=heads,
+            num_decoder_layers=self._count_layers()["decoder"],
+            cache_width=heads * self.read_size(self.config, "d_kv"),
+        )
+
+    @classmethod
+    def set_tied(cls, config: dict[str, Any], tied: bool) -> None:
+        """Write also `scale_decoder_outputs`.
+
+        transformers 4 scales the decoder's output if `tie_word_embeddings` is true; transformers 5 reads
+        `scale_decoder_outputs`. Writing both keeps the scaling after the flag is corrected.
+        """
+        if cls.scales_logits:
+            config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
+        config["tie_word_embeddings"] = tied
+
+    def _count_layers(self) -> dict[str, int]:
+        encoder = self.read_size(self.config, "num_layers", MAX_LAYERS)
+        key = "num_decoder_layers"
+        has_own = self.config.get(key) is not None
+        return {"encoder": encoder, "decoder": self.read_size(self.config, key, MAX_LAYERS) if has_own else encoder}
+
+    def derive_shapes(self) -> Shapes:
+        config = self.config
+        sizes = (self.read_size(config, key) for key in ("d_model", "d_kv", "num_heads", "d_ff", "vocab_size"))
+        width, head_width, heads, d_ff, vocab_size = sizes
+        shapes: Shapes = {self.tied_to: (vocab_size, width), self.head_weight: (vocab_size, width)}
+        shapes |= dict.fromkeys(self.always_shared, (vocab_size, width))
+        for stack, count in self._count_layers().items():
+            shapes[f"{stack}.final_layer_norm.weight"] = (width,)
+            for block in range(count):
+                layers = self._derive_attention_layers(stack, block, width, heads * head_width, heads)
+                layers.append(self._derive_feed_forward(width, d_ff))
+                for index, layer in enumerate(layers):
+                    prefix = f"{stack}.block.{block}.layer.{index}"
+                    shapes |= {f"{prefix}.{name}.weight": shape for name, shape in layer.items()}
+                    shapes[f"{prefix}.layer_norm.weight"] = (width,)
+        return shapes
+
+    def _derive_attention_layers(self, stack: str, block: int, width: int, inner: int, heads: int) -> list[Shapes]:
+        key = "relative_attention_num_buckets"
+        buckets = self.read_size({key: 32, **self.config}, key)
+        names = [self._name_self_attention(stack), *(["EncDecAttention"] if stack == "decoder" else [])]
+        layers = []
+        for index, attention in enumerate(names):
+            layer: Shapes = {f"{attention}.{part}": (inner, width) for part in "qkv"}
+            layer[f"{attention}.o"] = (width, inner)
+            if index == 0 and (block == 0 or self.bias_in_each_block):
+                layer[f"{attention}.relative_attention_bias"] = (buckets, heads)
+            layers.append(layer)
+        return layers
+
+    def _name_self_attention(self, stack: str) -> str:
+        return "SelfAttention"
+
+    def _derive_feed_forward(self, width: int, d_ff: int) -> Shapes:
+        gated = str(self.config.get("feed_forward_proj", self.default_feed_forward)).startswith("gated-")
+        parts = ("wi_0", "wi_1") if gated else ("wi",)
+        return {**{f"DenseReluDense.{part}": (d_ff, width) for part in parts}, "DenseReluDense.wo": (width, d_ff)}
+
+    def is_quantizable(self, name: str, quantize_wo: bool) -> bool:
+        is_linear = get_layer_name(name) in (*ATTENTION, *FEED_FORWARD)
+        return is_linear and ".block." in name and (quantize_wo or self.fp16_overflow_layer not in name.split("."))
+
+    def classify(self, name: str) -> str:
+        if name.startswith(self.head):
+            return "head"
+        if name.startswith((f"{self.embedding}.", *self.token_row_modules)):
+            return "embedding"
+        if "layer_norm" in name or "relative_attention_bias" in name:
+            return "rest"
+        return "feed-forward" if "DenseReluDense" in name else "attention"
+
+    def compute_hidden_states(
+        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, packing: Any, use_cache: bool
+    ) -> Any:
+        options = {} if packing is None else {"packing": packing}
+        encoded_BSD = model.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
+        hidden_BTD = model.decoder(
+            input_ids=decoder_input_ids,
+            encoder_hidden_states=encoded_BSD,
+            encoder_attention_mask=attention_mask,
+            use_cache=use_cache,
+            **options,
+        )[0]
+        return self._scale(model, hidden_BTD)
+
+    def _scale(self, model: Any, hidden_BTD: Any) -> Any:
+        # in transformers 5.18, umT5's config has only tie_word_embeddings
+        scales = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
+        return hidden_BTD * model.model_dim**-0.5 if scales else hidden_BTD
+
+
+class MT5(T5):
+    """mT5 (Xue et al. 2021)."""
+
+    model_type = "mt5"
+    default_feed_forward = "gated-gelu"
+    scales_logits = False
+
+
+class UMT5(T5):
+    """umT5 (Chung et al. 2023)."""
+
+    model_type = "umt5"
+    default_feed_forward = "gated-gelu"
+    bias_in_each_block = True

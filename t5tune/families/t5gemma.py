@@ -1,0 +1,170 @@
+"""T5Gemma (Zhang et al. 2025): an encoder and a decoder of Gemma 2's layers, of the same or of different sizes.
+
+Encoder and decoder have embeddings of their own, and the head is tied to the decoder's. Attention is soft-capped, and
+so are the logits. Their layers alternate between a window of the neighborhood and the whole text. Queries and keys of
+self-attention are rotated by their positions, which in a packed row start again in each segment.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from t5tune.families.architecture import Architecture, Dimensions, Shapes, TokenIds, get_layer_name
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+MAX_LAYERS = 1 << 12
+SOFT_CAPPED_ATTENTION = "t5tune_soft_capped"  # see model/gemma_attention.py: transformers' sdpa has no soft cap
+
+
+class T5Gemma(Architecture):
+    """T5Gemma.
+
+    Attributes:
+        encoder, decoder: paths of the modules with the layers.
+        default_logit_cap: the final soft cap where config.json has none.
+    """
+
+    model_type = "t5gemma"
+    encoder: ClassVar[str] = "model.encoder"
+    decoder: ClassVar[str] = "model.decoder"
+    head = "lm_head.out_proj"
+    tied_to = f"{decoder}.embed_tokens.weight"
+    block_classes = ("T5GemmaEncoderLayer", "T5GemmaDecoderLayer")
+    encoder_module = "model.encoder"
+    attention_implementation = SOFT_CAPPED_ATTENTION
+    takes_whole_masks = False
+    linear_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        # T5's names for the default, q and v
+        **{name[0]: (name,) for name in ATTENTION},
+        "attention": ATTENTION,
+        "feed-forward": FEED_FORWARD,
+        "all-linear": (*ATTENTION, *FEED_FORWARD),
+    }
+    trainable_modules: ClassVar[tuple[str, ...]] = tuple(
+        f"{place}_{part}_layernorm" for part in ("self_attn", "feedforward") for place in ("pre", "post")
+    )
+    default_logit_cap: ClassVar[float | None] = 30.0
+
+    @classmethod
+    def set_tied(cls, config: dict[str, Any], tied: bool) -> None:
+        """Write it only if it isn't what the file says already, or implies by leaving it out."""
+        if config.get("tie_word_embeddings", True) != tied:
+            config["tie_word_embeddings"] = tied
+
+    @property
+    def _stacks(self) -> dict[str, Mapping[str, Any]]:
+        """The parts of config.json by the paths of their modules."""
+        return {self.encoder: self.config.get("encoder", {}), self.decoder: self.config.get("decoder", {})}
+
+    @property
+    def token_ids(self) -> TokenIds:
+        config = self._stacks[self.decoder]
+        eos = config.get("eos_token_id", 1)
+        return TokenIds(
+            start=config.get("bos_token_id", 2),
+            pad=config.get("pad_token_id", 0),
+            eos=eos[0] if isinstance(eos, list) else eos,
+        )
+
+    @property
+    def dimensions(self) -> Dimensions:
+        encoder, decoder = self._stacks.values()
+        return Dimensions(
+            num_rows=self.read_size(decoder, "vocab_size"),
+            num_heads=self.read_size(encoder, "num_attention_heads"),
+            num_decoder_layers=self.read_size(decoder, "num_hidden_layers", MAX_LAYERS),
+            cache_width=self.read_size(decoder, "num_key_value_heads") * self.read_size(decoder, "head_dim"),
+        )
+
+    @property
+    def logit_cap(self) -> float | None:
+        cap: float | None = self._stacks[self.decoder].get("final_logit_softcapping", self.default_logit_cap)
+        return cap
+
+    def derive_shapes(self) -> Shapes:
+        shapes: Shapes = {}
+        encoder, decoder = self._stacks
+        encoder_width = self.read_size(self._stacks[encoder], "hidden_size")
+        for stack, config in self._stacks.items():
+            width, rows = self.read_size(config, "hidden_size"), self.read_size(config, "vocab_size")
+            shapes |= {f"{stack}.embed_tokens.weight": (rows, width), f"{stack}.norm.weight": (width,)}
+            layer = self._derive_layer(config, width, encoder_width if stack == decoder else None)
+            for number in range(self.read_size(config, "num_hidden_layers", MAX_LAYERS)):
+                shapes |= {f"{stack}.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
+        shapes[self.head_weight] = shapes[self.tied_to]
+        return shapes
+
+    def _derive_layer(self, config: Mapping[str, Any], width: int, encoder_width: int | None) -> Shapes:
+        """Derive the shapes of a layer's weights.
+
+        Args:
+            encoder_width: width of what the decoder's cross-attention reads; None in the encoder.
+        """
+        inner = self.read_size(config, "intermediate_size")
+        layer: Shapes = self._derive_attention("self_attn", config, width, width)
+        norms = ["self_attn", "feedforward"]
+        if encoder_width is not None:
+            layer |= self._derive_attention("cross_attn", config, width, encoder_width)
+            norms.append("cross_attn")
+        layer |= {f"mlp.{name}": (inner, width) for name in ("gate_proj", "up_proj")}
+        layer["mlp.down_proj"] = (width, inner)
+        return layer | {f"{place}_{part}_layernorm": (width,) for part in norms for place in ("pre", "post")}
+
+    def _derive_attention(self, name: str, config: Mapping[str, Any], width: int, memory_width: int) -> Shapes:
+        head_width = self.read_size(config, "head_dim")
+        queries = self.read_size(config, "num_attention_heads") * head_width
+        keys = self.read_size(config, "num_key_value_heads") * head_width
+        return {
+            f"{name}.q_proj": (queries, width),
+            f"{name}.k_proj": (keys, memory_width),
+            f"{name}.v_proj": (keys, memory_width),
+            f"{name}.o_proj": (width, queries),
+        }
+
+    def is_quantizable(self, name: str, quantize_wo: bool) -> bool:
+        is_linear = get_layer_name(name) in (*ATTENTION, *FEED_FORWARD)
+        in_text = any(f"{stack}.layers." in name for stack in (self.encoder, self.decoder))
+        return is_linear and in_text
+
+    def classify(self, name: str) -> str:
+        if name.startswith("lm_head."):
+            return "head"
+        if ".embed_tokens." in name:
+            return "embedding"
+        if "norm." in name:
+            return "rest"
+        return "feed-forward" if ".mlp." in name else "attention"
+
+    def compute_hidden_states(
+        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, packing: Any, use_cache: bool
+    ) -> Any:
+        encoder, decoder = map(model.get_submodule, (self.encoder, self.decoder))
+        if packing is None:
+            if attention_mask is None:  # otherwise they would take each pad token in a text for padding
+                attention_mask = input_ids.new_ones(input_ids.shape)
+            encoded_BSD = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+            return decoder(
+                input_ids=decoder_input_ids,
+                attention_mask=decoder_input_ids.new_ones(decoder_input_ids.shape),
+                encoder_hidden_states=encoded_BSD,
+                encoder_attention_mask=attention_mask,
+                use_cache=use_cache,
+            )[0]
+        # attention finds the segments in `packing` (model/gemma_attention.py): no mask of the row's length squared
+        unused = {kind: input_ids.new_zeros(1, 1, 1, 0) for kind in ("full_attention", "sliding_attention")}
+        device = input_ids.device
+        encoded_BSD = encoder(
+            input_ids=input_ids,
+            attention_mask=unused,
+            position_ids=packing.number_positions(packing.sources, device),
+            packing=packing,
+        )[0]
+        return decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=unused,
+            position_ids=packing.number_positions(packing.targets, device),
+            encoder_hidden_states=encoded_BSD,
+            encoder_attention_mask=unused,
+            use_cache=False,
+            packing=packing,
+        )[0]

@@ -1,0 +1,407 @@
+"""T5Gemma and T5Gemma 2 from a file of data to a merged checkpoint, compared with stock transformers and stock PEFT."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+from t5tune.checkpoints.base import open_base
+from t5tune.commands.chat import chat
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.export import export
+from t5tune.commands.merge import MergeResult, merge
+from t5tune.commands.train import train
+from t5tune.data.cache import open_cache
+from t5tune.errors import SettingsError, Stopped
+from t5tune.model.inference import load_adapter
+from t5tune.model.load import load_base
+from t5tune.model.lora import add_lora
+from t5tune.progress import Advanced
+from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings, QuantizationSettings
+from t5tune.settings.lora import LoraSettings
+from tests.support.command_line import CommandResult
+from tests.support.gemma_models import EOI, WINDOW, make_gemma, make_gemma_tokenizer
+from tests.support.runs import stop_at
+from tests.support.train_runs import make_settings, read_steps
+
+pytestmark = pytest.mark.slow
+
+KINDS = ("t5gemma2", "t5gemma-9b-2b")
+CPU = torch.device("cpu")
+TEXTS = [
+    ("Say it in one line, and then a second time.", "a line,\nand {another}"),
+    ("What for Mira?", "two teas, and a piece of that cake over there"),
+    ("How is it?", "naïve"),
+    ("Where did they go when it began to rain in the park?", "home"),
+    ("Who was that?", "no one that we know"),
+    ("When?", "at six"),
+]
+SKIPPED = ("vision_tower", "multi_modal_projector")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"lora_target_modules": ["attention"], "use_rslora": True},
+    "dora": {"use_dora": True, "lora_target_modules": ["feed-forward", "q"]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "norms": {"modules_to_save": ["pre_self_attn_layernorm", "post_feedforward_layernorm"]},
+    "loftq": {"init_lora_weights": "loftq", "q_lora": True, "bf16": False},
+    "int8": {"q_lora": True, "quant_type": "int8", "bf16": False},
+    "padded": {"packing": "off"},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bases of several shards."""
+    folder = tmp_path_factory.mktemp("gemma")
+    made = {kind: make_gemma(kind, folder / kind, shard_size="120KB") for kind in KINDS}
+    for base in made.values():
+        make_gemma_tokenizer(base)
+        assert (base / "model.safetensors.index.json").is_file()
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("".join(json.dumps({"source": source, "target": target}) + "\n" for source, target in TEXTS))
+    return path
+
+
+@dataclass(frozen=True)
+class Made:
+    """The outputs of the whole chain for a base."""
+
+    base: Path
+    run: Path
+    adapter: Path
+    merged: Path
+    result: MergeResult
+    q_lora: bool
+
+
+@pytest.fixture(scope="module", params=[f"{kind} {mode}" for kind in KINDS for mode in ("lora", "q_lora")])
+def made(
+    request: pytest.FixtureRequest, bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    kind, mode = request.param.split()
+    q_lora = mode == "q_lora"
+    folder = tmp_path_factory.mktemp("made")
+    train(
+        make_settings(
+            bases[kind],
+            data,
+            folder / "run",
+            q_lora=q_lora,
+            bf16=False,
+            max_steps=4,
+            learning_rate=3e-2,
+            lora_target_modules=["all-linear"],
+        )  # fmt: skip
+    )
+    export(ExportSettings(checkpoint=folder / "run", output_dir=folder / "adapter"))
+    settings = MergeSettings(
+        model_name_or_path=str(bases[kind]), adapter=folder / "adapter", output_dir=folder / "merged",
+        onto="nf4" if q_lora else "base", verify=True,
+    )  # fmt: skip
+    return Made(bases[kind], folder / "run", folder / "adapter", folder / "merged", merge(settings), q_lora)
+
+
+def load_stock(folder: Path) -> Any:
+    return AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def compute_logits(model: Any, run: Path) -> torch.Tensor:
+    logits = []
+    for example in open_cache(run / "data"):
+        source, target = torch.from_numpy(example.source_S)[None], torch.from_numpy(example.target_T)[None]
+        start = torch.full((1, 1), 2, dtype=target.dtype)
+        with torch.inference_mode():
+            inputs = {"input_ids": source.long(), "decoder_input_ids": torch.cat([start, target[:, :-1]], 1).long()}
+            logits.append(model.eval()(**inputs, use_cache=False).logits[0])
+    return torch.cat(logits)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors by their names in the files."""
+    return {name: value for file in folder.glob("model*.safetensors") for name, value in load_file(file).items()}
+
+
+def is_adapted(name: str) -> bool:
+    return ("_proj." in name or name.endswith("_proj")) and ".layers." in name and "vision" not in name
+
+
+def test_the_data_has_the_special_tokens_of_gemma(made: Made) -> None:
+    example = open_cache(made.run / "data")[0]
+    source, target = example.source_S.tolist(), example.target_T.tolist()
+    assert (source[0], target[-1]) == (2, 1)
+    assert 1 not in source
+    assert 2 not in target
+    assert max(len(each.source_S) for each in open_cache(made.run / "data")) > 2 * WINDOW
+    assert open_cache(made.run / "data").manifest["added_tokens"] == []
+
+
+def test_stock_peft_loads_the_adapter_without_touching_the_vision_tower(made: Made) -> None:
+    ours = load_adapter(load_base(made.base, torch.float32, CPU), made.adapter)
+    stock = PeftModel.from_pretrained(load_stock(made.base), made.adapter)
+    layers = [name for name, module in stock.named_modules() if isinstance(module, LoraLayer)]
+    assert layers == [name for name, module in ours.named_modules() if isinstance(module, LoraLayer)]
+    assert len(layers) > 20
+    assert not any(part in name for name in layers for part in SKIPPED)
+    logits = compute_logits(ours, made.run)
+    torch.testing.assert_close(compute_logits(stock, made.run), logits, rtol=1e-4, atol=1e-4)
+    assert (logits - compute_logits(load_base(made.base, torch.float32, CPU), made.run)).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")  # T5Gemma's never are
+def test_the_merged_checkpoint_has_the_bits_of_pefts_merge(made: Made) -> None:
+    before, after = read_tensors(made.base), read_tensors(made.merged)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed == {name for name in before if is_adapted(name)}
+    assert any(part in name for name in before for part in SKIPPED) == ("t5gemma2" in made.base.name)
+    assert made.result.adapted_tensors == len(changed)
+    for name in ("config.json", "model.safetensors.index.json", "generation_config.json"):
+        found, expected = (json.loads((folder / name).read_text()) for folder in (made.merged, made.base))
+        assert found == expected, name
+    files = sorted(file.name for file in made.merged.glob("*.safetensors"))
+    assert files == sorted(file.name for file in made.base.glob("*.safetensors"))
+    if made.q_lora:
+        return
+    expected = PeftModel.from_pretrained(load_stock(made.base), made.adapter).merge_and_unload().state_dict()
+    loaded = load_stock(made.merged).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert [name for name in expected if not expected[name].equal(loaded[name])] == []
+
+
+def test_stock_transformers_has_the_logits_of_the_merged_checkpoint(made: Made) -> None:
+    merged = compute_logits(load_stock(made.merged), made.run)
+    torch.testing.assert_close(
+        compute_logits(load_base(made.merged, torch.float32, CPU), made.run), merged, rtol=1e-4, atol=1e-4
+    )
+    quantization = QuantizationSettings(q_lora=True) if made.q_lora else None
+    adapted = load_adapter(load_base(made.base, torch.float32, CPU, quantization), made.adapter)
+    torch.testing.assert_close(compute_logits(adapted, made.run), merged, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_layers_of_the_text_are_quantized(made: Made) -> None:
+    model = load_base(made.base, torch.float32, CPU, QuantizationSettings(q_lora=True))
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    quantized = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert linear - quantized == {"lm_head.out_proj"}
+    assert not any(part in name for name, _ in model.named_modules() for part in SKIPPED)
+
+
+def test_chat_and_evaluate_reply_like_stock_transformers(made: Made, data: Path, tmp_path: Path) -> None:
+    stock = load_stock(made.merged)
+    source = open_cache(made.run / "data")[3].source_S
+    ids = stock.generate(torch.from_numpy(source)[None].long(), max_new_tokens=12, do_sample=False)[0].tolist()
+    asked: dict[str, Any] = {"prompt": TEXTS[3][0], "max_new_tokens": 12, "use_cpu": True}
+    reply = chat(ChatSettings(model_name_or_path=str(made.merged), **asked))
+    assert reply.reply_tokens == len(ids[1:]) - (1 in ids)
+    if not made.q_lora:
+        assert chat(ChatSettings(model_name_or_path=str(made.run), **asked)).reply == reply.reply
+    found = evaluate(
+        EvaluateSettings(
+            model_name_or_path=str(made.merged),
+            data_path=str(data),
+            output_dir=tmp_path / "out",
+            use_cpu=True,
+            max_new_tokens=12,
+        )  # fmt: skip
+    )
+    logits = compute_logits(stock, made.run)
+    targets = torch.cat([torch.from_numpy(example.target_T).long() for example in open_cache(made.run / "data")])
+    assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
+    predictions = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert reply.reply.strip() in (prediction["prediction"].strip() for prediction in predictions)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_live_model_saved_adapter_and_merged_checkpoint_agree(
+    kind: str, name: str, bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    changes = {"bf16": False, **VARIANTS[name]}
+    settings = make_settings(bases[kind], data, tmp_path / "run", max_steps=3, eval_data_path=str(data), **changes)
+    result = train(settings)
+    quantization = {key: changes[key] for key in ("q_lora", "quant_type") if key in changes}
+    saved = compute_loss(tmp_path / "run", data, tmp_path / "a", **quantization)
+    # int8 scales activations by the largest value of a batch, so that other batches round differently
+    assert result.eval["loss"] == pytest.approx(saved, rel=3e-3 if name == "int8" else 1e-4)
+    assert abs(saved - compute_loss(bases[kind], data, tmp_path / "c", **quantization)) > 1e-2
+    onto = changes.get("quant_type", "nf4") if quantization else "base"
+    merge(
+        MergeSettings(
+            model_name_or_path=str(bases[kind]), adapter=tmp_path / "run", output_dir=tmp_path / "merged", onto=onto
+        )
+    )
+    folded = compute_loss(tmp_path / "merged", data, tmp_path / "b")
+    assert folded == pytest.approx(saved, rel=2e-2 if quantization else 1e-4)
+
+
+def compute_loss(model: Path, data: Path, output: Path, **changes: Any) -> float:
+    values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
+    return evaluate(EvaluateSettings(**values, max_new_tokens=1, bf16=False, **changes)).loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_run_has_the_losses_of_a_packed_one(
+    kind: str, bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    steps = []
+    for packing in ("on", "off"):
+        run = tmp_path / packing
+        train(make_settings(bases[kind], data, run, max_steps=2, packing=packing, lora_dropout=0.0, bf16=False))
+        steps.append(read_steps(run))
+    for packed, padded in zip(*steps, strict=True):
+        assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-5)
+        assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_run_is_a_complete_checkpoint_from_which_it_resumes(
+    kind: str, bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"train_mode": "full", "max_steps": 4, "bf16": False}
+    stopped = make_settings(bases[kind], data, tmp_path / "parts", **changes)
+    with pytest.raises(Stopped):
+        train(stopped, stop_at(Advanced("train", 2)))
+    train(stopped)
+    train(make_settings(bases[kind], data, tmp_path / "whole", **changes))
+    before, after = read_tensors(bases[kind]), read_tensors(tmp_path / "whole")
+    assert after.keys() == before.keys()
+    unchanged = {name for name, tensor in before.items() if tensor.equal(after[name])}
+    assert unchanged - {name for name in before if any(part in name for part in SKIPPED)} <= {
+        "model.encoder.embed_tokens.eoi_embedding"
+    }
+    again = read_tensors(tmp_path / "parts")
+    assert all(again[name].equal(tensor) for name, tensor in after.items())
+    ours = compute_logits(load_base(tmp_path / "whole", torch.float32, CPU), tmp_path / "whole")
+    torch.testing.assert_close(
+        compute_logits(load_stock(tmp_path / "whole"), tmp_path / "whole"), ours, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unknown_layers_and_added_tokens_are_refused(kind: str, bases: dict[str, Path]) -> None:
+    base = bases[kind]
+    for names, problem in (
+        (["wo"], "lora_target_modules: wo: no such linear layer"),
+        (["out_proj"], "lora_target_modules: out_proj: no such"),
+    ):
+        with pytest.raises(SettingsError, match=problem):
+            add_lora(load_base(base, torch.float32, CPU), base, make_lora(names), [], torch.float32)
+    for name in ("out_proj", "decoder"):
+        copied = LoraSettings(modules_to_save=[name])
+        with pytest.raises(SettingsError, match=f"modules_to_save: {name}: contains .*shares"):
+            add_lora(load_base(base, torch.float32, CPU), base, copied, [], torch.float32)
+    with pytest.raises(SettingsError, match="train_token_rows: .*t5gemma.* can't get rows"):
+        add_lora(load_base(base, torch.float32, CPU), base, make_lora(["q"]), [EOI - 1], torch.float32)
+
+
+def make_lora(names: list[str]) -> LoraSettings:
+    return LoraSettings(lora_target_modules=names)
+
+
+@pytest.mark.parametrize("names", [["q", "v"], ["q_proj"], ["attention"], ["feed-forward"], ["all-linear"]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_targets_of_lora_are_layers_of_the_text(kind: str, names: list[str], bases: dict[str, Path]) -> None:
+    base = bases[kind]
+    model, _ = add_lora(load_base(base, torch.float32, CPU), base, make_lora(names), [], torch.float32)
+    found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    wanted = {
+        "q": ("q_proj",), "v": ("v_proj",), "q_proj": ("q_proj",),
+        "attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "feed-forward": ("gate_proj", "up_proj", "down_proj"),
+        "all-linear": ("_proj",),
+    }  # fmt: skip
+    endings = tuple(chain.from_iterable(wanted[name] for name in names))
+    shapes = model.architecture.derive_shapes()
+    linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2 and ".layers." in name]
+    assert found == {f"base_model.model.{name}" for name in linear if name.endswith(endings)}
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_names_of_files_are_converted_as_transformers_does(renamed: bool, bases: dict[str, Path]) -> None:
+    """With the table of transformers: the names in files, and the model's own names, which some releases wrote."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    stock = load_stock(bases["t5gemma2"])
+    names = list(read_tensors(bases["t5gemma2"]))
+    architecture = open_base(bases["t5gemma2"]).architecture
+    assert sum(architecture.to_model_name(name) != name for name in names) > 20
+    conversions = get_model_conversion_mapping(stock)
+    for name in names:
+        given = architecture.to_model_name(name) if renamed else name
+        expected = rename_source_key(given, conversions, [])[0]
+        assert architecture.to_model_name(given) == expected
+        assert expected in stock.state_dict()
+
+
+def test_a_merge_of_t5gemma_2_does_not_import_torch(made: Made, tmp_path: Path) -> None:
+    settings = {"model_name_or_path": str(made.base), "adapter": str(made.adapter), "output_dir": str(tmp_path / "out")}
+    code = (
+        "import sys; from t5tune.commands.merge import merge; from t5tune.settings import MergeSettings;"
+        f"merge(MergeSettings(**{settings!r}, verify=False)); print(any(m in sys.modules for m in ('torch', 'peft')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("stage", "mode"), [(0, ()), (1, ()), (2, ()), (3, ()), (3, ("--q-lora",)), (3, ("--train-mode", "full"))]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_have_the_losses_of_one_process(
+    kind: str,
+    stage: int,
+    mode: tuple[str, ...],
+    bases: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    on_ranks: Callable[..., CommandResult],
+) -> None:
+    # under ZeRO-0 in fp32, the norm is logged after clipping
+    options = {"max_steps": 2, "learning_rate": 3e-2, "lora_dropout": 0.0, "report_samples": 0, "max_grad_norm": 100}
+    alone: dict[str, Any] = {"per_device_train_batch_size": 6, "bf16": False, "q_lora": "--q-lora" in mode}
+    if "full" in mode:
+        alone["train_mode"] = "full"
+    train(make_settings(bases[kind], data, tmp_path / "alone", **alone, **options))
+    done = on_ranks(
+        *(2, "train", "--model-name-or-path", bases[kind], "--data-path", data, "--no-bf16", "--use-cpu"),
+        *("--output-dir", tmp_path / "ranks", "--deepspeed", f"zero{stage}", "--per-device-train-batch-size", 3),
+        *("--logging-steps", 1, "--eval-data-path", data, "--eval-generate", 2),
+        *chain.from_iterable((f"--{name}", value) for name, value in options.items()),
+        *("--eval-steps", 2, *mode),
+    )
+    assert done.code == 0, done.stderr
+    for found, expected in zip(read_steps(tmp_path / "ranks"), read_steps(tmp_path / "alone"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    if "full" in mode:
+        assert read_tensors(tmp_path / "ranks").keys() == read_tensors(bases[kind]).keys()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("made", [f"{kind} lora" for kind in KINDS], indirect=True)
+def test_an_evaluation_of_a_partitioned_model_has_the_result_of_one_process(
+    made: Made, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    common = ("evaluate", made.run, "--data-path", data, "--max-new-tokens", 6, "--use-cpu", "--no-bf16", "--json")
+    one = on_ranks(1, *common, "--output-dir", tmp_path / "one")
+    two = on_ranks(2, *common, "--output-dir", tmp_path / "two", "--deepspeed", "zero3")
+    assert (one.code, two.code) == (0, 0), two.stderr
+    assert two.json["loss"] == pytest.approx(one.json["loss"], rel=1e-5)
+    assert len({(tmp_path / name / "predictions.jsonl").read_bytes() for name in ("one", "two")}) == 1
