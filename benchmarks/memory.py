@@ -44,9 +44,13 @@ The numbers are computed from the shapes in each model's `config.json`, as `plan
 
 def build_page() -> str:
     """Return the text of docs/memory.md."""
+    return TEXT + "\n".join(map(build_row, list_names())) + "\n" + AFTER
+
+
+def list_names() -> list[str]:
+    """List the models of the table."""
     # those of a size have the same shape
-    names = [name for name in KNOWN_CONFIGS if "/t5gemma-" not in name or not name.endswith(T5GEMMA_VARIANTS[1:])]
-    return TEXT + "\n".join(map(build_row, names)) + "\n" + AFTER
+    return [name for name in KNOWN_CONFIGS if "/t5gemma-" not in name or not name.endswith(T5GEMMA_VARIANTS[1:])]
 
 
 def build_row(name: str) -> str:

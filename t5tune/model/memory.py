@@ -5,12 +5,13 @@
     step = measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=True)
 
 The step runs on fake tensors, which have shapes but no data: the real model, adapters, loss and backward pass, while
-every live storage is counted. So no per-layer formulas have to be kept in sync with the model.
+every live storage is counted. So no per-layer formulas have to be kept in sync with the model. An adapter's step runs
+on two and on three blocks of encoder and decoder, and each further block is taken to need as much as the third one.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from t5tune.settings.shared import QuantizationSettings
 
 # of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
 BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
-BLOCKS_WITHOUT_GRADIENTS = 2  # the first one computes the position bias that all of them share
+# nothing is kept from one to the next; the first one computes the position bias that all of them share
+BLOCKS_WITHOUT_GRADIENTS = 2
+MEASURED_BLOCKS = 2  # with fewer, other tensors than the blocks' may take the most memory
 MAX_SEGMENTS = 64
 
 
@@ -117,28 +120,66 @@ def measure_step(
         autocast: whether the forward pass uses mixed precision, as it does without DeepSpeed.
     """
     packs = settings.packing != "off" and can_pack(model)
+    inputs = {"reduction": "sum", "label_smoothing": settings.label_smoothing_factor, "use_cache": False}
     with _use_fake_tensors(model, on_gpu):
+        inputs |= _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
         if settings.gradient_checkpointing:
             model.enable_input_require_grads()
             # the method has another name in newer releases of transformers 5
             new = hasattr(model, "activation_checkpointing_enable")
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
-        inputs = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
+        uses_autocast = autocast and settings.bf16
+        counts = [len(blocks) for blocks in _find_blocks(model)]
+        if settings.train_mode == "full":  # the peak may be in the middle of the backward pass
+            activations = _measure_activations(model, inputs, uses_autocast)
+        else:
+            activations = _extrapolate(lambda kept: _measure_activations(model, inputs, uses_autocast, kept), counts)
+    return StepMemory(_count_gradients(model), activations + _count_unpacked_bytes(model, settings))
+
+
+def _extrapolate(measure: Callable[[list[int]], int], counts: list[int]) -> int:
+    """Compute `measure(counts)` from its values for few blocks, since it is linear in each count."""
+    few = [min(count, MEASURED_BLOCKS) for count in counts]
+    if few == counts:
+        return measure(counts)
+    measured = measure(few)
+    if len(set(counts)) == 1:
+        more = [count + 1 for count in few]
+        return measured + (counts[0] - few[0]) * (measure(more) - measured)
+    total = measured
+    for index, missing in enumerate(count - kept for count, kept in zip(counts, few, strict=True)):
+        if missing:
+            more = [*few[:index], few[index] + 1, *few[index + 1 :]]
+            total += missing * (measure(more) - measured)
+    return total
+
+
+def _measure_activations(model: Any, inputs: dict[str, Any], autocast: bool, kept: list[int] | None = None) -> int:
+    """Run a step, and return the most bytes that were live at a time in addition to weights and gradients.
+
+    Args:
+        kept: how many of the encoder's blocks and of the decoder's are run; None: all.
+    """
+    with _keep_few_blocks(model, kept) if kept else nullcontext():
         with _LiveBytes(model.parameters()) as live:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and settings.bf16):
-                smoothing = settings.label_smoothing_factor
-                total = model(**inputs, use_cache=False, reduction="sum", label_smoothing=smoothing)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                total = model(**inputs)
             total.backward()
             del total
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return StepMemory(gradients, max(0, live.peak - gradients) + _count_unpacked_bytes(model, settings))
+        peak: int = live.peak - _count_gradients(model)
+        return max(0, peak)
+
+
+def _count_gradients(model: Any) -> int:
+    size: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return size
 
 
 def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_gpu: bool, autocast: bool) -> int:
     """Run the forward pass of an evaluation on fake tensors; return the most bytes that are live at a time."""
     packs = settings.packing != "off" and can_pack(model)
-    with _use_fake_tensors(model, on_gpu), _keep_few_blocks(model):
+    with _use_fake_tensors(model, on_gpu), _keep_few_blocks(model, [BLOCKS_WITHOUT_GRADIENTS] * 2):
         inputs = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
         model.eval()
         live = _LiveBytes(model.parameters())
@@ -148,27 +189,31 @@ def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_g
     return live.peak + _count_unpacked_bytes(model, settings)
 
 
-@contextmanager
-def _keep_few_blocks(model: Any) -> Iterator[None]:
-    """Leave out most blocks in this block of code.
-
-    Without gradients nothing is kept from one block to the next, and running all of a large model's blocks, each of
-    which loops over hundreds of examples, takes most of a minute.
-    """
+def _find_blocks(model: Any) -> list[nn.ModuleList]:
+    """Find the blocks of the encoder and those of the decoder."""
     names = model.architecture.block_classes
-    lists = [
+    return [
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and all(type(block).__name__.endswith(names) for block in module)
     ]
+
+
+@contextmanager
+def _keep_few_blocks(model: Any, kept: list[int]) -> Iterator[None]:
+    """Leave out all but the first blocks of encoder and decoder in this block of code.
+
+    Running all of a large model's blocks, each of which loops over many examples, takes most of a minute.
+    """
+    lists = _find_blocks(model)
     before = [list(blocks) for blocks in lists]
-    for blocks in lists:
-        del blocks[BLOCKS_WITHOUT_GRADIENTS:]
+    for blocks, count in zip(lists, kept, strict=True):
+        del blocks[count:]
     try:
         yield
     finally:
         for blocks, all_blocks in zip(lists, before, strict=True):
-            blocks.extend(all_blocks[BLOCKS_WITHOUT_GRADIENTS:])
+            blocks.extend(all_blocks[len(blocks) :])
 
 
 def _count_unpacked_bytes(model: Any, settings: Any) -> int:

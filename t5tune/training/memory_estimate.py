@@ -82,7 +82,8 @@ class MemoryEstimator:
     ) -> None:
         self.architecture, self.settings, self.machine, self.step_done = architecture, settings, machine, step_done
         self.num_token_rows = num_token_rows
-        model = self._build_empty_model(deepspeed=False)
+        self._models: dict[bool, Any] = {}
+        model = self._get_empty_model(deepspeed=False)
         self.weights = count_weight_bytes(model, settings)
         self.counts = count_parameters(model)
         self.most_elements = max(parameter.numel() for parameter in model.parameters())
@@ -102,10 +103,10 @@ class MemoryEstimator:
         Args:
             lengths: of the largest batch whose losses are measured.
         """
-        under_deepspeed = stage != "none"
+        under_deepspeed = self._computes_otherwise(stage != "none")
         key = (under_deepspeed, lengths)
         if key not in self._evaluations:
-            model = self._build_empty_model(under_deepspeed)
+            model = self._get_empty_model(under_deepspeed)
             losses = measure_losses_memory(model, lengths, self.settings, self.machine.on_gpu, not under_deepspeed)
             self._evaluations[key] = max(losses, compute_generation_budget(model))
             self.step_done(1)
@@ -178,13 +179,22 @@ class MemoryEstimator:
         libraries = psutil.Process().memory_info().rss
         return held + whole + runtime, (libraries + buffer) * self.machine.count + offloaded
 
-    def _build_empty_model(self, deepspeed: bool) -> Any:
-        return build_empty_training_model(self.architecture, self.settings, self.num_token_rows, deepspeed)
+    def _computes_otherwise(self, deepspeed: bool) -> bool:
+        """Whether DeepSpeed trains the model and computes in other dtypes than PyTorch's mixed precision."""
+        return deepspeed and self.settings.bf16
+
+    def _get_empty_model(self, deepspeed: bool) -> Any:
+        if deepspeed not in self._models:
+            self._models[deepspeed] = build_empty_training_model(
+                self.architecture, self.settings, self.num_token_rows, deepspeed
+            )
+        return self._models[deepspeed]
 
     def _measure_step(self, lengths: BatchLengths, deepspeed: bool, reentrant: bool) -> StepMemory:
+        deepspeed = self._computes_otherwise(deepspeed)
         key = (lengths, deepspeed, reentrant and self.settings.gradient_checkpointing)
         if key not in self._steps:
-            model = self._build_empty_model(deepspeed)
+            model = self._get_empty_model(deepspeed)
             self._steps[key] = measure_step(
                 model, lengths, self.settings, self.machine.on_gpu, reentrant, autocast=not deepspeed
             )
