@@ -118,7 +118,7 @@ def compare_logits(ours: Any, stock: Any, examples: list[tuple[list[int], list[i
     """Return the largest difference of logits, as a share of the largest logit."""
     import torch
 
-    errors, start = [], ours.architecture.token_ids.start
+    errors, start = [], ours.architecture.start_token_id
     for source, target in examples:
         inputs = {
             "input_ids": torch.tensor([source]),

@@ -277,8 +277,8 @@ class TrainSettings(_settings.TrainSettings):
             lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
                 (use_rslora: lora_alpha / √lora_r).
             lora_dropout: Dropout probability on the input of the LoRA matrices.
-            lora_target_modules: Linear layers to adapt: their names, or a group: attention (q k v o), feed-forward (wi
-                wo) or all-linear (both).
+            lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
+                feed-forward (wi wo) or all-linear (both).
             lora_bias: Which bias vectors to train as well (T5 has none).
             use_dora: DoRA (Liu et al. 2024): train the norm of each row of an adapted weight separately from its
                 direction.
@@ -771,8 +771,8 @@ class PlanSettings(_settings.PlanSettings):
             lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
                 (use_rslora: lora_alpha / √lora_r).
             lora_dropout: Dropout probability on the input of the LoRA matrices.
-            lora_target_modules: Linear layers to adapt: their names, or a group: attention (q k v o), feed-forward (wi
-                wo) or all-linear (both).
+            lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
+                feed-forward (wi wo) or all-linear (both).
             lora_bias: Which bias vectors to train as well (T5 has none).
             use_dora: DoRA (Liu et al. 2024): train the norm of each row of an adapted weight separately from its
                 direction.

@@ -24,7 +24,8 @@ from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
 from t5tune.checkpoints.tokenizer_files import copy_template, copy_tokenizer
 from t5tune.checkpoints.torch_format.file import read_state_dict
 from t5tune.errors import CheckpointError
-from t5tune.families.t5 import T5
+from t5tune.families import EMBEDDINGS_AND_HEADS
+from t5tune.families.architecture import Architecture
 from t5tune.file_names import (
     ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
@@ -34,12 +35,10 @@ from t5tune.file_names import (
 )
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, parse_json_object
-from t5tune.settings.lora import UNTRAINABLE
 
 PEFT_PREFIX = "base_model.model."
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 TOKEN_ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
-ENCODER_ROWS, DECODER_ROWS = (f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in T5.token_row_modules)
 MAX_TENSORS = 1 << 12
 """The most tensors that an adapter may contain. T5-XXL has 432 linear layers."""
 QUANTIZATIONS = {"nf4", "fp4", "int8"}
@@ -112,8 +111,10 @@ def add_decoder_rows(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     """Add the decoder's trained embedding rows, which it shares with the encoder, if the config lists both."""
     indices = config.get("trainable_token_indices")
     result = dict(state)
-    if isinstance(indices, dict) and T5.token_row_modules[1] in indices and ENCODER_ROWS in state:
-        result.setdefault(DECODER_ROWS, state[ENCODER_ROWS])
+    if isinstance(indices, dict) and len(indices) > 2:  # the encoder's embedding, the decoder's, and the head
+        encoder, decoder = (f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in list(indices)[:2])
+        if encoder in state:
+            result.setdefault(decoder, state[encoder])
     return result
 
 
@@ -128,7 +129,7 @@ def check_adapter(
     Raises:
         CheckpointError: there is no LoRA pair; a pair is incomplete or lacks its DoRA magnitudes; a rank is wrong; a
             tensor is empty, not finite, or not floating-point; a module of modules_to_save is missing or isn't used
-            by T5; or nothing was trained.
+            by the model; or nothing was trained.
     """
     pairs: dict[str, set[str]] = {}
     is_trained = False
@@ -183,10 +184,10 @@ def check_rank(match: re.Match[str], tensor: Tensor, config: Mapping[str, Any], 
 
 def _check_modules_to_save(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> None:
     for name in config.get("modules_to_save") or ():
-        if name.rpartition(".")[2] in UNTRAINABLE:
+        if name.rpartition(".")[2] in EMBEDDINGS_AND_HEADS:
             raise CheckpointError(
-                f"{source / ADAPTER_CONFIG_FILE}: modules_to_save: {name}: T5 ignores the copy that PEFT makes of it, "
-                "so it wouldn't be trained",
+                f"{source / ADAPTER_CONFIG_FILE}: modules_to_save: {name}: the model ignores PEFT's copy of it, so it "
+                "wouldn't be trained",
                 hint="train the rows of new tokens with trainable_token_indices",
             )
         if not collect_modules_to_save({"modules_to_save": [name]}, state):
@@ -269,11 +270,13 @@ def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tenso
     return {base: state[name] for name, base in names.items() if listed and base.rpartition(".")[0].endswith(listed)}
 
 
-def build_token_indices(ids: list[int], tied: bool) -> Any:
+def build_token_indices(ids: list[int], architecture: Architecture, tied: bool) -> Any:
     """Build PEFT's trainable_token_indices for these rows of the embedding and the head.
 
     Stock PEFT drops one of two modules with equal index lists if the model is marked as tied, and transformers 5 marks
     every T5 as tied. So the indices of an untied head are listed in the reverse order of the embedding's: then stock
     PEFT loads the saved adapter correctly without extra code.
     """
-    return list(ids) if tied else {name: list(ids) for name in T5.token_row_modules} | {T5.head: ids[::-1]}
+    if tied:
+        return list(ids)
+    return {name: list(ids) for name in architecture.token_row_modules} | {architecture.head: ids[::-1]}

@@ -290,7 +290,7 @@ def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report:
 
 def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedCollator:
     """Make the collator of packed batches, and set the model up for them; of padded ones if it can't be packed."""
-    start = model.architecture.token_ids.start
+    start = model.architecture.start_token_id
     if not can_pack(model):
         return PaddedCollator(pad_token_id, start)
     use_packing(model)

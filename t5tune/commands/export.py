@@ -234,7 +234,7 @@ def _add_fastchat_rows(
     rows = compute_mean_rows(base, ids)
     recomputed = f"the embedding rows of FastChat's tokens {ids[0]} to {ids[-1]}"
     report(Note(f"recomputed {recomputed} as the mean of the rows before them"))
-    config = {**trained.config, "trainable_token_indices": build_token_indices(ids, base.is_tied())}
+    config = {**trained.config, "trainable_token_indices": build_token_indices(ids, base.architecture, base.is_tied())}
     return replace(trained, config=config, adapter=trained.adapter | rows)
 
 

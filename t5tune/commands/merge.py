@@ -89,7 +89,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     """
     started = time.monotonic()
     output, converts = settings.output_dir, settings.to == "ctranslate2"
-    _check_target(settings)
+    check_replaceable(output, settings.overwrite)
     settings, base_folder = _find_inputs(settings, report)
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
@@ -97,14 +97,13 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     tied = base.is_tied()
     trained = check_base(settings, base, adapters, report)
     family = find_family(read_config(base_folder), base_folder, family_key)
-    if converts and CTRANSLATE2 not in family.converters:
-        problem = f"to: ctranslate2: {family.name} can't be converted"
-        raise SettingsError(problem, hint="write a checkpoint, which transformers loads, with --to checkpoint")
+    if converts:
+        _check_converter(family)
     deltas = _collect_deltas(settings, base, adapters, tied, trained)
     _warn_if_zero(deltas, report)
     dtype = DTYPES_BY_TORCH_NAME[settings.dtype] if settings.dtype else None
     shards = plan_shards(base, dtype, settings.max_shard_size)
-    _check_disk_space(settings, shards)
+    _check_disk_space(settings, base, shards)
     verify = _should_verify(settings, base, adapters, report)
     found = agreement = None
     scratch = make_scratch_folder(Path(os.path.realpath(output))) if converts else None
@@ -135,15 +134,16 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     )
 
 
-def _check_target(settings: MergeSettings) -> None:
-    """Refuse a folder that contains files, and a conversion without the converter, before any weight is read."""
-    check_replaceable(settings.output_dir, settings.overwrite)
-    if settings.to == "ctranslate2":
-        try:
-            import ctranslate2.converters  # noqa: F401
-        except ImportError as error:
-            problem = f"to: ctranslate2 can't be imported: {error}"
-            raise DependencyError(problem, hint="pip install ctranslate2") from error
+def _check_converter(family: Family) -> None:
+    """Refuse a conversion that CTranslate2 can't do, before any weight is read."""
+    if CTRANSLATE2 not in family.converters:
+        problem = f"to: ctranslate2: {family.name} can't be converted"
+        raise SettingsError(problem, hint="write a checkpoint, which transformers loads, with --to checkpoint")
+    try:
+        import ctranslate2.converters  # noqa: F401
+    except ImportError as error:
+        problem = f"to: ctranslate2 can't be imported: {error}"
+        raise DependencyError(problem, hint="pip install ctranslate2") from error
 
 
 def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings, Path]:
@@ -225,7 +225,7 @@ def _requantize_base(
         delta.base_transform = functools.partial(quantize_dequantize, quantization=quantization, compute=compute)
 
 
-def _check_disk_space(settings: MergeSettings, shards: list[Shard]) -> None:
+def _check_disk_space(settings: MergeSettings, base: Checkpoint, shards: list[Shard]) -> None:
     """Check that the weights fit on the disk: a checkpoint stays there until its conversion is complete.
 
     Raises:
@@ -234,7 +234,7 @@ def _check_disk_space(settings: MergeSettings, shards: list[Shard]) -> None:
     needed = sum(shard.size for shard in shards)
     if settings.to == "ctranslate2":
         weights = {name: entry for shard in shards for name, entry in shard.entries.items()}
-        needed += estimate_converted_size(weights, settings.quantization)
+        needed += estimate_converted_size(weights, settings.quantization, base.architecture)
     folder = settings.output_dir
     place = next(parent for parent in Path(os.path.realpath(folder)).parents if parent.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:

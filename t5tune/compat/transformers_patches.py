@@ -21,7 +21,9 @@ def replace_forwards(model: Any, forwards: Mapping[str, Callable[..., Any]]) -> 
 
 
 def register_attention(name: str, attend: Callable[..., Any]) -> None:
-    """Make a function available as `attn_implementation`, for the whole process. Its mask is boolean, and always made.
+    """Make a function available as `attn_implementation`, for the whole process.
+
+    Its mask is boolean; None if all tokens see all others.
 
     transformers 5 looks up both by this name: https://huggingface.co/docs/transformers/attention_interface. Its own
     mask for sdpa leaves out a causal one, for which sdpa has an argument.

@@ -9,8 +9,8 @@ unchanged. So AutoTokenizer gives the same ids as training.
 """
 
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ BYTES_OFFSET = 3  # ByT5: ids 0 to 2 are pad, end and unknown, then come the 256
 BYT5_EXTRA_IDS = 125
 DEFAULT_SPECIAL_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 OTHER_SPECIAL_TOKENS = ("bos_token", "cls_token", "sep_token", "mask_token")
+UNIGRAM = 1  # trainer_spec.model_type of a SentencePiece model
 USER_DEFINED_PIECE = 4  # type of a SentencePiece piece that any text becomes
 
 
@@ -71,6 +72,7 @@ class Tokenizer:
     Args:
         backend: a tokenizers.Tokenizer; None for ByT5, whose ids are bytes.
         special_tokens: all special tokens, including eos, pad and unk, and the sentinels.
+        other_names: what tokenizer_config.json calls some of the others: bos_token -> its text.
         folder: the folder it was loaded from.
         max_length: model_max_length of its files, in tokens, or None.
     """
@@ -82,6 +84,7 @@ class Tokenizer:
     special_tokens: tuple[str, ...]
     folder: Path
     max_length: int | None = None
+    other_names: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of tokens, including added and special tokens."""
@@ -178,7 +181,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if file is None:
         fixed = (names["pad_token"], names["eos_token"], names["unk_token"])
         sentinels = tuple(f"<extra_id_{number}>" for number in range(BYT5_EXTRA_IDS))
-        return Tokenizer(None, **names, special_tokens=fixed + sentinels, folder=folder, max_length=max_length)
+        pad, eos, unk = fixed
+        return Tokenizer(None, eos, pad, unk, special_tokens=fixed + sentinels, folder=folder, max_length=max_length)
     backend = _load_backend(file, config, names)
     _add_listed_tokens(backend, config, folder)
     for name, token in names.items():
@@ -186,7 +190,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             raise ModelError(f"{folder}: {name} {token!r} is not in the vocabulary")
     added = backend.get_added_tokens_decoder()
     special = {token.content for token in added.values() if token.special} | set(names.values())
-    return Tokenizer(backend, **names, special_tokens=tuple(sorted(special)), folder=folder, max_length=max_length)
+    others = {name: _get_token_text(config.get(name), "") for name in OTHER_SPECIAL_TOKENS}
+    known = {name: token for name, token in others.items() if backend.token_to_id(token) is not None}
+    return Tokenizer(
+        backend,
+        names["eos_token"],
+        names["pad_token"],
+        names["unk_token"],
+        special_tokens=tuple(sorted(special)),
+        folder=folder,
+        max_length=max_length,
+        other_names=known,
+    )
 
 
 def _load_backend(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
@@ -212,7 +227,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         return
     # written with Python, because tokenizers only accepts paths that are valid Unicode
     (folder / TOKENIZER_FILE).write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
-    own = {name: getattr(tokenizer, name) for name in DEFAULT_SPECIAL_TOKENS}
+    own = {name: getattr(tokenizer, name) for name in DEFAULT_SPECIAL_TOKENS} | dict(tokenizer.other_names)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # a T5 class would rebuild the normalizer
         **own,
@@ -292,6 +307,10 @@ def _read_sentencepiece(file: Path) -> Any:
 def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
     """Convert a spiece.model as transformers 4 does for T5: the sentinels follow its tokens, highest number first."""
     model = _read_sentencepiece(file)
+    if model.trainer_spec.model_type != UNIGRAM:
+        raise ValueError(
+            "it isn't a Unigram model, as T5's are; save the tokenizer as tokenizer.json with AutoTokenizer"
+        )
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     sentinels = [f"<extra_id_{number}>" for number in range(int(config.get("extra_ids", 100)))]
     pieces += [(token, 0.0) for token in reversed(sentinels)]

@@ -51,7 +51,7 @@ class Family:
         num_tokens: tokens of the published tokenizers.
         tokenizer: kind of tokenizer.
         identified_by: values of config.json that distinguish it from other families of its type: key -> values.
-        converters: tools that read a merged checkpoint and compute the same logits.
+        converters: tools that read a merged checkpoint; docs/serving.md says what each computes.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Family:
 
     @property
     def num_unused_rows(self) -> int:
-        """Rows of the published embeddings without a token: the number of tokens that can be added."""
+        """Rows of the published embeddings without a token. Tokens can be added there, if rows can be trained."""
         return self.num_rows - self.num_tokens
 
     @property
@@ -76,7 +76,10 @@ class Family:
         return self.architecture.model_type
 
     def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill in what a config.json leaves out: the ids of special tokens, and the model type that --family gave."""
+        """Fill in what a config.json leaves out: the ids of special tokens, and the model type that --family gave.
+
+        A config.json of the family's own type leaves out a feed_forward_proj that is the architecture's default.
+        """
         given = {name: value for name, value in config.items() if value is not None}
         key = self.architecture.feed_forward_key
         is_own_type = config.get("model_type") == self.model_type
@@ -189,9 +192,15 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# model_type -> why an encoder-decoder of T5's kin is refused
+# model_type -> why an encoder-decoder like T5 is refused
 REFUSED_MODELS = {
     "switch_transformers": "Switch Transformers: its experts have a capacity per text, so packing changes results",
+}
+# the own names of modules that share a weight with another, or may do so
+EMBEDDINGS_AND_HEADS = {
+    path.rpartition(".")[2]
+    for architecture in (family.architecture for family in FAMILIES.values())
+    for path in (architecture.head, architecture.tied_to.removesuffix(".weight"), *architecture.token_row_modules)
 }
 MODEL_TYPES = {family.model_type for family in FAMILIES.values()}
 

@@ -1,13 +1,13 @@
 """What t5tune must know about an architecture of transformers, such as T5's.
 
     architecture = find_family(config, folder).bind(config)
-    architecture.head_weight, architecture.token_ids.start
+    architecture.head_weight, architecture.start_token_id
 
 Each architecture is a class in a module of its own. Tensors have the names of transformers' modules, which are also
 those in PEFT's adapters; `to_model_name` converts the names in a checkpoint's files. Nothing here imports torch: what a
 function does with tensors, it does by their own methods.
 
-docs/develop.md says how to add one.
+CONTRIBUTING.md says how to add one.
 """
 
 from abc import ABC, abstractmethod
@@ -18,16 +18,8 @@ from typing import Any, ClassVar
 from t5tune.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
+MAX_LAYERS = 1 << 12
 WEIGHT_KINDS = ("embedding", "head", "attention", "feed-forward", "rest")
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """The special tokens of the decoder: what it starts with, what fills up a batch, and what ends a text."""
-
-    start: int
-    pad: int
-    eos: int
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,8 @@ class Architecture(ABC):
         skipped_modules: paths of modules that text doesn't need: they aren't loaded, and `merge` copies their tensors.
         ignored_tensors: tensors in some files that no implementation uses.
         attention_implementation: transformers' attn_implementation for padded batches.
-        takes_whole_masks: whether the model uses a mask of four dimensions as it is. One with windows must make its own
-            masks from one of two dimensions.
+        accepts_4d_masks: whether a padding mask of shape (B, 1, 1, S) can be given in place of (B, S). Models with
+            windows build their own masks from the latter.
         has_flex_attention: whether all attention over packed rows can be computed in one kernel per layer.
         linear_layers: the names that `lora_target_modules` can contain, with the linear layers of each.
         fp16_overflow_layer: a linear layer whose output exceeds the range of fp16, so transformers keeps its weight in
@@ -83,7 +75,7 @@ class Architecture(ABC):
     skipped_modules: ClassVar[tuple[str, ...]] = ()
     ignored_tensors: ClassVar[frozenset[str]] = frozenset()
     attention_implementation: ClassVar[str] = "sdpa"
-    takes_whole_masks: ClassVar[bool] = True
+    accepts_4d_masks: ClassVar[bool] = True
     has_flex_attention: ClassVar[bool] = False
     linear_layers: ClassVar[Mapping[str, tuple[str, ...]]]
     fp16_overflow_layer: ClassVar[str | None] = None
@@ -130,8 +122,8 @@ class Architecture(ABC):
 
     @property
     @abstractmethod
-    def token_ids(self) -> TokenIds:
-        """The decoder's special tokens, from config.json."""
+    def start_token_id(self) -> int:
+        """The token that the decoder starts with, from config.json. The tokenizer has the other special tokens."""
 
     @property
     @abstractmethod
@@ -178,7 +170,9 @@ class Architecture(ABC):
         """
         value = config.get(key)
         if type(value) is not int or not 0 < value < limit:
-            raise CheckpointError(f"the base's config.json: {key}: {str(value)[:50]}: expected the size of the model")
+            raise CheckpointError(
+                f"the base's config.json: {key}: {str(value)[:50]}: expected a positive integer below {limit}"
+            )
         return value
 
 

@@ -1,6 +1,6 @@
 """LongT5 (Guo et al. 2022): T5 with an encoder whose tokens attend to their neighborhood, and to sums of 16 tokens."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from t5tune.families.architecture import Shapes
 from t5tune.families.t5 import T5
@@ -12,16 +12,15 @@ class LongT5(T5):
     """LongT5.
 
     `tie_word_embeddings: false` in its config.json means only that logits aren't divided by √d_model: the published
-    files contain no head, so it is tied. transformers 5 reads the flag so, too.
+    files contain no head, so it is tied. transformers 5 reads the flag the same way.
     """
 
     model_type = "longt5"
     block_classes = ("LongT5Block",)
     attention_implementation = "eager"
     has_flex_attention = False
-    takes_whole_masks = False
+    accepts_4d_masks = False
     trainable_modules = (*T5.trainable_modules, "global_relative_attention_bias", "global_input_layer_norm")
-    scales_logits: ClassVar[bool] = False
 
     @classmethod
     def set_tied(cls, config: dict[str, Any], tied: bool) -> None:
@@ -67,10 +66,7 @@ def _run_packed(stack: Any, ids: Any, packing: Any, encoded_BSD: Any) -> Any:
     The attention layers find the segments in place of the mask (model/longt5_attention.py).
     """
     hidden = stack.dropout(stack.embed_tokens(ids))
-    bias = cross_bias = None
+    bias = None
     for block in stack.block:
-        outputs = block(hidden, packing, bias, encoded_BSD, packing, cross_bias, use_cache=False)
-        hidden, bias = outputs[:2]
-        if encoded_BSD is not None:
-            cross_bias = outputs[3]
+        hidden, bias = block(hidden, packing, bias, encoded_BSD, packing, use_cache=False)[:2]
     return stack.dropout(stack.final_layer_norm(hidden))

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from t5tune.families.architecture import Architecture, Dimensions, Shapes, TokenIds, get_layer_name
+from t5tune.families.architecture import MAX_LAYERS, Architecture, Dimensions, Shapes, get_layer_name
 
 ATTENTION = ("q", "k", "v", "o")
 FEED_FORWARD = ("wi", "wi_0", "wi_1", "wo")
-MAX_LAYERS = 1 << 12
 
 
 class T5(Architecture):
@@ -48,9 +47,9 @@ class T5(Architecture):
     bias_in_each_block: ClassVar[bool] = False
 
     @property
-    def token_ids(self) -> TokenIds:
-        config = self.config
-        return TokenIds(config["decoder_start_token_id"], config["pad_token_id"], config["eos_token_id"])
+    def start_token_id(self) -> int:
+        start: int = self.config["decoder_start_token_id"]
+        return start
 
     @property
     def dimensions(self) -> Dimensions:
@@ -156,6 +155,9 @@ class MT5(T5):
     model_type = "mt5"
     default_feed_forward = "gated-gelu"
     scales_logits = False
+
+    def _scale(self, model: Any, hidden_BTD: Any) -> Any:
+        return hidden_BTD
 
 
 class UMT5(T5):

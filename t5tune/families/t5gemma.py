@@ -1,18 +1,18 @@
 """T5Gemma (Zhang et al. 2025): an encoder and a decoder of Gemma 2's layers, of the same or of different sizes.
 
 Encoder and decoder have embeddings of their own, and the head is tied to the decoder's. Attention is soft-capped, and
-so are the logits. Their layers alternate between a window of the neighborhood and the whole text. Queries and keys of
-self-attention are rotated by their positions, which in a packed row start again in each segment.
+so are the logits. The layers of both alternate between a window of the neighborhood and the whole text. Queries and
+keys of self-attention are rotated by their positions, which in a packed row start again in each segment.
 """
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from t5tune.families.architecture import Architecture, Dimensions, Shapes, TokenIds, get_layer_name
+from t5tune.errors import CheckpointError
+from t5tune.families.architecture import MAX_LAYERS, Architecture, Dimensions, Shapes, get_layer_name
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-MAX_LAYERS = 1 << 12
 SOFT_CAPPED_ATTENTION = "t5tune_soft_capped"  # see model/gemma_attention.py: transformers' sdpa has no soft cap
 
 
@@ -32,7 +32,7 @@ class T5Gemma(Architecture):
     block_classes = ("T5GemmaEncoderLayer", "T5GemmaDecoderLayer")
     encoder_module = "model.encoder"
     attention_implementation = SOFT_CAPPED_ATTENTION
-    takes_whole_masks = False
+    accepts_4d_masks = False
     linear_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         # T5's names for the default, q and v
         **{name[0]: (name,) for name in ATTENTION},
@@ -40,8 +40,14 @@ class T5Gemma(Architecture):
         "feed-forward": FEED_FORWARD,
         "all-linear": (*ATTENTION, *FEED_FORWARD),
     }
-    trainable_modules: ClassVar[tuple[str, ...]] = tuple(
-        f"{place}_{part}_layernorm" for part in ("self_attn", "feedforward") for place in ("pre", "post")
+    trainable_modules: ClassVar[tuple[str, ...]] = (
+        *(
+            f"{place}_{part}_layernorm"
+            for part in ("self_attn", "cross_attn", "feedforward")
+            for place in ("pre", "post")
+        ),
+        f"{encoder}.norm",
+        f"{decoder}.norm",
     )
     default_logit_cap: ClassVar[float | None] = 30.0
 
@@ -54,17 +60,26 @@ class T5Gemma(Architecture):
     @property
     def _stacks(self) -> dict[str, Mapping[str, Any]]:
         """The parts of config.json by the paths of their modules."""
-        return {self.encoder: self.config.get("encoder", {}), self.decoder: self.config.get("decoder", {})}
+        return {self.encoder: self._read_part("encoder"), self.decoder: self._read_part("decoder")}
+
+    def _read_part(self, *keys: str) -> Mapping[str, Any]:
+        """Read a part of config.json.
+
+        Raises:
+            CheckpointError: it is no object.
+        """
+        part: Mapping[str, Any] = self.config
+        for key in keys:
+            part = part.get(key, {})
+            if not isinstance(part, dict):
+                problem = f"the base's config.json: {'.'.join(keys)}: {str(part)[:50]}: expected an object"
+                raise CheckpointError(problem)
+        return part
 
     @property
-    def token_ids(self) -> TokenIds:
-        config = self._stacks[self.decoder]
-        eos = config.get("eos_token_id", 1)
-        return TokenIds(
-            start=config.get("bos_token_id", 2),
-            pad=config.get("pad_token_id", 0),
-            eos=eos[0] if isinstance(eos, list) else eos,
-        )
+    def start_token_id(self) -> int:
+        start = self._stacks[self.decoder].get("bos_token_id")
+        return 2 if start is None else int(start)
 
     @property
     def dimensions(self) -> Dimensions:

@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from t5tune.errors import CheckpointError
 from t5tune.families.architecture import Shapes
 from t5tune.families.t5gemma import T5Gemma
 
 # In the files, the text's modules are next to the vision tower. `save_pretrained` of some releases writes the model's
 # own names.
-_TEXT_MODULE = re.compile(r"(model\.encoder\.)(?=(embed_tokens|norm|layers)\.)")
+_TEXT_MODULE = re.compile(r"^(model\.encoder\.)(?=(embed_tokens|norm|layers)\.)")
 
 
 class T5Gemma2(T5Gemma):
@@ -29,8 +30,24 @@ class T5Gemma2(T5Gemma):
     block_classes = ("T5Gemma2EncoderLayer", "T5Gemma2DecoderLayer")
     skipped_modules = ("model.encoder.vision_tower", "model.encoder.multi_modal_projector")
     attention_implementation = "sdpa"
-    trainable_modules = (*T5Gemma.trainable_modules, "q_norm", "k_norm")
+    trainable_modules = (
+        *(name for name in T5Gemma.trainable_modules if name.endswith("_layernorm") and "cross" not in name),
+        "q_norm",
+        "k_norm",
+        f"{encoder}.norm",
+        f"{T5Gemma.decoder}.norm",
+    )
     default_logit_cap: ClassVar[float | None] = None
+
+    def list_shared(self, tied: bool) -> dict[str, str]:
+        """List the parameters that share another one.
+
+        Raises:
+            CheckpointError: the head isn't tied; then transformers doesn't share the embeddings either.
+        """
+        if not tied:
+            raise CheckpointError("the base has a head of its own: T5Gemma 2 can only be trained with one embedding")
+        return super().list_shared(tied)
 
     def to_model_name(self, file_name: str) -> str:
         return _TEXT_MODULE.sub(r"\1text_model.", file_name)
@@ -42,8 +59,7 @@ class T5Gemma2(T5Gemma):
 
     @property
     def _stacks(self) -> dict[str, Mapping[str, Any]]:
-        encoder = self.config.get("encoder", {}).get("text_config", {})
-        return {self.encoder: encoder, self.decoder: self.config.get("decoder", {})}
+        return {self.encoder: self._read_part("encoder", "text_config"), self.decoder: self._read_part("decoder")}
 
     def derive_shapes(self) -> Shapes:
         shapes = super().derive_shapes()

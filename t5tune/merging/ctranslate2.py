@@ -150,7 +150,7 @@ def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[
     """Generate a reply to each source: (its ids, the log-probabilities of these and of the EOS token)."""
     tokenizer = load_tokenizer(checkpoint)
     model = load_base(checkpoint, torch.float32, choose_device(use_cpu=True))
-    start, end = model.architecture.token_ids.start, tokenizer.eos_token_id
+    start, end = model.architecture.start_token_id, tokenizer.eos_token_id
     # generation_config.json may set penalties, which the converted model doesn't apply
     model.generation_config = transformers.GenerationConfig(decoder_start_token_id=start)
     result = []

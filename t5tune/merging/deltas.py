@@ -157,7 +157,8 @@ def _collect_token_rows(
     for module, ids in indices.items() if isinstance(indices, dict) else [(embedding_module, indices)]:
         is_head = module.endswith(head) and not tied
         weight = architecture.head_weight if is_head else embedding
-        modules = [head] if is_head else [*architecture.token_row_modules[:1], embedding_module, "embed_tokens"]
+        rows_of = architecture.token_row_modules[:1]
+        modules = [head] if is_head else [*rows_of, embedding_module, *(path.rpartition(".")[2] for path in rows_of)]
         names = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in modules]
         found = next((state[name] for name in names if name in state), None)
         if found is None:

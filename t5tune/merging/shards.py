@@ -18,6 +18,7 @@ from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.safetensors import build_header
 from t5tune.checkpoints.tensors import FLOAT_DTYPES, NUMPY_DTYPES, FileRange, count_tensor_bytes
 from t5tune.errors import CheckpointError
+from t5tune.families.architecture import Architecture
 from t5tune.file_names import INDEX_SUFFIX, MODEL_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
@@ -200,7 +201,7 @@ def _write_blocks(
     return done
 
 
-def estimate_converted_size(weights: Entries, quantization: str | None) -> int:
+def estimate_converted_size(weights: Entries, quantization: str | None, architecture: Architecture) -> int:
     """Estimate the bytes of a model in CTranslate2's format, rather too many than too few.
 
     Args:
@@ -214,7 +215,7 @@ def estimate_converted_size(weights: Entries, quantization: str | None) -> int:
         width = NUMPY_DTYPES[dtypes.pop()].itemsize if len(dtypes) == 1 else 4
     size = 0
     for name, (_, shape) in weights.items():
-        is_quantized = len(shape) == 2 and "relative_attention_bias" not in name
+        is_quantized = len(shape) == 2 and architecture.classify(name) != "rest"
         scales = 4 * shape[0] if is_quantized else 0  # int8 has one for each row
         size += math.prod(shape) * (width if is_quantized else max(width, 4)) + scales + CONVERTED_HEADER_BYTES
     return size

@@ -90,7 +90,7 @@ def _compare_logits(
         onto: what the adapters were merged into: base, or a kind of quantized base. The merged model is compared with
             the adapters on this base.
     """
-    start = open_base(merged).architecture.token_ids.start
+    start = open_base(merged).architecture.start_token_id
     inputs = [
         {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
         for source, target in read_example_ids(merged, adapters[0].folder)

@@ -13,17 +13,21 @@ from typing import Any
 
 from t5tune.compat.transformers_patches import replace_forwards
 from t5tune.model import gemma_attention, longt5_attention, t5_attention
+from t5tune.model.t5_attention import trains_position_bias
 
-# classes of transformers, with the forward that packed rows pass through
-FORWARDS: dict[str, Callable[..., Any]] = {
+# classes of transformers, with the forward that packed rows pass through; these are told whether the bias is trained
+BIASED_FORWARDS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("T5Attention", "MT5Attention", "UMT5Attention"), t5_attention.forward),
     "LongT5Attention": longt5_attention.forward_decoder,
     "LongT5LocalAttention": longt5_attention.forward_encoder,
     "LongT5TransientGlobalAttention": longt5_attention.forward_encoder,
-    "T5GemmaSelfAttention": gemma_attention.forward_self,
-    "T5GemmaCrossAttention": gemma_attention.forward_cross,
-    "T5Gemma2SelfAttention": gemma_attention.forward_self,
-    "T5Gemma2MergedAttention": gemma_attention.forward_merged,
+}
+FORWARDS: dict[str, Callable[..., Any]] = {
+    **BIASED_FORWARDS,
+    "T5GemmaSelfAttention": partial(gemma_attention.forward_self, gemma_attention.T5GEMMA),
+    "T5GemmaCrossAttention": partial(gemma_attention.forward_cross, gemma_attention.T5GEMMA),
+    "T5Gemma2SelfAttention": partial(gemma_attention.forward_self, gemma_attention.T5GEMMA_2),
+    "T5Gemma2MergedAttention": partial(gemma_attention.forward_merged, gemma_attention.T5GEMMA_2),
 }
 
 
@@ -39,12 +43,8 @@ def use_packing(model: Any) -> None:
     Call it after `requires_grad` is set on all parameters.
     """
     trains_bias = trains_position_bias(model)
-    replace_forwards(model, {name: partial(forward, trains_bias) for name, forward in FORWARDS.items()})
-
-
-def trains_position_bias(model: Any) -> bool:
-    """Whether the position bias is trained."""
-    return any(value.requires_grad for name, value in model.named_parameters() if "relative_attention_bias" in name)
+    biased = {name: partial(forward, trains_bias) for name, forward in BIASED_FORWARDS.items()}
+    replace_forwards(model, FORWARDS | biased)
 
 
 def switch_off_attention_dropout(model: Any) -> None:

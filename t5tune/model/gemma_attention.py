@@ -9,6 +9,7 @@ B batch (1 if packed), Q query tokens, K key tokens, H heads, G heads of keys an
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,41 @@ SLIDING = "sliding_attention"
 MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What distinguishes the attention of T5Gemma from that of T5Gemma 2.
+
+    Args:
+        normalizes: whether queries and keys are normalized.
+        caps: whether scores are capped softly. T5Gemma 2 has the setting, but doesn't use it.
+        make_window: makes the encoder's mask function for a window.
+    """
+
+    normalizes: bool
+    caps: bool
+    make_window: Callable[[int], MaskFunction]
+
+
+def _make_window(window: int) -> MaskFunction:
+    """A token sees as many tokens as the window has, on each side."""
+    from transformers.masking_utils import sliding_window_bidirectional_mask_function
+
+    return sliding_window_bidirectional_mask_function(window)  # type: ignore[no-any-return]
+
+
+def _make_window_of_both_sides(window: int) -> MaskFunction:
+    """A token sees as many tokens as the window has, on both sides together."""
+    from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_function
+
+    return sliding_window_mask_function(window, is_causal=False)  # type: ignore[no-any-return]
+
+
+T5GEMMA = Kind(normalizes=False, caps=True, make_window=_make_window)
+T5GEMMA_2 = Kind(normalizes=True, caps=False, make_window=_make_window_of_both_sides)
+
+
 def forward_self(
-    _trains_bias: bool,
+    kind: Kind,
     module: Any,
     original_forward: Callable[..., Any],
     *args: Any,
@@ -36,18 +70,18 @@ def forward_self(
     hidden_BQ = kwargs["hidden_states"]
     is_decoder = bool(module.is_causal)
     lengths = packing.targets if is_decoder else packing.sources
-    see = _choose_mask_function(module, is_decoder)
-    states = _project_and_rotate(module, hidden_BQ, kwargs["position_embeddings"])
+    see = _choose_mask_function(kind, module, is_decoder)
+    states = _project_and_rotate(kind, module, hidden_BQ, kwargs["position_embeddings"])
     masks = {} if see is None else {length: _make_mask(see, length, hidden_BQ.device) for length in set(lengths)}
     attended = [
-        _attend(module, queries, keys, values, masks.get(length))
+        _attend(kind, module, queries, keys, values, masks.get(length))
         for length, queries, keys, values in zip(lengths, *_split(lengths, *states), strict=True)
     ]
     return _project_output(module, attended), None
 
 
 def forward_cross(
-    _trains_bias: bool,
+    kind: Kind,
     module: Any,
     original_forward: Callable[..., Any],
     *args: Any,
@@ -67,11 +101,11 @@ def forward_cross(
         )
     )
     segments = zip(*_split(packing.targets, query), *_split(packing.sources, key, value), strict=True)
-    return _project_output(module, [_attend(module, q, k, v, None) for q, k, v in segments]), None
+    return _project_output(module, [_attend(kind, module, q, k, v, None) for q, k, v in segments]), None
 
 
 def forward_merged(
-    _trains_bias: bool,
+    kind: Kind,
     module: Any,
     original_forward: Callable[..., Any],
     *args: Any,
@@ -82,10 +116,10 @@ def forward_merged(
     if packing is None:
         return original_forward(*args, **kwargs)
     hidden_BQ, memory_BK = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
-    query, key, value = _project_and_rotate(module, hidden_BQ, kwargs["position_embeddings"])
+    query, key, value = _project_and_rotate(kind, module, hidden_BQ, kwargs["position_embeddings"])
     memory_key = module.k_norm(_split_heads(module, module.k_proj(memory_BK)))
     memory_value = _split_heads(module, module.v_proj(memory_BK))
-    see = _choose_mask_function(module, is_decoder=True)
+    see = _choose_mask_function(kind, module, is_decoder=True)
     assert see is not None, "a decoder doesn't see later tokens"
     sources, targets = packing.sources, packing.targets
     masks: dict[tuple[int, int], torch.Tensor] = {}
@@ -101,25 +135,20 @@ def forward_merged(
         strict=True,
     ):
         both = torch.cat([keys, memory_keys], 2), torch.cat([values, memory_values], 2)
-        attended.append(_attend(module, queries, *both, masks[source, target]))
+        attended.append(_attend(kind, module, queries, *both, masks[source, target]))
     return _project_output(module, attended), None, None
 
 
-def _choose_mask_function(module: Any, is_decoder: bool) -> MaskFunction | None:
+def _choose_mask_function(kind: Kind, module: Any, is_decoder: bool) -> MaskFunction | None:
     """Choose transformers' function of (batch, head, query, key) for a layer; None: every token sees all others."""
     from transformers import masking_utils
-    from transformers.models.t5gemma2 import modeling_t5gemma2
 
     window = module.sliding_window if module.layer_type == SLIDING else None
     if is_decoder:
         if window is None:
             return masking_utils.causal_mask_function  # type: ignore[no-any-return]
         return masking_utils.sliding_window_causal_mask_function(window)  # type: ignore[no-any-return]
-    if window is None:
-        return None
-    if hasattr(module, "q_norm"):  # of T5Gemma 2, whose window is twice as wide on both sides together
-        return modeling_t5gemma2.sliding_window_mask_function(window, is_causal=False)  # type: ignore[no-any-return]
-    return masking_utils.sliding_window_bidirectional_mask_function(window)  # type: ignore[no-any-return]
+    return None if window is None else kind.make_window(window)
 
 
 def _make_mask(see: MaskFunction, length: int, device: torch.device) -> torch.Tensor:
@@ -129,14 +158,14 @@ def _make_mask(see: MaskFunction, length: int, device: torch.device) -> torch.Te
     return mask_QK.expand(length, length)
 
 
-def _project_and_rotate(module: Any, hidden_BQ: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, ...]:
-    """Compute queries, keys and values; queries and keys are normalized in T5Gemma 2, and rotated."""
+def _project_and_rotate(kind: Kind, module: Any, hidden_BQ: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, ...]:
+    """Compute queries, keys and values; queries and keys are rotated, and before that normalized in T5Gemma 2."""
     from transformers.models.t5gemma.modeling_t5gemma import apply_rotary_pos_emb
 
     query, key, value = (
         _split_heads(module, layer(hidden_BQ)) for layer in (module.q_proj, module.k_proj, module.v_proj)
     )
-    if hasattr(module, "q_norm"):
+    if kind.normalizes:
         query, key = module.q_norm(query), module.k_norm(key)
     query, key = apply_rotary_pos_emb(query, key, *rotation)
     return query, key, value
@@ -153,12 +182,11 @@ def _split(lengths: tuple[int, ...], *states_BHQD: torch.Tensor) -> list[tuple[t
 
 
 def _attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_QK: torch.Tensor | None
+    kind: Kind, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_QK: torch.Tensor | None
 ) -> torch.Tensor:
     """Attend within a segment: [1, Q, H, D]."""
     dropout = module.attention_dropout if module.training else 0.0
-    # T5Gemma 2 has the setting, but doesn't use it
-    cap = None if hasattr(module, "q_norm") else module.attn_logit_softcapping
+    cap = module.attn_logit_softcapping if kind.caps else None
     return attend(query, key, value, mask_QK, module.scaling, cap, dropout)
 
 

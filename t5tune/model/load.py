@@ -1,8 +1,8 @@
 """Load a base checkpoint in bf16, fp32 or quantized, with exactly the weights of its files.
 
-`from_pretrained` of transformers 5 doesn't load every T5 correctly: it treats every T5 as tied, and under ZeRO-3 it
-replaces Flan-T5's head with the embedding. So this module builds the model on the meta device and assigns each tensor
-of the files by name. The weights decide whether the head is tied: whether the files contain one.
+`from_pretrained` of transformers 5 doesn't load every T5 correctly: some releases leave LongT5's embedding random, and
+under ZeRO-3 it replaces Flan-T5's head with the embedding. So this module builds the model on the meta device and
+assigns each tensor of the files by name. The weights decide whether the head is tied: whether the files contain one.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from t5tune.compat.bitsandbytes_patches import keep_training_layout
 from t5tune.compat.requirements import check_versions
 from t5tune.errors import DependencyError, ModelError
 from t5tune.families.architecture import Architecture
+from t5tune.families.t5gemma import SOFT_CAPPED_ATTENTION
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.model.gemma_attention import register_soft_capped_attention
 from t5tune.model.loss import make_loss_class
@@ -78,7 +79,7 @@ def load_base(
     _share_parameters(model, shared)
     if (folder / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-    model.generation_config.decoder_start_token_id = architecture.token_ids.start
+    model.generation_config.decoder_start_token_id = architecture.start_token_id
     model.requires_grad_(False)
     return model.eval()
 
@@ -96,7 +97,8 @@ def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool
     values.tie_word_embeddings = tied
     model_class = make_loss_class(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(values)])
     attention = architecture.attention_implementation
-    register_soft_capped_attention()
+    if attention == SOFT_CAPPED_ATTENTION:
+        register_soft_capped_attention()
     with torch.device("meta"):
         model = model_class._from_config(values, attn_implementation=attention, dtype=dtype)
     model.architecture = architecture

@@ -40,8 +40,7 @@ def forward_decoder(
     """Forward of LongT5Attention."""
     if not isinstance(mask, Segments):
         return original_forward(hidden_BQ, mask=mask, **kwargs)
-    given = {name: value for name, value in kwargs.items() if value is not None or name == "position_bias"}
-    return t5_attention.forward(trains_bias, module, original_forward, hidden_BQ, packing=mask, **given)
+    return t5_attention.forward(trains_bias, module, original_forward, hidden_BQ, packing=mask, **kwargs)
 
 
 def forward_encoder(
@@ -98,9 +97,9 @@ class _Sums:
         block_len: tokens of a block of the row.
 
     Attributes:
-        blocks_S: the number of a token's sum within its segment; -1 if the segment has none.
+        sum_numbers_S: the number of a token's sum within its segment; -1 if the segment has none.
         index_NR: the sums that a block is compared with; G where there are no more.
-        numbers_NR: their numbers within their segments.
+        sum_numbers_NR: their numbers within their segments.
         segments_NR: their segments; -1 where there are no more.
     """
 
@@ -110,7 +109,7 @@ class _Sums:
         firsts = counts.cumsum() - counts
         segments_S = np.repeat(np.arange(len(lengths)), lengths)
         positions_S = np.concatenate([np.arange(length) for length in sources])
-        self.blocks_S = np.minimum(positions_S // size, counts[segments_S] - 1)
+        self.sum_numbers_S = np.minimum(positions_S // size, counts[segments_S] - 1)
         segments_G = np.append(np.repeat(np.arange(len(counts)), counts), -1)
         self._count = len(segments_G)
         begins = np.arange(0, len(segments_S), block_len)
@@ -118,8 +117,8 @@ class _Sums:
         width = int((firsts[last] + counts[last] - firsts[first]).max())
         self.index_NR = np.minimum(firsts[first][:, None] + np.arange(width), self._count - 1)
         self.segments_NR = segments_G[self.index_NR]
-        self.numbers_NR = self.index_NR - firsts[self.segments_NR]
-        self._places_S = np.where(self.blocks_S < 0, self._count - 1, firsts[segments_S] + self.blocks_S)
+        self.sum_numbers_NR = self.index_NR - firsts[self.segments_NR]
+        self._places_S = np.where(self.sum_numbers_S < 0, self._count - 1, firsts[segments_S] + self.sum_numbers_S)
 
     def add_up(self, hidden_SW: torch.Tensor) -> torch.Tensor:
         """Add up hidden states: [G + 1, W]. The last row isn't a sum: it has the tokens of segments without one."""
@@ -127,7 +126,7 @@ class _Sums:
         return hidden_SW.new_zeros(self._count, hidden_SW.shape[1]).index_add(0, places_S, hidden_SW)
 
 
-_plan_sums = lru_cache(2)(_Sums)  # the same for all layers; no tensors, which would keep the mode they were made in
+_plan_sums = lru_cache(2)(_Sums)  # the same for all layers; no tensors, which could be those of inference mode
 
 
 def _to_torch(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
@@ -135,25 +134,25 @@ def _to_torch(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tenso
 
 
 def _compute_bias(module: Any, packing: Segments, sums: _Sums | None, hidden_BSW: torch.Tensor) -> torch.Tensor:
-    """Compute the position bias with the mask, in the first layer: [N, H, C, 3C + G]."""
+    """Compute the position bias with the mask, in the first layer: [N, H, C, 3C + R]."""
     device, dtype, size = hidden_BSW.device, hidden_BSW.dtype, module.block_len
     segments_S = _to_torch(np.repeat(np.arange(len(packing.sources)), packing.sources), device)
-    numbers_NC = _split_into_blocks(segments_S + 1, size)  # 0 where the last block is filled up
+    segments_NC = _split_into_blocks(segments_S + 1, size)  # 0 where the last block is filled up
     distance_CK = torch.arange(3 * size, device=device) - size - torch.arange(size, device=device)[:, None]
-    is_seen_NCK = (numbers_NC[:, :, None] == _join_neighbors(numbers_NC)[:, None]) & (distance_CK.abs() < size)
+    is_seen_NCK = (segments_NC[:, :, None] == _join_neighbors(segments_NC)[:, None]) & (distance_CK.abs() < size)
     mask_NCK = torch.where(is_seen_NCK, 0.0, MASKED).to(dtype)
     bias: torch.Tensor = module.compute_bias(size)[0].to(dtype) + mask_NCK[:, None]
     if sums is None:
         return bias
-    blocks_NC = _split_into_blocks(_to_torch(sums.blocks_S, device), size)
-    segments_NR, numbers_NR = (_to_torch(array, device) for array in (sums.segments_NR, sums.numbers_NR))
+    sum_numbers_NC = _split_into_blocks(_to_torch(sums.sum_numbers_S, device), size)
+    segments_NR, sum_numbers_NR = (_to_torch(array, device) for array in (sums.segments_NR, sums.sum_numbers_NR))
     buckets_NCR = module._relative_position_bucket(
-        numbers_NR[:, None] - blocks_NC[:, :, None],
+        sum_numbers_NR[:, None] - sum_numbers_NC[:, :, None],
         bidirectional=True,
         num_buckets=module.relative_attention_num_buckets,
         max_distance=module.relative_attention_max_distance,
     )
-    is_own_NCR = numbers_NC[:, :, None] == segments_NR[:, None] + 1
+    is_own_NCR = segments_NC[:, :, None] == segments_NR[:, None] + 1
     mask_NCR = torch.where(is_own_NCR, 0.0, MASKED).to(dtype)
     side_NCRH = module.global_relative_attention_bias(buckets_NCR).to(dtype) + mask_NCR[..., None]
     return torch.cat([bias, side_NCRH.permute(0, 3, 1, 2)], -1)

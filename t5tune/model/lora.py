@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from t5tune.checkpoints.adapter import (
-    DECODER_ROWS,
     PEFT_PREFIX,
+    TOKEN_ROWS_SUFFIX,
     build_token_indices,
     read_adapter,
     to_peft_name,
@@ -68,7 +68,8 @@ def add_lora(
             f"train_token_rows: the embeddings of {model.config.model_type} can't get rows for added tokens",
             hint="prepare the data with add_tokens none: its tokens can write every text",
         )
-    token_indices = build_token_indices(token_ids, model.config.tie_word_embeddings) if trains_rows else None
+    tied = model.config.tie_word_embeddings
+    token_indices = build_token_indices(token_ids, model.architecture, tied) if trains_rows else None
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -129,7 +130,7 @@ def _select_modules_to_save(model: Any, settings: LoraSettings) -> list[str] | N
     """
     shared = model.architecture.list_shared(tied=True)
     for name in settings.modules_to_save or []:
-        paths = {path: module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")}
+        paths = {path: module for path, module in model.named_modules() if path.endswith(name)}  # PEFT's rule
         found = list(paths.values())
         if not found:
             raise SettingsError(
@@ -143,19 +144,9 @@ def _select_modules_to_save(model: Any, settings: LoraSettings) -> list[str] | N
             )
         parameters = {f"{path}.{own}" for path, module in paths.items() for own, _ in module.named_parameters()}
         if both := sorted(parameters & {*shared, *shared.values()}):
-            problem = f"modules_to_save: {name}: contains {both[0]}, which an embedding or the head shares"
+            problem = f"modules_to_save: {name}: contains {both[0]}, which the embeddings or the head share"
             raise SettingsError(problem, hint="PEFT would train a copy, which can't be merged: use train_mode full")
     return list(settings.modules_to_save) if settings.modules_to_save else None
-
-
-def list_parameters(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
-    """List the parameters of the modules whose path ends with one of the names."""
-    return [
-        parameter
-        for path, module in model.named_modules()
-        if any(f".{path}".endswith(f".{name}") for name in names)
-        for parameter in module.parameters()
-    ]
 
 
 def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner: Zero3Partitioner | None) -> None:
@@ -202,8 +193,9 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
     config, state = read_adapter(folder)
     current = peft_model.peft_config["default"].to_dict()
     _check_same_scale(config, current, folder)
+    copies = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in peft_model.architecture.token_row_modules[1:]]
     parameters = {to_peft_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
-    tensors = {name: tensor for name, tensor in state.items() if name in parameters or name != DECODER_ROWS}
+    tensors = {name: tensor for name, tensor in state.items() if name in parameters or name not in copies}
     _check_same_names(parameters, tensors, folder)
     # as JSON, which has lists in place of tuples and text in place of numbers as keys
     if config.get("trainable_token_indices") != json.loads(json.dumps(current["trainable_token_indices"])):

@@ -27,6 +27,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.nn import functional
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 IGNORED_LABEL = -100
 LOGITS_PER_CHUNK = 2**23  # 32 MiB in fp32: 261 target tokens with T5's vocabulary
@@ -44,7 +45,7 @@ _compute_losses = partial(functional.cross_entropy, ignore_index=IGNORED_LABEL, 
 def make_loss_class(model_class: Any) -> Any:
     """Extend a T5 class of transformers: with `reduction`, its forward returns the loss of the labels, not the logits.
 
-    Without `reduction`, as in generation, forward is that of transformers.
+    Without `reduction`, as in generation, forward is that of transformers; for a packed row it returns the logits.
     """
 
     class ModelWithLoss(model_class):  # type: ignore[misc]
@@ -60,12 +61,17 @@ def make_loss_class(model_class: Any) -> Any:
             label_smoothing: float = 0.0,
             **inputs: Any,
         ) -> Any:
-            if reduction is None:
-                return super().forward(*arguments, **inputs)
             given = {name: value for name, value in inputs.items() if value is not None}
-            labels_BT = given.pop("labels")
+            if reduction is None and "packing" not in given:
+                return super().forward(*arguments, **inputs)
+            labels_BT = given.pop("labels", None)
             hidden_BTD = self._compute_hidden_states(**given)
             head, logit_cap = self.get_output_embeddings(), self.architecture.logit_cap
+            if reduction is None:
+                logits_BTV = head(hidden_BTD)
+                return Seq2SeqLMOutput(
+                    logits=logits_BTV if logit_cap is None else logit_cap * torch.tanh(logits_BTV / logit_cap)
+                )
             return self.target_loss(hidden_BTD, labels_BT, head, reduction, label_smoothing, logit_cap)
 
         def _compute_hidden_states(

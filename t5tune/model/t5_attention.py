@@ -56,6 +56,11 @@ def forward(
     return (output_BQ, bias, None) if "position_bias" in kwargs else (output_BQ, None)
 
 
+def trains_position_bias(model: Any) -> bool:
+    """Whether the position bias is trained."""
+    return any(value.requires_grad for name, value in model.named_parameters() if "relative_attention_bias" in name)
+
+
 def _compute_bias(module: Any, packing: Segments) -> torch.Tensor:
     """Compute the position bias, once for all layers: a table for the kernel [H, R], or a matrix for the loop."""
     if packing.rows is not None:

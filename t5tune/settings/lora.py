@@ -6,11 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from t5tune.families import EMBEDDINGS_AND_HEADS
 from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, Settings, WordList
 
 INITIALIZATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_N", "loftq")
-UNTRAINABLE = {"shared", "embed_tokens", "lm_head"}
 
 
 class LoraSettings(Settings):
@@ -34,8 +34,8 @@ class LoraSettings(Settings):
     lora_target_modules: Annotated[WordList, Affects.WEIGHTS] = Field(
         default=["q", "v"],
         min_length=1,
-        description="Linear layers to adapt: their names, or a group: attention (q k v o), feed-forward (wi wo) or "
-        "all-linear (both).",
+        description="Linear layers to adapt: their names, or a group: attention (in T5: q k v o), feed-forward (wi wo) "
+        "or all-linear (both).",
     )
     lora_bias: Annotated[Literal["none", "all", "lora_only"], Affects.WEIGHTS] = Field(
         default="none", description="Which bias vectors to train as well (T5 has none)."
@@ -95,9 +95,9 @@ class LoraSettings(Settings):
     @field_validator("modules_to_save")
     @classmethod
     def _reject_embedding_and_head(cls, value: list[str] | None) -> list[str] | None:
-        if wrong := sorted(UNTRAINABLE & {name.rpartition(".")[2] for name in value or []}):
+        if wrong := sorted(EMBEDDINGS_AND_HEADS & {name.rpartition(".")[2] for name in value or []}):
             raise ValueError(
-                f"{', '.join(wrong)}: PEFT's copy of T5's shared embedding gets no gradient, and a copied head is "
+                f"{', '.join(wrong)}: PEFT's copy of a shared embedding gets no gradient, and a copied head is "
                 "merged incorrectly; add_tokens and train_token_rows train the rows of new tokens"
             )
         return value or None

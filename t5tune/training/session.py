@@ -28,9 +28,9 @@ from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAIN
 from t5tune.formatting import format_count, format_held_out_metric, format_number, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.io.yaml_file import read_yaml
-from t5tune.model.attention import trains_position_bias
 from t5tune.model.attention_check import PackedAttention, read_attention_shape
 from t5tune.model.device import get_peak_memory, get_reserved_memory, manage_memory_for_loading
+from t5tune.model.t5_attention import trains_position_bias
 from t5tune.progress import Note, Report
 from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
@@ -154,7 +154,7 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
     settings, report, folder = session.settings, session.report, session.run.folder
     evaluates = loaded.held_out is not None
     args = make_training_arguments(settings, loaded.deepspeed, evaluates, session.world, session.device)
-    start_id, pad_id = built.model.architecture.token_ids.start, loaded.tokenizer.pad_token_id
+    start_id, pad_id = built.model.architecture.start_token_id, loaded.tokenizer.pad_token_id
     collator: PackedCollator | PaddedCollator = PaddedCollator(pad_id, start_id)
     run_identity = loaded.run_identity
     if built.is_packed:

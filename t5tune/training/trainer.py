@@ -154,7 +154,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the mean loss over the target tokens of the step: of all its micro-batches on all ranks."""
-        if "attention_mask" in inputs and self.model.architecture.takes_whole_masks:
+        if "attention_mask" in inputs and self.model.architecture.accepts_4d_masks:
             # transformers would ask whether a mask of two dimensions has padding, and wait for the GPU's answer
             inputs = {**inputs, "attention_mask": inputs["attention_mask"][:, None, None, :].bool()}
         total = model(**inputs, reduction="sum", label_smoothing=self.parts.label_smoothing)

@@ -1,4 +1,4 @@
-"""T5s with other special tokens and shapes than the original ones: MADLAD-400, CodeT5 and Aya-101."""
+"""T5s with other special tokens and shapes than the original ones: MADLAD-400, CodeT5, and an mT5 with other ids."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random base with nothing but a pytorch_model.bin, and with the config.json of the published ones."""
+    """A random base whose weights are only in pytorch_model.bin."""
     folder: Path = tmp_path_factory.mktemp("base") / request.param
     folder.mkdir()
     num_tokens = (make_codet5_tokenizer if request.param == "CodeT5" else make_madlad_tokenizer)(folder)
@@ -104,6 +104,8 @@ def test_padding_does_not_change_replies(base: Path) -> None:
     assert replies == [generate(model, [source], decoding)[0] for source in sources]
 
 
+# transformers 5 marks every T5 as tied
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 def test_a_merged_checkpoint_has_the_logits_of_stock_peft(base: Path, data: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 3, "learning_rate": 3e-2, "lora_target_modules": ["q", "v"]}
     train(make_settings(base, data, tmp_path / "run", **settings))
@@ -116,8 +118,7 @@ def test_a_merged_checkpoint_has_the_logits_of_stock_peft(base: Path, data: Path
     config = json.loads((merged / "config.json").read_text())
     assert [config.get(name) for name in IDS] == [*KINDS[base.name][1]]
 
-    # transformers 5 ties every T5, whatever its files contain
-    stock = load_base(base, torch.float32, CPU)
+    stock = AutoModelForSeq2SeqLM.from_pretrained(base)
     stock = PeftModel.from_pretrained(stock, tmp_path / "run").merge_and_unload().eval()
     example = open_cache(tmp_path / "run" / "data")[0]
     inputs = {

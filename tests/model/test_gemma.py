@@ -19,6 +19,7 @@ from t5tune.model.gemma_attention import attend
 from t5tune.model.load import load_base
 from t5tune.model.loss import IGNORED_LABEL
 from t5tune.model.segments import Segments
+from tests.support.checkpointing import enable_checkpointing
 from tests.support.gemma_models import EOI, KINDS, WINDOW, make_gemma, make_gemma_config
 
 CPU = torch.device("cpu")
@@ -84,13 +85,6 @@ def list_losses(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return losses_BT[inputs["labels"] != IGNORED_LABEL]
 
 
-def enable_checkpointing(model: Any, reentrant: bool) -> None:
-    model.enable_input_require_grads()
-    # the method has another name in newer releases of transformers 5
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
-
-
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
     assert found.keys() == expected.keys()
     largest = max(gradient.norm() for gradient in expected.values())
@@ -109,6 +103,17 @@ def test_the_loaded_model_has_the_logits_of_stock_transformers(kind: str, bases:
             torch.testing.assert_close(ours(**inputs).logits, stock(**inputs).logits, rtol=1e-4, atol=1e-5)
     shapes = {name: tuple(value.shape) for name, value in ours.named_parameters(remove_duplicate=False)}
     assert find_architecture(read_config(bases[kind]), bases[kind]).derive_shapes() == shapes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_of_a_packed_row_are_those_of_its_examples(kind: str, bases: dict[str, Path]) -> None:
+    model = load(bases[kind]).eval()
+    packed = {name: value for name, value in make_packed(*ROWS).items() if name != "labels"}
+    with torch.inference_mode():
+        found = model(**packed).logits[0]
+        examples = zip(*ROWS[:2], strict=True)
+        alone = [model(input_ids=s[None], decoder_input_ids=t[None], use_cache=False).logits[0] for s, t in examples]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,6 +149,7 @@ def test_packed_rows_equal_a_padded_batch_and_single_examples(
     losses = torch.cat([list_losses(model, single) for single in singles])
     if checkpointing is not None:
         enable_checkpointing(model, checkpointing)
+        model.enable_input_require_grads()
     for make_batch in (make_padded, make_packed):
         batch = make_batch(sources, targets, labels)
         total, gradients = compute_gradients(model, batch)

@@ -157,6 +157,17 @@ def test_packed_padded_and_single_examples_have_the_same_gradients(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_of_a_packed_row_are_those_of_its_examples(kind: str, tmp_path: Path) -> None:
+    model = load_base(save_longt5(tmp_path, kind), torch.float64, CPU).eval()
+    examples = make_examples()
+    use_packing(model)
+    with torch.no_grad():
+        found = compute_logits(model, PackedCollator(0, 0)(examples))[0]
+        alone = [compute_logits(model, PaddedCollator(0, 0)([example]))[0] for example in examples]
+    assert compute_relative_error(found, torch.cat(alone)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_segments_without_any_sum_have_the_gradients_of_the_padded_batch(kind: str, tmp_path: Path) -> None:
     """All sources are shorter than 16 tokens. Weights that only sums use get zeros."""
     model = load_base(save_longt5(tmp_path, kind), torch.float64, CPU).requires_grad_(True).train()

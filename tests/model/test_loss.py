@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
 from t5tune.model import loss as loss_module
 from t5tune.model.load import load_base
@@ -132,3 +133,27 @@ def test_chunks_of_gpus_are_whole_tiles_of_matrix_products() -> None:
     with loss_module.use_gpu_chunks(32128):
         assert loss_module.choose_chunk_size(32128, on_gpu=False) == 1024
     assert loss_module.choose_chunk_size(VOCABULARY, on_gpu=False) == 64
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5"])
+def test_the_loss_is_that_of_stock_logits_whether_or_not_the_head_is_tied(
+    model_type: str, tied: bool, tmp_path: Path
+) -> None:
+    """transformers divides the logits of a tied T5 by √d_model, but not those of an mT5."""
+    shape = {"vocab_size": 90, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = CONFIG_MAPPING[model_type](**shape, decoder_start_token_id=0, tie_word_embeddings=tied)
+    torch.manual_seed(3)
+    stock = AutoModelForSeq2SeqLM.from_config(config)
+    if not tied:
+        stock.lm_head.weight = torch.nn.Parameter(torch.randn(90, 16))
+        stock.config.tie_word_embeddings = False
+    stock.save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.tensor([[5, 70, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 71, 10]])}
+    labels = torch.tensor([[71, 10, 1]])
+    model = load_base(tmp_path, torch.float32, torch.device("cpu"))
+    assert (model.lm_head.weight is model.shared.weight) == tied
+    with torch.no_grad():
+        logits = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()(**inputs).logits
+        found = model(**inputs, labels=labels, reduction="none")
+    torch.testing.assert_close(found[0], functional.cross_entropy(logits[0], labels[0], reduction="none"))
