@@ -2,6 +2,8 @@
 PYTHON ?= python3
 CHROMIUM ?= chromium
 BIN := .venv/bin
+# files outside of tests/reliability in which LONG_TESTS=1 runs more tests
+LONG_FILES := tests/test_pocket.py tests/adversarial/test_prepare.py tests/commands/test_chat.py tests/commands/test_plan.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/model/test_fake_cuda.py
 
 .PHONY: quickstart test test-fast families real compatibility floors reliability fuzz check lint types build docs picture clean
 
@@ -19,11 +21,11 @@ fuzz: .venv/installed-dev
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adversarial/test_fuzz_*.py -n 0 --timeout 7200
 
 reliability: .venv/installed-dev
-	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability tests/test_pocket.py -n 0 --timeout 14400
+	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability $(LONG_FILES) -n 0 --timeout 14400
 
-# the whole chain on a tiny model of each model type
+# the whole chain on a tiny model of each model type, in all combinations
 families: .venv/installed-dev
-	$(BIN)/python -m pytest tests/end_to_end/test_families.py tests/end_to_end/test_gemma.py tests/end_to_end/test_other_rules.py tests/model/test_longt5.py
+	LONG_TESTS=1 $(BIN)/python -m pytest tests/end_to_end/test_whole_chain.py --dist load --timeout 3600
 
 # published checkpoints against stock transformers; needs a network and about 60 GB for the Hub's cache
 real: .venv/installed-dev

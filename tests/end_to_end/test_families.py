@@ -1,7 +1,6 @@
 """Each model family trains, exports, merges and chats; and the table of families recognizes each of them."""
 
 import json
-import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import torch
-import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM
 
 from t5tune.checkpoints.base import read_config
 from t5tune.commands.chat import Chatter, chat
@@ -25,7 +22,6 @@ from t5tune.commands.merge import merge
 from t5tune.commands.plan import plan
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.compat.requirements import is_older
 from t5tune.data.cache import open_cache
 from t5tune.data.formats import Turn
 from t5tune.data.tokenizer import decode_prediction, load_tokenizer
@@ -35,8 +31,8 @@ from t5tune.families import (
     BYTE_LEVEL_BPE,
     BYTES,
     FAMILIES,
+    FASTCHAT_TOKENS,
     REFUSED_MODELS,
-    Family,
     find_architecture,
     find_family,
 )
@@ -55,80 +51,23 @@ from t5tune.settings import (
 )
 from t5tune.settings.shared import FamilyName
 from tests.support.command_line import CommandResult, t5tune
+from tests.support.model_types import PIECES, compute_logits, load_stock, make_checkpoint
 from tests.support.other_python import ask_transformers_4, needs_transformers_4
-from tests.support.prose import english_text
-from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_madlad_tokenizer
 from tests.support.train_runs import make_settings, read_steps
 
 pytestmark = pytest.mark.slow
 
 ANSWERS = ["a line,\nand {another}", "two teas", "naïve"]
-PIECES = 700
-FASTCHATS = ["[PAD]", "<", "{", "\n", "}", "`", " ", "\\", "^", "\t"]
 CPU = torch.device("cpu")
 KEYS = [key for key, family in FAMILIES.items() if issubclass(family.architecture, T5)]
 # one key of FAMILIES for each architecture: others of the same differ only in the tokenizer and the number of rows
 ARCHITECTURES = {(FAMILIES[key].model_type, FAMILIES[key].feed_forward, FAMILIES[key].tied): key for key in KEYS}
 
 
-def make_tokenizer(family: Family, folder: Path) -> int:
-    """Write the tokenizer files that this family has on the hub; return the number of tokens."""
-    if family.tokenizer == BYTES:
-        special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-        config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125, **special}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        return 384
-    if family.tokenizer == BYTE_LEVEL_BPE:
-        return make_codet5_tokenizer(folder, PIECES)
-    if family.name == "MADLAD-400":
-        return make_madlad_tokenizer(folder, PIECES)
-    corpus = folder.with_name("corpus.txt")
-    # T5's training text had none of these characters
-    text = re.sub(r"[<{}`\\^~]", "", english_text())
-    corpus.write_text("\n".join(text.splitlines()[:300]))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=PIECES, model_type="unigram",
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=family.tokenizer == BYTE_FALLBACK,
-        minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    (folder / "spiece.vocab").unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 100}')
-    if family.name != "fastchat-t5":
-        return PIECES + 100
-    (folder / "added_tokens.json").write_text(
-        json.dumps({token: PIECES + 100 + i for i, token in enumerate(FASTCHATS)})
-    )
-    return PIECES + 100 + len(FASTCHATS)
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small random base of each family, saved by stock transformers, with a config.json like those on the hub."""
-    made = {}
-    for key in KEYS:
-        family = FAMILIES[key]
-        folder = made[key] = tmp_path_factory.mktemp("family") / key
-        folder.mkdir()
-        entries = make_tokenizer(family, folder)
-        rows = family.identified_by.get("vocab_size", (entries + family.num_unused_rows,))[0]
-        config = {
-            "model_type": family.model_type, "is_encoder_decoder": True, "vocab_size": rows, "d_model": 32, "d_kv": 8,
-            "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
-            "feed_forward_proj": family.feed_forward, "tie_word_embeddings": family.tied,
-            "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
-            **{name: values[0] for name, values in family.identified_by.items() if name.endswith("_id")},
-        }  # fmt: skip
-        if key == "longt5":  # as published: untied by its config.json, tied by its files
-            config |= {"tie_word_embeddings": False, "encoder_attention_type": "transient-global"}
-            config |= {"local_radius": 3, "global_block_size": 2}
-        torch.manual_seed(7)
-        model = AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING[family.model_type].from_dict(config))
-        if not family.tied:
-            model.lm_head.weight = torch.nn.Parameter(torch.randn(rows, 32) * 0.2)
-            model.config.tie_word_embeddings = False
-        model.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(config))
-    return made
+    folder = tmp_path_factory.mktemp("families")
+    return {key: make_checkpoint(key, folder / key) for key in KEYS}
 
 
 @pytest.fixture(scope="module")
@@ -185,23 +124,6 @@ def made(
     return Made(bases[key], folder / "run", folder / "adapter", folder / "merged", q_lora)
 
 
-def logits_of(model: Any, made: Made) -> torch.Tensor:
-    example = open_cache(made.run / "data")[0]
-    start = find_architecture(read_config(made.base), made.base).token_ids.start
-    source, target = (torch.tensor([ids]) for ids in (example.source_S.tolist(), [start, *example.target_T[:-1]]))
-    with torch.inference_mode():
-        return model.eval()(input_ids=source, decoder_input_ids=target, use_cache=False).logits
-
-
-def load_stock(folder: Path) -> Any:
-    """Load a checkpoint with stock transformers."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    if model.config.model_type == "umt5" and is_older(transformers.__version__, "5.24"):
-        # up to 5.23 transformers scales the decoder's output of every umT5 as if its head were tied
-        model.config.tie_word_embeddings = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
-    return model
-
-
 def test_each_family_trains_exports_merges_and_replies(made: Made) -> None:
     family = find_family(json.loads((made.base / "config.json").read_text()), made.base)
     cache = open_cache(made.run / "data")
@@ -212,17 +134,17 @@ def test_each_family_trains_exports_merges_and_replies(made: Made) -> None:
         assert answers[2] == ANSWERS[2]
     assert ("\n" in cache.manifest["added_tokens"]) == (family.num_unused_rows > 0)
 
-    before = logits_of(load_base(made.base, torch.float32, CPU), made)
-    adapted = logits_of(load_adapter(load_base(made.base, torch.float32, CPU), made.adapter), made)
+    before = compute_logits(load_base(made.base, torch.float32, CPU), made.run / "data")
+    adapted = compute_logits(load_adapter(load_base(made.base, torch.float32, CPU), made.adapter), made.run / "data")
     assert float((adapted - before).abs().max()) > 1e-2  # it learned something
 
     stock = PeftModel.from_pretrained(load_stock(made.base), made.adapter)
-    torch.testing.assert_close(logits_of(stock, made), adapted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compute_logits(stock, made.run / "data"), adapted, rtol=1e-4, atol=1e-4)
 
-    merged = logits_of(load_stock(made.merged), made)
+    merged = compute_logits(load_stock(made.merged), made.run / "data")
     if not made.q_lora:
         torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
-    ours = logits_of(load_base(made.merged, torch.float32, CPU), made)
+    ours = compute_logits(load_base(made.merged, torch.float32, CPU), made.run / "data")
     torch.testing.assert_close(merged, ours, rtol=1e-4, atol=1e-4)
 
     ask: dict[str, Any] = {"prompt": "Say it.", "max_new_tokens": 5, "use_cpu": True}
@@ -276,9 +198,8 @@ def test_each_family_trains_in_full(key: str, bases: dict[str, Path], data: Path
     train(make_settings(base, data, run, train_mode="full", max_steps=2, report_samples=0))
     before, after = load_file(base / "model.safetensors"), load_file(run / "model.safetensors")
     assert [name for name, tensor in before.items() if tensor.equal(after[name])] == []
-    made = Made(base, run, run, run, q_lora=False)
-    ours = logits_of(load_base(run, torch.float32, CPU), made)
-    torch.testing.assert_close(logits_of(load_stock(run), made), ours, rtol=1e-4, atol=1e-4)
+    ours = compute_logits(load_base(run, torch.float32, CPU), run / "data")
+    torch.testing.assert_close(compute_logits(load_stock(run), run / "data"), ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.distributed
@@ -317,8 +238,10 @@ def test_the_added_tokens_of_fastchat_t5_keep_their_ids(bases: dict[str, Path], 
     assert cache.manifest["added_tokens"] == []
     target = cache[0].target_T.tolist()
     first = PIECES + 100
-    places = [FASTCHATS.index(text) for text in ("\n", "{", "}", "\n")]  # the template ends a target with a newline
-    assert [i - first for i in target if i >= first and FASTCHATS[i - first] != " "] == places
+    places = [
+        FASTCHAT_TOKENS.index(text) for text in ("\n", "{", "}", "\n")
+    ]  # the template ends a target with a newline
+    assert [i - first for i in target if i >= first and FASTCHAT_TOKENS[i - first] != " "] == places
 
 
 def test_published_checkpoints_are_recognized_as_their_family() -> None:

@@ -1,12 +1,9 @@
-"""Small random T5Gemma and T5Gemma 2 checkpoints, saved by stock transformers, with sizes that nothing rounds."""
+"""Small random T5Gemma and T5Gemma 2 checkpoints, saved by stock transformers, with odd sizes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from tests.support.prose import english_text
 
 VOCABULARY, EOI = 520, 501
 # rows of the tests' sources and targets; all windows are shorter than the longest of them
@@ -65,28 +62,3 @@ def make_gemma(
                 parameter.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder, **({} if shard_size is None else {"max_shard_size": shard_size}))
     return folder
-
-
-def make_gemma_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of Gemma's kind: BPE with byte fallback, which puts bos before a text, and no eos after it."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    names = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    trainer = trainers.BpeTrainer(vocab_size=EOI, special_tokens=names, show_progress=False)
-    tokenizer.train_from_iterator(english_text().splitlines()[:300], trainer)
-    # the bytes are ordinary tokens
-    values = json.loads(tokenizer.to_str())
-    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] in special]
-    tokenizer = Tokenizer.from_str(json.dumps(values))
-    tokenizer.add_special_tokens([AddedToken("<end_of_image>", special=True)])
-    assert tokenizer.token_to_id("<end_of_image>") == EOI
-    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)

@@ -1,6 +1,7 @@
 """Tokenizers of the kinds that models other than T5 have, made from English text."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ def read_corpus() -> list[str]:
     return english_text().splitlines()[:300]
 
 
-def make_gemma_tokenizer(folder: Path, vocab_size: int = 700) -> int:
-    """Write a tokenizer.json like Gemma's: BPE with byte fallback, a bos before each text, and nothing after it."""
+def make_gemma_tokenizer(folder: Path, vocab_size: int = 700, added: Sequence[str] = ()) -> int:
+    """Write a tokenizer.json like Gemma's: BPE with byte fallback, a bos before each text, and nothing after it.
+
+    Args:
+        added: special tokens that come after the others.
+    """
     tokens = [*GEMMA_SPECIAL, *TURN_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
     learned = Tokenizer(models.BPE())
     learned.normalizer = normalizers.Replace(" ", "▁")
@@ -34,14 +39,14 @@ def make_gemma_tokenizer(folder: Path, vocab_size: int = 700) -> int:
     backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[:6]])
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (*tokens[:6], *added)])
     backend.post_processor = processors.TemplateProcessing(
         single=["<bos>", "$A"], pair=["<bos>", "$A", "<bos>", "$B"], special_tokens=[("<bos>", 2)]
     )
     (folder / "tokenizer.json").write_text(backend.to_str())
     names = {f"{name[1:-1]}_token": name for name in GEMMA_SPECIAL}
     write_config(folder, tokenizer_class="PreTrainedTokenizerFast", **names)
-    return len(vocab)
+    return len(vocab) + len(added)
 
 
 def make_codet5_tokenizer(folder: Path, vocab_size: int = 700) -> int:
