@@ -28,6 +28,7 @@ from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings.data import ReadingSettings
+from tests.support import runs
 from tests.support.command_line import CommandResult, t5tune
 from tests.support.paths import REPOSITORY, SHARED
 
@@ -413,7 +414,7 @@ def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT] if runs.LONG else [signal.SIGHUP])
 def test_a_signal_leaves_no_files(tmp_path: Path, number: signal.Signals) -> None:
     process = start_waiting_prepare(tmp_path, number, signal.SIG_DFL)
     process.send_signal(number)

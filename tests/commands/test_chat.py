@@ -35,6 +35,7 @@ from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.runs import LONG
 
 PROMPT = "Hello, two tea for Mira please."
 
@@ -251,7 +252,7 @@ def wait_until_it_sleeps(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP] if LONG else [signal.SIGTERM])
 @pytest.mark.parametrize("during", ["input", "a reply"])
 def test_a_signal_ends_the_chat_and_restores_the_terminal(
     untied_base: Path, number: signal.Signals, during: str
@@ -319,7 +320,7 @@ def test_control_c_clears_the_line_or_stops_the_reply(untied_base: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT] if LONG else [signal.SIGHUP])
 def test_a_signal_ends_a_chat_with_a_prompt(untied_base: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", str(untied_base), "--use-cpu"]
     process = subprocess.Popen(
