@@ -125,9 +125,10 @@ def compare_memory(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def train_adapter(folder: Path) -> Path:
+    """Train two steps that change the weights, but don't teach a random base to end its replies early."""
     t5tune(
         "train", "--model-name-or-path", folder / "base", "--data-path", folder / "cache", "--output-dir",
-        folder / "run", "--max-steps", 2, "--learning-rate", "1e-2", "--report-samples", 0,
+        folder / "run", "--max-steps", 2, "--learning-rate", "1e-3", "--report-samples", 0,
     )  # fmt: skip
     return folder / "run"
 
@@ -217,8 +218,12 @@ def compare_evaluations(
         cpu_seconds[name] = round(total.ru_utime + total.ru_stime - used.ru_utime - used.ru_stime, 2)
         result = json.loads(done.stdout.splitlines()[-1]) | {"predictions": None, "seconds": None}
         results.append((result, (output / "predictions.jsonl").read_bytes()))
+    lengths = [len(json.loads(line)["prediction"]) for line in results[0][1].splitlines()]
+    if not any(lengths):
+        sys.exit("all predictions are empty, so their speed says nothing: choose other data or another shape")
     first, second = seconds.values()
     return {
+        "characters_per_prediction": round(sum(lengths) / len(lengths)),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "speedup": round(first / second, 2),
