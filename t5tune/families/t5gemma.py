@@ -8,11 +8,12 @@ keys of self-attention are rotated by their positions, which in a packed row sta
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from t5tune.errors import CheckpointError
+from t5tune.errors import CheckpointError, ModelError
 from t5tune.families.architecture import MAX_LAYERS, Architecture, Dimensions, Shapes, get_layer_name
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+MOVING_ROPES = ("dynamic", "longrope")  # their frequencies follow the longest text of a call
 SOFT_CAPPED_ATTENTION = "t5tune_soft_capped"  # see model/gemma_attention.py: transformers' sdpa has no soft cap
 
 
@@ -51,6 +52,25 @@ class T5Gemma(Architecture):
     )
     default_logit_cap: ClassVar[float | None] = 30.0
 
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Bind the architecture to a config.json.
+
+        Raises:
+            ModelError: it asks for what no published checkpoint has, and what packing or quantization can't do.
+        """
+        super().__init__(config)
+        for part in self._stacks.values():
+            if part.get("attention_bias"):
+                raise ModelError(
+                    "the base's config.json: attention_bias: true: projections with biases can't be trained"
+                )
+            rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
+            for parameters in (rope, *(rope.values() if isinstance(rope, dict) else ())):
+                kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+                if kind in MOVING_ROPES:
+                    problem = f"the base's config.json: rope_type: {kind}: it depends on the other texts of a batch"
+                    raise ModelError(problem, hint="only types whose frequencies are fixed can be packed and padded")
+
     @classmethod
     def set_tied(cls, config: dict[str, Any], tied: bool) -> None:
         """Write it only if it isn't what the file says already, or implies by leaving it out."""
@@ -69,10 +89,11 @@ class T5Gemma(Architecture):
             CheckpointError: it is no object.
         """
         part: Mapping[str, Any] = self.config
-        for key in keys:
+        for count, key in enumerate(keys, 1):
             part = part.get(key, {})
             if not isinstance(part, dict):
-                problem = f"the base's config.json: {'.'.join(keys)}: {str(part)[:50]}: expected an object"
+                place = ".".join(keys[:count])
+                problem = f"the base's config.json: {place}: {str(part)[:50]}: expected an object"
                 raise CheckpointError(problem)
         return part
 

@@ -21,7 +21,8 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
-from t5tune.errors import SettingsError, Stopped
+from t5tune.errors import CheckpointError, ModelError, SettingsError, Stopped
+from t5tune.families import find_architecture
 from t5tune.model.inference import load_adapter
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
@@ -403,3 +404,28 @@ def test_an_evaluation_of_a_partitioned_model_has_the_result_of_one_process(
     assert (one.code, two.code) == (0, 0), two.stderr
     assert two.json["loss"] == pytest.approx(one.json["loss"], rel=1e-5)
     assert len({(tmp_path / name / "predictions.jsonl").read_bytes() for name in ("one", "two")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"attention_bias": True}, "attention_bias: true: projections with biases can't be trained"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: dynamic: it depends on the other"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_type: longrope: it depends on"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_that_packing_or_quantization_cannot_compute_is_refused(
+    kind: str, changes: dict[str, Any], problem: str, bases: dict[str, Path]
+) -> None:
+    config = json.loads((bases[kind] / "config.json").read_text())
+    config["decoder"] |= changes
+    with pytest.raises(ModelError, match=problem):
+        find_architecture(config, bases[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_whose_parts_are_no_objects_is_refused(kind: str, bases: dict[str, Path]) -> None:
+    config = json.loads((bases[kind] / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="encoder: 7: expected an object"):
+        find_architecture({**config, "encoder": 7}, bases[kind])
