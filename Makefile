@@ -3,7 +3,7 @@ PYTHON ?= python3
 CHROMIUM ?= chromium
 BIN := .venv/bin
 # files outside of tests/reliability in which LONG_TESTS=1 runs more tests
-LONG_FILES := tests/test_pocket.py tests/adversarial/test_prepare.py tests/commands/test_chat.py tests/commands/test_plan.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/model/test_fake_cuda.py
+LONG_FILES := tests/test_pocket.py tests/test_benchmarks.py tests/test_gpu_benchmark.py tests/model/test_fused.py tests/adversarial/test_prepare.py tests/commands/test_chat.py tests/commands/test_plan.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/model/test_fake_cuda.py
 
 .PHONY: quickstart test test-fast families real compatibility floors reliability fuzz check lint types build docs picture clean
 

@@ -17,6 +17,7 @@ import torch
 
 from tests.model.test_flex_attention import without_kernels  # noqa: F401
 from tests.support.paths import REPOSITORY
+from tests.support.runs import LONG
 
 # torch itself hides it, but can't where warnings are errors
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -259,6 +260,7 @@ def test_attention_is_compared_with_fp64(shape: Any, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not LONG, reason="half a minute; LONG_TESTS=1 (make reliability)")
 @pytest.mark.usefixtures("without_kernels")
 def test_attention_is_timed_and_its_compilations_are_counted(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = load("gpu_kernels")
@@ -276,6 +278,7 @@ def test_attention_is_timed_and_its_compilations_are_counted(shape: Any, monkeyp
     assert kernels.time_cudnn(shape, 1, 16, "cpu", torch.float32).keys() == {"batches", "cuDNN on", "cuDNN off"}
 
 
+@pytest.mark.skipif(not LONG, reason="half a minute; LONG_TESTS=1 (make reliability)")
 def test_layers_and_loss_are_compared_with_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = load("gpu_kernels")
     monkeypatch.setattr(kernels, "REPEATS", 1)
@@ -341,7 +344,9 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["packed", "packed, loop", "packed, no attention dropout", "trainer"])
+@pytest.mark.parametrize(
+    "way", ["packed", "trainer", *(["packed, loop", "packed, no attention dropout"] if LONG else [])]
+)
 def test_training_is_measured(way: str, shared_folder: Path) -> None:
     result = load("gpu_training").measure_training(shared_folder, way, **TINY)
     assert result["batch"] == ("4 examples" if way == "trainer" else "512 tokens")

@@ -389,7 +389,7 @@ def test_an_adapter_that_contradicts_its_config_is_refused(
         ({"d_model": 64}, r"the base's weight is \[32, 64\], B·A is \[32, 32\]"),
         ({"num_layers": 1, "num_decoder_layers": 1}, "adapts decoder.block.1.* which doesn't exist in the base"),
         ({"num_layers": 3, "num_decoder_layers": 3}, "encoder.block.2.*has no LoRA matrices"),
-        ({"d_kv": "x"}, "d_kv: x: expected the size of the model"),
+        ({"d_kv": "x"}, "d_kv: x: expected a positive integer"),
     ],
 )
 def test_an_adapter_of_another_base_is_refused_from_its_config_json_alone(

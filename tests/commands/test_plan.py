@@ -260,9 +260,9 @@ def test_a_token_budget_below_the_longest_example_is_refused(uneven_cache: Path)
         make_plan("pocket", data_path=str(uneven_cache), use_cpu=True, tokens_per_batch=50)
 
 
-def test_each_zero_stage_partitions_what_it_should() -> None:
+def test_each_zero_stage_partitions_what_it_should(tmp_path: Path) -> None:
     result = make_plan(
-        "google/flan-t5-small", train_mode="full", num_gpus=4, bf16=True, deepspeed="zero2",
+        write_short_model(tmp_path), train_mode="full", num_gpus=4, bf16=True, deepspeed="zero2",
         per_device_train_batch_size=1, source_length=16, target_length=16,
     )  # fmt: skip
     assert result.chosen == "zero2"
@@ -276,16 +276,17 @@ def test_each_zero_stage_partitions_what_it_should() -> None:
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
 
 
-def test_loading_takes_the_partitions_and_the_largest_tensor() -> None:
+def test_loading_takes_the_partitions_and_the_largest_tensor(tmp_path: Path) -> None:
+    model = write_short_model(tmp_path)
     common = {"num_gpus": 4, "bf16": True, "source_length": 16, "target_length": 16}
-    plain = {stage.stage: stage for stage in make_plan("google/flan-t5-small", **common).stages}
+    plain = {stage.stage: stage for stage in make_plan(model, **common).stages}
     largest = 2 * 32128 * 512
     assert plain["none"].loading == plain["none"].weights + plain["none"].runtime
     assert plain["zero3"].loading == plain["zero3"].weights + plain["zero3"].runtime + largest
     assert plain["zero3-offload"].loading == plain["zero3-offload"].runtime + largest
     moved = plain["zero3-offload"].loading_host - plain["zero3"].loading_host
     assert moved == pytest.approx(4 * plain["zero3"].weights, rel=0.01)
-    quantized = {stage.stage: stage for stage in make_plan("google/flan-t5-small", q_lora=True, **common).stages}
+    quantized = {stage.stage: stage for stage in make_plan(model, q_lora=True, **common).stages}
     assert quantized["none"].loading == quantized["none"].weights + quantized["none"].runtime + largest
 
 

@@ -16,6 +16,7 @@ from t5tune.model import fused
 from t5tune.model.fused import compile_layers, normalize_in_one_kernel, use_fused_layers
 from t5tune.progress import Event, Note, silent
 from tests.model.test_fused_lora import pretend_to_be_on_a_gpu
+from tests.support.runs import LONG
 
 SHAPE = {"vocab_size": 64, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 CONFIGS = {
@@ -76,7 +77,9 @@ def test_norms_equal_those_of_transformers_bit_for_bit_and_gradients_nearly(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # raised within torch.compile
-@pytest.mark.parametrize(("kind", "use"), [*((kind, use_fused_layers) for kind in CONFIGS), ("flan", compile_layers)])
+@pytest.mark.parametrize(
+    ("kind", "use"), [*((kind, use_fused_layers) for kind in CONFIGS), *([("flan", compile_layers)] if LONG else [])]
+)
 def test_a_whole_model_has_the_same_logits_and_gradients(
     kind: str, use: Callable[[nn.Module], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
