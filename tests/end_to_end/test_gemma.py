@@ -31,7 +31,7 @@ from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, Merg
 from t5tune.settings.lora import LoraSettings
 from tests.support.command_line import CommandResult
 from tests.support.gemma_models import EOI, WINDOW
-from tests.support.model_types import compute_logits, load_stock, make_checkpoint, read_tensors
+from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors
 from tests.support.runs import LONG, stop_at
 from tests.support.train_runs import make_settings, read_steps
 
@@ -39,14 +39,6 @@ pytestmark = pytest.mark.slow
 
 KINDS = ("t5gemma2", "t5gemma")
 CPU = torch.device("cpu")
-TEXTS = [
-    ("Say it in one line, and then a second time.", "a line,\nand {another}"),
-    ("What for Mira?", "two teas, and a piece of that cake over there"),
-    ("How is it?", "naïve"),
-    ("Where did they go when it began to rain in the park?", "home"),
-    ("Who was that?", "no one that we know"),
-    ("When?", "at six"),
-]
 SKIPPED = ("vision_tower", "multi_modal_projector")
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"lora_target_modules": ["attention"], "use_rslora": True},

@@ -22,7 +22,7 @@ from t5tune.model.load import load_base
 from t5tune.settings import QuantizationSettings
 from t5tune.training.checkpoint import list_checkpoints
 from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.model_types import compute_logits, load_stock, make_checkpoint, read_tensors
+from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors
 from tests.support.runs import LONG, read_adapter
 from tests.support.train_runs import read_steps
 
@@ -37,14 +37,6 @@ pytestmark = [
 KINDS = {**{key: (key, {}) for key in FAMILIES}, "longt5-local": ("longt5", {"encoder_attention_type": "local"})}
 METHODS = {"lora": (), "q_lora": ("--q-lora",)}
 CPU = torch.device("cpu")
-TEXTS = [
-    ("Say it in one line, and then a second time.", "a line,\nand {another}"),
-    ("What for Mira?", "two teas, and a piece of that cake over there"),
-    ("How is it?", "naïve"),
-    ("Where did they go when it began to rain in the park?", "home"),
-    ("Who was that?", "no one that we know"),
-    ("When?", "at six"),
-]
 STEPS, STOPPED, NEW_TOKENS = 4, 3, 10
 
 

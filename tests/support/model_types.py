@@ -24,6 +24,15 @@ from tests.support.prose import english_text
 from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_gemma_tokenizer, make_madlad_tokenizer
 
 PIECES = 700
+# pairs of a source and a target, of different lengths
+TEXTS = [
+    ("Say it in one line, and then a second time.", "a line,\nand {another}"),
+    ("What for Mira?", "two teas, and a piece of that cake over there"),
+    ("How is it?", "naïve"),
+    ("Where did they go when it began to rain in the park?", "home"),
+    ("Who was that?", "no one that we know"),
+    ("When?", "at six"),
+]
 
 
 def make_checkpoint(key: str, folder: Path, **changes: Any) -> Path:
