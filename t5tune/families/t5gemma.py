@@ -62,7 +62,8 @@ class T5Gemma(Architecture):
         for part in self._stacks.values():
             if part.get("attention_bias"):
                 raise ModelError(
-                    "the base's config.json: attention_bias: true: projections with biases can't be trained"
+                    "the base's config.json: attention_bias: true: projections with biases can't be trained",
+                    hint="no published checkpoint has them: is this a T5Gemma?",
                 )
             rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
             for parameters in (rope, *(rope.values() if isinstance(rope, dict) else ())):

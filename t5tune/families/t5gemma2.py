@@ -46,7 +46,8 @@ class T5Gemma2(T5Gemma):
             CheckpointError: the head isn't tied; then transformers doesn't share the embeddings either.
         """
         if not tied:
-            raise CheckpointError("the base has a head of its own: T5Gemma 2 can only be trained with one embedding")
+            problem = "the base has a head of its own: T5Gemma 2 can only be trained with one embedding"
+            raise CheckpointError(problem, hint="give a checkpoint without lm_head.out_proj.weight")
         return super().list_shared(tied)
 
     def to_model_name(self, file_name: str) -> str:

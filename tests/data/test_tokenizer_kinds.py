@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import sentencepiece
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
@@ -19,7 +20,12 @@ from t5tune.data.templates import Piece, load_template, render_answer_prefix, re
 from t5tune.data.tokenizer import SpecialIds, Tokenizer, decode_prediction, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import ModelError
-from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_gemma_tokenizer, make_madlad_tokenizer
+from tests.support.tokenizer_kinds import (
+    make_codet5_tokenizer,
+    make_gemma_tokenizer,
+    make_madlad_tokenizer,
+    read_corpus,
+)
 
 KINDS: dict[str, Callable[[Path], int]] = {
     "gemma": make_gemma_tokenizer,
@@ -79,6 +85,25 @@ def test_ids_are_those_of_stock_transformers(kind: str, folders: dict[str, Path]
         knows_bytes = kind != "madlad" or folder == tmp_path
         for text in ("<2de> Two red hats.", "naïve café, two" if knows_bytes else "two", "end"):
             assert tokenizer.special_ids.surround_source(tokenizer.encode(text)) == stock(text).input_ids
+
+
+@pytest.mark.parametrize(("kind", "name", "token"), [("gemma", "bos_token", "<bos>"), ("codet5", "cls_token", "<s>")])
+def test_named_special_tokens_keep_their_names(
+    kind: str, name: str, token: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    save_tokenizer(load_tokenizer(folders[kind]), tmp_path)
+    assert getattr(AutoTokenizer.from_pretrained(tmp_path), name) == token
+
+
+def test_a_sentencepiece_model_that_is_not_unigram_is_refused(tmp_path: Path) -> None:
+    """Gemma's tokenizer.model is BPE, which can't be read as T5's."""
+    (tmp_path / "corpus.txt").write_text("\n".join(read_corpus()))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=300, model_type="bpe",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="isn't a Unigram model, as T5's are; save the tokenizer as tokenizer.json"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -421,3 +421,9 @@ def test_a_config_whose_parts_are_no_objects_is_refused(kind: str, bases: dict[s
     config = json.loads((bases[kind] / "config.json").read_text())
     with pytest.raises(CheckpointError, match="encoder: 7: expected an object"):
         find_architecture({**config, "encoder": 7}, bases[kind])
+
+
+def test_an_untied_t5gemma_2_is_refused(bases: dict[str, Path]) -> None:
+    config = json.loads((bases["t5gemma2"] / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="has a head of its own"):
+        find_architecture(config, bases["t5gemma2"]).list_shared(tied=False)
