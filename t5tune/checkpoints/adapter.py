@@ -264,10 +264,22 @@ def read_base_metadata(folder: Path) -> dict[str, Any]:
 
 
 def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map base weights' names to the tensors that replace them: the parameters of modules_to_save."""
+    """Map base weights' names to the tensors that replace them: the parameters of modules_to_save.
+
+    PEFT's rule: a module is one of them if its path ends with a listed name. It may contain other modules.
+    """
     listed = tuple(config.get("modules_to_save") or ())
     names = {name: name.removeprefix(PEFT_PREFIX) for name in state if not LORA_MATRIX_PATTERN.fullmatch(name)}
-    return {base: state[name] for name, base in names.items() if listed and base.rpartition(".")[0].endswith(listed)}
+    return {base: state[name] for name, base in names.items() if listed and _is_inside(base, listed)}
+
+
+def _is_inside(parameter: str, module_endings: tuple[str, ...]) -> bool:
+    """Whether a parameter is in a module whose path ends with one of these, or in a module below it."""
+    path = parameter
+    while path := path.rpartition(".")[0]:
+        if path.endswith(module_endings):
+            return True
+    return False
 
 
 def build_token_indices(ids: list[int], architecture: Architecture, tied: bool) -> Any:

@@ -31,6 +31,8 @@ from t5tune.file_names import (
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, read_json_object
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # of T5Gemma 2's images
+LICENSE_PREFIXES = ("LICENSE", "NOTICE")
 TRAINED_FILES = {
     ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, NON_LORA_FILE, MODEL_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE,
     TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE,
@@ -39,7 +41,8 @@ TRAINED_FILES = {
 
 def is_trained_file(name: str) -> bool:
     """Whether a file of a checkpoint is needed to use the trained model. The others are needed only to resume."""
-    return name in TRAINED_FILES or name.startswith(TOKENIZER_FILE_PREFIXES)
+    others = (*TOKENIZER_FILE_PREFIXES, *LICENSE_PREFIXES, *PROCESSOR_FILES)
+    return name in TRAINED_FILES or name.startswith(others)
 
 
 def write_model(
@@ -82,7 +85,7 @@ def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None,
 
 
 def copy_supporting_files(base: Path, tokenizer_folder: Path, template_file: Path, folder: Path) -> None:
-    """Copy the base's generation config, and the tokenizer and conversation template used in training.
+    """Copy the base's generation config, processors and license, and the tokenizer and template used in training.
 
     Raises:
         CheckpointError: one of the files can't be trusted; see tokenizer_files.
@@ -90,6 +93,9 @@ def copy_supporting_files(base: Path, tokenizer_folder: Path, template_file: Pat
     if has_file(base, GENERATION_CONFIG_FILE):
         read_json_object(base, GENERATION_CONFIG_FILE)
         copy_untrusted_file(base, GENERATION_CONFIG_FILE, folder)
+    for file in sorted(base.iterdir()):
+        if file.name in PROCESSOR_FILES or file.name.startswith(LICENSE_PREFIXES):
+            copy_untrusted_file(base, file.name, folder)
     copy_tokenizer(tokenizer_folder, folder)
     if tokenizer_folder != base:
         copy_sentencepiece(base, folder)

@@ -57,7 +57,10 @@ class SafetensorsFile:
         try:
             size = path.stat().st_size
             with open(path, "rb") as file:
-                length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else MAX_HEADER_BYTES + 1
+                if size < 8:
+                    problem = f"{path}: not a safetensors file: it has {size} bytes"
+                    raise CheckpointError(problem, hint="copy or download it again")
+                length = struct.unpack("<Q", file.read(8))[0]
                 if length > min(MAX_HEADER_BYTES, size - 8):
                     raise CheckpointError(f"{path}: not a safetensors file: its header is {length} bytes long")
                 header = parse_json_object(file.read(length))

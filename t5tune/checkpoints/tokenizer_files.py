@@ -15,10 +15,11 @@ from t5tune.data.templates import parse_template
 from t5tune.errors import CheckpointError
 from t5tune.file_names import ADDED_TOKENS_FILE, BPE_FILES, SENTENCEPIECE_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from t5tune.io.atomic import write_json
-from t5tune.io.untrusted import has_file, read_json_object, resolve_inside
+from t5tune.io.untrusted import check_inside, has_file, read_json_object, resolve_inside
 from t5tune.io.yaml_file import read_yaml
 
-TOKENIZER_FILE_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "spiece", *BPE_FILES)
+CHAT_TEMPLATE_FILE, CHAT_TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_FILE_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "spiece", *BPE_FILES, CHAT_TEMPLATE_FILE)
 MAX_TOKENIZER_FILE_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
 MAX_SCANNED_BYTES = 4 << 20  # a thousand added tokens need 200 KB
 
@@ -33,6 +34,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.name.startswith(TOKENIZER_FILE_PREFIXES) and has_file(source, file.name):
             copy_untrusted_file(source, file.name, folder)
+    if (source / CHAT_TEMPLATES_FOLDER).is_dir():
+        check_inside(source, source / CHAT_TEMPLATES_FOLDER)
+        (folder / CHAT_TEMPLATES_FOLDER).mkdir()
+        for file in sorted((source / CHAT_TEMPLATES_FOLDER).glob("*.jinja")):
+            copy_untrusted_file(file.parent, file.name, folder / CHAT_TEMPLATES_FOLDER)
     if has_file(source, TOKENIZER_CONFIG_FILE) and read_json_object(source, TOKENIZER_CONFIG_FILE).get("auto_map"):
         raise CheckpointError(
             f"{source / TOKENIZER_CONFIG_FILE}: auto_map: requires custom code from the tokenizer's repository, "
@@ -41,7 +47,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def remove_chat_template(folder: Path) -> None:
-    """Remove the chat template from the tokenizer's files in a folder, if they have one."""
+    """Remove the chat templates from the tokenizer's files in a folder, if they have any."""
+    (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHAT_TEMPLATES_FOLDER, ignore_errors=True)
     if has_file(folder, TOKENIZER_CONFIG_FILE):
         config = read_json_object(folder, TOKENIZER_CONFIG_FILE)
         config.pop("chat_template", None)

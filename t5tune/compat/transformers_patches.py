@@ -1,6 +1,7 @@
 """Patches of one model for transformers: other computations in some layers, and no needless work in each step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -72,3 +73,23 @@ def leave_empty_bias_without_gradient(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("Attention") and hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
+
+
+@contextmanager
+def size_cache_by_decoder(model: Any) -> Iterator[None]:
+    """Let `generate` make a cache with a layer for each one of the decoder, if it has more than the encoder.
+
+    It reads the number from the encoder's key of config.json, at least up to 5.24, and fails with an IndexError at the
+    first layer beyond. https://github.com/huggingface/transformers/blob/v5.18.0/src/transformers/cache_utils.py
+    """
+    config, depth = model.config, model.architecture.dimensions.num_decoder_layers
+    # T5's name; the configs of others have a part for the decoder
+    before = getattr(config, "num_layers", None)
+    if before is None or before >= depth:
+        yield
+        return
+    config.num_layers = depth
+    try:
+        yield
+    finally:
+        config.num_layers = before

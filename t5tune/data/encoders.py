@@ -83,7 +83,8 @@ def make_encoder(tokenizer: Tokenizer) -> "Encoder":
     """Make the encoder that suits a tokenizer."""
     if tokenizer.backend is None:
         return ByteEncoder(tokenizer)
-    return WordEncoder(tokenizer) if _is_split_at_spaces(tokenizer) else WholeTextEncoder(tokenizer)
+    is_by_words = _is_split_at_spaces(tokenizer) and not _has_context_tokens(tokenizer)
+    return WordEncoder(tokenizer) if is_by_words else WholeTextEncoder(tokenizer)
 
 
 class ByteEncoder:
@@ -290,6 +291,15 @@ def _is_split_at_spaces(tokenizer: Tokenizer) -> bool:
     splits_at_metaspace = kinds == ["Metaspace"] and is_prepend_scheme_first(tokenizer)
     is_t5s = splits_at_metaspace or kinds == ["WhitespaceSplit", "Metaspace"]
     return is_t5s and '"split": true' in json.dumps(parts)
+
+
+def _has_context_tokens(tokenizer: Tokenizer) -> bool:
+    """Whether there are added tokens that aren't found by their text alone: in the normalized text, or as whole words.
+
+    `tokenizer.add_tokens(["{"])` of transformers makes such tokens.
+    """
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    return any((token.normalized or token.single_word) and not token.special for token in added)
 
 
 def _list_added_tokens(tokenizer: Tokenizer) -> list[str]:

@@ -184,7 +184,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         pad, eos, unk = fixed
         return Tokenizer(None, eos, pad, unk, special_tokens=fixed + sentinels, folder=folder, max_length=max_length)
     backend = _load_backend(file, config, names)
-    _add_listed_tokens(backend, config, folder)
+    try:
+        _add_listed_tokens(backend, config, folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # lists or objects of another form
+        problem = f"{folder / TOKENIZER_CONFIG_FILE}: added_tokens_decoder or additional_special_tokens: "
+        raise ModelError(f"{problem}{describe_error(error)}", hint="compare it with the published one") from error
     for name, token in names.items():
         if backend.token_to_id(token) is None:
             raise ModelError(f"{folder}: {name} {token!r} is not in the vocabulary")

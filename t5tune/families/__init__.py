@@ -216,6 +216,8 @@ def find_family(config: Mapping[str, Any], folder: Path, requested: str | None =
         ModelError: the model is of an unsupported kind, or contradicts `requested`.
     """
     place, model_type = folder / CONFIG_FILE, config.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise ModelError(f"{place}: model_type: {str(model_type)[:50]}: expected a name", hint=_list_supported())
     if model_type in REFUSED_MODELS:
         raise ModelError(f"{place}: {REFUSED_MODELS[str(model_type)]}", hint=_list_supported())
     if model_type in MODEL_TYPES:

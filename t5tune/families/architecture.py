@@ -175,6 +175,17 @@ class Architecture(ABC):
             )
         return value
 
+    def read_id(self, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+        """Read the id of a token from (a part of) config.json.
+
+        Raises:
+            CheckpointError: it is missing and has no default, or is no id.
+        """
+        value = default if config.get(key) is None else config[key]
+        if type(value) is not int or value < 0:
+            raise CheckpointError(f"the base's config.json: {key}: {str(value)[:50]}: expected the id of a token")
+        return value
+
 
 def get_layer_name(name: str) -> str:
     """Return the own name of a linear layer, given its path or that of its weight, with an adapter or without."""

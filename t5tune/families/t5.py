@@ -48,8 +48,7 @@ class T5(Architecture):
 
     @property
     def start_token_id(self) -> int:
-        start: int = self.config["decoder_start_token_id"]
-        return start
+        return self.read_id(self.config, "decoder_start_token_id")
 
     @property
     def dimensions(self) -> Dimensions:

@@ -100,8 +100,7 @@ class T5Gemma(Architecture):
 
     @property
     def start_token_id(self) -> int:
-        start = self._stacks[self.decoder].get("bos_token_id")
-        return 2 if start is None else int(start)
+        return self.read_id(self._stacks[self.decoder], "bos_token_id", default=2)
 
     @property
     def dimensions(self) -> Dimensions:

@@ -18,7 +18,7 @@ from t5tune.checkpoints.adapter import (
     read_adapter,
 )
 from t5tune.checkpoints.adapter_config import resolve_pattern
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.checkpoint import Checkpoint, are_equal
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
 from t5tune.families.architecture import Architecture
@@ -162,9 +162,25 @@ def _collect_token_rows(
         names = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in modules]
         found = next((state[name] for name in names if name in state), None)
         if found is None:
-            raise CheckpointError(f"the adapter's config lists trained rows of {weight}, but the adapter contains none")
+            problem = f"the adapter's config lists trained rows of {weight}, but the adapter contains none"
+            raise CheckpointError(problem, hint="t5tune can't merge trained rows of another embedding")
+        if not is_head:
+            _check_same_rows(found, state, architecture)
         rows.setdefault(weight, TrainedRows({row: index for index, row in enumerate(ids)}, found))
     return rows
+
+
+def _check_same_rows(rows: Tensor, state: Mapping[str, Tensor], architecture: Architecture) -> None:
+    """Check that the decoder's rows, if there are any, are those of the encoder: the merged model has one embedding.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for module in architecture.token_row_modules[1:]:
+        other = state.get(f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}")
+        if other is not None and not are_equal(rows, other):
+            problem = f"{module}: its trained rows differ from the encoder's, but the two share an embedding"
+            raise CheckpointError(problem, hint="use the adapter unmerged")
 
 
 def _check_all_used(adapter: Adapter) -> None:

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from t5tune.compat.transformers_patches import size_cache_by_decoder
+from t5tune.errors import ModelError
+from t5tune.file_names import GENERATION_CONFIG_FILE
+from t5tune.io.reasons import describe_error
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -78,7 +83,7 @@ def generate(
     if decoding.temperature > 0:
         sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     stop_ids = _find_stop_ids(model, decoding)
-    with torch.no_grad():
+    with torch.no_grad(), size_cache_by_decoder(model), _explain_config_errors():
         output_BT = model.generate(
             input_ids=input_ids_BS.to(device),
             attention_mask=(torch.arange(width) < lengths_B).long().to(device),
@@ -88,10 +93,25 @@ def generate(
             pad_token_id=decoding.pad_token_id,
             synced_gpus=synced_gpus,
             streamer=_Streamer(on_token) if on_token else None,
+            return_dict_in_generate=False,
             **sampling,
         )
     replies = [row[1:] for row in output_BT.tolist()]  # the first id is the decoder's start token
     return [list(takewhile(lambda token: token not in stop_ids, ids)) for ids in replies]
+
+
+@contextmanager
+def _explain_config_errors() -> Iterator[None]:
+    """Turn what `generate` says about settings that it can't follow into an error that names their file.
+
+    Raises:
+        ModelError: transformers refuses a setting.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        problem = f"the model's {GENERATION_CONFIG_FILE}: transformers can't generate with it: {describe_error(error)}"
+        raise ModelError(problem, hint="correct it, or remove it") from error
 
 
 def _find_stop_ids(model: Any, decoding: Decoding) -> list[int]:

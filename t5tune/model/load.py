@@ -22,15 +22,17 @@ from t5tune.errors import DependencyError, ModelError
 from t5tune.families.architecture import Architecture
 from t5tune.families.t5gemma import SOFT_CAPPED_ATTENTION
 from t5tune.file_names import GENERATION_CONFIG_FILE
+from t5tune.io.reasons import describe_error
 from t5tune.model.gemma_attention import register_soft_capped_attention
 from t5tune.model.loss import make_loss_class
 from t5tune.model.zero3 import Zero3Partitioner
-from t5tune.progress import Report, silent, track
+from t5tune.progress import Note, Report, silent, track
 from t5tune.settings.shared import QuantizationSettings
 
 TORCH_DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOAT_DTYPES}
 OUTLIER_THRESHOLD = 6.0  # LLM.int8() multiplies activations beyond this without quantization; the value is the paper's
 LOAD_CHUNK_BYTES = 16 << 20
+OTHER_CONFIG_HINT = "is config.json that of another model, or does it lack a size? transformers takes its default then"
 
 
 def load_base(
@@ -55,8 +57,6 @@ def load_base(
         ModelError: not a T5, or tensors are missing, unexpected, or of another shape than config.json implies.
         DependencyError: quantization without bitsandbytes.
     """
-    from transformers import GenerationConfig
-
     checkpoint = open_base(folder, family)
     architecture = checkpoint.architecture
     tied = checkpoint.is_tied() if partitioner is None else partitioner.ask_rank_0(checkpoint.is_tied)
@@ -77,9 +77,7 @@ def load_base(
         _set_values(model, name, values, device, partitioner)
         del values  # with the next tensor's, two of them would be in memory
     _share_parameters(model, shared)
-    if (folder / GENERATION_CONFIG_FILE).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-    model.generation_config.decoder_start_token_id = architecture.start_token_id
+    _load_generation_config(model, folder, report)
     model.requires_grad_(False)
     return model.eval()
 
@@ -93,14 +91,18 @@ def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool
     check_versions("transformers")  # older releases lack sdpa for T5, or don't mask future tokens in umT5's decoder
     from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-    values = CONFIG_MAPPING[architecture.model_type].from_dict(dict(architecture.config))
-    values.tie_word_embeddings = tied
-    model_class = make_loss_class(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(values)])
     attention = architecture.attention_implementation
     if attention == SOFT_CAPPED_ATTENTION:
         register_soft_capped_attention()
-    with torch.device("meta"):
-        model = model_class._from_config(values, attn_implementation=attention, dtype=dtype)
+    try:
+        values = CONFIG_MAPPING[architecture.model_type].from_dict(dict(architecture.config))
+        values.tie_word_embeddings = tied
+        model_class = make_loss_class(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(values)])
+        with torch.device("meta"):
+            model = model_class._from_config(values, attn_implementation=attention, dtype=dtype)
+    except Exception as error:  # of any kind, depending on the key whose value is wrong
+        problem = f"the base's config.json: transformers can't build a {architecture.model_type} from it"
+        raise ModelError(f"{problem}: {describe_error(error)}", hint="compare it with the published one") from error
     model.architecture = architecture
     for path in architecture.skipped_modules:
         parent, _, name = path.rpartition(".")
@@ -110,6 +112,28 @@ def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool
         # a config of an encoder's and a decoder's has none, but transformers derives DeepSpeed's `auto` values from it
         model.config.hidden_size = model.get_output_embeddings().in_features
     return model
+
+
+def _load_generation_config(model: Any, folder: Path, report: Report) -> None:
+    """Load generation_config.json, if there is one. The decoder's start token is that of config.json, as in training.
+
+    Raises:
+        ModelError: the file is broken, or transformers can't use it.
+    """
+    from transformers import GenerationConfig
+
+    start = model.architecture.start_token_id
+    if (path := folder / GENERATION_CONFIG_FILE).is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:
+            problem = f"{path}: transformers can't use it: {describe_error(error)}"
+            raise ModelError(problem, hint="correct it, or remove it") from error
+        found = model.generation_config.decoder_start_token_id
+        if found not in (None, start):
+            words = f"decoder_start_token_id {found}, but the model is trained with that of config.json, {start}"
+            report(Note(f"{path}: {words}, which is used here, too", warning=True))
+    model.generation_config.decoder_start_token_id = start
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
@@ -147,7 +171,8 @@ def _check_names(checkpoint: Checkpoint, architecture: Architecture, expected: s
     found = set(checkpoint.list_names())
     if missing := sorted(expected - found):
         raise ModelError(
-            f"{checkpoint.folder}: {missing[0]}: missing from the weights (1 of {len(missing)} missing tensors)"
+            f"{checkpoint.folder}: {missing[0]}: missing from the weights (1 of {len(missing)} missing tensors)",
+            hint="is a file of the checkpoint missing, or is config.json that of another model?",
         )
     unneeded = {*architecture.list_shared(tied=True), *architecture.ignored_tensors}
     surplus = sorted(name for name in found - expected - unneeded if not architecture.is_skipped(name))
@@ -169,7 +194,7 @@ def _find_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> 
     tensor = checkpoint.get_tensor(name)
     if tensor.shape != tuple(parameter.shape):
         shapes = f"shape {list(tensor.shape)} in the file, {list(parameter.shape)} by config.json"
-        raise ModelError(f"{checkpoint.folder}: {name}: {shapes}")
+        raise ModelError(f"{checkpoint.folder}: {name}: {shapes}", hint=OTHER_CONFIG_HINT)
     if tensor.dtype not in TORCH_DTYPES:
         raise ModelError(f"{checkpoint.folder}: {name}: dtype {tensor.dtype} is not a floating-point type")
     return tensor

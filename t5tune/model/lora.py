@@ -79,7 +79,7 @@ def add_lora(
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
         init_lora_weights=True if method in {"default", "loftq"} else method,
-        modules_to_save=_select_modules_to_save(model, settings),
+        modules_to_save=_select_modules_to_save(model, base, settings),
         task_type=TaskType.SEQ_2_SEQ_LM,
         trainable_token_indices=token_indices,
     )
@@ -122,14 +122,21 @@ def _select_target_modules(model: Any, names: list[str]) -> list[str] | str:
     return architecture.restrict_target_modules(layers)  # type: ignore[no-any-return]
 
 
-def _select_modules_to_save(model: Any, settings: LoraSettings) -> list[str] | None:
+def _select_modules_to_save(model: Any, base: Path, settings: LoraSettings) -> list[str] | None:
     """Check the modules to train in full, and return them as PEFT's modules_to_save.
 
     Raises:
-        SettingsError: a module doesn't exist, contains quantized weights, or one that another module shares.
+        SettingsError: a module doesn't exist, contains quantized weights, or one that another module shares, or its
+            name is also that of a module that isn't loaded.
     """
+    if not settings.modules_to_save:
+        return None
     shared = model.architecture.list_shared(tied=True)
-    for name in settings.modules_to_save or []:
+    skipped = list(filter(model.architecture.is_skipped, Checkpoint(base, model.architecture).list_names()))
+    for name in settings.modules_to_save:
+        if also := next((path for path in skipped if path.rpartition(".")[0].endswith(name)), None):
+            problem = f"modules_to_save: {name}: also the name of {also.rpartition('.')[0]}, which isn't trained"
+            raise SettingsError(problem, hint=f"write more of its path, such as decoder.{name}")
         paths = {path: module for path, module in model.named_modules() if path.endswith(name)}  # PEFT's rule
         found = list(paths.values())
         if not found:
@@ -146,7 +153,7 @@ def _select_modules_to_save(model: Any, settings: LoraSettings) -> list[str] | N
         if both := sorted(parameters & {*shared, *shared.values()}):
             problem = f"modules_to_save: {name}: contains {both[0]}, which the embeddings or the head share"
             raise SettingsError(problem, hint="PEFT would train a copy, which can't be merged: use train_mode full")
-    return list(settings.modules_to_save) if settings.modules_to_save else None
+    return list(settings.modules_to_save)
 
 
 def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner: Zero3Partitioner | None) -> None:

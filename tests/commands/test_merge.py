@@ -219,6 +219,45 @@ def test_tokenizer_and_generation_config_are_copied(case: Case) -> None:
         assert (case.output / "template.yaml").read_text() == (TEMPLATES / "plain.yaml").read_text()
 
 
+def test_the_files_of_the_base_that_belong_to_the_model_are_copied(untied_adapter: Path, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    names = ("chat_template.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE.txt")
+    for name in (*names, "onnx.json", ".hidden"):
+        (base / name).write_text(name)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    run_merge(base, untied_adapter, tmp_path / "merged", verify=False)
+    for name in names:
+        assert (tmp_path / "merged" / name).read_text() == name
+    assert (tmp_path / "merged" / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+    assert not [name for name in ("onnx.json", ".hidden") if (tmp_path / "merged" / name).exists()]
+    from transformers import AutoTokenizer
+
+    stock = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert stock.chat_template == AutoTokenizer.from_pretrained(base).chat_template
+
+
+def test_modules_to_save_may_contain_other_modules(untied_base: Path, tmp_path: Path) -> None:
+    """PEFT's rule: each module whose path ends with the name, with all that is in it."""
+    adapter = make_stock_adapter(untied_base, tmp_path / "adapter", modules_to_save=["DenseReluDense", "layer_norm"])
+    run_merge(untied_base, adapter, tmp_path / "merged")
+    expected = load_stock_with_adapter(untied_base, adapter).merge_and_unload().state_dict()
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    before = load_file(untied_base / "model.safetensors")
+    assert [name for name, value in merged.items() if not expected[name].equal(value)] == []
+    assert any("DenseReluDense" in name for name in merged if not before[name].equal(merged[name]))
+
+
+def test_different_rows_of_encoder_and_decoder_are_refused(untied_base: Path, tmp_path: Path) -> None:
+    adapter, _ = make_rows_adapter(untied_base, tmp_path / "adapter")
+    state = load_file(adapter / "adapter_model.safetensors")
+    (name,) = (name for name in state if "decoder.embed_tokens" in name)
+    state[name] = state[name] + 1
+    save_file(state, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="decoder.embed_tokens: its trained rows differ from the encoder's"):
+        run_merge(untied_base, adapter, tmp_path / "merged", verify=False)
+
+
 def test_the_conversation_template_of_the_base_is_the_fallback(untied_adapter: Path, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
     shutil.copy(TEMPLATES / "turns.yaml", base / "template.yaml")

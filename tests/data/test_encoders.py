@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
@@ -125,3 +125,19 @@ def test_an_encoder_shares_the_memory_of_a_large_vocabulary() -> None:
     total, more = map(int, done.stdout.split())
     assert total > 150
     assert more < 20
+
+
+@pytest.mark.parametrize("token", ["{", "\n", AddedToken("Foo", single_word=True), AddedToken("két", normalized=True)])
+def test_ids_with_tokens_that_transformers_added_are_those_of_transformers(
+    token: str | AddedToken, tmp_path: Path
+) -> None:
+    """`add_tokens(["{"])` makes a token that is found in the normalized text, in which a newline is a space."""
+    from transformers import AutoTokenizer
+
+    stock = AutoTokenizer.from_pretrained(POCKET)
+    stock.add_tokens([token])
+    stock.save_pretrained(tmp_path)
+    encoder = make_encoder(load_tokenizer(tmp_path))
+    for text in ("two {hats} ", "two\nred  hats", "Foo xFoo Foo, k\u00e9t ke\u0301t", "\uff5b full width"):
+        expected = stock(text, add_special_tokens=False)["input_ids"]
+        assert encoder.encode([Beginning(text)])[0].tolist() == expected, text

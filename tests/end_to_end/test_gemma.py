@@ -13,8 +13,10 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from transformers import CONFIG_MAPPING
 
 from t5tune.checkpoints.base import open_base
+from t5tune.checkpoints.model_folder import write_config
 from t5tune.commands.chat import chat
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
@@ -286,6 +288,12 @@ def test_unknown_layers_and_added_tokens_are_refused(kind: str, bases: dict[str,
             add_lora(load_base(base, torch.float32, CPU), base, make_lora(names), [], torch.float32)
     with pytest.raises(SettingsError, match="out_proj: PEFT's copy of a shared embedding gets no gradient"):
         LoraSettings(modules_to_save=["out_proj"])
+    if kind == "t5gemma2":
+        for name in ("norm", "q_proj"):
+            with pytest.raises(SettingsError, match=f"modules_to_save: {name}: also the name of .*vision_tower"):
+                add_lora(
+                    load_base(base, torch.float32, CPU), base, LoraSettings(modules_to_save=[name]), [], torch.float32
+                )
     copied = LoraSettings(modules_to_save=["decoder"])
     with pytest.raises(SettingsError, match="modules_to_save: decoder: contains .*share"):
         add_lora(load_base(base, torch.float32, CPU), base, copied, [], torch.float32)
@@ -414,6 +422,31 @@ def test_a_config_that_packing_or_quantization_cannot_compute_is_refused(
     config["decoder"] |= changes
     with pytest.raises(ModelError, match=problem):
         find_architecture(config, bases[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_config_leaves_out_is_what_transformers_takes(kind: str, bases: dict[str, Path]) -> None:
+    config = json.loads((bases[kind] / "config.json").read_text())
+    for name in ("bos_token_id", "final_logit_softcapping"):
+        config["decoder"].pop(name, None)
+    architecture = find_architecture(config, bases[kind])
+    stock = CONFIG_MAPPING[config["model_type"]].from_dict(config).decoder
+    assert architecture.start_token_id == stock.bos_token_id
+    assert architecture.logit_cap == stock.final_logit_softcapping
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_that_says_nothing_about_the_head_stays_as_it_is(
+    kind: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    for file in bases[kind].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((bases[kind] / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_config(tmp_path, tmp_path.parent, tied=True)
+    assert json.loads((tmp_path.parent / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize("kind", KINDS)

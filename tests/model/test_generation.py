@@ -1,12 +1,19 @@
-"""What ends a reply."""
+"""What `generate` makes of a model's files, and what ends a reply."""
 
+import json
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from t5tune.errors import ModelError
 from t5tune.model.generation import Decoding, generate
 from t5tune.model.load import load_base
+from t5tune.progress import Note
 from tests.support.bases import make_base
+from tests.support.model_types import load_stock
 
 
 def test_every_token_that_generation_config_lists_ends_a_reply(tmp_path: Path) -> None:
@@ -23,3 +30,52 @@ def test_every_token_that_generation_config_lists_ends_a_reply(tmp_path: Path) -
         assert generate(model, [source], decoding) == [expected]
     generate(model, sources[:1], decoding, on_token=shown.append)
     assert shown == whole[0][: whole[0].index(ending) + 1]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (3, 1)])
+def test_encoders_and_decoders_of_different_depth_generate_what_a_model_without_a_cache_does(
+    encoder: int, decoder: int, num_beams: int, tmp_path: Path
+) -> None:
+    """transformers makes a cache with as many layers as the encoder has, which fails if the decoder has more."""
+    folder = make_base(tmp_path, tied=False, num_layers=encoder, num_decoder_layers=decoder)
+    model = load_base(folder, torch.float32, torch.device("cpu"))
+    sources = [[40, 50, 60, 1], [70, 1]]
+    stock = load_stock(folder)
+    expected = [
+        stock.generate(torch.tensor([source]), max_new_tokens=8, num_beams=num_beams, use_cache=False)[0].tolist()[1:]
+        for source in sources
+    ]
+    found = [generate(model, [source], Decoding(1, 0, 8, num_beams=num_beams))[0] for source in sources]
+    assert found == [[*takewhile(lambda token: token != 1, ids)] for ids in expected]
+    assert model.config.num_layers == encoder
+
+
+def test_a_start_token_that_differs_from_that_of_training_is_said(tmp_path: Path) -> None:
+    folder = make_base(tmp_path, tied=False)
+    (folder / "generation_config.json").write_text('{"decoder_start_token_id": 7}')
+    notes: list[Any] = []
+    model = load_base(folder, torch.float32, torch.device("cpu"), report=notes.append)
+    assert model.generation_config.decoder_start_token_id == 0
+    (note,) = (note for note in notes if isinstance(note, Note))
+    assert "generation_config.json: decoder_start_token_id 7, but the model is trained with that of config.json, 0" in (
+        note.text
+    )
+
+
+@pytest.mark.parametrize("setting", ["return_dict_in_generate", "output_scores"])
+def test_settings_that_only_change_the_form_of_the_output_change_nothing(setting: str, tmp_path: Path) -> None:
+    folder = make_base(tmp_path, tied=False)
+    expected = generate(load_base(folder, torch.float32, torch.device("cpu")), [[40, 1]], Decoding(1, 0, 4))
+    (folder / "generation_config.json").write_text(json.dumps({setting: True}))
+    assert generate(load_base(folder, torch.float32, torch.device("cpu")), [[40, 1]], Decoding(1, 0, 4)) == expected
+
+
+@pytest.mark.parametrize("content", ['{"stop_strings": ["x"]}', '{"num_return_sequences": 2}', "[1]", "{"])
+def test_a_generation_config_that_cannot_be_used_is_named(content: str, tmp_path: Path) -> None:
+    folder = make_base(tmp_path, tied=False)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(
+        ModelError, match=r"generation_config\.json: transformers can't (use|generate with) it: .+; correct"
+    ):
+        generate(load_base(folder, torch.float32, torch.device("cpu")), [[40, 1]], Decoding(1, 0, 4))
