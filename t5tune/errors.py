@@ -6,6 +6,7 @@
     ├── ModelError            exit 2   a base checkpoint can't be used
     ├── CheckpointError       exit 2   a training checkpoint or an adapter can't be used
     ├── DependencyError       exit 1   a required package is missing or doesn't work on this machine
+    ├── UploadError           exit 1   the Hugging Face Hub can't be reached, so nothing was uploaded
     ├── WriteError            exit 1   a disk is full or broken
     ├── OutOfMemory           exit 1   the GPU or the machine doesn't have enough memory
     ├── TrainingError         exit 1   training can't continue
@@ -47,9 +48,14 @@ def find_close_name(name: str, known: Iterable[str]) -> str | None:
 
 
 class T5TuneError(Exception):
-    """Base class of all errors. `hint` is the next step, shown after the message."""
+    """Base class of all errors. `hint` is the next step, shown after the message.
+
+    Attributes:
+        is_of_rank_0: raised here because rank 0 has raised it, which shows it.
+    """
 
     exit_code = 1
+    is_of_rank_0 = False
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         self.message = to_one_line(message)
@@ -114,6 +120,10 @@ class DependencyError(T5TuneError):
 
 class WriteError(T5TuneError):
     """A file can't be written: the disk is full, broken or read-only."""
+
+
+class UploadError(T5TuneError):
+    """The Hugging Face Hub can't be reached, so nothing was uploaded."""
 
 
 class OutOfMemory(T5TuneError):

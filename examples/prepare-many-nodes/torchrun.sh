@@ -8,7 +8,7 @@
 set -euo pipefail
 
 if [ "${NODES:-1}" -gt 1 ]; then
-    place=(--rdzv-backend c10d --rdzv-endpoint "$HOST:29500" --rdzv-id prepare)
+    place=(--rdzv-backend c10d --rdzv-endpoint "${HOST:?set it to one of the nodes}:29500" --rdzv-id prepare)
 else
     place=(--standalone)
 fi

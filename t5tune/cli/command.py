@@ -13,7 +13,7 @@ from t5tune.cli.results import render_result
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
-from t5tune.errors import SettingsError
+from t5tune.errors import SettingsError, Stopped, T5TuneError
 from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 from t5tune.progress import Note
 from t5tune.settings import COMMANDS, EvaluateSettings, PrepareSettings, Settings, TrainSettings, load_settings
@@ -47,7 +47,7 @@ def run_command(command: str, arguments: list[str]) -> int:
         except KeyboardInterrupt as interrupt:
             return output.fail(interrupt)
         except Exception as error:
-            return _report_to_launcher(error) if world.is_run_set_up else output.fail(error)
+            return _report_to_launcher(error) if world.is_run_set_up else _fail(error, world, output)
         finally:
             output.close_screen()
 
@@ -110,6 +110,13 @@ def _interrupt_on_signals() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _fail(error: Exception, world: World, output: Output) -> int:
+    """Show an error, unless rank 0 does: what went wrong there, and that a signal has stopped all ranks."""
+    if isinstance(error, T5TuneError) and (error.is_of_rank_0 or (isinstance(error, Stopped) and world.rank > 0)):
+        return error.exit_code
+    return output.fail(error)
 
 
 def _report_to_launcher(error: Exception) -> int:

@@ -274,7 +274,8 @@ def _list_candidates(settings: PlanSettings, machine: Machine) -> list[dict[str,
     light = {**base, "gradient_checkpointing": True}
     candidates = [base, light]
     if machine.count > 1 and machine.on_gpu:
-        candidates.append({**light, "deepspeed": "zero3"})
+        stages = ("zero2", "zero3") if settings.train_mode == "full" else ("zero3",)
+        candidates += [{**light, "deepspeed": stage} for stage in stages]
     if settings.train_mode == "lora":
         candidates.append({**light, "q_lora": True})
     if machine.on_gpu:
@@ -305,12 +306,22 @@ def _find_largest_batch_size(estimator: MemoryEstimator, stage: str, data: _Data
 
     if not estimator.can_fit(stage) or not (first := estimate(1)).fits:
         return None
-    second = estimate(2)
-    size, each = 1, max(1, second.total - first.total)  # memory is linear in the number of examples
     limit = (estimator.machine.memory or 0) * (USABLE_GPU_SHARE if estimator.machine.on_gpu else 1.0)
-    while size < MAX_SUGGESTED_BATCH_SIZE and first.total + (2 * size - 1) * each <= limit:
-        size *= 2
-    return size, first.total + (size - 1) * each
+    known_size, known, most = 2, estimate(2), MAX_SUGGESTED_BATCH_SIZE
+    # Memory is linear in the number of examples, but where something else takes more than small batches do, such as the
+    # weights that ZeRO-3 gathers, larger ones grow faster. So what two sizes promise is estimated itself.
+    while True:
+        if not known.fits:
+            most = known_size // 2
+        each = max(1.0, (known.total - first.total) / (known_size - 1))
+        size = 1
+        while size < most and first.total + (2 * size - 1) * each <= limit:
+            size *= 2
+        if size == 1:
+            return 1, first.total
+        if size == known_size:
+            return size, known.total
+        known_size, known = size, estimate(size)
 
 
 def _format_flags(settings: PlanSettings, changes: dict[str, Any], machine: Machine) -> str:

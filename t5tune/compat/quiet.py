@@ -13,7 +13,7 @@ VARIABLES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "true",
     "DS_LOG_LEVEL": "error",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # otherwise C++ stack traces appear if a rank is lost
+    "TORCH_CPP_LOG_LEVEL": "FATAL",  # otherwise C++ stack traces appear if a rank is lost, or doesn't come
 }
 # their levels, unless the user has set others; transformers takes its own from the variable when it is imported
 LEVELS = {"bitsandbytes": logging.NOTSET, "accelerate": logging.NOTSET, "transformers": logging.WARNING}

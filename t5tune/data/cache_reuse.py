@@ -8,6 +8,7 @@ from typing import Any
 
 from t5tune.data.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
 from t5tune.errors import DataError, SettingsError
+from t5tune.io.reasons import join_first
 
 
 def find_reusable_manifest(folder: Path, inputs: dict[str, Any], in_use: bool) -> dict[str, Any] | None:
@@ -52,10 +53,21 @@ def _check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
 def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Describe which inputs differ: name -> line with both values."""
     return {
-        name: f"{name}: {_abbreviate(before.get(name))} before, {_abbreviate(value)} now"
+        name: _describe_files(before.get(name), value)
+        if name == "data"
+        else f"{name}: {_abbreviate(before.get(name))} before, {_abbreviate(value)} now"
         for name, value in now.items()
         if before.get(name) != value
     }
+
+
+def _describe_files(before: Any, now: Any) -> str:
+    """Describe how lists of data files differ: the content of one with the same name, or which files they are."""
+    names = [[entry["file"] for entry in files or []] for files in (before, now)]
+    if names[0] == names[1]:
+        changed = [then["file"] for then, file in zip(before, now, strict=True) if then != file]
+        return f"data: {join_first(changed)}: another content now"
+    return f"data: {join_first(names[0])} before, {join_first(names[1])} now"
 
 
 def make_resume_error(changed: Path, differences: dict[str, str]) -> SettingsError:

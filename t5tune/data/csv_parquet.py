@@ -93,7 +93,8 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
         raise DependencyError(problem, hint="pip install pyarrow") from error
     index = 0
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        # an open file, because pyarrow takes no path that isn't UTF-8
+        with open(path, "rb") as opened, parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
             _check_column_names(file.schema_arrow.names, str(path))
             for row, size in chain.from_iterable(_iterate_rows(batch, max_bytes) for batch in _read_batches(file)):
                 location = RecordLocation(str(path), index + 1, index, 0)

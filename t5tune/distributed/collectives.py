@@ -98,6 +98,7 @@ def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
         wait_until(lambda: bool(store.check([done])))
     found = broadcast_from_rank_0(found)
     if isinstance(found, T5TuneError):
+        found.is_of_rank_0 = world.rank > 0
         raise found
     return found  # type: ignore[return-value]
 

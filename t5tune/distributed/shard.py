@@ -98,4 +98,4 @@ def _make_missing_error() -> SettingsError:
 
 
 def _suggest(name: str) -> str:
-    return f'give --shard "${name}/N", where N is the number of parts'
+    return f'give --shard "${name}/N" in the script of the job, where N is the number of parts'

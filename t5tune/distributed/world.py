@@ -8,7 +8,7 @@ from t5tune.errors import SettingsError
 ERRORS_FOLDER_VARIABLE = "_T5TUNE_ERRORS"
 """Environment variable: the folder to which workers that t5tune started write their errors."""
 RERUN_HINT = "run the same command again"
-RESUME_HINT = f"{RERUN_HINT}; training resumes from the last checkpoint"
+RESUME_HINT = f"{RERUN_HINT}; training resumes from the last checkpoint, if there is one"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
 The files' names have no suffix of data, and a folder with a part.json isn't searched for data.
 """
 
+import hashlib
 import json
 import os
 import struct
@@ -99,6 +100,7 @@ def write_part_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any
     """Write the manifest of a part, with its format and the hashes of its files, and return it."""
     (folder / REJECTED_FILE).rename(folder / "rejected.bin")
     manifest = {"format": PART_FORMAT_VERSION, **manifest, "files": hash_files(folder)}
+    manifest["sha256"] = _hash_manifest(manifest)
     write_json(folder / PART_MANIFEST_FILE, manifest)
     return manifest
 
@@ -119,7 +121,15 @@ def read_part_manifest(folder: Path) -> dict[str, Any]:
     if version != PART_FORMAT_VERSION:
         problem = f"{path}: format {version}; this version of t5tune reads format {PART_FORMAT_VERSION}"
         raise DataError(problem, hint=_suggest_deleting(folder))
+    if manifest.get("sha256") != _hash_manifest(manifest):
+        raise DataError(f"{path}: differs from what prepare wrote", hint=_suggest_deleting(folder))
     return manifest
+
+
+def _hash_manifest(manifest: dict[str, Any]) -> str:
+    """Hash all of a manifest but its hash."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def verify_part(folder: Path, manifest: dict[str, Any]) -> None:

@@ -30,11 +30,15 @@ from t5tune.io.atomic import (
     is_locked,
     lock_file,
 )
+from t5tune.io.reasons import join_first
 from t5tune.preparing.part import read_part_manifest, verify_part
 from t5tune.settings.shard import Shard
 
 LOCK_FILE = "joining.lock"
+UNIQUE_CHARACTERS = 8  # at the end of a temporary name
+MAX_NAME_BYTES = 255  # of a file, in all usual file systems
 _PART_NAME = re.compile(r"part-(\d+)-of-(\d+)")
+_UNFINISHED_NAME = re.compile(r"\.part-\d+-of-\d+\.new-[0-9a-f]+")
 
 
 class PartsTakenError(Exception):
@@ -60,6 +64,30 @@ class PartsFolder:
         """List the complete parts, in their order."""
         return _list_parts(self.folder)
 
+    def check_place(self) -> None:
+        """Check, before anything is encoded, that the parts and the cache can be written.
+
+        Raises:
+            SettingsError: the folder is a link or contains something else, or the cache can't get its name.
+        """
+        if os.path.ismount(self._cache):
+            problem = f"{self._cache}: a mount point can't be replaced"
+            raise SettingsError(problem, hint="choose a folder inside it")
+        longest = f"{self._joining_prefix}{'0' * UNIQUE_CHARACTERS}"
+        if len(os.fsencode(longest)) > MAX_NAME_BYTES:
+            problem = f"output_dir: {self._cache.name}: too long a name for a cache that is prepared in parts"
+            raise SettingsError(problem, hint=f"shorten it to {MAX_NAME_BYTES - 20} bytes")
+        problem = f"output_dir: {self.folder}: the parts are written there, but "
+        hint = "move it away, or choose another output_dir"
+        if self.folder.is_symlink():
+            raise SettingsError(f"{problem}it is a link", hint=hint)
+        if foreign := [entry.name for entry in _list_entries(self.folder) if not _is_own(entry)]:
+            raise SettingsError(f"{problem}it contains {join_first(sorted(foreign))}", hint=hint)
+
+    def are_left(self) -> bool:
+        """Whether there are complete parts, and nothing else."""
+        return bool(self.list_parts()) and all(map(_is_own, _list_entries(self.folder)))
+
     def check_parts(self, count: int | None) -> None:
         """Check that the complete parts were made from the same inputs, and are of `count` parts.
 
@@ -74,13 +102,13 @@ class PartsFolder:
             if count is not None:
                 before["shard"], now["shard"] = f"one of {shard.count} parts", f"one of {count} parts"
             if lines := describe_differences(before, now):
+                choices = ["to continue, use the previous settings, data and version"]
+                if lines.keys() == {"shard"}:  # a job array of some tasks, which --shard auto counts
+                    choices = [f"to prepare one of those {shard.count} parts, name it: --shard I/{shard.count}"]
                 raise SettingsError(
                     *lines.values(),
                     heading=f"{part}: was made from other inputs than this part:",
-                    choices=[
-                        "to continue, use the previous settings, data and version",
-                        f"to start over, delete {self.folder}",
-                    ],
+                    choices=[*choices, f"to start over, delete {self.folder}"],
                 )
 
     def read_part(self, shard: Shard) -> dict[str, Any] | None:
@@ -115,7 +143,7 @@ class PartsFolder:
             SettingsError: no folder can be created there.
         """
         name = f"part-{shard.index}-of-{shard.count}"
-        staged = self.folder / f".{name}.new-{uuid.uuid4().hex[:8]}"
+        staged = self.folder / f".{name}.new-{uuid.uuid4().hex[:UNIQUE_CHARACTERS]}"
         try:
             with explain_write_errors(self.folder):
                 with explain_creation_errors(self.folder):
@@ -152,7 +180,7 @@ class PartsFolder:
         Raises:
             PartsTakenError: another process has taken them meanwhile, so that the block failed.
         """
-        taken = self.folder.with_name(f"{self._joining_prefix}{uuid.uuid4().hex[:8]}")
+        taken = self.folder.with_name(f"{self._joining_prefix}{uuid.uuid4().hex[:UNIQUE_CHARACTERS]}")
         parts: dict[Shard, Path] = {}
         try:
             # The lock moves with the folder, so that no process finds the folder without it. Whether there are locks
@@ -188,7 +216,8 @@ class PartsFolder:
         A folder without a complete part is left alone if parts are in progress there, since their inputs are unknown.
         """
         for folder in (self.folder, *self._list_taken()):
-            if folder.is_dir() and not is_locked(folder / LOCK_FILE) and self._has_same_inputs(folder):
+            is_ours = folder.is_dir() and not folder.is_symlink() and all(map(_is_own, _list_entries(folder)))
+            if is_ours and not is_locked(folder / LOCK_FILE) and self._has_same_inputs(folder):
                 self._remove(folder)
 
     def _list_taken(self) -> list[Path]:
@@ -197,14 +226,14 @@ class PartsFolder:
     def _has_same_inputs(self, folder: Path) -> bool:
         parts = [part for part in _list_parts(folder).values() if (part / PART_MANIFEST_FILE).is_file()]
         if not parts:
-            return not any(entry.is_dir() for entry in _list_entries(folder))
+            return [entry.name for entry in _list_entries(folder)] == [LOCK_FILE]
         with suppress(DataError):
             return all(read_part_manifest(part)["inputs"] == self.description for part in parts)
         return False
 
     def _remove(self, folder: Path) -> None:
         """Delete a folder; if that is interrupted, the next prepare deletes the rest."""
-        old = self._cache.with_name(f".{self._cache.name}.old-{uuid.uuid4().hex[:8]}")
+        old = self._cache.with_name(f".{self._cache.name}.old-{uuid.uuid4().hex[:UNIQUE_CHARACTERS]}")
         with suppress(FileNotFoundError):  # another process has deleted it
             folder.rename(old)
         shutil.rmtree(old, ignore_errors=True)
@@ -240,6 +269,17 @@ def _read_manifest(part: Path) -> dict[str, Any] | None:
         if part.is_dir():
             raise
         return None
+
+
+def _is_own(entry: Path) -> bool:
+    """Whether an entry of the folder is a part, one that a process is writing, or the lock."""
+    if entry.name == LOCK_FILE:
+        return True
+    if _UNFINISHED_NAME.fullmatch(entry.name):
+        return True
+    is_part = _PART_NAME.fullmatch(entry.name) is not None
+    # another process may take a part away at this moment
+    return is_part and ((entry / PART_MANIFEST_FILE).is_file() or not os.path.lexists(entry))
 
 
 def _list_parts(folder: Path) -> dict[Shard, Path]:

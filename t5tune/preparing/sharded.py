@@ -41,10 +41,13 @@ def prepare_part(source: CacheSource, shard: Shard, report: Report) -> tuple[dic
         SettingsError: other parts were made from other inputs.
     """
     parts = find_parts(source)
+    parts.check_place()
     parts.take_back()
     parts.check_parts(shard.count)
     manifest = parts.read_part(shard) or parts.read_taken_part(shard)
-    if manifest is None:
+    if manifest is not None:
+        report(Note(f"part {shard} was complete already, so it isn't encoded again"))
+    else:
         try:
             with parts.write_part(shard) as staged:
                 manifest = _encode_part(staged, source, shard, parts.description, report)
@@ -79,6 +82,7 @@ def join_parts(source: CacheSource, report: Report) -> dict[str, Any]:
         SettingsError: the parts were made from other inputs.
     """
     parts = find_parts(source)
+    parts.check_place()
     parts.take_back()
     complete = list(parts.list_parts())
     if not complete:
@@ -108,7 +112,7 @@ def _join(source: CacheSource, parts: PartsFolder, count: int, report: Report) -
                 raise PartsTakenError
             loaded = [(folder, read_part_manifest(folder)) for folder in taken.values()]
             for folder, manifest in loaded:
-                verify_part(folder, manifest)
+                _verify_taken(folder, manifest, parts)
 
             def write_records(staged: Path) -> tuple[RecordCounts, bool]:
                 id_size = choose_ids_dtype(source.num_rows).itemsize
@@ -119,6 +123,14 @@ def _join(source: CacheSource, parts: PartsFolder, count: int, report: Report) -
                 return write_cache(staged, source, write_records)
     except PartsTakenError:
         return None
+
+
+def _verify_taken(folder: Path, manifest: dict[str, Any], parts: PartsFolder) -> None:
+    """Verify a part that was taken to be joined; an error names it as it will be called again."""
+    try:
+        verify_part(folder, manifest)
+    except DataError as error:
+        raise DataError(error.message.replace(str(folder.parent), str(parts.folder)), hint=error.hint) from error
 
 
 def _encode_part(

@@ -368,6 +368,22 @@ def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
+@pytest.mark.parametrize(("stage", "memory"), [("zero3-offload", "2400MiB"), ("zero2", "2800MiB")])
+def test_the_suggested_batch_takes_what_a_plan_for_it_says(stage: str, memory: str, tmp_path: Path) -> None:
+    """What is gathered, here of a large embedding, hides the memory of small batches."""
+    shape = {"num_layers": 4, "num_decoder_layers": 4, "vocab_size": 250112}
+    asked = {"num_gpus": 8, "gpu_memory": memory, "train_mode": "full", "source_length": 64, "target_length": 32}
+    suggestion = make_plan(write_short_model(tmp_path, **shape), **asked).suggestion
+    assert suggestion is not None
+    settings = load_train_settings(suggestion.flags)
+    assert settings.deepspeed == stage, suggestion
+    names = ("bf16", "gradient_checkpointing", "q_lora", "deepspeed", "per_device_train_batch_size")
+    again = make_plan(tmp_path, **{**asked, **{name: getattr(settings, name) for name in names}})
+    (chosen,) = (each for each in again.stages if each.stage == again.chosen)
+    assert chosen.fits
+    assert chosen.total == pytest.approx(suggestion.total, rel=0.001)
+
+
 @pytest.mark.parametrize(
     ("memory", "expected"), [(80 << 30, "--no-bf16 --per"), (1100 << 20, "--no-bf16 --gradient-checkpointing --q-lora")]
 )

@@ -252,12 +252,80 @@ def test_parts_of_other_data_or_of_another_version_are_refused_by_name(
         with pytest.raises(T5TuneError, match=r'made_by: "t5tune [\d.]+.*" before, "t5tune 99" now'):
             prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
     write_lines(data, PAIRS[1:])
-    with pytest.raises(T5TuneError, match=r"data: .* before, .* now"):
+    with pytest.raises(T5TuneError, match=r"data: data\.jsonl: another content now"):
         prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
     part = tmp_path / "cache.parts" / "part-0-of-3" / "part.json"
     part.write_text(json.dumps(json.loads(part.read_text()) | {"format": 0}))
     with pytest.raises(T5TuneError, match=r"part\.json: format 0; this version of t5tune reads format 1; delete"):
         prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"inputs": 3}, {"files": []}, {"examples": None}, {"segments": [[0, True, 0, 9, 3]]}]
+)
+def test_a_manifest_of_a_part_that_was_edited_is_refused_by_name(change: dict[str, Any], tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+    part = tmp_path / "cache.parts" / "part-0-of-2" / "part.json"
+    part.write_text(json.dumps(json.loads(part.read_text()) | change))
+    for settings in ({"shard": "0/2"}, {"shard": "1/2"}, {"join": True}):
+        with pytest.raises(DataError, match=r"part-0-of-2/part\.json: differs from what prepare wrote; delete"):
+            prepare(make_settings(data, tmp_path / "cache", **settings))
+
+
+def test_a_folder_where_the_parts_would_be_is_never_touched(tmp_path: Path) -> None:
+    """It may contain the data itself: chats.parts -> chats."""
+    for number, names in enumerate(
+        (["0.jsonl"], ["part-0-of-2/mine.txt"], ["part-0-of-2"], ["manifest.json", "x.bin"])
+    ):
+        cache = tmp_path / f"chats{number}"
+        folder = tmp_path / f"chats{number}.parts"
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_lines(folder / name, PAIRS)
+        data = write_lines(tmp_path / f"data{number}.jsonl", PAIRS)
+        before = bytes_of(folder)
+        for values in ({"shard": "0/2"}, {"shard": "1/2"}, {"join": True}):
+            with pytest.raises(SettingsError, match="the parts are written there, but it contains .*; move it away"):
+                prepare(make_settings(data, cache, **values))
+        notes: list[Any] = []
+        prepare(make_settings(data, cache), notes.append)
+        assert not any(isinstance(note, Note) and "delete" in note.text for note in notes)
+        prepare(make_settings(data, cache, shard="0/2"))  # the cache is up to date
+        assert bytes_of(folder) == before
+
+
+def test_a_link_where_the_parts_would_be_is_refused(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache.parts").symlink_to(tmp_path / "disk")
+    with pytest.raises(SettingsError, match=r"cache\.parts: the parts are written there, but it is a link"):
+        prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+
+
+def test_what_would_fail_at_the_join_is_refused_before_anything_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    with pytest.raises(SettingsError, match="too long a name for a cache that is prepared in parts; shorten"):
+        prepare(make_settings(data, tmp_path / ("c" * 240), shard="0/2"))
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "cache")
+    with pytest.raises(SettingsError, match="a mount point can't be replaced"):
+        prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_parts_that_are_left_behind_or_complete_are_mentioned(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    notes: list[Any] = []
+    prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
+    prepare(make_settings(data, tmp_path / "cache", shard="0/2"), notes.append)
+    assert Note("part 0/2 was complete already, so it isn't encoded again") in notes
+    prepare(make_settings(data, tmp_path / "cache"), notes.append)
+    left = (
+        f"{tmp_path / 'cache.parts'}: parts that prepare --shard left; delete the folder if they aren't needed any more"
+    )
+    assert Note(left) in notes
 
 
 def test_two_processes_on_the_same_part_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
