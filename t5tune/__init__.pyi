@@ -64,6 +64,8 @@ class PrepareSettings(_settings.PrepareSettings):
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
+        data_subset: str | None = None,
+        data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
         shard: str | None = None,
         join: bool = False,
@@ -79,9 +81,12 @@ class PrepareSettings(_settings.PrepareSettings):
         """Settings of prepare: Check and tokenize data before training; train does it too.
 
         Args:
-            model_name_or_path: Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, or `-` for
-                standard input; for train and evaluate also a token cache; `pocket` is the built-in dataset.
+            model_name_or_path: Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision
+                owner/name@revision), or `pocket` (built in).
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, `-` for
+                standard input, a dataset on the Hugging Face Hub (owner/name, or
+                hf://datasets/owner/name@revision/files), or an s3://, gs:// or https:// URL; for train and evaluate
+                also a token cache; `pocket` is the built-in dataset.
             output_dir: Output folder.
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
@@ -100,6 +105,9 @@ class PrepareSettings(_settings.PrepareSettings):
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
                 backslashes.
             max_record_bytes: Reject records longer than this (bytes).
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
+            data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
+                test.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
                 indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.
             shard: Prepare part I of N of the data, I from 0; default: all of it. The process that completes the last
@@ -158,6 +166,8 @@ class TrainSettings(_settings.TrainSettings):
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
+        data_subset: str | None = None,
+        data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
         num_data: int | None = None,
         train_on: Literal["all", "last"] = "all",
@@ -170,6 +180,7 @@ class TrainSettings(_settings.TrainSettings):
         seed: int = 42,
         preprocessed_path: str | PathLike[str] | None = None,
         eval_data_path: _Data | None = None,
+        eval_data_split: str | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | str = ["q", "v"],
@@ -231,9 +242,12 @@ class TrainSettings(_settings.TrainSettings):
         """Settings of train: Fine-tune a model on your data, with LoRA, QLoRA or in full.
 
         Args:
-            model_name_or_path: Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, or `-` for
-                standard input; for train and evaluate also a token cache; `pocket` is the built-in dataset.
+            model_name_or_path: Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision
+                owner/name@revision), or `pocket` (built in).
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, `-` for
+                standard input, a dataset on the Hugging Face Hub (owner/name, or
+                hf://datasets/owner/name@revision/files), or an s3://, gs:// or https:// URL; for train and evaluate
+                also a token cache; `pocket` is the built-in dataset.
             output_dir: Output folder.
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
@@ -259,6 +273,9 @@ class TrainSettings(_settings.TrainSettings):
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
                 backslashes.
             max_record_bytes: Reject records longer than this (bytes).
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
+            data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
+                test.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
                 indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.
             num_data: Use only the first N examples; default: all.
@@ -274,6 +291,8 @@ class TrainSettings(_settings.TrainSettings):
             preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
             eval_data_path: Conversations or a token cache to evaluate on; they are encoded with the added tokens and
                 the conversation template of data_path.
+            eval_data_split: Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation,
+                otherwise test.
             lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
                 (use_rslora: lora_alpha / √lora_r).
             lora_dropout: Dropout probability on the input of the LoRA matrices.
@@ -289,8 +308,9 @@ class TrainSettings(_settings.TrainSettings):
                 learning rate for both.
             modules_to_save: Modules of the base to train in full in addition to the adapter, such as final_layer_norm.
             train_token_rows: Train the added tokens' rows of the embedding and the language-model head.
-            adapter: Adapter folder or run folder to initialize from, with its added tokens and conversation template;
-                shapes must match. The optimizer and the learning-rate schedule start over.
+            adapter: Adapter to initialize from, with its added tokens and conversation template: an adapter folder, a
+                run folder, or owner/name or owner/name@revision on the Hugging Face Hub; shapes must match. The
+                optimizer and the learning-rate schedule start over.
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
             quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
@@ -382,8 +402,8 @@ class ExportSettings(_settings.ExportSettings):
 
         Args:
             output_dir: Output folder.
-            checkpoint: Checkpoint to export: a run folder, one of its checkpoint-N folders, a DeepSpeed checkpoint, or
-                a FastChat output folder.
+            checkpoint: Checkpoint to export: a run folder, one of its checkpoint-N folders, a DeepSpeed checkpoint, a
+                FastChat output folder, or an adapter on the Hugging Face Hub (owner/name, owner/name@revision).
             model_name_or_path: Base checkpoint: its config.json is used to check tensor shapes, and --non-lora-state
                 full copies its weights; default: the base that adapter_config.json names.
             non_lora_state: Which tensors to write in addition to the LoRA matrices: those that were trained, the full
@@ -444,9 +464,11 @@ class MergeSettings(_settings.MergeSettings):
 
         Args:
             output_dir: Output folder.
-            adapter: Adapter folder or run folder to merge; several are summed, each multiplied by its weight.
-            model_name_or_path: Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in);
-                default: the one that the adapter names, if it is on this machine.
+            adapter: Adapter to merge: an adapter folder, a run folder, or owner/name or owner/name@revision on the
+                Hugging Face Hub; several are summed, each multiplied by its weight.
+            model_name_or_path: Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision
+                owner/name@revision), or `pocket` (built in); default: the one that the adapter names, if it is on this
+                machine.
             weights: Weight of each adapter; default: 1 for a single adapter.
             to: Output format: a Hugging Face checkpoint, or a CTranslate2 model, checked against the merged
                 checkpoint's replies to a few prompts; without quantization they must match.
@@ -511,11 +533,11 @@ class ChatSettings(_settings.ChatSettings):
         """Settings of chat: Chat with a base model, an adapter or a training run.
 
         Args:
-            model_name_or_path: A run folder, an adapter, or a base model: a folder, a model id on the Hugging Face Hub,
-                or `pocket` (built in).
+            model_name_or_path: A run folder, an adapter, or a base model: a folder, a model on the Hugging Face Hub
+                (owner/name, with a revision owner/name@revision), or `pocket` (built in).
             prompt: Reply to this one message and exit; default: start an interactive chat.
-            adapter: Adapter folder or run folder to apply to the base; if model_name_or_path is itself an adapter or a
-                run, its own base is used.
+            adapter: Adapter to apply to the base: an adapter folder, a run folder, or owner/name or owner/name@revision
+                on the Hugging Face Hub; if model_name_or_path is itself an adapter or a run, its own base is used.
             system: System message; default: the conversation template's own.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, or a YAML
                 file; default: the model's own (template.yaml); if it has none, plain for source/target pairs, and
@@ -587,6 +609,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
+        data_subset: str | None = None,
+        data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
         metric: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
         overwrite: bool = False,
@@ -597,12 +621,14 @@ class EvaluateSettings(_settings.EvaluateSettings):
         """Settings of evaluate: Score a model's predictions against a dataset's targets.
 
         Args:
-            model_name_or_path: A run folder, an adapter, or a base model: a folder, a model id on the Hugging Face Hub,
-                or `pocket` (built in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, or `-` for
-                standard input; for train and evaluate also a token cache; `pocket` is the built-in dataset.
-            adapter: Adapter folder or run folder to apply to the base; if model_name_or_path is itself an adapter or a
-                run, its own base is used.
+            model_name_or_path: A run folder, an adapter, or a base model: a folder, a model on the Hugging Face Hub
+                (owner/name, with a revision owner/name@revision), or `pocket` (built in).
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, `-` for
+                standard input, a dataset on the Hugging Face Hub (owner/name, or
+                hf://datasets/owner/name@revision/files), or an s3://, gs:// or https:// URL; for train and evaluate
+                also a token cache; `pocket` is the built-in dataset.
+            adapter: Adapter to apply to the base: an adapter folder, a run folder, or owner/name or owner/name@revision
+                on the Hugging Face Hub; if model_name_or_path is itself an adapter or a run, its own base is used.
             output_dir: Folder for predictions.jsonl; default: a new one (evaluation, evaluation.1, …).
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
@@ -636,6 +662,9 @@ class EvaluateSettings(_settings.EvaluateSettings):
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
                 backslashes.
             max_record_bytes: Reject records longer than this (bytes).
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
+            data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
+                test.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
                 indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.
             metric: Metrics of your own, in addition: functions (predictions, references) -> dict of numbers, as
@@ -752,7 +781,8 @@ class PlanSettings(_settings.PlanSettings):
         """Settings of plan: Estimate a training run's memory and steps before you start it.
 
         Args:
-            model_name_or_path: Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in).
+            model_name_or_path: Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision
+                owner/name@revision), or `pocket` (built in).
             train_mode: Train an adapter, or all weights.
             lora_r: LoRA rank: the size of the adapter.
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.

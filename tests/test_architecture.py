@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "t5tune"
 # from the lowest layer to the highest; packages of one layer may import each other, but not in a circle
 LAYERS = [
     {"errors", "file_names", "formatting", "progress", "progress_bar", "metrics", "custom_metrics", "io", "version"},
-    {"compat", "families", "settings"},
+    {"compat", "families", "hub", "settings"},
     {"data", "checkpoints"},
     {"model"},
     {"diagnosis", "distributed", "merging", "preparing", "reports", "training"},

@@ -5,22 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.adapter_folder import DOWNLOADED_FILES
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.pocket import pocket_folder
-from t5tune.errors import CheckpointError, ModelError, suggest_name
+from t5tune.errors import CheckpointError, ModelError
 from t5tune.families import find_architecture
-from t5tune.file_names import ADAPTER_CONFIG_FILE, BPE_FILES, CONFIG_FILE, SENTENCEPIECE_FILES
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from t5tune.hub.download import Repository
+from t5tune.hub.names import is_hub_name
 from t5tune.io.folder_kinds import describe_folder
-from t5tune.io.reasons import describe_error, to_one_line
+from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import read_json_object
+from t5tune.progress import Report, silent
 from t5tune.settings.shared import BaseModelSettings
 
 CODE_KEYS = {"auto_map", "custom_pipelines"}
-DOWNLOADED_FILES = ("*.json", "*.safetensors", *SENTENCEPIECE_FILES, *BPE_FILES)
 PICKLED_FILES = "pytorch_model*.bin"
 
 
-def find_base(settings: BaseModelSettings, with_weights: bool = True) -> Path:
+def find_base(settings: BaseModelSettings, with_weights: bool = True, report: Report = silent) -> Path:
     """Find the folder with the base's files. A model on the Hub is downloaded first.
 
     Args:
@@ -29,11 +32,31 @@ def find_base(settings: BaseModelSettings, with_weights: bool = True) -> Path:
     Raises:
         ModelError: there is no such folder or model, or it contains no config.json.
     """
+    return check_base(find_model(settings, with_weights, report), settings.model_name_or_path)
+
+
+def find_model(settings: BaseModelSettings, with_weights: bool = True, report: Report = silent) -> Path:
+    """Find the folder of what model_name_or_path names: a base, or perhaps an adapter. The Hub's is downloaded first.
+
+    Raises:
+        ModelError: there is no such folder or model.
+    """
     name = settings.model_name_or_path
     if _is_pocket(name):
         return pocket_folder()
     path = Path(name)
-    folder = path if path.is_dir() else _download(settings, with_weights)
+    return path if path.is_dir() else _download(settings, with_weights, report)
+
+
+def check_base(folder: Path, name: str) -> Path:
+    """Check that a folder contains a base, and return it.
+
+    Args:
+        name: what the user called it, for messages.
+
+    Raises:
+        ModelError: it contains no config.json, or one that can't be used.
+    """
     if not (folder / CONFIG_FILE).is_file():
         kind = describe_folder(folder)
         raise ModelError(
@@ -53,11 +76,9 @@ def find_local_base(settings: BaseModelSettings, with_weights: bool = False) -> 
     name = settings.model_name_or_path
     with suppress(OSError, ValueError):  # a name that neither a file nor a model on the Hub can have
         folder = pocket_folder() if _is_pocket(name) else Path(name)
-        if not folder.is_dir() and _is_hub_name(name):
-            from huggingface_hub import try_to_load_from_cache
-
-            cached = try_to_load_from_cache(name, CONFIG_FILE, cache_dir=settings.cache_dir, revision=settings.revision)
-            folder = Path(cached).parent if isinstance(cached, str) else folder
+        if not folder.is_dir() and is_hub_name(name):
+            cached = _make_repository(settings).find_cached(CONFIG_FILE)
+            folder = folder if cached is None else cached.parent
         if (folder / CONFIG_FILE).is_file() and (_has_weights(folder) or not with_weights):
             return folder
     return None
@@ -85,10 +106,6 @@ def read_base_of_adapter(adapter: Path, cache_dir: Path | None) -> BaseModelSett
 def _is_pocket(name: str) -> bool:
     """Whether the name means the built-in model, not a folder of this name."""
     return name == "pocket" and not Path(name, CONFIG_FILE).is_file()
-
-
-def _is_hub_name(name: str) -> bool:
-    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -135,61 +152,22 @@ def _find_code_key(value: Any) -> str | None:
     return None
 
 
-def _download(settings: BaseModelSettings, with_weights: bool) -> Path:
-    name, revision = settings.model_name_or_path, settings.revision
+def _download(settings: BaseModelSettings, with_weights: bool, report: Report) -> Path:
+    name = settings.model_name_or_path
     if Path(name).is_file():
         raise ModelError(f"model_name_or_path: {name}: a file, not the folder of a model", hint="name the folder")
-    if not _is_hub_name(name) or Path(name).exists():
+    if not is_hub_name(name) or Path(name).exists():
         raise ModelError(f"model_name_or_path: {name}: no such folder", hint="check the path's spelling")
-    from huggingface_hub import HfApi, snapshot_download
-
-    def fetch(*patterns: str) -> Path:
-        cache = settings.cache_dir
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns)))
-
-    try:
-        if not with_weights:
-            return fetch(CONFIG_FILE)
-        snapshot = fetch(*DOWNLOADED_FILES)
-        # download pickled weights only if the model has no safetensors
-        if not _has_weights(snapshot):
-            files = HfApi().list_repo_files(name, revision=revision)
-            if any(file.startswith("pytorch_model") for file in files):
-                snapshot = fetch(*DOWNLOADED_FILES, PICKLED_FILES)
-        return snapshot
-    # OSError, ValueError, and exceptions of whichever HTTP library huggingface_hub uses
-    except Exception as error:
-        raise _explain_download_error(name, revision, error) from error
+    repository = _make_repository(settings)
+    if not with_weights:
+        return repository.download([CONFIG_FILE])
+    snapshot = repository.download(DOWNLOADED_FILES, report=report)
+    # download pickled weights only if the model has no safetensors
+    if not _has_weights(snapshot) and any(file.startswith("pytorch_model") for file in repository.list_files()):
+        snapshot = repository.download([*DOWNLOADED_FILES, PICKLED_FILES], report=report)
+    return snapshot
 
 
-def _explain_download_error(name: str, revision: str | None, error: Exception) -> ModelError:
-    """Turn a failed download into an error that says what to do about it."""
-    from huggingface_hub import errors
-
-    asked = f"model_name_or_path: {name}"
-    match error:
-        case errors.GatedRepoError():
-            reason = "access to this model is restricted (gated)"
-            hint = f"request access on the Hub page of {name}, then run `hf auth login`"
-        case errors.RepositoryNotFoundError():
-            reason = "no such folder on this machine, and no such model on the Hub, or a private one"
-            hint = "check the spelling; for a private model run `hf auth login`"
-        case errors.RevisionNotFoundError():
-            asked, reason = f"revision: {revision}", f"{name} has no such branch, tag or commit"
-            hint = "check the spelling"
-        case errors.HFValidationError():
-            reason, hint = "no such folder, and not a valid name of a model on the Hub", "check the spelling"
-        case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-            reason = "no such folder, HF_HUB_OFFLINE disables downloads, and the model isn't all in the local cache"
-            hint = "unset HF_HUB_OFFLINE, or give a folder"
-        case errors.LocalEntryNotFoundError():
-            reason = "no such folder, the Hub can't be reached, and the model isn't in the local cache"
-            reason += suggest_name(name, ["pocket"])
-            hint = "check the network connection, or give a folder; `pocket` is the built-in model"
-        case OSError() if error.errno is not None:
-            reason = f"{error.strerror} ({error.filename})" if error.filename else f"{error.strerror}"
-            hint = "use --cache-dir to download to another folder"
-        case _:
-            reason = f"the download from the Hub failed: {to_one_line(error)[:200]}"
-            hint = "try again later, or give a folder"
-    return ModelError(f"{asked}: {reason}", hint=hint)
+def _make_repository(settings: BaseModelSettings) -> Repository:
+    name = settings.model_name_or_path
+    return Repository("model", name, "model_name_or_path", settings.revision, settings.cache_dir)

@@ -8,6 +8,7 @@ from typing import Any
 from t5tune.errors import CheckpointError
 from t5tune.file_names import CACHE_MANIFEST_FILE, RESULT_FILE, RUN_CACHE_FOLDER
 from t5tune.formatting import format_count
+from t5tune.io.reasons import join_first
 from t5tune.io.untrusted import read_json_object
 
 LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
@@ -61,7 +62,11 @@ def format_data_line(manifest: Mapping[str, Any]) -> str:
         return ""
     examples, conversations, source, target = counts
     tokens = f"{source:,} source and {target:,} target tokens"
-    return f"Data: {format_count(examples, 'example')} from {format_count(conversations, 'conversation')}, {tokens}.\n"
+    sources = manifest.get("sources")
+    named = [name for name in sources if isinstance(name, str)] if isinstance(sources, list) else []
+    origin = f", from {join_first(named)}" if named else ""
+    records = format_count(conversations, "conversation")
+    return f"Data: {format_count(examples, 'example')} from {records}, {tokens}{origin}.\n"
 
 
 def format_settings_line(settings: Mapping[str, Any]) -> str:

@@ -39,7 +39,6 @@ from t5tune.model.generation import Decoding
 from t5tune.model.inference import (
     LoadedModel,
     find_base_and_adapter,
-    is_adapter,
     load_for_inference,
     read_training_precision,
     select_base,
@@ -187,16 +186,21 @@ def _prepare(settings: EvaluateSettings, device: Any, report: Report) -> tuple[P
     for function in settings.metric or []:
         load_custom_metric(function)
     settings = replace_stopped_runs(settings, report)
-    if settings.compare_base:
-        _check_is_adapter(settings)
-    return folder, _inherit_precision(settings, device, report)
+    base, adapter = find_base_and_adapter(settings)
+    if settings.compare_base and adapter is None:
+        raise SettingsError(
+            f"compare_base: {settings.model_name_or_path} is a whole model, not an adapter, so there is no base to "
+            "compare it with",
+            hint="give the run or the adapter that it was merged from, or evaluate its base with a command of its own",
+        )
+    return folder, _inherit_precision(settings, base, adapter, device, report)
 
 
-def _inherit_precision(settings: EvaluateSettings, device: Any, report: Report) -> EvaluateSettings:
+def _inherit_precision(
+    settings: EvaluateSettings, base: Path, adapter: Path | None, device: Any, report: Report
+) -> EvaluateSettings:
     """Return the settings with the precision and the quantization of training, unless the user set others."""
-    _, adapter = find_base_and_adapter(settings)
-    trained = _read_full_training(Path(settings.model_name_or_path)) if adapter is None else {}
-    trained |= {} if adapter is None else read_training_precision(adapter)
+    trained = _read_full_training(base) if adapter is None else read_training_precision(adapter)
     inherited = {name: value for name, value in trained.items() if name not in settings.model_fields_set}
     if not inherited.get("q_lora", settings.q_lora):
         inherited = {name: value for name, value in inherited.items() if name == "bf16"}
@@ -250,20 +254,6 @@ def _finish(task: _Task | None, tuned: _Outcome, base: _Outcome | None, started:
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def _check_is_adapter(settings: EvaluateSettings) -> None:
-    """Check that the settings name an adapter, whose base is known.
-
-    Raises:
-        SettingsError: they name a base or a merged checkpoint.
-    """
-    name = settings.model_name_or_path
-    if settings.adapter is None and not is_adapter(Path(name)):
-        raise SettingsError(
-            f"compare_base: {name} is a whole model, not an adapter, so there is no base to compare it with",
-            hint="give the run or the adapter that it was merged from, or evaluate its base with a command of its own",
-        )
 
 
 def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> _Outcome:

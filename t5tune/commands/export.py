@@ -24,6 +24,7 @@ from t5tune.checkpoints.adapter import (
     read_base_metadata,
     write_adapter,
 )
+from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import find_base, find_local_base, open_base, read_config
 from t5tune.checkpoints.fastchat import LoraFlags, compute_mean_rows, read_added_ids
@@ -85,7 +86,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     """
     started = time.monotonic()
     check_replaceable(settings.output_dir, settings.overwrite)
-    folder = _find_checkpoint(settings.checkpoint, report)
+    folder = _find_checkpoint(find_adapter(settings.checkpoint, settings.cache_dir, "checkpoint", report), report)
     trained = _read_trained_tensors(settings, folder, report)
     others = _collect_non_lora_state(settings, trained)
     with write_folder_atomically(settings.output_dir) as staged:

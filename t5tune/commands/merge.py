@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t5tune.checkpoints.adapter import read_base_metadata
+from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base, find_local_base, open_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
@@ -35,6 +36,7 @@ from t5tune.file_names import (
     TOKENIZER_CONFIG_FILE,
     TRAINING_DATA_FILE,
 )
+from t5tune.hub.names import name_snapshot
 from t5tune.io.atomic import check_replaceable, make_scratch_folder, write_folder_atomically
 from t5tune.io.untrusted import has_file
 from t5tune.merging.deltas import Adapter, collect_deltas, read_adapters
@@ -147,7 +149,7 @@ def _check_converter(family: Family) -> None:
 
 
 def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings, Path]:
-    """Find the newest checkpoint of each run that was stopped, and the base: the adapter's, if none is given.
+    """Find the adapters, of a run that was stopped its newest checkpoint, and the base: if none is given, theirs.
 
     Anyone may have written the name of the adapter's base, so it isn't downloaded.
 
@@ -157,19 +159,20 @@ def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings
     Raises:
         CheckpointError: a run has no complete checkpoint, or the base of the adapter isn't on this machine.
     """
-    folders = [find_trained_folder(folder, "adapter", report) for folder in settings.adapter]
+    adapters = [find_adapter(adapter, settings.cache_dir, report=report) for adapter in settings.adapter]
+    folders = [find_trained_folder(folder, "adapter", report) for folder in adapters]
     settings = settings.model_copy(update={"adapter": folders})
     if settings.model_name_or_path is not None:
-        return settings, find_base(settings)
+        return settings, find_base(settings, report=report)
     named = read_base_of_adapter(folders[0], settings.cache_dir)
     name, revision = named.model_name_or_path, settings.revision or named.revision
     base = find_local_base(named.model_copy(update={"revision": revision}), with_weights=True)
     if base is None:
         raise CheckpointError(
-            f"adapter: {folders[0]}: its base, {name}, isn't on this machine",
+            f"adapter: {settings.adapter[0]}: its base, {name}, isn't on this machine",
             hint="give --model-name-or-path with the base's folder, or with its name on the Hub to download it",
         )
-    report(Note(f"{folders[0]} is an adapter; its base is {name}"))
+    report(Note(f"{name_snapshot(folders[0])} is an adapter; its base is {name}"))
     return settings.model_copy(update={"model_name_or_path": name, "revision": revision}), base
 
 
@@ -269,12 +272,13 @@ def _write_supporting_files(
     if len({data.source_prefix if data else "" for data in made}) > 1:
         remove_chat_template(staged)
         report(Note("the tokenizer gets no chat template: the adapters were trained with different source prefixes"))
-    names = ", ".join(str(adapter.folder) for adapter in adapters)
+    names = ", ".join(name_snapshot(adapter.folder) for adapter in adapters)
     training = describe_run_training(adapter) if len(adapters) == 1 else ""
     assert settings.model_name_or_path is not None  # see _find_inputs
     card = build_merged_card(settings.model_name_or_path, names, settings.to, family.converters, training)
     (staged / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
-    write_settings(staged, settings)
+    named = [Path(name_snapshot(folder)) for folder in settings.adapter]
+    write_settings(staged, settings.model_copy(update={"adapter": named}))
 
 
 def _convert_to_ctranslate2(

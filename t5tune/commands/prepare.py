@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from t5tune.data.files import STDIN, Digest, find_files
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.sample import choose_default_template, drain, parse_sample, take_sample
+from t5tune.data.sources import bring_data
 from t5tune.data.templates import PAIR_TEMPLATE, Template, find_template, load_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.vocabulary import ExtendedTokenizer, extend_tokenizer
@@ -36,12 +37,13 @@ from t5tune.errors import DataError, T5TuneError
 from t5tune.families import find_architecture
 from t5tune.file_names import TEMPLATE_FILE
 from t5tune.formatting import format_count
+from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically
 from t5tune.io.reasons import join_first
 from t5tune.preparing.cache_files import CacheSource, encode_cache, write_cache
 from t5tune.preparing.record_checks import RecordChecks
 from t5tune.preparing.sharded import find_parts, join_parts, prepare_part
-from t5tune.progress import Report, silent
+from t5tune.progress import Note, Report, silent
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
 
@@ -119,11 +121,13 @@ def _prepare(
     """Return the manifest of the cache or of a part, and what the result says about this call."""
     shard = find_shard(settings.shard) if settings.shard is not None else None
     facts: dict[str, Any] = {"up_to_date": False, "shard": None if shard is None else str(shard), "joined": None}
-    files = _find_data_files(settings, report, setting)
+    paths = _bring_data(settings, report, setting)
+    files = find_files(paths, report, setting)
     stdin = Digest()
     records = read_records(files, settings.max_record_bytes, stdin)
     sample = take_sample(records)
-    source = _describe_source(settings, files, stdin, sample, in_use, tokenizer_source, setting)
+    base = find_base(settings, report=report)
+    source = _describe_source(settings, base, paths, files, stdin, sample, in_use, tokenizer_source, setting)
     folder, data = settings.output_dir, source.checks.data
     is_divided = shard is not None or settings.join
     if manifest := find_reusable_manifest(folder, source.inputs, in_use):
@@ -135,6 +139,9 @@ def _prepare(
             find_parts(source).remove()
         return manifest, {**facts, "up_to_date": True, "joined": is_divided or None}
     if not is_divided:
+        if (parts := find_parts(source)).are_left():
+            words = "parts that prepare --shard left; delete the folder if they aren't needed any more"
+            report(Note(f"{parts.folder}: {words}"))
         all_records = chain(drain(sample), records)
         with write_folder_atomically(folder) as staged:
             manifest = write_cache(staged, source, lambda staged: encode_cache(staged, source, all_records, report))
@@ -153,6 +160,8 @@ def _prepare(
 
 def _describe_source(
     settings: PrepareSettings,
+    base: Path,
+    paths: list[str],
     files: list[Path],
     stdin: Digest,
     sample: list[RawRecord],
@@ -161,7 +170,6 @@ def _describe_source(
     setting: str,
 ) -> CacheSource:
     """Choose the vocabulary and the conversation template by the first records."""
-    base = find_base(settings)
     num_rows = _count_rows(settings, base)
     vocabulary = _choose_vocabulary(settings, base, tokenizer_source, num_rows, sample)
     # a run is resumed with the template that was the default when it was started
@@ -180,7 +188,6 @@ def _describe_source(
         max_rejected_fraction=settings.max_rejected_fraction,
         num_data=settings.num_data,
     )
-    paths = _list_paths(settings)
     return CacheSource(
         settings, setting, paths, files, stdin, vocabulary, num_rows, template, default_template, inputs, checks
     )
@@ -194,17 +201,17 @@ def _report_template(source: CacheSource, manifest: dict[str, Any], report: Repo
         report_models_template(source.template, report)
 
 
-def _find_data_files(settings: PrepareSettings, report: Report, setting: str) -> list[Path]:
-    """Find the data files; token caches are refused."""
+def _bring_data(settings: PrepareSettings, report: Report, setting: str) -> list[str]:
+    """Replace the names of what isn't on this machine by paths; token caches are refused."""
     for path in settings.data_path:
         if is_cache(Path(path)):
             problem = f"{setting}: {path}: is already a token cache"
             raise DataError(problem, hint="prepare reads conversations; give the cache to train")
-    return find_files(_list_paths(settings), report, setting)
-
-
-def _list_paths(settings: PrepareSettings) -> list[str]:
-    return [str(find_conversations_file()) if path == "pocket" else path for path in settings.data_path]
+    names = [str(find_conversations_file()) if path == "pocket" else path for path in settings.data_path]
+    choice = DatasetChoice(settings.data_subset, settings.data_split)
+    if setting == "eval_data_path":
+        choice = replace(choice, defaults=EVALUATION_SPLITS, setting="eval_data_split")
+    return bring_data(names, choice, setting, settings.cache_dir, report)
 
 
 def _count_rows(settings: PrepareSettings, base: Path) -> int:

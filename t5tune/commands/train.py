@@ -10,6 +10,7 @@ import shutil
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
+from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.commands.prepare import prepare
 from t5tune.data.cache import is_cache
 from t5tune.data.tokenizer import load_tokenizer
@@ -116,7 +117,7 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
         locks: closing it releases the run folder's lock.
     """
     check_settings(settings)
-    check_machine(settings)
+    check_machine(settings, report)
     stored, settings = settings, name_kept_records(apply_cache_settings(settings))
     folder = settings.output_dir
     locks.enter_context(lock_run_folder(folder, report))
@@ -249,14 +250,14 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
             is_eval = cache == run.eval_cache
             source = run.cache if is_eval else _find_adapter_with_tokens(settings)
             setting = "eval_data_path" if is_eval else "data_path"
-            prepare(_make_prepare_settings(settings, data, cache), report, in_use, source, setting)
+            prepare(_make_prepare_settings(settings, data, cache, setting), report, in_use, source, setting)
     if run.eval_cache is not None:
         _check_same_tokenizer(run.cache, run.eval_cache)
 
 
 def _find_adapter_with_tokens(settings: TrainSettings) -> Path | None:
     """Return the initial adapter if its tokenizer is to be used, so that its embedding rows keep their tokens."""
-    folder = settings.adapter
+    folder = settings.adapter and find_adapter(settings.adapter, settings.cache_dir)
     has_tokenizer = folder is not None and (folder / TOKENIZER_CONFIG_FILE).is_file()
     return folder if has_tokenizer and settings.add_tokens == ["auto"] else None
 
@@ -282,8 +283,10 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
     )
 
 
-def _make_prepare_settings(settings: TrainSettings, data: list[str], cache: Path) -> PrepareSettings:
+def _make_prepare_settings(settings: TrainSettings, data: list[str], cache: Path, setting: str) -> PrepareSettings:
     names = PrepareSettings.model_fields.keys() & TrainSettings.model_fields.keys()  # train prepares no part
     values = {name: getattr(settings, name) for name in names}
+    if setting == "eval_data_path":
+        values["data_split"] = settings.eval_data_split
     # train holds out examples itself, so that a change of eval_fraction or seed doesn't need another cache
     return PrepareSettings(**{**values, "data_path": data, "output_dir": cache, "eval_fraction": 0.0, "seed": 0})

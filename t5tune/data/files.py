@@ -79,7 +79,9 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     elif glob.has_magic(name):
         found = sorted(set(map(Path, _expand_pattern(name))))
     else:
-        raise _make_missing_error(path, setting)
+        hint = "create the settings again: records last as long as the process that they were given in"
+        problem = f"{setting}: {path}: no such file or folder"
+        raise DataError(problem, hint=hint if is_stored(path) else "check the path's spelling")
     # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
     folders = {entry.parent for entry in found}
     caches = {folder for folder in folders if is_cache(folder) or is_cache(folder.parent) or _is_part(folder)}
@@ -96,20 +98,6 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
 
 def _is_part(folder: Path) -> bool:
     return (folder / PART_MANIFEST_FILE).is_file()
-
-
-def _make_missing_error(path: Path, setting: str) -> DataError:
-    """Make the error for a path that doesn't exist, which may be the id of a dataset on the Hub."""
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) and not path.parent.exists()
-    if not is_hub_id or find_data_suffix(path) is not None:
-        hint = "create the settings again: records last as long as the process that they were given in"
-        spelling = "check the path's spelling"
-        return DataError(f"{setting}: {path}: no such file or folder", hint=hint if is_stored(path) else spelling)
-    return DataError(
-        f"{setting}: {path}: no such file or folder; datasets on the Hub aren't read",
-        hint=f"download it with `hf download --repo-type dataset {path} --local-dir {path.name}`, and give the folder "
-        "that then contains its files",
-    )
 
 
 def _explain_skipping(path: Path) -> str | None:

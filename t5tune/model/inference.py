@@ -11,13 +11,14 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from t5tune.checkpoints.adapter import read_adapter, read_base_metadata
+from t5tune.checkpoints.adapter_folder import find_adapter, is_adapter
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
-from t5tune.checkpoints.base import find_base, read_base_of_adapter, read_config
+from t5tune.checkpoints.base import check_base, find_base, find_model, read_base_of_adapter, read_config
 from t5tune.checkpoints.training_data import TrainingData, read_training_data
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_architecture
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from t5tune.file_names import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.reasons import to_one_line
 from t5tune.model.device import check_bf16, choose_device, has_bf16
 from t5tune.model.load import load_base
@@ -118,17 +119,15 @@ def _check_partitioning(settings: InferenceSettings, uses_dora: bool, device: to
 
 def find_base_and_adapter(settings: InferenceSettings, report: Report = silent) -> tuple[Path, Path | None]:
     """Find the folders of the base, which is downloaded if need be, and of the adapter if there is one."""
-    folder = Path(settings.model_name_or_path)
-    if settings.adapter is not None or not is_adapter(folder):
-        return find_base(settings), settings.adapter
+    name = settings.model_name_or_path
+    if settings.adapter is not None:
+        return find_base(settings, report=report), find_adapter(settings.adapter, settings.cache_dir, report=report)
+    folder = find_model(settings, report=report)
+    if not is_adapter(folder):
+        return check_base(folder, name), None
     base = read_base_of_adapter(folder, settings.cache_dir)
-    report(Note(f"{folder} is an adapter; its base is {base.model_name_or_path}"))
-    return find_base(base), folder
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder contains an adapter and not a whole model."""
-    return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+    report(Note(f"{name} is an adapter; its base is {base.model_name_or_path}"))
+    return find_base(base, report=report), folder
 
 
 def read_training_precision(adapter: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from t5tune.data.encoders import choose_ids_dtype
 from t5tune.data.files import STDIN, Digest, find_files
 from t5tune.data.pipeline import Pipeline
 from t5tune.data.raw_records import RawRecord
+from t5tune.data.sources import describe_origin
 from t5tune.data.templates import Template
 from t5tune.data.tokenizer import save_tokenizer
 from t5tune.data.vocabulary import ExtendedTokenizer, RoundTripCheck
@@ -146,6 +147,7 @@ def _describe_cache(
     """Make the manifest, except for the hashes of the files."""
     tokenizer, added, left_out = source.vocabulary
     check = RoundTripCheck(tokenizer)
+    sources = [origin for file in source.files if (origin := describe_origin(file)) is not None]
     data = [{**file, "sha256": file["sha256"] or source.stdin.value} for file in source.inputs["data"]]
     return {
         "format": FORMAT_VERSION,
@@ -160,6 +162,7 @@ def _describe_cache(
         "eval_fraction": source.settings.eval_fraction,
         "seed": source.settings.seed,
         "inputs": {**source.inputs, "data": data},
+        **({"sources": sources} if sources else {}),
         "unused_files": unused,
         "conversations_with_prefix": counts.with_prefix,
         "pairs": counts.pairs,

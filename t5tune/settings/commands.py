@@ -138,8 +138,8 @@ class ExportSettings(ReplaceableOutputSettings):
     panel: ClassVar[str] = "Export"
 
     checkpoint: Path = Field(
-        description="Checkpoint to export: a run folder, one of its checkpoint-N folders, a DeepSpeed checkpoint, or a "
-        "FastChat output folder.",
+        description="Checkpoint to export: a run folder, one of its checkpoint-N folders, a DeepSpeed checkpoint, a "
+        "FastChat output folder, or an adapter on the Hugging Face Hub (owner/name, owner/name@revision).",
         json_schema_extra={"positional": True},
     )
     model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(

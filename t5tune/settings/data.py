@@ -104,9 +104,20 @@ class DataSettings(ReadingSettings, ConversationSettings):
 
     data_path: Annotated[DataList, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
-        description="Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, or "
-        "`-` for standard input; for train and evaluate also a token cache; `pocket` is the built-in dataset.",
+        description="Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, `-` for "
+        "standard input, a dataset on the Hugging Face Hub (owner/name, or hf://datasets/owner/name@revision/files), "
+        "or an s3://, gs:// or https:// URL; for train and evaluate also a token cache; `pocket` is the built-in "
+        "dataset.",
         json_schema_extra={"metavar": "PATH…"},
+    )
+    data_subset: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+        default=None,
+        description="Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.",
+    )
+    data_split: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+        default=None,
+        description="Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise "
+        "test.",
     )
     add_tokens: Annotated[WordList, Affects.EXAMPLES] = Field(
         default=["auto"],
@@ -155,4 +166,9 @@ class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
         description="Conversations or a token cache to evaluate on; they are encoded with the added tokens and the "
         "conversation template of data_path.",
         json_schema_extra={"metavar": "PATH…"},
+    )
+    eval_data_split: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+        default=None,
+        description="Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation, "
+        "otherwise test.",
     )

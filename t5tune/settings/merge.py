@@ -23,12 +23,14 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
 
     model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(  # type: ignore[assignment]
         default=None,
-        description="Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in); default: the "
-        "one that the adapter names, if it is on this machine.",
+        description="Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision "
+        "owner/name@revision), or `pocket` (built in); default: the one that the adapter names, if it is on this "
+        "machine.",
     )
     adapter: FolderList = Field(
         min_length=1,
-        description="Adapter folder or run folder to merge; several are summed, each multiplied by its weight.",
+        description="Adapter to merge: an adapter folder, a run folder, or owner/name or owner/name@revision on the "
+        "Hugging Face Hub; several are summed, each multiplied by its weight.",
     )
     weights: Annotated[NumberList | None, NoneIfUnset] = Field(
         default=None, description="Weight of each adapter; default: 1 for a single adapter."

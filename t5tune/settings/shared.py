@@ -1,5 +1,6 @@
 """Groups of settings that several commands share: the base, its quantization, where it runs, and the output folder."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -7,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from t5tune.custom_metrics import FORMS, names_function
 from t5tune.errors import suggest_name
+from t5tune.hub.names import split_revision
 from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, PathAsText, PathList, Settings, WordList
@@ -16,6 +18,12 @@ FamilyName = Literal[
     "byt5", "fastchat-t5", "flan-ul2", "madlad400", "codet5", "t5", "flan-t5", "mt5", "umt5", "longt5", "t5gemma",
     "t5gemma2",
 ]  # fmt: skip
+
+
+def _exists(path: str) -> bool:
+    with suppress(OSError):  # too long for a file
+        return Path(path).exists()
+    return False
 
 
 def _read_device(value: Any) -> Any:
@@ -32,7 +40,8 @@ class BaseModelSettings(Settings):
 
     model_name_or_path: Annotated[str, PathAsText, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
-        description="Base model: a folder, a model id on the Hugging Face Hub, or `pocket` (built in).",
+        description="Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision "
+        "owner/name@revision), or `pocket` (built in).",
     )
     revision: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None, description="Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch."
@@ -44,6 +53,18 @@ class BaseModelSettings(Settings):
         default=None,
         description="Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_revision(cls, values: Any) -> Any:
+        """Read `owner/name@revision` as both settings."""
+        given = values.get("model_name_or_path") if isinstance(values, dict) else None
+        name, revision = split_revision(given) if isinstance(given, str) else ("", None)
+        if revision is None or _exists(str(given)):
+            return values
+        if (other := values.get("revision")) not in (None, revision):
+            raise ValueError(f"revision: {other}, but model_name_or_path is {given}; give only one of them")
+        return {**values, "model_name_or_path": name, "revision": revision}
 
 
 class QuantizationSettings(Settings):
@@ -75,13 +96,14 @@ class InferenceSettings(QuantizationSettings, BaseModelSettings):
 
     model_name_or_path: Annotated[str, PathAsText] = Field(
         min_length=1,
-        description="A run folder, an adapter, or a base model: a folder, a model id on the Hugging Face Hub, or "
-        "`pocket` (built in).",
+        description="A run folder, an adapter, or a base model: a folder, a model on the Hugging Face Hub "
+        "(owner/name, with a revision owner/name@revision), or `pocket` (built in).",
     )
     adapter: Annotated[Path | None, NoneIfUnset] = Field(
         default=None,
-        description="Adapter folder or run folder to apply to the base; if model_name_or_path is itself an adapter or "
-        "a run, its own base is used.",
+        description="Adapter to apply to the base: an adapter folder, a run folder, or owner/name or "
+        "owner/name@revision on the Hugging Face Hub; if model_name_or_path is itself an adapter or a run, its own "
+        "base is used.",
     )
     bf16: bool | None = Field(
         default=None,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from t5tune.checkpoints.adapter import AdapterMetadata, convert_config_to_plain_lora, write_adapter
+from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.model_card import format_data_line, format_settings_line
 from t5tune.checkpoints.model_folder import write_model
@@ -81,7 +82,8 @@ def build_model(
         token_ids = list(cache.manifest["added_token_ids"])
         model, subtracted = add_lora(model, base, settings, token_ids, trained_dtype, partitioner)
     if settings.adapter is not None:
-        load_initial_adapter(model, settings.adapter, cache.tokenizer_folder)
+        adapter = find_adapter(settings.adapter, settings.cache_dir)
+        load_initial_adapter(model, adapter, cache.tokenizer_folder)
     is_packed = _enable_packing(settings, model, report)
     if not settings.attention_dropout:
         switch_off_attention_dropout(model)

@@ -22,6 +22,7 @@ from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.sample import choose_default_template, drain, take_sample
+from t5tune.data.sources import bring_data
 from t5tune.data.templates import (
     PAIR_TEMPLATE,
     Template,
@@ -35,6 +36,7 @@ from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.file_names import TEMPLATE_FILE
 from t5tune.formatting import format_count
+from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.io.atomic import hash_file
 from t5tune.io.yaml_file import read_yaml
 from t5tune.model.inference import LoadedModel
@@ -91,7 +93,9 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
         return _load_cache_examples(open_cache(path), settings, loaded, report)
     tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
     encoder = make_encoder(tokenizer)
-    files = find_files([str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path])
+    names = [str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path]
+    choice = DatasetChoice(settings.data_subset, settings.data_split, EVALUATION_SPLITS)
+    files = find_files(bring_data(names, choice, "data_path", settings.cache_dir, report))
     records = read_records(files, settings.max_record_bytes)
     sample = take_sample(records)
     template, default_template = find_template(settings.conversation_template, loaded.template_files), None

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.zero_optimizer import read_zero_optimizer
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.data.cache import Cache
@@ -40,6 +41,7 @@ def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, wo
     values["eval_fraction"] = values["eval_fraction"] or cache.manifest["eval_fraction"]
     values["num_data"] = values["num_data"] or inputs["num_data"]
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
+    adapter = settings.adapter and find_adapter(settings.adapter, settings.cache_dir)
     tokens, num_batches = settings.tokens_per_batch, settings.gradient_accumulation_steps * world_size
     if tokens is None:
         batch = {"batch": settings.per_device_train_batch_size * num_batches}
@@ -53,7 +55,7 @@ def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, wo
             {**{name: cache.manifest["files"][name] for name in CACHE_FILES}, "examples": cache.hash_indices()}
         ),
         "base": f"sha256:{base_hash}",
-        "adapter": settings.adapter and _hash_files(settings.adapter, ADAPTER_FILES),
+        "adapter": adapter and _hash_files(adapter, ADAPTER_FILES),
         "world_size": world_size,
         "deepspeed_stage": deepspeed and packaged_templates.get_zero_stage(deepspeed),
     }

@@ -134,7 +134,7 @@ class _LoadedData:
 def _load_data(session: Session) -> _LoadedData:
     settings, run, world = session.settings, session.run, session.world
     cache, held_out = open_data(settings, run)
-    base = find_base(settings)
+    base = find_base(settings, report=session.report)
     base_metadata, run_identity, resume = run_on_rank_0(
         world, lambda: start_or_resume_run(settings, run, cache, base, world, session.report)
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
 from t5tune.custom_metrics import load_custom_metric
@@ -17,6 +18,7 @@ from t5tune.errors import DependencyError, SettingsError, suggest_name
 from t5tune.families import find_family
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
+from t5tune.progress import Report, silent
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.training import RankSettings
@@ -42,7 +44,7 @@ def check_settings(settings: TrainSettings) -> None:
         check_versions("bitsandbytes")
     choose_trackers(settings.report_to)
     if settings.adapter is not None:
-        read_adapter_config(settings.adapter)
+        read_adapter_config(find_adapter(settings.adapter, settings.cache_dir))
     if settings.conversation_template is not None:
         load_template(settings.conversation_template)
     problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
@@ -160,14 +162,14 @@ def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> N
         )
 
 
-def check_machine(settings: TrainSettings) -> None:
+def check_machine(settings: TrainSettings, report: Report = silent) -> None:
     """Check what the run needs on this machine.
 
     Raises:
         SettingsError: there are fewer GPUs than num_gpus.
         ModelError: the base doesn't exist, or isn't a supported model.
     """
-    base = find_base(settings)
+    base = find_base(settings, report=report)
     find_family(read_config(base), base, settings.family)
     if (problem := find_missing_gpus(settings)) is not None:
         raise SettingsError(problem)

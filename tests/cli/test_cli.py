@@ -185,8 +185,8 @@ def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:
     done = t5tune("prepare", *arguments, "--data-path", "nowhere.jsonl")
     assert_refused(done, "data_path: nowhere.jsonl", "check the path's spelling")
     done = t5tune("prepare", *arguments, "--data-path", "tatsu-lab/alpaca")
-    said = "datasets on the Hub aren't read; download it with `hf download --repo-type dataset tatsu-lab/alpaca"
-    assert_refused(done, f"data_path: tatsu-lab/alpaca: no such file or folder; {said}")
+    said = "no such file or folder, HF_HUB_OFFLINE disables downloads, and the dataset isn't all in the local cache"
+    assert_refused(done, f"data_path: tatsu-lab/alpaca: {said}; unset HF_HUB_OFFLINE, or give a file or a folder")
     assert list(tmp_path.iterdir()) == []
 
 

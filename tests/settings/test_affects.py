@@ -35,8 +35,9 @@ TRAINING = [
 RUN = [*LORA, *QUANTIZATION, *TRAINING]
 FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
-    "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed", "eval_data_path", *LORA, "adapter", *QUANTIZATION,
-    *TRAINING[:-1], "training_args", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
+    "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed", "eval_data_path",
+    "eval_data_split", *LORA, "adapter", *QUANTIZATION, *TRAINING[:-1], "training_args",
+    "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
 ]  # fmt: skip
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}
 

@@ -43,7 +43,7 @@ def t5tune_in_fork(
     """Run the command line in a fork of a process that has imported everything.
 
     This saves five seconds if the command imports torch. Variables that libraries read when they are imported have no
-    effect.
+    effect, but for those of huggingface_hub.
     """
     environment = {**os.environ, **(env or {})}
     done = get_fork_server().run([*map(str, arguments)], environment=environment, cwd=cwd, stdin=stdin)

@@ -68,6 +68,9 @@ def _run(request: dict[str, Any], rank: int, port: int, writer: int) -> NoReturn
             os.environ.clear()
             os.environ |= request["environment"]
             sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+            import huggingface_hub.constants
+
+            importlib.reload(huggingface_hub.constants)  # it reads HF_ENDPOINT and the others when it is imported
         if request["cwd"] is not None:
             os.chdir(request["cwd"])
         count = request["ranks"]

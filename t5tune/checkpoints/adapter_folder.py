@@ -1,0 +1,61 @@
+"""Find an adapter's folder: a path, or `owner/name` or `owner/name@revision` on the Hugging Face Hub."""
+
+from pathlib import Path
+
+from t5tune.errors import CheckpointError
+from t5tune.file_names import (
+    ADAPTER_BIN_FILE,
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    BPE_FILES,
+    CONFIG_FILE,
+    SENTENCEPIECE_FILES,
+    TEMPLATE_FILE,
+)
+from t5tune.hub.download import Repository
+from t5tune.hub.names import is_hub_name, split_revision
+from t5tune.progress import Report, silent
+
+DOWNLOADED_FILES = (
+    "*.json",
+    "*.safetensors",
+    *SENTENCEPIECE_FILES,
+    *BPE_FILES,
+    TEMPLATE_FILE,
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder contains an adapter and not a whole model."""
+    return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter", report: Report = silent) -> Path:
+    """Find an adapter's folder: `adapter` itself, or its download if it names a model on the Hub.
+
+    Args:
+        cache_dir: folder for downloads; None: the Hub's own cache.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        CheckpointError: it can't be downloaded, isn't an adapter, or its weights are pickled.
+    """
+    name, revision = split_revision(str(adapter))
+    if adapter.exists() or "/" not in name or not is_hub_name(name):
+        return adapter
+    repository = Repository("adapter", name, setting, revision, cache_dir)
+    folder = repository.download(DOWNLOADED_FILES, report=report)
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        problem = f"{setting}: {adapter}: this model on the Hub has no {ADAPTER_CONFIG_FILE}, so it isn't an adapter"
+        raise CheckpointError(problem, hint="name the adapter; a whole model is named with --model-name-or-path")
+    if not (folder / ADAPTER_WEIGHTS_FILE).is_file():
+        lack = f"{setting}: {adapter}: the Hub has no {ADAPTER_WEIGHTS_FILE} of it"
+        if ADAPTER_BIN_FILE not in repository.list_files(folder.name):
+            raise CheckpointError(lack, hint="its owner must upload it")
+        problem = f"{lack}, only {ADAPTER_BIN_FILE}, and pickled files aren't downloaded"
+        get = f"hf download {name} --local-dir {name.rpartition('/')[2]}"
+        raise CheckpointError(problem, hint=f"if you trust its owner, run `{get}`, and give that folder")
+    return folder

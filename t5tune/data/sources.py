@@ -1,0 +1,72 @@
+"""Bring data to this machine: datasets on the Hugging Face Hub, and files behind a URL.
+
+bring_data(["chats.jsonl", "hf://datasets/owner/name"], DatasetChoice(), "data_path", cache_dir=None)
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from t5tune.data.files import STDIN, find_data_suffix
+from t5tune.data.remote_files import fetch_remote, find_url, is_url
+from t5tune.errors import DataError
+from t5tune.hub.datasets import PREFIX, DatasetChoice, find_dataset_files, parse_dataset_name
+from t5tune.hub.names import name_snapshot
+from t5tune.progress import Report, silent
+
+
+def bring_data(
+    names: Sequence[str], choice: DatasetChoice, setting: str, cache_dir: Path | None, report: Report = silent
+) -> list[str]:
+    """Replace each name of a dataset and each URL by the paths of its files on this machine; paths stay as they are.
+
+    Args:
+        choice: which part of a dataset to read.
+        setting: the setting that has the names, for messages.
+        cache_dir: folder for downloads; None: those of the libraries.
+
+    Raises:
+        DataError: something doesn't exist or can't be downloaded, or a part is chosen though there is no dataset.
+        DependencyError: the package for a URL isn't installed.
+    """
+    found: list[str] = []
+    has_dataset = False
+    for name in names:
+        if is_url(name):
+            found += map(str, fetch_remote(name, setting, cache_dir, report))
+        elif is_dataset_name(name):
+            dataset = parse_dataset_name(name)
+            if dataset is None:
+                problem = f"{setting}: {name}: not the name of a dataset"
+                raise DataError(problem, hint=f"expected {PREFIX}owner/name, {PREFIX}owner/name@revision/path/in/it")
+            has_dataset = has_dataset or not dataset.path
+            files = find_dataset_files(dataset, choice, _is_data, setting, cache_dir, report)
+            found += map(str, files)
+        else:
+            found.append(name)
+    # the subset of the training data also applies to evaluation data that may be elsewhere
+    subset = choice.subset if setting == "data_path" else None
+    if not has_dataset and (part := choice.split or subset):
+        option = "data_subset" if choice.split is None else choice.setting
+        problem = f"{option}: {part}: only for a whole dataset on the Hub, but {setting} is {', '.join(names)}"
+        raise DataError(problem, hint="leave it out")
+    return found
+
+
+def describe_origin(file: Path) -> str | None:
+    """Say where a file on this machine was brought from: `hf://datasets/owner/name@commit/file` or a URL."""
+    if (name := name_snapshot(file)) != str(file):
+        return f"{PREFIX}{name}"
+    return find_url(file)
+
+
+def is_dataset_name(name: str) -> bool:
+    """Whether a name means a dataset on the Hub: hf://…, or owner/name if there is no such file, folder or pattern."""
+    if name.startswith("hf://"):
+        return True
+    path = Path(name)
+    is_free = path != STDIN and not path.exists() and not path.parent.exists() and find_data_suffix(path) is None
+    return is_free and parse_dataset_name(name) is not None
+
+
+def _is_data(name: str) -> bool:
+    return find_data_suffix(Path(name)) is not None

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: downloading bases, adapters and data, and uploading results."""

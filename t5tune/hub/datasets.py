@@ -1,0 +1,273 @@
+"""Find and download the data files of a dataset on the Hugging Face Hub: of one subset and one split.
+
+    name = parse_dataset_name("hf://datasets/owner/name")
+    files = find_dataset_files(name, DatasetChoice(split="train"), is_data, "data_path", cache_dir=None)
+
+Which files belong to a subset and to a split is written in the dataset's README.md, or follows from their names. No
+script is ever run.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from t5tune.errors import DataError, suggest_name
+from t5tune.hub.download import Repository
+from t5tune.hub.names import split_revision
+from t5tune.io.reasons import join_first
+from t5tune.progress import Note, Report, silent
+
+PREFIX = "hf://datasets/"
+README = "README.md"
+# the words in files' names by which the Hub's viewer and the datasets library tell splits apart
+SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing|eval|evaluation",
+}
+IGNORED_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+EVALUATION_SPLITS = ("validation", "test")
+
+Splits = Mapping[str, Sequence[str]]  # split -> its files
+
+
+@dataclass(frozen=True)
+class DatasetChoice:
+    """Which part of a dataset to read.
+
+    Args:
+        subset: None: the default one.
+        split: None: the first of `defaults` that the dataset has, or its only one.
+        setting: the setting that names the split, for messages.
+    """
+
+    subset: str | None = None
+    split: str | None = None
+    defaults: tuple[str, ...] = ("train",)
+    setting: str = "data_split"
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """A dataset's name: `owner/name`, its revision, and a file, a folder or a pattern in it; empty for all of it."""
+
+    name: str
+    revision: str | None
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.name}{f'@{self.revision}' if self.revision else ''}{f'/{self.path}' if self.path else ''}"
+
+
+def parse_dataset_name(text: str) -> DatasetName | None:
+    """Parse `hf://datasets/owner/name@revision/path` or `owner/name@revision`; None if it is neither."""
+    if not text.startswith(PREFIX):
+        name, revision = split_revision(text)
+        return DatasetName(name, revision, "") if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(@(refs/convert/\w+|[^/]+))?(/(.*))?", text.removeprefix(PREFIX))
+    return DatasetName(found[1], found[3], (found[5] or "").strip("/")) if found else None
+
+
+def find_dataset_files(
+    dataset: DatasetName,
+    choice: DatasetChoice,
+    is_data: Callable[[str], bool],
+    setting: str,
+    cache_dir: Path | None,
+    report: Report = silent,
+) -> list[Path]:
+    """Download the data files of a dataset, in their order, and return their paths in the cache.
+
+    Args:
+        is_data: whether a file of this name can be read.
+        setting: the setting that names the dataset, for messages.
+
+    Raises:
+        DataError: there is no such dataset, subset, split or file, or it can't be downloaded.
+    """
+    repository = Repository("dataset", dataset.name, setting, dataset.revision, cache_dir)
+    snapshot = repository.download([README])  # also says which commit it is, and offline which one is in the cache
+    pinned = replace(repository, revision=snapshot.name)
+    names, are_all = _list_files(pinned, snapshot)
+    data = [name for name in names if is_data(name) and not _is_ignored(name)]
+    asked = f"{setting}: {dataset}"
+    if not data:
+        raise _explain_no_data(asked, dataset, names)
+    if dataset.path:
+        chosen = _select_by_path(data, dataset.path)
+        if not chosen:
+            problem = f"{asked}: no such data file in this dataset"
+            raise DataError(problem, hint=f"it has {join_first(data)}")
+    else:
+        configs = _read_configs(snapshot)
+        chosen = _select_by_split(data, configs, choice, asked, report)
+        chosen = _keep_most_common_kind(chosen, asked, report)
+    # what isn't known to be all there is must match patterns, of which huggingface_hub checks that all is there
+    folder = pinned.download(chosen if are_all else [_generalize(name) for name in chosen], True, report)
+    return [folder / name for name in chosen]
+
+
+def _list_files(repository: Repository, snapshot: Path) -> tuple[list[str], bool]:
+    """List the files of a commit: all, and True; or if the Hub can't be reached those in the cache, and False.
+
+    Raises:
+        DataError: the Hub can't be reached, and nothing is in the cache.
+    """
+    try:
+        return repository.list_files(), True
+    except DataError:
+        cached = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+        if not cached:
+            raise
+        return cached, False
+
+
+def _is_ignored(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return parts[-1] in IGNORED_FILES or any(part.startswith((".", "_")) for part in parts)
+
+
+def _explain_no_data(asked: str, dataset: DatasetName, names: Sequence[str]) -> DataError:
+    if any(name.endswith(".py") for name in names):
+        problem = f"{asked}: this dataset is made by a script, and t5tune runs none"
+        return DataError(problem, hint=f"try the Hub's own copy: {PREFIX}{dataset.name}@refs/convert/parquet")
+    return DataError(
+        f"{asked}: this dataset has no JSON, JSONL, CSV or Parquet file", hint=f"it has {join_first(names)}"
+    )
+
+
+def _select_by_path(data: Sequence[str], path: str) -> list[str]:
+    """Select a file, the files of a folder, or those that match a pattern, in alphabetical order."""
+    return sorted(name for name in data if name == path or name.startswith(f"{path}/") or fnmatch(name, path))
+
+
+def _read_configs(snapshot: Path) -> list[dict[str, Any]]:
+    """Read the subsets that README.md lists; an empty list if it lists none."""
+    if not (snapshot / README).is_file():
+        return []
+    from huggingface_hub import metadata_load
+
+    try:
+        metadata = metadata_load(snapshot / README) or {}
+    except Exception:  # broken YAML, or bytes that aren't UTF-8: then there is no list, as for other readers of it
+        return []
+    configs = metadata.get("configs") if isinstance(metadata, dict) else None
+    configs = configs if isinstance(configs, list) else []
+    listed = [config for config in configs if isinstance(config, dict) and config.get("config_name")]
+    return [config for config in listed if config.get("data_files") or config.get("data_dir")]
+
+
+def _select_by_split(
+    data: Sequence[str], configs: list[dict[str, Any]], choice: DatasetChoice, asked: str, report: Report
+) -> list[str]:
+    if configs:
+        config = _choose_config(configs, choice.subset, asked)
+        folder = str(config.get("data_dir") or "").strip("./")
+        inside = [name for name in data if not folder or name.startswith(f"{folder}/")]
+        listed = _read_data_files(config["data_files"], folder, inside) if config.get("data_files") else None
+        splits = listed or _guess_splits(inside, folder)
+    else:
+        folder = choice.subset or ""
+        inside = [name for name in data if not folder or name.startswith(f"{folder}/")]
+        if not inside:
+            folders = sorted({name.partition("/")[0] for name in data if "/" in name})
+            hint = f"it has the folders {join_first(folders)}" if folders else "it has no subsets: leave it out"
+            raise DataError(f"data_subset: {folder}: {asked}: no such subset", hint=hint)
+        splits = _guess_splits(inside, folder)
+    splits = {name: files for name, files in splits.items() if files}
+    wanted = choice.defaults if choice.split is None else (choice.split,)
+    for name in wanted:
+        if name in splits:
+            return list(splits[name])
+    if len(splits) == 1 and choice.split is None:
+        (name,) = splits
+        report(Note(f"{asked}: reading its only split, {name}"))
+        return list(splits[name])
+    hint = f"it has {join_first(list(splits))}" if splits else "its subset has no files"
+    raise DataError(f"{choice.setting}: {' or '.join(wanted)}: {asked}: no such split", hint=hint)
+
+
+def _choose_config(configs: list[dict[str, Any]], subset: str | None, asked: str) -> dict[str, Any]:
+    """Choose a subset: the named one, the one that is marked as the default or called so, or the only one."""
+    by_name = {str(config["config_name"]): config for config in configs}
+    if subset is not None:
+        if subset in by_name:
+            return by_name[subset]
+        hint = f"it has {join_first(list(by_name))}"
+        raise DataError(f"data_subset: {subset}: {asked}: no such subset{suggest_name(subset, by_name)}", hint=hint)
+    marked = [config for config in configs if config.get("default") is True]
+    if marked or "default" in by_name or len(configs) == 1:
+        return (marked or [by_name.get("default", configs[0])])[0]
+    hint = f"choose one with --data-subset: {join_first(list(by_name))}"
+    raise DataError(f"{asked}: this dataset has {len(by_name)} subsets, and none of them is the default", hint=hint)
+
+
+def _read_data_files(data_files: Any, folder: str, data: Sequence[str]) -> Splits:
+    """Read a subset's list of files: a path, paths, or a path or paths for each split."""
+    splits: dict[str, list[str]] = {}
+    for split, paths in _iterate_data_files(data_files):
+        for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
+            pattern = f"{folder}/{path}" if folder else str(path).removeprefix("./")
+            splits.setdefault(split, []).extend(_match(data, pattern))
+    return {split: list(dict.fromkeys(files)) for split, files in splits.items()}
+
+
+def _iterate_data_files(data_files: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(data_files, str):
+        yield "train", data_files
+    elif isinstance(data_files, dict):
+        yield from ((str(split), paths) for split, paths in data_files.items())
+    elif isinstance(data_files, list):
+        for entry in data_files:
+            if isinstance(entry, dict):
+                yield str(entry.get("split", "train")), entry.get("path")
+            else:
+                yield "train", entry
+
+
+def _match(data: Sequence[str], pattern: str) -> list[str]:
+    """Select the names that match a pattern, in which `*` doesn't match a slash, but `**` does."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+    meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    expression = re.compile("".join(meanings.get(part, re.escape(part)) for part in parts))
+    return sorted(name for name in data if expression.fullmatch(name))
+
+
+def _guess_splits(data: Sequence[str], folder: str) -> Splits:
+    """Tell splits by words in the names of files and folders; files without one are for training."""
+    splits: dict[str, list[str]] = {}
+    for name in sorted(data):
+        inside = name.removeprefix(f"{folder}/") if folder else name
+        for split, words in SPLIT_WORDS.items():
+            if re.search(rf"(?<![a-zA-Z])({words})(?![a-zA-Z])", inside, re.IGNORECASE):
+                splits.setdefault(split, []).append(name)
+                break
+        else:
+            splits.setdefault("", []).append(name)
+    rest = splits.pop("", [])
+    if rest and "train" not in splits:
+        splits = {"train": rest, **splits}
+    return splits
+
+
+def _keep_most_common_kind(files: Sequence[str], asked: str, report: Report) -> list[str]:
+    """Keep the files of the most common suffix: a dataset may contain the same records in several formats."""
+    kinds = Counter(_get_kind(name) for name in files)
+    kept, _ = kinds.most_common(1)[0]
+    if over := [name for name in files if _get_kind(name) != kept]:
+        report(Note(f"{asked}: skipped, since most files are {kept}: {join_first(over)}", warning=True))
+    return [name for name in files if _get_kind(name) == kept]
+
+
+def _get_kind(name: str) -> str:
+    suffixes = [suffix for suffix in PurePosixPath(name).suffixes if suffix.lower() not in (".gz", ".zst")]
+    return suffixes[-1].lower().replace(".ndjson", ".jsonl") if suffixes else ""
+
+
+def _generalize(name: str) -> str:
+    """Return a pattern that a file's siblings match, too: data/train-00000-of-00004.parquet, whatever the numbers."""
+    return re.sub(r"\d+", "*", name)

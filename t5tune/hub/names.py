@@ -1,0 +1,24 @@
+"""Names on the Hugging Face Hub: `owner/name` and `owner/name@revision`."""
+
+import re
+from pathlib import Path
+
+_SNAPSHOT = re.compile(r"(?:models|datasets)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?P<file>/.+)?")
+_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split `owner/name@revision`; the revision is None if the name has none, or isn't one on the Hub."""
+    found = _NAME.fullmatch(name)
+    return (found["name"], found["revision"]) if found else (name, None)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that isn't that of a local file may be one on the Hub: not a path elsewhere."""
+    return not name.startswith((".", "/", "~")) and split_revision(name)[0].count("/") <= 1
+
+
+def name_snapshot(path: Path) -> str:
+    """Name a folder or a file for people: `owner/name@commit` for one in the Hub's cache, otherwise its path."""
+    found = _SNAPSHOT.search(path.as_posix())
+    return f"{found['name'].replace('--', '/')}@{found['commit']}{found['file'] or ''}" if found else str(path)

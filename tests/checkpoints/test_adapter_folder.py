@@ -1,0 +1,191 @@
+"""Adapters by their name on the Hugging Face Hub, wherever a command takes an adapter."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from t5tune.checkpoints.adapter_folder import find_adapter
+from t5tune.progress import Advanced, Event, Finished, Started
+from tests.support.adapters import make_stock_adapter
+from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.hub import TOKEN, Hub, serve_hub, use_in_this_process
+
+pytestmark = pytest.mark.slow
+
+NAME = "some/adapter"
+ASK = ("--prompt", "Hi", "--max-new-tokens", 4, "--use-cpu")
+
+
+@pytest.fixture(scope="module")
+def adapters(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters of one base, as stock PEFT writes them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return [make_stock_adapter(untied_base, folder / str(rank), r=rank, lora_alpha=2000) for rank in (4, 8)]
+
+
+@pytest.fixture
+def hub(adapters: list[Path], tmp_path: Path) -> Iterator[Hub]:
+    """A Hub with both adapters as two commits of one repository, the first one with a tag."""
+    with serve_hub(tmp_path / "home") as server:
+        repo = server.add("model", NAME, adapters[0])
+        repo.tags["v1"] = repo.head
+        files = {file.name: file.read_bytes() for file in adapters[1].iterdir()}
+        others = {"training_args.bin": b"pickled", "checkpoint-5/adapter_model.safetensors": b"0" * 9}
+        server.add("model", NAME, {**files, **others})
+        yield server
+
+
+def run(hub: Hub, *arguments: object) -> CommandResult:
+    return t5tune_in_fork(*arguments, env=hub.environment)
+
+
+def test_chat_uses_the_adapter_of_the_named_revision(hub: Hub, adapters: list[Path], untied_base: Path) -> None:
+    replies = [t5tune_in_fork("chat", folder, *ASK).stdout for folder in adapters]
+    assert replies[0] != replies[1]
+    for name, expected in ((NAME, replies[1]), (f"{NAME}@v1", replies[0])):
+        done = run(hub, "chat", name, *ASK)
+        assert (done.code, done.stdout) == (0, expected), done.stderr
+        assert f"{name.partition('@')[0]} is an adapter; its base is {untied_base}" in done.stderr
+        done = run(hub, "chat", untied_base, "--adapter", name, *ASK)
+        assert (done.code, done.stdout) == (0, expected), done.stderr
+
+
+def test_only_what_an_adapter_needs_is_downloaded_and_only_once(hub: Hub, adapters: list[Path]) -> None:
+    first = run(hub, "chat", NAME, *ASK)
+    assert first.code == 0, first.stderr
+    downloaded = {path.name for path in hub.home.rglob("snapshots/*/**/*") if path.is_symlink()}
+    assert downloaded == {"adapter_config.json", "adapter_model.safetensors"}
+    again = run(hub, "chat", NAME, *ASK)
+    assert again.stdout == first.stdout
+    assert hub.count_downloads("adapter_model.safetensors") == 1
+    hub.is_down = True
+    offline = t5tune_in_fork("chat", NAME, *ASK, env=hub.environment | {"HF_HUB_OFFLINE": "1"})
+    assert (offline.code, offline.stdout) == (0, first.stdout), offline.stderr
+
+
+def test_evaluate_and_merge_and_export_give_what_the_folder_gives(
+    hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
+) -> None:
+    made = {}
+    for name, adapter in (("folder", adapters[1]), ("hub", NAME)):
+        out = tmp_path / name
+        out.mkdir()
+        common = ("--data-path", "pocket", "--num-data", 3, "--max-new-tokens", 3, "--use-cpu", "--compare-base")
+        evaluated = run(hub, "evaluate", adapter, *common, "--output-dir", out / "evaluation", "--json")
+        merged = run(hub, "merge", adapter, "--output-dir", out / "merged")
+        exported = run(hub, "export", adapter, "--output-dir", out / "exported")
+        assert [done.code for done in (evaluated, merged, exported)] == [0, 0, 0], merged.stderr + exported.stderr
+        files = ("evaluation/predictions.jsonl", "merged/model.safetensors", "exported/adapter_model.safetensors")
+        made[name] = [evaluated.json["loss"], *((out / file).read_bytes() for file in files)]
+    assert made["hub"] == made["folder"]
+    commit = hub.repos["model", NAME].head
+    card = (tmp_path / "hub" / "merged" / "README.md").read_text()
+    assert f"from the adapter `{NAME}@{commit}`" in card
+    settings = (tmp_path / "hub" / "merged" / "settings.yaml").read_text()
+    assert f"- {NAME}@{commit}" in settings
+    assert str(hub.home) not in card + settings
+
+
+def test_training_starts_from_an_adapter_on_the_hub_and_notices_another_commit(
+    hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
+) -> None:
+    common = (
+        *("--model-name-or-path", untied_base, "--data-path", "pocket", "--num-data", 8, "--max-steps", 2),
+        *("--use-cpu", "--lora-r", 4, "--lora-alpha", 2000, "--lora-dropout", 0, "--no-train-token-rows"),
+        *("--add-tokens", "none", "--report-samples", 0, "--save-steps", 1),
+    )
+    done = {}
+    for name, adapter in (("folder", adapters[0]), ("hub", f"{NAME}@v1")):
+        done[name] = run(hub, "train", *common, "--adapter", adapter, "--output-dir", tmp_path / name)
+        assert done[name].code == 0, done[name].stderr
+    results = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in done]
+    assert results[0] == results[1]
+    assert f"adapter: {NAME}@v1" in (tmp_path / "hub" / "settings.yaml").read_text()
+    (tmp_path / "hub" / "result.json").unlink()  # as if the run had been killed
+    shutil.rmtree(tmp_path / "hub" / "checkpoint-2")
+    hub.repos["model", NAME].tags["v1"] = hub.repos["model", NAME].head
+    again = run(hub, "train", *common, "--adapter", f"{NAME}@v1", "--output-dir", tmp_path / "hub")
+    assert again.code == 2
+    assert any("adapter: " in line and " before, " in line for line in again.stderr.splitlines()), again.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("some/nothing", ["adapter: some/nothing", "no such model on the Hub", "hf auth login"]),
+        ("some/private", ["adapter: some/private", "or a private one", "hf auth login"]),
+        ("some/gated", ["adapter: some/gated", "access to this model is restricted", "request access"]),
+        (f"{NAME}@v9", ["revision: v9", f"{NAME} has no such branch, tag or commit"]),
+        ("some/base", ["adapter: some/base", "has no adapter_config.json, so it isn't an adapter"]),
+        ("some/pickled", ["adapter: some/pickled", "pickled files aren't downloaded", "hf download some/pickled"]),
+        ("some/empty", ["adapter: some/empty", "no adapter_model.safetensors", "its owner must upload it"]),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(
+    name: str, expected: list[str], hub: Hub, untied_base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    config = (adapters[0] / "adapter_config.json").read_bytes()
+    hub.add("model", "some/base", untied_base)
+    hub.add("model", "some/private", adapters[0], private=True)
+    hub.add("model", "some/pickled", {"adapter_config.json": config, "adapter_model.bin": b"x"})
+    hub.add("model", "some/empty", {"adapter_config.json": config})
+    hub.refusals = {"some/gated": (403, "GatedRepo")}
+    out = tmp_path / "out"
+    done = run(hub, "merge", "--model-name-or-path", untied_base, "--adapter", name, "--output-dir", out)
+    assert done.code == 2, done.stderr
+    (error,) = done.errors
+    assert [text for text in expected if text not in error] == []
+    assert not out.exists()
+
+
+def test_a_private_adapter_needs_a_token_which_is_written_nowhere(
+    hub: Hub, adapters: list[Path], tmp_path: Path
+) -> None:
+    hub.add("model", "some/private", adapters[0], private=True)
+    out = tmp_path / "merged"
+    environment = hub.environment | {"HF_TOKEN": TOKEN}
+    done = t5tune_in_fork("merge", "some/private", "--output-dir", out, "--debug", env=environment)
+    assert done.code == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_connection_that_breaks_leaves_nothing_and_the_next_call_succeeds(
+    hub: Hub, untied_base: Path, tmp_path: Path
+) -> None:
+    hub.break_after = {"adapter_model.safetensors": 100}
+    arguments = ("merge", "--model-name-or-path", untied_base, "--adapter", NAME, "--output-dir", tmp_path / "out")
+    done = run(hub, *arguments)
+    assert done.code == 2, done.stderr
+    (error,) = done.errors
+    assert f"adapter: {NAME}: the download from the Hub failed" in error
+    assert not (tmp_path / "out").exists()
+    hub.break_after = {}
+    assert run(hub, *arguments).code == 0
+
+
+def test_the_base_that_an_adapter_of_the_hub_names_is_found_there(
+    hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
+) -> None:
+    hub.add("model", "some/t5", untied_base)
+    config = json.loads((adapters[0] / "adapter_config.json").read_text())
+    files = {file.name: file.read_bytes() for file in adapters[0].iterdir()}
+    files["adapter_config.json"] = json.dumps({**config, "base_model_name_or_path": "some/t5"}).encode()
+    hub.add("model", "some/other", files)
+    done = run(hub, "chat", "some/other", *ASK)
+    assert (done.code, done.stdout) == (0, t5tune_in_fork("chat", adapters[0], *ASK).stdout), done.stderr
+
+
+def test_a_download_reports_its_progress_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_in_this_process(hub, monkeypatch)
+    events: list[Event] = []
+    folder = find_adapter(Path(NAME), tmp_path / "cache", report=events.append)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert events[0] == Started("download", size, "bytes")
+    assert events[-2:] == [Advanced("download", size), Finished("download")]
+    events.clear()
+    assert find_adapter(Path(NAME), tmp_path / "cache", report=events.append) == folder
+    assert events == []
