@@ -22,6 +22,7 @@ fuzz: .venv/installed-dev
 
 reliability: .venv/installed-dev
 	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability $(LONG_FILES) -n 0 --timeout 14400
+	LONG_TESTS=1 $(BIN)/python -m pytest -m long -n 0 --timeout 14400
 
 # the whole chain on a tiny model of each model type, in all combinations
 families: .venv/installed-dev

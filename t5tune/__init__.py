@@ -25,6 +25,7 @@ __all__ = [
     "MergeSettings",
     "PlanSettings",
     "PrepareSettings",
+    "PushSettings",
     "SettingsError",
     "Stopped",
     "T5TuneError",
@@ -41,12 +42,13 @@ __all__ = [
     "plan",
     "prepare",
     "progress_bar",
+    "push",
     "read_metrics",
     "read_result",
     "train",
 ]
 
-_COMMANDS = ("chat", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "train")
+_COMMANDS = ("chat", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "push", "train")
 _HOMES = {
     **{name: f"commands.{name}" for name in _COMMANDS},
     "Chatter": "commands.chat",

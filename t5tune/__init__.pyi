@@ -16,6 +16,7 @@ from t5tune.commands.inspect import inspect as inspect
 from t5tune.commands.merge import merge as merge
 from t5tune.commands.plan import plan as plan
 from t5tune.commands.prepare import prepare as prepare
+from t5tune.commands.push import push as push
 from t5tune.commands.train import train as train
 from t5tune.data.formats import Turn as Turn
 from t5tune.errors import SettingsError as SettingsError
@@ -81,12 +82,11 @@ class PrepareSettings(_settings.PrepareSettings):
         """Settings of prepare: Check and tokenize data before training; train does it too.
 
         Args:
-            model_name_or_path: Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision
-                owner/name@revision), or `pocket` (built in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, `-` for
-                standard input, a dataset on the Hugging Face Hub (owner/name, or
-                hf://datasets/owner/name@revision/files), or an s3://, gs:// or https:// URL; for train and evaluate
-                also a token cache; `pocket` is the built-in dataset.
+            model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
+                in).
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (standard
+                input), datasets on the Hub (owner/name, hf://…), URLs, `pocket`; for train and evaluate also a token
+                cache.
             output_dir: Output folder.
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
@@ -230,24 +230,28 @@ class TrainSettings(_settings.TrainSettings):
         save_total_limit: int | None = None,
         logging_steps: int = 10,
         report_to: Sequence[str] | str = ["none"],
+        run_name: str | None = None,
         report_samples: int = 10,
         num_gpus: int | None = None,
         num_processes: int | None = None,
         process_group_timeout: int = 1800,
         deepspeed: str | PathLike[str] | None = None,
         max_restarts: int = 0,
+        push_to_hub: bool = False,
+        hub_model_id: str | None = None,
+        hub_private_repo: bool = False,
+        hub_strategy: Literal["end", "every_save"] = "end",
         fresh: bool = False,
         allow_change: Sequence[str] | str = [],
     ) -> None:
         """Settings of train: Fine-tune a model on your data, with LoRA, QLoRA or in full.
 
         Args:
-            model_name_or_path: Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision
-                owner/name@revision), or `pocket` (built in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, `-` for
-                standard input, a dataset on the Hugging Face Hub (owner/name, or
-                hf://datasets/owner/name@revision/files), or an s3://, gs:// or https:// URL; for train and evaluate
-                also a token cache; `pocket` is the built-in dataset.
+            model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
+                in).
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (standard
+                input), datasets on the Hub (owner/name, hf://…), URLs, `pocket`; for train and evaluate also a token
+                cache.
             output_dir: Output folder.
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
@@ -308,9 +312,9 @@ class TrainSettings(_settings.TrainSettings):
                 learning rate for both.
             modules_to_save: Modules of the base to train in full in addition to the adapter, such as final_layer_norm.
             train_token_rows: Train the added tokens' rows of the embedding and the language-model head.
-            adapter: Adapter to initialize from, with its added tokens and conversation template: an adapter folder, a
-                run folder, or owner/name or owner/name@revision on the Hugging Face Hub; shapes must match. The
-                optimizer and the learning-rate schedule start over.
+            adapter: Adapter to initialize from, with its added tokens and conversation template: a folder, a run
+                folder, or owner/name[@revision] on the Hub; shapes must match. The optimizer and the learning-rate
+                schedule start over.
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
             quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
@@ -367,6 +371,7 @@ class TrainSettings(_settings.TrainSettings):
                 default: all.
             logging_steps: Log metrics to metrics.jsonl every N steps.
             report_to: Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none.
+            run_name: Name of the run in experiment trackers; default: the name of the run folder.
             report_samples: Number of examples for which report.html shows predictions from before and after training
                 (up to 64 tokens each); half of them are the worst of twice as many. 0: none.
             num_gpus: Start this many processes on this machine, one per GPU.
@@ -376,6 +381,10 @@ class TrainSettings(_settings.TrainSettings):
             deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
             max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
                 checkpoint, up to this many times.
+            push_to_hub: Upload the result to the Hugging Face Hub.
+            hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
+            hub_private_repo: If the repository doesn't exist yet, create a private one.
+            hub_strategy: When to upload: the final weights, or also those of every checkpoint, while training goes on.
             fresh: Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …
             allow_change: Resume even if these fields differ from those that the run was started with (lora_r, data,
                 base, …).
@@ -392,6 +401,9 @@ class ExportSettings(_settings.ExportSettings):
         format: Literal["safetensors", "bin"] = "safetensors",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         overwrite: bool = False,
+        push_to_hub: bool = False,
+        hub_model_id: str | None = None,
+        hub_private_repo: bool = False,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         lora_r: int | None = None,
@@ -412,6 +424,9 @@ class ExportSettings(_settings.ExportSettings):
             dtype: Round the trained tensors to this dtype (to nearest, ties to even); default: the dtype in the
                 checkpoint, which is float32 for DeepSpeed shards.
             overwrite: Replace the output folder even if it contains other files.
+            push_to_hub: Upload the result to the Hugging Face Hub.
+            hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
+            hub_private_repo: If the repository doesn't exist yet, create a private one.
             revision: Branch, tag or commit of the base on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             lora_r: LoRA rank, for an adapter without adapter_config.json; default: the rank of its matrices.
@@ -453,6 +468,9 @@ class MergeSettings(_settings.MergeSettings):
             "t5gemma2",
         ]
         | None = None,
+        push_to_hub: bool = False,
+        hub_model_id: str | None = None,
+        hub_private_repo: bool = False,
         max_shard_size: int | str | None = None,
         onto: Literal["base", "nf4", "fp4", "int8"] = "base",
         check: Literal["fingerprint", "full"] = "fingerprint",
@@ -464,11 +482,10 @@ class MergeSettings(_settings.MergeSettings):
 
         Args:
             output_dir: Output folder.
-            adapter: Adapter to merge: an adapter folder, a run folder, or owner/name or owner/name@revision on the
-                Hugging Face Hub; several are summed, each multiplied by its weight.
-            model_name_or_path: Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision
-                owner/name@revision), or `pocket` (built in); default: the one that the adapter names, if it is on this
-                machine.
+            adapter: Adapter to merge: a folder, a run folder, or owner/name[@revision] on the Hub; several are summed,
+                each multiplied by its weight.
+            model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
+                in); default: the one that the adapter names, if it is on this machine.
             weights: Weight of each adapter; default: 1 for a single adapter.
             to: Output format: a Hugging Face checkpoint, or a CTranslate2 model, checked against the merged
                 checkpoint's replies to a few prompts; without quantization they must match.
@@ -478,6 +495,9 @@ class MergeSettings(_settings.MergeSettings):
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
+            push_to_hub: Upload the result to the Hugging Face Hub.
+            hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
+            hub_private_repo: If the repository doesn't exist yet, create a private one.
             max_shard_size: Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like
                 the base's.
             onto: Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did in
@@ -533,11 +553,11 @@ class ChatSettings(_settings.ChatSettings):
         """Settings of chat: Chat with a base model, an adapter or a training run.
 
         Args:
-            model_name_or_path: A run folder, an adapter, or a base model: a folder, a model on the Hugging Face Hub
-                (owner/name, with a revision owner/name@revision), or `pocket` (built in).
+            model_name_or_path: A run, an adapter or a base model: a folder, owner/name[@revision] on the Hub, or
+                `pocket`.
             prompt: Reply to this one message and exit; default: start an interactive chat.
-            adapter: Adapter to apply to the base: an adapter folder, a run folder, or owner/name or owner/name@revision
-                on the Hugging Face Hub; if model_name_or_path is itself an adapter or a run, its own base is used.
+            adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
+                model_name_or_path is an adapter or a run.
             system: System message; default: the conversation template's own.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, or a YAML
                 file; default: the model's own (template.yaml); if it has none, plain for source/target pairs, and
@@ -621,14 +641,13 @@ class EvaluateSettings(_settings.EvaluateSettings):
         """Settings of evaluate: Score a model's predictions against a dataset's targets.
 
         Args:
-            model_name_or_path: A run folder, an adapter, or a base model: a folder, a model on the Hugging Face Hub
-                (owner/name, with a revision owner/name@revision), or `pocket` (built in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, `-` for
-                standard input, a dataset on the Hugging Face Hub (owner/name, or
-                hf://datasets/owner/name@revision/files), or an s3://, gs:// or https:// URL; for train and evaluate
-                also a token cache; `pocket` is the built-in dataset.
-            adapter: Adapter to apply to the base: an adapter folder, a run folder, or owner/name or owner/name@revision
-                on the Hugging Face Hub; if model_name_or_path is itself an adapter or a run, its own base is used.
+            model_name_or_path: A run, an adapter or a base model: a folder, owner/name[@revision] on the Hub, or
+                `pocket`.
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (standard
+                input), datasets on the Hub (owner/name, hf://…), URLs, `pocket`; for train and evaluate also a token
+                cache.
+            adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
+                model_name_or_path is an adapter or a run.
             output_dir: Folder for predictions.jsonl; default: a new one (evaluation, evaluation.1, …).
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
@@ -781,8 +800,8 @@ class PlanSettings(_settings.PlanSettings):
         """Settings of plan: Estimate a training run's memory and steps before you start it.
 
         Args:
-            model_name_or_path: Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision
-                owner/name@revision), or `pocket` (built in).
+            model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
+                in).
             train_mode: Train an adapter, or all weights.
             lora_r: LoRA rank: the size of the adapter.
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
@@ -856,6 +875,22 @@ class PlanSettings(_settings.PlanSettings):
                 checkpoint, up to this many times.
             num_data: Plan for the first N examples of the cache; default: all.
             seed: Random seed for the order of the cache's examples.
+        """
+
+class PushSettings(_settings.PushSettings):
+    def __init__(
+        self,
+        *,
+        folder: str | PathLike[str],
+        hub_model_id: str,
+        hub_private_repo: bool = False,
+    ) -> None:
+        """Settings of push: Upload an adapter or a merged model to the Hugging Face Hub.
+
+        Args:
+            folder: Folder to upload: a run folder, one of its checkpoint-N folders, or what export or merge wrote.
+            hub_model_id: Repository to upload to: owner/name, or a name in your account.
+            hub_private_repo: If the repository doesn't exist yet, create a private one.
         """
 
 class DoctorSettings(_settings.DoctorSettings):

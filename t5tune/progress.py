@@ -72,6 +72,11 @@ def silent(event: Event) -> None:
     """Ignore all events: the `Report` for callers that want none."""
 
 
+def without_notes(report: Report) -> Report:
+    """Return a report of all other events, for work that is done again with its notes."""
+    return lambda event: None if isinstance(event, Note) else report(event)
+
+
 def track(
     items: Iterable[Item], task: str, report: Report, total: int | None = None, unit: str = "items"
 ) -> Iterator[Item]:

@@ -15,6 +15,7 @@ from tests.support.bases import make_base
 from tests.support.command_line import CommandResult
 from tests.support.forks import ForkServer, get_fork_server
 from tests.support.paths import REPOSITORY, SHARED
+from tests.support.runs import LONG
 
 # Tests that are started in the background or with nohup ignore these signals, and so would every child process.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,6 +34,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with slow tests first, so that no worker is left with a long file when the others are done."""
+    for item in items:
+        if item.get_closest_marker("long") and not LONG:
+            item.add_marker(pytest.mark.skip(reason="LONG_TESTS=1 (make reliability) runs it"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

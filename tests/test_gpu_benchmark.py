@@ -259,6 +259,7 @@ def test_attention_is_compared_with_fp64(shape: Any, monkeypatch: pytest.MonkeyP
     assert wrong["encoder, dropout 0.1, flex"]["output"] > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="half a minute; LONG_TESTS=1 (make reliability)")
 @pytest.mark.usefixtures("without_kernels")
@@ -343,6 +344,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield tmp_path_factory.mktemp("gpu")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "way", ["packed", "trainer", *(["packed, loop", "packed, no attention dropout"] if LONG else [])]
@@ -374,6 +376,7 @@ def test_the_timed_steps_exclude_warm_up_and_the_profiled_one(
     assert batches == [(5, 6)]  # one step more is profiled
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_variants_are_measured_or_skipped(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = load("gpu_training")
@@ -404,6 +407,7 @@ def test_the_memory_of_evaluation_is_measured(shared_folder: Path) -> None:
     assert result["loss"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_measurement_runs_in_a_fork_and_in_a_new_process(

@@ -65,6 +65,7 @@ def test_a_checkpoint_that_is_missing_has_the_reason_in_its_row(hub_cache: Path)
     assert "HF_HUB_OFFLINE" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_logits_that_differ_are_an_error(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint whose head the stock model would tie, although the file has another one."""
     monkeypatch.syspath_prepend(SCRIPT.parent)

@@ -44,7 +44,9 @@ def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter"
         CheckpointError: it can't be downloaded, isn't an adapter, or its weights are pickled.
     """
     name, revision = split_revision(str(adapter))
-    if adapter.exists() or "/" not in name or not is_hub_name(name):
+    # a folder of this machine, perhaps one that was deleted: run/checkpoint-20
+    is_here = adapter.exists() or (adapter.parent != Path() and adapter.parent.is_dir())
+    if is_here or "/" not in name or not is_hub_name(name):
         return adapter
     repository = Repository("adapter", name, setting, revision, cache_dir)
     folder = repository.download(DOWNLOADED_FILES, report=report)

@@ -8,6 +8,7 @@ from typing import Any
 from t5tune.errors import CheckpointError
 from t5tune.file_names import CACHE_MANIFEST_FILE, RESULT_FILE, RUN_CACHE_FOLDER
 from t5tune.formatting import format_count
+from t5tune.hub.names import is_published
 from t5tune.io.reasons import join_first
 from t5tune.io.untrusted import read_json_object
 
@@ -29,8 +30,7 @@ def build_adapter_card(config: Mapping[str, Any], training: str = "") -> str:
     imported = "\nfrom t5tune.checkpoints.pocket import pocket_folder\n" if base == "pocket" else ""
     trained = f"Also trained: the embedding and output rows of {len(rows_of)} added tokens.\n" if rows_of else ""
     return f"""---
-base_model: {base}
-library_name: peft
+{_format_base_line(base)}library_name: peft
 tags: [t5tune, lora]
 ---
 
@@ -52,6 +52,11 @@ conversation template. To merge the adapter into the base model, run
 `t5tune merge --model-name-or-path {base} --adapter THIS_FOLDER --output-dir OUT`. To chat with it, run
 `t5tune chat --model-name-or-path {base} --adapter THIS_FOLDER`.
 """
+
+
+def _format_base_line(base: str) -> str:
+    """Format the base for the metadata; the Hub refuses cards in which it isn't a name there."""
+    return f"base_model: {base}\n" if is_published(base) else ""
 
 
 def format_data_line(manifest: Mapping[str, Any]) -> str:
@@ -147,8 +152,7 @@ def build_merged_card(base: str, adapter: str, kind: str, converters: Sequence[s
         f"\nThese tools can also read it: {', '.join(converters)}.\n" if kind == "checkpoint" and converters else ""
     )
     return f"""---
-base_model: {base}
-library_name: {"transformers" if kind == "checkpoint" else kind}
+{_format_base_line(base)}library_name: {"transformers" if kind == "checkpoint" else kind}
 tags: [t5tune]
 ---
 

@@ -1,6 +1,7 @@
 """Progress and notes on stderr: bars on a terminal, lines in a log."""
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -43,10 +44,13 @@ class Screen:
         self._progress: Progress | None = None
         self._bars: dict[str, TaskID] = {}
         self._lines: dict[str, _Lines] = {}
+        # downloads and uploads report from threads; a signal may report while its thread holds the lock
+        self._lock = threading.RLock()
 
     def __call__(self, event: Event) -> None:
         try:
-            self._draw(event)
+            with self._lock:
+                self._draw(event)
         except OSError:  # stderr was closed; that is no reason to stop the work
             self.console.quiet = True
 

@@ -8,6 +8,7 @@ SUMMARIES = {
     "chat": "Chat with a base model, an adapter or a training run.",
     "inspect": "Show prepared data as the model sees it.",
     "evaluate": "Score a model's predictions against a dataset's targets.",
+    "push": "Upload an adapter or a merged model to the Hugging Face Hub.",
     "plan": "Estimate a training run's memory and steps before you start it.",
     "doctor": "Check what works on this machine, and how to fix what doesn't.",
     "templates": "List, show or copy the templates that come with t5tune.",
@@ -53,6 +54,10 @@ EXAMPLES = {
     "evaluate": (
         "t5tune evaluate run --data-path pocket --num-data 100",
         "t5tune evaluate run --data-path dev.csv --source-column question --target-column answer",
+    ),
+    "push": (
+        "t5tune push run owner/name",
+        "t5tune push merged owner/name --hub-private-repo",
     ),
     "plan": (
         "t5tune plan --config pocket",

@@ -43,7 +43,7 @@ from t5tune.model.inference import (
     read_training_precision,
     select_base,
 )
-from t5tune.progress import Note, Report, silent
+from t5tune.progress import Note, Report, silent, without_notes
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.packaged_templates import read_zero3_config
 from t5tune.training.batches import PackedCollator, PaddedCollator
@@ -186,7 +186,7 @@ def _prepare(settings: EvaluateSettings, device: Any, report: Report) -> tuple[P
     for function in settings.metric or []:
         load_custom_metric(function)
     settings = replace_stopped_runs(settings, report)
-    base, adapter = find_base_and_adapter(settings)
+    base, adapter = find_base_and_adapter(settings, without_notes(report))  # it is loaded, with its notes, later
     if settings.compare_base and adapter is None:
         raise SettingsError(
             f"compare_base: {settings.model_name_or_path} is a whole model, not an adapter, so there is no base to "

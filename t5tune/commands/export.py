@@ -32,6 +32,7 @@ from t5tune.checkpoints.model_card import describe_run_data
 from t5tune.checkpoints.safetensors import write_safetensors
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, TORCH_NAMES, PartitionedTensor, Tensor, from_float32
 from t5tune.checkpoints.training_checkpoint import MODEL_FILES, CheckpointContents, read_training_checkpoint
+from t5tune.checkpoints.upload import open_repository, upload_result
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.errors import CheckpointError
 from t5tune.families import MODEL_TYPES, find_architecture
@@ -64,6 +65,7 @@ class ExportResult:
         lora_tensors: number of LoRA parameters: matrices, and DoRA's magnitudes.
         non_lora_tensors: number of tensors in non_lora_state.safetensors.
         bytes: size of all files.
+        pushed: URL of the repository that it was uploaded to.
     """
 
     adapter: Path
@@ -74,6 +76,7 @@ class ExportResult:
     non_lora_tensors: int
     bytes: int
     seconds: float
+    pushed: str | None = None
 
 
 def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
@@ -89,6 +92,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     folder = _find_checkpoint(find_adapter(settings.checkpoint, settings.cache_dir, "checkpoint", report), report)
     trained = _read_trained_tensors(settings, folder, report)
     others = _collect_non_lora_state(settings, trained)
+    open_repository(settings, settings.output_dir, report)
     with write_folder_atomically(settings.output_dir) as staged:
         write_adapter(staged, trained.adapter, _make_adapter_metadata(folder, trained.config))
         if others is not None:
@@ -111,6 +115,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         lora_tensors=lora,
         non_lora_tensors=len(others or {}),
         bytes=size,
+        pushed=upload_result(settings, settings.output_dir, report),
         seconds=round(time.monotonic() - started, 3),
     )
 

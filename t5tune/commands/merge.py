@@ -26,6 +26,7 @@ from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES, remove_chat_template
 from t5tune.checkpoints.training_data import read_training_data
+from t5tune.checkpoints.upload import open_repository, upload_result
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
 from t5tune.families import CTRANSLATE2, Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
@@ -66,6 +67,7 @@ class MergeResult:
             the weights merged into (`base`, `nf4`, …).
         replies: how many replies of the converted model were compared with those of the merged checkpoint.
         same_replies: how many of them are equal.
+        pushed: URL of the repository that it was uploaded to.
     """
 
     checkpoint: Path
@@ -79,6 +81,7 @@ class MergeResult:
     replies: int | None
     same_replies: int | None
     seconds: float
+    pushed: str | None = None
 
 
 def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
@@ -106,6 +109,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     dtype = DTYPES_BY_TORCH_NAME[settings.dtype] if settings.dtype else None
     shards = plan_shards(base, dtype, settings.max_shard_size)
     _check_disk_space(settings, base, shards)
+    open_repository(settings, output, report)
     verify = _should_verify(settings, base, adapters, report)
     found = agreement = None
     scratch = make_scratch_folder(Path(os.path.realpath(output))) if converts else None
@@ -132,6 +136,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         from_training=found.from_training if found else {},
         replies=agreement.replies if agreement else None,
         same_replies=agreement.same if agreement else None,
+        pushed=upload_result(settings, output, report),
         seconds=round(time.monotonic() - started, 3),
     )
 

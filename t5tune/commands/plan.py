@@ -36,6 +36,7 @@ from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine, MemoryEst
 
 NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
 MAX_SUGGESTED_BATCH_SIZE = 64
+MAX_NONLINEARITY = 0.1  # of the growth per example from one batch size to the next, relative to it
 GOOD_BATCH_SIZE = 4  # examples per micro-batch from which a GPU is well used
 STAGES = ("none", "zero1", "zero2", "zero3", "zero3-offload")
 
@@ -307,21 +308,21 @@ def _find_largest_batch_size(estimator: MemoryEstimator, stage: str, data: _Data
     if not estimator.can_fit(stage) or not (first := estimate(1)).fits:
         return None
     limit = (estimator.machine.memory or 0) * (USABLE_GPU_SHARE if estimator.machine.on_gpu else 1.0)
-    known_size, known, most = 2, estimate(2), MAX_SUGGESTED_BATCH_SIZE
+    size, total, each, is_linear = 1, first.total, 0.0, False
     # Memory is linear in the number of examples, but where something else takes more than small batches do, such as the
-    # weights that ZeRO-3 gathers, larger ones grow faster. So what two sizes promise is estimated itself.
-    while True:
-        if not known.fits:
-            most = known_size // 2
-        each = max(1.0, (known.total - first.total) / (known_size - 1))
-        size = 1
-        while size < most and first.total + (2 * size - 1) * each <= limit:
-            size *= 2
-        if size == 1:
-            return 1, first.total
-        if size == known_size:
-            return size, known.total
-        known_size, known = size, estimate(size)
+    # gradient of a large embedding, it grows only from a larger batch on. Estimating a large one takes minutes.
+    while size < MAX_SUGGESTED_BATCH_SIZE:
+        if is_linear:
+            larger, fits = total + int(size * each), total + size * each <= limit
+        else:
+            found = estimate(2 * size)
+            larger, fits = found.total, found.fits is not False
+            growth = (larger - total) / size
+            is_linear, each = growth > 0 and abs(growth - each) <= MAX_NONLINEARITY * growth, growth
+        if not fits:
+            break
+        size, total = 2 * size, larger
+    return size, total
 
 
 def _format_flags(settings: PlanSettings, changes: dict[str, Any], machine: Machine) -> str:

@@ -9,8 +9,10 @@ Runs in the current process: as the only one, or as one rank under torchrun, the
 import shutil
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from t5tune.checkpoints.adapter_folder import find_adapter
+from t5tune.checkpoints.upload import open_repository, upload_result
 from t5tune.commands.prepare import prepare
 from t5tune.data.cache import is_cache
 from t5tune.data.tokenizer import load_tokenizer
@@ -34,9 +36,16 @@ from t5tune.training.run_folder import (
     move_aside,
     read_result,
     read_saved_settings,
+    save_pushed,
     save_settings,
 )
-from t5tune.training.validate import check_machine, check_settings, check_starts_no_processes, suggest_learning_rate
+from t5tune.training.validate import (
+    check_machine,
+    check_settings,
+    check_starts_no_processes,
+    choose_trackers,
+    suggest_learning_rate,
+)
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -51,6 +60,38 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     world = World.from_environment()
     _check_call(settings, world)
     report = report if world.rank == 0 else silent
+    callbacks = _make_callbacks(settings, report) if world.rank == 0 else []
+    try:
+        result = _train(settings, world, report, callbacks)
+    except BaseException:
+        for callback in callbacks:
+            callback.abandon()
+        raise
+    for callback in callbacks:
+        callback.finish(result)
+    if world.rank == 0 and (url := upload_result(settings, result.run, report)) is not None:
+        result = save_pushed(result, url)
+    return result
+
+
+def _make_callbacks(settings: TrainSettings, report: Report) -> list[Any]:
+    """Make rank 0's callbacks of the Trainer that go on after training: they finish when the result is written.
+
+    Each has `begin`, called before the Trainer is made, `finish` with the result, and `abandon` if there is none.
+    """
+    callbacks: list[Any] = []
+    if settings.hub_strategy == "every_save":
+        from t5tune.training.push_checkpoints import PushCheckpoints
+
+        callbacks.append(PushCheckpoints(settings, report))
+    if trackers := choose_trackers(settings.report_to):
+        from t5tune.training.trackers import TrackRun
+
+        callbacks.append(TrackRun(settings, trackers, report))
+    return callbacks
+
+
+def _train(settings: TrainSettings, world: World, report: Report, callbacks: list[Any]) -> TrainResult:
     # the process of a notebook or a script isn't ours to end; the command line handles signals before it calls this
     with handle_signals(report, exits=world.launched, saves_checkpoints=True) as stop, ExitStack() as stack:
         # imports torch, which takes seconds, in which a signal may arrive
@@ -86,7 +127,7 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
             enable_full_determinism(settings.seed)
         stack.enter_context(use_gpu_kernels(device, choose_tf32(settings, device, report)))
         with _explain_out_of_memory(settings):
-            return run_training(Session(settings, run, world, device, stop, watch, report))
+            return run_training(Session(settings, run, world, device, stop, watch, report, callbacks))
 
 
 def _check_call(settings: TrainSettings, world: World) -> None:
@@ -118,6 +159,7 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     """
     check_settings(settings)
     check_machine(settings, report)
+    open_repository(settings, settings.output_dir, report)
     stored, settings = settings, name_kept_records(apply_cache_settings(settings))
     folder = settings.output_dir
     locks.enter_context(lock_run_folder(folder, report))

@@ -8,15 +8,17 @@ A file is copied again only if it has changed: its size, its ETag or its date.
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from t5tune.data.files import find_data_suffix
-from t5tune.errors import CheckpointError, DataError, DependencyError
+from t5tune.errors import CheckpointError, DataError, DependencyError, T5TuneError
+from t5tune.hub.download import get_cache_root
 from t5tune.io.atomic import explain_write_errors, write_json
-from t5tune.io.reasons import join_first, to_one_line
+from t5tune.io.reasons import hide_queries, join_first, to_one_line
 from t5tune.io.untrusted import read_json_object
 from t5tune.progress import Note, Report, count_done, silent
 
@@ -26,7 +28,9 @@ VERSION_KEYS = (
     "size", "ETag", "etag", "Content-MD5", "md5Hash", "generation", "Last-Modified", "LastModified", "updated", "mtime",
 )  # fmt: skip
 DESCRIPTION_FILE = "file.json"
+FILES_FOLDER = "files"  # in t5tune's folder for downloads
 HASH_CHARACTERS = 16
+PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 
 
 def is_url(name: str) -> bool:
@@ -36,8 +40,11 @@ def is_url(name: str) -> bool:
 
 def hide_query(url: str) -> str:
     """Return a URL without its query and password, which may be secrets, such as a signature."""
-    parts = urlsplit(url)
-    return parts._replace(query="", fragment="", netloc=parts.netloc.rpartition("@")[2]).geturl()
+    try:
+        parts = urlsplit(url)
+        return parts._replace(query="", fragment="", netloc=parts.netloc.rpartition("@")[2]).geturl()
+    except ValueError:  # such as https://[
+        return url.partition("?")[0]
 
 
 def fetch_remote(url: str, setting: str, cache_dir: Path | None, report: Report = silent) -> list[Path]:
@@ -57,17 +64,18 @@ def fetch_remote(url: str, setting: str, cache_dir: Path | None, report: Report 
     try:
         system, path = fsspec.core.url_to_fs(url, **_choose_options(url))
     except ImportError as error:
+        protocol = url.partition("://")[0]
         problem = f"{asked}: {to_one_line(error)}"
-        raise DependencyError(problem, hint="pip install 't5tune[remote]'") from error
+        raise DependencyError(problem, hint=f"pip install {PACKAGES.get(protocol, protocol)}") from error
     except Exception as error:  # of whichever library the protocol needs
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "https"))
         raise DataError(f"{asked}: {to_one_line(error)[:200]}", hint=f"for example {known}") from error
-    root = _find_root(cache_dir)
+    root = get_cache_root(cache_dir) / FILES_FOLDER
     try:
         files = _list_files(system, path)
     except Exception as error:
-        if (copied := _find_copy(root, url)) is not None:
-            report(Note(f"{asked}: can't be reached; using the copy from before"))
+        if _is_unreachable(error) and (copied := _find_copy(root, url)) is not None:
+            report(Note(f"{asked}: can't be reached; using the copy from before", warning=True))
             return [copied]
         raise _explain(asked, error) from error
     if not files:
@@ -76,8 +84,9 @@ def fetch_remote(url: str, setting: str, cache_dir: Path | None, report: Report 
     if not names:
         raise DataError(f"{asked}: {join_first(sorted(files))}: no JSON, JSONL, CSV or Parquet file")
     try:
-        return [_copy(system, name, files[name], url if len(files) == 1 else name, root, report) for name in names]
-    except DataError:
+        urls = [url if name == path else system.unstrip_protocol(name) for name in names]
+        return [_copy(system, name, files[name], each, root, report) for name, each in zip(names, urls, strict=True)]
+    except T5TuneError:
         raise
     except Exception as error:
         raise _explain(asked, error) from error
@@ -92,10 +101,10 @@ def _choose_options(url: str) -> dict[str, Any]:
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)}}
 
 
-def _find_root(cache_dir: Path | None) -> Path:
-    from huggingface_hub import constants
-
-    return (cache_dir or Path(constants.HF_HOME)) / "t5tune" / "files"
+def _is_unreachable(error: Exception) -> bool:
+    """Whether an error is about the connection, not about the file. Over HTTP, fsspec raises one class for both."""
+    cause = error.__cause__ or error
+    return not hasattr(cause, "status") and not isinstance(cause, FileNotFoundError | PermissionError)
 
 
 def _get_name(path: str) -> Path:
@@ -131,7 +140,7 @@ def _copy(system: Any, path: str, info: Mapping[str, Any], url: str, root: Path,
         return local
     with explain_write_errors(local.parent), count_done("download", report, info.get("size"), "bytes") as advance:
         local.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = local.with_name(f".{local.name}.part")
+        unfinished = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}")  # of this process alone
         system.get_file(path, str(unfinished), callback=_make_callback(advance))
         found, expected = unfinished.stat().st_size, info.get("size")
         if expected is not None and found != expected:
@@ -155,11 +164,13 @@ def _make_callback(advance: Callable[[int], None]) -> Any:
 
 def find_url(file: Path) -> str | None:
     """Return the URL of a copied file, without its query; None if it isn't one."""
+    if file.parent.parts[-4:-2] != ("t5tune", FILES_FOLDER):
+        return None
     try:
         url = read_json_object(file.parent.parent, DESCRIPTION_FILE).get("url")
     except (FileNotFoundError, CheckpointError):
         return None
-    return url if isinstance(url, str) else None
+    return hide_query(url) if isinstance(url, str) else None
 
 
 def _find_copy(root: Path, url: str) -> Path | None:
@@ -184,5 +195,5 @@ def _explain(asked: str, error: Exception) -> DataError:
             return DataError(f"{asked}: no such file", hint="check the spelling, and that you may read it")
         case PermissionError():
             return DataError(f"{asked}: access is refused", hint="check the credentials in your environment")
-    reason = re.sub(r"\?[^\s'\"]+", "?…", to_one_line(error)) or type(error).__name__  # a query may be a secret
+    reason = hide_queries(to_one_line(error)) or type(error).__name__
     return DataError(f"{asked}: can't be read: {reason[:200]}", hint="check the network connection, and try again")

@@ -1,15 +1,16 @@
-"""Bring data to this machine: datasets on the Hugging Face Hub, and files behind a URL.
+"""Bring data to this machine: datasets on the Hugging Face Hub, and files at a URL.
 
 bring_data(["chats.jsonl", "hf://datasets/owner/name"], DatasetChoice(), "data_path", cache_dir=None)
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from t5tune.data.files import STDIN, find_data_suffix
-from t5tune.data.remote_files import fetch_remote, find_url, is_url
+from t5tune.data.remote_files import fetch_remote, find_url, hide_query, is_url
 from t5tune.errors import DataError
-from t5tune.hub.datasets import PREFIX, DatasetChoice, find_dataset_files, parse_dataset_name
+from t5tune.hub.datasets import PREFIX, DatasetChoice, DatasetName, find_dataset_files, parse_dataset_name
 from t5tune.hub.names import name_snapshot
 from t5tune.progress import Report, silent
 
@@ -28,28 +29,30 @@ def bring_data(
         DataError: something doesn't exist or can't be downloaded, or a part is chosen though there is no dataset.
         DependencyError: the package for a URL isn't installed.
     """
-    found: list[str] = []
-    has_dataset = False
-    for name in names:
-        if is_url(name):
-            found += map(str, fetch_remote(name, setting, cache_dir, report))
-        elif is_dataset_name(name):
-            dataset = parse_dataset_name(name)
-            if dataset is None:
-                problem = f"{setting}: {name}: not the name of a dataset"
-                raise DataError(problem, hint=f"expected {PREFIX}owner/name, {PREFIX}owner/name@revision/path/in/it")
-            has_dataset = has_dataset or not dataset.path
-            files = find_dataset_files(dataset, choice, _is_data, setting, cache_dir, report)
-            found += map(str, files)
-        else:
-            found.append(name)
+    datasets = {name: _parse(name, setting) for name in names if is_dataset_name(name)}
     # the subset of the training data also applies to evaluation data that may be elsewhere
     subset = choice.subset if setting == "data_path" else None
-    if not has_dataset and (part := choice.split or subset):
+    if (part := choice.split or subset) and not any(not dataset.path for dataset in datasets.values()):
         option = "data_subset" if choice.split is None else choice.setting
-        problem = f"{option}: {part}: only for a whole dataset on the Hub, but {setting} is {', '.join(names)}"
+        given = ", ".join(map(hide_query, names))
+        problem = f"{option}: {part}: only for a whole dataset on the Hub, but {setting} is {given}"
         raise DataError(problem, hint="leave it out")
+    found: list[str] = []
+    for name in names:
+        if name in datasets:
+            found += map(str, find_dataset_files(datasets[name], choice, _is_data, setting, cache_dir, report))
+        elif is_url(name):
+            found += map(str, fetch_remote(name, setting, cache_dir, report))
+        else:
+            found.append(name)
     return found
+
+
+def _parse(name: str, setting: str) -> DatasetName:
+    if (dataset := parse_dataset_name(name)) is None:
+        problem = f"{setting}: {name}: not the name of a dataset"
+        raise DataError(problem, hint=f"expected {PREFIX}owner/name, {PREFIX}owner/name@revision/path/in/it")
+    return dataset
 
 
 def describe_origin(file: Path) -> str | None:
@@ -64,8 +67,10 @@ def is_dataset_name(name: str) -> bool:
     if name.startswith("hf://"):
         return True
     path = Path(name)
-    is_free = path != STDIN and not path.exists() and not path.parent.exists() and find_data_suffix(path) is None
-    return is_free and parse_dataset_name(name) is not None
+    with suppress(OSError):  # too long for a path
+        is_here = path == STDIN or path.exists() or path.parent.exists() or find_data_suffix(path) is not None
+        return not is_here and parse_dataset_name(name) is not None
+    return False
 
 
 def _is_data(name: str) -> bool:

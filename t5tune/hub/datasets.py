@@ -7,17 +7,19 @@ Which files belong to a subset and to a split is written in the dataset's README
 script is ever run.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from t5tune.errors import DataError, suggest_name
-from t5tune.hub.download import Repository
+from t5tune.hub.download import Repository, get_cache_root
 from t5tune.hub.names import split_revision
+from t5tune.io.atomic import write_json
 from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 
@@ -92,7 +94,7 @@ def find_dataset_files(
     repository = Repository("dataset", dataset.name, setting, dataset.revision, cache_dir)
     snapshot = repository.download([README])  # also says which commit it is, and offline which one is in the cache
     pinned = replace(repository, revision=snapshot.name)
-    names, are_all = _list_files(pinned, snapshot)
+    names = _list_files(pinned, cache_dir)
     data = [name for name in names if is_data(name) and not _is_ignored(name)]
     asked = f"{setting}: {dataset}"
     if not data:
@@ -106,24 +108,29 @@ def find_dataset_files(
         configs = _read_configs(snapshot)
         chosen = _select_by_split(data, configs, choice, asked, report)
         chosen = _keep_most_common_kind(chosen, asked, report)
-    # what isn't known to be all there is must match patterns, of which huggingface_hub checks that all is there
-    folder = pinned.download(chosen if are_all else [_generalize(name) for name in chosen], True, report)
+    folder = pinned.download(chosen, True, report)
+    if missing := [name for name in chosen if not (folder / name).is_file()]:
+        problem = f"{asked}: the Hub can't be reached, and the local cache lacks {join_first(missing)}"
+        raise DataError(problem, hint="check the network connection")
     return [folder / name for name in chosen]
 
 
-def _list_files(repository: Repository, snapshot: Path) -> tuple[list[str], bool]:
-    """List the files of a commit: all, and True; or if the Hub can't be reached those in the cache, and False.
+def _list_files(repository: Repository, cache_dir: Path | None) -> list[str]:
+    """List the files of a commit. The list is kept: offline, the cache may contain only some of them.
 
     Raises:
-        DataError: the Hub can't be reached, and nothing is in the cache.
+        DataError: the Hub can't be reached, and the list wasn't kept.
     """
-    try:
-        return repository.list_files(), True
-    except DataError:
-        cached = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
-        if not cached:
-            raise
-        return cached, False
+    assert repository.revision is not None
+    kept = get_cache_root(cache_dir) / "datasets" / f"{repository.name.replace('/', '--')}@{repository.revision}.json"
+    if kept.is_file():
+        with suppress(ValueError, OSError, TypeError):
+            return list(map(str, json.loads(kept.read_text(encoding="utf-8"))))
+    names = repository.list_files()
+    with suppress(OSError):  # a cache that can't be written
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, names)
+    return names
 
 
 def _is_ignored(name: str) -> bool:
@@ -142,7 +149,8 @@ def _explain_no_data(asked: str, dataset: DatasetName, names: Sequence[str]) -> 
 
 def _select_by_path(data: Sequence[str], path: str) -> list[str]:
     """Select a file, the files of a folder, or those that match a pattern, in alphabetical order."""
-    return sorted(name for name in data if name == path or name.startswith(f"{path}/") or fnmatch(name, path))
+    named = {name for name in data if name == path or name.startswith(f"{path}/")}
+    return sorted(named | set(_match(data, path)))
 
 
 def _read_configs(snapshot: Path) -> list[dict[str, Any]]:
@@ -169,7 +177,7 @@ def _select_by_split(
         folder = str(config.get("data_dir") or "").strip("./")
         inside = [name for name in data if not folder or name.startswith(f"{folder}/")]
         listed = _read_data_files(config["data_files"], folder, inside) if config.get("data_files") else None
-        splits = listed or _guess_splits(inside, folder)
+        splits = listed or _guess_splits(inside, folder, asked)
     else:
         folder = choice.subset or ""
         inside = [name for name in data if not folder or name.startswith(f"{folder}/")]
@@ -177,7 +185,7 @@ def _select_by_split(
             folders = sorted({name.partition("/")[0] for name in data if "/" in name})
             hint = f"it has the folders {join_first(folders)}" if folders else "it has no subsets: leave it out"
             raise DataError(f"data_subset: {folder}: {asked}: no such subset", hint=hint)
-        splits = _guess_splits(inside, folder)
+        splits = _guess_splits(inside, folder, asked)
     splits = {name: files for name, files in splits.items() if files}
     wanted = choice.defaults if choice.split is None else (choice.split,)
     for name in wanted:
@@ -231,27 +239,51 @@ def _iterate_data_files(data_files: Any) -> Iterator[tuple[str, Any]]:
 
 def _match(data: Sequence[str], pattern: str) -> list[str]:
     """Select the names that match a pattern, in which `*` doesn't match a slash, but `**` does."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
     meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    expression = re.compile("".join(meanings.get(part, re.escape(part)) for part in parts))
+    translated = (
+        part.replace("[!", "[^") if part.startswith("[") else meanings.get(part, re.escape(part)) for part in parts
+    )
+    try:
+        expression = re.compile("".join(translated))
+    except re.error:
+        return []
     return sorted(name for name in data if expression.fullmatch(name))
 
 
-def _guess_splits(data: Sequence[str], folder: str) -> Splits:
-    """Tell splits by words in the names of files and folders; files without one are for training."""
+def _guess_splits(data: Sequence[str], folder: str, asked: str) -> Splits:
+    """Tell splits by words in the names of files and folders; files without one are for training.
+
+    Raises:
+        DataError: several folders have splits of their own.
+    """
     splits: dict[str, list[str]] = {}
+    places: set[str] = set()  # folders that contain splits
     for name in sorted(data):
         inside = name.removeprefix(f"{folder}/") if folder else name
-        for split, words in SPLIT_WORDS.items():
-            if re.search(rf"(?<![a-zA-Z])({words})(?![a-zA-Z])", inside, re.IGNORECASE):
-                splits.setdefault(split, []).append(name)
-                break
-        else:
-            splits.setdefault("", []).append(name)
+        split, place = _find_split(inside)
+        splits.setdefault(split, []).append(name)
+        if split:
+            places.add(place)
+    tops = {place.partition("/")[0] for place in places if place}
+    if len(places) > 1 and tops:
+        hint = f"choose one with --data-subset: {join_first(sorted(tops))}"
+        raise DataError(f"{asked}: several folders of this dataset have splits of their own", hint=hint)
     rest = splits.pop("", [])
-    if rest and "train" not in splits:
-        splits = {"train": rest, **splits}
-    return splits
+    return {"train": rest, **splits} if rest and "train" not in splits else splits
+
+
+def _find_split(path: str) -> tuple[str, str]:
+    """Return the split that a path names last, and the folder in which it does: ("test", "en") for en/test/0.parquet.
+
+    The split is empty if the path names none.
+    """
+    parts = path.split("/")
+    for number in reversed(range(len(parts))):
+        for split, words in SPLIT_WORDS.items():
+            if re.search(rf"(?<![a-zA-Z])({words})(?![a-zA-Z])", parts[number], re.IGNORECASE):
+                return split, "/".join(parts[:number])
+    return "", ""
 
 
 def _keep_most_common_kind(files: Sequence[str], asked: str, report: Report) -> list[str]:
@@ -266,8 +298,3 @@ def _keep_most_common_kind(files: Sequence[str], asked: str, report: Report) -> 
 def _get_kind(name: str) -> str:
     suffixes = [suffix for suffix in PurePosixPath(name).suffixes if suffix.lower() not in (".gz", ".zst")]
     return suffixes[-1].lower().replace(".ndjson", ".jsonl") if suffixes else ""
-
-
-def _generalize(name: str) -> str:
-    """Return a pattern that a file's siblings match, too: data/train-00000-of-00004.parquet, whatever the numbers."""
-    return re.sub(r"\d+", "*", name)

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any, Literal
 
 from t5tune.errors import CheckpointError, DataError, ModelError, T5TuneError, suggest_name
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import hide_queries, to_one_line
 from t5tune.progress import Report, count_done, silent
 
 Kind = Literal["model", "adapter", "dataset"]
@@ -23,10 +23,30 @@ ALL_FOLDERS = "*/*"
 TRANSFER_BAR = "Downloading bytes"  # what huggingface_hub writes at a second bar, which counts the same bytes
 
 
+def get_cache_root(cache_dir: Path | None) -> Path:
+    """Return t5tune's own folder for what is downloaded: next to the Hub's cache, or in `cache_dir`."""
+    from huggingface_hub import constants
+
+    return (cache_dir or Path(constants.HF_HOME)) / "t5tune"
+
+
+def get_status(error: BaseException | None) -> int | None:
+    """Return the HTTP status of an error of huggingface_hub; None if it has none."""
+    from huggingface_hub import errors
+
+    return int(error.response.status_code) if isinstance(error, errors.HfHubHTTPError) else None
+
+
+def describe(error: BaseException) -> str:
+    """Describe an error of huggingface_hub in one line, without what may be a secret."""
+    return hide_queries(to_one_line(error))[:300]
+
+
 def _count_missing_bytes(find: Any) -> int:
     """Count the bytes that aren't in the cache yet; 0 if the Hub can't be reached, of which the download tells."""
     try:
-        return sum(file.file_size for file in find(dry_run=True) if file.will_download)
+        files = find(dry_run=True, tqdm_class=_make_bar_class(lambda _: None))
+        return sum(file.file_size for file in files if file.will_download)
     except Exception:
         return 0
 
@@ -133,6 +153,7 @@ class Repository:
         missing = "no such file or folder" if self.kind == "dataset" else "no such folder"
         instead = "give a file or a folder" if self.kind == "dataset" else "give a folder"
         asked = f"{self.setting}: {self.name}"
+        status = get_status(error) or get_status(error.__cause__)
         match error:
             case errors.GatedRepoError():
                 reason = f"access to this {noun} is restricted (gated)"
@@ -145,6 +166,11 @@ class Repository:
                 reason, hint = f"{self.name} has no such branch, tag or commit", "check the spelling"
             case errors.HFValidationError():
                 reason, hint = f"{missing}, and not a valid name of a {noun} on the Hub", "check the spelling"
+            case _ if status == 401:
+                reason, hint = "the Hub doesn't accept the token", "run `hf auth login`, or set HF_TOKEN"
+            case _ if status in (403, 429):
+                reason = f"the Hub refuses the download: {describe(error.__cause__ or error)}"
+                hint = "try again later" if status == 429 else f"see the Hub page of {self.name}"
             case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
                 reason = f"{missing}, HF_HUB_OFFLINE disables downloads, and the {noun} isn't all in the local cache"
                 hint = f"unset HF_HUB_OFFLINE, or {instead}"
@@ -157,6 +183,6 @@ class Repository:
                 reason = f"{error.strerror} ({error.filename})" if error.filename else f"{error.strerror}"
                 hint = "use --cache-dir to download to another folder"
             case _:
-                reason = f"the download from the Hub failed: {to_one_line(error)[:200]}"
+                reason = f"the download from the Hub failed: {describe(error)}"
                 hint = f"try again later, or {instead}"
         return ERROR_CLASSES[self.kind](f"{asked}: {reason}", hint=hint)

@@ -18,6 +18,11 @@ def is_hub_name(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and split_revision(name)[0].count("/") <= 1
 
 
+def is_published(name: str) -> bool:
+    """Whether the name of a base is one on the Hub, as far as one can tell without asking: no folder has it."""
+    return name != "pocket" and is_hub_name(name) and not Path(name).exists()
+
+
 def name_snapshot(path: Path) -> str:
     """Name a folder or a file for people: `owner/name@commit` for one in the Hub's cache, otherwise its path."""
     found = _SNAPSHOT.search(path.as_posix())

@@ -5,6 +5,7 @@ describe_error(JSONDecodeError("Expecting ',' delimiter", text, 12))
 """
 
 import json
+import re
 from collections.abc import Sequence
 
 from t5tune.errors import T5TuneError
@@ -49,6 +50,11 @@ def describe_error(error: BaseException) -> str:
 def to_one_line(text: object) -> str:
     """Join the lines of a text or of an error's message, without the next step of one of t5tune's own."""
     return " ".join(str(text.message if isinstance(text, T5TuneError) else text).split())
+
+
+def hide_queries(text: str) -> str:
+    """Hide the queries of URLs, which may be secrets such as signatures."""
+    return re.sub(r"\?[^\s'\"<>]+=[^\s'\"<>]*", "?…", text)
 
 
 def shorten(text: str, limit: int = 60) -> str:

@@ -17,6 +17,7 @@ from t5tune.settings.data import (
     TrainingDataSettings,
 )
 from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathAsText, PathList, Settings, WordList
+from t5tune.settings.hub import HubSettings, HubStrategySettings
 from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.shard import ShardSettings
@@ -47,6 +48,7 @@ class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, ShardSet
 
 class TrainSettings(
     RunOutputSettings,
+    HubStrategySettings,
     ProcessSettings,
     EvaluationSettings,
     TrainingSettings,
@@ -132,7 +134,7 @@ class TrainSettings(
         return self
 
 
-class ExportSettings(ReplaceableOutputSettings):
+class ExportSettings(ReplaceableOutputSettings, HubSettings):
     command: ClassVar[str] = "export"
     essential: ClassVar[tuple[str, ...]] = ("model_name_or_path", "non_lora_state", "format", "dtype", "overwrite")
     panel: ClassVar[str] = "Export"
@@ -318,6 +320,25 @@ class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, Lora
     seed: int = Field(default=42, ge=0, description="Random seed for the order of the cache's examples.")
 
 
+class PushSettings(Settings):
+    command: ClassVar[str] = "push"
+    essential: ClassVar[tuple[str, ...]] = ("hub_private_repo",)
+    panel: ClassVar[str] = "Push"
+
+    folder: Path = Field(
+        description="Folder to upload: a run folder, one of its checkpoint-N folders, or what export or merge wrote.",
+        json_schema_extra={"positional": True},
+    )
+    hub_model_id: str = Field(
+        min_length=1,
+        description="Repository to upload to: owner/name, or a name in your account.",
+        json_schema_extra={"positional": True},
+    )
+    hub_private_repo: bool = Field(
+        default=False, description="If the repository doesn't exist yet, create a private one."
+    )
+
+
 class DoctorSettings(Settings):
     command: ClassVar[str] = "doctor"
     essential: ClassVar[tuple[str, ...]] = ("timeout",)
@@ -371,6 +392,7 @@ COMMANDS: tuple[type[Settings], ...] = (
     EvaluateSettings,
     InspectSettings,
     PlanSettings,
+    PushSettings,
     DoctorSettings,
     TemplatesSettings,
     SchemaSettings,

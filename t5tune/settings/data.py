@@ -104,10 +104,8 @@ class DataSettings(ReadingSettings, ConversationSettings):
 
     data_path: Annotated[DataList, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
-        description="Data: JSON, JSONL, CSV or Parquet files (also .gz and .zst), folders, glob patterns, `-` for "
-        "standard input, a dataset on the Hugging Face Hub (owner/name, or hf://datasets/owner/name@revision/files), "
-        "or an s3://, gs:// or https:// URL; for train and evaluate also a token cache; `pocket` is the built-in "
-        "dataset.",
+        description="Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (standard "
+        "input), datasets on the Hub (owner/name, hf://…), URLs, `pocket`; for train and evaluate also a token cache.",
         json_schema_extra={"metavar": "PATH…"},
     )
     data_subset: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(

@@ -108,7 +108,7 @@ class InitialAdapterSettings(LoraSettings):
 
     adapter: Annotated[Path | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
-        description="Adapter to initialize from, with its added tokens and conversation template: an adapter folder, a "
-        "run folder, or owner/name or owner/name@revision on the Hugging Face Hub; shapes must match. The optimizer "
-        "and the learning-rate schedule start over.",
+        description="Adapter to initialize from, with its added tokens and conversation template: a folder, a run "
+        "folder, or owner/name[@revision] on the Hub; shapes must match. The optimizer and the learning-rate schedule "
+        "start over.",
     )

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from t5tune.formatting import format_count
 from t5tune.settings.fields import ByteSize, FolderList, NoneIfUnset, NumberList, PathAsText
+from t5tune.settings.hub import HubSettings
 from t5tune.settings.shared import BaseModelSettings, ReplaceableOutputSettings
 
 Quantization = Literal[
@@ -13,7 +14,7 @@ Quantization = Literal[
 ]
 
 
-class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
+class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     command: ClassVar[str] = "merge"
     also_positional: ClassVar[str | None] = "adapter"
     essential: ClassVar[tuple[str, ...]] = (
@@ -23,14 +24,13 @@ class MergeSettings(ReplaceableOutputSettings, BaseModelSettings):
 
     model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(  # type: ignore[assignment]
         default=None,
-        description="Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision "
-        "owner/name@revision), or `pocket` (built in); default: the one that the adapter names, if it is on this "
-        "machine.",
+        description="Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built in); "
+        "default: the one that the adapter names, if it is on this machine.",
     )
     adapter: FolderList = Field(
         min_length=1,
-        description="Adapter to merge: an adapter folder, a run folder, or owner/name or owner/name@revision on the "
-        "Hugging Face Hub; several are summed, each multiplied by its weight.",
+        description="Adapter to merge: a folder, a run folder, or owner/name[@revision] on the Hub; several are "
+        "summed, each multiplied by its weight.",
     )
     weights: Annotated[NumberList | None, NoneIfUnset] = Field(
         default=None, description="Weight of each adapter; default: 1 for a single adapter."

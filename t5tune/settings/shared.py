@@ -40,8 +40,7 @@ class BaseModelSettings(Settings):
 
     model_name_or_path: Annotated[str, PathAsText, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
-        description="Base model: a folder, a model on the Hugging Face Hub (owner/name, with a revision "
-        "owner/name@revision), or `pocket` (built in).",
+        description="Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built in).",
     )
     revision: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None, description="Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch."
@@ -96,14 +95,12 @@ class InferenceSettings(QuantizationSettings, BaseModelSettings):
 
     model_name_or_path: Annotated[str, PathAsText] = Field(
         min_length=1,
-        description="A run folder, an adapter, or a base model: a folder, a model on the Hugging Face Hub "
-        "(owner/name, with a revision owner/name@revision), or `pocket` (built in).",
+        description="A run, an adapter or a base model: a folder, owner/name[@revision] on the Hub, or `pocket`.",
     )
     adapter: Annotated[Path | None, NoneIfUnset] = Field(
         default=None,
-        description="Adapter to apply to the base: an adapter folder, a run folder, or owner/name or "
-        "owner/name@revision on the Hugging Face Hub; if model_name_or_path is itself an adapter or a run, its own "
-        "base is used.",
+        description="Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if "
+        "model_name_or_path is an adapter or a run.",
     )
     bf16: bool | None = Field(
         default=None,

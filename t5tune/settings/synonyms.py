@@ -65,6 +65,9 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "eval_generate": "predict_with_generate",
     "early_stopping_patience": "patience",
     "report_to": "log_with",
+    "run_name": "wandb_name wandb_run_name experiment_name",
+    "hub_model_id": "push_to_hub_model_id export_hub_model_id repo_id",
+    "hub_private_repo": "private push_to_hub_private",
     "num_gpus": "nproc_per_node gpus n_gpu",
     "process_group_timeout": "ddp_timeout",
     "use_cpu": "no_cuda cpu",
@@ -85,7 +88,7 @@ ADVICE: Mapping[str, str] = {
     "newest checkpoint; {fresh} starts over",
     "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
     "greater_is_better": "leave it out: {metric_for_best_model} implies it; a metric of your own is better if larger",
-    "push_to_hub hub_model_id push_to_hub_model_id hub_strategy": "upload the result with `hf upload NAME FOLDER`",
+    "hub_token push_to_hub_token": "leave it out: settings are saved; run `hf auth login`, or set HF_TOKEN",
     "wandb_project use_wandb": "use {report_to=wandb}, and the variable WANDB_PROJECT",
     "evals_per_epoch": "use {eval_steps}, or {eval_strategy=epoch}",
     "saves_per_epoch": "use {save_steps}, or {save_strategy=epoch}",
@@ -115,7 +118,7 @@ ADVICE: Mapping[str, str] = {
     "eval_table_size": "use {report_samples}: report.html shows so many predictions",
     "trust_remote_code": "leave it out: code from a model's repository is never run",
     "plot_loss": "leave it out: report.html in the run folder shows the curves",
-    "adam_beta1 adam_beta2 adam_epsilon optim_args lr_scheduler_kwargs neftune_noise_alpha run_name": "set it under "
+    "adam_beta1 adam_beta2 adam_epsilon optim_args lr_scheduler_kwargs neftune_noise_alpha": "set it under "
     "training_args in a YAML file",
 }
 """Names in other tools -> what to do instead of a setting of the same meaning.

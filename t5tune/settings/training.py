@@ -211,6 +211,9 @@ class EvaluationSettings(MetricSettings):
     report_to: Annotated[WordList, Affects.NOTHING] = Field(
         default=["none"], description="Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none."
     )
+    run_name: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
+        default=None, description="Name of the run in experiment trackers; default: the name of the run folder."
+    )
     report_samples: Annotated[int, Affects.NOTHING] = Field(
         default=10,
         ge=0,

@@ -70,6 +70,8 @@ def make_training_arguments(
         "dataloader_pin_memory": not on_cpu,
         "accelerator_config": {"non_blocking": not on_cpu},  # copy a batch to the GPU without waiting for its work
         "report_to": choose_trackers(settings.report_to),
+        "run_name": choose_run_name(settings),
+        "hub_private_repo": settings.hub_private_repo or None,  # also of trackio's Space
     }
     values |= {**_choose_memory_arguments(settings, deepspeed), **FIXED_ARGUMENTS, **settings.training_args}
     try:
@@ -101,6 +103,11 @@ def choose_tf32(settings: TrainSettings, device: torch.device, report: Report) -
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         report(Note(f"tf32: ignored, since {where} has no TensorFloat-32"))
     return False
+
+
+def choose_run_name(settings: TrainSettings) -> str:
+    """Return the name of a run in trackers: by default that of its folder."""
+    return settings.run_name or settings.output_dir.resolve().name
 
 
 def choose_best_metric(settings: TrainSettings) -> str | None:

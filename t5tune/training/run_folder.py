@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from t5tune.data.templates import Template, find_template
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
 from t5tune.file_names import RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
-from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_file
+from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_file, write_json
 from t5tune.io.reasons import describe_error
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report
@@ -58,6 +58,7 @@ class TrainResult:
     everything included) and `peak_memory_bytes`, which cover only the process that finished it. `tokens_per_second`
     excludes the time of evaluations and saves. `stopped_early` says when and why early stopping ended the run.
     `peak_reserved_bytes` is what torch had reserved on a GPU, of which `peak_memory_bytes` was in use; None on a CPU.
+    `pushed` is the URL of the repository that the result was uploaded to.
     """
 
     run: Path
@@ -77,6 +78,7 @@ class TrainResult:
     seconds: float
     stopped_early: str | None = None
     peak_reserved_bytes: int | None = None
+    pushed: str | None = None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the logged metrics: a dict for each logged step, with "step", "loss", "learning_rate", "eval_loss", …"""
@@ -310,6 +312,13 @@ def read_result(folder: Path | str) -> TrainResult:
         raise TrainingError(f"{folder}: not a finished run: it has no {path.name}", hint=hint) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path}: broken: {describe_error(error)}") from error
+
+
+def save_pushed(result: TrainResult, url: str | None) -> TrainResult:
+    """Write to the result of a finished run where it was uploaded to, and return it."""
+    path = result.run / RESULT_FILE
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "pushed": url})
+    return replace(result, pushed=url)
 
 
 def _collect_base_metadata(base: Path, settings: TrainSettings, sha256: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ result = run_training(Session(settings, run, world, device, stop, watch, report)
 
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,7 @@ class Session:
     stop: StopRequest
     watch: RankWatch
     report: Report
+    callbacks: Sequence[Any] = ()
     started: float = field(default_factory=time.monotonic)
 
 
@@ -82,10 +84,14 @@ def run_training(session: Session) -> TrainResult:
                 settings, loaded.base, loaded.base_metadata, loaded.cache, loaded.deepspeed, session.device, report
             )
         _report_sizes(session, loaded, built)
+        for callback in session.callbacks:
+            callback.begin()
         trainer = _make_trainer(session, loaded, built)
         samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None
         if samples is not None:
             trainer.add_callback(samples)
+        for callback in session.callbacks:
+            trainer.add_callback(callback)
         saves = _count_saves(trainer.args, trainer.parts.sampler)
         run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable, saves))
     trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)
@@ -278,7 +284,7 @@ def _make_result(
         resumed_from=loaded.resume,
         seconds=round(time.monotonic() - session.started, 3),
         stopped_early=trainer.early_stop,
-        **get_reserved_memory(session.device),
+        peak_reserved_bytes=get_reserved_memory(session.device).get("peak_reserved_bytes"),
     )
 
 

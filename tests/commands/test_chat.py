@@ -278,6 +278,7 @@ def test_a_signal_ends_the_chat_and_restores_the_terminal(
     assert b"Traceback" not in shown
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_closing_the_terminal_ends_the_chat(untied_base: Path) -> None:
     with chat_on_a_terminal(untied_base) as (process, ours, theirs):
@@ -287,6 +288,7 @@ def test_closing_the_terminal_ends_the_chat(untied_base: Path) -> None:
         assert process.wait(60) == 128 + signal.SIGHUP
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_reply_that_cannot_be_printed_ends_an_interactive_chat(untied_base: Path) -> None:
     ours, theirs = pty.openpty()
@@ -319,6 +321,7 @@ def test_control_c_clears_the_line_or_stops_the_reply(untied_base: Path) -> None
     os.close(ours)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT] if LONG else [signal.SIGHUP])
 def test_a_signal_ends_a_chat_with_a_prompt(untied_base: Path, number: signal.Signals) -> None:

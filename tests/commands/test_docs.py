@@ -101,7 +101,10 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("recipe", dict(RECIPES))
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=[pytest.mark.long] if number else []) for number, (name, _) in enumerate(RECIPES)],
+)
 def test_the_commands_of_a_recipe_work(recipe: str, data: Path, on_ranks: Callable[..., CommandResult]) -> None:
     """On the built-in model, for two steps, and on two processes in place of four GPUs."""
     section = data / "recipe.md"

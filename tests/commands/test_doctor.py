@@ -170,6 +170,7 @@ def test_too_old_a_release_is_refused_with_the_upgrade_command(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("package", "flags"),
     [("bitsandbytes", ("--q-lora",)), ("deepspeed", ("--deepspeed", "zero2"))],

@@ -237,6 +237,7 @@ def test_the_files_of_the_base_that_belong_to_the_model_are_copied(untied_adapte
     assert stock.chat_template == AutoTokenizer.from_pretrained(base).chat_template
 
 
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 def test_modules_to_save_may_contain_other_modules(untied_base: Path, tmp_path: Path) -> None:
     """PEFT's rule: each module whose path ends with the name, with all that is in it."""
     adapter = make_stock_adapter(untied_base, tmp_path / "adapter", modules_to_save=["DenseReluDense", "layer_norm"])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from t5tune.checkpoints.base import read_config
-from t5tune.commands.plan import Plan, plan
+from t5tune.commands.plan import Plan, _find_largest_batch_size, plan
 from t5tune.commands.prepare import prepare
 from t5tune.data.batching import epoch_order
 from t5tune.errors import ModelError, SettingsError
@@ -28,11 +29,12 @@ from t5tune.model.memory import (
 )
 from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings
 from t5tune.settings.fields import parse_gpu_memory
-from t5tune.training.memory_estimate import USABLE_GPU_SHARE
+from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine
 from tests.support.bases import make_base
 from tests.support.command_line import t5tune_in_fork
 
 pytestmark = pytest.mark.slow
+NO_SUGGESTION: dict[str, Any] = {"use_cpu": True, "gpu_memory": "1MiB"}  # nothing fits, which saves its time
 
 # parameters of checkpoints on the Hugging Face Hub, by their safetensors headers
 PARAMETERS = {
@@ -174,7 +176,7 @@ def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp
         num_train_epochs=1.2, gradient_accumulation_steps=2, per_device_train_batch_size=4, report_samples=0,
     )  # fmt: skip
     result = make_plan(
-        "pocket", data_path=str(cache), use_cpu=True, num_train_epochs=1.2, gradient_accumulation_steps=2,
+        "pocket", data_path=str(cache), **NO_SUGGESTION, num_train_epochs=1.2, gradient_accumulation_steps=2,
         per_device_train_batch_size=4, packing="off",
     )  # fmt: skip
     trained = train(run)
@@ -237,7 +239,7 @@ def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str,
     with_fillers = [[index for index in batch if isinstance(index, int)] for batch in sampler]
     batches = [batch for batch in with_fillers if batch]
     result = make_plan(
-        "pocket", data_path=str(uneven_cache), use_cpu=True, gradient_accumulation_steps=8, seed=5,
+        "pocket", data_path=str(uneven_cache), **NO_SUGGESTION, gradient_accumulation_steps=8, seed=5,
         per_device_train_batch_size=2, num_train_epochs=1, packing=packing, **batching,
     )  # fmt: skip
     assert result.steps == len(with_fillers) // 8
@@ -249,7 +251,7 @@ def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str,
 
 
 def test_the_largest_packed_batch_has_the_most_tokens_not_the_longest_example(uneven_cache: Path) -> None:
-    common = {"data_path": str(uneven_cache), "use_cpu": True}
+    common: dict[str, Any] = {"data_path": str(uneven_cache), **NO_SUGGESTION}
     common |= {"per_device_train_batch_size": 18, "group_by_length": False}
     packed, padded = (make_plan("pocket", packing=packing, **common) for packing in ("auto", "off"))
     assert packed.source_length < padded.source_length
@@ -368,20 +370,53 @@ def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
-@pytest.mark.parametrize(("stage", "memory"), [("zero3-offload", "2400MiB"), ("zero2", "2800MiB")])
-def test_the_suggested_batch_takes_what_a_plan_for_it_says(stage: str, memory: str, tmp_path: Path) -> None:
-    """What is gathered, here of a large embedding, hides the memory of small batches."""
-    shape = {"num_layers": 4, "num_decoder_layers": 4, "vocab_size": 250112}
-    asked = {"num_gpus": 8, "gpu_memory": memory, "train_mode": "full", "source_length": 64, "target_length": 32}
-    suggestion = make_plan(write_short_model(tmp_path, **shape), **asked).suggestion
-    assert suggestion is not None
-    settings = load_train_settings(suggestion.flags)
-    assert settings.deepspeed == stage, suggestion
-    names = ("bf16", "gradient_checkpointing", "q_lora", "deepspeed", "per_device_train_batch_size")
-    again = make_plan(tmp_path, **{**asked, **{name: getattr(settings, name) for name in names}})
-    (chosen,) = (each for each in again.stages if each.stage == again.chosen)
-    assert chosen.fits
-    assert chosen.total == pytest.approx(suggestion.total, rel=0.001)
+@dataclass(frozen=True)
+class KnownMemory:
+    """An estimator of a device for which a batch of n examples takes `max(constant, 200 + each * n)` bytes."""
+
+    constant: int
+    each: int
+    machine: Machine
+    estimated: list[int]
+
+    def can_fit(self, _: str) -> bool:
+        return True
+
+    def estimate(self, _: str, lengths: BatchLengths) -> Any:
+        size = len(lengths.sources)
+        self.estimated.append(size)
+        total = max(self.constant, 200 + self.each * size)
+        return SimpleNamespace(total=total, fits=total <= (self.machine.memory or 0))
+
+
+@pytest.mark.parametrize(
+    ("constant", "each", "expected", "estimated"),
+    [
+        (0, 100, (32, 3400), [1, 2, 4]),
+        (900, 100, (32, 3400), [1, 2, 4, 8, 16, 32]),  # what is gathered takes more than up to 7 examples
+        (0, 3000, (1, 3200), [1, 2]),
+        (0, 5000, None, [1]),
+        (1000, 1, (64, 1000), [1, 2, 4, 8, 16, 32, 64]),
+    ],
+)
+def test_the_largest_batch_that_fits_is_found_with_few_estimates(
+    constant: int, each: int, expected: tuple[int, int] | None, estimated: list[int]
+) -> None:
+    machine = Machine(on_gpu=False, count=1, memory=4000, name="", has_bf16=True)
+    estimator: Any = KnownMemory(constant, each, machine, [])
+    data: Any = SimpleNamespace(sources=np.array([5, 7]), targets=np.array([3, 2]))
+    assert _find_largest_batch_size(estimator, "none", data) == expected
+    assert estimator.estimated == estimated
+
+
+def test_full_training_is_suggested_with_the_lowest_stage_that_fits(tmp_path: Path) -> None:
+    shape = {"num_layers": 1, "num_decoder_layers": 1, "vocab_size": 250112}
+    asked = {"num_gpus": 8, "train_mode": "full", "source_length": 96, "target_length": 32, "packing": "off"}
+    write_short_model(tmp_path, **shape)
+    for memory, stage in (("2800MiB", "zero2"), ("2400MiB", "zero3-offload")):
+        suggestion = make_plan(tmp_path, gpu_memory=memory, **asked).suggestion
+        assert suggestion is not None
+        assert load_train_settings(suggestion.flags).deepspeed == stage
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,7 @@ def test_memory_does_not_grow_with_the_input_and_torch_is_not_imported(many: Pat
     assert peaks[1] < 250
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_cache_the_new_cache_or_none(
     tmp_path: Path, fork_server: ForkServer

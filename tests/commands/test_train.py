@@ -702,7 +702,7 @@ def test_a_finished_run_of_two_processes_is_not_repeated(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.long)])
 def test_training_runs_under_other_launchers(
     launcher: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -998,6 +998,7 @@ def test_large_and_compressed_garbage_needs_little_memory(
     assert megabytes < 120
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_large_object_of_records_needs_little_memory(tmp_path: Path) -> None:
     records = b"".join(b', "%06d": {"source": "a", "target": "b"}' % number for number in range(20_000))

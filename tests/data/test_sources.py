@@ -1,9 +1,10 @@
-"""Data that isn't on this machine: datasets on the Hugging Face Hub, and files behind a URL."""
+"""Data that isn't on this machine: datasets on the Hugging Face Hub, and files at a URL."""
 
 import gzip
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -208,12 +209,39 @@ def test_a_dataset_in_the_cache_is_read_offline_and_never_a_part_of_it(hub: Hub,
     assert not (tmp_path / "cache").exists()
     incomplete = prepare(hub, NAME, tmp_path / "cache", **offline)
     assert incomplete.code == 2, incomplete.stderr
-    assert "HF_HUB_OFFLINE disables downloads, and the dataset isn't all in the local cache" in incomplete.errors[0]
+    assert "in the local cache" in incomplete.errors[0]
     hub.break_after = {}
     assert prepare(hub, NAME, tmp_path / "cache").code == 0
     done = prepare(hub, NAME, tmp_path / "again", **offline)
     assert done.code == 0, done.stderr
     assert read_sources(tmp_path / "again") == expect(0, 1, 2)
+
+
+def test_offline_another_split_is_never_read_in_place_of_the_one_that_is_missing(hub: Hub, tmp_path: Path) -> None:
+    hub.add("dataset", NAME, {"train.jsonl": to_jsonl(1), "validation.jsonl": to_jsonl(2)})
+    assert prepare(hub, NAME, tmp_path / "cache", "--data-split", "validation").code == 0
+    done = prepare(hub, NAME, tmp_path / "again", HF_HUB_OFFLINE="1")
+    assert done.code == 2, done.stderr
+    assert "in the local cache" in done.errors[0]
+
+
+def test_folders_with_splits_of_their_own_are_subsets_to_choose_from(hub: Hub, tmp_path: Path) -> None:
+    names = ("en/train/0.jsonl", "en/test/0.jsonl", "de/train/0.jsonl", "de/test/0.jsonl")
+    hub.add("dataset", NAME, {name: to_jsonl(number) for number, name in enumerate(names)})
+    done = prepare(hub, NAME, tmp_path / "cache")
+    assert done.code == 2, done.stderr
+    assert (
+        "several folders of this dataset have splits of their own; choose one with --data-subset: de, en"
+        in (done.errors[0])
+    )
+    assert prepare(hub, NAME, tmp_path / "cache", "--data-subset", "de", "--data-split", "test").code == 0
+    assert read_sources(tmp_path / "cache") == expect(3)
+
+
+def test_the_last_word_in_a_path_names_the_split(hub: Hub, tmp_path: Path) -> None:
+    hub.add("dataset", NAME, {"train_v2/test-0.jsonl": to_jsonl(0), "train_v2/train-0.jsonl": to_jsonl(1)})
+    assert prepare(hub, NAME, tmp_path / "cache").code == 0
+    assert read_sources(tmp_path / "cache") == expect(1)
 
 
 def test_a_private_dataset_is_read_with_a_token_that_is_written_nowhere(hub: Hub, tmp_path: Path) -> None:
@@ -267,11 +295,17 @@ def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A web server of a folder: its address, and the folder."""
     folder = tmp_path / "web"
     folder.mkdir()
+    with serve_folder(folder) as url:
+        yield url, folder
+
+
+@contextmanager
+def serve_folder(folder: Path) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", folder
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
     thread.join()
@@ -282,7 +316,7 @@ class _Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_file_behind_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_file_at_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = web
     (folder / "chats.jsonl.gz").write_bytes(gzip.compress(to_jsonl(1, 2)))
     name = f"{url}/chats.jsonl.gz?signature=SeCrEt"
@@ -297,9 +331,21 @@ def test_a_file_behind_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[s
     assert read_sources(tmp_path / "cache") == expect(3, 4, 5)
     (folder / "chats.jsonl.gz").unlink()
     gone = prepare(None, name, tmp_path / "again", **environment)
-    assert gone.code == 0, gone.stderr
-    assert "can't be reached" in gone.stderr
-    assert "using the copy from before" in gone.stderr
+    assert gone.code == 2, gone.stderr
+
+
+def test_a_file_that_was_copied_is_read_while_its_server_is_away(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "chats.jsonl").write_bytes(to_jsonl(1, 2))
+    environment = {"HF_HOME": str(tmp_path / "home")}
+    with serve_folder(tmp_path / "web") as url:
+        assert prepare(None, f"{url}/chats.jsonl", tmp_path / "cache", **environment).code == 0
+    again = prepare(None, f"{url}/chats.jsonl", tmp_path / "again", **environment)
+    assert again.code == 0, again.stderr
+    assert "can't be reached; using the copy from before" in again.stderr
+    assert read_sources(tmp_path / "again") == expect(1, 2)
+    other = prepare(None, f"{url}/more.jsonl", tmp_path / "other", **environment)
+    assert other.code == 2
 
 
 @pytest.mark.parametrize(
@@ -309,7 +355,8 @@ def test_a_file_behind_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[s
         ("{url}/none.jsonl?key=SeCrEt", ["{url}/none.jsonl: can't be read: 404", "try again"]),
         ("{url}/notes.txt", ["{url}/notes.txt", "no JSON, JSONL, CSV or Parquet file"]),
         ("foo://x/y.jsonl", ["data_path: foo://x/y.jsonl", "https://"]),
-        ("s3://bucket/x.jsonl", ["data_path: s3://bucket/x.jsonl", "s3fs", "pip install 't5tune[remote]'"]),
+        ("https://[bad/x.jsonl?key=SeCrEt", ["data_path: https://[bad/x.jsonl"]),
+        ("s3://bucket/x.jsonl", ["data_path: s3://bucket/x.jsonl", "pip install s3fs"]),
     ],
 )
 def test_a_url_that_cannot_be_read_is_refused_in_one_line(

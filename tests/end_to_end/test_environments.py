@@ -130,6 +130,7 @@ def test_deepspeed_compiles_extensions_only_for_offloading(records: Path, tmp_pa
     assert not (tmp_path / "off").exists()
 
 
+@pytest.mark.long
 def test_deepspeed_trains_where_compiled_extensions_cannot_be_saved(records: Path, tmp_path: Path) -> None:
     home = {
         "HOME": str(records / "home"),
@@ -160,6 +161,7 @@ def test_a_port_in_use_is_named_in_the_error(records: Path, tmp_path: Path) -> N
     assert b"Traceback" not in stderr
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_rank_without_a_peer_names_the_address_that_it_tried(records: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
@@ -302,6 +304,7 @@ def test_a_missing_or_broken_library_is_named_with_the_fix(library: str, lack: s
     assert f"; pip install --force-reinstall {library}; t5tune doctor checks" in line
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_modules_in_the_current_folder_do_not_shadow_libraries(tmp_path: Path) -> None:
     for name in ("numpy", "profile", "t5tune"):

@@ -315,7 +315,7 @@ def test_what_would_fail_at_the_join_is_refused_before_anything_is_encoded(
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
-def test_parts_that_are_left_behind_or_complete_are_mentioned(tmp_path: Path) -> None:
+def test_parts_that_are_left_or_complete_are_mentioned(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     notes: list[Any] = []
     prepare(make_settings(data, tmp_path / "cache", shard="0/2"))

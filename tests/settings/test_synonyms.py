@@ -111,8 +111,7 @@ def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
     [
         ("resume_from_checkpoint", "give the same command again: it resumes"),
         ("load_best_model_at_end", "metric_for_best_model does it"),
-        ("push_to_hub", "hf upload"),
-        ("hub_model_id", "hf upload"),
+        ("hub_token", "set HF_TOKEN"),
         ("lora_target_linear", "use lora_target_modules: all-linear"),
         ("quantization_bit", "use q_lora: true"),
         ("load_in_8bit", "quant_type: int8"),

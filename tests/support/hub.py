@@ -67,7 +67,9 @@ class Hub:
         refusals: names that it refuses, with the status and the error code.
         requests: (method, path, headers) of each request.
         break_after: for files of these names, how many bytes are sent before the connection is closed.
+        read_only: names of repositories that no one may write to.
         is_down: whether each request is refused with status 503.
+        break_commits: whether the connection is closed instead of making a commit.
     """
 
     def __init__(self, url: str, home: Path) -> None:
@@ -78,6 +80,8 @@ class Hub:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.break_after: dict[str, int] = {}
         self.is_down = False
+        self.read_only: set[str] = set()
+        self.break_commits = False
         self.blobs: dict[str, bytes] = {}
 
     @property
@@ -129,12 +133,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.hub.is_down:
             return self._send_json({"error": "down"}, 503)
+        if "Authorization" in self.headers and not self._is_signed_in():
+            return self._send_json({"error": "Invalid credentials in Authorization header"}, 401)
         parts = path.split("/")
         if parts[0] == "lfs":
             return self._receive_blob(parts[1])
         if parts[0] != "api":
             return self._serve_file(parts)
         match parts[1:]:
+            case ["whoami-v2"] if not self._is_signed_in():
+                return self._send_json({"error": "Invalid username or password."}, 401)
             case ["whoami-v2"]:
                 return self._send_json({"type": "user", "name": USER, "orgs": []})
             case ["validate-yaml"]:
@@ -164,8 +172,13 @@ class _Handler(BaseHTTPRequestHandler):
         if (repo := self._find(kind, name)) is None:
             return
         action, revision = rest[0] if rest else "revision", rest[1] if len(rest) > 1 else "main"
-        if action in ("preupload", "commit") and not self._is_signed_in():
-            return self._send_json({"error": "Invalid username or password."}, 401)
+        if action in ("preupload", "commit", "auth-check"):
+            if not self._is_signed_in():
+                return self._send_json({"error": "Invalid username or password."}, 401)
+            if name in self.hub.read_only:
+                return self._send_json({"error": "You have read access but not write access"}, 403)
+            if action == "auth-check":
+                return self._send_json({})
         if (sha := repo.resolve(revision)) is None:
             return self._send_json({}, 404, {"X-Error-Code": "RevisionNotFound"})
         files = repo.commits[sha]
@@ -258,22 +271,21 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_json(
                 {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409
             )
-        self.hub.add(kind, name, {".gitattributes": b""}, private=bool(asked.get("private")))
+        self.hub.add(
+            kind,
+            name,
+            {".gitattributes": b""},
+            private=asked.get("visibility") == "private" or bool(asked.get("private")),
+        )
         return self._send_json({"url": f"{self.hub.url}/{name}", "name": name})
 
     def _answer_lfs_batch(self) -> None:
         if not self._is_signed_in():
             return self._send_json({"error": "no"}, 401)
-        objects = [
-            {
-                "oid": each["oid"],
-                "size": each["size"],
-                "actions": {}
-                if each["oid"] in self.hub.blobs
-                else {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"}},
-            }
-            for each in json.loads(self.body)["objects"]
-        ]
+        objects = []
+        for asked in json.loads(self.body)["objects"]:
+            upload = {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}}
+            objects.append({**asked, **({} if asked["oid"] in self.hub.blobs else upload)})
         self._send_json({"transfer": "basic", "objects": objects})
 
     def _receive_blob(self, oid: str) -> None:
@@ -282,6 +294,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(b"", 200, {})
 
     def _commit(self, repo: Repo) -> None:
+        if self.hub.break_commits:
+            self.close_connection = True
+            return
         files = dict(repo.files)
         for line in self.body.splitlines():
             entry = json.loads(line)

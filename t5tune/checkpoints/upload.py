@@ -1,0 +1,141 @@
+"""Upload a result's folder to the Hugging Face Hub: what others need to use the model, and nothing else.
+
+    open_repository(settings, folder, report)      # before the work: refuses a wrong name or token
+    url = upload_result(settings, folder, report)  # after it; None: nothing is to be uploaded, or it failed
+
+A run folder's data, settings, metrics and report stay here: they may contain private texts and names of folders. So do
+files that t5tune doesn't know.
+"""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.adapter_folder import is_adapter
+from t5tune.checkpoints.model_folder import is_trained_file
+from t5tune.checkpoints.tokenizer_files import CHAT_TEMPLATES_FOLDER
+from t5tune.errors import CheckpointError, SettingsError, UploadError
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from t5tune.formatting import format_count, format_size
+from t5tune.hub.names import is_published
+from t5tune.hub.upload import create_repository, upload_files
+from t5tune.io.untrusted import resolve_inside
+from t5tune.progress import Note, Report
+from t5tune.settings.hub import HubSettings
+
+WEIGHT_PATTERNS = (
+    "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
+    "adapter_model.*", "non_lora_state.safetensors",
+    "model.bin",  # CTranslate2's
+)  # fmt: skip
+VOCABULARY_PATTERNS = ("*vocabulary*.json", "*vocabulary*.txt")  # CTranslate2's
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """Where files were uploaded to; `bytes` counts also those that the Hub had already."""
+
+    url: str
+    files: int
+    bytes: int
+
+
+def choose_repository(settings: HubSettings, folder: Path) -> str:
+    """Return the repository's name: by default that of the output folder."""
+    return settings.hub_model_id or folder.resolve().name
+
+
+def open_repository(settings: HubSettings, folder: Path, report: Report) -> None:
+    """Create the repository, if the settings ask for an upload. If the Hub can't be reached, the work goes on.
+
+    Raises:
+        SettingsError: the Hub refuses the name, or doesn't let this user write there.
+    """
+    if settings.push_to_hub:
+        try:
+            create_repository(choose_repository(settings, folder), settings.hub_private_repo)
+        except UploadError as error:
+            report(Note(f"{error.message}; it is tried again when there is something to upload", warning=True))
+
+
+def upload_result(
+    settings: HubSettings, folder: Path, report: Report, message: str | None = None, copy: Path | None = None
+) -> str | None:
+    """Upload a result if the settings ask for it, and return the repository's URL.
+
+    The result is complete, so an upload that fails is no error: a note says how to upload it later.
+
+    Args:
+        message: of the commit; None: the folder's name.
+        copy: what to upload in place of the folder, which may be deleted meanwhile.
+    """
+    if not settings.push_to_hub:
+        return None
+    name = choose_repository(settings, folder if copy is None else folder.parent)
+    try:
+        message = message or f"Upload {folder.resolve().name}"
+        return upload_folder(copy or folder, name, settings.hub_private_repo, report, message).url
+    except (SettingsError, UploadError, CheckpointError) as error:
+        report(Note(f"{error.message}; {explain_uploading_later(folder, name)}", warning=True))
+        return None
+
+
+def explain_uploading_later(folder: Path, name: str) -> str:
+    """Say where a result is that wasn't uploaded, and which command uploads it."""
+    return f"it is complete in {folder}; to upload it later: {shlex.join(['t5tune', 'push', str(folder), name])}"
+
+
+def upload_folder(folder: Path, name: str, is_private: bool, report: Report, message: str) -> Uploaded:
+    """Upload a folder's model or adapter.
+
+    Raises:
+        CheckpointError: it contains neither, or a link out of it.
+        SettingsError: the Hub refuses the name or the files, or doesn't let this user write there.
+        UploadError: the Hub can't be reached.
+    """
+    files = list_uploaded_files(folder)
+    if not {ADAPTER_CONFIG_FILE, CONFIG_FILE} & files.keys() or not any(map(is_weight_file, files)):
+        hint = "give a run folder, or one that t5tune export or t5tune merge wrote"
+        raise CheckpointError(f"folder: {folder}: contains no adapter and no model", hint=hint)
+    size = sum(file.stat().st_size for file in files.values())
+    name = create_repository(name, is_private)
+    report(Note(f"uploading {format_count(len(files), 'file')} ({format_size(size)}) to {name}"))
+    _report_local_base(folder, report)
+    url = upload_files(name, files, message, lambda path: is_weight_file(path) or path == ADAPTER_CONFIG_FILE)
+    return Uploaded(url, len(files), size)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name contains weights, or lists the files that do."""
+    return any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def list_uploaded_files(folder: Path) -> Mapping[str, Path]:
+    """List the files to upload: path in the repository -> file.
+
+    Raises:
+        CheckpointError: one of them is a link out of the folder.
+    """
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = {name: resolve_inside(folder, name) for name in names if _is_uploaded(name) and (folder / name).is_file()}
+    templates = folder / CHAT_TEMPLATES_FOLDER
+    for file in sorted(templates.glob("*.jinja")):
+        found[f"{CHAT_TEMPLATES_FOLDER}/{file.name}"] = resolve_inside(templates, file.name)
+    return found
+
+
+def _is_uploaded(name: str) -> bool:
+    is_vocabulary = any(fnmatch(name, pattern) for pattern in VOCABULARY_PATTERNS)
+    return is_trained_file(name) or is_weight_file(name) or is_vocabulary
+
+
+def _report_local_base(folder: Path, report: Report) -> None:
+    """Say that others won't find an adapter's base, if it is a folder of this machine."""
+    if is_adapter(folder):
+        base = read_adapter_config(folder).get("base_model_name_or_path")
+        if base and base != "pocket" and not is_published(base):
+            words = f"{ADAPTER_CONFIG_FILE} names the base as {base}, a folder that others don't have"
+            report(Note(f"{words}: tell them which model it is", warning=True))

@@ -1,0 +1,137 @@
+"""Upload files to a repository on the Hugging Face Hub.
+
+    name = create_repository("owner/name", is_private=False)
+    url = upload_files(name, {"README.md": folder / "README.md"}, "Upload an adapter", is_replaced=is_weight_file)
+
+What was uploaded before, also in an upload that was interrupted, isn't sent again. The token is that of `hf auth login`
+or of HF_TOKEN; it is written nowhere.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from t5tune.errors import SettingsError, UploadError
+from t5tune.hub.download import describe, get_status
+from t5tune.hub.names import is_published
+
+CARD_FILE, METADATA_MARK = "README.md", "---\n"
+CARD_PLACEHOLDER = "THIS_FOLDER"  # in the cards that t5tune writes
+# base_model: google/flan-t5-base, or as a tag - base_model:adapter:google/flan-t5-base
+_BASE_LINE = re.compile(r"(?:base_model: |\s*- base_model:adapter:)(?P<base>.+)")
+SIGN_IN_HINT = "run `hf auth login` with a token that may write, or set HF_TOKEN"
+
+
+def create_repository(name: str, is_private: bool, setting: str = "hub_model_id") -> str:
+    """Create a repository for a model unless it exists, and return its full name.
+
+    Args:
+        name: `owner/name`, or `name` in one's own account.
+        setting: the setting that has the name, for messages.
+
+    Raises:
+        SettingsError: the Hub refuses the name, or doesn't let this user write there; or the repository is public and a
+            private one is asked for.
+        UploadError: the Hub can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    asked, api = f"{setting}: {name}", HfApi()
+    try:
+        api.whoami()  # creating a repository that exists asks for no token
+        # None: as the organization's settings say
+        full_name = str(api.create_repo(name, private=is_private or None, exist_ok=True).repo_id)
+        if "write" in inspect.signature(api.auth_check).parameters:
+            api.auth_check(full_name, write=True)
+        is_public = is_private and not api.repo_info(full_name).private
+    except Exception as error:  # OSError, ValueError, and exceptions of the HTTP library of huggingface_hub
+        raise _explain(asked, error) from error
+    if is_public:
+        problem = f"hub_private_repo: {full_name} exists already, and everybody can see it"
+        raise SettingsError(problem, hint="make it private on its page, or leave out hub_private_repo")
+    return full_name
+
+
+def upload_files(
+    name: str,
+    files: Mapping[str, Path],
+    message: str,
+    is_replaced: Callable[[str], bool],
+    setting: str = "hub_model_id",
+) -> str:
+    """Upload files as one commit, and return the repository's URL.
+
+    Args:
+        files: path in the repository -> file.
+        message: of the commit.
+        is_replaced: whether a file of the repository that isn't among these is deleted: old weights, which would be
+            loaded in place of the new ones.
+
+    Raises:
+        SettingsError: the Hub doesn't accept the files, or doesn't let this user write there.
+        UploadError: the Hub can't be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    try:
+        stale = [path for path in api.list_repo_files(name) if path not in files and is_replaced(path)]
+        operations: list[Any] = [CommitOperationDelete(path) for path in stale]
+        operations += [
+            CommitOperationAdd(path, _fill_in_card(file, name) if path == CARD_FILE else str(file))
+            for path, file in files.items()
+        ]
+        api.create_commit(name, operations, commit_message=message)
+        return f"{api.endpoint}/{name}"
+    except Exception as error:
+        raise _explain(f"{setting}: {name}", error) from error
+
+
+def _fill_in_card(card: Path, name: str) -> bytes:
+    """Write the repository's name where a card that t5tune has written says how to load the model.
+
+    A base that is a folder of this machine, which PEFT writes too, is left out of the metadata, where the Hub refuses
+    it, and has only its own name in the text.
+    """
+    content = card.read_bytes()
+    try:
+        text = content.decode().replace(CARD_PLACEHOLDER, name)
+        _, metadata, rest = text.split(METADATA_MARK, 2) if text.startswith(METADATA_MARK) else ("", "", text)
+    except ValueError:  # not UTF-8, or metadata without an end: another author's card, which the Hub judges
+        return content
+    kept = ""
+    for line in metadata.splitlines(keepends=True):
+        found = _BASE_LINE.match(line)
+        base = found["base"].strip("'\"") if found else ""
+        if found and not is_published(base):
+            rest = rest.replace(base, Path(base).name)
+        else:
+            kept += line
+    return METADATA_MARK.join(["", kept, rest]).encode() if metadata else rest.encode()
+
+
+def _explain(asked: str, error: Exception) -> SettingsError | UploadError:
+    """Turn an error of huggingface_hub into one that says what to do about it."""
+    from huggingface_hub import errors
+
+    status, reason = get_status(error), describe(error)
+    match error:
+        case errors.HFValidationError():
+            return SettingsError(f"{asked}: not a valid name on the Hub", hint="expected owner/name")
+        case errors.LocalTokenNotFoundError():
+            return SettingsError(f"{asked}: you aren't signed in", hint=SIGN_IN_HINT)
+        case errors.RepositoryNotFoundError():
+            return SettingsError(f"{asked}: no such repository, or you may not write there", hint=SIGN_IN_HINT)
+        case errors.OfflineModeIsEnabled():
+            return UploadError(f"{asked}: HF_HUB_OFFLINE disables uploads", hint="unset HF_HUB_OFFLINE")
+        case _ if status == 401:
+            return SettingsError(f"{asked}: you aren't signed in, or the token isn't valid", hint=SIGN_IN_HINT)
+        case _ if status == 403:
+            return SettingsError(f"{asked}: you may not write there: {reason}", hint=SIGN_IN_HINT)
+        case _ if status is not None and 400 <= status < 500 and status not in (408, 429):
+            return SettingsError(f"{asked}: the Hub refuses this: {reason}", hint="see the repository's page")
+        case ValueError() if "metadata" in reason.lower():  # the Hub's check of the model card
+            return SettingsError(f"{asked}: the Hub refuses the model card: {reason}", hint=f"correct its {CARD_FILE}")
+    return UploadError(f"{asked}: the upload failed: {reason}", hint="check the network connection, and try again")

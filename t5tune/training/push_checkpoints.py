@@ -1,0 +1,93 @@
+"""Upload the weights of each checkpoint to the Hugging Face Hub, while training goes on."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from transformers import TrainerCallback
+
+from t5tune.checkpoints.upload import (
+    choose_repository,
+    explain_uploading_later,
+    list_uploaded_files,
+    upload_result,
+)
+from t5tune.io.reasons import describe_error
+from t5tune.progress import Note, Report
+from t5tune.settings import TrainSettings
+from t5tune.training.checkpoint import STAGING_PREFIX
+from t5tune.training.run_folder import TrainResult
+
+
+class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Uploads in a thread. A checkpoint that is saved while another one is uploaded is left out.
+
+    The last checkpoint isn't uploaded here, but the result of the run, whose weights it may have.
+    """
+
+    def __init__(self, settings: TrainSettings, report: Report) -> None:
+        self._settings, self._report = settings, report
+        self._thread: Thread | None = None
+        self._checkpoint = self._staged = settings.output_dir
+
+    def begin(self) -> None:
+        """Do nothing before training begins."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            return
+        checkpoint = self._settings.output_dir / f"checkpoint-{state.global_step}"
+        if self._is_busy:
+            self._report(Note(f"{checkpoint.name} isn't uploaded: an earlier one still is"))
+            return
+        self._checkpoint = checkpoint
+        self._staged = self._settings.output_dir / f"{STAGING_PREFIX}push-{uuid.uuid4().hex[:8]}"
+        try:
+            # links, because the checkpoint may be deleted while it is uploaded
+            for name, file in list_uploaded_files(checkpoint).items():
+                (self._staged / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(file, self._staged / name)
+        except OSError as error:
+            self._report(Note(f"{checkpoint} isn't uploaded: {describe_error(error)}", warning=True))
+            self._clear()
+            return
+        # a daemon: it doesn't keep a run that is stopped from ending
+        self._thread = Thread(target=self._upload, args=(f"Upload step {state.global_step}",), daemon=True)
+        self._thread.start()
+
+    def finish(self, result: TrainResult) -> None:
+        """Wait until the current upload is done: its older weights must not arrive after the result."""
+        if self._thread is not None and self._is_busy:
+            self._report(Note(f"waiting until {self._checkpoint.name} is uploaded"))
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """Say what isn't uploaded, since the run ends before its result."""
+        if self._is_busy:
+            name = choose_repository(self._settings, self._settings.output_dir)
+            later = explain_uploading_later(self._checkpoint, name)
+            self._report(Note(f"{self._checkpoint.name} wasn't uploaded to the end; {later}", warning=True))
+            self._clear()
+
+    @property
+    def _is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _upload(self, message: str) -> None:
+        try:
+            upload_result(self._settings, self._checkpoint, self._report, message, copy=self._staged)
+        finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        shutil.rmtree(self._staged, ignore_errors=True)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, target)

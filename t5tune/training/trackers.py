@@ -1,0 +1,199 @@
+"""What a run sends to experiment trackers besides the Trainer's curves: its settings, the report page and the result.
+
+transformers' own callbacks send the curves and the Trainer's arguments; see docs/trackers.md. What goes wrong here is a
+note: a tracker never ends a run.
+"""
+
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from t5tune.checkpoints.upload import list_uploaded_files
+from t5tune.data.remote_files import hide_query
+from t5tune.errors import CheckpointError
+from t5tune.io.atomic import write_json
+from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import read_json_object
+from t5tune.io.yaml_file import to_yaml
+from t5tune.progress import Note, Report
+from t5tune.reports.run_page import REPORT_FILE
+from t5tune.settings import TrainSettings
+from t5tune.training.arguments import choose_run_name
+from t5tune.training.run_folder import TrainResult
+
+TRACKERS_FILE = "trackers.json"  # in the run folder: the ids by which a resumed run continues its entry
+MAX_PARAMETER_LENGTH = 250  # of a value, in MLflow's older servers
+CONFIG_KEY = "t5tune"
+
+
+class TrackRun(TrainerCallback):  # type: ignore[misc]
+    """Sends the settings when training begins, and the report page and the result's files after it.
+
+    Args:
+        trackers: their names, as in `report_to`. Those that transformers' callbacks alone serve are ignored.
+    """
+
+    def __init__(self, settings: TrainSettings, trackers: list[str], report: Report) -> None:
+        self._settings, self._trackers, self._report = settings, trackers, report
+        self._name = choose_run_name(settings)
+        self._mlflow_run: str | None = None
+        self._trackio: dict[str, Any] = {}
+        self._has_begun = False
+        self._set_variables: list[str] = []
+
+    def begin(self) -> None:
+        """Let a resumed run continue its entry in Weights & Biases, unless the environment names one."""
+        if "wandb" not in self._trackers or "WANDB_RUN_ID" in os.environ:
+            return
+        path = self._settings.output_dir / TRACKERS_FILE
+        known: dict[str, Any] = {}
+        with suppress(OSError, ValueError, CheckpointError):
+            known = read_json_object(path.parent, path.name)
+        if not isinstance(known.get("wandb"), str):
+            known["wandb"] = uuid.uuid4().hex[:8]
+            write_json(path, known)
+        for name, value in (("WANDB_RUN_ID", known["wandb"]), ("WANDB_RESUME", "allow")):
+            if name not in os.environ:
+                os.environ[name] = value
+                self._set_variables.append(name)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._has_begun = True
+        self._trackio = {"project": args.project, "space_id": args.trackio_space_id, "private": args.hub_private_repo}
+        values = self._settings.model_dump(mode="json")
+        for name in ("data_path", "eval_data_path"):  # a query may be a secret
+            values[name] = [hide_query(path) for path in values[name] or []]
+        self._for_each({
+            "wandb": lambda: _send_wandb_settings(values),
+            "mlflow": lambda: self._send_mlflow_settings(values),
+            "trackio": lambda: _send_trackio_settings(values),
+            "tensorboard": lambda: _send_tensorboard_settings(values, self._settings.output_dir),
+        })  # fmt: skip
+
+    def finish(self, result: TrainResult) -> None:
+        """Send the report page and the result's files, once they are written."""
+        if not self._has_begun:  # the run had finished before
+            return
+        page, files = result.run / REPORT_FILE, list(list_uploaded_files(result.run).values())
+        self._for_each({
+            "wandb": lambda: _send_wandb_files(self._name, page, files),
+            "mlflow": lambda: self._send_mlflow_files(page, files),
+            "trackio": lambda: self._send_trackio_files(page, files),
+        })  # fmt: skip
+        self._restore_variables()
+
+    def abandon(self) -> None:
+        """End the entries of a run that ends before its result; it may be resumed."""
+        if self._has_begun:
+            self._for_each({"wandb": _finish_wandb, "mlflow": _stop_mlflow, "trackio": _finish_trackio})
+        self._restore_variables()
+
+    def _restore_variables(self) -> None:
+        """Take back the variables that were set: another run of this process has an entry of its own."""
+        while self._set_variables:
+            os.environ.pop(self._set_variables.pop(), None)
+
+    def _for_each(self, actions: dict[str, Callable[[], None]]) -> None:
+        for name in self._trackers:
+            if name in actions:
+                try:
+                    actions[name]()
+                except Exception as error:  # of any kind: each tracker has its own
+                    self._report(Note(f"report_to: {name}: {describe_error(error)[:200]}", warning=True))
+
+    def _send_mlflow_settings(self, values: dict[str, Any]) -> None:
+        import mlflow
+
+        run = mlflow.active_run()
+        self._mlflow_run = None if run is None else run.info.run_id
+        mlflow.log_params({f"{CONFIG_KEY}.{name}": str(value)[:MAX_PARAMETER_LENGTH] for name, value in values.items()})
+
+    def _send_mlflow_files(self, page: Path, files: list[Path]) -> None:
+        from mlflow import MlflowClient
+
+        if self._mlflow_run is None:
+            return
+        client = MlflowClient()
+        if page.is_file():
+            client.log_artifact(self._mlflow_run, str(page))
+        for file in files:
+            client.log_artifact(self._mlflow_run, str(file), "adapter")
+
+    def _send_trackio_files(self, page: Path, files: list[Path]) -> None:
+        import trackio
+
+        # transformers' callback has finished the entry
+        trackio.init(**self._trackio, name=self._name, resume="allow")
+        for kind, paths in (("report", [page] if page.is_file() else []), ("model", files)):
+            artifact = trackio.Artifact(f"{_to_artifact_name(self._name)}-{kind}", type=kind)
+            for path in paths:
+                artifact.add_file(str(path))
+            if paths:
+                trackio.log_artifact(artifact)
+        trackio.finish()
+
+
+def _send_wandb_settings(values: dict[str, Any]) -> None:
+    import wandb
+
+    wandb.config.update({CONFIG_KEY: values}, allow_val_change=True)
+
+
+def _send_wandb_files(name: str, page: Path, files: list[Path]) -> None:
+    import wandb
+
+    if wandb.run is None:
+        return
+    if page.is_file():
+        wandb.log({"report": wandb.Html(page.read_text(encoding="utf-8"))})
+    artifact = wandb.Artifact(_to_artifact_name(name), type="model")
+    for file in files:
+        artifact.add_file(str(file))
+    wandb.log_artifact(artifact)
+    wandb.finish()
+
+
+def _finish_wandb() -> None:
+    import wandb
+
+    wandb.finish()
+
+
+def _stop_mlflow() -> None:
+    import mlflow
+
+    if mlflow.active_run() is not None:
+        mlflow.end_run("KILLED")
+
+
+def _finish_trackio() -> None:
+    import trackio
+
+    trackio.finish()
+
+
+def _to_artifact_name(name: str) -> str:
+    """Replace characters that names of artifacts can't have."""
+    return "".join(each if each.isalnum() or each in "-_." else "-" for each in name)[:128]
+
+
+def _send_trackio_settings(values: dict[str, Any]) -> None:
+    import trackio
+
+    trackio.config.update({CONFIG_KEY: values}, allow_val_change=True)
+
+
+def _send_tensorboard_settings(values: dict[str, Any], run: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or run / "runs")
+    text = "".join(f"    {line}\n" for line in to_yaml(values).splitlines())  # Markdown for code
+    with SummaryWriter(str(folder / CONFIG_KEY)) as writer:
+        writer.add_text(CONFIG_KEY, text)

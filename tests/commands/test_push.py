@@ -1,0 +1,261 @@
+"""Uploads to the Hugging Face Hub: push, and --push-to-hub of train, export and merge, with the Hub's own client."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from t5tune.checkpoints.upload import list_uploaded_files
+from t5tune.errors import CheckpointError
+from tests.support.adapters import make_stock_adapter
+from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.hub import TOKEN, USER, Hub, serve_hub
+
+pytestmark = pytest.mark.slow
+
+NAME = f"{USER}/model"
+TRAIN = (
+    *("train", "--config", "pocket", "--num-data", 8, "--max-steps", 2, "--save-steps", 1, "--use-cpu"),
+    *("--report-samples", 1, "--eval-strategy", "no"),
+)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with serve_hub(tmp_path / "home") as server:
+        yield server
+
+
+def run(hub: Hub, *arguments: object, token: str | None = TOKEN) -> CommandResult:
+    environment = {**hub.environment, **({"HF_TOKEN": token} if token else {})}
+    return t5tune_in_fork(*arguments, env=environment)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = t5tune_in_fork(*TRAIN, "--output-dir", folder)
+    assert done.code == 0, done.stderr
+    return folder
+
+
+def assert_token_is_nowhere(folder: Path, done: CommandResult) -> None:
+    assert TOKEN not in done.stdout + done.stderr
+    assert not [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_push_uploads_what_the_adapter_needs_and_no_private_file(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+    done = run(hub, "push", finished_run, "model", "--hub-private-repo", "--json", "--debug")
+    assert done.code == 0, done.stderr
+    assert done.json["url"] == f"{hub.url}/{NAME}"
+    repo = hub.repos["model", NAME]
+    assert repo.private
+    uploaded = dict(repo.files)
+    uploaded.pop(".gitattributes")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "template.yaml"} <= uploaded.keys()
+    private = {"settings.yaml", "metrics.jsonl", "report.html", "result.json", "trainer_state.json"}
+    assert not private & uploaded.keys()
+    assert not [name for name in uploaded if "/" in name]
+    for name, body in uploaded.items():
+        if name != "README.md":
+            assert body == (finished_run / name).read_bytes()
+    card = uploaded["README.md"].decode()
+    assert "THIS_FOLDER" not in card
+    assert f'PeftModel.from_pretrained(base, "{NAME}")' in card
+    assert len(uploaded) == done.json["files"]
+    assert_token_is_nowhere(finished_run, done)
+    assert_token_is_nowhere(hub.home, done)
+
+
+def test_what_was_pushed_is_what_chat_downloads(hub: Hub, finished_run: Path) -> None:
+    assert run(hub, "push", finished_run, NAME).code == 0
+    ask = ("--prompt", "Two teas, please", "--max-new-tokens", 20, "--use-cpu")
+    here, there = (t5tune_in_fork("chat", name, *ask, env=hub.environment) for name in (finished_run, NAME))
+    assert (there.code, there.stdout) == (0, here.stdout), there.stderr
+
+
+def test_a_second_push_sends_only_what_has_changed(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    assert run(hub, "push", tmp_path / "run", NAME).code == 0
+    commits = len(hub.repos["model", NAME].commits)
+    sent = sum(method == "PUT" for method, _, _ in hub.requests)
+    assert sent > 0
+    assert run(hub, "push", tmp_path / "run", NAME).code == 0
+    assert len(hub.repos["model", NAME].commits) == commits
+    (tmp_path / "run" / "template.yaml").write_text((tmp_path / "run" / "template.yaml").read_text() + "# changed\n")
+    assert run(hub, "push", tmp_path / "run", NAME).code == 0
+    assert hub.repos["model", NAME].files["template.yaml"].endswith(b"# changed\n")
+    assert sum(method == "PUT" for method, _, _ in hub.requests) == sent
+
+
+def test_an_interrupted_push_continues_where_it_was(hub: Hub, finished_run: Path) -> None:
+    """The weights arrive, and then the Hub is gone before the commit."""
+    hub.break_commits = True
+    done = run(hub, "push", finished_run, NAME)
+    assert done.code == 1, done.stderr
+    (error,) = done.errors
+    assert "the upload failed" in error
+    assert set(hub.repos["model", NAME].files) == {".gitattributes"}
+    sent = sum(method == "PUT" for method, _, _ in hub.requests)
+    hub.break_commits = False
+    assert run(hub, "push", finished_run, NAME).code == 0
+    assert sum(method == "PUT" for method, _, _ in hub.requests) == sent
+    assert "adapter_model.safetensors" in hub.repos["model", NAME].files
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_train_pushes_its_result_and_each_checkpoint_if_asked_to(strategy: str, hub: Hub, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = ("--push-to-hub", "--hub-model-id", NAME, "--hub-strategy", strategy, "--max-steps", 3)
+    done = run(hub, *TRAIN, *flags, "--output-dir", output, "--json")
+    assert done.code == 0, done.stderr
+    assert done.json["pushed"] == f"{hub.url}/{NAME}"
+    assert json.loads((output / "result.json").read_text())["pushed"] == f"{hub.url}/{NAME}"
+    repo = hub.repos["model", NAME]
+    assert repo.files["adapter_model.safetensors"] == (output / "adapter_model.safetensors").read_bytes()
+    weights = [files["adapter_model.safetensors"] for files in repo.commits.values() if len(files) > 1]
+    checkpoints = [(output / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes() for step in (1, 2, 3)]
+    assert weights[0] == checkpoints[2 if strategy == "end" else 0]
+    assert set(weights) <= set(checkpoints)
+    assert not list(output.glob(".saving-*"))
+    assert_token_is_nowhere(tmp_path, done)
+
+
+@pytest.mark.parametrize("reason", ["refused connection", "status 503"])
+def test_a_run_continues_if_the_hub_cannot_be_reached_and_is_pushed_later(
+    reason: str, hub: Hub, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = (*TRAIN, "--push-to-hub", "--hub-model-id", NAME, "--output-dir", output)
+    elsewhere = {"HF_ENDPOINT": "http://127.0.0.1:9"} if reason == "refused connection" else {}
+    hub.is_down = not elsewhere
+    done = t5tune_in_fork(*arguments, "--json", env={**hub.environment, "HF_TOKEN": TOKEN, **elsewhere})
+    assert done.code == 0, done.stderr
+    assert done.json["pushed"] is None
+    assert (output / "adapter_model.safetensors").is_file()
+    assert f"to upload it later: t5tune push {output} {NAME}" in done.stderr
+    hub.is_down = False
+    again = run(hub, *arguments, "--json")  # the run has finished: only the upload is left
+    assert again.code == 0, again.stderr
+    assert again.json["pushed"] == f"{hub.url}/{NAME}"
+    assert (
+        hub.repos["model", NAME].files["adapter_model.safetensors"]
+        == (output / "adapter_model.safetensors").read_bytes()
+    )
+
+
+def test_two_processes_push_once(hub: Hub, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = ("--push-to-hub", "--hub-model-id", NAME, "--num-processes", 2, "--output-dir", output, "--json")
+    done = run(hub, *TRAIN, *flags)
+    assert done.code == 0, done.stderr
+    assert done.json["pushed"] == f"{hub.url}/{NAME}"
+    assert len(hub.repos["model", NAME].commits) == 2  # of its creation, and of the upload
+
+
+def test_merge_and_export_push_what_they_write(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+    for command, weights in (("export", "adapter_model.safetensors"), ("merge", "model.safetensors")):
+        output = tmp_path / command
+        done = run(hub, command, finished_run, "--output-dir", output, "--push-to-hub", "--json")
+        assert done.code == 0, done.stderr
+        assert done.json["pushed"] == f"{hub.url}/{USER}/{command}"  # by default the folder's name
+        uploaded = hub.repos["model", f"{USER}/{command}"].files
+        assert uploaded[weights] == (output / weights).read_bytes()
+        names = {path.name for path in output.iterdir()} - {"settings.yaml"}
+        assert set(uploaded) - {".gitattributes"} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "expected"),
+    [
+        ("a b", TOKEN, ["hub_model_id: a b", "not a valid name on the Hub"]),
+        ("some/other", TOKEN, ["hub_model_id: some/other", "you may not write there", "hf auth login"]),
+        ("google/flan-t5-base", TOKEN, ["google/flan-t5-base", "you may not write there", "hf auth login"]),
+        (NAME, None, ["signed in", "hf auth login", "HF_TOKEN"]),
+        (NAME, "hf_wrong", ["signed in, or the token isn't valid", "hf auth login"]),
+    ],
+)
+def test_a_refusal_comes_before_any_work(
+    name: str, token: str | None, expected: list[str], hub: Hub, finished_run: Path, tmp_path: Path
+) -> None:
+    hub.refusals = {"some/other": (403, "")}
+    hub.add("model", "google/flan-t5-base", {"config.json": b"{}"})
+    hub.read_only = {"google/flan-t5-base"}
+    for arguments in (
+        ("push", finished_run, name),
+        ("merge", finished_run, "--output-dir", tmp_path / "out", "--push-to-hub", "--hub-model-id", name),
+        (*TRAIN, "--output-dir", tmp_path / "out", "--push-to-hub", "--hub-model-id", name),
+    ):
+        done = run(hub, *arguments, token=token)
+        assert done.code == 2, done.stderr
+        (error,) = done.errors
+        assert [text for text in expected if text not in error] == []
+        assert not (tmp_path / "out").exists()
+
+
+def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
+    done = t5tune_in_fork(*TRAIN, "--output-dir", tmp_path / "out", "--hub-model-id", NAME)
+    assert done.code == 2
+    assert f"hub_model_id: {NAME}, but push_to_hub isn't set" in done.errors[0]
+    done = t5tune_in_fork(*TRAIN, "--output-dir", tmp_path / "out", "--hub-token", "hf_x")
+    assert done.code == 2
+    assert "settings are saved; run `hf auth login`, or set HF_TOKEN" in done.errors[0]
+
+
+def test_only_a_folder_with_a_model_is_pushed(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder, expected in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "no adapter and no model")):
+        done = run(hub, "push", folder, NAME)
+        assert done.code == 2
+        assert expected in done.errors[0]
+    assert not hub.repos
+
+
+def test_a_base_that_others_do_not_have_is_mentioned(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
+    adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
+    done = run(hub, "push", adapter, NAME)
+    assert done.code == 0, done.stderr
+    assert f"names the base as {untied_base}, a folder that others don't have" in done.stderr
+
+
+def test_only_files_of_a_model_are_uploaded(tmp_path: Path) -> None:
+    kept = ["adapter_model.bin", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = (".secret", "settings.yaml", "training_args.bin", "id_rsa", "private.jsonl", "optimizer.bin", "events.out")
+    for name in (*kept, *others):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "sub").mkdir()
+    assert sorted(list_uploaded_files(tmp_path)) == kept
+    (tmp_path / "trainer_state.json").write_text("{}")
+    assert sorted(list_uploaded_files(tmp_path)) == kept
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    for link in ("README.md", "additional_chat_templates/x.jinja"):
+        os.symlink("/etc/hostname", tmp_path / link)
+        with pytest.raises(CheckpointError, match="outside the folder"):
+            list_uploaded_files(tmp_path)
+        (tmp_path / link).unlink()
+
+
+def test_old_weights_and_an_old_adapter_are_replaced(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+    """transformers would load them in place of the new ones."""
+    assert run(hub, "push", finished_run, NAME).code == 0
+    old = {**hub.repos["model", NAME].files, "pytorch_model.bin": b"old", "notes.txt": b"mine"}
+    hub.add("model", NAME, old)
+    assert t5tune_in_fork("merge", finished_run, "--output-dir", tmp_path / "merged").code == 0
+    assert run(hub, "push", tmp_path / "merged", NAME).code == 0
+    files = hub.repos["model", NAME].files
+    assert files["model.safetensors"] == (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert not {"adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin"} & files.keys()
+    assert files["notes.txt"] == b"mine"
+
+
+def test_a_private_upload_to_a_public_repository_is_refused(hub: Hub, finished_run: Path) -> None:
+    hub.add("model", NAME, {"README.md": b""})
+    done = run(hub, "push", finished_run, NAME, "--hub-private-repo")
+    assert done.code == 2
+    assert f"hub_private_repo: {NAME} exists already, and everybody can see it" in done.errors[0]
