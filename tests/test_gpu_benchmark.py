@@ -244,6 +244,7 @@ def find_largest_error(results: dict[str, Any]) -> float:
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_kernels")
 def test_attention_is_compared_with_fp64(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ def run(hub_cache: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_compared_with_stock_transformers(hub_cache: Path) -> None:
     done = run(hub_cache, "--only", "byt5")
     assert done.returncode == 0, done.stdout + done.stderr

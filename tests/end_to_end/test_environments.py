@@ -112,6 +112,7 @@ def train(records: Path, output: Path, *flags: object) -> list[object]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_deepspeed_compiles_extensions_only_for_offloading(records: Path, tmp_path: Path) -> None:
     extensions = tmp_path / "extensions"

@@ -290,7 +290,9 @@ def test_unknown_layers_and_added_tokens_are_refused(kind: str, bases: dict[str,
         LoraSettings(modules_to_save=["out_proj"])
     if kind == "t5gemma2":
         for name in ("norm", "q_proj"):
-            with pytest.raises(SettingsError, match=f"modules_to_save: {name}: also the name of .*vision_tower"):
+            with pytest.raises(
+                SettingsError, match=f"modules_to_save: {name}: also the name of .*(vision_tower|multi_modal_projector)"
+            ):
                 add_lora(
                     load_base(base, torch.float32, CPU), base, LoraSettings(modules_to_save=[name]), [], torch.float32
                 )

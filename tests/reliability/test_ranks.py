@@ -71,6 +71,7 @@ def test_a_hung_rank_is_named(hung: int, untied_base: Path, conversations: Path,
     assert f"error: rank {1 - hung}: rank {hung} doesn't answer" in running.log.read_text()
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_a_run_with_a_hung_rank(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start_run(untied_base, conversations, run, *ZERO3) as running:

@@ -138,7 +138,7 @@ def test_a_signal_while_rank_0_prepares_the_data_stops_all_ranks(
     command = make_arguments(untied_base, conversations, run, "--max-steps=2", "--report-samples=0")
     done = fork_server.run(command, 2, ["tests.reliability.test_stopping:stop_in_prepare()"])
     assert done.codes == [143, 143], done.log
-    assert done.log.splitlines().count("stopped by SIGTERM before training began") == 2
+    assert done.log.splitlines().count("stopped by SIGTERM before training began") == 1  # rank 0 says it
     assert "error:" not in done.log
     assert not run.exists()
     assert fork_server.run(command, 2).codes == [0, 0]
@@ -185,6 +185,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_same_bits(
     assert read_adapter(run) == uninterrupted_zero3
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_ctrl_c_saves_a_checkpoint_of_two_ranks_and_is_reported_once(
     untied_base: Path, conversations: Path, tmp_path: Path
