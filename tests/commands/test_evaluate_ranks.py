@@ -287,3 +287,13 @@ def test_a_fully_trained_model_is_evaluated_in_the_precision_of_its_run(
     train(make_settings(untied_base, conversations, trained, train_mode="full", bf16=True, max_steps=1))
     for number, folder in enumerate((trained, trained / "checkpoint-1")):
         assert list_inherited(folder, conversations, tmp_path / str(number)) == ["as in training: bf16 on"]
+
+
+def test_an_error_of_rank_0_is_printed_once(tmp_path: Path, on_ranks: Callable[..., CommandResult]) -> None:
+    done = on_ranks(
+        2, "evaluate", tmp_path / "none", "--data-path", "pocket", "--output-dir", tmp_path / "out", "--use-cpu"
+    )
+    assert done.code == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: model_name_or_path: {tmp_path / 'none'}: no such folder; check the path's spelling"
+    ]
