@@ -41,7 +41,7 @@ def test_a_rank_that_hangs_is_named_once_nothing_has_been_done_for_the_timeout(t
         ranks[0].wait_until(lambda: any("took" in rank.log.read_text() for rank in ranks))
         stuck = 0 if "took" in ranks[0].log.read_text() else 1
         assert ranks[1 - stuck].wait() == 1
-        assert ranks[stuck].process.poll() is None
+    assert "all arrived" not in read_lines(ranks[stuck])  # it may have ended by now: the store ends with rank 0
     problem = f"rank {stuck} hangs or is gone: the others wait, and no batch was finished for 2 seconds"
     hint = "run the same command again; if a batch takes longer than that, set a larger process_group_timeout"
     assert f"error: rank {1 - stuck}: {problem}; {hint}" in read_lines(ranks[1 - stuck])
