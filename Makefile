@@ -2,8 +2,8 @@
 PYTHON ?= python3
 CHROMIUM ?= chromium
 BIN := .venv/bin
-# files outside of tests/reliability in which LONG_TESTS=1 runs more tests
-LONG_FILES := tests/test_pocket.py tests/test_benchmarks.py tests/test_gpu_benchmark.py tests/model/test_fused.py tests/adversarial/test_prepare.py tests/commands/test_chat.py tests/commands/test_plan.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/model/test_fake_cuda.py
+# files in which LONG_TESTS=1 makes other variants of tests, besides those that are marked
+LONG_FILES := tests/reliability tests/model/test_fused.py tests/adversarial/test_prepare.py tests/commands/test_chat.py tests/commands/test_plan.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/model/test_fake_cuda.py tests/test_gpu_benchmark.py
 
 .PHONY: quickstart test test-fast families real compatibility floors reliability fuzz check lint types build docs picture clean
 
@@ -21,8 +21,8 @@ fuzz: .venv/installed-dev
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adversarial/test_fuzz_*.py -n 0 --timeout 7200
 
 reliability: .venv/installed-dev
-	LONG_TESTS=1 $(BIN)/python -m pytest tests/reliability $(LONG_FILES) -n 0 --timeout 14400
-	LONG_TESTS=1 $(BIN)/python -m pytest -m long -n 0 --timeout 14400
+	LONG_TESTS=1 $(BIN)/python -m pytest $(LONG_FILES) -n 0 --timeout 14400
+	LONG_TESTS=1 $(BIN)/python -m pytest -m "long or variants" $(addprefix --ignore=,$(LONG_FILES)) -n 0 --timeout 14400
 
 # the whole chain on a tiny model of each model type, in all combinations
 families: .venv/installed-dev

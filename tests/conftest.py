@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,39 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(4, (os.cpu_count() or 1) + 1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the files with slow tests first, so that no worker is left with a long file when the others are done."""
-    for item in items:
-        if item.get_closest_marker("long") and not LONG:
-            item.add_marker(pytest.mark.skip(reason="LONG_TESTS=1 (make reliability) runs it"))
+    if not LONG:
+        skip_long_tests(items, config.args_source is pytest.Config.ArgsSource.TESTPATHS)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def skip_long_tests(items: list[pytest.Item], is_whole_suite: bool) -> None:
+    """Skip the tests marked `long`, and all variants of a test but those that its mark `variants` names.
+
+    Raises:
+        pytest.UsageError: a variant that is named doesn't exist.
+    """
+    seen = Counter[tuple[Path, str]]()
+    missing: set[tuple[Path, str, str]] = set()
+    found: set[tuple[Path, str, str]] = set()
+    for item in items:
+        name, _, variant = item.name.removesuffix("]").partition("[")
+        marker = item.get_closest_marker("variants")
+        wanted = marker.args if marker is not None else ()
+        number = seen[item.path, name]
+        seen[item.path, name] += 1
+        if isinstance(wanted[0] if wanted else None, int):
+            is_left_out = number >= wanted[0]
+        else:
+            missing |= {(item.path, name, each) for each in wanted}
+            found.add((item.path, name, variant))
+            is_left_out = bool(wanted) and variant not in wanted
+        if is_left_out or item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="LONG_TESTS=1 (make reliability) runs it"))
+    if is_whole_suite and (unknown := sorted(missing - found)):
+        raise pytest.UsageError(f"{unknown[0][0]}: {unknown[0][1]} has no variant {unknown[0][2]}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,6 @@ import torch
 
 from tests.support.command_line import t5tune
 from tests.support.paths import REPOSITORY
-from tests.support.runs import LONG
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +119,7 @@ def test_the_selected_batches_of_a_stock_way_have_the_padding_share_of_the_epoch
     assert useful_share(batches[1:13]) > 1.05 * useful_share(batches)
 
 
-@pytest.mark.skipif(not LONG, reason="a minute; LONG_TESTS=1 (make reliability)")
+@pytest.mark.long
 def test_train_prints_the_ratio_to_the_trainer_first(conversations: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, str(BENCHMARKS / "train.py"), "--data", str(conversations), "--num-layers", "1",

@@ -84,6 +84,7 @@ def test_the_flan_t5_xxl_example_trains_in_four_bits_and_exports(tmp_path: Path,
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_the_zero3_example_runs_on_two_processes(tmp_path: Path, conversations: Path) -> None:
     flags = ("--no-bf16", "--gradient-accumulation-steps", "1")
     run("zero3", tmp_path, *flags, DATA=str(conversations), PROCESSES="--num-processes 2")

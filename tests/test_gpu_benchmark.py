@@ -262,7 +262,7 @@ def test_attention_is_compared_with_fp64(shape: Any, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.skipif(not LONG, reason="half a minute; LONG_TESTS=1 (make reliability)")
+@pytest.mark.long
 @pytest.mark.usefixtures("without_kernels")
 def test_attention_is_timed_and_its_compilations_are_counted(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = load("gpu_kernels")
@@ -280,7 +280,7 @@ def test_attention_is_timed_and_its_compilations_are_counted(shape: Any, monkeyp
     assert kernels.time_cudnn(shape, 1, 16, "cpu", torch.float32).keys() == {"batches", "cuDNN on", "cuDNN off"}
 
 
-@pytest.mark.skipif(not LONG, reason="half a minute; LONG_TESTS=1 (make reliability)")
+@pytest.mark.long
 def test_layers_and_loss_are_compared_with_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = load("gpu_kernels")
     monkeypatch.setattr(kernels, "REPEATS", 1)

@@ -12,7 +12,6 @@ import torch
 from t5tune.compat.requirements import is_older
 from t5tune.data.templates import load_template
 from tests.support.paths import REPOSITORY
-from tests.support.runs import LONG
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +51,7 @@ def test_the_packaged_tokenizer_is_what_its_script_makes(tmp_path: Path) -> None
     assert made == packaged
 
 
-@pytest.mark.skipif(not LONG, reason="a minute and a half; LONG_TESTS=1 (make reliability) pretrains")
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_pretraining_gives_the_same_bits_when_killed_before_and_after_the_embeddings_are_untied(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"

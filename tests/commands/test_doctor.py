@@ -44,6 +44,7 @@ def index_by_check(findings: list[Finding]) -> dict[str, Finding]:
     return {finding.check: finding for finding in findings}
 
 
+@pytest.mark.long
 def test_a_working_machine_is_good_and_its_token_stays_secret() -> None:
     done = t5tune("doctor", "--json", env={"HF_TOKEN": CANARY})
     assert done.code == 0, done.stdout + done.stderr

@@ -72,6 +72,7 @@ def run(untied_base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.variants("3")
 def test_metrics_equal_those_of_plain_transformers_one_example_at_a_time(
     untied_base: Path, cache: Path, tmp_path: Path, num_beams: int
 ) -> None:
@@ -336,7 +337,7 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
     first = t5tune_in_fork(*arguments, "--json", cwd=tmp_path)
     second = t5tune_in_fork(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
-    added = {"valid_json", "field_f1", "custom_metrics", "base"}
+    added = {"valid_json", "field_f1", "custom_metrics", "base", "datasets"}
     assert set(first.json) == {*METRICS, *added, "predictions", "seconds"}
     assert first.json["predictions"] == "evaluation/predictions.jsonl"
     assert second.stdout.strip() == "evaluation.1/predictions.jsonl"
@@ -419,6 +420,7 @@ def test_two_ranks_of_zero3_evaluate_like_one_process(
 
 
 @pytest.mark.parametrize("more", [{}, {"q_lora": True}, {"q_lora": True, "bf16": False}])
+@pytest.mark.variants(1)
 def test_evaluation_during_training_does_not_change_the_adapter(
     untied_base: Path, conversations: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:

@@ -193,6 +193,7 @@ def test_a_custom_metric_chooses_the_best_checkpoint_and_ends_the_run(
     assert "stopped early at step 6" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_a_smaller_improvement_than_the_threshold_does_not_count(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_metric_that_is_not_finite_is_left_out_of_its_evaluation(
         ),
     ],
 )
+@pytest.mark.variants(2)
 def test_a_custom_metric_that_fails_during_training_costs_no_step(
     untied_base: Path, conversations: Path, tmp_path: Path, second: str, changes: dict[str, Any], message: str
 ) -> None:

@@ -18,7 +18,7 @@ from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings
 from tests.support.command_line import CommandResult
 from tests.support.paths import REPOSITORY
-from tests.support.runs import LONG, Running, is_running, send_signal
+from tests.support.runs import Running, is_running, send_signal
 from tests.support.train_runs import make_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -178,7 +178,7 @@ def test_the_command_starts_processes_and_rank_0_shows_the_result(
     assert notes.read_text().count("as in training: bf16 on") == 1
 
 
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 def test_a_killed_process_ends_the_command_and_leaves_none(run: Path, data: Path, tmp_path: Path) -> None:
     with start_workers(run, data, tmp_path / "scores", "--max-new-tokens", "2000") as running:
         running.wait_until(lambda: "predictions" in running.log.read_text())
@@ -190,7 +190,7 @@ def test_a_killed_process_ends_the_command_and_leaves_none(run: Path, data: Path
     assert not (tmp_path / "scores").exists()
 
 
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_command_stops_its_processes(
     number: signal.Signals, code: int, run: Path, data: Path, tmp_path: Path
@@ -204,7 +204,7 @@ def test_a_signal_to_the_command_stops_its_processes(
     assert "before the evaluation was complete" in running.log.read_text()
 
 
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 def test_torchrun_evaluates_from_the_command_line_and_from_python(run: Path, data: Path, tmp_path: Path) -> None:
     values = {"model_name_or_path": str(run), "data_path": str(data), "max_new_tokens": 4, "use_cpu": True}
     values |= {"num_data": 16, "per_device_eval_batch_size": 3}  # in bf16, another batch may round differently

@@ -750,6 +750,7 @@ def test_an_error_in_all_workers_is_shown_once_with_its_exit_code(
         ("untied", None, ("--q-lora",)),
     ],
 )
+@pytest.mark.variants(3)
 def test_the_live_base_equals_its_file_before_and_after_training(
     kind: str,
     stage: str | None,

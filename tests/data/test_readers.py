@@ -32,7 +32,7 @@ from t5tune.data.records import (
     parse_json,
 )
 from t5tune.errors import DataError
-from t5tune.settings.data import ReadingSettings
+from t5tune.settings.reading import ReadingSettings
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -974,6 +974,7 @@ print(count, int(status.split("VmHWM:")[1].split()[0]) // 1024)
         ("turn.jsonl", make_record("x" * (100 << 20)).encode(), 1, 1),
     ],
 )
+@pytest.mark.variants("long.json.zst-unit2-200-0", "turn.jsonl-unit3-1-1")
 def test_large_and_compressed_garbage_needs_little_memory(
     tmp_path: Path, name: str, unit: bytes, times: int, records: int
 ) -> None:

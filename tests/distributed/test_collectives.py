@@ -69,6 +69,7 @@ def test_every_rank_raises_the_error_of_rank_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.variants("9")
 def test_a_rank_that_waits_for_rank_0_says_that_it_does_not_answer(number: signal.Signals, tmp_path: Path) -> None:
     code = """
     def work():

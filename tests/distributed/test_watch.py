@@ -30,6 +30,7 @@ with watch_ranks(world, 2, RESUME_HINT) as watch:
 @pytest.mark.slow
 @pytest.mark.parametrize("hung", [0, 1])  # rank 0 has the rendezvous store
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.variants("19-0", "9-1")
 def test_a_rank_that_does_not_answer_is_named_while_the_other_waits_for_its_gpu(
     hung: int, number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def tokens(records: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     ],
     ids=["no home", "a home that can't be written", "windows-1252", "dumb", "narrow", "no columns"],
 )
+@pytest.mark.variants("no home", "windows-1252", "dumb")
 def test_an_odd_environment_gives_the_same_cache_without_a_traceback(
     environment: dict[str, str | None], records: Path, tokens: bytes, tmp_path: Path
 ) -> None:
@@ -233,6 +234,7 @@ TRAIN = [
 
 
 @pytest.mark.parametrize("place", ["full disk", "closed pipe"])
+@pytest.mark.variants("closed pipe")
 def test_training_continues_when_its_progress_cannot_be_written(place: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "t5tune", *map(str, TRAIN), "--output-dir", str(tmp_path / "run")]
     if place == "full disk" and not Path("/dev/full").exists():
@@ -278,6 +280,7 @@ def test_environment_variables_of_accelerate_are_ignored_with_a_note(tmp_path: P
     assert b"ACCELERATE_MIXED_PRECISION=bf16 in the environment is ignored" in error
 
 
+@pytest.mark.long
 def test_errors_are_printed_on_a_zero_width_terminal_and_with_a_closed_stdin() -> None:
     code, _, error = run(["templates", "show", "nothing"], {"COLUMNS": "0"})
     assert (code, b"nothing: no such template" in error) == (2, True)
@@ -315,6 +318,7 @@ def test_modules_in_the_current_folder_do_not_shadow_libraries(tmp_path: Path) -
     assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
 
 
+@pytest.mark.long
 def test_settings_can_be_read_from_a_pipe(tmp_path: Path) -> None:
     command = [get_fork_server().scripts / "t5tune", "train", "--config", "/dev/stdin", "--dry-run"]
     settings = f"{{model_name_or_path: pocket, data_path: pocket, output_dir: '{tmp_path / 'run'}', max_steps: 77}}"
@@ -341,6 +345,7 @@ def test_a_lock_of_another_program_on_the_parent_folder_does_not_block_prepare(r
 @pytest.mark.parametrize(
     "command", [["templates"], ["templates", "--json"], ["schema", "train"], ["plan", "--config", "pocket"], ["--help"]]
 )
+@pytest.mark.variants("command0", "command1", "command4")
 def test_a_full_disk_for_standard_output_is_reported_once(command: list[str]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")

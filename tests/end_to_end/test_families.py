@@ -124,6 +124,7 @@ def made(
     return Made(bases[key], folder / "run", folder / "adapter", folder / "merged", q_lora)
 
 
+@pytest.mark.variants("flan-t5 lora", "t5 q_lora", "mt5 lora", "byt5 q_lora", "longt5 lora", "codet5 lora")
 def test_each_family_trains_exports_merges_and_replies(made: Made) -> None:
     family = find_family(json.loads((made.base / "config.json").read_text()), made.base)
     cache = open_cache(made.run / "data")
@@ -192,6 +193,7 @@ def test_transformers_4_has_the_logits_and_token_ids_of_the_merged_model(made: M
 
 
 @pytest.mark.parametrize("key", KEYS)
+@pytest.mark.variants("flan-t5", "longt5", "byt5")
 def test_each_family_trains_in_full(key: str, bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
     """The run folder is a checkpoint with every tensor changed, and stock transformers computes its logits."""
     base, run = bases[key], tmp_path / "run"
@@ -204,6 +206,7 @@ def test_each_family_trains_in_full(key: str, bases: dict[str, Path], data: Path
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("key", ARCHITECTURES.values())
+@pytest.mark.variants("mt5", "t5")
 def test_each_architecture_has_the_losses_of_one_process_under_zero3(
     key: str, bases: dict[str, Path], data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
@@ -286,6 +289,7 @@ def unknown_base(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.mark.long
 def test_an_unknown_encoder_decoder_can_be_trained_as_a_known_family(
     unknown_base: Path, bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:

@@ -209,6 +209,9 @@ def test_chat_and_evaluate_reply_like_stock_transformers(made: Made, data: Path,
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants(
+    "t5gemma-dora", "t5gemma-int8", "t5gemma-norms", "t5gemma2-loftq", "t5gemma2-olora", "t5gemma2-rslora"
+)
 def test_live_model_saved_adapter_and_merged_checkpoint_agree(
     kind: str, name: str, bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
@@ -240,6 +243,7 @@ def compute_loss(model: Path, data: Path, output: Path, **changes: Any) -> float
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants("t5gemma2")
 def test_a_padded_run_has_the_losses_of_a_packed_one(
     kind: str, bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +258,7 @@ def test_a_padded_run_has_the_losses_of_a_packed_one(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants("t5gemma")
 def test_a_full_run_is_a_complete_checkpoint_from_which_it_resumes(
     kind: str, bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
@@ -365,6 +370,7 @@ def test_a_merge_does_not_import_torch(made: Made, tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "mode"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants("t5gemma-ZeRO-3", "t5gemma2-ZeRO-2", "t5gemma2-ZeRO-3, q_lora")
 def test_two_ranks_have_the_losses_of_one_process(
     kind: str,
     stage: int,

@@ -90,6 +90,7 @@ def test_live_model_saved_adapter_and_merged_checkpoint_agree(
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.variants("nf4 dq", "int8", "loftq")
 def test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded(
     name: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def loraplus_by_hand(loraplus_start: Path, conversations: Path) -> dict[str, tor
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [None, "zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.variants("None", "zero3")
 def test_loraplus_gives_the_weights_of_an_independent_training_loop(
     stage: str | None,
     loraplus_start: Path,
@@ -284,6 +286,7 @@ def test_loraplus_gives_the_weights_of_an_independent_training_loop(
     [VARIANTS["dora"], VARIANTS["pissa"], VARIANTS["lora+"], VARIANTS["modules to save"], {"train_mode": "full"}],
     ids=["dora", "pissa", "lora+", "modules to save", "full"],
 )
+@pytest.mark.variants("dora", "pissa", "full")
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(
     changes: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -300,6 +303,7 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["dora", "pissa", "modules to save", "lora+"])
+@pytest.mark.variants("dora", "modules to save")
 def test_export_of_the_shards_of_two_ranks_equals_the_adapter_that_training_saved(
     name: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:

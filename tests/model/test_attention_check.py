@@ -51,6 +51,7 @@ def test_the_kernel_computes_what_the_loop_does(dropout: float) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.long
 def test_training_compiles_again_only_for_layers_whose_keys_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = record_compilations(monkeypatch)
     model = make_random_model("flan-t5", torch.float32, dropout=0.1)
@@ -111,6 +112,7 @@ MISTAKES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.variants(8)
 def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
     wrong, message = MISTAKES[mistake]
     monkeypatch.setattr(attention_check, "attend", wrong)
@@ -238,6 +240,7 @@ def test_doctor_says_which_kernels_are_used(
     assert found.endswith(expected[1])
 
 
+@pytest.mark.long
 def test_a_run_with_one_kernel_has_the_losses_of_one_with_the_loop(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

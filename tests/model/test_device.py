@@ -67,6 +67,7 @@ def test_freed_memory_is_reused_without_new_page_faults() -> None:
     ("variable", "value", "spins"),
     [("", "", "3000"), ("OMP_WAIT_POLICY", "PASSIVE", "0"), ("GOMP_SPINCOUNT", "7", "7")],
 )
+@pytest.mark.variants(1)
 def test_openmp_threads_spin_briefly_unless_the_user_sets_it(variable: str, value: str, spins: str) -> None:
     """As GNU's OpenMP prints it when torch is imported."""
     environment = {name: text for name, text in os.environ.items() if name not in SPIN_VARIABLES}
@@ -172,7 +173,7 @@ def test_the_trainer_leaves_tf32_to_us(
     assert events == (ignored if tf32 is True and not expected else [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = read_kernel_choices()
-    arguments = make_training_arguments(settings, None, False, World(), torch.device("cpu"))
+    arguments = make_training_arguments(settings, None, (), World(), torch.device("cpu"))
     assert arguments.tf32 is None
     assert read_kernel_choices() == before
 
@@ -181,10 +182,10 @@ def test_batches_are_copied_to_a_gpu_without_waiting(tmp_path: Path, monkeypatch
     settings = make_settings(tmp_path, tmp_path, tmp_path / "run", use_cpu=False, optim="adamw_torch")
     chosen: dict[str, Any] = {}
     monkeypatch.setattr("t5tune.training.arguments.OneGpuArguments", lambda **values: chosen.update(values))
-    make_training_arguments(settings, None, False, World(), CUDA)
+    make_training_arguments(settings, None, (), World(), CUDA)
     assert chosen["dataloader_pin_memory"]
     assert chosen["accelerator_config"] == {"non_blocking": True}
-    make_training_arguments(settings, None, False, World(), torch.device("cpu"))
+    make_training_arguments(settings, None, (), World(), torch.device("cpu"))
     assert chosen["accelerator_config"] == {"non_blocking": False}
 
 
@@ -197,6 +198,7 @@ def test_batches_are_copied_to_a_gpu_without_waiting(tmp_path: Path, monkeypatch
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
     ],
 )
+@pytest.mark.variants(2)
 def test_gpu_memory_grows_unless_the_user_sets_the_allocator(variables: dict[str, str], expected: str | None) -> None:
     """The variable is set before torch is imported, and means nothing to torch without a GPU."""
     environment = {name: text for name, text in os.environ.items() if name not in ALLOCATOR_VARIABLES} | variables

@@ -19,9 +19,20 @@ from tests.support.runs import LONG
 
 pytestmark = pytest.mark.slow
 
-TRAINING = [name for name, case in CASES.items() if case.task == "train" and case.mistake is None]
-LOSSES = [name for name, case in CASES.items() if case.task == "losses"]
-GENERATION = [name for name, case in CASES.items() if case.task == "generate"]
+QUICK = {
+    "packed",
+    "packed, DeepSpeed",
+    "packed, NF4",
+    "packed, fp32",
+    "padded",
+    "losses, packed",
+    "losses, padded",
+    "generation",
+}
+CHOSEN = {name: case for name, case in CASES.items() if LONG or name in QUICK or case.mistake is not None}
+TRAINING = [name for name, case in CHOSEN.items() if case.task == "train" and case.mistake is None]
+LOSSES = [name for name, case in CHOSEN.items() if case.task == "losses"]
+GENERATION = [name for name, case in CHOSEN.items() if case.task == "generate"]
 LARGE = [*LARGE_CASES] if LONG else []
 TOKEN_ROW_PRODUCTS = 2  # the logits of the trained rows, in fp32, and their gradient
 MAX_LAUNCHES = 6000
@@ -31,7 +42,7 @@ LORA_LAYERS = 12  # the queries and values of two layers in the encoder and, wit
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What each case did. They run in a process of their own, which can't use torch for anything else."""
-    command = [sys.executable, "-m", "tests.support.fake_cuda", *([] if LONG else CASES)]
+    command = [sys.executable, "-m", "tests.support.fake_cuda", *([] if LONG else CHOSEN)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -136,10 +147,10 @@ def test_the_launches_are_those_of_the_golden_file(found: dict[str, Any]) -> Non
         if version != expected:
             pytest.skip(f"the launches were counted with {library.__name__} {expected}, and this is {version}")
     totals = {name: case["total"] for name, case in found.items() if not name.startswith("mistake")}
-    assert totals == {name: total for name, total in golden.items() if LONG or name not in LARGE_CASES}
+    assert totals == {name: total for name, total in golden.items() if LONG or name in CHOSEN}
 
 
-@pytest.mark.skipif(not LONG, reason="half a minute; LONG_TESTS=1 (make reliability) measures large models")
+@pytest.mark.long
 def test_a_step_of_flan_t5_large_launches_few_kernels(found: dict[str, Any]) -> None:
     """The number decides whether the GPU waits for the CPU, which takes some microseconds for each launch."""
     assert found["Flan-T5-large"]["total"] <= MAX_LAUNCHES

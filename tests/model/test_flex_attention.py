@@ -271,6 +271,7 @@ def test_a_model_has_the_losses_and_gradients_of_the_loop(kind: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.variants(1)
 def test_checkpointing_recomputes_the_same_dropout(reentrant: bool) -> None:
     examples, found = make_examples(), []
     for checkpoints in (False, True):
@@ -304,6 +305,7 @@ def test_a_batch_is_filled_up_with_padding_that_counts_for_nothing() -> None:
     assert replace(filled["packing"], rows=None) == packed["packing"]
 
 
+@pytest.mark.long
 def test_few_variants_are_compiled_for_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile runs here as far as it can without a GPU: graphs with gradients, but no kernels."""
     compiled = record_compilations(monkeypatch)

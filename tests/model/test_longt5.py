@@ -244,6 +244,7 @@ def test_sums_of_many_segments_are_not_compared_with_each_other(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["saved", "published", "own head"])
+@pytest.mark.variants("published-transient-global", "saved-local", "own head-local")
 def test_a_merged_checkpoint_has_the_same_logits_in_stock_transformers(
     kind: str, how: str, conversations: Path, tmp_path: Path
 ) -> None:

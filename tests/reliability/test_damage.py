@@ -40,6 +40,7 @@ if LONG:
 
 
 @pytest.mark.parametrize(("kind", "damage"), CASES)
+@pytest.mark.variants("one_process_run-delete", "one_process_run-flip", "one_process_run-truncate")
 def test_each_damaged_file_is_named_and_its_checkpoint_is_skipped(
     kind: str, damage: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.forks import ForkServer
 from tests.support.hosts import ADDRESSES, Hosts
-from tests.support.runs import LONG, Running, list_complete_steps, make_arguments, read_adapter
+from tests.support.runs import Running, list_complete_steps, make_arguments, read_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +29,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.variants("ddp")
 def test_a_cut_cable_ends_both_ranks_in_time_and_the_run_resumes_to_the_same_bits(
     method: str, hosts: Hosts, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -49,7 +50,7 @@ def test_a_cut_cable_ends_both_ranks_in_time_and_the_run_resumes_to_the_same_bit
     assert read_adapter(run) == read_adapter(tmp_path / "uninterrupted")
 
 
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cut_cable_ends_the_ranks_of_torchrun_in_time_and_the_run_resumes_to_the_same_bits(
     method: str, hosts: Hosts, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path

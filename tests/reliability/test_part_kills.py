@@ -9,7 +9,6 @@ import pytest
 from t5tune.commands.prepare import prepare
 from t5tune.settings import PrepareSettings
 from tests.support.forks import ForkServer
-from tests.support.runs import LONG
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +85,7 @@ def test_parts_that_are_started_again_together_after_a_kill_leave_one_cache(
     assert bytes_of(folder / "cache") == expected
 
 
-@pytest.mark.skipif(not LONG, reason="LONG_TESTS=1 kills at every moment")
+@pytest.mark.long
 def test_a_kill_at_any_moment_is_survived(tmp_path: Path, expected: dict[str, bytes], fork_server: ForkServer) -> None:
     number, codes = 0, [1]
     while codes != [0]:

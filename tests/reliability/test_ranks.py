@@ -30,6 +30,7 @@ from tests.support.runs import (
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_killed_ranks_and_launchers_leave_no_process_and_the_run_resumes_to_the_same_bits(
     fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_hung_rank_is_named(hung: int, untied_base: Path, conversations: Path,
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_a_second_signal_ends_a_run_with_a_hung_rank(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start_run(untied_base, conversations, run, *ZERO3) as running:
@@ -90,7 +92,7 @@ def test_a_second_signal_ends_a_run_with_a_hung_rank(untied_base: Path, conversa
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 def test_the_other_ranks_exit_in_time(
     rank: int, number: signal.Signals, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -150,7 +152,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("whom", ["launcher", "rank"])
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 def test_a_signal_under_other_launchers_saves_a_checkpoint_and_the_run_resumes(
     launcher: str, whom: str, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
@@ -171,7 +173,7 @@ def test_a_signal_under_other_launchers_saves_a_checkpoint_and_the_run_resumes(
     assert read_adapter(run) == uninterrupted_zero3
 
 
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 def test_two_launchers_connect_through_a_rendezvous(
     untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:

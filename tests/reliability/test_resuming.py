@@ -50,6 +50,7 @@ CASES = ALL if LONG else [("alone", "q_lora", "tokens"), ("zero2", "bf16", "exam
 
 
 @pytest.mark.parametrize(("stage", "method", "data"), CASES)
+@pytest.mark.variants("alone-q_lora-tokens")
 def test_a_stopped_run_ends_with_the_bits_of_an_uninterrupted_one(
     stage: str, method: str, data: str, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_stopped_run_ends_with_the_bits_of_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("more", [{"packing": "on"}, {"packing": "off", "q_lora": True, "bf16": False}])
+@pytest.mark.variants(1)
 def test_full_determinism_runs_and_resumes_with_the_same_bits(
     more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -86,7 +88,7 @@ def test_full_determinism_runs_and_resumes_with_the_same_bits(
     assert not torch.backends.cudnn.deterministic
 
 
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 def test_a_stopped_run_with_torch_compile_ends_with_the_same_bits(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

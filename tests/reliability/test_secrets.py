@@ -18,6 +18,7 @@ def find_canary(folder: Path) -> list[Path]:
     return [path for path in files if CANARY.encode() in path.read_bytes()]
 
 
+@pytest.mark.long
 def test_secret_tokens_are_in_no_file_and_no_log(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, run, "--max-steps=2")]

@@ -66,6 +66,7 @@ def test_a_signal_saves_the_step_and_the_run_resumes_to_the_same_bits(
     assert read_adapter(tmp_path / "run") == uninterrupted
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_a_checkpoint_even_if_it_also_ends_the_reader_of_the_log(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_ctrl_c_saves_a_checkpoint_even_if_it_also_ends_the_reader_of_the_log(
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.variants("steps")
 def test_a_signal_interrupts_an_evaluation_which_is_repeated_after_resuming(
     strategy: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +147,7 @@ def test_a_signal_while_rank_0_prepares_the_data_stops_all_ranks(
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(not LONG, reason="make reliability")
+@pytest.mark.long
 def test_a_signal_to_torchrun_while_rank_0_prepares_the_data_leaves_no_partial_files(
     untied_base: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_signal_to_torchrun_while_rank_0_prepares_the_data_leaves_no_partial_f
         assert running.wait() == 0, running.log.read_text()[-3000:]
 
 
+@pytest.mark.long
 def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_same_bits(
     fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:

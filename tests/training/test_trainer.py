@@ -64,6 +64,7 @@ def test_zero_3_gathers_the_head_for_the_loss_alone(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("more", [(), ("--gradient-checkpointing", "--use-dora")], ids=["lora", "dora"])
+@pytest.mark.variants("dora")
 def test_zero_3_gathers_a_block_at_once_with_the_same_losses(
     more: tuple[str, ...],
     untied_base: Path,
@@ -143,6 +144,7 @@ class HostWork(TorchDispatchMode):
     [{}, {"packing": "off", "gradient_checkpointing": True}, {"max_grad_norm": 0.0, "label_smoothing_factor": 0.1}],
     ids=["packed", "padded", "not clipped"],
 )
+@pytest.mark.variants(3)
 def test_a_step_reads_two_values_at_most_and_a_micro_step_none(
     more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
