@@ -46,7 +46,7 @@ def read_conversations(data: Path) -> Iterator[list[tuple[str, str]]]:
     from t5tune.data.formats import Conversation
     from t5tune.data.raw_records import parse_record
     from t5tune.data.readers import read_records
-    from t5tune.settings.data import ReadingSettings
+    from t5tune.settings.reading import ReadingSettings
 
     settings = ReadingSettings()
     for record in read_records([data], settings.max_record_bytes):

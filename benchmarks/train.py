@@ -125,7 +125,7 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes:
     from t5tune.commands.train import train
     from t5tune.data.cache import open_cache
     from t5tune.progress import Advanced, Event, Note
-    from t5tune.training.batches import make_budget_sampler
+    from t5tune.training.batches import EpochDraws, make_budget_sampler
 
     clock = Clock(options.on_gpu, options.warm_up, options.steps, options.on_end)
 
@@ -140,8 +140,9 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes:
     settings = make_settings(options, folder, packing, **changes)
     train(settings, report)
     sources, targets = open_cache(options.folder / "cache").read_lengths()
-    sampler = make_budget_sampler(sources, targets, options.tokens, packing == "on", 1, settings.seed)
-    batches = list(sampler)[: options.steps]
+    draws = EpochDraws(sources, targets, settings.seed)
+    sampler = make_budget_sampler(draws, options.tokens, packing == "on", 1)
+    batches = sampler.make_batches(0)[: options.steps]
     return {**compute_metrics(clock, sources, targets, batches, packing == "on", options), "notes": notes}
 
 

@@ -18,6 +18,7 @@ from t5tune.version import __version__
 __all__ = [
     "ChatSettings",
     "Chatter",
+    "DatasetSettings",
     "DoctorSettings",
     "EvaluateSettings",
     "ExportSettings",

@@ -24,6 +24,7 @@ from t5tune.errors import Stopped as Stopped
 from t5tune.errors import T5TuneError as T5TuneError
 from t5tune.progress_bar import progress_bar as progress_bar
 from t5tune.reports.metrics_log import read_metrics as read_metrics
+from t5tune.settings.datasets import DatasetSettings as DatasetSettings
 from t5tune.settings.loading import load_settings as load_settings
 from t5tune.training.run_folder import read_result as read_result
 from t5tune.version import __version__ as __version__
@@ -35,7 +36,7 @@ class PrepareSettings(_settings.PrepareSettings):
         self,
         *,
         model_name_or_path: str | PathLike[str],
-        data_path: _Data,
+        data_path: _Data = ...,
         output_dir: str | PathLike[str],
         source_column: str | None = None,
         target_column: str | None = None,
@@ -61,10 +62,13 @@ class PrepareSettings(_settings.PrepareSettings):
             "t5gemma2",
         ]
         | None = None,
+        objective: Literal["sft", "span-corruption"] = "sft",
+        denoisers: Sequence[str] | str = ["t5"],
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
+        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]] | None = None,
         data_subset: str | None = None,
         data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
@@ -77,6 +81,9 @@ class PrepareSettings(_settings.PrepareSettings):
         drop_truncated_targets: bool = False,
         max_rejected_fraction: float | None = None,
         num_workers: int | None = None,
+        mixing: Literal["weights", "proportional", "concatenate"] | None = None,
+        mixing_temperature: float | None = None,
+        mixing_cap: int | None = None,
         seed: int = 42,
     ) -> None:
         """Settings of prepare: Check and tokenize data before training; train does it too.
@@ -84,27 +91,33 @@ class PrepareSettings(_settings.PrepareSettings):
         Args:
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (standard
-                input), datasets on the Hub (owner/name, hf://…), URLs, `pocket`; for train and evaluate also a token
-                cache.
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub
+                datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
+                two.
             output_dir: Output folder.
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
             source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
-            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, or a YAML
-                file; default: the model's own (template.yaml); if it has none, plain for source/target pairs, and
-                fastchat-t5 for conversations.
+            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
+                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                fastchat-t5 for turns.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             num_data: Use only the first N examples; default: all.
             eval_fraction: Fraction of the data to hold out for evaluation, if there is no eval_data_path.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
+            objective: What is learned: the targets of examples (supervised fine-tuning), or masked spans of raw text
+                (`text` records and .txt files), as in T5's pretraining: span-corruption.
+            denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
+                (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
             data_format: Format of the records; auto detects it from the keys of each record.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
                 backslashes.
             max_record_bytes: Reject records longer than this (bytes).
+            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in place
+                of data_path.
             data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
             data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
                 test.
@@ -121,6 +134,13 @@ class PrepareSettings(_settings.PrepareSettings):
             max_rejected_fraction: Fail if more than this fraction of the records is rejected, not counting records
                 labeled bad; default: never.
             num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
+            mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
+                mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
+                (concatenate); default: by weights if any is given, otherwise concatenate.
+            mixing_temperature: Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the
+                larger, the more equal; default: 1.
+            mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
+                none.
             seed: Random seed for the held-out split, adapter initialization, dropout and data order.
         """
 
@@ -129,7 +149,7 @@ class TrainSettings(_settings.TrainSettings):
         self,
         *,
         model_name_or_path: str | PathLike[str],
-        data_path: _Data,
+        data_path: _Data = ...,
         output_dir: str | PathLike[str],
         source_column: str | None = None,
         target_column: str | None = None,
@@ -161,11 +181,14 @@ class TrainSettings(_settings.TrainSettings):
         | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
+        objective: Literal["sft", "span-corruption"] = "sft",
+        denoisers: Sequence[str] | str = ["t5"],
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
         source_prefix: str = "",
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
+        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]] | None = None,
         data_subset: str | None = None,
         data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
@@ -178,9 +201,13 @@ class TrainSettings(_settings.TrainSettings):
         max_rejected_fraction: float | None = None,
         num_workers: int | None = None,
         seed: int = 42,
+        mixing: Literal["weights", "proportional", "concatenate"] | None = None,
+        mixing_temperature: float | None = None,
+        mixing_cap: int | None = None,
         preprocessed_path: str | PathLike[str] | None = None,
         eval_data_path: _Data | None = None,
         eval_data_split: str | None = None,
+        eval_data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]] | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | str = ["q", "v"],
@@ -249,9 +276,9 @@ class TrainSettings(_settings.TrainSettings):
         Args:
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (standard
-                input), datasets on the Hub (owner/name, hf://…), URLs, `pocket`; for train and evaluate also a token
-                cache.
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub
+                datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
+                two.
             output_dir: Output folder.
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
@@ -267,16 +294,22 @@ class TrainSettings(_settings.TrainSettings):
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, or a YAML
-                file; default: the model's own (template.yaml); if it has none, plain for source/target pairs, and
-                fastchat-t5 for conversations.
+            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
+                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                fastchat-t5 for turns.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
+            objective: What is learned: the targets of examples (supervised fine-tuning), or masked spans of raw text
+                (`text` records and .txt files), as in T5's pretraining: span-corruption.
+            denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
+                (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
             data_format: Format of the records; auto detects it from the keys of each record.
             source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
                 backslashes.
             max_record_bytes: Reject records longer than this (bytes).
+            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in place
+                of data_path.
             data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
             data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
                 test.
@@ -292,11 +325,20 @@ class TrainSettings(_settings.TrainSettings):
                 labeled bad; default: never.
             num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
             seed: Random seed for the held-out split, adapter initialization, dropout and data order.
+            mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
+                mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
+                (concatenate); default: by weights if any is given, otherwise concatenate.
+            mixing_temperature: Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the
+                larger, the more equal; default: 1.
+            mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
+                none.
             preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
             eval_data_path: Conversations or a token cache to evaluate on; they are encoded with the added tokens and
                 the conversation template of data_path.
             eval_data_split: Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation,
                 otherwise test.
+            eval_data: Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like
+                it; YAML only, in place of eval_data_path.
             lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
                 (use_rslora: lora_alpha / √lora_r).
             lora_dropout: Dropout probability on the input of the LoRA matrices.
@@ -559,9 +601,9 @@ class ChatSettings(_settings.ChatSettings):
             adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
                 model_name_or_path is an adapter or a run.
             system: System message; default: the conversation template's own.
-            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, or a YAML
-                file; default: the model's own (template.yaml); if it has none, plain for source/target pairs, and
-                fastchat-t5 for conversations.
+            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
+                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                fastchat-t5 for turns.
             max_new_tokens: Maximum length of a reply (tokens).
             temperature: Sampling temperature; 0 decodes greedily, higher values give more varied replies.
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
@@ -586,7 +628,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
         self,
         *,
         model_name_or_path: str | PathLike[str],
-        data_path: _Data,
+        data_path: _Data = ...,
         adapter: str | PathLike[str] | None = None,
         output_dir: str | PathLike[str] | None = None,
         source_column: str | None = None,
@@ -624,11 +666,14 @@ class EvaluateSettings(_settings.EvaluateSettings):
         deepspeed: str | PathLike[str] | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
+        objective: Literal["sft", "span-corruption"] = "sft",
+        denoisers: Sequence[str] | str = ["t5"],
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
         source_prefix: str = "",
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
+        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]] | None = None,
         data_subset: str | None = None,
         data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
@@ -643,9 +688,9 @@ class EvaluateSettings(_settings.EvaluateSettings):
         Args:
             model_name_or_path: A run, an adapter or a base model: a folder, owner/name[@revision] on the Hub, or
                 `pocket`.
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (standard
-                input), datasets on the Hub (owner/name, hf://…), URLs, `pocket`; for train and evaluate also a token
-                cache.
+            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub
+                datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
+                two.
             adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
                 model_name_or_path is an adapter or a run.
             output_dir: Folder for predictions.jsonl; default: a new one (evaluation, evaluation.1, …).
@@ -671,16 +716,22 @@ class EvaluateSettings(_settings.EvaluateSettings):
                 (seconds).
             deepspeed: DeepSpeed config with ZeRO-3, if the base doesn't fit on one GPU: zero3, zero3-offload, or a JSON
                 file.
-            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, or a YAML
-                file; default: the model's own (template.yaml); if it has none, plain for source/target pairs, and
-                fastchat-t5 for conversations.
+            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
+                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                fastchat-t5 for turns.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
+            objective: What is learned: the targets of examples (supervised fine-tuning), or masked spans of raw text
+                (`text` records and .txt files), as in T5's pretraining: span-corruption.
+            denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
+                (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
             data_format: Format of the records; auto detects it from the keys of each record.
             source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
                 backslashes.
             max_record_bytes: Reject records longer than this (bytes).
+            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in place
+                of data_path.
             data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
             data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
                 test.

@@ -28,12 +28,18 @@ TRAINING_DATA_FILE = "training_data.json"
 CACHE_MANIFEST_FILE = "manifest.json"
 PART_MANIFEST_FILE = "part.json"
 
-# data; a JSON or a text table may also be compressed (.gz, .zst)
+# a mixture of several token caches: what they contain together
+MIXTURE_FILE = "mixture.json"
+
+# data; all but Parquet may also be compressed
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 TABLE_SUFFIXES = {".csv", ".tsv", ".parquet"}
+TEXT_SUFFIXES = {".txt"}
+COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 # a run's folder, and its checkpoints
 RUN_CACHE_FOLDER = "data"
+EVAL_CACHE_FOLDER = "eval-data"
 SETTINGS_FILE = "settings.yaml"
 RESULT_FILE = "result.json"
 CHECKPOINT_MANIFEST_FILE = "t5tune_manifest.json"

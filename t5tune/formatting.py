@@ -1,6 +1,7 @@
 """How numbers, counts, sizes, durations and the names of metrics are written, on the terminal and in the HTML pages."""
 
 import math
+from collections.abc import Mapping
 
 SIZE_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
 METRIC_NAMES = {
@@ -38,7 +39,15 @@ def format_duration(seconds: float) -> str:
 
 def format_metric_name(name: str) -> str:
     """Write the name of a metric for a reader: exact_match -> exact match, rougeL -> ROUGE-L."""
+    if name.startswith("base_"):  # of the base, next to the tuned model's
+        return f"base {format_metric_name(name.removeprefix('base_'))}"
     return METRIC_NAMES.get(name, name.replace("_", " "))
+
+
+def format_metrics(metrics: Mapping[str, float], datasets: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Write the metrics of an evaluation during training: all of them, but of each dataset only the loss."""
+    overall = [f"{format_held_out_metric(name)} {format_number(value)}" for name, value in metrics.items()]
+    return overall + [f"{name}: loss {format_number(values['loss'])}" for name, values in datasets.items()]
 
 
 def format_held_out_metric(name: str) -> str:

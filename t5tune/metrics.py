@@ -9,7 +9,7 @@ one's own, see custom_metrics.py.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 from typing import Any
@@ -62,6 +62,27 @@ def score_one(prediction: str, reference: str, names: Iterable[str] = METRICS) -
         scores["chrf"] = round(float(sacrebleu.sentence_chrf(prediction, [reference]).score), 4)
     json_scores = _score_json([(prediction, reference)], names)
     return scores | {name: round(value, 4) for name, value in json_scores.items()}
+
+
+def prefix_metric(dataset: str, name: str) -> str:
+    """Name a metric of one of several datasets: chats, loss -> chats_loss."""
+    return f"{dataset}_{name}"
+
+
+def split_by_dataset(
+    metrics: Mapping[str, float], datasets: Iterable[str]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Split metrics into those of all examples, and those of each dataset, which `prefix_metric` has named."""
+    by_length = sorted(datasets, key=len, reverse=True)  # of a and a_b, the latter has a_b_loss
+    overall: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        dataset = next((each for each in by_length if name.startswith(prefix_metric(each, ""))), None)
+        if dataset is None:
+            overall[name] = value
+        else:
+            found.setdefault(dataset, {})[name.removeprefix(prefix_metric(dataset, ""))] = value
+    return overall, found
 
 
 def choose_metrics(names: Sequence[str] | None, references: Sequence[str]) -> tuple[str, ...]:

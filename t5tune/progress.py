@@ -48,12 +48,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The metrics of an evaluation during training. `is_best`: by the metric for the best model, it is the best yet."""
+    """The metrics of an evaluation during training.
+
+    Args:
+        is_best: whether it is the best yet, by the metric for the best model.
+        datasets: the metrics of each dataset, if there are several.
+    """
 
     task: str
     step: int
     values: dict[str, float]
     is_best: bool
+    datasets: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from t5tune.formatting import format_held_out_metric, format_number
+from t5tune.formatting import format_metrics, format_number
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Report, Started
 
 
@@ -37,8 +37,8 @@ class _Bars:
             case Measured(task, _, values):
                 metrics = [f"{name} {format_number(value)}" for name, value in values.items()]
                 self._bars[task].set_postfix_str(", ".join(metrics))
-            case Evaluated(_, step, values, is_best):
-                metrics = [f"{format_held_out_metric(name)} {format_number(value)}" for name, value in values.items()]
+            case Evaluated(_, step, values, is_best, datasets):
+                metrics = format_metrics(values, datasets)
                 self._write(f"step {step:,}: {', '.join(metrics)}{' (best)' if is_best else ''}")
             case Note(text, is_warning):
                 self._write(f"warning: {text}" if is_warning else text)

@@ -1,17 +1,20 @@
 """Model cards (README.md): what a model was made from, how it was trained, and how to load it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
-from t5tune.file_names import CACHE_MANIFEST_FILE, RESULT_FILE, RUN_CACHE_FOLDER
+from t5tune.file_names import CACHE_MANIFEST_FILE, MIXTURE_FILE, RESULT_FILE, RUN_CACHE_FOLDER
 from t5tune.formatting import format_count
 from t5tune.hub.names import is_published
 from t5tune.io.reasons import join_first
 from t5tune.io.untrusted import read_json_object
 
+_NAME = re.compile(r"[\w.-]+")  # of a dataset; a foreign file must not format the card
+DATASET_COUNTS = {"examples", "share", "examples_per_epoch"}  # in a result, besides a dataset's metrics
 LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
 
 
@@ -71,7 +74,18 @@ def format_data_line(manifest: Mapping[str, Any]) -> str:
     named = [name for name in sources if isinstance(name, str)] if isinstance(sources, list) else []
     origin = f", from {join_first(named)}" if named else ""
     records = format_count(conversations, "conversation")
-    return f"Data: {format_count(examples, 'example')} from {records}, {tokens}{origin}.\n"
+    line = f"Data: {format_count(examples, 'example')} from {records}, {tokens}{origin}.\n"
+    return line + _format_mixture_line(manifest.get("datasets"))
+
+
+def _format_mixture_line(datasets: Any) -> str:
+    """Format the shares in the manifest of a mixture: "Mixture: 75.0% chats (120 examples), …"."""
+    parts = []
+    for dataset in datasets if isinstance(datasets, list) else []:
+        name, share, count = (dataset.get(key) for key in ("name", "share", "examples"))
+        if isinstance(name, str) and _NAME.fullmatch(name) and isinstance(share, float) and isinstance(count, int):
+            parts.append(f"{share:.1%} {name} ({format_count(count, 'example')})")
+    return f"Mixture: {', '.join(parts)}.\n" if parts else ""
 
 
 def format_settings_line(settings: Mapping[str, Any]) -> str:
@@ -82,7 +96,8 @@ def format_settings_line(settings: Mapping[str, Any]) -> str:
 
 def describe_run_data(folder: Path) -> str:
     """Describe the data in a run folder; empty if the data is elsewhere."""
-    return format_data_line(_read_optional(folder / RUN_CACHE_FOLDER, CACHE_MANIFEST_FILE))
+    data = folder / RUN_CACHE_FOLDER
+    return format_data_line(_read_optional(data, MIXTURE_FILE) or _read_optional(data, CACHE_MANIFEST_FILE))
 
 
 def describe_run_training(folder: Path) -> str:
@@ -93,12 +108,21 @@ def describe_run_training(folder: Path) -> str:
 def format_outcome_lines(result: Mapping[str, Any]) -> str:
     """Format the number of steps and the evaluation metrics of a finished run, given its result.json."""
     lines = f"Trained for {format_count(result['steps'], 'step')}.\n" if isinstance(result.get("steps"), int) else ""
-    held_out = result.get("eval")
-    if isinstance(held_out, dict):
-        numbers = {name: value for name, value in held_out.items() if name.isidentifier() and isinstance(value, Real)}
-        metrics = [f"{name} {value:.4g}" for name, value in numbers.items() if not is_timing(name)]
-        lines += f"Evaluation on held-out data: {', '.join(metrics)}.\n" if metrics else ""
+    lines += _format_metrics_line("held-out data", result.get("eval"))
+    datasets = result.get("datasets")
+    for name, values in datasets.items() if isinstance(datasets, dict) else ():
+        if _NAME.fullmatch(name) and isinstance(values, dict):
+            metrics = {key: value for key, value in values.items() if key not in DATASET_COUNTS}
+            lines += _format_metrics_line(f"held-out data of {name}", metrics)
     return lines
+
+
+def _format_metrics_line(data: str, held_out: Any) -> str:
+    if not isinstance(held_out, dict):
+        return ""
+    numbers = {name: value for name, value in held_out.items() if name.isidentifier() and isinstance(value, Real)}
+    metrics = [f"{name} {value:.4g}" for name, value in numbers.items() if not is_timing(name)]
+    return f"Evaluation on {data}: {', '.join(metrics)}.\n" if metrics else ""
 
 
 def is_timing(name: str) -> bool:

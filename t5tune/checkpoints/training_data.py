@@ -7,8 +7,9 @@ merge into the checkpoint. `chat` and `evaluate` read it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,9 +17,27 @@ from t5tune.errors import CheckpointError
 from t5tune.file_names import TRAINING_DATA_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, read_json_object
-from t5tune.settings.data import DataFormat
+from t5tune.settings.reading import DataFormat
 
 TRAINING_DATA_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DatasetTraining:
+    """How the examples of one of several datasets were made.
+
+    Args:
+        share: of the examples of an epoch, from 0 to 1.
+        conversation_template: the fields of the template.
+    """
+
+    name: str
+    share: float
+    conversation_template: dict[str, str]
+    data_format: DataFormat
+    source_column: str | None
+    target_column: str | None
+    source_prefix: str
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,9 @@ class TrainingData:
 
     Args:
         has_earlier_turns: whether at least one example's source includes earlier exchanges of the conversation.
-        data_format, source_column, target_column, source_prefix: the settings that affect inference.
+        data_format, source_column, target_column, source_prefix: the settings that affect inference; of the first
+            dataset if there are several.
+        datasets: how those of each dataset were made; empty if there is only one.
     """
 
     has_earlier_turns: bool
@@ -35,6 +56,13 @@ class TrainingData:
     source_column: str | None
     target_column: str | None
     source_prefix: str
+    datasets: list[DatasetTraining] = field(default_factory=list)
+
+    def list_reading(self) -> dict[str, Any]:
+        """Return the settings that affect inference."""
+        return {
+            name: getattr(self, name) for name in ("data_format", "source_column", "target_column", "source_prefix")
+        }
 
 
 def write_training_data(folder: Path, data: TrainingData) -> None:
@@ -43,7 +71,8 @@ def write_training_data(folder: Path, data: TrainingData) -> None:
     Raises:
         WriteError: the file can't be written.
     """
-    write_json(folder / TRAINING_DATA_FILE, {"format": TRAINING_DATA_FORMAT, **asdict(data)})
+    values = {name: value for name, value in asdict(data).items() if name != "datasets" or value}
+    write_json(folder / TRAINING_DATA_FILE, {"format": TRAINING_DATA_FORMAT, **values})
 
 
 def read_training_data(folder: Path) -> TrainingData | None:

@@ -20,7 +20,7 @@ from rich.text import Text
 from t5tune.checkpoints.model_card import is_timing
 from t5tune.cli.screen import Screen, StderrConsole, print_message
 from t5tune.errors import DependencyError, SettingsError, Stopped, T5TuneError, WriteError
-from t5tune.formatting import format_duration, format_metric_name, format_number, format_size
+from t5tune.formatting import format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.progress import Report, silent
 
 # names of a result's values that aren't their names with spaces
@@ -263,13 +263,27 @@ def _format_optional(value: float | None) -> str:
 def _list_rows(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         label = LABELS.get(name, format_metric_name(name))
-        if isinstance(value, dict):  # of metrics; some names may be the user's own, and mean nothing to us
+        if name == "datasets" and value:
+            for dataset, items in value.items():
+                yield f"dataset {dataset}", _format_dataset(items)
+        elif isinstance(value, dict):  # of metrics; some names may be the user's own, and mean nothing to us
             metrics = {key: item for key, item in value.items() if not is_timing(key)}
             for key, item in metrics.items():
                 text = item if isinstance(item, str) else format_number(item)
                 yield f"{label} {format_metric_name(key)}".strip(), text
         elif value is not None and value is not False and (name, value) != ("world_size", 1):
             yield label, _format_value(name, value)
+
+
+def _format_dataset(items: Any) -> str:
+    """Format the examples and the metrics of one of several datasets; prepare gives only the number of examples."""
+    if not isinstance(items, dict):
+        return format_count(items, "example")
+    return ", ".join(f"{format_metric_name(name)} {_format_share(name, value)}" for name, value in items.items())
+
+
+def _format_share(name: str, value: float) -> str:
+    return f"{value:.1%}" if name == "share" else format_number(value)
 
 
 def _format_value(name: str, value: Any) -> str:

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from t5tune.errors import to_one_line
-from t5tune.formatting import format_held_out_metric, format_number, format_size
+from t5tune.formatting import format_metrics, format_number, format_size
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -249,5 +249,4 @@ class _Metrics:
 
 
 def _format_evaluation(event: Evaluated) -> str:
-    metrics = [f"{format_held_out_metric(name)} {format_number(value)}" for name, value in event.values.items()]
-    return "  ".join([*metrics, *(["(best)"] if event.is_best else [])])
+    return "  ".join([*format_metrics(event.values, event.datasets), *(["(best)"] if event.is_best else [])])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from t5tune.checkpoints.training_data import TrainingData
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.cleaning import normalize_text
 from t5tune.data.encoders import Encoder, make_encoder
@@ -21,7 +22,6 @@ from t5tune.data.records import RecordLocation
 from t5tune.data.templates import (
     DEFAULT_TEMPLATE,
     Template,
-    find_template,
     load_template,
     render_answer_prefix,
     render_conversation,
@@ -78,7 +78,7 @@ class Chatter:
         settings = replace_stopped_runs(settings, report)
         with quiet_libraries():
             loaded = load_for_inference(settings, report)
-        template = find_template(settings.conversation_template, loaded.template_files)
+        template = loaded.find_template(settings.conversation_template)
         if template is None:
             report(Note(f"the model has no conversation template of its own; using {DEFAULT_TEMPLATE}"))
             template = load_template(DEFAULT_TEMPLATE)
@@ -96,7 +96,9 @@ class Chatter:
             )
         prefix = settings.source_prefix
         if prefix is None:
-            prefix = trained_on.source_prefix if trained_on is not None else ""
+            chosen = loaded.find_dataset(settings.conversation_template or "") or trained_on
+            prefix = chosen.source_prefix if chosen is not None else ""
+            _report_datasets(trained_on, settings, report)
             if prefix:
                 report(Note(f"each message is prefixed with {prefix!r}, as in training"))
         return Chatter(
@@ -186,6 +188,16 @@ class Chatter:
         if turn.role == "human" and not text.startswith(self.source_prefix):
             text = self.source_prefix + text
         return Turn(turn.role, normalize_text(text, Counter()))
+
+
+def _report_datasets(trained_on: TrainingData | None, settings: ChatSettings, report: Report) -> None:
+    """Say which dataset's template and prefix are used, if the model was trained on several that differ in them."""
+    datasets = trained_on.datasets if trained_on is not None and settings.conversation_template is None else []
+    ways = [(dataset.conversation_template, dataset.source_prefix) for dataset in datasets]
+    if any(way != ways[0] for way in ways):
+        first, *others = [dataset.name for dataset in datasets]
+        choice = "--conversation-template NAME chooses another"
+        report(Note(f"messages are as in the dataset {first} of training ({', '.join(others)}: {choice})"))
 
 
 def _check_turns(turns: object) -> None:

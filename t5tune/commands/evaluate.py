@@ -65,6 +65,8 @@ class EvaluateResult:
         exact_match, …, field_f1: None if it isn't among the chosen metrics; those for JSON also if no target is JSON.
         custom_metrics: the metrics of one's own functions.
         base: the same metrics of the base without the adapter, by name; None without compare_base.
+        datasets: the number of examples and the same metrics of each dataset, if there are several; with `base_` before
+            their names those of the base.
     """
 
     predictions: Path
@@ -82,14 +84,19 @@ class EvaluateResult:
     custom_metrics: dict[str, float]
     base: dict[str, float] | None
     seconds: float
+    datasets: dict[str, dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What every rank needs to compute its share: the examples, and how to generate predictions."""
+    """What every rank needs to compute its share.
+
+    Args:
+        decodings: how to generate the predictions, by the examples of each dataset.
+    """
 
     examples: Sequence[Example]
-    decoding: Decoding
+    decodings: dict[range, Decoding]
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,16 @@ class _Task:
     def make_work(self, num_ranks: int) -> _Work:
         chosen, settings = self.chosen, self.settings
         examples = chosen.examples if num_ranks == 1 else list(chosen.examples)  # to be sent to the other ranks
-        max_new_tokens = settings.max_new_tokens or find_max_target_length(chosen.examples)
         eos, pad = chosen.tokenizer.eos_token_id, chosen.tokenizer.pad_token_id
-        return _Work(examples, Decoding(eos, pad, max_new_tokens, settings.num_beams))
+        decodings = {}
+        for part in [indices for _, indices in chosen.datasets] or [range(len(chosen.targets))]:
+            longest = settings.max_new_tokens or find_max_target_length([chosen.examples[index] for index in part])
+            decodings[part] = Decoding(eos, pad, longest, settings.num_beams)
+        return _Work(examples, decodings)
 
     def decode(self, outcome: _Outcome) -> list[str]:
-        return [decode_prediction(self.chosen.tokenizer, ids, self.chosen.answer_end) for ids in outcome.predicted_ids]
+        pairs = zip(outcome.predicted_ids, self.chosen.answer_ends, strict=True)
+        return [decode_prediction(self.chosen.tokenizer, ids, end) for ids, end in pairs]
 
 
 def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateResult:
@@ -253,6 +264,7 @@ def _finish(task: _Task | None, tuned: _Outcome, base: _Outcome | None, started:
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
+        datasets=_score_datasets(task, outcomes, predictions),
     )
 
 
@@ -260,8 +272,11 @@ def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Repo
     """Measure the losses of a model, and generate its predictions. Call on every rank."""
     with use_gpu_kernels(model.device):
         losses = _measure_losses(settings, model, work, report)
-        batch_size = settings.per_device_eval_batch_size
-        return _Outcome(losses, generate_predictions(model, work.examples, work.decoding, batch_size, report))
+        batch_size, predicted = settings.per_device_eval_batch_size, []
+        for part, decoding in work.decodings.items():
+            examples = [work.examples[index] for index in part] if len(work.decodings) > 1 else work.examples
+            predicted += generate_predictions(model, examples, decoding, batch_size, report)
+        return _Outcome(losses, predicted)
 
 
 def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Losses:
@@ -270,7 +285,7 @@ def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report:
     Raises:
         ModelError: the loss isn't finite.
     """
-    collator = _make_collator(model, work.decoding.pad_token_id)
+    collator = _make_collator(model, next(iter(work.decodings.values())).pad_token_id)
     losses = measure_losses(model, work.examples, collator, settings.per_device_eval_batch_size, report)
     if not math.isfinite(losses.mean):
         problem = f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}"
@@ -289,11 +304,13 @@ def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedColl
 
 def _write_predictions(path: Path, task: _Task, outcomes: list[_Outcome], predictions: list[list[str]]) -> None:
     chosen = task.chosen
+    names = {index: name for name, indices in chosen.datasets for index in indices}
     with open(path, "w", encoding="utf-8") as file:
         for index, (example, target) in enumerate(zip(chosen.examples, chosen.targets, strict=True)):
             prediction, *of_base = (texts[index] for texts in predictions)
             loss, *loss_of_base = (outcome.losses.get_mean(index) for outcome in outcomes)
             line = {
+                **({"dataset": dataset} if (dataset := names.get(index)) is not None else {}),
                 "source": decode_reference(chosen.tokenizer, example.source_S, ""),
                 "target": target,
                 "prediction": prediction,
@@ -307,9 +324,29 @@ def _write_predictions(path: Path, task: _Task, outcomes: list[_Outcome], predic
 
 def _score(outcome: _Outcome, predictions: list[str], task: _Task) -> dict[str, float]:
     """Return the built-in metrics."""
-    mean = outcome.losses.mean
-    losses = {"loss": round(mean, 6), "perplexity": round(math.exp(min(mean, 700.0)), 4)}
-    return losses | score(predictions, task.chosen.targets, task.names)
+    return _compute_losses(outcome.losses) | score(predictions, task.chosen.targets, task.names)
+
+
+def _compute_losses(losses: Losses) -> dict[str, float]:
+    return {"loss": round(losses.mean, 6), "perplexity": round(math.exp(min(losses.mean, 700.0)), 4)}
+
+
+def _score_datasets(
+    task: _Task, outcomes: list[_Outcome], predictions: list[list[str]]
+) -> dict[str, dict[str, float]] | None:
+    """Return the metrics of each dataset, if there are several: those that fit its targets."""
+    found: dict[str, dict[str, float]] = {}
+    for name, indices in task.chosen.datasets:
+        targets = [task.chosen.targets[index] for index in indices]
+        fitting = [each for each in choose_metrics(None, targets) if each in task.names]
+        values: dict[str, float] = {"examples": len(targets)}
+        for prefix, outcome, texts in zip(("", "base_"), outcomes, predictions, strict=False):
+            own = [texts[index] for index in indices]
+            scores = _compute_losses(outcome.losses.select(indices)) | score(own, targets, fitting)
+            scores |= compute_custom_metrics(task.settings.metric or [], own, targets)
+            values |= {prefix + metric: value for metric, value in scores.items()}
+        found[name] = values
+    return found or None
 
 
 def _compute_custom_metrics(task: _Task, predictions: list[list[str]]) -> list[dict[str, float]]:

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.batching import compute_padding_share, epoch_order
-from t5tune.data.cache import Cache, is_cache, open_cache
+from t5tune.data.cache import Cache, open_cache
 from t5tune.data.cache_view import CacheView, LengthStatistics, build_histogram
+from t5tune.data.mixture import has_examples
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Note, Report, silent
@@ -62,7 +63,7 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
 
 def _find_cache(folder: Path, report: Report) -> Path:
     """Return the token cache of a run folder, and any other folder as it is."""
-    if is_cache(folder) or (run_settings := read_saved_settings(folder)) is None:
+    if has_examples(folder) or (run_settings := read_saved_settings(folder)) is None:
         return folder
     cache = locate_run(run_settings.model_copy(update={"output_dir": folder})).cache
     report(Note(f"{folder} is a run folder; its token cache is {cache}"))

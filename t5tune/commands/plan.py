@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.data.batching import Integers, estimate_cost, make_count_batches
-from t5tune.data.cache import is_cache, open_cache
+from t5tune.data.mixture import has_examples, open_examples
 from t5tune.errors import SettingsError
 from t5tune.families import find_family
 from t5tune.model.device import has_bf16
@@ -29,7 +29,7 @@ from t5tune.model.memory import BatchLengths
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.fields import parse_gpu_memory
-from t5tune.training.batches import count_steps, make_budget_sampler
+from t5tune.training.batches import EpochDraws, count_steps, make_budget_sampler
 from t5tune.training.evaluation import MAX_TOKENS_PER_BATCH, make_loss_batches
 from t5tune.training.evaluation_batches import Lengths
 from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
@@ -174,11 +174,13 @@ def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str
 
 def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
     folder = Path(settings.data_path[0]) if settings.data_path else None
-    if folder is not None and is_cache(folder):
-        cache, _ = open_cache(folder).split_as_prepared()
+    if folder is not None and has_examples(folder):
+        examples, _ = open_examples(folder).split_as_prepared()
         if settings.num_data is not None:
-            cache = cache.take(settings.num_data)
-        return _Data(*cache.read_lengths(), len(cache.added_tokens), is_real=True)
+            examples = examples.take(settings.num_data)
+        indices, _ = examples.draw_epoch(settings.seed, 0)
+        sources, targets = examples.read_lengths()
+        return _Data(sources[indices], targets[indices], len(examples.added_tokens), is_real=True)
     if folder is not None:
         lengths = f"{settings.source_length} + {settings.target_length}"
         report(Note(f"{folder}: not a token cache, so the plan assumes examples of {lengths} tokens"))
@@ -202,8 +204,9 @@ def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integ
     sources, targets, step_size = data.sources, data.targets, settings.gradient_accumulation_steps * count
     if (tokens := settings.tokens_per_batch) is not None:
         # it checks the budget
-        sampler = make_budget_sampler(sources, targets, tokens, settings.packing != "off", step_size, settings.seed)
-        return [np.array(batch) for batch in sampler]
+        draws = EpochDraws(sources, targets, settings.seed)
+        sampler = make_budget_sampler(draws, tokens, settings.packing != "off", step_size)
+        return sampler.make_batches(0)
     lengths = sources + targets if settings.group_by_length else np.zeros_like(sources)
     batches = make_count_batches(lengths, settings.per_device_train_batch_size, step_size, settings.seed, epoch=0)
     return [batch for batch in batches if len(batch)]

@@ -14,7 +14,7 @@ from typing import Any
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.upload import open_repository, upload_result
 from t5tune.commands.prepare import prepare
-from t5tune.data.cache import is_cache
+from t5tune.data.mixture import find_tokenizer_folder
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import RESUME_HINT, World
@@ -23,8 +23,10 @@ from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import copy_atomically, explain_write_errors
 from t5tune.io.records_in_memory import find_kept_path
 from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
+from t5tune.preparing.dataset import Origin
 from t5tune.progress import Note, Report, silent
-from t5tune.settings import PrepareSettings, TrainSettings
+from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
+from t5tune.settings.datasets import name_datasets
 from t5tune.training.checkpoint import list_checkpoints
 from t5tune.training.resume_guard import check_finished_run
 from t5tune.training.run_folder import (
@@ -288,11 +290,12 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
     """Prepare the token caches for training and evaluation, unless the settings name existing ones."""
     in_use = bool(list_checkpoints(settings.output_dir)) and "data" not in settings.allow_change
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
-        if data and cache and not is_cache(Path(data[0])):
+        if data and cache and cache != Path(data[0]):
             is_eval = cache == run.eval_cache
             source = run.cache if is_eval else _find_adapter_with_tokens(settings)
             setting = "eval_data_path" if is_eval else "data_path"
-            prepare(_make_prepare_settings(settings, data, cache, setting), report, in_use, source, setting)
+            origin = Origin(in_use, source, setting=setting, is_for_run=True)
+            prepare(_make_prepare_settings(settings, cache, setting), report, origin)
     if run.eval_cache is not None:
         _check_same_tokenizer(run.cache, run.eval_cache)
 
@@ -310,7 +313,7 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
     Raises:
         DataError: the vocabularies differ.
     """
-    trained, evaluated = (load_tokenizer(folder / "tokenizer").get_vocab() for folder in (cache, eval_cache))
+    trained, evaluated = (load_tokenizer(find_tokenizer_folder(folder)).get_vocab() for folder in (cache, eval_cache))
     if trained == evaluated:
         return
     if only_one_has := trained.keys() ^ evaluated.keys():
@@ -325,10 +328,25 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
     )
 
 
-def _make_prepare_settings(settings: TrainSettings, data: list[str], cache: Path, setting: str) -> PrepareSettings:
+def _make_prepare_settings(settings: TrainSettings, cache: Path, setting: str) -> PrepareSettings:
     names = PrepareSettings.model_fields.keys() & TrainSettings.model_fields.keys()  # train prepares no part
     values = {name: getattr(settings, name) for name in names}
     if setting == "eval_data_path":
-        values["data_split"] = settings.eval_data_split
+        paths, datasets = settings.eval_data_path, _inherit_reading(settings)
+        nothing_mixed = dict.fromkeys(("mixing", "mixing_temperature", "mixing_cap"))
+        values |= {"data_path": paths, "data": datasets, "data_split": settings.eval_data_split, **nothing_mixed}
     # train holds out examples itself, so that a change of eval_fraction or seed doesn't need another cache
-    return PrepareSettings(**{**values, "data_path": data, "output_dir": cache, "eval_fraction": 0.0, "seed": 0})
+    return PrepareSettings(**{**values, "output_dir": cache, "eval_fraction": 0.0, "seed": 0})
+
+
+def _inherit_reading(settings: TrainSettings) -> list[DatasetSettings] | None:
+    """Return the datasets to evaluate on, each read like the dataset of the same name that is trained on."""
+    if settings.eval_data is None:
+        return None
+    trained = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
+    datasets = []
+    for name, dataset in zip(name_datasets(settings.eval_data), settings.eval_data, strict=True):
+        values = trained[name].list_given() if name in trained else {}
+        values = {key: value for key, value in values.items() if key not in ("num_data", "data_split")}
+        datasets.append(DatasetSettings(**{**values, **dataset.list_given(), "path": dataset.path, "name": name}))
+    return datasets

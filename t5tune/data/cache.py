@@ -17,6 +17,8 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
-from t5tune.data.encoding import Example, Span, extract_example
+from t5tune.data.encoding import Example, Span, extract_example, surround
+from t5tune.data.span_corruption import SpanCorruption
+from t5tune.data.templates import Template, parse_template
 from t5tune.data.tokenizer import SpecialIds
 from t5tune.errors import DataError
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
@@ -33,6 +37,8 @@ from t5tune.io.atomic import hash_file
 from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
+from t5tune.io.yaml_file import read_yaml
+from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.messages import describe_value_error
 
 FORMAT_VERSION = 6
@@ -44,8 +50,9 @@ EXAMPLE_DTYPE = np.dtype([
     ("target_start", "<u4"), ("target_end", "<u4"), ("answer_end", "<u4"), ("source_is_whole", "?"),
     ("target_is_whole", "?"),
 ])  # fmt: skip
+TABLES = ("tokens.bin", "conversations.bin", "examples.bin")
 CACHE_CONTENTS = {
-    "tokens.bin", "conversations.bin", "examples.bin", "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE,
+    *TABLES, "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE,
     "rejected.jsonl", CACHE_MANIFEST_FILE,
 }  # fmt: skip
 # the manifest keys that reading a cache needs, with the type of each value
@@ -73,9 +80,16 @@ PERCENTILES = (50, 90, 99, 100)
 class Cache(Sequence[Example]):
     """The examples of a cache, or those at `indices`, read from disk on access."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], indices: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        indices: npt.NDArray[np.int64] | None = None,
+        corruption: SpanCorruption | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.corruption = corruption or _read_corruption(folder, manifest)
         start, end = (tuple(manifest[f"source_{side}_ids"]) for side in ("start", "end"))
         self.special_ids = SpecialIds(start, end, manifest["eos_token_id"])
         self._tokens = _map_file(folder / "tokens.bin", np.dtype(manifest["dtype"]))
@@ -88,10 +102,25 @@ class Cache(Sequence[Example]):
         return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
+        return self.read(index, repeat=0)
+
+    def read(self, index: int, repeat: int) -> Example:
+        """Return an example as it is when it was drawn `repeat` times before: of raw text, other spans are masked."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         conversation, span = self._read_row(index)
-        return extract_example(self._tokens[int(self._starts[conversation]) :], span, self.special_ids)
+        ids = self._tokens[int(self._starts[conversation]) :]
+        if self.corruption is None:
+            return extract_example(ids, span, self.special_ids)
+        masked, spans = (int(counts[index]) for counts in self._masked)
+        window = ids[span.source_start : span.source_end]
+        source, target = self.corruption.corrupt(window, masked, spans, int(self._indices[index]), repeat)
+        return surround(source, target, self.special_ids)
+
+    def reseed(self, seed: int) -> "Cache":
+        """Return the same examples, masked by another seed if they are raw text."""
+        corruption = None if self.corruption is None else replace(self.corruption, seed=seed)
+        return Cache(self.folder, self.manifest, self._indices, corruption)
 
     def read_untruncated(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
         """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""
@@ -116,7 +145,15 @@ class Cache(Sequence[Example]):
 
     def read_lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return (source lengths, target lengths) in tokens, special ones included, in the order of the cache."""
-        return compute_lengths(self._read_column, self.special_ids)
+        return compute_lengths(self._read_column, self.special_ids, self.corruption, self._indices)
+
+    @cached_property
+    def _masked(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """How many tokens and spans of each example are masked."""
+        assert self.corruption is not None
+        return self.corruption.count_masked(
+            self._indices, self._read_column("source_end") - self._read_column("source_start")
+        )
 
     def _read_row(self, index: int) -> tuple[int, Span]:
         conversation, *span = self._examples.item(self._indices[index])
@@ -125,17 +162,44 @@ class Cache(Sequence[Example]):
     def _read_column(self, name: str) -> npt.NDArray[np.int64]:
         return np.asarray(self._examples[name][self._indices], np.int64)
 
-    def index_in_whole_cache(self, index: int) -> int:
-        """Return an example's index in the whole cache, of which this may be a part."""
+    def name_example(self, index: int) -> int | str:
+        """Name an example as `t5tune inspect` does: by its index in the whole cache, of which this may be a part."""
         return int(self._indices[index])
 
-    def hash_indices(self) -> str:
-        """Return the SHA-256 of these examples' indices in the whole cache."""
-        return hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()
+    def list_datasets(self) -> list[tuple[str, range]]:
+        """Return nothing: a cache isn't divided into datasets, as a mixture is."""
+        return []
+
+    def draw_epoch(self, seed: int, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the examples of an epoch, which are all: (indices, how often each was drawn before)."""
+        return np.arange(len(self)), np.full(len(self), epoch)
+
+    @property
+    def is_drawn_evenly(self) -> bool:
+        """Whether every epoch has every example once."""
+        return True
+
+    @cached_property
+    def template(self) -> Template:
+        """The conversation template."""
+        path = self.folder / TEMPLATE_FILE
+        return parse_template(read_yaml(path), path)
+
+    def get_template(self, index: int) -> Template:
+        """Return the conversation template of an example."""
+        return self.template
+
+    def identify(self) -> dict[str, str]:
+        """Return what is equal for the same examples: hashes of the files, and of the indices in the whole cache."""
+        files = {name: self.manifest["files"][name] for name in TABLES}
+        return {**files, "examples": hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()}
 
     def take(self, count: int) -> "Cache":
         """Return the first `count` examples."""
-        return Cache(self.folder, self.manifest, self._indices[:count])
+        return self._select(self._indices[:count])
+
+    def _select(self, indices: npt.NDArray[np.int64]) -> "Cache":
+        return Cache(self.folder, self.manifest, indices, self.corruption)
 
     def split_as_prepared(self) -> tuple["Cache", "Cache | None"]:
         """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
@@ -150,28 +214,68 @@ class Cache(Sequence[Example]):
         Raises:
             DataError: there are too few conversations to hold one out.
         """
-        keys = self._conversations["key"][self._read_column("conversation")]
-        unique = np.unique(keys)
-        count = max(1, round(held_out * len(unique)))
-        if count >= len(unique):
-            problem = (
-                f"eval_fraction: {held_out} of {format_count(len(unique), 'conversation')} leaves none to train on"
-            )
-            raise DataError(f"{problem}; give more conversations, or a separate file as eval_data_path")
-        is_held_out = np.isin(keys, np.random.default_rng(seed).permutation(unique)[:count])
-        return (
-            Cache(self.folder, self.manifest, self._indices[~is_held_out]),
-            Cache(self.folder, self.manifest, self._indices[is_held_out]),
-        )
+        return self.split_by_keys(find_held_out_keys(self, held_out, seed))
+
+    def split_by_keys(self, held_out: npt.NDArray[np.uint64]) -> tuple["Cache", "Cache"]:
+        """Return (training, held out): hold out the conversations with these keys."""
+        is_held_out = np.isin(self.read_keys(), held_out)
+        return self._select(self._indices[~is_held_out]), self._select(self._indices[is_held_out])
+
+    def read_keys(self) -> npt.NDArray[np.uint64]:
+        """Return the key of each example's conversation."""
+        keys: npt.NDArray[np.uint64] = self._conversations["key"][self._read_column("conversation")]
+        return keys
+
+
+def find_held_out_keys(cache: Cache, held_out: float, seed: int) -> npt.NDArray[np.uint64]:
+    """Choose the conversations that `Cache.split` holds out.
+
+    Raises:
+        DataError: there are too few conversations to hold one out.
+    """
+    unique = np.unique(cache.read_keys())
+    count = max(1, round(held_out * len(unique)))
+    if count >= len(unique):
+        problem = f"eval_fraction: {held_out} of {format_count(len(unique), 'conversation')} leaves none to train on"
+        raise DataError(f"{problem}; give more conversations, or a separate file as eval_data_path")
+    return np.random.default_rng(seed).permutation(unique)[:count]
 
 
 def compute_lengths(
-    column: Callable[[str], npt.NDArray[np.int64]], special: SpecialIds
+    column: Callable[[str], npt.NDArray[np.int64]],
+    special: SpecialIds,
+    corruption: SpanCorruption | None,
+    indices: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Compute (source lengths, target lengths) of examples, special tokens included, from columns of EXAMPLE_DTYPE."""
+    """Compute (source lengths, target lengths) of examples, special tokens included, from columns of EXAMPLE_DTYPE.
+
+    Args:
+        indices: of the examples in the whole cache.
+    """
+    if corruption is not None:
+        windows = column("source_end") - column("source_start")
+        masked, spans = corruption.count_masked(indices, windows)
+        return windows - masked + spans + special.source_size, masked + spans + 1
     source = column("system_end") + column("source_end") - column("source_start") + special.source_size
     target = column("target_end") - column("target_start") + column("target_is_whole")
     return source, target
+
+
+def _read_corruption(folder: Path, manifest: dict[str, Any]) -> SpanCorruption | None:
+    """Return how the examples are masked; None if they aren't raw text.
+
+    Raises:
+        DataError: the manifest's denoisers don't exist.
+    """
+    if (saved := manifest.get("span_corruption")) is None:
+        return None
+    try:
+        return SpanCorruption(
+            find_denoisers(saved["denoisers"]), tuple(map(int, saved["sentinel_ids"])), int(manifest["seed"])
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{folder / CACHE_MANIFEST_FILE}: span_corruption: {describe_error(error)}"
+        raise DataError(problem, hint="run t5tune prepare again") from error
 
 
 def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -150,6 +150,7 @@ class CacheView(Sequence[ExampleView]):
         index, decode = self._indices[number], self.tokenizer.decode
         example, conversation, ids, span = self.cache.read_untruncated(index)
         source, target, around = example.source_S.tolist(), example.target_T.tolist(), self.cache.special_ids
+        is_masked = self.cache.corruption is not None
         return ExampleView(
             index=index,
             conversation=conversation,
@@ -157,9 +158,10 @@ class CacheView(Sequence[ExampleView]):
             source_ids=source,
             target_ids=target,
             source_text=decode(around.strip_source(source)),
-            target_text=decode(target[: span.target_end - span.target_start]),
+            target_text=decode(target[:-1] if is_masked else target[: span.target_end - span.target_start]),
             truncated=["source"] * (not span.source_is_whole) + ["target"] * (not span.target_is_whole),
             source_head=len(around.source_start) + span.system_end,
-            source_cut=ids[span.system_end : span.source_start].tolist(),
+            # the rest of a raw text is in other examples
+            source_cut=[] if is_masked else ids[span.system_end : span.source_start].tolist(),
             target_cut=ids[span.target_end : span.answer_end].tolist(),
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from t5tune.data.cache import EXAMPLE_DTYPE, compute_lengths, compute_percentiles
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
+from t5tune.data.span_corruption import SpanCorruption
 from t5tune.data.tokenizer import SpecialIds
 from t5tune.data.vocabulary import LostCharacterCounts
 
@@ -59,7 +60,9 @@ class RecordCounts:
         else:
             self.first_rejected.setdefault(location.file, f"{location}: {rejection.message}")
 
-    def describe(self, dtype: np.dtype[Any], examples: Path, special: SpecialIds) -> dict[str, Any]:
+    def describe(
+        self, dtype: np.dtype[Any], examples: Path, special: SpecialIds, corruption: SpanCorruption | None
+    ) -> dict[str, Any]:
         """Return the counts for the manifest, with those of the file of examples."""
         return {
             "dtype": dtype.str,
@@ -70,19 +73,21 @@ class RecordCounts:
             "dropped": dict(sorted(self.dropped.items())),
             "examples": self.num_examples,
             "unknown_tokens": self.unknown_tokens,
-            **_measure_examples(examples, special),
+            **_measure_examples(examples, special, corruption),
         }
 
 
-def _measure_examples(path: Path, special: SpecialIds) -> dict[str, Any]:
+def _measure_examples(path: Path, special: SpecialIds, corruption: SpanCorruption | None) -> dict[str, Any]:
     """Measure the examples of an examples.bin: token counts, truncated sides and length percentiles."""
     lengths: dict[str, Counter[int]] = {"source": Counter(), "target": Counter()}
     truncated = Counter[str]()
-    with_earlier_turns = 0
+    with_earlier_turns = num_read = 0
     with open(path, "rb") as file:
         while len(rows := np.fromfile(file, EXAMPLE_DTYPE, ROWS_PER_CHUNK)):
-            with_earlier_turns += int((rows["turn"] > FIRST_ANSWER_TURN).sum())
-            columns = compute_lengths(lambda name: rows[name].astype(np.int64), special)
+            with_earlier_turns += int((rows["turn"] > FIRST_ANSWER_TURN).sum()) if corruption is None else 0
+            indices = np.arange(num_read, num_read + len(rows))
+            columns = compute_lengths(lambda name: rows[name].astype(np.int64), special, corruption, indices)
+            num_read += len(rows)
             for side, of_side in zip(lengths, columns, strict=True):
                 lengths[side].update(of_side.tolist())
                 truncated[side] += int((~rows[f"{side}_is_whole"]).sum())

@@ -66,6 +66,12 @@ def extract_example(ids: Any, span: Span, special: SpecialIds) -> Example:
     return Example(*(np.concatenate(each).astype(np.int64) for each in parts))
 
 
+def surround(source: Any, target: Any, special: SpecialIds) -> Example:
+    """Add the special tokens to the ids of a source and a target."""
+    parts = [special.source_start, source, special.source_end], [target, [special.target_end]]
+    return Example(*(np.concatenate(each).astype(np.int64) for each in parts))
+
+
 def find_long_word(conversation: Conversation, encoder: Encoder) -> Rejection | None:
     """Return the rejection of a conversation that would take the tokenizer too much memory; None if it is fine."""
     for text in conversation.texts:

@@ -21,12 +21,13 @@ from typing import Any, BinaryIO, cast
 
 from t5tune.data.cache import is_cache
 from t5tune.errors import DataError
-from t5tune.file_names import JSON_SUFFIXES, PART_MANIFEST_FILE, TABLE_SUFFIXES
+from t5tune.file_names import JSON_SUFFIXES, PART_MANIFEST_FILE, TABLE_SUFFIXES, TEXT_SUFFIXES
 from t5tune.io.reasons import join_first
 from t5tune.io.records_in_memory import is_stored
 from t5tune.progress import Note, Report, silent
 
 STDIN = Path("-")
+TEXT_HINT = "--objective span-corruption trains on it, as in T5's pretraining"
 KNOWN_SUFFIXES = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
 # patterns of the first bytes; zstd's second alternative is a skippable frame, which may come first
 COMPRESSION_MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
@@ -35,13 +36,16 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 WIDE_ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # byte order marks of UTF-16 and UTF-32
 
 
-def find_files(data_path: list[str], report: Report = silent, setting: str = "data_path") -> list[Path]:
+def find_files(
+    data_path: list[str], report: Report = silent, setting: str = "data_path", is_text: bool = False
+) -> list[Path]:
     """Find the data files of `data_path`: files, folders, glob patterns, and `-` for standard input.
 
     The files of a folder or a pattern are sorted.
 
     Args:
         setting: the name of the setting in messages.
+        is_text: whether files of raw text are data too.
 
     Raises:
         DataError: a path can't be read, doesn't exist, has an unknown suffix, or leads to no data file.
@@ -49,7 +53,7 @@ def find_files(data_path: list[str], report: Report = silent, setting: str = "da
     files: list[Path] = []
     for name in data_path:
         try:
-            files += _resolve_path(name, report, setting)
+            files += _resolve_path(name, report, setting, is_text)
         except OSError as error:
             raise DataError(f"{setting}: {name}: can't be read: {error.strerror}") from error
     if files.count(STDIN) > 1:
@@ -57,7 +61,7 @@ def find_files(data_path: list[str], report: Report = silent, setting: str = "da
     return files
 
 
-def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
+def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> list[Path]:
     path = Path(name)
     if not name:
         raise DataError(f"{setting}: empty", hint="name a file or a folder; `.` is the current folder")
@@ -66,13 +70,17 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
             raise DataError(f"{setting}: -: standard input is closed")
         return [path]
     if path.is_file():
-        if find_data_suffix(path) is None:
+        if find_data_suffix(path, is_text) is None:
             suffix = "".join(path.suffixes[-2:]) or "no suffix"
+            if find_data_suffix(path, is_text=True) is not None:
+                raise DataError(f"{setting}: {path}: {suffix}: raw text", hint=TEXT_HINT)
             expected = f"expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
             raise DataError(f"{setting}: {path}: {suffix}: {expected}")
         return [path]
     if path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if find_data_suffix(entry) or not entry.name.startswith("."))
+        found = sorted(
+            entry for entry in path.iterdir() if find_data_suffix(entry, is_text) or not entry.name.startswith(".")
+        )
     elif path.exists():
         hint = "to read a pipe, redirect it to standard input and pass `-`"
         raise DataError(f"{setting}: {path}: not a regular file", hint=hint)
@@ -86,7 +94,8 @@ def _resolve_path(name: str, report: Report, setting: str) -> list[Path]:
     folders = {entry.parent for entry in found}
     caches = {folder for folder in folders if is_cache(folder) or is_cache(folder.parent) or _is_part(folder)}
     reasons = {
-        entry: "part of a token cache" if entry.parent in caches else _explain_skipping(entry) for entry in found
+        entry: "part of a token cache" if entry.parent in caches else _explain_skipping(entry, is_text)
+        for entry in found
     }
     files = [entry for entry, reason in reasons.items() if reason is None]
     if over := [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason is not None]:
@@ -100,13 +109,13 @@ def _is_part(folder: Path) -> bool:
     return (folder / PART_MANIFEST_FILE).is_file()
 
 
-def _explain_skipping(path: Path) -> str | None:
+def _explain_skipping(path: Path, is_text: bool) -> str | None:
     """Return why an entry of a folder is not read, or None if it is."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
         return "a folder"
-    if find_data_suffix(path) is None:
+    if find_data_suffix(path, is_text) is None:
         return "unknown suffix"
     return None if path.is_file() else "not a regular file"
 
@@ -123,13 +132,18 @@ def _expand_pattern(pattern: str) -> Iterator[str]:
             yield from _expand_pattern(os.path.join("" if folder == "." else glob.escape(folder), tail[0] or "*"))
 
 
-def find_data_suffix(path: Path) -> str | None:
-    """Return a file name's data suffix without its compression suffix (`.json`, `.csv`, …), or None if it has none."""
+def find_data_suffix(path: Path, is_text: bool = False) -> str | None:
+    """Return a file name's data suffix without its compression suffix (`.json`, `.csv`, …), or None if it has none.
+
+    Args:
+        is_text: whether that of raw text is one.
+    """
     if path == STDIN:
         return ".json"
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     kind = before if last in COMPRESSION_MAGIC and before != ".parquet" else last  # Parquet compresses internally
-    return kind if kind in JSON_SUFFIXES | TABLE_SUFFIXES else None
+    known = JSON_SUFFIXES | TABLE_SUFFIXES | (TEXT_SUFFIXES if is_text else set())
+    return kind if kind in known else None
 
 
 class Digest:

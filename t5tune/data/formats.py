@@ -20,7 +20,7 @@ from t5tune.data.records import LABELED_BAD, RecordLocation, RejectionError
 from t5tune.data.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
 from t5tune.data.wrapped_records import suggest_unwrapping
 from t5tune.errors import suggest_name
-from t5tune.settings.data import ReadingSettings
+from t5tune.settings.reading import ReadingSettings
 
 Role = Literal["human", "assistant"]
 Speaker = Literal["system", "human", "assistant"]
@@ -73,6 +73,7 @@ class Conversation:
         repairs: counts of what was repaired or left out, by kind.
         has_prefix: whether source_prefix was prepended to the source.
         is_pair: whether the record is a pair of texts, a source and a target, not a list of turns.
+        is_raw_text: whether it is a text of which spans are masked; it is the only turn.
     """
 
     location: RecordLocation
@@ -81,6 +82,7 @@ class Conversation:
     repairs: Mapping[str, int] = field(default_factory=dict)
     has_prefix: bool = False
     is_pair: bool = False
+    is_raw_text: bool = False
 
     @property
     def texts(self) -> list[str]:
@@ -97,6 +99,8 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     if not isinstance(value, dict):
         raise RejectionError("not_an_object", f"expected an object, found {_name_json_type(value)}")
     repairs: Counter[str] = Counter()
+    if reading.objective == "span-corruption":
+        return _parse_raw_text(value, location, reading, repairs)
     name, parser = _detect_format(value, reading)
     labels = find_labels(value, location, reading)
     if bad := [key for key, is_good in labels.items() if not is_good]:
@@ -118,6 +122,23 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
     counts = {kind: count for kind, count in sorted(repairs.items()) if count}
     return Conversation(location, system or None, merged_turns, counts, has_prefix, _is_pair(name, value))
+
+
+def _parse_raw_text(
+    value: dict[str, Any], location: RecordLocation, reading: ReadingSettings, repairs: Counter[str]
+) -> Conversation:
+    column = reading.source_column or "text"
+    if column not in value:
+        found = ", ".join(sorted(map(str, value))[:6])
+        advice = suggest_name(column, map(str, value)) or "; name the text's key with --source-column"
+        raise RejectionError("unknown_format", f"no key {column}, which raw text has; its keys are {found}{advice}")
+    text = normalize_text(_parse_text(column, value[column]), repairs)
+    text = clean(text, repairs) if reading.clean else text
+    if not text.strip():
+        raise RejectionError("no_answer", "no text to learn from")
+    _count_ignored("field", value, {column, "id"}, repairs)
+    counts = {kind: count for kind, count in sorted(repairs.items()) if count}
+    return Conversation(location, None, (Turn("assistant", text),), counts, is_raw_text=True)
 
 
 def _is_pair(format_name: str, value: dict[str, Any]) -> bool:
@@ -185,6 +206,8 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
     found = ", ".join(sorted(value)[:6])
     if unwrapping := suggest_unwrapping(value):
         raise RejectionError("unknown_format", f"its keys are {found}{unwrapping}")
+    if set(value) - COMMON_KEYS == {"text"}:
+        raise RejectionError("unknown_format", f"its keys are {found}: raw text, for --objective span-corruption")
     texts = [shlex.quote(key) for key, item in value.items() if isinstance(item, str) and key not in COMMON_KEYS]
     wanted = [" + ".join(sorted(alternatives[0])) for alternatives, _ in formats.values()]
     advice = f"expected {', or '.join(wanted)}"

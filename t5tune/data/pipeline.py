@@ -20,14 +20,16 @@ from t5tune.data.encoding import MAX_WORD_LENGTH, EncodedConversation, Span, enc
 from t5tune.data.formats import Conversation
 from t5tune.data.raw_records import RawRecord, parse_record
 from t5tune.data.records import Rejection
+from t5tune.data.span_corruption import cut_windows, make_corruption
 from t5tune.data.templates import Piece, Template, render_conversation
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.vocabulary import RoundTripCheck
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
-from t5tune.settings.data import ReadingSettings
+from t5tune.settings.reading import ReadingSettings
 
 EXCHANGES_PER_BATCH = 256
+TOO_SHORT = Counter({"short_texts": 1})
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,22 @@ class Pipeline:
         return make_encoder(self._tokenizer)
 
     @cached_property
+    def _window(self) -> int:
+        """The longest part of a raw text that becomes an example, in tokens."""
+        corruption = make_corruption(self.settings.denoisers, self._tokenizer, seed=0)
+        assert corruption is not None, "prepare refuses tokenizers without sentinels"
+        max_length = self.settings.model_max_length
+        return corruption.find_largest_window(max_length - self._encoder.special_ids.source_size, max_length - 1)
+
+    @cached_property
     def _round_trip_check(self) -> RoundTripCheck:
         return RoundTripCheck(self._tokenizer)
 
     def _select_examples(self, conversation: Conversation, encoded: EncodedConversation) -> EncodedRecord:
         """Split a conversation that is too long, and keep the examples that the settings ask for."""
+        if conversation.is_raw_text:
+            encoded = EncodedConversation(encoded.ids, self._list_windows(len(encoded.ids)))
+            return self._describe(conversation, encoded, [encoded], Counter() if encoded.spans else TOO_SHORT)
         settings, dropped = self.settings, Counter[str]()
         parts, room = [encoded], settings.model_max_length - 1
         if unlearned := sum(not turn.learned and bool(turn.text.strip()) for turn in conversation.turns):
@@ -118,8 +131,25 @@ class Pipeline:
                 EncodedConversation(part.ids, part.spans[-1:] if number == last else [])
                 for number, part in enumerate(parts)
             ]
+        selected = [EncodedConversation(part.ids, self._select_spans(part.spans, dropped)) for part in parts]
+        return self._describe(conversation, encoded, selected, dropped)
+
+    def _list_windows(self, length: int) -> list[Span]:
+        """List the windows of a raw text, each as the span of a source without a target."""
+        return [
+            Span(number, 0, start, end, end, end, end, True, True)
+            for number, (start, end) in enumerate(cut_windows(length, self._window))
+        ]
+
+    def _describe(
+        self,
+        conversation: Conversation,
+        encoded: EncodedConversation,
+        parts: list[EncodedConversation],
+        dropped: Counter[str],
+    ) -> EncodedRecord:
         return EncodedRecord(
-            parts=[EncodedConversation(part.ids, self._select_spans(part.spans, dropped)) for part in parts],
+            parts=parts,
             key=hash_conversation(conversation),
             repairs=conversation.repairs,
             unknown=int(np.count_nonzero(encoded.ids == self._tokenizer.unk_token_id)),

@@ -20,7 +20,7 @@ from t5tune.data.records import (
 )
 from t5tune.data.wrapped_records import suggest_unwrapping_text
 from t5tune.errors import DataError
-from t5tune.settings.data import ReadingSettings
+from t5tune.settings.reading import ReadingSettings
 
 KEYED_RECORDS = "records_keyed_by_id"  # counts the records of JSON objects of records, among the repairs
 MAX_KEPT_CHARACTERS = 1000  # of a record that is too long

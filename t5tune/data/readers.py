@@ -17,9 +17,10 @@ from typing import Literal
 from t5tune.data.csv_parquet import read_csv, read_parquet
 from t5tune.data.files import BOM, STDIN, Digest, find_data_suffix, read_chunks
 from t5tune.data.raw_records import KEYED_RECORDS, MAX_KEPT_BYTES, RawRecord, make_too_long_record
+from t5tune.data.raw_text import read_text
 from t5tune.data.records import DEPTH_STEPS, RecordLocation, RejectionError, iterate_depths, parse_json
 from t5tune.errors import DataError
-from t5tune.file_names import JSON_SUFFIXES
+from t5tune.file_names import JSON_SUFFIXES, TEXT_SUFFIXES
 
 Form = Literal["array", "object", "lines", "values"]
 
@@ -38,10 +39,12 @@ def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None)
         DataError: a file is broken or incomplete, or its content doesn't match its name.
     """
     for path in files:
-        kind = find_data_suffix(path)
+        kind = find_data_suffix(path, is_text=True)
         if kind in JSON_SUFFIXES:
             chunks = read_chunks(path, stdin if path == STDIN else None)
             yield from JsonReader(path, chunks, max_bytes).iterate_records()
+        elif kind in TEXT_SUFFIXES:
+            yield from read_text(path)
         elif kind == ".parquet":
             yield from read_parquet(path, max_bytes)
         else:

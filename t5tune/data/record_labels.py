@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t5tune.data.records import RecordLocation
-from t5tune.settings.data import ReadingSettings
+from t5tune.settings.reading import ReadingSettings
 
 LABEL_KEYS = ("label", "kto_tag")
 WEIGHT_KEYS = ("loss_weight", "weight")

@@ -47,12 +47,15 @@ def hide_query(url: str) -> str:
         return url.partition("?")[0]
 
 
-def fetch_remote(url: str, setting: str, cache_dir: Path | None, report: Report = silent) -> list[Path]:
+def fetch_remote(
+    url: str, setting: str, cache_dir: Path | None, report: Report = silent, is_text: bool = False
+) -> list[Path]:
     """Copy the file that a URL names, the data files of a folder, or those that match a pattern. Return their paths.
 
     Args:
         setting: the setting that names it, for messages.
         cache_dir: folder for downloads; None: `t5tune` in Hugging Face's folder.
+        is_text: whether files of raw text are data too.
 
     Raises:
         DataError: there is no such file, it can't be read, or it is no data file.
@@ -80,7 +83,7 @@ def fetch_remote(url: str, setting: str, cache_dir: Path | None, report: Report 
         raise _explain(asked, error) from error
     if not files:
         raise DataError(f"{asked}: no data file there", hint="name a JSON, JSONL, CSV or Parquet file")
-    names = [name for name in files if find_data_suffix(_get_name(name)) is not None]
+    names = [name for name in files if find_data_suffix(_get_name(name), is_text) is not None]
     if not names:
         raise DataError(f"{asked}: {join_first(sorted(files))}: no JSON, JSONL, CSV or Parquet file")
     try:

@@ -16,7 +16,8 @@ from t5tune.data.records import Rejection
 from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
-from t5tune.settings.data import DataSettings, ReadingSettings
+from t5tune.settings.data import DataSettings
+from t5tune.settings.reading import ReadingSettings
 
 SAMPLE_BYTES = 8 << 20
 RECORD_OVERHEAD_BYTES = 512  # memory of a record in addition to its text

@@ -16,7 +16,12 @@ from t5tune.progress import Report, silent
 
 
 def bring_data(
-    names: Sequence[str], choice: DatasetChoice, setting: str, cache_dir: Path | None, report: Report = silent
+    names: Sequence[str],
+    choice: DatasetChoice,
+    setting: str,
+    cache_dir: Path | None,
+    report: Report = silent,
+    is_text: bool = False,
 ) -> list[str]:
     """Replace each name of a dataset and each URL by the paths of its files on this machine; paths stay as they are.
 
@@ -24,6 +29,7 @@ def bring_data(
         choice: which part of a dataset to read.
         setting: the setting that has the names, for messages.
         cache_dir: folder for downloads; None: those of the libraries.
+        is_text: whether files of raw text are data too.
 
     Raises:
         DataError: something doesn't exist or can't be downloaded, or a part is chosen though there is no dataset.
@@ -38,11 +44,15 @@ def bring_data(
         problem = f"{option}: {part}: only for a whole dataset on the Hub, but {setting} is {given}"
         raise DataError(problem, hint="leave it out")
     found: list[str] = []
+
+    def is_data(name: str) -> bool:
+        return find_data_suffix(Path(name), is_text) is not None
+
     for name in names:
         if name in datasets:
-            found += map(str, find_dataset_files(datasets[name], choice, _is_data, setting, cache_dir, report))
+            found += map(str, find_dataset_files(datasets[name], choice, is_data, setting, cache_dir, report))
         elif is_url(name):
-            found += map(str, fetch_remote(name, setting, cache_dir, report))
+            found += map(str, fetch_remote(name, setting, cache_dir, report, is_text))
         else:
             found.append(name)
     return found
@@ -68,10 +78,6 @@ def is_dataset_name(name: str) -> bool:
         return True
     path = Path(name)
     with suppress(OSError):  # too long for a path
-        is_here = path == STDIN or path.exists() or path.parent.exists() or find_data_suffix(path) is not None
+        is_here = path == STDIN or path.exists() or path.parent.exists() or find_data_suffix(path, True) is not None
         return not is_here and parse_dataset_name(name) is not None
     return False
-
-
-def _is_data(name: str) -> bool:
-    return find_data_suffix(Path(name)) is not None

@@ -61,7 +61,8 @@ class Piece:
 
     Args:
         kind: system, human, prefix (the end of a source), gap (a space between source and target that belongs to
-            neither), answer (a target), or context (an assistant turn that is only part of later sources).
+            neither), answer (a target), context (an assistant turn that is only part of later sources), or text (raw
+            text, of which a part will be masked).
         turn: index of the turn; -1 for the system line.
         message: the bounds of the record's text within `text`; the rest is the template's.
     """
@@ -135,7 +136,13 @@ def _find_pattern_problems(template: Template) -> list[str]:
 
 
 def render_conversation(conversation: Conversation, template: Template) -> list[Piece]:
-    """Render a conversation as pieces; their concatenated texts are the whole rendered conversation."""
+    """Render a conversation as pieces; their concatenated texts are the whole rendered conversation.
+
+    Raw text has no template.
+    """
+    if conversation.is_raw_text:
+        (turn,) = conversation.turns
+        return [Piece(turn.text, "text", 0, (0, len(turn.text)))]
     pieces = []
     if conversation.system is None and template.system_message:
         pieces.append(Piece(template.system.replace("{text}", template.system_message), "system", -1))

@@ -8,7 +8,7 @@ import torch
 
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.data.cache import is_cache, open_cache
+from t5tune.data.mixture import has_examples, open_examples
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import TrainingError
 from t5tune.file_names import RUN_CACHE_FOLDER
@@ -137,9 +137,9 @@ def _compute_logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[t
 
 def read_example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[int]]]:
     """Read (source, target) ids of examples in the run's token cache if it still exists, else of a few fixed texts."""
-    if is_cache(adapter / RUN_CACHE_FOLDER):
-        cache = open_cache(adapter / RUN_CACHE_FOLDER)
-        examples = (cache[number] for number in range(min(NUM_EXAMPLES, len(cache))))
+    if has_examples(adapter / RUN_CACHE_FOLDER):
+        trained_on = open_examples(adapter / RUN_CACHE_FOLDER)
+        examples = (trained_on[number] for number in range(min(NUM_EXAMPLES, len(trained_on))))
         return [(example.source_S.tolist(), example.target_T.tolist()) for example in examples]
     tokenizer = load_tokenizer(merged)
     ids = [tokenizer.special_ids.surround_source(tokenizer.encode(text)) for text in FALLBACK_TEXTS]

@@ -14,7 +14,8 @@ from t5tune.checkpoints.adapter import read_adapter, read_base_metadata
 from t5tune.checkpoints.adapter_folder import find_adapter, is_adapter
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import check_base, find_base, find_model, read_base_of_adapter, read_config
-from t5tune.checkpoints.training_data import TrainingData, read_training_data
+from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data
+from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_architecture
@@ -52,6 +53,17 @@ class LoadedModel:
     template_files: list[Path]
     num_rows: int
     engine: Any = None
+
+    def find_dataset(self, name: str) -> DatasetTraining | None:
+        """Find how the examples of a dataset that the model was trained on were made; None if it wasn't."""
+        datasets = self.training_data.datasets if self.training_data is not None else []
+        return next((dataset for dataset in datasets if dataset.name == name), None)
+
+    def find_template(self, name_or_path: str | None) -> Template | None:
+        """Find the conversation template: the given one, which may be that of a dataset, or the model's own."""
+        if name_or_path is not None and (dataset := self.find_dataset(name_or_path)) is not None:
+            return Template(**dataset.conversation_template)
+        return find_template(name_or_path, self.template_files)
 
 
 def load_for_inference(

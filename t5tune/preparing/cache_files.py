@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from t5tune.data.files import STDIN, Digest, find_files
 from t5tune.data.pipeline import Pipeline
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.sources import describe_origin
+from t5tune.data.span_corruption import SpanCorruption, make_corruption
 from t5tune.data.templates import Template
 from t5tune.data.tokenizer import save_tokenizer
 from t5tune.data.vocabulary import ExtendedTokenizer, RoundTripCheck
 from t5tune.data.worker import BYTES_PER_WORKER, encode_records
 from t5tune.data.writer import CacheWriter
 from t5tune.distributed.shard import count_rank_cores
+from t5tune.errors import ModelError
 from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
@@ -62,6 +65,26 @@ class CacheSource:
     inputs: dict[str, Any]
     checks: RecordChecks
 
+    @cached_property
+    def corruption(self) -> SpanCorruption | None:
+        """How spans of raw text are masked; None if it isn't the objective.
+
+        Raises:
+            ModelError: the tokenizer has no sentinels.
+        """
+        settings = self.settings
+        if settings.objective != "span-corruption":
+            return None
+        corruption = make_corruption(settings.denoisers, self.vocabulary.tokenizer, settings.seed)
+        if corruption is None:
+            problem = (
+                f"objective: {settings.objective}: the tokenizer of {settings.model_name_or_path} has no sentinels"
+            )
+            raise ModelError(
+                f"{problem} (<extra_id_0>, …), which stand for masked spans", hint="use a T5, mT5, ByT5, UL2 or LongT5"
+            )
+        return corruption
+
 
 def write_cache(
     staged: Path, source: CacheSource, write_records: Callable[[Path], tuple[RecordCounts, bool]]
@@ -81,8 +104,11 @@ def write_cache(
     counts, is_complete = write_records(staged)
     unused = [str(file) for file in source.files if is_complete and not counts.usable[str(file)]]
     for path in source.paths if unused else []:
-        check_any_used(f"{source.setting}: {path}", list(map(str, find_files([path]))), counts, source.checks.purpose)
-    described = counts.describe(choose_ids_dtype(source.num_rows), staged / "examples.bin", tokenizer.special_ids)
+        files = find_files([path], is_text=source.corruption is not None)
+        check_any_used(f"{source.setting}: {path}", list(map(str, files)), counts, source.checks.purpose)
+    described = counts.describe(
+        choose_ids_dtype(source.num_rows), staged / "examples.bin", tokenizer.special_ids, source.corruption
+    )
     # how records were read, for adapters that are trained on this cache
     reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
     reading["source_prefix"] = settings.source_prefix if counts.with_prefix else ""
@@ -141,6 +167,13 @@ def choose_num_workers(source: CacheSource, num_parts: int = 1) -> int:
     return min(cores, 1 + size // BYTES_PER_WORKER)
 
 
+def _describe_corruption(source: CacheSource) -> dict[str, Any]:
+    if source.corruption is None:
+        return {}
+    sentinels = list(source.corruption.sentinels)
+    return {"span_corruption": {"denoisers": source.settings.denoisers, "sentinel_ids": sentinels}}
+
+
 def _describe_cache(
     source: CacheSource, counts: RecordCounts, unused: list[str], described: dict[str, Any]
 ) -> dict[str, Any]:
@@ -163,6 +196,7 @@ def _describe_cache(
         "seed": source.settings.seed,
         "inputs": {**source.inputs, "data": data},
         **({"sources": sources} if sources else {}),
+        **_describe_corruption(source),
         "unused_files": unused,
         "conversations_with_prefix": counts.with_prefix,
         "pairs": counts.pairs,

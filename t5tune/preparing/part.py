@@ -22,6 +22,7 @@ from t5tune.data.cache import hash_files
 from t5tune.data.pipeline import EncodedRecord
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.records import REJECTION_REASONS
+from t5tune.data.span_corruption import SpanCorruption
 from t5tune.data.tokenizer import SpecialIds
 from t5tune.data.writer import REJECTED_FILE, CacheWriter
 from t5tune.errors import DataError
@@ -50,9 +51,12 @@ FILES = ("tokens.bin", "conversations.bin", "examples.bin", "rejected.bin", "rec
 class PartWriter(CacheWriter):
     """Writes the files of a part, except for its manifest. Duplicates are kept: the join finds them."""
 
-    def __init__(self, folder: Path, num_rows: int, special: SpecialIds) -> None:
+    def __init__(
+        self, folder: Path, num_rows: int, special: SpecialIds, corruption: SpanCorruption | None = None
+    ) -> None:
         super().__init__(folder, num_rows, rejects_duplicates=False)
         self._special = special
+        self._corruption = corruption
         self._rows = open(folder / "records.bin", "wb")  # noqa: SIM115 (closed by __exit__)
         self._details = open(folder / "details.bin", "wb")  # noqa: SIM115
         self._details_bytes = 0
@@ -76,7 +80,7 @@ class PartWriter(CacheWriter):
     def finish_part(self) -> dict[str, Any]:
         """Return the counts for the part's manifest, with those that a cache's manifest doesn't have."""
         self.finish(None)
-        counts = self.counts.describe(self.dtype, self.folder / "examples.bin", self._special)
+        counts = self.counts.describe(self.dtype, self.folder / "examples.bin", self._special, self._corruption)
         lost = {text: [count, targets] for text, count, targets in self.counts.lost.iterate_by_targets()}
         return {**counts, "records": self.counts.num_records, "lost": lost}
 

@@ -144,7 +144,7 @@ def _encode_part(
     records = track(reader, "prepare", report, unit="records")
     results = encode_records(records, pipeline, choose_num_workers(source, shard.count))
     error = None
-    with PartWriter(staged, source.num_rows, source.vocabulary.tokenizer.special_ids) as writer:
+    with PartWriter(staged, source.num_rows, source.vocabulary.tokenizer.special_ids, source.corruption) as writer:
         try:
             _write_records(results, writer, reader, source)
         except DataError as raised:

@@ -1,6 +1,6 @@
 """report.html: the report of a training run, one HTML file that needs no network.
 
-    write_run_report(run_folder, settings, result, cache)
+    write_run_report(run_folder, settings, result, examples)
 
 It is made from metrics.jsonl and samples.json in the run folder, and the token cache that the run was trained on.
 """
@@ -12,46 +12,48 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.model_card import is_timing
-from t5tune.data.cache import Cache
+from t5tune.checkpoints.model_card import DATASET_COUNTS, is_timing
 from t5tune.data.cache_view import build_histogram
+from t5tune.data.mixture import Dataset, Examples, Mixture
 from t5tune.data.records import LABELED_BAD
 from t5tune.formatting import format_count, format_duration, format_metric_name, format_number, format_size
+from t5tune.metrics import prefix_metric, split_by_dataset
 from t5tune.reports.metrics_log import read_metrics, read_samples
 from t5tune.reports.page import draw_length_charts, write_page
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings
-from t5tune.settings.flags import list_flags
+from t5tune.settings.flags import list_flags, list_without_flags
 
 REPORT_FILE = "report.html"
 GIB = 1 << 30
 # evaluation metrics that are shown at the top, in addition to the table
 TILE_METRICS = ("loss", "perplexity", "exact_match", "rougeL", "field_f1")
-# settings for a single start of a run, and the one without a flag: not part of the command that made it
-NOT_REPEATED = {"fresh", "allow_change", "dry_run", "training_args"}
+# settings for a single start of a run, which aren't part of the command that made it
+NOT_REPEATED = {"fresh", "allow_change", "dry_run"}
 
 
-def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str, Any], cache: Cache) -> Path:
+def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str, Any], examples: Examples) -> Path:
     """Write report.html to the run folder.
 
     Args:
         result: the fields of the result of `train`.
-        cache: the examples that were trained on.
+        examples: the examples that were trained on.
     """
     lines = read_metrics(run_folder)
-    sources, targets = map(build_histogram, cache.read_lengths())
+    sources, targets = map(build_histogram, examples.read_lengths())
     parts = [
         f'<p class="soft">{_render_subtitle(settings, result)}</p>',
         "<details><summary>The command that made this run</summary>"
         f"<pre>{html.escape(format_command(settings))}</pre></details>",
         f'<div class="cards">{"".join(_render_tiles(result))}</div>',
         '<h2>Training</h2><div class="charts">',
-        *_draw_training_charts(lines),
+        *_draw_training_charts(lines, result.get("datasets") or {}),
         "</div>",
-        *_render_evaluation(lines),
+        *_render_evaluation(lines, result.get("datasets") or {}),
         *_render_samples(read_samples(run_folder)),
         "<h2>Training data</h2>",
-        *_render_left_out(cache.manifest["rejected_by_reason"]),
+        *_render_datasets(examples),
+        *_render_left_out(examples.manifest["rejected_by_reason"]),
         draw_length_charts(sources, targets),
         *_render_settings(settings),
     ]
@@ -76,13 +78,13 @@ def _render_subtitle(settings: TrainSettings, result: dict[str, Any]) -> str:
 def format_command(settings: TrainSettings) -> str:
     """Format the command of a run, with a flag for each setting that differs from its default, one per line.
 
-    `training_args`, which has no flag, follows as a comment.
+    Those that have no flag follow as comments.
     """
     names = [name for name in TrainSettings.model_fields if name not in NOT_REPEATED]
     words = (shlex.join(group) for group in list_flags(settings, names))
     command = " \\\n  ".join(["t5tune train", *words])
-    if settings.training_args:
-        command += f"\n# and in YAML, given with --config: training_args: {json.dumps(settings.training_args)}"
+    for name, value in list_without_flags(settings).items():
+        command += f"\n# and in YAML, given with --config: {name}: {json.dumps(value, ensure_ascii=False)}"
     return command
 
 
@@ -105,7 +107,7 @@ def _render_tiles(result: dict[str, Any]) -> list[str]:
     return [f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles]
 
 
-def _draw_training_charts(lines: list[dict[str, Any]]) -> list[str]:
+def _draw_training_charts(lines: list[dict[str, Any]], datasets: Iterable[str]) -> list[str]:
     def of(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
         return [(line["step"], line[name] * scale) for line in lines if isinstance(line.get(name), int | float)]
 
@@ -113,8 +115,14 @@ def _draw_training_charts(lines: list[dict[str, Any]]) -> list[str]:
         Series("training", of("loss"), is_smoothed=True),
         Series("held out", of("eval_loss"), is_marked=True),
     ]
+    by_dataset = [
+        Series(name, points, is_marked=True)
+        for name in datasets
+        if (points := of(f"eval_{prefix_metric(name, 'loss')}"))
+    ]
     return [
         draw_line_chart("Loss", losses, allow_log=True),
+        *([draw_line_chart("Held-out loss by dataset", by_dataset, allow_log=True)] if by_dataset else []),
         draw_line_chart("Learning rate", [Series("learning rate", of("learning_rate"))]),
         draw_line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], allow_log=True),
         draw_line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))]),
@@ -122,17 +130,28 @@ def _draw_training_charts(lines: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _render_evaluation(lines: list[dict[str, Any]]) -> list[str]:
+def _render_evaluation(lines: list[dict[str, Any]], datasets: dict[str, dict[str, float]]) -> list[str]:
+    """Render the metrics of all evaluations, and those of each dataset that the result has."""
     found = []
     for line in (line for line in lines if "eval_loss" in line):
         metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-        found.append((line["step"], {name: value for name, value in metrics.items() if not is_timing(name)}))
+        overall, _ = split_by_dataset(metrics, datasets)
+        found.append((line["step"], {name: value for name, value in overall.items() if not is_timing(name)}))
     if not found:
         return []
     names = list(dict.fromkeys(name for _, values in found for name in values))
     rows = ([f"{step:,}", *(_format_optional(values.get(name)) for name in names)] for step, values in found)
     header = ["step", *map(format_metric_name, names)]
-    return ["<h2>Evaluation on held-out examples</h2>", f'<div class="scroll">{_render_table(rows, header)}</div>']
+    parts = ["<h2>Evaluation on held-out examples</h2>", f'<div class="scroll">{_render_table(rows, header)}</div>']
+    scores = {
+        name: {key: value for key, value in values.items() if key not in DATASET_COUNTS}
+        for name, values in datasets.items()
+    }
+    if names := list(dict.fromkeys(key for values in scores.values() for key in values)):
+        rows = ([name, *(_format_optional(values.get(key)) for key in names)] for name, values in scores.items())
+        table = _render_table(rows, ["dataset", *map(format_metric_name, names)])
+        parts += ["<h3>By dataset, in the result</h3>", f'<div class="scroll">{table}</div>']
+    return parts
 
 
 def _format_optional(value: float | None) -> str:
@@ -175,6 +194,22 @@ def _render_sample_table(samples: list[dict[str, Any]]) -> str:
 
 def _format_prediction(text: str | None) -> str:
     return "–" if text is None else text or "(empty)"
+
+
+def _render_datasets(examples: Examples) -> list[str]:
+    """Render what an epoch has of each dataset, if there are several."""
+    if not isinstance(examples, Mixture):
+        return []
+    rows = (
+        (dataset.name, f"{len(dataset.cache):,}", f"{share:.1%}", f"{count:,}", _format_repeats(count, dataset))
+        for dataset, share, count in zip(examples.datasets, examples.shares, examples.counts, strict=True)
+    )
+    header = ("dataset", "examples", "share", "examples per epoch", "times each")
+    return [f'<div class="scroll">{_render_table(rows, header)}</div>']
+
+
+def _format_repeats(count: int, dataset: Dataset) -> str:
+    return f"{count / len(dataset.cache):.3g}"
 
 
 def _render_left_out(by_reason: dict[str, int]) -> list[str]:

@@ -20,10 +20,12 @@ from t5tune.settings.commands import (
     TemplatesSettings,
     TrainSettings,
 )
-from t5tune.settings.data import ConversationSettings, DataSettings
+from t5tune.settings.data import DataSettings
+from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.loading import dump_settings, load_settings, write_settings
 from t5tune.settings.merge import MergeSettings
+from t5tune.settings.reading import ConversationSettings
 from t5tune.settings.shared import QuantizationSettings
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "ChatSettings",
     "ConversationSettings",
     "DataSettings",
+    "DatasetSettings",
     "DocsSettings",
     "DoctorSettings",
     "EvaluateSettings",

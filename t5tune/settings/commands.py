@@ -9,17 +9,12 @@ from pydantic import Field, model_validator
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.data import (
-    ConversationSettings,
-    DataSettings,
-    SelectionSettings,
-    SplitSettings,
-    TrainingDataSettings,
-)
+from t5tune.settings.data import DataSettings, MixingSettings, SplitSettings, TrainingDataSettings
 from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathAsText, PathList, Settings, WordList
 from t5tune.settings.hub import HubSettings, HubStrategySettings
 from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
+from t5tune.settings.reading import ConversationSettings, SelectionSettings
 from t5tune.settings.shard import ShardSettings
 from t5tune.settings.shared import (
     BaseModelSettings,
@@ -38,7 +33,9 @@ from t5tune.settings.training import (
 )
 
 
-class PrepareSettings(OutputSettings, SplitSettings, SelectionSettings, ShardSettings, BaseModelSettings):
+class PrepareSettings(
+    OutputSettings, SplitSettings, MixingSettings, SelectionSettings, ShardSettings, BaseModelSettings
+):
     command: ClassVar[str] = "prepare"
     essential: ClassVar[tuple[str, ...]] = (
         "source_column", "target_column", "source_prefix", "conversation_template", "model_max_length", "num_data",
@@ -82,11 +79,14 @@ class TrainSettings(
         if best in METRICS and self.metrics is not None and best not in self.metrics:
             raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
         known = (*losses, *METRICS)
+        # the metric of one of several datasets, `chats_loss`, whose name is checked once they are known
+        best = next((name for name in known if best is not None and best.endswith(f"_{name}")), best)
         if best is not None and best not in known and not self.metric:  # else checked when the functions are tried
             choices = f"; choose from {', '.join(known)}, or give the function that computes it with metric"
             raise ValueError(f"metric_for_best_model: {best}: no such metric{suggest_name(best, known) or choices}")
         generated = {"metrics": self.metrics, "metric": self.metric}
-        generated["metric_for_best_model"] = [best] if best is not None and best not in losses else None
+        is_generated = best is not None and best not in losses
+        generated["metric_for_best_model"] = [str(self.metric_for_best_model)] if is_generated else None
         for name, value in generated.items():
             if value and self.eval_generate is None:
                 raise ValueError(

@@ -1,102 +1,15 @@
-"""Which conversations to read, and how they become training examples."""
+"""Which data a command reads: one dataset, or several and how they are mixed."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
-
-DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
-
-
-class ConversationSettings(Settings):
-    """How a conversation becomes text and where it is cut, for all commands that turn conversations into token ids."""
-
-    panel: ClassVar[str] = "Conversations"
-
-    conversation_template: Annotated[str | None, NoneIfUnset, PathAsText, Affects.FINAL_WEIGHTS] = Field(
-        default=None,
-        description="Conversation template: a name under conversations/ in `t5tune templates`, or a YAML file; "
-        "default: the model's own (template.yaml); if it has none, plain for source/target pairs, and fastchat-t5 for "
-        "conversations.",
-    )
-    model_max_length: Annotated[int, Affects.EXAMPLES] = Field(
-        default=2048,
-        ge=8,
-        description="Maximum length of a source and of a target, each including its EOS token (tokens).",
-    )
-
-
-class ReadingSettings(Settings):
-    """How data records are read."""
-
-    panel: ClassVar[str] = "Reading"
-
-    data_format: Annotated[DataFormat, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default="auto", description="Format of the records; auto detects it from the keys of each record."
-    )
-    source_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default=None, description="Column or key with the input; default: detected."
-    )
-    target_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default=None, description="Column or key with the output; default: detected."
-    )
-    source_prefix: Annotated[str, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default="",
-        description="Text to prepend to each source of source-target or two-column data, such as `summarize: `.",
-    )
-    merge_same_role: Annotated[bool, Affects.EXAMPLES] = Field(
-        default=False, description="Join consecutive turns of the same role instead of rejecting the record."
-    )
-    clean: Annotated[bool, Affects.EXAMPLES] = Field(
-        default=False,
-        description="Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary "
-        "backslashes.",
-    )
-    max_record_bytes: Annotated[int, Affects.CACHE] = Field(
-        default=4 << 20, gt=0, description="Reject records longer than this (bytes)."
-    )
-
-    @model_validator(mode="after")
-    def _check_columns_match_format(self) -> Self:
-        for name in ("source_column", "target_column", "source_prefix"):
-            if (value := getattr(self, name)) and self.data_format not in ("auto", "source-target"):
-                raise ValueError(f"{name}: {value!r:.80}, but data_format {self.data_format} doesn't use it")
-        return self
-
-
-class SelectionSettings(Settings):
-    """Which records and assistant turns become examples."""
-
-    panel: ClassVar[str] = "Selection"
-
-    train_on: Annotated[Literal["all", "last"], Affects.EXAMPLES] = Field(
-        default="all", description="Train on all assistant turns of a conversation, or only on its last one."
-    )
-    min_target_tokens: Annotated[OptionalCount, Affects.EXAMPLES] = Field(
-        default=None, description="Skip targets shorter than this (tokens); default: keep all."
-    )
-    dedupe: Annotated[Literal["none", "exact"], Affects.EXAMPLES] = Field(
-        default="none", description="Deduplication: exact rejects a conversation identical to an earlier one."
-    )
-    split_long: Annotated[bool, Affects.EXAMPLES] = Field(
-        default=False, description="Split conversations longer than model_max_length at turn boundaries."
-    )
-    drop_truncated_targets: Annotated[bool, Affects.EXAMPLES] = Field(
-        default=False, description="Skip targets longer than model_max_length instead of truncating them."
-    )
-    max_rejected_fraction: Annotated[float | None, NoneIfUnset, Affects.NOTHING] = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="Fail if more than this fraction of the records is rejected, not counting records labeled bad; "
-        "default: never.",
-    )
-    num_workers: Annotated[OptionalCount, Affects.NOTHING] = Field(
-        default=None, description="Number of tokenization processes; default: one per CPU core, fewer for small data."
-    )
+from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings, combine_datasets, name_datasets
+from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, WordList
+from t5tune.settings.reading import ConversationSettings, ReadingSettings, SelectionSettings
 
 
 class DataSettings(ReadingSettings, ConversationSettings):
@@ -104,9 +17,16 @@ class DataSettings(ReadingSettings, ConversationSettings):
 
     data_path: Annotated[DataList, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         min_length=1,
-        description="Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (standard "
-        "input), datasets on the Hub (owner/name, hf://…), URLs, `pocket`; for train and evaluate also a token cache.",
+        description="Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub "
+        "datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes two.",
         json_schema_extra={"metavar": "PATH…"},
+    )
+    data: Annotated[list[DatasetSettings] | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+        default=None,
+        min_length=1,
+        description="Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in "
+        "place of data_path.",
+        json_schema_extra={"yaml_only": True},
     )
     data_subset: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
@@ -125,6 +45,33 @@ class DataSettings(ReadingSettings, ConversationSettings):
     num_data: Annotated[OptionalCount, Affects.CACHE | Affects.WEIGHTS] = Field(
         default=None, description="Use only the first N examples; default: all."
     )
+
+    def replace(self, **changes: Any) -> Self:
+        values = {name: getattr(self, name) for name in self.model_fields_set} | changes
+        for data, paths in PATHS_OF_DATASETS.items():
+            if changes.get(data) is not None and paths not in changes:
+                values.pop(paths, None)  # they are those of the datasets before
+            elif paths in changes and data not in changes:
+                values.pop(data, None)
+        return type(self)(**values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_datasets(cls, values: Any) -> Any:
+        """Read `data`, and `data_path` with weights, as both settings: the datasets, and all of their paths."""
+        return combine_datasets(values, "data", "data_path") if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _check_datasets(self) -> Self:
+        for name in ("data", "eval_data"):
+            datasets = getattr(self, name, None) or []
+            try:
+                name_datasets(datasets)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if any("-" in dataset.path for dataset in datasets):
+                raise ValueError(f"{name}: standard input (`-`) can't be one of several datasets; write it to a file")
+        return self
 
     @field_validator("add_tokens")
     @classmethod
@@ -154,7 +101,48 @@ class SplitSettings(Settings):
     )
 
 
-class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
+class MixingSettings(Settings):
+    """How many examples of each dataset an epoch has."""
+
+    panel: ClassVar[str] = "Data"
+
+    mixing: Annotated[Literal["weights", "proportional", "concatenate"] | None, NoneIfUnset, Affects.WEIGHTS] = Field(
+        default=None,
+        description="How several datasets are mixed: by their weights; proportional to their sizes, with "
+        "mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch (concatenate); "
+        "default: by weights if any is given, otherwise concatenate.",
+    )
+    mixing_temperature: Annotated[float | None, Field(gt=0), NoneIfUnset, Affects.WEIGHTS] = Field(
+        default=None,
+        description="Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the larger, "
+        "the more equal; default: 1.",
+    )
+    mixing_cap: Annotated[OptionalCount, Affects.WEIGHTS] = Field(
+        default=None,
+        description="Cap of proportional mixing: a dataset with more examples counts as if it had this many; default: "
+        "none.",
+    )
+
+    @model_validator(mode="after")
+    def _check_mixing(self) -> Self:
+        datasets: Sequence[DatasetSettings] = getattr(self, "data", None) or []
+        weights = [dataset.weight for dataset in datasets if "weight" in dataset.model_fields_set]
+        proportional = [name for name in ("mixing_temperature", "mixing_cap") if getattr(self, name) is not None]
+        if proportional and self.mixing not in (None, "proportional"):
+            raise ValueError(
+                f"{proportional[0]}: {getattr(self, proportional[0]):g} has no effect with mixing {self.mixing}"
+            )
+        other = proportional[0] if proportional else "mixing" if self.mixing not in (None, "weights") else None
+        if weights and other is not None:
+            raise ValueError(
+                f"{other}: {getattr(self, other)}: conflicts with the weights of data; leave one of them out"
+            )
+        if datasets and not any(dataset.weight for dataset in datasets):
+            raise ValueError("data: every weight is 0, so there is nothing to train on")
+        return self
+
+
+class TrainingDataSettings(MixingSettings, SplitSettings, SelectionSettings, DataSettings):
     preprocessed_path: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
         description="Folder for the token cache that train writes; default: `data` in the run folder.",
@@ -170,3 +158,15 @@ class TrainingDataSettings(SplitSettings, SelectionSettings, DataSettings):
         description="Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation, "
         "otherwise test.",
     )
+    eval_data: Annotated[list[DatasetSettings] | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+        default=None,
+        min_length=1,
+        description="Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like "
+        "it; YAML only, in place of eval_data_path.",
+        json_schema_extra={"yaml_only": True},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_evaluation_datasets(cls, values: Any) -> Any:
+        return combine_datasets(values, "eval_data", "eval_data_path") if isinstance(values, Mapping) else values

@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -227,8 +228,16 @@ def _wrap_in_list(value: Any) -> Any:
     return value and [_read_path(item) for item in value]
 
 
-def _read_data(value: Any) -> Any:
+def read_data(value: Any) -> Any:
+    """Read data as a list of paths; records in memory are stored in a file (io/records_in_memory.py)."""
     return [str(store_records(value))] if is_in_memory(value) else _wrap_in_list(value)
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of this name; a text that is too long for a path isn't one."""
+    with suppress(OSError):
+        return Path(path).exists()
+    return False
 
 
 def parse_gpu_memory(text: str) -> int:
@@ -294,5 +303,5 @@ FolderList = Annotated[list[Path], BeforeValidator(_wrap_in_list, json_schema_in
 PathList = Annotated[list[str], BeforeValidator(_wrap_in_list, json_schema_input_type=list[str] | str)]
 """A list of paths; a single one needs no list. Paths may contain commas and spaces, so they aren't split."""
 
-DataList = Annotated[list[str], BeforeValidator(_read_data, json_schema_input_type=list[str] | str)]
+DataList = Annotated[list[str], BeforeValidator(read_data, json_schema_input_type=list[str] | str)]
 """A list of paths; a single one needs no list. Records in memory are stored in a file (io/records_in_memory.py)."""

@@ -1,18 +1,30 @@
 """Write settings as the words of a command line, which read back as the same settings.
 
 list_flags(settings, ["bf16", "q_lora", "lora_r"])    # [["--no-bf16"], ["--q-lora"], ["--lora-r", "16"]]
+
+Some have no flag, and are only for YAML: `list_without_flags` lists these.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fields import Settings
 
 
 def list_flags(settings: Settings, names: Iterable[str]) -> Iterator[list[str]]:
-    """List the words of each of these settings that differs from its default."""
+    """List the words of each of these settings that differs from its default, without those that have no flag."""
     values, fields = settings.model_dump(mode="json"), type(settings).model_fields
+    without = list_without_flags(settings)
+    for data, paths in PATHS_OF_DATASETS.items():
+        if values.get(data) and data not in without:
+            values[paths] = [f"{dataset['path'][0]}:{dataset.get('weight', 1):g}" for dataset in values[data]]
     for name in names:
         value, flag = values[name], settings.format_option(name)
+        extra = fields[name].json_schema_extra
+        is_in_datasets = any(data in without for data, paths in PATHS_OF_DATASETS.items() if paths == name)
+        if is_in_datasets or (isinstance(extra, dict) and extra.get("yaml_only")):
+            continue
         if value == fields[name].get_default():
             continue
         if isinstance(value, bool):
@@ -22,3 +34,19 @@ def list_flags(settings: Settings, names: Iterable[str]) -> Iterator[list[str]]:
         # a value that begins with a dash would be read as a flag, and an empty list as a flag without its value
         is_attached = not texts or any(text.startswith("-") for text in texts)
         yield [f"{flag}={text}" for text in texts or [""]] if is_attached else [flag, *texts]
+
+
+def list_without_flags(settings: Settings) -> dict[str, Any]:
+    """List the settings that differ from their defaults and can't be written as flags: name -> JSON value."""
+    found: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        extra, value = field.json_schema_extra, getattr(settings, name)
+        if isinstance(extra, dict) and extra.get("yaml_only") and value != field.get_default():
+            # datasets that differ only in their paths and weights can: a.jsonl:2 b.jsonl:1
+            are_plain = name in PATHS_OF_DATASETS and all(map(_is_plain, value))
+            found |= {} if are_plain else {name: settings.model_dump(mode="json", include={name})[name]}
+    return found
+
+
+def _is_plain(dataset: DatasetSettings) -> bool:
+    return len(dataset.path) == 1 and dataset.model_fields_set <= {"path", "weight"}

@@ -12,6 +12,7 @@ from t5tune.errors import SettingsError
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.settings import packaged_templates
 from t5tune.settings.commands import COMMANDS
+from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
 from t5tune.settings.messages import describe_value_error, shorten_value
@@ -86,7 +87,11 @@ def dump_settings(settings: Settings, only_given: bool = False) -> str:
 
     start_over = next((f" --{name}" for name in ("fresh", "overwrite") if name in type(settings).model_fields), "")
     header = f"# to run this again: t5tune {settings.command} --config THIS_FILE{start_over}\n"
-    return header + to_yaml(settings.model_dump(mode="json", exclude_unset=only_given))
+    values = settings.model_dump(mode="json", exclude_unset=only_given)
+    for data, paths in PATHS_OF_DATASETS.items():
+        if values.get(data) is not None:  # the paths are those of the datasets
+            del values[paths]
+    return header + to_yaml(values)
 
 
 def write_settings(folder: Path, settings: Settings, only_given: bool = False) -> Path:
@@ -152,12 +157,26 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
     if not error["loc"]:
         return error["msg"].removeprefix("Value error, ")
     name = str(error["loc"][0])
-    if error["type"] == "missing":
+    given = values.get(name)
+    place, found = f" ({given.place})" if given else "", error["input"]
+    if name in PATHS_OF_DATASETS and len(error["loc"]) > 1:
+        name = _format_place(error["loc"])
+        if error["type"] == "extra_forbidden":
+            names = list(DatasetSettings.model_fields)
+            return f"{name}{place}: unknown setting{suggest_setting(str(error['loc'][-1]), names)}"
+        if error["type"] == "missing":
+            return f"{name}{place}: missing; each dataset needs it"
+    elif error["type"] == "missing":
         typed = model.format_option(name)
         give = typed if typed.startswith("--") else f"t5tune {model.command} {typed}"
         if name == model.also_positional:
             give = f"it right after t5tune {model.command}, as {typed},"
         return f"{name}: missing; give {give} or set it in a --config file"
-    given = values.get(name)
-    shown = shorten_value(given.value if given else error["input"])
-    return f"{name}: {shown}{f' ({given.place})' if given else ''}: {describe_value_error(error)}"
+    elif given:
+        found = given.value
+    return f"{name}: {shorten_value(found)}{place}: {describe_value_error(error)}"
+
+
+def _format_place(place: tuple[int | str, ...]) -> str:
+    """Format pydantic's place of an error: ("data", 1, "weight") -> data[1].weight."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from t5tune.errors import suggest_name
-from t5tune.settings.synonyms import find_meant_setting, suggest_setting
+from t5tune.settings.synonyms import find_meant_setting, is_name_elsewhere, suggest_setting
 
 # pydantic error type -> text; {…} is filled from the error's context
 VALUE_REASONS = {
@@ -27,6 +27,7 @@ VALUE_REASONS = {
     "path_type": "expected a path",
     "list_type": "expected a list",
     "dict_type": "expected names with values",
+    "model_type": "expected names with values, such as path: chats.jsonl",
     "missing": "missing",
     "literal_error": "expected {expected}",
     "greater_than": "must be greater than {gt}",
@@ -75,10 +76,13 @@ def describe_unknown_names(
         commands: command -> its settings, to say where one belongs that isn't among `own`.
     """
     problems = []
+    others = {other for settings in commands.values() for other in settings}
     for name in names:
-        advice = suggest_setting(name, own, write=_write_argument)
+        # a setting of this very name is meant rather than one of a similar name
+        advice = (
+            "" if name in others and not is_name_elsewhere(name) else suggest_setting(name, own, write=_write_argument)
+        )
         if not advice:
-            others = {other for settings in commands.values() for other in settings}
             meant = name if name in others else find_meant_setting(name, (), others)
             users = sorted(command for command, settings in commands.items() if meant in settings)
             advice = f"; {meant} is a setting of {', '.join(users)}" if users else ""

@@ -1,6 +1,5 @@
 """Groups of settings that several commands share: the base, its quantization, where it runs, and the output folder."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,19 +10,13 @@ from t5tune.errors import suggest_name
 from t5tune.hub.names import split_revision
 from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects
-from t5tune.settings.fields import NoneIfUnset, PathAsText, PathList, Settings, WordList
+from t5tune.settings.fields import NoneIfUnset, PathAsText, PathList, Settings, WordList, exists
 
 # the keys of the table in t5tune/families
 FamilyName = Literal[
     "byt5", "fastchat-t5", "flan-ul2", "madlad400", "codet5", "t5", "flan-t5", "mt5", "umt5", "longt5", "t5gemma",
     "t5gemma2",
 ]  # fmt: skip
-
-
-def _exists(path: str) -> bool:
-    with suppress(OSError):  # too long for a file
-        return Path(path).exists()
-    return False
 
 
 def _read_device(value: Any) -> Any:
@@ -59,7 +52,7 @@ class BaseModelSettings(Settings):
         """Read `owner/name@revision` as both settings."""
         given = values.get("model_name_or_path") if isinstance(values, dict) else None
         name, revision = split_revision(given) if isinstance(given, str) else ("", None)
-        if revision is None or _exists(str(given)):
+        if revision is None or exists(str(given)):
             return values
         if (other := values.get("revision")) not in (None, revision):
             raise ValueError(f"revision: {other}, but model_name_or_path is {given}; give only one of them")

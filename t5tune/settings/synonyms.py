@@ -20,9 +20,10 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "max_new_tokens": "generation_max_length max_tokens max_length",
     "model_max_length": "sequence_len cutoff_len max_length max_seq_len max_seq_length max_source_length "
     "max_target_length max_prompt_length",
-    "data_path": "datasets dataset dataset_name dataset_dir dataset_path data data_files train_file train_data "
+    "data_path": "datasets dataset dataset_name dataset_dir dataset_path data_files train_file train_data "
     "train_dataset test_file",
-    "eval_data_path": "eval_dataset eval_data eval_file test_datasets validation_file validation_data",
+    "mixing": "mix_strategy dataset_mixing",
+    "eval_data_path": "eval_dataset eval_file test_datasets validation_file validation_data",
     "source_column": "text_column input_column prompt_column",
     "target_column": "summary_column output_column response_column label_column",
     "source_prefix": "prefix task_prefix",
@@ -164,6 +165,11 @@ def find_meant_setting(name: str, own: Collection[str], others: Collection[str] 
     meant = _SETTINGS_BY_NAME.get(_normalize(name), [])
     ours = next((setting for names in (own, others) for setting in meant if setting in names), None)
     return ours or find_close_name(_normalize(name), own)
+
+
+def is_name_elsewhere(name: str) -> bool:
+    """Whether a name is one that other tools use."""
+    return _normalize(name) in _SETTINGS_BY_NAME or _normalize(name) in _ADVICE_BY_NAME
 
 
 def _find_advice(name: str, own: Collection[str], others: Collection[str]) -> str | None:

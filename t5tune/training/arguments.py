@@ -1,6 +1,7 @@
 """Convert the settings to TrainingArguments of Hugging Face's Trainer."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -45,11 +46,14 @@ class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
 def make_training_arguments(
     settings: TrainSettings,
     deepspeed: dict[str, Any] | None,
-    evaluates: bool,
+    losses: Collection[str],
     world: World,
     device: torch.device,
 ) -> OneGpuArguments:
     """Make the Trainer's arguments. The settings' own `training_args` override all others.
+
+    Args:
+        losses: the metrics of evaluations that are better the lower they are; empty: there are no evaluations.
 
     Raises:
         SettingsError: TrainingArguments rejects a value.
@@ -61,9 +65,9 @@ def make_training_arguments(
     values |= {
         "output_dir": str(settings.output_dir),
         "max_steps": settings.max_steps or -1,
-        "eval_strategy": settings.eval_strategy or ("steps" if settings.eval_steps else "epoch" if evaluates else "no"),
+        "eval_strategy": settings.eval_strategy or ("steps" if settings.eval_steps else "epoch" if losses else "no"),
         "metric_for_best_model": metric,
-        "greater_is_better": metric not in {None, "loss", "perplexity"},
+        "greater_is_better": metric is not None and metric not in losses,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world.size > 1 else None,
         "ddp_timeout": settings.process_group_timeout,

@@ -1,6 +1,6 @@
 """Build the model to train (adapters, packing, ZeRO-3 sharding) and the function that saves it.
 
-built = build_model(settings, base, base_metadata, cache, deepspeed, device, report)
+built = build_model(settings, base, base_metadata, examples, deepspeed, device, report)
 built.weights.write(folder, trained_tensors)    # the files of an adapter, or with train_mode full of a checkpoint
 """
 
@@ -18,7 +18,7 @@ from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.model_card import format_data_line, format_settings_line
 from t5tune.checkpoints.model_folder import write_model
 from t5tune.checkpoints.tensors import Tensor
-from t5tune.data.cache import Cache
+from t5tune.data.mixture import Examples
 from t5tune.errors import SettingsError
 from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE, TEMPLATE_FILE
 from t5tune.model.attention import can_pack, switch_off_attention_dropout, use_packing
@@ -54,7 +54,7 @@ def build_model(
     settings: TrainSettings,
     base: Path,
     base_metadata: dict[str, Any],
-    cache: Cache,
+    examples: Examples,
     deepspeed: dict[str, Any] | None,
     device: torch.device,
     report: Report,
@@ -79,11 +79,11 @@ def build_model(
     if is_full:
         model.requires_grad_(True)
     else:
-        token_ids = list(cache.manifest["added_token_ids"])
+        token_ids = list(examples.manifest["added_token_ids"])
         model, subtracted = add_lora(model, base, settings, token_ids, trained_dtype, partitioner)
     if settings.adapter is not None:
         adapter = find_adapter(settings.adapter, settings.cache_dir)
-        load_initial_adapter(model, adapter, cache.tokenizer_folder)
+        load_initial_adapter(model, adapter, examples.tokenizer_folder)
     is_packed = _enable_packing(settings, model, report)
     if not settings.attention_dropout:
         switch_off_attention_dropout(model)
@@ -99,7 +99,7 @@ def build_model(
         model.enable_input_require_grads()
     if partitioner is not None:
         partitioner.partition_model(model)
-    weights = _make_trained_weights(settings, base, base_metadata, cache, model, subtracted)
+    weights = _make_trained_weights(settings, base, base_metadata, examples, model, subtracted)
     return BuiltModel(model, is_packed, weights, trainable, total)
 
 
@@ -125,11 +125,11 @@ def _make_trained_weights(
     settings: TrainSettings,
     base: Path,
     base_metadata: dict[str, Any],
-    cache: Cache,
+    examples: Examples,
     model: Any,
     subtracted: dict[str, Tensor],
 ) -> TrainedWeights:
-    files = cache.tokenizer_folder, cache.folder / TEMPLATE_FILE
+    files = examples.tokenizer_folder, examples.folder / TEMPLATE_FILE
     if settings.train_mode == "full":
         tied = bool(model.config.tie_word_embeddings)
         checkpoint = open_base(base, settings.family)
@@ -140,7 +140,7 @@ def _make_trained_weights(
         write = partial(write_model, base=checkpoint, tied=tied, metadata=metadata, family=settings.family)
         return TrainedWeights(MODEL_FILE, write, subtracted, names)
     config = _make_adapter_config(model, settings, bool(subtracted))
-    training = format_data_line(cache.manifest) + format_settings_line(settings.model_dump())
+    training = format_data_line(examples.manifest) + format_settings_line(settings.model_dump())
     metadata = AdapterMetadata(config, *files, base_metadata, training)
     write = partial(write_adapter, metadata=metadata, with_non_lora_state=True)
     return TrainedWeights(ADAPTER_WEIGHTS_FILE, write, subtracted)

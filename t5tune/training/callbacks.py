@@ -1,12 +1,13 @@
 """The Trainer's callbacks: report progress, and decide when to log, save, evaluate and stop."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
 from t5tune.checkpoints.model_card import is_timing
+from t5tune.metrics import split_by_dataset
 from t5tune.progress import Advanced, Evaluated, Finished, Measured, Report, Started
 from t5tune.reports.metrics_log import MetricsLog
 
@@ -19,12 +20,16 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
 
     Args:
         threshold: an evaluation is reported as the best if it gains more than this.
+        datasets: the names of the datasets that are evaluated, if there are several.
     """
 
-    def __init__(self, report: Report, metrics_log: MetricsLog | None, threshold: float) -> None:
+    def __init__(
+        self, report: Report, metrics_log: MetricsLog | None, threshold: float, datasets: Sequence[str] = ()
+    ) -> None:
         self.report = report
         self.metrics_log = metrics_log
         self.threshold = threshold
+        self.datasets = datasets
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.report(Started(TRAIN_TASK, state.max_steps, "steps"))
@@ -51,7 +56,8 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
             for name, value in metrics.items()
             if name.startswith("eval_") and not is_timing(name)
         }
-        self.report(Evaluated(TRAIN_TASK, state.global_step, values, is_best))
+        overall, by_dataset = split_by_dataset(values, self.datasets)
+        self.report(Evaluated(TRAIN_TASK, state.global_step, overall, is_best, by_dataset))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.report(Finished(TRAIN_TASK))

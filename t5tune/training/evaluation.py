@@ -4,9 +4,10 @@ Neither takes more memory than a training step. The losses come from the same ch
 a maximum number of tokens, and in generation also a maximum size of the key-value cache (see evaluation_batches.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 
 from t5tune.custom_metrics import compute_custom_metrics, try_custom_metrics
 from t5tune.data.encoding import Example
+from t5tune.data.mixture import Examples
 from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
 from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
-from t5tune.metrics import choose_metrics, score
+from t5tune.metrics import choose_metrics, prefix_metric, score
 from t5tune.model.generation import Decoding, generate
 from t5tune.model.zero3 import gather_decoder
 from t5tune.progress import Report, silent
@@ -45,6 +47,11 @@ class Losses:
     def mean(self) -> float:
         """The mean loss per target token."""
         return sum(self.sums) / sum(self.tokens)
+
+    def select(self, indices: Iterable[int]) -> "Losses":
+        """Return the losses of some of the examples."""
+        chosen = list(indices)
+        return Losses([self.sums[index] for index in chosen], [self.tokens[index] for index in chosen])
 
     def get_mean(self, index: int) -> float:
         """Return an example's mean loss per target token."""
@@ -99,10 +106,9 @@ def make_loss_batches(lengths: Sequence[Lengths], batch_size: int | None) -> Bat
 
 @dataclass(frozen=True)
 class GenerationScorer:
-    """Generates predictions for some of the held-out examples and scores them.
+    """Generates predictions for some of the held-out examples and scores them: all, and those of each dataset.
 
     Args:
-        answer_suffix: the text that the conversation template adds after each target; it isn't part of a prediction.
         count: number of examples.
         names: the built-in metrics to compute; None: all that fit the targets.
         functions: the custom metrics, as in the setting `metric`. Only rank 0 imports and calls them: some aren't
@@ -110,51 +116,91 @@ class GenerationScorer:
     """
 
     tokenizer: Tokenizer
-    answer_suffix: str
     count: int
     names: Sequence[str] | None
     functions: Sequence[str]
     world: World
 
-    def list_metrics(self, examples: Sequence[Example]) -> list[str]:
+    def list_metrics(self, examples: Examples) -> list[str]:
         """List the metrics of an evaluation, after trying whether they can be computed. Call on every rank.
 
         Raises:
             SettingsError: one can't.
         """
-        targets = self._decode_targets(self._select_examples(examples))
-        return run_on_rank_0(
-            self.world, lambda: [*choose_metrics(self.names, targets), *try_custom_metrics(self.functions, targets)]
-        )
+
+        def list_names() -> list[str]:
+            found: list[str] = []
+            for prefix, indices in self._select_examples(examples).items():
+                targets = self._decode_targets(examples, indices)
+                custom = try_custom_metrics(self.functions, targets)
+                found += (prefix + name for name in (*self._choose_metrics(prefix, targets), *custom))
+            return found
+
+        return run_on_rank_0(self.world, list_names)
 
     def score(
         self,
         model: Any,
-        examples: Sequence[Example],
+        examples: Examples,
         batch_size: int | None,
         report: Report,
         is_stopped: Callable[[], bool],
     ) -> dict[str, float]:
         """Score greedy predictions for evenly spaced examples. Custom metrics may be NaN or infinite."""
-        chosen = self._select_examples(examples)
-        longest = find_max_target_length(chosen)
-        decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
-        generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped)
-        predictions = [decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in generated]
-        targets = self._decode_targets(chosen)
-        return run_on_rank_0(
-            self.world,
-            lambda: (
-                score(predictions, targets, choose_metrics(self.names, targets))
-                | compute_custom_metrics(self.functions, predictions, targets, allow_non_finite=True)
-            ),
-        )
+        selected = self._select_examples(examples)
+        predictions: dict[int, str] = {}
+        for prefix, indices in selected.items():
+            if prefix or len(selected) == 1:  # of each dataset apart: how long they may be depends on its targets
+                chosen = [examples[index] for index in indices]
+                longest = find_max_target_length(chosen)
+                decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
+                generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped)
+                suffixes = (examples.get_template(index).answer_suffix for index in indices)
+                decoded = map(decode_prediction, repeat(self.tokenizer), generated, suffixes)
+                predictions |= zip(indices, decoded, strict=True)
 
-    def _select_examples(self, examples: Sequence[Example]) -> list[Example]:
-        return [examples[index] for index in select_evenly(len(examples), self.count)]
+        def compute() -> dict[str, float]:
+            scores: dict[str, float] = {}
+            for prefix, part in selected.items():
+                pair = [predictions[index] for index in part], self._decode_targets(examples, part)
+                found = score(*pair, self._choose_metrics(prefix, pair[1]))
+                found |= compute_custom_metrics(self.functions, *pair, allow_non_finite=True)
+                scores |= {prefix + name: value for name, value in found.items()}
+            return scores
 
-    def _decode_targets(self, examples: Sequence[Example]) -> list[str]:
-        return [decode_reference(self.tokenizer, example.target_T, self.answer_suffix) for example in examples]
+        return run_on_rank_0(self.world, compute)
+
+    def _select_examples(self, examples: Examples) -> dict[str, list[int]]:
+        """Select evenly spaced examples, as many of each dataset: the prefix of the metrics' names -> indices."""
+        datasets = examples.list_datasets()
+        if not datasets:
+            return {"": select_evenly(len(examples), self.count)}
+        share = -(-self.count // len(datasets))
+        parts = {name: [of[i] for i in select_evenly(len(of), share)] for name, of in datasets}
+        every = [index for part in parts.values() for index in part]
+        return {"": every, **{prefix_metric(name, ""): part for name, part in parts.items()}}
+
+    def _choose_metrics(self, prefix: str, targets: list[str]) -> list[str]:
+        """Choose the metrics that are computed; of a dataset those that fit its targets."""
+        if not prefix:
+            return list(choose_metrics(self.names, targets))
+        return [name for name in choose_metrics(None, targets) if self.names is None or name in self.names]
+
+    def _decode_targets(self, examples: Examples, indices: list[int]) -> list[str]:
+        return [
+            decode_reference(self.tokenizer, examples[index].target_T, examples.get_template(index).answer_suffix)
+            for index in indices
+        ]
+
+
+def list_losses(examples: Examples) -> list[str]:
+    """List the metrics of an evaluation that are better the lower they are."""
+    return ["loss", "perplexity", *(prefix_metric(name, "loss") for name, _ in examples.list_datasets())]
+
+
+def compute_dataset_losses(losses: Losses, examples: Examples) -> dict[str, float]:
+    """Compute the mean loss per target token of each dataset; empty if the examples aren't divided into datasets."""
+    return {prefix_metric(name, "loss"): losses.select(indices).mean for name, indices in examples.list_datasets()}
 
 
 def generate_predictions(

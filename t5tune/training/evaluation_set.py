@@ -5,44 +5,45 @@ chosen = load_evaluation_set(settings, loaded, report)
 chosen.examples, chosen.targets
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 from t5tune.checkpoints.pocket import find_conversations_file
-from t5tune.data.cache import Cache, is_cache, open_cache
+from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.data.data_problems import make_mixed_data_error, report_default_template
 from t5tune.data.encoders import Encoder, make_encoder
 from t5tune.data.encoding import Example, encode_batch, extract_example
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
+from t5tune.data.mixture import Examples, has_examples, open_examples
 from t5tune.data.pipeline import read_conversation
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.sample import choose_default_template, drain, take_sample
-from t5tune.data.sources import bring_data
+from t5tune.data.sources import bring_data, is_dataset_name
 from t5tune.data.templates import (
     PAIR_TEMPLATE,
     Template,
-    find_template,
     load_template,
-    parse_template,
     render_conversation,
 )
 from t5tune.data.tokenizer import Tokenizer, decode_reference, load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
-from t5tune.file_names import TEMPLATE_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.io.atomic import hash_file
-from t5tune.io.yaml_file import read_yaml
+from t5tune.io.reasons import join_first
 from t5tune.model.inference import LoadedModel
+from t5tune.preparing.dataset import Origin, prepare_dataset
 from t5tune.progress import Note, Report
-from t5tune.settings import EvaluateSettings
+from t5tune.settings import EvaluateSettings, PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.datasets import DatasetSettings, name_datasets
 
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
 
@@ -52,20 +53,28 @@ class EvaluationSet:
     """Examples, their targets as text, and how to decode predictions.
 
     Args:
-        answer_end: the text that the conversation template adds after each target.
+        answer_ends: for each example, the text that the conversation template adds after the target.
+        datasets: the name and the examples of each dataset, if there are several.
     """
 
     examples: Sequence[Example]
     targets: list[str]
     tokenizer: Tokenizer
-    answer_end: str
+    answer_ends: list[str]
+    datasets: list[tuple[str, range]] = field(default_factory=list)
 
 
 def inherit_data_settings(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluateSettings:
     """Return the settings with the data columns and the source prefix of training, unless the user set others."""
-    trained_on = loaded.training_data
-    if trained_on is None or is_cache(Path(settings.data_path[0])):
+    trained_on = loaded.find_dataset(settings.conversation_template or "") or loaded.training_data
+    if trained_on is None or settings.data is not None or has_examples(Path(settings.data_path[0])):
         return settings
+    return _inherit_reading(settings, trained_on, report)
+
+
+def _inherit_reading(
+    settings: EvaluateSettings, trained_on: TrainingData | DatasetTraining, report: Report
+) -> EvaluateSettings:
     names = select_settings(EvaluateSettings, Affects.INFERENCE)
     given, columns = settings.model_fields_set, set(names) - {"source_prefix"}
     if given & columns:  # a user who names one column describes the whole layout
@@ -83,14 +92,60 @@ def inherit_data_settings(settings: EvaluateSettings, loaded: LoadedModel, repor
 
 def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
     """Load the examples of a token cache, or encode conversations with the model's conversation template."""
+    if settings.data is None:
+        return _load_dataset(settings, loaded, report)
+    parts: dict[str, EvaluationSet] = {}
+    for name, dataset in zip(name_datasets(settings.data), settings.data, strict=True):
+        report(Note(f"dataset {name}: {join_first(dataset.path)}"))
+        own = _make_settings(settings, dataset)
+        trained_on = loaded.find_dataset(name)
+        own = _inherit_reading(own, trained_on, report) if trained_on is not None else own
+        template = None if trained_on is None else Template(**trained_on.conversation_template)
+        parts[name] = _load_dataset(own, loaded, report, template)
+    return _join(parts)
+
+
+def _make_settings(settings: EvaluateSettings, dataset: DatasetSettings) -> EvaluateSettings:
+    """Make the settings that load one dataset: what it gives itself, and otherwise those of all."""
+    names = settings.model_fields_set - {"data", "data_path"}
+    values = {name: getattr(settings, name) for name in names}
+    if not any(map(is_dataset_name, dataset.path)):  # a part of a dataset on the Hub, which this isn't
+        values |= {"data_subset": None, "data_split": None}
+    given = {name: value for name, value in dataset.list_given().items() if name in EvaluateSettings.model_fields}
+    return EvaluateSettings(**{**values, **given, "data_path": dataset.path})
+
+
+def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
+    """Join the examples of several datasets, one dataset after the other."""
+    ends = list(accumulate(len(part.targets) for part in parts.values()))
+    starts = [0, *ends[:-1]]
+    return EvaluationSet(
+        [example for part in parts.values() for example in part.examples],
+        [target for part in parts.values() for target in part.targets],
+        next(iter(parts.values())).tokenizer,
+        [end for part in parts.values() for end in part.answer_ends],
+        [(name, range(start, end)) for name, start, end in zip(parts, starts, ends, strict=True)],
+    )
+
+
+def _load_dataset(
+    settings: EvaluateSettings, loaded: LoadedModel, report: Report, trained_template: Template | None = None
+) -> EvaluationSet:
+    """Load the examples of one dataset.
+
+    Args:
+        trained_template: the conversation template of the dataset of this name that the model was trained on.
+    """
     path = Path(settings.data_path[0])
-    if is_cache(path):
+    if has_examples(path):
         if len(settings.data_path) > 1:
             raise DataError(
                 f"data_path: {path}: a token cache can't be combined with other data",
-                hint="give one token cache, or only conversations",
+                hint="give one token cache, or only conversations; or several datasets, each with a weight",
             )
-        return _load_cache_examples(open_cache(path), settings, loaded, report)
+        return _load_cache_examples(open_examples(path), settings, loaded, report)
+    if settings.objective == "span-corruption":
+        return _load_raw_text(settings, loaded, report)
     tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
     encoder = make_encoder(tokenizer)
     names = [str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path]
@@ -98,7 +153,9 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
     files = find_files(bring_data(names, choice, "data_path", settings.cache_dir, report))
     records = read_records(files, settings.max_record_bytes)
     sample = take_sample(records)
-    template, default_template = find_template(settings.conversation_template, loaded.template_files), None
+    template, default_template = trained_template, None
+    if template is None or settings.conversation_template is not None:
+        template = loaded.find_template(settings.conversation_template)
     if template is None:
         default_template = choose_default_template(sample, files, settings)
         template = load_template(default_template)
@@ -130,7 +187,19 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
         report(Note(f"{truncated} {settings.model_max_length}", True))
     if not examples:
         raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
-    return EvaluationSet(examples, targets, tokenizer, template.answer_suffix)
+    return EvaluationSet(examples, targets, tokenizer, [template.answer_suffix] * len(examples))
+
+
+def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
+    """Mask spans of raw text as prepare does, by way of a token cache in a temporary folder."""
+    names = PrepareSettings.model_fields.keys() & settings.model_fields_set - {"conversation_template"}
+    values = {name: getattr(settings, name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder, "cache")
+        values |= {"model_name_or_path": str(loaded.base), "output_dir": cache}
+        prepare_dataset(PrepareSettings(**values), report, Origin(tokenizer_source=loaded.tokenizer_folder))
+        chosen = _load_cache_examples(open_examples(cache), settings, loaded, report)
+        return replace(chosen, examples=list(chosen.examples))
 
 
 def _encode(
@@ -172,25 +241,25 @@ def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: R
 
 
 def _load_cache_examples(
-    cache: Cache, settings: EvaluateSettings, loaded: LoadedModel, report: Report
+    examples: Examples, settings: EvaluateSettings, loaded: LoadedModel, report: Report
 ) -> EvaluationSet:
-    saved, made = loaded.tokenizer_folder / "tokenizer.json", cache.tokenizer_folder / "tokenizer.json"
-    tokenizer = load_tokenizer(cache.tokenizer_folder)
+    saved, made = loaded.tokenizer_folder / "tokenizer.json", examples.tokenizer_folder / "tokenizer.json"
+    tokenizer = load_tokenizer(examples.tokenizer_folder)
     same = saved.is_file() and made.is_file() and hash_file(saved) == hash_file(made)
     if not same and not _is_extension(tokenizer, loaded.tokenizer):
         raise DataError(
-            f"data_path: {cache.folder}: made with another tokenizer than that of {loaded.tokenizer_folder}",
+            f"data_path: {examples.folder}: made with another tokenizer than that of {loaded.tokenizer_folder}",
             hint="pass the conversation files instead of the cache",
         )
-    _, held_out = cache.split_as_prepared()
+    _, held_out = examples.split_as_prepared()
     if held_out is not None:
-        report(Note(f"{cache.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
-    cache = held_out or cache
+        report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
+    examples = held_out or examples
     if settings.num_data is not None:
-        cache = cache.take(settings.num_data)
-    template = parse_template(read_yaml(cache.folder / TEMPLATE_FILE), cache.folder / TEMPLATE_FILE)
-    targets = [decode_reference(tokenizer, example.target_T, template.answer_suffix) for example in cache]
-    return EvaluationSet(cache, targets, tokenizer, template.answer_suffix)
+        examples = examples.take(settings.num_data)
+    ends = [examples.get_template(index).answer_suffix for index in range(len(examples))]
+    targets = [decode_reference(tokenizer, example.target_T, end) for example, end in zip(examples, ends, strict=True)]
+    return EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets())
 
 
 def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:

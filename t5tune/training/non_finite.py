@@ -65,7 +65,7 @@ class NonFiniteGuard:
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def check(self, norm: Any, step: int, model: Any, list_examples: Callable[[], list[int]]) -> Any:
+    def check(self, norm: Any, step: int, model: Any, list_examples: Callable[[], list[int | str]]) -> Any:
         """Check the gradient norm of a step, and return it as a number. Call on every rank.
 
         Under DeepSpeed the update has already been made or skipped; otherwise this drops non-finite gradients. Reading
@@ -73,7 +73,7 @@ class NonFiniteGuard:
 
         Args:
             norm: None if DeepSpeed didn't compute it: stage 0 does that only for clipping.
-            list_examples: lists the indices in the cache of the step's examples, over all ranks.
+            list_examples: lists the step's examples, over all ranks: their indices in the cache.
 
         Raises:
             TrainingError: the step isn't finite, and training is to stop; names the step, the file and the last
@@ -90,7 +90,7 @@ class NonFiniteGuard:
             self._handle(step, float(loss), math.inf if self._engine is not None else norm, list_examples())
         return norm
 
-    def _handle(self, step: int, own_loss: float, grad_norm: float, examples: list[int]) -> None:
+    def _handle(self, step: int, own_loss: float, grad_norm: float, examples: list[int | str]) -> None:
         """Log the step, then skip it or raise."""
         losses = all_gather(own_loss)  # all ranks get here, since the norm is the same on every rank
         loss = next((value for value in losses if not math.isfinite(value)), own_loss)

@@ -1,6 +1,6 @@
 """The run identity: the configuration a run depends on. Resuming with a different one is refused.
 
-    run_identity = build_run_identity(settings, cache, base_hash, world_size)   # {"lora_r": 8, "data": "sha256:…", …}
+    run_identity = build_run_identity(settings, examples, base_hash, world_size)   # {"lora_r": 8, "data": "sha256:…"}
     check_run_identity(checkpoint, run_identity, ["learning_rate"], settings.gradient_accumulation_steps)
 
 Each checkpoint stores it in t5tune_manifest.json, under the key `made_of`. `batch` is the number of examples per
@@ -16,8 +16,8 @@ from typing import Any
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.zero_optimizer import read_zero_optimizer
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
-from t5tune.data.cache import Cache
 from t5tune.data.cache_reuse import make_resume_error
+from t5tune.data.mixture import Examples, Mixture
 from t5tune.errors import CheckpointError, SettingsError, suggest_name
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
@@ -26,19 +26,18 @@ from t5tune.settings.affects import Affects, select_settings
 from t5tune.training.checkpoint import read_run_identity
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
-CACHE_FILES = ("tokens.bin", "conversations.bin", "examples.bin")
 SHARDING_FIELDS = ("world_size", "deepspeed_stage")
 ZERO_STAGES = {1, 2, 3}  # those that divide the optimizer's state among the ranks
 PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
-def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, world_size: int) -> dict[str, Any]:
+def build_run_identity(settings: TrainSettings, examples: Examples, base_hash: str, world_size: int) -> dict[str, Any]:
     """Collect everything that determines a run's weights: field -> JSON value."""
     values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
-    inputs = {name: value for name, value in cache.manifest["inputs"].items() if name != "data"}
+    inputs = {name: value for name, value in examples.manifest["inputs"].items() if name != "data"}
     # train or, before it, prepare may have held out examples: what matters is which ones are left to train on
-    values["eval_fraction"] = values["eval_fraction"] or cache.manifest["eval_fraction"]
+    values["eval_fraction"] = values["eval_fraction"] or examples.manifest["eval_fraction"]
     values["num_data"] = values["num_data"] or inputs["num_data"]
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
     adapter = settings.adapter and find_adapter(settings.adapter, settings.cache_dir)
@@ -51,9 +50,8 @@ def build_run_identity(settings: TrainSettings, cache: Cache, base_hash: str, wo
         **inputs,
         **{name: values[name] for name in sorted(values)},
         **batch,
-        "data": _hash_mapping(
-            {**{name: cache.manifest["files"][name] for name in CACHE_FILES}, "examples": cache.hash_indices()}
-        ),
+        **_describe_mixing(examples),
+        "data": _hash_mapping(examples.identify()),
         "base": f"sha256:{base_hash}",
         "adapter": adapter and _hash_files(adapter, ADAPTER_FILES),
         "world_size": world_size,
@@ -194,7 +192,16 @@ def _hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
     return _hash_mapping({path.name: hash_file(path) for pattern in patterns for path in sorted(folder.glob(pattern))})
 
 
-def _hash_mapping(hashes: dict[str, str]) -> str:
+def _describe_mixing(examples: Examples) -> dict[str, Any]:
+    """Describe how many examples of each dataset an epoch has, in place of the settings that say it."""
+    names = ("mixing", "mixing_temperature", "mixing_cap")
+    if not isinstance(examples, Mixture):
+        return dict.fromkeys(names)
+    counts = {dataset.name: count for dataset, count in zip(examples.datasets, examples.counts, strict=True)}
+    return dict.fromkeys(names) | {"mixing": counts}
+
+
+def _hash_mapping(hashes: dict[str, Any]) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()}"
 
 

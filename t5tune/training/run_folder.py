@@ -1,7 +1,7 @@
 """The run folder: its files, the settings it was started with, and the checkpoint to resume from.
 
 run = locate_run(settings)
-base_metadata, run_identity, resume = start_or_resume_run(settings, run, cache, base, world, report)
+base_metadata, run_identity, resume = start_or_resume_run(settings, run, examples, base, world, report)
 resume                              # run/checkpoint-40, or None for a new run
 read_result(run.folder).adapter     # of a finished run
 """
@@ -10,7 +10,7 @@ import fcntl
 import html
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import describe_base, load_hash, read_file_stats, store_hash
 from t5tune.compat.quiet import quiet_libraries
-from t5tune.data.cache import Cache, is_cache, open_cache, read_manifest
+from t5tune.data.mixing import choose_mixing
+from t5tune.data.mixture import Examples, Mixture, has_examples, open_examples, read_examples_manifest
 from t5tune.data.templates import Template, find_template
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError
-from t5tune.file_names import RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
+from t5tune.file_names import EVAL_CACHE_FOLDER, RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
 from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_file, write_json
 from t5tune.io.reasons import describe_error
 from t5tune.io.yaml_file import read_yaml
@@ -32,6 +33,7 @@ from t5tune.reports.metrics_log import read_metrics
 from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, remove_staged
 from t5tune.training.resume_guard import build_run_identity, check_run_identity, describe_other_ranks
@@ -58,7 +60,8 @@ class TrainResult:
     everything included) and `peak_memory_bytes`, which cover only the process that finished it. `tokens_per_second`
     excludes the time of evaluations and saves. `stopped_early` says when and why early stopping ended the run.
     `peak_reserved_bytes` is what torch had reserved on a GPU, of which `peak_memory_bytes` was in use; None on a CPU.
-    `pushed` is the URL of the repository that the result was uploaded to.
+    `pushed` is the URL of the repository that the result was uploaded to. `datasets` has the examples and the metrics
+    of each dataset, if there are several.
     """
 
     run: Path
@@ -79,6 +82,7 @@ class TrainResult:
     stopped_early: str | None = None
     peak_reserved_bytes: int | None = None
     pushed: str | None = None
+    datasets: dict[str, dict[str, float]] | None = None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the logged metrics: a dict for each logged step, with "step", "loss", "learning_rate", "eval_loss", …"""
@@ -115,7 +119,11 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Run:
-    """Paths of a run folder, and whether its run has finished."""
+    """Paths of a run folder, and whether its run has finished.
+
+    Args:
+        cache, eval_cache: the token cache, or the mixture of several datasets.
+    """
 
     folder: Path
     settings_path: Path
@@ -127,15 +135,18 @@ class Run:
 def locate_run(settings: TrainSettings) -> Run:
     """Determine the paths of a run, which need not exist yet."""
     folder = settings.output_dir
-    cache = Path(settings.data_path[0])
-    if not is_cache(cache):
-        cache = settings.preprocessed_path or folder / RUN_CACHE_FOLDER
+    cache = find_given_examples(settings.data_path, settings.data)
+    cache = cache or settings.preprocessed_path or folder / RUN_CACHE_FOLDER
     eval_cache = None
     if settings.eval_data_path:
-        eval_cache = Path(settings.eval_data_path[0])
-        if not is_cache(eval_cache):
-            eval_cache = folder / "eval-data"
+        eval_cache = find_given_examples(settings.eval_data_path, settings.eval_data) or folder / EVAL_CACHE_FOLDER
     return Run(folder, folder / SETTINGS_FILE, cache, eval_cache, (folder / RESULT_FILE).is_file())
+
+
+def find_given_examples(paths: list[str], datasets: Sequence[DatasetSettings] | None) -> Path | None:
+    """Return the folder of the token cache or the mixture that the paths name; None if they name data."""
+    given = Path(paths[0])
+    return given if datasets is None and has_examples(given) else None
 
 
 @contextmanager
@@ -231,12 +242,16 @@ def move_aside(folder: Path, report: Report) -> Path | None:
 
 
 def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
-    """Replace the settings that determine the examples with those of the token cache, if data_path is one."""
-    cache = Path(settings.data_path[0])
-    if not is_cache(cache):
+    """Replace the settings that determine the examples with those of the token cache, if data_path is one.
+
+    Of a mixture, only with those that are the same for all of its datasets.
+    """
+    if (cache := find_given_examples(settings.data_path, settings.data)) is None:
         return settings
-    inputs = read_manifest(cache)["inputs"]
-    return settings.model_copy(update={name: inputs[name] for name in CACHE_SETTINGS if name in inputs})
+    inputs = read_examples_manifest(cache)["inputs"]
+    return settings.model_copy(
+        update={name: inputs[name] for name in CACHE_SETTINGS if not isinstance(inputs.get(name, {}), dict)}
+    )
 
 
 def save_settings(settings: TrainSettings, run: Run) -> None:
@@ -248,20 +263,22 @@ def save_settings(settings: TrainSettings, run: Run) -> None:
     write_file(run.settings_path, dump_settings(again).encode())
 
 
-def open_data(settings: TrainSettings, run: Run) -> tuple[Cache, Cache | None]:
+def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | None]:
     """Open the examples to train on, and the held-out ones if there are any."""
-    cache = open_cache(run.cache)
+    examples = open_examples(run.cache).reseed(settings.seed)
+    if isinstance(examples, Mixture) and (mixing := choose_mixing(settings)) is not None:
+        examples = examples.mix(mixing)
     if settings.num_data is not None:
-        cache = cache.take(settings.num_data)
+        examples = examples.take(settings.num_data)
     if run.eval_cache is not None:
-        return cache, open_cache(run.eval_cache)
+        return examples, open_examples(run.eval_cache).reseed(settings.seed)
     if settings.eval_fraction > 0:
-        return cache.split(settings.eval_fraction, settings.seed)
-    return cache.split_as_prepared()
+        return examples.split(settings.eval_fraction, settings.seed)
+    return examples.split_as_prepared()
 
 
 def start_or_resume_run(
-    settings: TrainSettings, run: Run, cache: Cache, base: Path, world: World, report: Report
+    settings: TrainSettings, run: Run, examples: Examples, base: Path, world: World, report: Report
 ) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
     """Prepare a new run, or an existing one for resuming.
 
@@ -274,7 +291,7 @@ def start_or_resume_run(
     """
     stats = read_file_stats(base)
     base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / HASH_CACHE_FILE, stats))
-    run_identity = build_run_identity(settings, cache, base_metadata["sha256"], world.size)
+    run_identity = build_run_identity(settings, examples, base_metadata["sha256"], world.size)
     resume, damaged = find_newest(run.folder)
     for problem in damaged:
         report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))

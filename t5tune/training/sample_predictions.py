@@ -1,6 +1,6 @@
 """The sample predictions of report.html: what the model predicts for some examples before and after training.
 
-    samples = SamplePredictions(run_folder, select_candidates(examples, count), count, tokenizer, suffix, collator, 8)
+    samples = SamplePredictions(run_folder, examples, count, tokenizer, collator, 8)
     trainer.add_callback(samples)
     trainer.train()
     samples.finish(trainer.model, trainer.is_world_process_zero())
@@ -11,12 +11,13 @@ for more examples than the report shows, the candidates.
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from t5tune.data.encoding import Example
+from t5tune.data.mixture import Examples
 from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
 from t5tune.io.atomic import write_json
 from t5tune.model.generation import Decoding
@@ -28,11 +29,6 @@ CANDIDATES_PER_SAMPLE = 2
 MAX_PREDICTED_TOKENS = 64  # a small limit, because under ZeRO-3 every token gathers the whole model
 
 
-def select_candidates(examples: Sequence[Example], count: int) -> list[Example]:
-    """Select the evenly spaced examples among which `count` samples will be chosen."""
-    return [examples[index] for index in select_evenly(len(examples), count * CANDIDATES_PER_SAMPLE)]
-
-
 class SamplePredictions(TrainerCallback):  # type: ignore[misc]
     """Writes the predictions for a few examples, before the first step and after the last one, to samples.json.
 
@@ -40,36 +36,34 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
     run keeps the predictions from before its first step.
 
     Args:
-        count: how many of the candidates are shown: half of them the worst after training, the others evenly spaced.
-        answer_suffix: the text that the conversation template adds after each target.
+        count: how many examples are shown, of more evenly spaced candidates: half of them the worst after training.
         collator: makes the batches for the loss.
     """
 
     def __init__(
         self,
         run_folder: Path,
-        candidates: Sequence[Example],
+        examples: Examples,
         count: int,
         tokenizer: Tokenizer,
-        answer_suffix: str,
         collator: PaddedCollator | PackedCollator,
         batch_size: int | None,
     ) -> None:
         self.path = run_folder / SAMPLES_FILE
-        self.candidates = candidates
+        chosen = select_evenly(len(examples), count * CANDIDATES_PER_SAMPLE)
+        self.candidates = [examples[index] for index in chosen]
+        self.suffixes = [examples.get_template(index).answer_suffix for index in chosen]
         self.count = count
         self.tokenizer = tokenizer
-        self.answer_suffix = answer_suffix
         self.collator = collator
         self.batch_size = batch_size
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step > 0:
             return
-        predictions = self._generate_predictions(model, self.candidates)
+        predictions = self._generate_predictions(model, list(range(len(self.candidates))))
         if state.is_world_process_zero:
-            pairs = zip(self.candidates, predictions, strict=True)
-            write_json(self.path, [self._decode(example) | {"before": prediction} for example, prediction in pairs])
+            write_json(self.path, [self._decode(i) | {"before": found} for i, found in enumerate(predictions)])
 
     def finish(self, model: Any, is_main_process: bool) -> None:
         """Choose the samples, the worst ones last, and add the predictions of the trained model. Call on every rank."""
@@ -77,14 +71,14 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         losses = [total / tokens for total, tokens in zip(found.sums, found.tokens, strict=True)]
         others, worst = choose_samples(losses, self.count)
         chosen = [*others, *worst]
-        predictions = self._generate_predictions(model, [self.candidates[index] for index in chosen])
+        predictions = self._generate_predictions(model, chosen)
         if not is_main_process:
             return
         # an earlier process of a resumed run may have had other candidates
         before = {(sample["source"], sample["target"]): sample["before"] for sample in read_samples(self.path.parent)}
         samples = []
         for index, prediction in zip(chosen, predictions, strict=True):
-            sample = self._decode(self.candidates[index])
+            sample = self._decode(index)
             loss = losses[index] if math.isfinite(losses[index]) else None  # JSON has no NaN
             samples.append(
                 {
@@ -97,17 +91,21 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
             )
         write_json(self.path, samples)
 
-    def _decode(self, example: Example) -> dict[str, Any]:
+    def _decode(self, index: int) -> dict[str, Any]:
+        example = self.candidates[index]
         return {
             "source": self.tokenizer.decode(self.tokenizer.special_ids.strip_source(example.source_S.tolist())),
-            "target": decode_reference(self.tokenizer, example.target_T, self.answer_suffix),
+            "target": decode_reference(self.tokenizer, example.target_T, self.suffixes[index]),
         }
 
-    def _generate_predictions(self, model: Any, examples: Sequence[Example]) -> list[str]:
+    def _generate_predictions(self, model: Any, indices: list[int]) -> list[str]:
+        """Generate a prediction for each of these candidates."""
+        examples = [self.candidates[index] for index in indices]
         max_tokens = min(find_max_target_length(examples), MAX_PREDICTED_TOKENS)
         decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, max_tokens)
         predictions = generate_predictions(model, examples, decoding, self.batch_size)
-        return [decode_prediction(self.tokenizer, ids, self.answer_suffix) for ids in predictions]
+        suffixes = (self.suffixes[index] for index in indices)
+        return list(map(decode_prediction, repeat(self.tokenizer), predictions, suffixes))
 
 
 def choose_samples(losses: Sequence[float], count: int) -> tuple[list[int], list[int]]:

@@ -17,18 +17,17 @@ from transformers import set_seed
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.model_card import format_outcome_lines
 from t5tune.checkpoints.model_folder import is_trained_file
-from t5tune.data.cache import Cache
-from t5tune.data.templates import Template, parse_template
+from t5tune.data.mixture import Examples, Mixture, describe_shares
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.distributed.collectives import barrier, run_on_rank_0
 from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.watch import RankWatch
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, TrainingError, suggest_name
-from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAINER_STATE_FILE
+from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TRAINER_STATE_FILE
 from t5tune.formatting import format_count, format_held_out_metric, format_number, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
-from t5tune.io.yaml_file import read_yaml
+from t5tune.metrics import split_by_dataset
 from t5tune.model.attention_check import PackedAttention, read_attention_shape
 from t5tune.model.device import get_peak_memory, get_reserved_memory, manage_memory_for_loading
 from t5tune.model.t5_attention import trains_position_bias
@@ -40,12 +39,12 @@ from t5tune.training.attention_choice import choose_packed_attention
 from t5tune.training.batches import PackedCollator, PaddedCollator, StepSampler, count_steps, make_sampler
 from t5tune.training.build_model import BuiltModel, build_model
 from t5tune.training.checkpoint import count_bytes, read_run_identity
-from t5tune.training.evaluation import GenerationScorer
+from t5tune.training.evaluation import GenerationScorer, list_losses
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import CheckpointPublisher
 from t5tune.training.resume_guard import PACKED_ATTENTION, needs_resharding
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
-from t5tune.training.sample_predictions import SamplePredictions, select_candidates
+from t5tune.training.sample_predictions import SamplePredictions
 from t5tune.training.trainer import T5Trainer, TrainerParts
 
 BYTES_PER_PARAMETER = 4 + 8  # of a checkpoint: the weights in fp32, and Adam's two moments
@@ -81,7 +80,7 @@ def run_training(session: Session) -> TrainResult:
         set_seed(settings.seed)
         with manage_memory_for_loading(session.device):
             built = build_model(
-                settings, loaded.base, loaded.base_metadata, loaded.cache, loaded.deepspeed, session.device, report
+                settings, loaded.base, loaded.base_metadata, loaded.examples, loaded.deepspeed, session.device, report
             )
         _report_sizes(session, loaded, built)
         for callback in session.callbacks:
@@ -111,7 +110,7 @@ def run_training(session: Session) -> TrainResult:
         report(Note(f"the adapter is from the best step, {best}{shown}"))
     result = _make_result(session, loaded, built, trainer, training_seconds, best)
     last = best or result.steps
-    run_on_rank_0(world, lambda: _finish_run(run, settings, loaded.cache, trainer.state, result, last))
+    run_on_rank_0(world, lambda: _finish_run(run, settings, loaded.examples, trainer.state, result, last))
     barrier()
     return result
 
@@ -126,40 +125,45 @@ class _LoadedData:
         deepspeed: the DeepSpeed config, if there is one.
     """
 
-    cache: Cache
-    held_out: Cache | None
+    examples: Examples
+    held_out: Examples | None
     tokenizer: Tokenizer
-    template: Template
     base: Path
     base_metadata: dict[str, Any]
     run_identity: dict[str, Any]
     deepspeed: dict[str, Any] | None
     resume: Path | None
 
+    def list_evaluated_datasets(self) -> list[str]:
+        """List the names of the datasets that are evaluated, if there are several."""
+        return [] if self.held_out is None else [name for name, _ in self.held_out.list_datasets()]
+
 
 def _load_data(session: Session) -> _LoadedData:
     settings, run, world = session.settings, session.run, session.world
-    cache, held_out = open_data(settings, run)
+    examples, held_out = open_data(settings, run)
     base = find_base(settings, report=session.report)
     base_metadata, run_identity, resume = run_on_rank_0(
-        world, lambda: start_or_resume_run(settings, run, cache, base, world, session.report)
+        world, lambda: start_or_resume_run(settings, run, examples, base, world, session.report)
     )
-    tokenizer = load_tokenizer(cache.tokenizer_folder)
-    template = parse_template(read_yaml(cache.folder / TEMPLATE_FILE), cache.folder / TEMPLATE_FILE)
+    tokenizer = load_tokenizer(examples.tokenizer_folder)
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
-    return _LoadedData(cache, held_out, tokenizer, template, base, base_metadata, run_identity, deepspeed, resume)
+    return _LoadedData(examples, held_out, tokenizer, base, base_metadata, run_identity, deepspeed, resume)
 
 
 def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> None:
     share = f"{built.trainable:,} of {built.total:,} ({built.trainable / built.total:.1%})"
     processes = f"{session.world.size} × {session.device.type}"
-    session.report(Note(f"trainable parameters: {share}; {format_count(len(loaded.cache), 'example')}; {processes}"))
+    session.report(Note(f"trainable parameters: {share}; {format_count(len(loaded.examples), 'example')}; {processes}"))
+    if isinstance(loaded.examples, Mixture):
+        for note in describe_shares(loaded.examples):
+            session.report(note)
 
 
 def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T5Trainer:
     settings, report, folder = session.settings, session.report, session.run.folder
-    evaluates = loaded.held_out is not None
-    args = make_training_arguments(settings, loaded.deepspeed, evaluates, session.world, session.device)
+    losses = list_losses(loaded.held_out) if loaded.held_out is not None else []
+    args = make_training_arguments(settings, loaded.deepspeed, losses, session.world, session.device)
     start_id, pad_id = built.model.architecture.start_token_id, loaded.tokenizer.pad_token_id
     collator: PackedCollator | PaddedCollator = PaddedCollator(pad_id, start_id)
     run_identity = loaded.run_identity
@@ -171,9 +175,9 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
     count, skips = settings.eval_generate, settings.on_non_finite == "skip"
     scorer = _make_scorer(session, loaded, count) if count else None
     parts = TrainerParts(
-        examples=loaded.cache,
+        examples=loaded.examples,
         held_out=loaded.held_out,
-        sampler=make_sampler(settings, loaded.cache, built.is_packed, session.world.size),
+        sampler=make_sampler(settings, loaded.examples, built.is_packed, session.world.size),
         collator=collator,
         weights=built.weights,
         publisher=CheckpointPublisher(folder, run_identity, settings.save_total_limit, report),
@@ -208,19 +212,18 @@ def _choose_packed_attention(session: Session, loaded: _LoadedData, built: Built
 
 def _make_scorer(session: Session, loaded: _LoadedData, count: int) -> GenerationScorer:
     names, functions = session.settings.metrics, session.settings.metric or []
-    return GenerationScorer(loaded.tokenizer, loaded.template.answer_suffix, count, names, functions, session.world)
+    return GenerationScorer(loaded.tokenizer, count, names, functions, session.world)
 
 
-def _list_metrics(settings: TrainSettings, scorer: GenerationScorer | None, held_out: Cache | None) -> list[str]:
+def _list_metrics(settings: TrainSettings, scorer: GenerationScorer | None, held_out: Examples | None) -> list[str]:
     """List the metrics of evaluations, after trying whether they can be computed. Call on every rank.
 
     Raises:
         SettingsError: one can't, or metric_for_best_model isn't among them.
     """
-    names = ["loss", "perplexity"]
-    if scorer is None or held_out is None:
-        return names
-    names += scorer.list_metrics(held_out)
+    if held_out is None:
+        return []
+    names = list_losses(held_out) + (scorer.list_metrics(held_out) if scorer is not None else [])
     if (best := settings.metric_for_best_model) is not None and best not in names:
         advice = suggest_name(best, names) or f"; choose from {', '.join(names)}"
         raise SettingsError(f"metric_for_best_model: {best}: not among the metrics of this run's evaluations{advice}")
@@ -245,7 +248,7 @@ def _check_disk_space(session: Session, loaded: _LoadedData, trainable: int, sav
     folder, limit = session.run.folder, session.settings.save_total_limit
     count = min(saves, limit or saves)
     per_parameter = BYTES_PER_PARAMETER + (EXTRA_BYTES_WITH_DEEPSPEED if loaded.deepspeed is not None else 0)
-    size = trainable * per_parameter + count_bytes(loaded.cache.tokenizer_folder) + OVERHEAD_BYTES
+    size = trainable * per_parameter + count_bytes(loaded.examples.tokenizer_folder) + OVERHEAD_BYTES
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
         raise TrainingError(
@@ -267,14 +270,15 @@ def _make_result(
 ) -> TrainResult:
     """Make the result of a run that trained for so many seconds. Every rank calls this; it sums over them."""
     tokens = trainer.totals.count_tokens()
+    metrics, by_dataset = _get_evaluation_metrics(loaded, trainer.list_evaluations(), best)
     return TrainResult(
         run=session.run.folder,
         adapter=session.run.folder,
         steps=trainer.state.global_step,
         epochs=round(trainer.state.epoch or 0.0, 4),
         train_loss=trainer.compute_mean_loss(),
-        eval=_get_evaluation_metrics(trainer.list_evaluations(), best),
-        examples=len(loaded.cache),
+        eval=metrics,
+        examples=len(loaded.examples),
         tokens=tokens,
         tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
         trainable_parameters=built.trainable,
@@ -285,30 +289,50 @@ def _make_result(
         seconds=round(time.monotonic() - session.started, 3),
         stopped_early=trainer.early_stop,
         peak_reserved_bytes=get_reserved_memory(session.device).get("peak_reserved_bytes"),
+        datasets=_describe_datasets(loaded.examples, by_dataset),
     )
 
 
-def _get_evaluation_metrics(evaluations: dict[int, dict[str, Any]], step: int | None) -> dict[str, float]:
-    """Return the metrics of a step's evaluation (None: the last one), without the prefix `eval_`."""
+def _get_evaluation_metrics(
+    loaded: _LoadedData, evaluations: dict[int, dict[str, Any]], step: int | None
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return the metrics of a step's evaluation (None: the last one): of all examples, and of each dataset."""
     line = evaluations.get(step or max(evaluations, default=0), {})
-    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+    metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+    return split_by_dataset(metrics, loaded.list_evaluated_datasets())
+
+
+def _describe_datasets(examples: Examples, metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]] | None:
+    """Describe what was trained on of each dataset, and its metrics if it was evaluated, if there are several."""
+    if not isinstance(examples, Mixture) and not metrics:
+        return None
+    found: dict[str, dict[str, float]] = {}
+    if isinstance(examples, Mixture):
+        for dataset, share, count in zip(examples.datasets, examples.shares, examples.counts, strict=True):
+            found[dataset.name] = {
+                "examples": len(dataset.cache), "share": round(share, 6), "examples_per_epoch": count
+            }  # fmt: skip
+    for name, values in metrics.items():
+        found[name] = found.get(name, {}) | values
+    return found
 
 
 def _make_sample_callback(session: Session, loaded: _LoadedData, parts: TrainerParts) -> SamplePredictions:
     """Make the callback that generates sample predictions, for held-out examples if there are any."""
-    settings, examples = session.settings, loaded.held_out or loaded.cache
+    settings = session.settings
     return SamplePredictions(
         session.run.folder,
-        select_candidates(examples, settings.report_samples),
+        loaded.held_out or loaded.examples,
         settings.report_samples,
         loaded.tokenizer,
-        loaded.template.answer_suffix,
         parts.collator,
         settings.per_device_eval_batch_size,
     )
 
 
-def _finish_run(run: Run, settings: TrainSettings, cache: Cache, state: Any, result: TrainResult, step: int) -> None:
+def _finish_run(
+    run: Run, settings: TrainSettings, examples: Examples, state: Any, result: TrainResult, step: int
+) -> None:
     """Copy the adapter from the checkpoint of `step` to the run folder, write the report, and finally the result.
 
     The result file marks the run as finished, so it is written last.
@@ -321,7 +345,7 @@ def _finish_run(run: Run, settings: TrainSettings, cache: Cache, state: Any, res
     with explain_write_errors(history):
         state.save_to_json(str(history))
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}
-    write_run_report(run.folder, settings, values, cache)
+    write_run_report(run.folder, settings, values, examples)
     # the card was copied from the checkpoint, when the final metrics weren't known
     if (card := run.folder / MODEL_CARD_FILE).is_file():
         about, code, how = card.read_text(encoding="utf-8").partition("\n```python\n")

@@ -22,7 +22,7 @@ from transformers import __version__ as transformers_version
 from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.compat.transformers_patches import leave_empty_bias_without_gradient, skip_module_walks
-from t5tune.data.cache import Cache
+from t5tune.data.mixture import Examples
 from t5tune.distributed.collectives import any_rank, get_rank_and_size, is_distributed
 from t5tune.distributed.signals import StopRequest, ignore_signals
 from t5tune.distributed.watch import RankWatch
@@ -31,7 +31,7 @@ from t5tune.formatting import format_count, format_held_out_metric, format_numbe
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
 from t5tune.reports.metrics_log import MetricsLog
-from t5tune.training.batches import ExampleDataset, Filler, PackedCollator, PaddedCollator, StepSampler
+from t5tune.training.batches import ExampleDataset, PackedCollator, PaddedCollator, StepSampler
 from t5tune.training.callbacks import (
     CatchUp,
     ReportProgress,
@@ -41,7 +41,7 @@ from t5tune.training.callbacks import (
     is_better,
     name_best_metric,
 )
-from t5tune.training.evaluation import GenerationScorer, measure_losses
+from t5tune.training.evaluation import GenerationScorer, compute_dataset_losses, measure_losses
 from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.publisher import CheckpointPublisher
@@ -77,8 +77,8 @@ class TrainerParts:
         report: receives progress, and notes for the user.
     """
 
-    examples: Cache
-    held_out: Cache | None
+    examples: Examples
+    held_out: Examples | None
     sampler: StepSampler
     collator: PaddedCollator | PackedCollator
     weights: TrainedWeights
@@ -129,7 +129,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingFlow(self))
         metrics_log = self.metrics_log if self.is_world_process_zero() else None
-        self.add_callback(ReportProgress(parts.report, metrics_log, parts.threshold))
+        datasets = [] if parts.held_out is None else [name for name, _ in parts.held_out.list_datasets()]
+        self.add_callback(ReportProgress(parts.report, metrics_log, parts.threshold, datasets))
         self.add_callback(CatchUp(self))
 
     def get_train_dataloader(self) -> Any:
@@ -249,13 +250,14 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         The Trainer's own loop averages over batches, which depends on how the examples are batched, and it changes
         the random state, because its data loader draws from it. This loop draws no random numbers.
         """
-        examples, batch_size, report = self.eval_dataset.cache, self.parts.eval_batch_size, self.parts.report
+        examples, batch_size, report = self.eval_dataset.examples, self.parts.eval_batch_size, self.parts.report
 
         def is_stopped() -> bool:
             return self.parts.stop.is_set
 
-        loss = measure_losses(self.model, examples, self.data_collator, batch_size, report, is_stopped).mean
-        values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more than 709 overflows
+        losses = measure_losses(self.model, examples, self.data_collator, batch_size, report, is_stopped)
+        values = {"loss": losses.mean, "perplexity": math.exp(min(losses.mean, 700.0))}  # exp of over 709 overflows
+        values |= compute_dataset_losses(losses, examples)
         if self.parts.scorer is not None:
             scores = self.parts.scorer.score(self.model, examples, batch_size, report, is_stopped)
             if (best := self.args.metric_for_best_model or "loss") not in values | scores:
@@ -300,12 +302,12 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             with self.parts.publisher.collect_error():
                 self.parts.weights.write(Path(output_dir or self.args.output_dir), state)
 
-    def _list_examples_of_step(self) -> list[int]:
-        """List the indices in the cache of the examples of the step that is being trained on, over all ranks."""
+    def _list_examples_of_step(self) -> list[int | str]:
+        """List the examples of the step that is being trained on, over all ranks, as `Cache.name_example` does."""
         sampler, step = self.parts.sampler, self.state.global_step % self._steps_per_epoch
         batches = islice(iter(sampler), step * sampler.step_size, (step + 1) * sampler.step_size)
-        items = (item for batch in batches for item in batch if not isinstance(item, Filler))
-        return [self.parts.examples.index_in_whole_cache(item) for item in items]
+        draws = (draw for batch in batches for draw in batch if not draw.is_filler)
+        return [self.parts.examples.name_example(draw.example) for draw in draws]
 
     # Everything from here on overrides or reads what transformers' Trainer considers private. Known to work with
     # transformers 5.18 to 5.24; `check_overridden_methods` names a method that another release has renamed.

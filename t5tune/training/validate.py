@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
@@ -10,7 +9,7 @@ from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
 from t5tune.custom_metrics import load_custom_metric
-from t5tune.data.cache import is_cache, read_manifest
+from t5tune.data.mixture import is_mixture, read_examples_manifest
 from t5tune.data.templates import load_template
 from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.distributed.world import World
@@ -22,7 +21,7 @@ from t5tune.progress import Report, silent
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.training import RankSettings
-from t5tune.training.run_folder import CACHE_SETTINGS
+from t5tune.training.run_folder import CACHE_SETTINGS, find_given_examples
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
 RESERVED_ARGUMENTS = {"disable_tqdm", "remove_unused_columns", "fsdp"}
@@ -49,6 +48,7 @@ def check_settings(settings: TrainSettings) -> None:
         load_template(settings.conversation_template)
     problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
     problems += _find_unusable_arguments(settings.training_args) + _find_missing_functions(settings)
+    problems += _find_useless_mixing(settings)
     if settings.deepspeed is not None:
         configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)
         problems += _find_deepspeed_conflicts(settings, configuration)
@@ -214,12 +214,23 @@ def suggest_learning_rate(settings: TrainSettings) -> str | None:
     )
 
 
+def _find_useless_mixing(settings: TrainSettings) -> list[str]:
+    """List the settings of mixing that are set although there is only one dataset."""
+    given = find_given_examples(settings.data_path, settings.data)
+    if settings.data is not None or (given is not None and is_mixture(given)):
+        return []
+    return [
+        f"{name}: {value}: there is only one dataset; name several with data, or as data_path with weights"
+        for name in ("mixing", "mixing_temperature", "mixing_cap")
+        if (value := getattr(settings, name)) is not None
+    ]
+
+
 def _find_cache_conflicts(settings: TrainSettings) -> list[str]:
     """List the given settings of examples that differ from those the token cache was made with."""
-    cache = Path(settings.data_path[0])
-    if not is_cache(cache):
+    if (cache := find_given_examples(settings.data_path, settings.data)) is None:
         return []
-    inputs = read_manifest(cache)["inputs"]
+    inputs = read_examples_manifest(cache)["inputs"]
     step = "leave it out, or use the original conversations as data_path"
     problems = [
         f"{name}: {getattr(settings, name)!r:.80} here, {inputs[name]!r:.80} in the cache {cache}; {step}"
@@ -256,8 +267,8 @@ def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
     """List the settings of evaluation that are set although no examples are held out."""
     if settings.eval_fraction > 0 or settings.eval_data_path is not None:
         return []
-    cache = Path(settings.data_path[0])
-    if is_cache(cache) and read_manifest(cache)["eval_fraction"] > 0:
+    cache = find_given_examples(settings.data_path, settings.data)
+    if cache is not None and read_examples_manifest(cache)["eval_fraction"] != 0:
         return []
     return [
         f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"

@@ -27,7 +27,7 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
-from t5tune.settings.data import ReadingSettings
+from t5tune.settings.reading import ReadingSettings
 from tests.support import runs
 from tests.support.command_line import CommandResult, t5tune
 from tests.support.paths import REPOSITORY, SHARED

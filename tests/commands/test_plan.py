@@ -61,6 +61,7 @@ def test_known_configs_have_as_many_parameters_as_their_checkpoints(name: str) -
     assert count_parameters(model)[1] == PARAMETERS[name]
 
 
+@pytest.mark.long
 def test_flan_t5_xxl_in_4_bits_takes_less_than_6_2_gigabytes(tmp_path: Path) -> None:
     """From config.json alone, with `wo` in NF4, too."""
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["google/flan-t5-xxl"]))
@@ -143,6 +144,7 @@ def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path)
         ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}),
     ],
 )
+@pytest.mark.variants(2)
 def test_memory_saving_settings_reduce_the_planned_memory(
     better: dict[str, Any], worse: dict[str, Any], untied_base: Path
 ) -> None:
@@ -224,19 +226,19 @@ def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[i
     [{"group_by_length": True}, {"group_by_length": False}, {"tokens_per_batch": 1024}],
     ids=["grouped", "random", "budget"],
 )
+@pytest.mark.variants("budget-auto", "budget-off", "grouped-auto")
 def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str, uneven_cache: Path) -> None:
     from t5tune.data.cache import open_cache
-    from t5tune.training.batches import StepSampler, make_budget_sampler, make_count_sampler
+    from t5tune.training.batches import EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
 
     sources, targets = open_cache(uneven_cache).read_lengths()
     packed, tokens = packing != "off", batching.get("tokens_per_batch")
     sampler: StepSampler
     if tokens is None:  # 36 examples: two steps of 16, and one with 4 examples for 8 micro-batches
-        lengths = sources + targets if batching["group_by_length"] else np.zeros_like(sources)
-        sampler = make_count_sampler(lengths, 2, 8, seed=5)
+        sampler = make_count_sampler(EpochDraws(sources, targets, 5), 2, 8, batching["group_by_length"])
     else:
-        sampler = make_budget_sampler(sources, targets, tokens, packed, 8, seed=5)
-    with_fillers = [[index for index in batch if isinstance(index, int)] for batch in sampler]
+        sampler = make_budget_sampler(EpochDraws(sources, targets, 5), tokens, packed, 8)
+    with_fillers = [[draw.example for draw in batch if not draw.is_filler] for batch in sampler]
     batches = [batch for batch in with_fillers if batch]
     result = make_plan(
         "pocket", data_path=str(uneven_cache), **NO_SUGGESTION, gradient_accumulation_steps=8, seed=5,
@@ -319,6 +321,7 @@ def test_an_evaluation_takes_what_its_predictions_or_its_losses_need(tmp_path: P
     assert 2 * heads * scores < evaluated < long.stages[0].activations
 
 
+@pytest.mark.long
 def test_many_short_examples_are_measured_as_fewer_longer_ones(
     untied_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +354,7 @@ def load_train_settings(flags: str, **given: Any) -> TrainSettings:
     return load_settings(TrainSettings, None, {}, {**needed, **given, **parsed.values})[0]
 
 
+@pytest.mark.long
 def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
     from t5tune.model import fused
 
@@ -409,6 +413,7 @@ def test_the_largest_batch_that_fits_is_found_with_few_estimates(
     assert estimator.estimated == estimated
 
 
+@pytest.mark.long
 def test_full_training_is_suggested_with_the_lowest_stage_that_fits(tmp_path: Path) -> None:
     shape = {"num_layers": 1, "num_decoder_layers": 1, "vocab_size": 250112}
     asked = {"num_gpus": 8, "train_mode": "full", "source_length": 96, "target_length": 32, "packing": "off"}
@@ -422,6 +427,7 @@ def test_full_training_is_suggested_with_the_lowest_stage_that_fits(tmp_path: Pa
 @pytest.mark.parametrize(
     ("memory", "expected"), [(80 << 30, "--no-bf16 --per"), (1100 << 20, "--no-bf16 --gradient-checkpointing --q-lora")]
 )
+@pytest.mark.variants(1)
 def test_no_bf16_is_suggested_for_a_gpu_that_only_emulates_it(
     memory: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +457,7 @@ def test_no_bf16_is_suggested_for_a_gpu_that_only_emulates_it(
         ("80GiB", {"deepspeed": "zero2"}, "--bf16 --deepspeed none"),
     ],
 )
+@pytest.mark.variants(2)
 def test_suggested_flags_and_the_given_settings_are_accepted_by_train(
     memory: str, given: dict[str, Any], expected: str | None, tmp_path: Path
 ) -> None:

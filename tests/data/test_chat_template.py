@@ -19,8 +19,8 @@ from t5tune.data.records import RecordLocation
 from t5tune.data.templates import Template, load_template, render_conversation
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
-from t5tune.settings.data import ReadingSettings
 from t5tune.settings.packaged_templates import list_names
+from t5tune.settings.reading import ReadingSettings
 from tests.support.paths import REPOSITORY, SHARED
 
 Messages = list[dict[str, str]]

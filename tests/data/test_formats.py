@@ -6,7 +6,7 @@ import pytest
 
 from t5tune.data.formats import parse_conversation
 from t5tune.data.records import RecordLocation, RejectionError
-from t5tune.settings.data import ReadingSettings
+from t5tune.settings.reading import ReadingSettings
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}

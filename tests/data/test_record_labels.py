@@ -20,7 +20,7 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
-from t5tune.settings.data import ReadingSettings
+from t5tune.settings.reading import ReadingSettings
 from tests.support.command_line import t5tune, t5tune_in_fork
 from tests.support.paths import REPOSITORY
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import pytest
 from pydantic import Field
 
-from t5tune.checkpoints.training_data import TrainingData
+from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
 from t5tune.errors import SettingsError
@@ -18,7 +18,8 @@ from t5tune.training.resume_guard import build_run_identity, check_finished_run
 from t5tune.training.run_folder import apply_cache_settings, locate_run, read_saved_settings, save_settings
 
 READING = [
-    "data_format", "source_column", "target_column", "source_prefix", "merge_same_role", "clean", "max_record_bytes",
+    "objective", "denoisers", "data_format", "source_column", "target_column", "source_prefix", "merge_same_role",
+    "clean", "max_record_bytes",
 ]  # fmt: skip
 SELECTION = ["train_on", "min_target_tokens", "dedupe", "split_long", "drop_truncated_targets"]
 CACHE = ["model_max_length", "num_data", "add_tokens", *READING, *SELECTION, "eval_fraction", "seed"]
@@ -32,11 +33,12 @@ TRAINING = [
     "lr_scheduler_type", "warmup_steps", "weight_decay", "label_smoothing_factor", "max_grad_norm", "optim", "bf16",
     "tf32", "torch_compile", "on_non_finite", "max_skipped_steps", "training_args",
 ]  # fmt: skip
+MIXING = ["mixing", "mixing_temperature", "mixing_cap"]
 RUN = [*LORA, *QUANTIZATION, *TRAINING]
 FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
-    "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed", "eval_data_path",
-    "eval_data_split", *LORA, "adapter", *QUANTIZATION, *TRAINING[:-1], "training_args",
+    "data", "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed", *MIXING,
+    "eval_data_path", "eval_data_split", "eval_data", *LORA, "adapter", *QUANTIZATION, *TRAINING[:-1], "training_args",
     "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
 ]  # fmt: skip
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}
@@ -59,7 +61,7 @@ def test_a_run_is_made_of_these_fields_in_this_order(cache: Path, batch: str) ->
     tokens = 64 if batch == "batch_tokens" else None
     settings = TrainSettings(**NEEDED, data_path=[str(cache)], tokens_per_batch=tokens, seed=5, num_data=9)
     identity = build_run_identity(settings, open_cache(cache), "0", world_size=3)
-    own = sorted([*RUN, "family"])
+    own = sorted([*RUN, *MIXING, "family"])
     batches = ["batch"] if tokens is None else ["tokens_per_batch", "batch_tokens"]
     computed = [*batches, "data", "base", "adapter", "world_size", "deepspeed_stage"]
     assert list(identity) == ["tokenizer", "template", *CACHE, *own, *computed]
@@ -86,7 +88,9 @@ def test_another_spelling_of_the_same_paths_is_no_change(tmp_path: Path) -> None
 def test_these_settings_are_taken_from_a_token_cache(cache: Path) -> None:
     inputs = open_cache(cache).manifest["inputs"]
     settings = TrainSettings(**NEEDED, data_path=[str(cache)])
-    other = settings.model_copy(update=dict.fromkeys(TrainSettings.model_fields, "other") | {"data_path": [str(cache)]})
+    other = settings.model_copy(
+        update=dict.fromkeys(TrainSettings.model_fields, "other") | {"data_path": [str(cache)], "data": None}
+    )
     applied = apply_cache_settings(other)
     taken = [name for name in TrainSettings.model_fields if getattr(applied, name) != getattr(other, name)]
     assert sorted(taken) == sorted(["model_max_length", "add_tokens", *READING, *SELECTION])
@@ -117,9 +121,10 @@ def test_these_settings_affect_it(affects: Affects) -> None:
 
 
 def test_settings_that_affect_inference_are_those_in_training_data_json() -> None:
-    names = [field.name for field in fields(TrainingData)]
-    assert select_settings(PrepareSettings, Affects.INFERENCE) == names[1:]
-    assert select_settings(EvaluateSettings, Affects.INFERENCE) == names[1:]
+    names = [field.name for field in fields(TrainingData)][1:-1]  # has_earlier_turns and datasets are no settings
+    assert select_settings(PrepareSettings, Affects.INFERENCE) == names
+    assert select_settings(EvaluateSettings, Affects.INFERENCE) == names
+    assert names == [field.name for field in fields(DatasetTraining)][3:]
 
 
 @pytest.mark.parametrize("model", [PrepareSettings, TrainSettings])

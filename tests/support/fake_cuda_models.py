@@ -122,12 +122,20 @@ def make_collator(settings: TrainSettings, flex: bool) -> PackedCollator | Padde
     return PaddedCollator(0, 0) if settings.packing == "off" else PackedCollator(0, 0, divides_rows=flex)
 
 
+class Listed(list[Example]):
+    """Examples that aren't in a cache."""
+
+    def read(self, index: int, repeat: int) -> Example:
+        return self[index]
+
+
 def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], flex: bool) -> T5Trainer:
     """Make the trainer of `train`. Each of its steps is on all examples."""
+    everything = np.arange(len(examples))
     parts = TrainerParts(
-        examples=examples,
+        examples=Listed(examples),
         held_out=None,
-        sampler=StepSampler(lambda _: [np.arange(len(examples))] * 3, 3, 1),
+        sampler=StepSampler(lambda _: (everything, everything), lambda _: [everything] * 3, 3, 1),
         collator=make_collator(settings, flex),
         weights=SimpleNamespace(),
         publisher=SimpleNamespace(last_step=None),
@@ -144,4 +152,4 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         eval_batch_size=None,
         report=silent,
     )
-    return T5Trainer(model, make_training_arguments(settings, None, False, World(), CUDA), parts)
+    return T5Trainer(model, make_training_arguments(settings, None, (), World(), CUDA), parts)

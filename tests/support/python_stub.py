@@ -74,6 +74,7 @@ def _write_class(model: type[Settings]) -> Iterator[str]:
         field = model.model_fields[name]
         kinds = " | ".join(dict.fromkeys(_list_types(field.annotation, field.metadata)))
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        default = " = ..." if name == "data_path" and "data" in parameters else default  # `data` may take its place
         yield f"        {name}: {kinds}{default},"
     yield "    ) -> None:"
     yield f'        """Settings of {model.command}: {SUMMARIES[model.command]}'
@@ -102,6 +103,8 @@ def _list_types(kind: Any, metadata: Iterable[Any] = ()) -> Iterator[str]:
             yield from _list_types(argument)
     elif origin is Literal:
         yield f"Literal[{', '.join(map(repr, arguments))}]"
+    elif origin is list and issubclass(arguments[0], Settings):
+        yield f"Sequence[{arguments[0].__name__} | dict[str, Any] | {' | '.join(PATH)}]"
     elif origin is list:
         yield f"Sequence[{' | '.join(_list_types(arguments[0]))}]"
     elif kind is Path:

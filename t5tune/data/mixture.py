@@ -1,0 +1,360 @@
+"""A mixture: the token caches of several datasets that are trained or evaluated on together.
+
+    mixture.json          what the caches contain together, their weights, and how they are mixed
+    template.yaml         the conversation template of the first dataset, for chat and evaluate
+    training_data.json    how the examples of all datasets were made
+    NAME/                 the token cache of a dataset, unless it is elsewhere
+
+All caches have the same tokenizer. The examples are numbered one dataset after the other.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from t5tune.data.batching import Integers
+from t5tune.data.cache import Cache, find_held_out_keys, is_cache, open_cache, read_manifest
+from t5tune.data.encoding import Example
+from t5tune.data.mixing import Mixing, count_examples, draw_epoch
+from t5tune.data.templates import Template
+from t5tune.errors import DataError
+from t5tune.file_names import MIXTURE_FILE
+from t5tune.formatting import format_count
+from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import parse_json_object
+from t5tune.progress import Note
+from t5tune.settings.messages import describe_value_error
+
+MIXTURE_FORMAT = 1
+PREPARE_AGAIN = "run t5tune prepare again"
+SUMMED = (
+    "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
+    "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix", "examples_with_earlier_turns",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of a mixture.
+
+    Args:
+        weight: how many of its examples an epoch has, relative to those of the others, if they are mixed by weights.
+    """
+
+    name: str
+    cache: Cache
+    weight: float = 1.0
+
+
+class Mixture(Sequence[Example]):
+    """The examples of several token caches, read from disk on access.
+
+    Args:
+        folder: has mixture.json.
+    """
+
+    def __init__(self, folder: Path, datasets: Sequence[Dataset], mixing: Mixing) -> None:
+        self.folder = folder
+        self.datasets = tuple(datasets)
+        self.mixing = mixing
+        self._sizes = [len(dataset.cache) for dataset in self.datasets]
+        self._ends = list(accumulate(self._sizes))
+        self.shares = mixing.compute_shares(self._sizes, [dataset.weight for dataset in self.datasets])
+        self.counts = count_examples(self._sizes, self.shares)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        cache, own = self._locate(index)
+        return cache[own]
+
+    def read(self, index: int, repeat: int) -> Example:
+        """Return an example as it is when it was drawn `repeat` times before."""
+        cache, own = self._locate(index)
+        return cache.read(own, repeat)
+
+    def _locate(self, index: int) -> tuple[Cache, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        number = bisect_right(self._ends, index)
+        return self.datasets[number].cache, index - (self._ends[number] - self._sizes[number])
+
+    def get_template(self, index: int) -> Template:
+        """Return the conversation template of an example's dataset."""
+        return self._locate(index)[0].template
+
+    def name_example(self, index: int) -> int | str:
+        """Name an example as `t5tune inspect` counts it: by its dataset, and its index in that cache."""
+        name = self.datasets[bisect_right(self._ends, index)].name
+        cache, own = self._locate(index)
+        return f"{name}: {cache.name_example(own)}"
+
+    def list_datasets(self) -> list[tuple[str, range]]:
+        """List the name and the examples of each dataset."""
+        bounds = zip(self._ends, self._sizes, strict=True)
+        return [(each.name, range(end - size, end)) for each, (end, size) in zip(self.datasets, bounds, strict=True)]
+
+    def draw_epoch(self, seed: int, epoch: int) -> tuple[Integers, Integers]:
+        """Draw the examples of an epoch: (indices by dataset, how often each was drawn before)."""
+        return draw_epoch(self._sizes, self.counts, seed, epoch)
+
+    @property
+    def is_drawn_evenly(self) -> bool:
+        """Whether every epoch has every example once."""
+        return self.counts == self._sizes
+
+    def read_lengths(self) -> tuple[Integers, Integers]:
+        """Return (source lengths, target lengths) in tokens, special ones included, of all examples."""
+        sources, targets = zip(*(dataset.cache.read_lengths() for dataset in self.datasets), strict=True)
+        return np.concatenate(sources), np.concatenate(targets)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer that encoded the caches."""
+        return self.datasets[0].cache.tokenizer_folder
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that were added to the base model's tokenizer, in the order of their ids."""
+        return self.datasets[0].cache.added_tokens
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What mixture.json contains; counts are those of whole caches, also if this has only part of them."""
+        return describe_mixture(self)
+
+    def identify(self) -> dict[str, Any]:
+        """Return what is equal for the same examples: hashes, by dataset."""
+        return {dataset.name: dataset.cache.identify() for dataset in self.datasets}
+
+    def take(self, count: int) -> "Mixture":
+        """Return the first `count` examples of each dataset."""
+        return self._replace_caches([dataset.cache.take(count) for dataset in self.datasets])
+
+    def split(self, held_out: float, seed: int) -> tuple["Mixture", "Mixture"]:
+        """Return (training, held out): hold out the fraction `held_out` of each dataset's conversations.
+
+        A text that is held out in one dataset is held out in all.
+
+        Raises:
+            DataError: a dataset has too few conversations.
+        """
+        return self._split([(held_out, seed)] * len(self.datasets))
+
+    def split_as_prepared(self) -> tuple["Mixture", "Mixture | None"]:
+        """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
+        manifests = [dataset.cache.manifest for dataset in self.datasets]
+        wanted = [(float(manifest["eval_fraction"]), int(manifest["seed"])) for manifest in manifests]
+        return self._split(wanted) if any(fraction for fraction, _ in wanted) else (self, None)
+
+    def _split(self, wanted: Sequence[tuple[float, int]]) -> tuple["Mixture", "Mixture"]:
+        keys = []
+        for dataset, (fraction, seed) in zip(self.datasets, wanted, strict=True):
+            if fraction:
+                try:
+                    keys.append(find_held_out_keys(dataset.cache, fraction, seed))
+                except DataError as error:
+                    raise DataError(f"{dataset.name}: {error.message}", hint=error.hint) from None
+        parts = [dataset.cache.split_by_keys(np.unique(np.concatenate(keys))) for dataset in self.datasets]
+        for dataset, (kept, _) in zip(self.datasets, parts, strict=True):
+            if not len(kept):
+                problem = f"{dataset.name}: all of its texts are also in other datasets, which hold them out"
+                raise DataError(problem, hint="leave it out, or hold out fewer examples with eval_fraction")
+        training = self._replace_caches([part for part, _ in parts])
+        held_out = [
+            replace(dataset, cache=part) for dataset, (_, part) in zip(self.datasets, parts, strict=True) if len(part)
+        ]
+        return training, Mixture(self.folder, held_out, Mixing())
+
+    def reseed(self, seed: int) -> "Mixture":
+        """Return the same examples, masked by another seed where they are raw text."""
+        return self._replace_caches([dataset.cache.reseed(seed) for dataset in self.datasets])
+
+    def mix(self, mixing: Mixing) -> "Mixture":
+        """Return the same datasets, mixed in another way."""
+        return Mixture(self.folder, self.datasets, mixing)
+
+    def _replace_caches(self, caches: Sequence[Cache]) -> "Mixture":
+        pairs = zip(self.datasets, caches, strict=True)
+        return Mixture(self.folder, [replace(dataset, cache=cache) for dataset, cache in pairs], self.mixing)
+
+
+Examples = Cache | Mixture
+
+
+def describe_mixture(mixture: Mixture) -> dict[str, Any]:
+    """Describe what the caches of a mixture contain together, for mixture.json."""
+    manifests = {dataset.name: dataset.cache.manifest for dataset in mixture.datasets}
+    first = next(iter(manifests.values()))
+    rejected = Counter[str]()
+    for manifest in manifests.values():
+        rejected.update(manifest["rejected_by_reason"])
+    sources = [source for manifest in manifests.values() for source in manifest.get("sources", [])]
+    return {
+        "format": MIXTURE_FORMAT,
+        "made_by": first["made_by"],
+        **{name: sum(manifest[name] for manifest in manifests.values()) for name in SUMMED},
+        "rejected_by_reason": dict(sorted(rejected.items())),
+        "added_tokens": first["added_tokens"],
+        "added_token_ids": first["added_token_ids"],
+        "eval_fraction": _merge({name: manifest["eval_fraction"] for name, manifest in manifests.items()}),
+        "seed": _merge({name: manifest["seed"] for name, manifest in manifests.items()}),
+        "inputs": _merge_all({name: manifest["inputs"] for name, manifest in manifests.items()}),
+        **({"sources": sources} if sources else {}),
+        "mixing": asdict(mixture.mixing),
+        "datasets": [
+            {
+                "name": dataset.name,
+                "cache": _write_place(dataset.cache.folder, mixture.folder),
+                "weight": dataset.weight,
+                "share": round(share, 6),
+                "examples_per_epoch": count,
+                **{name: manifests[dataset.name][name] for name in SUMMED},
+            }
+            for dataset, share, count in zip(mixture.datasets, mixture.shares, mixture.counts, strict=True)
+        ],
+    }
+
+
+def describe_shares(mixture: Mixture) -> list[Note]:
+    """Say what an epoch has of each dataset."""
+    parts = [
+        f"{dataset.name} {share:.1%} ({count:,} of {format_count(len(dataset.cache), 'example')})"
+        for dataset, share, count in zip(mixture.datasets, mixture.shares, mixture.counts, strict=True)
+    ]
+    notes = [Note(f"an epoch has {format_count(sum(mixture.counts), 'example')}: {', '.join(parts)}")]
+    for dataset, count in zip(mixture.datasets, mixture.counts, strict=True):
+        if count == 0 and dataset.weight == 0:
+            notes.append(Note(f"dataset {dataset.name}: not trained on, since its weight is 0"))
+        elif count == 0:
+            why = "its share of an epoch is less than half an example"
+            notes.append(Note(f"dataset {dataset.name}: not trained on, since {why}", warning=True))
+    return notes
+
+
+def _write_place(folder: Path, mixture: Path) -> str:
+    return folder.name if folder.parent == mixture else str(folder.resolve())
+
+
+def _merge(values: Mapping[str, Any]) -> Any:
+    """Return the value that all datasets have, otherwise the value of each."""
+    first, *others = values.values()
+    return first if all(value == first for value in others) else dict(values)
+
+
+def _merge_all(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for value in values.values() for name in value)
+    return {name: _merge({dataset: value.get(name) for dataset, value in values.items()}) for name in names}
+
+
+def is_mixture(path: Path) -> bool:
+    """Return whether a folder looks like a mixture."""
+    # os.path, because pathlib raises if the folder can't be searched
+    return os.path.isfile(path / MIXTURE_FILE)
+
+
+@dataclass(frozen=True)
+class _SavedDataset:
+    """What is read of a dataset in mixture.json."""
+
+    name: str
+    cache: str
+    weight: float
+
+
+def read_mixture_manifest(folder: Path) -> dict[str, Any]:
+    """Read mixture.json.
+
+    Raises:
+        DataError: it is broken, or of another format version.
+    """
+    path = folder / MIXTURE_FILE
+    try:
+        manifest = parse_json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        problem = f"{path}: not the manifest of a mixture ({describe_error(error)})"
+        raise DataError(problem, hint=PREPARE_AGAIN) from error
+    if (version := manifest.get("format")) != MIXTURE_FORMAT:
+        problem = f"{path}: format {version!r:.40}; this version of t5tune reads format {MIXTURE_FORMAT}"
+        raise DataError(problem, hint=PREPARE_AGAIN)
+    return manifest
+
+
+def list_caches(folder: Path) -> dict[str, Path]:
+    """List the token caches of a mixture, by the names of the datasets.
+
+    Raises:
+        DataError: mixture.json is broken, or of another format version.
+    """
+    return {each.name: folder / each.cache for each in _read_datasets(folder)}
+
+
+def find_tokenizer_folder(source: Path) -> Path:
+    """Find the folder of the tokenizer of a token cache, a mixture, an adapter or a model."""
+    cache = next(iter(list_caches(source).values())) if is_mixture(source) else source
+    return cache / "tokenizer" if is_cache(cache) else cache
+
+
+def open_mixture(folder: Path) -> Mixture:
+    """Open the caches that mixture.json lists, and verify their files.
+
+    Raises:
+        DataError: the file is broken or of another format version, or a cache is missing or has changed.
+    """
+    saved = _read_datasets(folder)
+    mixing: Mixing = _read_strictly(Mixing, read_mixture_manifest(folder).get("mixing"), folder, "mixing")
+    return Mixture(folder, [Dataset(each.name, open_cache(folder / each.cache), each.weight) for each in saved], mixing)
+
+
+def _read_datasets(folder: Path) -> list[_SavedDataset]:
+    listed = read_mixture_manifest(folder).get("datasets")
+    saved: list[_SavedDataset] = _read_strictly(list[_SavedDataset], listed, folder, "datasets")
+    if not saved:
+        raise DataError(f"{folder / MIXTURE_FILE}: datasets: there are none", hint=PREPARE_AGAIN)
+    return saved
+
+
+def _read_strictly(kind: Any, value: Any, folder: Path, name: str) -> Any:
+    try:
+        # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(map(str, (name, *detail["loc"])))
+        problem = f"{folder / MIXTURE_FILE}: {place}: {detail['input']!r:.80}: {describe_value_error(detail)}"
+        raise DataError(problem, hint=PREPARE_AGAIN) from None
+
+
+def read_examples_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a token cache or a mixture.
+
+    Raises:
+        DataError: it is broken, or of another format version.
+    """
+    return read_mixture_manifest(folder) if is_mixture(folder) else read_manifest(folder)
+
+
+def open_examples(folder: Path) -> Examples:
+    """Open a token cache or a mixture, and verify its files.
+
+    Raises:
+        DataError: it is neither, or a file is missing or has changed since prepare wrote it.
+    """
+    return open_mixture(folder) if is_mixture(folder) else open_cache(folder)
+
+
+def has_examples(folder: Path) -> bool:
+    """Return whether a folder looks like a token cache or a mixture."""
+    return is_cache(folder) or is_mixture(folder)

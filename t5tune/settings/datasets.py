@@ -1,0 +1,140 @@
+"""Several datasets in one run, each with its own path, weight, columns, prefix and conversation template.
+
+    data: [{path: a.jsonl, weight: 2}, {path: b.csv, weight: 1, source_prefix: "summarize: "}]
+
+`--data-path a.jsonl:2 b.jsonl:1` means the same where nothing but the weights differs.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, field_validator, model_serializer
+
+from t5tune.file_names import COMPRESSED_SUFFIXES, JSON_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES
+from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, exists, read_data
+from t5tune.settings.reading import ConversationSettings, ReadingSettings, SelectionSettings
+
+PATHS_OF_DATASETS = {"data": "data_path", "eval_data": "eval_data_path"}
+"""Setting with datasets -> the setting with the paths of all of them."""
+MAX_NAME_LENGTH = 64
+_WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
+_PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
+_NOT_IN_NAME = re.compile("[^A-Za-z0-9._-]+")
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
+
+
+class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
+    """A dataset of a mixture. What isn't given here is as the settings of the whole command say."""
+
+    panel: ClassVar[str] = "Data"
+
+    path: DataList = Field(min_length=1)
+    name: Annotated[str | None, NoneIfUnset] = None
+    weight: float = Field(default=1.0, ge=0)
+    data_subset: Annotated[str | None, NoneIfUnset] = None
+    data_split: Annotated[str | None, NoneIfUnset] = None
+    num_data: OptionalCount = None
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str | None) -> str | None:
+        if value is not None and not _NAME.fullmatch(value):
+            raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialize: Any) -> dict[str, Any]:
+        """Write only what was given: the rest isn't the default, but what the whole command says."""
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
+    def list_given(self) -> dict[str, Any]:
+        """Return the given settings that differ for this dataset, without its path, name and weight."""
+        names = self.model_fields_set - {"path", "name", "weight"}
+        return {name: getattr(self, name) for name in type(self).model_fields if name in names}
+
+
+def split_weight(path: str) -> tuple[str, str | None]:
+    """Split `a.jsonl:2` into the path and the weight; a path that exists with its colon has none."""
+    match = _WEIGHT.fullmatch(path)
+    if match is None or _PORT.fullmatch(match[1]) or exists(path):
+        return path, None
+    return match[1], match[2]
+
+
+def combine_datasets(values: Mapping[str, Any], data: str, data_path: str) -> Mapping[str, Any]:
+    """Complete settings that aren't validated yet: the setting `data` gets the weights in `data_path`, and `data_path`
+    all paths of `data`. Without weights, `data_path` is a single dataset, and the settings stay as they are.
+
+    Raises:
+        ValueError: both are given, and have different paths.
+    """
+    given, paths = values.get(data), values.get(data_path)
+    if given is None:
+        found = [split_weight(path) if isinstance(path, str) else (path, None) for path in _list_items(paths)]
+        if all(weight is None for _, weight in found):
+            return values
+        # a path without a weight has the weight 1
+        datasets: list[Any] = [{"path": path, "weight": 1 if weight is None else weight} for path, weight in found]
+        return {**values, data: datasets, data_path: [path for path, _ in found]}
+    datasets = [_read_dataset(item) for item in _list_items(given)]
+    flat = [path for dataset in datasets for path in _list_paths(dataset)]
+    if paths is not None and list(map(str, _list_items(paths))) != list(map(str, flat)):
+        raise ValueError(f"{data}: conflicts with {data_path}; give only one of them")
+    # what isn't a dataset at all is refused when `data` is validated
+    return {**values, data: datasets, data_path: flat or ["?"]}
+
+
+def _list_items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _read_dataset(item: Any) -> Any:
+    """Read a text as the path of a dataset, and store records that are in memory in a file."""
+    if isinstance(item, str | os.PathLike):
+        path, weight = split_weight(os.fspath(item))
+        return {"path": path} if weight is None else {"path": path, "weight": weight}
+    if isinstance(item, Mapping) and "path" in item:
+        return {**item, "path": read_data(item["path"])}
+    return item
+
+
+def _list_paths(dataset: Any) -> list[Any]:
+    if isinstance(dataset, DatasetSettings):
+        return dataset.path
+    return _list_items(dataset.get("path")) if isinstance(dataset, Mapping) else []
+
+
+def name_datasets(datasets: Sequence[DatasetSettings]) -> list[str]:
+    """Name datasets: as they say, otherwise after their first path; no two alike.
+
+    name_datasets([DatasetSettings(path="chats.jsonl.gz"), DatasetSettings(path="hf://datasets/owner/chats")])
+    # ["chats", "chats-2"]
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    given = [dataset.name for dataset in datasets if dataset.name is not None]
+    if twice := sorted({name for name in given if given.count(name) > 1}):
+        raise ValueError(f"name: {twice[0]}: two datasets have it")
+    taken, names = set(given), list[str]()
+    for dataset in datasets:
+        name = dataset.name
+        if name is None:
+            stem = _find_stem(dataset.path[0])
+            numbered = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+            name = next(each for each in numbered if each not in taken)
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def _find_stem(path: str) -> str:
+    path = path.partition("?")[0] if "://" in path else path
+    parts = [part for part in path.partition("@")[0].split("/") if part and "*" not in part]
+    last = parts[-1] if parts else ""
+    for ends in (COMPRESSED_SUFFIXES, JSON_SUFFIXES | TABLE_SUFFIXES | TEXT_SUFFIXES):
+        last = next((last[: -len(end)] for end in ends if last.lower().endswith(end)), last)
+    return _NOT_IN_NAME.sub("-", last).strip("-._")[:MAX_NAME_LENGTH] or "data"

@@ -1,0 +1,129 @@
+"""How the records of a dataset are read, and how they become training examples."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.denoisers import find_denoisers
+from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
+
+Objective = Literal["sft", "span-corruption"]
+DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
+
+
+class ConversationSettings(Settings):
+    """How a conversation becomes text and where it is cut, for all commands that turn conversations into token ids."""
+
+    panel: ClassVar[str] = "Conversations"
+
+    conversation_template: Annotated[str | None, NoneIfUnset, PathAsText, Affects.FINAL_WEIGHTS] = Field(
+        default=None,
+        description="Conversation template: a name under conversations/ in `t5tune templates`, a YAML file, or (chat, "
+        "evaluate) a dataset of training; default: the model's own, else plain for pairs, fastchat-t5 for turns.",
+    )
+    model_max_length: Annotated[int, Affects.EXAMPLES] = Field(
+        default=2048,
+        ge=8,
+        description="Maximum length of a source and of a target, each including its EOS token (tokens).",
+    )
+
+
+class ReadingSettings(Settings):
+    """How data records are read."""
+
+    panel: ClassVar[str] = "Reading"
+
+    objective: Annotated[Objective, Affects.EXAMPLES] = Field(
+        default="sft",
+        description="What is learned: the targets of examples (supervised fine-tuning), or masked spans of raw text "
+        "(`text` records and .txt files), as in T5's pretraining: span-corruption.",
+    )
+    denoisers: Annotated[WordList, Affects.EXAMPLES] = Field(
+        default=["t5"],
+        description="Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5 "
+        "(0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.",
+    )
+    data_format: Annotated[DataFormat, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default="auto", description="Format of the records; auto detects it from the keys of each record."
+    )
+    source_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default=None, description="Column or key with the input; default: detected."
+    )
+    target_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default=None, description="Column or key with the output; default: detected."
+    )
+    source_prefix: Annotated[str, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default="",
+        description="Text to prepend to each source of source-target or two-column data, such as `summarize: `.",
+    )
+    merge_same_role: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False, description="Join consecutive turns of the same role instead of rejecting the record."
+    )
+    clean: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False,
+        description="Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary "
+        "backslashes.",
+    )
+    max_record_bytes: Annotated[int, Affects.CACHE] = Field(
+        default=4 << 20, gt=0, description="Reject records longer than this (bytes)."
+    )
+
+    @field_validator("denoisers")
+    @classmethod
+    def _check_denoisers(cls, value: list[str]) -> list[str]:
+        if not find_denoisers(value):
+            raise ValueError("must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if self.objective == "sft":
+            if "denoisers" in self.model_fields_set and self.denoisers != ["t5"]:
+                raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption")
+            return self
+        for name in ("target_column", "source_prefix"):
+            if value := getattr(self, name):
+                raise ValueError(f"{name}: {value!r:.80}, but objective {self.objective} doesn't use it")
+        if self.data_format != "auto":
+            raise ValueError(f"data_format: {self.data_format}, but objective {self.objective} reads raw text")
+        return self
+
+    @model_validator(mode="after")
+    def _check_columns_match_format(self) -> Self:
+        for name in ("source_column", "target_column", "source_prefix"):
+            if (value := getattr(self, name)) and self.data_format not in ("auto", "source-target"):
+                raise ValueError(f"{name}: {value!r:.80}, but data_format {self.data_format} doesn't use it")
+        return self
+
+
+class SelectionSettings(Settings):
+    """Which records and assistant turns become examples."""
+
+    panel: ClassVar[str] = "Selection"
+
+    train_on: Annotated[Literal["all", "last"], Affects.EXAMPLES] = Field(
+        default="all", description="Train on all assistant turns of a conversation, or only on its last one."
+    )
+    min_target_tokens: Annotated[OptionalCount, Affects.EXAMPLES] = Field(
+        default=None, description="Skip targets shorter than this (tokens); default: keep all."
+    )
+    dedupe: Annotated[Literal["none", "exact"], Affects.EXAMPLES] = Field(
+        default="none", description="Deduplication: exact rejects a conversation identical to an earlier one."
+    )
+    split_long: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False, description="Split conversations longer than model_max_length at turn boundaries."
+    )
+    drop_truncated_targets: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False, description="Skip targets longer than model_max_length instead of truncating them."
+    )
+    max_rejected_fraction: Annotated[float | None, NoneIfUnset, Affects.NOTHING] = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Fail if more than this fraction of the records is rejected, not counting records labeled bad; "
+        "default: never.",
+    )
+    num_workers: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None, description="Number of tokenization processes; default: one per CPU core, fewer for small data."
+    )

@@ -1,0 +1,421 @@
+"""Several datasets in one run: what is trained on, what is evaluated, and what the result says of each."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from t5tune.checkpoints.training_data import read_training_data
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.prepare import prepare
+from t5tune.commands.train import train
+from t5tune.data.mixture import open_mixture
+from t5tune.data.tokenizer import load_tokenizer
+from t5tune.errors import DataError, SettingsError
+from t5tune.progress import Evaluated, Event, Note
+from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.training.run_folder import TrainResult
+from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.recording import read_recorded
+from tests.support.train_runs import read_metrics_lines
+
+SIZES = {"sums": 40, "notes": 12, "chats": 16}  # examples; a chat has two
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of three datasets in different formats. Each target begins with the name of its dataset."""
+    folder = tmp_path_factory.mktemp("mixture")
+    sums = [{"source": f"add {number} and 1", "target": f"sums {number + 1}"} for number in range(SIZES["sums"])]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    notes = [f"the value is {number},notes {number}" for number in range(SIZES["notes"])]
+    (folder / "notes.csv").write_text("\n".join(["text,summary", *notes]))
+    chats = [
+        [("human", f"Hi {number}"), ("gpt", f"chats hello {number}"), ("human", "Bye"), ("gpt", f"chats bye {number}")]
+        for number in range(SIZES["chats"] // 2)
+    ]
+    turns = [{"conversations": [{"from": role, "value": text} for role, text in chat]} for chat in chats]
+    (folder / "talk.json").write_text(json.dumps(turns))
+    return folder
+
+
+def list_datasets(data: Path, weights: tuple[float, ...] | None = (2, 1, 1)) -> list[dict[str, Any]]:
+    columns = {"source_column": "text", "target_column": "summary", "source_prefix": "summarize: "}
+    datasets = [
+        {"path": str(data / "sums.jsonl")},
+        {"path": str(data / "notes.csv"), **columns, "conversation_template": "plain"},
+        {"path": str(data / "talk.json"), "name": "chats", "conversation_template": "fastchat-t5"},
+    ]
+    if weights is None:
+        return datasets
+    return [{**dataset, "weight": weight} for dataset, weight in zip(datasets, weights, strict=True)]
+
+
+def make_settings(base: Path, data: Path, run: Path, /, **changes: Any) -> TrainSettings:
+    values = {
+        "model_name_or_path": str(base), "output_dir": run, "num_train_epochs": 2,
+        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 5, "report_samples": 0,
+        "use_cpu": True, "conversation_template": None if "data_path" in changes else "plain",
+    }  # fmt: skip
+    datasets = {} if "data_path" in changes else {"data": list_datasets(data)}
+    return TrainSettings(**{**values, **datasets, **changes})
+
+
+def write_config(settings: TrainSettings, file: Path) -> Path:
+    file.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True, exclude={"data_path"})))
+    return file
+
+
+def count_by_dataset(steps: dict[int, list[list[int]]], tokenizer_folder: Path) -> Counter[str]:
+    """Count what was trained on by the first word of each target."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    texts = [tokenizer.decode(row) for rows in steps.values() for row in rows]
+    return Counter(text.split()[0] for text in texts)
+
+
+# --- what is trained on --------------------------------------------------------------------------------------
+
+
+def run_recorded(
+    on_ranks: Callable[..., CommandResult], ranks: int, settings: TrainSettings, folder: Path, *more: Any
+) -> dict[int, list[list[int]]]:
+    """Run in so many processes, and return the targets of each step's examples."""
+    folder.mkdir()
+    config = write_config(settings, folder.with_suffix(".yaml"))
+    done = on_ranks(
+        ranks, "train", "--config", config, *more, calls=[f"tests.support.recording:record_to({str(folder)!r})"]
+    )
+    assert done.code == 0, done.stderr[-3000:]
+    return read_recorded(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256, "per_device_train_batch_size": 1}])
+def test_the_shares_are_the_weights_on_any_number_of_ranks(
+    batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    steps = {}
+    for ranks in (1, 2):
+        size = {"gradient_accumulation_steps": 2 // ranks}
+        run = tmp_path / f"run-{ranks}"
+        settings = make_settings(untied_base, data, run, packing="off", **batching, **size)
+        steps[ranks] = run_recorded(on_ranks, ranks, settings, tmp_path / f"steps-{ranks}")
+    assert steps[1] == steps[2]
+    total = sum(SIZES.values())
+    counted = count_by_dataset(steps[1], tmp_path / "run-1")
+    assert counted == {"sums": 2 * total // 2, "notes": 2 * total // 4, "chats": 2 * total // 4}
+    result = json.loads((tmp_path / "run-1" / "result.json").read_text())
+    assert {name: facts["examples_per_epoch"] for name, facts in result["datasets"].items()} == {
+        "sums": total // 2, "notes": total // 4, "chats": total // 4,
+    }  # fmt: skip
+    mixture = open_mixture(tmp_path / "run-1" / "data")
+    assert [(dataset["name"], dataset["share"]) for dataset in mixture.manifest["datasets"]] == [
+        ("sums", 0.5), ("notes", 0.25), ("chats", 0.25),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_small_dataset_starts_over_and_one_of_weight_0_is_left_out(
+    untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    settings = make_settings(untied_base, data, tmp_path / "run", packing="off", num_train_epochs=1)
+    settings = settings.replace(data=list_datasets(data, (0, 3, 1)))
+    steps = run_recorded(on_ranks, 1, settings, tmp_path / "steps")
+    counted = count_by_dataset(steps, tmp_path / "run")
+    assert counted == {"notes": 21, "chats": 7}  # of the 28 examples of both
+    tokenizer = load_tokenizer(tmp_path / "run")
+    times = Counter(tokenizer.decode(row) for rows in steps.values() for row in rows)
+    assert sorted(count for text, count in times.items() if text.startswith("notes")) == [1] * 3 + [2] * 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256}])
+def test_a_run_that_is_stopped_in_the_middle_of_a_mixture_ends_with_the_same_bits(
+    batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    whole = make_settings(untied_base, data, tmp_path / "whole", **batching)
+    train(whole)
+    config = write_config(whole.replace(output_dir=tmp_path / "run"), tmp_path / "run.yaml")
+    step = 7 if batching else 23  # in the second epoch, whose examples are others
+    stopped = on_ranks(1, "train", "--config", config, calls=[f"tests.support.stop_in_step:stop_in_step({step})"])
+    assert stopped.code == 143, stopped.stderr[-3000:]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{step}"
+    assert on_ranks(1, "train", "--config", config).code == 0
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+    with pytest.raises(SettingsError, match=r"whole: this run has already finished, with other settings:\s+data: "):
+        train(whole.replace(data=list_datasets(data, (3, 1, 1))))
+
+
+def test_other_weights_are_refused_when_a_run_is_resumed(
+    untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    settings = make_settings(untied_base, data, tmp_path / "run")
+    config = write_config(settings, tmp_path / "run.yaml")
+    assert on_ranks(1, "train", "--config", config, calls=["tests.support.stop_in_step:stop_in_step(2)"]).code == 143
+    for changes, problem in (
+        ({"data": list_datasets(data, (3, 1, 1))}, r'mixing: \{"sums": 34, .* before, \{"sums": 41, .* now'),
+        ({"data": list_datasets(data)[:2]}, "data: the datasets sums, notes, chats before, sums, notes now"),
+    ):
+        with pytest.raises(SettingsError, match=problem):
+            train(settings.replace(**changes))
+    assert train(settings).steps == 34
+
+
+# --- what is evaluated ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(untied_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, list[Event]]:
+    """A run on all datasets, evaluated on a part of each, and what it reported."""
+    events: list[Event] = []
+    run = tmp_path_factory.mktemp("runs") / "run"
+    evaluated = [
+        {"path": str(data / "sums.jsonl"), "num_data": 9},
+        {"path": str(data / "notes.csv"), "num_data": 7},
+        {"path": str(data / "talk.json"), "name": "chats", "num_data": 5},
+    ]
+    settings = make_settings(untied_base, data, run, eval_data=evaluated, eval_generate=100, max_steps=6)
+    return train(settings, events.append), events
+
+
+def test_each_dataset_has_the_metrics_of_a_separate_evaluation(
+    trained: tuple[TrainResult, list[Event]], data: Path, tmp_path: Path
+) -> None:
+    result, events = trained
+    (evaluation,) = (event for event in events if isinstance(event, Evaluated))
+    assert set(evaluation.datasets) == set(SIZES)
+    assert result.datasets is not None
+    for name, file, count, template in (
+        ("sums", "sums.jsonl", 9, "plain"), ("notes", "notes.csv", 7, "notes"), ("chats", "talk.json", 5, "chats"),
+    ):  # fmt: skip
+        separate = evaluate(
+            EvaluateSettings(
+                model_name_or_path=str(result.run), data_path=str(data / file), num_data=count, use_cpu=True,
+                output_dir=tmp_path / name, conversation_template=template,
+            )
+        )  # fmt: skip
+        found = result.datasets[name]
+        assert found["loss"] == pytest.approx(separate.loss, abs=1e-5)
+        for metric in ("exact_match", "rouge1", "rougeL", "bleu", "chrf"):
+            assert found[metric] == getattr(separate, metric)
+        assert evaluation.datasets[name]["loss"] == found["loss"]
+        assert read_metrics_lines(result.run)[-1][f"eval_{name}_loss"] == found["loss"]
+    assert result.eval.keys() >= {"loss", "perplexity", "chrf"}
+    assert not any(name.endswith("_loss") for name in result.eval)
+
+
+def test_evaluate_scores_each_of_several_datasets(
+    trained: tuple[TrainResult, list[Event]], data: Path, tmp_path: Path
+) -> None:
+    result, _ = trained
+    notes: list[Event] = []
+    datasets = [
+        {"path": str(data / "talk.json"), "name": "chats", "num_data": 5},
+        {"path": str(data / "notes.csv"), "num_data": 7},
+    ]
+    settings = EvaluateSettings(
+        model_name_or_path=str(result.run), data=datasets, output_dir=tmp_path / "both", use_cpu=True, compare_base=True
+    )
+    both = evaluate(settings, notes.append)
+    assert result.datasets is not None
+    assert both.datasets is not None
+    assert list(both.datasets) == ["chats", "notes"]
+    tokens = 0
+    for name, found in both.datasets.items():
+        assert found["loss"] == pytest.approx(result.datasets[name]["loss"], abs=1e-5)
+        assert found["chrf"] == result.datasets[name]["chrf"]
+        assert found["base_loss"] != found["loss"]
+        tokens += int(found["examples"])
+    assert both.examples == tokens == 12
+    lines = [json.loads(line) for line in both.predictions.read_text().splitlines()]
+    assert [line["dataset"] for line in lines] == ["chats"] * 5 + ["notes"] * 7
+    assert lines[0]["source"].startswith("A chat between")
+    assert lines[5]["source"] == "summarize: the value is 0"
+    texts = [note.text for note in notes if isinstance(note, Note)]
+    assert "as in training: source_column 'text', target_column 'summary', source_prefix 'summarize: '" in texts
+
+
+def test_the_result_the_card_and_the_report_name_the_datasets(trained: tuple[TrainResult, list[Event]]) -> None:
+    result, events = trained
+    card = (result.run / "README.md").read_text()
+    assert "Mixture: 50.0% sums (40 examples), 25.0% notes (12 examples), 25.0% chats (16 examples)." in card
+    assert "Evaluation on held-out data of chats: loss " in card
+    report = (result.run / "report.html").read_text()
+    for cell in ("<td>notes</td><td>12</td><td>25.0%</td><td>17</td><td>1.42</td>", "Held-out loss by dataset"):
+        assert cell in report
+    assert "&quot;notes.csv" not in report  # the command is complete: what has no flag follows as YAML
+    assert "# and in YAML, given with --config: data: [{" in report
+    notes = [event.text for event in events if isinstance(event, Note)]
+    expected = "sums 50.0% (34 of 40 examples), notes 25.0% (17 of 12 examples), chats 25.0% (17 of 16 examples)"
+    assert f"an epoch has 68 examples: {expected}" in notes
+
+
+def test_the_adapter_records_how_each_dataset_was_read_and_chat_uses_the_first(
+    trained: tuple[TrainResult, list[Event]],
+) -> None:
+    result, _ = trained
+    made = read_training_data(result.adapter)
+    assert made is not None
+    assert [(each.name, each.share, each.source_prefix) for each in made.datasets] == [
+        ("sums", 0.5, ""), ("notes", 0.25, "summarize: "), ("chats", 0.25, ""),
+    ]  # fmt: skip
+    assert made.datasets[2].conversation_template["system_message"].startswith("A chat between")
+    for flags, note in (
+        ((), "messages are as in the dataset sums of training (notes, chats: --conversation-template NAME chooses"),
+        (("--conversation-template", "notes"), "each message is prefixed with 'summarize: ', as in training"),
+    ):
+        done = t5tune_in_fork("chat", result.run, "--prompt", "the value is 3", "--max-new-tokens", 3, *flags)
+        assert done.code == 0
+        assert note in done.stderr
+
+
+def test_the_best_step_can_be_chosen_by_the_metric_of_a_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    settings = make_settings(
+        untied_base, data, tmp_path / "run", eval_fraction=0.3, max_steps=4, eval_steps=2, save_steps=2,
+        metric_for_best_model="notes_loss",
+    )  # fmt: skip
+    train(settings)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = {line["step"]: line["eval_notes_loss"] for line in state["log_history"] if "eval_notes_loss" in line}
+    assert state["best_global_step"] == min(losses, key=losses.__getitem__)
+    with pytest.raises(SettingsError, match="metric_for_best_model: note_loss: not among.*did you mean notes_loss"):
+        train(settings.replace(metric_for_best_model="note_loss", output_dir=tmp_path / "other"))
+
+
+# --- preparing -----------------------------------------------------------------------------------------------
+
+
+def make_prepare_settings(base: Path, data: Path, folder: Path, /, **changes: Any) -> PrepareSettings:
+    datasets = {} if "data_path" in changes else {"data": list_datasets(data)}
+    return PrepareSettings(**{"model_name_or_path": str(base), **datasets, "output_dir": folder, **changes})
+
+
+def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixture"
+    made = prepare(make_prepare_settings(untied_base, data, folder, eval_fraction=0.25, seed=3))
+    assert made.datasets == SIZES
+    assert made.examples == sum(SIZES.values())
+    result = train(make_settings(untied_base, data, tmp_path / "run", data_path=[folder], max_steps=2))
+    assert result.datasets is not None
+    assert {name: facts["share"] for name, facts in result.datasets.items()} == dict(sums=0.5, notes=0.25, chats=0.25)
+    assert all("loss" in facts for facts in result.datasets.values())
+    again = make_settings(untied_base, data, tmp_path / "run-2", data_path=[folder], max_steps=2, mixing="concatenate")
+    result = train(again)
+    assert result.datasets is not None
+    assert all(facts["examples_per_epoch"] == facts["examples"] for facts in result.datasets.values())
+    with pytest.raises(SettingsError, match="mixing: concatenate: there is only one dataset"):
+        train(again.replace(data_path=[folder / "sums"], output_dir=tmp_path / "run-3"))
+
+
+def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    settings = make_prepare_settings(untied_base, data, tmp_path / "mixture")
+    assert not prepare(settings).up_to_date
+    before = {path: path.stat().st_ino for path in (tmp_path / "mixture").glob("*/tokens.bin")}
+    assert prepare(settings).up_to_date
+    assert settings.data is not None
+    changed = [settings.data[0], settings.data[1].replace(source_prefix="shorten: ")]
+    notes: list[Event] = []
+    made = prepare(settings.replace(data=changed), notes.append)
+    assert made.datasets == {"sums": 40, "notes": 12}
+    now = {path: path.stat().st_ino for path in (tmp_path / "mixture").glob("*/tokens.bin")}
+    same = {path.parent.name for path in now if before[path] == now[path]}
+    assert same == {"sums"}
+    removed = f"{tmp_path / 'mixture' / 'chats'}: removed, since this dataset is no longer among the data"
+    assert removed in [note.text for note in notes if isinstance(note, Note)]
+
+
+def test_a_folder_with_other_content_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("text")
+    with pytest.raises(DataError, match=r"mine: contains thesis.txt, not a mixture of datasets; choose another"):
+        prepare(make_prepare_settings(untied_base, data, tmp_path / "mine"))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "text"
+    single = make_prepare_settings(untied_base, data, tmp_path / "one", data_path=[data / "sums.jsonl"])
+    prepare(single)
+    with pytest.raises(DataError, match="is the token cache of a single dataset"):
+        prepare(make_prepare_settings(untied_base, data, tmp_path / "one"))
+    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
+    with pytest.raises(DataError, match="exists and isn't a token cache"):
+        prepare(single.replace(output_dir=tmp_path / "mixture"))
+
+
+def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    for name, tokens in (("sums", "auto"), ("talk", "auto"), ("none", "none")):
+        file = data / ("talk.json" if name == "talk" else "sums.jsonl")
+        single = make_prepare_settings(untied_base, data, tmp_path / name, data_path=[file])
+        prepare(single.replace(add_tokens=[tokens]))
+    paths = [f"{tmp_path / 'sums'}:1", f"{tmp_path / 'talk'}:3"]
+    settings = make_settings(untied_base, data, tmp_path / "run", data_path=paths, max_steps=2)
+    result = train(settings)
+    assert result.datasets is not None
+    assert {name: facts["examples_per_epoch"] for name, facts in result.datasets.items()} == {"sums": 14, "talk": 42}
+    other = settings.replace(data=[f"{tmp_path / 'none'}:1", paths[1]])
+    with pytest.raises(DataError, match="talk: its tokenizer isn't that of .*none"):
+        train(other.replace(output_dir=tmp_path / "other"))
+
+
+def test_a_text_that_is_held_out_in_one_dataset_is_held_out_in_all(
+    untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    lines = (data / "sums.jsonl").read_text().splitlines()
+    (tmp_path / "part.jsonl").write_text("\n".join(lines[10:30]))
+    datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(tmp_path / "part.jsonl")}]
+    folder = tmp_path / "mixture"
+    prepare(make_prepare_settings(untied_base, data, folder, data=datasets, eval_fraction=0.3))
+    training, held_out = open_mixture(folder).split_as_prepared()
+    assert held_out is not None
+    trained_on, evaluated_on = ({example.target_T.tobytes() for example in part} for part in (training, held_out))
+    assert len(trained_on | evaluated_on) == 40
+    assert not trained_on & evaluated_on
+
+
+def test_a_mixture_is_prepared_in_parts_as_by_one_process(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    whole = make_prepare_settings(untied_base, data, tmp_path / "whole")
+    prepare(whole)
+    parts = whole.replace(output_dir=tmp_path / "parts")
+    first = prepare(parts.replace(shard="0/2"))
+    assert (first.joined, first.shard) == (False, "0/2")
+    assert prepare(parts.replace(shard="1/2")).joined
+    assert read_tree(tmp_path / "parts") == read_tree(tmp_path / "whole")
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_broken_manifest_is_named(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixture"
+    prepare(make_prepare_settings(untied_base, data, folder))
+    manifest = json.loads((folder / "mixture.json").read_text())
+    for changes, problem in (
+        ({"format": 9}, "format 9; this version of t5tune reads format 1"),
+        ({"datasets": []}, "datasets: there are none"),
+        ({"datasets": [{"name": "a", "cache": 3, "weight": 1}]}, "datasets.0.cache: 3: expected text"),
+        ({"mixing": {"kind": "other"}}, "mixing.kind: 'other': expected 'weights', 'proportional' or 'concatenate'"),
+    ):
+        (folder / "mixture.json").write_text(json.dumps(manifest | changes))
+        with pytest.raises(DataError, match=problem):
+            open_mixture(folder)
+
+
+def test_the_command_line_and_yaml_give_the_same_mixture(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    paths = [f"{data / 'sums.jsonl'}:3", str(data / "talk.json")]
+    flags = ("--model-name-or-path", untied_base, "--output-dir", tmp_path / "flags", "--data-path", *paths)
+    done = t5tune_in_fork("prepare", *flags, "--json")
+    assert done.code == 0, done.stderr
+    assert done.json["datasets"] == {"sums": 40, "talk": 16}
+    assert "an epoch has 56 examples: sums 75.0% (42 of 40 examples), talk 25.0% (14 of 16 examples)" in done.stderr
+    yaml_file = tmp_path / "run.yaml"
+    yaml_file.write_text(yaml.safe_dump({"data": [{"path": str(data / "sums.jsonl"), "weight": 3}, paths[1]]}))
+    settings, _ = load_settings(
+        PrepareSettings, str(yaml_file), flags={"model_name_or_path": str(untied_base), "output_dir": tmp_path / "yaml"}
+    )
+    prepare(settings)
+    assert read_tree(tmp_path / "yaml") == read_tree(tmp_path / "flags")

@@ -1,0 +1,107 @@
+"""Training on raw text: other spans are masked in each epoch, exactly resumed, and scored as by evaluate."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.train import train
+from t5tune.data.cache import open_cache
+from t5tune.settings import EvaluateSettings, TrainSettings
+from tests.support.command_line import CommandResult
+from tests.support.prose import english_text
+from tests.support.recording import read_recorded
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    paragraphs = [part for part in english_text().split("\n\n") if len(part) > 200][:20]
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs))
+    return path
+
+
+def make_settings(base: Path, text: Path, run: Path, /, **changes: Any) -> TrainSettings:
+    values = {
+        "model_name_or_path": str(base), "data_path": [text], "output_dir": run, "objective": "span-corruption",
+        "model_max_length": 64, "num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2,
+        "report_samples": 0, "use_cpu": True,
+    }  # fmt: skip
+    return TrainSettings(**{**values, **changes})
+
+
+def write_config(settings: TrainSettings, file: Path) -> Path:
+    file.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True)))
+    return file
+
+
+@pytest.mark.distributed
+def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
+    untied_base: Path, text: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    steps = {}
+    for ranks in (1, 2):
+        settings = make_settings(
+            untied_base, text, tmp_path / f"run-{ranks}", packing="off", gradient_accumulation_steps=2 // ranks, seed=5
+        )
+        config = write_config(settings, tmp_path / f"{ranks}.yaml")
+        folder = tmp_path / f"steps-{ranks}"
+        folder.mkdir()
+        record = f"tests.support.recording:record_to({str(folder)!r})"
+        done = on_ranks(ranks, "train", "--config", config, calls=[record])
+        assert done.code == 0, done.stderr[-3000:]
+        steps[ranks] = read_recorded(folder)
+    assert steps[1] == steps[2]
+    cache = open_cache(tmp_path / "run-1" / "data").reseed(5)
+    per_epoch = len(steps[1]) // 3
+    for epoch in range(3):
+        targets = [row for step in list(steps[1])[epoch * per_epoch :][:per_epoch] for row in steps[1][step]]
+        expected = [cache.read(index, repeat=epoch).target_T.tolist() for index in range(len(cache))]
+        assert sorted(targets) == sorted(expected)
+    first, second = ([cache.read(index, epoch).target_T.tolist() for index in range(len(cache))] for epoch in (0, 1))
+    assert sum(a != b for a, b in zip(first, second, strict=True)) > 0.9 * len(cache)
+
+
+@pytest.mark.parametrize("batching", [{"tokens_per_batch": 512}, {"packing": "off"}])
+def test_a_run_that_is_stopped_in_a_later_epoch_ends_with_the_same_bits(
+    batching: dict[str, Any], untied_base: Path, text: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    settings = make_settings(untied_base, text, tmp_path / "whole", denoisers=["ul2"], **batching)
+    whole = train(settings)
+    config = write_config(settings.replace(output_dir=tmp_path / "run"), tmp_path / "run.yaml")
+    step = whole.steps // 2
+    stopped = on_ranks(1, "train", "--config", config, calls=[f"tests.support.stop_in_step:stop_in_step({step})"])
+    assert stopped.code == 143, stopped.stderr[-3000:]
+    assert on_ranks(1, "train", "--config", config).code == 0
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+
+
+def test_a_mixture_can_have_raw_text_and_each_part_has_the_loss_of_a_separate_evaluation(
+    untied_base: Path, text: Path, conversations: Path, tmp_path: Path
+) -> None:
+    parts = {
+        "text": {"path": str(text), "name": "text", "objective": "span-corruption"},
+        "chats": {"path": str(conversations), "name": "chats"},
+    }
+    settings = make_settings(
+        untied_base, text, tmp_path / "run", data_path=None, objective="sft", data=list(parts.values()),
+        eval_data=[{**part, "num_data": 20} for part in parts.values()], num_train_epochs=1,
+    )  # fmt: skip
+    result = train(settings)
+    assert result.datasets is not None
+    for name, data, objective in (("text", text, "span-corruption"), ("chats", conversations, "sft")):
+        separate = evaluate(
+            EvaluateSettings(
+                model_name_or_path=str(result.run), data_path=[data], num_data=20, objective=objective, use_cpu=True,
+                output_dir=tmp_path / name, model_max_length=64, max_new_tokens=1, conversation_template=name,
+            )
+        )  # fmt: skip
+        assert result.datasets[name]["loss"] == pytest.approx(separate.loss, abs=1e-5)
+        assert separate.examples == 20
