@@ -79,13 +79,15 @@ def upload_result(
         message = message or f"Upload {folder.resolve().name}"
         return upload_folder(copy or folder, name, settings.hub_private_repo, report, message).url
     except (SettingsError, UploadError, CheckpointError) as error:
-        report(Note(f"{error.message}; {explain_uploading_later(folder, name)}", warning=True))
+        later = explain_uploading_later(folder, name, settings.hub_private_repo)
+        report(Note(f"{error.message}; {later}", warning=True))
         return None
 
 
-def explain_uploading_later(folder: Path, name: str) -> str:
+def explain_uploading_later(folder: Path, name: str, is_private: bool) -> str:
     """Say where a result is that wasn't uploaded, and which command uploads it."""
-    return f"it is complete in {folder}; to upload it later: {shlex.join(['t5tune', 'push', str(folder), name])}"
+    command = ["t5tune", "push", str(folder), name, *(["--hub-private-repo"] if is_private else [])]
+    return f"it is complete in {folder}; to upload it later: {shlex.join(command)}"
 
 
 def upload_folder(folder: Path, name: str, is_private: bool, report: Report, message: str) -> Uploaded:

@@ -8,7 +8,7 @@ from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
 from t5tune.cli.workers import follow_launcher, run_in_workers
-from t5tune.commands.train import name_kept_records, set_up_run_folder, train
+from t5tune.commands.train import name_kept_records, send_result, set_up_run_folder, train
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
 from t5tune.file_names import SETTINGS_FILE
@@ -38,10 +38,11 @@ def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
     with handle_signals(output.report, saves_checkpoints=True) as stop, ExitStack() as stack:
         with stop.interruptible():
             run = set_up_run_folder(settings, stack, output.report)
-        if not run.finished:
-            # set_up_run_folder has renamed an existing run already; the workers must not do it again
-            worker_settings = name_kept_records(settings).model_copy(update={"fresh": False})
-            run_in_workers(worker_settings, output, settings.max_restarts)
+        if run.finished:
+            return send_result(settings, read_result(run.folder), output.report, stop)
+        # set_up_run_folder has renamed an existing run already; the workers must not do it again
+        worker_settings = name_kept_records(settings).model_copy(update={"fresh": False})
+        run_in_workers(worker_settings, output, settings.max_restarts)
         return read_result(run.folder)
 
 

@@ -7,16 +7,22 @@ Runs in the current process: as the only one, or as one rank under torchrun, the
 """
 
 import shutil
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_folder import find_adapter
-from t5tune.checkpoints.upload import open_repository, upload_result
+from t5tune.checkpoints.upload import (
+    choose_repository,
+    explain_uploading_later,
+    open_repository,
+    upload_result,
+)
 from t5tune.commands.prepare import prepare
 from t5tune.data.mixture import find_tokenizer_folder
 from t5tune.data.tokenizer import load_tokenizer
-from t5tune.distributed.signals import handle_signals
+from t5tune.distributed.signals import StopRequest, handle_signals
 from t5tune.distributed.world import RESUME_HINT, World
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
@@ -63,17 +69,35 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     _check_call(settings, world)
     report = report if world.rank == 0 else silent
     callbacks = _make_callbacks(settings, report) if world.rank == 0 else []
-    try:
-        result = _train(settings, world, report, callbacks)
-    except BaseException:
+    # the process of a notebook or a script isn't ours to end; the command line handles signals before it calls this
+    with handle_signals(report, exits=world.launched, saves_checkpoints=True) as stop:
+        try:
+            result = _train(settings, world, report, stop, callbacks)
+            return send_result(settings, result, report, stop, callbacks) if world.rank == 0 else result
+        except BaseException:
+            for callback in callbacks:
+                callback.abandon()
+            raise
+
+
+def send_result(
+    settings: TrainSettings, result: TrainResult, report: Report, stop: StopRequest, callbacks: Sequence[Any] = ()
+) -> TrainResult:
+    """Send the result of a finished run to trackers and to the Hub, as the settings ask. Return it with its URL.
+
+    Raises:
+        Stopped: a signal arrived meanwhile. The run folder is complete.
+    """
+    if not (settings.push_to_hub or callbacks):
+        return result
+    name, where = choose_repository(settings, settings.output_dir), f"the run is complete in {result.run}"
+    if settings.push_to_hub:
+        where = explain_uploading_later(result.run, name, settings.hub_private_repo)
+    with stop.interruptible(f"while the result was sent; {where}"):
         for callback in callbacks:
-            callback.abandon()
-        raise
-    for callback in callbacks:
-        callback.finish(result)
-    if world.rank == 0 and (url := upload_result(settings, result.run, report)) is not None:
-        result = save_pushed(result, url)
-    return result
+            callback.finish(result)
+        url = upload_result(settings, result.run, report)
+    return result if url is None else save_pushed(result, url)
 
 
 def _make_callbacks(settings: TrainSettings, report: Report) -> list[Any]:
@@ -93,9 +117,10 @@ def _make_callbacks(settings: TrainSettings, report: Report) -> list[Any]:
     return callbacks
 
 
-def _train(settings: TrainSettings, world: World, report: Report, callbacks: list[Any]) -> TrainResult:
-    # the process of a notebook or a script isn't ours to end; the command line handles signals before it calls this
-    with handle_signals(report, exits=world.launched, saves_checkpoints=True) as stop, ExitStack() as stack:
+def _train(
+    settings: TrainSettings, world: World, report: Report, stop: StopRequest, callbacks: list[Any]
+) -> TrainResult:
+    with ExitStack() as stack:
         # imports torch, which takes seconds, in which a signal may arrive
         from t5tune.distributed.collectives import report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group

@@ -60,15 +60,20 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def finish(self, result: TrainResult) -> None:
         """Wait until the current upload is done: its older weights must not arrive after the result."""
-        if self._thread is not None and self._is_busy:
-            self._report(Note(f"waiting until {self._checkpoint.name} is uploaded"))
-            self._thread.join()
+        # None: if a signal ends the waiting, the result is what can be uploaded later
+        thread, self._thread = self._thread, None
+        if thread is not None and thread.is_alive():
+            try:
+                self._report(Note(f"waiting until {self._checkpoint.name} is uploaded"))
+                thread.join()
+            finally:
+                self._clear()
 
     def abandon(self) -> None:
         """Say what isn't uploaded, since the run ends before its result."""
         if self._is_busy:
             name = choose_repository(self._settings, self._settings.output_dir)
-            later = explain_uploading_later(self._checkpoint, name)
+            later = explain_uploading_later(self._checkpoint, name, self._settings.hub_private_repo)
             self._report(Note(f"{self._checkpoint.name} wasn't uploaded to the end; {later}", warning=True))
             self._clear()
 

@@ -3,16 +3,22 @@
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from t5tune.checkpoints.upload import list_uploaded_files
-from t5tune.errors import CheckpointError
+from t5tune.commands.train import train
+from t5tune.errors import CheckpointError, Stopped
+from t5tune.progress import Note
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.hub import TOKEN, USER, Hub, serve_hub
+from tests.support.hub import TOKEN, USER, Hub, serve_hub, use_in_this_process
+from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow
 
@@ -93,14 +99,14 @@ def test_a_second_push_sends_only_what_has_changed(hub: Hub, finished_run: Path,
 
 def test_an_interrupted_push_continues_where_it_was(hub: Hub, finished_run: Path) -> None:
     """The weights arrive, and then the Hub is gone before the commit."""
-    hub.break_commits = True
+    hub.allows_commit = lambda: False
     done = run(hub, "push", finished_run, NAME)
     assert done.code == 1, done.stderr
     (error,) = done.errors
     assert "the upload failed" in error
     assert set(hub.repos["model", NAME].files) == {".gitattributes"}
     sent = sum(method == "PUT" for method, _, _ in hub.requests)
-    hub.break_commits = False
+    hub.allows_commit = lambda: True
     assert run(hub, "push", finished_run, NAME).code == 0
     assert sum(method == "PUT" for method, _, _ in hub.requests) == sent
     assert "adapter_model.safetensors" in hub.repos["model", NAME].files
@@ -124,27 +130,69 @@ def test_train_pushes_its_result_and_each_checkpoint_if_asked_to(strategy: str, 
     assert_token_is_nowhere(tmp_path, done)
 
 
-@pytest.mark.parametrize("reason", ["refused connection", "status 503"])
+@pytest.mark.parametrize(
+    ("reason", "processes"), [("refused connection", ()), ("status 503", ()), ("status 503", ("--num-processes", 2))]
+)
 def test_a_run_continues_if_the_hub_cannot_be_reached_and_is_pushed_later(
-    reason: str, hub: Hub, tmp_path: Path
+    reason: str, processes: tuple[object, ...], hub: Hub, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    arguments = (*TRAIN, "--push-to-hub", "--hub-model-id", NAME, "--output-dir", output)
+    arguments = (*TRAIN, "--push-to-hub", "--hub-model-id", NAME, "--hub-private-repo", "--output-dir", output)
     elsewhere = {"HF_ENDPOINT": "http://127.0.0.1:9"} if reason == "refused connection" else {}
     hub.is_down = not elsewhere
     done = t5tune_in_fork(*arguments, "--json", env={**hub.environment, "HF_TOKEN": TOKEN, **elsewhere})
     assert done.code == 0, done.stderr
     assert done.json["pushed"] is None
     assert (output / "adapter_model.safetensors").is_file()
-    assert f"to upload it later: t5tune push {output} {NAME}" in done.stderr
+    assert f"to upload it later: t5tune push {output} {NAME} --hub-private-repo\n" in done.stderr
     hub.is_down = False
-    again = run(hub, *arguments, "--json")  # the run has finished: only the upload is left
+    again = run(hub, *arguments, *processes, "--json")  # the run has finished: only the upload is left
     assert again.code == 0, again.stderr
     assert again.json["pushed"] == f"{hub.url}/{NAME}"
     assert (
         hub.repos["model", NAME].files["adapter_model.safetensors"]
         == (output / "adapter_model.safetensors").read_bytes()
     )
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's uploads
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_a_signal_ends_an_upload_and_the_message_says_how_to_repeat_it(
+    strategy: str, hub: Hub, untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_in_this_process(hub, monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    is_over = threading.Event()
+
+    def hold() -> bool:
+        if strategy == "end":
+            os.kill(os.getpid(), signal.SIGTERM)
+        is_over.wait(60)
+        return False
+
+    values = {"hub_model_id": NAME, "hub_private_repo": True, "hub_strategy": strategy, "max_steps": 2, "save_steps": 1}
+    run = tmp_path / "run"
+    settings = make_settings(untied_base, conversations, run, push_to_hub=True, **values)
+    notes: list[Any] = []
+
+    def report(event: Any) -> None:
+        notes.append(event)
+        if event == Note("waiting until checkpoint-1 is uploaded"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hub.allows_commit = hold
+    try:
+        with pytest.raises(Stopped) as stopped:
+            train(settings, report)
+    finally:
+        is_over.set()
+    later = f"to upload it later: t5tune push {run} {NAME} --hub-private-repo"
+    assert stopped.value.message.endswith(
+        f"stopped by SIGTERM while the result was sent; it is complete in {run}; {later}"
+    )
+    assert not [note for note in notes if isinstance(note, Note) and "upload it later" in note.text]
+    hub.allows_commit = lambda: True
+    assert train(settings).pushed == f"{hub.url}/{NAME}"
 
 
 def test_two_processes_push_once(hub: Hub, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,7 +69,7 @@ class Hub:
         break_after: for files of these names, how many bytes are sent before the connection is closed.
         read_only: names of repositories that no one may write to.
         is_down: whether each request is refused with status 503.
-        break_commits: whether the connection is closed instead of making a commit.
+        allows_commit: called before each commit; if it returns False, the connection is closed instead.
     """
 
     def __init__(self, url: str, home: Path) -> None:
@@ -81,7 +81,7 @@ class Hub:
         self.break_after: dict[str, int] = {}
         self.is_down = False
         self.read_only: set[str] = set()
-        self.break_commits = False
+        self.allows_commit: Callable[[], bool] = lambda: True
         self.blobs: dict[str, bytes] = {}
 
     @property
@@ -294,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(b"", 200, {})
 
     def _commit(self, repo: Repo) -> None:
-        if self.hub.break_commits:
+        if not self.hub.allows_commit():
             self.close_connection = True
             return
         files = dict(repo.files)
