@@ -19,6 +19,7 @@ from typing import Any
 
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.encoding import Example
+from t5tune.data.remote_files import hide_data_queries
 from t5tune.data.tokenizer import decode_prediction, decode_reference
 from t5tune.distributed.collectives import (
     broadcast_from_rank_0,
@@ -254,7 +255,7 @@ def _finish(task: _Task | None, tuned: _Outcome, base: _Outcome | None, started:
     predictions = [task.decode(outcome) for outcome in outcomes]
     with write_folder_atomically(task.folder) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, task, outcomes, predictions)
-        write_settings(staged, task.settings)
+        write_settings(staged, hide_data_queries(task.settings))
     built_in = [_score(outcome, texts, task) for outcome, texts in zip(outcomes, predictions, strict=True)]
     custom = _compute_custom_metrics(task, predictions)
     return EvaluateResult(

@@ -103,7 +103,8 @@ def send_result(
 def _make_callbacks(settings: TrainSettings, report: Report) -> list[Any]:
     """Make rank 0's callbacks of the Trainer that go on after training: they finish when the result is written.
 
-    Each has `begin`, called before the Trainer is made, `finish` with the result, and `abandon` if there is none.
+    Each has `begin`, called before the Trainer is made, `add_to` it, `finish` with the result, and `abandon` if there
+    is none.
     """
     callbacks: list[Any] = []
     if settings.hub_strategy == "every_save":

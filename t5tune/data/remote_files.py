@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from t5tune.data.files import find_data_suffix
@@ -21,6 +21,9 @@ from t5tune.io.atomic import explain_write_errors, write_json
 from t5tune.io.reasons import hide_queries, join_first, to_one_line
 from t5tune.io.untrusted import read_json_object
 from t5tune.progress import Note, Report, count_done, silent
+from t5tune.settings.fields import Settings
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 _URL = re.compile(r"(?!hf:|file:|local:)[a-z][a-z0-9+.-]+://.+", re.DOTALL)
 # what fsspec's file systems say about a file's content
@@ -38,13 +41,21 @@ def is_url(name: str) -> bool:
     return bool(_URL.fullmatch(name))
 
 
-def hide_query(url: str) -> str:
-    """Return a URL without its query and password, which may be secrets, such as a signature."""
+def hide_query(name: str) -> str:
+    """Return a URL without its query and password, which may be secrets, such as a signature; other names unchanged."""
+    if not is_url(name):
+        return name
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(name)
         return parts._replace(query="", fragment="", netloc=parts.netloc.rpartition("@")[2]).geturl()
     except ValueError:  # such as https://[
-        return url.partition("?")[0]
+        return hide_queries(name.partition("?")[0])
+
+
+def hide_data_queries(settings: AnySettings) -> AnySettings:
+    """Return the settings without the queries of the data's URLs, for what others may see."""
+    paths = {name: getattr(settings, name, None) for name in ("data_path", "eval_data_path")}
+    return settings.model_copy(update={name: [*map(hide_query, each)] for name, each in paths.items() if each})
 
 
 def fetch_remote(

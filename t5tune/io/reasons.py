@@ -11,6 +11,11 @@ from collections.abc import Sequence
 from t5tune.errors import T5TuneError
 
 MAX_NAMES = 5  # in a message
+# a `?` in the names of a dataset's files and of local ones is part of a pattern
+_URL_IN_TEXT = re.compile(
+    r"\b(?!hf:|file:)(?P<begin>[a-z][a-z0-9+.-]*://)([^\s/?'\"<>]*@)?(?P<path>[^\s?'\"<>]*)(?P<query>\?[^\s'\"<>]*)?",
+    re.IGNORECASE,
+)
 # beginning of a message of Python's json module -> plain description
 JSON_REASONS = {
     "Expecting value": "expected a value",
@@ -53,8 +58,9 @@ def to_one_line(text: object) -> str:
 
 
 def hide_queries(text: str) -> str:
-    """Hide the queries of URLs, which may be secrets such as signatures."""
-    return re.sub(r"\?[^\s'\"<>]+=[^\s'\"<>]*", "?…", text)
+    """Hide the queries, users and passwords of URLs in a text: a query may be a secret, such as a signature."""
+    text = _URL_IN_TEXT.sub(lambda found: f"{found['begin']}{found['path']}{'?…' if found['query'] else ''}", text)
+    return re.sub(r"\?[^\s'\"<>]+=[^\s'\"<>]*", "?…", text)  # also of a URL without its beginning
 
 
 def shorten(text: str, limit: int = 60) -> str:

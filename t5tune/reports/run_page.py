@@ -16,6 +16,7 @@ from t5tune.checkpoints.model_card import DATASET_COUNTS, is_timing
 from t5tune.data.cache_view import build_histogram
 from t5tune.data.mixture import Dataset, Examples, Mixture
 from t5tune.data.records import LABELED_BAD
+from t5tune.data.remote_files import hide_data_queries
 from t5tune.formatting import format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.metrics import prefix_metric, split_by_dataset
 from t5tune.reports.metrics_log import read_metrics, read_samples
@@ -39,6 +40,7 @@ def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str
         result: the fields of the result of `train`.
         examples: the examples that were trained on.
     """
+    settings = hide_data_queries(settings)
     lines = read_metrics(run_folder)
     sources, targets = map(build_histogram, examples.read_lengths())
     parts = [

@@ -16,7 +16,7 @@ from t5tune.checkpoints.upload import (
     upload_result,
 )
 from t5tune.io.reasons import describe_error
-from t5tune.progress import Note, Report
+from t5tune.progress import Event, Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.training.checkpoint import STAGING_PREFIX
 from t5tune.training.run_folder import TrainResult
@@ -31,10 +31,15 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
     def __init__(self, settings: TrainSettings, report: Report) -> None:
         self._settings, self._report = settings, report
         self._thread: Thread | None = None
+        self._is_left = False
         self._checkpoint = self._staged = settings.output_dir
 
     def begin(self) -> None:
         """Do nothing before training begins."""
+
+    def add_to(self, trainer: Any) -> None:
+        """Add this callback to the Trainer."""
+        trainer.add_callback(self)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -67,7 +72,7 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
                 self._report(Note(f"waiting until {self._checkpoint.name} is uploaded"))
                 thread.join()
             finally:
-                self._clear()
+                self._leave()
 
     def abandon(self) -> None:
         """Say what isn't uploaded, since the run ends before its result."""
@@ -75,17 +80,26 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
             name = choose_repository(self._settings, self._settings.output_dir)
             later = explain_uploading_later(self._checkpoint, name, self._settings.hub_private_repo)
             self._report(Note(f"{self._checkpoint.name} wasn't uploaded to the end; {later}", warning=True))
-            self._clear()
+            self._leave()
 
     @property
     def _is_busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
     def _upload(self, message: str) -> None:
+        def report(event: Event) -> None:
+            if not self._is_left:
+                self._report(event)
+
         try:
-            upload_result(self._settings, self._checkpoint, self._report, message, copy=self._staged)
+            upload_result(self._settings, self._checkpoint, report, message, copy=self._staged)
         finally:
             self._clear()
+
+    def _leave(self) -> None:
+        """Leave the upload, which can't be interrupted, without its files; what comes of it isn't reported."""
+        self._is_left = True
+        self._clear()
 
     def _clear(self) -> None:
         shutil.rmtree(self._staged, ignore_errors=True)

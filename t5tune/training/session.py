@@ -90,7 +90,7 @@ def run_training(session: Session) -> TrainResult:
         if samples is not None:
             trainer.add_callback(samples)
         for callback in session.callbacks:
-            trainer.add_callback(callback)
+            callback.add_to(trainer)
         saves = _count_saves(trainer.args, trainer.parts.sampler)
         run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable, saves))
     trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)

@@ -1,23 +1,26 @@
 """What a run sends to experiment trackers besides the Trainer's curves: its settings, the report page and the result.
 
-transformers' own callbacks send the curves and the Trainer's arguments; see docs/trackers.md. What goes wrong here is a
-note: a tracker never ends a run.
+transformers' own callbacks send the curves and the Trainer's arguments; see docs/trackers.md. A tracker never ends a
+run: one that fails is left out from then on, with a note.
 """
 
 import os
+import sys
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from t5tune.checkpoints.upload import list_uploaded_files
-from t5tune.data.remote_files import hide_query
+from t5tune.data.remote_files import hide_data_queries
 from t5tune.errors import CheckpointError
 from t5tune.io.atomic import write_json
-from t5tune.io.reasons import describe_error
+from t5tune.io.reasons import describe_error, hide_queries
 from t5tune.io.untrusted import read_json_object
 from t5tune.io.yaml_file import to_yaml
 from t5tune.progress import Note, Report
@@ -39,15 +42,20 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, settings: TrainSettings, trackers: list[str], report: Report) -> None:
-        self._settings, self._trackers, self._report = settings, trackers, report
+        self._settings, self._trackers, self._report = settings, [*trackers], report
         self._name = choose_run_name(settings)
         self._mlflow_run: str | None = None
         self._trackio: dict[str, Any] = {}
         self._has_begun = False
         self._set_variables: list[str] = []
+        self._arguments = sys.argv
 
     def begin(self) -> None:
-        """Let a resumed run continue its entry in Weights & Biases, unless the environment names one."""
+        """Let a resumed run continue its entry in Weights & Biases, unless the environment names one.
+
+        Trackers also send the command's arguments. A URL among them may have a secret in its query.
+        """
+        sys.argv = [*map(hide_queries, self._arguments)]
         if "wandb" not in self._trackers or "WANDB_RUN_ID" in os.environ:
             return
         path = self._settings.output_dir / TRACKERS_FILE
@@ -62,14 +70,22 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
                 os.environ[name] = value
                 self._set_variables.append(name)
 
+    def add_to(self, trainer: Any) -> None:
+        """Add this callback to the Trainer, and keep those of the trackers from ending the run."""
+        callbacks = trainer.callback_handler.callbacks
+        for name in self._trackers:
+            (tracker,) = get_reporting_integration_callbacks([name])
+            for number, callback in enumerate(callbacks):
+                if type(callback) is tracker:
+                    callbacks[number] = _Guarded(callback, partial(self._try, name))
+        trainer.add_callback(self)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
         self._has_begun = True
         self._trackio = {"project": args.project, "space_id": args.trackio_space_id, "private": args.hub_private_repo}
-        values = self._settings.model_dump(mode="json")
-        for name in ("data_path", "eval_data_path"):  # a query may be a secret
-            values[name] = [hide_query(path) for path in values[name] or []]
+        values = hide_data_queries(self._settings).model_dump(mode="json")
         self._for_each({
             "wandb": lambda: _send_wandb_settings(values),
             "mlflow": lambda: self._send_mlflow_settings(values),
@@ -81,12 +97,13 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         """Send the report page and the result's files, once they are written."""
         if not self._has_begun:  # the run had finished before
             return
-        page, files = result.run / REPORT_FILE, list(list_uploaded_files(result.run).values())
+        page, run = result.run / REPORT_FILE, result.run
         self._for_each({
-            "wandb": lambda: _send_wandb_files(self._name, page, files),
-            "mlflow": lambda: self._send_mlflow_files(page, files),
-            "trackio": lambda: self._send_trackio_files(page, files),
+            "wandb": lambda: _send_wandb_files(self._name, page, _list_files(run)),
+            "mlflow": lambda: self._send_mlflow_files(page, _list_files(run)),
+            "trackio": lambda: self._send_trackio_files(page, _list_files(run)),
         })  # fmt: skip
+        self._has_begun = False
         self._restore_variables()
 
     def abandon(self) -> None:
@@ -96,17 +113,27 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         self._restore_variables()
 
     def _restore_variables(self) -> None:
-        """Take back the variables that were set: another run of this process has an entry of its own."""
+        """Take back what `begin` has set: another run of this process has an entry of its own."""
+        sys.argv = self._arguments
         while self._set_variables:
             os.environ.pop(self._set_variables.pop(), None)
 
     def _for_each(self, actions: dict[str, Callable[[], None]]) -> None:
-        for name in self._trackers:
+        for name in [*self._trackers]:
             if name in actions:
-                try:
-                    actions[name]()
-                except Exception as error:  # of any kind: each tracker has its own
-                    self._report(Note(f"report_to: {name}: {describe_error(error)[:200]}", warning=True))
+                self._try(name, actions[name])
+
+    def _try(self, name: str, action: Callable[[], Any]) -> Any:
+        """Do what a tracker does, unless it has failed before."""
+        if name not in self._trackers:
+            return None
+        try:
+            return action()
+        except Exception as error:  # of any kind: each tracker has its own
+            self._trackers.remove(name)
+            reason = hide_queries(describe_error(error))[:200] or type(error).__name__
+            self._report(Note(f"report_to: {name}: {reason}; the run continues without it", warning=True))
+            return None
 
     def _send_mlflow_settings(self, values: dict[str, Any]) -> None:
         import mlflow
@@ -138,6 +165,23 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
             if paths:
                 trackio.log_artifact(artifact)
         trackio.finish()
+
+
+class _Guarded:
+    """A tracker's callback whose events are tried with `attempt`, which catches its errors."""
+
+    def __init__(self, callback: Any, attempt: Callable[[Callable[[], Any]], Any]) -> None:
+        self._callback, self._attempt = callback, attempt
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._callback, name)
+        if not name.startswith("on_"):
+            return found
+        return lambda *args, **values: self._attempt(partial(found, *args, **values))
+
+
+def _list_files(run: Path) -> list[Path]:
+    return [*list_uploaded_files(run).values()]
 
 
 def _send_wandb_settings(values: dict[str, Any]) -> None:

@@ -2,11 +2,7 @@
 
 import gzip
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +15,11 @@ from t5tune.data.remote_files import hide_query
 from t5tune.data.sources import bring_data, is_dataset_name
 from t5tune.errors import DataError
 from t5tune.hub.datasets import DatasetChoice
+from t5tune.io.reasons import hide_queries
 from t5tune.progress import Note
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.hub import TOKEN, Hub, serve_hub, use_in_this_process
+from tests.support.web import serve_folder
 
 pytestmark = pytest.mark.slow
 
@@ -299,23 +297,6 @@ def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         yield url, folder
 
 
-@contextmanager
-def serve_folder(folder: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 def test_a_file_at_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = web
     (folder / "chats.jsonl.gz").write_bytes(gzip.compress(to_jsonl(1, 2)))
@@ -332,6 +313,29 @@ def test_a_file_at_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, 
     (folder / "chats.jsonl.gz").unlink()
     gone = prepare(None, name, tmp_path / "again", **environment)
     assert gone.code == 2, gone.stderr
+
+
+def test_the_secret_of_a_url_is_only_in_the_settings_that_continue_the_run(
+    web: tuple[str, Path], untied_base: Path, tmp_path: Path
+) -> None:
+    url, folder = web
+    (folder / "chats.jsonl").write_bytes(to_jsonl(*range(8)))
+    data = f"{url}/chats.jsonl?signature=SeCrEt"
+    run, out = tmp_path / "run", tmp_path / "out"
+    environment = {"HF_HOME": str(tmp_path / "home")}
+    flags = ("--max-steps", 1, "--use-cpu", "--report-samples", 0, "--model-name-or-path", untied_base)
+    done = t5tune_in_fork(
+        *("train", *flags, "--data-path", data, "--eval-data-path", data, "--output-dir", run), env=environment
+    )
+    assert done.code == 0, done.stderr
+    evaluated = t5tune_in_fork(
+        *("evaluate", run, "--data-path", data, "--output-dir", out, "--use-cpu"), env=environment
+    )
+    assert evaluated.code == 0, evaluated.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and b"SeCrEt" in path.read_bytes()]
+    assert files == [run / "settings.yaml"]
+    assert f"--data-path {url}/chats.jsonl " in (run / "report.html").read_text()
+    assert f"- {url}/chats.jsonl\n" in (out / "settings.yaml").read_text()
 
 
 def test_a_file_that_was_copied_is_read_while_its_server_is_away(tmp_path: Path) -> None:
@@ -412,7 +416,12 @@ def test_a_repository_of_another_person_cannot_name_files_of_this_machine(
 
 def test_secrets_of_a_url_are_hidden() -> None:
     assert hide_query("https://me:pw@host:80/a/b.jsonl?token=x#y") == "https://host:80/a/b.jsonl"
-    assert hide_query("s3://bucket/key.jsonl") == "s3://bucket/key.jsonl"
+    assert hide_query("https://me:pw@[host/a.jsonl?x") == "https://[host/a.jsonl"
+    for name in ("s3://bucket/key.jsonl", "a/b?.jsonl", "hf://datasets/a/b/c?.jsonl"):  # patterns
+        assert hide_query(name) == name
+        assert hide_queries(name) == name
+    text = "can't open URL('https://me:pw@host/a.jsonl?SeCrEt'), after /b?key=x"
+    assert hide_queries(text) == "can't open URL('https://host/a.jsonl?…'), after /b?…"
 
 
 def test_a_note_says_what_a_download_would_not_show(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

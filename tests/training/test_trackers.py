@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from t5tune.progress import Advanced, Note
 from t5tune.training.trackers import TRACKERS_FILE
 from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings
+from tests.support.web import serve_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the trackers' own
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 def needs(name: str) -> pytest.MarkDecorator:
@@ -32,6 +37,33 @@ def data(tmp_path: Path) -> Path:
 def run_with(name: str, base: Path, data: Path, folder: Path, **changes: Any) -> Any:
     values = {"report_to": [name], "max_steps": 2, "logging_steps": 1, "bf16": False, "report_samples": 1, **changes}
     return make_settings(base, data, folder, eval_data_path=str(data), **values)
+
+
+def use_folder(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a tracker write to a folder, and not to a server."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)  # where mlflow's artifacts go
+    variables = {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_DIR": str(folder),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "TENSORBOARD_LOGGING_DIR": str(folder),
+    }
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    for variable in ("WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.delenv(variable, raising=False)
+    if name == "wandb":
+        import wandb
+
+        wandb.teardown()  # it keeps the variables of the test before
+    if name == "trackio":
+        import trackio
+
+        for module in (trackio.utils, trackio.sqlite_storage, trackio):
+            if hasattr(module, "TRACKIO_DIR"):
+                monkeypatch.setattr(module, "TRACKIO_DIR", folder)
 
 
 @needs("tensorboard")
@@ -56,11 +88,7 @@ def test_tensorboard_has_curves_and_settings(untied_base: Path, data: Path, tmp_
 def test_wandb_has_name_settings_curves_report_and_adapter(
     untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.delenv(name, raising=False)
+    use_folder("wandb", tmp_path / "tracked", monkeypatch)
     settings = run_with("wandb", untied_base, data, tmp_path / "orders", lora_r=3, max_steps=3)
     with pytest.raises(Stopped):
         train(settings, stop_at(Advanced("train", 1)))
@@ -68,7 +96,7 @@ def test_wandb_has_name_settings_curves_report_and_adapter(
     assert "WANDB_RUN_ID" not in os.environ
     train(settings)
     assert json.loads((tmp_path / "orders" / TRACKERS_FILE).read_text())["wandb"] == known
-    runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{known}"))
+    runs = sorted((tmp_path / "tracked" / "wandb").glob(f"offline-run-*-{known}"))
     assert len(runs) == 2  # both halves of one entry
     content = b"".join(file.read_bytes() for file in runs[-1].rglob("*") if file.is_file())
     for text in (b"orders", b"t5tune", b"lora_r", b"train/loss", b"adapter_model.safetensors", b"report"):
@@ -82,10 +110,9 @@ def test_mlflow_has_name_settings_curves_report_and_adapter(
 ) -> None:
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)  # where the artifacts go
+    use_folder("mlflow", tmp_path / "tracked", monkeypatch)
     train(run_with("mlflow", untied_base, data, tmp_path / "run", lora_r=3, run_name="orders"))
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/tracked/mlflow.db")
     (run,) = client.search_runs(["0"])
     assert run.info.run_name == "orders"
     assert run.info.status == "FINISHED"
@@ -101,27 +128,59 @@ def test_mlflow_has_name_settings_curves_report_and_adapter(
 def test_trackio_has_name_settings_curves_report_and_adapter(
     untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trackio
-
-    folder = tmp_path / "trackio"
-    for module in (trackio.utils, trackio.sqlite_storage, trackio):
-        if hasattr(module, "TRACKIO_DIR"):
-            monkeypatch.setattr(module, "TRACKIO_DIR", folder)
+    folder = tmp_path / "tracked"
+    use_folder("trackio", folder, monkeypatch)
     train(run_with("trackio", untied_base, data, tmp_path / "run", lora_r=3, run_name="orders"))
     content = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
     for text in (b"orders", b"lora_r", b"train/loss", b"orders-model", b"orders-report"):
         assert text in content, text
 
 
-@needs("tensorboard")
-def test_a_tracker_that_fails_is_a_warning(
-    untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in TRACKERS])
+def test_no_tracker_gets_the_secret_of_a_url(
+    name: str, untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise ConnectionError("no route")
+    (tmp_path / "web").mkdir()
+    data.rename(tmp_path / "web" / data.name)
+    use_folder(name, tmp_path / "tracked", monkeypatch)
+    with serve_folder(tmp_path / "web") as url:
+        secret = f"{url}/{data.name}?sig=SeCrEt"
+        monkeypatch.setattr("sys.argv", ["t5tune", "train", f"--data-path={secret}"])
+        settings = run_with(name, untied_base, Path(), tmp_path / "run", cache_dir=tmp_path / "downloads")
+        train(settings.model_copy(update={"data_path": [secret], "eval_data_path": [secret]}))
+        assert sys.argv[2] == f"--data-path={secret}"
+    sent = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(url.encode() in file.read_bytes() for file in sent if tmp_path / "tracked" in file.parents)
+    assert [file for file in sent if b"SeCrEt" in file.read_bytes()] == [tmp_path / "run" / "settings.yaml"]
 
-    monkeypatch.setattr("t5tune.training.trackers._send_tensorboard_settings", fail)
+
+@pytest.mark.parametrize(
+    ("name", "variables", "reason"),
+    [
+        pytest.param("tensorboard", {"TENSORBOARD_LOGGING_DIR": "{data}"}, "File exists", marks=needs("tensorboard")),
+        pytest.param("wandb", {"WANDB_MODE": "online"}, "No API key configured", marks=needs("wandb")),
+        pytest.param(
+            "mlflow", {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "Max retries exceeded", marks=needs("mlflow")
+        ),
+    ],
+)
+def test_a_tracker_that_fails_is_left_out_with_one_warning(
+    name: str,
+    variables: dict[str, str],
+    reason: str,
+    untied_base: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_folder(name, tmp_path / "tracked", monkeypatch)
+    for variable, value in {**variables, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
+        monkeypatch.setenv(variable, value.format(data=data))
     notes: list[Any] = []
-    result = train(run_with("tensorboard", untied_base, data, tmp_path / "run"), notes.append)
+    result = train(run_with(name, untied_base, data, tmp_path / "run"), notes.append)
     assert result.steps == 2
-    assert Note("report_to: tensorboard: no route", warning=True) in notes
+    (warning,) = [note.text for note in notes if isinstance(note, Note) and note.warning]
+    assert warning.startswith(f"report_to: {name}: ")
+    assert reason in warning
+    assert warning.endswith("; the run continues without it")
+    assert "\n" not in warning
