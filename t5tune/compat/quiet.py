@@ -10,13 +10,19 @@ from contextlib import ExitStack, contextmanager
 VARIABLES = {
     "PYTHONWARNINGS": "ignore",  # of processes that are started
     "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "true",
     "DS_LOG_LEVEL": "error",
     "TORCH_CPP_LOG_LEVEL": "FATAL",  # otherwise C++ stack traces appear if a rank is lost, or doesn't come
 }
-# their levels, unless the user has set others; transformers takes its own from the variable when it is imported
-LEVELS = {"bitsandbytes": logging.NOTSET, "accelerate": logging.NOTSET, "transformers": logging.WARNING}
+# their levels, unless the user has set others; the last two take theirs from a variable when they are imported
+LEVELS = {
+    "bitsandbytes": logging.NOTSET,
+    "accelerate": logging.NOTSET,
+    "transformers": logging.WARNING,
+    "huggingface_hub": logging.WARNING,
+}
 
 _lock = threading.Lock()
 _num_blocks = 0  # nested, and of other threads: what they change belongs to the process
@@ -26,6 +32,8 @@ _undo = ExitStack()  # of the first of them
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hide the libraries' messages in this block, unless TRANSFORMERS_VERBOSITY asks for more than errors.
+
+    HF_HUB_VERBOSITY says which of huggingface_hub are shown.
 
     Where blocks overlap, the first to begin hides the messages, and the last to end shows them again. Libraries that
     are imported in the block may stay quiet after it.
@@ -50,7 +58,8 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def _hide_messages() -> Iterator[None]:
-    levels = {logging.getLogger(name): logging.getLogger(name).level or level for name, level in LEVELS.items()}
+    names = [name for name in LEVELS if name != "huggingface_hub" or "HF_HUB_VERBOSITY" not in os.environ]
+    levels = {(logger := logging.getLogger(name)): logger.level or LEVELS[name] for name in names}
     added = {name: value for name, value in VARIABLES.items() if name not in os.environ}
     os.environ.update(added)
     for logger in levels:

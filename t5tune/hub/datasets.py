@@ -7,19 +7,18 @@ Which files belong to a subset and to a split is written in the dataset's README
 script is ever run.
 """
 
-import json
+import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from t5tune.errors import DataError, suggest_name
-from t5tune.hub.download import Repository, get_cache_root
+from t5tune.hub.download import Repository
 from t5tune.hub.names import split_revision
-from t5tune.io.atomic import write_json
 from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 
@@ -70,8 +69,10 @@ def parse_dataset_name(text: str) -> DatasetName | None:
     if not text.startswith(PREFIX):
         name, revision = split_revision(text)
         return DatasetName(name, revision, "") if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(@(refs/convert/\w+|[^/]+))?(/(.*))?", text.removeprefix(PREFIX))
-    return DatasetName(found[1], found[3], (found[5] or "").strip("/")) if found else None
+    # as in huggingface_hub's HfFileSystem
+    revision = r"refs/(?:convert/[\w.-]+|pr/\d+)|[^/]+"
+    found = re.fullmatch(rf"([\w.-]+/[\w.-]+)(@({revision}))?(/(.*))?", text.removeprefix(PREFIX))
+    return DatasetName(found[1], found[3] and unquote(found[3]), (found[5] or "").strip("/")) if found else None
 
 
 def find_dataset_files(
@@ -94,7 +95,7 @@ def find_dataset_files(
     repository = Repository("dataset", dataset.name, setting, dataset.revision, cache_dir)
     snapshot = repository.download([README])  # also says which commit it is, and offline which one is in the cache
     pinned = replace(repository, revision=snapshot.name)
-    names = _list_files(pinned, cache_dir)
+    names = pinned.list_files()
     data = [name for name in names if is_data(name) and not _is_ignored(name)]
     asked = f"{setting}: {dataset}"
     if not data:
@@ -108,29 +109,11 @@ def find_dataset_files(
         configs = _read_configs(snapshot)
         chosen = _select_by_split(data, configs, choice, asked, report)
         chosen = _keep_most_common_kind(chosen, asked, report)
-    folder = pinned.download(chosen, True, report)
+    folder = pinned.download([*map(glob.escape, chosen)], True, report)
     if missing := [name for name in chosen if not (folder / name).is_file()]:
         problem = f"{asked}: the Hub can't be reached, and the local cache lacks {join_first(missing)}"
         raise DataError(problem, hint="check the network connection")
     return [folder / name for name in chosen]
-
-
-def _list_files(repository: Repository, cache_dir: Path | None) -> list[str]:
-    """List the files of a commit. The list is kept: offline, the cache may contain only some of them.
-
-    Raises:
-        DataError: the Hub can't be reached, and the list wasn't kept.
-    """
-    assert repository.revision is not None
-    kept = get_cache_root(cache_dir) / "datasets" / f"{repository.name.replace('/', '--')}@{repository.revision}.json"
-    if kept.is_file():
-        with suppress(ValueError, OSError, TypeError):
-            return list(map(str, json.loads(kept.read_text(encoding="utf-8"))))
-    names = repository.list_files()
-    with suppress(OSError):  # a cache that can't be written
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, names)
-    return names
 
 
 def _is_ignored(name: str) -> bool:
@@ -142,9 +125,8 @@ def _explain_no_data(asked: str, dataset: DatasetName, names: Sequence[str]) -> 
     if any(name.endswith(".py") for name in names):
         problem = f"{asked}: this dataset is made by a script, and t5tune runs none"
         return DataError(problem, hint=f"try the Hub's own copy: {PREFIX}{dataset.name}@refs/convert/parquet")
-    return DataError(
-        f"{asked}: this dataset has no JSON, JSONL, CSV or Parquet file", hint=f"it has {join_first(names)}"
-    )
+    hint = f"it has {join_first(names)}" if names else "it has no files at all"
+    return DataError(f"{asked}: this dataset has no JSON, JSONL, CSV or Parquet file", hint=hint)
 
 
 def _select_by_path(data: Sequence[str], path: str) -> list[str]:

@@ -7,12 +7,14 @@ What is in the cache already is used: as long as the Hub can't be reached, or if
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
+from t5tune.compat.hub_patches import limit_waiting_for_the_hub
 from t5tune.errors import CheckpointError, DataError, ModelError, T5TuneError, suggest_name
 from t5tune.io.reasons import hide_queries, to_one_line
 from t5tune.progress import Report, count_done, silent
@@ -40,6 +42,11 @@ def get_status(error: BaseException | None) -> int | None:
 def describe(error: BaseException) -> str:
     """Describe an error of huggingface_hub in one line, without what may be a secret."""
     return hide_queries(to_one_line(error))[:300]
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether an error is that of a connection, of httpx or its successors: not each of them uses the cache."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 def _count_missing_bytes(find: Any) -> int:
@@ -103,6 +110,7 @@ class Repository:
         """
         from huggingface_hub import snapshot_download
 
+        limit_waiting_for_the_hub()
         find: Any = partial(
             snapshot_download,
             self.name,
@@ -117,10 +125,13 @@ class Repository:
             with count_done("download", report if missing else silent, missing, "bytes") as advance:
                 return Path(find(tqdm_class=_make_bar_class(advance)))
         except Exception as error:  # OSError, ValueError, and exceptions of the HTTP library of huggingface_hub
+            if _is_lost_connection(error):
+                with suppress(Exception):  # the cache lacks a file
+                    return Path(find(local_files_only=True))
             raise self.explain(error) from error
 
     def list_files(self, commit: str | None = None) -> list[str]:
-        """List the names of the repository's files.
+        """List the names of the repository's files, of which a download has kept the list.
 
         Args:
             commit: at which; None: at the revision.
@@ -128,11 +139,14 @@ class Repository:
         Raises:
             ModelError, CheckpointError, DataError: it can't be reached.
         """
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, errors, get_cached_repo_tree
 
+        limit_waiting_for_the_hub()
+        asked: Any = {"repo_type": self.repo_type, "revision": commit or self.revision}
+        with suppress(errors.CachedRepoTreeNotFoundError):
+            return [file.path for file in get_cached_repo_tree(self.name, cache_dir=self.cache_dir, **asked)]
         try:
-            revision = commit or self.revision
-            return HfApi().list_repo_files(self.name, repo_type=self.repo_type, revision=revision)
+            return HfApi().list_repo_files(self.name, **asked)
         except Exception as error:
             raise self.explain(error) from error
 
@@ -147,13 +161,15 @@ class Repository:
 
     def explain(self, error: Exception) -> T5TuneError:
         """Turn an error of huggingface_hub into one that says what to do about it."""
-        from huggingface_hub import errors
+        from huggingface_hub import errors, get_token
 
         noun = "dataset" if self.kind == "dataset" else "model"
         missing = "no such file or folder" if self.kind == "dataset" else "no such folder"
         instead = "give a file or a folder" if self.kind == "dataset" else "give a folder"
         asked = f"{self.setting}: {self.name}"
         status = get_status(error) or get_status(error.__cause__)
+        is_offline = isinstance(error, errors.OfflineModeIsEnabled)
+        is_offline |= isinstance(error.__cause__, errors.OfflineModeIsEnabled)
         match error:
             case errors.GatedRepoError():
                 reason = f"access to this {noun} is restricted (gated)"
@@ -167,11 +183,14 @@ class Repository:
             case errors.HFValidationError():
                 reason, hint = f"{missing}, and not a valid name of a {noun} on the Hub", "check the spelling"
             case _ if status == 401:
-                reason, hint = "the Hub doesn't accept the token", "run `hf auth login`, or set HF_TOKEN"
+                reason = (
+                    "the Hub doesn't accept the token" if get_token() else "the Hub asks for a token, and none is set"
+                )
+                hint = "run `hf auth login`, or set HF_TOKEN"
             case _ if status in (403, 429):
                 reason = f"the Hub refuses the download: {describe(error.__cause__ or error)}"
                 hint = "try again later" if status == 429 else f"see the Hub page of {self.name}"
-            case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            case _ if is_offline:
                 reason = f"{missing}, HF_HUB_OFFLINE disables downloads, and the {noun} isn't all in the local cache"
                 hint = f"unset HF_HUB_OFFLINE, or {instead}"
             case errors.LocalEntryNotFoundError():

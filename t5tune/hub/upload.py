@@ -9,10 +9,12 @@ or of HF_TOKEN; it is written nowhere.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from t5tune.compat.hub_patches import limit_waiting_for_the_hub
 from t5tune.errors import SettingsError, UploadError
 from t5tune.hub.download import describe, get_status
 from t5tune.hub.names import is_published
@@ -38,13 +40,16 @@ def create_repository(name: str, is_private: bool, setting: str = "hub_model_id"
     """
     from huggingface_hub import HfApi
 
+    limit_waiting_for_the_hub()
     asked, api = f"{setting}: {name}", HfApi()
     try:
-        api.whoami()  # creating a repository that exists asks for no token
+        with _allow_missing():
+            api.whoami()  # creating a repository that exists asks for no token
         # None: as the organization's settings say
         full_name = str(api.create_repo(name, private=is_private or None, exist_ok=True).repo_id)
         if "write" in inspect.signature(api.auth_check).parameters:
-            api.auth_check(full_name, write=True)
+            with _allow_missing():
+                api.auth_check(full_name, write=True)
         is_public = is_private and not api.repo_info(full_name).private
     except Exception as error:  # OSError, ValueError, and exceptions of the HTTP library of huggingface_hub
         raise _explain(asked, error) from error
@@ -52,6 +57,18 @@ def create_repository(name: str, is_private: bool, setting: str = "hub_model_id"
         problem = f"hub_private_repo: {full_name} exists already, and everybody can see it"
         raise SettingsError(problem, hint="make it private on its page, or leave out hub_private_repo")
     return full_name
+
+
+@contextmanager
+def _allow_missing() -> Iterator[None]:
+    """Let a check be missing on the server, as on a replacement of the Hub: the commit will show what it allows."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        if get_status(error) != 404 or isinstance(error, errors.RepositoryNotFoundError):
+            raise
 
 
 def upload_files(
@@ -75,6 +92,7 @@ def upload_files(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    limit_waiting_for_the_hub()
     api = HfApi()
     try:
         stale = [path for path in api.list_repo_files(name) if path not in files and is_replaced(path)]

@@ -83,6 +83,32 @@ def test_what_was_pushed_is_what_chat_downloads(hub: Hub, finished_run: Path) ->
     assert (there.code, there.stdout) == (0, here.stdout), there.stderr
 
 
+def test_a_hub_that_accepts_and_never_answers_is_not_waited_for(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+    hub.hangs = True
+    waited = threading.Timer(60, hub.has_ended.set)  # otherwise these commands would wait for ever
+    waited.start()
+    environment = {**hub.environment, "HF_TOKEN": TOKEN, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    pushed = t5tune_in_fork("push", finished_run, NAME, env=environment)
+    asked = t5tune_in_fork("merge", "some/adapter", "--output-dir", tmp_path / "merged", env=environment)
+    assert not hub.has_ended.is_set()
+    waited.cancel()
+    assert (pushed.code, asked.code) == (1, 2)
+    assert "the upload failed" in pushed.errors[0]
+    assert "timed out" in pushed.errors[0]
+    assert "the Hub can't be reached" in asked.errors[0]
+
+
+def test_a_server_without_accounts_is_pushed_to(hub: Hub, finished_run: Path) -> None:
+    """What it lacks only serves to refuse a push before any work."""
+    hub.missing = {"whoami-v2", "auth-check"}
+    done = run(hub, "push", finished_run, NAME)
+    assert done.code == 0, done.stderr
+    assert "adapter_model.safetensors" in hub.repos["model", NAME].files
+    hub.missing = {"repos"}
+    refused = run(hub, "push", finished_run, NAME)
+    assert refused.code == 2, refused.stderr
+
+
 def test_a_second_push_sends_only_what_has_changed(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "run")
     assert run(hub, "push", tmp_path / "run", NAME).code == 0
@@ -104,6 +130,7 @@ def test_an_interrupted_push_continues_where_it_was(hub: Hub, finished_run: Path
     assert done.code == 1, done.stderr
     (error,) = done.errors
     assert "the upload failed" in error
+    assert len(done.stderr.splitlines()) == 2, done.stderr  # it says what it uploads
     assert set(hub.repos["model", NAME].files) == {".gitattributes"}
     sent = sum(method == "PUT" for method, _, _ in hub.requests)
     hub.allows_commit = lambda: True

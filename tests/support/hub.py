@@ -69,6 +69,10 @@ class Hub:
         break_after: for files of these names, how many bytes are sent before the connection is closed.
         read_only: names of repositories that no one may write to.
         is_down: whether each request is refused with status 503.
+        drops: whether each connection is closed without an answer.
+        hangs: whether no request is answered, until `has_ended` is set.
+        missing: actions that it answers with status 404, as another server than the Hub does.
+        after_lookup: called after a branch or a tag was looked up.
         allows_commit: called before each commit; if it returns False, the connection is closed instead.
     """
 
@@ -80,7 +84,12 @@ class Hub:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.break_after: dict[str, int] = {}
         self.is_down = False
+        self.drops = False
+        self.hangs = False
+        self.has_ended = threading.Event()
+        self.missing: set[str] = set()
         self.read_only: set[str] = set()
+        self.after_lookup: Callable[[], object] = lambda: None
         self.allows_commit: Callable[[], bool] = lambda: True
         self.blobs: dict[str, bytes] = {}
 
@@ -131,11 +140,21 @@ class _Handler(BaseHTTPRequestHandler):
         path, self.query = unquote(url.path).strip("/"), parse_qs(url.query)
         self.hub.requests.append((self.command, path, dict(self.headers)))
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.hub.hangs:
+            self.hub.has_ended.wait()
+            self.close_connection = True
+            return None
+        if self.hub.drops:
+            self.close_connection = True
+            return None
         if self.hub.is_down:
             return self._send_json({"error": "down"}, 503)
         if "Authorization" in self.headers and not self._is_signed_in():
             return self._send_json({"error": "Invalid credentials in Authorization header"}, 401)
-        parts = path.split("/")
+        # a slash in a revision is quoted
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        if self.hub.missing & set(parts):
+            return self._send_json({"error": "Not Found"}, 404)
         if parts[0] == "lfs":
             return self._receive_blob(parts[1])
         if parts[0] != "api":
@@ -186,7 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
             case "revision":
                 siblings = [{"rfilename": file} for file in files]
                 info = {"id": name, "sha": sha, "siblings": siblings, "private": repo.private, "tags": []}
-                return self._send_json({**info, "downloads": 0, "likes": 0})
+                self._send_json({**info, "downloads": 0, "likes": 0})
+                return None if revision == sha else self.hub.after_lookup()
             case "tree":
                 return self._send_tree(files, "/".join(rest[2:]))
             case "paths-info":
@@ -363,6 +383,7 @@ def serve_hub(home: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.has_ended.set()
         server.shutdown()
         server.server_close()
         thread.join()
