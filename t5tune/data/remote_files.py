@@ -7,6 +7,7 @@ A file is copied again only if it has changed: its size, its ETag or its date.
 
 import hashlib
 import json
+import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -112,7 +113,8 @@ def _choose_options(url: str) -> dict[str, Any]:
         return {}
     import aiohttp
 
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)}}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
+    return {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # HTTPS_PROXY and the like
 
 
 def _is_unreachable(error: Exception) -> bool:
@@ -155,13 +157,15 @@ def _copy(system: Any, path: str, info: Mapping[str, Any], url: str, root: Path,
     with explain_write_errors(local.parent), count_done("download", report, info.get("size"), "bytes") as advance:
         local.parent.mkdir(parents=True, exist_ok=True)
         unfinished = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}")  # of this process alone
-        system.get_file(path, str(unfinished), callback=_make_callback(advance))
-        found, expected = unfinished.stat().st_size, info.get("size")
-        if expected is not None and found != expected:
-            raise DataError(
-                f"{hide_query(url)}: the connection ended after {found} of {expected} bytes", hint="try again"
-            )
-        unfinished.replace(local)
+        try:
+            system.get_file(path, str(unfinished), callback=_make_callback(advance))
+            found, expected = unfinished.stat().st_size, info.get("size")
+            if expected is not None and found != expected:
+                problem = f"{hide_query(url)}: the connection ended after {found} of {expected} bytes"
+                raise DataError(problem, hint="try again")
+            unfinished.replace(local)
+        finally:
+            unfinished.unlink(missing_ok=True)
         write_json(folder / DESCRIPTION_FILE, {"url": hide_query(url), "newest": str(local.relative_to(folder))})
     return local
 
@@ -202,12 +206,19 @@ def _hash(text: str) -> str:
 
 
 def _explain(asked: str, error: Exception) -> DataError:
-    match error:
-        case FileNotFoundError() if error.__cause__ is not None:
-            error = error.__cause__ if isinstance(error.__cause__, Exception) else error  # over HTTP, of any kind
-        case FileNotFoundError():
-            return DataError(f"{asked}: no such file", hint="check the spelling, and that you may read it")
-        case PermissionError():
-            return DataError(f"{asked}: access is refused", hint="check the credentials in your environment")
-    reason = hide_queries(to_one_line(error)) or type(error).__name__
-    return DataError(f"{asked}: can't be read: {reason[:200]}", hint="check the network connection, and try again")
+    if isinstance(error, OSError) and error.filename is not None:  # only an error of this machine names a file
+        problem = f"{asked}: {os.fsdecode(error.filename)}: can't be written: {error.strerror}"
+        return DataError(problem, hint="use --cache-dir to download to another folder")
+    # over HTTP, a FileNotFoundError may have any cause
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    status = getattr(cause, "status", None)
+    if status == 404 or isinstance(cause, FileNotFoundError):
+        return DataError(f"{asked}: no such file", hint="check the spelling, and that you may read it")
+    if isinstance(cause, PermissionError):
+        return DataError(f"{asked}: access is refused", hint="check the credentials in your environment")
+    if status in (401, 403):
+        problem = f"{asked}: the server refuses access (status {status})"
+        return DataError(problem, hint="check the URL's signature or password, which may have expired")
+    reason = hide_queries(to_one_line(cause)) or type(cause).__name__
+    hint = "check the network connection, and try again" if status is None else "try again later"
+    return DataError(f"{asked}: can't be read: {reason[:200]}", hint=hint)

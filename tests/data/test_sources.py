@@ -10,6 +10,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from t5tune.data.remote_files import hide_query
 from t5tune.data.sources import bring_data, is_dataset_name
@@ -105,14 +106,19 @@ FILES = {
         (f"hf://datasets/{NAME}/small", (), expect(4, 1, 2, 3)),
         (f"hf://datasets/{NAME}@main/small/tr-*.parquet", (), expect(1, 2, 3)),
         (f"hf://datasets/{NAME}/extra/deep/er/x.jsonl.gz", (), expect(7)),
+        (f"hf://datasets/{NAME}@refs/pr/3/data.jsonl", (), expect(9)),
+        (f"hf://datasets/{NAME}@refs/convert/a-b", (), expect(9)),
+        (f"hf://datasets/{NAME}@feature%2Fx", (), expect(9)),
+        (f"{NAME}@feature/x", (), expect(9)),
+        (f"hf://datasets/{NAME}/odd[1].jsonl", (), expect(8)),
     ],
 )
 def test_the_records_of_a_subset_and_a_split_are_read(
     name: str, flags: tuple[str, ...], expected: list[str], hub: Hub, tmp_path: Path
 ) -> None:
     repo = hub.add("dataset", NAME, {"data.jsonl": to_jsonl(9)})
-    repo.tags["v1"] = repo.head
-    hub.add("dataset", NAME, FILES)
+    repo.tags |= dict.fromkeys(("v1", "refs/pr/3", "refs/convert/a-b", "feature/x"), repo.head)
+    hub.add("dataset", NAME, {**FILES, "odd[1].jsonl": to_jsonl(8)})
     done = prepare(hub, name, tmp_path / "cache", *flags)
     assert done.code == 0, done.stderr
     assert read_sources(tmp_path / "cache") == expected
@@ -158,6 +164,7 @@ def test_without_a_list_of_subsets_the_names_of_files_tell_the_splits(
         ("hf://datasets/alone", (), ["not the name of a dataset", "hf://datasets/owner/name"]),
         ("some/script", (), ["made by a script", "hf://datasets/some/script@refs/convert/parquet"]),
         ("some/text", (), ["no JSON, JSONL, CSV or Parquet file", "it has a.txt"]),
+        ("some/empty", (), ["no JSON, JSONL, CSV or Parquet file", "it has no files at all"]),
         ("some/two", (), ["2 subsets, and none of them is the default", "--data-subset: en, de"]),
         ("pocket", ("--data-split", "test"), ["data_split: test", "only for a whole dataset on the Hub"]),
         (f"hf://datasets/{NAME}/small", ("--data-subset", "large"), ["data_subset: large", "leave it out"]),
@@ -169,6 +176,7 @@ def test_what_does_not_exist_is_refused_in_one_line(
     hub.add("dataset", NAME, FILES)
     hub.add("dataset", "some/script", {"script.py": b""})
     hub.add("dataset", "some/text", {"a.txt": b""})
+    hub.add("dataset", "some/empty", {})
     two = b"---\nconfigs:\n- {config_name: en, data_files: a.jsonl}\n- {config_name: de, data_files: b.jsonl}\n---\n"
     hub.add("dataset", "some/two", {"README.md": two, "a.jsonl": to_jsonl(1), "b.jsonl": to_jsonl(2)})
     hub.refusals = {"some/gated": (403, "GatedRepo")}
@@ -204,6 +212,7 @@ def test_a_dataset_in_the_cache_is_read_offline_and_never_a_part_of_it(hub: Hub,
     hub.break_after = {names[2]: 5}
     broken = prepare(hub, NAME, tmp_path / "cache")
     assert broken.code == 2
+    assert broken.stderr.splitlines() == broken.errors
     assert not (tmp_path / "cache").exists()
     incomplete = prepare(hub, NAME, tmp_path / "cache", **offline)
     assert incomplete.code == 2, incomplete.stderr
@@ -213,6 +222,25 @@ def test_a_dataset_in_the_cache_is_read_offline_and_never_a_part_of_it(hub: Hub,
     done = prepare(hub, NAME, tmp_path / "again", **offline)
     assert done.code == 0, done.stderr
     assert read_sources(tmp_path / "again") == expect(0, 1, 2)
+
+
+def test_what_hugging_face_s_own_command_has_downloaded_is_read_offline(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("dataset", NAME, {"train.jsonl": to_jsonl(1), "test.jsonl": to_jsonl(2)})
+    use_in_this_process(hub, monkeypatch)
+    snapshot_download(NAME, repo_type="dataset")
+    hub.is_down = True
+    done = prepare(hub, NAME, tmp_path / "cache", HF_HUB_OFFLINE="1")
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "cache") == expect(1)
+    # of a single file, huggingface_hub doesn't know whether the dataset has others
+    hub.is_down = False
+    hub.add("dataset", "some/more", {"train-0.jsonl": to_jsonl(1), "train-1.jsonl": to_jsonl(2)})
+    hf_hub_download("some/more", "train-0.jsonl", repo_type="dataset")
+    done = prepare(hub, "some/more", tmp_path / "more", HF_HUB_OFFLINE="1")
+    assert done.code == 2
+    assert "HF_HUB_OFFLINE disables downloads, and the dataset isn't all in the local cache" in done.errors[0]
 
 
 def test_offline_another_split_is_never_read_in_place_of_the_one_that_is_missing(hub: Hub, tmp_path: Path) -> None:
@@ -290,10 +318,10 @@ def test_a_name_is_one_on_the_hub_only_if_it_names_nothing_here(
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A web server of a folder: its address, and the folder."""
+    """A web server of a folder, which refuses some names: its address, and the folder."""
     folder = tmp_path / "web"
     folder.mkdir()
-    with serve_folder(folder) as url:
+    with serve_folder(folder, {"refused.jsonl": 403, "busy.jsonl": 503}, {"cut.jsonl"}) as url:
         yield url, folder
 
 
@@ -356,7 +384,10 @@ def test_a_file_that_was_copied_is_read_while_its_server_is_away(tmp_path: Path)
     ("name", "expected"),
     [
         ("http://127.0.0.1:9/chats.jsonl", ["data_path: http://127.0.0.1:9/chats.jsonl", "can't be read", "try again"]),
-        ("{url}/none.jsonl?key=SeCrEt", ["{url}/none.jsonl: can't be read: 404", "try again"]),
+        ("{url}/none.jsonl?key=SeCrEt", ["{url}/none.jsonl: no such file", "check the spelling"]),
+        ("{url}/refused.jsonl?SeCrEt", ["refused.jsonl: the server refuses access (status 403)", "URL's signature"]),
+        ("{url}/busy.jsonl?SeCrEt", ["{url}/busy.jsonl: can't be read: 503", "try again later"]),
+        ("{url}/cut.jsonl", ["{url}/cut.jsonl: can't be read: ", "try again"]),
         ("{url}/notes.txt", ["{url}/notes.txt", "no JSON, JSONL, CSV or Parquet file"]),
         ("foo://x/y.jsonl", ["data_path: foo://x/y.jsonl", "https://"]),
         ("https://[bad/x.jsonl?key=SeCrEt", ["data_path: https://[bad/x.jsonl"]),
@@ -367,13 +398,35 @@ def test_a_url_that_cannot_be_read_is_refused_in_one_line(
     name: str, expected: list[str], web: tuple[str, Path], tmp_path: Path
 ) -> None:
     url, folder = web
-    (folder / "notes.txt").write_text("x")
+    for file in ("notes.txt", "cut.jsonl"):
+        (folder / file).write_text("x" * 100)
     done = prepare(None, name.format(url=url), tmp_path / "cache", HF_HOME=str(tmp_path / "home"))
     assert done.code in (1, 2), done.stderr
     (error,) = done.errors
     assert [text for text in expected if text.format(url=url) not in error] == []
     assert "SeCrEt" not in done.stderr
-    assert not [path for path in (tmp_path / "home").rglob("*.jsonl")]
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_written_is_named(web: tuple[str, Path], tmp_path: Path) -> None:
+    url, folder = web
+    (folder / "chats.jsonl").write_bytes(to_jsonl(1))
+    (tmp_path / "home").write_text("a file")
+    done = prepare(None, f"{url}/chats.jsonl", tmp_path / "cache", HF_HOME=str(tmp_path / "home"))
+    assert done.code == 2, done.stderr
+    assert f"chats.jsonl: {tmp_path / 'home'}" in done.errors[0]
+    assert "can't be written: Not a directory; use --cache-dir" in done.errors[0]
+
+
+def test_a_proxy_of_the_environment_is_used(web: tuple[str, Path], tmp_path: Path) -> None:
+    url, folder = web
+    # a proxy is asked for the whole URL
+    (folder / "http:" / "far.example").mkdir(parents=True)
+    (folder / "http:" / "far.example" / "chats.jsonl").write_bytes(to_jsonl(1))
+    name = "http://far.example/chats.jsonl"
+    done = prepare(None, name, tmp_path / "cache", HF_HOME=str(tmp_path / "home"), HTTP_PROXY=url, NO_PROXY="")
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "cache") == expect(1)
 
 
 def test_folders_and_patterns_of_other_file_systems_are_read(tmp_path: Path) -> None:
