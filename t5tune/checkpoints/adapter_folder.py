@@ -44,9 +44,7 @@ def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter"
         CheckpointError: it can't be downloaded, isn't an adapter, or its weights are pickled.
     """
     name, revision = split_revision(str(adapter))
-    # a folder of this machine, perhaps one that was deleted: run/checkpoint-20
-    is_here = adapter.exists() or (adapter.parent != Path() and adapter.parent.is_dir())
-    if is_here or "/" not in name or not is_hub_name(name):
+    if adapter.exists() or "/" not in name or not is_hub_name(name):
         return adapter
     repository = Repository("adapter", name, setting, revision, cache_dir)
     folder = repository.download(DOWNLOADED_FILES, report=report)
@@ -61,3 +59,13 @@ def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter"
         get = f"hf download {name} --local-dir {name.rpartition('/')[2]}"
         raise CheckpointError(problem, hint=f"if you trust its owner, run `{get}`, and give that folder")
     return folder
+
+
+def pin_adapter(adapter: Path, cache_dir: Path | None) -> Path:
+    """Return the name of an adapter on the Hub with the commit that it has now; that of a folder unchanged.
+
+    Raises:
+        CheckpointError: as `find_adapter`.
+    """
+    folder = find_adapter(adapter, cache_dir)
+    return adapter if folder == adapter else Path(f"{split_revision(str(adapter))[0]}@{folder.name}")

@@ -1,14 +1,20 @@
 """Adapters by their name on the Hugging Face Hub, wherever a command takes an adapter."""
 
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load, load_file, save
+from torch import Tensor
 
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.progress import Advanced, Event, Finished, Started
+from t5tune.training.checkpoint import read_run_identity
+from t5tune.training.resume_guard import ADAPTER_FILES, _hash_files
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.hub import TOKEN, Hub, serve_hub, use_in_this_process
@@ -112,6 +118,42 @@ def test_training_starts_from_an_adapter_on_the_hub_and_notices_another_commit(
     assert any("adapter: " in line and " before, " in line for line in again.stderr.splitlines()), again.stderr
 
 
+def is_close(weights: dict[str, Tensor], files: Mapping[str, bytes]) -> bool:
+    """Whether an adapter has the weights of a commit; training with a tiny learning rate may change their last bits."""
+    others = load(files["adapter_model.safetensors"])
+    return weights.keys() == others.keys() and all(torch.allclose(weights[name], others[name]) for name in weights)
+
+
+def test_a_run_uses_one_commit_though_the_branch_gets_others(
+    hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
+) -> None:
+    """Each lookup is followed by another commit; what is loaded must be what the checkpoints record."""
+    weights, factors = load_file(adapters[0] / "adapter_model.safetensors"), itertools.count(1)
+
+    def add_commit() -> None:
+        factor = next(factors)
+        scaled = {name: tensor * factor for name, tensor in weights.items()}
+        files = {"adapter_config.json": (adapters[0] / "adapter_config.json").read_bytes()}
+        hub.add("model", "some/moving", {**files, "adapter_model.safetensors": save(scaled)})
+
+    add_commit()
+    hub.after_lookup = add_commit
+    run_folder = tmp_path / "run"
+    done = run(
+        hub,
+        *("train", "--model-name-or-path", untied_base, "--data-path", "pocket", "--num-data", 8, "--max-steps", 1),
+        *("--use-cpu", "--lora-r", 4, "--lora-alpha", 2000, "--lora-dropout", 0, "--no-train-token-rows"),
+        *("--add-tokens", "none", "--report-samples", 0, "--learning-rate", "1e-9", "--adapter", "some/moving"),
+        *("--output-dir", run_folder),
+    )
+    assert done.code == 0, done.stderr
+    trained = load_file(run_folder / "adapter_model.safetensors")
+    used = [commit for commit, files in hub.repos["model", "some/moving"].commits.items() if is_close(trained, files)]
+    (snapshot,) = [folder for folder in hub.home.rglob("snapshots/*") if folder.name in used]
+    manifest = read_run_identity(run_folder / "checkpoint-1")
+    assert manifest["adapter"] == _hash_files(snapshot, ADAPTER_FILES)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -122,6 +164,7 @@ def test_training_starts_from_an_adapter_on_the_hub_and_notices_another_commit(
         ("some/base", ["adapter: some/base", "has no adapter_config.json, so it isn't an adapter"]),
         ("some/pickled", ["adapter: some/pickled", "pickled files aren't downloaded", "hf download some/pickled"]),
         ("some/empty", ["adapter: some/empty", "no adapter_model.safetensors", "its owner must upload it"]),
+        ("some/closed", ["adapter: some/closed", "the Hub asks for a token, and none is set", "set HF_TOKEN"]),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(
@@ -132,7 +175,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     hub.add("model", "some/private", adapters[0], private=True)
     hub.add("model", "some/pickled", {"adapter_config.json": config, "adapter_model.bin": b"x"})
     hub.add("model", "some/empty", {"adapter_config.json": config})
-    hub.refusals = {"some/gated": (403, "GatedRepo")}
+    hub.refusals = {"some/gated": (403, "GatedRepo"), "some/closed": (401, "")}
     out = tmp_path / "out"
     done = run(hub, "merge", "--model-name-or-path", untied_base, "--adapter", name, "--output-dir", out)
     assert done.code == 2, done.stderr
@@ -163,9 +206,42 @@ def test_a_connection_that_breaks_leaves_nothing_and_the_next_call_succeeds(
     assert done.code == 2, done.stderr
     (error,) = done.errors
     assert f"adapter: {NAME}: the download from the Hub failed" in error
+    assert done.stderr.splitlines() == [error]
     assert not (tmp_path / "out").exists()
     hub.break_after = {}
     assert run(hub, *arguments).code == 0
+
+
+def test_a_folder_of_the_owners_name_hides_no_adapter_of_the_hub(
+    hub: Hub, adapters: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "some").mkdir()
+    merge = ("merge", "--no-verify", "--overwrite", "--output-dir", tmp_path / "merged")
+    for adapter, error in ((NAME, None), ("some/checkpoint-20", "some/checkpoint-20: no such folder")):
+        done = t5tune_in_fork(*merge, adapter, env=hub.environment, cwd=tmp_path)
+        assert done.code == (0 if error is None else 2), done.stderr
+        assert error is None or error in done.errors[0]
+
+
+def test_the_cache_is_used_while_connections_are_lost(hub: Hub, tmp_path: Path) -> None:
+    merge = ("merge", NAME, "--no-verify", "--overwrite", "--output-dir", tmp_path / "merged")
+    assert run(hub, *merge).code == 0
+    hub.drops = True
+    again = run(hub, *merge)
+    assert again.code == 0, again.stderr
+    other = run(hub, "merge", "some/other", "--output-dir", tmp_path / "other")
+    assert other.code == 2
+    assert "adapter: some/other: the download from the Hub failed" in other.errors[0]
+
+
+def test_offline_pickled_weights_are_refused_as_online(hub: Hub, adapters: list[Path], tmp_path: Path) -> None:
+    config = (adapters[0] / "adapter_config.json").read_bytes()
+    hub.add("model", "some/pickled", {"adapter_config.json": config, "adapter_model.bin": b"x"})
+    for offline in ("0", "1"):
+        environment = {**hub.environment, "HF_HUB_OFFLINE": offline}
+        done = t5tune_in_fork("merge", "some/pickled", "--output-dir", tmp_path / "merged", env=environment)
+        assert done.code == 2
+        assert "pickled files aren't downloaded; if you trust its owner" in done.errors[0]
 
 
 def test_the_base_that_an_adapter_of_the_hub_names_is_found_there(
