@@ -425,7 +425,7 @@ class TrainSettings(_settings.TrainSettings):
                 checkpoint, up to this many times.
             push_to_hub: Upload the result to the Hugging Face Hub.
             hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
-            hub_private_repo: If the repository doesn't exist yet, create a private one.
+            hub_private_repo: Create a private repository. If it exists already, it must be private.
             hub_strategy: When to upload: the final weights, or also those of every checkpoint, while training goes on.
             fresh: Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …
             allow_change: Resume even if these fields differ from those that the run was started with (lora_r, data,
@@ -468,7 +468,7 @@ class ExportSettings(_settings.ExportSettings):
             overwrite: Replace the output folder even if it contains other files.
             push_to_hub: Upload the result to the Hugging Face Hub.
             hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
-            hub_private_repo: If the repository doesn't exist yet, create a private one.
+            hub_private_repo: Create a private repository. If it exists already, it must be private.
             revision: Branch, tag or commit of the base on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             lora_r: LoRA rank, for an adapter without adapter_config.json; default: the rank of its matrices.
@@ -539,7 +539,7 @@ class MergeSettings(_settings.MergeSettings):
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
             push_to_hub: Upload the result to the Hugging Face Hub.
             hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
-            hub_private_repo: If the repository doesn't exist yet, create a private one.
+            hub_private_repo: Create a private repository. If it exists already, it must be private.
             max_shard_size: Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like
                 the base's.
             onto: Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did in
@@ -941,7 +941,7 @@ class PushSettings(_settings.PushSettings):
         Args:
             folder: Folder to upload: a run folder, one of its checkpoint-N folders, or what export or merge wrote.
             hub_model_id: Repository to upload to: owner/name, or a name in your account.
-            hub_private_repo: If the repository doesn't exist yet, create a private one.
+            hub_private_repo: Create a private repository. If it exists already, it must be private.
         """
 
 class DoctorSettings(_settings.DoctorSettings):

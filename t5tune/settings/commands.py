@@ -335,7 +335,7 @@ class PushSettings(Settings):
         json_schema_extra={"positional": True},
     )
     hub_private_repo: bool = Field(
-        default=False, description="If the repository doesn't exist yet, create a private one."
+        default=False, description="Create a private repository. If it exists already, it must be private."
     )
 
 

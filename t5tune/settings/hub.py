@@ -19,7 +19,7 @@ class HubSettings(Settings):
         description="Repository to upload to, owner/name; default: the name of the output folder, in your account.",
     )
     hub_private_repo: Annotated[bool, Affects.NOTHING] = Field(
-        default=False, description="If the repository doesn't exist yet, create a private one."
+        default=False, description="Create a private repository. If it exists already, it must be private."
     )
 
     @model_validator(mode="after")
