@@ -106,7 +106,9 @@ def upload_folder(folder: Path, name: str, is_private: bool, report: Report, mes
     name = create_repository(name, is_private)
     report(Note(f"uploading {format_count(len(files), 'file')} ({format_size(size)}) to {name}"))
     _report_local_base(folder, report)
-    url = upload_files(name, files, message, lambda path: is_weight_file(path) or path == ADAPTER_CONFIG_FILE)
+    # with the config of a model, an adapter would not be taken for one
+    configs = {ADAPTER_CONFIG_FILE, CONFIG_FILE}
+    url = upload_files(name, files, message, lambda path: is_weight_file(path) or path in configs, report)
     return Uploaded(url, len(files), size)
 
 

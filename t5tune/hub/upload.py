@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from t5tune.compat.hub_patches import limit_waiting_for_the_hub
 from t5tune.errors import SettingsError, UploadError
 from t5tune.hub.download import describe, get_status
 from t5tune.hub.names import is_published
+from t5tune.io.reasons import hide_queries, join_first
+from t5tune.progress import Note, Report, silent
 
 CARD_FILE, METADATA_MARK = "README.md", "---\n"
 CARD_PLACEHOLDER = "THIS_FOLDER"  # in the cards that t5tune writes
@@ -76,6 +77,7 @@ def upload_files(
     files: Mapping[str, Path],
     message: str,
     is_replaced: Callable[[str], bool],
+    report: Report = silent,
     setting: str = "hub_model_id",
 ) -> str:
     """Upload files as one commit, and return the repository's URL.
@@ -83,8 +85,8 @@ def upload_files(
     Args:
         files: path in the repository -> file.
         message: of the commit.
-        is_replaced: whether a file of the repository that isn't among these is deleted: old weights, which would be
-            loaded in place of the new ones.
+        is_replaced: whether a file at the repository's root that isn't among these is deleted: old weights, which would
+            be loaded in place of the new ones.
 
     Raises:
         SettingsError: the Hub doesn't accept the files, or doesn't let this user write there.
@@ -95,14 +97,20 @@ def upload_files(
     limit_waiting_for_the_hub()
     api = HfApi()
     try:
-        stale = [path for path in api.list_repo_files(name) if path not in files and is_replaced(path)]
-        operations: list[Any] = [CommitOperationDelete(path) for path in stale]
-        operations += [
+        at_root = [path for path in api.list_repo_files(name) if "/" not in path]
+        stale = [path for path in at_root if path not in files and is_replaced(path)]
+        additions = [
             CommitOperationAdd(path, _fill_in_card(file, name) if path == CARD_FILE else str(file))
             for path, file in files.items()
         ]
-        api.create_commit(name, operations, commit_message=message)
-        return f"{api.endpoint}/{name}"
+        # one by one: for several files huggingface_hub starts threads, for which a process that is stopped would wait
+        for addition in additions:
+            api.preupload_lfs_files(name, [addition])
+        if stale:
+            text = f"{name}: deleting what the upload replaces: {join_first(stale)}; earlier commits keep it"
+            report(Note(text, warning=True))
+        api.create_commit(name, [*map(CommitOperationDelete, stale), *additions], commit_message=message)
+        return hide_queries(f"{api.endpoint}/{name}")
     except Exception as error:
         raise _explain(f"{setting}: {name}", error) from error
 
@@ -134,6 +142,8 @@ def _explain(asked: str, error: Exception) -> SettingsError | UploadError:
     """Turn an error of huggingface_hub into one that says what to do about it."""
     from huggingface_hub import errors
 
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # it only says which file was being uploaded
     status, reason = get_status(error), describe(error)
     match error:
         case errors.HFValidationError():

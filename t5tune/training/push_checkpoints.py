@@ -15,6 +15,7 @@ from t5tune.checkpoints.upload import (
     list_uploaded_files,
     upload_result,
 )
+from t5tune.errors import CheckpointError
 from t5tune.io.reasons import describe_error
 from t5tune.progress import Event, Note, Report
 from t5tune.settings import TrainSettings
@@ -55,7 +56,7 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
             for name, file in list_uploaded_files(checkpoint).items():
                 (self._staged / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(file, self._staged / name)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._report(Note(f"{checkpoint} isn't uploaded: {describe_error(error)}", warning=True))
             self._clear()
             return

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from t5tune.checkpoints.upload import list_uploaded_files
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, Stopped
 from t5tune.progress import Note
+from t5tune.training.push_checkpoints import PushCheckpoints
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.hub import TOKEN, USER, Hub, serve_hub, use_in_this_process
+from tests.support.runs import start_run
 from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow
@@ -130,7 +133,9 @@ def test_an_interrupted_push_continues_where_it_was(hub: Hub, finished_run: Path
     assert done.code == 1, done.stderr
     (error,) = done.errors
     assert "the upload failed" in error
-    assert len(done.stderr.splitlines()) == 2, done.stderr  # it says what it uploads
+    # in a fork, huggingface_hub was imported before t5tune could switch off its progress bars
+    lines = [line for line in done.stderr.splitlines() if line and "B/s]" not in line]
+    assert lines == [f"uploading 8 files (0.82 MiB) to {NAME}", error]
     assert set(hub.repos["model", NAME].files) == {".gitattributes"}
     sent = sum(method == "PUT" for method, _, _ in hub.requests)
     hub.allows_commit = lambda: True
@@ -222,6 +227,34 @@ def test_a_signal_ends_an_upload_and_the_message_says_how_to_repeat_it(
     assert train(settings).pushed == f"{hub.url}/{NAME}"
 
 
+def test_a_run_that_is_stopped_does_not_wait_for_an_upload(
+    hub: Hub, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    is_uploading, is_over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_uploading.set()
+        is_over.wait()
+
+    hub.before_upload = hold
+    flags = (
+        *("--push-to-hub", "--hub-model-id", NAME, "--hub-strategy", "every_save"),
+        *("--max-steps", "1000000", "--save-steps", "1000"),
+    )
+    environment = {**hub.environment, "HF_TOKEN": TOKEN}
+    with start_run(untied_base, conversations, tmp_path / "run", *flags, **environment) as running:
+        try:
+            running.wait_until(is_uploading.is_set)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(60) == 143
+        finally:
+            is_over.set()
+    log = running.log.read_text()
+    assert "B/s]" not in log
+    (later,) = [line for line in log.splitlines() if "to upload it later" in line]
+    assert "wasn't uploaded to the end" in later
+
+
 def test_two_processes_push_once(hub: Hub, tmp_path: Path) -> None:
     output = tmp_path / "run"
     flags = ("--push-to-hub", "--hub-model-id", NAME, "--num-processes", 2, "--output-dir", output, "--json")
@@ -307,6 +340,18 @@ def test_only_files_of_a_model_are_uploaded(tmp_path: Path) -> None:
     assert sorted(list_uploaded_files(tmp_path)) == kept
 
 
+def test_a_checkpoint_with_a_link_out_of_it_is_not_uploaded_and_the_run_continues(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    os.symlink("/etc/hostname", tmp_path / "checkpoint-1" / "README.md")
+    settings = make_settings(Path("pocket"), Path("pocket"), tmp_path, push_to_hub=True, hub_strategy="every_save")
+    notes: list[Any] = []
+    PushCheckpoints(settings, notes.append).on_save(None, SimpleNamespace(global_step=1, max_steps=2), None)
+    (note,) = notes
+    assert note.text.startswith(f"{tmp_path / 'checkpoint-1'} isn't uploaded: ")
+    assert note.warning
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates").mkdir()
     for link in ("README.md", "additional_chat_templates/x.jinja"):
@@ -319,14 +364,30 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
 def test_old_weights_and_an_old_adapter_are_replaced(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
     """transformers would load them in place of the new ones."""
     assert run(hub, "push", finished_run, NAME).code == 0
-    old = {**hub.repos["model", NAME].files, "pytorch_model.bin": b"old", "notes.txt": b"mine"}
-    hub.add("model", NAME, old)
+    kept = {"notes.txt": b"mine", "model_old/keep.safetensors": b"mine"}
+    hub.add("model", NAME, {**hub.repos["model", NAME].files, "pytorch_model.bin": b"old", **kept})
     assert t5tune_in_fork("merge", finished_run, "--output-dir", tmp_path / "merged").code == 0
-    assert run(hub, "push", tmp_path / "merged", NAME).code == 0
+    done = run(hub, "push", tmp_path / "merged", NAME)
     files = hub.repos["model", NAME].files
     assert files["model.safetensors"] == (tmp_path / "merged" / "model.safetensors").read_bytes()
-    assert not {"adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin"} & files.keys()
-    assert files["notes.txt"] == b"mine"
+    stale = {"adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin"}
+    assert not stale & files.keys()
+    assert not [name for name in stale if name not in done.stderr]
+    assert f"warning: {NAME}: deleting what the upload replaces: " in done.stderr
+    assert kept.items() <= files.items()
+    assert run(hub, "push", finished_run, NAME).code == 0
+    assert not {"config.json", "model.safetensors"} & hub.repos["model", NAME].files.keys()
+    assert kept.items() <= hub.repos["model", NAME].files.items()
+
+
+def test_a_password_of_the_endpoint_is_written_nowhere(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    endpoint = hub.url.replace("//", f"//me:{TOKEN}@")
+    flags = ("--push-to-hub", "--hub-model-id", NAME, "--output-dir", tmp_path / "run", "--json")
+    done = t5tune_in_fork(*TRAIN, *flags, env={**hub.environment, "HF_TOKEN": TOKEN, "HF_ENDPOINT": endpoint})
+    assert done.code == 0, done.stderr
+    assert done.json["pushed"] == f"{hub.url}/{NAME}"
+    assert_token_is_nowhere(tmp_path, done)
 
 
 def test_a_private_upload_to_a_public_repository_is_refused(hub: Hub, finished_run: Path) -> None:

@@ -73,6 +73,7 @@ class Hub:
         hangs: whether no request is answered, until `has_ended` is set.
         missing: actions that it answers with status 404, as another server than the Hub does.
         after_lookup: called after a branch or a tag was looked up.
+        before_upload: called before the content of a file is received.
         allows_commit: called before each commit; if it returns False, the connection is closed instead.
     """
 
@@ -90,6 +91,7 @@ class Hub:
         self.missing: set[str] = set()
         self.read_only: set[str] = set()
         self.after_lookup: Callable[[], object] = lambda: None
+        self.before_upload: Callable[[], object] = lambda: None
         self.allows_commit: Callable[[], bool] = lambda: True
         self.blobs: dict[str, bytes] = {}
 
@@ -185,7 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def _is_signed_in(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        basic = base64.b64encode(f"me:{TOKEN}".encode()).decode()  # from the URL of the endpoint
+        return self.headers.get("Authorization") in (f"Bearer {TOKEN}", f"Basic {basic}")
 
     def _serve_api(self, kind: str, name: str, rest: list[str]) -> None:
         if (repo := self._find(kind, name)) is None:
@@ -309,6 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"transfer": "basic", "objects": objects})
 
     def _receive_blob(self, oid: str) -> None:
+        self.hub.before_upload()
         assert hashlib.sha256(self.body).hexdigest() == oid
         self.hub.blobs[oid] = self.body
         self._send(b"", 200, {})
