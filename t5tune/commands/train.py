@@ -93,7 +93,7 @@ def send_result(
     name, where = choose_repository(settings, settings.output_dir), f"the run is complete in {result.run}"
     if settings.push_to_hub:
         where = explain_uploading_later(result.run, name, settings.hub_private_repo)
-    with stop.interruptible(f"while the result was sent; {where}"):
+    with stop.interruptible(f"while sending the result; {where}"):
         for callback in callbacks:
             callback.finish(result)
         url = upload_result(settings, result.run, report)

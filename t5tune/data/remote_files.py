@@ -80,11 +80,11 @@ def fetch_remote(
         system, path = fsspec.core.url_to_fs(url, **_choose_options(url))
     except ImportError as error:
         protocol = url.partition("://")[0]
-        problem = f"{asked}: {to_one_line(error)}"
+        problem = f"{asked}: {_describe(error)}"
         raise DependencyError(problem, hint=f"pip install {PACKAGES.get(protocol, protocol)}") from error
     except Exception as error:  # of whichever library the protocol needs
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "https"))
-        raise DataError(f"{asked}: {to_one_line(error)[:200]}", hint=f"for example {known}") from error
+        raise DataError(f"{asked}: {_describe(error)}", hint=f"for example {known}") from error
     root = get_cache_root(cache_dir) / FILES_FOLDER
     try:
         files = _list_files(system, path)
@@ -219,6 +219,9 @@ def _explain(asked: str, error: Exception) -> DataError:
     if status in (401, 403):
         problem = f"{asked}: the server refuses access (status {status})"
         return DataError(problem, hint="check the URL's signature or password, which may have expired")
-    reason = hide_queries(to_one_line(cause)) or type(cause).__name__
     hint = "check the network connection, and try again" if status is None else "try again later"
-    return DataError(f"{asked}: can't be read: {reason[:200]}", hint=hint)
+    return DataError(f"{asked}: can't be read: {_describe(cause)}", hint=hint)
+
+
+def _describe(error: Exception) -> str:
+    return hide_queries(to_one_line(error))[:200] or type(error).__name__

@@ -220,7 +220,7 @@ def test_a_signal_ends_an_upload_and_the_message_says_how_to_repeat_it(
         is_over.set()
     later = f"to upload it later: t5tune push {run} {NAME} --hub-private-repo"
     assert stopped.value.message.endswith(
-        f"stopped by SIGTERM while the result was sent; it is complete in {run}; {later}"
+        f"stopped by SIGTERM while sending the result; it is complete in {run}; {later}"
     )
     assert not [note for note in notes if isinstance(note, Note) and "upload it later" in note.text]
     hub.allows_commit = lambda: True

@@ -391,6 +391,7 @@ def test_a_file_that_was_copied_is_read_while_its_server_is_away(tmp_path: Path)
         ("{url}/notes.txt", ["{url}/notes.txt", "no JSON, JSONL, CSV or Parquet file"]),
         ("foo://x/y.jsonl", ["data_path: foo://x/y.jsonl", "https://"]),
         ("https://[bad/x.jsonl?key=SeCrEt", ["data_path: https://[bad/x.jsonl"]),
+        ("foo://me:SeCrEt@x/y.jsonl?SeCrEt", ["data_path: foo://x/y.jsonl", "https://"]),
         ("s3://bucket/x.jsonl", ["data_path: s3://bucket/x.jsonl", "pip install s3fs"]),
     ],
 )
