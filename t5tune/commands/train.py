@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.adapter_folder import find_adapter, pin_adapter
+from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.upload import (
     choose_repository,
     explain_uploading_later,
@@ -143,9 +143,6 @@ def _train(
         run = locate_run(settings)
         if run.finished:
             return read_result(run.folder)
-        if (adapter := settings.adapter) is not None:  # its branch may get another commit at any time
-            pinned = run_on_rank_0(world, lambda: pin_adapter(adapter, settings.cache_dir))
-            settings = settings.model_copy(update={"adapter": pinned})
         from transformers.trainer_utils import enable_full_determinism
 
         from t5tune.compat.torch_patches import restore_determinism

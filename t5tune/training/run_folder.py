@@ -1,7 +1,7 @@
 """The run folder: its files, the settings it was started with, and the checkpoint to resume from.
 
 run = locate_run(settings)
-base_metadata, run_identity, resume = start_or_resume_run(settings, run, examples, base, world, report)
+base_metadata, run_identity, resume = start_or_resume_run(settings, run, examples, base, adapter, world, report)
 resume                              # run/checkpoint-40, or None for a new run
 read_result(run.folder).adapter     # of a finished run
 """
@@ -278,9 +278,18 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
 
 
 def start_or_resume_run(
-    settings: TrainSettings, run: Run, examples: Examples, base: Path, world: World, report: Report
+    settings: TrainSettings,
+    run: Run,
+    examples: Examples,
+    base: Path,
+    adapter: Path | None,
+    world: World,
+    report: Report,
 ) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
     """Prepare a new run, or an existing one for resuming.
+
+    Args:
+        adapter: the initial adapter, with its commit if it is on the Hub.
 
     Returns:
         The base's metadata, the run identity, and the checkpoint to resume from (None for a new run).
@@ -291,7 +300,8 @@ def start_or_resume_run(
     """
     stats = read_file_stats(base)
     base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / HASH_CACHE_FILE, stats))
-    run_identity = build_run_identity(settings, examples, base_metadata["sha256"], world.size)
+    pinned = settings.model_copy(update={"adapter": adapter})
+    run_identity = build_run_identity(pinned, examples, base_metadata["sha256"], world.size)
     resume, damaged = find_newest(run.folder)
     for problem in damaged:
         report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))

@@ -8,12 +8,14 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
+from t5tune.checkpoints.adapter_folder import pin_adapter
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.model_card import format_outcome_lines
 from t5tune.checkpoints.model_folder import is_trained_file
@@ -79,8 +81,9 @@ def run_training(session: Session) -> TrainResult:
         loaded = _load_data(session)
         set_seed(settings.seed)
         with manage_memory_for_loading(session.device):
+            pinned = settings.model_copy(update={"adapter": loaded.adapter})
             built = build_model(
-                settings, loaded.base, loaded.base_metadata, loaded.examples, loaded.deepspeed, session.device, report
+                pinned, loaded.base, loaded.base_metadata, loaded.examples, loaded.deepspeed, session.device, report
             )
         _report_sizes(session, loaded, built)
         for callback in session.callbacks:
@@ -120,6 +123,7 @@ class _LoadedData:
     """What a run is made from, and the checkpoint `resume` that it continues from, if there is one.
 
     Args:
+        adapter: the initial one, with its commit if it is on the Hub.
         base_metadata: what identifies the base.
         run_identity: the configuration that the run depends on, for its checkpoints.
         deepspeed: the DeepSpeed config, if there is one.
@@ -129,6 +133,7 @@ class _LoadedData:
     held_out: Examples | None
     tokenizer: Tokenizer
     base: Path
+    adapter: Path | None
     base_metadata: dict[str, Any]
     run_identity: dict[str, Any]
     deepspeed: dict[str, Any] | None
@@ -143,12 +148,14 @@ def _load_data(session: Session) -> _LoadedData:
     settings, run, world = session.settings, session.run, session.world
     examples, held_out = open_data(settings, run)
     base = find_base(settings, report=session.report)
+    if (adapter := settings.adapter) is not None:  # its branch on the Hub may get another commit at any time
+        adapter = run_on_rank_0(world, partial(pin_adapter, adapter, settings.cache_dir))
     base_metadata, run_identity, resume = run_on_rank_0(
-        world, lambda: start_or_resume_run(settings, run, examples, base, world, session.report)
+        world, lambda: start_or_resume_run(settings, run, examples, base, adapter, world, session.report)
     )
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
-    return _LoadedData(examples, held_out, tokenizer, base, base_metadata, run_identity, deepspeed, resume)
+    return _LoadedData(examples, held_out, tokenizer, base, adapter, base_metadata, run_identity, deepspeed, resume)
 
 
 def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> None:
