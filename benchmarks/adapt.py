@@ -61,7 +61,10 @@ class Domain:
 
     def write_question(self, name: str) -> dict[str, str]:
         home, food = self.facts[name]
-        return {"source": f"Where does the {name} live and what does it eat?", "target": f"{home} {food}"}
+        return {
+            "source": f"Where the {name} lives and what it eats: the {name} lives in",
+            "target": f"{home} and eats {food}.",
+        }
 
 
 def write_lines(path: Path, records: list[dict[str, str]]) -> Path:
