@@ -90,8 +90,10 @@ def _format_mixture_line(datasets: Any) -> str:
 
 def format_settings_line(settings: Mapping[str, Any]) -> str:
     """Format the most important settings of a training run."""
-    length = "max_steps" if settings.get("max_steps") else "num_train_epochs"
-    return f"Settings: {', '.join(f'{name} {settings[name]}' for name in (length, *LISTED_SETTINGS))}.\n"
+    names = ["max_steps" if settings.get("max_steps") else "num_train_epochs", *LISTED_SETTINGS]
+    if settings["objective"] != "sft":
+        names.insert(0, "objective")
+    return f"Settings: {', '.join(f'{name} {settings[name]}' for name in names)}.\n"
 
 
 def describe_run_data(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Span corruption, the objective that T5 was pretrained with: spans of a text are masked, and the target has them.
 
     The sun is a <X> in the middle of the <Y>      the source: each masked span is replaced with a sentinel
-    <X> star <Y> solar system                      the target: each sentinel, and the span that it stands for
+    <X> star <Y> solar system                      the target: each sentinel, and the span in its place
 
 This is `random_spans_noise_mask` of the released T5 code (Raffel et al. 2020, sections 3.1.4 and 3.3.4), which begins
 with a span that isn't masked and ends with a masked one. So no sentinel follows the last span, as it does in the

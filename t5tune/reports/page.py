@@ -13,12 +13,14 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --back: #fff; --text: #1f2937; --soft: #6b7280; --line: #d1d5db; --card: #f9fafb;
-  --c0: #2563eb; --c1: #c2410c; --c2: #15803d; --cut: #b91c1c; --mark: #a16207;
+  --c0: #2563eb; --c1: #c2410c; --c2: #15803d; --c3: #7e22ce; --c4: #0e7490; --c5: #be185d;
+  --cut: #b91c1c; --mark: #a16207;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --back: #0f172a; --text: #e2e8f0; --soft: #94a3b8; --line: #334155; --card: #1e293b;
-    --c0: #60a5fa; --c1: #fb923c; --c2: #4ade80; --cut: #fca5a5; --mark: #fde047;
+    --c0: #60a5fa; --c1: #fb923c; --c2: #4ade80; --c3: #c084fc; --c4: #22d3ee; --c5: #f472b6;
+    --cut: #fca5a5; --mark: #fde047;
   }
 }
 * { box-sizing: border-box; }
@@ -37,11 +39,15 @@ figcaption { font-weight: 600; font-size: .9rem; display: flex; flex-wrap: wrap;
 svg { display: block; width: 100%; height: auto; }
 .axis { fill: var(--soft); font-size: 11px; } .grid { stroke: var(--line); stroke-width: .6; }
 polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.line-0 { stroke: var(--c0); } .line-1 { stroke: var(--c1); } .raw { stroke-width: 1; opacity: .5; }
+.line-0 { stroke: var(--c0); } .line-1 { stroke: var(--c1); } .line-2 { stroke: var(--c2); }
+.line-3 { stroke: var(--c3); } .line-4 { stroke: var(--c4); } .line-5 { stroke: var(--c5); }
+.raw { stroke-width: 1; opacity: .5; }
 circle { stroke: var(--card); stroke-width: 1; }
-.dot-0, .bar-0 { fill: var(--c0); } .dot-1 { fill: var(--c1); } .bar-2 { fill: var(--c2); }
+.dot-0, .bar-0 { fill: var(--c0); } .dot-1 { fill: var(--c1); } .dot-2, .bar-2 { fill: var(--c2); }
+.dot-3 { fill: var(--c3); } .dot-4 { fill: var(--c4); } .dot-5 { fill: var(--c5); }
 .legend { font-weight: 400; } .legend span { margin-left: .9rem; }
-.key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .target { color: var(--c2); }
+.key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .key-2, .target { color: var(--c2); }
+.key-3 { color: var(--c3); } .key-4 { color: var(--c4); } .key-5 { color: var(--c5); }
 .cut { color: var(--cut); text-decoration: line-through; }
 .added { color: var(--mark); } .special { color: var(--soft); }
 .unknown { background: var(--cut); color: var(--back); border-radius: .2rem; }
@@ -53,7 +59,7 @@ pre, .samples td { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre, .settings td { font: 13px/1.5 ui-monospace, monospace; }
 .samples { table-layout: fixed; } .samples .loss { width: 6.5rem; }
 h3 { font-size: .95rem; font-weight: 600; margin: 1.2rem 0 .3rem; }
-.scroll { overflow: auto; max-height: 32rem; } .scroll :is(th, td) { white-space: nowrap; }
+.scroll { overflow: auto; max-height: 32rem; margin-bottom: 1rem; } .scroll :is(th, td) { white-space: nowrap; }
 summary { cursor: pointer; color: var(--soft); margin-top: .6rem; }
 details pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
 article { margin: 1rem 0; } article p { margin: 0; } article pre { margin: 0 0 .5rem; }

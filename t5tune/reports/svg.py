@@ -2,13 +2,14 @@
 
     draw_line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])])
 
-The page's style sheet defines the colors of the classes `axis`, `grid`, `line-0`, `line-1`, `bar-0`, …
+The page's style sheet defines the colors of the classes `axis`, `grid`, `line-0`, `line-1`, …, `bar-0`, …
 """
 
 import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from statistics import median
 
 from t5tune.data.cache_view import Histogram
@@ -17,6 +18,7 @@ WIDTH, HEIGHT = 520, 210  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins for the labels
 MAX_POINTS = 300
 NUM_TICKS = 4
+NUM_COLORS = 6  # of lines, in the page's style sheet
 LOGARITHMIC_FROM = 100  # ratio of the largest to the smallest value; a linear axis shows smaller ratios well
 DOTS_UP_TO = 40  # a series with at most this many points gets a dot for each
 SMOOTH_FROM = 20  # points; fewer are drawn as they are
@@ -60,7 +62,7 @@ def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = Fals
     frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1], is_logarithmic)
     parts = [frame.grid(ticks), frame.x_labels(format_short(low_x), "step", format_short(high_x))]
     notes = []
-    for number, one in enumerate(lines):
+    for number, one in zip(cycle(range(NUM_COLORS)), lines, strict=False):
         if one.is_smoothed and len(one.points) >= SMOOTH_FROM:
             window = max(MIN_SMOOTHING_WINDOW, len(one.points) // 20) | 1
             notes.append(f"{one.name}: running median of {window} values; faint: each logged value")
@@ -71,7 +73,7 @@ def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = Fals
         parts.append(frame.line(shown, f"line-{number}"))
         if one.is_marked or len(shown) <= DOTS_UP_TO:
             parts += [frame.dot(point, one.name, number) for point in shown]
-    names = (f'<span class="key-{i}">{html.escape(one.name)}</span>' for i, one in enumerate(lines))
+    names = (f'<span class="key-{i % NUM_COLORS}">{html.escape(one.name)}</span>' for i, one in enumerate(lines))
     legend = f'<span class="legend">{"".join(names)}</span>' if len(lines) > 1 else ""
     return _draw_figure(f"{title} (log scale)" if is_logarithmic else title, legend, parts, "; ".join(notes))
 
@@ -172,7 +174,9 @@ def _choose_ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    # without the rounding error of the product, however small the numbers are
+    digits = 3 - math.floor(math.log10(step))
+    return [round(number * step, digits) for number in range(first, last + 1)]
 
 
 def _list_powers_of_ten(low: float, high: float) -> list[float]:

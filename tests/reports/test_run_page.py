@@ -23,6 +23,7 @@ from t5tune.errors import DependencyError, SettingsError
 from t5tune.formatting import format_size
 from t5tune.progress import silent
 from t5tune.reports.metrics_log import MetricsLog, read_metrics
+from t5tune.reports.page import STYLE
 from t5tune.reports.run_page import format_command, write_run_report
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings, load_settings
@@ -377,3 +378,19 @@ def test_what_the_data_contains_is_shown_as_text(run: Path, tmp_path: Path) -> N
 def test_the_page_shows_all_settings(run: Path) -> None:
     cells = Page((run / "report.html").read_text()).cells
     assert set(TrainSettings.model_fields) <= set(cells)
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e-30, 3e-12, 1.0, 5e20])
+def test_a_chart_of_one_value_has_an_axis_however_small_it_is(value: float) -> None:
+    figure = draw_line_chart("Learning rate", [Series("rate", [(1, value), (2, value)])])
+    heights = [float(y) for y in re.findall(r'<line class="grid"[^>]* y1="([\d.]+)"', figure)]
+    assert len(heights) >= 3
+    assert len(set(heights)) == len(heights)
+
+
+def test_each_line_has_a_color_of_the_page() -> None:
+    series = [Series(f"dataset {number}", [(1, number), (2, number + 1)]) for number in range(8)]
+    figure = draw_line_chart("Loss", series)
+    used = re.findall(r'polyline class="(line-\d)"', figure)
+    assert used == [f"line-{number % 6}" for number in range(8)]
+    assert all(f".{name} {{ stroke: var(--c{name[-1]}); }}" in STYLE for name in used)
