@@ -30,6 +30,7 @@ from t5tune.io.atomic import copy_atomically, explain_write_errors
 from t5tune.io.records_in_memory import find_kept_path
 from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
 from t5tune.preparing.dataset import Origin
+from t5tune.preparing.mixture import find_given_cache
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
 from t5tune.settings.datasets import name_datasets
@@ -372,7 +373,7 @@ def _inherit_reading(settings: TrainSettings) -> list[DatasetSettings] | None:
     trained = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
     datasets = []
     for name, dataset in zip(name_datasets(settings.eval_data), settings.eval_data, strict=True):
-        values = trained[name].list_given() if name in trained else {}
+        values = trained[name].list_given() if name in trained and find_given_cache(dataset) is None else {}
         values = {key: value for key, value in values.items() if key not in ("num_data", "data_split")}
         datasets.append(DatasetSettings(**{**values, **dataset.list_given(), "path": dataset.path, "name": name}))
     return datasets

@@ -174,8 +174,12 @@ class Cache(Sequence[Example]):
         """Return the examples of an epoch, which are all: (indices, how often each was drawn before)."""
         return np.arange(len(self)), np.full(len(self), epoch)
 
+    def list_drawn(self) -> npt.NDArray[np.int64]:
+        """List the examples that are trained on, which are all."""
+        return np.arange(len(self))
+
     @property
-    def is_drawn_evenly(self) -> bool:
+    def has_every_example_once(self) -> bool:
         """Whether every epoch has every example once."""
         return True
 

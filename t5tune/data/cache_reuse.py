@@ -8,6 +8,7 @@ from typing import Any
 
 from t5tune.data.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
 from t5tune.errors import DataError, SettingsError
+from t5tune.file_names import MIXTURE_FILE
 from t5tune.io.reasons import join_first
 
 
@@ -22,6 +23,11 @@ def find_reusable_manifest(folder: Path, inputs: dict[str, Any], in_use: bool) -
         SettingsError: a run uses the existing cache, and its inputs differ.
     """
     if not is_cache(folder):
+        if (folder / MIXTURE_FILE).is_file():
+            if in_use:
+                raise make_resume_error(folder, {"data": "data: it was several datasets before, and is one now"})
+            hint = "choose another output_dir, or delete it"
+            raise DataError(f"output_dir: {folder}: contains a mixture of several datasets", hint=hint)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"output_dir: {folder}: exists and isn't a token cache", hint="choose another output_dir")
         return None

@@ -99,7 +99,7 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     if not isinstance(value, dict):
         raise RejectionError("not_an_object", f"expected an object, found {_name_json_type(value)}")
     repairs: Counter[str] = Counter()
-    if reading.objective == "span-corruption":
+    if reading.is_raw_text:
         return _parse_raw_text(value, location, reading, repairs)
     name, parser = _detect_format(value, reading)
     labels = find_labels(value, location, reading)

@@ -41,12 +41,14 @@ class Mixing:
             weights: used by the kind `weights` alone.
         """
         if self.kind == "weights":
-            rates = np.array(weights, np.float64)
+            relative = np.array(weights, np.float64)
+        elif self.kind == "proportional":
+            counted = np.minimum(sizes, self.cap or max(sizes))
+            relative = (counted / counted.max()) ** (1 / self.temperature)
         else:
-            rates = np.minimum(sizes, self.cap or max(sizes)) if self.kind == "proportional" else np.array(sizes)
-            rates = (rates / rates.max()) ** (1 / self.temperature)
-        rates = rates / rates.max()  # so that their sum is finite
-        return [float(rate) for rate in rates / rates.sum()]
+            relative = np.array(sizes, np.float64)
+        relative = relative / relative.max()  # so that their sum is finite
+        return [float(share) for share in relative / relative.sum()]
 
 
 def choose_mixing(settings: MixingSettings) -> Mixing | None:

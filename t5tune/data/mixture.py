@@ -76,30 +76,28 @@ class Mixture(Sequence[Example]):
         return self._ends[-1]
 
     def __getitem__(self, index: Any) -> Any:
-        cache, own = self._locate(index)
-        return cache[own]
+        return self.read(index, repeat=0)
 
     def read(self, index: int, repeat: int) -> Example:
         """Return an example as it is when it was drawn `repeat` times before."""
-        cache, own = self._locate(index)
-        return cache.read(own, repeat)
+        dataset, index_in_it = self._locate(index)
+        return dataset.cache.read(index_in_it, repeat)
 
-    def _locate(self, index: int) -> tuple[Cache, int]:
+    def _locate(self, index: int) -> tuple[Dataset, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
         number = bisect_right(self._ends, index)
-        return self.datasets[number].cache, index - (self._ends[number] - self._sizes[number])
+        return self.datasets[number], index - (self._ends[number] - self._sizes[number])
 
     def get_template(self, index: int) -> Template:
         """Return the conversation template of an example's dataset."""
-        return self._locate(index)[0].template
+        return self._locate(index)[0].cache.template
 
     def name_example(self, index: int) -> int | str:
         """Name an example as `t5tune inspect` counts it: by its dataset, and its index in that cache."""
-        name = self.datasets[bisect_right(self._ends, index)].name
-        cache, own = self._locate(index)
-        return f"{name}: {cache.name_example(own)}"
+        dataset, index_in_it = self._locate(index)
+        return f"{dataset.name}: {dataset.cache.name_example(index_in_it)}"
 
     def list_datasets(self) -> list[tuple[str, range]]:
         """List the name and the examples of each dataset."""
@@ -111,7 +109,7 @@ class Mixture(Sequence[Example]):
         return draw_epoch(self._sizes, self.counts, seed, epoch)
 
     @property
-    def is_drawn_evenly(self) -> bool:
+    def has_every_example_once(self) -> bool:
         """Whether every epoch has every example once."""
         return self.counts == self._sizes
 
@@ -121,9 +119,19 @@ class Mixture(Sequence[Example]):
         return np.concatenate(sources), np.concatenate(targets)
 
     @property
+    def main(self) -> Dataset:
+        """The dataset whose template and prefix are used for chat: the first one that isn't raw text."""
+        return next((each for each in self.datasets if each.cache.corruption is None), self.datasets[0])
+
+    def list_drawn(self) -> Integers:
+        """List the examples of the datasets that have a share."""
+        drawn = zip(self.list_datasets(), self.counts, strict=True)
+        return np.concatenate([np.arange(indices.start, indices.stop) for (_, indices), count in drawn if count])
+
+    @property
     def tokenizer_folder(self) -> Path:
-        """The folder of the tokenizer that encoded the caches."""
-        return self.datasets[0].cache.tokenizer_folder
+        """The folder of the tokenizer that encoded the caches, with a chat template for the main dataset."""
+        return self.main.cache.tokenizer_folder
 
     @property
     def added_tokens(self) -> list[str]:
@@ -136,8 +144,8 @@ class Mixture(Sequence[Example]):
         return describe_mixture(self)
 
     def identify(self) -> dict[str, Any]:
-        """Return what is equal for the same examples: hashes, by dataset."""
-        return {dataset.name: dataset.cache.identify() for dataset in self.datasets}
+        """Return what is equal for the same examples in the same order: hashes of each dataset."""
+        return {"datasets": [[dataset.name, dataset.cache.identify()] for dataset in self.datasets]}
 
     def take(self, count: int) -> "Mixture":
         """Return the first `count` examples of each dataset."""
@@ -239,7 +247,7 @@ def describe_shares(mixture: Mixture) -> list[Note]:
         if count == 0 and dataset.weight == 0:
             notes.append(Note(f"dataset {dataset.name}: not trained on, since its weight is 0"))
         elif count == 0:
-            why = "its share of an epoch is less than half an example"
+            why = "its share of an epoch is less than one example"
             notes.append(Note(f"dataset {dataset.name}: not trained on, since {why}", warning=True))
     return notes
 

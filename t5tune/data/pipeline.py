@@ -150,7 +150,7 @@ class Pipeline:
     ) -> EncodedRecord:
         return EncodedRecord(
             parts=parts,
-            key=hash_conversation(conversation),
+            key=hash_conversation(conversation, self.settings.source_prefix if conversation.has_prefix else ""),
             repairs=conversation.repairs,
             unknown=int(np.count_nonzero(encoded.ids == self._tokenizer.unk_token_id)),
             dropped=dropped,
@@ -185,9 +185,13 @@ def read_conversation(record: RawRecord, reading: ReadingSettings, encoder: Enco
     return find_long_word(parsed, encoder) or parsed
 
 
-def hash_conversation(conversation: Conversation) -> bytes:
-    """Return 16 bytes that are equal for conversations with the same texts."""
-    texts = [conversation.system, *((turn.role, turn.text) for turn in conversation.turns)]
+def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
+    """Return 16 bytes that are equal for conversations with the same texts.
+
+    Args:
+        prefix: what was prepended to the first one, and doesn't count.
+    """
+    texts = [conversation.system, *((turn.role, turn.text.removeprefix(prefix)) for turn in conversation.turns)]
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
 
 

@@ -73,7 +73,7 @@ class CacheSource:
             ModelError: the tokenizer has no sentinels.
         """
         settings = self.settings
-        if settings.objective != "span-corruption":
+        if not settings.is_raw_text:
             return None
         corruption = make_corruption(settings.denoisers, self.vocabulary.tokenizer, settings.seed)
         if corruption is None:

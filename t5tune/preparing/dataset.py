@@ -56,7 +56,7 @@ class Origin:
         tokenizer_source: a cache, a mixture or an adapter whose tokenizer and conversation template replace the base's.
         vocabulary: the tokenizer that all datasets of a mixture share.
         setting: the setting that the paths come from, for messages.
-        is_for_run: whether train prepares, which mixes datasets and holds out examples itself.
+        is_for_run: whether train calls, which mixes datasets and holds out examples itself.
     """
 
     in_use: bool = False
@@ -78,7 +78,7 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
     shard = find_shard(settings.shard) if settings.shard is not None else None
     facts: dict[str, Any] = {"up_to_date": False, "shard": None if shard is None else str(shard), "joined": None}
     paths = _bring_data(settings, report, origin.setting)
-    files = find_files(paths, report, origin.setting, is_text=settings.objective == "span-corruption")
+    files = find_files(paths, report, origin.setting, is_text=settings.is_raw_text)
     stdin = Digest()
     records = read_records(files, settings.max_record_bytes, stdin)
     sample = take_sample(records)
@@ -134,7 +134,7 @@ def _describe_source(
     saved_templates = [each / TEMPLATE_FILE for each in template_folders if each is not None]
     template = find_template(settings.conversation_template, saved_templates)
     default_template = None
-    if template is None and settings.objective == "span-corruption":
+    if template is None and settings.is_raw_text:
         template = load_template(PAIR_TEMPLATE)  # raw text has none; this one is for using the model
     if template is None:
         default_template = choose_default_template(sample, files, settings)
@@ -170,7 +170,7 @@ def _bring_data(settings: PrepareSettings, report: Report, setting: str) -> list
     choice = DatasetChoice(settings.data_subset, settings.data_split)
     if setting == "eval_data_path":
         choice = replace(choice, defaults=EVALUATION_SPLITS, setting="eval_data_split")
-    is_text = settings.objective == "span-corruption"
+    is_text = settings.is_raw_text
     return bring_data(names, choice, setting, settings.cache_dir, report, is_text)
 
 
@@ -194,7 +194,7 @@ def choose_vocabulary(
 
 def read_sample(settings: PrepareSettings, setting: str) -> Iterator[Conversation]:
     """Read the conversations by which prepare chooses the tokens to add."""
-    is_text = settings.objective == "span-corruption"
+    is_text = settings.is_raw_text
     files = find_files(_bring_data(settings, silent, setting), silent, setting, is_text)
     yield from parse_sample(take_sample(read_records(files, settings.max_record_bytes)), settings)
 

@@ -4,32 +4,36 @@ manifest, facts = prepare_mixture(settings, report, Origin())
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
-from t5tune.data.cache import is_cache, open_cache
+from t5tune.data.cache import CACHE_CONTENTS, is_cache, open_cache
 from t5tune.data.cache_reuse import make_resume_error
 from t5tune.data.formats import Conversation
 from t5tune.data.mixing import Mixing, choose_mixing
-from t5tune.data.mixture import SUMMED, Dataset, Mixture, describe_shares, is_mixture, list_caches
-from t5tune.data.sources import is_dataset_name
+from t5tune.data.mixture import (
+    SUMMED,
+    Dataset,
+    Mixture,
+    describe_shares,
+    is_mixture,
+    list_caches,
+    read_mixture_manifest,
+)
 from t5tune.data.vocabulary import ExtendedTokenizer
 from t5tune.errors import DataError
-from t5tune.file_names import MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
+from t5tune.file_names import MIXTURE_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_file, write_json
 from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
 from t5tune.preparing.dataset import Origin, choose_vocabulary, prepare_dataset, read_sample
 from t5tune.progress import Note, Report
 from t5tune.settings import PrepareSettings
-from t5tune.settings.datasets import DatasetSettings, name_datasets
-
-MIXTURE_FILES = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
-NOT_INHERITED = ("data", "mixing", "mixing_temperature", "mixing_cap")
+from t5tune.settings.datasets import DatasetSettings, complete_dataset, is_reserved, name_datasets
 
 
 def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -41,54 +45,103 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
     Raises:
         DataError, ModelError, SettingsError: see `prepare`; they name the dataset.
     """
-    datasets = list(settings.data or [])
-    names = name_datasets(datasets)
+    datasets = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
     folder = settings.output_dir
-    _check_folder(folder, names, origin)
-    before = list_caches(folder) if is_mixture(folder) else {}
-    vocabulary = _choose_common_vocabulary(settings, datasets, origin)
-    places: dict[str, Path] = {}
-    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for name, dataset in zip(names, datasets, strict=True):
-        if (given := find_given_cache(dataset)) is not None:
-            places[name] = given
-            continue
-        places[name] = folder / name
-        report(Note(f"dataset {name}: {join_first(dataset.path)}"))
-        own = _make_settings(settings, dataset, places[name])
-        source = _find_source(origin, name)
-        found.append(prepare_dataset(own, report, replace(origin, tokenizer_source=source, vocabulary=vocabulary)))
-    facts: dict[str, Any] = {
-        "up_to_date": all(fact["up_to_date"] for _, fact in found),
-        "shard": next((fact["shard"] for _, fact in found), None),
-        "joined": None if not settings.join and settings.shard is None else all(fact["joined"] for _, fact in found),
-    }
+    _check_folder(folder, list(datasets), origin)
+    before = read_mixture_manifest(folder) if is_mixture(folder) else None
+    old_caches = list_caches(folder) if is_mixture(folder) else {}
+    caches, prepared = _prepare_caches(settings, datasets, report, origin)
+    facts = _join_facts(settings, prepared)
     if facts["joined"] is False:  # other parts are still missing
-        counts = {name: sum(manifest.get(name, 0) for manifest, _ in found) for name in SUMMED}
-        return {**found[0][0], **counts}, facts
-    mixing = choose_mixing(settings) or Mixing()
-    parts = [Dataset(name, open_cache(places[name]), each.weight) for name, each in zip(names, datasets, strict=True)]
-    mixture = Mixture(folder, parts, mixing)
-    _check_tokenizers(mixture, origin.setting)
-    training, _ = mixture.split_as_prepared()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / TEMPLATE_FILE, to_yaml(dict(vars(parts[0].cache.template))).encode())
-    write_training_data(folder, _join_training_data(training))
-    write_json(folder / MIXTURE_FILE, manifest := {**mixture.manifest, "datasets": training.manifest["datasets"]})
-    for name, cache in before.items():
-        if name not in names and cache.parent == folder and is_cache(cache):
-            shutil.rmtree(cache)
-            report(Note(f"{cache}: removed, since this dataset is no longer among the data"))
+        return _add_counts(prepared), facts
+    parts = [Dataset(name, open_cache(caches[name]), dataset.weight) for name, dataset in datasets.items()]
+    manifest, training = _write_mixture(Mixture(folder, parts, choose_mixing(settings) or Mixing()), origin)
+    facts["up_to_date"] = facts["up_to_date"] and manifest == before
+    _remove_old_caches(folder, {name: cache for name, cache in old_caches.items() if name not in datasets}, report)
     if not origin.is_for_run:
         for note in describe_shares(training):
             report(note)
     return manifest, {**facts, "datasets": {part.name: len(part.cache) for part in parts}}
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What `prepare_dataset` returned for a dataset."""
+
+    manifest: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def _prepare_caches(
+    settings: PrepareSettings, datasets: Mapping[str, DatasetSettings], report: Report, origin: Origin
+) -> tuple[dict[str, Path], list[_Prepared]]:
+    """Prepare the cache of each dataset that isn't one already. Return the folders of all, and what was prepared."""
+    vocabulary = _choose_common_vocabulary(settings, list(datasets.values()), origin)
+    caches: dict[str, Path] = {}
+    prepared: list[_Prepared] = []
+    for name, dataset in datasets.items():
+        if (given := find_given_cache(dataset)) is not None:
+            caches[name] = given
+            continue
+        caches[name] = settings.output_dir / name
+        report(Note(f"dataset {name}: {join_first(dataset.path)}"))
+        own = replace(origin, tokenizer_source=_find_source(origin, name), vocabulary=vocabulary)
+        settings_of_it = complete_dataset(settings, dataset, output_dir=caches[name])
+        prepared.append(_Prepared(*prepare_dataset(settings_of_it, report, own)))
+    return caches, prepared
+
+
+def _join_facts(settings: PrepareSettings, prepared: Sequence[_Prepared]) -> dict[str, Any]:
+    """Say of all datasets what `prepare_dataset` says of each."""
+    is_divided = settings.join or settings.shard is not None
+    return {
+        "up_to_date": all(each.facts["up_to_date"] for each in prepared),
+        "shard": next((each.facts["shard"] for each in prepared), None),
+        "joined": all(each.facts["joined"] for each in prepared) if is_divided else None,
+    }
+
+
+def _add_counts(prepared: Sequence[_Prepared]) -> dict[str, Any]:
+    """Add up the counts of parts that aren't joined yet."""
+    counts = {name: sum(each.manifest.get(name, 0) for each in prepared) for name in SUMMED}
+    return {**prepared[0].manifest, **counts}
+
+
+def _write_mixture(mixture: Mixture, origin: Origin) -> tuple[dict[str, Any], Mixture]:
+    """Write the files of a mixture besides its caches. Return its manifest, and what is left to train on."""
+    _check_tokenizers(mixture, origin.setting)
+    folder, (training, _) = mixture.folder, mixture.split_as_prepared()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / TEMPLATE_FILE, to_yaml(dict(vars(mixture.main.cache.template))).encode())
+    write_training_data(folder, _join_training_data(training))
+    manifest = {**mixture.manifest, "datasets": training.manifest["datasets"]}
+    write_json(folder / MIXTURE_FILE, manifest)
+    return manifest, training
+
+
+def _remove_old_caches(folder: Path, caches: Mapping[str, Path], report: Report) -> None:
+    for cache in caches.values():
+        if cache.parent == folder and is_cache(cache):
+            shutil.rmtree(cache)
+            report(Note(f"{cache}: removed, since this dataset is no longer among the data"))
+
+
 def find_given_cache(dataset: DatasetSettings) -> Path | None:
-    """Return the token cache that a dataset names; None if it names data."""
+    """Return the token cache that a dataset names; None if it names data.
+
+    Raises:
+        DataError: it is a mixture, or more is given than the cache.
+    """
     path = Path(dataset.path[0])
-    return path if is_cache(path) else None
+    if is_mixture(path):
+        hint = "give its token caches, which are folders in it"
+        raise DataError(f"data: {path}: a mixture can't be one of several datasets", hint=hint)
+    if not is_cache(path):
+        return None
+    if extra := [*dataset.path[1:], *dataset.list_given()]:
+        problem = f"data: {path}: is a token cache, whose examples are complete, but {extra[0]} is given, too"
+        raise DataError(problem, hint="leave it out, or give the data in place of the cache")
+    return path
 
 
 def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:
@@ -100,32 +153,28 @@ def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:
     """
     if is_mixture(folder):
         if origin.in_use and (before := list(list_caches(folder))) != list(names):
-            line = f"data: the datasets {', '.join(before)} before, {', '.join(names)} now"
+            line = f"data: the datasets were {', '.join(before)} before, and are {', '.join(names)} now"
             raise make_resume_error(folder, {"data": line})
         return
-    if is_cache(folder) and origin.in_use:
-        raise make_resume_error(folder, {"data": "data: one dataset before, several now"})
+    if is_cache(folder):
+        if origin.in_use:
+            raise make_resume_error(folder, {"data": "data: it was one dataset before, and is several now"})
+        if not (foreign := sorted({path.name for path in folder.iterdir()} - CACHE_CONTENTS)):
+            shutil.rmtree(folder)  # as prepare replaces a cache of other inputs
+            return
+        problem = f"output_dir: {folder}: contains {join_first(foreign)} in addition to a token cache"
+        raise DataError(problem, hint="move these files away, or choose another output_dir")
     if folder.exists() and not folder.is_dir():
         raise DataError(f"output_dir: {folder}: is a file", hint="choose another output_dir")
-    # what an earlier call that was interrupted has left: caches, and the folders in which they are written
-    others = [] if not folder.is_dir() else [
-        path.name for path in folder.iterdir()
-        if not (is_cache(path) or path.name in MIXTURE_FILES or path.name.startswith(".") or path.suffix == ".parts")
-    ]  # fmt: skip
-    if is_cache(folder) or others:
-        what = (
-            "is the token cache of a single dataset" if is_cache(folder) else f"contains {join_first(sorted(others))}"
-        )
-        raise DataError(f"output_dir: {folder}: {what}, not a mixture of datasets", hint="choose another output_dir")
+    others = sorted(path.name for path in folder.iterdir() if not _is_of_mixture(path)) if folder.is_dir() else []
+    if others:
+        problem = f"output_dir: {folder}: contains {join_first(others)}, so it isn't a mixture of datasets"
+        raise DataError(problem, hint="choose another output_dir")
 
 
-def _make_settings(settings: PrepareSettings, dataset: DatasetSettings, folder: Path) -> PrepareSettings:
-    """Make the settings that prepare one dataset: what it gives itself, and otherwise those of all."""
-    names = settings.model_fields_set - {*NOT_INHERITED, "data_path", "output_dir"}
-    values = {name: getattr(settings, name) for name in names}
-    if not any(map(is_dataset_name, dataset.path)):  # a part of a dataset on the Hub, which this isn't
-        values |= {"data_subset": None, "data_split": None}
-    return PrepareSettings(**{**values, **dataset.list_given(), "data_path": dataset.path, "output_dir": folder})
+def _is_of_mixture(path: Path) -> bool:
+    """Whether this can be what an earlier call that was interrupted has left in the folder of a mixture."""
+    return is_cache(path) or is_reserved(path.name) or path.name.startswith(".")
 
 
 def _choose_common_vocabulary(
@@ -135,7 +184,7 @@ def _choose_common_vocabulary(
 
     def read_all() -> Iterator[Conversation]:
         for dataset in datasets:
-            yield from read_sample(_make_settings(settings, dataset, settings.output_dir), origin.setting)
+            yield from read_sample(complete_dataset(settings, dataset), origin.setting)
 
     caches = [given for dataset in datasets if (given := find_given_cache(dataset)) is not None]
     source = next(iter(caches), origin.tokenizer_source)
@@ -172,6 +221,7 @@ def _join_training_data(mixture: Mixture) -> TrainingData:
         for dataset, own, share in zip(mixture.datasets, made, mixture.shares, strict=True)
         if own is not None
     ]
-    first = next(each for each in made if each is not None)
+    first = made[mixture.datasets.index(mixture.main)]
+    assert first is not None, "prepare has written it"
     has_earlier_turns = any(each.has_earlier_turns for each in made if each is not None)
     return replace(first, has_earlier_turns=has_earlier_turns, datasets=datasets)

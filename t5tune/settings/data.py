@@ -6,8 +6,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from t5tune.errors import SettingsError
 from t5tune.settings.affects import Affects
-from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings, combine_datasets, name_datasets
+from t5tune.settings.datasets import (
+    PATHS_OF_DATASETS,
+    DatasetSettings,
+    combine_datasets,
+    complete_dataset,
+    name_datasets,
+)
 from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, WordList
 from t5tune.settings.reading import ConversationSettings, ReadingSettings, SelectionSettings
 
@@ -71,6 +78,14 @@ class DataSettings(ReadingSettings, ConversationSettings):
                 raise ValueError(f"{name}: {error}") from None
             if any("-" in dataset.path for dataset in datasets):
                 raise ValueError(f"{name}: standard input (`-`) can't be one of several datasets; write it to a file")
+        for name in ("data_subset", "data_split"):
+            if self.data is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: {getattr(self, name)}: give it in the dataset that it is for")
+        for name, dataset in zip(name_datasets(self.data or []), self.data or [], strict=True):
+            try:
+                complete_dataset(self, dataset)
+            except SettingsError as error:
+                raise ValueError(f"data: {name}: {'; '.join(error.problems)}") from None
         return self
 
     @field_validator("add_tokens")

@@ -9,17 +9,29 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, field_validator, model_serializer
 
-from t5tune.file_names import COMPRESSED_SUFFIXES, JSON_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES
-from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, exists, read_data
+from t5tune.file_names import (
+    COMPRESSED_SUFFIXES,
+    JSON_SUFFIXES,
+    MIXTURE_FILE,
+    TABLE_SUFFIXES,
+    TEMPLATE_FILE,
+    TEXT_SUFFIXES,
+    TRAINING_DATA_FILE,
+)
+from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, exists, read_data
 from t5tune.settings.reading import ConversationSettings, ReadingSettings, SelectionSettings
 
 PATHS_OF_DATASETS = {"data": "data_path", "eval_data": "eval_data_path"}
 """Setting with datasets -> the setting with the paths of all of them."""
+NOT_OF_A_DATASET = {"data", "data_path", "mixing", "mixing_temperature", "mixing_cap", "data_subset", "data_split"}
+"""Settings of a command that don't apply to each of its datasets."""
+RESERVED_NAMES = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
 MAX_NAME_LENGTH = 64
+Model = TypeVar("Model", bound=Settings)
 _WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
 _PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
 _NOT_IN_NAME = re.compile("[^A-Za-z0-9._-]+")
@@ -30,6 +42,7 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
     """A dataset of a mixture. What isn't given here is as the settings of the whole command say."""
 
     panel: ClassVar[str] = "Data"
+    is_complete: ClassVar[bool] = False
 
     path: DataList = Field(min_length=1)
     name: Annotated[str | None, NoneIfUnset] = None
@@ -41,6 +54,10 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str | None) -> str | None:
+        if value is not None and is_reserved(value):
+            raise ValueError("a file in the folder of the datasets has this name")
+        if value is not None and is_reserved(value):
+            raise ValueError("a file in the folder of the datasets has this name")
         if value is not None and not _NAME.fullmatch(value):
             raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
         return value
@@ -54,6 +71,40 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
         """Return the given settings that differ for this dataset, without its path, name and weight."""
         names = self.model_fields_set - {"path", "name", "weight"}
         return {name: getattr(self, name) for name in type(self).model_fields if name in names}
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a file or a folder of another kind has this name in the folder of a mixture."""
+    return name.casefold() in RESERVED_NAMES or name.casefold().endswith(".parts")
+
+
+def complete_dataset(settings: Model, dataset: DatasetSettings, **changes: Any) -> Model:
+    """Return the settings for one dataset alone: what it gives itself, and otherwise those of the whole command.
+
+    Settings of the command that don't suit what the dataset gives are left out, such as a `source_prefix` for turns.
+
+    Raises:
+        SettingsError: what is given conflicts.
+    """
+    fields = type(settings).model_fields
+    given = {name: value for name, value in dataset.list_given().items() if name in fields}
+    names = settings.model_fields_set - {*NOT_OF_A_DATASET, *_list_unsuitable(given)}
+    values = {name: getattr(settings, name) for name in names} | given
+    return type(settings)(**{**values, "data_path": dataset.path, **changes})
+
+
+def _list_unsuitable(given: Mapping[str, Any]) -> set[str]:
+    """List the settings that a dataset's own ones rule out."""
+    names = set[str]()
+    if given.get("objective") == "span-corruption":
+        names |= {"source_prefix", "target_column", "data_format"}
+    elif "objective" in given:
+        names |= {"denoisers"}
+    if given.get("data_format") not in (None, "auto", "source-target"):
+        names |= {"source_prefix", "source_column", "target_column"}
+    if "source_column" in given or "target_column" in given:  # who names one column describes the whole layout
+        names |= {"data_format", "source_column", "target_column"}
+    return names - given.keys()
 
 
 def split_weight(path: str) -> tuple[str, str | None]:
@@ -117,16 +168,17 @@ def name_datasets(datasets: Sequence[DatasetSettings]) -> list[str]:
         ValueError: two have the same name.
     """
     given = [dataset.name for dataset in datasets if dataset.name is not None]
-    if twice := sorted({name for name in given if given.count(name) > 1}):
+    folded = [name.casefold() for name in given]  # folders have these names, on some disks without regard to case
+    if twice := [name for name in given if folded.count(name.casefold()) > 1]:
         raise ValueError(f"name: {twice[0]}: two datasets have it")
-    taken, names = set(given), list[str]()
+    taken, names = {name.casefold() for name in given}, list[str]()
     for dataset in datasets:
         name = dataset.name
         if name is None:
             stem = _find_stem(dataset.path[0])
             numbered = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
-            name = next(each for each in numbered if each not in taken)
-            taken.add(name)
+            name = next(each for each in numbered if each.casefold() not in taken and not is_reserved(each))
+            taken.add(name.casefold())
         names.append(name)
     return names
 

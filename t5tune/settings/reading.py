@@ -33,6 +33,8 @@ class ReadingSettings(Settings):
     """How data records are read."""
 
     panel: ClassVar[str] = "Reading"
+    is_complete: ClassVar[bool] = True
+    """Whether settings that conflict are refused: not of a dataset, for which others may be those of the command."""
 
     objective: Annotated[Objective, Affects.EXAMPLES] = Field(
         default="sft",
@@ -76,9 +78,16 @@ class ReadingSettings(Settings):
             raise ValueError("must not be empty")
         return value
 
+    @property
+    def is_raw_text(self) -> bool:
+        """Whether spans of raw text are masked."""
+        return self.objective == "span-corruption"
+
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
-        if self.objective == "sft":
+        if not self.is_complete:
+            return self
+        if not self.is_raw_text:
             if "denoisers" in self.model_fields_set and self.denoisers != ["t5"]:
                 raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption")
             return self
@@ -91,6 +100,8 @@ class ReadingSettings(Settings):
 
     @model_validator(mode="after")
     def _check_columns_match_format(self) -> Self:
+        if not self.is_complete:
+            return self
         for name in ("source_column", "target_column", "source_prefix"):
             if (value := getattr(self, name)) and self.data_format not in ("auto", "source-target"):
                 raise ValueError(f"{name}: {value!r:.80}, but data_format {self.data_format} doesn't use it")

@@ -99,6 +99,7 @@ class EpochDraws:
 
     Args:
         sources, targets: lengths of all examples, in tokens.
+        longest: the longest example of those that are ever drawn, in tokens; None: of all.
         draw: draws the examples of an epoch, as `Mixture.draw_epoch` does; None: every epoch has every example once.
         num_epochs, max_steps: of the run; max_steps takes precedence.
     """
@@ -109,6 +110,11 @@ class EpochDraws:
     draw: Callable[[int], tuple[Integers, Integers]] | None = None
     num_epochs: float = 1.0
     max_steps: int | None = None
+    longest: int | None = None
+
+    def find_longest(self) -> int:
+        """Find the longest example that is ever drawn, in tokens."""
+        return int((self.sources + self.targets).max()) if self.longest is None else self.longest
 
     def draw_epoch(self, epoch: int) -> tuple[Integers, Integers]:
         """Return (indices, how often each example was drawn before)."""
@@ -138,8 +144,10 @@ class EpochDraws:
 
 def make_sampler(settings: TrainSettings, examples: Examples, is_packed: bool, num_ranks: int) -> StepSampler:
     """Make the sampler that the settings ask for."""
-    draw = None if examples.is_drawn_evenly else partial(examples.draw_epoch, settings.seed)
-    draws = EpochDraws(*examples.read_lengths(), settings.seed, draw, settings.num_train_epochs, settings.max_steps)
+    draw = None if examples.has_every_example_once else partial(examples.draw_epoch, settings.seed)
+    sources, targets = examples.read_lengths()
+    longest = int((sources + targets)[examples.list_drawn()].max())
+    draws = EpochDraws(sources, targets, settings.seed, draw, settings.num_train_epochs, settings.max_steps, longest)
     step_size = settings.gradient_accumulation_steps * num_ranks
     if settings.tokens_per_batch is not None:
         return make_budget_sampler(draws, settings.tokens_per_batch, is_packed, step_size)
@@ -170,7 +178,7 @@ def make_budget_sampler(draws: EpochDraws, tokens: int, packed: bool, step_size:
     Raises:
         SettingsError: an example is longer than the budget, or there are fewer examples than micro-batches in a step.
     """
-    longest = int((draws.sources + draws.targets).max())
+    longest = draws.find_longest()
     if longest > tokens:
         raise SettingsError(
             f"tokens_per_batch: {tokens}: the longest example has {longest} source and target tokens",

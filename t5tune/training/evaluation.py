@@ -7,7 +7,7 @@ a maximum number of tokens, and in generation also a maximum size of the key-val
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -129,11 +129,13 @@ class GenerationScorer:
         """
 
         def list_names() -> list[str]:
-            found: list[str] = []
-            for prefix, indices in self._select_examples(examples).items():
-                targets = self._decode_targets(examples, indices)
-                custom = try_custom_metrics(self.functions, targets)
-                found += (prefix + name for name in (*self._choose_metrics(prefix, targets), *custom))
+            parts = self._select_examples(examples)
+            targets = {name: self._decode_targets(examples, indices) for name, indices in parts.items()}
+            everything = list(chain.from_iterable(targets.values()))
+            found = [*choose_metrics(self.names, everything), *try_custom_metrics(self.functions, everything)]
+            for name, own in targets.items() if len(parts) > 1 else ():
+                custom = try_custom_metrics(self.functions, own)
+                found += (prefix_metric(name, metric) for metric in (*self._choose_fitting(own), *custom))
             return found
 
         return run_on_rank_0(self.world, list_names)
@@ -147,43 +149,39 @@ class GenerationScorer:
         is_stopped: Callable[[], bool],
     ) -> dict[str, float]:
         """Score greedy predictions for evenly spaced examples. Custom metrics may be NaN or infinite."""
-        selected = self._select_examples(examples)
-        predictions: dict[int, str] = {}
-        for prefix, indices in selected.items():
-            if prefix or len(selected) == 1:  # of each dataset apart: how long they may be depends on its targets
-                chosen = [examples[index] for index in indices]
-                longest = find_max_target_length(chosen)
-                decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
-                generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped)
-                suffixes = (examples.get_template(index).answer_suffix for index in indices)
-                decoded = map(decode_prediction, repeat(self.tokenizer), generated, suffixes)
-                predictions |= zip(indices, decoded, strict=True)
+        predictions: dict[str, list[str]] = {}
+        parts = self._select_examples(examples)
+        for name, indices in parts.items():  # apart: how long predictions may be depends on a dataset's targets
+            chosen = [examples[index] for index in indices]
+            longest = find_max_target_length(chosen)
+            decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
+            generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped)
+            suffixes = (examples.get_template(index).answer_suffix for index in indices)
+            predictions[name] = list(map(decode_prediction, repeat(self.tokenizer), generated, suffixes))
 
         def compute() -> dict[str, float]:
-            scores: dict[str, float] = {}
-            for prefix, part in selected.items():
-                pair = [predictions[index] for index in part], self._decode_targets(examples, part)
-                found = score(*pair, self._choose_metrics(prefix, pair[1]))
-                found |= compute_custom_metrics(self.functions, *pair, allow_non_finite=True)
-                scores |= {prefix + name: value for name, value in found.items()}
+            targets = {name: self._decode_targets(examples, indices) for name, indices in parts.items()}
+            everything = [list(chain.from_iterable(texts.values())) for texts in (predictions, targets)]
+            scores = self._score(everything[0], everything[1], choose_metrics(self.names, everything[1]))
+            for name, own in targets.items() if len(parts) > 1 else ():
+                found = self._score(predictions[name], own, self._choose_fitting(own))
+                scores |= {prefix_metric(name, metric): value for metric, value in found.items()}
             return scores
 
         return run_on_rank_0(self.world, compute)
 
-    def _select_examples(self, examples: Examples) -> dict[str, list[int]]:
-        """Select evenly spaced examples, as many of each dataset: the prefix of the metrics' names -> indices."""
-        datasets = examples.list_datasets()
-        if not datasets:
-            return {"": select_evenly(len(examples), self.count)}
-        share = -(-self.count // len(datasets))
-        parts = {name: [of[i] for i in select_evenly(len(of), share)] for name, of in datasets}
-        every = [index for part in parts.values() for index in part]
-        return {"": every, **{prefix_metric(name, ""): part for name, part in parts.items()}}
+    def _score(self, predictions: list[str], targets: list[str], names: Sequence[str]) -> dict[str, float]:
+        custom = compute_custom_metrics(self.functions, predictions, targets, allow_non_finite=True)
+        return score(predictions, targets, names) | custom
 
-    def _choose_metrics(self, prefix: str, targets: list[str]) -> list[str]:
-        """Choose the metrics that are computed; of a dataset those that fit its targets."""
-        if not prefix:
-            return list(choose_metrics(self.names, targets))
+    def _select_examples(self, examples: Examples) -> dict[str, list[int]]:
+        """Select evenly spaced examples, as many of each dataset: name -> indices. A single dataset has no name."""
+        datasets = examples.list_datasets() or [("", range(len(examples)))]
+        share = -(-self.count // len(datasets))
+        return {name: [of[number] for number in select_evenly(len(of), share)] for name, of in datasets}
+
+    def _choose_fitting(self, targets: list[str]) -> list[str]:
+        """Choose the metrics of a dataset: those that fit its targets, of those that are computed."""
         return [name for name in choose_metrics(None, targets) if self.names is None or name in self.names]
 
     def _decode_targets(self, examples: Examples, indices: list[int]) -> list[str]:

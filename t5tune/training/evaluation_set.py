@@ -24,7 +24,7 @@ from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.sample import choose_default_template, drain, take_sample
-from t5tune.data.sources import bring_data, is_dataset_name
+from t5tune.data.sources import bring_data
 from t5tune.data.templates import (
     PAIR_TEMPLATE,
     Template,
@@ -43,7 +43,7 @@ from t5tune.preparing.dataset import Origin, prepare_dataset
 from t5tune.progress import Note, Report
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.datasets import DatasetSettings, name_datasets
+from t5tune.settings.datasets import complete_dataset, name_datasets
 
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
 
@@ -97,22 +97,12 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
     parts: dict[str, EvaluationSet] = {}
     for name, dataset in zip(name_datasets(settings.data), settings.data, strict=True):
         report(Note(f"dataset {name}: {join_first(dataset.path)}"))
-        own = _make_settings(settings, dataset)
+        own = complete_dataset(settings, dataset)
         trained_on = loaded.find_dataset(name)
         own = _inherit_reading(own, trained_on, report) if trained_on is not None else own
         template = None if trained_on is None else Template(**trained_on.conversation_template)
         parts[name] = _load_dataset(own, loaded, report, template)
     return _join(parts)
-
-
-def _make_settings(settings: EvaluateSettings, dataset: DatasetSettings) -> EvaluateSettings:
-    """Make the settings that load one dataset: what it gives itself, and otherwise those of all."""
-    names = settings.model_fields_set - {"data", "data_path"}
-    values = {name: getattr(settings, name) for name in names}
-    if not any(map(is_dataset_name, dataset.path)):  # a part of a dataset on the Hub, which this isn't
-        values |= {"data_subset": None, "data_split": None}
-    given = {name: value for name, value in dataset.list_given().items() if name in EvaluateSettings.model_fields}
-    return EvaluateSettings(**{**values, **given, "data_path": dataset.path})
 
 
 def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
@@ -144,7 +134,7 @@ def _load_dataset(
                 hint="give one token cache, or only conversations; or several datasets, each with a weight",
             )
         return _load_cache_examples(open_examples(path), settings, loaded, report)
-    if settings.objective == "span-corruption":
+    if settings.is_raw_text:
         return _load_raw_text(settings, loaded, report)
     tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
     encoder = make_encoder(tokenizer)

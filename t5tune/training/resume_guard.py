@@ -23,6 +23,7 @@ from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.datasets import PATHS_OF_DATASETS
 from t5tune.training.checkpoint import read_run_identity
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
@@ -126,6 +127,8 @@ def check_finished_run(folder: Path, then: TrainSettings, now: TrainSettings) ->
         old, new = before[name], after[name]
         if old == new or (name in paths and _resolve_paths(old) == _resolve_paths(new)):
             continue
+        if name in PATHS_OF_DATASETS and _resolve_datasets(old) == _resolve_datasets(new):
+            continue
         format_value = _format_in_full if name in paths else _abbreviate
         different.append(f"{name}: {format_value(old)} before, {format_value(new)} now")
     if different:
@@ -146,6 +149,10 @@ def _format_in_full(value: Any) -> str:
 def _resolve_paths(value: Any) -> list[str]:
     """Resolve one or more paths, so that two spellings of the same path are equal."""
     return [str(Path(path).resolve()) for path in (value if isinstance(value, list) else [value]) if path is not None]
+
+
+def _resolve_datasets(datasets: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    return [{**dataset, "path": _resolve_paths(dataset["path"])} for dataset in datasets or []]
 
 
 def _check_shards(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -268,7 +268,8 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
     examples = open_examples(run.cache).reseed(settings.seed)
     if isinstance(examples, Mixture) and (mixing := choose_mixing(settings)) is not None:
         examples = examples.mix(mixing)
-    if settings.num_data is not None:
+    # of data that prepare has read for this run, it has taken num_data already
+    if settings.num_data is not None and find_given_examples(settings.data_path, settings.data) is not None:
         examples = examples.take(settings.num_data)
     if run.eval_cache is not None:
         return examples, open_examples(run.eval_cache).reseed(settings.seed)

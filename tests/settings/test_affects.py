@@ -11,7 +11,7 @@ from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
 from t5tune.errors import SettingsError
-from t5tune.settings import EvaluateSettings, PrepareSettings, Settings, TrainSettings
+from t5tune.settings import DatasetSettings, EvaluateSettings, PrepareSettings, Settings, TrainSettings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.fields import NoneIfUnset
 from t5tune.training.resume_guard import build_run_identity, check_finished_run
@@ -72,7 +72,10 @@ def test_a_run_is_made_of_these_fields_in_this_order(cache: Path, batch: str) ->
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the other values are of another type
 def test_a_finished_run_is_refused_with_another_value_of_these_settings(tmp_path: Path) -> None:
     settings = TrainSettings(**NEEDED, data_path="pocket")
-    changed = settings.model_copy(update=dict.fromkeys(TrainSettings.model_fields, "other"))
+    others = [DatasetSettings(path="other")]
+    changed = settings.model_copy(
+        update={**dict.fromkeys(TrainSettings.model_fields, "other"), "data": others, "eval_data": others}
+    )
     with pytest.raises(SettingsError) as refused:
         check_finished_run(tmp_path, settings, changed)
     assert [problem.partition(":")[0] for problem in refused.value.problems] == FINISHED

@@ -7,7 +7,7 @@ import pytest
 
 from t5tune.errors import SettingsError
 from t5tune.settings import DatasetSettings, TrainSettings, dump_settings, load_settings
-from t5tune.settings.datasets import name_datasets, split_weight
+from t5tune.settings.datasets import complete_dataset, name_datasets, split_weight
 from t5tune.settings.flags import list_flags, list_without_flags
 
 NEEDED: dict[str, Any] = {"model_name_or_path": "pocket", "output_dir": "run"}
@@ -78,6 +78,13 @@ def test_saved_settings_and_flags_read_back_as_the_same(tmp_path: Path) -> None:
         ("data: [{path: a, weight: 0}]", "data: every weight is 0, so there is nothing to train on"),
         ("data_path: [a:0, b:0]", "data: every weight is 0, so there is nothing to train on"),
         ("data: [{path: a, name: x}, {path: b, name: x}]", "data: name: x: two datasets have it"),
+        ("data: [{path: a, name: x}, {path: b, name: X}]", "data: name: x: two datasets have it"),
+        ("data: [{path: a, name: mixture.json}]", "data[0].name: 'mixture.json' (FILE: data): a file in the folder of"),
+        ("data: [a, b]\ndata_split: dev", "data_split: dev: give it in the dataset that it is for"),
+        (
+            "data: [{path: a, name: x, target_column: y}]\nobjective: span-corruption",
+            "data: x: target_column: 'y', but",
+        ),
         ("data: [{path: a, name: ../b}]", "data[0].name: '../b' (FILE: data): expected letters, digits,"),
         ("data: [{path: '-'}]", "data: standard input (`-`) can't be one of several datasets; write it to a file"),
         ("data: [a]\ndata_path: b", "data: conflicts with data_path; give only one of them"),
@@ -85,7 +92,10 @@ def test_saved_settings_and_flags_read_back_as_the_same(tmp_path: Path) -> None:
         ("data: [a:2, b]\nmixing_cap: 5", "mixing_cap: 5: conflicts with the weights of data"),
         ("data: [a, b]\nmixing: weights\nmixing_temperature: 2", "mixing_temperature: 2 has no effect with mixing"),
         ("data: [a, b]\nmixing_temperature: 0", "mixing_temperature: 0 (FILE: mixing_temperature): must be greater"),
-        ("data: [{path: a, data_format: alpaca, source_prefix: x}]", "source_prefix: 'x', but data_format alpaca"),
+        (
+            "data: [{path: a, data_format: alpaca, source_prefix: x}]",
+            "data: a: source_prefix: 'x', but data_format alpaca",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_dataset_is_said_by_its_place(text: str, problem: str, tmp_path: Path) -> None:
@@ -111,3 +121,24 @@ def test_records_in_memory_can_be_one_of_several_datasets() -> None:
     (path,) = settings.data[0].path
     assert Path(path).read_text() == '{"source": "a", "target": "b"}\n'
     assert settings.data_path == [path, "b.jsonl"]
+
+
+def test_settings_of_the_command_apply_to_a_dataset_unless_they_do_not_suit_it() -> None:
+    settings = TrainSettings(
+        **NEEDED, source_prefix="x: ", source_column="q", objective="sft",
+        data=[
+            {"path": "a"}, {"path": "b", "data_format": "openai"}, {"path": "c", "target_column": "t"},
+            {"path": "d", "objective": "span-corruption", "denoisers": "ul2", "source_column": "body"},
+        ],
+    )  # fmt: skip
+    assert settings.data is not None
+    found = [complete_dataset(settings, dataset) for dataset in settings.data]
+    assert [each.source_prefix for each in found] == ["x: ", "", "x: ", ""]
+    assert [each.source_column for each in found] == ["q", None, None, "body"]
+    assert [each.data_path for each in found] == [["a"], ["b"], ["c"], ["d"]]
+    assert all(each.data is None for each in found)
+    raw = TrainSettings(
+        **NEEDED, objective="span-corruption", denoisers="ul2-s", data=["a", {"path": "b", "objective": "sft"}]
+    )
+    assert raw.data is not None
+    assert [complete_dataset(raw, dataset).denoisers for dataset in raw.data] == [["ul2-s"], ["t5"]]

@@ -161,7 +161,10 @@ def test_other_weights_are_refused_when_a_run_is_resumed(
     assert on_ranks(1, "train", "--config", config, calls=["tests.support.stop_in_step:stop_in_step(2)"]).code == 143
     for changes, problem in (
         ({"data": list_datasets(data, (3, 1, 1))}, r'mixing: \{"sums": 34, .* before, \{"sums": 41, .* now'),
-        ({"data": list_datasets(data)[:2]}, "data: the datasets sums, notes, chats before, sums, notes now"),
+        (
+            {"data": list_datasets(data)[:2]},
+            "the datasets were sums, notes, chats before, and are sums, notes now",
+        ),
     ):
         with pytest.raises(SettingsError, match=problem):
             train(settings.replace(**changes))
@@ -206,7 +209,8 @@ def test_each_dataset_has_the_metrics_of_a_separate_evaluation(
         for metric in ("exact_match", "rouge1", "rougeL", "bleu", "chrf"):
             assert found[metric] == getattr(separate, metric)
         assert evaluation.datasets[name]["loss"] == found["loss"]
-        assert read_metrics_lines(result.run)[-1][f"eval_{name}_loss"] == found["loss"]
+        (logged,) = (line for line in read_metrics_lines(result.run) if "eval_loss" in line)
+        assert logged[f"eval_{name}_loss"] == found["loss"]
     assert result.eval.keys() >= {"loss", "perplexity", "chrf"}
     assert not any(name.endswith("_loss") for name in result.eval)
 
@@ -334,16 +338,14 @@ def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_
 def test_a_folder_with_other_content_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(DataError, match=r"mine: contains thesis.txt, not a mixture of datasets; choose another"):
+    with pytest.raises(DataError, match=r"mine: contains thesis.txt, so it isn't a mixture of datasets; choose"):
         prepare(make_prepare_settings(untied_base, data, tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "text"
     single = make_prepare_settings(untied_base, data, tmp_path / "one", data_path=[data / "sums.jsonl"])
     prepare(single)
-    with pytest.raises(DataError, match="is the token cache of a single dataset"):
-        prepare(make_prepare_settings(untied_base, data, tmp_path / "one"))
-    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
-    with pytest.raises(DataError, match="exists and isn't a token cache"):
-        prepare(single.replace(output_dir=tmp_path / "mixture"))
+    assert prepare(make_prepare_settings(untied_base, data, tmp_path / "one")).datasets == SIZES  # replaces the cache
+    with pytest.raises(DataError, match="one: contains a mixture of several datasets; choose another output_dir"):
+        prepare(single)
 
 
 def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
@@ -374,6 +376,77 @@ def test_a_text_that_is_held_out_in_one_dataset_is_held_out_in_all(
     trained_on, evaluated_on = ({example.target_T.tobytes() for example in part} for part in (training, held_out))
     assert len(trained_on | evaluated_on) == 40
     assert not trained_on & evaluated_on
+
+
+def test_a_text_counts_as_the_same_whatever_prefix_a_dataset_has(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(data / "sums.jsonl"), "source_prefix": "sum: "}]
+    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", data=datasets, eval_fraction=0.3))
+    mixture = open_mixture(tmp_path / "mixture")
+    assert [dataset.name for dataset in mixture.datasets] == ["sums", "sums-2"]
+    training, held_out = mixture.split_as_prepared()
+    assert held_out is not None
+    trained_on, evaluated_on = ({example.target_T.tobytes() for example in part} for part in (training, held_out))
+    assert not trained_on & evaluated_on
+
+
+def test_each_dataset_has_its_own_number_of_examples(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    datasets = [{"path": str(data / "sums.jsonl"), "num_data": 30}, {"path": str(data / "talk.json")}]
+    settings = make_settings(untied_base, data, tmp_path / "run", data=datasets, num_data=7, max_steps=1)
+    result = train(settings)
+    assert result.datasets is not None
+    assert {name: facts["examples"] for name, facts in result.datasets.items()} == {"sums": 30, "talk": 7}
+
+
+def test_what_is_given_next_to_a_token_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    single = make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"])
+    prepare(single)
+    cache, other = str(tmp_path / "cache"), str(data / "talk.json")
+    for dataset, extra in (
+        ({"path": [cache, other]}, "talk.json"), ({"path": cache, "source_prefix": "x: "}, "source_prefix"),
+    ):  # fmt: skip
+        settings = make_settings(untied_base, data, tmp_path / "run", data=[dataset, {"path": other, "name": "b"}])
+        with pytest.raises(DataError, match=f"cache: is a token cache, .* but .*{extra} is given, too"):
+            train(settings)
+    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
+    nested = make_settings(untied_base, data, tmp_path / "run", data=[str(tmp_path / "mixture"), other])
+    with pytest.raises(DataError, match="mixture: a mixture can't be one of several datasets"):
+        train(nested)
+
+
+def test_another_spelling_of_the_paths_is_the_same_finished_run(
+    untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    settings = make_settings(untied_base, data, tmp_path / "run", max_steps=1)
+    first = train(settings)
+    assert settings.data is not None
+    spelled = [dataset.replace(path=f"./{Path(dataset.path[0]).name}") for dataset in settings.data]
+    assert train(settings.replace(data=spelled)) == first
+
+
+def test_an_order_of_a_mixture_that_changed_is_refused_when_a_run_is_resumed(
+    untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    prepared = make_prepare_settings(untied_base, data, tmp_path / "mixture")
+    prepare(prepared)
+    settings = make_settings(untied_base, data, tmp_path / "run", data_path=[tmp_path / "mixture"])
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True)))
+    assert on_ranks(1, "train", "--config", config, calls=["tests.support.stop_in_step:stop_in_step(2)"]).code == 143
+    prepare(prepared.replace(data=list_datasets(data)[::-1]))
+    with pytest.raises(SettingsError, match="data: .* before, .* now"):
+        train(settings)
+
+
+def test_raw_text_first_leaves_the_template_to_the_next_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("Some words of a book. " * 50)
+    book = {"path": str(tmp_path / "book.txt"), "objective": "span-corruption"}
+    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", data=[book, *list_datasets(data, None)[2:]]))
+    made = read_training_data(tmp_path / "mixture")
+    assert made is not None
+    assert [dataset.name for dataset in made.datasets] == ["book", "chats"]
+    assert "A chat between" in (tmp_path / "mixture" / "template.yaml").read_text()
+    assert made.has_earlier_turns
 
 
 def test_a_mixture_is_prepared_in_parts_as_by_one_process(untied_base: Path, data: Path, tmp_path: Path) -> None:
