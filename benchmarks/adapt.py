@@ -1,11 +1,11 @@
 """Adapt the built-in model to a made-up domain with span corruption, and see whether it tunes better.
 
-    python benchmarks/adapt.py --seeds 0 1 --output build/adapt.json
+    python benchmarks/adapt.py --seeds 0 1
 
 The domain is a language of made-up words. Each creature has a home and a food, which the raw text says in many ways. A
 question is answered with both. The models are tuned on questions about some creatures, and asked about the others: what
 the raw text says of these is all that there is to know. Compared are the base, and the base that was first trained on
-the raw text and merged. Both are tuned with the same settings.
+the raw text. Both are tuned with the same settings.
 """
 
 import argparse
@@ -16,12 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from t5tune import (
-    EvaluateSettings,
-    TrainSettings,
-    evaluate,
-    train,
-)
+from t5tune import EvaluateSettings, TrainSettings, evaluate, train
 
 CREATURES, HOMES, FOODS = 60, 12, 12
 TUNED_ON = 30  # creatures
@@ -83,13 +78,13 @@ def run(seed: int, folder: Path, steps: int) -> dict[str, Any]:
     questions = [domain.write_question(name) for name in domain.creatures]
     tuned_on = write_lines(folder / "train.jsonl", questions[:TUNED_ON])
     asked = write_lines(folder / "test.jsonl", questions[TUNED_ON:])
-    common = {"use_cpu": True, "report_samples": 0, "seed": seed, "train_mode": "full", "logging_steps": 50}
+    common = {"use_cpu": True, "report_samples": 0, "seed": seed, "logging_steps": 50}
     text = {"objective": "span-corruption", "model_max_length": 128}
     adapted = train(
         TrainSettings(
             model_name_or_path="pocket", data_path=raw, output_dir=folder / "adapted", max_steps=steps,
             learning_rate=1e-3, per_device_train_batch_size=16, lr_scheduler_type="cosine", warmup_steps=0.05,
-            save_strategy="no", add_tokens=["none"], **common, **text,
+            save_strategy="no", add_tokens=["none"], train_mode="full", **common, **text,
         )
     )  # fmt: skip
     found: dict[str, Any] = {"seed": seed, "adapting": {"steps": adapted.steps, "seconds": adapted.seconds}}
@@ -102,8 +97,8 @@ def run(seed: int, folder: Path, steps: int) -> dict[str, Any]:
         )  # fmt: skip
         tuned = train(
             TrainSettings(
-                model_name_or_path=model, data_path=tuned_on, output_dir=folder / f"{name}-tuned", max_steps=150,
-                learning_rate=5e-4, per_device_train_batch_size=10, save_strategy="no", add_tokens=["none"],
+                model_name_or_path=model, data_path=tuned_on, output_dir=folder / f"{name}-tuned", max_steps=60,
+                learning_rate=2e-3, per_device_train_batch_size=10, save_strategy="no", add_tokens=["none"],
                 conversation_template="plain", **common,
             )
         )  # fmt: skip
@@ -125,8 +120,7 @@ def run(seed: int, folder: Path, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=1500, help="of adapting")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--steps", type=int, default=900, help="of adapting")
     options = parser.parse_args()
     results = []
     for seed in options.seeds:
@@ -135,15 +129,7 @@ def main() -> None:
             results.append(run(seed, folder, options.steps))
         finally:
             shutil.rmtree(folder)
-        print(json.dumps(results[-1]), flush=True)
-    if options.output is not None:
-        options.output.write_text(json.dumps(results, indent=2))
-    print("| seed | model | loss on text | loss on questions | exact match | chrF |\n|---|---|--:|--:|--:|--:|")
-    for result in results:
-        for name in ("base", "adapted"):
-            values = result[name]
-            numbers = f"{values['text_loss']:.3f} | {values['question_loss']:.3f} | {values['exact_match']:.1f}"
-            print(f"| {result['seed']} | {name} | {numbers} | {values['chrf']:.1f} |")
+    print(json.dumps({"results": results}))
 
 
 if __name__ == "__main__":

@@ -175,3 +175,15 @@ def test_the_gpu_benchmark_refuses_a_machine_without_a_gpu() -> None:
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "no GPU" in line
+
+
+@pytest.mark.long
+def test_a_base_that_was_adapted_to_a_domain_has_a_lower_loss_there_and_tunes_better(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "adapt.py"), "--seeds", "0", "--steps", "200"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=2000
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["results"]
+    for loss in ("text_loss", "tuning_loss", "question_loss"):
+        assert result["adapted"][loss] < 0.9 * result["base"][loss]

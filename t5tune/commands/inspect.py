@@ -14,9 +14,10 @@ import numpy.typing as npt
 from t5tune.data.batching import compute_padding_share, epoch_order
 from t5tune.data.cache import Cache, open_cache
 from t5tune.data.cache_view import CacheView, LengthStatistics, build_histogram
-from t5tune.data.mixture import has_examples
+from t5tune.data.mixture import has_examples, is_mixture, list_caches
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
+from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 from t5tune.reports.cache_page import write_cache_page
 from t5tune.settings import InspectSettings
@@ -62,12 +63,19 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
 
 
 def _find_cache(folder: Path, report: Report) -> Path:
-    """Return the token cache of a run folder, and any other folder as it is."""
-    if has_examples(folder) or (run_settings := read_saved_settings(folder)) is None:
-        return folder
-    cache = locate_run(run_settings.model_copy(update={"output_dir": folder})).cache
-    report(Note(f"{folder} is a run folder; its token cache is {cache}"))
-    return cache
+    """Return the token cache of a run folder, and any other folder as it is.
+
+    Raises:
+        DataError: it is a mixture, which has several.
+    """
+    if not has_examples(folder) and (run_settings := read_saved_settings(folder)) is not None:
+        cache = locate_run(run_settings.model_copy(update={"output_dir": folder})).cache
+        report(Note(f"{folder} is a run folder; its token cache is {cache}"))
+        folder = cache
+    if is_mixture(folder):
+        caches = join_first(list(map(str, list_caches(folder).values())))
+        raise DataError(f"cache: {folder}: a mixture of several datasets", hint=f"name one of its caches: {caches}")
+    return folder
 
 
 def _choose_examples(cache: Cache, settings: InspectSettings, report: Report) -> Sequence[int]:

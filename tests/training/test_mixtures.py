@@ -11,13 +11,14 @@ import yaml
 
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.commands.evaluate import evaluate
+from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data.mixture import open_mixture
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Evaluated, Event, Note
-from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.settings import EvaluateSettings, InspectSettings, PrepareSettings, TrainSettings, load_settings
 from t5tune.training.run_folder import TrainResult
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.recording import read_recorded
@@ -316,6 +317,17 @@ def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path
     assert all(facts["examples_per_epoch"] == facts["examples"] for facts in result.datasets.values())
     with pytest.raises(SettingsError, match="mixing: concatenate: there is only one dataset"):
         train(again.replace(data_path=[folder / "sums"], output_dir=tmp_path / "run-3"))
+
+
+def test_inspect_names_the_caches_of_a_mixture(
+    trained: tuple[TrainResult, list[Event]], data: Path, tmp_path: Path
+) -> None:
+    run = trained[0].run
+    with pytest.raises(DataError, match="data: a mixture of several datasets") as refused:
+        inspect(InspectSettings(cache=run))
+    assert str(run / "data" / "notes") in str(refused.value.hint)
+    (example,) = inspect(InspectSettings(cache=run / "data" / "notes", example=3)).examples
+    assert example.source_text == "summarize: the value is 3"
 
 
 def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_path: Path) -> None:
