@@ -17,7 +17,7 @@ from t5tune.errors import CheckpointError
 from t5tune.file_names import TRAINING_DATA_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, read_json_object
-from t5tune.settings.reading import DataFormat
+from t5tune.settings.reading import DataFormat, Objective
 
 TRAINING_DATA_FORMAT = 1
 
@@ -29,6 +29,7 @@ class DatasetTraining:
     Args:
         share: of the examples of an epoch, from 0 to 1.
         conversation_template: the fields of the template.
+        objective, denoisers: as in the settings.
     """
 
     name: str
@@ -38,6 +39,8 @@ class DatasetTraining:
     source_column: str | None
     target_column: str | None
     source_prefix: str
+    objective: Objective = "sft"
+    denoisers: list[str] = field(default_factory=lambda: ["t5"])
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class TrainingData:
         has_earlier_turns: whether at least one example's source includes earlier exchanges of the conversation.
         data_format, source_column, target_column, source_prefix: the settings that affect inference; of the first
             dataset if there are several.
+        objective, denoisers: as in the settings.
         datasets: how those of each dataset were made; empty if there is only one.
     """
 
@@ -56,13 +60,14 @@ class TrainingData:
     source_column: str | None
     target_column: str | None
     source_prefix: str
+    objective: Objective = "sft"
+    denoisers: list[str] = field(default_factory=lambda: ["t5"])
     datasets: list[DatasetTraining] = field(default_factory=list)
 
     def list_reading(self) -> dict[str, Any]:
-        """Return the settings that affect inference."""
-        return {
-            name: getattr(self, name) for name in ("data_format", "source_column", "target_column", "source_prefix")
-        }
+        """Return the settings by which the records were read."""
+        names = ("data_format", "source_column", "target_column", "source_prefix", "objective", "denoisers")
+        return {name: getattr(self, name) for name in names}
 
 
 def write_training_data(folder: Path, data: TrainingData) -> None:

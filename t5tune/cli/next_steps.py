@@ -18,7 +18,7 @@ from t5tune.settings import (
     Settings,
     TrainSettings,
 )
-from t5tune.settings.flags import list_flags
+from t5tune.settings.flags import list_flags, list_without_flags
 from t5tune.training.checkpoint import list_checkpoints
 
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
@@ -84,7 +84,8 @@ def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
     model = settings.model_name_or_path
     yield ["chat", model, *_repeat(settings, MODEL_FLAGS)]
     is_adapter = _contains_adapter(Path(model))
-    if (is_adapter or settings.adapter is not None) and not settings.compare_base:
+    is_repeatable = not list_without_flags(settings)
+    if (is_adapter or settings.adapter is not None) and not settings.compare_base and is_repeatable:
         again = settings.model_copy(update={"data_path": _name_data(settings.data_path)})
         names = tuple(name for name in EvaluateSettings.model_fields if name not in NOT_REPEATED)
         yield ["evaluate", model, *_repeat(again, names), "--compare-base"]

@@ -175,7 +175,7 @@ def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str
 def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
     folder = Path(settings.data_path[0]) if settings.data_path else None
     if folder is not None and has_examples(folder):
-        examples, _ = open_examples(folder).reseed(settings.seed).split_as_prepared()
+        examples, _ = open_examples(folder).split_as_prepared()
         if settings.num_data is not None:
             examples = examples.take(settings.num_data)
         indices, _ = examples.draw_epoch(settings.seed, 0)

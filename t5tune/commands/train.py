@@ -33,7 +33,7 @@ from t5tune.preparing.dataset import Origin
 from t5tune.preparing.mixture import find_given_cache
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
-from t5tune.settings.datasets import name_datasets
+from t5tune.settings.datasets import PATHS_OF_DATASETS, name_datasets
 from t5tune.training.checkpoint import list_checkpoints
 from t5tune.training.resume_guard import check_finished_run
 from t5tune.training.run_folder import (
@@ -203,11 +203,15 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
 
 def name_kept_records(settings: TrainSettings) -> TrainSettings:
     """Name records that were given in memory by the files that `train` keeps them in, next to the run folder."""
-    kept: dict[str, list[str]] = {}
+    kept: dict[str, list[Any]] = {}
     for name in ("data_path", "eval_data_path"):
         paths = getattr(settings, name) or []
         if any(found := [find_kept_path(path, settings.output_dir) for path in paths]):
             kept[name] = [str(new or path) for path, new in zip(paths, found, strict=True)]
+    for data, name in PATHS_OF_DATASETS.items():
+        if name in kept and (datasets := getattr(settings, data)) is not None:
+            renamed = dict(zip(getattr(settings, name), kept[name], strict=True))
+            kept[data] = [each.model_copy(update={"path": [renamed[path] for path in each.path]}) for each in datasets]
     return settings.model_copy(update=kept)
 
 
@@ -362,8 +366,11 @@ def _make_prepare_settings(settings: TrainSettings, cache: Path, setting: str) -
         paths, datasets = settings.eval_data_path, _inherit_reading(settings)
         nothing_mixed = dict.fromkeys(("mixing", "mixing_temperature", "mixing_cap"))
         values |= {"data_path": paths, "data": datasets, "data_split": settings.eval_data_split, **nothing_mixed}
-    # train holds out examples itself, so that a change of eval_fraction or seed doesn't need another cache
-    return PrepareSettings(**{**values, "output_dir": cache, "eval_fraction": 0.0, "seed": 0})
+    # train holds out examples itself, so that a change of eval_fraction or seed doesn't need another cache; but of raw
+    # text, the seed determines how many tokens are masked
+    is_masked = settings.is_raw_text or any(each.is_raw_text for each in values["data"] or [])
+    seed = settings.seed if is_masked else 0
+    return PrepareSettings(**{**values, "output_dir": cache, "eval_fraction": 0.0, "seed": seed})
 
 
 def _inherit_reading(settings: TrainSettings) -> list[DatasetSettings] | None:

@@ -17,7 +17,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,11 +84,10 @@ class Cache(Sequence[Example]):
         folder: Path,
         manifest: dict[str, Any],
         indices: npt.NDArray[np.int64] | None = None,
-        corruption: SpanCorruption | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.corruption = corruption or _read_corruption(folder, manifest)
+        self.corruption = _read_corruption(folder, manifest)
         start, end = (tuple(manifest[f"source_{side}_ids"]) for side in ("start", "end"))
         self.special_ids = SpecialIds(start, end, manifest["eos_token_id"])
         self._tokens = _map_file(folder / "tokens.bin", np.dtype(manifest["dtype"]))
@@ -116,11 +114,6 @@ class Cache(Sequence[Example]):
         window = ids[span.source_start : span.source_end]
         source, target = self.corruption.corrupt(window, masked, spans, int(self._indices[index]), repeat)
         return surround(source, target, self.special_ids)
-
-    def reseed(self, seed: int) -> "Cache":
-        """Return the same examples, masked by another seed if they are raw text."""
-        corruption = None if self.corruption is None else replace(self.corruption, seed=seed)
-        return Cache(self.folder, self.manifest, self._indices, corruption)
 
     def read_untruncated(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
         """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""
@@ -203,7 +196,7 @@ class Cache(Sequence[Example]):
         return self._select(self._indices[:count])
 
     def _select(self, indices: npt.NDArray[np.int64]) -> "Cache":
-        return Cache(self.folder, self.manifest, indices, self.corruption)
+        return Cache(self.folder, self.manifest, indices)
 
     def split_as_prepared(self) -> tuple["Cache", "Cache | None"]:
         """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""

@@ -2,32 +2,38 @@
 
 import hashlib
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from t5tune.data.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
+from t5tune.data.mixture import is_left_over
 from t5tune.errors import DataError, SettingsError
-from t5tune.file_names import MIXTURE_FILE
 from t5tune.io.reasons import join_first
 
 
-def find_reusable_manifest(folder: Path, inputs: dict[str, Any], in_use: bool) -> dict[str, Any] | None:
+def find_reusable_manifest(
+    folder: Path, inputs: dict[str, Any], in_use: bool, is_for_run: bool = False
+) -> dict[str, Any] | None:
     """Return the manifest of the existing cache if it was made from these inputs; None: a new cache can be written.
 
     Args:
         in_use: a run was trained on the existing cache, so a cache of other inputs must not replace it.
+        is_for_run: it is the folder of a run, in which a start with several datasets may have left some of them.
 
     Raises:
         DataError: what is in the way isn't a token cache, or contains more than one.
         SettingsError: a run uses the existing cache, and its inputs differ.
     """
     if not is_cache(folder):
-        if (folder / MIXTURE_FILE).is_file():
+        if folder.is_dir() and any(folder.iterdir()) and is_left_over(folder):
             if in_use:
                 raise make_resume_error(folder, {"data": "data: it was several datasets before, and is one now"})
-            hint = "choose another output_dir, or delete it"
-            raise DataError(f"output_dir: {folder}: contains a mixture of several datasets", hint=hint)
+            if not is_for_run:
+                hint = "choose another output_dir, or delete it"
+                raise DataError(f"output_dir: {folder}: contains a mixture of several datasets", hint=hint)
+            shutil.rmtree(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"output_dir: {folder}: exists and isn't a token cache", hint="choose another output_dir")
         return None

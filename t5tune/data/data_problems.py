@@ -117,7 +117,9 @@ def check_any_example(data: str, counts: RecordCounts, purpose: str) -> None:
         hint = "add records labeled good (label: true, kto_tag: true), or rename the key if it means something else"
         problem = f"{data}: {_format_all_bad(counts.num_records)}, so there is nothing to {purpose}"
         raise DataError(problem, hint=hint)
-    if counts.dropped:
+    if counts.dropped["short_texts"]:
+        hint = "every text has a single token, of which none can be masked"
+    elif counts.dropped:
         hint = "every target was dropped by min_target_tokens or drop_truncated_targets"
     elif counts.first_rejected:
         hint = format_first_rejected(counts)

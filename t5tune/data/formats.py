@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from t5tune.data.cleaning import clean, normalize_text
@@ -128,6 +129,8 @@ def _parse_raw_text(
     value: dict[str, Any], location: RecordLocation, reading: ReadingSettings, repairs: Counter[str]
 ) -> Conversation:
     column = reading.source_column or "text"
+    if column not in value and ".txt" in map(str.lower, Path(location.file).suffixes):
+        column = "text"  # in which the whole file is
     if column not in value:
         found = ", ".join(sorted(map(str, value))[:6])
         advice = suggest_name(column, map(str, value)) or "; name the text's key with --source-column"

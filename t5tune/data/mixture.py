@@ -33,6 +33,7 @@ from t5tune.formatting import format_count
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.progress import Note
+from t5tune.settings.datasets import is_reserved
 from t5tune.settings.messages import describe_value_error
 
 MIXTURE_FORMAT = 1
@@ -186,10 +187,6 @@ class Mixture(Sequence[Example]):
         ]
         return training, Mixture(self.folder, held_out, Mixing())
 
-    def reseed(self, seed: int) -> "Mixture":
-        """Return the same examples, masked by another seed where they are raw text."""
-        return self._replace_caches([dataset.cache.reseed(seed) for dataset in self.datasets])
-
     def mix(self, mixing: Mixing) -> "Mixture":
         """Return the same datasets, mixed in another way."""
         return Mixture(self.folder, self.datasets, mixing)
@@ -267,6 +264,11 @@ def _merge_all(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: _merge({dataset: value.get(name) for dataset, value in values.items()}) for name in names}
 
 
+def is_left_over(folder: Path) -> bool:
+    """Whether a folder has only what the preparing of a mixture leaves there, complete or not."""
+    return all(is_cache(path) or is_reserved(path.name) or path.name.startswith(".") for path in folder.iterdir())
+
+
 def is_mixture(path: Path) -> bool:
     """Return whether a folder looks like a mixture."""
     # os.path, because pathlib raises if the folder can't be searched
@@ -323,7 +325,26 @@ def open_mixture(folder: Path) -> Mixture:
     """
     saved = _read_datasets(folder)
     mixing: Mixing = _read_strictly(Mixing, read_mixture_manifest(folder).get("mixing"), folder, "mixing")
-    return Mixture(folder, [Dataset(each.name, open_cache(folder / each.cache), each.weight) for each in saved], mixing)
+    datasets = [Dataset(each.name, open_cache(folder / each.cache), each.weight) for each in saved]
+    check_tokenizers(datasets, str(folder))
+    return Mixture(folder, datasets, mixing)
+
+
+def check_tokenizers(datasets: Sequence[Dataset], place: str) -> None:
+    """Check that all caches were made with the same tokenizer: otherwise the same id means different tokens.
+
+    Args:
+        place: where the datasets are listed, for messages.
+
+    Raises:
+        DataError: two differ.
+    """
+    first, *others = (dataset.cache for dataset in datasets)
+    for other in others:
+        if other.manifest["inputs"]["tokenizer"] != first.manifest["inputs"]["tokenizer"]:
+            problem = f"{place}: {other.folder}: its tokenizer isn't that of {first.folder}"
+            hint = "give the data of both in place of the caches, or prepare both with the same --add-tokens"
+            raise DataError(problem, hint=hint)
 
 
 def _read_datasets(folder: Path) -> list[_SavedDataset]:

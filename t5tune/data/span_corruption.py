@@ -11,6 +11,7 @@ Which denoiser an example gets and how many tokens are masked follows from the s
 its lengths are the same in every epoch. Only where they are masked differs from one repetition to the next.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from t5tune.data.tokenizer import BYTES_OFFSET, Tokenizer
 from t5tune.settings.denoisers import Denoiser, find_denoisers
 
 Integers = npt.NDArray[np.int64]
+ROUNDING = 8  # tokens
 MIN_WINDOW = 2  # tokens: one that is masked and one that isn't
 MAX_SENTINELS = 100  # of bytes: ByT5 was pretrained with the last 100 byte ids as sentinels (Xue et al. 2022)
 _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -89,17 +91,20 @@ class SpanCorruption:
         Args:
             source_room, target_room: maximum number of tokens, without the special tokens around them.
         """
-        return next(
-            length
-            for length in range(2 * (source_room + target_room), MIN_WINDOW - 1, -1)
-            if all(self._fits(denoiser, length, source_room, target_room) for denoiser in self.denoisers)
-        )
+
+        def fits(length: int) -> bool:
+            return all(self._fits(denoiser, length, source_room, target_room) for denoiser in self.denoisers)
+
+        lengths = range(MIN_WINDOW, 2 * (source_room + target_room))
+        about = MIN_WINDOW + bisect_left(lengths, True, key=lambda length: not fits(length))
+        # rounded counts make the lengths increase by less than one token here and there
+        return next((length for length in range(about + ROUNDING, MIN_WINDOW, -1) if fits(length)), MIN_WINDOW)
 
     def _fits(self, denoiser: Denoiser, length: int, source_room: int, target_room: int) -> bool:
         if denoiser.mean_length is None:  # the masked suffix has from one token to twice its mean length
-            return length <= source_room and round(2 * denoiser.density * length) + 2 <= target_room
+            return length <= source_room and max(round(2 * denoiser.density * length), 1) + 1 <= target_room
         masked = min(max(round(denoiser.density * length), 1), length - 1)
-        spans = max(round(masked / denoiser.mean_length), 1)
+        spans = min(max(round(masked / denoiser.mean_length), 1), masked, length - masked)
         fits = length - masked + spans <= source_room and masked + spans <= target_room
         return fits and spans <= len(self.sentinels)
 

@@ -112,6 +112,7 @@ def write_cache(
     # how records were read, for adapters that are trained on this cache
     reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
     reading["source_prefix"] = settings.source_prefix if counts.with_prefix else ""
+    reading |= {"objective": settings.objective, "denoisers": settings.denoisers}
     write_training_data(staged, TrainingData(described["examples_with_earlier_turns"] > 0, **reading))
     chat_template = build_chat_template(source.template, tokenizer, reading["source_prefix"])
     write_chat_template(staged / "tokenizer", chat_template, tokenizer)

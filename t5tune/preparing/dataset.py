@@ -87,7 +87,7 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
     folder, data = settings.output_dir, source.checks.data
     _ = source.corruption  # raises if the tokenizer can't have it
     is_divided = shard is not None or settings.join
-    if manifest := find_reusable_manifest(folder, source.inputs, origin.in_use):
+    if manifest := find_reusable_manifest(folder, source.inputs, origin.in_use, origin.is_for_run):
         rejected = Counter(manifest["rejected_by_reason"])
         num_records = manifest["conversations"] + rejected.total()
         check_rejected(rejected, num_records, settings.max_rejected_fraction, data, f"see {folder / REJECTED_FILE}")

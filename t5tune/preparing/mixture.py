@@ -19,7 +19,9 @@ from t5tune.data.mixture import (
     SUMMED,
     Dataset,
     Mixture,
+    check_tokenizers,
     describe_shares,
+    is_left_over,
     is_mixture,
     list_caches,
     read_mixture_manifest,
@@ -33,7 +35,7 @@ from t5tune.io.yaml_file import to_yaml
 from t5tune.preparing.dataset import Origin, choose_vocabulary, prepare_dataset, read_sample
 from t5tune.progress import Note, Report
 from t5tune.settings import PrepareSettings
-from t5tune.settings.datasets import DatasetSettings, complete_dataset, is_reserved, name_datasets
+from t5tune.settings.datasets import DatasetSettings, complete_dataset, name_datasets
 
 
 def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,6 +52,8 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
     _check_folder(folder, list(datasets), origin)
     before = read_mixture_manifest(folder) if is_mixture(folder) else None
     old_caches = list_caches(folder) if is_mixture(folder) else {}
+    if before is not None and not origin.in_use:
+        (folder / MIXTURE_FILE).unlink()  # the folder is no mixture while only some of its caches are new
     caches, prepared = _prepare_caches(settings, datasets, report, origin)
     facts = _join_facts(settings, prepared)
     if facts["joined"] is False:  # other parts are still missing
@@ -57,7 +61,7 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
     parts = [Dataset(name, open_cache(caches[name]), dataset.weight) for name, dataset in datasets.items()]
     manifest, training = _write_mixture(Mixture(folder, parts, choose_mixing(settings) or Mixing()), origin)
     facts["up_to_date"] = facts["up_to_date"] and manifest == before
-    _remove_old_caches(folder, {name: cache for name, cache in old_caches.items() if name not in datasets}, report)
+    _remove_old_caches(folder, [cache for cache in old_caches.values() if cache not in caches.values()], report)
     if not origin.is_for_run:
         for note in describe_shares(training):
             report(note)
@@ -109,7 +113,7 @@ def _add_counts(prepared: Sequence[_Prepared]) -> dict[str, Any]:
 
 def _write_mixture(mixture: Mixture, origin: Origin) -> tuple[dict[str, Any], Mixture]:
     """Write the files of a mixture besides its caches. Return its manifest, and what is left to train on."""
-    _check_tokenizers(mixture, origin.setting)
+    check_tokenizers(mixture.datasets, origin.setting)
     folder, (training, _) = mixture.folder, mixture.split_as_prepared()
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / TEMPLATE_FILE, to_yaml(dict(vars(mixture.main.cache.template))).encode())
@@ -119,9 +123,13 @@ def _write_mixture(mixture: Mixture, origin: Origin) -> tuple[dict[str, Any], Mi
     return manifest, training
 
 
-def _remove_old_caches(folder: Path, caches: Mapping[str, Path], report: Report) -> None:
-    for cache in caches.values():
-        if cache.parent == folder and is_cache(cache):
+def _remove_old_caches(folder: Path, caches: Sequence[Path], report: Report) -> None:
+    for cache in caches:
+        if cache.parent != folder or not is_cache(cache):
+            continue
+        if foreign := sorted({path.name for path in cache.iterdir()} - CACHE_CONTENTS):
+            report(Note(f"{cache}: no longer among the data, but kept, since it contains {join_first(foreign)}"))
+        else:
             shutil.rmtree(cache)
             report(Note(f"{cache}: removed, since this dataset is no longer among the data"))
 
@@ -166,15 +174,9 @@ def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:
         raise DataError(problem, hint="move these files away, or choose another output_dir")
     if folder.exists() and not folder.is_dir():
         raise DataError(f"output_dir: {folder}: is a file", hint="choose another output_dir")
-    others = sorted(path.name for path in folder.iterdir() if not _is_of_mixture(path)) if folder.is_dir() else []
-    if others:
-        problem = f"output_dir: {folder}: contains {join_first(others)}, so it isn't a mixture of datasets"
-        raise DataError(problem, hint="choose another output_dir")
-
-
-def _is_of_mixture(path: Path) -> bool:
-    """Whether this can be what an earlier call that was interrupted has left in the folder of a mixture."""
-    return is_cache(path) or is_reserved(path.name) or path.name.startswith(".")
+    if folder.is_dir() and not is_left_over(folder):
+        hint = "choose another output_dir"
+        raise DataError(f"output_dir: {folder}: contains other files, so it isn't a mixture of datasets", hint=hint)
 
 
 def _choose_common_vocabulary(
@@ -197,20 +199,6 @@ def _find_source(origin: Origin, name: str) -> Path | None:
     if source is None or not is_mixture(source):
         return source
     return list_caches(source).get(name, source)
-
-
-def _check_tokenizers(mixture: Mixture, setting: str) -> None:
-    """Check that all caches were made with the same tokenizer: otherwise the same id means different tokens.
-
-    Raises:
-        DataError: two differ.
-    """
-    first, *others = mixture.datasets
-    for other in others:
-        if other.cache.manifest["inputs"]["tokenizer"] != first.cache.manifest["inputs"]["tokenizer"]:
-            problem = f"{setting}: {other.cache.folder}: its tokenizer isn't that of {first.cache.folder}"
-            hint = "give the data of both in place of the caches, or prepare both with the same --add-tokens"
-            raise DataError(problem, hint=hint)
 
 
 def _join_training_data(mixture: Mixture) -> TrainingData:

@@ -23,7 +23,7 @@ from t5tune.file_names import (
     TRAINING_DATA_FILE,
 )
 from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, exists, read_data
-from t5tune.settings.reading import ConversationSettings, ReadingSettings, SelectionSettings
+from t5tune.settings.reading import NOT_OF_RAW_TEXT, ConversationSettings, ReadingSettings, SelectionSettings
 
 PATHS_OF_DATASETS = {"data": "data_path", "eval_data": "eval_data_path"}
 """Setting with datasets -> the setting with the paths of all of them."""
@@ -34,6 +34,7 @@ MAX_NAME_LENGTH = 64
 Model = TypeVar("Model", bound=Settings)
 _WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
 _PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
+_STORED = re.compile(r"(^|\.)records-[0-9a-f]{12}$")  # see io/records_in_memory.py
 _NOT_IN_NAME = re.compile("[^A-Za-z0-9._-]+")
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 
@@ -97,7 +98,7 @@ def _list_unsuitable(given: Mapping[str, Any]) -> set[str]:
     """List the settings that a dataset's own ones rule out."""
     names = set[str]()
     if given.get("objective") == "span-corruption":
-        names |= {"source_prefix", "target_column", "data_format"}
+        names |= {"source_prefix", "target_column", "data_format", *NOT_OF_RAW_TEXT}
     elif "objective" in given:
         names |= {"denoisers"}
     if given.get("data_format") not in (None, "auto", "source-target"):
@@ -147,9 +148,17 @@ def _read_dataset(item: Any) -> Any:
     if isinstance(item, str | os.PathLike):
         path, weight = split_weight(os.fspath(item))
         return {"path": path} if weight is None else {"path": path, "weight": weight}
-    if isinstance(item, Mapping) and "path" in item:
-        return {**item, "path": read_data(item["path"])}
-    return item
+    if not (isinstance(item, Mapping) and "path" in item):
+        return item
+    paths = read_data(item["path"])
+    found = [split_weight(path) for path in paths or [] if isinstance(path, str)]
+    weights = [(path, weight) for path, weight in found if weight is not None]
+    if not weights:
+        return {**item, "path": paths}
+    (path, weight), *_ = weights
+    if len(paths) > 1 or "weight" in item:
+        raise ValueError(f"data: path: {path}:{weight}: give the weight of the dataset as its `weight`")
+    return {**item, "path": [path], "weight": weight}
 
 
 def _list_paths(dataset: Any) -> list[Any]:
@@ -189,4 +198,6 @@ def _find_stem(path: str) -> str:
     last = parts[-1] if parts else ""
     for ends in (COMPRESSED_SUFFIXES, JSON_SUFFIXES | TABLE_SUFFIXES | TEXT_SUFFIXES):
         last = next((last[: -len(end)] for end in ends if last.lower().endswith(end)), last)
+    if _STORED.search(last):
+        return "records"
     return _NOT_IN_NAME.sub("-", last).strip("-._")[:MAX_NAME_LENGTH] or "data"

@@ -18,7 +18,7 @@ def list_flags(settings: Settings, names: Iterable[str]) -> Iterator[list[str]]:
     without = list_without_flags(settings)
     for data, paths in PATHS_OF_DATASETS.items():
         if values.get(data) and data not in without:
-            values[paths] = [f"{dataset['path'][0]}:{dataset.get('weight', 1):g}" for dataset in values[data]]
+            values[paths] = [f"{dataset['path'][0]}:{_format_weight(dataset['weight'])}" for dataset in values[data]]
     for name in names:
         value, flag = values[name], settings.format_option(name)
         extra = fields[name].json_schema_extra
@@ -49,4 +49,9 @@ def list_without_flags(settings: Settings) -> dict[str, Any]:
 
 
 def _is_plain(dataset: DatasetSettings) -> bool:
-    return len(dataset.path) == 1 and dataset.model_fields_set <= {"path", "weight"}
+    return len(dataset.path) == 1 and dataset.model_fields_set == {"path", "weight"}
+
+
+def _format_weight(weight: float) -> str:
+    short = f"{weight:g}"
+    return short if float(short) == weight else repr(weight)

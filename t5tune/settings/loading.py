@@ -60,7 +60,12 @@ def load_settings(
     from_flags = {name: _Value(value, model.format_option(name)) for name, value in (flags or {}).items()}
     # in increasing order of precedence
     for source in (_read_file(file) if file is not None else {}, _read_environment(environment or {}), from_flags):
-        values.update(_resolve_names(model, source, problems, notes, meant))
+        given = _resolve_names(model, source, problems, notes, meant)
+        for data, paths in PATHS_OF_DATASETS.items():  # either takes the place of both in a source of less precedence
+            if not given.keys().isdisjoint({data, paths}):
+                values.pop(data, None)
+                values.pop(paths, None)
+        values.update(given)
     settings = None
     try:
         settings = model.model_validate({name: value.value for name, value in values.items()})

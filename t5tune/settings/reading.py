@@ -9,6 +9,8 @@ from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
 
 Objective = Literal["sft", "span-corruption"]
+NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
+"""Settings that choose or cut answers, of which raw text has none."""
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
 
 
@@ -96,6 +98,9 @@ class ReadingSettings(Settings):
                 raise ValueError(f"{name}: {value!r:.80}, but objective {self.objective} doesn't use it")
         if self.data_format != "auto":
             raise ValueError(f"data_format: {self.data_format}, but objective {self.objective} reads raw text")
+        for name in NOT_OF_RAW_TEXT & self.model_fields_set:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: {value}, but objective {self.objective} has no answers to choose")
         return self
 
     @model_validator(mode="after")

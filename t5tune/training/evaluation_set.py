@@ -99,7 +99,10 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
         report(Note(f"dataset {name}: {join_first(dataset.path)}"))
         own = complete_dataset(settings, dataset)
         trained_on = loaded.find_dataset(name)
-        own = _inherit_reading(own, trained_on, report) if trained_on is not None else own
+        if trained_on is not None:
+            own = _inherit_reading(own, trained_on, report)
+            if trained_on.objective != "sft" and "objective" not in dataset.model_fields_set:
+                own = own.model_copy(update={"objective": trained_on.objective, "denoisers": trained_on.denoisers})
         template = None if trained_on is None else Template(**trained_on.conversation_template)
         parts[name] = _load_dataset(own, loaded, report, template)
     return _join(parts)

@@ -127,7 +127,8 @@ def check_finished_run(folder: Path, then: TrainSettings, now: TrainSettings) ->
         old, new = before[name], after[name]
         if old == new or (name in paths and _resolve_paths(old) == _resolve_paths(new)):
             continue
-        if name in PATHS_OF_DATASETS and _resolve_datasets(old) == _resolve_datasets(new):
+        if name in PATHS_OF_DATASETS:
+            different += _describe_datasets(name, _resolve_datasets(old), _resolve_datasets(new))
             continue
         format_value = _format_in_full if name in paths else _abbreviate
         different.append(f"{name}: {format_value(old)} before, {format_value(new)} now")
@@ -149,6 +150,18 @@ def _format_in_full(value: Any) -> str:
 def _resolve_paths(value: Any) -> list[str]:
     """Resolve one or more paths, so that two spellings of the same path are equal."""
     return [str(Path(path).resolve()) for path in (value if isinstance(value, list) else [value]) if path is not None]
+
+
+def _describe_datasets(name: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    """Describe what differs between two lists of datasets, a line for each value."""
+    if len(old) != len(new):
+        return [f"{name}: {format_count(len(old), 'dataset')} before, {len(new)} now"]
+    return [
+        f"{name}[{number}].{key}: {_abbreviate(then.get(key))} before, {_abbreviate(now.get(key))} now"
+        for number, (then, now) in enumerate(zip(old, new, strict=True))
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
+    ]
 
 
 def _resolve_datasets(datasets: list[dict[str, Any]] | None) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from t5tune.data.mixing import choose_mixing
 from t5tune.data.mixture import Examples, Mixture, has_examples, open_examples, read_examples_manifest
 from t5tune.data.templates import Template, find_template
 from t5tune.distributed.world import World
-from t5tune.errors import CheckpointError, SettingsError, TrainingError
+from t5tune.errors import CheckpointError, DataError, SettingsError, TrainingError
 from t5tune.file_names import EVAL_CACHE_FOLDER, RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
 from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_file, write_json
 from t5tune.io.reasons import describe_error
@@ -144,9 +144,18 @@ def locate_run(settings: TrainSettings) -> Run:
 
 
 def find_given_examples(paths: list[str], datasets: Sequence[DatasetSettings] | None) -> Path | None:
-    """Return the folder of the token cache or the mixture that the paths name; None if they name data."""
+    """Return the folder of the token cache or the mixture that the paths name; None if they name data.
+
+    Raises:
+        DataError: they name more than that.
+    """
     given = Path(paths[0])
-    return given if datasets is None and has_examples(given) else None
+    if datasets is not None or not has_examples(given):
+        return None
+    if len(paths) > 1:
+        problem = f"{given}: a token cache can't be combined with other data ({paths[1]})"
+        raise DataError(problem, hint="give it alone, or give each dataset a weight: cache:1 more.jsonl:1")
+    return given
 
 
 @contextmanager
@@ -265,14 +274,14 @@ def save_settings(settings: TrainSettings, run: Run) -> None:
 
 def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | None]:
     """Open the examples to train on, and the held-out ones if there are any."""
-    examples = open_examples(run.cache).reseed(settings.seed)
+    examples = open_examples(run.cache)
     if isinstance(examples, Mixture) and (mixing := choose_mixing(settings)) is not None:
         examples = examples.mix(mixing)
     # of data that prepare has read for this run, it has taken num_data already
     if settings.num_data is not None and find_given_examples(settings.data_path, settings.data) is not None:
         examples = examples.take(settings.num_data)
     if run.eval_cache is not None:
-        return examples, open_examples(run.eval_cache).reseed(settings.seed)
+        return examples, open_examples(run.eval_cache)
     if settings.eval_fraction > 0:
         return examples.split(settings.eval_fraction, settings.seed)
     return examples.split_as_prepared()

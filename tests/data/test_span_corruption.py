@@ -11,7 +11,7 @@ import pytest
 from t5tune.commands.prepare import prepare
 from t5tune.data.cache import Cache, open_cache
 from t5tune.data.raw_text import read_text
-from t5tune.data.span_corruption import SpanCorruption, cut_windows, find_sentinels, make_corruption
+from t5tune.data.span_corruption import SpanCorruption, cut_windows, find_sentinels
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.settings import PrepareSettings
@@ -268,7 +268,7 @@ def test_files_that_are_not_raw_text_or_not_utf_8_are_named(texts: Path, tmp_pat
             "book.txt: .txt: raw text; --objective span-corruption trains on it",
         ),
         (texts / "notes.jsonl", {"objective": "sft"}, "its keys are text: raw text, for --objective span-corruption"),
-        (texts, {"source_column": "body"}, "no key body, which raw text has; its keys are text"),
+        (texts / "notes.jsonl", {"source_column": "body"}, "no key body, which raw text has; its keys are text"),
     ):
         with pytest.raises(DataError) as refused:
             prepare(make_settings("pocket", data, tmp_path / "cache", **changes))
@@ -297,6 +297,7 @@ def test_a_tokenizer_without_sentinels_is_refused_by_name(texts: Path, tmp_path:
         ({"source_prefix": "x: "}, "source_prefix: 'x: ', but objective span-corruption doesn't use it"),
         ({"target_column": "b"}, "target_column: 'b', but objective span-corruption doesn't use it"),
         ({"data_format": "alpaca"}, "data_format: alpaca, but objective span-corruption reads raw text"),
+        ({"split_long": True}, "split_long: True, but objective span-corruption has no answers to choose"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -305,13 +306,42 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], problem: str, 
     assert problem in str(refused.value)
 
 
-def test_the_words_and_the_seed_of_a_cache_can_be_read_without_preparing_it_again(texts: Path, tmp_path: Path) -> None:
-    prepare(make_settings("pocket", texts, tmp_path / "cache", denoisers=["ul2"], seed=3))
-    cache = open_cache(tmp_path / "cache")
-    other, same = cache.reseed(4), cache.reseed(3)
-    assert [example.source_S.tolist() for example in same] == [example.source_S.tolist() for example in cache]
-    assert other.read_lengths()[0].tolist() != cache.read_lengths()[0].tolist()
-    assert read_texts(other) == read_texts(cache)
-    part, rest = cache.split(0.3, seed=1)
-    assert read_texts(part) + read_texts(rest) != []
-    assert make_corruption(["t5"], load_tokenizer(POCKET), 0) is not None
+def test_another_seed_masks_other_spans_of_the_same_text(texts: Path, tmp_path: Path) -> None:
+    for seed in (3, 4):
+        prepare(make_settings("pocket", texts, tmp_path / f"{seed}", denoisers=["ul2"], seed=seed))
+    one, other = (open_cache(tmp_path / f"{seed}") for seed in (3, 4))
+    assert read_texts(one) == read_texts(other)
+    assert one.read_lengths()[0].tolist() != other.read_lengths()[0].tolist()
+    part, rest = one.split(0.3, seed=1)
+    assert sorted(map(str, read_texts(part) + read_texts(rest))) == sorted(map(str, read_texts(one)))
+
+
+def test_a_text_file_needs_no_column(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("Some words. " * 20)
+    (tmp_path / "notes.jsonl").write_text(json.dumps({"body": "Other words. " * 20}))
+    result = prepare(make_settings("pocket", tmp_path, tmp_path / "cache", source_column="body"))
+    assert (result.conversations, result.rejected) == (2, 0)
+
+
+def test_texts_that_are_too_short_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError) as refused:
+        prepare(make_settings("pocket", tmp_path / "a.jsonl", tmp_path / "cache"))
+    assert "every text has a single token" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("room", [15, 63, 200, 511, 2000])
+@pytest.mark.parametrize("name", ["t5", "ul2", "ul2-x", "0.9:2", "0.02:1"])
+def test_the_largest_window_is_the_longest_that_fits(name: str, room: int) -> None:
+    corruption = SpanCorruption(find_denoisers([name]), SENTINELS)
+    enough = SpanCorruption(corruption.denoisers, tuple(range(40_000, 50_000)))  # as many spans as the denoisers want
+    found = corruption.find_largest_window(room, room)
+
+    def fits(length: int) -> bool:
+        masked, spans = enough.count_masked(np.arange(500), np.full(500, length))
+        longest = int((length - masked + spans).max()), int((masked + spans).max())
+        return max(longest) <= room and spans.max() <= len(SENTINELS)
+
+    assert fits(found)
+    if name != "ul2":  # whose longest suffix is rare
+        assert not any(fits(length) for length in range(found + 1, found + 40))

@@ -88,6 +88,7 @@ def test_saved_settings_and_flags_read_back_as_the_same(tmp_path: Path) -> None:
         ("data: [{path: a, name: ../b}]", "data[0].name: '../b' (FILE: data): expected letters, digits,"),
         ("data: [{path: '-'}]", "data: standard input (`-`) can't be one of several datasets; write it to a file"),
         ("data: [a]\ndata_path: b", "data: conflicts with data_path; give only one of them"),
+        ("data: [{path: 'a:2', weight: 3}]", "data: path: a:2: give the weight of the dataset as its `weight`"),
         ("data: [a:2, b]\nmixing: proportional", "mixing: proportional: conflicts with the weights of data"),
         ("data: [a:2, b]\nmixing_cap: 5", "mixing_cap: 5: conflicts with the weights of data"),
         ("data: [a, b]\nmixing: weights\nmixing_temperature: 2", "mixing_temperature: 2 has no effect with mixing"),
@@ -142,3 +143,24 @@ def test_settings_of_the_command_apply_to_a_dataset_unless_they_do_not_suit_it()
     )
     assert raw.data is not None
     assert [complete_dataset(raw, dataset).denoisers for dataset in raw.data] == [["ul2-s"], ["t5"]]
+
+
+def test_data_of_a_flag_takes_the_place_of_that_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: pocket\noutput_dir: run\ndata: [a:2, b]\neval_data: [c]\n")
+    settings, _ = load_settings(TrainSettings, str(file), flags={"data_path": ["d.jsonl"]})
+    assert (settings.data, settings.data_path) == (None, ["d.jsonl"])
+    assert settings.eval_data_path == ["c"]
+
+
+def test_a_weight_in_the_path_of_a_dataset_is_its_weight() -> None:
+    settings = TrainSettings(**NEEDED, data=[{"path": "a.jsonl:3", "source_prefix": "x: "}, "b"])
+    assert settings.data is not None
+    assert (settings.data[0].path, settings.data[0].weight) == (["a.jsonl"], 3)
+
+
+def test_the_flags_of_datasets_without_weights_are_not_those_of_weights() -> None:
+    settings = TrainSettings(**NEEDED, data=["a", "b"])
+    assert list(list_without_flags(settings)) == ["data"]
+    exact = TrainSettings(**NEEDED, data_path=["a:0.123456789", "b:1e-7"])
+    assert list(list_flags(exact, ["data_path"])) == [["--data-path", "a:0.123456789", "b:1e-07"]]

@@ -350,7 +350,7 @@ def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_
 def test_a_folder_with_other_content_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(DataError, match=r"mine: contains thesis.txt, so it isn't a mixture of datasets; choose"):
+    with pytest.raises(DataError, match=r"mine: contains other files, so it isn't a mixture of datasets; choose"):
         prepare(make_prepare_settings(untied_base, data, tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "text"
     single = make_prepare_settings(untied_base, data, tmp_path / "one", data_path=[data / "sums.jsonl"])
@@ -448,6 +448,54 @@ def test_an_order_of_a_mixture_that_changed_is_refused_when_a_run_is_resumed(
     prepare(prepared.replace(data=list_datasets(data)[::-1]))
     with pytest.raises(SettingsError, match="data: .* before, .* now"):
         train(settings)
+
+
+def test_records_in_memory_are_kept_and_resumed(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    records = [{"source": f"say {number}", "target": f"own {number}"} for number in range(12)]
+    datasets = [{"path": records, "weight": 2}, {"path": str(data / "sums.jsonl"), "weight": 1}]
+    settings = make_settings(untied_base, data, tmp_path / "run", data=datasets, max_steps=2)
+    result = train(settings)
+    assert result.datasets is not None
+    assert list(result.datasets) == ["records", "sums"]
+    again, _ = load_settings(TrainSettings, str(tmp_path / "run" / "settings.yaml"))
+    assert train(again) == result
+
+
+def test_data_next_to_a_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    prepare(make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"]))
+    settings = make_settings(untied_base, data, tmp_path / "run", data_path=[tmp_path / "cache", data / "talk.json"])
+    with pytest.raises(DataError, match=r"cache: a token cache can't be combined with other data \(.*talk.json\)"):
+        train(settings)
+
+
+def test_caches_of_other_tokenizers_are_no_mixture(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
+    single = make_prepare_settings(untied_base, data, tmp_path / "mixture" / "notes", data_path=[data / "sums.jsonl"])
+    prepare(single.replace(add_tokens=["none"]))
+    with pytest.raises(DataError, match="notes: its tokenizer isn't that of .*sums"):
+        open_mixture(tmp_path / "mixture")
+
+
+def test_nothing_of_the_user_is_removed_with_an_old_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    settings = make_prepare_settings(untied_base, data, tmp_path / "mixture")
+    prepare(settings)
+    (tmp_path / "mixture" / "chats" / "mine.txt").write_text("text")
+    moved = {"path": str(tmp_path / "mixture" / "notes"), "name": "moved"}
+    notes: list[Event] = []
+    prepare(settings.replace(data=[list_datasets(data, None)[0], moved]), notes.append)
+    assert (tmp_path / "mixture" / "chats" / "mine.txt").read_text() == "text"
+    assert any("chats: no longer among the data, but kept" in note.text for note in notes if isinstance(note, Note))
+    assert [dataset.name for dataset in open_mixture(tmp_path / "mixture").datasets] == ["sums", "moved"]
+
+
+def test_a_start_that_failed_leaves_no_folder_in_the_way(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text("{")
+    broken = [*list_datasets(data, None)[:1], {"path": str(tmp_path / "broken.jsonl")}]
+    settings = make_settings(untied_base, data, tmp_path / "run", data=broken, max_steps=1)
+    with pytest.raises(DataError, match="broken.jsonl"):
+        train(settings)
+    single = make_settings(untied_base, data, tmp_path / "run", data_path=[data / "sums.jsonl"], max_steps=1)
+    assert train(single).examples == SIZES["sums"]
 
 
 def test_raw_text_first_leaves_the_template_to_the_next_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:

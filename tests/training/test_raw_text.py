@@ -58,7 +58,7 @@ def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
         assert done.code == 0, done.stderr[-3000:]
         steps[ranks] = read_recorded(folder)
     assert steps[1] == steps[2]
-    cache = open_cache(tmp_path / "run-1" / "data").reseed(5)
+    cache = open_cache(tmp_path / "run-1" / "data")
     per_epoch = len(steps[1]) // 3
     for epoch in range(3):
         targets = [row for step in list(steps[1])[epoch * per_epoch :][:per_epoch] for row in steps[1][step]]
