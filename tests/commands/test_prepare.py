@@ -28,6 +28,7 @@ from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.preparing.dataset import Origin
 from t5tune.settings import PrepareSettings
 from tests.support.paths import REPOSITORY, SHARED
 
@@ -611,9 +612,9 @@ def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, unti
     for path, message in cases.items():
         values = {"model_name_or_path": str(untied_base), "data_path": [path], "output_dir": tmp_path / "cache"}
         with pytest.raises(DataError, match=rf"^eval_data_path: .*{message}|^eval_data_path: {message}"):
-            prepare(PrepareSettings(**values), setting="eval_data_path")
+            prepare(PrepareSettings(**values), origin=Origin(setting="eval_data_path"))
     with pytest.raises(DataError, match=r"^eval_data_path: .*2 of 2 records rejected"):
-        prepare(PrepareSettings(**values, max_rejected_fraction=0.5), setting="eval_data_path")
+        prepare(PrepareSettings(**values, max_rejected_fraction=0.5), origin=Origin(setting="eval_data_path"))
 
 
 def test_a_failed_prepare_does_not_change_the_old_cache(

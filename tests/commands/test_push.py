@@ -239,7 +239,7 @@ def test_a_run_that_is_stopped_does_not_wait_for_an_upload(
     hub.before_upload = hold
     flags = (
         *("--push-to-hub", "--hub-model-id", NAME, "--hub-strategy", "every_save"),
-        *("--max-steps", "1000000", "--save-steps", "1000"),
+        *("--max-steps", "1000000", "--save-steps", "20"),
     )
     environment = {**hub.environment, "HF_TOKEN": TOKEN}
     with start_run(untied_base, conversations, tmp_path / "run", *flags, **environment) as running:

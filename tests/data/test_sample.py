@@ -10,6 +10,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.data import raw_records, sample
 from t5tune.data.templates import Template, load_template
 from t5tune.errors import DataError, SettingsError
+from t5tune.preparing.dataset import Origin
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 
@@ -121,9 +122,9 @@ def test_a_cache_in_use_keeps_the_template_that_was_the_default_before(untied_ba
     values["data_path"] = str(tmp_path / "data.jsonl")
     (tmp_path / "data.jsonl").write_text(json.dumps(PAIRS["source/target"]))
     prepare(PrepareSettings(**values, conversation_template="fastchat-t5"))
-    assert prepare(PrepareSettings(**values), in_use=True).up_to_date
+    assert prepare(PrepareSettings(**values), origin=Origin(in_use=True)).up_to_date
     with pytest.raises(SettingsError, match='template: ".*" before, ".*" now'):
-        prepare(PrepareSettings(**values, conversation_template="plain"), in_use=True)
+        prepare(PrepareSettings(**values, conversation_template="plain"), origin=Origin(in_use=True))
     assert not prepare(PrepareSettings(**values)).up_to_date
     assert load_template(str(tmp_path / "cache" / "template.yaml")) == load_template("plain")
 
