@@ -280,6 +280,7 @@ def test_each_zero_stage_partitions_what_it_should(tmp_path: Path) -> None:
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
 
 
+@pytest.mark.long
 def test_loading_takes_the_partitions_and_the_largest_tensor(tmp_path: Path) -> None:
     model = write_short_model(tmp_path)
     common = {"num_gpus": 4, "bf16": True, "source_length": 16, "target_length": 16}
@@ -294,6 +295,7 @@ def test_loading_takes_the_partitions_and_the_largest_tensor(tmp_path: Path) -> 
     assert quantized["none"].loading == quantized["none"].weights + quantized["none"].runtime + largest
 
 
+@pytest.mark.long
 def test_a_run_whose_base_fits_only_once_it_is_quantized_does_not_fit(tmp_path: Path) -> None:
     model = write_short_model(tmp_path)
     common = {"bf16": True, "q_lora": True, "per_device_train_batch_size": 1, "source_length": 1, "target_length": 1}
@@ -303,6 +305,7 @@ def test_a_run_whose_base_fits_only_once_it_is_quantized_does_not_fit(tmp_path: 
     assert make_plan(model, gpu_memory=f"{middle}GiB", **common).stages[0].fits is False
 
 
+@pytest.mark.long
 def test_an_evaluation_takes_what_its_predictions_or_its_losses_need(tmp_path: Path) -> None:
     """Predictions may take 512 MiB; losses are those of up to 8,192 tokens at a time, or of one longer example."""
     model = write_short_model(tmp_path, vocab_size=2000, d_model=64, d_ff=128)

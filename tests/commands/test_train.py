@@ -229,6 +229,7 @@ def test_one_process_trains_on_one_gpu_however_many_are_visible(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"q_lora": True}], ids=["lora", "q_lora"])
+@pytest.mark.variants("lora")
 def test_the_same_seed_gives_the_same_bits(
     untied_base: Path, conversations: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:

@@ -204,6 +204,7 @@ def test_attention_dropout_has_the_same_statistics_in_every_segment() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_dropout_has_the_same_statistics_packed_as_padded() -> None:
     model = make_random_model("flan-t5", torch.float32, dropout=0.3)
     use_packing(model)

@@ -61,6 +61,7 @@ def test_killed_ranks_and_launchers_leave_no_process_and_the_run_resumes_to_the_
 
 
 @pytest.mark.parametrize("hung", [0, 1] if LONG else [0])  # rank 0 has the rendezvous store
+@pytest.mark.long
 def test_a_hung_rank_is_named(hung: int, untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start_run(untied_base, conversations, run, *ZERO3, "--process-group-timeout=8") as running:
@@ -111,6 +112,7 @@ def test_the_other_ranks_exit_in_time(
     assert "Traceback" not in running.log.read_text()
 
 
+@pytest.mark.long
 def test_tasks_of_srun_connect_and_stop_together(
     fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:

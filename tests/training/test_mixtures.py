@@ -150,7 +150,10 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_mixture_ends_with_the_same_bit
     assert on_ranks(1, "train", "--config", config).code == 0
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
     assert weights[0] == weights[1]
-    with pytest.raises(SettingsError, match=r"whole: this run has already finished, with other settings:\s+data: "):
+    with pytest.raises(
+        SettingsError,
+        match=r"whole: this run has already finished, with other settings:\s+data\[0\].weight: 2.0 before, 3.0 now",
+    ):
         train(whole.replace(data=list_datasets(data, (3, 1, 1))))
 
 

@@ -124,6 +124,7 @@ def test_label_smoothing_raises_the_loss_it_trains_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.variants("on")
 def test_budget_batches_resume_in_a_later_epoch_to_the_same_bits(
     packing: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
