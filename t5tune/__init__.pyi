@@ -62,9 +62,10 @@ class PrepareSettings(_settings.PrepareSettings):
             "t5gemma2",
         ]
         | None = None,
-        objective: Literal["sft", "span-corruption"] = "sft",
+        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
         denoisers: Sequence[str] | str = ["t5"],
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        rejected_column: str | None = None,
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
@@ -107,11 +108,13 @@ class PrepareSettings(_settings.PrepareSettings):
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            objective: What is learned: the targets of examples (supervised fine-tuning), or masked spans of raw text
-                (`text` records and .txt files), as in T5's pretraining: span-corruption.
+            objective: What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo:
+                records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
             denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
                 (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
             data_format: Format of the records; auto detects it from the keys of each record.
+            rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
+                one is in target_column; default: rejected, and chosen.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
                 backslashes.
@@ -181,9 +184,10 @@ class TrainSettings(_settings.TrainSettings):
         | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
-        objective: Literal["sft", "span-corruption"] = "sft",
+        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
         denoisers: Sequence[str] | str = ["t5"],
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        rejected_column: str | None = None,
         source_prefix: str = "",
         merge_same_role: bool = False,
         clean: bool = False,
@@ -222,12 +226,24 @@ class TrainSettings(_settings.TrainSettings):
         quant_type: Literal["nf4", "fp4", "int8"] = "nf4",
         quantize_wo: bool = True,
         double_quant: bool = True,
+        teacher_model_name_or_path: str | PathLike[str] | None = None,
+        teacher_adapter: str | PathLike[str] | None = None,
+        teacher_q_lora: bool = False,
+        distillation_alpha: float = 0.5,
+        distillation_temperature: float = 2.0,
+        distillation_kl: Literal["forward", "reverse"] = "forward",
+        dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid",
+        dpo_beta: float = 0.1,
+        dpo_label_smoothing: float = 0.0,
+        reference_adapter: str | PathLike[str] | None = None,
+        orpo_lambda: float = 0.1,
         max_steps: int | None = None,
         tokens_per_batch: int | None = None,
         gradient_accumulation_steps: int = 1,
         group_by_length: bool = True,
         packing: Literal["auto", "on", "off"] | bool = "auto",
         packed_attention: Literal["auto", "flex", "loop"] = "auto",
+        dropout: bool | None = None,
         attention_dropout: bool = True,
         lr_scheduler_type: str = "linear",
         warmup_steps: float = 0,
@@ -298,11 +314,13 @@ class TrainSettings(_settings.TrainSettings):
                 file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
                 fastchat-t5 for turns.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
-            objective: What is learned: the targets of examples (supervised fine-tuning), or masked spans of raw text
-                (`text` records and .txt files), as in T5's pretraining: span-corruption.
+            objective: What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo:
+                records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
             denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
                 (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
             data_format: Format of the records; auto detects it from the keys of each record.
+            rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
+                one is in target_column; default: rejected, and chosen.
             source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
@@ -360,6 +378,22 @@ class TrainSettings(_settings.TrainSettings):
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
             quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
+            teacher_model_name_or_path: Teacher: a base, a merged checkpoint, a run or an adapter, as for chat; its
+                tokenizer must be the same. The model then also learns the teacher's probabilities of each token;
+                default: none.
+            teacher_adapter: Adapter to apply to the teacher, if teacher_model_name_or_path is a base.
+            teacher_q_lora: Quantize the teacher to 4 bits (NF4).
+            distillation_alpha: Share of the teacher in the loss; the rest is the cross-entropy of the targets.
+            distillation_temperature: Temperature T of both models' probabilities. The divergence is multiplied by T²,
+                so that its gradient doesn't depend on T (Hinton et al. 2015).
+            distillation_kl: Kullback–Leibler divergence to minimize: of the model from the teacher (forward), or of the
+                teacher from the model (reverse, as in MiniLLM, Gu et al. 2024).
+            dpo_loss: Loss of objective dpo: as in DPO (Rafailov et al. 2023), or IPO (Azar et al. 2023).
+            dpo_beta: Strength with which objective dpo keeps the model near the reference: β of DPO, τ of IPO.
+            dpo_label_smoothing: Probability that the preference of a pair is the wrong way round (conservative DPO).
+            reference_adapter: Adapter whose model is the reference of objective dpo: a folder, a run, or
+                owner/name[@revision] on the Hub; default: the model as training begins.
+            orpo_lambda: Weight of the odds ratio in objective orpo; that of the chosen answer is 1 (Hong et al. 2024).
             max_steps: Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs.
             tokens_per_batch: Fill each micro-batch up to this many tokens (source + target, including padding) instead
                 of using per_device_train_batch_size.
@@ -370,6 +404,8 @@ class TrainSettings(_settings.TrainSettings):
                 if the model supports it.
             packed_attention: How attention over packed rows is computed: in one compiled kernel per layer (flex), or in
                 a loop over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.
+            dropout: Apply dropout, with the base's own rate and lora_dropout; default: yes, but not for objective dpo
+                and orpo.
             attention_dropout: Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout
                 is faster, and keeps the dropout of hidden states.
             lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
@@ -399,8 +435,8 @@ class TrainSettings(_settings.TrainSettings):
             eval_generate: Generate predictions for this many held-out examples at each evaluation, and score them (see
                 metrics and metric).
             metric_for_best_model: Keep the checkpoint that is best by this held-out metric, and use its weights as the
-                final ones: loss, perplexity or, with eval_generate, one of metrics or metric; default: use the last
-                checkpoint.
+                final ones: loss, perplexity, with eval_generate one of metrics or metric, or for objective dpo and orpo
+                one such as rewards/accuracies; default: use the last checkpoint.
             early_stopping_patience: Early stopping: stop after this many evaluations without a better
                 metric_for_best_model (default: loss).
             early_stopping_threshold: Early stopping: count an evaluation as better only if the metric improves by more
@@ -566,6 +602,7 @@ class ChatSettings(_settings.ChatSettings):
         q_lora: bool = False,
         bf16: bool | None = None,
         device: str | torch.device | None = None,
+        save_preferences: str | PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         family: Literal[
@@ -609,6 +646,8 @@ class ChatSettings(_settings.ChatSettings):
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
             bf16: Compute in bfloat16; default: on GPUs that can.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
+            save_preferences: Sample two replies to each message, ask which one is better, and append the pair to this
+                JSON Lines file, from which objective dpo and orpo learn.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
@@ -666,9 +705,10 @@ class EvaluateSettings(_settings.EvaluateSettings):
         deepspeed: str | PathLike[str] | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
-        objective: Literal["sft", "span-corruption"] = "sft",
+        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
         denoisers: Sequence[str] | str = ["t5"],
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        rejected_column: str | None = None,
         source_prefix: str = "",
         merge_same_role: bool = False,
         clean: bool = False,
@@ -720,11 +760,13 @@ class EvaluateSettings(_settings.EvaluateSettings):
                 file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
                 fastchat-t5 for turns.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
-            objective: What is learned: the targets of examples (supervised fine-tuning), or masked spans of raw text
-                (`text` records and .txt files), as in T5's pretraining: span-corruption.
+            objective: What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo:
+                records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
             denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
                 (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
             data_format: Format of the records; auto detects it from the keys of each record.
+            rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
+                one is in target_column; default: rejected, and chosen.
             source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
@@ -825,6 +867,7 @@ class PlanSettings(_settings.PlanSettings):
         group_by_length: bool = True,
         packing: Literal["auto", "on", "off"] | bool = "auto",
         packed_attention: Literal["auto", "flex", "loop"] = "auto",
+        dropout: bool | None = None,
         attention_dropout: bool = True,
         learning_rate: float = 5e-05,
         lr_scheduler_type: str = "linear",
@@ -897,6 +940,8 @@ class PlanSettings(_settings.PlanSettings):
                 if the model supports it.
             packed_attention: How attention over packed rows is computed: in one compiled kernel per layer (flex), or in
                 a loop over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.
+            dropout: Apply dropout, with the base's own rate and lora_dropout; default: yes, but not for objective dpo
+                and orpo.
             attention_dropout: Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout
                 is faster, and keeps the dropout of hidden states.
             learning_rate: Peak learning rate.

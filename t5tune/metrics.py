@@ -21,6 +21,11 @@ ROUGES = ("rouge1", "rouge2", "rougeL")
 MEANS = ("exact_match", *ROUGES)  # metrics of a corpus that are means over its examples
 JSON_METRICS = ("valid_json", "field_f1")
 METRICS = (*MEANS, "bleu", "chrf", *JSON_METRICS)
+PREFERENCE_METRICS = (
+    "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
+    "nll_loss", "log_odds_ratio", "log_odds_chosen",
+)  # fmt: skip
+"""What is measured of held-out preference pairs, by TRL's names."""
 
 
 def score(predictions: Sequence[str], references: Sequence[str], names: Iterable[str] = METRICS) -> dict[str, float]:

@@ -12,10 +12,14 @@ from t5tune.data.tokenizer import Tokenizer
 from t5tune.formatting import format_count
 from t5tune.settings import InspectSettings
 
-STYLES = {"source": "cyan", "target": "green", "added": "yellow", "unknown": "white on red", "special": "dim"}
+STYLES = {
+    "source": "cyan", "target": "green", "rejected": "magenta", "added": "yellow", "unknown": "white on red",
+    "special": "dim",
+}  # fmt: skip
 CUT_MARKS = ("[cut: ", "]")  # for output that has no strikethrough
 BAR_WIDTH = 40
 JSON_FIELDS = ("index", "conversation", "turn", "source_ids", "target_ids", "source_text", "target_text", "truncated")
+PAIR_FIELDS = ("rejected_ids", "rejected_text")
 
 
 def run(settings: InspectSettings, output: Output) -> None:
@@ -23,7 +27,8 @@ def run(settings: InspectSettings, output: Output) -> None:
     found = inspect(settings, output.report)
     if output.json:
         for example in found.examples:
-            output.print_json({name: getattr(example, name) for name in JSON_FIELDS})
+            names = JSON_FIELDS if example.rejected_ids is None else (*JSON_FIELDS, *PAIR_FIELDS)
+            output.print_json({name: getattr(example, name) for name in names})
         if found.statistics is not None:
             output.print_json(found.statistics)
         return
@@ -40,11 +45,10 @@ def run(settings: InspectSettings, output: Output) -> None:
 def _render_example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cut_marks: tuple[str, str]) -> Text:
     facts = f"example {example.index} of {len(cache):,}, conversation {example.conversation}, turn {example.turn}"
     text = Text.assemble((facts + "\n", "bold"))
-    lengths = {"source": len(example.source_ids), "target": len(example.target_ids)}
-    cut = {"source": len(example.source_cut), "target": len(example.target_cut)}
     for side, runs in example.group_runs_by_side(tokenizer, set(cache.manifest["added_token_ids"])).items():
-        lost = f", {cut[side]:,} cut off" if cut[side] else ""
-        text.append(f"{side} ({format_count(lengths[side], 'token')}{lost})\n", "dim")
+        length, cut = example.lengths[side]
+        lost = f", {cut:,} cut off" if cut else ""
+        text.append(f"{side} ({format_count(length, 'token')}{lost})\n", "dim")
         for is_cut, part in groupby(runs, lambda run: run[1]):
             before, after = cut_marks if is_cut else ("", "")
             text.append(before)

@@ -93,7 +93,8 @@ def _choose_examples(cache: Cache, settings: InspectSettings, report: Report) ->
         return _find_largest(cache.count_cut_tokens(), cache, "is truncated", report)
     if settings.unknown:
         unknown = load_tokenizer(cache.tokenizer_folder).unk_token_id
-        counts = [int((example.source_S == unknown).sum() + (example.target_T == unknown).sum()) for example in cache]
+        texts = ((example.source_S, *example.targets) for example in cache)
+        counts = [sum(int((ids == unknown).sum()) for ids in each) for each in texts]
         return _find_largest(np.array(counts), cache, "has unknown tokens", report)
     if settings.html is not None:
         count = min(NUM_ON_PAGE, len(cache))

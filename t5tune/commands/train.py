@@ -144,6 +144,7 @@ def _train(
         run = locate_run(settings)
         if run.finished:
             return read_result(run.folder)
+        settings = apply_cache_settings(settings)
         from transformers.trainer_utils import enable_full_determinism
 
         from t5tune.compat.torch_patches import restore_determinism

@@ -39,15 +39,17 @@ from t5tune.io.untrusted import parse_json_object
 from t5tune.io.yaml_file import read_yaml
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.messages import describe_value_error
+from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # the index of the first id in tokens.bin, and a hash that conversations with the same texts share
 CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
 # the number of the conversation, and a Span, whose positions count tokens from the start of that conversation
 EXAMPLE_DTYPE = np.dtype([
     ("conversation", "<u4"), ("turn", "<u4"), ("system_end", "<u4"), ("source_start", "<u4"), ("source_end", "<u4"),
     ("target_start", "<u4"), ("target_end", "<u4"), ("answer_end", "<u4"), ("source_is_whole", "?"),
-    ("target_is_whole", "?"),
+    ("target_is_whole", "?"), ("rejected_start", "<u4"), ("rejected_end", "<u4"), ("rejected_answer_end", "<u4"),
+    ("rejected_is_whole", "?"),
 ])  # fmt: skip
 TABLES = ("tokens.bin", "conversations.bin", "examples.bin")
 CACHE_CONTENTS = {
@@ -119,12 +121,15 @@ class Cache(Sequence[Example]):
         """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""
         conversation, span = self._read_row(index)
         start = int(self._starts[conversation])
-        return self[index], conversation, self._tokens[start : start + span.answer_end], span
+        end = max(span.answer_end, span.rejected_answer_end)
+        return self[index], conversation, self._tokens[start : start + end], span
 
     def count_cut_tokens(self) -> npt.NDArray[np.int64]:
         """Count the tokens that model_max_length cut from each example's source and target."""
-        source = self._read_column("source_start") - self._read_column("system_end")
-        return source + self._read_column("answer_end") - self._read_column("target_end")
+        pairs = ("source_start", "system_end"), ("answer_end", "target_end"), ("rejected_answer_end", "rejected_end")
+        return sum(
+            (self._read_column(one) - self._read_column(other) for one, other in pairs), np.zeros(len(self), int)
+        )
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -137,8 +142,25 @@ class Cache(Sequence[Example]):
         return list(self.manifest["added_tokens"])
 
     def read_lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return (source lengths, target lengths) in tokens, special ones included, in the order of the cache."""
+        """Return (source lengths, target lengths) in tokens, special ones included, in the order of the cache.
+
+        Targets of a preference pair count together.
+        """
+        source, target, rejected = self._compute_lengths()
+        return source, target + rejected
+
+    def read_longest_targets(self) -> npt.NDArray[np.int64]:
+        """Return the length of each example's target, of a preference pair's longer one, in tokens."""
+        _, target, rejected = self._compute_lengths()
+        return np.maximum(target, rejected)
+
+    def _compute_lengths(self) -> tuple[npt.NDArray[np.int64], ...]:
         return compute_lengths(self._read_column, self.special_ids, self.corruption, self._indices)
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether the examples are preference pairs."""
+        return self.manifest["inputs"].get("objective") in PREFERENCE_OBJECTIVES
 
     @cached_property
     def _masked(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -243,19 +265,23 @@ def compute_lengths(
     special: SpecialIds,
     corruption: SpanCorruption | None,
     indices: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Compute (source lengths, target lengths) of examples, special tokens included, from columns of EXAMPLE_DTYPE.
+) -> tuple[npt.NDArray[np.int64], ...]:
+    """Compute the lengths of examples' sources, targets and rejected targets, special tokens included.
+
+    What isn't a preference pair has a rejected target of length 0.
 
     Args:
+        column: reads columns of EXAMPLE_DTYPE.
         indices: of the examples in the whole cache.
     """
     if corruption is not None:
         windows = column("source_end") - column("source_start")
         masked, spans = corruption.count_masked(indices, windows)
-        return windows - masked + spans + special.source_size, masked + spans + 1
+        return windows - masked + spans + special.source_size, masked + spans + 1, np.zeros_like(masked)
     source = column("system_end") + column("source_end") - column("source_start") + special.source_size
     target = column("target_end") - column("target_start") + column("target_is_whole")
-    return source, target
+    rejected = column("rejected_end") - column("rejected_start") + column("rejected_is_whole")
+    return source, target, np.where(column("rejected_start") > 0, rejected, 0)
 
 
 def _read_corruption(folder: Path, manifest: dict[str, Any]) -> SpanCorruption | None:

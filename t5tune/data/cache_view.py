@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from t5tune.data.batching import Integers
 from t5tune.data.cache import Cache
+from t5tune.data.encoding import PreferencePair
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 
 NUM_BARS = 20  # of a histogram, about
@@ -33,9 +34,11 @@ class ExampleView:
     Args:
         index: position in the cache; `conversation` and `turn` are its origin.
         source_ids, target_ids: special tokens included.
-        truncated: which of "source" and "target" were cut.
+        truncated: which of "source", "target" and "rejected" were cut.
         source_cut: tokens that were removed from the source, after its first `source_head` tokens.
-        target_cut: tokens that were removed from the end of the target.
+        target_cut, rejected_cut: tokens that were removed from the end.
+        rejected_ids, rejected_text: the rejected answer of a preference pair, whose target is the chosen one; None if
+            it isn't a pair.
     """
 
     index: int
@@ -49,14 +52,30 @@ class ExampleView:
     source_head: int
     source_cut: list[int]
     target_cut: list[int]
+    rejected_ids: list[int] | None = None
+    rejected_text: str | None = None
+    rejected_cut: list[int] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> dict[str, tuple[int, int]]:
+        """The length of each side, and how many tokens were cut off from it."""
+        sides = {
+            "source": (len(self.source_ids), len(self.source_cut)),
+            "target": (len(self.target_ids), len(self.target_cut)),
+        }
+        if self.rejected_ids is not None:
+            sides["rejected"] = len(self.rejected_ids), len(self.rejected_cut)
+        return sides
 
     def group_runs_by_side(self, tokenizer: Tokenizer, added: set[int]) -> dict[str, Iterator[tuple[TextRun, bool]]]:
-        """Return source and target as runs of text, each with whether it was cut off."""
+        """Return source, target and a rejected answer as runs of text, each with whether it was cut off."""
         head, source = self.source_head, self.source_ids
         parts = {
             "source": [(source[:head], False), (self.source_cut, True), (source[head:], False)],
             "target": [(self.target_ids, False), (self.target_cut, True)],
         }
+        if self.rejected_ids is not None:
+            parts["rejected"] = [(self.rejected_ids, False), (self.rejected_cut, True)]
         return {side: _iterate_runs(of_side, tokenizer, added) for side, of_side in parts.items()}
 
 
@@ -151,6 +170,11 @@ class CacheView(Sequence[ExampleView]):
         example, conversation, ids, span = self.cache.read_untruncated(index)
         source, target, around = example.source_S.tolist(), example.target_T.tolist(), self.cache.special_ids
         is_masked = self.cache.corruption is not None
+        rejected = example.rejected_R.tolist() if isinstance(example, PreferencePair) else None
+        truncated = {
+            "source": not span.source_is_whole, "target": not span.target_is_whole,
+            "rejected": not span.rejected_is_whole,
+        }  # fmt: skip
         return ExampleView(
             index=index,
             conversation=conversation,
@@ -159,9 +183,12 @@ class CacheView(Sequence[ExampleView]):
             target_ids=target,
             source_text=decode(around.strip_source(source)),
             target_text=decode(target[:-1] if is_masked else target[: span.target_end - span.target_start]),
-            truncated=["source"] * (not span.source_is_whole) + ["target"] * (not span.target_is_whole),
+            truncated=[side for side, is_cut in truncated.items() if is_cut],
             source_head=len(around.source_start) + span.system_end,
             # the rest of a raw text is in other examples
             source_cut=[] if is_masked else ids[span.system_end : span.source_start].tolist(),
             target_cut=ids[span.target_end : span.answer_end].tolist(),
+            rejected_ids=rejected,
+            rejected_text=None if rejected is None else decode(rejected[: span.rejected_end - span.rejected_start]),
+            rejected_cut=ids[span.rejected_end : span.rejected_answer_end].tolist(),
         )

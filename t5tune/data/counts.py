@@ -86,11 +86,13 @@ def _measure_examples(path: Path, special: SpecialIds, corruption: SpanCorruptio
         while len(rows := np.fromfile(file, EXAMPLE_DTYPE, ROWS_PER_CHUNK)):
             with_earlier_turns += int((rows["turn"] > FIRST_ANSWER_TURN).sum()) if corruption is None else 0
             indices = np.arange(num_read, num_read + len(rows))
-            columns = compute_lengths(lambda name: rows[name].astype(np.int64), special, corruption, indices)
+            source, *targets = compute_lengths(lambda name: rows[name].astype(np.int64), special, corruption, indices)
             num_read += len(rows)
-            for side, of_side in zip(lengths, columns, strict=True):
-                lengths[side].update(of_side.tolist())
-                truncated[side] += int((~rows[f"{side}_is_whole"]).sum())
+            lengths["source"].update(source.tolist())
+            truncated["source"] += int((~rows["source_is_whole"]).sum())
+            for kind, of_kind in zip(("target", "rejected"), targets, strict=True):  # both are targets
+                lengths["target"].update(of_kind[of_kind > 0].tolist())
+                truncated["target"] += int((~rows[f"{kind}_is_whole"]).sum())
     measured: dict[str, Any] = {"examples_with_earlier_turns": with_earlier_turns}
     for side, counted in lengths.items():
         measured[f"{side}_tokens"] = sum(length * count for length, count in counted.items())

@@ -32,6 +32,7 @@ REPAIRS = {
     "trailing_human_turns": ("question without an answer", "questions without an answer"),
     "merged_same_role_turns": ("turn merged with the one before", "turns merged with the one before"),
     "merged_turns_not_learned": ("merged turn that isn't learned", "merged turns that aren't learned"),
+    "last_answers_replaced_by_chosen": ("last answer replaced by chosen", "last answers replaced by chosen"),
     "split_conversations": ("conversation split", "conversations split"),
     "tool_calls_as_text": ("turn with tool calls as text", "turns with tool calls as text"),
     "weights_taken_as_1": ("weight taken as 1", "weights taken as 1"),

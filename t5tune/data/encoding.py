@@ -29,6 +29,9 @@ class Span(NamedTuple):
     The source is ids[:system_end] + ids[source_start:source_end], the target is ids[target_start:target_end].
     The special tokens around a source aren't among these, nor is the EOS token that is appended to the target if
     `target_is_whole`. The untruncated target ends at answer_end.
+
+    The target of a preference pair is the chosen answer. Its rejected one is ids[rejected_start:rejected_end]; without
+    one, rejected_start is 0.
     """
 
     turn: int
@@ -40,6 +43,21 @@ class Span(NamedTuple):
     answer_end: int
     source_is_whole: bool
     target_is_whole: bool
+    rejected_start: int = 0
+    rejected_end: int = 0
+    rejected_answer_end: int = 0
+    rejected_is_whole: bool = True
+
+    @property
+    def has_whole_targets(self) -> bool:
+        """Whether the target, or both of a preference pair, weren't truncated."""
+        return self.target_is_whole and self.rejected_is_whole
+
+    @property
+    def shortest_target(self) -> int:
+        """Tokens of the target, or of the shorter one of a preference pair, without the EOS token."""
+        target, rejected = self.target_end - self.target_start, self.rejected_end - self.rejected_start
+        return min(target, rejected) if self.rejected_start else target
 
 
 @dataclass(frozen=True)
@@ -57,19 +75,55 @@ class Example:
     source_S: npt.NDArray[np.int64]
     target_T: npt.NDArray[np.int64]
 
+    @property
+    def targets(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """The target; of a preference pair the chosen and the rejected one."""
+        return (self.target_T,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the source and of all targets."""
+        return len(self.source_S) + sum(map(len, self.targets))
+
+
+@dataclass(frozen=True)
+class PreferencePair(Example):
+    """A source with the ids of the answer that is preferred, target_T, and of the one that isn't; int64 of length R.
+
+    Args:
+        reference: their log-probabilities under the reference model, if that is known.
+    """
+
+    rejected_R: npt.NDArray[np.int64]
+    reference: tuple[float, float] | None = None
+
+    @property
+    def targets(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return self.target_T, self.rejected_R
+
 
 def extract_example(ids: Any, span: Span, special: SpecialIds) -> Example:
     """Cut one example out of the ids of its conversation, which are a list or an array."""
     source = [special.source_start, ids[: span.system_end], ids[span.source_start : span.source_end]]
-    target = [ids[span.target_start : span.target_end], [special.target_end] if span.target_is_whole else []]
-    parts = [*source, special.source_end], target
-    return Example(*(np.concatenate(each).astype(np.int64) for each in parts))
+    source_S = _join([*source, special.source_end])
+
+    def cut_target(start: int, end: int, is_whole: bool) -> npt.NDArray[np.int64]:
+        return _join([ids[start:end], [special.target_end] if is_whole else []])
+
+    target_T = cut_target(span.target_start, span.target_end, span.target_is_whole)
+    if not span.rejected_start:
+        return Example(source_S, target_T)
+    rejected_R = cut_target(span.rejected_start, span.rejected_end, span.rejected_is_whole)
+    return PreferencePair(source_S, target_T, rejected_R)
 
 
 def surround(source: Any, target: Any, special: SpecialIds) -> Example:
     """Add the special tokens to the ids of a source and a target."""
-    parts = [special.source_start, source, special.source_end], [target, [special.target_end]]
-    return Example(*(np.concatenate(each).astype(np.int64) for each in parts))
+    return Example(_join([special.source_start, source, special.source_end]), _join([target, [special.target_end]]))
+
+
+def _join(parts: list[Any]) -> npt.NDArray[np.int64]:
+    return np.concatenate(parts).astype(np.int64)
 
 
 def find_long_word(conversation: Conversation, encoder: Encoder) -> Rejection | None:
@@ -91,6 +145,25 @@ def encode_batch(conversations: list[list[Piece]], encoder: Encoder, max_length:
         _join_pieces(pieces, ids, source_room, max_length - 1)
         for pieces, ids in zip(shifted, ids_by_piece, strict=True)
     ]
+
+
+def join_answers(chosen: EncodedConversation, rejected: EncodedConversation) -> EncodedConversation:
+    """Append the rejected answer to the ids of a preference pair's conversation, which has its source once.
+
+    Args:
+        rejected: the same conversation with the rejected answer.
+    """
+    if not (chosen.spans and rejected.spans):  # an answer without a token
+        return EncodedConversation(chosen.ids, [])
+    (span,), (other,) = chosen.spans, rejected.spans
+    moved = len(chosen.ids) - other.target_start
+    span = span._replace(
+        rejected_start=len(chosen.ids),
+        rejected_end=other.target_end + moved,
+        rejected_answer_end=other.answer_end + moved,
+        rejected_is_whole=other.target_is_whole,
+    )
+    return EncodedConversation(np.concatenate([chosen.ids, rejected.ids[other.target_start :]]), [span])
 
 
 def encode_pieces(conversations: list[list[Piece]], encoder: Encoder, begins: bool = True) -> list[list[Ids]]:

@@ -3,6 +3,8 @@
     parse_conversation({"source": "Hi", "target": "Hello."}, location, ReadingSettings())
     # Conversation(location, None, (Turn("human", "Hi"), Turn("assistant", "Hello.")))
 
+A preference pair is a conversation with two last answers. `sft` reads only the chosen one.
+
 A record's format is detected by its keys, unless `data_format` names one. A record that can't be used raises
 RejectionError. What is left out or repaired is counted.
 """
@@ -10,7 +12,7 @@ RejectionError. What is left out or repaired is counted.
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -75,6 +77,7 @@ class Conversation:
         has_prefix: whether source_prefix was prepended to the source.
         is_pair: whether the record is a pair of texts, a source and a target, not a list of turns.
         is_raw_text: whether it is a text of which spans are masked; it is the only turn.
+        rejected: the worse answer of a preference pair, whose better one is the last turn.
     """
 
     location: RecordLocation
@@ -84,11 +87,26 @@ class Conversation:
     has_prefix: bool = False
     is_pair: bool = False
     is_raw_text: bool = False
+    rejected: str | None = None
 
     @property
     def texts(self) -> list[str]:
-        """The texts of the system message and of the turns."""
-        return [self.system or "", *(turn.text for turn in self.turns)]
+        """The texts of the system message and of the turns, and a rejected answer."""
+        return [self.system or "", *(turn.text for turn in self.turns), *self._list_rejected()]
+
+    @property
+    def targets(self) -> list[str]:
+        """The texts that are learned."""
+        return [*(turn.text for turn in self.turns if turn.is_target), *self._list_rejected()]
+
+    def _list_rejected(self) -> list[str]:
+        return [] if self.rejected is None else [self.rejected]
+
+    def swap_answers(self) -> "Conversation":
+        """Return the conversation of a preference pair with the rejected answer as its last turn."""
+        assert self.rejected is not None
+        *before, answer = self.turns
+        return replace(self, turns=(*before, replace(answer, text=self.rejected)), rejected=None)
 
 
 def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSettings) -> Conversation:
@@ -99,9 +117,14 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     """
     if not isinstance(value, dict):
         raise RejectionError("not_an_object", f"expected an object, found {_name_json_type(value)}")
-    repairs: Counter[str] = Counter()
     if reading.is_raw_text:
-        return _parse_raw_text(value, location, reading, repairs)
+        return _parse_raw_text(value, location, reading)
+    value = _rename_preferences(value)
+    return (_parse_preference if reading.reads_preferences else _parse_answers)(value, location, reading)
+
+
+def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
+    repairs: Counter[str] = Counter()
     name, parser = _detect_format(value, reading)
     labels = find_labels(value, location, reading)
     if bad := [key for key, is_good in labels.items() if not is_good]:
@@ -125,9 +148,62 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     return Conversation(location, system or None, merged_turns, counts, has_prefix, _is_pair(name, value))
 
 
-def _parse_raw_text(
-    value: dict[str, Any], location: RecordLocation, reading: ReadingSettings, repairs: Counter[str]
-) -> Conversation:
+def _rename_preferences(value: dict[str, Any]) -> dict[str, Any]:
+    """Give a record of OpenAI's format for preferences the keys of the others."""
+    question = value.get("input")
+    if not (isinstance(question, dict) and "preferred_output" in value):
+        return value
+    renamed = {**question, **{key: item for key, item in value.items() if key != "input"}}
+    names = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+    return {names.get(key, key): item for key, item in renamed.items()}
+
+
+def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
+    """Parse a record twice, once with each answer: both must be the last turns of the same conversation."""
+    chosen, rejected = reading.target_column or "chosen", reading.rejected_column or "rejected"
+    for name in (chosen, rejected):
+        if value.get(name) in EMPTY_VALUES:
+            found = ", ".join(sorted(map(str, value))[:6])
+            advice = suggest_name(name, map(str, value.keys() - {chosen, rejected}))
+            columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
+            problem = f"no {name} answer; the record has {found}{advice or f'; {columns}'}"
+            raise RejectionError("no_preference", problem)
+    # a record may have the chosen answer a second time, as a completion
+    twice = {key for key in ("output", "completion") if chosen == "chosen" and value.get(key) not in EMPTY_VALUES}
+    rest = {key: item for key, item in value.items() if key not in twice}
+    pair = [_parse_answers(rest, location, reading)]
+    try:
+        pair.append(_parse_answers({**rest, chosen: value[rejected]}, location, reading))
+    except RejectionError as error:
+        reason, problem = error.rejection
+        raise RejectionError(reason, f"{rejected}: {problem.removeprefix(f'{chosen}: ')}") from None
+    texts = []
+    for name, answered in zip((chosen, rejected), pair, strict=True):
+        last = answered.turns[-1]
+        if not last.text.strip():
+            raise RejectionError("no_preference", f"{name}: no text in its last turn")
+        if not last.learned:
+            raise RejectionError("zero_weight", f"{name}: its last turn has weight 0")
+        texts.append(last.text)
+    contexts = [(each.system, [(turn.role, turn.text) for turn in each.turns[:-1]]) for each in pair]
+    if contexts[0] != contexts[1]:
+        both = zip(*(each.turns for each in pair), strict=False)
+        place = next((number for number, (one, other) in enumerate(both) if one.text != other.text), None)
+        where = "" if place is None else f": they differ from turn {place} on"
+        raise RejectionError("other_question", f"{chosen} and {rejected} answer different questions{where}")
+    if texts[0] == texts[1]:
+        raise RejectionError("no_preference", f"{chosen} and {rejected} are the same")
+    repairs = (
+        Counter(pair[0].repairs) | Counter(pair[1].repairs) | Counter(_name_ignored("field", key) for key in twice)
+    )
+    del repairs[_name_ignored("field", rejected)]
+    *context, answer = pair[0].turns
+    turns = (*(replace(turn, learned=False) for turn in context), answer)
+    return replace(pair[0], turns=turns, repairs=dict(sorted(repairs.items())), rejected=texts[1])
+
+
+def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
+    repairs: Counter[str] = Counter()
     column = reading.source_column or "text"
     if column not in value and ".txt" in map(str.lower, Path(location.file).suffixes):
         column = "text"  # in which the whole file is
@@ -193,12 +269,17 @@ def _merge_turns(
 def _count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:
     for key in value.keys() - used:
         if value[key] not in EMPTY_VALUES:
-            repairs[f"ignored_{kind}_{key if len(key) <= MAX_KEY_LENGTH else key[:MAX_KEY_LENGTH] + '…'}"] += 1
+            repairs[_name_ignored(kind, key)] += 1
+
+
+def _name_ignored(kind: str, key: str) -> str:
+    return f"ignored_{kind}_{key if len(key) <= MAX_KEY_LENGTH else key[:MAX_KEY_LENGTH] + '…'}"
 
 
 def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "Parser"]:
-    if reading.source_column or reading.target_column:
-        return "columns", partial(_parse_pair, reading.source_column or "source", reading.target_column or "target")
+    if reading.source_column or reading.target_column or reading.rejected_column:
+        target = "chosen" if reading.reads_preferences else "target"
+        return "columns", partial(_parse_pair, reading.source_column or "source", reading.target_column or target)
     formats = _FORMATS if reading.data_format == "auto" else {reading.data_format: _FORMATS[reading.data_format]}
     # merged files of several formats have every format's keys in each record, null where the record has no value
     present = {key for key, item in value.items() if item is not None}
@@ -227,7 +308,11 @@ Parser = Callable[[dict[str, Any], ReadingSettings, Counter[str]], ParsedTurns]
 def _parse_messages(key: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
     """Parse ShareGPT's `conversations` (from, value), OpenAI's `messages` (role, content), or a mixture."""
     entries = _parse_turns(key, value[key], repairs)
-    if value.get("chosen") is None or (entries and entries[-1][0] == "assistant"):
+    if reading.reads_preferences:  # a record may have the chosen answer in its turns, too
+        while entries and entries[-1].speaker == "assistant":
+            entries.pop()
+            repairs["last_answers_replaced_by_chosen"] += 1
+    if value.get("chosen") is None or (entries and entries[-1].speaker == "assistant"):
         return {key}, entries
     return _parse_chosen({key}, entries, value, repairs)
 

@@ -119,6 +119,15 @@ class Mixture(Sequence[Example]):
         sources, targets = zip(*(dataset.cache.read_lengths() for dataset in self.datasets), strict=True)
         return np.concatenate(sources), np.concatenate(targets)
 
+    def read_longest_targets(self) -> Integers:
+        """Return the length of each example's target, of a preference pair's longer one, in tokens."""
+        return np.concatenate([dataset.cache.read_longest_targets() for dataset in self.datasets])
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether the examples are preference pairs."""
+        return self.main.cache.has_preferences
+
     @property
     def main(self) -> Dataset:
         """The dataset whose template and prefix are used for chat: the first one that isn't raw text."""
@@ -326,12 +335,14 @@ def open_mixture(folder: Path) -> Mixture:
     saved = _read_datasets(folder)
     mixing: Mixing = _read_strictly(Mixing, read_mixture_manifest(folder).get("mixing"), folder, "mixing")
     datasets = [Dataset(each.name, open_cache(folder / each.cache), each.weight) for each in saved]
-    check_tokenizers(datasets, str(folder))
+    check_datasets(datasets, str(folder))
     return Mixture(folder, datasets, mixing)
 
 
-def check_tokenizers(datasets: Sequence[Dataset], place: str) -> None:
-    """Check that all caches were made with the same tokenizer: otherwise the same id means different tokens.
+def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
+    """Check that all caches were made with the same tokenizer, and that all or none have preference pairs.
+
+    With another tokenizer, the same id means different tokens.
 
     Args:
         place: where the datasets are listed, for messages.
@@ -345,6 +356,10 @@ def check_tokenizers(datasets: Sequence[Dataset], place: str) -> None:
             problem = f"{place}: {other.folder}: its tokenizer isn't that of {first.folder}"
             hint = "give the data of both in place of the caches, or prepare both with the same --add-tokens"
             raise DataError(problem, hint=hint)
+        if other.has_preferences != first.has_preferences:
+            one, without = (first, other) if first.has_preferences else (other, first)
+            problem = f"{place}: {one.folder} has preference pairs, and {without.folder} has none"
+            raise DataError(problem, hint="train on them one after the other: objective sft first, then dpo")
 
 
 def _read_datasets(folder: Path) -> list[_SavedDataset]:

@@ -16,7 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from t5tune.data.encoders import Encoder, make_encoder
-from t5tune.data.encoding import MAX_WORD_LENGTH, EncodedConversation, Span, encode_batch, encode_pieces, find_long_word
+from t5tune.data.encoding import (
+    MAX_WORD_LENGTH,
+    EncodedConversation,
+    Span,
+    encode_batch,
+    encode_pieces,
+    find_long_word,
+    join_answers,
+)
 from t5tune.data.formats import Conversation
 from t5tune.data.raw_records import RawRecord, parse_record
 from t5tune.data.records import Rejection
@@ -79,19 +87,25 @@ class Pipeline:
             except DataError as error:
                 problems.append(error)
                 break
-        # the pieces have no variable, so that they are freed at once: they take more memory than the ids
-        encodings = iter(
-            encode_batch(
-                [render_conversation(each, self.template) for each in parsed if isinstance(each, Conversation)],
-                self._encoder,
-                self.settings.model_max_length,
+        conversations = [each for each in parsed if isinstance(each, Conversation)]
+        encodings = iter(self._encode(conversations))
+        others = iter(self._encode([each.swap_answers() for each in conversations if each.rejected is not None]))
+
+        def encode(each: Conversation) -> EncodedRecord:
+            encoded = next(encodings)
+            return self._select_examples(
+                each, encoded if each.rejected is None else join_answers(encoded, next(others))
             )
+
+        return [*(EncodedRecord(each) if isinstance(each, Rejection) else encode(each) for each in parsed), *problems]
+
+    def _encode(self, conversations: list[Conversation]) -> list[EncodedConversation]:
+        # the pieces have no variable, so that they are freed at once: they take more memory than the ids
+        return encode_batch(
+            [render_conversation(each, self.template) for each in conversations],
+            self._encoder,
+            self.settings.model_max_length,
         )
-        results = (
-            EncodedRecord(each) if isinstance(each, Rejection) else self._select_examples(each, next(encodings))
-            for each in parsed
-        )
-        return [*results, *problems]
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -120,6 +134,9 @@ class Pipeline:
             return self._describe(conversation, encoded, [encoded], Counter() if encoded.spans else TOO_SHORT)
         settings, dropped = self.settings, Counter[str]()
         parts, room = [encoded], settings.model_max_length - 1
+        if conversation.rejected is not None:
+            pair = EncodedConversation(encoded.ids, self._select_spans(encoded.spans, dropped))
+            return self._describe(conversation, encoded, [pair], dropped)
         if unlearned := sum(not turn.learned and bool(turn.text.strip()) for turn in conversation.turns):
             dropped["zero_weight_targets"] = unlearned
         if settings.split_long and len(encoded.ids) > room:
@@ -164,9 +181,9 @@ class Pipeline:
         settings = self.settings
         selected = []
         for span in spans:
-            if settings.min_target_tokens and span.target_end - span.target_start < settings.min_target_tokens:
+            if settings.min_target_tokens and span.shortest_target < settings.min_target_tokens:
                 dropped["short_targets"] += 1
-            elif settings.drop_truncated_targets and not span.target_is_whole:
+            elif settings.drop_truncated_targets and not span.has_whole_targets:
                 dropped["truncated_targets"] += 1
             else:
                 selected.append(span)
@@ -191,7 +208,9 @@ def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
     Args:
         prefix: what was prepended to the first one, and doesn't count.
     """
-    texts = [conversation.system, *((turn.role, turn.text.removeprefix(prefix)) for turn in conversation.turns)]
+    turns = [(str(turn.role), turn.text.removeprefix(prefix)) for turn in conversation.turns]
+    turns += [("rejected", conversation.rejected)] if conversation.rejected is not None else []
+    texts = [conversation.system, *turns]
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
 
 

@@ -33,6 +33,8 @@ REJECTION_REASONS = {
     "same_role_twice": "two consecutive turns of the same role",
     "no_answer": "no answer to learn",
     "zero_weight": "every assistant turn has weight 0",
+    "no_preference": "a chosen or a rejected answer is missing, or both are the same",
+    "other_question": "a chosen and a rejected answer to different questions",
     LABELED_BAD: "an answer labeled bad (label: false, kto_tag: false), which supervised training doesn't learn",
     "long_word": "more than 100,000 characters that the tokenizer can't divide",
     "duplicate": "the same texts as an earlier conversation (dedupe)",

@@ -106,7 +106,7 @@ def _find_unwritable_characters(tokenizer: Tokenizer, sample: Iterable[Conversat
     check, lost = RoundTripCheck(tokenizer), LostCharacterCounts()
     num_targets = 0
     for conversation in sample:
-        num_targets += sum(turn.is_target for turn in conversation.turns)
+        num_targets += len(conversation.targets)
         lost.add(check.count_lost(conversation))
     counted = ((text, number) for text, _, number in lost.iterate_by_targets())
     frequent = takewhile(lambda item: item[1] >= MIN_TARGET_SHARE * num_targets, counted)
@@ -150,11 +150,10 @@ class RoundTripCheck:
             Character -> (occurrences, targets that contain it).
         """
         lost: dict[str, tuple[int, int]] = {}
-        for turn in conversation.turns:
-            if turn.is_target:
-                for text, count in self._iterate_lost(turn.text):
-                    before = lost.get(text, (0, 0))
-                    lost[text] = before[0] + count, before[1] + 1
+        for target in conversation.targets:
+            for text, count in self._iterate_lost(target):
+                before = lost.get(text, (0, 0))
+                lost[text] = before[0] + count, before[1] + 1
         return lost
 
     def _iterate_lost(self, text: str) -> Iterator[tuple[str, int]]:

@@ -159,6 +159,8 @@ class Architecture(ABC):
 
         Args:
             attention_mask: of a padded batch (B, S); None without padding.
+            decoder_input_ids: of a padded batch (B, T), or (n·B, T) if each source has n targets, which follow each
+                other.
             packing: model.attention.Segments of a packed batch; None: the batch is padded.
         """
 
@@ -185,6 +187,13 @@ class Architecture(ABC):
         if type(value) is not int or value < 0:
             raise CheckpointError(f"the base's config.json: {key}: {str(value)[:50]}: expected the id of a token")
         return value
+
+
+def repeat_for_targets(values: Any, decoder_input_ids: Any) -> Any:
+    """Repeat what there is for each source of a padded batch, so that there is one for each of its targets."""
+    if values is None or len(values) == len(decoder_input_ids):
+        return values
+    return values.repeat_interleave(len(decoder_input_ids) // len(values), 0)
 
 
 def get_layer_name(name: str) -> str:

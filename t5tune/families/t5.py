@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from t5tune.families.architecture import MAX_LAYERS, Architecture, Dimensions, Shapes, get_layer_name
+from t5tune.families.architecture import (
+    MAX_LAYERS,
+    Architecture,
+    Dimensions,
+    Shapes,
+    get_layer_name,
+    repeat_for_targets,
+)
 
 ATTENTION = ("q", "k", "v", "o")
 FEED_FORWARD = ("wi", "wi_0", "wi_1", "wo")
@@ -133,6 +140,10 @@ class T5(Architecture):
     ) -> Any:
         options = {} if packing is None else {"packing": packing}
         encoded_BSD = model.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
+        if packing is None:
+            encoded_BSD, attention_mask = (
+                repeat_for_targets(each, decoder_input_ids) for each in (encoded_BSD, attention_mask)
+            )
         hidden_BTD = model.decoder(
             input_ids=decoder_input_ids,
             encoder_hidden_states=encoded_BSD,

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from t5tune.errors import CheckpointError, ModelError
-from t5tune.families.architecture import MAX_LAYERS, Architecture, Dimensions, Shapes, get_layer_name
+from t5tune.families.architecture import (
+    MAX_LAYERS,
+    Architecture,
+    Dimensions,
+    Shapes,
+    get_layer_name,
+    repeat_for_targets,
+)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -179,6 +186,9 @@ class T5Gemma(Architecture):
             if attention_mask is None:  # otherwise they would take each pad token in a text for padding
                 attention_mask = input_ids.new_ones(input_ids.shape)
             encoded_BSD = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+            encoded_BSD, attention_mask = (
+                repeat_for_targets(each, decoder_input_ids) for each in (encoded_BSD, attention_mask)
+            )
             return decoder(
                 input_ids=decoder_input_ids,
                 attention_mask=decoder_input_ids.new_ones(decoder_input_ids.shape),

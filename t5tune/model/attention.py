@@ -47,6 +47,15 @@ def use_packing(model: Any) -> None:
     replace_forwards(model, FORWARDS | biased)
 
 
+def switch_off_dropout(model: Any) -> None:
+    """Set the dropout of hidden states and of adapters to 0; that of attention's probabilities stays."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 def switch_off_attention_dropout(model: Any) -> None:
     """Set the dropout of attention's probabilities to 0; that of hidden states stays."""
     for module in model.modules():

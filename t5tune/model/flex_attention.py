@@ -61,7 +61,8 @@ class PackedRows:
 
     Args:
         source_length, target_length: tokens of the rows, with the padding: multiples of BLOCK.
-        buffer: the segment numbers and block pairs in one tensor, so that one copy moves them to a GPU.
+        buffer: the segment numbers and block pairs in one tensor, so that one copy moves them to a GPU. A target token
+            has two numbers: that of its segment, and that of its source.
     """
 
     source_length: int
@@ -95,9 +96,9 @@ class PackedRows:
     @cached_property
     def _blocks(self) -> list[Blocks]:
         """Views of the buffer."""
-        lengths = self.source_length, self.target_length
+        lengths = self.source_length, self.target_length, self.target_length
         *segments, parts = torch.split(self.buffer, [*lengths, len(self.buffer) - sum(lengths)])
-        kinds, found, start = [(0, 0), (1, 1), (1, 0)], [], 0
+        kinds, found, start = [(0, 0), (1, 1), (2, 0)], [], 0
         for queries, keys in kinds:
             tensors = []
             for size in _list_sizes(lengths[queries], lengths[keys]):
@@ -107,23 +108,30 @@ class PackedRows:
         return found
 
 
-def divide_rows(sources: tuple[int, ...], targets: tuple[int, ...]) -> PackedRows:
+def divide_rows(
+    sources: tuple[int, ...], targets: tuple[int, ...], targets_by_source: tuple[int, ...] | None = None
+) -> PackedRows:
     """Divide the rows of a packed batch into blocks.
 
     Args:
         sources, targets: lengths of the examples, in tokens.
+        targets_by_source: number of target tokens of each source; None: each source has one target.
     """
     target_length = _round_up(sum(targets))
     # the target row's padding attends to the source row's, of which there must be some, too
     source_length = _round_up(sum(sources) + (target_length > sum(targets)))
-    source_ends, target_ends = (
+    source_ends, target_ends, ends_by_source = (
         np.cumsum([*lengths, total - sum(lengths)])
-        for lengths, total in ((sources, source_length), (targets, target_length))
+        for lengths, total in (
+            (sources, source_length),
+            (targets, target_length),
+            (targets_by_source or targets, target_length),
+        )
     )
-    parts = [_number_segments(source_ends), _number_segments(target_ends)]
+    parts = [_number_segments(ends) for ends in (source_ends, target_ends, ends_by_source)]
     parts += _find_blocks(source_ends, source_ends, is_causal=False)
     parts += _find_blocks(target_ends, target_ends, is_causal=True)
-    parts += _find_blocks(target_ends, source_ends, is_causal=False)
+    parts += _find_blocks(ends_by_source, source_ends, is_causal=False)
     buffer = np.concatenate(
         [np.pad(part.ravel(), (0, _align(part.size) - part.size)) for part in parts], dtype=np.int32
     )

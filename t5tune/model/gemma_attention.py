@@ -100,7 +100,7 @@ def forward_cross(
             (module.v_proj, memory_BK),
         )
     )
-    segments = zip(*_split(packing.targets, query), *_split(packing.sources, key, value), strict=True)
+    segments = zip(*_split(packing.targets_by_source, query), *_split(packing.sources, key, value), strict=True)
     return _project_output(module, [_attend(kind, module, q, k, v, None) for q, k, v in segments]), None
 
 
@@ -121,20 +121,18 @@ def forward_merged(
     memory_value = _split_heads(module, module.v_proj(memory_BK))
     see = _choose_mask_function(kind, module, is_decoder=True)
     assert see is not None, "a decoder doesn't see later tokens"
-    sources, targets = packing.sources, packing.targets
+    targets = packing.targets
+    sources = packing.repeat_for_targets(packing.sources)
+    memory_keys, memory_values = map(packing.repeat_for_targets, _split(packing.sources, memory_key, memory_value))
     masks: dict[tuple[int, int], torch.Tensor] = {}
     for source, target in set(zip(sources, targets, strict=True)):
         own_QK = _make_mask(see, target, hidden_BQ.device)
         masks[source, target] = functional.pad(own_QK, (0, source), value=True)
     attended = []
-    for source, target, queries, keys, values, memory_keys, memory_values in zip(
-        sources,
-        targets,
-        *_split(targets, query, key, value),
-        *_split(sources, memory_key, memory_value),
-        strict=True,
+    for source, target, queries, keys, values, source_keys, source_values in zip(
+        sources, targets, *_split(targets, query, key, value), memory_keys, memory_values, strict=True
     ):
-        both = torch.cat([keys, memory_keys], 2), torch.cat([values, memory_values], 2)
+        both = torch.cat([keys, source_keys], 2), torch.cat([values, source_values], 2)
         attended.append(_attend(kind, module, queries, *both, masks[source, target]))
     return _project_output(module, attended), None, None
 

@@ -209,7 +209,7 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
         problem = f"adapter: {folder}: its trained embedding rows belong to different tokens than this run's"
         raise CheckpointError(problem, hint=SAME_TOKENS_HINT)
     if (folder / TOKENIZER_CONFIG_FILE).is_file():
-        _check_same_tokens(folder, tokenizer_folder)
+        check_same_tokens(folder, tokenizer_folder)
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tensors[name].shape:
             shapes = f"shape {list(tensors[name].shape)}, but {list(parameter.shape)} in this run"
@@ -243,13 +243,20 @@ def _check_same_names(parameters: dict[str, Any], tensors: dict[str, Tensor], fo
         )
 
 
-def _check_same_tokens(folder: Path, tokenizer_folder: Path) -> None:
-    """Check that the run's tokenizer has all tokens of the saved adapter's, with the same ids."""
+def check_same_tokens(folder: Path, tokenizer_folder: Path, setting: str = "adapter") -> None:
+    """Check that the run's tokenizer has all tokens of a saved adapter's, with the same ids.
+
+    Args:
+        setting: the setting that names the adapter, for the message.
+
+    Raises:
+        CheckpointError: one is missing, or has another id.
+    """
     then, now = (load_tokenizer(path).get_vocab() for path in (folder, tokenizer_folder))
     for token in sorted(then, key=lambda token: -then[token]):
         if now.get(token) != then[token]:
             raise CheckpointError(
-                f"adapter: {folder}: its embedding row {then[token]} is that of {token!r}, which is missing from "
+                f"{setting}: {folder}: its embedding row {then[token]} is that of {token!r}, which is missing from "
                 "this run's tokenizer or has a different id there",
                 hint=SAME_TOKENS_HINT,
             )

@@ -2,7 +2,7 @@
 
     model = make_loss_class(T5ForConditionalGeneration)(config)
     total = model(**inputs, labels=labels_BT, reduction="sum")     # a scalar: the sum over all labels
-    losses_BT = model(**inputs, labels=labels_BT, reduction="none")    # the loss of each label, for evaluation
+    losses_BT = model(**inputs, labels=labels_BT, reduction="none")    # the loss of each label
 
 The loss that transformers' Trainer computes is wrong for T5: it averages each micro-batch in the model's dtype, and
 multiplies loss and gradient by the number of accumulation steps times the number of ranks. Here the loss is a sum in
@@ -18,15 +18,14 @@ Shapes: B examples of a micro-batch, T tokens of the longest target, N = B·T to
 D width, K trained rows of the head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial, wraps
-from typing import Any, Literal, NamedTuple
+from functools import cache, wraps
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
-from torch.nn import functional
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 IGNORED_LABEL = -100
@@ -35,15 +34,51 @@ LOGITS_PER_CHUNK = 2**23  # 32 MiB in fp32: 261 target tokens with T5's vocabula
 # with T5's vocabulary, 256 with mT5's.
 GPU_LOGITS_PER_CHUNK, GPU_MIN_CHUNK, GPU_TILE = 2**25, 256, 128
 
-Reduction = Literal["sum", "none"]
+Reduction = Literal["sum", "none", "hidden"]
 
 
-_compute_losses = partial(functional.cross_entropy, ignore_index=IGNORED_LABEL, reduction="none")
+class Criterion(Protocol):
+    """The losses of target tokens, from their logits."""
+
+    def __call__(
+        self, part: slice, logits_CV: torch.Tensor, wants_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the losses of the tokens in `part`, and their gradient with respect to the logits if it is wanted.
+
+        The memory of the logits may be used for the gradient.
+        """
+
+
+class CrossEntropy(NamedTuple):
+    """Cross-entropy of the labels that aren't IGNORED_LABEL; the others' is 0.
+
+    Args:
+        smoothing: probability mass spread uniformly over the vocabulary (Szegedy et al. 2016).
+    """
+
+    labels_N: torch.Tensor
+    smoothing: float = 0.0
+
+    def __call__(
+        self, part: slice, logits_CV: torch.Tensor, wants_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        is_target_C = self.labels_N[part] != IGNORED_LABEL
+        labels_C1 = self.labels_N[part, None].clamp_min(0)
+        # in place from here on: the logits become exp(logits - max), and then their gradient
+        losses_C, grad_CV, sum_C1 = _compute_losses_in_place(logits_CV, labels_C1, self.smoothing)
+        losses_C = torch.where(is_target_C, losses_C, 0.0)
+        if not wants_gradient:
+            return losses_C, None
+        is_target_C1 = is_target_C[:, None].to(logits_CV.dtype)
+        _compute_gradient_in_place(grad_CV, sum_C1, labels_C1, is_target_C1, self.smoothing)
+        return losses_C, grad_CV
 
 
 @cache
 def make_loss_class(model_class: Any) -> Any:
     """Extend a T5 class of transformers: with `reduction`, its forward returns the loss of the labels, not the logits.
+
+    `hidden` returns what the head would multiply with its weight. A `criterion` takes the place of cross-entropy.
 
     Without `reduction`, as in generation, forward is that of transformers; for a packed row it returns the logits.
     """
@@ -59,6 +94,7 @@ def make_loss_class(model_class: Any) -> Any:
             *arguments: Any,
             reduction: Reduction | None = None,
             label_smoothing: float = 0.0,
+            criterion: Criterion | None = None,
             **inputs: Any,
         ) -> Any:
             given = {name: value for name, value in inputs.items() if value is not None}
@@ -72,7 +108,10 @@ def make_loss_class(model_class: Any) -> Any:
                 return Seq2SeqLMOutput(
                     logits=logits_BTV if logit_cap is None else logit_cap * torch.tanh(logits_BTV / logit_cap)
                 )
-            return self.target_loss(hidden_BTD, labels_BT, head, reduction, label_smoothing, logit_cap)
+            if reduction == "hidden":
+                return hidden_BTD
+            criterion = criterion or CrossEntropy(labels_BT.flatten(), label_smoothing)
+            return self.target_loss(hidden_BTD, labels_BT.shape, head, reduction, criterion, logit_cap)
 
         def _compute_hidden_states(
             self,
@@ -102,21 +141,21 @@ class TargetLoss(nn.Module):
     def forward(
         self,
         hidden_BTD: torch.Tensor,
-        labels_BT: torch.Tensor,
+        shape: tuple[int, int],
         head: Any,
         reduction: Reduction,
-        label_smoothing: float = 0.0,
+        criterion: Criterion,
         logit_cap: float | None = None,
     ) -> torch.Tensor:
-        """Return the sum of the labels' losses (a scalar), or the loss of each label, not smoothed (B, T)."""
-        hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
+        """Return the sum of the labels' losses (a scalar), or the loss of each label, of this shape (B, T)."""
+        hidden_ND = hidden_BTD.flatten(0, -2)
         weights = read_head_weights(head, hidden_BTD.device)
+        if weights is None:
+            assert reduction == "none", "t5tune doesn't adapt the head, so it never trains with such an adapter"
+            return _compute_adapted_losses(hidden_ND, criterion, head, logit_cap).view(shape)
         if reduction == "sum":
-            assert weights is not None, "t5tune doesn't adapt the head, so it never trains with such an adapter"
-            return compute_summed_cross_entropy(hidden_ND, labels_N, weights, label_smoothing, logit_cap)
-        if weights is not None:
-            return compute_cross_entropies(hidden_ND, labels_N, weights, logit_cap).view(labels_BT.shape)
-        return _compute_adapted_cross_entropies(hidden_ND, labels_N, head, logit_cap).view(labels_BT.shape)
+            return compute_summed_loss(hidden_ND, criterion, weights, logit_cap)
+        return compute_token_losses(hidden_ND, criterion, weights, logit_cap).view(shape)
 
 
 class HeadWeights(NamedTuple):
@@ -157,8 +196,8 @@ def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeig
 
 
 @torch.no_grad()
-def _compute_adapted_cross_entropies(
-    hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: Any, logit_cap: float | None
+def _compute_adapted_losses(
+    hidden_ND: torch.Tensor, criterion: Criterion, head: Any, logit_cap: float | None
 ) -> torch.Tensor:
     parts = _slice_into_chunks(len(hidden_ND), head.out_features, hidden_ND.device)
     losses = []
@@ -166,7 +205,7 @@ def _compute_adapted_cross_entropies(
         logits_CV = head(hidden_ND[part]).float()
         if logit_cap is not None:
             _cap_in_place(logits_CV, logit_cap)
-        losses.append(_compute_losses(logits_CV, labels_N[part]))
+        losses.append(criterion(part, logits_CV, wants_gradient=False)[0])
     return torch.cat(losses)
 
 
@@ -183,29 +222,33 @@ def compute_summed_cross_entropy(
         label_smoothing: probability mass spread uniformly over the vocabulary (Szegedy et al. 2016).
         logit_cap: logits are cap · tanh(logits / cap) (Gemma Team 2024, "Gemma 2"); None: not capped.
     """
-    options = label_smoothing, logit_cap
-    total: torch.Tensor = _SummedCrossEntropy.apply(hidden_ND, labels_N, options, *head)  # type: ignore[no-untyped-call]
+    return compute_summed_loss(hidden_ND, CrossEntropy(labels_N, label_smoothing), head, logit_cap)
+
+
+def compute_summed_loss(
+    hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
+) -> torch.Tensor:
+    """Sum a criterion over all target tokens, in fp32."""
+    total: torch.Tensor = _SummedLoss.apply(hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return total
 
 
-@torch.no_grad()
 def compute_cross_entropies(
     hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: HeadWeights, logit_cap: float | None = None
 ) -> torch.Tensor:
-    """Compute the cross-entropy of each label in fp32, without gradients; 0 for IGNORED_LABEL."""
-    dtype, loss_dtype = _choose_dtypes(hidden_ND, head.weight_VD)
-    losses_N = torch.zeros(len(hidden_ND), dtype=loss_dtype, device=hidden_ND.device)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        head = head.to(dtype, loss_dtype)
-        for part in _slice_into_chunks(len(hidden_ND), len(head.weight_VD), hidden_ND.device):
-            logits_CV = head.compute_logits(hidden_ND[part].to(dtype), loss_dtype)
-            if logit_cap is not None:
-                _cap_in_place(logits_CV, logit_cap)
-            losses_N[part] = _compute_losses(logits_CV, labels_N[part])
+    """Compute the cross-entropy of each label in fp32; 0 for IGNORED_LABEL."""
+    return compute_token_losses(hidden_ND, CrossEntropy(labels_N), head, logit_cap)
+
+
+def compute_token_losses(
+    hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
+) -> torch.Tensor:
+    """Compute a criterion for each target token, in fp32."""
+    losses_N: torch.Tensor = _TokenLosses.apply(hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return losses_N
 
 
-def _choose_dtypes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+def choose_dtypes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Choose (the dtype of the head's product, that of the loss): the latter is fp32, or fp64 if the weight is fp64."""
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -267,57 +310,88 @@ def _compute_gradient_in_place(
     exp_CV.scatter_(1, labels_C1, exp_CV.gather(1, labels_C1) + (smoothing - 1) * is_target_C1)
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _Chunks:
+    """Computes the logits of one chunk of target tokens after the other, and adds up the gradients.
+
+    Args:
+        wants: whether the gradients of hidden states, weight and rows are wanted.
+        dtypes: of the head's product, and of the loss.
+    """
+
+    def __init__(
+        self,
+        hidden_ND: torch.Tensor,
+        criterion: Criterion,
+        logit_cap: float | None,
+        head: HeadWeights,
+        wants: Sequence[bool],
+        dtypes: tuple[torch.dtype, torch.dtype],
+    ) -> None:
+        self._hidden_ND, self._criterion, self._logit_cap = hidden_ND, criterion, logit_cap
+        self._dtype, self._loss_dtype = dtypes
+        self._head = head.to(*dtypes)
+        wants_hidden, wants_weight, wants_rows = wants
+        weight, rows = head.weight_VD, head.rows_KD
+        self.hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        self.weight_grad_VD = torch.zeros_like(weight, dtype=dtypes[1]) if wants_weight else None
+        self.rows_grad_KD = torch.zeros_like(rows, dtype=dtypes[1]) if rows is not None and wants_rows else None
+        self._wants_gradient = any(wants)
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        """Yield (part of the target tokens, their losses, the gradient of each loss by the logits) of each chunk."""
+        num_tokens, (vocab_size, _) = len(self._hidden_ND), self._head.weight_VD.shape
+        for part in _slice_into_chunks(num_tokens, vocab_size, self._hidden_ND.device):
+            logits_CV = self._head.compute_logits(self._hidden_ND[part].to(self._dtype), self._loss_dtype)
+            slope_CV = (
+                None if self._logit_cap is None else _cap_in_place(logits_CV, self._logit_cap, self._wants_gradient)
+            )
+            losses_C, grad_CV = self._criterion(part, logits_CV, self._wants_gradient)
+            if grad_CV is not None and slope_CV is not None:
+                grad_CV *= slope_CV
+            yield part, losses_C, grad_CV
+
+    def add_gradients(self, part: slice, grad_CV: torch.Tensor) -> None:
+        """Add the gradients of a chunk, given that by the logits, which is changed."""
+        hidden_CD = self._hidden_ND[part].to(self._dtype)
+        weight_VD, rows_KD, ids_K = self._head
+        grad_CK = None
+        if rows_KD is not None:
+            grad_CK = grad_CV[:, ids_K]
+            grad_CV[:, ids_K] = 0  # the rows of `weight` that are replaced don't affect the loss
+            if self.rows_grad_KD is not None:
+                self.rows_grad_KD.addmm_(grad_CK.T, hidden_CD.to(self._loss_dtype))
+        if self.weight_grad_VD is not None:
+            self.weight_grad_VD.addmm_(grad_CV.T, hidden_CD.to(self._loss_dtype))
+        if self.hidden_grad_ND is not None:
+            hidden_grad_CD = grad_CV.to(self._dtype) @ weight_VD
+            if grad_CK is not None and rows_KD is not None:
+                hidden_grad_CD = hidden_grad_CD + grad_CK @ rows_KD
+            self.hidden_grad_ND[part] = hidden_grad_CD
+
+
+class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden_ND: torch.Tensor,
-        labels_N: torch.Tensor,
-        options: tuple[float, float | None],
+        criterion: Criterion,
+        logit_cap: float | None,
         weight_VD: torch.Tensor,
         rows_KD: torch.Tensor | None,
         ids_K: torch.Tensor | None,
     ) -> torch.Tensor:
-        smoothing, logit_cap = options
-        dtype, loss_dtype = _choose_dtypes(hidden_ND, weight_VD)
+        dtypes = choose_dtypes(hidden_ND, weight_VD)
         wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
-        wants_gradient = wants_hidden or wants_weight or wants_rows
-        total = torch.zeros((), dtype=loss_dtype, device=hidden_ND.device)
-        hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        weight_grad_VD = torch.zeros_like(weight_VD, dtype=loss_dtype) if wants_weight else None
-        rows_grad_KD = torch.zeros_like(rows_KD, dtype=loss_dtype) if rows_KD is not None and wants_rows else None
+        total = torch.zeros((), dtype=dtypes[1], device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            head = HeadWeights(weight_VD, rows_KD, ids_K).to(dtype, loss_dtype)
-            weight_VD, rows_KD, _ = head
-            for part in _slice_into_chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
-                hidden_CD = hidden_ND[part].to(dtype)
-                logits_CV = head.compute_logits(hidden_CD, loss_dtype)
-                slope_CV = None if logit_cap is None else _cap_in_place(logits_CV, logit_cap, wants_gradient)
-                is_target_C = labels_N[part] != IGNORED_LABEL
-                labels_C1 = labels_N[part, None].clamp_min(0)
-                # in place from here on: the logits become exp(logits - max), and then their gradient
-                losses_C, grad_CV, sum_C1 = _compute_losses_in_place(logits_CV, labels_C1, smoothing)
-                total += torch.where(is_target_C, losses_C, 0.0).sum()
-                if not wants_gradient:
-                    continue
-                is_target_C1 = is_target_C[:, None].to(loss_dtype)
-                _compute_gradient_in_place(grad_CV, sum_C1, labels_C1, is_target_C1, smoothing)
-                if slope_CV is not None:
-                    grad_CV *= slope_CV
-                grad_CK = None
-                if rows_KD is not None:
-                    grad_CK = grad_CV[:, ids_K]
-                    grad_CV[:, ids_K] = 0  # the rows of `weight` that are replaced don't affect the loss
-                    if rows_grad_KD is not None:
-                        rows_grad_KD.addmm_(grad_CK.T, hidden_CD.to(loss_dtype))
-                if weight_grad_VD is not None:
-                    weight_grad_VD.addmm_(grad_CV.T, hidden_CD.to(loss_dtype))
-                if hidden_grad_ND is not None:
-                    hidden_grad_CD = grad_CV.to(dtype) @ weight_VD
-                    if grad_CK is not None and rows_KD is not None:
-                        hidden_grad_CD = hidden_grad_CD + grad_CK @ rows_KD
-                    hidden_grad_ND[part] = hidden_grad_CD
-        ctx.save_for_backward(hidden_grad_ND, weight_grad_VD, rows_grad_KD)
+            head = HeadWeights(weight_VD, rows_KD, ids_K)
+            wants = wants_hidden, wants_weight, wants_rows
+            chunks = _Chunks(hidden_ND, criterion, logit_cap, head, wants, dtypes)
+            for part, losses_C, grad_CV in chunks:
+                total += losses_C.sum()
+                if grad_CV is not None:
+                    chunks.add_gradients(part, grad_CV)
+        ctx.save_for_backward(chunks.hidden_grad_ND, chunks.weight_grad_VD, chunks.rows_grad_KD)
         return total
 
     @staticmethod
@@ -325,3 +399,59 @@ class _SummedCrossEntropy(torch.autograd.Function):
         (scale,) = scales
         hidden, weight, rows = (None if grad is None else grad * scale for grad in ctx.saved_tensors)
         return hidden, None, None, weight, rows, None
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The loss of each token, whose incoming gradient is known only in the backward pass.
+
+    It is a factor of the token's hidden state's gradient, which is therefore computed in the forward pass, as for a
+    sum. The gradients of head and rows are sums over the tokens. Where they are wanted, the backward pass computes the
+    logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        criterion: Criterion,
+        logit_cap: float | None,
+        weight_VD: torch.Tensor,
+        rows_KD: torch.Tensor | None,
+        ids_K: torch.Tensor | None,
+    ) -> torch.Tensor:
+        dtypes = choose_dtypes(hidden_ND, weight_VD)
+        wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
+        ctx.computes_again = wants_weight or wants_rows
+        ctx.rest = criterion, logit_cap, dtypes
+        losses_N = torch.zeros(len(hidden_ND), dtype=dtypes[1], device=hidden_ND.device)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            head = HeadWeights(weight_VD, rows_KD, ids_K)
+            wants = wants_hidden and not ctx.computes_again, False, False
+            chunks = _Chunks(hidden_ND, criterion, logit_cap, head, wants, dtypes)
+            for part, losses_C, grad_CV in chunks:
+                losses_N[part] = losses_C
+                if grad_CV is not None:
+                    chunks.add_gradients(part, grad_CV)
+        if ctx.computes_again:
+            ctx.save_for_backward(hidden_ND, weight_VD, rows_KD, ids_K)
+        else:
+            ctx.save_for_backward(chunks.hidden_grad_ND)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *factors: Any) -> Any:
+        (factors_N,) = factors
+        if not ctx.computes_again:
+            (grad_ND,) = ctx.saved_tensors
+            hidden = None if grad_ND is None else (grad_ND * factors_N[:, None]).to(grad_ND.dtype)
+            return hidden, None, None, None, None, None
+        hidden_ND, *weights = ctx.saved_tensors
+        criterion, logit_cap, dtypes = ctx.rest
+        wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            wants = wants_hidden, wants_weight, wants_rows
+            chunks = _Chunks(hidden_ND, criterion, logit_cap, HeadWeights(*weights), wants, dtypes)
+            for part, _, grad_CV in chunks:
+                assert grad_CV is not None
+                chunks.add_gradients(part, grad_CV.mul_(factors_N[part, None]))
+        return chunks.hidden_grad_ND, None, None, chunks.weight_grad_VD, chunks.rows_grad_KD, None

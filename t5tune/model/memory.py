@@ -26,7 +26,7 @@ from t5tune.checkpoints.adapter import PEFT_PREFIX
 from t5tune.compat.torch_patches import replace_attention_kernel
 from t5tune.families.architecture import WEIGHT_KINDS, Architecture
 from t5tune.model import fused
-from t5tune.model.attention import can_pack, use_packing
+from t5tune.model.attention import can_pack, switch_off_attention_dropout, switch_off_dropout, use_packing
 from t5tune.model.load import build_empty_model, find_quantizable_linears
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import use_gpu_chunks
@@ -79,6 +79,10 @@ def build_empty_training_model(architecture: Architecture, settings: Any, num_to
             model, _ = add_lora(model, Path(), lora_settings, rows, adapter_dtype)
     if settings.packing != "off" and can_pack(model):
         use_packing(model)
+    if not settings.has_dropout:
+        switch_off_dropout(model)
+    if not settings.has_attention_dropout:
+        switch_off_attention_dropout(model)
     fused.use_fused_layers(model)
     return model.train()
 

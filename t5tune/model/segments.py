@@ -6,13 +6,16 @@
 B batch (1 if packed), Q query tokens, K key tokens, H heads, D head width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
 
 from t5tune.model.flex_attention import PackedRows
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,23 @@ class Segments:
 
     Args:
         sources, targets: lengths of the examples' sources and targets, in order, in tokens.
+        targets_per_source: 2 for preference pairs, whose two targets follow each other; both attend to the same source.
         rows: how the rows are divided into blocks; None: attention loops over the segments.
     """
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
     rows: PackedRows | None = None
+    targets_per_source: int = 1
+
+    @property
+    def targets_by_source(self) -> tuple[int, ...]:
+        """The number of target tokens that attend to each source."""
+        return add_up_groups(self.targets, self.targets_per_source)
+
+    def repeat_for_targets(self, items: Sequence[Item]) -> list[Item]:
+        """Repeat what there is for each source, so that there is one for each target."""
+        return [item for item in items for _ in range(self.targets_per_source)]
 
     def to(self, device: Any, non_blocking: bool = False) -> "Segments":
         """Copy the rows' blocks to a device. accelerate calls this for a batch."""
@@ -39,6 +53,11 @@ class Segments:
     def number_positions(self, lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """Number the tokens of a row, from 0 in each segment: [1, tokens]."""
         return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+
+
+def add_up_groups(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Add up the lengths of each `size` segments that follow each other."""
+    return tuple(sum(lengths[start : start + size]) for start in range(0, len(lengths), size))
 
 
 def segment_attention(

@@ -49,8 +49,8 @@ def forward(
         blocks = getattr(packing.rows, kind)
         attended_BQHD = flex_attend(query_BHQD, key_BHKD, value_BHKD, blocks, bias, kind == "decoder", dropout)
     else:
-        queries = packing.targets if module.is_decoder else packing.sources
-        keys = queries if memory_BK is None else packing.sources
+        keys = packing.targets if module.is_decoder and memory_BK is None else packing.sources
+        queries = keys if memory_BK is None else packing.targets_by_source  # a query's place has no effect there
         attended_BQHD = segment_attention(query_BHQD, key_BHKD, value_BHKD, list(queries), list(keys), bias, dropout)
     output_BQ = module.o(attended_BQHD.flatten(2))
     return (output_BQ, bias, None) if "position_bias" in kwargs else (output_BQ, None)

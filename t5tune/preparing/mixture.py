@@ -19,7 +19,7 @@ from t5tune.data.mixture import (
     SUMMED,
     Dataset,
     Mixture,
-    check_tokenizers,
+    check_datasets,
     describe_shares,
     is_left_over,
     is_mixture,
@@ -113,7 +113,7 @@ def _add_counts(prepared: Sequence[_Prepared]) -> dict[str, Any]:
 
 def _write_mixture(mixture: Mixture, origin: Origin) -> tuple[dict[str, Any], Mixture]:
     """Write the files of a mixture besides its caches. Return its manifest, and what is left to train on."""
-    check_tokenizers(mixture.datasets, origin.setting)
+    check_datasets(mixture.datasets, origin.setting)
     folder, (training, _) = mixture.folder, mixture.split_as_prepared()
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / TEMPLATE_FILE, to_yaml(dict(vars(mixture.main.cache.template))).encode())

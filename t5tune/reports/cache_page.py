@@ -15,6 +15,7 @@ MAX_EXAMPLE_CHARACTERS = 10_000_000  # of HTML; browsers need seconds for more
 LEGEND = {
     "source": ("source", "what the model reads"),
     "target": ("target", "what the model learns to write"),
+    "rejected": ("rejected", "of a preference pair, the worse answer; its target is the better one"),
     "cut": ("cut off", "text beyond model_max_length, which the model never sees"),
     "added": ("{ ↵", "tokens added to the vocabulary; ↵ is a line break"),
     "unknown": ("<unk>", "a character that isn't in the vocabulary"),
@@ -82,11 +83,8 @@ def _render_example(example: ExampleView, tokenizer: Tokenizer, added: set[int])
     }
     facts = f"example {example.index} · conversation {example.conversation} · turn {example.turn}"
     sides = (
-        f'<p class="note">{side} ({_format_length(len(ids), len(cut))})</p><pre class="{side}">{text[side]}</pre>'
-        for side, ids, cut in (
-            ("source", example.source_ids, example.source_cut),
-            ("target", example.target_ids, example.target_cut),
-        )
+        f'<p class="note">{side} ({_format_length(*length)})</p><pre class="{side}">{text[side]}</pre>'
+        for side, length in example.lengths.items()
     )
     return f'<article><p class="soft">{facts}</p>{"".join(sides)}</article>'
 

@@ -47,7 +47,7 @@ circle { stroke: var(--card); stroke-width: 1; }
 .dot-3 { fill: var(--c3); } .dot-4 { fill: var(--c4); } .dot-5 { fill: var(--c5); }
 .legend { font-weight: 400; } .legend span { margin-left: .9rem; }
 .key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .key-2, .target { color: var(--c2); }
-.key-3 { color: var(--c3); } .key-4 { color: var(--c4); } .key-5 { color: var(--c5); }
+.key-3, .rejected { color: var(--c3); } .key-4 { color: var(--c4); } .key-5 { color: var(--c5); }
 .cut { color: var(--cut); text-decoration: line-through; }
 .added { color: var(--mark); } .special { color: var(--soft); }
 .unknown { background: var(--cut); color: var(--back); border-radius: .2rem; }

@@ -28,7 +28,13 @@ from t5tune.settings.flags import list_flags, list_without_flags
 REPORT_FILE = "report.html"
 GIB = 1 << 30
 # evaluation metrics that are shown at the top, in addition to the table
-TILE_METRICS = ("loss", "perplexity", "exact_match", "rougeL", "field_f1")
+TILE_METRICS = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "exact_match", "rougeL", "field_f1")
+# what preference training and distillation also log: name -> title of the chart
+OBJECTIVE_CHARTS = {
+    "rewards/accuracies": "Share of pairs whose chosen answer has the larger reward",
+    "rewards/margins": "Margin of the rewards",
+    "kl": "Divergence from the teacher, per token",
+}
 # settings for a single start of a run, which aren't part of the command that made it
 NOT_REPEATED = {"fresh", "allow_change", "dry_run"}
 
@@ -113,18 +119,18 @@ def _draw_training_charts(lines: list[dict[str, Any]], datasets: Iterable[str]) 
     def of(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
         return [(line["step"], line[name] * scale) for line in lines if isinstance(line.get(name), int | float)]
 
-    losses = [
-        Series("training", of("loss"), is_smoothed=True),
-        Series("held out", of("eval_loss"), is_marked=True),
-    ]
+    def list_both(name: str) -> list[Series]:
+        return [Series("training", of(name), is_smoothed=True), Series("held out", of(f"eval_{name}"), is_marked=True)]
+
     by_dataset = [
         Series(name, points, is_marked=True)
         for name in datasets
         if (points := of(f"eval_{prefix_metric(name, 'loss')}"))
     ]
     return [
-        draw_line_chart("Loss", losses, allow_log=True),
+        draw_line_chart("Loss", list_both("loss"), allow_log=True),
         *([draw_line_chart("Held-out loss by dataset", by_dataset, allow_log=True)] if by_dataset else []),
+        *(draw_line_chart(title, list_both(name)) for name, title in OBJECTIVE_CHARTS.items() if of(name)),
         draw_line_chart("Learning rate", [Series("learning rate", of("learning_rate"))]),
         draw_line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], allow_log=True),
         draw_line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))]),

@@ -7,13 +7,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from t5tune.errors import suggest_name
-from t5tune.metrics import METRICS
+from t5tune.metrics import METRICS, PREFERENCE_METRICS
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.data import DataSettings, MixingSettings, SplitSettings, TrainingDataSettings
+from t5tune.settings.distillation import DistillationSettings
 from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathAsText, PathList, Settings, WordList
 from t5tune.settings.hub import HubSettings, HubStrategySettings
 from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
+from t5tune.settings.preferences import PreferenceSettings
 from t5tune.settings.reading import ConversationSettings, SelectionSettings
 from t5tune.settings.shard import ShardSettings
 from t5tune.settings.shared import (
@@ -32,6 +34,8 @@ from t5tune.settings.training import (
     TrainingSettings,
 )
 
+SAMPLING_TEMPERATURE = 1.0  # for two replies that differ
+
 
 class PrepareSettings(
     OutputSettings, SplitSettings, MixingSettings, SelectionSettings, ShardSettings, BaseModelSettings
@@ -49,6 +53,8 @@ class TrainSettings(
     ProcessSettings,
     EvaluationSettings,
     TrainingSettings,
+    PreferenceSettings,
+    DistillationSettings,
     QuantizationSettings,
     InitialAdapterSettings,
     TrainingDataSettings,
@@ -75,7 +81,7 @@ class TrainSettings(
 
     @model_validator(mode="after")
     def _check_metrics(self) -> "TrainSettings":
-        best, losses = self.metric_for_best_model, ("loss", "perplexity")
+        best, losses = self.metric_for_best_model, ("loss", "perplexity", *PREFERENCE_METRICS)
         if best in METRICS and self.metrics is not None and best not in self.metrics:
             raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
         known = (*losses, *METRICS)
@@ -194,6 +200,9 @@ class ChatSettings(ConversationSettings, InferenceSettings):
         "device",
     )  # fmt: skip
     panel: ClassVar[str] = "Chat"
+    notes_on_implied: ClassVar[Mapping[str, str]] = {
+        "temperature": f"save_preferences samples replies, with temperature {SAMPLING_TEMPERATURE}"
+    }
 
     prompt: str | None = Field(
         default=None, description="Reply to this one message and exit; default: start an interactive chat."
@@ -217,6 +226,23 @@ class ChatSettings(ConversationSettings, InferenceSettings):
         description="Nucleus sampling (top-p): sample from the smallest set of tokens with this total probability.",
     )
     seed: int = Field(default=42, ge=0, description="Random seed for sampling.")
+    save_preferences: Annotated[Path | None, NoneIfUnset] = Field(
+        default=None,
+        description="Sample two replies to each message, ask which one is better, and append the pair to this JSON "
+        "Lines file, from which objective dpo and orpo learn.",
+    )
+
+    @model_validator(mode="after")
+    def _check_preferences(self) -> "ChatSettings":
+        if self.save_preferences is None:
+            return self
+        if self.prompt is not None:
+            raise ValueError("save_preferences: asks which reply is better, in an interactive chat; leave out prompt")
+        if "temperature" not in self.model_fields_set:
+            self.__dict__["temperature"] = SAMPLING_TEMPERATURE  # it still isn't set, as bf16 with q_lora
+        if self.temperature == 0:
+            raise ValueError("save_preferences: temperature 0 gives the same reply twice; set it to 1, for example")
+        return self
 
 
 class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, InferenceSettings):
@@ -250,6 +276,14 @@ class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, Inferenc
     q_lora: bool = Field(
         default=False, description="Quantize the base to 4 bits or int8; default: as in training, like its options."
     )
+
+    @model_validator(mode="after")
+    def _check_objective_of_evaluation(self) -> "EvaluateSettings":
+        if self.reads_preferences:
+            raise ValueError(
+                f"objective: {self.objective}: evaluate compares predictions with the chosen answers; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_device_of_ranks(self) -> "EvaluateSettings":

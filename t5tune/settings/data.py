@@ -16,7 +16,12 @@ from t5tune.settings.datasets import (
     name_datasets,
 )
 from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, WordList
-from t5tune.settings.reading import ConversationSettings, ReadingSettings, SelectionSettings
+from t5tune.settings.reading import (
+    PREFERENCE_OBJECTIVES,
+    ConversationSettings,
+    ReadingSettings,
+    SelectionSettings,
+)
 
 
 class DataSettings(ReadingSettings, ConversationSettings):
@@ -78,6 +83,11 @@ class DataSettings(ReadingSettings, ConversationSettings):
                 raise ValueError(f"{name}: {error}") from None
             if any("-" in dataset.path for dataset in datasets):
                 raise ValueError(f"{name}: standard input (`-`) can't be one of several datasets; write it to a file")
+        for name, dataset in zip(name_datasets(self.data or []), self.data or [], strict=True):
+            own = dataset.objective if "objective" in dataset.model_fields_set else self.objective
+            if own != self.objective and {own, self.objective} & {*PREFERENCE_OBJECTIVES}:
+                problem = f"data: {name}: objective {own}, but that of the command is {self.objective}"
+                raise ValueError(f"{problem}; preference pairs can't be mixed with other data")
         for name in ("data_subset", "data_split"):
             if self.data is not None and getattr(self, name) is not None:
                 raise ValueError(f"{name}: {getattr(self, name)}: give it in the dataset that it is for")

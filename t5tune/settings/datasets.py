@@ -23,12 +23,20 @@ from t5tune.file_names import (
     TRAINING_DATA_FILE,
 )
 from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, exists, read_data
-from t5tune.settings.reading import NOT_OF_RAW_TEXT, ConversationSettings, ReadingSettings, SelectionSettings
+from t5tune.settings.reading import (
+    NOT_OF_PREFERENCES,
+    NOT_OF_RAW_TEXT,
+    PREFERENCE_OBJECTIVES,
+    ConversationSettings,
+    ReadingSettings,
+    SelectionSettings,
+)
 
 PATHS_OF_DATASETS = {"data": "data_path", "eval_data": "eval_data_path"}
 """Setting with datasets -> the setting with the paths of all of them."""
 NOT_OF_A_DATASET = {"data", "data_path", "mixing", "mixing_temperature", "mixing_cap", "data_subset", "data_split"}
 """Settings of a command that don't apply to each of its datasets."""
+COLUMNS = {"source_column", "target_column", "rejected_column"}
 RESERVED_NAMES = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
 MAX_NAME_LENGTH = 64
 Model = TypeVar("Model", bound=Settings)
@@ -98,13 +106,13 @@ def _list_unsuitable(given: Mapping[str, Any]) -> set[str]:
     """List the settings that a dataset's own ones rule out."""
     names = set[str]()
     if given.get("objective") == "span-corruption":
-        names |= {"source_prefix", "target_column", "data_format", *NOT_OF_RAW_TEXT}
+        names |= {"source_prefix", "target_column", "rejected_column", "data_format", *NOT_OF_RAW_TEXT}
     elif "objective" in given:
-        names |= {"denoisers"}
+        names |= {"denoisers", *(NOT_OF_PREFERENCES if given["objective"] in PREFERENCE_OBJECTIVES else ())}
     if given.get("data_format") not in (None, "auto", "source-target"):
-        names |= {"source_prefix", "source_column", "target_column"}
-    if "source_column" in given or "target_column" in given:  # who names one column describes the whole layout
-        names |= {"data_format", "source_column", "target_column"}
+        names |= {"source_prefix", *COLUMNS}
+    if COLUMNS & given.keys():  # who names one column describes the whole layout
+        names |= {"data_format", *COLUMNS}
     return names - given.keys()
 
 

@@ -8,7 +8,10 @@ from t5tune.settings.affects import Affects
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
 
-Objective = Literal["sft", "span-corruption"]
+Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
+PREFERENCE_OBJECTIVES = ("dpo", "orpo")
+NOT_OF_PREFERENCES = {"train_on", "split_long"}
+"""Settings that choose or divide answers, of which a preference pair has two for one source."""
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
 """Settings that choose or cut answers, of which raw text has none."""
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
@@ -38,10 +41,10 @@ class ReadingSettings(Settings):
     is_complete: ClassVar[bool] = True
     """Whether settings that conflict are refused: not of a dataset, for which others may be those of the command."""
 
-    objective: Annotated[Objective, Affects.EXAMPLES] = Field(
+    objective: Annotated[Objective, Affects.EXAMPLES | Affects.WEIGHTS] = Field(
         default="sft",
-        description="What is learned: the targets of examples (supervised fine-tuning), or masked spans of raw text "
-        "(`text` records and .txt files), as in T5's pretraining: span-corruption.",
+        description="What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo: "
+        "records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).",
     )
     denoisers: Annotated[WordList, Affects.EXAMPLES] = Field(
         default=["t5"],
@@ -56,6 +59,11 @@ class ReadingSettings(Settings):
     )
     target_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default=None, description="Column or key with the output; default: detected."
+    )
+    rejected_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES] = Field(
+        default=None,
+        description="Column or key with the worse answer of a preference pair (objective dpo, orpo); the better one is "
+        "in target_column; default: rejected, and chosen.",
     )
     source_prefix: Annotated[str, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default="",
@@ -85,13 +93,24 @@ class ReadingSettings(Settings):
         """Whether spans of raw text are masked."""
         return self.objective == "span-corruption"
 
+    @property
+    def reads_preferences(self) -> bool:
+        """Whether each record has two answers, a chosen and a rejected one."""
+        return self.objective in PREFERENCE_OBJECTIVES
+
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
         if not self.is_complete:
             return self
+        if not self.is_raw_text and "denoisers" in self.model_fields_set and self.denoisers != ["t5"]:
+            raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption")
+        if not self.reads_preferences and self.rejected_column is not None:
+            raise ValueError(f"rejected_column: {self.rejected_column!r:.80}: only for objective dpo and orpo")
+        for name in NOT_OF_PREFERENCES & self.model_fields_set if self.reads_preferences else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                problem = f"{name}: {value}, but objective {self.objective} learns the last answers of each record"
+                raise ValueError(problem)
         if not self.is_raw_text:
-            if "denoisers" in self.model_fields_set and self.denoisers != ["t5"]:
-                raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption")
             return self
         for name in ("target_column", "source_prefix"):
             if value := getattr(self, name):
@@ -107,7 +126,7 @@ class ReadingSettings(Settings):
     def _check_columns_match_format(self) -> Self:
         if not self.is_complete:
             return self
-        for name in ("source_column", "target_column", "source_prefix"):
+        for name in ("source_column", "target_column", "rejected_column", "source_prefix"):
             if (value := getattr(self, name)) and self.data_format not in ("auto", "source-target"):
                 raise ValueError(f"{name}: {value!r:.80}, but data_format {self.data_format} doesn't use it")
         return self

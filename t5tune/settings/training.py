@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
+from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 from t5tune.settings.shared import MetricSettings, OutputSettings
 
 
@@ -60,6 +61,11 @@ class TrainingSettings(Settings):
         default="auto",
         description="How attention over packed rows is computed: in one compiled kernel per layer (flex), or in a loop "
         "over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.",
+    )
+    dropout: Annotated[bool | None, Affects.WEIGHTS] = Field(
+        default=None,
+        description="Apply dropout, with the base's own rate and lora_dropout; default: yes, but not for objective dpo "
+        "and orpo.",
     )
     attention_dropout: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True,
@@ -143,6 +149,19 @@ class TrainingSettings(Settings):
             self.__dict__["bf16"] = True  # it still isn't set: `replace(q_lora=False)` turns it off
         return self
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether dropout is applied.
+
+        Without it, the policy has the reference's probabilities in the first step of preference training.
+        """
+        return getattr(self, "objective", "sft") not in PREFERENCE_OBJECTIVES if self.dropout is None else self.dropout
+
+    @property
+    def has_attention_dropout(self) -> bool:
+        """Whether dropout is applied to attention's probabilities."""
+        return self.has_dropout and self.attention_dropout
+
     @field_validator("fp16")
     @classmethod
     def _reject_fp16(cls, value: bool) -> bool:
@@ -174,7 +193,8 @@ class EvaluationSettings(MetricSettings):
     ] = Field(
         default=None,
         description="Keep the checkpoint that is best by this held-out metric, and use its weights as the final ones: "
-        "loss, perplexity or, with eval_generate, one of metrics or metric; default: use the last checkpoint.",
+        "loss, perplexity, with eval_generate one of metrics or metric, or for objective dpo and orpo one such as "
+        "rewards/accuracies; default: use the last checkpoint.",
         json_schema_extra={"metavar": "NAME"},
     )
     early_stopping_patience: Annotated[OptionalCount, Affects.FINAL_WEIGHTS | Affects.EVALUATION] = Field(

@@ -11,13 +11,18 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from t5tune.data.batching import Integers, TokenBudget, make_count_batches
-from t5tune.data.encoding import Example
+from t5tune.data.encoding import Example, PreferencePair
 from t5tune.data.mixture import Examples
 from t5tune.errors import SettingsError
 from t5tune.model.flex_attention import divide_rows
 from t5tune.model.loss import IGNORED_LABEL
 from t5tune.model.segments import Segments
 from t5tune.settings import TrainSettings
+
+NOTHING = np.array([IGNORED_LABEL])
+"""The target of a filler."""
+REFERENCE = "reference"
+"""Key in a micro-batch of preference pairs: the log-probabilities under the reference model, (pairs, 2)."""
 
 
 class Draw(NamedTuple):
@@ -36,17 +41,30 @@ class Draw(NamedTuple):
 
 
 class ExampleDataset(Dataset[Example]):
-    """The examples of a token cache or a mixture as a torch Dataset, whose items are chosen by `Draw`."""
+    """The examples of a token cache or a mixture as a torch Dataset, whose items are chosen by `Draw`.
 
-    def __init__(self, examples: Examples) -> None:
+    Args:
+        reference: of preference pairs, the log-probabilities under the reference model.
+    """
+
+    def __init__(self, examples: Examples, reference: Sequence[tuple[float, float]] | None = None) -> None:
         self.examples = examples
+        self.reference = reference
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, draw: Draw) -> Example:
         example = self.examples.read(draw.example, draw.repeat)
-        return Example(example.source_S[-1:], np.array([IGNORED_LABEL])) if draw.is_filler else example
+        if isinstance(example, PreferencePair):
+            reference = None if self.reference is None else self.reference[draw.example]
+            pair = replace(example, reference=reference)
+            return (
+                replace(pair, source_S=pair.source_S[-1:], target_T=NOTHING, rejected_R=NOTHING)
+                if draw.is_filler
+                else pair
+            )
+        return Example(example.source_S[-1:], NOTHING) if draw.is_filler else example
 
 
 class StepSampler(Sampler[list[Draw]]):
@@ -146,6 +164,8 @@ def make_sampler(settings: TrainSettings, examples: Examples, is_packed: bool, n
     """Make the sampler that the settings ask for."""
     draw = None if examples.has_every_example_once else partial(examples.draw_epoch, settings.seed)
     sources, targets = examples.read_lengths()
+    if examples.has_preferences and not is_packed and settings.tokens_per_batch is not None:
+        targets = 2 * examples.read_longest_targets()  # both targets of a pair are padded to the longest
     longest = int((sources + targets)[examples.list_drawn()].max())
     draws = EpochDraws(sources, targets, settings.seed, draw, settings.num_train_epochs, settings.max_steps, longest)
     step_size = settings.gradient_accumulation_steps * num_ranks
@@ -211,11 +231,13 @@ class PackedCollator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         sources = [example.source_S for example in examples]
-        targets = [example.target_T for example in examples]
+        targets = _list_targets(examples)
         shifted = _shift_right(targets, self.decoder_start_token_id)
-        segments = Segments(tuple(map(len, sources)), tuple(map(len, targets)))
+        per_source = len(targets) // len(sources)
+        segments = Segments(tuple(map(len, sources)), tuple(map(len, targets)), targets_per_source=per_source)
         if self.divides_rows:
-            segments = replace(segments, rows=(rows := divide_rows(segments.sources, segments.targets)))
+            rows = divide_rows(segments.sources, segments.targets, segments.targets_by_source)
+            segments = replace(segments, rows=rows)
             sources.append(np.full(rows.source_length - sum(segments.sources), self.pad_token_id))
             padding = rows.target_length - sum(segments.targets)
             shifted.append(np.full(padding, self.pad_token_id))
@@ -225,6 +247,7 @@ class PackedCollator:
             "decoder_input_ids": _concatenate(shifted),
             "labels": _concatenate(targets),
             "packing": segments,
+            **_list_reference(examples),
         }
 
 
@@ -232,7 +255,8 @@ class PaddedCollator:
     """Pads a batch to its longest source and target.
 
     The decoder's input is its start token and the targets shifted right; padding gets the label -100. The attention
-    mask is made from lengths, so that a pad token within a text counts as text.
+    mask is made from lengths, so that a pad token within a text counts as text. The two targets of a preference pair
+    follow each other.
     """
 
     def __init__(self, pad_token_id: int, decoder_start_token_id: int) -> None:
@@ -241,14 +265,34 @@ class PaddedCollator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         sources = [example.source_S for example in examples]
-        targets = [example.target_T for example in examples]
+        targets = _list_targets(examples)
         shifted = _shift_right(targets, self.decoder_start_token_id)
         return {
             "input_ids": _pad(sources, self.pad_token_id),
             "attention_mask": _pad([np.ones_like(source) for source in sources], 0),
             "decoder_input_ids": _pad(shifted, self.pad_token_id),
             "labels": _pad(targets, IGNORED_LABEL),
+            **_list_reference(examples),
         }
+
+
+def make_collator(
+    start_token_id: int, pad_token_id: int, is_packed: bool, divides_rows: bool = False
+) -> PackedCollator | PaddedCollator:
+    """Make the collator of packed or of padded batches."""
+    if is_packed:
+        return PackedCollator(start_token_id, pad_token_id, divides_rows)
+    return PaddedCollator(pad_token_id, start_token_id)
+
+
+def _list_targets(examples: Sequence[Example]) -> list[Any]:
+    return [target for example in examples for target in example.targets]
+
+
+def _list_reference(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Return the log-probabilities of preference pairs under the reference model, if they are known."""
+    known = [each.reference for each in examples if isinstance(each, PreferencePair) and each.reference is not None]
+    return {REFERENCE: torch.tensor(known, dtype=torch.float64)} if known else {}
 
 
 def _shift_right(targets: list[Any], start: int) -> list[Any]:

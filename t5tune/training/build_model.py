@@ -21,7 +21,7 @@ from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.mixture import Examples
 from t5tune.errors import SettingsError
 from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE, TEMPLATE_FILE
-from t5tune.model.attention import can_pack, switch_off_attention_dropout, use_packing
+from t5tune.model.attention import can_pack, switch_off_attention_dropout, switch_off_dropout, use_packing
 from t5tune.model.fused import compile_layers, use_fused_layers
 from t5tune.model.load import count_parameters, load_base
 from t5tune.model.lora import add_lora, load_initial_adapter
@@ -41,6 +41,7 @@ class BuiltModel:
         weights: how its trained tensors are saved.
         trainable: number of trainable parameters.
         total: number of all parameters.
+        partitioner: has partitioned the parameters, under ZeRO-3.
     """
 
     model: Any
@@ -48,6 +49,7 @@ class BuiltModel:
     weights: TrainedWeights
     trainable: int
     total: int
+    partitioner: Zero3Partitioner | None
 
 
 def build_model(
@@ -85,7 +87,11 @@ def build_model(
         adapter = find_adapter(settings.adapter, settings.cache_dir)
         load_initial_adapter(model, adapter, examples.tokenizer_folder)
     is_packed = _enable_packing(settings, model, report)
-    if not settings.attention_dropout:
+    if not settings.has_dropout:
+        switch_off_dropout(model)
+        if settings.dropout is None:
+            report(Note(f"objective {settings.objective}: dropout is off; --dropout turns it on"))
+    if not settings.has_attention_dropout:
         switch_off_attention_dropout(model)
     if settings.torch_compile:
         compile_layers(model)
@@ -100,7 +106,7 @@ def build_model(
     if partitioner is not None:
         partitioner.partition_model(model)
     weights = _make_trained_weights(settings, base, base_metadata, examples, model, subtracted)
-    return BuiltModel(model, is_packed, weights, trainable, total)
+    return BuiltModel(model, is_packed, weights, trainable, total, partitioner)
 
 
 def _enable_packing(settings: TrainSettings, model: Any, report: Report) -> bool:

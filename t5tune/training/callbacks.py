@@ -12,7 +12,10 @@ from t5tune.progress import Advanced, Evaluated, Finished, Measured, Report, Sta
 from t5tune.reports.metrics_log import MetricsLog
 
 TRAIN_TASK = "train"
-REPORTED_METRICS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm", "tokens_per_second": "tokens/s"}
+REPORTED_METRICS = {
+    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL", "learning_rate": "lr",
+    "grad_norm": "grad norm", "tokens_per_second": "tokens/s",
+}  # fmt: skip
 
 
 class ReportProgress(TrainerCallback):  # type: ignore[misc]
@@ -44,7 +47,7 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
         self.on_substep_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        values = {REPORTED_METRICS[name]: float(value) for name, value in logs.items() if name in REPORTED_METRICS}
+        values = {title: float(logs[name]) for name, title in REPORTED_METRICS.items() if name in logs}
         if values:
             self.report(Measured(TRAIN_TASK, state.global_step, values))
 

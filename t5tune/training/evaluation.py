@@ -7,7 +7,7 @@ a maximum number of tokens, and in generation also a maximum size of the key-val
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,8 @@ def measure_losses(
 ) -> Losses:
     """Measure the cross-entropy of every example's target with teacher forcing. Call on every rank.
 
+    The target of a preference pair is the chosen answer.
+
     Args:
         batch_size: maximum number of examples per batch; long examples make smaller batches.
         is_stopped: whether this rank has been asked to stop; asked after each batch.
@@ -76,23 +78,37 @@ def measure_losses(
         OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
         EvaluationStopped: a rank has been asked to stop.
     """
+    sums = measure_targets(model, examples, collator, batch_size, report, is_stopped)
+    return Losses([each[0] for each in sums], [len(example.target_T) for example in examples])
+
+
+def measure_targets(
+    model: Any,
+    examples: Sequence[Example],
+    collator: PaddedCollator | PackedCollator,
+    batch_size: int | None,
+    report: Report = silent,
+    is_stopped: Callable[[], bool] = never_stopped,
+    task: str = f"{EVALUATE_TASK}: losses",
+) -> list[tuple[float, ...]]:
+    """Measure the summed cross-entropy of each target of every example, as `measure_losses` does."""
     device = next(model.parameters()).device
 
-    def measure(indices: list[int]) -> dict[int, float]:
-        batch = {name: value.to(device) for name, value in collator([examples[i] for i in indices]).items()}
+    def measure(indices: list[int]) -> dict[int, tuple[float, ...]]:
+        chosen = [examples[i] for i in indices]
+        batch = {name: value.to(device) for name, value in collator(chosen).items()}
         losses_BT = model(**batch, reduction="none", use_cache=False)
         if isinstance(collator, PackedCollator):
-            lengths = [len(examples[i].target_T) for i in indices]
+            lengths = [len(target) for example in chosen for target in example.targets]
             parts = losses_BT[0, : sum(lengths)].split(lengths)  # without the row's padding
         else:
             parts = losses_BT.unbind()
-        sums_B = torch.stack([part.double().sum() for part in parts])
-        return dict(zip(indices, sums_B.tolist(), strict=True))
+        sums = iter(torch.stack([part.double().sum() for part in parts]).tolist())
+        return {i: tuple(islice(sums, len(each.targets))) for i, each in zip(indices, chosen, strict=True)}
 
     batches = make_loss_batches(_list_lengths(examples), batch_size)
     with _switch_to_eval_mode(model), torch.no_grad():
-        sums = BatchRun(batches, measure, f"{EVALUATE_TASK}: losses", report, is_stopped).run(_is_sharded(model))
-    return Losses(sums, [len(example.target_T) for example in examples])
+        return BatchRun(batches, measure, task, report, is_stopped).run(_is_sharded(model))
 
 
 def make_loss_batches(lengths: Sequence[Lengths], batch_size: int | None) -> Batches:
@@ -191,16 +207,6 @@ class GenerationScorer:
         ]
 
 
-def list_losses(examples: Examples) -> list[str]:
-    """List the metrics of an evaluation that are better the lower they are."""
-    return ["loss", "perplexity", *(prefix_metric(name, "loss") for name, _ in examples.list_datasets())]
-
-
-def compute_dataset_losses(losses: Losses, examples: Examples) -> dict[str, float]:
-    """Compute the mean loss per target token of each dataset; empty if the examples aren't divided into datasets."""
-    return {prefix_metric(name, "loss"): losses.select(indices).mean for name, indices in examples.list_datasets()}
-
-
 def generate_predictions(
     model: Any,
     examples: Sequence[Example],
@@ -241,7 +247,7 @@ def compute_generation_budget(model: Any) -> int:
 
 
 def _list_lengths(examples: Sequence[Example]) -> list[Lengths]:
-    return [Lengths(len(example.target_T), len(example.source_S)) for example in examples]
+    return [Lengths(sum(map(len, example.targets)), len(example.source_S)) for example in examples]
 
 
 def find_max_target_length(examples: Sequence[Example]) -> int:

@@ -1,6 +1,7 @@
 """The run identity: the configuration a run depends on. Resuming with a different one is refused.
 
-    run_identity = build_run_identity(settings, examples, base_hash, world_size)   # {"lora_r": 8, "data": "sha256:…"}
+    run_identity = build_run_identity(settings, examples, base_hash, teacher_hash, world_size)
+    run_identity["lora_r"]      # 8
     check_run_identity(checkpoint, run_identity, ["learning_rate"], settings.gradient_accumulation_steps)
 
 Each checkpoint stores it in t5tune_manifest.json, under the key `made_of`. `batch` is the number of examples per
@@ -33,7 +34,9 @@ PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: 
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
-def build_run_identity(settings: TrainSettings, examples: Examples, base_hash: str, world_size: int) -> dict[str, Any]:
+def build_run_identity(
+    settings: TrainSettings, examples: Examples, base_hash: str, teacher_hash: str | None, world_size: int
+) -> dict[str, Any]:
     """Collect everything that determines a run's weights: field -> JSON value."""
     values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
     inputs = {name: value for name, value in examples.manifest["inputs"].items() if name != "data"}
@@ -41,7 +44,9 @@ def build_run_identity(settings: TrainSettings, examples: Examples, base_hash: s
     values["eval_fraction"] = values["eval_fraction"] or examples.manifest["eval_fraction"]
     values["num_data"] = values["num_data"] or inputs["num_data"]
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
-    adapter = settings.adapter and find_adapter(settings.adapter, settings.cache_dir)
+    adapter, reference = (
+        path and find_adapter(path, settings.cache_dir) for path in (settings.adapter, settings.reference_adapter)
+    )
     tokens, num_batches = settings.tokens_per_batch, settings.gradient_accumulation_steps * world_size
     if tokens is None:
         batch = {"batch": settings.per_device_train_batch_size * num_batches}
@@ -54,7 +59,9 @@ def build_run_identity(settings: TrainSettings, examples: Examples, base_hash: s
         **_describe_mixing(examples),
         "data": _hash_mapping(examples.identify()),
         "base": f"sha256:{base_hash}",
-        "adapter": adapter and _hash_files(adapter, ADAPTER_FILES),
+        "teacher": teacher_hash,
+        "adapter": adapter and hash_adapter(adapter),
+        "reference_adapter": reference and hash_adapter(reference),
         "world_size": world_size,
         "deepspeed_stage": deepspeed and packaged_templates.get_zero_stage(deepspeed),
     }
@@ -208,8 +215,10 @@ def _describe_sharding(run_identity: dict[str, Any]) -> str:
     return f"{ranks} without DeepSpeed" if stage is None else f"{ranks} with ZeRO-{stage}"
 
 
-def _hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
-    return _hash_mapping({path.name: hash_file(path) for pattern in patterns for path in sorted(folder.glob(pattern))})
+def hash_adapter(folder: Path) -> str:
+    """Hash an adapter's files."""
+    paths = (path for pattern in ADAPTER_FILES for path in sorted(folder.glob(pattern)))
+    return _hash_mapping({path.name: hash_file(path) for path in paths})
 
 
 def _describe_mixing(examples: Examples) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The run folder: its files, the settings it was started with, and the checkpoint to resume from.
 
 run = locate_run(settings)
-base_metadata, run_identity, resume = start_or_resume_run(settings, run, examples, base, adapter, world, report)
+base_metadata, run_identity, resume = start_or_resume_run(settings, run, examples, base, pinned, None, world, report)
 resume                              # run/checkpoint-40, or None for a new run
 read_result(run.folder).adapter     # of a finished run
 """
@@ -253,13 +253,15 @@ def move_aside(folder: Path, report: Report) -> Path | None:
 def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
     """Replace the settings that determine the examples with those of the token cache, if data_path is one.
 
-    Of a mixture, only with those that are the same for all of its datasets.
+    Of a mixture, only with those that are the same for all of its datasets. A cache of preference pairs is for all
+    objectives that read them, so the given one is kept.
     """
     if (cache := find_given_examples(settings.data_path, settings.data)) is None:
         return settings
     inputs = read_examples_manifest(cache)["inputs"]
+    names = CACHE_SETTINGS if "objective" in settings.model_fields_set else {*CACHE_SETTINGS, "objective"}
     return settings.model_copy(
-        update={name: inputs[name] for name in CACHE_SETTINGS if not isinstance(inputs.get(name, {}), dict)}
+        update={name: inputs[name] for name in names if not isinstance(inputs.get(name, {}), dict)}
     )
 
 
@@ -281,7 +283,12 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
     if settings.num_data is not None and find_given_examples(settings.data_path, settings.data) is not None:
         examples = examples.take(settings.num_data)
     if run.eval_cache is not None:
-        return examples, open_examples(run.eval_cache)
+        held_out = open_examples(run.eval_cache)
+        if held_out.has_preferences != examples.has_preferences:
+            has, lacks = (run.eval_cache, run.cache) if held_out.has_preferences else (run.cache, run.eval_cache)
+            problem = f"eval_data_path: {has} has preference pairs, and {lacks} has none"
+            raise DataError(problem, hint="give the records in place of the cache")
+        return examples, held_out
     if settings.eval_fraction > 0:
         return examples.split(settings.eval_fraction, settings.seed)
     return examples.split_as_prepared()
@@ -292,14 +299,16 @@ def start_or_resume_run(
     run: Run,
     examples: Examples,
     base: Path,
-    adapter: Path | None,
+    pinned: TrainSettings,
+    teacher_hash: str | None,
     world: World,
     report: Report,
 ) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
     """Prepare a new run, or an existing one for resuming.
 
     Args:
-        adapter: the initial adapter, with its commit if it is on the Hub.
+        pinned: the settings with the commits of adapters that are on the Hub.
+        teacher_hash: hash of the teacher's weights, if there is a teacher.
 
     Returns:
         The base's metadata, the run identity, and the checkpoint to resume from (None for a new run).
@@ -310,8 +319,7 @@ def start_or_resume_run(
     """
     stats = read_file_stats(base)
     base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / HASH_CACHE_FILE, stats))
-    pinned = settings.model_copy(update={"adapter": adapter})
-    run_identity = build_run_identity(pinned, examples, base_metadata["sha256"], world.size)
+    run_identity = build_run_identity(pinned, examples, base_metadata["sha256"], teacher_hash, world.size)
     resume, damaged = find_newest(run.folder)
     for problem in damaged:
         report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))

@@ -5,8 +5,8 @@ result = run_training(Session(settings, run, world, device, stop, watch, report)
 
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,15 +38,31 @@ from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
 from t5tune.training.attention_choice import choose_packed_attention
-from t5tune.training.batches import PackedCollator, PaddedCollator, StepSampler, count_steps, make_sampler
+from t5tune.training.batches import StepSampler, count_steps, make_collator, make_sampler
 from t5tune.training.build_model import BuiltModel, build_model
 from t5tune.training.checkpoint import count_bytes, read_run_identity
-from t5tune.training.evaluation import GenerationScorer, list_losses
+from t5tune.training.evaluation import GenerationScorer
+from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
+from t5tune.training.objectives import (
+    DirectPreferenceObjective,
+    Objective,
+    OddsRatioObjective,
+    Pairs,
+    TargetObjective,
+)
 from t5tune.training.publisher import CheckpointPublisher
+from t5tune.training.reference import PairMeter, complete_references, open_initial_model, open_reference_adapter
 from t5tune.training.resume_guard import PACKED_ATTENTION, needs_resharding
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
 from t5tune.training.sample_predictions import SamplePredictions
+from t5tune.training.teacher import (
+    DistillationObjective,
+    TeacherFiles,
+    find_teacher,
+    hash_teacher,
+    load_teacher,
+)
 from t5tune.training.trainer import T5Trainer, TrainerParts
 
 BYTES_PER_PARAMETER = 4 + 8  # of a checkpoint: the weights in fp32, and Adam's two moments
@@ -79,16 +95,22 @@ def run_training(session: Session) -> TrainResult:
     # a single process may exit at once while it loads; a rank must not leave the others waiting in a collective
     with session.stop.interruptible() if world.size == 1 else nullcontext():
         loaded = _load_data(session)
+        references = _measure_reference_adapter(session, loaded) if settings.reference_adapter is not None else None
         set_seed(settings.seed)
         with manage_memory_for_loading(session.device):
-            pinned = settings.model_copy(update={"adapter": loaded.adapter})
             built = build_model(
-                pinned, loaded.base, loaded.base_metadata, loaded.examples, loaded.deepspeed, session.device, report
+                loaded.pinned,
+                loaded.base,
+                loaded.base_metadata,
+                loaded.examples,
+                loaded.deepspeed,
+                session.device,
+                report,
             )
         _report_sizes(session, loaded, built)
         for callback in session.callbacks:
             callback.begin()
-        trainer = _make_trainer(session, loaded, built)
+        trainer = _make_trainer(session, loaded, built, references)
         samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None
         if samples is not None:
             trainer.add_callback(samples)
@@ -123,7 +145,8 @@ class _LoadedData:
     """What a run is made from, and the checkpoint `resume` that it continues from, if there is one.
 
     Args:
-        adapter: the initial one, with its commit if it is on the Hub.
+        pinned: the settings with the commits of adapters that are on the Hub.
+        teacher: the files of the teacher, if there is one.
         base_metadata: what identifies the base.
         run_identity: the configuration that the run depends on, for its checkpoints.
         deepspeed: the DeepSpeed config, if there is one.
@@ -133,7 +156,8 @@ class _LoadedData:
     held_out: Examples | None
     tokenizer: Tokenizer
     base: Path
-    adapter: Path | None
+    pinned: TrainSettings
+    teacher: TeacherFiles | None
     base_metadata: dict[str, Any]
     run_identity: dict[str, Any]
     deepspeed: dict[str, Any] | None
@@ -148,14 +172,30 @@ def _load_data(session: Session) -> _LoadedData:
     settings, run, world = session.settings, session.run, session.world
     examples, held_out = open_data(settings, run)
     base = find_base(settings, report=session.report)
-    if (adapter := settings.adapter) is not None:  # its branch on the Hub may get another commit at any time
-        adapter = run_on_rank_0(world, partial(pin_adapter, adapter, settings.cache_dir))
-    base_metadata, run_identity, resume = run_on_rank_0(
-        world, lambda: start_or_resume_run(settings, run, examples, base, adapter, world, session.report)
-    )
+    pinned = _pin_adapters(settings, world)
+    teacher = find_teacher(pinned, session.report) if settings.teacher_model_name_or_path is not None else None
+
+    def start_or_resume() -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+        teacher_hash = None if teacher is None else hash_teacher(teacher, run.folder)
+        return start_or_resume_run(settings, run, examples, base, pinned, teacher_hash, world, session.report)
+
+    base_metadata, run_identity, resume = run_on_rank_0(world, start_or_resume)
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
-    return _LoadedData(examples, held_out, tokenizer, base, adapter, base_metadata, run_identity, deepspeed, resume)
+    return _LoadedData(
+        examples, held_out, tokenizer, base, pinned, teacher, base_metadata, run_identity, deepspeed, resume
+    )
+
+
+def _pin_adapters(settings: TrainSettings, world: World) -> TrainSettings:
+    """Give adapters on the Hub their commits: a branch may get another one at any time."""
+    paths = {name: getattr(settings, name) for name in ("adapter", "reference_adapter", "teacher_adapter")}
+    pinned = {
+        name: run_on_rank_0(world, partial(pin_adapter, path, settings.cache_dir))
+        for name, path in paths.items()
+        if path is not None
+    }
+    return settings.model_copy(update=pinned)
 
 
 def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> None:
@@ -167,18 +207,24 @@ def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> N
             session.report(note)
 
 
-def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T5Trainer:
+def _make_trainer(
+    session: Session, loaded: _LoadedData, built: BuiltModel, references: dict[str, Pairs] | None
+) -> T5Trainer:
     settings, report, folder = session.settings, session.report, session.run.folder
-    losses = list_losses(loaded.held_out) if loaded.held_out is not None else []
-    args = make_training_arguments(settings, loaded.deepspeed, losses, session.world, session.device)
     start_id, pad_id = built.model.architecture.start_token_id, loaded.tokenizer.pad_token_id
-    collator: PackedCollator | PaddedCollator = PaddedCollator(pad_id, start_id)
-    run_identity = loaded.run_identity
+    run_identity, attention = loaded.run_identity, None
     if built.is_packed:
         attention = _choose_packed_attention(session, loaded, built)
-        collator = PackedCollator(start_id, pad_id, divides_rows=attention == "flex")
         if attention == "flex" or session.device.type == "cuda":
             run_identity = run_identity | {PACKED_ATTENTION: attention}
+    collator = make_collator(start_id, pad_id, built.is_packed, divides_rows=attention == "flex")
+    if settings.objective == "dpo" and references is None:
+        is_stopped = partial(getattr, session.stop, "is_set")
+        open_meter = partial(open_initial_model, built, collator, settings, report, is_stopped)
+        references = _complete_references(session, loaded, open_meter)
+    objective = _make_objective(session, loaded, built, references or {})
+    losses = objective.list_losses(loaded.held_out) if loaded.held_out is not None else []
+    args = make_training_arguments(settings, loaded.deepspeed, losses, session.world, session.device)
     count, skips = settings.eval_generate, settings.on_non_finite == "skip"
     scorer = _make_scorer(session, loaded, count) if count else None
     parts = TrainerParts(
@@ -193,9 +239,10 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
         stop=session.stop,
         watch=session.watch,
         scorer=scorer,
-        label_smoothing=settings.label_smoothing_factor,
+        objective=objective,
+        reference=(references or {}).get("training"),
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
-        metric_names=_list_metrics(settings, scorer, loaded.held_out),
+        metric_names=_list_metrics(settings, objective, scorer, loaded.held_out),
         patience=settings.early_stopping_patience,
         threshold=settings.early_stopping_threshold or 0.0,
         eval_batch_size=settings.per_device_eval_batch_size,
@@ -204,11 +251,57 @@ def _make_trainer(session: Session, loaded: _LoadedData, built: BuiltModel) -> T
     return T5Trainer(built.model, args, parts)
 
 
+def _measure_reference_adapter(session: Session, loaded: _LoadedData) -> dict[str, Pairs]:
+    is_stopped = partial(getattr, session.stop, "is_set")
+    open_meter = partial(
+        open_reference_adapter,
+        loaded.pinned,
+        loaded.base,
+        loaded.examples,
+        loaded.deepspeed,
+        session.device,
+        session.report,
+        is_stopped,
+    )
+    return _complete_references(session, loaded, open_meter)
+
+
+def _complete_references(
+    session: Session, loaded: _LoadedData, open_meter: Callable[[], AbstractContextManager[PairMeter]]
+) -> dict[str, Pairs]:
+    """Return the reference's log-probabilities of the pairs to train on, and of the held-out ones.
+
+    Raises:
+        Stopped: a signal arrived while they were measured; those that are known are saved.
+    """
+    sets = {"training": loaded.examples, **({"held-out": loaded.held_out} if loaded.held_out is not None else {})}
+    try:
+        return complete_references(session.run.folder, loaded.run_identity, sets, session.world, open_meter)
+    except EvaluationStopped:
+        raise session.stop.make_error("before training began", hint="run the same command to continue") from None
+
+
+def _make_objective(
+    session: Session, loaded: _LoadedData, built: BuiltModel, references: dict[str, Pairs]
+) -> Objective:
+    settings = session.settings
+    if settings.objective == "orpo":
+        return OddsRatioObjective(settings)
+    if settings.objective == "dpo":
+        return DirectPreferenceObjective(settings, references.get("held-out"))
+    if loaded.teacher is not None:
+        teacher = load_teacher(
+            settings, loaded.teacher, loaded.tokenizer, session.device, loaded.deepspeed, built.is_packed
+        )
+        return DistillationObjective(settings, teacher)
+    return TargetObjective(settings.label_smoothing_factor)
+
+
 def _choose_packed_attention(session: Session, loaded: _LoadedData, built: BuiltModel) -> PackedAttention:
     settings, resume = session.settings, loaded.resume
     return choose_packed_attention(
         settings.packed_attention,
-        read_attention_shape(built.model, settings.attention_dropout),
+        read_attention_shape(built.model, settings.has_attention_dropout),
         session.device,
         torch.bfloat16 if settings.bf16 else torch.float32,
         trains_position_bias(built.model),
@@ -222,7 +315,9 @@ def _make_scorer(session: Session, loaded: _LoadedData, count: int) -> Generatio
     return GenerationScorer(loaded.tokenizer, count, names, functions, session.world)
 
 
-def _list_metrics(settings: TrainSettings, scorer: GenerationScorer | None, held_out: Examples | None) -> list[str]:
+def _list_metrics(
+    settings: TrainSettings, objective: Objective, scorer: GenerationScorer | None, held_out: Examples | None
+) -> list[str]:
     """List the metrics of evaluations, after trying whether they can be computed. Call on every rank.
 
     Raises:
@@ -230,7 +325,7 @@ def _list_metrics(settings: TrainSettings, scorer: GenerationScorer | None, held
     """
     if held_out is None:
         return []
-    names = list_losses(held_out) + (scorer.list_metrics(held_out) if scorer is not None else [])
+    names = objective.list_metrics(held_out) + (scorer.list_metrics(held_out) if scorer is not None else [])
     if (best := settings.metric_for_best_model) is not None and best not in names:
         advice = suggest_name(best, names) or f"; choose from {', '.join(names)}"
         raise SettingsError(f"metric_for_best_model: {best}: not among the metrics of this run's evaluations{advice}")

@@ -6,12 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from t5tune.data.encoding import Example
+from t5tune.data.encoding import Example, PreferencePair
 from t5tune.distributed.collectives import all_gather
 from t5tune.model.loss import IGNORED_LABEL
 
 NUM_TOKENS = "num_tokens"
 """Key in a micro-batch: its source and target tokens. A filler, which has no targets, has none."""
+
+NUM_PAIRS = "num_pairs"
+"""Key in a micro-batch of preference pairs: their number. A filler is none."""
 
 TOTALS_KEY = "T5TuneTotals"
 """Key in the stateful_callbacks of a checkpoint's Trainer state: tokens, sum of the steps' losses, training seconds."""
@@ -19,7 +22,7 @@ TOTALS_KEY = "T5TuneTotals"
 
 @dataclass(frozen=True)
 class TokenCountingCollator:
-    """Adds the number of tokens to a micro-batch, where its lengths are known. Asking a GPU would wait for it.
+    """Adds the numbers of tokens and pairs to a micro-batch, where lengths are known. Asking a GPU would wait for it.
 
     Args:
         collate: makes the rest of the micro-batch.
@@ -28,8 +31,11 @@ class TokenCountingCollator:
     collate: Callable[[Sequence[Example]], dict[str, Any]]
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        lengths = [len(each.source_S) + len(each.target_T) for each in examples if each.target_T[0] != IGNORED_LABEL]
-        return {**self.collate(examples), NUM_TOKENS: sum(lengths)}
+        real = [each for each in examples if each.target_T[0] != IGNORED_LABEL]
+        counts = {NUM_TOKENS: sum(each.num_tokens for each in real)}
+        if isinstance(examples[0], PreferencePair):
+            counts[NUM_PAIRS] = len(real)
+        return {**self.collate(examples), **counts}
 
 
 class RunTotals:

@@ -41,12 +41,13 @@ from t5tune.training.callbacks import (
     is_better,
     name_best_metric,
 )
-from t5tune.training.evaluation import GenerationScorer, compute_dataset_losses, measure_losses
+from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
+from t5tune.training.objectives import EvaluationOptions, Objective, Pairs
 from t5tune.training.publisher import CheckpointPublisher
 from t5tune.training.reshard import load_resharded
-from t5tune.training.totals import NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
+from t5tune.training.totals import NUM_PAIRS, NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
 
 SCHEDULES_BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # the learning rate depends on metric_for_best_model
@@ -68,7 +69,8 @@ class TrainerParts:
         stop: request to stop, set by a signal.
         watch: watches the other ranks, which need to know how far this one is.
         scorer: generates and scores predictions in evaluations; None: evaluations measure only the loss.
-        label_smoothing: probability mass spread uniformly over the vocabulary.
+        objective: what is minimized, and what evaluations measure.
+        reference: of preference pairs, the log-probabilities under the reference model.
         loraplus_lr_ratio: LoRA+: learning-rate ratio of B to A; None: one learning rate.
         metric_names: the metrics that evaluations are expected to have.
         patience: number of evaluations without improvement after which training stops; None: never.
@@ -88,7 +90,8 @@ class TrainerParts:
     stop: StopRequest
     watch: RankWatch
     scorer: GenerationScorer | None
-    label_smoothing: float
+    objective: Objective
+    reference: Pairs | None
     loraplus_lr_ratio: float | None
     metric_names: Sequence[str]
     patience: int | None
@@ -111,7 +114,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=args,
-            train_dataset=ExampleDataset(parts.examples),
+            train_dataset=ExampleDataset(parts.examples, parts.reference),
             eval_dataset=ExampleDataset(parts.held_out) if parts.held_out is not None else None,
             data_collator=parts.collator,
         )
@@ -149,19 +152,25 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.parts.watch.count_batch()
         self.totals.count(inputs.pop(NUM_TOKENS))
+        inputs.pop(NUM_PAIRS, None)
         return self.parts.non_finite.record_loss(super().training_step(model, inputs, num_items_in_batch))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the mean loss over the target tokens of the step: of all its micro-batches on all ranks."""
-        if "attention_mask" in inputs and self.model.architecture.accepts_4d_masks:
-            # transformers would ask whether a mask of two dimensions has padding, and wait for the GPU's answer
-            inputs = {**inputs, "attention_mask": inputs["attention_mask"][:, None, None, :].bool()}
-        total = model(**inputs, reduction="sum", label_smoothing=self.parts.label_smoothing)
+        """Compute the mean loss over the items of the step: of all its micro-batches on all ranks."""
+        total = self.parts.objective.compute_total(model, self.model.architecture, inputs)
         # the gradients are averaged over the ranks
         loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Get a step's micro-batches, and the number of items in them over all ranks: target tokens, or pairs."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.parts.objective.counts_pairs:
+            count = torch.tensor(sum(batch[NUM_PAIRS] for batch in batches), device=device)
+            count = self.accelerator.gather(count).sum()
+        return batches, count
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count no operations: nothing reads `total_flos`, for which the Trainer walks over all modules."""
@@ -245,7 +254,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
-        """Measure the loss per target token of the held-out examples, and the scores of a sample of predictions.
+        """Measure the objective's metrics of the held-out examples, and the scores of a sample of predictions.
 
         The Trainer's own loop averages over batches, which depends on how the examples are batched, and it changes
         the random state, because its data loader draws from it. This loop draws no random numbers.
@@ -255,9 +264,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         def is_stopped() -> bool:
             return self.parts.stop.is_set
 
-        losses = measure_losses(self.model, examples, self.data_collator, batch_size, report, is_stopped)
-        values = {"loss": losses.mean, "perplexity": math.exp(min(losses.mean, 700.0))}  # exp of over 709 overflows
-        values |= compute_dataset_losses(losses, examples)
+        how = EvaluationOptions(self.data_collator, batch_size, report, is_stopped)
+        values = self.parts.objective.evaluate(self.model, examples, how)
         if self.parts.scorer is not None:
             scores = self.parts.scorer.score(self.model, examples, batch_size, report, is_stopped)
             if (best := self.args.metric_for_best_model or "loss") not in values | scores:
@@ -282,6 +290,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens per second and peak memory to training metrics, and append the line to metrics.jsonl."""
         if "loss" in logs:
+            logs |= self.parts.objective.take_metrics()
             logs["tokens_per_second"] = self.totals.measure_speed()
             logs["peak_memory_bytes"] = get_peak_memory(self.args.device)
             logs |= get_reserved_memory(self.args.device)
@@ -451,7 +460,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
 
 OVERRIDDEN_METHODS = (
-    "_run_epoch", "_clip_grad_norm", "_get_grad_norm", "_maybe_log_save_evaluate", "_evaluate",
+    "get_batch_samples", "_run_epoch", "_clip_grad_norm", "_get_grad_norm", "_maybe_log_save_evaluate", "_evaluate",
     "_determine_best_metric", "_save_checkpoint", "_get_output_dir", "_load_from_checkpoint", "_prepare_for_training",
     "_load_rng_state",
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
@@ -20,8 +21,11 @@ from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.progress import Report, silent
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.distillation import TEACHER
+from t5tune.settings.preferences import DPO_SETTINGS, ORPO_SETTINGS
+from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 from t5tune.settings.training import RankSettings
-from t5tune.training.run_folder import CACHE_SETTINGS, find_given_examples
+from t5tune.training.run_folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
 RESERVED_ARGUMENTS = {"disable_tqdm", "remove_unused_columns", "fsdp"}
@@ -42,13 +46,14 @@ def check_settings(settings: TrainSettings) -> None:
     if settings.q_lora:
         check_versions("bitsandbytes")
     choose_trackers(settings.report_to)
-    if settings.adapter is not None:
-        read_adapter_config(find_adapter(settings.adapter, settings.cache_dir))
+    for adapter in (settings.adapter, settings.reference_adapter, settings.teacher_adapter):
+        if adapter is not None:
+            read_adapter_config(find_adapter(adapter, settings.cache_dir))
     if settings.conversation_template is not None:
         load_template(settings.conversation_template)
     problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
     problems += _find_unusable_arguments(settings.training_args) + _find_missing_functions(settings)
-    problems += _find_useless_mixing(settings)
+    problems += _find_useless_mixing(settings) + _find_settings_of_other_objectives(settings)
     if settings.deepspeed is not None:
         configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)
         problems += _find_deepspeed_conflicts(settings, configuration)
@@ -232,14 +237,38 @@ def _find_cache_conflicts(settings: TrainSettings) -> list[str]:
         return []
     inputs = read_examples_manifest(cache)["inputs"]
     step = "leave it out, or use the original conversations as data_path"
+    names = CACHE_SETTINGS
+    if not (settings.reads_preferences and inputs["objective"] in PREFERENCE_OBJECTIVES):  # which read the same
+        names = {*names, "objective"}
     problems = [
         f"{name}: {getattr(settings, name)!r:.80} here, {inputs[name]!r:.80} in the cache {cache}; {step}"
-        for name in sorted(CACHE_SETTINGS & settings.model_fields_set & inputs.keys())
+        for name in sorted(names & settings.model_fields_set & inputs.keys())
         if getattr(settings, name) != inputs[name]
     ]
     if (template := settings.conversation_template) and load_template(template).hash != inputs.get("template"):
         problems.append(f"conversation_template: {template}: the cache {cache} was made with another one; {step}")
     return problems
+
+
+def _find_settings_of_other_objectives(settings: TrainSettings) -> list[str]:
+    """List the settings that are set although the objective doesn't use them."""
+    objective = apply_cache_settings(settings).objective
+    problems = []
+    for owner, names in {"dpo": DPO_SETTINGS, "orpo": ORPO_SETTINGS}.items():
+        given = _list_changed(settings, names) if objective != owner else {}
+        problems += [f"{name}: {value}: only for objective {owner}, not {objective}" for name, value in given.items()]
+    if settings.dpo_loss == "ipo" and settings.dpo_label_smoothing:
+        problems.append(f"dpo_label_smoothing: {settings.dpo_label_smoothing:g}: the loss ipo has none")
+    if objective in PREFERENCE_OBJECTIVES:
+        given = _list_changed(settings, ("label_smoothing_factor", TEACHER))
+        problems += [f"{name}: {value}: objective {objective} doesn't use it" for name, value in given.items()]
+    return problems
+
+
+def _list_changed(settings: TrainSettings, names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that aren't the default."""
+    fields = TrainSettings.model_fields
+    return {name: getattr(settings, name) for name in names if getattr(settings, name) != fields[name].default}
 
 
 def _find_unknown_names(settings: TrainSettings) -> list[str]:

@@ -18,8 +18,8 @@ from t5tune.training.resume_guard import build_run_identity, check_finished_run
 from t5tune.training.run_folder import apply_cache_settings, locate_run, read_saved_settings, save_settings
 
 READING = [
-    "objective", "denoisers", "data_format", "source_column", "target_column", "source_prefix", "merge_same_role",
-    "clean", "max_record_bytes",
+    "objective", "denoisers", "data_format", "source_column", "target_column", "rejected_column", "source_prefix",
+    "merge_same_role", "clean", "max_record_bytes",
 ]  # fmt: skip
 SELECTION = ["train_on", "min_target_tokens", "dedupe", "split_long", "drop_truncated_targets"]
 CACHE = ["model_max_length", "num_data", "add_tokens", *READING, *SELECTION, "eval_fraction", "seed"]
@@ -28,18 +28,21 @@ LORA = [
     "init_lora_weights", "loraplus_lr_ratio", "modules_to_save", "train_token_rows",
 ]  # fmt: skip
 QUANTIZATION = ["q_lora", "quant_type", "quantize_wo", "double_quant"]
+DISTILLATION = ["teacher_q_lora", "distillation_alpha", "distillation_temperature", "distillation_kl"]
+PREFERENCES = ["dpo_loss", "dpo_beta", "dpo_label_smoothing", "orpo_lambda"]
 TRAINING = [
-    "num_train_epochs", "max_steps", "group_by_length", "packing", "attention_dropout", "learning_rate",
+    "num_train_epochs", "max_steps", "group_by_length", "packing", "dropout", "attention_dropout", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "label_smoothing_factor", "max_grad_norm", "optim", "bf16",
     "tf32", "torch_compile", "on_non_finite", "max_skipped_steps", "training_args",
 ]  # fmt: skip
 MIXING = ["mixing", "mixing_temperature", "mixing_cap"]
-RUN = [*LORA, *QUANTIZATION, *TRAINING]
+RUN = [*LORA, *QUANTIZATION, *DISTILLATION, *PREFERENCES, *TRAINING]
 FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
     "data", "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed", *MIXING,
-    "eval_data_path", "eval_data_split", "eval_data", *LORA, "adapter", *QUANTIZATION, *TRAINING[:-1], "training_args",
-    "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
+    "eval_data_path", "eval_data_split", "eval_data", *LORA, "adapter", *QUANTIZATION, "teacher_model_name_or_path",
+    "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter", "orpo_lambda", *TRAINING[:-1],
+    "training_args", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
 ]  # fmt: skip
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}
 
@@ -60,10 +63,10 @@ def test_a_cache_is_made_of_these_inputs_in_this_order(cache: Path) -> None:
 def test_a_run_is_made_of_these_fields_in_this_order(cache: Path, batch: str) -> None:
     tokens = 64 if batch == "batch_tokens" else None
     settings = TrainSettings(**NEEDED, data_path=[str(cache)], tokens_per_batch=tokens, seed=5, num_data=9)
-    identity = build_run_identity(settings, open_cache(cache), "0", world_size=3)
+    identity = build_run_identity(settings, open_cache(cache), "0", None, world_size=3)
     own = sorted([*RUN, *MIXING, "family"])
     batches = ["batch"] if tokens is None else ["tokens_per_batch", "batch_tokens"]
-    computed = [*batches, "data", "base", "adapter", "world_size", "deepspeed_stage"]
+    computed = [*batches, "data", "base", "teacher", "adapter", "reference_adapter", "world_size", "deepspeed_stage"]
     assert list(identity) == ["tokenizer", "template", *CACHE, *own, *computed]
     assert (identity["seed"], identity["num_data"], identity["source_prefix"]) == (5, 9, "q: ")
     assert identity[batch] == 3 * (tokens or 8)
@@ -96,7 +99,8 @@ def test_these_settings_are_taken_from_a_token_cache(cache: Path) -> None:
     )
     applied = apply_cache_settings(other)
     taken = [name for name in TrainSettings.model_fields if getattr(applied, name) != getattr(other, name)]
-    assert sorted(taken) == sorted(["model_max_length", "add_tokens", *READING, *SELECTION])
+    # a given objective is kept: a cache of preference pairs is for several
+    assert sorted(taken) == sorted(["model_max_length", "add_tokens", *READING[1:], *SELECTION])
     assert all(getattr(applied, name) == inputs[name] for name in taken)
 
 
@@ -112,7 +116,10 @@ MARKED = {
         "early_stopping_patience", "early_stopping_threshold",
     ],
     Affects.INFERENCE: ["data_format", "source_column", "target_column", "source_prefix"],
-    Affects.INPUT_FILES: ["model_name_or_path", "data_path", "eval_data_path", "adapter"],
+    Affects.INPUT_FILES: [
+        "model_name_or_path", "data_path", "eval_data_path", "adapter", "teacher_model_name_or_path", "teacher_adapter",
+        "reference_adapter",
+    ],
     Affects.ADAPTER_SCALE: ["lora_r", "lora_alpha", "use_dora", "use_rslora"],
     Affects.THIS_CALL: ["fresh", "allow_change", "dry_run"],
 }  # fmt: skip

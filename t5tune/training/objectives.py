@@ -1,0 +1,278 @@
+"""What a run minimizes, and what it measures: of the tokens of targets, or of preference pairs.
+
+    total = objective.compute_total(model, inputs)      # the sum over the items of a micro-batch
+    objective.take_metrics()                            # means since the last call, over all ranks
+    objective.evaluate(model, held_out, …)              # metrics of held-out examples
+
+An item is a target token or a pair. The trainer divides the sums by the number of items in the global step, so that a
+step's loss doesn't depend on how it is divided into micro-batches and among ranks.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from t5tune.data.encoding import Example
+from t5tune.data.mixture import Examples
+from t5tune.distributed.collectives import all_gather
+from t5tune.metrics import prefix_metric
+from t5tune.model.preferences import (
+    compute_dpo_losses,
+    compute_ipo_losses,
+    compute_log_odds_ratios,
+    sum_answers,
+)
+from t5tune.progress import Report
+from t5tune.settings import TrainSettings
+from t5tune.training.batches import REFERENCE, PackedCollator, PaddedCollator
+from t5tune.training.evaluation import measure_losses, measure_targets
+
+Pairs = Sequence[tuple[float, float]]
+"""The log-probabilities of the chosen and the rejected answer of each pair."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How held-out examples are evaluated. See `measure_losses`."""
+
+    collator: PaddedCollator | PackedCollator
+    batch_size: int | None
+    report: Report
+    is_stopped: Callable[[], bool]
+
+
+class Objective(ABC):
+    """What a run minimizes.
+
+    Attributes:
+        losses: the metrics of an evaluation that are better the lower they are.
+        others: those that are better the higher they are.
+        counts_pairs: whether an item is a preference pair; otherwise it is a target token.
+    """
+
+    losses: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    counts_pairs = False
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count: torch.Tensor | int = 0
+
+    @abstractmethod
+    def compute_total(self, model: Any, architecture: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Compute the sum over the items of a micro-batch.
+
+        Args:
+            model: the model as the Trainer has wrapped it.
+            architecture: the model's architecture.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: Any, examples: Examples, options: EvaluationOptions) -> dict[str, float]:
+        """Measure held-out examples. Call on every rank.
+
+        Raises:
+            OutOfMemory, EvaluationStopped: see `measure_losses`.
+        """
+
+    def list_losses(self, examples: Examples) -> list[str]:
+        """List the metrics of an evaluation that are better the lower they are, with those of each dataset."""
+        return _prefix(self.losses, examples)
+
+    def list_metrics(self, examples: Examples) -> list[str]:
+        """List the metrics of an evaluation, with those of each dataset."""
+        return _prefix((*self.losses, *self.others), examples)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return the mean of what the micro-batches since the last call were measured to have. Call on every rank."""
+        if not self._sums:
+            return {}
+        parts = all_gather(({name: float(value) for name, value in self._sums.items()}, int(self._count)))
+        total = max(1, sum(count for _, count in parts))
+        means = {name: sum(sums[name] for sums, _ in parts) / total for name in self._sums}
+        self._sums, self._count = {}, 0
+        return means
+
+    def _record(self, values: dict[str, torch.Tensor], count: torch.Tensor) -> None:
+        """Add the sums of a micro-batch, and the number of items that they are sums of."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._count = self._count + count
+
+
+def widen_mask(inputs: dict[str, Any], architecture: Any) -> dict[str, Any]:
+    """Return a copy of a batch, with a padding mask of four dimensions if the architecture accepts that.
+
+    transformers would ask whether a mask of two dimensions has padding, and wait for the GPU's answer.
+    """
+    if "attention_mask" not in inputs or not architecture.accepts_4d_masks:
+        return dict(inputs)
+    return {**inputs, "attention_mask": inputs["attention_mask"][:, None, None, :].bool()}
+
+
+def _prefix(names: Sequence[str], examples: Examples) -> list[str]:
+    return [*names, *(prefix_metric(dataset, name) for dataset, _ in examples.list_datasets() for name in names)]
+
+
+class TargetObjective(Objective):
+    """Cross-entropy of the targets: supervised fine-tuning, and span corruption.
+
+    Args:
+        label_smoothing: probability mass spread uniformly over the vocabulary.
+    """
+
+    losses = ("loss", "perplexity")
+
+    def __init__(self, label_smoothing: float) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def compute_total(self, model: Any, architecture: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        inputs = widen_mask(inputs, architecture)
+        total: torch.Tensor = model(**inputs, reduction="sum", label_smoothing=self.label_smoothing)
+        return total
+
+    def list_losses(self, examples: Examples) -> list[str]:
+        return [*self.losses, *(prefix_metric(name, "loss") for name, _ in examples.list_datasets())]
+
+    list_metrics = list_losses
+
+    def evaluate(self, model: Any, examples: Examples, options: EvaluationOptions) -> dict[str, float]:
+        found = measure_losses(
+            model, examples, options.collator, options.batch_size, options.report, options.is_stopped
+        )
+        values = {"loss": found.mean, "perplexity": math.exp(min(found.mean, 700.0))}  # exp of over 709 overflows
+        return values | {
+            prefix_metric(name, "loss"): found.select(indices).mean for name, indices in examples.list_datasets()
+        }
+
+
+class PreferenceObjective(Objective):
+    """Which of two answers is better.
+
+    Args:
+        held_out_reference: of DPO, the log-probabilities of the held-out pairs under the reference model.
+    """
+
+    counts_pairs = True
+
+    def __init__(self, held_out_reference: Pairs | None = None) -> None:
+        super().__init__()
+        self.held_out_reference = held_out_reference
+
+    @abstractmethod
+    def compare(
+        self, policy_P2: torch.Tensor, lengths_P2: torch.Tensor, reference_P2: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Compute the metrics of each pair, of which `loss` is what is minimized."""
+
+    def compute_total(self, model: Any, architecture: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        inputs = widen_mask(inputs, architecture)
+        reference_P2 = inputs.pop(REFERENCE, None)
+        losses_BT = model(**inputs, reduction="none")
+        policy_P2, lengths_P2 = sum_answers(losses_BT, inputs["labels"], inputs.get("packing"))
+        is_pair_P = lengths_P2[:, 0] > 0
+        found = self.compare(policy_P2, lengths_P2.clamp_min(1), reference_P2)
+        totals = {name: torch.where(is_pair_P, values_P, 0).sum() for name, values_P in found.items()}
+        loss = totals.pop("loss")
+        self._record(totals, is_pair_P.sum())
+        return loss
+
+    def evaluate(self, model: Any, examples: Examples, options: EvaluationOptions) -> dict[str, float]:
+        policy = measure_pairs(model, examples, options)
+        lengths = [tuple(map(len, example.targets)) for example in examples]
+        reference = self.held_out_reference
+
+        def average(indices: Sequence[int]) -> dict[str, float]:
+            def select(values: Sequence[Sequence[float]]) -> torch.Tensor:
+                return torch.tensor([values[index] for index in indices], dtype=torch.float64)
+
+            reference_P2 = None if reference is None else select(reference)
+            found = self.compare(select(policy), select(lengths), reference_P2)
+            return {name: float(values_P.mean()) for name, values_P in found.items()}
+
+        metrics = average(range(len(examples)))
+        for dataset, indices in examples.list_datasets():
+            metrics |= {prefix_metric(dataset, name): value for name, value in average(indices).items()}
+        return metrics
+
+
+class DirectPreferenceObjective(PreferenceObjective):
+    """DPO or IPO, with the reference's log-probabilities from before training (Rafailov et al. 2023, Azar et al. 2023).
+
+    Metrics have the names of TRL's.
+    """
+
+    losses = ("loss",)
+    others = (
+        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    )  # fmt: skip
+
+    def __init__(self, settings: TrainSettings, held_out_reference: Pairs | None) -> None:
+        super().__init__(held_out_reference)
+        self.beta = settings.dpo_beta
+        self.compute_losses = (
+            partial(compute_ipo_losses, beta=self.beta)
+            if settings.dpo_loss == "ipo"
+            else partial(compute_dpo_losses, beta=self.beta, label_smoothing=settings.dpo_label_smoothing)
+        )
+
+    def compare(
+        self, policy_P2: torch.Tensor, lengths_P2: torch.Tensor, reference_P2: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        assert reference_P2 is not None, "it was computed before the first step"
+        rewards_P2 = self.beta * (policy_P2 - reference_P2)
+        losses_P = self.compute_losses(policy_P2, reference_P2)
+        return {"loss": losses_P, **describe_rewards(rewards_P2, policy_P2)}
+
+
+class OddsRatioObjective(PreferenceObjective):
+    """ORPO: the chosen answer's cross-entropy per token, and the ratio of both answers' odds (Hong et al. 2024).
+
+    Metrics have the names of TRL's. There, too, log-probabilities are means over the tokens of an answer.
+    """
+
+    losses = ("loss", "nll_loss")
+    others = (*DirectPreferenceObjective.others, "log_odds_ratio", "log_odds_chosen")
+
+    def __init__(self, settings: TrainSettings) -> None:
+        super().__init__()
+        self.weight = settings.orpo_lambda
+
+    def compare(
+        self, policy_P2: torch.Tensor, lengths_P2: torch.Tensor, reference_P2: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        means_P2 = policy_P2 / lengths_P2
+        log_odds_P = compute_log_odds_ratios(means_P2)
+        ratios_P = torch.nn.functional.logsigmoid(log_odds_P)
+        return {
+            "loss": -means_P2[:, 0] - self.weight * ratios_P,
+            "nll_loss": -means_P2[:, 0],
+            **describe_rewards(self.weight * means_P2, means_P2),
+            "log_odds_ratio": ratios_P,
+            "log_odds_chosen": log_odds_P,
+        }
+
+
+def describe_rewards(rewards_P2: torch.Tensor, policy_P2: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Name the rewards and the log-probabilities of each pair as TRL does."""
+    (chosen_P, rejected_P), (policy_chosen_P, policy_rejected_P) = rewards_P2.unbind(1), policy_P2.unbind(1)
+    return {
+        "rewards/chosen": chosen_P,
+        "rewards/rejected": rejected_P,
+        "rewards/accuracies": (chosen_P > rejected_P).to(chosen_P.dtype),
+        "rewards/margins": chosen_P - rejected_P,
+        "logps/chosen": policy_chosen_P,
+        "logps/rejected": policy_rejected_P,
+    }
+
+
+def measure_pairs(model: Any, examples: Sequence[Example], options: EvaluationOptions) -> list[tuple[float, float]]:
+    """Measure the log-probabilities of both answers of preference pairs, without dropout. Call on every rank."""
+    sums = measure_targets(model, examples, options.collator, options.batch_size, options.report, options.is_stopped)
+    return [(-chosen, -rejected) for chosen, rejected in sums]

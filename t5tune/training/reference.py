@@ -1,0 +1,202 @@
+"""The log-probabilities of preference pairs under DPO's reference, computed once before the first step.
+
+The reference is the model as training begins: the base with its initial adapter, whatever that was initialized from,
+and its token rows. Or it is the base with `reference_adapter`. Without a second copy of the weights, and without
+another forward pass in each step, training needs only two numbers of each pair.
+
+They are stored in the run folder, with a hash of what they depend on. After every BLOCK pairs, what has been computed
+is saved, so that a run that is stopped meanwhile continues there.
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError, safe_open
+
+from t5tune.data.encoding import Example
+from t5tune.data.mixture import Examples
+from t5tune.distributed.collectives import run_on_rank_0
+from t5tune.distributed.world import World
+from t5tune.io.atomic import write_file
+from t5tune.model.attention import can_pack, use_packing
+from t5tune.model.inference import load_for_inference
+from t5tune.model.lora import check_same_tokens
+from t5tune.progress import Report
+from t5tune.settings import TrainSettings
+from t5tune.settings.lora import LoraSettings
+from t5tune.settings.packaged_templates import get_zero_stage
+from t5tune.settings.shared import InferenceSettings, QuantizationSettings
+from t5tune.training.batches import PackedCollator, PaddedCollator, make_collator
+from t5tune.training.build_model import BuiltModel
+from t5tune.training.evaluation import measure_targets
+from t5tune.training.objectives import Pairs
+
+FORMAT = "1"
+BLOCK = 1 << 14  # pairs
+MODEL_FIELDS = ("base", "bf16", "family", *QuantizationSettings.model_fields)
+INITIAL_FIELDS = (*MODEL_FIELDS, "adapter", "seed", *LoraSettings.model_fields)
+
+
+@dataclass(frozen=True)
+class PairMeter:
+    """Measures pairs with the reference model, without dropout. Every rank calls it.
+
+    Args:
+        autocast: whether the forward pass uses mixed precision, as it does in training without DeepSpeed.
+    """
+
+    model: Any
+    collator: PaddedCollator | PackedCollator
+    batch_size: int | None
+    autocast: bool
+    report: Report
+    is_stopped: Callable[[], bool]
+
+    def __call__(self, examples: Sequence[Example]) -> list[tuple[float, float]]:
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            sums = measure_targets(
+                self.model, examples, self.collator, self.batch_size, self.report, self.is_stopped, "reference"
+            )
+        return [(-chosen, -rejected) for chosen, rejected in sums]
+
+
+@dataclass(frozen=True)
+class ReferenceFile:
+    """A file with the log-probabilities of the first pairs of a set: `logps`, fp64, (pairs, 2).
+
+    Args:
+        key: hash of what they depend on; a file with another one is replaced.
+    """
+
+    path: Path
+    key: str
+
+    def read(self) -> list[tuple[float, float]]:
+        """Read the pairs that are known; none if the file is missing, broken, or was made from something else."""
+        try:
+            with safe_open(self.path, "numpy") as file:
+                if file.metadata() == self._metadata:
+                    return [(chosen, rejected) for chosen, rejected in file.get_tensor("logps").tolist()]
+        except (OSError, SafetensorError, ValueError):
+            pass
+        return []
+
+    def write(self, pairs: Pairs) -> None:
+        """Replace the file."""
+        write_file(self.path, safetensors.numpy.save({"logps": np.array(pairs, np.float64)}, self._metadata))
+
+    @property
+    def _metadata(self) -> dict[str, str]:
+        return {"format": FORMAT, "key": self.key}
+
+
+def make_reference_file(folder: Path, name: str, run_identity: dict[str, Any], examples: Examples) -> ReferenceFile:
+    """Name the file for some examples of a run.
+
+    Args:
+        run_identity: has what the reference model depends on.
+    """
+    fields = INITIAL_FIELDS if run_identity["reference_adapter"] is None else (*MODEL_FIELDS, "reference_adapter")
+    made_of = {field: run_identity.get(field) for field in fields}
+    made_of |= {"examples": examples.identify(), "tokenizer": examples.manifest["inputs"].get("tokenizer")}
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return ReferenceFile(folder / f"reference-{name}.safetensors", key)
+
+
+def complete_references(
+    folder: Path,
+    run_identity: dict[str, Any],
+    sets: Mapping[str, Examples],
+    world: World,
+    open_meter: Callable[[], AbstractContextManager[PairMeter]],
+) -> dict[str, Pairs]:
+    """Read the log-probabilities of sets of pairs, after measuring those that aren't known. Call on every rank.
+
+    Args:
+        folder: of the run.
+        open_meter: opens the reference model, if there is something to measure.
+
+    Raises:
+        OutOfMemory, EvaluationStopped: see `measure_targets`; what was measured is saved.
+    """
+    found: dict[str, Pairs] = {}
+    with ExitStack() as stack:
+        meter = None
+        for name, examples in sets.items():
+            file = make_reference_file(folder, name, run_identity, examples)
+            known = run_on_rank_0(world, file.read)[: len(examples)]
+            while len(known) < len(examples):
+                if meter is None:
+                    meter = stack.enter_context(open_meter())
+                end = min(len(known) + BLOCK, len(examples))
+                known += meter([examples[index] for index in range(len(known), end)])
+                run_on_rank_0(world, partial(file.write, known))
+            found[name] = known
+    return found
+
+
+@contextmanager
+def open_initial_model(
+    built: BuiltModel,
+    collator: PaddedCollator | PackedCollator,
+    settings: TrainSettings,
+    report: Report,
+    is_stopped: Callable[[], bool],
+) -> Iterator[PairMeter]:
+    """Measure with the model that is about to be trained."""
+    engine = None if built.partitioner is None else built.partitioner.set_up_inference(built.model)
+    try:
+        autocast = settings.bf16 and settings.deepspeed is None
+        yield PairMeter(built.model, collator, settings.per_device_eval_batch_size, autocast, report, is_stopped)
+    finally:
+        if engine is not None:  # the Trainer sets up one of its own
+            engine.destroy()
+
+
+@contextmanager
+def open_reference_adapter(
+    settings: TrainSettings,
+    base: Path,
+    examples: Examples,
+    deepspeed: dict[str, Any] | None,
+    device: torch.device,
+    report: Report,
+    is_stopped: Callable[[], bool],
+) -> Iterator[PairMeter]:
+    """Load the base with `reference_adapter`, and free it afterwards, before the model to train is loaded.
+
+    Raises:
+        CheckpointError: the adapter has other tokens than this run, or doesn't fit the base.
+    """
+    names = InferenceSettings.model_fields.keys() & TrainSettings.model_fields.keys()
+    values = {name: getattr(settings, name) for name in names}
+    values |= {"model_name_or_path": str(base), "adapter": settings.reference_adapter, "revision": None}
+    zero3 = deepspeed if get_zero_stage(deepspeed) == 3 else None
+    loaded = load_for_inference(InferenceSettings(**values), report, device, zero3)
+    try:
+        assert loaded.adapter is not None
+        if loaded.tokenizer_folder == loaded.adapter:
+            check_same_tokens(loaded.adapter, examples.tokenizer_folder, "reference_adapter")
+        is_packed = settings.packing != "off" and can_pack(loaded.model)
+        if is_packed:
+            use_packing(loaded.model)
+        collator = make_collator(loaded.model.architecture.start_token_id, loaded.tokenizer.pad_token_id, is_packed)
+        # with the adapter in the dtype that it has in training
+        yield PairMeter(loaded.model, collator, settings.per_device_eval_batch_size, settings.bf16, report, is_stopped)
+    finally:
+        if loaded.engine is not None:
+            loaded.engine.destroy()
+        del loaded
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,194 @@
+"""Distillation: the teacher of a run, and learning its probabilities of each target token.
+
+    files = find_teacher(settings)
+    teacher = load_teacher(settings, files, tokenizer, device, deepspeed, is_packed)
+    objective = DistillationObjective(settings, teacher)
+
+The teacher runs on the same batches, without dropout. Neither model's logits are ever stored for a whole batch. Under
+ZeRO-3 it is partitioned among the ranks, too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from t5tune.checkpoints.base import open_base
+from t5tune.checkpoints.fingerprint import compute_full_hash, load_hash, read_file_stats, store_hash
+from t5tune.data.tokenizer import Tokenizer
+from t5tune.errors import ModelError, SettingsError
+from t5tune.model.attention import can_pack, use_packing
+from t5tune.model.distillation import Distillation
+from t5tune.model.fused import use_fused_layers
+from t5tune.model.inference import find_base_and_adapter, load_for_inference
+from t5tune.model.loss import CrossEntropy, HeadWeights, read_head_weights
+from t5tune.progress import Report, silent
+from t5tune.settings import TrainSettings
+from t5tune.settings.distillation import TEACHER
+from t5tune.settings.packaged_templates import get_zero_stage
+from t5tune.settings.shared import InferenceSettings
+from t5tune.training.objectives import TargetObjective, widen_mask
+from t5tune.training.resume_guard import hash_adapter
+
+HASH_FILE = "teacher.json"
+
+
+class TeacherFiles(NamedTuple):
+    """Folders of the teacher's weights."""
+
+    base: Path
+    adapter: Path | None
+
+
+def find_teacher(settings: TrainSettings, report: Report = silent) -> TeacherFiles:
+    """Find the teacher's base, which is downloaded if need be, and its adapter if there is one.
+
+    Raises:
+        ModelError, CheckpointError: they don't exist, or can't be used.
+    """
+    return TeacherFiles(*find_base_and_adapter(_make_inference_settings(settings), report))
+
+
+def hash_teacher(files: TeacherFiles, run_folder: Path) -> str:
+    """Hash the weights of the teacher. The base's hash is kept in the run folder, as that of the run's own base is."""
+    stats = read_file_stats(files.base)
+    base_hash = load_hash(run_folder / HASH_FILE, stats) or compute_full_hash(open_base(files.base))
+    store_hash(run_folder / HASH_FILE, stats, base_hash)
+    adapter_hash = "" if files.adapter is None else f", {hash_adapter(files.adapter)}"
+    return f"sha256:{base_hash}{adapter_hash}"
+
+
+def _make_inference_settings(settings: TrainSettings, files: TeacherFiles | None = None) -> InferenceSettings:
+    name, adapter = settings.teacher_model_name_or_path, settings.teacher_adapter
+    if files is not None:
+        name, adapter = str(files.base), files.adapter
+    return InferenceSettings(
+        model_name_or_path=name or "",
+        adapter=adapter,
+        cache_dir=settings.cache_dir,
+        q_lora=settings.teacher_q_lora,
+        bf16=settings.bf16,
+    )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model.
+
+    Args:
+        engine: DeepSpeed's, which gathers the weights of a partitioned model as long as it exists.
+    """
+
+    model: Any
+    engine: Any
+
+    @torch.no_grad()
+    def compute_hidden_states(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Compute what the teacher's head would multiply with its weight, (N, E), without autocast."""
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        device = inputs["input_ids"].device
+        with torch.autocast(device.type, enabled=False):
+            hidden_BTE = self.model(**widen_mask(inputs, self.model.architecture), reduction="hidden", use_cache=False)
+        return hidden_BTE.flatten(0, -2)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def gather_head(self) -> Iterator[HeadWeights]:
+        """Return the weights of the head, which under ZeRO-3 are whole within this block."""
+        head = read_head_weights(self.model.get_output_embeddings())
+        assert head is not None, "load_teacher has checked it"
+        if self.engine is None:
+            yield head
+            return
+        import deepspeed
+
+        parameters = [head.weight_VD] if head.rows_KD is None else [head.weight_VD, head.rows_KD]
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+            yield head
+
+
+def load_teacher(
+    settings: TrainSettings,
+    files: TeacherFiles,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    deepspeed: dict[str, Any] | None,
+    is_packed: bool,
+) -> Teacher:
+    """Load the teacher of a run.
+
+    Args:
+        tokenizer: that of the run.
+        is_packed: whether the run's batches are packed.
+
+    Raises:
+        SettingsError: its tokenizer isn't that of the run, or it can't read packed batches.
+        ModelError, CheckpointError: its files can't be used.
+    """
+    zero3 = deepspeed if deepspeed is not None and get_zero_stage(deepspeed) == 3 else None
+    loaded = load_for_inference(_make_inference_settings(settings, files), device=device, zero3=zero3)
+    _check_tokenizer(settings, loaded.tokenizer, tokenizer)
+    model = loaded.model.requires_grad_(False)
+    if read_head_weights(model.get_output_embeddings()) is None:
+        problem = (
+            f"{TEACHER}: {settings.teacher_model_name_or_path}: its adapter adapts the head, which isn't supported"
+        )
+        raise ModelError(problem, hint="merge it into its base first")
+    if is_packed:
+        if not can_pack(model):
+            problem = f"{TEACHER}: the attention of {model.config.model_type} doesn't support packing"
+            raise SettingsError(problem, hint="set packing: off")
+        use_packing(model)
+    use_fused_layers(model, device)
+    return Teacher(model, loaded.engine)
+
+
+def _check_tokenizer(settings: TrainSettings, teachers: Tokenizer, own: Tokenizer) -> None:
+    """Check that every token of the run is the same token of the teacher.
+
+    Raises:
+        SettingsError: one isn't.
+    """
+    theirs, ours = teachers.get_vocab(), own.get_vocab()
+    wrong = [token for token, number in ours.items() if theirs.get(token) != number]
+    if not wrong and teachers.special_ids == own.special_ids:
+        return
+    name = settings.teacher_model_name_or_path
+    if not wrong:
+        raise SettingsError(f"{TEACHER}: {name}: its tokenizer puts other special tokens around a text than the run's")
+    token = min(wrong, key=lambda token: ours[token])
+    if token in theirs:
+        what = f"{token!r} has the id {theirs[token]} there, and {ours[token]} in this run"
+    else:
+        what = f"it lacks {token!r}, which has the id {ours[token]} in this run"
+    hint = "give a teacher that was trained on this data, or set add_tokens none; a teacher must have the same tokens"
+    raise SettingsError(f"{TEACHER}: {name}: another tokenizer: {what}", hint=hint)
+
+
+class DistillationObjective(TargetObjective):
+    """The teacher's probabilities of each token, and the cross-entropy of the targets. See model/distillation.py."""
+
+    def __init__(self, settings: TrainSettings, teacher: Teacher) -> None:
+        super().__init__(settings.label_smoothing_factor)
+        self.teacher = teacher
+        self.settings = settings
+
+    def compute_total(self, model: Any, architecture: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        settings = self.settings
+        labels_N = inputs["labels"].flatten()
+        hidden_NE = self.teacher.compute_hidden_states(inputs)
+        with self.teacher.gather_head() as head:
+            criterion = Distillation(
+                CrossEntropy(labels_N, self.label_smoothing),
+                hidden_NE,
+                head,
+                self.teacher.model.architecture.logit_cap,
+                settings.distillation_alpha,
+                settings.distillation_temperature,
+                settings.distillation_kl,
+            )
+            total: torch.Tensor = model(**widen_mask(inputs, architecture), reduction="sum", criterion=criterion)
+        self._record(criterion.totals, (labels_N >= 0).sum())
+        return total
