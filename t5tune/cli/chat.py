@@ -10,7 +10,7 @@ from rich.text import Text
 
 from t5tune.cli.output import Output, print_error
 from t5tune.cli.screen import StderrConsole
-from t5tune.commands.chat import Chatter, chat, save_conversation
+from t5tune.commands.chat import Chatter, Reply, chat, save_conversation, save_preference
 from t5tune.data.formats import Turn
 from t5tune.errors import SettingsError, T5TuneError, WriteError
 from t5tune.settings import ChatSettings, packaged_templates
@@ -69,16 +69,16 @@ class _ChatSession:
     keeps_history: bool | None = None  # set by /history; None: as the model was trained
     console: Console = field(default_factory=StderrConsole)
 
-    def read_line(self) -> str | None:
+    def read_line(self, prompt: str = "you: ") -> str | None:
         """Read the user's next line; None at the end of input. A terminal has line editing and a history."""
         if not self.interactive:
             line = sys.stdin.readline()
             return line.rstrip("\n") if line else None
         with suppress(ImportError):  # some Python builds lack readline; then there is no line editing
             import readline  # noqa: F401 (importing it adds line editing to `input`)
-        prompt = "you: "
         if self.console.color_system:
-            prompt = "\001\033[1;32m\002you:\001\033[0m\002 "  # readline: \001…\002 encloses what has no width
+            name = prompt.rstrip()
+            prompt = f"\001\033[1;32m\002{name}\001\033[0m\002 "  # readline: \001…\002 encloses what has no width
         while True:
             try:
                 return input(prompt)
@@ -95,22 +95,45 @@ class _ChatSession:
     def ask(self, text: str) -> None:
         """Reply to a message and keep both turns; neither is kept if Ctrl-C stops the reply."""
         turns = [*self.turns, Turn("human", text)]
+        file = self.chatter.settings.save_preferences
+        try:
+            reply = self._reply(turns, "model") if file is None else self._compare_replies(turns, file)
+        except KeyboardInterrupt as interrupt:
+            with suppress(WriteError):  # the terminal may be closed
+                self.output.print("")
+            if interrupt.args or not self.interactive:  # SIGTERM or SIGHUP
+                raise
+            self.say("stopped; the message was removed")
+            return
+        self.turns = [*turns, Turn("assistant", reply)]
+
+    def _reply(self, turns: list[Turn], name: str) -> str:
+        """Print a reply and return it."""
         if not self.interactive:
-            result = self.chatter.reply(turns)
+            result: Reply = self.chatter.reply(turns)
             self.output.print(result.reply)
-        else:
-            self.console.print("[bold cyan]model:[/] ", end="")
-            try:
-                result = self.chatter.reply(turns, self._print_chunk)
-            except KeyboardInterrupt as interrupt:
-                with suppress(WriteError):  # the terminal may be closed
-                    self.output.print("")
-                if interrupt.args:  # SIGTERM or SIGHUP
-                    raise
-                self.say("stopped; the message was removed")
-                return
-            self.output.print("")
-        self.turns = [*turns, Turn("assistant", result.reply)]
+            return result.reply
+        self.console.print(f"[bold cyan]{name}:[/] ", end="")
+        result = self.chatter.reply(turns, self._print_chunk)
+        self.output.print("")
+        return result.reply
+
+    def _compare_replies(self, turns: list[Turn], file: Path) -> str:
+        """Print two replies, ask which one is better, and save the pair. Return the reply to go on with."""
+        replies = [self._reply(turns, f"reply {number}") for number in (1, 2)]
+        if replies[0] == replies[1]:
+            self.say("both replies are the same: nothing to save")
+            return replies[0]
+        self.say("which one is better? 1 or 2; Enter if you can't tell")
+        while (choice := (self.read_line("better: ") or "").strip()) not in ("1", "2", ""):
+            self.say(f"{choice}: expected 1, 2 or nothing")
+        if not choice:
+            self.say("not saved; the chat goes on with reply 1")
+            return replies[0]
+        chosen, rejected = replies if choice == "1" else reversed(replies)
+        save_preference(file, self.chatter, turns, chosen, rejected)
+        self.say(f"appended to {file}")
+        return chosen
 
     def run_command(self, name: str = "", value: str = "") -> None:
         """Run a slash command, and say what it did."""

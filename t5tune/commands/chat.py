@@ -152,7 +152,7 @@ class Chatter:
         streamer = _TextStreamer(self.tokenizer, answer_suffix, show) if show else None
         _check_encodable(turns[-1].text, "message")
         _check_encodable(self.settings.system or "", "system message")
-        turns = [self._prepare_turn(turn) for turn in (turns if self.keeps_history else turns[-1:])]
+        turns = self.select_turns(turns)
         system = None if self.settings.system is None else normalize_text(self.settings.system, Counter())
         conversation = Conversation(RecordLocation("chat", 1, 0, 0), system, tuple(turns))
         if rejection := find_long_word(conversation, self.encoder):
@@ -169,6 +169,10 @@ class Chatter:
             reply_tokens=len(ids),
             seconds=round(time.monotonic() - started, 3),
         )
+
+    def select_turns(self, turns: list[Turn]) -> list[Turn]:
+        """Return the turns that the model sees, with the prefix of its training."""
+        return [self._prepare_turn(turn) for turn in (turns if self.keeps_history else turns[-1:])]
 
     def _generate(self, source: list[int], on_token: Callable[[int], None] | None) -> list[int]:
         decoding = Decoding(
@@ -258,6 +262,32 @@ def save_conversation(path: Path, turns: list[Turn], system: str | None) -> None
     names = {"human": "human", "assistant": "gpt"}
     record: dict[str, Any] = {} if system is None else {"system": system}
     record["conversations"] = [{"from": names[turn.role], "value": turn.text} for turn in turns]
+    _append_record(path, record)
+
+
+def save_preference(path: Path, chatter: Chatter, turns: list[Turn], chosen: str, rejected: str) -> None:
+    """Append two replies to a JSON Lines file as a preference pair, which `prepare --objective dpo` reads.
+
+    Args:
+        chatter: has made the replies.
+        turns: what it has replied to; without the turns that it hasn't seen, this is the question of the record.
+
+    Raises:
+        SettingsError: the file can't be written.
+    """
+    seen, system = chatter.select_turns(turns), chatter.settings.system
+    answers = {"chosen": chosen, "rejected": rejected}
+    if len(seen) == 1 and system is None:
+        _append_record(path, {"prompt": seen[0].text, **answers})
+        return
+    roles = {"human": "user", "assistant": "assistant"}
+    messages = [{"role": roles[turn.role], "content": turn.text} for turn in seen]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    _append_record(path, {"messages": messages, **answers})
+
+
+def _append_record(path: Path, record: dict[str, Any]) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -23,7 +23,7 @@ import torch
 
 from t5tune.cli.chat import _ChatSession
 from t5tune.cli.output import Output
-from t5tune.commands.chat import Chatter, chat, save_conversation
+from t5tune.commands.chat import Chatter, chat, save_conversation, save_preference
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
@@ -536,3 +536,52 @@ def test_a_prefix_that_no_record_got_is_reported_and_not_used(
     texts = [note.text for note in notes if isinstance(note, Note) and note.warning]
     assert "source_prefix: 'shorten: ' has no effect: no record is a source/target pair" in texts
     assert json.loads((tmp_path / "cache" / "training_data.json").read_text())["source_prefix"] == ""
+
+
+class TestPreferences:
+    """Two replies are sampled, the better one is chosen, and the pair is appended to a file that prepare reads."""
+
+    def run(self, made: dict[str, Path], file: Path, lines: list[str], *options: str) -> CommandResult:
+        typed = "".join(f"{line}\n" for line in lines).encode()
+        arguments = ["chat", made["run"], "--use-cpu", "--max-new-tokens=12", f"--save-preferences={file}", *options]
+        return t5tune_in_fork(*arguments, stdin=typed)
+
+    def test_the_chosen_reply_is_saved_as_such(self, made: dict[str, Path], tmp_path: Path) -> None:
+        file = tmp_path / "pairs.jsonl"
+        done = self.run(made, file, [PROMPT, "1", PROMPT, "2", PROMPT, ""])
+        assert done.code == 0, done.stderr
+        replies = done.stdout.splitlines()
+        assert len(replies) == 6
+        assert len({*replies}) > 2  # sampled
+        assert [json.loads(line) for line in file.read_text().splitlines()] == [
+            {"prompt": PROMPT, "chosen": replies[0], "rejected": replies[1]},
+            {"prompt": PROMPT, "chosen": replies[3], "rejected": replies[2]},
+        ]
+        cache = tmp_path / "cache"
+        settings = {"model_name_or_path": "pocket", "data_path": str(file), "output_dir": cache}
+        prepare(PrepareSettings(**settings, objective="dpo"))
+        assert len(open_cache(cache)) == 2
+
+    def test_what_the_model_has_seen_is_saved(self, made: dict[str, Path], tmp_path: Path) -> None:
+        chatter = Chatter.load(settings(made["run"], system="Be brief."))
+        turns = [Turn("human", "Hi"), Turn("assistant", "Hello"), Turn("human", "And?")]
+        for keeps_history in (True, False):
+            save_preference(tmp_path / "x.jsonl", chatter.with_history(keeps_history), turns, "a", "b")
+        system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "And?"}
+        before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        found = [json.loads(line)["messages"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+        assert found == [[system, *before, asked], [system, asked]]
+
+    def test_settings_that_leave_nothing_to_choose_are_refused(self, tmp_path: Path) -> None:
+        for changes, problem in (({"prompt": "Hi"}, "leave out prompt"), ({"temperature": 0}, "the same reply twice")):
+            with pytest.raises(SettingsError, match=problem):
+                settings(tmp_path, save_preferences=tmp_path / "x", **changes)
+
+    def test_a_file_that_cannot_be_written_ends_the_chat_in_one_line(
+        self, made: dict[str, Path], tmp_path: Path
+    ) -> None:
+        done = self.run(made, tmp_path / "no" / "x.jsonl", [PROMPT, "1"])
+        assert done.code == 2
+        assert done.errors == [
+            f"error: {tmp_path}/no/x.jsonl: No such file or directory; name a file in a folder that exists"
+        ]
