@@ -336,6 +336,28 @@ def test_the_commands_of_the_getting_started_page_work(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_the_commands_of_the_preferences_page_work(tmp_path: Path) -> None:
+    """Run the commands of docs/preferences.md on the built-in model unchanged; variables keep them short."""
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    short = {"T5TUNE_MAX_STEPS": "2", "T5TUNE_MAX_NEW_TOKENS": "6", "T5TUNE_NUM_DATA": "24"}
+    short["T5TUNE_REPORT_SAMPLES"] = "0"
+    messages = "".join(f"An order for Mira: {number} teas.\n{1 + number % 2}\n" for number in range(24))
+    ran = []
+    for words in find_commands(REPOSITORY / "docs" / "preferences.md"):
+        typed = messages.encode() if "--save-preferences" in words else b""
+        done = t5tune_in_fork(*words, "--quiet", cwd=tmp_path, env=short, stdin=typed)
+        assert done.code == 0, f"{words}: {done.stderr}"
+        ran.append(words[0])
+    assert ran == [
+        "train", "chat", "evaluate", "prepare", "train", "evaluate", "chat", "train", "evaluate", "train",
+    ]  # fmt: skip
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) > 4
+    assert all(pair.keys() == {"prompt", "chosen", "rejected"} for pair in pairs)
+    assert json.loads((tmp_path / "dpo" / "result.json").read_text())["eval"].keys() >= {"rewards/accuracies"}
+
+
 def test_the_prompt_of_the_getting_started_page_is_a_held_out_example() -> None:
     """The run learns to reply to held-out conversations, but not to names and dishes that are in no example."""
     start, heldout = (REPOSITORY / name for name in ("docs/start.md", "examples/quickstart/heldout.jsonl"))
