@@ -602,7 +602,6 @@ class ChatSettings(_settings.ChatSettings):
         q_lora: bool = False,
         bf16: bool | None = None,
         device: str | torch.device | None = None,
-        save_preferences: str | PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         family: Literal[
@@ -628,6 +627,7 @@ class ChatSettings(_settings.ChatSettings):
         source_prefix: str | None = None,
         top_p: float = 1.0,
         seed: int = 42,
+        save_preferences: str | PathLike[str] | None = None,
     ) -> None:
         """Settings of chat: Chat with a base model, an adapter or a training run.
 
@@ -646,8 +646,6 @@ class ChatSettings(_settings.ChatSettings):
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
             bf16: Compute in bfloat16; default: on GPUs that can.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
-            save_preferences: Sample two replies to each message, ask which one is better, and append the pair to this
-                JSON Lines file, from which objective dpo and orpo learn.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
@@ -660,6 +658,8 @@ class ChatSettings(_settings.ChatSettings):
                 used in training.
             top_p: Nucleus sampling (top-p): sample from the smallest set of tokens with this total probability.
             seed: Random seed for sampling.
+            save_preferences: Sample two replies to each message, ask which one is better, and append the pair to this
+                JSON Lines file, from which objective dpo and orpo learn.
         """
 
 class EvaluateSettings(_settings.EvaluateSettings):

@@ -38,7 +38,14 @@ from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
 from t5tune.training.attention_choice import choose_packed_attention
-from t5tune.training.batches import StepSampler, count_steps, make_collator, make_sampler
+from t5tune.training.batches import (
+    PackedCollator,
+    PaddedCollator,
+    StepSampler,
+    count_steps,
+    make_collator,
+    make_sampler,
+)
 from t5tune.training.build_model import BuiltModel, build_model
 from t5tune.training.checkpoint import count_bytes, read_run_identity
 from t5tune.training.evaluation import GenerationScorer
@@ -222,7 +229,7 @@ def _make_trainer(
         is_stopped = partial(getattr, session.stop, "is_set")
         open_meter = partial(open_initial_model, built, collator, settings, report, is_stopped)
         references = _complete_references(session, loaded, open_meter)
-    objective = _make_objective(session, loaded, built, references or {})
+    objective = _make_objective(session, loaded, collator, references or {})
     losses = objective.list_losses(loaded.held_out) if loaded.held_out is not None else []
     args = make_training_arguments(settings, loaded.deepspeed, losses, session.world, session.device)
     count, skips = settings.eval_generate, settings.on_non_finite == "skip"
@@ -282,7 +289,10 @@ def _complete_references(
 
 
 def _make_objective(
-    session: Session, loaded: _LoadedData, built: BuiltModel, references: dict[str, Pairs]
+    session: Session,
+    loaded: _LoadedData,
+    collator: PackedCollator | PaddedCollator,
+    references: dict[str, Pairs],
 ) -> Objective:
     settings = session.settings
     if settings.objective == "orpo":
@@ -290,9 +300,7 @@ def _make_objective(
     if settings.objective == "dpo":
         return DirectPreferenceObjective(settings, references.get("held-out"))
     if loaded.teacher is not None:
-        teacher = load_teacher(
-            settings, loaded.teacher, loaded.tokenizer, session.device, loaded.deepspeed, built.is_packed
-        )
+        teacher = load_teacher(settings, loaded.teacher, loaded.tokenizer, session.device, loaded.deepspeed, collator)
         return DistillationObjective(settings, teacher)
     return TargetObjective(settings.label_smoothing_factor)
 

@@ -1,7 +1,7 @@
 """Distillation: the teacher of a run, and learning its probabilities of each target token.
 
     files = find_teacher(settings)
-    teacher = load_teacher(settings, files, tokenizer, device, deepspeed, is_packed)
+    teacher = load_teacher(settings, files, tokenizer, device, deepspeed, collator)
     objective = DistillationObjective(settings, teacher)
 
 The teacher runs on the same batches, without dropout. Neither model's logits are ever stored for a whole batch. Under
@@ -30,6 +30,7 @@ from t5tune.settings import TrainSettings
 from t5tune.settings.distillation import TEACHER
 from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.settings.shared import InferenceSettings
+from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.objectives import TargetObjective, widen_mask
 from t5tune.training.resume_guard import hash_adapter
 
@@ -115,16 +116,16 @@ def load_teacher(
     tokenizer: Tokenizer,
     device: torch.device,
     deepspeed: dict[str, Any] | None,
-    is_packed: bool,
+    collator: PackedCollator | PaddedCollator,
 ) -> Teacher:
     """Load the teacher of a run.
 
     Args:
         tokenizer: that of the run.
-        is_packed: whether the run's batches are packed.
+        collator: makes the run's batches.
 
     Raises:
-        SettingsError: its tokenizer isn't that of the run, or it can't read packed batches.
+        SettingsError: its tokenizer isn't that of the run, or it can't read the run's batches.
         ModelError, CheckpointError: its files can't be used.
     """
     zero3 = deepspeed if deepspeed is not None and get_zero_stage(deepspeed) == 3 else None
@@ -136,13 +137,26 @@ def load_teacher(
             f"{TEACHER}: {settings.teacher_model_name_or_path}: its adapter adapts the head, which isn't supported"
         )
         raise ModelError(problem, hint="merge it into its base first")
-    if is_packed:
-        if not can_pack(model):
-            problem = f"{TEACHER}: the attention of {model.config.model_type} doesn't support packing"
-            raise SettingsError(problem, hint="set packing: off")
+    if reason := _find_unreadable(model, collator):
+        raise SettingsError(f"{TEACHER}: {settings.teacher_model_name_or_path}: {reason}")
+    if isinstance(collator, PackedCollator):
         use_packing(model)
     use_fused_layers(model, device)
     return Teacher(model, loaded.engine)
+
+
+def _find_unreadable(model: Any, collator: PackedCollator | PaddedCollator) -> str | None:
+    """Say why the teacher can't read the run's batches; None if it can."""
+    architecture, own = model.architecture, collator.decoder_start_token_id
+    if architecture.start_token_id != own:
+        return f"its decoder starts with the token {architecture.start_token_id}, that of this run with {own}"
+    if not isinstance(collator, PackedCollator):
+        return None
+    if not can_pack(model):
+        return f"the attention of {model.config.model_type} doesn't support packing; set packing: off"
+    if collator.divides_rows and not architecture.has_flex_attention:
+        return f"{model.config.model_type} has no attention in one kernel; set packed_attention: loop"
+    return None
 
 
 def _check_tokenizer(settings: TrainSettings, teachers: Tokenizer, own: Tokenizer) -> None:

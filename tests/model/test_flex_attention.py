@@ -21,6 +21,7 @@ from transformers import T5Config, UMT5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
+from t5tune.data.encoding import PreferencePair
 from t5tune.model import flex_attention
 from t5tune.model.attention import use_packing
 from t5tune.model.flex_attention import BLOCK, MIN_LENGTH, Blocks, attend, divide_rows
@@ -248,8 +249,10 @@ def test_blocks_are_those_of_create_block_mask(pairs: list[tuple[int, int]]) -> 
         assert is_seen.any(1).all()
 
 
+@pytest.mark.parametrize("has_pairs", [False, True])
 @pytest.mark.parametrize("kind", ["t5", "flan-t5", "mt5", "umt5"])
-def test_a_model_has_the_losses_and_gradients_of_the_loop(kind: str) -> None:
+@pytest.mark.variants("t5-False", "flan-t5-True", "umt5-False")
+def test_a_model_has_the_losses_and_gradients_of_the_loop(kind: str, has_pairs: bool) -> None:
     model = make_random_model(kind, torch.float64)
     model.get_encoder().block[0].layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -257,6 +260,10 @@ def test_a_model_has_the_losses_and_gradients_of_the_loop(kind: str) -> None:
     use_packing(model)
     use_fused_layers(model)
     examples = make_examples()
+    if has_pairs:  # both targets of a pair attend to its source
+        others = make_examples([(1, length) for length in (70, 2, 31, 1, 140, 5)])
+        pairs = zip(examples, others, strict=True)
+        examples = [PreferencePair(one.source_S, one.target_T, other.target_T) for one, other in pairs]
     loss, logits = compute_packed_loss(model, examples)
     expected = compute_gradients(model, loss)
     inputs = PackedCollator(0, 0, divides_rows=True)(examples)
