@@ -1,5 +1,10 @@
 """Fixtures with real, tiny inputs: bases with a tied and an untied head, the pocket tokenizer, the command line."""
 
+# ruff: noqa: E402
+import gc
+
+gc.disable()  # until all tests are collected: looking for garbage takes a third of the time of importing everything
+
 import json
 import os
 import signal
@@ -39,6 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         skip_long_tests(items, config.args_source is pytest.Config.ArgsSource.TESTPATHS)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, but never in what has been imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def skip_long_tests(items: list[pytest.Item], is_whole_suite: bool) -> None:
