@@ -82,6 +82,7 @@ def train_stock(train: Any, way: str, options: Any, folder: Path, patch: pytest.
     return len(calls), seen["spreads"]
 
 
+@pytest.mark.long
 def test_the_headline_peer_is_a_trainer_with_sdpa_and_batches_grouped_by_length(
     train: Any, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_the_headline_peer_is_a_trainer_with_sdpa_and_batches_grouped_by_length(
     assert np.mean(spreads[1:]) < np.mean(random_spreads[1:]) / 3
 
 
+@pytest.mark.long
 def test_the_fastchat_way_uses_eager_attention(
     train: Any, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

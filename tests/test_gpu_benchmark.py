@@ -362,6 +362,7 @@ def test_training_is_measured(way: str, shared_folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_timed_steps_exclude_warm_up_and_the_profiled_one(
     shared_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +389,7 @@ def test_variants_are_measured_or_skipped(shared_folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_is_compared_with_an_uninterrupted_one(shared_folder: Path) -> None:
     result = load("gpu_training").measure_resuming(shared_folder, {}, **TINY)
     assert result["resumed from"] in {"checkpoint-2", "checkpoint-3"}
@@ -402,6 +404,7 @@ def test_adapters_that_differ_are_compared() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_memory_of_evaluation_is_measured(shared_folder: Path) -> None:
     result = load("gpu_training").measure_evaluation(shared_folder, **TINY)
     assert result["evaluation"] >= result["training"] > 0

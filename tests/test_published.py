@@ -60,6 +60,7 @@ def test_a_checkpoint_is_compared_with_stock_transformers(hub_cache: Path) -> No
     assert sorted(path.name for path in hub_cache.parent.iterdir()) == ["hub"]
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_is_missing_has_the_reason_in_its_row(hub_cache: Path) -> None:
     done = run(hub_cache, "--only", "mt5")
     assert done.returncode == 1
