@@ -19,6 +19,7 @@ from t5tune.progress import Note
 from t5tune.training.push_checkpoints import PushCheckpoints
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.forks import ForkServer
 from tests.support.hub import TOKEN, USER, Hub, serve_hub, use_in_this_process
 from tests.support.runs import start_run
 from tests.support.train_runs import make_settings
@@ -255,12 +256,12 @@ def test_a_run_that_is_stopped_does_not_wait_for_an_upload(
     assert "wasn't uploaded to the end" in later
 
 
-def test_two_processes_push_once(hub: Hub, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    flags = ("--push-to-hub", "--hub-model-id", NAME, "--num-processes", 2, "--output-dir", output, "--json")
-    done = run(hub, *TRAIN, *flags)
-    assert done.code == 0, done.stderr
-    assert done.json["pushed"] == f"{hub.url}/{NAME}"
+def test_two_processes_push_once(hub: Hub, fork_server: ForkServer, tmp_path: Path) -> None:
+    flags = ("--push-to-hub", "--hub-model-id", NAME, "--output-dir", tmp_path / "run", "--json")
+    environment = {**os.environ, **hub.environment, "HF_TOKEN": TOKEN}
+    done = fork_server.run([*map(str, (*TRAIN, *flags))], ranks=2, environment=environment)
+    assert done.codes == [0, 0], done.log
+    assert json.loads(done.stdout)["pushed"] == f"{hub.url}/{NAME}"
     assert len(hub.repos["model", NAME].commits) == 2  # of its creation, and of the upload
 
 
