@@ -254,6 +254,7 @@ def wait_until_it_sleeps(process: subprocess.Popen[bytes]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP] if LONG else [signal.SIGTERM])
 @pytest.mark.parametrize("during", ["input", "a reply"])
+@pytest.mark.variants("a reply-15")
 def test_a_signal_ends_the_chat_and_restores_the_terminal(
     untied_base: Path, number: signal.Signals, during: str
 ) -> None:

@@ -99,6 +99,7 @@ def test_metrics_equal_those_of_plain_transformers_one_example_at_a_time(
     assert {name: getattr(result, name) for name in wanted} == wanted
 
 
+@pytest.mark.long
 def test_the_batch_size_does_not_change_the_metrics(untied_base: Path, cache: Path, tmp_path: Path) -> None:
     one = run_evaluate(untied_base, cache, tmp_path / "one", per_device_eval_batch_size=1)
     many = run_evaluate(untied_base, cache, tmp_path / "many", per_device_eval_batch_size=64)
@@ -581,6 +582,7 @@ def test_losses_need_neither_all_logits_of_a_batch_nor_a_copy_of_the_embedding(
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.variants("3")
 def test_generation_keeps_its_key_value_cache_within_the_budget(
     num_beams: int, untied_base: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

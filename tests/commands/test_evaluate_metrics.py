@@ -268,7 +268,7 @@ def test_a_metric_that_is_not_finite_is_left_out_of_its_evaluation(
         ),
     ],
 )
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 def test_a_custom_metric_that_fails_during_training_costs_no_step(
     untied_base: Path, conversations: Path, tmp_path: Path, second: str, changes: dict[str, Any], message: str
 ) -> None:

@@ -460,7 +460,7 @@ def test_no_bf16_is_suggested_for_a_gpu_that_only_emulates_it(
         ("80GiB", {"deepspeed": "zero2"}, "--bf16 --deepspeed none"),
     ],
 )
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 def test_suggested_flags_and_the_given_settings_are_accepted_by_train(
     memory: str, given: dict[str, Any], expected: str | None, tmp_path: Path
 ) -> None:

@@ -599,6 +599,7 @@ BATCHES = {
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("way", BATCHES)
+@pytest.mark.variants("ddp", "zero2-accumulated", "zero3")
 def test_a_batch_gives_the_same_loss_and_gradient_however_it_is_divided(
     way: str,
     base_without_dropout: Path,
@@ -618,6 +619,7 @@ def test_a_batch_gives_the_same_loss_and_gradient_however_it_is_divided(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("way", [("zero3", "--q-lora", "--no-bf16"), ("zero1", "--bf16"), ("zero0", "--bf16")])
+@pytest.mark.variants(2)
 def test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters(
     way: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
@@ -751,7 +753,7 @@ def test_an_error_in_all_workers_is_shown_once_with_its_exit_code(
         ("untied", None, ("--q-lora",)),
     ],
 )
-@pytest.mark.variants(3)
+@pytest.mark.variants(2)
 def test_the_live_base_equals_its_file_before_and_after_training(
     kind: str,
     stage: str | None,

@@ -206,7 +206,7 @@ def test_each_family_trains_in_full(key: str, bases: dict[str, Path], data: Path
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("key", ARCHITECTURES.values())
-@pytest.mark.variants("mt5", "t5")
+@pytest.mark.variants("mt5")
 def test_each_architecture_has_the_losses_of_one_process_under_zero3(
     key: str, bases: dict[str, Path], data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:

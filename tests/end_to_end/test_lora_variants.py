@@ -74,6 +74,7 @@ def trained_adapter(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.variants("rslora-tied", "dora-untied", "pissa-tied", "olora-tied", "modules to save-tied")
 def test_live_model_saved_adapter_and_merged_checkpoint_agree(
     name: str, kind: str, request: pytest.FixtureRequest, conversations: Path, tmp_path: Path
 ) -> None:
@@ -90,7 +91,7 @@ def test_live_model_saved_adapter_and_merged_checkpoint_agree(
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-@pytest.mark.variants("nf4 dq", "int8", "loftq")
+@pytest.mark.variants("nf4 dq", "int8")
 def test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded(
     name: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -286,7 +287,7 @@ def test_loraplus_gives_the_weights_of_an_independent_training_loop(
     [VARIANTS["dora"], VARIANTS["pissa"], VARIANTS["lora+"], VARIANTS["modules to save"], {"train_mode": "full"}],
     ids=["dora", "pissa", "lora+", "modules to save", "full"],
 )
-@pytest.mark.variants("dora", "pissa", "full")
+@pytest.mark.variants("pissa", "full")
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(
     changes: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -431,6 +432,7 @@ def test_quantized_dora_under_zero3_is_refused_on_cpus(untied_base: Path, conver
     [({}, "untied"), ({"use_dora": True, "modules_to_save": NORMS}, "tied")],
     ids=["lora", "dora and norms"],
 )
+@pytest.mark.variants("dora and norms")
 def test_training_starts_from_the_exact_weights_of_an_adapter(
     ways: dict[str, Any], kind: str, request: pytest.FixtureRequest, conversations: Path, tmp_path: Path
 ) -> None:

@@ -138,6 +138,9 @@ def assert_equal_within(found: dict[str, torch.Tensor], expected: dict[str, torc
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("kind", LENGTHS)
 @pytest.mark.parametrize("model_type", ["t5", "umt5"])
+@pytest.mark.variants(
+    "t5-encoder-torch.float64", "t5-decoder-torch.float32", "t5-cross-torch.float64", "umt5-encoder-torch.float64"
+)
 def test_one_kernel_computes_what_the_loop_does(model_type: str, kind: str, dtype: torch.dtype) -> None:
     layer, states = make_attention(model_type, kind, dtype), make_states(kind, dtype)
     queries, keys = map(list, LENGTHS[kind])
@@ -164,6 +167,7 @@ def hash_in_numpy(seed_H: np.ndarray, length: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.variants("encoder-torch.float32", "decoder-torch.float64", "cross-torch.float64")
 def test_dropout_is_that_of_the_probabilities(kind: str, dtype: torch.dtype) -> None:
     """Segments of a single token are among them: with dropout, some of their queries see no key."""
     dropout = 0.3

@@ -137,6 +137,14 @@ def test_the_summed_loss_is_that_of_stock_logits_with_their_cap(kind: str, bases
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants(
+    "t5gemma-None",
+    "t5gemma-9b-2b-None",
+    "t5gemma2-None",
+    "t5gemma2-capped-None",
+    "t5gemma-True",
+    "t5gemma2-capped-False",
+)
 def test_packed_rows_equal_a_padded_batch_and_single_examples(
     kind: str, checkpointing: bool | None, bases: dict[str, Path]
 ) -> None:

@@ -244,7 +244,7 @@ def test_sums_of_many_segments_are_not_compared_with_each_other(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["saved", "published", "own head"])
-@pytest.mark.variants("published-transient-global", "saved-local", "own head-local")
+@pytest.mark.variants("published-transient-global", "own head-local")
 def test_a_merged_checkpoint_has_the_same_logits_in_stock_transformers(
     kind: str, how: str, conversations: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +272,7 @@ def test_a_merged_checkpoint_has_the_same_logits_in_stock_transformers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants("transient-global")
 def test_evaluate_and_chat_use_the_adapter(kind: str, conversations: Path, tmp_path: Path) -> None:
     base = save_longt5(tmp_path / "base", kind)
     copy_pocket_tokenizer(base)
@@ -290,6 +291,7 @@ def test_evaluate_and_chat_use_the_adapter(kind: str, conversations: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants("transient-global")
 def test_a_padded_run_has_the_losses_of_a_packed_one(kind: str, conversations: Path, tmp_path: Path) -> None:
     base = save_longt5(tmp_path / "base", kind)
     copy_pocket_tokenizer(base)

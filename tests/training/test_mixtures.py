@@ -97,6 +97,7 @@ def run_recorded(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256, "per_device_train_batch_size": 1}])
+@pytest.mark.variants("batching0")
 def test_the_shares_are_the_weights_on_any_number_of_ranks(
     batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_small_dataset_starts_over_and_one_of_weight_0_is_left_out(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256}])
+@pytest.mark.variants("batching1")
 def test_a_run_that_is_stopped_in_the_middle_of_a_mixture_ends_with_the_same_bits(
     batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_step_is_the_same_in_every_batch_layout(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("way", [(), ("--deepspeed", "zero2"), ("--deepspeed", "zero3", "--gradient-checkpointing")])
+@pytest.mark.variants("way0", "way2")
 def test_a_step_is_the_same_on_two_ranks(
     way: tuple[str, ...],
     base_without_dropout: Path,
