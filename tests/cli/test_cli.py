@@ -115,14 +115,16 @@ def test_the_help_and_a_refusal_import_little(arguments: list[str], unneeded: se
 def test_each_wrong_setting_is_reported_on_its_own_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lora_rr: 8\nlora_dropout: much\n")
-    done = t5tune("train", "--config", file, "--lora-alfa", "8", "--save-steps", "soon", env={"T5TUNE_SEEED": "1"})
+    done = t5tune_in_fork(
+        "train", "--config", file, "--lora-alfa", "8", "--save-steps", "soon", env={"T5TUNE_SEEED": "1"}
+    )
     assert_refused(done, "--lora-alfa", f"{file}: lora_rr", "T5TUNE_SEEED", "lora_dropout: 'much'", "'soon'")
     assert done.stderr.splitlines() == done.errors
     assert len(done.errors) == 8  # the five above, and the missing model_name_or_path, data_path and output_dir
 
 
 def test_an_unknown_command_is_refused_with_the_closest_one() -> None:
-    assert_refused(t5tune("trian"), "trian", "did you mean train?")
+    assert_refused(t5tune_in_fork("trian"), "trian", "did you mean train?")
 
 
 @pytest.mark.parametrize(
@@ -154,40 +156,42 @@ def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unexpected_argument_is_refused() -> None:
-    done = t5tune("prepare", "stray")
+    done = t5tune_in_fork("prepare", "stray")
     assert_refused(done, "stray: unexpected argument", "model_name_or_path: missing", "t5tune prepare --help")
-    assert_refused(t5tune("inspect", "one", "two"), "two: unexpected argument")
+    assert_refused(t5tune_in_fork("inspect", "one", "two"), "two: unexpected argument")
 
 
 def test_train_takes_a_config_as_its_first_word(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lora_rr: 8\n")
-    assert_refused(t5tune("train", file), f"{file}: lora_rr: unknown setting; did you mean lora_r?")
+    assert_refused(t5tune_in_fork("train", file), f"{file}: lora_rr: unknown setting; did you mean lora_r?")
     done = t5tune_in_fork("train", "pocket", "--dry-run", "lora_r=3", f"output_dir={tmp_path}")
     assert done.code == 0, done.stderr
     assert "model_name_or_path: pocket" in done.stdout
     assert "lora_r: 3" in done.stdout
-    assert_refused(t5tune("train", "pockt"), "config: pockt: no file or template of that name; did you mean pocket?")
+    assert_refused(
+        t5tune_in_fork("train", "pockt"), "config: pockt: no file or template of that name; did you mean pocket?"
+    )
     (tmp_path / "settings.yaml").write_text("lora_r: 8\n")
     assert_refused(
-        t5tune("train", tmp_path), f"config: {tmp_path}: expected a .yaml file; give {tmp_path}/settings.yaml"
+        t5tune_in_fork("train", tmp_path), f"config: {tmp_path}: expected a .yaml file; give {tmp_path}/settings.yaml"
     )
 
 
 def test_errors_name_positional_arguments_without_dashes() -> None:
-    assert_refused(t5tune("inspect"), "cache: missing; give t5tune inspect CACHE or set it in a --config file")
-    assert_refused(t5tune("templates", "foo"), "action: 'foo' (ACTION): ")
+    assert_refused(t5tune_in_fork("inspect"), "cache: missing; give t5tune inspect CACHE or set it in a --config file")
+    assert_refused(t5tune_in_fork("templates", "foo"), "action: 'foo' (ACTION): ")
 
 
 def test_a_missing_config_is_refused() -> None:
-    assert_refused(t5tune("train", "--config", "nowhere.yaml"), "nowhere.yaml", "pocket")
+    assert_refused(t5tune_in_fork("train", "--config", "nowhere.yaml"), "nowhere.yaml", "pocket")
 
 
 def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache"]
-    done = t5tune("prepare", *arguments, "--data-path", "nowhere.jsonl")
+    done = t5tune_in_fork("prepare", *arguments, "--data-path", "nowhere.jsonl")
     assert_refused(done, "data_path: nowhere.jsonl", "check the path's spelling")
-    done = t5tune("prepare", *arguments, "--data-path", "tatsu-lab/alpaca")
+    done = t5tune_in_fork("prepare", *arguments, "--data-path", "tatsu-lab/alpaca")
     said = "no such file or folder, HF_HUB_OFFLINE disables downloads, and the dataset isn't all in the local cache"
     assert_refused(done, f"data_path: tatsu-lab/alpaca: {said}; unset HF_HUB_OFFLINE, or give a file or a folder")
     assert list(tmp_path.iterdir()) == []
@@ -195,18 +199,18 @@ def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_base_is_refused(tmp_path: Path) -> None:
     arguments = ["--model-name-or-path", tmp_path, "--output-dir", tmp_path / "cache", "--data-path", "pocket"]
-    assert_refused(t5tune("prepare", *arguments), f"model_name_or_path: {tmp_path}", "config.json")
+    assert_refused(t5tune_in_fork("prepare", *arguments), f"model_name_or_path: {tmp_path}", "config.json")
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    done = t5tune("export", tmp_path, "--output-dir", tmp_path / "out")
+    done = t5tune_in_fork("export", tmp_path, "--output-dir", tmp_path / "out")
     assert_refused(done, f"checkpoint: {tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "out"]
-    assert_refused(t5tune("merge", *arguments, "--adapter", tmp_path), f"adapter: {tmp_path}")
+    assert_refused(t5tune_in_fork("merge", *arguments, "--adapter", tmp_path), f"adapter: {tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,7 +230,7 @@ def test_an_unknown_conversation_template_is_refused_before_the_run_folder_exist
 
 
 def test_with_json_a_wrong_setting_is_an_object_on_stdout() -> None:
-    done = t5tune("export", "--json", "--format", "zip")
+    done = t5tune_in_fork("export", "--json", "--format", "zip")
     assert done.code == 2
     assert set(done.json) == {"error"}
     assert set(done.json["error"]) == {"kind", "message", "hint"}
@@ -236,7 +240,7 @@ def test_with_json_a_wrong_setting_is_an_object_on_stdout() -> None:
 
 
 def test_with_json_an_error_of_a_command_is_an_object_on_stdout(tmp_path: Path) -> None:
-    done = t5tune("export", tmp_path, "--output-dir", tmp_path / "out", "--json")
+    done = t5tune_in_fork("export", tmp_path, "--output-dir", tmp_path / "out", "--json")
     assert done.code == 2
     error = done.json["error"]
     assert set(error) == {"kind", "message", "hint"}
@@ -246,7 +250,7 @@ def test_with_json_an_error_of_a_command_is_an_object_on_stdout(tmp_path: Path) 
 
 
 def test_with_json_a_parser_error_is_an_object_on_stdout() -> None:
-    done = t5tune("trian", "--json")
+    done = t5tune_in_fork("trian", "--json")
     assert done.code == 2
     assert done.json["error"]["kind"] == "SettingsError"
     assert "trian" in done.json["error"]["message"]
@@ -269,7 +273,7 @@ def test_with_json_an_error_stays_the_same_if_it_cannot_be_written_to_stdout() -
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
 def test_the_launchers_local_rank_is_accepted_on_either_side_of_the_verb(before: bool, flag: str) -> None:
-    done = t5tune(*([flag, "train"] if before else ["train", flag]), "--fp16")
+    done = t5tune_in_fork(*([flag, "train"] if before else ["train", flag]), "--fp16")
     # the only problems are the missing settings and fp16
     assert done.code == 2
     keys = [line.removeprefix("error: ").split(":")[0] for line in done.errors]
@@ -282,14 +286,14 @@ def test_prepare_prints_one_object_and_on_the_next_run_reports_that_it_is_up_to_
     tmp_path: Path, conversations: Path
 ) -> None:
     arguments = ["--model-name-or-path", "pocket", "--data-path", conversations, "--output-dir", tmp_path / "cache"]
-    done = t5tune("prepare", *arguments, "--json")
+    done = t5tune_in_fork("prepare", *arguments, "--json")
     assert done.code == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert list(done.json) == PREPARE_RESULT_KEYS
     assert done.json["cache"] == str(tmp_path / "cache")
     assert done.json["conversations"] == 24
     assert done.json["up_to_date"] is False
-    again = t5tune("prepare", *arguments, "--json", "--quiet")
+    again = t5tune_in_fork("prepare", *arguments, "--json", "--quiet")
     assert again.code == 0
     assert again.stderr == ""
     assert again.json | {"seconds": 0, "up_to_date": False} == done.json | {"seconds": 0}
@@ -299,7 +303,7 @@ def test_prepare_prints_one_object_and_on_the_next_run_reports_that_it_is_up_to_
 
 def test_prepare_prints_the_path_of_the_cache(tmp_path: Path, conversations: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--data-path", conversations, "--output-dir", tmp_path / "cache"]
-    done = t5tune("prepare", *arguments)
+    done = t5tune_in_fork("prepare", *arguments)
     assert done.code == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'cache'}\n"
 

@@ -9,7 +9,7 @@ import pytest
 from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.next_steps import list_next_steps
 from t5tune.settings import EvaluateSettings, TrainSettings, load_settings
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune_in_fork
 
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
 
@@ -90,4 +90,4 @@ def test_a_stopped_run_is_followed_like_a_finished_one(
 
 @pytest.mark.parametrize("flag", ["--quiet", "--json"])
 def test_nothing_is_suggested_to_a_script(tmp_path: Path, flag: str) -> None:
-    assert "next    " not in t5tune(*PREPARE, flag, cwd=tmp_path).stderr
+    assert "next    " not in t5tune_in_fork(*PREPARE, flag, cwd=tmp_path).stderr

@@ -25,7 +25,7 @@ from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Note
 from t5tune.settings import ExportSettings
 from tests.support.adapters import make_stock_adapter
-from tests.support.command_line import CommandResult, t5tune
+from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.exports import assert_same, list_files, read_adapter_tensors
 
 STEPS = 3
@@ -344,10 +344,10 @@ def test_export_needs_neither_torch_nor_deepspeed(zero3: Path, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_command_line_exports_and_prints_the_result(zero3: Path, tmp_path: Path) -> None:
-    done = t5tune("export", zero3, "--output-dir", tmp_path / "adapter", "--json")
+    done = t5tune_in_fork("export", zero3, "--output-dir", tmp_path / "adapter", "--json")
     assert done.code == 0, done.stderr
     assert (done.json["zero_stage"], done.json["world_size"]) == (3, 2)
-    again = t5tune("export", zero3, "--output-dir", tmp_path / "adapter")
+    again = t5tune_in_fork("export", zero3, "--output-dir", tmp_path / "adapter")
     assert again.code == 2
     assert "already contains files" in again.errors[0]
 

@@ -16,7 +16,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
 from t5tune.errors import DataError, SettingsError
 from t5tune.settings import InspectSettings, PrepareSettings, TrainSettings, write_settings
-from tests.support.command_line import t5tune
+from tests.support.command_line import t5tune_in_fork
 
 RECORDS = [
     ["Hi", "Yes\n  {x}"],
@@ -46,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_json_output_equals_the_examples_of_the_cache(cache: Path) -> None:
-    done = t5tune("inspect", cache, "--all", "--json")
+    done = t5tune_in_fork("inspect", cache, "--all", "--json")
     assert done.code == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     opened, tokenizer = open_cache(cache), AutoTokenizer.from_pretrained(cache / "tokenizer")
@@ -97,11 +97,11 @@ def test_truncated_text_is_shown_struck_through(cache: Path) -> None:
     assert tokenizer.decode(whole).startswith("Human: " + "lamp " * 50)
     (cut,) = inspect(InspectSettings(cache=cache, example=1)).examples
     assert tokenizer.decode([*cut.target_ids, *cut.target_cut]).strip() == ("table " * 50).strip()
-    done = t5tune("inspect", cache, "--example", 1, env={"FORCE_COLOR": "1", "COLUMNS": "200"})
+    done = t5tune_in_fork("inspect", cache, "--example", 1, env={"FORCE_COLOR": "1", "COLUMNS": "200"})
     assert "\x1b[2;9;32m" in done.stdout  # dim, struck through, in the target's color
     assert f"{len(cut.target_cut)} cut off" in done.stdout
     assert "[cut: " not in done.stdout
-    plain = t5tune("inspect", cache, "--example", 1, env={"TERM": "dumb", "COLUMNS": "200"}).stdout
+    plain = t5tune_in_fork("inspect", cache, "--example", 1, env={"TERM": "dumb", "COLUMNS": "200"}).stdout
     kept, whole = tokenizer.decode(cut.target_ids), tokenizer.decode([*cut.target_ids, *cut.target_cut])
     assert f"{kept}[cut: {whole.removeprefix(kept)}]" in plain
 
@@ -109,7 +109,7 @@ def test_truncated_text_is_shown_struck_through(cache: Path) -> None:
 def test_the_example_with_unknown_tokens_is_found(cache: Path, tmp_path: Path) -> None:
     (example,) = inspect(InspectSettings(cache=cache, unknown=True)).examples
     assert example.index == 2
-    done = t5tune("inspect", cache, "--unknown")
+    done = t5tune_in_fork("inspect", cache, "--unknown")
     assert "<unk> No" in done.stdout
 
 
@@ -120,10 +120,10 @@ def test_a_choice_without_a_matching_example_is_reported(tmp_path: Path) -> None
     whole = tmp_path / "cache"
     prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data), output_dir=whole))
     for flag, what in (("--worst-cut", "is truncated"), ("--unknown", "has unknown tokens")):
-        done = t5tune("inspect", whole, flag)
+        done = t5tune_in_fork("inspect", whole, flag)
         assert done.code == 0
         assert f"none of its examples (1) {what}" in " ".join(done.stderr.split())
-        assert t5tune("inspect", whole, flag, "--json").stdout == ""
+        assert t5tune_in_fork("inspect", whole, flag, "--json").stdout == ""
 
 
 def test_the_histograms_count_every_example(cache: Path) -> None:
@@ -136,13 +136,13 @@ def test_the_histograms_count_every_example(cache: Path) -> None:
             assert count == np.sum((lengths >= low) & (lengths < high))
     assert statistics.longest[0] == int(np.argmax(sources + targets))
     assert 0 < statistics.padding_random < 1
-    done = t5tune("inspect", cache, "--stats")
+    done = t5tune_in_fork("inspect", cache, "--stats")
     assert done.code == 0
     assert "padding in batches of 8" in done.stdout
 
 
 def test_the_page_is_one_complete_file(cache: Path, tmp_path: Path) -> None:
-    done = t5tune("inspect", cache, "--all", "--html", tmp_path / "page.html")
+    done = t5tune_in_fork("inspect", cache, "--all", "--html", tmp_path / "page.html")
     assert done.stdout.strip() == str(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("<article>") == 4
@@ -219,7 +219,7 @@ def test_the_last_bar_collects_a_long_tail(tmp_path: Path) -> None:
     label = histogram.label_bars()[-1]
     assert label == f"{histogram.edges[-2]} and more"
     assert not statistics.target.has_tail
-    assert label in t5tune("inspect", long_one, "--stats").stdout
+    assert label in t5tune_in_fork("inspect", long_one, "--stats").stdout
     inspect(InspectSettings(cache=long_one, html=tmp_path / "page.html"))
     text = (tmp_path / "page.html").read_text()
     assert f"<title>{label}: 1</title>" in text
@@ -263,7 +263,7 @@ def test_a_run_folder_shows_its_token_cache(cache: Path, tmp_path: Path) -> None
     for changes in ({"data_path": [str(cache)]}, {"preprocessed_path": cache}):
         shutil.rmtree(run / "data", ignore_errors=True)
         write_settings(run, settings.model_copy(update=changes))
-        done = t5tune("inspect", run)
+        done = t5tune_in_fork("inspect", run)
         assert done.code == 0, done.stderr
         assert f"{run} is a run folder; its token cache is {cache}" in done.stderr
         assert "Human: Hi Assistant:" in done.stdout
@@ -274,7 +274,7 @@ def test_a_run_folder_shows_its_token_cache(cache: Path, tmp_path: Path) -> None
 
 def test_an_output_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = t5tune("prepare", "--model-name-or-path", "pocket", "--data-path", "pocket",
+    done = t5tune_in_fork("prepare", "--model-name-or-path", "pocket", "--data-path", "pocket",
                   "--output-dir", tmp_path / "file" / "cache")  # fmt: skip
     assert done.code == 2
     (error,) = done.errors

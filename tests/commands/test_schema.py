@@ -72,23 +72,23 @@ def test_every_run_config_and_its_copy_name_a_schema_next_to_them(name: str, tmp
 
 @pytest.mark.slow
 def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_path: Path) -> None:
-    listed = t5tune("templates")
+    listed = t5tune_in_fork("templates")
     assert listed.code == 0
     lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines() if line.startswith("  ")]
     assert dict(lines)["pocket"] == "The built-in model on the packaged conversations: about a minute on two cores."
     assert {"flan-t5-xxl-qlora", "plain", "zero3"} <= dict(lines).keys()
     assert all(text.endswith(".") for _, text in lines), "each is a sentence"
-    shown = t5tune("templates", "show", "zero3")
+    shown = t5tune_in_fork("templates", "show", "zero3")
     assert json.loads(shown.stdout)["zero_optimization"]["stage"] == 3
-    copied = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
+    copied = t5tune_in_fork("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
     assert copied.stdout.strip() == str(tmp_path / "mine.yaml")
-    again = t5tune("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
+    again = t5tune_in_fork("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
     assert again.code == 2
     assert "exists already" in again.stderr
     for misspelt, meant in (("zer03", "zero3"), ("runs/poket", "runs/pocket")):
         with pytest.raises(SettingsError, match=rf"{misspelt}: no such template; did you mean {meant}\?"):
             templates(TemplatesSettings(action="show", name=misspelt))
-    refused = t5tune("train", "--config", "poket", "--dry-run")
+    refused = t5tune_in_fork("train", "--config", "poket", "--dry-run")
     assert refused.code == 2
     assert "config: poket: no file or template of that name; did you mean pocket? the templates" in refused.stderr
 

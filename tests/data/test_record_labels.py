@@ -21,7 +21,7 @@ from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 from t5tune.settings.reading import ReadingSettings
-from tests.support.command_line import t5tune, t5tune_in_fork
+from tests.support.command_line import t5tune_in_fork
 from tests.support.paths import REPOSITORY
 
 HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
@@ -166,10 +166,10 @@ def test_data_with_only_records_labeled_bad_is_refused_with_that_reason(tmp_path
     write_lines(tmp_path / "bad.jsonl", BAD, BAD)
     write_lines(tmp_path / "good.jsonl", GOOD)
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache", "--data-path"]
-    done = t5tune("prepare", *arguments, tmp_path / "bad.jsonl")
+    done = t5tune_in_fork("prepare", *arguments, tmp_path / "bad.jsonl")
     assert (done.code, len(done.errors)) == (2, 1)
     assert "bad.jsonl: all 2 records are labeled bad (label: false, kto_tag: false)" in done.errors[0]
-    done = t5tune("prepare", *arguments, tmp_path / "good.jsonl", tmp_path / "bad.jsonl")
+    done = t5tune_in_fork("prepare", *arguments, tmp_path / "good.jsonl", tmp_path / "bad.jsonl")
     assert (done.code, len(done.errors)) == (2, 1)
     assert "bad.jsonl: contains no conversation to train on; all 2 records are labeled bad" in done.errors[0]
     assert not (tmp_path / "cache").exists()
@@ -195,7 +195,7 @@ def test_the_inspect_page_counts_records_labeled_bad_separately_from_rejected_on
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
     prepared(GOOD, BAD, BAD, {"x": 1})
-    done = t5tune("inspect", tmp_path / "cache", "--html", tmp_path / "page.html")
+    done = t5tune_in_fork("inspect", tmp_path / "cache", "--html", tmp_path / "page.html")
     assert done.code == 0, done.stderr
     assert "1 record rejected; 2 records labeled bad and left out; " in (tmp_path / "page.html").read_text()
 

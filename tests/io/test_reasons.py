@@ -9,7 +9,7 @@ import pytest
 from t5tune.errors import SettingsError, WriteError
 from t5tune.io.reasons import describe_error, to_one_line
 from t5tune.settings import MergeSettings, Settings, TrainSettings, load_settings
-from tests.support.command_line import t5tune, t5tune_in_fork
+from tests.support.command_line import t5tune_in_fork
 
 VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
     "word for a whole number": (TrainSettings, "lora_r", "abc", "expected a whole number"),
@@ -109,7 +109,7 @@ def test_each_wrong_field_of_a_conversation_template_is_reported(tmp_path: Path)
     template = tmp_path / "mine.yaml"
     template.write_text("system_message: ''\nsystem: '{text} '\nasistant: '{text} '\nassistant_prefix: 'A: '\n")
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache", "--data-path", "pocket"]
-    done = t5tune("prepare", *arguments, "--conversation-template", template)
+    done = t5tune_in_fork("prepare", *arguments, "--conversation-template", template)
     place = f"error: conversation_template: {template}"
     assert done.errors == [
         f"{place}: asistant: unknown field; did you mean assistant?",
