@@ -1,7 +1,6 @@
 """Chat uses the conversation template of training, whether it loads a run, an adapter or a merged checkpoint."""
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -35,6 +34,7 @@ from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.forks import ForkedProcess, get_fork_server
 from tests.support.runs import LONG
 
 PROMPT = "Hello, two tea for Mira please."
@@ -197,36 +197,31 @@ def test_a_terminal_has_editing_keys_and_input_history(made: dict[str, Path], tm
     saved = tmp_path / "said.jsonl"
     typed = f"{PROMPT[1:]}\x01{PROMPT[0]}\n\x1b[A\n/save {saved}\n/quit\n"  # Ctrl-A, arrow up
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", made["merged"], "--max-new-tokens", "3"]
-    terminal = {**os.environ, "TERM": "xterm"}
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal) as chatting:
-        os.close(theirs)
+    command = ["-m", "t5tune", "chat", "--model-name-or-path", str(made["merged"]), "--max-new-tokens", "3"]
+    chatting = get_fork_server().start_on_terminal(command, theirs, {**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    for line in typed.splitlines(keepends=True):
+        while b"you:" not in shown:
+            shown += os.read(ours, 4096)
         shown = b""
-        for line in typed.splitlines(keepends=True):
-            while b"you:" not in shown:
-                shown += os.read(ours, 4096)
-            shown = b""
-            os.write(ours, line.encode())
-        with contextlib.suppress(OSError):  # how a closed terminal reports its end
-            while os.read(ours, 4096):
-                pass
-        assert chatting.wait(60) == 0
+        os.write(ours, line.encode())
+    with contextlib.suppress(OSError):  # how a closed terminal reports its end
+        while os.read(ours, 4096):
+            pass
+    assert chatting.wait(60) == 0
     os.close(ours)
     (record,) = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
     assert [entry["value"] for entry in record["conversations"][::2]] == [PROMPT, PROMPT]
 
 
 @contextlib.contextmanager
-def chat_on_a_terminal(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
+def chat_on_a_terminal(model: Path) -> Iterator[tuple[ForkedProcess, int, int]]:
     """A chat whose replies hardly end. Yields its process and both ends of its terminal, the user's first."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", str(model), "--use-cpu"]
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "100000"],
-        stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"},
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # only closing a controlling terminal sends SIGHUP
-    )  # fmt: skip
+    command = ["-m", "t5tune", "chat", "--model-name-or-path", str(model), "--use-cpu", "--max-new-tokens", "100000"]
+    # only closing a controlling terminal sends SIGHUP
+    process = get_fork_server().start_on_terminal(command, theirs, {**os.environ, "TERM": "xterm"})
     try:
         yield process, ours, theirs
     finally:
@@ -234,7 +229,7 @@ def chat_on_a_terminal(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], i
         process.wait()
 
 
-def read_until(pattern: bytes, process: subprocess.Popen[bytes], terminal: int) -> None:
+def read_until(pattern: bytes, process: ForkedProcess, terminal: int) -> None:
     """Read what the process shows on its terminal until it matches the pattern."""
     shown = b""
     while not re.search(pattern, shown, re.DOTALL):
@@ -243,7 +238,7 @@ def read_until(pattern: bytes, process: subprocess.Popen[bytes], terminal: int) 
             shown += os.read(terminal, 4096)
 
 
-def wait_until_it_sleeps(process: subprocess.Popen[bytes]) -> None:
+def wait_until_it_sleeps(process: ForkedProcess) -> None:
     """Wait until the process reads its input. Python's readline misses a signal that comes shortly before."""
     deadline = time.monotonic() + 100
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":

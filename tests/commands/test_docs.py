@@ -1,9 +1,8 @@
 """docs/for-agents.md and `t5tune docs`: what the page says is true, and its recipes work."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from t5tune.commands.docs import PACKAGE, docs
 from t5tune.commands.prepare import prepare
 from t5tune.settings import COMMANDS, DocsSettings, PrepareSettings
 from tests.support.agents_page import BLOCK, GENERATED, PAGE, build_page
-from tests.support.command_line import CommandResult, t5tune
+from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.forks import get_fork_server
 from tests.support.paths import REPOSITORY
 from tests.test_docs import find_commands
 
@@ -32,13 +32,13 @@ def test_the_generated_parts_match_the_code() -> None:
 
 
 def test_docs_prints_the_page_without_its_markers() -> None:
-    done = t5tune("docs")
+    done = t5tune_in_fork("docs")
     assert (done.code, done.stderr) == (0, "")
     assert done.stdout.startswith("# For coding assistants\n\nEverything")
     assert "<!--" not in done.stdout
     left = [line for line in TEXT.splitlines() if line and not line.startswith("<!--")]
     assert [line for line in done.stdout.splitlines() if line] == left
-    assert t5tune("docs", "--json").json == {"text": done.stdout}
+    assert t5tune_in_fork("docs", "--json").json == {"text": done.stdout}
 
 
 def test_the_page_is_installed_where_docs_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,11 +70,14 @@ def test_every_example_of_a_record_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_example_in_python_works(tmp_path: Path) -> None:
+def test_the_first_example_in_python_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)[0]
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    losses, _, score = done.stdout.rpartition(" ")
+    monkeypatch.chdir(tmp_path)
+    output, log = tmp_path / "output", tmp_path / "log"
+    for file in (output, log):
+        file.touch()
+    assert get_fork_server().start(["-c", code], output, log, os.environ).wait(500) == 0, log.read_text()
+    losses, _, score = output.read_text().rpartition(" ")
     assert len(json.loads(losses)) >= 1
     assert 0 <= float(score) <= 100
 

@@ -243,7 +243,8 @@ def test_a_run_that_is_stopped_does_not_wait_for_an_upload(
         *("--max-steps", "1000000", "--save-steps", "20"),
     )
     environment = {**hub.environment, "HF_TOKEN": TOKEN}
-    with start_run(untied_base, conversations, tmp_path / "run", *flags, **environment) as running:
+    # new, because huggingface_hub reads whether to show bars when it is imported
+    with start_run(untied_base, conversations, tmp_path / "run", *flags, is_new=True, **environment) as running:
         try:
             running.wait_until(is_uploading.is_set)
             running.process.send_signal(signal.SIGTERM)

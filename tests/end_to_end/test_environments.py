@@ -236,15 +236,15 @@ TRAIN = [
 @pytest.mark.parametrize("place", ["full disk", "closed pipe"])
 @pytest.mark.variants("closed pipe")
 def test_training_continues_when_its_progress_cannot_be_written(place: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "t5tune", *map(str, TRAIN), "--output-dir", str(tmp_path / "run")]
+    command = ["-m", "t5tune", *map(str, TRAIN), "--output-dir", str(tmp_path / "run")]
     if place == "full disk" and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    with open("/dev/full" if place == "full disk" else os.devnull, "w") as full:
-        error = full if place == "full disk" else subprocess.PIPE
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error)
-        if process.stderr is not None:
-            process.stderr.close()
-        assert process.wait(timeout=120) == 0
+    read, write = os.pipe()
+    stderr = Path("/dev/full") if place == "full disk" else write
+    process = get_fork_server().start(command, Path(os.devnull), stderr, os.environ)
+    for end in (read, write):
+        os.close(end)
+    assert process.wait(120) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
 
 

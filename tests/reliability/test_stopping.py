@@ -321,7 +321,7 @@ def test_a_signal_while_libraries_are_imported_stops_training_afterwards(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(SIGNAL_WHILE_IMPORTING)
     environment = {"PYTHONPATH": str(tmp_path), "SIGNAL_AT": library, "SIGNAL_NAME": number}
-    with start_run(untied_base, conversations, tmp_path / "run", **environment) as running:
+    with start_run(untied_base, conversations, tmp_path / "run", is_new=True, **environment) as running:
         assert running.wait() == (130 if number == "SIGINT" else 143), running.log.read_text()
     lines = [line for line in running.log.read_text().splitlines() if "Ctrl-C" not in line]
     assert lines[-1] == f"stopped{'' if number == 'SIGINT' else f' by {number}'} before training began", lines

@@ -6,6 +6,7 @@ It ends when its standard input does.
 """
 
 import ast
+import fcntl
 import gc
 import importlib
 import json
@@ -13,6 +14,8 @@ import os
 import select
 import socket
 import sys
+import tempfile
+import termios
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -38,7 +41,14 @@ def serve(address: str) -> None:
         while select.select([listener, sys.stdin], [], [])[0] == [listener]:
             client, _ = listener.accept()
             with client, client.makefile("rw") as stream:
-                stream.write(json.dumps(run_ranks(json.loads(stream.readline()))) + "\n")
+                request = json.loads(stream.readline())
+                if "command" in request:
+                    start(request, client)
+                else:
+                    stream.write(json.dumps(run_ranks(request)) + "\n")
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
 
 
 def run_ranks(request: dict[str, Any]) -> list[int]:
@@ -63,20 +73,80 @@ def run_ranks(request: dict[str, Any]) -> list[int]:
     return codes
 
 
+def start(request: dict[str, Any], client: socket.socket) -> None:
+    """Fork a process. Its parent, another fork, sends its id to the client, and its exit code when it has ended."""
+    if os.fork() > 0:
+        return
+    try:
+        _open_streams(request)  # before the client learns the id, since it may close them then
+        pid = os.fork()
+        if pid == 0:
+            client.close()
+            _run_command(request)
+        for number in range(3):
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        client.sendall(b"%d\n" % pid)
+        client.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    finally:
+        os._exit(0)
+
+
+def _run_command(request: dict[str, Any]) -> NoReturn:
+    """Do what `python -m t5tune …` or `python -c …` does."""
+    code = 70
+    try:
+        if request["terminal"]:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            sys.stdout.reconfigure(line_buffering=True)
+        _set_up(request)
+        gc.enable()
+        kind, text, *arguments = request["command"]
+        try:
+            if kind == "-m":
+                from t5tune.cli import run
+
+                code = run(arguments)
+            else:
+                exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
+                code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException as error:
+            code = 1
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _open_streams(request: dict[str, Any]) -> None:
+    for number, path in enumerate(request["streams"]):
+        opened = os.open(path, os.O_NOCTTY | (os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY))
+        os.dup2(opened, number)
+        os.close(opened)
+
+
+def _set_up(request: dict[str, Any]) -> None:
+    """Set the environment and the current folder."""
+    if request["environment"] is not None:
+        os.environ.clear()
+        os.environ |= request["environment"]
+        tempfile.tempdir = None
+        sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        import huggingface_hub.constants
+
+        importlib.reload(huggingface_hub.constants)  # it reads HF_ENDPOINT and the others when it is imported
+    if request["cwd"] is not None:
+        os.chdir(request["cwd"])
+
+
 def _run(request: dict[str, Any], rank: int, port: int, writer: int) -> NoReturn:
     code = 70
     try:
-        for number, path in enumerate(request["streams"]):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY), number)
-        if request["environment"] is not None:
-            os.environ.clear()
-            os.environ |= request["environment"]
-            sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-            import huggingface_hub.constants
-
-            importlib.reload(huggingface_hub.constants)  # it reads HF_ENDPOINT and the others when it is imported
-        if request["cwd"] is not None:
-            os.chdir(request["cwd"])
+        _open_streams(request)
+        _set_up(request)
         count = request["ranks"]
         if count > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}

@@ -5,6 +5,10 @@
     done.codes, done.log
     done = fork_server.run(arguments, calls=["tests.support.overflowing:overflow_at(5)"])
 
+    process = fork_server.start(["-m", "t5tune", *arguments], log, log, os.environ)         # or ["-c", code]
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+
 A script that starts `t5tune` by itself gets a fork too, with `fork_server.scripts` first on its PATH.
 
 If there is a C compiler, the forks run with faults.c preloaded, which makes the Nth open, write, fsync, rename, link,
@@ -17,9 +21,13 @@ truncate or mkdir below a folder fail with a given system error:
 import atexit
 import ctypes
 import functools
+import json
 import mmap
 import os
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,6 +69,45 @@ class RunOutput:
     stdout: str
     log: str
     operations: list[FileOperation]
+
+
+class ForkedProcess:
+    """A process that the server has started, with what tests need of subprocess.Popen."""
+
+    def __init__(self, server: socket.socket) -> None:
+        self._server = server
+        self.pid = self._read_number()
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None if the process hasn't ended."""
+        if self.returncode is None and select.select([self._server], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until the process ends. Return its exit code, which is negative for a signal."""
+        if self.returncode is None:
+            if not select.select([self._server], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+            self.returncode = self._read_number()
+            self._server.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _read_number(self) -> int:
+        text = b""
+        while not text.endswith(b"\n"):
+            read = self._server.recv(1)
+            assert read, "the fork server has ended"
+            text += read
+        return int(text)
 
 
 class ForkServer:
@@ -147,6 +194,37 @@ class ForkServer:
         lines = sorted((line.split(" ", 2) for line in trace.read_text().splitlines()), key=lambda line: int(line[0]))
         texts = [path.read_text(errors="replace") for path in (stdout, log)]
         return RunOutput(codes, *texts, [FileOperation(kind, path) for _, kind, path in lines])
+
+    def start(
+        self, command: list[str], stdout: Path | int, stderr: Path | int, environment: Mapping[str, str]
+    ) -> ForkedProcess:
+        """Start `python -m t5tune …` or `python -c code` in the current folder.
+
+        Args:
+            command: what follows `python`.
+            stdout: a file to which the output is appended, or the number of an open one.
+            stderr: likewise.
+        """
+        return self._start(command, [os.devnull, stdout, stderr], environment, terminal=False)
+
+    def start_on_terminal(self, command: list[str], terminal: int, environment: Mapping[str, str]) -> ForkedProcess:
+        """Start it in a session of its own, which this terminal controls."""
+        return self._start(command, [terminal] * 3, environment, terminal=True)
+
+    def _start(
+        self, command: list[str], streams: Sequence[Path | str | int], environment: Mapping[str, str], terminal: bool
+    ) -> ForkedProcess:
+        request = {
+            "command": command,
+            "streams": [f"/proc/{os.getpid()}/fd/{file}" if isinstance(file, int) else str(file) for file in streams],
+            "environment": dict(environment),
+            "cwd": os.getcwd(),
+            "terminal": terminal,
+        }
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(self._address)
+        server.sendall(json.dumps(request).encode() + b"\n")
+        return ForkedProcess(server)
 
     def close(self) -> None:
         with self._process as process:

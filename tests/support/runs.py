@@ -14,6 +14,7 @@ from typing import IO, Any
 from t5tune.progress import Event
 from t5tune.training.checkpoint import list_checkpoints, verify
 from tests.support import train_runs
+from tests.support.forks import ForkedProcess, get_fork_server
 
 LONG = os.environ.get("LONG_TESTS") == "1"
 TIMEOUT = 150.0  # seconds; only a guard against hanging
@@ -38,15 +39,29 @@ def make_arguments(base: Path, data: Path, run: Path, *more: Any) -> list[str]:
 
 
 class Running:
-    """A running command, whose output goes to a log file next to the run folder."""
+    """A running command, whose output goes to a log file next to the run folder.
 
-    def __init__(self, command: list[str], run: Path, stderr: IO[bytes] | None = None, **environment: str) -> None:
+    `python -m t5tune …` and `python -c …` run in a fork of a process that has imported everything, unless `is_new`.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        run: Path,
+        stderr: IO[bytes] | None = None,
+        is_new: bool = False,
+        **environment: str,
+    ) -> None:
         self.run = run
         log = run.with_name(f"{run.name}.log")
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self.process: subprocess.Popen[bytes] | ForkedProcess
         with open(log, "ab") as file:
-            self.process = subprocess.Popen(
-                command, stdout=file, stderr=stderr or file, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
-            )
+            if is_new or command[0] != sys.executable or (command[1] != "-c" and command[1:3] != ["-m", "t5tune"]):
+                self.process = subprocess.Popen(command, stdout=file, stderr=stderr or file, env=variables)
+            else:
+                errors = stderr.fileno() if stderr else file.fileno()
+                self.process = get_fork_server().start(command[1:], file.fileno(), errors, variables)
         self.log = log
 
     def wait_until(self, condition: Callable[[], Any]) -> None:
@@ -100,9 +115,10 @@ class Running:
             self.kill()
 
 
-def start_run(base: Path, data: Path, run: Path, *more: Any, **environment: str) -> Running:
-    """Start `t5tune train` in a separate process."""
-    return Running([sys.executable, "-m", "t5tune", *make_arguments(base, data, run, *more)], run, **environment)
+def start_run(base: Path, data: Path, run: Path, *more: Any, is_new: bool = False, **environment: str) -> Running:
+    """Start `t5tune train` in a process of its own."""
+    command = [sys.executable, "-m", "t5tune", *make_arguments(base, data, run, *more)]
+    return Running(command, run, is_new=is_new, **environment)
 
 
 def list_descendants(pid: int) -> list[int]:
