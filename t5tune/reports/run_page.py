@@ -31,7 +31,7 @@ GIB = 1 << 30
 TILE_METRICS = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "exact_match", "rougeL", "field_f1")
 # what preference training and distillation also log: name -> title of the chart
 OBJECTIVE_CHARTS = {
-    "rewards/accuracies": "Share of pairs whose chosen answer has the larger reward",
+    "rewards/accuracies": "Accuracy of the rewards",
     "rewards/margins": "Margin of the rewards",
     "kl": "Divergence from the teacher, per token",
 }
@@ -72,6 +72,8 @@ def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str
 
 def _render_subtitle(settings: TrainSettings, result: dict[str, Any]) -> str:
     way = "full fine-tuning" if settings.train_mode == "full" else f"LoRA with rank {settings.lora_r}"
+    way += f", objective {settings.objective}" if settings.objective != "sft" else ""
+    way += f", teacher {settings.teacher_model_name_or_path}" if settings.teacher_model_name_or_path else ""
     base = f" on a base quantized to {settings.quant_type}" if settings.q_lora else ""
     share = result["trainable_parameters"] / max(result["total_parameters"], 1)
     stop = f"; stopped early {result['stopped_early']}" if result.get("stopped_early") else ""

@@ -226,9 +226,11 @@ def _make_trainer(
             run_identity = run_identity | {PACKED_ATTENTION: attention}
     collator = make_collator(start_id, pad_id, built.is_packed, divides_rows=attention == "flex")
     if settings.objective == "dpo" and references is None:
-        is_stopped = partial(getattr, session.stop, "is_set")
-        open_meter = partial(open_initial_model, built, collator, settings, report, is_stopped)
-        references = _complete_references(session, loaded, open_meter)
+        references = _complete_references(
+            session,
+            loaded,
+            lambda: open_initial_model(built, collator, settings, report, lambda: session.stop.is_set),
+        )
     objective = _make_objective(session, loaded, collator, references or {})
     losses = objective.list_losses(loaded.held_out) if loaded.held_out is not None else []
     args = make_training_arguments(settings, loaded.deepspeed, losses, session.world, session.device)
@@ -259,18 +261,19 @@ def _make_trainer(
 
 
 def _measure_reference_adapter(session: Session, loaded: _LoadedData) -> dict[str, Pairs]:
-    is_stopped = partial(getattr, session.stop, "is_set")
-    open_meter = partial(
-        open_reference_adapter,
-        loaded.pinned,
-        loaded.base,
-        loaded.examples,
-        loaded.deepspeed,
-        session.device,
-        session.report,
-        is_stopped,
+    return _complete_references(
+        session,
+        loaded,
+        lambda: open_reference_adapter(
+            loaded.pinned,
+            loaded.base,
+            loaded.examples,
+            loaded.deepspeed,
+            session.device,
+            session.report,
+            lambda: session.stop.is_set,
+        ),
     )
-    return _complete_references(session, loaded, open_meter)
 
 
 def _complete_references(
