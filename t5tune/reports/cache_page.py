@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from t5tune.data.cache import Cache
 from t5tune.data.cache_view import CacheView, ExampleView, LengthStatistics, TextRun
 from t5tune.data.records import LABELED_BAD
 from t5tune.data.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ LEGEND = {
 def write_cache_page(path: Path, examples: CacheView, statistics: LengthStatistics | None) -> int:
     """Write the page. Return how many of the examples it shows: as many as a browser can display."""
     shown = _render_examples(examples)
-    heading = _render_heading(len(shown), len(examples.cache))
+    heading = _render_heading(len(shown), examples.cache)
     write_page(path, str(examples.cache.folder), chain(_render_summary(examples, statistics), [heading], shown))
     return len(shown)
 
@@ -65,12 +66,13 @@ def _render_examples(examples: CacheView) -> list[str]:
     return articles
 
 
-def _render_heading(num_shown: int, num_examples: int) -> str:
+def _render_heading(num_shown: int, cache: Cache) -> str:
     items = (
         f'<li><span class="{kind}">{html.escape(sample)}</span>: {html.escape(meaning)}</li>'
         for kind, (sample, meaning) in LEGEND.items()
+        if kind != "rejected" or cache.has_preferences
     )
-    title = f"{num_shown:,} of {format_count(num_examples, 'example')}"
+    title = f"{num_shown:,} of {format_count(len(cache), 'example')}"
     return f'<h2>{title}</h2><ul class="colors">{"".join(items)}</ul>'
 
 
