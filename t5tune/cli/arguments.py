@@ -151,6 +151,9 @@ class _Parser:
                 if not values:
                     self.problems.append(f"{flag}: expected a value after it")
                 elif kind == "one":
+                    if name == "config" and self.values.get(name, values[0]) != values[0]:
+                        twice = f"given twice, as {self.values[name]} and as {values[0]}"  # only one would be read
+                        self.problems.append(f"config: {twice}; put the settings of both into one file")
                     self.values[name] = values[0]
                 else:
                     self.values.setdefault(name, []).extend(values)

@@ -93,6 +93,12 @@ def test_values_are_the_text_that_was_typed(model: type[Settings], line: str, va
             ["config: given twice, as run.yaml and as --config pocket; remove one of them"],
         ),
         (
+            TrainSettings,
+            "--config pocket --lora-r 8 --config=mix.yaml",
+            ["config: given twice, as pocket and as mix.yaml; put the settings of both into one file"],
+        ),
+        (TrainSettings, "--config pocket config=pocket --lora-r 8 --lora-r 4", []),
+        (
             MergeSettings,
             "run --adapter a adapter=b",
             ["adapter: given twice, as run and as --adapter a b; remove one of them"],
@@ -114,7 +120,7 @@ def test_what_is_wrong_is_collected(model: type[Settings], line: str, problems: 
 
 
 def test_the_flags_of_all_commands_are_no_settings() -> None:
-    parsed = parse_arguments(["--json", "--config", "a", "--quiet", "--config=b", "--debug="], TrainSettings)
+    parsed = parse_arguments(["--json", "--quiet", "--config=b", "--debug="], TrainSettings)
     assert (parsed.values, parsed.config, parsed.json, parsed.quiet, parsed.debug) == ({}, "b", True, True, True)
     assert parsed.problems == ["--debug=: --debug takes no value"]
 
