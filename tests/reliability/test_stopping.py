@@ -403,9 +403,8 @@ def test_the_time_limit_of_a_slurm_job_saves_a_checkpoint_and_requeues_it(
     with Running(command, tmp_path / "run", **variables) as running:
         running.wait_for_step(3)
         processes = list_descendants(running.process.pid)
-        # SLURM signals the tasks, or only the batch script if the signal is requested with the prefix B:
         try:
-            send_signal(running.process.pid if script == "torchrun" else processes[0], signal.SIGUSR1)
+            send_signal(running.process.pid, signal.SIGUSR1)  # SLURM signals only the script, because of the prefix B:
             assert running.wait() == code, running.log.read_text()[-3000:]
             running.wait_until_gone(processes)
         finally:  # a script that a signal ends leaves its processes running
@@ -413,3 +412,19 @@ def test_the_time_limit_of_a_slurm_job_saves_a_checkpoint_and_requeues_it(
                 send_signal(process, signal.SIGKILL)
     assert len(list_complete_steps(tmp_path / "run")) == 1
     assert (tmp_path / "requests").read_text() == f"requeue {job}\n"
+
+
+@pytest.mark.parametrize(("failure", "code"), [("exit 1", 1), ("kill -TERM $$", 143)])
+@pytest.mark.parametrize("script", ["srun", "torchrun"])
+def test_a_slurm_job_that_fails_before_its_time_limit_is_not_requeued(
+    script: str, failure: str, code: int, tmp_path: Path
+) -> None:
+    """When a rank fails, srun ends the others with SIGTERM, and exits with the highest code."""
+    for name, text in {**SLURM, "srun": failure}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here"}
+    variables |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "REQUESTS": str(tmp_path / "requests")}
+    command = ["bash", str(REPOSITORY / "examples" / "slurm" / f"{script}.sbatch")]
+    assert subprocess.run(command, env={**os.environ, **variables}, timeout=60).returncode == code
+    assert not (tmp_path / "requests").exists()
