@@ -131,7 +131,7 @@ def refuse_shared_gpus(store: Store, rank: int, size: int, gpu: str) -> None:
         raise SettingsError(
             f"ranks {shared[0]} and {shared[1]} have the same GPU, {gpus[shared[0]]}",
             hint="start at most as many processes on a machine as it has GPUs, and show each process all of them "
-            "(CUDA_VISIBLE_DEVICES) or one of its own (srun --gpus-per-task=1)",
+            "(CUDA_VISIBLE_DEVICES; srun --gpus-per-node) or one of its own (srun --gpus-per-task=1)",
         )
 
 
