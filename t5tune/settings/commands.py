@@ -333,6 +333,8 @@ class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, Lora
         "per_device_train_batch_size", "num_gpus", "gpu_memory",
     )  # fmt: skip
     panel: ClassVar[str] = "Plan"
+    # a plan can't use the lengths of several datasets, which is noted
+    unused_quietly: ClassVar[frozenset[str]] = frozenset(TrainSettings.model_fields.keys() - {"data"})
 
     data_path: Annotated[PathList | None, NoneIfUnset] = Field(
         default=None,

@@ -86,6 +86,8 @@ class Settings(BaseModel):
     """The settings that most people use, besides the required ones: `--help` lists these, `--help-all` all of them."""
     also_positional: ClassVar[str | None] = None
     """The setting, or `config`, that a word without a flag fills: `t5tune chat run`. Its flag does the same."""
+    unused_quietly: ClassVar[frozenset[str]] = frozenset()
+    """Settings of another command whose config files this one reads too. That it doesn't use them isn't noted."""
     notes_on_implied: ClassVar[Mapping[str, str]] = {}
     """Setting -> note for the user, for settings that validation turns on because of others."""
 

@@ -144,7 +144,8 @@ def _resolve_names(
                 notes.append(f"{value.place}: ignored ({change.why})")
         # one file or environment may serve several commands, but a flag of another command is a mistake
         elif name in of_any_command and not value.place.startswith("--"):
-            unused.append(name)
+            if value.value is not None and name not in model.unused_quietly:
+                unused.append(name)
         else:
             others = {other_name for other in COMMANDS for other_name in other.list_suggestions()}
             own = model.list_suggestions()

@@ -271,8 +271,20 @@ def test_keys_of_another_command_are_ignored_with_a_note(yaml_file: Callable[[st
     assert settings.model_max_length == 64
     assert notes == ["prepare does not use lora_r, learning_rate"]
     file = yaml_file(dump_settings(load_settings(TrainSettings, None, {}, NEEDED)[0]))
-    _, [note] = load_settings(PlanSettings, file, {})
-    assert re.fullmatch(r"\d\d settings of other commands that plan doesn't need are ignored", note)
+    _, [note] = load_settings(MergeSettings, file, {}, {"adapter": "run"})
+    assert re.fullmatch(r"\d\d settings of other commands that merge doesn't need are ignored", note)
+
+
+def test_plan_reads_the_config_of_a_run_without_notes_on_what_only_train_uses(
+    yaml_file: Callable[[str], str],
+) -> None:
+    file = yaml_file(dump_settings(load_settings(TrainSettings, None, {}, NEEDED)[0]))
+    assert load_settings(PlanSettings, file, {})[1] == []
+    file = yaml_file("model_name_or_path: pocket\noutput_dir: run\nmax_shard_size: 1GB\ndata: [{path: a.jsonl}]\n")
+    assert load_settings(PlanSettings, file, {})[1] == ["plan does not use max_shard_size, data"]
+    assert problems_of(PlanSettings, yaml_file("model_name_or_path: pocket\noutput_dirr: run\n"), {}) == [
+        f"{file}: output_dirr: unknown setting"
+    ]
 
 
 def test_a_setting_that_a_problem_suggests_is_not_reported_as_missing_too(yaml_file: Callable[[str], str]) -> None:
