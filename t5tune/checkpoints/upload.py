@@ -66,7 +66,8 @@ def upload_result(
 ) -> str | None:
     """Upload a result if the settings ask for it, and return the repository's URL.
 
-    The result is complete, so an upload that fails is no error: a note says how to upload it later.
+    The result is complete, so an upload that fails is no error: a note says how to upload it later, also if a signal
+    ends the upload.
 
     Args:
         message: of the commit; None: the folder's name.
@@ -82,6 +83,10 @@ def upload_result(
         later = explain_uploading_later(folder, name, settings.hub_private_repo)
         report(Note(f"{error.message}; {later}", warning=True))
         return None
+    except KeyboardInterrupt:  # also of SIGTERM and SIGHUP, in export and merge; train says it in its own error
+        later = explain_uploading_later(folder, name, settings.hub_private_repo)
+        report(Note(f"the upload was stopped; {later}", warning=True))
+        raise
 
 
 def explain_uploading_later(folder: Path, name: str, is_private: bool) -> str:

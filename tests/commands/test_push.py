@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.forks import ForkServer
 from tests.support.hub import TOKEN, USER, Hub, serve_hub, use_in_this_process
-from tests.support.runs import start_run
+from tests.support.runs import Running, start_run
 from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow
@@ -276,6 +277,34 @@ def test_merge_and_export_push_what_they_write(hub: Hub, finished_run: Path, tmp
         assert uploaded[weights] == (output / weights).read_bytes()
         names = {path.name for path in output.iterdir()} - {"settings.yaml"}
         assert set(uploaded) - {".gitattributes"} == names
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "code"), [("export", signal.SIGTERM, 143), ("merge", signal.SIGINT, 130)]
+)
+def test_a_signal_during_the_upload_of_what_export_and_merge_wrote_says_how_to_upload_it(
+    command: str, number: signal.Signals, code: int, hub: Hub, finished_run: Path, tmp_path: Path
+) -> None:
+    is_uploading, is_over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_uploading.set()
+        is_over.wait(60)
+
+    hub.before_upload = hold
+    output = tmp_path / "written"
+    flags = ("--output-dir", output, "--push-to-hub", "--hub-model-id", NAME, "--hub-private-repo")
+    arguments = [sys.executable, "-m", "t5tune", command, finished_run, *flags]
+    with Running(list(map(str, arguments)), tmp_path / "process", **hub.environment, HF_TOKEN=TOKEN) as running:
+        try:
+            running.wait_until(is_uploading.is_set)
+            running.process.send_signal(number)
+            assert running.wait() == code
+        finally:
+            is_over.set()
+    later = f"it is complete in {output}; to upload it later: t5tune push {output} {NAME} --hub-private-repo"
+    assert later in " ".join(running.log.read_text().split())
+    assert list(output.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
