@@ -41,6 +41,7 @@ from t5tune.model.inference import (
     LoadedModel,
     find_base_and_adapter,
     load_for_inference,
+    pin_to_commits,
     read_training_precision,
     select_base,
 )
@@ -162,8 +163,8 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         stack.enter_context(watch_ranks(world, settings.process_group_timeout))
         stack.enter_context(report_lost_ranks(world))
         stack.enter_context(_explain_out_of_memory(settings))
-        folder, settings = run_on_rank_0(world, lambda: _prepare(settings, device, report))
-        loaded = _load_model(settings, device, report)
+        folder, settings, pinned = run_on_rank_0(world, lambda: _prepare(settings, device, report))
+        loaded = _load_model(pinned, device, report)
         task = run_only_on_rank_0(world, lambda: _read_task(settings, folder, loaded, report))
         work = broadcast_from_rank_0(None if task is None else task.make_work(world.size))
         assert work is not None
@@ -187,11 +188,14 @@ def _explain_out_of_memory(settings: EvaluateSettings) -> AbstractContextManager
     )
 
 
-def _prepare(settings: EvaluateSettings, device: Any, report: Report) -> tuple[Path, EvaluateSettings]:
+def _prepare(
+    settings: EvaluateSettings, device: Any, report: Report
+) -> tuple[Path, EvaluateSettings, EvaluateSettings]:
     """Check what can be checked before the model is loaded.
 
     Returns:
-        The output folder, and the settings with the model's folder, its precision and its quantization.
+        The output folder; the settings with the model's folder, its precision and its quantization; the same with the
+        commits of what is on the Hub, so that every rank loads the same.
     """
     folder = settings.output_dir or find_unused_folder(Path("evaluation"))
     check_replaceable(folder, settings.overwrite)
@@ -205,7 +209,8 @@ def _prepare(settings: EvaluateSettings, device: Any, report: Report) -> tuple[P
             "compare it with",
             hint="give the run or the adapter that it was merged from, or evaluate its base with a command of its own",
         )
-    return folder, _inherit_precision(settings, base, adapter, device, report)
+    settings = _inherit_precision(settings, base, adapter, device, report)
+    return folder, settings, pin_to_commits(settings, base, adapter)
 
 
 def _inherit_precision(

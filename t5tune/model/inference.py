@@ -20,6 +20,7 @@ from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_architecture
 from t5tune.file_names import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from t5tune.hub.names import name_snapshot, split_revision
 from t5tune.io.reasons import to_one_line
 from t5tune.model.device import check_bf16, choose_device, has_bf16
 from t5tune.model.load import load_base
@@ -140,6 +141,23 @@ def find_base_and_adapter(settings: InferenceSettings, report: Report = silent) 
     base = read_base_of_adapter(folder, settings.cache_dir)
     report(Note(f"{name} is an adapter; its base is {base.model_name_or_path}"))
     return find_base(base, report=report), folder
+
+
+def pin_to_commits(settings: InferenceKind, base: Path, adapter: Path | None) -> InferenceKind:
+    """Return the settings with the commits that were found for names on the Hub: a branch may get another one.
+
+    Args:
+        base: as `find_base_and_adapter` has found it.
+        adapter: the same.
+    """
+    named = adapter if adapter is not None and settings.adapter is None else base
+    _, commit = split_revision(name_snapshot(named))
+    changes: dict[str, Any] = {}
+    if commit is not None and named != Path(settings.model_name_or_path):
+        changes["revision"] = commit
+    if settings.adapter is not None and adapter is not None and adapter != settings.adapter:
+        changes["adapter"] = Path(f"{split_revision(str(settings.adapter))[0]}@{adapter.name}")
+    return settings.model_copy(update=changes)
 
 
 def read_training_precision(adapter: Path) -> dict[str, Any]:

@@ -154,6 +154,29 @@ def test_a_run_uses_one_commit_though_the_branch_gets_others(
     assert manifest["adapter"] == _hash_files(snapshot, ADAPTER_FILES)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("is_named_with_its_base", [False, True])
+def test_all_ranks_of_an_evaluation_load_one_commit_though_the_branch_gets_others(
+    is_named_with_its_base: bool, hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
+) -> None:
+    files = {name: (adapters[0] / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    factors = itertools.count(1)
+
+    def add_commit() -> None:
+        hub.add("model", "some/moving", {**files, "generation_config.json": str(next(factors)).encode()})
+
+    add_commit()
+    hub.after_lookup = add_commit
+    model = ("--model-name-or-path", untied_base, "--adapter", "some/moving") if is_named_with_its_base else ()
+    done = run(
+        hub,
+        *("evaluate", *(model or ["some/moving"]), "--data-path", "pocket", "--num-data", 4, "--max-new-tokens", 2),
+        *("--num-processes", 2, "--output-dir", tmp_path / "scores"),
+    )
+    assert done.code == 0, done.stderr
+    assert len(list(hub.home.rglob("snapshots/*"))) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
