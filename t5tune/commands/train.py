@@ -128,7 +128,7 @@ def _train(
         from t5tune.distributed.process_group import join_process_group
         from t5tune.distributed.watch import watch_ranks
 
-        device = stack.enter_context(join_process_group(world, settings, report))
+        device = stack.enter_context(join_process_group(world, settings, report, stop))
         watch = stack.enter_context(watch_ranks(world, settings.process_group_timeout, RESUME_HINT))
         stack.enter_context(report_lost_ranks(world, RESUME_HINT))
         if settings.bf16:

@@ -19,6 +19,7 @@ from t5tune.io.reasons import to_one_line
 Value = TypeVar("Value")
 ANSWER_SECONDS = 1.0
 MAX_PAUSE = 0.25  # seconds between two looks into the store
+RENDEZVOUS_HINT = "start all ranks with the same MASTER_ADDR and MASTER_PORT, which every rank must be able to reach"
 # parts of gloo's messages, whose errors are plain RuntimeErrors
 RANK_LOSS_MESSAGES = (
     "gloo",
@@ -146,7 +147,7 @@ def report_rendezvous_errors() -> Iterator[None]:
             ) from error
         raise RankLost(
             f"rank {rank}: no answer at {host}:{port}, the rendezvous of the ranks",
-            hint="start all ranks with the same MASTER_ADDR and MASTER_PORT, which every rank must be able to reach",
+            hint=RENDEZVOUS_HINT,
         ) from error
     except RuntimeError as error:  # of NCCL or of gloo, which has no type of its own
         if not _is_rank_loss(error):

@@ -2,6 +2,8 @@
 
 import io
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -15,26 +17,84 @@ from torch.distributed.rendezvous import rendezvous
 from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.compat.python_patches import restore_environment
 from t5tune.compat.torch_patches import use_default_timeout
-from t5tune.distributed.collectives import is_distributed, report_rendezvous_errors
+from t5tune.distributed.collectives import (
+    RENDEZVOUS_HINT,
+    is_distributed,
+    report_rendezvous_errors,
+    wait_until,
+)
 from t5tune.distributed.deepspeed_build import remove_stale_locks
 from t5tune.distributed.launcher import find_free_port
+from t5tune.distributed.signals import StopRequest, write_stderr
 from t5tune.distributed.world import World
-from t5tune.errors import SettingsError, Stopped
+from t5tune.errors import RankLost, SettingsError, Stopped
 from t5tune.model.device import DOCTOR_HINT, choose_device, read_nvidia_driver
-from t5tune.progress import Note, Report
+from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, TrainSettings
 
 SECONDS_FOR_WATCH = 60  # more than the rank watch takes to name a rank, after the timeout
+SECONDS_BEFORE_NOTE = 20.0  # of waiting for the other ranks
+SECONDS_BETWEEN_LOOKS = 0.5  # for a signal, while a thread connects to rank 0, which takes less if rank 0 is there
+SECONDS_FOR_OUTCOME = 5.0  # how long rank 0 waits until the others know whether all have started
+# keys in the store: how many ranks are here, whether they start, and how many of them know that
+HERE, OUTCOME, TOLD = "t5tune/here", "t5tune/outcome", "t5tune/told"
+STARTED, STOPPED = "started", "stopped"
+
+
+class Waiting:
+    """A rank's waiting for the others. The first signal ends it, since there is nothing to save yet.
+
+    Args:
+        timeout: in seconds.
+        report: rank 0's; the other ranks write to stderr that they wait, since they may be waiting for rank 0.
+        stop: None: the caller lets signals interrupt it.
+    """
+
+    def __init__(self, world: World, timeout: float, report: Report = silent, stop: StopRequest | None = None) -> None:
+        self.world = world
+        self.timeout = timeout
+        self.report = report
+        self._stop = StopRequest() if stop is None else stop
+        self._since = time.monotonic()
+        self._is_noted = False
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._stop.is_set
+
+    def make_error(self) -> Stopped:
+        return self._stop.make_error("before all ranks had started")
+
+    def look_at_clock(self) -> float:
+        """Say once that this rank waits, if that takes long. Return the seconds since the waiting began."""
+        seconds = time.monotonic() - self._since
+        if seconds > SECONDS_BEFORE_NOTE and not self._is_noted:
+            self._is_noted = True
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            line = f"rank {self.world.rank}: waiting for the other ranks at {place}"
+            if self.world.rank == 0:
+                self.report(Note(line))
+            else:
+                write_stderr(line)
+        return seconds
 
 
 @contextmanager
 def join_process_group(
-    world: World, settings: TrainSettings | EvaluateSettings, report: Report
+    world: World, settings: TrainSettings | EvaluateSettings, report: Report, stop: StopRequest | None = None
 ) -> Iterator[torch.device]:
     """Choose the device, and join a process group for this block if there are several ranks or DeepSpeed.
 
+    Args:
+        stop: ends the waiting for the other ranks; None: the caller lets signals interrupt it.
+
     Yields:
         The torch device to compute on.
+
+    Raises:
+        RankLost: a rank can't be reached, or doesn't come.
+        Stopped: a signal arrived before all ranks had joined.
     """
     device = _choose_device(world, settings, report)
     # NCCL's watchdog aborts a rank that waits for a lost one; the rank watch is to name the lost one before that
@@ -43,10 +103,11 @@ def join_process_group(
     failed = True
     with restore_environment(), use_default_timeout(timeout):
         try:
-            _join(world, device, timeout, settings.deepspeed is not None, report)
+            waiting = Waiting(world, timeout.total_seconds(), report, stop)
+            _join(world, device, timeout, settings.deepspeed is not None, waiting)
             yield device
             failed = False
-        except Stopped:  # all ranks agreed to stop, so none is waiting in a collective
+        except Stopped:  # all ranks agreed to stop or haven't joined, so none is waiting in a collective
             failed = False
             raise
         finally:
@@ -77,7 +138,7 @@ def choose_backend(device_type: str) -> str:
     return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
 
-def _join(world: World, device: Any, timeout: timedelta, deepspeed: bool, report: Report) -> None:
+def _join(world: World, device: Any, timeout: timedelta, deepspeed: bool, waiting: Waiting) -> None:
     if world.launched:
         os.environ.update(world.to_environment())
     elif deepspeed:  # needs a rendezvous even for a single process
@@ -88,21 +149,22 @@ def _join(world: World, device: Any, timeout: timedelta, deepspeed: bool, report
         os.environ["LOCAL_RANK"] = str(device.index)
     if deepspeed:
         for lock in remove_stale_locks():
-            report(Note(f"{lock}: removed the lock of an interrupted build"))
+            waiting.report(Note(f"{lock}: removed the lock of an interrupted build"))
     if world.size > 1 or deepspeed:
         with report_rendezvous_errors():
-            _init_process_group(world, device, timeout)
+            _init_process_group(world, device, timeout, waiting)
     if deepspeed:
         library = import_deepspeed(on_cpu=device.type == "cpu")
         with redirect_stdout(io.StringIO()):  # stdout is for results only
             library.init_distributed(timeout=timeout, verbose=False)  # takes the process group that exists
 
 
-def _init_process_group(world: World, device: Any, timeout: timedelta) -> None:
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
+def _init_process_group(world: World, device: Any, timeout: timedelta, waiting: Waiting) -> None:
+    store, rank, size = _find_store(timeout, waiting)
     store.set_timeout(timeout)
     # keys of its own: under torchrun a later run of the same processes gets the same store, with gloo's old addresses
     store = PrefixStore(f"t5tune/{store.add(f't5tune/joins/{rank}', 1)}", store)
+    wait_for_all_ranks(store, size, waiting)
     uses_gpus = device.type == "cuda" and world.size > 1
     if uses_gpus:
         refuse_shared_gpus(store, rank, size, str(torch.cuda.get_device_properties(device).uuid))
@@ -114,6 +176,73 @@ def _init_process_group(world: World, device: Any, timeout: timedelta) -> None:
         world_size=size,
         device_id=device if uses_gpus else None,
     )
+
+
+def _find_store(timeout: timedelta, waiting: Waiting) -> tuple[Store, int, int]:
+    """Connect to the rendezvous store, in a thread: C++, which waits for rank 0 there, and on rank 0 for all others,
+    would keep Python from handling signals.
+
+    Returns:
+        The store, this process's rank, and the number of ranks.
+    """
+    found: list[tuple[Store, int, int] | Exception] = []
+
+    def connect() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=timeout)))
+        except Exception as error:
+            found.append(error)
+
+    connecting = threading.Thread(target=connect, daemon=True)
+    connecting.start()
+    while True:
+        connecting.join(SECONDS_BETWEEN_LOOKS)
+        if not connecting.is_alive():
+            break
+        if waiting.is_stopped:
+            raise waiting.make_error()
+        waiting.look_at_clock()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def wait_for_all_ranks(store: Store, size: int, waiting: Waiting) -> None:
+    """Wait until all ranks are here, or one of them has been asked to stop. Every rank calls this.
+
+    What a rank does first, to find all of them here or to stop, holds for all. So none of them continues to a
+    collective in which it would wait for one that has stopped.
+
+    Raises:
+        RankLost: some ranks haven't come in time.
+        Stopped: a rank has been asked to stop; every rank that is here raises it.
+    """
+    store.add(HERE, 1)
+
+    def is_over() -> bool:
+        number = store.add(HERE, 0)
+        if waiting.is_stopped:
+            store.compare_set(OUTCOME, "", STOPPED)
+        elif number == size:
+            store.compare_set(OUTCOME, "", STARTED)
+        elif waiting.look_at_clock() > waiting.timeout:
+            problem = f"rank {waiting.world.rank}: only {number} of {size} ranks have started"
+            raise RankLost(problem, hint=RENDEZVOUS_HINT)
+        return bool(store.check([OUTCOME]))
+
+    try:
+        wait_until(is_over)
+        is_started = store.get(OUTCOME).decode() == STARTED
+        store.add(TOLD, 1)
+        if waiting.world.rank == 0:  # the store ends with it, perhaps at once, and the others must learn the outcome
+            end = time.monotonic() + SECONDS_FOR_OUTCOME
+            wait_until(lambda: store.add(TOLD, 0) >= store.add(HERE, 0) or time.monotonic() > end)
+    except RuntimeError:  # rank 0 may have stopped already
+        if not waiting.is_stopped:
+            raise
+        is_started = False
+    if not is_started:
+        raise waiting.make_error()
 
 
 def refuse_shared_gpus(store: Store, rank: int, size: int, gpu: str) -> None:

@@ -1,8 +1,11 @@
 """Joining the process group: which GPU a rank takes, with which backends, and who must not share one."""
 
 import os
+import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +15,22 @@ import torch
 import torch.distributed as dist
 
 from t5tune.distributed import process_group
+from t5tune.distributed.launcher import find_free_port
 from t5tune.distributed.process_group import (
     SECONDS_FOR_WATCH,
+    Waiting,
     choose_backend,
     find_shared_gpu,
     join_process_group,
     refuse_shared_gpus,
+    wait_for_all_ranks,
 )
+from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.world import World
-from t5tune.errors import SettingsError
+from t5tune.errors import RankLost, SettingsError, Stopped
 from t5tune.progress import silent
 from t5tune.settings import TrainSettings
+from tests.support.runs import Running, send_signal
 from tests.support.two_ranks import start_two_ranks
 
 
@@ -74,6 +82,7 @@ def test_nccl_knows_the_gpu_of_its_rank_and_waits_longer_than_the_rank_watch(
         monkeypatch.setenv(name, value)
     group: dict[str, Any] = {}
     monkeypatch.setattr(process_group, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
+    monkeypatch.setattr(process_group, "wait_for_all_ranks", lambda *_: None)
     monkeypatch.setattr(process_group, "refuse_shared_gpus", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1"))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: group.update(options))
@@ -138,3 +147,98 @@ except RankLost as error:
         assert message.startswith(f"rank {number}: can't connect to the other ranks: ")
         assert message.endswith(" nope")
         assert hint.startswith("GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface")
+
+
+def meet(*stops: StopRequest, store: dist.Store | None = None, size: int | None = None) -> list[str]:
+    """Let ranks with these requests to stop wait for each other. Returns how each of them ended."""
+    store = store or dist.HashStore()
+
+    def wait(rank: int) -> str:
+        try:
+            wait_for_all_ranks(store, size or len(stops), Waiting(World(rank, size=len(stops)), 1.0, stop=stops[rank]))
+        except (RankLost, Stopped) as error:
+            return error.message
+        return "started"
+
+    with ThreadPoolExecutor(len(stops)) as pool:
+        return list(pool.map(wait, range(len(stops))))
+
+
+def make_stop(*numbers: signal.Signals) -> StopRequest:
+    stop = StopRequest()
+    for number in numbers:
+        stop.receive(number)
+    return stop
+
+
+def test_all_ranks_start_or_all_of_them_stop() -> None:
+    assert meet(make_stop(), make_stop(), make_stop()) == ["started"] * 3
+    by_signal, by_other = (
+        f"stopped by {what} before all ranks had started" for what in ("SIGTERM", "a signal to another rank")
+    )
+    assert meet(make_stop(), make_stop(signal.SIGTERM), size=3) == [by_other, by_signal]
+    store = dist.HashStore()
+    assert meet(make_stop(), make_stop(), store=store) == ["started"] * 2
+    # a signal that comes when the others have started: training stops at it, together with them
+    assert meet(make_stop(signal.SIGTERM), store=store) == ["started"]
+
+
+def test_a_rank_that_does_not_come_is_an_error_after_the_timeout() -> None:
+    assert meet(make_stop(), make_stop(), size=3) == [
+        f"rank {rank}: only 2 of 3 ranks have started" for rank in range(2)
+    ]
+
+
+LONELY = """
+import sys
+from t5tune.distributed import process_group
+from t5tune.distributed.signals import handle_signals, write_stderr
+from t5tune.distributed.world import World
+from t5tune.errors import Stopped
+from t5tune.settings import TrainSettings
+
+process_group.SECONDS_BEFORE_NOTE = 0
+settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run", use_cpu=True)
+try:
+    with (
+        handle_signals() as stop,
+        process_group.join_process_group(
+            World.from_environment(), settings, lambda note: write_stderr(note.text), stop
+        ),
+    ):
+        pass
+except Stopped as error:
+    write_stderr(error.message)
+    process_group.os._exit(error.exit_code)  # as the command line exits under a launcher
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [[0], [1], [1, 0]])
+def test_a_rank_that_waits_for_others_says_so_and_stops_at_the_first_signal(ranks: list[int], tmp_path: Path) -> None:
+    """Rank 0 waits for all, rank 1 for rank 0, and if that is there, both of them for rank 2."""
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                Running(
+                    [sys.executable, "-c", LONELY],
+                    tmp_path / f"rank-{rank}",
+                    **place,
+                    WORLD_SIZE="3",
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                )
+            )
+            for rank in ranks
+        ]
+        notes = [f"rank {rank}: waiting for the other ranks at localhost:{place['MASTER_PORT']}" for rank in ranks]
+        for running, note in zip(started, notes, strict=True):
+            running.wait_until(lambda running=running, note=note: note in running.log.read_text())
+        for running in started:
+            send_signal(running.process.pid, signal.SIGTERM)
+        for running, note in zip(started, notes, strict=True):
+            assert running.wait() == 143, running.log.read_text()
+            end = "stopped by SIGTERM before all ranks had started"
+            assert running.log.read_text().splitlines() == [note, end]
