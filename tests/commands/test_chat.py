@@ -549,9 +549,10 @@ class TestPreferences:
         replies = done.stdout.splitlines()
         assert len(replies) == 6
         assert len({*replies}) > 2  # sampled
+        asked, chosen = {"role": "user", "content": PROMPT}, {"role": "assistant", "content": replies[0]}
         assert [json.loads(line) for line in file.read_text().splitlines()] == [
             {"prompt": PROMPT, "chosen": replies[0], "rejected": replies[1]},
-            {"prompt": PROMPT, "chosen": replies[3], "rejected": replies[2]},
+            {"messages": [asked, chosen, asked], "chosen": replies[3], "rejected": replies[2]},
         ]
         cache = tmp_path / "cache"
         settings = {"model_name_or_path": "pocket", "data_path": str(file), "output_dir": cache}
