@@ -18,7 +18,8 @@ A message names the key or the file and the value found; `hint` is the next step
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_MESSAGE_LENGTH = 1000  # characters
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -94,6 +95,25 @@ class SettingsError(T5TuneError):
         super().__init__("", hint or "; ".join(self.choices))
         self.message = "\n".join([*([self.heading] if self.heading else []), *self.problems])
         self.args = (self.message,)
+
+
+@contextmanager
+def naming_settings(**names: str) -> Iterator[None]:
+    """Name other settings in the errors of this block: `adapter="teacher_adapter"`, for what a shared function checks.
+
+    Raises:
+        T5TuneError: the same error, whose message begins with the other setting.
+    """
+    try:
+        yield
+    except T5TuneError as error:
+        setting, colon, rest = error.message.partition(":")
+        if colon and setting in names:
+            error.message = f"{names[setting]}:{rest}"
+            error.args = (error.message,)
+            if isinstance(error, SettingsError):
+                error.problems = (error.message, *error.problems[1:])
+        raise
 
 
 class DataError(T5TuneError):

@@ -26,6 +26,8 @@ PREFERENCE_METRICS = (
     "nll_loss", "log_odds_ratio", "log_odds_chosen",
 )  # fmt: skip
 """What is measured of held-out preference pairs, by TRL's names."""
+NOT_BEST = ("rewards/rejected", "logps/rejected")
+"""Those of which neither a high nor a low value is better."""
 
 
 def score(predictions: Sequence[str], references: Sequence[str], names: Iterable[str] = METRICS) -> dict[str, float]:

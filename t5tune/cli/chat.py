@@ -15,6 +15,7 @@ from t5tune.data.formats import Turn
 from t5tune.errors import SettingsError, T5TuneError, WriteError
 from t5tune.settings import ChatSettings, packaged_templates
 
+QUIT = ("/quit", "/exit")
 HELP = """\
 Type a message. A line that begins with / is a command; begin with // to send a message that starts with /.
   /reset             clear the conversation
@@ -43,9 +44,9 @@ def _run_session(settings: ChatSettings, output: Output) -> None:
     session = _ChatSession(Chatter.load(settings, output.report), output, interactive=sys.stdin.isatty())
     if session.interactive:
         session.say("Type a message; /help lists the commands, /quit or Ctrl-D quits.")
-    while True:
+    while not session.is_over:
         text = session.read_line()
-        if text is None or text.strip() in ("/quit", "/exit"):
+        if text is None or text.strip() in QUIT:
             return
         try:
             if text.startswith("/") and not text.startswith("//"):
@@ -67,6 +68,7 @@ class _ChatSession:
     interactive: bool
     turns: list[Turn] = field(default_factory=list)
     keeps_history: bool | None = None  # set by /history; None: as the model was trained
+    is_over: bool = False
     console: Console = field(default_factory=StderrConsole)
 
     def read_line(self, prompt: str = "you: ") -> str | None:
@@ -125,9 +127,10 @@ class _ChatSession:
             self.say("both replies are the same: nothing to save")
             return replies[0]
         self.say("which one is better? 1 or 2; Enter if you can't tell")
-        while (choice := (self.read_line("better: ") or "").strip()) not in ("1", "2", ""):
+        while (choice := (self.read_line("better: ") or "").strip()) not in ("1", "2", "", *QUIT):
             self.say(f"{choice}: expected 1, 2 or nothing")
-        if not choice:
+        self.is_over = choice in QUIT
+        if choice not in ("1", "2"):
             self.say("not saved; the chat goes on with reply 1")
             return replies[0]
         chosen, rejected = replies if choice == "1" else reversed(replies)

@@ -152,7 +152,7 @@ class Chatter:
         streamer = _TextStreamer(self.tokenizer, answer_suffix, show) if show else None
         _check_encodable(turns[-1].text, "message")
         _check_encodable(self.settings.system or "", "system message")
-        turns = self.select_turns(turns)
+        turns = [self._prepare_turn(turn) for turn in self.select_turns(turns)]
         system = None if self.settings.system is None else normalize_text(self.settings.system, Counter())
         conversation = Conversation(RecordLocation("chat", 1, 0, 0), system, tuple(turns))
         if rejection := find_long_word(conversation, self.encoder):
@@ -171,8 +171,8 @@ class Chatter:
         )
 
     def select_turns(self, turns: list[Turn]) -> list[Turn]:
-        """Return the turns that the model sees, with the prefix of its training."""
-        return [self._prepare_turn(turn) for turn in (turns if self.keeps_history else turns[-1:])]
+        """Return the turns that the model sees: without history, only the last one."""
+        return turns if self.keeps_history else turns[-1:]
 
     def _generate(self, source: list[int], on_token: Callable[[int], None] | None) -> list[int]:
         decoding = Decoding(

@@ -325,6 +325,8 @@ def _write_predictions(path: Path, task: _Task, outcomes: list[_Outcome], predic
             }
             if of_base:
                 line |= {"base_prediction": of_base[0], "base_loss": loss_of_base[0]}
+            if chosen.prompts and (prompt := chosen.prompts[index]) is not None:
+                line["prompt"] = prompt
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

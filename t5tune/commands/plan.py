@@ -180,6 +180,8 @@ def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
             examples = examples.take(settings.num_data)
         indices, _ = examples.draw_epoch(settings.seed, 0)
         sources, targets = examples.read_lengths()
+        if examples.has_preferences and settings.packing == "off":  # both targets are padded to the longest
+            targets = 2 * examples.read_longest_targets()
         return _Data(sources[indices], targets[indices], len(examples.added_tokens), is_real=True)
     if folder is not None:
         lengths = f"{settings.source_length} + {settings.target_length}"
@@ -348,4 +350,7 @@ def _format_flag(name: str, value: Any) -> str:
 def to_plan_settings(settings: TrainSettings) -> PlanSettings:
     """Convert the settings of a training run to those of `t5tune plan` for that run."""
     values = {name: getattr(settings, name) for name in PlanSettings.model_fields if hasattr(settings, name)}
+    values["dropout"] = settings.has_dropout
+    if settings.reads_preferences:  # two targets for each source
+        values["target_length"] = 2 * PlanSettings.model_fields["target_length"].default
     return PlanSettings(**values)

@@ -51,6 +51,7 @@ UNUSED = {
 DROPPED = {
     "zero_weight_targets": ("target of weight 0", "targets of weight 0"),
     "short_texts": ("text of a single token", "texts of a single token"),
+    "same_answers": ("pair whose answers have the same tokens", "pairs whose answers have the same tokens"),
     "short_targets": ("target shorter than min_target_tokens", "targets shorter than min_target_tokens"),
     "truncated_targets": ("target longer than model_max_length", "targets longer than model_max_length"),
 }

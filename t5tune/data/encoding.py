@@ -152,10 +152,13 @@ def join_answers(chosen: EncodedConversation, rejected: EncodedConversation) -> 
 
     Args:
         rejected: the same conversation with the rejected answer.
+
+    Returns:
+        Without a span if both answers have the same ids, as far as they weren't truncated.
     """
-    if not (chosen.spans and rejected.spans):  # an answer without a token
-        return EncodedConversation(chosen.ids, [])
     (span,), (other,) = chosen.spans, rejected.spans
+    if np.array_equal(_cut_target(chosen), _cut_target(rejected)):
+        return EncodedConversation(chosen.ids, [])
     moved = len(chosen.ids) - other.target_start
     span = span._replace(
         rejected_start=len(chosen.ids),
@@ -164,6 +167,11 @@ def join_answers(chosen: EncodedConversation, rejected: EncodedConversation) -> 
         rejected_is_whole=other.target_is_whole,
     )
     return EncodedConversation(np.concatenate([chosen.ids, rejected.ids[other.target_start :]]), [span])
+
+
+def _cut_target(encoded: EncodedConversation) -> Ids:
+    (span,) = encoded.spans
+    return encoded.ids[span.target_start : span.target_end]
 
 
 def encode_pieces(conversations: list[list[Piece]], encoder: Encoder, begins: bool = True) -> list[list[Ids]]:

@@ -145,7 +145,8 @@ def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: Rea
         raise RejectionError("zero_weight", f"every assistant turn has weight 0, so there is nothing to learn ({name})")
     has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
     counts = {kind: count for kind, count in sorted(repairs.items()) if count}
-    return Conversation(location, system or None, merged_turns, counts, has_prefix, _is_pair(name, value))
+    is_pair = _is_pair(name, value) and len(merged_turns) == 2
+    return Conversation(location, system or None, merged_turns, counts, has_prefix, is_pair)
 
 
 def _rename_preferences(value: dict[str, Any]) -> dict[str, Any]:
@@ -441,14 +442,26 @@ def _parse_text_or_turns(key: str, value: dict[str, Any], role: Role, repairs: C
 def _parse_pair(
     source: str, target: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]
 ) -> ParsedTurns:
-    """Parse the columns `source` and `target`."""
+    """Parse the columns `source` and `target`. The source may be a list of turns."""
     if missing := [name for name in (source, target) if name not in value]:
         found = ", ".join(sorted(map(str, value))[:6])
         advice = suggest_unwrapping(value) or suggest_name(missing[0], map(str, value.keys() - {source, target}))
+        if not advice and missing[0] == source and reading.source_column is None:
+            advice = "; name the source's with --source-column"
         problem = f"no column {', '.join(missing)}; the record has {found}{advice}"
         raise RejectionError("unknown_format", problem)
-    question = RecordTurn("human", reading.source_prefix + _parse_text(source, value[source]), source)
-    return {source, target}, [question, _parse_text_turn("assistant", target, value[target])]
+    answer = _parse_text_turn("assistant", target, value[target])
+    if _has_turns(value[source]):
+        if reading.source_prefix:
+            raise RejectionError("not_text", f"{source}: a list of turns, to which source_prefix can't be prepended")
+        return {source, target}, [*_parse_turns(source, value[source], repairs), answer]
+    return {source, target}, [_parse_text_turn("human", source, value[source], reading.source_prefix), answer]
+
+
+def _has_turns(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and any(role in turn for role, _ in TURN_KEYS) for turn in value
+    )
 
 
 # alternative sets of keys that a record of the format has, and its parser
@@ -468,8 +481,8 @@ def _has_parts(content: Any) -> bool:
     return isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
 
 
-def _parse_text_turn(role: Role, place: str, content: Any) -> RecordTurn:
-    return RecordTurn(role, _parse_text(place, content), place)
+def _parse_text_turn(role: Role, place: str, content: Any, prefix: str = "") -> RecordTurn:
+    return RecordTurn(role, prefix + _parse_text(place, content), place)
 
 
 def _parse_text(where: str, content: Any) -> str:

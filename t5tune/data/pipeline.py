@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,6 +136,8 @@ class Pipeline:
         settings, dropped = self.settings, Counter[str]()
         parts, room = [encoded], settings.model_max_length - 1
         if conversation.rejected is not None:
+            if not encoded.spans:
+                dropped["same_answers"] += 1
             pair = EncodedConversation(encoded.ids, self._select_spans(encoded.spans, dropped))
             return self._describe(conversation, encoded, [pair], dropped)
         if unlearned := sum(not turn.learned and bool(turn.text.strip()) for turn in conversation.turns):
@@ -205,13 +208,21 @@ def read_conversation(record: RawRecord, reading: ReadingSettings, encoder: Enco
 def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
     """Return 16 bytes that are equal for conversations with the same texts.
 
+    The first 8 decide whether a conversation is held out. Of preference pairs, they are those of the question, so that
+    none is both trained on and held out.
+
     Args:
         prefix: what was prepended to the first one, and doesn't count.
     """
     turns = [(str(turn.role), turn.text.removeprefix(prefix)) for turn in conversation.turns]
-    turns += [("rejected", conversation.rejected)] if conversation.rejected is not None else []
-    texts = [conversation.system, *turns]
-    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
+    if conversation.rejected is None:
+        return _hash_texts([conversation.system, *turns], 16)
+    question = [conversation.system, *turns[:-1]]
+    return _hash_texts(question, 8) + _hash_texts([*question, turns[-1], ("rejected", conversation.rejected)], 8)
+
+
+def _hash_texts(texts: list[Any], size: int) -> bytes:
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=size).digest()
 
 
 def split_conversation(

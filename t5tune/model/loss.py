@@ -151,7 +151,7 @@ class TargetLoss(nn.Module):
         hidden_ND = hidden_BTD.flatten(0, -2)
         weights = read_head_weights(head, hidden_BTD.device)
         if weights is None:
-            assert reduction == "none", "t5tune doesn't adapt the head, so it never trains with such an adapter"
+            assert not torch.is_grad_enabled(), "t5tune doesn't adapt the head, so it never trains with such an adapter"
             return _compute_adapted_losses(hidden_ND, criterion, head, logit_cap).view(shape)
         if reduction == "sum":
             return compute_summed_loss(hidden_ND, criterion, weights, logit_cap)

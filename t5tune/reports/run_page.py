@@ -8,7 +8,7 @@ It is made from metrics.jsonl and samples.json in the run folder, and the token 
 import html
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,28 @@ def _draw_training_charts(lines: list[dict[str, Any]], datasets: Iterable[str]) 
         if (points := of(f"eval_{prefix_metric(name, 'loss')}"))
     ]
     return [
-        draw_line_chart("Loss", list_both("loss"), allow_log=True),
+        *_draw_losses(of),
         *([draw_line_chart("Held-out loss by dataset", by_dataset, allow_log=True)] if by_dataset else []),
         *(draw_line_chart(title, list_both(name)) for name, title in OBJECTIVE_CHARTS.items() if of(name)),
         draw_line_chart("Learning rate", [Series("learning rate", of("learning_rate"))]),
         draw_line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], allow_log=True),
         draw_line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))]),
         draw_line_chart("Peak memory (GiB)", [Series("peak memory", of("peak_memory_bytes", 1 / GIB))]),
+    ]
+
+
+def _draw_losses(of: Callable[[str], list[tuple[float, float]]]) -> list[str]:
+    """Draw the loss of training and of evaluations. With a teacher, training minimizes another one."""
+    total, held_out = (
+        Series("training", of("loss"), is_smoothed=True),
+        Series("held out", of("eval_loss"), is_marked=True),
+    )
+    if not of("kl"):
+        return [draw_line_chart("Loss", [total, held_out], allow_log=True)]
+    targets = [Series("training", of("nll"), is_smoothed=True), held_out]
+    return [
+        draw_line_chart("Loss", [total], allow_log=True),
+        draw_line_chart("Cross-entropy of the targets", targets, allow_log=True),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from t5tune.errors import suggest_name
-from t5tune.metrics import METRICS, PREFERENCE_METRICS
+from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.data import DataSettings, MixingSettings, SplitSettings, TrainingDataSettings
 from t5tune.settings.distillation import DistillationSettings
@@ -81,7 +81,10 @@ class TrainSettings(
 
     @model_validator(mode="after")
     def _check_metrics(self) -> "TrainSettings":
-        best, losses = self.metric_for_best_model, ("loss", "perplexity", *PREFERENCE_METRICS)
+        of_pairs = [name for name in PREFERENCE_METRICS if name not in NOT_BEST]
+        best, losses = self.metric_for_best_model, ("loss", "perplexity", *of_pairs)
+        if best is not None and best.endswith(NOT_BEST):
+            raise ValueError(f"metric_for_best_model: {best}: neither a high nor a low value is better")
         if best in METRICS and self.metrics is not None and best not in self.metrics:
             raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
         known = (*losses, *METRICS)

@@ -49,7 +49,7 @@ class DistillationSettings(Settings):
     def _check_teacher(self) -> Self:
         if self.teacher_model_name_or_path is not None:
             return self
-        for name in DistillationSettings.model_fields.keys() & self.model_fields_set:
+        for name in DistillationSettings.model_fields:
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: {value}: there is no teacher; set {TEACHER}")
         return self

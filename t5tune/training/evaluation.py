@@ -27,6 +27,7 @@ from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.evaluation_batches import Batches, BatchRun, Lengths, make_batches
 
 EVALUATE_TASK = "evaluate"
+LOSSES_TASK = f"{EVALUATE_TASK}: losses"
 MAX_TOKENS_PER_BATCH = 8192  # source and target tokens; a single longer example is a batch of its own
 MIN_GENERATION_BYTES = 1 << 29  # less than small models take in training; without it, their batches would be small
 
@@ -89,7 +90,7 @@ def measure_targets(
     batch_size: int | None,
     report: Report = silent,
     is_stopped: Callable[[], bool] = never_stopped,
-    task: str = f"{EVALUATE_TASK}: losses",
+    task: str = LOSSES_TASK,
 ) -> list[tuple[float, ...]]:
     """Measure the summed cross-entropy of each target of every example, as `measure_losses` does."""
     device = next(model.parameters()).device

@@ -8,7 +8,7 @@ chosen.examples, chosen.targets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 
 from t5tune.checkpoints.pocket import find_conversations_file
@@ -47,6 +47,9 @@ from t5tune.settings.datasets import complete_dataset, name_datasets
 
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
 
+Prompt = str | list[dict[str, str]]
+"""What an answer replies to: a text, or messages with `role` and `content`."""
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -55,6 +58,8 @@ class EvaluationSet:
     Args:
         answer_ends: for each example, the text that the conversation template adds after the target.
         datasets: the name and the examples of each dataset, if there are several.
+        prompts: for each example, what its target replies to, without template and prefix; None: not known, as for the
+            examples of a token cache.
     """
 
     examples: Sequence[Example]
@@ -62,6 +67,7 @@ class EvaluationSet:
     tokenizer: Tokenizer
     answer_ends: list[str]
     datasets: list[tuple[str, range]] = field(default_factory=list)
+    prompts: Sequence[Prompt | None] = ()
 
 
 def inherit_data_settings(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluateSettings:
@@ -101,7 +107,7 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
         trained_on = loaded.find_dataset(name)
         if trained_on is not None:
             own = _inherit_reading(own, trained_on, report)
-            if trained_on.objective != "sft" and "objective" not in dataset.model_fields_set:
+            if trained_on.objective == "span-corruption" and "objective" not in dataset.model_fields_set:
                 own = own.model_copy(update={"objective": trained_on.objective, "denoisers": trained_on.denoisers})
         template = None if trained_on is None else Template(**trained_on.conversation_template)
         parts[name] = _load_dataset(own, loaded, report, template)
@@ -118,6 +124,7 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
         next(iter(parts.values())).tokenizer,
         [end for part in parts.values() for end in part.answer_ends],
         [(name, range(start, end)) for name, start, end in zip(parts, starts, ends, strict=True)],
+        [prompt for part in parts.values() for prompt in part.prompts or repeat(None, len(part.targets))],
     )
 
 
@@ -155,17 +162,19 @@ def _load_dataset(
     records = chain(drain(sample), records)
     examples: list[Example] = []
     targets: list[str] = []
+    prompts: list[Prompt] = []
     rejected: list[tuple[RecordLocation, Rejection]] = []
     num_pairs = num_truncated = 0
     for location, outcome in _encode(records, settings, template, encoder, tokenizer):
         if isinstance(outcome, Rejection):
             rejected.append((location, outcome))
             continue
-        example, target, is_pair, is_truncated = outcome
+        example, target, prompt, is_pair, is_truncated = outcome
         if default_template == PAIR_TEMPLATE and not is_pair:
             raise make_mixed_data_error(location, num_pairs)
         examples.append(example)
         targets.append(target)
+        prompts.append(prompt)
         num_pairs += is_pair
         num_truncated += is_truncated
         if len(examples) == settings.num_data:
@@ -180,7 +189,7 @@ def _load_dataset(
         report(Note(f"{truncated} {settings.model_max_length}", True))
     if not examples:
         raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
-    return EvaluationSet(examples, targets, tokenizer, [template.answer_suffix] * len(examples))
+    return EvaluationSet(examples, targets, tokenizer, [template.answer_suffix] * len(examples), prompts=prompts)
 
 
 def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
@@ -201,8 +210,8 @@ def _encode(
     template: Template,
     encoder: Encoder,
     tokenizer: Tokenizer,
-) -> Iterator[tuple[RecordLocation, Rejection | tuple[Example, str, bool, bool]]]:
-    """Yield a record's rejection, or for each of its targets (example, target as text, is pair, was truncated).
+) -> Iterator[tuple[RecordLocation, Rejection | tuple[Example, str, Prompt, bool, bool]]]:
+    """Yield a record's rejection, or for each of its targets (example, target as text, prompt, is pair, was truncated).
 
     They come in the order of the records, so that a caller that stops early has counted only what it used.
     """
@@ -221,7 +230,18 @@ def _encode(
                 if not span.target_is_whole:
                     text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
                 is_truncated = not (span.source_is_whole and span.target_is_whole)
-                yield record.location, (example, text, conversation.is_pair, is_truncated)
+                prompt = _describe_prompt(conversation, span.turn, settings.source_prefix)
+                yield record.location, (example, text, prompt, conversation.is_pair, is_truncated)
+
+
+def _describe_prompt(conversation: Conversation, turn: int, prefix: str) -> str | list[dict[str, str]]:
+    """Return what an answer replies to, without template and prefix: a text, or messages if there are several."""
+    system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
+    roles = {"human": "user", "assistant": "assistant"}
+    turns = conversation.turns[:turn]
+    messages = system + [{"role": roles[each.role], "content": each.text} for each in turns]
+    first = turns[0].text.removeprefix(prefix if conversation.has_prefix else "")
+    return first if len(messages) == 1 else messages
 
 
 def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: Report) -> None:

@@ -30,7 +30,7 @@ from t5tune.model.preferences import (
 from t5tune.progress import Report
 from t5tune.settings import TrainSettings
 from t5tune.training.batches import REFERENCE, PackedCollator, PaddedCollator
-from t5tune.training.evaluation import measure_losses, measure_targets
+from t5tune.training.evaluation import LOSSES_TASK, measure_losses, measure_targets
 
 Pairs = Sequence[tuple[float, float]]
 """The log-probabilities of the chosen and the rejected answer of each pair."""
@@ -46,12 +46,12 @@ class EvaluationOptions:
     is_stopped: Callable[[], bool]
 
 
-class Objective(ABC):
+class RunObjective(ABC):
     """What a run minimizes.
 
     Attributes:
         losses: the metrics of an evaluation that are better the lower they are.
-        others: those that are better the higher they are.
+        others: the other metrics; those that can choose the best checkpoint are better the higher they are.
         counts_pairs: whether an item is a preference pair; otherwise it is a target token.
     """
 
@@ -119,7 +119,7 @@ def _prefix(names: Sequence[str], examples: Examples) -> list[str]:
     return [*names, *(prefix_metric(dataset, name) for dataset, _ in examples.list_datasets() for name in names)]
 
 
-class TargetObjective(Objective):
+class TargetObjective(RunObjective):
     """Cross-entropy of the targets: supervised fine-tuning, and span corruption.
 
     Args:
@@ -152,7 +152,7 @@ class TargetObjective(Objective):
         }
 
 
-class PreferenceObjective(Objective):
+class PreferenceObjective(RunObjective):
     """Which of two answers is better.
 
     Args:
@@ -272,7 +272,11 @@ def describe_rewards(rewards_P2: torch.Tensor, policy_P2: torch.Tensor) -> dict[
     }
 
 
-def measure_pairs(model: Any, examples: Sequence[Example], options: EvaluationOptions) -> list[tuple[float, float]]:
+def measure_pairs(
+    model: Any, examples: Sequence[Example], options: EvaluationOptions, task: str = LOSSES_TASK
+) -> list[tuple[float, float]]:
     """Measure the log-probabilities of both answers of preference pairs, without dropout. Call on every rank."""
-    sums = measure_targets(model, examples, options.collator, options.batch_size, options.report, options.is_stopped)
+    sums = measure_targets(
+        model, examples, options.collator, options.batch_size, options.report, options.is_stopped, task
+    )
     return [(-chosen, -rejected) for chosen, rejected in sums]

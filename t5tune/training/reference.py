@@ -4,8 +4,8 @@ The reference is the model as training begins: the base with its initial adapter
 and its token rows. Or it is the base with `reference_adapter`. Without a second copy of the weights, and without
 another forward pass in each step, training needs only two numbers of each pair.
 
-They are stored in the run folder, with a hash of what they depend on. After every BLOCK pairs, what has been computed
-is saved, so that a run that is stopped meanwhile continues there.
+They are stored in the run folder, with a hash of what they depend on. After every PAIRS_PER_SAVE pairs, what has been
+computed is saved, so that a run that is stopped meanwhile continues there.
 """
 
 import gc
@@ -27,9 +27,11 @@ from t5tune.data.encoding import Example
 from t5tune.data.mixture import Examples
 from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
+from t5tune.errors import CheckpointError, naming_settings
 from t5tune.io.atomic import write_file
 from t5tune.model.attention import can_pack, use_packing
-from t5tune.model.inference import load_for_inference
+from t5tune.model.fused import use_fused_layers
+from t5tune.model.inference import LoadedModel, load_for_inference
 from t5tune.model.lora import check_same_tokens
 from t5tune.progress import Report
 from t5tune.settings import TrainSettings
@@ -38,11 +40,10 @@ from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.settings.shared import InferenceSettings, QuantizationSettings
 from t5tune.training.batches import PackedCollator, PaddedCollator, make_collator
 from t5tune.training.build_model import BuiltModel
-from t5tune.training.evaluation import measure_targets
-from t5tune.training.objectives import Pairs
+from t5tune.training.objectives import EvaluationOptions, Pairs, measure_pairs
 
 FORMAT = "1"
-BLOCK = 1 << 14  # pairs
+PAIRS_PER_SAVE = 1 << 10
 MODEL_FIELDS = ("base", "bf16", "family", *QuantizationSettings.model_fields)
 INITIAL_FIELDS = (*MODEL_FIELDS, "adapter", "seed", *LoraSettings.model_fields)
 
@@ -56,19 +57,13 @@ class PairMeter:
     """
 
     model: Any
-    collator: PaddedCollator | PackedCollator
-    batch_size: int | None
+    options: EvaluationOptions
     autocast: bool
-    report: Report
-    is_stopped: Callable[[], bool]
 
     def __call__(self, examples: Sequence[Example]) -> list[tuple[float, float]]:
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            sums = measure_targets(
-                self.model, examples, self.collator, self.batch_size, self.report, self.is_stopped, "reference"
-            )
-        return [(-chosen, -rejected) for chosen, rejected in sums]
+            return measure_pairs(self.model, examples, self.options, "reference")
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ def complete_references(
             while len(known) < len(examples):
                 if meter is None:
                     meter = stack.enter_context(open_meter())
-                end = min(len(known) + BLOCK, len(examples))
+                end = min(len(known) + PAIRS_PER_SAVE, len(examples))
                 known += meter([examples[index] for index in range(len(known), end)])
                 run_on_rank_0(world, partial(file.write, known))
             found[name] = known
@@ -158,7 +153,8 @@ def open_initial_model(
     engine = None if built.partitioner is None else built.partitioner.set_up_inference(built.model)
     try:
         autocast = settings.bf16 and settings.deepspeed is None
-        yield PairMeter(built.model, collator, settings.per_device_eval_batch_size, autocast, report, is_stopped)
+        options = EvaluationOptions(collator, settings.per_device_eval_batch_size, report, is_stopped)
+        yield PairMeter(built.model, options, autocast)
     finally:
         if engine is not None:  # the Trainer sets up one of its own
             engine.destroy()
@@ -183,20 +179,35 @@ def open_reference_adapter(
     values = {name: getattr(settings, name) for name in names}
     values |= {"model_name_or_path": str(base), "adapter": settings.reference_adapter, "revision": None}
     zero3 = deepspeed if get_zero_stage(deepspeed) == 3 else None
-    loaded = load_for_inference(InferenceSettings(**values), report, device, zero3)
+    with naming_settings(adapter="reference_adapter"):
+        loaded = load_for_inference(InferenceSettings(**values), report, device, zero3)
     try:
         assert loaded.adapter is not None
-        if loaded.tokenizer_folder == loaded.adapter:
-            check_same_tokens(loaded.adapter, examples.tokenizer_folder, "reference_adapter")
+        _check_tokens(loaded, examples)
+        use_fused_layers(loaded.model, device)  # the same kernels as in training
         is_packed = settings.packing != "off" and can_pack(loaded.model)
         if is_packed:
             use_packing(loaded.model)
         collator = make_collator(loaded.model.architecture.start_token_id, loaded.tokenizer.pad_token_id, is_packed)
         # with the adapter in the dtype that it has in training
-        yield PairMeter(loaded.model, collator, settings.per_device_eval_batch_size, settings.bf16, report, is_stopped)
+        options = EvaluationOptions(collator, settings.per_device_eval_batch_size, report, is_stopped)
+        yield PairMeter(loaded.model, options, settings.bf16)
     finally:
         if loaded.engine is not None:
             loaded.engine.destroy()
         del loaded
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _check_tokens(loaded: LoadedModel, examples: Examples) -> None:
+    """Check that the reference knows the run's tokens, and the run the reference's, by the same ids.
+
+    Raises:
+        CheckpointError: one doesn't.
+    """
+    check_same_tokens(loaded.tokenizer_folder, examples.tokenizer_folder, "reference_adapter")
+    vocabulary = loaded.tokenizer.get_vocab()
+    if unknown := [token for token in examples.added_tokens if token not in vocabulary]:
+        problem = f"reference_adapter: {loaded.adapter}: it doesn't know {unknown[0]!r}, which is added in this run"
+        raise CheckpointError(problem, hint="give an adapter that was trained on this data, or set add_tokens none")

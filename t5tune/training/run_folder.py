@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import describe_base, load_hash, read_file_stats, store_hash
@@ -34,6 +34,7 @@ from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.datasets import DatasetSettings
+from t5tune.settings.reading import PREFERENCE_OBJECTIVES, Objective
 from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, remove_staged
 from t5tune.training.resume_guard import build_run_identity, check_run_identity, describe_other_ranks
@@ -256,6 +257,8 @@ def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
     Of a mixture, only with those that are the same for all of its datasets. A cache of preference pairs is for all
     objectives that read them, so the given one is kept.
     """
+    if settings.data is not None and "objective" not in settings.model_fields_set:
+        return settings.model_copy(update={"objective": _find_objective_of_caches(settings)})
     if (cache := find_given_examples(settings.data_path, settings.data)) is None:
         return settings
     inputs = read_examples_manifest(cache)["inputs"]
@@ -263,6 +266,16 @@ def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(
         update={name: inputs[name] for name in names if not isinstance(inputs.get(name, {}), dict)}
     )
+
+
+def _find_objective_of_caches(settings: TrainSettings) -> Objective:
+    """Return the objective of datasets that are token caches of preference pairs; that of the settings if none is."""
+    for dataset in settings.data or []:
+        if has_examples(path := Path(dataset.path[0])):
+            objective = read_examples_manifest(path)["inputs"].get("objective")
+            if objective in PREFERENCE_OBJECTIVES:
+                return cast(Objective, objective)
+    return settings.objective
 
 
 def save_settings(settings: TrainSettings, run: Run) -> None:
@@ -275,8 +288,16 @@ def save_settings(settings: TrainSettings, run: Run) -> None:
 
 
 def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | None]:
-    """Open the examples to train on, and the held-out ones if there are any."""
+    """Open the examples to train on, and the held-out ones if there are any.
+
+    Raises:
+        SettingsError: the objective learns from preference pairs, and the examples are none, or the other way round.
+    """
     examples = open_examples(run.cache)
+    if examples.has_preferences != settings.reads_preferences:
+        what = "preference pairs" if examples.has_preferences else "no preference pairs"
+        problem = f"objective: {settings.objective}: the examples in {run.cache} are {what}"
+        raise SettingsError(problem, hint="dpo and orpo are for pairs, the other objectives for examples")
     if isinstance(examples, Mixture) and (mixing := choose_mixing(settings)) is not None:
         examples = examples.mix(mixing)
     # of data that prepare has read for this run, it has taken num_data already

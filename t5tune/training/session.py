@@ -53,9 +53,9 @@ from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import (
     DirectPreferenceObjective,
-    Objective,
     OddsRatioObjective,
     Pairs,
+    RunObjective,
     TargetObjective,
 )
 from t5tune.training.publisher import CheckpointPublisher
@@ -296,14 +296,23 @@ def _make_objective(
     loaded: _LoadedData,
     collator: PackedCollator | PaddedCollator,
     references: dict[str, Pairs],
-) -> Objective:
+) -> RunObjective:
     settings = session.settings
     if settings.objective == "orpo":
         return OddsRatioObjective(settings)
     if settings.objective == "dpo":
         return DirectPreferenceObjective(settings, references.get("held-out"))
     if loaded.teacher is not None:
-        teacher = load_teacher(settings, loaded.teacher, loaded.tokenizer, session.device, loaded.deepspeed, collator)
+        teacher = load_teacher(
+            settings,
+            loaded.teacher,
+            loaded.tokenizer,
+            session.device,
+            loaded.deepspeed,
+            collator,
+            loaded.examples.get_template(0),
+            session.report,
+        )
         return DistillationObjective(settings, teacher)
     return TargetObjective(settings.label_smoothing_factor)
 
@@ -327,7 +336,7 @@ def _make_scorer(session: Session, loaded: _LoadedData, count: int) -> Generatio
 
 
 def _list_metrics(
-    settings: TrainSettings, objective: Objective, scorer: GenerationScorer | None, held_out: Examples | None
+    settings: TrainSettings, objective: RunObjective, scorer: GenerationScorer | None, held_out: Examples | None
 ) -> list[str]:
     """List the metrics of evaluations, after trying whether they can be computed. Call on every rank.
 

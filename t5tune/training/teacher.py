@@ -18,14 +18,15 @@ import torch
 
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import compute_full_hash, load_hash, read_file_stats, store_hash
+from t5tune.data.templates import Template
 from t5tune.data.tokenizer import Tokenizer
-from t5tune.errors import ModelError, SettingsError
+from t5tune.errors import ModelError, SettingsError, naming_settings
 from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.distillation import Distillation
 from t5tune.model.fused import use_fused_layers
 from t5tune.model.inference import find_base_and_adapter, load_for_inference
 from t5tune.model.loss import CrossEntropy, HeadWeights, read_head_weights
-from t5tune.progress import Report, silent
+from t5tune.progress import Note, Report, silent
 from t5tune.settings import TrainSettings
 from t5tune.settings.distillation import TEACHER
 from t5tune.settings.packaged_templates import get_zero_stage
@@ -50,7 +51,8 @@ def find_teacher(settings: TrainSettings, report: Report = silent) -> TeacherFil
     Raises:
         ModelError, CheckpointError: they don't exist, or can't be used.
     """
-    return TeacherFiles(*find_base_and_adapter(_make_inference_settings(settings), report))
+    with naming_settings(model_name_or_path=TEACHER, adapter="teacher_adapter"):
+        return TeacherFiles(*find_base_and_adapter(_make_inference_settings(settings), report))
 
 
 def hash_teacher(files: TeacherFiles, run_folder: Path) -> str:
@@ -117,20 +119,27 @@ def load_teacher(
     device: torch.device,
     deepspeed: dict[str, Any] | None,
     collator: PackedCollator | PaddedCollator,
+    template: Template,
+    report: Report = silent,
 ) -> Teacher:
     """Load the teacher of a run.
 
     Args:
         tokenizer: that of the run.
         collator: makes the run's batches.
+        template: the run's conversation template; a teacher that was trained with another one gets a note.
 
     Raises:
         SettingsError: its tokenizer isn't that of the run, or it can't read the run's batches.
         ModelError, CheckpointError: its files can't be used.
     """
     zero3 = deepspeed if deepspeed is not None and get_zero_stage(deepspeed) == 3 else None
-    loaded = load_for_inference(_make_inference_settings(settings, files), device=device, zero3=zero3)
+    with naming_settings(model_name_or_path=TEACHER, adapter="teacher_adapter"):
+        loaded = load_for_inference(_make_inference_settings(settings, files), device=device, zero3=zero3)
     _check_tokenizer(settings, loaded.tokenizer, tokenizer)
+    if (own := loaded.find_template(None)) is not None and own.hash != template.hash:
+        problem = "it was trained with another conversation template than that of this run's data"
+        report(Note(f"{TEACHER}: {settings.teacher_model_name_or_path}: {problem}", warning=True))
     model = loaded.model.requires_grad_(False)
     if read_head_weights(model.get_output_embeddings()) is None:
         problem = (

@@ -44,7 +44,7 @@ from t5tune.training.callbacks import (
 from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
-from t5tune.training.objectives import EvaluationOptions, Objective, Pairs
+from t5tune.training.objectives import EvaluationOptions, Pairs, RunObjective
 from t5tune.training.publisher import CheckpointPublisher
 from t5tune.training.reshard import load_resharded
 from t5tune.training.totals import NUM_PAIRS, NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
@@ -90,7 +90,7 @@ class TrainerParts:
     stop: StopRequest
     watch: RankWatch
     scorer: GenerationScorer | None
-    objective: Objective
+    objective: RunObjective
     reference: Pairs | None
     loraplus_lr_ratio: float | None
     metric_names: Sequence[str]

@@ -14,8 +14,9 @@ from t5tune.data.mixture import is_mixture, read_examples_manifest
 from t5tune.data.templates import load_template
 from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.distributed.world import World
-from t5tune.errors import DependencyError, SettingsError, suggest_name
+from t5tune.errors import DependencyError, SettingsError, naming_settings, suggest_name
 from t5tune.families import find_family
+from t5tune.metrics import PREFERENCE_METRICS
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.progress import Report, silent
@@ -46,9 +47,10 @@ def check_settings(settings: TrainSettings) -> None:
     if settings.q_lora:
         check_versions("bitsandbytes")
     choose_trackers(settings.report_to)
-    for adapter in (settings.adapter, settings.reference_adapter, settings.teacher_adapter):
-        if adapter is not None:
-            read_adapter_config(find_adapter(adapter, settings.cache_dir))
+    for name in ("adapter", "reference_adapter", "teacher_adapter"):
+        if (adapter := getattr(settings, name)) is not None:
+            with naming_settings(adapter=name):
+                read_adapter_config(find_adapter(adapter, settings.cache_dir))
     if settings.conversation_template is not None:
         load_template(settings.conversation_template)
     problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
@@ -176,6 +178,10 @@ def check_machine(settings: TrainSettings, report: Report = silent) -> None:
     """
     base = find_base(settings, report=report)
     find_family(read_config(base), base, settings.family)
+    if settings.teacher_model_name_or_path is not None:
+        from t5tune.training.teacher import find_teacher  # imports torch
+
+        find_teacher(settings, report)
     if (problem := find_missing_gpus(settings)) is not None:
         raise SettingsError(problem)
 
@@ -212,6 +218,8 @@ def check_starts_no_processes(settings: RankSettings, world: World) -> None:
 def suggest_learning_rate(settings: TrainSettings) -> str | None:
     """Say which learning rate suits LoRA, if the user has left it at the default, which suits full training."""
     if settings.train_mode == "full" or "learning_rate" in settings.model_fields_set:
+        return None
+    if apply_cache_settings(settings).objective == "dpo":  # for which the default suits LoRA
         return None
     return (
         f"learning_rate: not set, so it is {settings.learning_rate:g} as in Hugging Face's Trainer, a rate for full "
@@ -259,7 +267,10 @@ def _find_settings_of_other_objectives(settings: TrainSettings) -> list[str]:
         problems += [f"{name}: {value}: only for objective {owner}, not {objective}" for name, value in given.items()]
     if settings.dpo_loss == "ipo" and settings.dpo_label_smoothing:
         problems.append(f"dpo_label_smoothing: {settings.dpo_label_smoothing:g}: the loss ipo has none")
-    if objective in PREFERENCE_OBJECTIVES:
+    best, of_pairs = settings.metric_for_best_model or "", objective in PREFERENCE_OBJECTIVES
+    if (best.endswith(PREFERENCE_METRICS) and not of_pairs) or (best.endswith("perplexity") and of_pairs):
+        problems.append(f"metric_for_best_model: {best}: objective {objective} has no such metric")
+    if of_pairs:
         given = _list_changed(settings, ("label_smoothing_factor", TEACHER))
         problems += [f"{name}: {value}: objective {objective} doesn't use it" for name, value in given.items()]
     return problems

@@ -560,7 +560,7 @@ class TestPreferences:
         assert len(open_cache(cache)) == 2
 
     def test_what_the_model_has_seen_is_saved(self, made: dict[str, Path], tmp_path: Path) -> None:
-        chatter = Chatter.load(settings(made["run"], system="Be brief."))
+        chatter = Chatter.load(settings(made["run"], system="Be brief.", source_prefix="not saved: "))
         turns = [Turn("human", "Hi"), Turn("assistant", "Hello"), Turn("human", "And?")]
         for keeps_history in (True, False):
             save_preference(tmp_path / "x.jsonl", chatter.with_history(keeps_history), turns, "a", "b")

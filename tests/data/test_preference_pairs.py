@@ -218,3 +218,44 @@ def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
     both = [{"path": str(plain), "name": "a"}, {"path": str(tmp_path / "m" / "b"), "name": "b"}]
     with pytest.raises(DataError, match="has preference pairs, and .* has none"):
         prepare(PrepareSettings(model_name_or_path="pocket", output_dir=tmp_path / "n", data=both))
+
+
+def test_pairs_with_the_same_question_are_held_out_together(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    records = [
+        {"prompt": f"Question {number}?", "chosen": f"yes {number}", "rejected": f"no {other}"}
+        for number in range(10)
+        for other in range(4)
+    ]
+    data.write_text("\n".join(map(json.dumps, records)))
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values, objective="dpo", num_workers=1, dedupe="exact"))
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache) == 40
+    training, held_out = cache.split(0.3, seed=1)
+    asked = [{bytes(pair.source_S) for pair in part} for part in (training, held_out)]
+    assert len(asked[1]) == 3
+    assert not asked[0] & asked[1]
+
+
+def test_answers_with_the_same_tokens_are_left_out_and_counted(tmp_path: Path) -> None:
+    words = " ".join(["word"] * 30)
+    data = tmp_path / "data.jsonl"
+    pairs = [("a b", "a\u00a0b"), (f"{words} one", f"{words} two"), ("yes", "no")]
+    data.write_text("\n".join(json.dumps({"prompt": "q", "chosen": a, "rejected": b}) for a, b in pairs))
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values, objective="dpo", num_workers=1, model_max_length=20, add_tokens="none"))
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache) == 1
+    assert cache.manifest["dropped"] == {"same_answers": 2}
+
+
+def test_the_source_column_may_have_turns(tmp_path: Path) -> None:
+    value = {"q": [SYSTEM, HI, YES, AND], "good": "Yes", "bad": "No"}
+    pair = parse(value, **COLUMNS)
+    assert [turn.text for turn in pair.turns] == ["Hi", "Yes", "And?", "Yes"]
+    assert (pair.system, pair.rejected, pair.is_pair) == ("Be brief.", "No", False)
+    with pytest.raises(RejectionError, match="q: a list of turns, to which source_prefix can't be prepended"):
+        parse(value, **COLUMNS, source_prefix="x: ")
+    with pytest.raises(RejectionError, match="no column source; .*; name the source's with --source-column"):
+        parse({"prompt": "Hi", "chosen": "Yes", "bad": "No"}, rejected_column="bad")

@@ -20,7 +20,8 @@ from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
-from t5tune.errors import SettingsError, Stopped
+from t5tune.data.tokenizer import decode_reference, load_tokenizer
+from t5tune.errors import CheckpointError, SettingsError, Stopped, T5TuneError
 from t5tune.progress import Measured
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.training import reference as reference_module
@@ -182,7 +183,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
 def test_a_run_is_stopped_within_the_reference_and_continues_there(
     untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_module, "BLOCK", 8)
+    monkeypatch.setattr(reference_module, "PAIRS_PER_SAVE", 8)
     write = ReferenceFile.write
     written: list[int] = []
 
@@ -258,6 +259,7 @@ def test_a_reference_of_other_inputs_is_replaced(
     train(make_settings(untied_base, data, folder, max_steps=2))
     keys = {name: read_key(folder, name) for name in ("training", "held-out")}
     assert len(set(keys.values())) == 2
+    before = {name: read_reference(folder, name) for name in keys}
     for name in keys:  # of another run
         path = folder / f"reference-{name}.safetensors"
         saved = safetensors.numpy.load_file(path)
@@ -269,7 +271,8 @@ def test_a_reference_of_other_inputs_is_replaced(
     (folder / "result.json").unlink()
     train(make_settings(untied_base, data, folder, max_steps=5, allow_change=["max_steps"]))
     assert read_key(folder, "held-out") == keys["held-out"]
-    assert read_steps(folder)[0]["loss"] == pytest.approx(LOG_2, abs=1e-6)
+    for name, logps in before.items():
+        np.testing.assert_array_equal(read_reference(folder, name), logps)
 
 
 def test_a_cache_of_pairs_is_for_both_objectives(untied_base: Path, data: Path, tmp_path: Path) -> None:
@@ -300,6 +303,9 @@ def test_a_cache_of_pairs_is_for_both_objectives(untied_base: Path, data: Path, 
         ({"teacher_model_name_or_path": "x"}, "teacher_model_name_or_path: x: objective dpo doesn't use it"),
         ({"objective": "sft", "teacher_q_lora": True}, "teacher_q_lora: True: there is no teacher"),
         ({"metric_for_best_model": "rewards/accuracy"}, "rewards/accuracy: no such metric; did you mean"),
+        ({"metric_for_best_model": "rewards/rejected"}, "rewards/rejected: neither a high nor a low value is better"),
+        ({"metric_for_best_model": "perplexity"}, "perplexity: objective dpo has no such metric"),
+        ({"objective": "sft", "metric_for_best_model": "rewards/margins"}, "objective sft has no such metric"),
     ],
 )
 def test_settings_that_have_no_effect_are_refused(
@@ -388,25 +394,79 @@ def test_a_teacher_with_other_tokens_is_refused(tied_base: Path, data: Path, tea
 
 
 def test_predictions_can_be_the_targets_of_another_model(
-    untied_base: Path, data: Path, teacher: Path, tmp_path: Path
+    untied_base: Path, data: Path, teacher: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    """The sources in predictions.jsonl become the same ids as those that the teacher has read."""
-    settings = {"model_name_or_path": str(teacher), "data_path": str(teacher / "data"), "use_cpu": True}
-    evaluate(EvaluateSettings(**settings, output_dir=tmp_path / "out", max_new_tokens=6, num_data=20))
-    values: dict[str, Any] = {"model_name_or_path": str(untied_base), "source_column": "source", "num_workers": 1}
-    values |= {"data_path": str(tmp_path / "out" / "predictions.jsonl"), "conversation_template": "plain"}
-    prepare(PrepareSettings(**values, target_column="prediction", output_dir=tmp_path / "written"))
-    read, written = open_cache(teacher / "data"), open_cache(tmp_path / "written")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    kept = [number for number, line in enumerate(lines) if line["prediction"].strip()]
-    assert len(written) == len(kept) > 10
-    for number, example in zip(kept, written, strict=True):
-        assert example.source_S.tolist() == read[number].source_S.tolist()
-    pairs = tmp_path / "pairs"
-    columns = {"target_column": "target", "rejected_column": "prediction", "objective": "dpo"}
-    prepare(PrepareSettings(**values, **columns, output_dir=pairs))
-    wrong = [line for line in lines if line["prediction"].strip() and line["prediction"] != line["target"]]
-    assert len(open_cache(pairs)) == len(wrong) > 10
+    """The prompts in predictions.jsonl become the sources that the teacher has read, with its template."""
+    for name, path in (("texts", data), ("chats", conversations)):
+        options: dict[str, Any] = {"model_name_or_path": str(teacher), "data_path": str(path), "use_cpu": True}
+        evaluate(EvaluateSettings(**options, output_dir=tmp_path / name, max_new_tokens=6, num_data=20))
+        file = tmp_path / name / "predictions.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        kept = [line for line in lines if line["prediction"].strip()]
+        values: dict[str, Any] = {
+            "model_name_or_path": str(untied_base), "data_path": str(file), "num_workers": 1, "source_column": "prompt",
+            "conversation_template": str(teacher / "template.yaml"), "add_tokens": "auto",
+        }  # fmt: skip
+        prepare(PrepareSettings(**values, target_column="prediction", output_dir=tmp_path / f"{name}-sft"))
+        written = open_cache(tmp_path / f"{name}-sft")
+        tokenizer = load_tokenizer(written.tokenizer_folder)
+        sources = [decode_reference(tokenizer, example.source_S, "") for example in written]
+        assert {line["source"] for line in kept} <= {*sources}
+        columns = {"target_column": "target", "rejected_column": "prediction", "objective": "dpo"}
+        prepare(PrepareSettings(**values, **columns, output_dir=tmp_path / f"{name}-pairs"))
+        wrong = [line for line in kept if line["prediction"] != line["target"]]
+        assert len(open_cache(tmp_path / f"{name}-pairs")) == len(wrong) > 10
+
+
+@pytest.mark.slow
+def test_caches_of_pairs_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    """Their objective is that of the run, if none is given, and no other kind of objective is taken."""
+    values: dict[str, Any] = {"model_name_or_path": str(untied_base), "num_workers": 1, "data_path": str(data)}
+    for name, objective in (("pairs", "dpo"), ("plain", "sft")):
+        prepare(PrepareSettings(**values, output_dir=tmp_path / name, objective=objective, add_tokens="none"))
+    given = {"max_steps": 1, "eval_fraction": 0, "eval_steps": None, "data_path": [f"{tmp_path / 'pairs'}:1"]}
+    settings = make_settings(untied_base, data, tmp_path / "dpo", **given)
+    unset = {name: getattr(settings, name) for name in settings.model_fields_set - {"objective", "data"}}
+    train(TrainSettings(**unset | given))
+    assert read_losses(tmp_path / "dpo")[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert "objective: dpo" in (tmp_path / "dpo" / "settings.yaml").read_text()
+    with pytest.raises(SettingsError, match="objective: dpo: the examples in .* are no preference pairs"):
+        train(
+            TrainSettings(
+                **unset
+                | given
+                | {"data_path": [f"{tmp_path / 'plain'}:1"], "objective": "dpo"}
+                | {"output_dir": tmp_path / "other"}
+            )
+        )
+
+
+def test_a_reference_without_the_run_s_tokens_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    plain = make_settings(untied_base, data, tmp_path / "plain", objective="sft", add_tokens="none", max_steps=1)
+    train(plain.replace(eval_fraction=0, eval_steps=None))
+    with pytest.raises(CheckpointError, match="reference_adapter: .*: it doesn't know .*, which is added in this run"):
+        train(make_settings(untied_base, data, tmp_path / "run", reference_adapter=tmp_path / "plain"))
+
+
+@pytest.mark.slow
+def test_the_same_adapter_as_reference_gives_log_2_in_bf16(
+    run: Path, untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    options = {"adapter": run, "reference_adapter": run, "bf16": True, "max_steps": 1, "eval_steps": None}
+    train(make_settings(untied_base, data, tmp_path / "run", **options))
+    assert read_losses(tmp_path / "run")[0] == pytest.approx(LOG_2, abs=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["reference_adapter", "teacher_model_name_or_path", "teacher_adapter"])
+def test_a_path_that_does_not_exist_is_named_by_its_setting(
+    setting: str, untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"objective": "dpo" if setting == "reference_adapter" else "sft"}
+    if setting == "teacher_adapter":
+        changes["teacher_model_name_or_path"] = str(untied_base)
+    with pytest.raises(T5TuneError, match=f"^{setting}: .*missing"):
+        train(make_settings(untied_base, data, tmp_path / "run", **changes | {setting: tmp_path / "missing"}))
+    assert not (tmp_path / "run").exists()
 
 
 def stop_after(step: int) -> Callable[[Any], None]:
