@@ -33,6 +33,7 @@ from t5tune.io.atomic import write_file, write_json
 from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
 from t5tune.preparing.dataset import Origin, choose_vocabulary, prepare_dataset, read_sample
+from t5tune.preparing.sharded import find_joined
 from t5tune.progress import Note, Report
 from t5tune.settings import PrepareSettings
 from t5tune.settings.datasets import DatasetSettings, complete_dataset, name_datasets
@@ -70,8 +71,9 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What `prepare_dataset` returned for a dataset."""
+    """The folder of a dataset's cache, and what `prepare_dataset` returned."""
 
+    cache: Path
     manifest: dict[str, Any]
     facts: dict[str, Any]
 
@@ -91,8 +93,20 @@ def _prepare_caches(
         report(Note(f"dataset {name}: {join_first(dataset.path)}"))
         own = replace(origin, tokenizer_source=_find_source(origin, name), vocabulary=vocabulary)
         settings_of_it = complete_dataset(settings, dataset, output_dir=caches[name])
-        prepared.append(_Prepared(*prepare_dataset(settings_of_it, report, own)))
-    return caches, prepared
+        prepared.append(_Prepared(caches[name], *prepare_dataset(settings_of_it, report, own)))
+    return caches, [_look_again(each) for each in prepared]
+
+
+def _look_again(prepared: _Prepared) -> _Prepared:
+    """Look whether another process has joined the parts of a dataset while this one prepared the next datasets.
+
+    Each process looks at all datasets after its last one, so at least the process that joined the last parts finds
+    that all are joined, and writes mixture.json. Others may find it, too: then they write the same bytes.
+    """
+    if prepared.facts["joined"] is not False:
+        return prepared
+    joined = find_joined(prepared.cache, prepared.manifest)
+    return prepared if joined is None else replace(prepared, manifest=joined, facts={**prepared.facts, "joined": True})
 
 
 def _join_facts(settings: PrepareSettings, prepared: Sequence[_Prepared]) -> dict[str, Any]:

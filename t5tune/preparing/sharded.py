@@ -23,6 +23,8 @@ from t5tune.preparing.shards import ShardReader
 from t5tune.progress import Note, Report, track
 from t5tune.settings.shard import Shard
 
+ADDED_INPUTS = {"made_by", "dtype"}  # on which parts must agree in addition to the inputs of the cache
+
 
 def find_parts(source: CacheSource) -> PartsFolder:
     """Return the folder of the parts of a cache, which need not exist."""
@@ -72,6 +74,16 @@ def prepare_part(source: CacheSource, shard: Shard, report: Report) -> tuple[dic
         how = "the process that completes the last one joins them"
         report(Note(f"part {shard} is complete in {parts.folder}; still missing: {shards}; {how}"))
     return manifest, False
+
+
+def find_joined(cache: Path, part: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest of a cache if its parts have been joined by now, otherwise None.
+
+    Args:
+        part: the manifest of one of the parts.
+    """
+    inputs = {name: value for name, value in part["inputs"].items() if name not in ADDED_INPUTS}
+    return find_reusable_manifest(cache, inputs, in_use=False)
 
 
 def join_parts(source: CacheSource, report: Report) -> dict[str, Any]:
