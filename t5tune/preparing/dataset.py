@@ -5,7 +5,7 @@ manifest, facts = prepare_dataset(settings, report, Origin())
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -57,6 +57,7 @@ class Origin:
         vocabulary: the tokenizer that all datasets of a mixture share.
         setting: the setting that the paths come from, for messages.
         is_for_run: whether train calls, which mixes datasets and holds out examples itself.
+        before_replacing: called before a cache that isn't up to date is replaced, or a new one gets its place.
     """
 
     in_use: bool = False
@@ -64,6 +65,7 @@ class Origin:
     vocabulary: ExtendedTokenizer | None = None
     setting: str = "data_path"
     is_for_run: bool = False
+    before_replacing: Callable[[], None] = lambda: None
 
 
 def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,11 +104,13 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
         all_records = chain(drain(sample), records)
         with write_folder_atomically(folder) as staged:
             manifest = write_cache(staged, source, lambda staged: encode_cache(staged, source, all_records, report))
+            origin.before_replacing()
     else:
         sample.clear()  # a part reads its own records
-        manifest, is_joined = (
-            prepare_part(source, shard, report) if shard is not None else (join_parts(source, report), True)
-        )
+        if shard is not None:
+            manifest, is_joined = prepare_part(source, shard, report, origin.before_replacing)
+        else:
+            manifest, is_joined = join_parts(source, report, origin.before_replacing), True
         facts["joined"] = is_joined
         if not is_joined:
             return manifest, facts

@@ -5,6 +5,7 @@ manifest, facts = prepare_mixture(settings, report, Origin())
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,11 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
     datasets = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
     folder = settings.output_dir
     _check_folder(folder, list(datasets), origin)
-    before = read_mixture_manifest(folder) if is_mixture(folder) else None
-    old_caches = list_caches(folder) if is_mixture(folder) else {}
-    if before is not None and not origin.in_use:
-        (folder / MIXTURE_FILE).unlink()  # the folder is no mixture while only some of its caches are new
+    before = _read_manifest(folder)
+    old_caches = _list_caches(folder)
+    if not origin.in_use:
+        # the folder is no mixture while only some of its caches are new
+        origin = replace(origin, before_replacing=lambda: (folder / MIXTURE_FILE).unlink(missing_ok=True))
     caches, prepared = _prepare_caches(settings, datasets, report, origin)
     facts = _join_facts(settings, prepared)
     if facts["joined"] is False:  # other parts are still missing
@@ -135,6 +137,20 @@ def _write_mixture(mixture: Mixture, origin: Origin) -> tuple[dict[str, Any], Mi
     manifest = {**mixture.manifest, "datasets": training.manifest["datasets"]}
     write_json(folder / MIXTURE_FILE, manifest)
     return manifest, training
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read mixture.json; None if there is none, or it is broken, so that it is written again."""
+    with suppress(DataError):
+        return read_mixture_manifest(folder)
+    return None
+
+
+def _list_caches(folder: Path) -> dict[str, Path]:
+    """List the caches in mixture.json; none if there is no such file, or it is broken."""
+    with suppress(DataError):
+        return list_caches(folder)
+    return {}
 
 
 def _remove_old_caches(folder: Path, caches: Sequence[Path], report: Report) -> None:

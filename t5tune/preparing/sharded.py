@@ -1,7 +1,7 @@
 """Prepare one part of the data, and join the parts when all are complete. Processes share only a file system."""
 
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,13 @@ def find_parts(source: CacheSource) -> PartsFolder:
     return PartsFolder(source.settings.output_dir, {"made_by": MADE_BY, **source.inputs, "dtype": dtype})
 
 
-def prepare_part(source: CacheSource, shard: Shard, report: Report) -> tuple[dict[str, Any], bool]:
+def prepare_part(
+    source: CacheSource, shard: Shard, report: Report, before_replacing: Callable[[], None]
+) -> tuple[dict[str, Any], bool]:
     """Encode a part, unless it is complete already, and join the parts if all are complete.
+
+    Args:
+        before_replacing: called before the cache gets its place.
 
     Returns:
         The manifest of the cache if the parts are joined, otherwise that of the part; and whether they are.
@@ -58,7 +63,7 @@ def prepare_part(source: CacheSource, shard: Shard, report: Report) -> tuple[dic
         parts.check_parts(shard.count)
     missing = parts.list_missing(shard.count)
     if not missing:
-        joined = _join(source, parts, shard.count, report)
+        joined = _join(source, parts, shard.count, report, before_replacing)
     else:  # another process may have prepared the same part, so that all are joined by now
         joined = find_reusable_manifest(source.settings.output_dir, source.inputs, in_use=False)
     if joined is not None:
@@ -86,8 +91,11 @@ def find_joined(cache: Path, part: dict[str, Any]) -> dict[str, Any] | None:
     return find_reusable_manifest(cache, inputs, in_use=False)
 
 
-def join_parts(source: CacheSource, report: Report) -> dict[str, Any]:
+def join_parts(source: CacheSource, report: Report, before_replacing: Callable[[], None]) -> dict[str, Any]:
     """Join the parts, and return the manifest of the cache.
+
+    Args:
+        before_replacing: called before the cache gets its place.
 
     Raises:
         DataError: a part is missing or damaged, or the data can't be used.
@@ -106,14 +114,16 @@ def join_parts(source: CacheSource, report: Report) -> dict[str, Any]:
     if missing := parts.list_missing(count):
         problem = f"join: {parts.folder}: still missing: {join_first(list(map(str, missing)))}"
         raise DataError(problem, hint=f"prepare each of them, such as with --shard {missing[0]}")
-    manifest = _join(source, parts, count, report)
+    manifest = _join(source, parts, count, report, before_replacing)
     if manifest is None:
         raise DataError(f"join: {parts.folder}: another process is joining the parts")
     parts.remove()
     return manifest
 
 
-def _join(source: CacheSource, parts: PartsFolder, count: int, report: Report) -> dict[str, Any] | None:
+def _join(
+    source: CacheSource, parts: PartsFolder, count: int, report: Report, before_replacing: Callable[[], None]
+) -> dict[str, Any] | None:
     """Join the parts; None if another process does it."""
     settings = source.settings
     try:
@@ -132,7 +142,9 @@ def _join(source: CacheSource, parts: PartsFolder, count: int, report: Report) -
                 return join.counts, join.run(settings.dedupe == "exact", report)
 
             with write_folder_atomically(settings.output_dir) as staged:
-                return write_cache(staged, source, write_records)
+                manifest = write_cache(staged, source, write_records)
+                before_replacing()
+            return manifest
     except PartsTakenError:
         return None
 

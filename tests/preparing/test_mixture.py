@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from t5tune.commands.prepare import PrepareResult, prepare
+from t5tune.data.mixture import read_mixture_manifest
 from t5tune.preparing.dataset import prepare_dataset
 from t5tune.settings import PrepareSettings
 
@@ -33,17 +34,22 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("is_new", [True, False])
 def test_a_mixture_is_complete_if_two_processes_join_one_dataset_each(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_new: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one prepares its parts of both, and joins a, while the first one is between a and b."""
+    if not is_new:
+        prepare(make_settings(data, tmp_path / "cache", model_max_length=64))
     prepare(make_settings(data, tmp_path / "one"))
     first, second = (make_settings(data, tmp_path / "cache", shard=f"{index}/2") for index in range(2))
     others: list[PrepareResult] = []
 
     def prepare_next(settings: PrepareSettings, *arguments: Any) -> Any:
         if (settings.output_dir.name, settings.shard) == ("b", "0/2"):
+            assert (tmp_path / "cache" / "mixture.json").exists() != is_new  # the old one, while nothing is joined
             others.append(prepare(second))
+            assert not (tmp_path / "cache" / "mixture.json").exists()
         return prepare_dataset(settings, *arguments)
 
     monkeypatch.setattr("t5tune.preparing.mixture.prepare_dataset", prepare_next)
@@ -51,3 +57,48 @@ def test_a_mixture_is_complete_if_two_processes_join_one_dataset_each(
     assert [other.joined for other in others] == [False]
     assert (result.joined, result.datasets) == (True, {"a": 20, "b": 20})
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize("shard", [None, "0/2", "1/2"])
+def test_a_mixture_that_is_up_to_date_is_complete_at_any_moment(
+    shard: str | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So other processes can prepare it at the same time, or train on it."""
+    prepare(make_settings(data, tmp_path / "cache"))
+    before = bytes_of(tmp_path / "cache")
+    num_checks = 0
+
+    def check(settings: PrepareSettings, *arguments: Any) -> Any:
+        nonlocal num_checks
+        result = prepare_dataset(settings, *arguments)
+        assert bytes_of(tmp_path / "cache") == before
+        num_checks += 1
+        return result
+
+    monkeypatch.setattr("t5tune.preparing.mixture.prepare_dataset", check)
+    assert prepare(make_settings(data, tmp_path / "cache", shard=shard)).up_to_date
+    assert (bytes_of(tmp_path / "cache"), num_checks) == (before, 2)
+
+
+def test_a_mixture_of_which_another_process_replaces_a_cache_is_prepared(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes mixture.json after this process has found that there is one."""
+    prepare(make_settings(data, tmp_path / "cache"))
+    before = bytes_of(tmp_path / "cache")
+
+    def read_removed(folder: Path) -> dict[str, Any]:
+        (folder / "mixture.json").unlink(missing_ok=True)
+        return read_mixture_manifest(folder)
+
+    monkeypatch.setattr("t5tune.preparing.mixture.read_mixture_manifest", read_removed)
+    assert prepare(make_settings(data, tmp_path / "cache", shard="0/2")).joined
+    assert bytes_of(tmp_path / "cache") == before
+
+
+def test_a_broken_mixture_file_is_written_again(data: Path, tmp_path: Path) -> None:
+    prepare(make_settings(data, tmp_path / "cache"))
+    before = bytes_of(tmp_path / "cache")
+    (tmp_path / "cache" / "mixture.json").write_text('{"format": 9}')
+    assert not prepare(make_settings(data, tmp_path / "cache")).up_to_date
+    assert bytes_of(tmp_path / "cache") == before
