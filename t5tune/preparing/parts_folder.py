@@ -156,11 +156,14 @@ class PartsFolder:
                     except OSError as error:  # the part exists
                         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                             raise
-                    fsync(self.folder)
-                except FileNotFoundError as error:
-                    if staged.is_dir() or (self.folder / name).is_dir():
+                except Exception as error:
+                    # if the new folder was taken with the parts, the error may be any that a missing file leads to,
+                    # such as that the folder has no tokenizer
+                    if staged.is_dir():
                         raise
                     raise PartsTakenError from error
+                with suppress(FileNotFoundError):  # another process has taken the parts, and this one with them
+                    fsync(self.folder)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             with suppress(OSError):  # if this is the only part, and failed, the folder is empty

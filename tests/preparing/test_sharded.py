@@ -17,6 +17,7 @@ from t5tune.errors import DataError, SettingsError, T5TuneError
 from t5tune.io.atomic import hash_file, lock_file
 from t5tune.preparing.part import verify_part
 from t5tune.preparing.parts_folder import LOCK_FILE, PartsFolder, _list_parts
+from t5tune.preparing.sharded import _write_records
 from t5tune.progress import Note
 from t5tune.settings import PrepareSettings
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
@@ -351,6 +352,25 @@ def test_two_processes_on_the_same_part_do_not_mix(tmp_path: Path, monkeypatch: 
         assert bytes_of(cache) == expected
         assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "one"]
         shutil.rmtree(cache)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_part_that_another_process_completes_before_its_tokenizer_is_loaded_is_left_to_it(
+    num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All parts are taken, and with them the tokenizer that was saved for this one."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    settings = make_settings(data, tmp_path / "cache", shard="0/2", num_workers=num_workers)
+
+    def write(*arguments: Any) -> None:
+        monkeypatch.undo()
+        assert not prepare(make_settings(data, tmp_path / "cache", shard="0/2")).joined
+        assert prepare(make_settings(data, tmp_path / "cache", shard="1/2")).joined
+        _write_records(*arguments)
+
+    monkeypatch.setattr("t5tune.preparing.sharded._write_records", write)
+    assert prepare(settings).joined
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl"]
 
 
 def test_a_part_that_another_process_is_joining_is_left_to_it(tmp_path: Path) -> None:
