@@ -4,6 +4,7 @@
     template.yaml         the conversation template of the first dataset, for chat and evaluate
     training_data.json    how the examples of all datasets were made
     NAME/                 the token cache of a dataset, unless it is elsewhere
+    .mixture.json.old     the previous mixture.json, while prepare replaces the caches one after the other
 
 All caches have the same tokenizer. The examples are numbered one dataset after the other.
 """
@@ -37,6 +38,7 @@ from t5tune.settings.datasets import is_reserved
 from t5tune.settings.messages import describe_value_error
 
 MIXTURE_FORMAT = 1
+OLD_MIXTURE_FILE = f".{MIXTURE_FILE}.old"
 PREPARE_AGAIN = "run t5tune prepare again"
 SUMMED = (
     "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
@@ -275,7 +277,10 @@ def _merge_all(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def is_left_over(folder: Path) -> bool:
     """Whether a folder has only what the preparing of a mixture leaves there, complete or not."""
-    return all(is_cache(path) or is_reserved(path.name) or path.name.startswith(".") for path in folder.iterdir())
+    return all(
+        is_cache(path) or is_reserved(path.name) or path.name.startswith(".") or not os.path.lexists(path)
+        for path in folder.iterdir()  # while another process may remove the cache of an old dataset
+    )
 
 
 def is_mixture(path: Path) -> bool:
@@ -293,13 +298,13 @@ class _SavedDataset:
     weight: float
 
 
-def read_mixture_manifest(folder: Path) -> dict[str, Any]:
-    """Read mixture.json.
+def read_mixture_manifest(folder: Path, name: str = MIXTURE_FILE) -> dict[str, Any]:
+    """Read mixture.json, or another file like it.
 
     Raises:
         DataError: it is broken, or of another format version.
     """
-    path = folder / MIXTURE_FILE
+    path = folder / name
     try:
         manifest = parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -311,13 +316,13 @@ def read_mixture_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def list_caches(folder: Path) -> dict[str, Path]:
+def list_caches(folder: Path, file: str = MIXTURE_FILE) -> dict[str, Path]:
     """List the token caches of a mixture, by the names of the datasets.
 
     Raises:
         DataError: mixture.json is broken, or of another format version.
     """
-    return {each.name: folder / each.cache for each in _read_datasets(folder)}
+    return {each.name: folder / each.cache for each in _read_datasets(folder, file)}
 
 
 def find_tokenizer_folder(source: Path) -> Path:
@@ -362,8 +367,8 @@ def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
             raise DataError(problem, hint="train on them one after the other: objective sft first, then dpo")
 
 
-def _read_datasets(folder: Path) -> list[_SavedDataset]:
-    listed = read_mixture_manifest(folder).get("datasets")
+def _read_datasets(folder: Path, file: str = MIXTURE_FILE) -> list[_SavedDataset]:
+    listed = read_mixture_manifest(folder, file).get("datasets")
     saved: list[_SavedDataset] = _read_strictly(list[_SavedDataset], listed, folder, "datasets")
     if not saved:
         raise DataError(f"{folder / MIXTURE_FILE}: datasets: there are none", hint=PREPARE_AGAIN)

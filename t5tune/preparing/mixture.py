@@ -3,7 +3,9 @@
 manifest, facts = prepare_mixture(settings, report, Origin())
 """
 
+import glob
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from t5tune.data.cache_reuse import make_resume_error
 from t5tune.data.formats import Conversation
 from t5tune.data.mixing import Mixing, choose_mixing
 from t5tune.data.mixture import (
+    OLD_MIXTURE_FILE,
     SUMMED,
     Dataset,
     Mixture,
@@ -53,18 +56,15 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
     folder = settings.output_dir
     _check_folder(folder, list(datasets), origin)
     before = _read_manifest(folder)
-    old_caches = _list_caches(folder)
     if not origin.in_use:
-        # the folder is no mixture while only some of its caches are new
-        origin = replace(origin, before_replacing=lambda: (folder / MIXTURE_FILE).unlink(missing_ok=True))
+        origin = replace(origin, before_replacing=lambda: _set_aside(folder))
     caches, prepared = _prepare_caches(settings, datasets, report, origin)
     facts = _join_facts(settings, prepared)
     if facts["joined"] is False:  # other parts are still missing
         return _add_counts(prepared), facts
     parts = [Dataset(name, open_cache(caches[name]), dataset.weight) for name, dataset in datasets.items()]
-    manifest, training = _write_mixture(Mixture(folder, parts, choose_mixing(settings) or Mixing()), origin)
+    manifest, training = _write_mixture(Mixture(folder, parts, choose_mixing(settings) or Mixing()), origin, report)
     facts["up_to_date"] = facts["up_to_date"] and manifest == before
-    _remove_old_caches(folder, [cache for cache in old_caches.values() if cache not in caches.values()], report)
     if not origin.is_for_run:
         for note in describe_shares(training):
             report(note)
@@ -127,15 +127,23 @@ def _add_counts(prepared: Sequence[_Prepared]) -> dict[str, Any]:
     return {**prepared[0].manifest, **counts}
 
 
-def _write_mixture(mixture: Mixture, origin: Origin) -> tuple[dict[str, Any], Mixture]:
-    """Write the files of a mixture besides its caches. Return its manifest, and what is left to train on."""
+def _write_mixture(mixture: Mixture, origin: Origin, report: Report) -> tuple[dict[str, Any], Mixture]:
+    """Write the files of a mixture besides its caches, and remove the caches of datasets that it doesn't have any more.
+
+    Returns:
+        The manifest of the mixture, and what is left to train on.
+    """
     check_datasets(mixture.datasets, origin.setting)
     folder, (training, _) = mixture.folder, mixture.split_as_prepared()
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / TEMPLATE_FILE, to_yaml(dict(vars(mixture.main.cache.template))).encode())
     write_training_data(folder, _join_training_data(training))
     manifest = {**mixture.manifest, "datasets": training.manifest["datasets"]}
+    # first the old caches, since the new mixture.json doesn't list them: if a kill comes between, the next one does it
+    kept = {dataset.cache.folder for dataset in mixture.datasets}
+    _remove_old_caches(folder, [cache for cache in _list_old_caches(folder) if cache not in kept], report)
     write_json(folder / MIXTURE_FILE, manifest)
+    (folder / OLD_MIXTURE_FILE).unlink(missing_ok=True)
     return manifest, training
 
 
@@ -146,22 +154,37 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _list_caches(folder: Path) -> dict[str, Path]:
-    """List the caches in mixture.json; none if there is no such file, or it is broken."""
-    with suppress(DataError):
-        return list_caches(folder)
-    return {}
+def _set_aside(folder: Path) -> None:
+    """Rename mixture.json, because the folder is no mixture while only some of its caches are new."""
+    with suppress(FileNotFoundError):  # there was none, or another process has renamed it
+        (folder / MIXTURE_FILE).rename(folder / OLD_MIXTURE_FILE)
+
+
+def _list_old_caches(folder: Path) -> list[Path]:
+    """List the caches of the mixture that the folder contained."""
+    caches: list[Path] = []
+    for file in (OLD_MIXTURE_FILE, MIXTURE_FILE):
+        with suppress(DataError):  # there is no such file, or it is broken
+            caches += list_caches(folder, file).values()
+    return list(dict.fromkeys(caches))
 
 
 def _remove_old_caches(folder: Path, caches: Sequence[Path], report: Report) -> None:
+    """Remove caches in the folder that contain nothing else. Another process may do so at the same time."""
     for cache in caches:
-        if cache.parent != folder or not is_cache(cache):
+        if cache.parent != folder:
             continue
-        if foreign := sorted({path.name for path in cache.iterdir()} - CACHE_CONTENTS):
-            report(Note(f"{cache}: no longer among the data, but kept, since it contains {join_first(foreign)}"))
-        else:
-            shutil.rmtree(cache)
-            report(Note(f"{cache}: removed, since this dataset is no longer among the data"))
+        old_prefix = f".{cache.name}.old-"
+        if is_cache(cache):
+            with suppress(FileNotFoundError):
+                if foreign := sorted({path.name for path in cache.iterdir()} - CACHE_CONTENTS):
+                    why = f"since it contains {join_first(foreign)}"
+                    report(Note(f"{cache}: no longer among the data, but kept, {why}"))
+                    continue
+                cache.rename(folder / f"{old_prefix}{uuid.uuid4().hex[:8]}")
+                report(Note(f"{cache}: removed, since this dataset is no longer among the data"))
+        for old in folder.glob(f"{glob.escape(old_prefix)}*"):  # also what a killed process has left
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def find_given_cache(dataset: DatasetSettings) -> Path | None:

@@ -1,6 +1,8 @@
 """prepare several datasets in several processes: one mixture, the bytes of one process, in any order of their steps."""
 
 import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import pytest
 
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.mixture import read_mixture_manifest
+from t5tune.io.atomic import write_json
 from t5tune.preparing.dataset import prepare_dataset
+from t5tune.preparing.mixture import _remove_old_caches
+from t5tune.progress import Report
 from t5tune.settings import PrepareSettings
 
 NAMES = ("a", "b", "c")
@@ -102,3 +107,74 @@ def test_a_broken_mixture_file_is_written_again(data: Path, tmp_path: Path) -> N
     (tmp_path / "cache" / "mixture.json").write_text('{"format": 9}')
     assert not prepare(make_settings(data, tmp_path / "cache")).up_to_date
     assert bytes_of(tmp_path / "cache") == before
+
+
+def test_the_cache_of_an_old_dataset_is_removed_by_a_process_that_starts_when_others_are_replaced(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(make_settings(data, tmp_path / "cache", "abc"))
+    prepare(make_settings(data, tmp_path / "one", model_max_length=64))
+    changed = make_settings(data, tmp_path / "cache", model_max_length=64)
+
+    def stop_before_b(settings: PrepareSettings, *arguments: Any) -> Any:
+        if settings.output_dir.name == "b":
+            raise KeyboardInterrupt
+        return prepare_dataset(settings, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("t5tune.preparing.mixture.prepare_dataset", stop_before_b)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(changed.replace(shard="0/2"))
+    assert not prepare(changed.replace(shard="1/2")).joined  # only a is joined
+    assert not (tmp_path / "cache" / "mixture.json").exists()
+    assert prepare(changed.replace(shard="0/2")).joined
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+
+
+def test_two_processes_that_remove_the_same_cache_leave_one_mixture(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(make_settings(data, tmp_path / "cache", "abc"))
+    prepare(make_settings(data, tmp_path / "one"))
+    others: list[PrepareResult] = []
+
+    def remove(folder: Path, caches: Sequence[Path], report: Report) -> None:
+        monkeypatch.undo()
+        others.append(prepare(make_settings(data, tmp_path / "cache", shard="1/2")))
+        assert [cache.name for cache in caches] == ["c"]
+        _remove_old_caches(folder, caches, report)
+
+    monkeypatch.setattr("t5tune.preparing.mixture._remove_old_caches", remove)
+    assert prepare(make_settings(data, tmp_path / "cache", shard="0/2")).joined
+    assert [other.joined for other in others] == [True]
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), [("t5tune.preparing.mixture.write_json", write_json), ("shutil.rmtree", shutil.rmtree)]
+)
+@pytest.mark.parametrize("values", [{}, {"model_max_length": 64}])
+def test_what_a_killed_process_leaves_of_an_old_dataset_is_removed_by_the_next(
+    values: dict[str, Any],
+    name: str,
+    function: Callable[..., None],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepare(make_settings(data, tmp_path / "cache", "abc"))
+    prepare(make_settings(data, tmp_path / "one", **values))
+    settings = make_settings(data, tmp_path / "cache", **values)
+
+    def stop(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == "mixture.json" or path.name.startswith(".c.old-"):
+            raise KeyboardInterrupt
+        function(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings)
+    assert bytes_of(tmp_path / "cache") != bytes_of(tmp_path / "one")
+    prepare(settings)
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
