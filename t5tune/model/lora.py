@@ -29,6 +29,7 @@ from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.lora import LoraSettings
 
 BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora")  # they subtract each adapter's initial B·A from the base weight
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which have no forward
 SVD_OVERSAMPLING, SVD_ITERATIONS = 4, 8  # of LoftQ's randomized decomposition (Halko et al. 2011)
 SAME_TOKENS_HINT = (
     "give the conversations instead of a token cache, and leave add_tokens at auto: then they are prepared with the "
@@ -126,8 +127,8 @@ def _select_modules_to_save(model: Any, base: Path, settings: LoraSettings) -> l
     """Check the modules to train in full, and return them as PEFT's modules_to_save.
 
     Raises:
-        SettingsError: a module doesn't exist, contains quantized weights, or one that another module shares, or its
-            name is also that of a module that isn't loaded.
+        SettingsError: a module doesn't exist, has no weights, contains quantized ones, or one that another module
+            shares, or its name is also that of a list of modules or of a module that isn't loaded.
     """
     if not settings.modules_to_save:
         return None
@@ -144,6 +145,13 @@ def _select_modules_to_save(model: Any, base: Path, settings: LoraSettings) -> l
                 f"modules_to_save: {name}: no such module in this model",
                 hint=f"besides linear layers, it has {', '.join(model.architecture.trainable_modules)}",
             )
+        if container := next((path for path, module in paths.items() if isinstance(module, CONTAINERS)), None):
+            others = [path for path, module in paths.items() if not isinstance(module, CONTAINERS)]
+            more = f"; write more of its path, such as {'.'.join(others[0].split('.')[-2:])}" if others else ""
+            problem = f"modules_to_save: {name}: PEFT also finds {container}, a list of modules, and can't train a list"
+            raise SettingsError(problem, hint=f"PEFT takes all modules whose path ends in the name{more}")
+        if not any(True for module in found for _ in module.parameters()):
+            raise SettingsError(f"modules_to_save: {name}: has no weights to train", hint="leave it out")
         if any(type(part).__name__ in {"Linear4bit", "Linear8bitLt"} for module in found for part in module.modules()):
             raise SettingsError(
                 f"modules_to_save: {name}: contains quantized weights, which can't be trained",

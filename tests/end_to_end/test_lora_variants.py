@@ -17,6 +17,8 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
 from t5tune.errors import CheckpointError, SettingsError
+from t5tune.model.load import load_base
+from t5tune.model.lora import add_lora
 from t5tune.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -26,6 +28,7 @@ from t5tune.settings import (
     TrainSettings,
 )
 from t5tune.settings.loading import load_settings
+from t5tune.settings.lora import LoraSettings
 from t5tune.training.run_folder import TrainResult
 from tests.support import train_runs
 from tests.support.command_line import CommandResult
@@ -413,6 +416,24 @@ def test_modules_to_save_that_are_missing_or_quantized_are_refused(
     changes = {"modules_to_save": ["wo"], "lora_target_modules": ["q"], "q_lora": True, "bf16": False}
     with pytest.raises(SettingsError, match="modules_to_save: wo: contains quantized weights"):
         train(make_settings(untied_base, conversations, tmp_path / "b", **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (
+            "k",
+            "PEFT also finds encoder.block, a list of modules, and can't train a list; PEFT takes all modules whose "
+            "path ends in the name; write more of its path, such as SelfAttention.k",
+        ),
+        ("layer", "PEFT also finds encoder.block.0.layer, a list of modules, .* ends in the name$"),
+        ("dropout", "has no weights to train; leave it out"),
+    ],
+)
+def test_modules_to_save_that_peft_can_not_train_are_refused(name: str, problem: str, untied_base: Path) -> None:
+    model = load_base(untied_base, torch.float32, torch.device("cpu"))
+    with pytest.raises(SettingsError, match=f"modules_to_save: {name}: {problem}"):
+        add_lora(model, untied_base, LoraSettings(modules_to_save=[name]), [], torch.float32)
 
 
 def test_int8_under_deepspeed_is_refused(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
