@@ -194,7 +194,7 @@ def _check_shards(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -
 
 
 def _suggest_equal_batch(then: dict[str, Any], now: dict[str, Any], accumulation_steps: int) -> str:
-    """Say with which number of micro-batches, or of examples in each, a step is as large as before; "" if with none."""
+    """Say with which number of micro-batches, or of examples in each, a step is as large as before."""
     ranks = now["world_size"]
     if "batch_tokens" in then:
         divisors = {"gradient_accumulation_steps": ranks * then["tokens_per_batch"]}
@@ -206,7 +206,11 @@ def _suggest_equal_batch(then: dict[str, Any], now: dict[str, Any], accumulation
         }
         total = then["batch"]
     fitting = [f"{name} {total // divisor}" for name, divisor in divisors.items() if total % divisor == 0]
-    return f"; {' or '.join(fitting)} makes it {total}" if fitting else ""
+    if not fitting and "batch_tokens" not in then and total % ranks == 0:
+        fitting = [f"per_device_train_batch_size 1 with gradient_accumulation_steps {total // ranks}"]
+    if not fitting:
+        return f"; with {format_count(ranks, 'process', 'processes')} no setting makes it {total}"
+    return f"; {' or '.join(fitting)} makes it {total}"
 
 
 def _describe_sharding(run_identity: dict[str, Any]) -> str:

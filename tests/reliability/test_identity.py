@@ -227,7 +227,26 @@ def test_other_ranks_refuse_an_optimizer_whose_state_depends_on_how_it_was_divid
             {"world_size": 1, "batch": 4},
             "batch: 8 before, 4 now; gradient_accumulation_steps 4 or per_device_train_batch_size 4 makes it 8",
         ),
-        ({"world_size": 2, "batch": 2}, {"world_size": 4, "batch": 16}, "batch: 2 before, 16 now"),
+        (
+            {"world_size": 2, "batch": 12},
+            {"world_size": 2, "batch": 32},  # 2 micro-batches of 8 examples
+            "batch: 12 before, 32 now; per_device_train_batch_size 3 makes it 12",
+        ),
+        (
+            {"world_size": 2, "batch": 6},
+            {"world_size": 2, "batch": 32},
+            "batch: 6 before, 32 now; per_device_train_batch_size 1 with gradient_accumulation_steps 3 makes it 6",
+        ),
+        (
+            {"world_size": 2, "batch": 4},
+            {"world_size": 3, "batch": 6},
+            "batch: 4 before, 6 now; with 3 processes no setting makes it 4",
+        ),
+        (
+            {"world_size": 2, "tokens_per_batch": 600, "batch_tokens": 1200},
+            {"world_size": 3, "tokens_per_batch": 600, "batch_tokens": 1800},
+            "batch_tokens: 1200 before, 1800 now; with 3 processes no setting makes it 1200",
+        ),
         (
             {"world_size": 2, "tokens_per_batch": 600, "batch_tokens": 2400},
             {"world_size": 1, "tokens_per_batch": 600, "batch_tokens": 1200},
