@@ -255,8 +255,9 @@ def find_held_out_keys(cache: Cache, held_out: float, seed: int) -> npt.NDArray[
     unique = np.unique(cache.read_keys())
     count = max(1, round(held_out * len(unique)))
     if count >= len(unique):
-        problem = f"eval_fraction: {held_out} of {format_count(len(unique), 'conversation')} leaves none to train on"
-        raise DataError(f"{problem}; give more conversations, or a separate file as eval_data_path")
+        kind = "conversation" if cache.corruption is None else "text"
+        problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves none to train on"
+        raise DataError(f"{problem}; give more {kind}s, or a separate file as eval_data_path")
     return np.random.default_rng(seed).permutation(unique)[:count]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.mixture import read_mixture_manifest
+from t5tune.errors import DataError
 from t5tune.io.atomic import write_json
 from t5tune.preparing.dataset import prepare_dataset
 from t5tune.preparing.mixture import _remove_old_caches
@@ -178,3 +179,11 @@ def test_what_a_killed_process_leaves_of_an_old_dataset_is_removed_by_the_next(
     assert bytes_of(tmp_path / "cache") != bytes_of(tmp_path / "one")
     prepare(settings)
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
+
+
+def test_raw_text_of_which_nothing_can_be_held_out_is_called_a_text(data: Path, tmp_path: Path) -> None:
+    (data / "book.txt").write_text("word " * 500)
+    datasets = [{"path": str(data / "book.txt"), "objective": "span-corruption"}, {"path": str(data / "a.jsonl")}]
+    settings = make_settings(data, tmp_path / "cache").replace(data=datasets, eval_fraction=0.1)
+    with pytest.raises(DataError, match="eval_fraction: 0.1 of 1 text leaves none to train on; give more texts, or"):
+        prepare(settings)
