@@ -31,6 +31,7 @@ from t5tune.data.mixture import (
     read_mixture_manifest,
 )
 from t5tune.data.vocabulary import ExtendedTokenizer
+from t5tune.distributed.shard import find_shard
 from t5tune.errors import DataError
 from t5tune.file_names import MIXTURE_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_file, write_json
@@ -116,7 +117,7 @@ def _join_facts(settings: PrepareSettings, prepared: Sequence[_Prepared]) -> dic
     is_divided = settings.join or settings.shard is not None
     return {
         "up_to_date": all(each.facts["up_to_date"] for each in prepared),
-        "shard": next((each.facts["shard"] for each in prepared), None),
+        "shard": None if settings.shard is None else str(find_shard(settings.shard)),
         "joined": all(each.facts["joined"] for each in prepared) if is_divided else None,
     }
 

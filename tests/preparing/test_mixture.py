@@ -181,6 +181,16 @@ def test_what_a_killed_process_leaves_of_an_old_dataset_is_removed_by_the_next(
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
 
 
+def test_token_caches_alone_are_mixed_by_each_part(data: Path, tmp_path: Path) -> None:
+    prepare(make_settings(data, tmp_path / "made"))
+    datasets = [{"path": str(tmp_path / "made" / name)} for name in "ab"]
+    settings = make_settings(data, tmp_path / "cache").replace(data=datasets)
+    results = [prepare(settings.replace(shard=f"{index}/2")) for index in range(2)]
+    assert [(result.shard, result.joined, result.datasets) for result in results] == [
+        ("0/2", True, {"a": 20, "b": 20}), ("1/2", True, {"a": 20, "b": 20}),
+    ]  # fmt: skip
+
+
 def test_raw_text_of_which_nothing_can_be_held_out_is_called_a_text(data: Path, tmp_path: Path) -> None:
     (data / "book.txt").write_text("word " * 500)
     datasets = [{"path": str(data / "book.txt"), "objective": "span-corruption"}, {"path": str(data / "a.jsonl")}]
