@@ -176,8 +176,7 @@ def report_lost_ranks(world: World, hint: str = RERUN_HINT) -> Iterator[None]:
     except Exception as error:
         if world.size == 1 or not _is_rank_loss(error):
             raise
-        problem = f"rank {world.rank}: {describe_silence(_find_silent_ranks(world))}"
-        raise RankLost(problem, hint=hint) from error
+        raise RankLost(f"rank {world.rank}: {_describe_loss(world)}", hint=hint) from error
 
 
 def describe_silence(ranks: list[int]) -> str:
@@ -196,8 +195,21 @@ def _is_rank_loss(error: Exception) -> bool:
     )
 
 
-def _find_silent_ranks(world: World) -> list[int]:
-    """Find the ranks that don't set their key in the rendezvous store; [0] if rank 0's store itself doesn't answer."""
+def _describe_loss(world: World) -> str:
+    """Say which ranks are lost, as far as this rank can know it."""
+    silent = _find_silent_ranks(world)
+    if silent is None:
+        if world.rank == 0:
+            return describe_silence([])
+        others = "" if world.size == 2 else ": it is lost, or it has ended because another rank is lost"
+        return f"{describe_silence([0])}{others}"
+    if len(silent) > 1:  # some may wait for another rank, and haven't noticed yet that one is lost
+        return f"at least one of ranks {', '.join(map(str, silent))} is lost"
+    return describe_silence(silent)
+
+
+def _find_silent_ranks(world: World) -> list[int] | None:
+    """Find the ranks that don't set their key in the rendezvous store; None if rank 0's store itself doesn't answer."""
     found: list[list[int]] = []
 
     def ask() -> None:
@@ -208,7 +220,7 @@ def _find_silent_ranks(world: World) -> list[int]:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(2 * ANSWER_SECONDS)
-    return found[0] if found else [0] if world.rank else []
+    return found[0] if found else None
 
 
 def _find_unanswered(world: World) -> list[int]:

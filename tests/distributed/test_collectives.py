@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from t5tune.distributed.collectives import report_lost_ranks
+from t5tune.distributed.world import World
+from t5tune.errors import RankLost
 from tests.support.runs import send_signal
 from tests.support.two_ranks import read_lines, start_two_ranks
 
@@ -126,3 +129,27 @@ print(distributed_c10d.get_backend_config(group), sorted(device.type for device 
     expected = ["[0, 1]", "from 0", "True False", "0", "True", "cpu:gloo,cuda:fake ['cpu', 'cuda']"]
     for rank in ranks:
         assert read_lines(rank) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "silent", "said"),
+    [
+        (0, 3, [2], "rank 2 doesn't answer"),
+        (0, 3, [1, 2], "at least one of ranks 1, 2 is lost"),
+        (2, 3, None, "rank 0 doesn't answer: it is lost, or it has ended because another rank is lost"),
+        (1, 2, None, "rank 0 doesn't answer"),
+        (0, 2, None, "the connection to another rank broke"),
+    ],
+)
+def test_a_rank_that_may_only_wait_for_another_is_not_called_lost(
+    rank: int, size: int, silent: list[int] | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_unanswered(world: World) -> list[int]:
+        if silent is None:
+            raise RuntimeError("the store has ended with rank 0")
+        return silent
+
+    monkeypatch.setattr("t5tune.distributed.collectives._find_unanswered", find_unanswered)
+    with pytest.raises(RankLost) as lost, report_lost_ranks(World(rank=rank, size=size), hint="try again"):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4711")
+    assert str(lost.value) == f"rank {rank}: {said}; try again"
