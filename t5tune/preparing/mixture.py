@@ -141,8 +141,8 @@ def _write_mixture(mixture: Mixture, origin: Origin, report: Report) -> tuple[di
     write_training_data(folder, _join_training_data(training))
     manifest = {**mixture.manifest, "datasets": training.manifest["datasets"]}
     # first the old caches, since the new mixture.json doesn't list them: if a kill comes between, the next one does it
-    kept = {dataset.cache.folder for dataset in mixture.datasets}
-    _remove_old_caches(folder, [cache for cache in _list_old_caches(folder) if cache not in kept], report)
+    kept = {dataset.cache.folder.resolve() for dataset in mixture.datasets}
+    _remove_old_caches(folder, [cache for cache in _list_old_caches(folder) if cache.resolve() not in kept], report)
     write_json(folder / MIXTURE_FILE, manifest)
     (folder / OLD_MIXTURE_FILE).unlink(missing_ok=True)
     return manifest, training

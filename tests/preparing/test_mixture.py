@@ -197,3 +197,15 @@ def test_raw_text_of_which_nothing_can_be_held_out_is_called_a_text(data: Path, 
     settings = make_settings(data, tmp_path / "cache").replace(data=datasets, eval_fraction=0.1)
     with pytest.raises(DataError, match="eval_fraction: 0.1 of 1 text leaves none to train on; give more texts, or"):
         prepare(settings)
+
+
+def test_a_cache_of_the_old_mixture_that_is_given_by_another_path_is_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(make_settings(data, tmp_path / "cache"))
+    before = bytes_of(tmp_path / "cache" / "b")
+    datasets = [{"path": str(data / "a.jsonl")}, {"path": "cache/b", "name": "given"}]
+    result = prepare(make_settings(data, tmp_path / "cache").replace(data=datasets))
+    assert result.datasets == {"a": 20, "given": 20}
+    assert bytes_of(tmp_path / "cache" / "b") == before
