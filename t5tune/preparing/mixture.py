@@ -222,7 +222,7 @@ def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:
         if origin.in_use:
             raise make_resume_error(folder, {"data": "data: it was one dataset before, and is several now"})
         if not (foreign := sorted({path.name for path in folder.iterdir()} - CACHE_CONTENTS)):
-            shutil.rmtree(folder)  # as prepare replaces a cache of other inputs
+            _remove_cache(folder)  # as prepare replaces a cache of other inputs
             return
         problem = f"output_dir: {folder}: contains {join_first(foreign)} in addition to a token cache"
         raise DataError(problem, hint="move these files away, or choose another output_dir")
@@ -231,6 +231,17 @@ def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:
     if folder.is_dir() and not is_left_over(folder):
         hint = "choose another output_dir"
         raise DataError(f"output_dir: {folder}: contains other files, so it isn't a mixture of datasets", hint=hint)
+
+
+def _remove_cache(folder: Path) -> None:
+    """Remove a token cache in place of which the mixture is written. Other processes may do so at the same time."""
+    old = folder.with_name(f".{folder.name}.old-{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):
+        folder.rename(old)
+        if is_cache(old):
+            shutil.rmtree(old, ignore_errors=True)
+        else:  # another process has removed the cache meanwhile, and has begun to prepare the mixture
+            old.rename(folder)
 
 
 def _choose_common_vocabulary(

@@ -13,7 +13,7 @@ from t5tune.data.mixture import read_mixture_manifest
 from t5tune.errors import DataError
 from t5tune.io.atomic import write_json
 from t5tune.preparing.dataset import prepare_dataset
-from t5tune.preparing.mixture import _remove_old_caches
+from t5tune.preparing.mixture import _remove_cache, _remove_old_caches
 from t5tune.progress import Report
 from t5tune.settings import PrepareSettings
 
@@ -209,3 +209,23 @@ def test_a_cache_of_the_old_mixture_that_is_given_by_another_path_is_kept(
     result = prepare(make_settings(data, tmp_path / "cache").replace(data=datasets))
     assert result.datasets == {"a": 20, "given": 20}
     assert bytes_of(tmp_path / "cache" / "b") == before
+
+
+def test_two_processes_replace_one_cache_by_a_mixture(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one removes the cache and prepares its parts when the first one has found the cache."""
+    cache = tmp_path / "cache"
+    prepare(make_settings(data, tmp_path / "one"))
+    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data / "a.jsonl"), output_dir=cache))
+    first, second = (make_settings(data, cache, shard=f"{index}/2") for index in range(2))
+
+    def wait_for_second(folder: Path) -> None:
+        monkeypatch.undo()
+        assert not prepare(second).joined
+        _remove_cache(folder)
+
+    monkeypatch.setattr("t5tune.preparing.mixture._remove_cache", wait_for_second)
+    assert prepare(first).joined
+    assert bytes_of(cache) == bytes_of(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "one"]
