@@ -454,7 +454,7 @@ def test_the_same_adapter_as_reference_gives_log_2_in_bf16(
 ) -> None:
     options = {"adapter": run, "reference_adapter": run, "bf16": True, "max_steps": 1, "eval_steps": None}
     train(make_settings(untied_base, data, tmp_path / "run", **options))
-    assert read_losses(tmp_path / "run")[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert read_losses(tmp_path / "run")[0] == pytest.approx(LOG_2, abs=1e-4)
 
 
 @pytest.mark.parametrize("setting", ["reference_adapter", "teacher_model_name_or_path", "teacher_adapter"])
