@@ -90,7 +90,7 @@ def run(seed: int, folder: Path) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"seed": seed, "sft": score(tuned.run, asked, held_out, folder / "sft-replies")}
     ways = {
-        "dpo": {"objective": "dpo", "adapter": tuned.run, "num_train_epochs": 1, "learning_rate": 5e-4},
+        "dpo": {"objective": "dpo", "adapter": tuned.run, "num_train_epochs": 1, "learning_rate": 2e-4},
         "orpo": {"objective": "orpo", "num_train_epochs": 8, "learning_rate": 3e-3},
     }
     for name, options in ways.items():

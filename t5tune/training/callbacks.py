@@ -13,8 +13,8 @@ from t5tune.reports.metrics_log import MetricsLog
 
 TRAIN_TASK = "train"
 REPORTED_METRICS = {
-    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL", "learning_rate": "lr",
-    "grad_norm": "grad norm", "tokens_per_second": "tokens/s",
+    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL", "grad_norm": "grad norm",
+    "learning_rate": "lr", "tokens_per_second": "tokens/s",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.progress import Advanced, Event, Finished, Started
 from t5tune.training.checkpoint import read_run_identity
-from t5tune.training.resume_guard import ADAPTER_FILES, _hash_files
+from t5tune.training.resume_guard import hash_adapter
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.hub import TOKEN, Hub, serve_hub, use_in_this_process
@@ -151,7 +151,7 @@ def test_a_run_uses_one_commit_though_the_branch_gets_others(
     used = [commit for commit, files in hub.repos["model", "some/moving"].commits.items() if is_close(trained, files)]
     (snapshot,) = [folder for folder in hub.home.rglob("snapshots/*") if folder.name in used]
     manifest = read_run_identity(run_folder / "checkpoint-1")
-    assert manifest["adapter"] == _hash_files(snapshot, ADAPTER_FILES)
+    assert manifest["adapter"] == hash_adapter(snapshot)
 
 
 @pytest.mark.distributed

@@ -283,7 +283,7 @@ def test_tokens_per_second_exclude_an_evaluation_before_the_first_step_of_a_resu
         untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=3, save_steps=3, max_steps=6
     )
     with monkeypatch.context() as interrupted:
-        interrupted.setattr("t5tune.training.trainer.measure_losses", lambda *_: 1 / 0)
+        interrupted.setattr("t5tune.training.objectives.measure_losses", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(settings)
     result = train(settings)

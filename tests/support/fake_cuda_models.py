@@ -20,6 +20,7 @@ from t5tune.settings import TrainSettings
 from t5tune.training.arguments import make_training_arguments
 from t5tune.training.batches import PackedCollator, PaddedCollator, StepSampler
 from t5tune.training.non_finite import NonFiniteGuard
+from t5tune.training.objectives import TargetObjective
 from t5tune.training.trainer import T5Trainer, TrainerParts
 from tests.support.fake_cuda_watch import CUDA
 
@@ -144,7 +145,8 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         stop=SimpleNamespace(is_set=False),
         watch=SimpleNamespace(count_batch=lambda: None),
         scorer=None,
-        label_smoothing=settings.label_smoothing_factor,
+        objective=TargetObjective(settings.label_smoothing_factor),
+        reference=None,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
         metric_names=["loss"],
         patience=None,

@@ -27,11 +27,11 @@ def limit_memory(count: int) -> None:
         return generate(model, sources, *arguments, **options)
 
     def compute_or_fail(
-        self: TargetLoss, hidden: Any, labels: torch.Tensor, head: Any, reduction: str, *rest: Any
+        self: TargetLoss, hidden: Any, shape: Any, head: Any, reduction: str, criterion: Any, *rest: Any
     ) -> Any:
         if reduction == "none":  # evaluation
-            check(int((labels == 1).sum()))  # each target has one EOS token
-        return compute_losses(self, hidden, labels, head, reduction, *rest)
+            check(int((criterion.labels_N == 1).sum()))  # each target has one EOS token
+        return compute_losses(self, hidden, shape, head, reduction, criterion, *rest)
 
     evaluation.generate = generate_or_fail
     TargetLoss.forward = compute_or_fail  # type: ignore[method-assign]
