@@ -265,7 +265,7 @@ def test_load_gives_the_weights_on_disk(run: Any) -> None:
     reply = tokenizer.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
     chatter = Chatter.load(ChatSettings(model_name_or_path=str(run.run), max_new_tokens=8, use_cpu=True))
     assert chatter.reply([Turn("human", "How much is 2 + 2?")]).reply == reply
-    assert chatter.template == template
+    assert chatter.prompts.template == template
     with pytest.raises(SettingsError, match="bf_16: unknown setting; did you mean bf16?"):
         run.load(bf_16=True)
 

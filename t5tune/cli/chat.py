@@ -153,7 +153,7 @@ class _ChatSession:
                 self._set_history(value)
             case "system":
                 self.chatter = self.chatter.with_system(value or None)
-                self.say("system message: " + (value or self.chatter.template.system_message or "none"))
+                self.say("system message: " + (value or self.chatter.prompts.template.system_message or "none"))
             case "template":
                 self._set_template(value)
             case "adapter":
@@ -169,7 +169,7 @@ class _ChatSession:
         if value:
             self.keeps_history = value == "on"
             self.chatter = self.chatter.with_history(self.keeps_history)
-        kept = self.chatter.keeps_history
+        kept = self.chatter.prompts.keeps_history
         on, off = "on: the model sees the whole conversation", "off: the model sees each message by itself"
         self.say(f"history is {on if kept else off}")
 

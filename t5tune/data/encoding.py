@@ -215,12 +215,41 @@ def _split_at_markers(piece: Piece, encoder: Encoder) -> list[str | int]:
     return parts
 
 
-def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> list[int]:
-    """Encode a conversation up to the assistant's prefix as a source, as in training, without special tokens."""
+class EncodedPrompt(NamedTuple):
+    """A source to reply to.
+
+    Args:
+        ids: without special tokens.
+        dropped_turns: how many of the oldest turns were left out.
+        is_cut: whether tokens of the system line or of the first turn that is left were cut off.
+    """
+
+    ids: list[int]
+    dropped_turns: int
+    is_cut: bool
+
+
+def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> EncodedPrompt:
+    """Encode a conversation up to the assistant's prefix as a source, as in training."""
     # a dummy answer, so that a span (and its truncated source) is computed
-    encoded = encode_batch([[*pieces, Piece(" x", "answer", pieces[-1].turn)]], encoder, max_length)[0]
+    whole = _shift_spaces([*pieces, Piece(" x", "answer", pieces[-1].turn)], encoder)
+    (ids_by_piece,) = encode_pieces([whole], encoder)
+    encoded = _join_pieces(whole, ids_by_piece, max_length - encoder.special_ids.source_size, max_length - 1)
     span = encoded.spans[-1]
-    return [*encoded.ids[: span.system_end].tolist(), *encoded.ids[span.source_start : span.source_end].tolist()]
+    starts: dict[int, int] = {}
+    length = system_end = 0
+    for piece, piece_ids in zip(whole, ids_by_piece, strict=True):
+        if piece.kind == "system":
+            system_end = len(piece_ids)
+        else:
+            starts.setdefault(piece.turn, length)
+        length += len(piece_ids)
+    is_turn_cut = span.source_start not in starts.values()
+    return EncodedPrompt(
+        ids=[*encoded.ids[: span.system_end].tolist(), *encoded.ids[span.source_start : span.source_end].tolist()],
+        dropped_turns=sum(start < span.source_start for start in starts.values()) - is_turn_cut,
+        is_cut=is_turn_cut or span.system_end < system_end,
+    )
 
 
 def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:

@@ -1,60 +1,49 @@
 """Text generation: greedy decoding, beam search or sampling."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
 from t5tune.compat.transformers_patches import size_cache_by_decoder
 from t5tune.errors import ModelError
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.io.reasons import describe_error
 
+OnToken = Callable[[int, int], bool | None]
+"""(index of the source, id of its reply's next token) -> whether this reply is to end here."""
+
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen: greedily, by beam search, or by nucleus sampling if the temperature is above 0."""
+    """How tokens are chosen: greedily or by beam search, unless a reply has a `Sampling`."""
 
     eos_token_id: int
     pad_token_id: int
     max_new_tokens: int
     num_beams: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
 
 
-class RandomStream:
-    """Random numbers from a seed, for blocks that leave torch's global generators as they were.
+@dataclass(frozen=True)
+class Sampling:
+    """Nucleus sampling (Holtzman et al. 2020) of one reply.
 
-    Each block continues where the one before has ended.
+    Args:
+        generator: on the model's device; each token continues it. So a reply doesn't depend on others in its batch.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Make what is sampled on the device in the block come from this stream."""
-        shared = _find_global_generator(self._generator.device)
-        before = shared.get_state()
-        shared.set_state(self._generator.get_state())
-        try:
-            yield
-        finally:
-            self._generator.set_state(shared.get_state())
-            shared.set_state(before)
+    temperature: float
+    top_p: float
+    generator: torch.Generator
 
 
-def _find_global_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    if device.type == "mps":
-        return torch.mps._get_default_mps_generator()
-    found: torch.Generator = torch.get_device_module(device).default_generators[device.index]
-    return found
+def make_random_generator(seed: int, device: torch.device) -> torch.Generator:
+    """Make a generator of its own, so that torch's global ones stay as they are."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 def generate(
@@ -62,27 +51,24 @@ def generate(
     sources: list[list[int]],
     decoding: Decoding,
     synced_gpus: bool = False,
-    on_token: Callable[[int], None] | None = None,
+    on_token: OnToken | None = None,
+    samplings: Sequence[Sampling | None] = (),
 ) -> list[list[int]]:
     """Generate a reply to each source of one batch; the ids are returned without the token that ended it.
-
-    Sampling uses torch's global random generator.
 
     Args:
         sources: ids of different lengths, each with its special tokens.
         synced_gpus: continue until every rank is done. ZeRO-3 needs this, because each forward gathers weights from
             all ranks.
-        on_token: called with each new id, including the one that ends the reply; only for a single source and
-            without beams.
+        on_token: called with each new id, including the one that ends a reply; only without beams.
+        samplings: of each source, or of none; None: greedily.
     """
     device = next(model.parameters()).device
     width = max(map(len, sources))
     input_ids_BS = torch.tensor([[*source, *[decoding.pad_token_id] * (width - len(source))] for source in sources])
     lengths_B = torch.tensor([[len(source)] for source in sources])
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if decoding.temperature > 0:
-        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-    stop_ids = _find_stop_ids(model, decoding)
+    stop_ids = find_stop_ids(model, decoding.eos_token_id)
+    follower = _Follower(on_token, stop_ids, len(sources)) if on_token else None
     with torch.no_grad(), size_cache_by_decoder(model), _explain_config_errors():
         output_BT = model.generate(
             input_ids=input_ids_BS.to(device),
@@ -92,12 +78,59 @@ def generate(
             eos_token_id=stop_ids,
             pad_token_id=decoding.pad_token_id,
             synced_gpus=synced_gpus,
-            streamer=_Streamer(on_token) if on_token else None,
+            logits_processor=[_RowSampler(samplings)] if any(samplings) else None,
+            stopping_criteria=[follower] if follower else None,
             return_dict_in_generate=False,
-            **sampling,
+            # a reply that isn't greedy is sampled by _RowSampler
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
         )
-    replies = [row[1:] for row in output_BT.tolist()]  # the first id is the decoder's start token
+    replies = follower.replies if follower else [row[1:] for row in output_BT.tolist()]  # without the start token
     return [list(takewhile(lambda token: token not in stop_ids, ids)) for ids in replies]
+
+
+class _RowSampler(LogitsProcessor):  # type: ignore[misc]
+    """Draws the next token of each row that is sampled, and leaves it as the only one with a probability.
+
+    The probabilities are those of transformers' own sampling, and so is what a seed draws for a single source. But
+    transformers samples all rows of a batch with one temperature and one generator.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling | None]) -> None:
+        self._samplings = samplings
+
+    def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        scores_BV = scores_BV.clone()
+        for row, sampling in enumerate(self._samplings):
+            if sampling is None:
+                continue
+            scores_1V = TemperatureLogitsWarper(sampling.temperature)(input_ids, scores_BV[row : row + 1])
+            if sampling.top_p < 1:
+                scores_1V = TopPLogitsWarper(sampling.top_p)(input_ids, scores_1V)
+            (drawn,) = torch.multinomial(scores_1V.softmax(-1)[0], 1, generator=sampling.generator)
+            scores_BV[row] = -torch.inf
+            scores_BV[row, drawn] = 0.0
+        return scores_BV
+
+
+class _Follower(StoppingCriteria):  # type: ignore[misc]
+    """Passes on each new token, and ends a row where that is asked for. What follows in this row is padding."""
+
+    def __init__(self, on_token: OnToken, stop_ids: list[int], num_rows: int) -> None:
+        self.replies: list[list[int]] = [[] for _ in range(num_rows)]
+        self._on_token = on_token
+        self._stop_ids = stop_ids
+        self._is_done = [False] * num_rows
+
+    def __call__(self, input_ids_BT: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, token in enumerate(input_ids_BT[:, -1].tolist()):
+            if not self._is_done[row]:
+                self.replies[row].append(token)
+                is_asked_for = self._on_token(row, token)
+                self._is_done[row] = bool(is_asked_for) or token in self._stop_ids
+        return torch.tensor(self._is_done, device=input_ids_BT.device)
 
 
 @contextmanager
@@ -114,27 +147,11 @@ def _explain_config_errors() -> Iterator[None]:
         raise ModelError(problem, hint="correct it, or remove it") from error
 
 
-def _find_stop_ids(model: Any, decoding: Decoding) -> list[int]:
+def find_stop_ids(model: Any, eos_token_id: int) -> list[int]:
     """Find the tokens that end a reply: the EOS token, and those that generation_config.json lists.
 
     Instruction-tuned models list the end of a turn there.
     """
     listed = model.generation_config.eos_token_id
     others = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    return list(dict.fromkeys([decoding.eos_token_id, *others]))
-
-
-class _Streamer:
-    """Streamer of transformers' `generate`, which passes on each new id except the decoder's start token."""
-
-    def __init__(self, on_token: Callable[[int], None]) -> None:
-        self._on_token = on_token
-        self._started = False
-
-    def put(self, ids: torch.Tensor) -> None:
-        if self._started:
-            self._on_token(int(ids.item()))
-        self._started = True
-
-    def end(self) -> None:
-        pass
+    return list(dict.fromkeys([eos_token_id, *others]))

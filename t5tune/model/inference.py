@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,27 +33,22 @@ InferenceKind = TypeVar("InferenceKind", bound=InferenceSettings)
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode, and what was saved with it.
+class ModelFiles:
+    """What was saved with a model, in addition to its weights.
 
     Args:
         base, adapter: folders of the weights.
         tokenizer_folder: the adapter's folder if it contains a tokenizer, else the base's.
         training_data: how its training examples were made; None if unknown.
         template_files: possible paths of its conversation template, the preferred one first.
-        num_rows: rows of the embedding.
-        engine: DeepSpeed's, which gathers the weights of a partitioned model as long as it exists.
     """
 
     base: Path
     adapter: Path | None
-    model: Any
     tokenizer: Tokenizer
     tokenizer_folder: Path
     training_data: TrainingData | None
     template_files: list[Path]
-    num_rows: int
-    engine: Any = None
 
     def find_dataset(self, name: str) -> DatasetTraining | None:
         """Find how the examples of a dataset that the model was trained on were made; None if it wasn't."""
@@ -65,6 +60,38 @@ class LoadedModel:
         if name_or_path is not None and (dataset := self.find_dataset(name_or_path)) is not None:
             return Template(**dataset.conversation_template)
         return find_template(name_or_path, self.template_files)
+
+
+@dataclass(frozen=True)
+class LoadedModel(ModelFiles):
+    """A model in evaluation mode, and what was saved with it.
+
+    Args:
+        num_rows: rows of the embedding.
+        engine: DeepSpeed's, which gathers the weights of a partitioned model as long as it exists.
+    """
+
+    model: Any
+    num_rows: int
+    engine: Any = None
+
+
+def read_model_files(base: Path, adapter: Path | None) -> ModelFiles:
+    """Read what was saved with a base and perhaps an adapter.
+
+    Raises:
+        ModelError, CheckpointError: a file can't be used.
+    """
+    folders = [base] if adapter is None else [adapter, base]
+    tokenizer_folder = next((folder for folder in folders if (folder / TOKENIZER_CONFIG_FILE).is_file()), base)
+    return ModelFiles(
+        base=base,
+        adapter=adapter,
+        tokenizer=load_tokenizer(tokenizer_folder),
+        tokenizer_folder=tokenizer_folder,
+        training_data=read_training_data(folders[0]),
+        template_files=[folder / TEMPLATE_FILE for folder in folders],
+    )
 
 
 def load_for_inference(
@@ -105,16 +132,10 @@ def load_for_inference(
         replace_trainable_token_layers(model)  # PEFT would copy the whole embedding and head in each forward
     if partitioner is not None:
         partitioner.partition_model(model)
-    folders = [base] if adapter is None else [adapter, base]
-    tokenizer_folder = next((folder for folder in folders if (folder / TOKENIZER_CONFIG_FILE).is_file()), base)
+    files = read_model_files(base, adapter)
     return LoadedModel(
-        base=base,
-        adapter=adapter,
+        **{item.name: getattr(files, item.name) for item in fields(files)},
         model=model,
-        tokenizer=load_tokenizer(tokenizer_folder),
-        tokenizer_folder=tokenizer_folder,
-        training_data=read_training_data(folders[0]),
-        template_files=[folder / TEMPLATE_FILE for folder in folders],
         num_rows=model.architecture.dimensions.num_rows,
         engine=None if partitioner is None else partitioner.set_up_inference(model),
     )

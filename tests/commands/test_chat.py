@@ -80,11 +80,6 @@ def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, P
 
 def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_base: Path) -> None:
     """Both messages of the first conversation with two exchanges become the token ids that training saw."""
-    from t5tune.data.encoding import encode_prompt
-    from t5tune.data.formats import Conversation
-    from t5tune.data.records import RecordLocation
-    from t5tune.data.templates import render_answer_prefix, render_conversation
-
     cache = open_cache(made["run"] / "data")
     lines = (Path(__file__).parents[2] / "examples/quickstart/train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -96,11 +91,7 @@ def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_ba
     ]
     chatter = Chatter.load(settings(untied_base, adapter=made["run"]))
     for example, end in ((first, 1), (first + 1, 3)):
-        pieces = render_conversation(
-            Conversation(RecordLocation("", 1, 0, 0), None, tuple(turns[:end])), chatter.template
-        )
-        source = encode_prompt(pieces + render_answer_prefix(chatter.template, end), chatter.encoder, 2048)
-        assert cache.special_ids.surround_source(source) == cache[example].source_S.tolist()
+        assert chatter.prompts.encode(turns[:end]).ids == cache[example].source_S.tolist()
 
 
 @pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
@@ -496,15 +487,15 @@ def test_without_history_three_messages_in_one_chat_get_the_replies_of_three_cha
 def test_history_is_kept_after_training_on_conversations_and_can_be_switched(
     made: dict[str, Path], pair_run: dict[str, Path]
 ) -> None:
-    assert Chatter.load(settings(made["merged"])).keeps_history
+    assert Chatter.load(settings(made["merged"])).prompts.keeps_history
     session = _ChatSession(Chatter.load(settings(pair_run["run"])), Output(io.StringIO()), interactive=False)
-    assert not session.chatter.keeps_history
+    assert not session.chatter.prompts.keeps_history
     session.run_command("history", "on")
-    assert session.chatter.keeps_history
+    assert session.chatter.prompts.keeps_history
     session.run_command("adapter", str(pair_run["adapter"]))
-    assert session.chatter.keeps_history
+    assert session.chatter.prompts.keeps_history
     session.run_command("history", "off")
-    assert not session.chatter.keeps_history
+    assert not session.chatter.prompts.keeps_history
     with pytest.raises(SettingsError, match="/history: maybe: expected on or off"):
         session.run_command("history", "maybe")
 

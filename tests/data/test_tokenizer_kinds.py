@@ -163,7 +163,7 @@ def test_apply_chat_template_gives_the_ids_of_training(kind: str, folders: dict[
     for texts in (["Two red hats."], ["Hi {you}", "Two red hats.", "And\nthen?"]):
         conversation = make_conversation(*texts)
         pieces = render_conversation(conversation, template) + render_answer_prefix(template, len(texts))
-        prompt = encode_prompt(pieces, make_encoder(tokenizer), 4096)
+        prompt = encode_prompt(pieces, make_encoder(tokenizer), 4096).ids
         messages = [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(texts)]
         found = stock.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if len(texts) == 1 or kind != "codet5":  # byte-level BPE joins the space before an answer with its first word

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from t5tune.errors import ModelError
-from t5tune.model.generation import Decoding, generate
+from t5tune.model.generation import Decoding, Sampling, generate, make_random_generator
 from t5tune.model.load import load_base
 from t5tune.progress import Note
 from tests.support.bases import make_base
@@ -28,8 +28,45 @@ def test_every_token_that_generation_config_lists_ends_a_reply(tmp_path: Path) -
     for source, reply in zip(sources, whole, strict=True):
         expected = reply[: reply.index(ending)] if ending in reply else reply
         assert generate(model, [source], decoding) == [expected]
-    generate(model, sources[:1], decoding, on_token=shown.append)
+    generate(model, sources[:1], decoding, on_token=lambda row, token: shown.append(token))
     assert shown == whole[0][: whole[0].index(ending) + 1]
+
+
+def test_each_reply_of_a_batch_can_be_followed_and_ended_by_itself(tmp_path: Path) -> None:
+    model = load_base(make_base(tmp_path, tied=False), torch.float32, torch.device("cpu"))
+    decoding, sources = Decoding(1, 0, 12), [[40, 50, 60, 1], [70, 1], [80, 90, 1]]
+    whole = generate(model, sources, decoding)
+    limits = [3, 12, 5]
+    shown: list[list[int]] = [[], [], []]
+
+    def follow(row: int, token: int) -> bool:
+        shown[row].append(token)
+        return len(shown[row]) == limits[row]
+
+    replies = generate(model, sources, decoding, on_token=follow)
+    assert replies == shown == [reply[:limit] for reply, limit in zip(whole, limits, strict=True)]
+
+
+def test_a_sampled_reply_is_that_of_transformers_with_the_seed_and_the_same_in_any_batch(tmp_path: Path) -> None:
+    folder = make_base(tmp_path, tied=False)
+    device = torch.device("cpu")
+    model, stock = load_base(folder, torch.float32, device), load_stock(folder)
+    sources, decoding = [[40, 50, 60, 1], [70, 1]], Decoding(1, 0, 12)
+
+    def draw(seed: int, temperature: float = 1.5, top_p: float = 0.9) -> Sampling:
+        return Sampling(temperature, top_p, make_random_generator(seed, device))
+
+    torch.manual_seed(3)
+    expected = stock.generate(
+        torch.tensor(sources[:1]), max_new_tokens=12, do_sample=True, temperature=1.5, top_p=0.9, top_k=0
+    )
+    assert expected[0].tolist()[1:] == generate(model, sources[:1], decoding, samplings=[draw(3)])[0]
+    greedy = generate(model, sources, decoding)
+    (first, second) = generate(model, sources, decoding, samplings=[draw(3), draw(4, 0.7, 1.0)])
+    assert first == expected[0].tolist()[1:]
+    assert second == generate(model, sources[1:], decoding, samplings=[draw(4, 0.7, 1.0)])[0]
+    assert generate(model, sources, decoding, samplings=[draw(3), None]) == [first, greedy[1]]
+    assert first != greedy[0]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
