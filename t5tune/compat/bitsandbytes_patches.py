@@ -1,4 +1,4 @@
-"""Patch of bitsandbytes: 4-bit layers that can be trained after an evaluation."""
+"""Patches of bitsandbytes: 4-bit layers that can be trained after an evaluation, and 8-bit ones that DoRA can read."""
 
 from typing import Any
 
@@ -11,3 +11,22 @@ def keep_training_layout(layer: Any) -> None:
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py (Linear4bit.forward)
     """
     layer.support_avx512bf16_for_cpu = False
+
+
+def stay_if_not_moved(weight: Any) -> None:
+    """Make `weight.to(…)` of an 8-bit weight return itself where nothing is to change, as it does for other tensors.
+
+    bitsandbytes 0.50 returns a new weight, without its scales if those have moved to the layer's state, as they do in
+    the first forward. PEFT 0.21 puts it into the layer whenever DoRA reads the weight on a CPU.
+    https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/integrations.py (dequantize_module_weight)
+    """
+    import torch
+
+    move = weight.to
+
+    def move_if_needed(*args: Any, **options: Any) -> Any:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **options)
+        stays = device in (None, weight.device) and dtype in (None, weight.dtype)
+        return weight if stays else move(*args, **options)
+
+    weight.to = move_if_needed

@@ -16,7 +16,7 @@ from torch import nn
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.checkpoint import Checkpoint, are_equal
 from t5tune.checkpoints.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
-from t5tune.compat.bitsandbytes_patches import keep_training_layout
+from t5tune.compat.bitsandbytes_patches import keep_training_layout, stay_if_not_moved
 from t5tune.compat.requirements import check_versions
 from t5tune.errors import DependencyError, ModelError
 from t5tune.families.architecture import Architecture
@@ -241,6 +241,7 @@ def _set_values(
     elif kind.__name__ == "Int8Params":
         module.weight = kind(values, requires_grad=False, has_fp16_weights=False).to(device)
         assert module.weight.dtype == torch.int8, f"{name}: bitsandbytes left it in {module.weight.dtype}"
+        stay_if_not_moved(module.weight)
     else:
         _set_attribute(model, name, nn.Parameter(values, requires_grad=False))
     if partitioner is not None:
