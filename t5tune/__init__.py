@@ -27,6 +27,7 @@ __all__ = [
     "PlanSettings",
     "PrepareSettings",
     "PushSettings",
+    "ServeSettings",
     "SettingsError",
     "Stopped",
     "T5TuneError",
@@ -46,10 +47,11 @@ __all__ = [
     "push",
     "read_metrics",
     "read_result",
+    "serve",
     "train",
 ]
 
-_COMMANDS = ("chat", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "push", "train")
+_COMMANDS = ("chat", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "push", "serve", "train")
 _HOMES = {
     **{name: f"commands.{name}" for name in _COMMANDS},
     "Chatter": "commands.chat",

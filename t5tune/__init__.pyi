@@ -17,6 +17,7 @@ from t5tune.commands.merge import merge as merge
 from t5tune.commands.plan import plan as plan
 from t5tune.commands.prepare import prepare as prepare
 from t5tune.commands.push import push as push
+from t5tune.commands.serve import serve as serve
 from t5tune.commands.train import train as train
 from t5tune.data.formats import Turn as Turn
 from t5tune.errors import SettingsError as SettingsError
@@ -660,6 +661,105 @@ class ChatSettings(_settings.ChatSettings):
             seed: Random seed for sampling.
             save_preferences: Sample two replies to each message, ask which one is better, and append the pair to this
                 JSON Lines file, from which objective dpo and orpo learn.
+        """
+
+class ServeSettings(_settings.ServeSettings):
+    def __init__(
+        self,
+        *,
+        models: dict[str, str] | Sequence[str] | str,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        api_key: str | None = None,
+        engine: Literal["auto", "ctranslate2", "transformers"] = "auto",
+        quantization: Literal[
+            "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"
+        ]
+        | None = None,
+        max_new_tokens: int = 512,
+        model_name_or_path: str | PathLike[str] | None = None,
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        family: Literal[
+            "byt5",
+            "fastchat-t5",
+            "flan-ul2",
+            "madlad400",
+            "codet5",
+            "t5",
+            "flan-t5",
+            "mt5",
+            "umt5",
+            "longt5",
+            "t5gemma",
+            "t5gemma2",
+        ]
+        | None = None,
+        q_lora: bool = False,
+        quant_type: Literal["nf4", "fp4", "int8"] = "nf4",
+        quantize_wo: bool = True,
+        double_quant: bool = True,
+        bf16: bool | None = None,
+        use_cpu: bool = False,
+        device: str | torch.device | None = None,
+        conversation_template: str | PathLike[str] | None = None,
+        model_max_length: int = 2048,
+        allow_without_key: bool = False,
+        converted_dir: str | PathLike[str] | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        source_prefix: str | None = None,
+        max_batch_tokens: int = 16384,
+        max_batch_delay: float = 5.0,
+        parallel_batches: int | None = None,
+        max_queue: int = 256,
+        shutdown_timeout: float = 30.0,
+    ) -> None:
+        """Settings of serve: Serve models over HTTP, for clients of OpenAI's API.
+
+        Args:
+            models: Models to serve: runs, adapters, bases, and folders that merge wrote, also with --to ctranslate2.
+                NAME=MODEL names one for clients; default: the folder's name, or the name on the Hub.
+            host: Address to listen on; 0.0.0.0 is all of this machine's, which other machines reach.
+            port: Port to listen on; 0 is any that is free.
+            api_key: Key that clients must send; better in T5TUNE_API_KEY, since others see a process's arguments.
+                Default: none is needed.
+            engine: What computes the replies; auto takes CTranslate2 where it is installed and can run the model.
+            quantization: Weight type with CTranslate2, such as int8, with which some replies change; default: none, and
+                the replies are those of transformers.
+            max_new_tokens: Maximum length of a reply (tokens); a request may ask for less.
+            model_name_or_path: Base of the adapters among the models: a folder, owner/name[@revision] on the Hub, or
+                `pocket`; default: the one that each adapter names.
+            revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
+            family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
+            q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
+            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
+            quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
+            double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
+            bf16: Compute in bfloat16; default: on GPUs that can.
+            use_cpu: Run on the CPU even if there is a GPU.
+            device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
+            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
+                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                fastchat-t5 for turns.
+            model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
+            allow_without_key: Listen on an address that other machines reach, without api_key: anyone there can use the
+                models.
+            converted_dir: Folder for models that were converted to CTranslate2, which is done once for each; default:
+                t5tune/converted in the user's cache folder.
+            temperature: Sampling temperature of requests that give none; 0 decodes greedily.
+            top_p: Nucleus sampling (top-p) of requests that give none.
+            source_prefix: Text to put before each message, unless it already starts with it; default: the source_prefix
+                used in training.
+            max_batch_tokens: Maximum size of a batch of requests: their number times the longest prompt and max_tokens
+                (tokens). A larger request is alone.
+            max_batch_delay: How long a request waits for others to join its batch (milliseconds).
+            parallel_batches: Batches that CTranslate2 computes at the same time, on a CPU with a share of the cores
+                each; default: one for each 4 cores, and one on a GPU.
+            max_queue: Maximum number of replies that wait; more are refused with status 429.
+            shutdown_timeout: How long a server that was asked to stop finishes replies (seconds); then it cuts them
+                off.
         """
 
 class EvaluateSettings(_settings.EvaluateSettings):

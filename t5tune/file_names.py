@@ -16,6 +16,10 @@ SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
 BPE_FILES = ("vocab.json", "merges.txt")  # of byte-level BPE, such as CodeT5's
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
+# a model that was converted to CTranslate2
+CTRANSLATE2_WEIGHTS_FILE = "model.bin"
+CTRANSLATE2_VOCABULARY_FILE = "shared_vocabulary.json"
+
 # an adapter's folder, as PEFT writes it, and what t5tune adds
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"

@@ -70,7 +70,38 @@ class Note:
     warning: bool = False
 
 
-Event = Started | Advanced | Finished | Measured | Evaluated | Note
+@dataclass(frozen=True)
+class Answered:
+    """The server has answered a request, or its client has gone.
+
+    Args:
+        id: of the request, which its answer has in the header x-request-id.
+        client: address.
+        status: HTTP's; 499 if the client was gone before the answer was complete.
+        seconds: until the answer was complete.
+        model: its name, if the request named one that is served.
+        prompt_tokens, completion_tokens: of all prompts and replies of the request.
+        queue_seconds, first_token_seconds: until the first reply began, and had a token.
+        dropped_messages: the oldest messages, which the model hasn't seen.
+        error: why the request was refused or failed.
+    """
+
+    id: str
+    client: str
+    method: str
+    path: str
+    status: int
+    seconds: float
+    model: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
+    dropped_messages: int = 0
+    error: str | None = None
+
+
+Event = Started | Advanced | Finished | Measured | Evaluated | Note | Answered
 Report = Callable[[Event], None]
 
 

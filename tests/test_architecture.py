@@ -12,7 +12,7 @@ LAYERS = [
     {"compat", "families", "hub", "settings"},
     {"data", "checkpoints"},
     {"model"},
-    {"diagnosis", "distributed", "merging", "preparing", "reports", "training"},
+    {"diagnosis", "distributed", "merging", "preparing", "reports", "serving", "training"},
     {"commands"},
     {"__init__"},
     {"cli"},

@@ -20,6 +20,8 @@ from t5tune.file_names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
+    CTRANSLATE2_VOCABULARY_FILE,
+    CTRANSLATE2_WEIGHTS_FILE,
     GENERATION_CONFIG_FILE,
     MODEL_CARD_FILE,
     MODEL_FILE,
@@ -43,6 +45,11 @@ def is_trained_file(name: str) -> bool:
     """Whether a file of a checkpoint is needed to use the trained model. The others are needed only to resume."""
     others = (*TOKENIZER_FILE_PREFIXES, *LICENSE_PREFIXES, *PROCESSOR_FILES)
     return name in TRAINED_FILES or name.startswith(others)
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder contains a model that was converted to CTranslate2."""
+    return (folder / CTRANSLATE2_WEIGHTS_FILE).is_file() and (folder / CTRANSLATE2_VOCABULARY_FILE).is_file()
 
 
 def write_model(

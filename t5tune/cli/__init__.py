@@ -24,6 +24,7 @@ COMMANDS_IN_OTHER_TOOLS = {
     "train": "finetune fine-tune fine_tune sft fit",
     "evaluate": "eval predict test",
     "chat": "generate infer inference",
+    "serve": "server api deploy",
 }
 COMPLETION_FLAGS = ("--install-completion", "--show-completion")
 
@@ -98,8 +99,6 @@ def _make_unknown_command_error(command: str, options: list[str]) -> SettingsErr
     problem = f"{command}: no such command"
     if command == "version":
         return SettingsError(problem, hint="run t5tune --version")
-    if command == "serve":
-        return SettingsError(problem, hint="t5tune chat answers here, and t5tune merge writes a model for a server")
     ours = [name for name, others in COMMANDS_IN_OTHER_TOOLS.items() if command.lower() in others.split()]
     advice = f"; did you mean {ours[0]}?" if ours else suggest_name(command, SUMMARIES)
     return SettingsError(problem + advice, hint=None if ours else f"the commands are {', '.join(SUMMARIES)}")

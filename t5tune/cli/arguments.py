@@ -78,9 +78,10 @@ class _Parser:
         self.switches: set[str] = set()
         self.problems: list[str] = []
         self.meant: set[str] = set()
-        self._arguments: dict[str, str] = {}  # setting -> the word without a flag that fills it
+        self._arguments: dict[str, str | list[str]] = {}  # setting -> the words without a flag that fill it
         fields = select_flag_fields(model)
         positional = [name for name, field in fields.items() if has_extra(field, "positional")]
+        self._lists = {name for name in positional if classify_field(fields[name]) == "many"}
         self._has_positional = bool(positional)
         self._unfilled = deque(positional or filter(None, [model.also_positional]))
         kinds = {name: classify_field(field) for name, field in fields.items() if name not in positional}
@@ -92,6 +93,8 @@ class _Parser:
         if "data_path" in self._kinds and self._is_data(word):
             self.problems.append(f"{word}: unexpected argument; did you mean --data-path {word}?")
             self.meant.add("data_path")
+        elif self._unfilled and self._unfilled[0] in self._lists:
+            self._arguments.setdefault(self._unfilled[0], []).append(word)  # type: ignore[union-attr]
         elif self._unfilled:
             self._arguments[self._unfilled.popleft()] = word
         elif self._arguments:
@@ -107,6 +110,8 @@ class _Parser:
         elif setting in self._unfilled:
             self._unfilled.remove(setting)
             self._arguments[setting] = value
+        elif self._lists:  # base=google/flan-t5-base, a model with a name
+            self.add_argument(f"{name}={value}")
         else:
             known = [*self._suggestions, *self._unfilled]
             self.problems.append(f"{name}: unknown setting{suggest_setting(name, known)}")

@@ -20,7 +20,7 @@ from t5tune.settings import COMMANDS, EvaluateSettings, PrepareSettings, Setting
 
 # Each of these has a module in this package with a function `run(settings, output)`. For the others, the function in
 # t5tune/commands is called and its result shown.
-COMMANDS_WITH_MODULE = {"prepare", "train", "chat", "evaluate", "inspect"}
+COMMANDS_WITH_MODULE = {"prepare", "train", "chat", "serve", "evaluate", "inspect"}
 
 
 def run_command(command: str, arguments: list[str]) -> int:

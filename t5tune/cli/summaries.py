@@ -6,6 +6,7 @@ SUMMARIES = {
     "export": "Turn a training checkpoint into an adapter in PEFT's format.",
     "merge": "Merge an adapter into its base model.",
     "chat": "Chat with a base model, an adapter or a training run.",
+    "serve": "Serve models over HTTP, for clients of OpenAI's API.",
     "inspect": "Show prepared data as the model sees it.",
     "evaluate": "Score a model's predictions against a dataset's targets.",
     "push": "Upload an adapter or a merged model to the Hugging Face Hub.",
@@ -46,6 +47,10 @@ EXAMPLES = {
     "chat": (
         "t5tune chat run",
         't5tune chat run --prompt "Could you bring six coffees and six teas to Aida?"',
+    ),
+    "serve": (
+        "t5tune serve run",
+        "t5tune serve base=google/flan-t5-base tuned=run --quantization int8",
     ),
     "inspect": (
         "t5tune inspect cache --stats",

@@ -24,7 +24,7 @@ from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
-from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES, remove_chat_template
+from t5tune.checkpoints.tokenizer_files import remove_chat_template
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.checkpoints.upload import open_repository, upload_result
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
@@ -32,7 +32,6 @@ from t5tune.families import CTRANSLATE2, Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
 from t5tune.file_names import (
     MODEL_CARD_FILE,
-    SETTINGS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TRAINING_DATA_FILE,
@@ -50,11 +49,10 @@ from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
 from t5tune.training.checkpoint import find_trained_folder
 
 if TYPE_CHECKING:
-    from t5tune.merging.ctranslate2 import Agreement
+    pass
 
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
-DESCRIBING_FILES = (*TOKENIZER_FILE_PREFIXES, TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE, SETTINGS_FILE)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,9 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
 
             found = verify_merge(settings, base, adapters, trained, checkpoint, report)
         if converts:
-            agreement = _convert_to_ctranslate2(settings, adapters[0].folder, checkpoint, staged, report)
+            from t5tune.merging.ctranslate2 import convert_and_check
+
+            agreement = convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
         size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
     return MergeResult(
@@ -284,18 +284,6 @@ def _write_supporting_files(
     (staged / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
     named = [Path(name_snapshot(folder)) for folder in settings.adapter]
     write_settings(staged, settings.model_copy(update={"adapter": named}))
-
-
-def _convert_to_ctranslate2(
-    settings: MergeSettings, adapter: Path, checkpoint: Path, staged: Path, report: Report
-) -> "Agreement":
-    from t5tune.merging.ctranslate2 import check_replies, convert
-
-    convert(checkpoint, staged, settings.quantization)
-    for file in sorted(checkpoint.iterdir()):
-        if file.name.startswith(DESCRIBING_FILES):
-            shutil.copyfile(file, staged / file.name)
-    return check_replies(checkpoint, staged, adapter, settings.quantization, report)
 
 
 def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> bool:

@@ -11,7 +11,8 @@ from t5tune.errors import SettingsError
 from t5tune.progress import Report, silent
 from t5tune.settings import COMMANDS, SchemaSettings
 
-FLAG_METADATA = ("positional", "metavar", "yaml_only", "hidden")  # metadata of fields that only the command line uses
+# metadata of fields that only the command line uses
+FLAG_METADATA = ("positional", "argument", "metavar", "yaml_only", "hidden")
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 

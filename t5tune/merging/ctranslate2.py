@@ -1,7 +1,6 @@
 """Convert a merged checkpoint to CTranslate2's format, and compare its replies with the checkpoint's.
 
-    convert(checkpoint, folder, "int8")
-    check_replies(checkpoint, folder, adapter, "int8", report).same
+    convert_and_check(checkpoint, adapter, folder, "int8", report).same
 
 CTranslate2's converter loads the model with `from_pretrained`, and scales the logits if `tie_word_embeddings` is true.
 transformers 5 sets that for every T5, so Flan-T5's logits would be divided by √d_model. Therefore the converter gets
@@ -10,6 +9,7 @@ the model from our own loader, with the flag set to what that model computes.
 
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,16 @@ import transformers
 from ctranslate2.converters import TransformersConverter
 
 from t5tune.checkpoints.base import open_base
+from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DependencyError, TrainingError
+from t5tune.file_names import (
+    CTRANSLATE2_VOCABULARY_FILE,
+    MODEL_CARD_FILE,
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
+    TRAINING_DATA_FILE,
+)
 from t5tune.io.reasons import to_one_line
 from t5tune.merging.verify import find_max_difference, read_example_ids
 from t5tune.model.device import choose_device
@@ -31,7 +39,8 @@ from t5tune.progress import Note, Report
 
 MAX_REPLY_TOKENS = 32
 LOG_PROBABILITY_TOLERANCE = 1e-3  # both models compute in fp32, but sum in a different order
-VOCABULARY_FILE = "shared_vocabulary.json"
+# what is copied next to the converted weights
+DESCRIBING_FILES = (*TOKENIZER_FILE_PREFIXES, TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE, SETTINGS_FILE)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,25 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
         tokens = tokens | {f"<unused_{index}>": index for index in unused}
         tokenizer.get_vocab = lambda: tokens
         return tokenizer
+
+
+def convert_and_check(
+    checkpoint: Path, adapter: Path, folder: Path, quantization: str | None, report: Report
+) -> Agreement:
+    """Convert a checkpoint, copy its tokenizer and what describes it, and compare replies.
+
+    Args:
+        adapter: the folder of the adapter or run that it came from, whose data the replies may be of.
+        folder: where to write it; it must exist.
+
+    Raises:
+        DependencyError, TrainingError: see `convert` and `check_replies`.
+    """
+    convert(checkpoint, folder, quantization)
+    for file in sorted(checkpoint.iterdir()):
+        if file.name.startswith(DESCRIBING_FILES):
+            shutil.copyfile(file, folder / file.name)
+    return check_replies(checkpoint, folder, adapter, quantization, report)
 
 
 def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
@@ -127,7 +155,7 @@ def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]]
         exact: whether to compute in fp32 whatever the weights' dtype, instead of CTranslate2's default on this machine.
     """
     ours = _generate_replies(checkpoint, sources)
-    tokens = json.loads((converted / VOCABULARY_FILE).read_text(encoding="utf-8"))
+    tokens = json.loads((converted / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
     # no warnings about types that this CPU doesn't support, since the serving machine may
     ctranslate2.set_log_level(logging.ERROR)
     translator = ctranslate2.Translator(str(converted), device="cpu", compute_type="float32" if exact else "default")

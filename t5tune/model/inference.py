@@ -1,6 +1,6 @@
 """Load a model for inference: a base, optionally quantized and with an adapter, or a merged checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -99,12 +99,14 @@ def load_for_inference(
     report: Report = silent,
     device: torch.device | None = None,
     zero3: dict[str, Any] | None = None,
+    load_base: Callable[..., Any] = load_base,
 ) -> LoadedModel:
     """Load the model that the settings name. If that is an adapter or a run folder, its base is loaded too.
 
     Args:
         device: where to; None: as the settings say.
         zero3: a DeepSpeed config with ZeRO-3, to partition the model among the ranks; None: each rank has all of it.
+        load_base: loads the base; that of SharedBases lets several models have the same weights.
 
     Raises:
         ModelError, CheckpointError: the base or the adapter can't be used.

@@ -26,6 +26,7 @@ from t5tune.settings.fields import Settings
 from t5tune.settings.loading import dump_settings, load_settings, write_settings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.reading import ConversationSettings
+from t5tune.settings.serve import ServeSettings
 from t5tune.settings.shared import QuantizationSettings
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "PushSettings",
     "QuantizationSettings",
     "SchemaSettings",
+    "ServeSettings",
     "Settings",
     "TemplatesSettings",
     "TrainSettings",

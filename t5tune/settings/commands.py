@@ -17,6 +17,7 @@ from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
 from t5tune.settings.merge import MergeSettings
 from t5tune.settings.preferences import PreferenceSettings
 from t5tune.settings.reading import ConversationSettings, SelectionSettings
+from t5tune.settings.serve import ServeSettings
 from t5tune.settings.shard import ShardSettings
 from t5tune.settings.shared import (
     BaseModelSettings,
@@ -428,6 +429,7 @@ COMMANDS: tuple[type[Settings], ...] = (
     ExportSettings,
     MergeSettings,
     ChatSettings,
+    ServeSettings,
     EvaluateSettings,
     InspectSettings,
     PlanSettings,

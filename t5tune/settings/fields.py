@@ -183,8 +183,9 @@ class Settings(BaseModel):
     def format_option(cls, name: str) -> str:
         """Return how a field is written on the command line: `--lora-r`, or `CACHE` for a positional argument."""
         extra = cls.model_fields[name].json_schema_extra if name in cls.model_fields else None
-        is_positional = isinstance(extra, dict) and extra.get("positional")
-        return name.upper() if is_positional else f"--{name.replace('_', '-')}"
+        if isinstance(extra, dict) and extra.get("positional"):
+            return str(extra.get("argument", name.upper()))
+        return f"--{name.replace('_', '-')}"
 
     @classmethod
     def find_panel(cls, name: str) -> str:
@@ -220,7 +221,8 @@ def _read_path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _wrap_in_list(value: Any) -> Any:
+def read_paths(value: Any) -> Any:
+    """Read paths as a list of texts; a single one needs no list."""
     if is_in_memory(value):
         raise ValueError("expected text or a path, or a list of them")
     if value in ("", [""]):  # `--metric=`
@@ -232,7 +234,7 @@ def _wrap_in_list(value: Any) -> Any:
 
 def read_data(value: Any) -> Any:
     """Read data as a list of paths; records in memory are stored in a file (io/records_in_memory.py)."""
-    return [str(store_records(value))] if is_in_memory(value) else _wrap_in_list(value)
+    return [str(store_records(value))] if is_in_memory(value) else read_paths(value)
 
 
 def exists(path: str) -> bool:
@@ -299,10 +301,10 @@ ByteSize = Annotated[int, BeforeValidator(_read_byte_size, json_schema_input_typ
 GpuMemory = Annotated[str, BeforeValidator(_check_gpu_memory, json_schema_input_type=int | float | str)]
 """The memory of a GPU as text (see `parse_gpu_memory`): `24GiB`, `24GB`, or `24`, which is in GiB."""
 
-FolderList = Annotated[list[Path], BeforeValidator(_wrap_in_list, json_schema_input_type=list[str] | str)]
+FolderList = Annotated[list[Path], BeforeValidator(read_paths, json_schema_input_type=list[str] | str)]
 """A list of folders; a single one needs no list."""
 
-PathList = Annotated[list[str], BeforeValidator(_wrap_in_list, json_schema_input_type=list[str] | str)]
+PathList = Annotated[list[str], BeforeValidator(read_paths, json_schema_input_type=list[str] | str)]
 """A list of paths; a single one needs no list. Paths may contain commas and spaces, so they aren't split."""
 
 DataList = Annotated[list[str], BeforeValidator(read_data, json_schema_input_type=list[str] | str)]

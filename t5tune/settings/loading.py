@@ -15,7 +15,7 @@ from t5tune.settings.commands import COMMANDS
 from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
-from t5tune.settings.messages import describe_value_error, shorten_value
+from t5tune.settings.messages import describe_value_error, format_place, shorten_value
 from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
 PREFIX = "T5TUNE_"
@@ -166,7 +166,7 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
     given = values.get(name)
     place, found = f" ({given.place})" if given else "", error["input"]
     if name in PATHS_OF_DATASETS and len(error["loc"]) > 1:
-        name = _format_place(error["loc"])
+        name = format_place(error["loc"])
         if error["type"] == "extra_forbidden":
             names = list(DatasetSettings.model_fields)
             return f"{name}{place}: unknown setting{suggest_setting(str(error['loc'][-1]), names)}"
@@ -181,8 +181,3 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
     elif given:
         found = given.value
     return f"{name}: {shorten_value(found)}{place}: {describe_value_error(error)}"
-
-
-def _format_place(place: tuple[int | str, ...]) -> str:
-    """Format pydantic's place of an error: ("data", 1, "weight") -> data[1].weight."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")

@@ -90,6 +90,11 @@ def describe_unknown_names(
     return problems
 
 
+def format_place(place: tuple[int | str, ...]) -> str:
+    """Format pydantic's place of an error: ("data", 1, "weight") -> data[1].weight."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
 def shorten_value(value: object) -> str:
     """Write a value for a message."""
     try:

@@ -1,7 +1,7 @@
 """Groups of settings that several commands share: the base, its quantization, where it runs, and the output folder."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -81,7 +81,28 @@ class QuantizationSettings(Settings):
     )
 
 
-class InferenceSettings(QuantizationSettings, BaseModelSettings):
+class DeviceSettings(Settings):
+    """Where and in which precision a model is used."""
+
+    panel: ClassVar[str] = "Base model"
+
+    bf16: bool | None = Field(
+        default=None,
+        description="Compute in bfloat16; default: on GPUs that can.",
+    )
+    use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
+    device: Annotated[str | None, NoneIfUnset, DeviceAsText] = Field(
+        default=None, description="Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."
+    )
+
+    @model_validator(mode="after")
+    def _check_one_device(self) -> Self:
+        if self.use_cpu and self.device not in (None, "cpu"):
+            raise ValueError(f"device: {self.device} conflicts with use_cpu; give only one of them")
+        return self
+
+
+class InferenceSettings(DeviceSettings, QuantizationSettings, BaseModelSettings):
     """Which model generates predictions, and on which device."""
 
     panel: ClassVar[str] = "Base model"
@@ -95,20 +116,6 @@ class InferenceSettings(QuantizationSettings, BaseModelSettings):
         description="Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if "
         "model_name_or_path is an adapter or a run.",
     )
-    bf16: bool | None = Field(
-        default=None,
-        description="Compute in bfloat16; default: on GPUs that can.",
-    )
-    use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
-    device: Annotated[str | None, NoneIfUnset, DeviceAsText] = Field(
-        default=None, description="Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."
-    )
-
-    @model_validator(mode="after")
-    def _check_one_device(self) -> "InferenceSettings":
-        if self.use_cpu and self.device not in (None, "cpu"):
-            raise ValueError(f"device: {self.device} conflicts with use_cpu; give only one of them")
-        return self
 
 
 class MetricSettings(Settings):

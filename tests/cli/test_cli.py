@@ -137,7 +137,7 @@ def test_an_unknown_command_is_refused_with_the_closest_one() -> None:
         ("sft", "did you mean train?"),
         ("tokenize", "did you mean prepare?"),
         ("version", "run t5tune --version"),
-        ("serve", "t5tune chat answers here, and t5tune merge writes a model for a server"),
+        ("server", "did you mean serve?"),
     ],
 )
 def test_the_command_of_another_tool_is_refused_with_ours(

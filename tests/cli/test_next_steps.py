@@ -23,7 +23,7 @@ def test_commands_repeat_the_settings_that_find_the_model(tmp_path: Path, monkey
     base, adapter = "google/flan-t5-base --revision v1 --cache-dir 'my cache'", "--adapter tuned"
     assert list_next_steps(settings, None) == [
         ("next", f"t5tune chat {base} {adapter} --bf16"),
-        ("", f"t5tune evaluate {base} {adapter} --bf16 --data-path dev.csv --compare-base"),
+        ("", f"t5tune evaluate {base} --bf16 {adapter} --data-path dev.csv --compare-base"),
         ("", f"t5tune merge --model-name-or-path {base} {adapter} --output-dir merged"),
     ]
 

@@ -141,7 +141,7 @@ def test_an_unknown_name_is_reported_before_records_are_read() -> None:
         (ChatSettings, "data", "data is a setting of evaluate, prepare, train"),
         (ChatSettings, "data_path", "data_path is a setting of evaluate, plan, prepare, train"),
         (PrepareSettings, "lora_rank", "lora_r is a setting of export, plan, train"),
-        (TrainSettings, "temperature", "temperature is a setting of chat"),
+        (TrainSettings, "temperature", "temperature is a setting of chat, serve"),
         (TrainSettings, "overwrite_output_dir", "did you mean fresh?"),
         (TrainSettings, "overwrite", "did you mean fresh?"),
         (TrainSettings, "warmup_ratio", "did you mean warmup_steps?"),

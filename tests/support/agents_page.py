@@ -20,6 +20,7 @@ from t5tune.cli.inspect import JSON_FIELDS
 from t5tune.cli.options import COMMON_OPTIONS, Option, list_essential_options
 from t5tune.cli.results import TEMPLATE_FLAGS
 from t5tune.cli.summaries import SUMMARIES
+from t5tune.commands.serve import Address
 from t5tune.data.cache_view import ExampleView
 from t5tune.errors import T5TuneError
 from t5tune.settings import COMMANDS, Settings
@@ -61,6 +62,8 @@ def find_result_keys(command: str) -> list[str]:
     result = typing.get_type_hints(getattr(importlib.import_module(f"t5tune.commands.{command}"), command))["return"]
     if command == "schema":
         return []
+    if command == "serve":  # a running server, whose address is printed
+        result = Address
     # inspect prints an object for each example
     names = JSON_FIELDS if command == "inspect" else [field.name for field in dataclasses.fields(result)]
     hints = typing.get_type_hints(ExampleView if command == "inspect" else result)

@@ -1,0 +1,317 @@
+"""`t5tune serve`: serve models over HTTP, for clients of OpenAI's API.
+
+    with serve(ServeSettings(models=["base=google/flan-t5-base", "tuned=run"])) as server:
+        print(server.url)
+        server.wait()
+
+Replies are those of `chat` with the same model, settings and prompt.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.adapter_folder import is_adapter
+from t5tune.checkpoints.base import find_model, read_config
+from t5tune.checkpoints.model_folder import is_converted
+from t5tune.commands.merge import merge
+from t5tune.compat.quiet import quiet_libraries
+from t5tune.errors import DependencyError, SettingsError
+from t5tune.families import CTRANSLATE2, find_family
+from t5tune.file_names import GENERATION_CONFIG_FILE
+from t5tune.formatting import format_count
+from t5tune.io.atomic import write_folder_atomically
+from t5tune.io.processes import count_cores
+from t5tune.io.untrusted import has_file, read_json_object
+from t5tune.merging.deltas import PLAIN_INITIALIZATIONS
+from t5tune.model.device import choose_device, has_bf16
+from t5tune.model.inference import find_base_and_adapter, load_for_inference, read_model_files
+from t5tune.model.load import load_base
+from t5tune.model.prompts import make_prompts
+from t5tune.model.shared_bases import SharedBases
+from t5tune.progress import Event, Note, Report, silent
+from t5tune.settings import MergeSettings, ServeSettings
+from t5tune.settings.calls import check_call
+from t5tune.settings.shared import InferenceSettings
+from t5tune.training.checkpoint import replace_stopped_runs
+
+if TYPE_CHECKING:
+    from t5tune.serving.generation import Engine
+    from t5tune.serving.models import ServedModel
+    from t5tune.serving.server import HttpServer
+
+CORES_PER_BATCH = 4  # CTranslate2's own default: with more, a batch isn't much faster
+PACKAGES = "starlette uvicorn httptools prometheus-client"
+# what generation_config.json may set without an effect on replies with our settings: ids that the model has anyway,
+# limits and kinds of decoding, for which requests and ours have values, and what `generate` returns
+WITHOUT_EFFECT = {
+    "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens",
+    "num_beams", "num_beam_groups", "num_return_sequences", "do_sample", "temperature", "top_k", "top_p",
+    "length_penalty", "early_stopping", "use_cache", "cache_implementation", "return_dict_in_generate", "output_scores",
+    "output_logits", "output_attentions", "output_hidden_states", "transformers_version",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens.
+
+    Args:
+        models: name -> what computes its replies, `ctranslate2` or `transformers`.
+        needs_key: whether clients must send a key.
+    """
+
+    url: str
+    models: dict[str, str]
+    needs_key: bool
+
+
+class Server:
+    """A running server. As a context manager it stops at the end of the block."""
+
+    def __init__(self, address: Address, http: "HttpServer", settings: ServeSettings, report: Report) -> None:
+        self.address = address
+        self._http = http
+        self._timeout = settings.shutdown_timeout
+        self._report = report
+        self._is_stopped = False
+
+    @property
+    def url(self) -> str:
+        """Such as http://127.0.0.1:8000."""
+        return self.address.url
+
+    def wait(self) -> None:
+        """Wait until another thread has stopped the server, or a signal raises KeyboardInterrupt."""
+        self._http.wait()
+
+    def stop(self) -> None:
+        """Refuse new requests, finish the replies that are being computed, and free the address."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        if cut_off := self._http.stop(self._timeout):
+            replies = format_count(cut_off, "reply", "replies")
+            self._report(Note(f"{replies} cut off after {self._timeout:g} seconds", warning=True))
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def serve(settings: ServeSettings, report: Report = silent) -> Server:
+    """Load the models and start a server.
+
+    Raises:
+        DependencyError: a package of the extra `serve` isn't installed.
+        SettingsError: the address can't be used, or the engine can't run a model as the settings say.
+        ModelError, CheckpointError: a model can't be used.
+    """
+    report = check_call("serve", settings, ServeSettings, report)
+    try:
+        from t5tune.serving.app import Service
+        from t5tune.serving.batching import Batcher
+        from t5tune.serving.metrics import Metrics
+        from t5tune.serving.server import HttpServer, bind, format_url
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        problem = f"serve: {package} isn't installed"
+        raise DependencyError(problem, hint=f"pip install 't5tune[serve]', or {PACKAGES}") from error
+    listener = bind(settings.host, settings.port)
+    try:
+        with quiet_libraries():
+            loader = _Loader(settings, report)
+            models = {name: loader.load(name, model) for name, model in settings.named_models.items()}
+        metrics = Metrics()
+        batcher = Batcher(
+            max_batch_tokens=settings.max_batch_tokens,
+            max_delay=settings.max_batch_delay / 1000,
+            max_waiting=settings.max_queue,
+            num_threads=max(model.engine.max_batches for model in models.values()),
+            on_batch=metrics.count_batch,
+        )
+        metrics.watch(batcher)
+        service = Service(models, batcher, metrics, settings.api_key, settings.is_local, report)
+        url = format_url(listener, settings.host)
+        http = HttpServer(service, listener, batcher)
+    except BaseException:
+        listener.close()
+        raise
+    engines = {name: model.engine.name for name, model in models.items()}
+    return Server(Address(url, engines, settings.api_key is not None), http, settings, report)
+
+
+class _Loader:
+    """Loads models, with transformers on the weights of bases that are loaded once."""
+
+    def __init__(self, settings: ServeSettings, report: Report) -> None:
+        self._settings = settings
+        self._report = report
+        self._bases = SharedBases()
+        self._device = choose_device(settings.use_cpu, name=settings.device)
+
+    def load(self, name: str, model: str) -> "ServedModel":
+        """Load a model, with CTranslate2 if that is possible or asked for, else with transformers."""
+
+        def report(event: Event) -> None:
+            self._report(Note(f"{name}: {event.text}", event.warning) if isinstance(event, Note) else event)
+
+        if is_converted(Path(model)):
+            return self._use_converted(name, Path(model), report)
+        inference = self._make_inference_settings(model, report)
+        base, adapter = find_base_and_adapter(inference, report)
+        reason = None if self._settings.engine == "transformers" else self._find_obstacle(base)
+        if reason is not None and self._settings.engine == "ctranslate2":
+            raise SettingsError(
+                f"engine: ctranslate2: {name}: {reason}", hint="leave out --engine, to use transformers"
+            )
+        if self._settings.engine != "transformers" and reason is None:
+            return self._load_with_ctranslate2(name, inference, base, adapter, report)
+        report(Note("with transformers" + (f": {reason}" if reason else "")))
+        return self._load_with_transformers(name, inference, adapter, report)
+
+    def _make_inference_settings(self, model: str, report: Report) -> InferenceSettings:
+        """Make the settings that load a model; those of a run that was stopped name its newest checkpoint."""
+        names = (InferenceSettings.model_fields.keys() & self._settings.model_fields_set) - {"model_name_or_path"}
+        common = {name: getattr(self._settings, name) for name in names}
+        revision = common.pop("revision", None)
+        found = replace_stopped_runs(InferenceSettings(model_name_or_path=model, **common), report)
+        if self._settings.model_name_or_path is None:
+            return found
+        folder = find_model(found, report=report)
+        if not is_adapter(folder):
+            return found
+        base = self._settings.model_name_or_path
+        return InferenceSettings(model_name_or_path=base, revision=revision, adapter=folder, **common)
+
+    def _find_obstacle(self, base: Path) -> str | None:
+        """Find why CTranslate2 can't run a model as the settings say; None if it can."""
+        settings, device = self._settings, self._device
+        try:
+            import ctranslate2
+        except ImportError as error:
+            return f"CTranslate2 can't be imported: {error}"
+        family = find_family(read_config(base), base, settings.family)
+        if CTRANSLATE2 not in family.converters:
+            return f"{family.name} can't be converted to CTranslate2"
+        if settings.family is not None:
+            return "a model type that --family gives can't be converted to CTranslate2"
+        if settings.q_lora:
+            return "q_lora: quantized by bitsandbytes"
+        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not ctranslate2.get_cuda_device_count()):
+            return f"CTranslate2 can't use the device {device}"
+        if has_file(base, GENERATION_CONFIG_FILE):
+            given = read_json_object(base, GENERATION_CONFIG_FILE)
+            others = [name for name, value in given.items() if value is not None and not name.startswith("_")]
+            if unused := [name for name in others if name not in WITHOUT_EFFECT]:
+                return f"{GENERATION_CONFIG_FILE} sets {unused[0]}, which CTranslate2 would ignore"
+        return None
+
+    def _choose_compute_type(self) -> str:
+        """Choose CTranslate2's compute type: the quantization, else bf16 or fp32 as `chat` does.
+
+        Raises:
+            SettingsError: the device can't compute in it.
+        """
+        import ctranslate2
+
+        settings, device = self._settings, self._device
+        in_bf16 = has_bf16(device) if settings.bf16 is None else settings.bf16
+        setting = "bf16" if settings.quantization is None else "quantization"
+        chosen = settings.quantization or ("bfloat16" if in_bf16 else "float32")
+        supported = ctranslate2.get_supported_compute_types(device.type, device.index or 0)
+        if chosen not in supported:
+            problem = f"{setting}: {chosen}: CTranslate2 can't compute in it on this {device.type.upper()}"
+            raise SettingsError(problem, hint=f"choose one of {', '.join(sorted(supported))}")
+        return chosen
+
+    def _use_converted(self, name: str, folder: Path, report: Report) -> "ServedModel":
+        """Use a folder that `merge --to ctranslate2` wrote, computing in the type of its weights by default."""
+        if self._settings.engine == "transformers" or self._settings.q_lora:
+            setting = "q_lora" if self._settings.q_lora else "engine: transformers"
+            problem = f"{setting}: {folder} was converted to CTranslate2"
+            raise SettingsError(problem, hint="name the adapter or the merged checkpoint instead")
+        is_chosen = self._settings.quantization is not None or self._settings.bf16
+        compute_type = self._choose_compute_type() if is_chosen else "default"
+        return self._make_ctranslate2_model(name, folder, compute_type, [], report)
+
+    def _load_with_ctranslate2(
+        self, name: str, inference: InferenceSettings, base: Path, adapter: Path | None, report: Report
+    ) -> "ServedModel":
+        from t5tune.serving.converted import find_converted, get_default_folder
+
+        compute_type, quantization = self._choose_compute_type(), self._settings.quantization
+
+        def convert(folder: Path) -> None:
+            if adapter is not None:
+                merge(
+                    MergeSettings(
+                        model_name_or_path=str(base),
+                        adapter=[adapter],
+                        output_dir=folder,
+                        to="ctranslate2",
+                        quantization=quantization,
+                        # rounded to the dtype of the base, the sums would give other replies than `chat`
+                        dtype=None if compute_type == "bfloat16" else "float32",
+                    ),
+                    report,
+                )
+                return
+            from t5tune.merging.ctranslate2 import convert_and_check
+
+            with write_folder_atomically(folder) as staged:
+                convert_and_check(base, base, staged, quantization, report)
+
+        folder = self._settings.converted_dir or get_default_folder()
+        found = find_converted(folder.absolute(), name, base, adapter, quantization, convert, report)
+        listed = read_json_object(base, GENERATION_CONFIG_FILE) if has_file(base, GENERATION_CONFIG_FILE) else {}
+        ends = listed.get("eos_token_id") or []
+        return self._make_ctranslate2_model(
+            name, found, compute_type, ends if isinstance(ends, list) else [ends], report
+        )
+
+    def _make_ctranslate2_model(
+        self, name: str, folder: Path, compute_type: str, other_ends: list[int], report: Report
+    ) -> "ServedModel":
+        from t5tune.serving.engines import TranslatorEngine
+
+        files = read_model_files(folder, None)
+        stop_ids = frozenset([files.tokenizer.eos_token_id, *other_ends])
+        on_cpu = self._device.type == "cpu"
+        batches = self._settings.parallel_batches or (max(1, count_cores() // CORES_PER_BATCH) if on_cpu else 1)
+        engine = TranslatorEngine(folder, self._device, compute_type, stop_ids, batches)
+        report(Note(f"with CTranslate2, {engine.compute_type}"))
+        return self._make_model(name, engine, files, report)
+
+    def _load_with_transformers(
+        self, name: str, inference: InferenceSettings, adapter: Path | None, report: Report
+    ) -> "ServedModel":
+        from t5tune.serving.engines import TransformersEngine
+
+        # PEFT subtracts some initializations from the base's weights
+        is_plain = adapter is None or read_adapter_config(adapter).get("init_lora_weights") in PLAIN_INITIALIZATIONS
+        load = self._bases.load if is_plain else load_base
+        loaded = load_for_inference(inference, report, self._device, load_base=load)
+        tokenizer = loaded.tokenizer
+        engine = TransformersEngine(loaded.model, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return self._make_model(name, engine, loaded, report)
+
+    def _make_model(self, name: str, engine: "Engine", files: Any, report: Report) -> "ServedModel":
+        from t5tune.serving.generation import DecodingOptions
+        from t5tune.serving.models import ServedModel
+
+        settings = self._settings
+        prompts = make_prompts(
+            files, settings.conversation_template, settings.source_prefix, settings.model_max_length, report
+        )
+        if not prompts.keeps_history:
+            report(Note("earlier messages are left out: this model was trained on single exchanges"))
+        return ServedModel(
+            name, engine, prompts, DecodingOptions(settings.max_new_tokens, settings.temperature, settings.top_p)
+        )

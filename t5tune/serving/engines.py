@@ -1,0 +1,111 @@
+"""What computes replies: transformers, or CTranslate2. Each generates the replies of one batch at a time.
+
+    engine.generate([generation, …])    # fills each of them, and returns when all have ended
+
+Both call `Generation.add` for each token, so that a reply can be sent while it is generated, ends as soon as it is
+complete, and no longer takes time if its client is gone.
+"""
+
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from t5tune.compat.quiet import quiet_libraries
+from t5tune.file_names import CTRANSLATE2_VOCABULARY_FILE
+from t5tune.io.processes import count_cores
+from t5tune.model.device import use_gpu_kernels
+from t5tune.model.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
+from t5tune.serving.generation import DecodingOptions, Generation
+
+
+class TransformersEngine:
+    """A model that transformers runs, from our own loader."""
+
+    name = "transformers"
+    max_batches = 1
+    has_seeds = True
+
+    def __init__(self, model: Any, eos_token_id: int, pad_token_id: int) -> None:
+        self._model = model
+        self._eos_token_id, self._pad_token_id = eos_token_id, pad_token_id
+        self.stop_ids = frozenset(find_stop_ids(model, eos_token_id))
+
+    def get_group(self, options: DecodingOptions) -> Hashable:
+        return None  # each reply of a batch is sampled by itself
+
+    def generate(self, generations: Sequence[Generation]) -> None:
+        longest = max(generation.options.max_new_tokens for generation in generations)
+        with quiet_libraries(), use_gpu_kernels(self._model.device):
+            generate(
+                self._model,
+                [generation.source for generation in generations],
+                Decoding(self._eos_token_id, self._pad_token_id, longest),
+                on_token=lambda row, token: generations[row].add(token),
+                samplings=[self._make_sampling(generation.options) for generation in generations],
+            )
+
+    def _make_sampling(self, options: DecodingOptions) -> Sampling | None:
+        if options.temperature == 0:
+            return None
+        generator = make_random_generator(options.seed or 0, self._model.device)
+        if options.seed is None:
+            generator.seed()
+        return Sampling(options.temperature, options.top_p, generator)
+
+
+class TranslatorEngine:
+    """A model that CTranslate2 runs.
+
+    Args:
+        folder: of the converted model.
+        compute_type: CTranslate2's; `default` is that of the folder's weights, if the device has it.
+        max_batches: how many are computed at the same time. On a CPU they divide its cores.
+    """
+
+    name = "ctranslate2"
+    has_seeds = False  # CTranslate2's generators belong to its threads, and take a seed only once
+
+    def __init__(
+        self, folder: Path, device: Any, compute_type: str, stop_ids: frozenset[int], max_batches: int = 1
+    ) -> None:
+        import ctranslate2
+
+        self._tokens: list[str] = json.loads((folder / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
+        self._translator = ctranslate2.Translator(
+            str(folder),
+            device=device.type,
+            device_index=device.index or 0,
+            compute_type=compute_type,
+            inter_threads=max_batches,
+            intra_threads=max(1, count_cores() // max_batches),
+        )
+        self.stop_ids = stop_ids
+        self.max_batches = max_batches
+
+    @property
+    def compute_type(self) -> str:
+        return str(self._translator.compute_type)
+
+    def get_group(self, options: DecodingOptions) -> Hashable:
+        return (options.temperature, options.top_p) if options.temperature > 0 else None
+
+    def generate(self, generations: Sequence[Generation]) -> None:
+        options = generations[0].options
+        sampling: dict[str, float] = {"sampling_topk": 1}
+        if options.temperature > 0:
+            sampling = {
+                "sampling_topk": 0,
+                "sampling_topp": options.top_p,
+                "sampling_temperature": options.temperature,
+            }
+        self._translator.translate_batch(
+            [[self._tokens[index] for index in generation.source] for generation in generations],
+            beam_size=1,
+            max_input_length=0,
+            max_decoding_length=max(generation.options.max_new_tokens for generation in generations),
+            min_decoding_length=0,
+            end_token=sorted(self.stop_ids),
+            callback=lambda step: generations[step.batch_id].add(step.token_id),
+            **sampling,
+        )

@@ -1,0 +1,110 @@
+"""One reply that is being generated. A request makes it, and an engine fills it in a thread of its own."""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from t5tune.errors import T5TuneError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How the tokens of a reply are chosen: greedily if the temperature is 0, else by nucleus sampling.
+
+    Args:
+        seed: of a random generator of its own; None: any.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Engine(Protocol):
+    """Generates replies of one model.
+
+    Attributes:
+        name: as `--engine` calls it.
+        stop_ids: tokens that end a reply.
+        max_batches: how many it can compute at the same time.
+        has_seeds: whether a seed makes a sampled reply repeatable.
+    """
+
+    name: str
+    stop_ids: frozenset[int]
+    max_batches: int
+    has_seeds: bool
+
+    def get_group(self, options: DecodingOptions) -> Hashable:
+        """Return what the replies of one batch must have in common."""
+
+    def generate(self, generations: Sequence["Generation"]) -> None:
+        """Generate the replies of one batch. What can't be computed is raised, and may be tried in smaller batches."""
+
+
+@dataclass(eq=False)
+class Generation:
+    """A reply, from the request to its last token. Times are those of `time.monotonic`.
+
+    Args:
+        source: ids of the prompt, with special tokens.
+        notify: called in the engine's thread when there is something new.
+        follows: whether to call it for each token, not only at the end.
+        ids: of the reply so far, without the token that ended it.
+        ended: why the reply has ended; None: it hasn't. An error ends it, too.
+        is_canceled: set if no one waits for the reply any more.
+    """
+
+    engine: Engine
+    source: list[int]
+    options: DecodingOptions
+    notify: Callable[[], None]
+    follows: bool = False
+    ids: list[int] = field(default_factory=list)
+    ended: FinishReason | T5TuneError | None = None
+    is_canceled: bool = False
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    _position: int = 0
+
+    @property
+    def size(self) -> int:
+        """Tokens of the prompt and of the longest reply."""
+        return len(self.source) + self.options.max_new_tokens
+
+    def start(self) -> None:
+        """Begin, or begin again after the batch didn't fit into memory: then the same tokens follow once more."""
+        self.started_at = self.started_at or time.monotonic()
+        self._position = 0
+
+    def add(self, token: int) -> bool:
+        """Add the next token. Return whether the reply ends with it, or is to end."""
+        if self.is_canceled or self.ended is not None:
+            return True
+        if token in self.engine.stop_ids:
+            self.end("stop")
+            return True
+        self._position += 1
+        if self._position <= len(self.ids):
+            return False
+        self.ids.append(token)
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        if len(self.ids) == self.options.max_new_tokens:
+            self.end("length")
+            return True
+        if self.follows:
+            self.notify()
+        return False
+
+    def end(self, reason: FinishReason | T5TuneError) -> None:
+        if self.ended is None:
+            self.ended_at = time.monotonic()
+            self.ended = reason
+            self.notify()

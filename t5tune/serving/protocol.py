@@ -1,0 +1,336 @@
+"""The bodies of OpenAI's API: https://platform.openai.com/docs/api-reference/chat and …/completions.
+
+    request = parse_body(body, ChatRequest)
+    request.messages, request.options, …
+
+What can't be honored is refused, rather than ignored: a field that isn't known, tools, log-probabilities, penalties. A
+field whose value is null or the one that changes nothing is accepted, since clients send those.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from t5tune.data.formats import Role, Turn
+from t5tune.errors import suggest_name
+from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place
+
+MAX_STOPS = 4  # as OpenAI's
+MAX_CHOICES = 128
+# what has no effect on a reply, and is of use to clients and to OpenAI's own server only
+IGNORED_FIELDS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+# known fields that this server can't honor -> the values that ask for nothing
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "suffix": ("",),
+    "echo": (False,),
+    "best_of": (1,),
+}
+# the same of a message; clients send those of our replies back
+NEUTRAL_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
+    "name": (),
+    "refusal": (),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "annotations": ([],),
+    "reasoning_content": (),
+}
+ROLES: Mapping[str, Role] = {"user": "human", "assistant": "assistant"}
+SYSTEM_ROLES = ("system", "developer")
+
+Body = TypeVar("Body", bound="GenerationRequest")
+
+
+class ApiError(Exception):
+    """An error to be sent to the client.
+
+    Args:
+        status: HTTP's.
+        param: the field of the request that is wrong.
+        code: a name by which programs recognize the error.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def to_body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _wrap_text(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _read_content(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("expected text, or a list of its parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _read_prompts(value: Any) -> Any:
+    """Read a text, a list of texts, ids, or a list of lists of ids as a list of texts and lists of ids."""
+    prompts = [value] if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)) else value
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError("expected a text or a list of ids, or several of these")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and _are_ids(prompt)):
+            raise ValueError(f"{_show(prompt)} at index {number}: expected a text or a list of ids")
+    return prompts
+
+
+def _are_ids(values: list[Any]) -> bool:
+    return bool(values) and all(type(value) is int for value in values)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # ignored: it pads the events against guesses at their contents
+
+
+class GenerationRequest(_Body):
+    """What both kinds of requests have. Fields that aren't set take the server's values."""
+
+    model: Annotated[str, Field(min_length=1)]
+    max_tokens: Annotated[int | None, Field(gt=0)] = None
+    temperature: Annotated[float | None, Field(ge=0)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
+    n: Annotated[int, Field(gt=0, le=MAX_CHOICES)] = 1
+    stop: Annotated[list[str], BeforeValidator(_wrap_text)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @property
+    def reply_limit(self) -> tuple[str, int | None]:
+        """The name of the field with the most tokens of a reply, and its value."""
+        return "max_tokens", self.max_tokens
+
+    @model_validator(mode="after")
+    def _check_stops(self) -> "GenerationRequest":
+        if len(self.stop) > MAX_STOPS or not all(self.stop):
+            raise ValueError(f"stop: expected at most {MAX_STOPS} texts, none of them empty")
+        return self
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_read_content)]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(gt=0)] = None
+
+    @property
+    def reply_limit(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().reply_limit
+
+    def split_messages(self) -> tuple[str | None, list[Turn]]:
+        """Return the system message and the turns of the conversation.
+
+        Raises:
+            ApiError: they aren't in the order in which models are trained.
+        """
+        is_system = [message.role in SYSTEM_ROLES for message in self.messages]
+        system = self.messages[0].text if is_system[0] else None
+        messages = self.messages[is_system[0] :]
+        if not messages:
+            raise ApiError(400, "messages: there is no message of the user", "messages")
+        for number, message in enumerate(messages, start=int(is_system[0])):
+            expected = "assistant" if (number - is_system[0]) % 2 else "user"
+            if message.role != expected:
+                place = f"messages[{number}].role"
+                order = "a system message may come first; then user and assistant take turns, the user first and last"
+                raise ApiError(400, f"{place}: {message.role}, but expected {expected}: {order}", place)
+        if messages[-1].role != "user":
+            raise ApiError(400, "messages: the last one isn't the user's: there is nothing to reply to", "messages")
+        return system, [Turn(ROLES[message.role], message.text) for message in messages]
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_read_prompts)]
+
+
+def parse_body(body: bytes, kind: type[Body]) -> Body:
+    """Parse the body of a request.
+
+    Raises:
+        ApiError: it isn't JSON, or a field is missing, wrong, or can't be honored.
+    """
+    try:
+        values = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body isn't valid JSON: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body isn't a JSON object")
+    values = _drop_neutral(values, kind, NEUTRAL_VALUES)
+    if isinstance(values.get("messages"), list):
+        values["messages"] = [
+            _drop_neutral(message, Message, NEUTRAL_IN_MESSAGES, f"messages[{number}].")
+            if isinstance(message, dict)
+            else message
+            for number, message in enumerate(values["messages"])
+        ]
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False)[0], kind) from None
+
+
+def _drop_neutral(
+    values: dict[str, Any], kind: type[BaseModel], neutral: Mapping[str, tuple[Any, ...]], place: str = ""
+) -> dict[str, Any]:
+    """Drop fields without a value, and those that ask for nothing.
+
+    Raises:
+        ApiError: a field asks for something that this server can't do.
+    """
+    kept = {name: value for name, value in values.items() if value is not None and name not in IGNORED_FIELDS}
+    for name in kept.keys() - kind.model_fields.keys() & neutral.keys():
+        # 0 == False, but JSON's 0 and false differ
+        value = kept.pop(name)
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral[name]):
+            raise ApiError(
+                400, f"{place}{name}: {_show(value)}: not supported; leave it out", place + name, "unsupported"
+            )
+    return kept
+
+
+def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:
+    place = format_place(error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = kind.model_fields if len(error["loc"]) == 1 else ()
+        advice = suggest_name(str(error["loc"][-1]), known)
+        return ApiError(400, f"{place}: unknown field{advice}", place, "unknown_field")
+    if error["type"] == "missing":
+        return ApiError(400, f"{place}: missing", place)
+    if not place:
+        message = error["msg"].removeprefix("Value error, ")
+        return ApiError(400, message, message.partition(":")[0])
+    reason = "expected an object" if error["type"] == "model_type" else describe_value_error(error)
+    shown = "" if isinstance(error["input"], dict | list) else f"{_show(error['input'])}: "
+    return ApiError(400, f"{place}: {shown}{reason}", place)
+
+
+def _show(value: Any) -> str:
+    """Write a value of the body for a message."""
+    shown = json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= MAX_SHOWN_VALUE else f"{shown[:MAX_SHOWN_VALUE]}…"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of prompts, without the special ones, and of replies."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def to_body(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The bodies of the answer to one request.
+
+    Args:
+        is_chat: whether it is a chat completion.
+    """
+
+    model: str
+    is_chat: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def make_whole(self, replies: Sequence[tuple[str, str]], usage: Usage) -> dict[str, Any]:
+        """Make the body of a whole answer from the text and the finish reason of each reply."""
+        choices = [
+            self._make_choice(index, {"role": "assistant", "content": text, "refusal": None}, text, reason)
+            for index, (text, reason) in enumerate(replies)
+        ]
+        return {**self._make_head(is_part=False), "choices": choices, "usage": usage.to_body()}
+
+    def make_part(self, index: int, text: str, reason: str | None = None, is_first: bool = False) -> dict[str, Any]:
+        """Make the body of an event with a part of a reply."""
+        delta = {**({"role": "assistant"} if is_first else {}), **({"content": text} if text or is_first else {})}
+        return {**self._make_head(is_part=True), "choices": [self._make_choice(index, delta, text, reason)]}
+
+    def make_usage(self, usage: Usage) -> dict[str, Any]:
+        """Make the body of the event that follows the last part, for clients that asked for it."""
+        return {**self._make_head(is_part=True), "choices": [], "usage": usage.to_body()}
+
+    def _make_head(self, is_part: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if is_part else "chat.completion") if self.is_chat else "text_completion"
+        prefix = "chatcmpl" if self.is_chat else "cmpl"
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def _make_choice(self, index: int, message: dict[str, Any], text: str, reason: str | None) -> dict[str, Any]:
+        key = "delta" if "refusal" not in message else "message"
+        contents: dict[str, Any] = {key: message} if self.is_chat else {"text": text}
+        return {"index": index, **contents, "logprobs": None, "finish_reason": reason}
+
+
+def encode_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def encode_event(value: Any) -> bytes:
+    """Encode a server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+    return b"data: " + encode_json(value) + b"\n\n"
+
+
+LAST_EVENT = b"data: [DONE]\n\n"

@@ -1,0 +1,273 @@
+"""`t5tune serve` as a command: its start, its log, its end, and its conversions."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.commands.serve import serve
+from t5tune.commands.train import train
+from t5tune.errors import ModelError, SettingsError
+from t5tune.progress import Event, Note
+from t5tune.settings import ServeSettings, TrainSettings
+from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send
+from tests.support.command_line import t5tune_in_fork
+from tests.support.forks import ForkedProcess, get_fork_server
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("starlette", reason="the extra `serve` isn't installed")
+
+PATIENCE = 120.0
+
+
+class Started:
+    """A `t5tune serve` that runs, and the files of its output."""
+
+    def __init__(self, process: ForkedProcess, out: Path, log: Path) -> None:
+        self.process = process
+        self.out, self.log = out, log
+        self.wait_for(out)
+        self.address = json.loads(out.read_text())
+        self.url = self.address["url"]
+
+    def wait_for(self, file: Path, text: str = "\n") -> None:
+        until = time.monotonic() + PATIENCE
+        while text not in file.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.02)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+
+@contextmanager
+def start(folder: Path, *arguments: Any) -> Iterator[Started]:
+    out, log = folder / "out.txt", folder / "log.txt"
+    out.touch()
+    log.touch()
+    command = ["-m", "t5tune", "serve", *map(str, arguments), "--port", "0", "--use-cpu", "--json"]
+    process = get_fork_server().start(command, out, log, {**os.environ, "XDG_CACHE_HOME": str(folder)})
+    try:
+        yield Started(process, out, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_address_is_one_json_line_and_each_request_is_a_line_of_the_log(untied_base: Path, tmp_path: Path) -> None:
+    with start(tmp_path, f"base={untied_base}", "pocket", "--engine", "transformers") as server:
+        assert server.address["models"] == {"base": "transformers", "pocket": "transformers"}
+        assert server.address["needs_key"] is False
+        assert send(server.url, body=make_chat(max_tokens=4))[0] == 200
+        assert send(server.url, body=make_chat(model="nothing"))[0] == 404
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
+        assert len(server.out.read_text().splitlines()) == 1
+        found, refused = server.read_log()
+        assert found.keys() == refused.keys()
+        assert (found["status"], found["model"], found["completion_tokens"]) == (200, "base", 4)
+        assert (refused["status"], refused["error"]) == (
+            404,
+            "model: nothing: not served here; this server has base, pocket",
+        )
+        assert found["time"] < refused["time"]
+        assert found["id"] != refused["id"]
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_ends_with_whole_replies_and_code_0(
+    stop_signal: signal.Signals, untied_base: Path, tmp_path: Path
+) -> None:
+    """Replies that are computed or wait are complete; requests that come later are refused."""
+    with start(tmp_path, f"base={untied_base}", "--engine", "transformers", "--max-batch-tokens", "2000") as server:
+        expected = [send(server.url, body=make_chat(max_tokens=200 + number))[1]["usage"] for number in range(3)]
+        connections = [connect(server.url) for _ in range(12)]
+        for number, connection in enumerate(connections):
+            connection.sendall(make_request(CHAT, make_chat(max_tokens=200 + number % 3)))
+        wait_until_running(server.url)
+        server.process.send_signal(stop_signal)
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(read_answer, connections))
+        assert [status for status, _, _ in answers] == [200] * 12
+        usages = [json.loads(body)["usage"] for _, _, body in answers]
+        assert usages == [expected[number % 3] for number in range(12)]
+        assert server.process.wait(PATIENCE) == 0
+        with pytest.raises(ConnectionRefusedError):
+            connect(server.url)
+        assert "stopping: new requests are refused" in server.log.read_text()
+        assert sum(line["status"] == 200 and line["path"] == CHAT for line in server.read_log()) == 15
+        for connection in connections:
+            connection.close()
+
+
+def wait_until_running(url: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        with connect(url) as connection:
+            connection.sendall(make_request("/metrics", method="GET"))
+            metrics = read_answer(connection)[2].decode()
+        (line,) = (line for line in metrics.splitlines() if line.startswith("t5tune_replies_running "))
+        if float(line.split()[1]) > 0:
+            return
+    raise AssertionError("no reply is computed")
+
+
+def test_replies_that_take_too_long_are_cut_off_and_counted(untied_base: Path, tmp_path: Path) -> None:
+    options = ["--engine", "transformers", "--max-new-tokens", 1_000_000, "--shutdown-timeout", "0.3"]
+    with start(tmp_path, f"base={untied_base}", *options) as server, connect(server.url) as connection:
+        connection.sendall(make_request(CHAT, make_chat(n=2)))
+        wait_until_running(server.url)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
+        assert "warning: 2 replies cut off after 0.3 seconds" in server.log.read_text()
+
+
+def test_a_second_signal_stops_at_once(untied_base: Path, tmp_path: Path) -> None:
+    options = ["--engine", "transformers", "--max-new-tokens", 1_000_000, "--shutdown-timeout", "600"]
+    with start(tmp_path, f"base={untied_base}", *options) as server, connect(server.url) as connection:
+        connection.sendall(make_request(CHAT, make_chat()))
+        wait_until_running(server.url)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for(server.log, "a second signal stops at once")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 128 + signal.SIGTERM
+
+
+def test_a_model_is_converted_once_and_again_after_it_was_trained_again(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ctranslate2")
+
+    def train_run(rate: float) -> None:
+        train(
+            TrainSettings(
+                model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=tmp_path / "run",
+                max_steps=3, learning_rate=rate, use_cpu=True, report_samples=0, fresh=True,
+            )
+        )  # fmt: skip
+
+    def ask_served(*names: str) -> tuple[list[str], list[str]]:
+        notes: list[str] = []
+
+        def report(event: Event) -> None:
+            if isinstance(event, Note):
+                notes.append(event.text)
+
+        models = {name: str(tmp_path / "run") for name in names}
+        settings = ServeSettings(models=models, port=0, use_cpu=True, converted_dir=tmp_path / "made", max_new_tokens=8)
+        with serve(settings, report) as server:
+            answers = [send(server.url, body=make_chat(model=name))[1] for name in names]
+        texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+        return texts, [note for note in notes if "converted to CTranslate2" in note]
+
+    train_run(2e-2)
+    first, notes = ask_served("tuned")
+    assert [note.partition(": /")[0] for note in notes] == ["tuned: converted to CTranslate2"]
+    both, notes = ask_served("tuned", "other")
+    assert both == first * 2
+    assert [note.partition(": /")[0] for note in notes] == [
+        f"{name}: converted to CTranslate2 before" for name in ("tuned", "other")
+    ]
+    train_run(5e-2)
+    again, notes = ask_served("tuned")
+    assert [note.partition(": /")[0] for note in notes] == ["tuned: converted to CTranslate2"]
+    assert again != first
+    folders = [folder.name for folder in (tmp_path / "made").iterdir() if folder.name != "hashes"]
+    assert len(folders) == 2
+    assert all(name.startswith("tuned-exact-") for name in folders)
+
+
+def test_the_base_of_an_adapter_can_be_named(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    train(
+        TrainSettings(
+            model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=tmp_path / "run",
+            max_steps=3, learning_rate=2e-2, use_cpu=True, report_samples=0,
+        )
+    )  # fmt: skip
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    (tmp_path / "run" / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(tmp_path / "moved")})
+    )
+    values: dict[str, Any] = {"models": str(tmp_path / "run"), "port": 0, "use_cpu": True, "engine": "transformers"}
+    with pytest.raises(ModelError, match="moved: no such folder"):
+        serve(ServeSettings(**values))
+    with serve(ServeSettings(**values, model_name_or_path=str(untied_base))) as server:
+        assert server.address.models == {"run": "transformers"}
+        assert send(server.url, body=make_chat(model="run", max_tokens=4))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["pocket", "pocket"], "two models are called pocket; name them with NAME=MODEL"),
+        (["pocket", "--host", "0.0.0.0"], "host: 0.0.0.0: other machines may reach it, so api_key is needed"),
+        (["pocket", "--engine", "transformers", "--quantization", "int8"], "quantization: int8: only with CTranslate2"),
+        (["pocket", "--engine", "ctranslate2", "--q-lora"], "q_lora: only with transformers"),
+        (["pocket", "--port", "70000"], "port: '70000' (--port): must be at most 65535"),
+        (["a=", "--port", "0"], "a=: expected MODEL or NAME=MODEL"),
+        (["nowhere", "--port", "0"], "model_name_or_path: nowhere: no such folder"),
+        (["pocket", "--host", "no.such.host.invalid", "--api-key", "x"], "host: no.such.host.invalid: no such address"),
+        (["pocket", "--quantization", "int8", "--revision", "main"], "revision: main: that of model_name_or_path"),
+    ],
+)
+def test_what_can_not_be_served_is_said_in_one_line(arguments: list[str], problem: str, tmp_path: Path) -> None:
+    done = t5tune_in_fork("serve", *arguments, cwd=tmp_path)
+    assert done.code == 2
+    (line,) = done.errors
+    assert problem in line
+    assert done.stdout == ""
+
+
+def test_a_port_in_use_is_an_error_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        done = t5tune_in_fork("serve", "nowhere", "--port", other.getsockname()[1], cwd=tmp_path)
+    assert done.code == 2
+    assert (
+        done.errors == [f"error: port: {other.getsockname()[1] if other.fileno() >= 0 else 0}: Address already in use"]
+        or "Address already in use; choose another, or --port 0 for any" in done.errors[0]
+    )
+
+
+def test_without_the_packages_the_command_says_what_to_install(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["starlette"] = None
+sys.argv = ["t5tune", "serve", "pocket"]
+from t5tune.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: serve: starlette isn't installed; pip install 't5tune[serve]', or starlette uvicorn httptools "
+        "prometheus-client"
+    )
+
+
+def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"models": {"m": str(untied_base)}, "port": 0, "use_cpu": True}
+    config = untied_base / "generation_config.json"
+    assert json.loads(config.read_text()).get("repetition_penalty") is None
+    folder = shutil.copytree(untied_base, tmp_path / "penalized")
+    (folder / config.name).write_text(json.dumps({"repetition_penalty": 1.5, "decoder_start_token_id": 0}))
+    penalized = values | {"models": {"m": str(folder)}}
+    with pytest.raises(SettingsError, match="m: generation_config.json sets repetition_penalty, which CTranslate2"):
+        serve(ServeSettings(**penalized, engine="ctranslate2"))
+    notes: list[Any] = []
+    with serve(ServeSettings(**penalized), notes.append) as server:
+        assert server.address.models == {"m": "transformers"}
+    assert any(
+        "with transformers: generation_config.json sets" in note.text for note in notes if isinstance(note, Note)
+    )

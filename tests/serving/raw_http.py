@@ -1,0 +1,53 @@
+"""A raw HTTP client, for requests that no library would send."""
+
+import json
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+PATIENCE = 60.0
+CHAT = "/v1/chat/completions"
+
+
+def connect(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    return socket.create_connection((parts.hostname, parts.port or 80), timeout=PATIENCE)
+
+
+def make_request(path: str, body: bytes = b"", method: str = "POST", **headers: str) -> bytes:
+    """Make the bytes of a request. `content_type="…"` sets the header Content-Type."""
+    values = {"host": "localhost", "content_type": "application/json", "content_length": str(len(body))} | headers
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in values.items()]
+    return f"{method} {path} HTTP/1.1\r\n".encode() + "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def make_chat(text: str = "Hello", model: str = "base", **values: Any) -> bytes:
+    return json.dumps({"model": model, "messages": [{"role": "user", "content": text}]} | values).encode()
+
+
+def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Read an answer that has a Content-Length, or whose end is that of the connection."""
+    found = b""
+    while b"\r\n\r\n" not in found:
+        found += _receive(connection)
+    head, _, body = found.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    while len(body) < int(headers["content-length"]):
+        body += _receive(connection)
+    return int(first.split()[1]), headers, body
+
+
+def _receive(connection: socket.socket) -> bytes:
+    found = connection.recv(1 << 16)
+    assert found, "the server has closed the connection"
+    return found
+
+
+def send(url: str, path: str = CHAT, body: bytes = b"", method: str = "POST", **headers: str) -> Any:
+    """Send one request. Return its status and the JSON of its answer."""
+    with connect(url) as connection:
+        connection.sendall(make_request(path, body, method, **headers))
+        status, _, answer = read_answer(connection)
+    return status, json.loads(answer)

@@ -1,0 +1,92 @@
+"""Many clients for a long time: no lost or mixed reply, and no growing memory."""
+
+import json
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from t5tune.commands.chat import Chatter
+from t5tune.commands.serve import Server
+from t5tune.settings import ChatSettings
+from tests.serving.conftest import StartServer
+from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer
+from tests.support.runs import LONG
+
+pytestmark = pytest.mark.slow
+
+CLIENTS = 64
+COUNTS, THINGS, NAMES = ("two", "six", "ten"), ("tea", "coffees", "bread"), ("Mira", "Otto", "Aida", "Ben")
+MESSAGES = [f"Hello, {count} {thing} for {name} please." for count in COUNTS for thing in THINGS for name in NAMES]
+LENGTH = 12
+
+
+def start_pocket(start: StartServer, engine: str) -> Server:
+    if engine == "ctranslate2":
+        pytest.importorskip("ctranslate2")
+    return start("pocket", engine=engine, max_new_tokens=LENGTH)
+
+
+@pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
+def test_sixty_four_clients_get_each_their_own_replies(engine: str, start: StartServer) -> None:
+    server = start_pocket(start, engine)
+    chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", max_new_tokens=LENGTH, use_cpu=True))
+    expected = [chatter.reply(message).reply for message in MESSAGES]
+    assert len(set(expected)) > len(expected) // 2
+    until = time.monotonic() + (60 if LONG else 2)
+    wrong: Counter[str] = Counter()
+    done = Counter[int]()
+    lock = threading.Lock()
+
+    def be_client(number: int) -> None:
+        with connect(server.url) as connection:
+            while time.monotonic() < until or done[number] < 2:
+                index = (number * 7 + done[number]) % len(MESSAGES)
+                connection.sendall(make_request(CHAT, make_chat(MESSAGES[index], "pocket")))
+                status, _, body = read_answer(connection)
+                found = json.loads(body)["choices"][0]["message"]["content"] if status == 200 else str(status)
+                with lock:
+                    done[number] += 1
+                    wrong[found] += found != expected[index]
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(be_client, range(CLIENTS)))
+    assert +wrong == Counter()
+    assert len(done) == CLIENTS
+    assert max(done.values()) < 3 * min(done.values())  # no one is left waiting
+
+
+@pytest.mark.long
+def test_memory_is_flat_over_ten_thousand_requests(start: StartServer) -> None:
+    server = start_pocket(start, "ctranslate2")
+    sizes: list[int] = []
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(20):
+            list(pool.map(lambda number: ask(server, number), range(500)))
+            sizes.append(read_memory())
+    # the first thousand requests fill caches: of words, threads and the allocator
+    assert sizes[-1] - sizes[3] < 20 << 20, [size >> 20 for size in sizes]
+
+
+def ask(server: Server, number: int) -> None:
+    with connect(server.url) as connection:
+        text = f"{MESSAGES[number % len(MESSAGES)]} {number}"
+        connection.sendall(make_request(CHAT, make_chat(text, "pocket", stream=number % 3 == 0)))
+        if number % 10 == 0:
+            return  # hang up
+        found = b""
+        while b"[DONE]" not in found and b'"usage":' not in found:
+            part = connection.recv(1 << 16)
+            assert part
+            found += part
+        assert found.startswith(b"HTTP/1.1 200")
+
+
+def read_memory() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError

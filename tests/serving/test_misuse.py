@@ -1,0 +1,242 @@
+"""Requests that are refused, clients that misbehave, and what others notice of them: nothing."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.commands.serve import Server
+from t5tune.progress import Answered, Event
+from t5tune.serving import app as app_module
+from tests.serving.conftest import StartServer
+from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 60.0
+
+
+class Log:
+    """The answered requests that a server has reported, except for its metrics."""
+
+    def __init__(self) -> None:
+        self.answered: list[Answered] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Answered) and event.path != "/metrics":
+            with self._changed:
+                self.answered.append(event)
+                self._changed.notify_all()
+
+    def wait_for(self, count: int) -> list[Answered]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.answered) >= count, PATIENCE), self.answered
+            return self.answered
+
+
+@pytest.fixture(scope="module")
+def server(chats: dict[str, Path], start: StartServer) -> Server:
+    return start({"base": str(chats["base"])}, engine="transformers", model_max_length=160)
+
+
+def read_expected(server: Server) -> str:
+    status, answer = send(server.url, body=make_chat())
+    assert status == 200, answer
+    return str(answer["choices"][0]["message"]["content"])
+
+
+LONG_CHAT = [{"role": "user" if number % 2 == 0 else "assistant", "content": "x"} for number in range(10_001)]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "the body isn't valid JSON"),
+        (b"\xff\xfe{}", 400, "the body isn't valid JSON"),
+        (b'{"model": "base", "messages": [{"role": "user", "content": "\xff"}]}', 400, "the body isn't valid JSON"),
+        (b"[]", 400, "the body isn't a JSON object"),
+        (make_chat(model="other"), 404, "model: other: not served here; this server has base"),
+        (make_chat(tone="kind"), 400, "tone: unknown field"),
+        (make_chat(max_tokens="many"), 400, 'max_tokens: "many": expected a whole number'),
+        (make_chat(max_tokens=13), 400, "max_tokens: 13: this server allows at most 12 tokens"),
+        (make_chat("word " * 100), 400, "messages: too long"),
+        (make_chat("word" * 50_000), 400, "message: a word of 200,000 characters, more than 100,000"),
+        (json.dumps({"model": "base", "messages": LONG_CHAT[:-1]}).encode(), 400, "messages: the last one isn't"),
+    ],
+)
+def test_a_request_that_can_not_be_answered_gets_a_status_and_one_line(
+    body: bytes, status: int, message: str, server: Server
+) -> None:
+    found, answer = send(server.url, body=body)
+    assert found == status
+    assert answer["error"]["message"].startswith(message)
+    assert "\n" not in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert read_expected(server)
+
+
+def test_ten_thousand_messages_get_a_reply_and_their_number_is_in_the_answer(server: Server) -> None:
+    with connect(server.url) as connection:
+        connection.sendall(make_request(CHAT, json.dumps({"model": "base", "messages": LONG_CHAT}).encode()))
+        status, headers, body = read_answer(connection)
+    assert status == 200, body
+    assert 9_900 < int(headers["x-t5tune-dropped-messages"]) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "message"),
+    [
+        ("POST", "/v1/embeddings", {}, 404, "/v1/embeddings: no such path; this server has /v1/chat/completions"),
+        ("GET", CHAT, {}, 405, f"GET {CHAT}: Method Not Allowed"),
+        ("POST", CHAT, {"content_type": "text/plain"}, 415, "content-type: text/plain: expected"),
+        ("POST", CHAT, {"host": "example.com"}, 403, "host: example.com: not a name of this machine"),
+        ("GET", "/v1/models/other", {}, 404, "model: other: not served here"),
+    ],
+)
+def test_a_wrong_address_or_header_is_refused(
+    method: str, path: str, headers: dict[str, str], status: int, message: str, server: Server
+) -> None:
+    found, answer = send(server.url, path, make_chat(), method, **headers)
+    assert found == status
+    assert answer["error"]["message"].startswith(message)
+
+
+def test_a_body_of_100_megabytes_is_refused_and_not_kept(server: Server) -> None:
+    size = 100 << 20
+    with connect(server.url) as connection:
+        connection.sendall(make_request(CHAT, content_length=str(size)))
+        status, _, answer = read_answer(connection)  # before it was sent
+        assert (status, json.loads(answer)["error"]["message"]) == (413, "the body is larger than 4,194,304 bytes")
+        for _ in range(size >> 20):
+            connection.sendall(bytes(1 << 20))
+        connection.sendall(make_request(CHAT, make_chat()))  # the connection can be used for another request
+        assert read_answer(connection)[0] == 200
+    with connect(server.url) as connection:  # without saying how large it will be
+        head = make_request(CHAT, content_length="").replace(b"content-length: \r\n", b"transfer-encoding: chunked\r\n")
+        connection.sendall(head)
+        for _ in range(5):
+            connection.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+        assert read_answer(connection)[0] == 413
+
+
+def test_half_a_body_is_given_up_and_holds_up_no_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch, chats: dict[str, Path]
+) -> None:
+    expected = read_expected(server)
+    monkeypatch.setattr(app_module, "SECONDS_FOR_BODY", 0.5)
+    body = make_chat()
+    with connect(server.url) as connection:
+        connection.sendall(make_request(CHAT, body)[: -len(body) // 2])
+        assert read_expected(server) == expected
+        status, headers, answer = read_answer(connection)
+        assert (status, headers["connection"]) == (408, "close")
+        assert "the body didn't arrive within 0.5 seconds" in answer.decode()
+        assert connection.recv(1) == b""
+
+
+def test_a_client_that_hangs_up_frees_its_place(chats: dict[str, Path], start: StartServer) -> None:
+    """Its reply would take minutes, and only one fits into a batch."""
+    log = Log()
+    server = start({"base": str(chats["base"])}, log, engine="transformers", max_new_tokens=100_000, max_batch_tokens=1)
+    for streams in (False, True):
+        with connect(server.url) as connection:
+            connection.sendall(make_request(CHAT, make_chat(stream=streams)))
+            wait_for_metric(server, "replies_running 1.0")
+    found = send(server.url, body=make_chat(max_tokens=3))
+    assert found[0] == 200
+    gone, streamed, last = log.wait_for(3)
+    assert [gone.status, streamed.status, last.status] == [499, 499, 200]
+    assert gone.completion_tokens < 100_000
+    assert last.completion_tokens == 3
+
+
+def test_a_client_that_does_not_read_holds_up_no_one(chats: dict[str, Path], start: StartServer) -> None:
+    server = start({"base": str(chats["base"])}, engine="transformers", max_new_tokens=400)
+    with connect(server.url) as connection:
+        for _ in range(20):  # each answer has about 100 kB
+            connection.sendall(make_request(CHAT, make_chat(stream=True)))
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: send(server.url, body=make_chat(max_tokens=5)), range(16)))
+        assert [status for status, _ in found] == [200] * 16
+
+
+def test_a_full_queue_says_when_to_come_back(chats: dict[str, Path], start: StartServer) -> None:
+    server = start({"base": str(chats["base"])}, engine="transformers", max_queue=2, max_batch_delay=60_000)
+    with connect(server.url) as connection:
+        connection.sendall(make_request(CHAT, make_chat(n=3)))
+        status, headers, body = read_answer(connection)
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert json.loads(body)["error"]["code"] == "queue_full"
+    with connect(server.url) as waiting, connect(server.url) as refused:
+        waiting.sendall(make_request(CHAT, make_chat(n=2)))
+        wait_for_metric(server, "replies_waiting 2.0")
+        refused.sendall(make_request(CHAT, make_chat()))
+        assert read_answer(refused)[0] == 429
+    wait_for_metric(server, "replies_waiting 0.0")  # the client that waited is gone
+
+
+def wait_for_metric(server: Server, line: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while f"t5tune_{line}\n" not in read_metrics(server).decode():
+        assert time.monotonic() < until, line
+
+
+def read_metrics(server: Server, **headers: str) -> bytes:
+    with connect(server.url) as connection:
+        connection.sendall(make_request("/metrics", method="GET", **headers))
+        return read_answer(connection)[2]
+
+
+def test_a_key_is_needed_except_for_the_page_and_the_health(chats: dict[str, Path], start: StartServer) -> None:
+    log = Log()
+    server = start({"base": str(chats["base"])}, log, engine="transformers", api_key="s3cret")
+    for headers, message in (
+        ({}, "no API key; send it in the header Authorization: Bearer KEY"),
+        ({"authorization": "Bearer wrong"}, "wrong API key"),
+        ({"authorization": "Basic s3cret"}, "wrong API key"),
+        ({"authorization": "Bearer s3cret2"}, "wrong API key"),
+        ({"authorization": "Bearer ä"}, "wrong API key"),
+    ):
+        status, answer = send(server.url, body=make_chat(), **headers)
+        assert (status, answer["error"]["message"]) == (401, message)
+        assert answer["error"]["code"] == "invalid_api_key"
+    key = {"authorization": "Bearer s3cret"}
+    assert send(server.url, body=make_chat(), **key)[0] == 200
+    assert send(server.url, body=make_chat(), host="example.com", **key)[0] == 200
+    assert send(server.url, "/v1/models", method="GET")[0] == 401
+    assert b"invalid_api_key" in read_metrics(server)
+    assert b"t5tune_requests_total" in read_metrics(server, **key)
+    assert send(server.url, "/health", method="GET") == (200, {"status": "ok"})
+    with connect(server.url) as connection:
+        connection.sendall(make_request("/", method="GET"))
+        assert read_answer(connection)[1]["content-type"].startswith("text/html")
+    assert "s3cret" not in repr(log.answered)
+
+
+def test_what_clients_send_is_counted_and_reported_without_its_text(server: Server, start: StartServer) -> None:
+    log = Log()
+    server = start({"one": "pocket"}, log, engine="transformers")
+    send(server.url, body=make_chat("a secret text", model="one"))
+    send(server.url, body=make_chat("a secret text", model="two"))
+    send(server.url, f"/{'x' * 50}", make_chat())
+    fine, unknown, nowhere = log.wait_for(3)
+    assert (fine.status, fine.model, fine.method, fine.path) == (200, "one", "POST", CHAT)
+    assert fine.prompt_tokens > 0
+    assert 0 < fine.completion_tokens <= 12
+    assert fine.queue_seconds is not None
+    assert fine.first_token_seconds is not None
+    assert 0 < fine.queue_seconds < fine.first_token_seconds < fine.seconds
+    assert (unknown.status, unknown.model) == (404, None)
+    assert unknown.error is not None
+    assert unknown.error.startswith("model: two: not served here")
+    assert "secret" not in repr(log.answered)
+    metrics: Any = read_metrics(server).decode()
+    assert f't5tune_requests_total{{path="{CHAT}",status="200"}} 1.0' in metrics
+    assert 't5tune_requests_total{path="other",status="404"} 1.0' in metrics
+    assert f't5tune_completion_tokens_total{{model="one"}} {fine.completion_tokens}.0' in metrics
+    assert "xxx" not in metrics

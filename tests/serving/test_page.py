@@ -1,0 +1,123 @@
+"""The page in a browser: a chat, and two models next to each other."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from t5tune.commands.chat import Chatter
+from t5tune.data.formats import Turn
+from t5tune.settings import ChatSettings
+from tests.serving.conftest import StartServer
+from tests.support.browser import Browser, Page
+
+pytestmark = pytest.mark.slow
+
+WATCHED = ("Network.requestWillBeSent", "Runtime.exceptionThrown", "Log.entryAdded")
+MESSAGE = "Hello, two tea for Mira please."
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser.start() as found:
+        yield found
+
+
+def wait_for_models(page: Page, count: int) -> None:
+    page.wait_for(f"document.querySelectorAll('#model-0 option').length === {count}")
+
+
+def read_bubbles(page: Page, side: int) -> list[str]:
+    found = page.evaluate(
+        f"[...document.querySelectorAll('section')[{side}].querySelectorAll('p')].map(p => p.textContent)"
+    )
+    return list(found)
+
+
+def wait_for_replies(page: Page, count: int) -> None:
+    page.wait_for(f"document.querySelectorAll('small').length === {count} && running === null")
+
+
+def test_two_models_reply_next_to_each_other_and_keep_their_own_history(
+    chats: dict[str, Path], start: StartServer, browser: Browser
+) -> None:
+    server = start({"base": str(chats["base"]), "tuned": str(chats["run"])}, engine="transformers")
+    browser.events.clear()
+    page = browser.open(server.url)
+    wait_for_models(page, 2)
+    page.type("#message", MESSAGE)
+    wait_for_replies(page, 2)
+    page.type("#message", "And <b>bread</b>")
+    wait_for_replies(page, 4)
+    for side, folder in enumerate((chats["base"], chats["run"])):
+        chatter = Chatter.load(ChatSettings(model_name_or_path=str(folder), max_new_tokens=12, use_cpu=True))
+        turns = [Turn("human", MESSAGE)]
+        turns += [Turn("assistant", chatter.reply(turns).reply), Turn("human", "And <b>bread</b>")]
+        assert read_bubbles(page, side) == [*(turn.text for turn in turns), chatter.reply(turns).reply]
+    notes = page.evaluate("document.querySelector('small').textContent")
+    assert notes.startswith("12 tokens · ")
+    assert "cut off at the maximum length" in notes
+    page.evaluate("document.querySelector('#clear').click()")
+    assert read_bubbles(page, 0) == read_bubbles(page, 1) == []
+    page.evaluate("choices[1].value = ''; choices[1].dispatchEvent(new Event('change'))")
+    page.type("#message", MESSAGE)
+    wait_for_replies(page, 1)
+    assert read_bubbles(page, 1) == []
+    assert page.evaluate("document.querySelectorAll('section')[1].hidden")
+    # nothing comes from elsewhere, and nothing went wrong
+    asked = {
+        event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"
+    }
+    assert {url.removeprefix(server.url) for url in asked} == {"/", "/v1/models", "/v1/chat/completions"}
+    assert not [event for event in browser.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+
+
+def test_the_page_asks_for_the_key_and_shows_errors(
+    chats: dict[str, Path], start: StartServer, browser: Browser
+) -> None:
+    server = start({"base": str(chats["base"])}, engine="transformers", api_key="s3cret")
+    page = browser.open(server.url)
+    page.wait_for("document.querySelector('.hint')?.textContent.startsWith('no API key')")
+    assert page.evaluate("document.activeElement.id") == "key"
+    page.type("#key", "s3cret")
+    wait_for_models(page, 1)
+    page.evaluate("document.querySelector('#limit').value = 13")
+    page.type("#message", MESSAGE)
+    page.wait_for("document.querySelector('.wrong') !== null && running === null")
+    assert read_bubbles(page, 0) == [MESSAGE, "max_tokens: 13: this server allows at most 12 tokens"]
+    page.evaluate("document.querySelector('#limit').value = 3")
+    page.type("#message", MESSAGE)
+    wait_for_replies(page, 1)
+    assert page.evaluate("document.querySelector('small').textContent").startswith("3 tokens")
+
+
+def test_a_reply_can_be_stopped(chats: dict[str, Path], start: StartServer, browser: Browser) -> None:
+    server = start({"base": str(chats["base"])}, engine="transformers", max_new_tokens=100_000)
+    page = browser.open(server.url)
+    wait_for_models(page, 1)
+    page.type("#message", MESSAGE)
+    page.wait_for("document.querySelector('.model')?.textContent.length > 10")
+    page.evaluate("document.querySelector('#send').click()")
+    page.wait_for("running === null")
+    assert read_bubbles(page, 0)[1].endswith(" (stopped)")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_fits_into_any_window(
+    width: int, dark: bool, chats: dict[str, Path], start: StartServer, browser: Browser
+) -> None:
+    models = {"base": str(chats["base"]), "a-rather-long-name/of-a-model": str(chats["run"])}
+    server = start(models, engine="transformers")
+    page = browser.open(server.url, width=width, dark=dark)
+    wait_for_models(page, 2)
+    page.type("#message", "word" * 300)
+    wait_for_replies(page, 2)
+    page.evaluate("document.querySelector('details').open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.querySelector('#send').getBoundingClientRect().right") <= width
+    back, text = (
+        sum(map(int, page.evaluate(f"getComputedStyle(document.body).{name}.match(/\\d+/g)")[:3]))
+        for name in ("backgroundColor", "color")
+    )
+    assert (back > text) is not dark

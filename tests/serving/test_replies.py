@@ -1,0 +1,250 @@
+"""Replies over HTTP, to the openai client, are those of chat and evaluate for the same model, settings and prompt."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from t5tune.commands.chat import Chatter
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.merge import merge
+from t5tune.commands.serve import Server
+from t5tune.data.formats import Turn
+from t5tune.model.inference import load_for_inference
+from t5tune.progress import Note
+from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings
+from t5tune.settings.shared import InferenceSettings
+from tests.serving.conftest import StartServer
+
+pytestmark = pytest.mark.slow
+
+ENGINES = ("transformers", "ctranslate2")
+MESSAGES = [
+    f"{greeting}, {count} {what} for {name} please."
+    for greeting in ("Hello", "Hi")
+    for count, what in (("two", "tea"), ("six", "coffees"), ("one", "bread\nand {butter}"))
+    for name in ("Mira", "Otto and the others at the table near the window")
+]
+LENGTH = 12
+
+
+def connect(server: Server, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, **options)
+
+
+def ask(client: openai.OpenAI, model: str, text: str, **options: Any) -> Any:
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
+
+
+def ask_in_pieces(client: openai.OpenAI, model: str, text: str, **options: Any) -> tuple[list[str], str, Any]:
+    """Return the pieces of a streamed reply, its finish reason, and its usage."""
+    events = list(ask(client, model, text, stream=True, stream_options={"include_usage": True}, **options))
+    pieces = [event.choices[0].delta.content for event in events if event.choices and event.choices[0].delta.content]
+    reasons = [event.choices[0].finish_reason for event in events if event.choices]
+    assert reasons[:-1] == [None] * (len(reasons) - 1)
+    return pieces, reasons[-1], events[-1].usage
+
+
+def load_chatter(model: Path, **changes: Any) -> Chatter:
+    return Chatter.load(ChatSettings(model_name_or_path=str(model), max_new_tokens=LENGTH, use_cpu=True, **changes))
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "ctranslate2":
+        pytest.importorskip("ctranslate2")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def server(engine: str, chats: dict[str, Path], pairs: dict[str, Path], start: StartServer) -> Server:
+    models = {**{name: str(folder) for name, folder in chats.items()}, "pairs": str(pairs["run"]), "pocket": "pocket"}
+    return start(models, engine=engine, max_batch_delay=100)
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with connect(server) as found:
+        yield found
+
+
+def test_replies_to_many_clients_at_once_are_those_of_chat(
+    client: openai.OpenAI, server: Server, chats: dict[str, Path]
+) -> None:
+    expected = {
+        (name, text): load_chatter(folder).reply(text)
+        for name, folder in {**chats, "pocket": Path("pocket")}.items()
+        for text in (MESSAGES if name in ("run", "pocket") else MESSAGES[:3])
+    }
+    # pocket repeats what it is told, so that a mixed reply would show
+    assert len({expected["pocket", text].reply for text in MESSAGES}) > 10
+    assert expected["run", MESSAGES[0]].reply == expected["merged", MESSAGES[0]].reply
+    with ThreadPoolExecutor(len(expected)) as pool:
+        whole = dict(zip(expected, pool.map(lambda asked: ask(client, *asked), expected), strict=True))
+        pieces = dict(zip(expected, pool.map(lambda asked: ask_in_pieces(client, *asked), expected), strict=True))
+    for asked, reply in expected.items():
+        found = whole[asked]
+        assert found.choices[0].message.content == reply.reply, asked
+        assert found.model == asked[0]
+        assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (reply.source_tokens, reply.reply_tokens)
+        texts, reason, usage = pieces[asked]
+        assert "".join(texts) == reply.reply
+        assert usage == found.usage
+        assert reason == found.choices[0].finish_reason == ("length" if reply.reply_tokens == LENGTH else "stop")
+    assert max(len(texts) for texts, _, _ in pieces.values()) > 3
+    sizes = [batch for batch in read_metric(server, "t5tune_batch_replies_bucket") if batch[1] > 0]
+    assert len(sizes) < len(expected)  # not each reply alone
+
+
+def read_metric(server: Server, name: str) -> list[tuple[str, float]]:
+    import urllib.request
+
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return [(line.rpartition(" ")[0], float(line.rpartition(" ")[2])) for line in lines if line.startswith(name)]
+
+
+def test_a_conversation_has_the_reply_of_chat_and_dropped_messages_are_counted(
+    client: openai.OpenAI, chats: dict[str, Path], pairs: dict[str, Path]
+) -> None:
+    turns = [Turn("human", "Hello"), Turn("assistant", "Hi there"), Turn("human", MESSAGES[0])]
+    roles = {"human": "user", "assistant": "assistant"}
+    messages: list[Any] = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
+    system = {"role": "system", "content": "Be brief."}
+    found = client.chat.completions.with_raw_response.create(model="run", messages=[system, *messages])
+    expected = load_chatter(chats["run"], system="Be brief.").reply(turns)
+    assert found.parse().choices[0].message.content == expected.reply
+    assert found.parse().usage.prompt_tokens == expected.source_tokens  # type: ignore[union-attr]
+    assert "x-t5tune-dropped-messages" not in found.headers
+    alone = client.chat.completions.with_raw_response.create(model="pairs", messages=messages)
+    expected = load_chatter(pairs["run"]).reply(turns)  # with the prefix, and without earlier messages
+    assert alone.parse().choices[0].message.content == expected.reply
+    assert alone.headers["x-t5tune-dropped-messages"] == "2"
+
+
+def test_a_reply_ends_before_a_stop_text(client: openai.OpenAI, chats: dict[str, Path]) -> None:
+    whole = load_chatter(chats["run"]).reply(MESSAGES[0]).reply
+    assert len(whole.split()) > 3
+    for stop in (whole.split()[2], whole[5:8], whole[-1]):
+        expected = whole[: whole.index(stop)]
+        found = ask(client, "run", MESSAGES[0], stop=[stop, "never in it"])
+        assert found.choices[0].message.content == expected
+        assert found.choices[0].finish_reason == "stop"
+        pieces, reason, _ = ask_in_pieces(client, "run", MESSAGES[0], stop=stop)
+        assert ("".join(pieces), reason) == (expected, "stop")
+    found = ask(client, "run", MESSAGES[0], stop="never in it")
+    assert found.choices[0].message.content == whole
+
+
+def test_max_tokens_limits_each_reply_of_a_batch(client: openai.OpenAI, chats: dict[str, Path]) -> None:
+    lengths = [1, 3, 5, 8, 11]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        found = list(pool.map(lambda length: ask(client, "base", MESSAGES[0], max_tokens=length), lengths))
+    assert [reply.usage.completion_tokens for reply in found] == lengths
+    for length, reply in zip(lengths, found, strict=True):
+        chatter = Chatter.load(ChatSettings(model_name_or_path=str(chats["base"]), max_new_tokens=length, use_cpu=True))
+        assert reply.choices[0].message.content == chatter.reply(MESSAGES[0]).reply
+    same = ask(client, "base", MESSAGES[0], max_completion_tokens=3)
+    assert same.choices[0].message.content == found[1].choices[0].message.content
+
+
+def test_completions_take_the_text_or_the_ids_that_the_encoder_reads(
+    client: openai.OpenAI, chats: dict[str, Path]
+) -> None:
+    loaded = load_for_inference(InferenceSettings(model_name_or_path=str(chats["base"]), use_cpu=True))
+    sentinel = loaded.tokenizer.convert_tokens_to_ids(["<extra_id_0>"])[0]
+    texts = ["Two red hats", "Two <extra_id_0> hats"]
+    ids = [loaded.tokenizer.encode(text) for text in texts]
+    assert sentinel in ids[1]
+    expected = []
+    for source in ids:
+        output = loaded.model.generate(
+            torch.tensor([[*source, loaded.tokenizer.eos_token_id]]), max_new_tokens=LENGTH, do_sample=False
+        )[0].tolist()[1:]
+        expected.append(loaded.tokenizer.decode(output, skip_special_tokens=True))
+    by_text = client.completions.create(model="base", prompt=texts)
+    by_ids = client.completions.create(model="base", prompt=ids)
+    assert [choice.text for choice in by_text.choices] == [choice.text for choice in by_ids.choices] == expected
+    assert by_text.usage.prompt_tokens == sum(map(len, ids))  # type: ignore[union-attr]
+    events = client.completions.create(model="base", prompt=texts, stream=True)
+    streamed = ["", ""]
+    for event in events:
+        streamed[event.choices[0].index] += event.choices[0].text
+    assert streamed == expected
+    twice = client.completions.create(model="base", prompt=texts, n=2)
+    assert [choice.text for choice in twice.choices] == [expected[0]] * 2 + [expected[1]] * 2
+
+
+def test_the_predictions_of_evaluate_are_the_replies(
+    client: openai.OpenAI, pairs: dict[str, Path], tmp_path: Path
+) -> None:
+    data = pairs["run"].parent / "pairs.jsonl"
+    result = evaluate(
+        EvaluateSettings(
+            model_name_or_path=str(pairs["run"]), data_path=str(data), output_dir=tmp_path / "out", num_data=3,
+            max_new_tokens=LENGTH, use_cpu=True,
+        )
+    )  # fmt: skip
+    predictions = [json.loads(line)["prediction"] for line in result.predictions.read_text().splitlines()]
+    sources = [json.loads(line)["source"] for line in data.read_text().splitlines()[:3]]
+    assert [ask(client, "pairs", source).choices[0].message.content for source in sources] == predictions
+
+
+def test_the_models_are_listed_by_their_names(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", "run", "adapter", "merged", "pairs", "pocket"]
+    assert client.models.retrieve("adapter").owned_by == "t5tune"
+
+
+def test_sampling_follows_the_seed_also_in_a_batch(client: openai.OpenAI, engine: str, chats: dict[str, Path]) -> None:
+    sampled = {"temperature": 1.5, "top_p": 0.9}
+    if engine == "ctranslate2":
+        replies = {ask(client, "run", MESSAGES[0], **sampled).choices[0].message.content for _ in range(5)}
+        assert len(replies) > 1
+        with pytest.raises(openai.BadRequestError, match="seed: 3: ctranslate2 can't repeat a sampled reply"):
+            ask(client, "run", MESSAGES[0], seed=3, **sampled)
+        assert ask(client, "run", MESSAGES[0], seed=3).choices
+        return
+    expected = [load_chatter(chats["run"], seed=seed, **sampled).reply(MESSAGES[0]).reply for seed in (3, 4, 5)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda seed: ask(client, "run", MESSAGES[0], seed=seed, **sampled), (3, 4, 5)))
+    assert [reply.choices[0].message.content for reply in found] == expected
+    several = ask(client, "run", MESSAGES[0], seed=3, n=3, **sampled)
+    assert [choice.message.content for choice in several.choices] == expected
+    assert len(set(expected)) == 3
+    free = {ask(client, "run", MESSAGES[0], **sampled).choices[0].message.content for _ in range(5)}
+    assert len(free) > 1
+
+
+def test_a_converted_folder_is_served_and_int8_replies_are_those_that_merge_compared(
+    chats: dict[str, Path], start: StartServer, tmp_path: Path
+) -> None:
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    folder = tmp_path / "int8"
+    merge(
+        MergeSettings(
+            adapter=[chats["adapter"]], output_dir=folder, to="ctranslate2", quantization="int8", dtype="float32",
+            verify=False,
+        )
+    )  # fmt: skip
+    notes: list[Any] = []
+    server = start({"whole": str(folder), "run": str(chats["run"])}, notes.append, quantization="int8")
+    assert server.address.models == {"whole": "ctranslate2", "run": "ctranslate2"}
+    prompts = load_chatter(chats["run"]).prompts
+    tokens = json.loads((folder / "shared_vocabulary.json").read_text())
+    translator = ctranslate2.Translator(str(folder), compute_type="int8")
+    with connect(server) as client:
+        for text in MESSAGES[:4]:
+            source = [tokens[index] for index in prompts.encode([Turn("human", text)]).ids]
+            (found,) = translator.translate_batch(
+                [source], beam_size=1, max_decoding_length=LENGTH, min_decoding_length=0, max_input_length=0
+            )
+            expected = prompts.decode([tokens.index(token) for token in found.hypotheses[0]])
+            for name in ("whole", "run"):
+                assert ask(client, name, text).choices[0].message.content == expected
+    texts = [note.text for note in notes if isinstance(note, Note)]
+    assert any("run: CTranslate2 gives the same reply for" in text for text in texts)
