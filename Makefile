@@ -34,7 +34,6 @@ real: .venv/installed-dev
 
 # tests that load merged checkpoints with transformers 4, CTranslate2 and a stock tokenizer
 compatibility: .venv/installed-dev build/transformers-4/installed
-	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[deploy]'
 	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/end_to_end/test_other_tools.py tests/end_to_end/test_families.py
 
 # the tests with the oldest releases that pyproject.toml allows; set PYTHON=python3.11 if python3 is newer
@@ -89,6 +88,6 @@ build/transformers-4/installed: .venv/bin/python
 # the constraints are the requirements with == in place of >=
 build/floors/installed: pyproject.toml
 	$(PYTHON) -m venv --clear build/floors
-	build/floors/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*(line.replace(">=", "==", 1) for line in project["dependencies"]), sep="\n")' > build/floors/constraints.txt
+	build/floors/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*(line.replace(">=", "==", 1) for line in project["dependencies"] + project["optional-dependencies"]["serve"]), sep="\n")' > build/floors/constraints.txt
 	build/floors/bin/pip install --disable-pip-version-check --quiet --constraint build/floors/constraints.txt -e '.[dev]'
 	touch $@

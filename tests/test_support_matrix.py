@@ -22,9 +22,7 @@ def test_every_model_type_has_a_cell_for_every_feature_and_every_yes_has_a_test(
     for name in COLUMNS:
         for key, family in FAMILIES.items():
             assert bool(list_tests(name, key)) == (find_state(name, key) == "yes"), (name, key)
-            assert (find_state(name, key) == "no") == (
-                name == "serve" or name in set(CONVERTERS) - {*family.converters}
-            )
+            assert (find_state(name, key) == "no") == (name in set(CONVERTERS) - {*family.converters})
 
 
 @pytest.mark.slow

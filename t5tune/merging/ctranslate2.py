@@ -10,6 +10,7 @@ the model from our own loader, with the flag set to what that model computes.
 import json
 import logging
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ctranslate2.converters import TransformersConverter
 
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import DependencyError, TrainingError
 from t5tune.file_names import (
     CTRANSLATE2_VOCABULARY_FILE,
@@ -72,7 +73,10 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
         return model
 
     def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
-        tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
+        # transformers can't read the only tokenizer file of some published models, such as umT5's spiece.model
+        with tempfile.TemporaryDirectory() as folder:
+            save_tokenizer(load_tokenizer(self.checkpoint), Path(folder))
+            tokenizer = super().load_tokenizer(tokenizer_class, folder, **options)
         base = open_base(self.checkpoint)
         (rows, _) = base.get_dtype_and_shape(base.architecture.tied_to)[1]
         tokens = tokenizer.get_vocab()

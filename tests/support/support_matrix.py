@@ -147,8 +147,7 @@ COLUMNS = {
         reasons=dict.fromkeys(GEMMAS, "Merged checkpoints of it are for transformers 5."),
     ),
     "CTranslate2": Column(
-        "`merge --to ctranslate2` gives the greedy replies of the merged model. These tests, too, are skipped unless "
-        "CTranslate2 is installed; `make compatibility` installs it.",
+        "`merge --to ctranslate2` gives the greedy replies of the merged model.",
         (f"{FAMILIES_TEST}::test_ctranslate2_gives_the_replies_of_the_merged_model[{{key}} lora]",),
         reasons={
             "longt5": "CTranslate2 has no LongT5.",
@@ -173,9 +172,14 @@ COLUMNS = {
         },
     ),
     "serve": Column(
-        "t5tune has no server. `t5tune chat` answers on a terminal; [serving](serving.md) shows what serves a "
-        "merged checkpoint.",
-        state="no",
+        "Replies over HTTP, to several clients at once, are those of `chat`: with transformers, and with CTranslate2 "
+        "if it converts the model type. Adapters, token rows and quantized bases are tested with the architecture of "
+        "Flan-T5.",
+        ("tests/serving/test_families.py::test_each_family_is_served_with_the_replies_of_chat[{key}]",),
+        more_tests=(
+            "tests/serving/test_replies.py::test_replies_to_many_clients_at_once_are_those_of_chat",
+            "tests/model/test_shared_bases.py::test_each_model_computes_the_bits_that_it_does_alone",
+        ),
     ),
 }  # fmt: skip
 
