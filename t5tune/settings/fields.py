@@ -107,7 +107,7 @@ class Settings(BaseModel):
             except CallerError as error:
                 raise (error.__cause__ or error) from None
             except ValidationError as error:
-                raise SettingsError(*describe_python_errors(error)) from None
+                raise SettingsError(*describe_python_errors(error, self.list_secrets())) from None
 
         # validation that isn't a call, such as that of load_settings, raises pydantic's error
         __init__.__pydantic_base_init__ = True
@@ -172,6 +172,11 @@ class Settings(BaseModel):
     def list_required(cls) -> list[str]:
         """List the settings without a default."""
         return [name for name, field in cls.model_fields.items() if field.is_required()]
+
+    @classmethod
+    def list_secrets(cls) -> list[str]:
+        """List the settings whose values are shown nowhere, which are those without a repr."""
+        return [name for name, field in cls.model_fields.items() if not field.repr]
 
     @classmethod
     def list_suggestions(cls) -> list[str]:

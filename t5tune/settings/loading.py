@@ -15,7 +15,7 @@ from t5tune.settings.commands import COMMANDS
 from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES
-from t5tune.settings.messages import describe_value_error, format_place, shorten_value
+from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, shorten_value
 from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
 PREFIX = "T5TUNE_"
@@ -180,4 +180,5 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
         return f"{name}: missing; give {give} or set it in a --config file"
     elif given:
         found = given.value
-    return f"{name}: {shorten_value(found)}{place}: {describe_value_error(error)}"
+    shown = HIDDEN_VALUE if name in model.list_secrets() else shorten_value(found)
+    return f"{name}: {shown}{place}: {describe_value_error(error)}"

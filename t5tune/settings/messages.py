@@ -39,6 +39,7 @@ VALUE_REASONS = {
 }
 
 MAX_SHOWN_VALUE = 80  # characters
+HIDDEN_VALUE = "…"  # in place of a secret
 
 
 def describe_value_error(error: ErrorDetails) -> str:
@@ -55,13 +56,17 @@ def describe_value_error(error: ErrorDetails) -> str:
     return reason[0].lower() + reason[1:] if reason[1:2].islower() else reason  # lowercase "Input", but not "T5"
 
 
-def describe_python_errors(error: ValidationError) -> list[str]:
-    """Describe what is wrong with the values of settings in Python, a line for each setting."""
+def describe_python_errors(error: ValidationError, secrets: Collection[str] = ()) -> list[str]:
+    """Describe what is wrong with the values of settings in Python, a line for each setting.
+
+    Args:
+        secrets: settings whose values aren't shown.
+    """
     problems: dict[str, str] = {}
     for detail in error.errors():
         name, reason = str(next(iter(detail["loc"]), "")), describe_value_error(detail)
         if name and detail["type"] != "missing":
-            reason = f"{shorten_value(detail['input'])}: {reason}"
+            reason = f"{HIDDEN_VALUE if name in secrets else shorten_value(detail['input'])}: {reason}"
         problems.setdefault(name, f"{name}: {reason}" if name else reason)  # each item of a list may be an error
     return list(problems.values())
 

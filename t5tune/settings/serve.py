@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -119,6 +120,13 @@ class ServeSettings(ConversationSettings, DeviceSettings, QuantizationSettings, 
         twice = next((name for name, _ in names if [other for other, _ in names].count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two models are called {twice}; name them with NAME=MODEL")
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_key(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[!-~]+", value):  # a header's value
+            raise ValueError("expected letters, digits and signs of ASCII, without spaces")
         return value
 
     @model_validator(mode="after")

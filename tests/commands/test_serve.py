@@ -219,6 +219,7 @@ def test_the_base_of_an_adapter_can_be_named(untied_base: Path, conversations: P
         (["a=", "--port", "0"], "a=: expected MODEL or NAME=MODEL"),
         (["nowhere", "--port", "0"], "model_name_or_path: nowhere: no such folder"),
         (["pocket", "--host", "no.such.host.invalid", "--api-key", "x"], "host: no.such.host.invalid: no such address"),
+        (["pocket", "--api-key", "two words"], "api_key: … (--api-key): expected letters, digits and signs of ASCII"),
         (["pocket", "--quantization", "int8", "--revision", "main"], "revision: main: that of model_name_or_path"),
     ],
 )

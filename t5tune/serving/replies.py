@@ -1,0 +1,155 @@
+"""The replies of one request: how they are queued, followed while they are generated, and made into answers."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from t5tune.errors import T5TuneError
+from t5tune.model.prompts import Prompt, ReplyText
+from t5tune.serving.batching import Batcher, QueueFull
+from t5tune.serving.generation import DecodingOptions, FinishReason, Generation
+from t5tune.serving.models import ServedModel
+from t5tune.serving.protocol import LAST_EVENT, Answer, ApiError, GenerationRequest, Usage, encode_event
+
+SECONDS_TO_RETRY = "1"
+
+
+@dataclass
+class Record:
+    """What becomes known of a request while it is answered."""
+
+    model: str | None = None
+    prompt_tokens: int = 0
+    dropped_messages: int = 0
+    error: str | None = None
+    generations: list[Generation] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request that was read: what to generate with which model."""
+
+    request: GenerationRequest
+    model: ServedModel
+    prompts: list[Prompt]
+    options: DecodingOptions
+
+
+class Replies:
+    """The replies of one request, while they are generated."""
+
+    def __init__(self, order: Order, batcher: Batcher, record: Record) -> None:
+        self._order = order
+        self._batcher = batcher
+        self._record = record
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._is_woken = False
+        request = order.request
+        self._generations = [
+            Generation(
+                engine=order.model.engine,
+                source=prompt.ids,
+                options=order.options
+                if order.options.seed is None
+                else replace(order.options, seed=order.options.seed + number),
+                notify=self._notify,
+                follows=request.stream or bool(request.stop),
+            )
+            for prompt in order.prompts
+            for number in range(request.n)
+        ]
+        record.generations = self._generations
+
+    def submit(self) -> None:
+        """Queue the replies.
+
+        Raises:
+            ApiError: too many wait already.
+        """
+        try:
+            self._batcher.submit(self._generations)
+        except QueueFull as error:
+            headers = {"retry-after": SECONDS_TO_RETRY}
+            raise ApiError(429, f"too many requests: {error.message}", code="queue_full", headers=headers) from error
+
+    async def collect(self, is_chat: bool) -> dict[str, Any]:
+        """Generate the replies, and return the body of the whole answer."""
+        self.submit()
+        texts = [""] * len(self._generations)
+        reasons = [""] * len(self._generations)
+        async for index, piece, reason in self._follow():
+            texts[index] += piece
+            reasons[index] = reason or ""
+        answer = Answer(self._order.model.name, is_chat)
+        return answer.make_whole(list(zip(texts, reasons, strict=True)), self._count_usage())
+
+    async def stream(self, is_chat: bool) -> AsyncIterator[bytes]:
+        """Yield the events of the answer."""
+        answer = Answer(self._order.model.name, is_chat)
+        try:
+            for index in range(len(self._generations)) if is_chat else ():
+                yield encode_event(answer.make_part(index, "", is_first=True))
+            async for index, piece, reason in self._follow():
+                if piece or reason is None:
+                    yield encode_event(answer.make_part(index, piece))
+                if reason is not None:
+                    yield encode_event(answer.make_part(index, "", reason))
+        except ApiError as error:
+            self._record.error = error.message
+            yield encode_event(error.to_body())
+            return
+        if self._order.request.stream_options.include_usage:
+            yield encode_event(answer.make_usage(self._count_usage()))
+        yield LAST_EVENT
+
+    async def _follow(self) -> AsyncIterator[tuple[int, str, FinishReason | None]]:
+        """Yield each new piece of text, (index of the reply, text, finish reason with its last piece).
+
+        Raises:
+            ApiError: a reply couldn't be computed.
+        """
+        prompts, stops = self._order.model.prompts, self._order.request.stop
+        pieces: list[list[str]] = [[] for _ in self._generations]
+        texts = [ReplyText(prompts, show.append, stops) for show in pieces]
+        unfinished = dict(enumerate(self._generations))
+        while unfinished:
+            await self._news.wait()
+            self._news.clear()
+            for index, generation in list(unfinished.items()):
+                reason = self._update(generation, texts[index])
+                if reason is not None:
+                    del unfinished[index]
+                if pieces[index] or reason is not None:
+                    yield index, "".join(pieces[index]), reason
+                    pieces[index].clear()
+
+    def _update(self, generation: Generation, text: ReplyText) -> FinishReason | None:
+        ended = generation.ended  # before its ids, which are complete then
+        if isinstance(ended, T5TuneError):
+            raise ApiError(500, str(ended), code=type(ended).__name__)
+        if ended is None:
+            if not generation.follows or not text.update(generation.ids[:]):
+                return None
+            self._batcher.cancel([generation])  # at one of the texts before which the reply ends
+            return "stop"
+        whole = text.finish(generation.ids)
+        is_cut = bool(self._order.request.stop) and whole != self._order.model.prompts.decode(generation.ids)
+        return "stop" if is_cut else ended
+
+    def _count_usage(self) -> Usage:
+        prompt_tokens = sum(prompt.num_tokens for prompt in self._order.prompts)
+        return Usage(prompt_tokens, sum(len(generation.ids) for generation in self._generations))
+
+    def _notify(self) -> None:
+        """Wake up the request, from any thread: once for all news since it was awake."""
+        if not self._is_woken:
+            self._is_woken = True
+            with suppress(RuntimeError):  # the event loop has ended
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._is_woken = False
+        self._news.set()
