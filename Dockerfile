@@ -6,7 +6,7 @@ FROM python:3.12-slim AS build
 WORKDIR /src
 COPY . .
 RUN python -m venv /opt/t5tune \
-    && /opt/t5tune/bin/pip install --no-cache-dir .
+    && /opt/t5tune/bin/pip install --no-cache-dir '.[serve]'
 
 FROM python:3.12-slim
 # torch compiles kernels for GPUs, and DeepSpeed its optimizer for offloading

@@ -189,3 +189,21 @@ def test_a_base_that_was_adapted_to_a_domain_has_a_lower_loss_there_and_tunes_be
     (result,) = json.loads(done.stdout)["results"]
     for loss in ("text_loss", "tuning_loss", "question_loss"):
         assert result["adapted"][loss] < 0.9 * result["base"][loss]
+
+
+@pytest.mark.long
+def test_serve_prints_what_many_clients_get_and_loses_no_reply(tmp_path: Path) -> None:
+    shape = {"model_type": "t5", "vocab_size": 1536, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_heads": 4, "feed_forward_proj": "gated-gelu"}))
+    command = [
+        sys.executable, str(BENCHMARKS / "serve.py"), "--config", "config.json", "--clients", "1", "8",
+        "--seconds", "2", "--prompts", "20", "--max-tokens", "6",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    assert done.returncode == 0, done.stderr
+    one, eight = map(json.loads, done.stdout.splitlines())
+    assert (one["clients"], one["batch"], eight["clients"]) == (1, 1, 8)
+    assert one["lost"] == one["different"] == eight["lost"] == eight["different"] == 0
+    assert one["first_token_ms_p50"] <= one["reply_ms_p50"]
+    assert {"requests_per_second", "reply_ms_p99", "times_one_at_a_time", "of_limit"} <= eight.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -5,6 +5,7 @@ With --json, both are JSON.
 
 import dataclasses
 import json
+import os
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from t5tune.cli.output import Output
 from t5tune.commands.serve import serve
+from t5tune.errors import to_one_line
 from t5tune.progress import Answered, Event, Note
 from t5tune.settings import ServeSettings
 
@@ -26,22 +28,29 @@ def run(settings: ServeSettings, output: Output) -> None:
         elif not output.quiet:
             _log(_format_json(event) if output.json else _format_line(event))
 
-    with serve(settings, report) as server:
+    server = serve(settings, report)
+    try:
         address = server.address
         key = ", with the API key" if address.needs_key else ""
         models = ", ".join(f"{name} ({engine})" for name, engine in address.models.items())
         output.show(address, Text(f"{address.url}  {models}"))
         report(Note(f"chat at {address.url}/, clients of OpenAI's API at {address.url}/v1{key}; Ctrl-C stops"))
+        server.wait()
+    except KeyboardInterrupt:
         try:
-            server.wait()
-        except KeyboardInterrupt:
             report(Note("stopping: new requests are refused, and replies finished; a second signal stops at once"))
             server.stop()
+        except KeyboardInterrupt as again:
+            code = output.fail(again)
+            sys.stderr.flush()
+            os._exit(code)  # Python's own exit would abort in a thread that computes
+    finally:
+        server.stop()
 
 
 def _format_line(answered: Answered) -> str:
     time = datetime.now().astimezone().strftime("%H:%M:%S")
-    what = f"{answered.method} {answered.path} {answered.status} {answered.seconds:.3f} s"
+    what = f"{answered.method} {to_one_line(answered.path)} {answered.status} {answered.seconds:.3f} s"
     words = [time, answered.client, what]
     if answered.model is not None:
         words.append(f"{answered.model} {answered.prompt_tokens}+{answered.completion_tokens} tokens")

@@ -4,7 +4,8 @@
         print(server.url)
         server.wait()
 
-Replies are those of `chat` with the same model, settings and prompt.
+Greedy replies are those of `chat` with the same model, settings and prompt. In bf16 and int8, where the sums of a batch
+are rounded coarsely, those of a batch may differ.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from t5tune.serving.server import HttpServer
 
 CORES_PER_BATCH = 4  # CTranslate2's own default: with more, a batch isn't much faster
-PACKAGES = "starlette uvicorn httptools prometheus-client"
+PACKAGES = "starlette uvicorn prometheus-client"
 # what generation_config.json may set without an effect on replies with our settings: ids that the model has anyway,
 # limits and kinds of decoding, for which requests and ours have values, and what `generate` returns
 WITHOUT_EFFECT = {
@@ -312,6 +313,7 @@ class _Loader:
         )
         if not prompts.keeps_history:
             report(Note("earlier messages are left out: this model was trained on single exchanges"))
-        return ServedModel(
-            name, engine, prompts, DecodingOptions(settings.max_new_tokens, settings.temperature, settings.top_p)
-        )
+        defaults = DecodingOptions(settings.max_new_tokens, settings.temperature, settings.top_p)
+        # a model has learned to write targets of at most model_max_length
+        longest = max(settings.max_new_tokens, settings.model_max_length)
+        return ServedModel(name, engine, prompts, defaults, longest)

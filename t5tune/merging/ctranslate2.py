@@ -119,6 +119,8 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
     try:
         _Converter(checkpoint).convert(str(folder), quantization=quantization, force=True)
     except Exception as error:  # a converter for other releases may raise anything
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk, for example
+            raise
         reason = to_one_line(f"{type(error).__name__}: {error}")[:300]
         releases = f"CTranslate2 {ctranslate2.__version__} can't convert this model with transformers"
         raise DependencyError(

@@ -14,6 +14,8 @@ from t5tune.errors import ModelError
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.io.reasons import describe_error
 
+MIN_TEMPERATURE = 1e-5  # scores divided by less are infinite
+
 OnToken = Callable[[int, int], bool | None]
 """(index of the source, id of its reply's next token) -> whether this reply is to end here."""
 
@@ -104,8 +106,8 @@ class _RowSampler(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         scores_BV = scores_BV.clone()
         for row, sampling in enumerate(self._samplings):
-            if sampling is None:
-                continue
+            if sampling is None or sampling.temperature < MIN_TEMPERATURE:
+                continue  # greedily
             scores_1V = TemperatureLogitsWarper(sampling.temperature)(input_ids, scores_BV[row : row + 1])
             if sampling.top_p < 1:
                 scores_1V = TopPLogitsWarper(sampling.top_p)(input_ids, scores_1V)

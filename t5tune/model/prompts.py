@@ -186,7 +186,7 @@ def _check_encodable(text: str, what: str) -> None:
 
 
 class ReplyText:
-    """The text of a reply whose ids arrive one by one.
+    """The text of a reply whose ids arrive one by one, or several at a time.
 
     A character may consist of several tokens, and the template's text after an answer isn't part of the reply. Text
     that may still become either, or the beginning of one of `stops`, is held back until more tokens decide.
@@ -202,28 +202,36 @@ class ReplyText:
         self._stops = stops
         self._ends = [prompts.tokenizer.remove_special_tokens(prompts.template.answer_suffix), *stops]
         self._shown = ""
+        self._num_searched = 0
 
-    def update(self, ids: list[int]) -> bool:
-        """Show what is final of the text of all ids so far. Return whether it contains one of `stops`."""
-        text = self._prompts.tokenizer.decode(ids, skip_special_tokens=True)
-        if (end := self._find_stop(text)) is not None:
-            self._show_up_to(text[:end])
-            return True
+    def update(self, ids: list[int]) -> int | None:
+        """Show what is final of the text of all ids so far.
+
+        Returns:
+            After how many of the ids one of `stops` is complete; None if none is. The text before it is all shown.
+        """
+        text = self._decode(ids)
+        if any(stop in text for stop in self._stops):
+            # the first one that a client could have seen, however many ids have arrived at once
+            for count in range(self._num_searched + 1, len(ids) + 1):
+                text = self._decode(ids[:count])
+                if places := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
+                    self._show_up_to(text[: min(places)])
+                    return count
+        self._num_searched = len(ids)
         certain = text.rstrip("\ufffd")
         held = max((_count_common_end(certain, end) for end in self._ends), default=0)
         self._show_up_to(certain[: len(certain) - held])
-        return False
+        return None
 
     def finish(self, ids: list[int]) -> str:
-        """Show the rest. Return the whole text."""
+        """Show the rest of a reply that has ended by itself. Return the whole text."""
         text = self._prompts.decode(ids)
-        text = text[: self._find_stop(text)]
         self._show_up_to(text)
         return text
 
-    def _find_stop(self, text: str) -> int | None:
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        return min(places, default=None)
+    def _decode(self, ids: list[int]) -> str:
+        return self._prompts.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _show_up_to(self, text: str) -> None:
         if self._show is not None and len(text) > len(self._shown) and text.startswith(self._shown):

@@ -23,6 +23,7 @@ from t5tune.serving.metrics import Metrics
 from t5tune.serving.models import ServedModel
 from t5tune.serving.protocol import ApiError, Body, ChatRequest, CompletionRequest, encode_json, parse_body
 from t5tune.serving.replies import Order, Record, Replies
+from t5tune.settings.serve import is_loopback
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
@@ -30,7 +31,6 @@ SECONDS_FOR_BODY = 30.0
 CLIENT_GONE = 499  # nginx's status for it, which no one receives
 # larger bodies are parsed and encoded in another thread, so that they don't hold up other requests
 LARGE_BODY_BYTES = 16 << 10
-LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 OPEN_PATHS = {"/", "/health"}  # no key is needed for these
 JSON = "application/json"
 # the page loads nothing from elsewhere, and no other page may frame it
@@ -115,7 +115,10 @@ class Service:
                 raise
         except asyncio.CancelledError:  # the server can't wait any longer
             self.num_cut_off += sum(generation.ended is None for generation in record.generations)
-            raise
+            if status != CLIENT_GONE:
+                raise
+            cut_off = ApiError(503, "the server has stopped before the reply was complete")
+            await (await _refuse(Request(scope, receive), cut_off))(scope, receive, send_and_note)
         finally:
             # those that no one waits for any more
             self._batcher.cancel([generation for generation in record.generations if generation.ended is None])
@@ -126,7 +129,7 @@ class Service:
         try:
             self._check(request)
         except ApiError as error:
-            await _refuse(request, error)(scope, receive, send)
+            await (await _refuse(request, error))(scope, receive, send)
             return
         await self._router(scope, receive, send)
 
@@ -140,10 +143,10 @@ class Service:
             raise ApiError(503, "the server is stopping", headers={"retry-after": "5", "connection": "close"})
         if self._api_key is None:
             # a page on the web may give a name of its own to this machine's address, and send requests from a browser
-            host = urlsplit(f"//{request.headers.get('host', '')}").hostname
-            if self._is_local and host not in LOCAL_NAMES:
-                problem = f"host: {host}: not a name of this machine; without an API key, the server answers only"
-                raise ApiError(403, f"{problem} requests to {', '.join(sorted(LOCAL_NAMES))}", code="wrong_host")
+            host = request.headers.get("host", "")
+            if self._is_local and not is_loopback(_get_host_name(host)):
+                problem = f"host: {host or 'missing'}: not a name of this machine; without an API key, the server"
+                raise ApiError(403, f"{problem} answers only requests to localhost and 127.0.0.1", code="wrong_host")
         elif request.url.path not in OPEN_PATHS:
             kind, _, key = request.headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
@@ -223,6 +226,10 @@ class Service:
         request = parse_body(body, kind)
         model = self._find_model(request.model)
         record.model = model.name
+        num_replies = request.n * (len(request.prompt) if isinstance(request, CompletionRequest) else 1)
+        if num_replies > self._batcher.max_waiting:
+            problem = f"n: {num_replies:,} replies; this server takes at most {self._batcher.max_waiting:,} at once"
+            raise ApiError(400, problem, "n")
         options = model.read_options(request)
         prompts = model.read_prompts(request)
         record.prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
@@ -280,31 +287,39 @@ async def _wait_until_gone(request: Request) -> None:
         pass
 
 
+def _get_host_name(header: str) -> str:
+    """Get the name without the port from a Host header; "" if it has none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:  # brackets without an address
+        return ""
+
+
 def _describe_model(model: ServedModel) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "t5tune"}
 
 
-def _refuse(request: Request, error: ApiError) -> Response:
-    request.scope["t5tune"].error = error.message
+async def _refuse(request: Request, error: ApiError) -> Response:
+    request.scope["t5tune"].error = error.summary
     return Response(encode_json(error.to_body()), error.status, error.headers, JSON)
 
 
-def _note_disconnect(request: Request, error: Exception) -> Response:
+async def _note_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_GONE)
 
 
-def _refuse_route(request: Request, error: HTTPException) -> Response:
+async def _refuse_route(request: Request, error: HTTPException) -> Response:
     """Answer a request to a path that doesn't exist, or with a method that it doesn't have."""
     path = request.url.path
     if error.status_code == 404:
         known = "/v1/chat/completions, /v1/completions, /v1/models, /health, /metrics and /"
-        return _refuse(request, ApiError(404, f"{path}: no such path; this server has {known}"))
+        return await _refuse(request, ApiError(404, f"{path}: no such path; this server has {known}"))
     problem = f"{request.method} {path}: {error.detail}".rstrip()
-    return _refuse(request, ApiError(error.status_code, problem, headers=error.headers))
+    return await _refuse(request, ApiError(error.status_code, problem, headers=error.headers))
 
 
-def _explain_failure(request: Request, error: Exception) -> Response:
-    return _refuse(request, ApiError(500, _describe_failure(error)))
+async def _explain_failure(request: Request, error: Exception) -> Response:
+    return await _refuse(request, ApiError(500, _describe_failure(error)))
 
 
 def _describe_failure(error: Exception) -> str:

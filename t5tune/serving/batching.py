@@ -44,8 +44,9 @@ class Batcher:
         on_batch: Callable[[Sequence[Generation]], None] = lambda batch: None,
     ) -> None:
         self._max_batch_tokens = max_batch_tokens
+        self._limits: dict[int, int] = {}
         self._max_delay = max_delay
-        self._max_waiting = max_waiting
+        self.max_waiting = max_waiting
         self._on_batch = on_batch
         self._waiting: list[Generation] = []
         self._running: list[Sequence[Generation]] = []
@@ -74,7 +75,7 @@ class Batcher:
             QueueFull: they would be more than may wait.
         """
         with self._changed:
-            if len(self._waiting) + len(generations) > self._max_waiting:
+            if len(self._waiting) + len(generations) > self.max_waiting:
                 raise QueueFull(f"{len(self._waiting)} replies are waiting already")
             self._waiting += generations
             self._changed.notify_all()
@@ -115,7 +116,8 @@ class Batcher:
         """Wait for replies and take the next batch of them; an empty one when the queue is closed."""
         with self._changed:
             while True:
-                batch = choose_batch(self._list_ready(), self._max_batch_tokens)
+                ready = self._list_ready()
+                batch = choose_batch(ready, self._get_limit(ready[0])) if ready else []
                 if batch:
                     wait = batch[0].submitted_at + self._max_delay - time.monotonic()
                     if wait <= 0 or self._is_closed or self._is_full(batch):
@@ -137,31 +139,42 @@ class Batcher:
 
     def _is_full(self, batch: Sequence[Generation]) -> bool:
         """Whether no other reply of a similar size would fit."""
-        return compute_cost(len(batch) + 1, max(generation.size for generation in batch)) > self._max_batch_tokens
+        return compute_cost(len(batch) + 1, max(generation.size for generation in batch)) > self._get_limit(batch[0])
+
+    def _get_limit(self, generation: Generation) -> int:
+        """Return the maximum size of the batches of an engine, which is smaller if one didn't fit into memory."""
+        return self._limits.get(id(generation.engine), self._max_batch_tokens)
 
     def _generate(self, batch: Sequence[Generation]) -> None:
-        """Generate a batch, in halves if it doesn't fit into memory. What goes wrong ends its replies only."""
+        """Generate a batch, and if that fails, its halves, so that only what can't be computed ends with an error."""
         for generation in batch:
             generation.start()
         try:
             batch[0].engine.generate(batch)
-            for generation in batch:
-                if not generation.is_canceled:
-                    generation.end("length")
+            failure: T5TuneError | None = T5TuneError("the reply couldn't be computed: the engine gave none")
         except Exception as error:
-            if is_out_of_memory(error) and len(batch) > 1:
-                # later batches aren't larger than what doesn't fit
-                self._max_batch_tokens = compute_cost(len(batch), max(generation.size for generation in batch)) // 2
+            if len(batch) == 1:
+                failure = _explain(error, batch[0])
             else:
-                for generation in batch:
-                    generation.end(_explain(error, generation))
-                return
-        else:
-            return
+                failure = None
+                if is_out_of_memory(error):  # later batches aren't larger than what doesn't fit
+                    cost = compute_cost(len(batch), max(generation.size for generation in batch))
+                    with self._changed:
+                        self._limits[id(batch[0].engine)] = min(self._get_limit(batch[0]), cost // 2)
         # after the `except` block: the error refers to the frames that hold the memory
-        middle = len(batch) // 2
-        self._generate(batch[:middle])
-        self._generate(batch[middle:])
+        unfinished = [generation for generation in batch if generation.ended is None and not generation.is_canceled]
+        if failure is not None:
+            for generation in unfinished:
+                generation.end(failure)
+            return
+        for generation in unfinished:
+            if generation.ids and not generation.is_repeatable:
+                generation.end(T5TuneError("the reply couldn't be computed: its batch failed"))
+        rest = [generation for generation in unfinished if generation.ended is None]
+        middle = (len(rest) + 1) // 2
+        for half in (rest[:middle], rest[middle:]):
+            if half:
+                self._generate(half)
 
 
 def choose_batch(waiting: Sequence[Generation], max_tokens: int) -> list[Generation]:

@@ -10,12 +10,13 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import compute_full_hash, load_hash, read_file_stats, store_hash
 from t5tune.checkpoints.model_folder import is_converted, is_trained_file
-from t5tune.errors import SettingsError
+from t5tune.errors import SettingsError, WriteError
 from t5tune.formatting import format_size
 from t5tune.io.atomic import hash_file, lock_file
 from t5tune.progress import Note, Report
@@ -50,24 +51,30 @@ def find_converted(
     Raises:
         SettingsError: the folder can't be written to.
     """
+    hashes = folder / HASHES_FOLDER
     try:
-        (folder / HASHES_FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"converted_dir: {folder}: {error.strerror}", hint="name another folder") from None
-    identity = _hash_inputs(folder / HASHES_FOLDER, base, adapter, quantization)
+        hashes.mkdir(parents=True, exist_ok=True)
+        identity = _hash_inputs(hashes, base, adapter, quantization)
+    except (OSError, WriteError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.message
+        raise SettingsError(f"converted_dir: {folder}: {reason}", hint="name another folder") from None
+    ending = f"-{quantization or 'exact'}-{identity[:16]}"
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:40].strip("-.")
-    found = folder / f"{slug or 'model'}-{quantization or 'exact'}-{identity[:16]}"
-    # another model of the same weights may have another name
-    others = folder.glob(f"*-{quantization or 'exact'}-{identity[:16]}")
-    if existing := next(filter(is_converted, others), None):
-        report(Note(f"converted to CTranslate2 before: {existing}"))
-        return existing
-    with lock_file(folder / HASHES_FOLDER / f"{identity}.lock", SECONDS_TO_WAIT):
-        if not is_converted(found):
-            convert(found)
-            size = sum(file.stat().st_size for file in found.iterdir())
-            report(Note(f"converted to CTranslate2: {found} ({format_size(size)})"))
-    return found
+    with nullcontext() if _find_any(folder, ending) else lock_file(hashes / f"{identity}.lock", SECONDS_TO_WAIT):
+        # another process may just have made it, of another name
+        if found := _find_any(folder, ending):
+            report(Note(f"converted to CTranslate2 before: {found}"))
+            return found
+        made = folder / f"{slug or 'model'}{ending}"
+        convert(made)
+        size = sum(file.stat().st_size for file in made.iterdir())
+        report(Note(f"converted to CTranslate2: {made} ({format_size(size)})"))
+        return made
+
+
+def _find_any(folder: Path, ending: str) -> Path | None:
+    """Find a complete conversion; models of the same weights may have different names."""
+    return next(filter(is_converted, folder.glob(f"[!.]*{ending}")), None)
 
 
 def _hash_inputs(hashes: Path, base: Path, adapter: Path | None, quantization: str | None) -> str:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.compat.quiet import quiet_libraries
-from t5tune.file_names import CTRANSLATE2_VOCABULARY_FILE
+from t5tune.errors import ModelError
+from t5tune.file_names import CONFIG_FILE, CTRANSLATE2_VOCABULARY_FILE
 from t5tune.io.processes import count_cores
+from t5tune.io.reasons import to_one_line
 from t5tune.model.device import use_gpu_kernels
 from t5tune.model.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
 from t5tune.serving.generation import DecodingOptions, Generation
@@ -30,6 +32,9 @@ class TransformersEngine:
         self._model = model
         self._eos_token_id, self._pad_token_id = eos_token_id, pad_token_id
         self.stop_ids = frozenset(find_stop_ids(model, eos_token_id))
+
+    def can_read(self, source: list[int]) -> bool:
+        return True
 
     def get_group(self, options: DecodingOptions) -> Hashable:
         return None  # each reply of a batch is sampled by itself
@@ -48,10 +53,8 @@ class TransformersEngine:
     def _make_sampling(self, options: DecodingOptions) -> Sampling | None:
         if options.temperature == 0:
             return None
-        generator = make_random_generator(options.seed or 0, self._model.device)
-        if options.seed is None:
-            generator.seed()
-        return Sampling(options.temperature, options.top_p, generator)
+        assert options.seed is not None
+        return Sampling(options.temperature, options.top_p, make_random_generator(options.seed, self._model.device))
 
 
 class TranslatorEngine:
@@ -72,20 +75,30 @@ class TranslatorEngine:
         import ctranslate2
 
         self._tokens: list[str] = json.loads((folder / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
-        self._translator = ctranslate2.Translator(
-            str(folder),
-            device=device.type,
-            device_index=device.index or 0,
-            compute_type=compute_type,
-            inter_threads=max_batches,
-            intra_threads=max(1, count_cores() // max_batches),
-        )
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        self._marks = {config[name] for name in ("bos_token", "eos_token", "decoder_start_token") if name in config}
+        try:
+            self._translator = ctranslate2.Translator(
+                str(folder),
+                device=device.type,
+                device_index=device.index or 0,
+                compute_type=compute_type,
+                inter_threads=max_batches,
+                intra_threads=max(1, count_cores() // max_batches),
+            )
+        except RuntimeError as error:
+            problem = f"{folder}: CTranslate2 can't load this converted model: {to_one_line(error)[:300]}"
+            raise ModelError(problem, hint="delete the folder, so that it is converted again") from error
         self.stop_ids = stop_ids
         self.max_batches = max_batches
 
     @property
     def compute_type(self) -> str:
         return str(self._translator.compute_type)
+
+    def can_read(self, source: list[int]) -> bool:
+        # it decodes nothing for a source without other tokens
+        return any(self._tokens[index] not in self._marks for index in source)
 
     def get_group(self, options: DecodingOptions) -> Hashable:
         return (options.temperature, options.top_p) if options.temperature > 0 else None

@@ -15,7 +15,7 @@ class DecodingOptions:
     """How the tokens of a reply are chosen: greedily if the temperature is 0, else by nucleus sampling.
 
     Args:
-        seed: of a random generator of its own; None: any.
+        seed: of a random generator of its own; None: any, which the request chooses.
     """
 
     max_new_tokens: int
@@ -38,6 +38,9 @@ class Engine(Protocol):
     stop_ids: frozenset[int]
     max_batches: int
     has_seeds: bool
+
+    def can_read(self, source: list[int]) -> bool:
+        """Whether it can reply to a source."""
 
     def get_group(self, options: DecodingOptions) -> Hashable:
         """Return what the replies of one batch must have in common."""
@@ -78,8 +81,13 @@ class Generation:
         """Tokens of the prompt and of the longest reply."""
         return len(self.source) + self.options.max_new_tokens
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether another run has the same tokens."""
+        return self.options.temperature == 0 or self.engine.has_seeds
+
     def start(self) -> None:
-        """Begin, or begin again after the batch didn't fit into memory: then the same tokens follow once more."""
+        """Begin, or begin again after the batch has failed: then the same tokens follow once more."""
         self.started_at = self.started_at or time.monotonic()
         self._position = 0
 

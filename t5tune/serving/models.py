@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from t5tune.errors import SettingsError
+from t5tune.model.generation import MIN_TEMPERATURE
 from t5tune.model.prompts import Prompt, Prompts
 from t5tune.serving.generation import DecodingOptions, Engine
 from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
@@ -14,13 +15,15 @@ class ServedModel:
     """A model that is loaded.
 
     Args:
-        defaults: what a request that says nothing gets; its max_new_tokens is also the most that one may ask for.
+        defaults: what a request that says nothing gets.
+        longest: the most tokens of a reply that a request may ask for.
     """
 
     name: str
     engine: Engine
     prompts: Prompts
     defaults: DecodingOptions
+    longest: int
     created: int = field(default_factory=lambda: int(time.time()))
 
     def read_prompts(self, request: GenerationRequest) -> list[Prompt]:
@@ -32,7 +35,7 @@ class ServedModel:
         try:
             if isinstance(request, ChatRequest):
                 system, turns = request.split_messages()
-                return [self._check_length(self.prompts.encode(turns, system), "messages")]
+                return [self._check_prompt(self.prompts.encode(turns, system), "messages")]
             assert isinstance(request, CompletionRequest)
             return [self._read_prompt(prompt) for prompt in request.prompt]
         except SettingsError as error:
@@ -45,29 +48,32 @@ class ServedModel:
             ApiError: it asks for more than is allowed, or for what the engine can't do.
         """
         name, limit = request.reply_limit
-        longest = self.defaults.max_new_tokens
-        if limit is not None and limit > longest:
-            raise ApiError(400, f"{name}: {limit}: this server allows at most {longest} tokens", name)
+        if limit is not None and limit > self.longest:
+            problem = f"{name}: {limit}: this server allows at most {self.longest:,} tokens"
+            raise ApiError(400, problem, name)
         temperature = self.defaults.temperature if request.temperature is None else request.temperature
         if request.seed is not None and temperature > 0 and not self.engine.has_seeds:
             problem = f"seed: {request.seed}: {self.engine.name} can't repeat a sampled reply"
             raise ApiError(400, f"{problem}; leave it out, or set temperature to 0", "seed", "unsupported")
         return DecodingOptions(
-            max_new_tokens=longest if limit is None else limit,
-            temperature=temperature,
+            max_new_tokens=self.defaults.max_new_tokens if limit is None else limit,
+            temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
             top_p=self.defaults.top_p if request.top_p is None else request.top_p,
             seed=request.seed,
         )
 
     def _read_prompt(self, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str):
-            return self._check_length(self.prompts.encode_text(prompt), "prompt")
+            return self._check_prompt(self.prompts.encode_text(prompt), "prompt")
         size = len(self.prompts.tokenizer)
         if unknown := next((index for index in prompt if not 0 <= index < size), None):
             raise ApiError(400, f"prompt: {unknown}: the tokenizer has no such id; it has {size:,} tokens", "prompt")
-        return self._check_length(self.prompts.make_prompt(prompt), "prompt")
+        return self._check_prompt(self.prompts.make_prompt(prompt), "prompt")
 
-    def _check_length(self, prompt: Prompt, param: str) -> Prompt:
+    def _check_prompt(self, prompt: Prompt, param: str) -> Prompt:
+        if not self.engine.can_read(prompt.ids):
+            problem = f"{param}: nothing to reply to: {self.engine.name} needs at least one token that isn't special"
+            raise ApiError(400, problem, param)
         if prompt.is_cut:
             what = "the system and the last message have" if param == "messages" else f"it has {len(prompt.ids):,},"
             raise ApiError(

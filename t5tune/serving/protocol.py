@@ -1,7 +1,7 @@
 """The bodies of OpenAI's API: https://platform.openai.com/docs/api-reference/chat and …/completions.
 
     request = parse_body(body, ChatRequest)
-    request.messages, request.options, …
+    request.messages, request.temperature, …
 
 What can't be honored is refused, rather than ignored: a field that isn't known, tools, log-probabilities, penalties. A
 field whose value is null or the one that changes nothing is accepted, since clients send those.
@@ -19,13 +19,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from t5tune.data.formats import Role, Turn
-from t5tune.errors import suggest_name
+from t5tune.errors import suggest_name, to_one_line
 from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place
 
-MAX_STOPS = 4  # as OpenAI's
+MAX_STOPS = 16  # OpenAI allows 4, but some tools send more
 MAX_CHOICES = 128
 # what has no effect on a reply, and is of use to clients and to OpenAI's own server only
-IGNORED_FIELDS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+IGNORED_FIELDS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "cache_control",
+    }
+)
 # known fields that this server can't honor -> the values that ask for nothing
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -48,9 +60,15 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "echo": (False,),
     "best_of": (1,),
+    "stop": ("",),
+    # of other servers
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
 }
 # the same of a message; clients send those of our replies back
 NEUTRAL_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
+    "type": ("text", "message"),
     "name": (),
     "refusal": (),
     "audio": (),
@@ -73,6 +91,7 @@ class ApiError(Exception):
         status: HTTP's.
         param: the field of the request that is wrong.
         code: a name by which programs recognize the error.
+        summary: the message without what the client has sent, for the log; None: there is nothing of it.
     """
 
     def __init__(
@@ -82,9 +101,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        summary: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code = status, to_one_line(message), param, code
+        self.summary = self.message if summary is None else to_one_line(summary)
         self.headers = dict(headers or {})
 
     def to_body(self) -> dict[str, Any]:
@@ -113,7 +134,7 @@ def _read_prompts(value: Any) -> Any:
         raise ValueError("expected a text or a list of ids, or several of these")
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and _are_ids(prompt)):
-            raise ValueError(f"{_show(prompt)} at index {number}: expected a text or a list of ids")
+            raise ValueError(f"expected a text or a list of ids at index {number}")
     return prompts
 
 
@@ -214,17 +235,28 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
     if not isinstance(values, dict):
         raise ApiError(400, "the body isn't a JSON object")
     values = _drop_neutral(values, kind, NEUTRAL_VALUES)
+    if isinstance(values.get("stream_options"), dict):
+        values["stream_options"] = _drop_neutral(values["stream_options"], StreamOptions, {}, "stream_options.")
     if isinstance(values.get("messages"), list):
         values["messages"] = [
-            _drop_neutral(message, Message, NEUTRAL_IN_MESSAGES, f"messages[{number}].")
-            if isinstance(message, dict)
-            else message
+            _read_message(message, f"messages[{number}]") if isinstance(message, dict) else message
             for number, message in enumerate(values["messages"])
         ]
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise _explain(error.errors(include_url=False)[0], kind) from None
+
+
+def _read_message(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """Drop what asks for nothing from a message and its parts."""
+    message = _drop_neutral(message, Message, NEUTRAL_IN_MESSAGES, f"{place}.")
+    if isinstance(message.get("content"), list):
+        message["content"] = [
+            _drop_neutral(part, TextPart, {}, f"{place}.content[{number}].") if isinstance(part, dict) else part
+            for number, part in enumerate(message["content"])
+        ]
+    return message
 
 
 def _drop_neutral(
@@ -236,13 +268,15 @@ def _drop_neutral(
         ApiError: a field asks for something that this server can't do.
     """
     kept = {name: value for name, value in values.items() if value is not None and name not in IGNORED_FIELDS}
-    for name in kept.keys() - kind.model_fields.keys() & neutral.keys():
+    for name in kept.keys() & neutral.keys():
         # 0 == False, but JSON's 0 and false differ
-        value = kept.pop(name)
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral[name]):
-            raise ApiError(
-                400, f"{place}{name}: {_show(value)}: not supported; leave it out", place + name, "unsupported"
-            )
+        value = kept[name]
+        if any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral[name]):
+            del kept[name]
+        elif name not in kind.model_fields:
+            problem = f"{place}{name}: not supported; leave it out"
+            shown = f"{place}{name}: {_show(value)}: not supported; leave it out"
+            raise ApiError(400, shown, place + name, "unsupported", summary=problem)
     return kept
 
 
@@ -259,7 +293,7 @@ def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:
         return ApiError(400, message, message.partition(":")[0])
     reason = "expected an object" if error["type"] == "model_type" else describe_value_error(error)
     shown = "" if isinstance(error["input"], dict | list) else f"{_show(error['input'])}: "
-    return ApiError(400, f"{place}: {shown}{reason}", place)
+    return ApiError(400, f"{place}: {shown}{reason}", place, summary=f"{place}: {reason}")
 
 
 def _show(value: Any) -> str:
@@ -299,7 +333,7 @@ class Answer:
     def make_whole(self, replies: Sequence[tuple[str, str]], usage: Usage) -> dict[str, Any]:
         """Make the body of a whole answer from the text and the finish reason of each reply."""
         choices = [
-            self._make_choice(index, {"role": "assistant", "content": text, "refusal": None}, text, reason)
+            self._make_choice(index, "message", {"role": "assistant", "content": text, "refusal": None}, text, reason)
             for index, (text, reason) in enumerate(replies)
         ]
         return {**self._make_head(is_part=False), "choices": choices, "usage": usage.to_body()}
@@ -307,7 +341,7 @@ class Answer:
     def make_part(self, index: int, text: str, reason: str | None = None, is_first: bool = False) -> dict[str, Any]:
         """Make the body of an event with a part of a reply."""
         delta = {**({"role": "assistant"} if is_first else {}), **({"content": text} if text or is_first else {})}
-        return {**self._make_head(is_part=True), "choices": [self._make_choice(index, delta, text, reason)]}
+        return {**self._make_head(is_part=True), "choices": [self._make_choice(index, "delta", delta, text, reason)]}
 
     def make_usage(self, usage: Usage) -> dict[str, Any]:
         """Make the body of the event that follows the last part, for clients that asked for it."""
@@ -318,8 +352,9 @@ class Answer:
         prefix = "chatcmpl" if self.is_chat else "cmpl"
         return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
-    def _make_choice(self, index: int, message: dict[str, Any], text: str, reason: str | None) -> dict[str, Any]:
-        key = "delta" if "refusal" not in message else "message"
+    def _make_choice(
+        self, index: int, key: str, message: dict[str, Any], text: str, reason: str | None
+    ) -> dict[str, Any]:
         contents: dict[str, Any] = {key: message} if self.is_chat else {"text": text}
         return {"index": index, **contents, "logprobs": None, "finish_reason": reason}
 

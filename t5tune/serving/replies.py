@@ -1,6 +1,7 @@
 """The replies of one request: how they are queued, followed while they are generated, and made into answers."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -52,15 +53,14 @@ class Replies:
             Generation(
                 engine=order.model.engine,
                 source=prompt.ids,
-                options=order.options
-                if order.options.seed is None
-                else replace(order.options, seed=order.options.seed + number),
+                options=replace(order.options, seed=_choose_seed(order.options.seed, number)),
                 notify=self._notify,
                 follows=request.stream or bool(request.stop),
             )
             for prompt in order.prompts
             for number in range(request.n)
         ]
+        self._num_ids = [0] * len(self._generations)  # of each reply, up to a text at which it ends
         record.generations = self._generations
 
     def submit(self) -> None:
@@ -98,7 +98,7 @@ class Replies:
                 if reason is not None:
                     yield encode_event(answer.make_part(index, "", reason))
         except ApiError as error:
-            self._record.error = error.message
+            self._record.error = error.summary
             yield encode_event(error.to_body())
             return
         if self._order.request.stream_options.include_usage:
@@ -119,29 +119,33 @@ class Replies:
             await self._news.wait()
             self._news.clear()
             for index, generation in list(unfinished.items()):
-                reason = self._update(generation, texts[index])
+                reason = self._update(index, generation, texts[index])
                 if reason is not None:
                     del unfinished[index]
                 if pieces[index] or reason is not None:
                     yield index, "".join(pieces[index]), reason
                     pieces[index].clear()
 
-    def _update(self, generation: Generation, text: ReplyText) -> FinishReason | None:
+    def _update(self, index: int, generation: Generation, text: ReplyText) -> FinishReason | None:
+        """Show new text of a reply. Return why it has ended; None if it hasn't."""
         ended = generation.ended  # before its ids, which are complete then
         if isinstance(ended, T5TuneError):
             raise ApiError(500, str(ended), code=type(ended).__name__)
-        if ended is None:
-            if not generation.follows or not text.update(generation.ids[:]):
-                return None
-            self._batcher.cancel([generation])  # at one of the texts before which the reply ends
+        if ended is None and not generation.follows:
+            return None
+        ids = generation.ids[:]
+        self._num_ids[index] = len(ids)
+        if generation.follows and (count := text.update(ids)) is not None:
+            self._num_ids[index] = count
+            generation.end("stop")
             return "stop"
-        whole = text.finish(generation.ids)
-        is_cut = bool(self._order.request.stop) and whole != self._order.model.prompts.decode(generation.ids)
-        return "stop" if is_cut else ended
+        if ended is not None:
+            text.finish(ids)
+        return ended
 
     def _count_usage(self) -> Usage:
         prompt_tokens = sum(prompt.num_tokens for prompt in self._order.prompts)
-        return Usage(prompt_tokens, sum(len(generation.ids) for generation in self._generations))
+        return Usage(prompt_tokens, sum(self._num_ids))
 
     def _notify(self) -> None:
         """Wake up the request, from any thread: once for all news since it was awake."""
@@ -153,3 +157,8 @@ class Replies:
     def _wake(self) -> None:
         self._is_woken = False
         self._news.set()
+
+
+def _choose_seed(seed: int | None, number: int) -> int:
+    """Choose the seed of one of several replies to a prompt: random if none is asked for."""
+    return random.getrandbits(63) if seed is None else seed + number

@@ -5,19 +5,22 @@ server.wait()
 server.stop(timeout=30.0)
 """
 
+import asyncio
 import socket
 import sys
 import threading
 from contextlib import suppress
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.serving.app import Service
 from t5tune.serving.batching import Batcher
 
 BACKLOG = 2048
-SECONDS_TO_KEEP_IDLE = 30  # a connection without a request
+SECONDS_TO_KEEP_IDLE = 30  # a connection after an answer
+SECONDS_FOR_HEADERS = 30.0  # of a connection's first request
 MILLISECONDS_TO_READ = 60_000  # a client that doesn't take what was sent to it for so long is disconnected
 
 
@@ -66,6 +69,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             lifespan="off",
+            http=_Connection,
             backlog=BACKLOG,
             timeout_keep_alive=SECONDS_TO_KEEP_IDLE,
         )
@@ -95,6 +99,22 @@ class HttpServer:
         self.wait()
         self._batcher.close(0)
         return self._service.num_cut_off
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, which is closed if no request arrives.
+
+    h11, unlike httptools, limits the size of headers, and reads the body of a request that asks for HTTP/2, as that of
+    Java's client does.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(SECONDS_FOR_HEADERS, self._close_without_request)
+
+    def _close_without_request(self) -> None:
+        if getattr(self, "cycle", None) is None:
+            self.transport.close()
 
 
 class _NotifyingServer(uvicorn.Server):

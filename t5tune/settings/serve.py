@@ -160,15 +160,20 @@ class ServeSettings(ConversationSettings, DeviceSettings, QuantizationSettings, 
     @property
     def is_local(self) -> bool:
         """Whether only this machine reaches the address."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def named_models(self) -> dict[str, str]:
         """Name -> run, adapter or base."""
         return dict(map(split_model_name, self.models))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or an address is this machine's own, which others don't reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def split_model_name(text: str) -> tuple[str, str]:

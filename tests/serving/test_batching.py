@@ -27,6 +27,9 @@ class FakeEngine:
     stop_ids = frozenset({END})
     has_seeds = False
 
+    def can_read(self, source: list[int]) -> bool:
+        return True
+
     def __init__(self, max_batches: int = 1) -> None:
         self.max_batches = max_batches
         self.batches: list[list[int]] = []
@@ -199,7 +202,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_no_token_is_lost_or
     asked = [Asked(engine, 10 * number) for number in range(1, 6)]
     submit(batcher, *asked)
     assert [one.wait() for one in asked] == [[10 * n + step for step in range(4)] for n in range(1, 6)]
-    assert engine.batches == [[10, 20, 30, 40, 50], [10, 20], [30, 40, 50], [30], [40, 50]]
+    assert engine.batches == [[10, 20, 30, 40, 50], [10, 20, 30], [10, 20], [30], [40, 50]]
     assert all(one.lengths == [1, 2, 3, 4] for one in asked)
     engine.batches.clear()
     submit(batcher, *(again := [Asked(engine, 10 * number) for number in range(1, 6)]))
@@ -215,13 +218,26 @@ def test_what_goes_wrong_ends_the_replies_of_its_batch_alone(make: Callable[...,
     assert whole.wait() == [20, 21, 22, 23]
     broken.wait()
     assert isinstance(broken.generation.ended, T5TuneError)
-    assert "ValueError: broken" in str(broken.generation.ended)
+    assert broken.generation.ended.message == "the reply couldn't be computed: ValueError: broken"
     engine.fail_after = None
     large = Asked(engine, 30)
     submit(batcher, large)
     large.wait()
     assert isinstance(large.generation.ended, OutOfMemory)
     assert "3 prompt and 4 reply tokens" in large.generation.ended.message
+
+
+def test_a_sampled_reply_that_was_begun_is_not_continued_by_another_run(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make()
+    engine.fits = 1
+    asked = [Asked(engine, 10 * number, temperature=1.0) for number in (1, 2)]
+    submit(batcher, *asked)
+    for one in asked:
+        assert len(one.wait()) == 2
+        assert isinstance(one.generation.ended, T5TuneError)
+    engine.has_seeds = True
+    submit(batcher, *(again := [Asked(engine, 10 * number, temperature=1.0) for number in (1, 2)]))
+    assert [one.wait() for one in again] == [[10, 11, 12, 13], [20, 21, 22, 23]]
 
 
 def test_engines_compute_as_many_batches_at_the_same_time_as_they_can(make: Callable[..., Batcher]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from t5tune.commands.serve import Server
 from t5tune.progress import Answered, Event
 from t5tune.serving import app as app_module
+from t5tune.serving import server as server_module
 from tests.serving.conftest import StartServer
 from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send
 
@@ -63,7 +64,7 @@ LONG_CHAT = [{"role": "user" if number % 2 == 0 else "assistant", "content": "x"
         (make_chat(model="other"), 404, "model: other: not served here; this server has base"),
         (make_chat(tone="kind"), 400, "tone: unknown field"),
         (make_chat(max_tokens="many"), 400, 'max_tokens: "many": expected a whole number'),
-        (make_chat(max_tokens=13), 400, "max_tokens: 13: this server allows at most 12 tokens"),
+        (make_chat(max_tokens=161), 400, "max_tokens: 161: this server allows at most 160 tokens"),
         (make_chat("word " * 100), 400, "messages: too long"),
         (make_chat("word" * 50_000), 400, "message: a word of 200,000 characters, more than 100,000"),
         (json.dumps({"model": "base", "messages": LONG_CHAT[:-1]}).encode(), 400, "messages: the last one isn't"),
@@ -95,6 +96,7 @@ def test_ten_thousand_messages_get_a_reply_and_their_number_is_in_the_answer(ser
         ("GET", CHAT, {}, 405, f"GET {CHAT}: Method Not Allowed"),
         ("POST", CHAT, {"content_type": "text/plain"}, 415, "content-type: text/plain: expected"),
         ("POST", CHAT, {"host": "example.com"}, 403, "host: example.com: not a name of this machine"),
+        ("POST", CHAT, {"host": "[::1"}, 403, "host: [::1: not a name of this machine"),
         ("GET", "/v1/models/other", {}, 404, "model: other: not served here"),
     ],
 )
@@ -167,17 +169,74 @@ def test_a_client_that_does_not_read_holds_up_no_one(chats: dict[str, Path], sta
 
 def test_a_full_queue_says_when_to_come_back(chats: dict[str, Path], start: StartServer) -> None:
     server = start({"base": str(chats["base"])}, engine="transformers", max_queue=2, max_batch_delay=60_000)
-    with connect(server.url) as connection:
-        connection.sendall(make_request(CHAT, make_chat(n=3)))
-        status, headers, body = read_answer(connection)
-    assert (status, headers["retry-after"]) == (429, "1")
-    assert json.loads(body)["error"]["code"] == "queue_full"
     with connect(server.url) as waiting, connect(server.url) as refused:
         waiting.sendall(make_request(CHAT, make_chat(n=2)))
         wait_for_metric(server, "replies_waiting 2.0")
         refused.sendall(make_request(CHAT, make_chat()))
-        assert read_answer(refused)[0] == 429
+        status, headers, body = read_answer(refused)
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert json.loads(body)["error"]["code"] == "queue_full"
     wait_for_metric(server, "replies_waiting 0.0")  # the client that waited is gone
+
+
+def test_more_replies_than_ever_fit_into_the_queue_are_refused_at_once(
+    server: Server, start: StartServer, chats: dict[str, Path]
+) -> None:
+    body = json.dumps({"model": "base", "prompt": [""] * 20_000, "n": 128, "max_tokens": 1}).encode()
+    status, answer = send(server.url, "/v1/completions", body)
+    assert status == 400
+    assert answer["error"]["message"] == "n: 2,560,000 replies; this server takes at most 256 at once"
+
+
+def test_a_request_that_can_not_be_computed_does_not_fail_others_of_its_batch(
+    server: Server, monkeypatch: pytest.MonkeyPatch, start: StartServer
+) -> None:
+    from t5tune.serving import engines
+
+    server = start({"base": "pocket"}, engine="transformers", max_batch_delay=200)
+    original = engines.generate
+
+    def fail_for_long_prompts(model: Any, sources: list[list[int]], *given: Any, **options: Any) -> Any:
+        if max(map(len, sources)) > 100:
+            raise ValueError("too long for me")
+        return original(model, sources, *given, **options)
+
+    monkeypatch.setattr(engines, "generate", fail_for_long_prompts)
+    texts = ["Hello"] * 5 + ["word " * 200] + ["Hello"] * 2
+    with ThreadPoolExecutor(len(texts)) as pool:
+        found = list(pool.map(lambda text: send(server.url, body=make_chat(text, "base")), texts))
+    assert [status for status, _ in found] == [200] * 5 + [500] + [200] * 2
+    assert found[5][1]["error"]["message"] == "the reply couldn't be computed: ValueError: too long for me"
+
+
+def test_nothing_is_replied_to_nothing_with_ctranslate2(start: StartServer) -> None:
+    pytest.importorskip("ctranslate2")
+    server = start({"base": "pocket"}, engine="ctranslate2")
+    for prompt in ("", "  ", [0], [1]):
+        body = json.dumps({"model": "base", "prompt": prompt}).encode()
+        status, answer = send(server.url, "/v1/completions", body)
+        assert (status, answer["error"]["param"]) == (400, "prompt")
+        assert "needs at least one token that isn't special" in answer["error"]["message"]
+
+
+def test_a_connection_without_a_request_is_closed(
+    chats: dict[str, Path], start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "SECONDS_FOR_HEADERS", 0.3)
+    server = start({"base": str(chats["base"])}, engine="transformers")
+    with connect(server.url) as silent, connect(server.url) as slow:
+        slow.sendall(make_request(CHAT, make_chat())[:30])
+        assert silent.recv(1) == b""
+        assert slow.recv(1) == b""
+    with connect(server.url) as large:
+        large.sendall(make_request(CHAT, make_chat(), cookie="x" * 200_000))
+        assert large.recv(12) == b"HTTP/1.1 400"
+
+
+def test_a_request_that_asks_for_http_2_gets_its_reply(server: Server) -> None:
+    """As Java's client does by default."""
+    headers = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+    assert send(server.url, body=make_chat(), **headers)[0] == 200
 
 
 def wait_for_metric(server: Server, line: str) -> None:

@@ -81,10 +81,10 @@ def test_the_page_asks_for_the_key_and_shows_errors(
     assert page.evaluate("document.activeElement.id") == "key"
     page.type("#key", "s3cret")
     wait_for_models(page, 1)
-    page.evaluate("document.querySelector('#limit').value = 13")
+    page.evaluate("document.querySelector('#limit').value = 3000")
     page.type("#message", MESSAGE)
     page.wait_for("document.querySelector('.wrong') !== null && running === null")
-    assert read_bubbles(page, 0) == [MESSAGE, "max_tokens: 13: this server allows at most 12 tokens"]
+    assert read_bubbles(page, 0) == [MESSAGE, "max_tokens: 3000: this server allows at most 2,048 tokens"]
     page.evaluate("document.querySelector('#limit').value = 3")
     page.type("#message", MESSAGE)
     wait_for_replies(page, 1)

@@ -57,8 +57,8 @@ def parse_completion(**values: Any) -> CompletionRequest:
         ({"max_tokens": 1.5}, "max_tokens: 1.5: expected a whole number", "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens: 0: must be greater than 0", "max_completion_tokens"),
         ({"n": 1000}, "n: 1000: must be at most 128", "n"),
-        ({"stop": ["a"] * 5}, "stop: expected at most 4 texts, none of them empty", "stop"),
-        ({"stop": [""]}, "stop: expected at most 4 texts, none of them empty", "stop"),
+        ({"stop": ["a"] * 17}, "stop: expected at most 16 texts, none of them empty", "stop"),
+        ({"stop": [""]}, "stop: expected at most 16 texts, none of them empty", "stop"),
         ({"stream": "yes"}, 'stream: "yes": expected true or false', "stream"),
         ({"stream_options": {"x": 1}}, "stream_options.x: unknown field", "stream_options.x"),
         ({"logprobs": True}, "logprobs: true: not supported; leave it out", "logprobs"),
@@ -84,9 +84,9 @@ def test_a_chat_that_can_not_be_honored_is_refused_by_the_field(
     [
         ([], "prompt: expected a text or a list of ids, or several of these"),
         (3, "prompt: 3: expected a text or a list of ids, or several of these"),
-        ([[1.5]], "prompt: [1.5] at index 0: expected a text or a list of ids"),
-        (["a", []], "prompt: [] at index 1: expected a text or a list of ids"),
-        ([True], "prompt: true at index 0: expected a text or a list of ids"),
+        ([[1.5]], "prompt: expected a text or a list of ids at index 0"),
+        (["a", []], "prompt: expected a text or a list of ids at index 1"),
+        ([True], "prompt: expected a text or a list of ids at index 0"),
     ],
 )
 def test_a_prompt_that_is_neither_text_nor_ids_is_refused(prompt: Any, message: str) -> None:
@@ -111,10 +111,25 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
     plain = parse_chat()
     same = parse_chat(
         tools=None, logprobs=False, frequency_penalty=0, presence_penalty=0.0, n=1, user="me", metadata={"a": "b"},
-        response_format={"type": "text"}, parallel_tool_calls=True, logit_bias={}, unheard_of=None,
-        messages=[{**HI[0], "name": None, "tool_calls": None, "refusal": None}],
+        response_format={"type": "text"}, parallel_tool_calls=True, logit_bias={}, unheard_of=None, stop="", top_k=-1,
+        repetition_penalty=1.0, min_p=0, best_of=1, stream_options={"include_usage": None},
+        messages=[{**HI[0], "name": None, "tool_calls": None, "refusal": None, "type": "text"}],
     )  # fmt: skip
     assert plain == same
+
+
+def test_the_text_of_requests_is_in_no_summary_for_the_log() -> None:
+    for values in (
+        {"tools": [{"secret": "words"}]},
+        {"max_tokens": "secret words"},
+        {"messages": [{"role": "user", "content": {"secret": "words"}}]},
+        {"messages": [{"role": "secret words", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x", "name": "secret words"}]},
+    ):
+        with pytest.raises(ApiError) as caught:
+            parse_chat(**values)
+        assert "secret" not in caught.value.summary
+        assert caught.value.summary.startswith(str(caught.value.param))
 
 
 def test_prompts_are_texts_or_lists_of_ids() -> None:

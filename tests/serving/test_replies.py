@@ -16,6 +16,7 @@ from t5tune.commands.merge import merge
 from t5tune.commands.serve import Server
 from t5tune.data.formats import Turn
 from t5tune.model.inference import load_for_inference
+from t5tune.model.prompts import ReplyText
 from t5tune.progress import Note
 from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings
 from t5tune.settings.shared import InferenceSettings
@@ -132,13 +133,37 @@ def test_a_reply_ends_before_a_stop_text(client: openai.OpenAI, chats: dict[str,
     assert len(whole.split()) > 3
     for stop in (whole.split()[2], whole[5:8], whole[-1]):
         expected = whole[: whole.index(stop)]
-        found = ask(client, "run", MESSAGES[0], stop=[stop, "never in it"])
-        assert found.choices[0].message.content == expected
-        assert found.choices[0].finish_reason == "stop"
+        usages = set()
+        for _ in range(3):
+            found = ask(client, "run", MESSAGES[0], stop=[stop, "never in it"])
+            assert found.choices[0].message.content == expected
+            assert found.choices[0].finish_reason == "stop"
+            usages.add(found.usage.completion_tokens)
+        assert len(usages) == 1
         pieces, reason, _ = ask_in_pieces(client, "run", MESSAGES[0], stop=stop)
         assert ("".join(pieces), reason) == (expected, "stop")
     found = ask(client, "run", MESSAGES[0], stop="never in it")
     assert found.choices[0].message.content == whole
+
+
+def test_the_text_before_a_stop_does_not_depend_on_how_many_tokens_arrive_at_once(chats: dict[str, Path]) -> None:
+    """Of two stops that overlap, the one that is complete first counts."""
+    prompts = load_chatter(chats["run"]).prompts
+    ids = prompts.tokenizer.encode("one two three four five six seven")
+    whole = prompts.decode(ids)
+    early, late = whole[12:14], whole[4:16]
+    for stops in ([late, early], [early, late], [whole[-1]]):
+        found = set()
+        for step in range(1, len(ids) + 1):
+            shown: list[str] = []
+            text = ReplyText(prompts, shown.append, stops)
+            counts = (text.update(ids[:end]) for end in [*range(step, len(ids), step), len(ids)])
+            count = next(count for count in counts if count is not None)
+            found.add((count, "".join(shown)))
+        ((count, reply),) = found
+        first = next(number for number in range(len(ids) + 1) if any(s in prompts.decode(ids[:number]) for s in stops))
+        assert count == first
+        assert reply == whole[: min(whole.find(stop) for stop in stops if stop in prompts.decode(ids[:first]))]
 
 
 def test_max_tokens_limits_each_reply_of_a_batch(client: openai.OpenAI, chats: dict[str, Path]) -> None:
