@@ -269,9 +269,8 @@ def _drop_neutral(
     """
     kept = {name: value for name, value in values.items() if value is not None and name not in IGNORED_FIELDS}
     for name in kept.keys() & neutral.keys():
-        # 0 == False, but JSON's 0 and false differ
         value = kept[name]
-        if any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral[name]):
+        if value in neutral[name]:
             del kept[name]
         elif name not in kind.model_fields:
             problem = f"{place}{name}: not supported; leave it out"
