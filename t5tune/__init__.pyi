@@ -101,8 +101,8 @@ class PrepareSettings(_settings.PrepareSettings):
             target_column: Column or key with the output; default: detected.
             source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                fastchat-t5 for turns.
+                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                else fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             num_data: Use only the first N examples; default: all.
             eval_fraction: Fraction of the data to hold out for evaluation, if there is no eval_data_path.
@@ -312,8 +312,8 @@ class TrainSettings(_settings.TrainSettings):
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                fastchat-t5 for turns.
+                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                else fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             objective: What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo:
                 records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
@@ -640,8 +640,8 @@ class ChatSettings(_settings.ChatSettings):
                 model_name_or_path is an adapter or a run.
             system: System message; default: the conversation template's own.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                fastchat-t5 for turns.
+                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                else fastchat-t5.
             max_new_tokens: Maximum length of a reply (tokens).
             temperature: Sampling temperature; 0 decodes greedily, higher values give more varied replies.
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
@@ -720,14 +720,15 @@ class ServeSettings(_settings.ServeSettings):
         Args:
             models: Models to serve: runs, adapters, bases, and folders that merge wrote, also with --to ctranslate2.
                 NAME=MODEL names one for clients; default: the folder's name, or the name on the Hub.
-            host: Address to listen on; 0.0.0.0 is all of this machine's, which other machines reach.
-            port: Port to listen on; 0 is any that is free.
+            host: Address to listen on; 0.0.0.0 is all addresses of this machine, which others reach.
+            port: Port to listen on; 0 takes any that is free.
             api_key: Key that clients must send; better in T5TUNE_API_KEY, since others see a process's arguments.
                 Default: none is needed.
             engine: What computes the replies; auto takes CTranslate2 where it is installed and can run the model.
             quantization: Weight type with CTranslate2, such as int8, with which some replies change; default: none, and
                 the replies are those of transformers.
-            max_new_tokens: Maximum length of a reply (tokens); a request may ask for less.
+            max_new_tokens: Maximum length of the reply to a request that sets none (tokens); one may ask for up to
+                model_max_length.
             model_name_or_path: Base of the adapters among the models: a folder, owner/name[@revision] on the Hub, or
                 `pocket`; default: the one that each adapter names.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
@@ -741,8 +742,8 @@ class ServeSettings(_settings.ServeSettings):
             use_cpu: Run on the CPU even if there is a GPU.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                fastchat-t5 for turns.
+                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                else fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             allow_without_key: Listen on an address that other machines reach, without api_key: anyone there can use the
                 models.
@@ -857,8 +858,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
             deepspeed: DeepSpeed config with ZeRO-3, if the base doesn't fit on one GPU: zero3, zero3-offload, or a JSON
                 file.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                fastchat-t5 for turns.
+                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
+                else fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             objective: What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo:
                 records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).

@@ -107,11 +107,11 @@ class _Parser:
         setting = name.replace("-", "_")
         if setting in self._kinds:
             self.add_flag(f"--{setting}={value}")
+        elif self._lists:  # base=google/flan-t5-base, a model with a name
+            self.add_argument(f"{name}={value}")
         elif setting in self._unfilled:
             self._unfilled.remove(setting)
             self._arguments[setting] = value
-        elif self._lists:  # base=google/flan-t5-base, a model with a name
-            self.add_argument(f"{name}={value}")
         else:
             known = [*self._suggestions, *self._unfilled]
             self.problems.append(f"{name}: unknown setting{suggest_setting(name, known)}")

@@ -1,6 +1,6 @@
 """`t5tune serve` on the terminal: the address on stdout, a line for each request on stderr, and a stop that loses none.
 
-With --json, both are JSON.
+With --json, the address and these lines are JSON. Notes are text.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def run(settings: ServeSettings, output: Output) -> None:
         server.wait()
     except KeyboardInterrupt:
         try:
-            report(Note("stopping: new requests are refused, and replies finished; a second signal stops at once"))
+            report(Note("stopping: refusing new requests, finishing replies; a second signal stops at once"))
             server.stop()
         except KeyboardInterrupt as again:
             code = output.fail(again)
@@ -53,7 +53,9 @@ def _format_line(answered: Answered) -> str:
     what = f"{answered.method} {to_one_line(answered.path)} {answered.status} {answered.seconds:.3f} s"
     words = [time, answered.client, what]
     if answered.model is not None:
-        words.append(f"{answered.model} {answered.prompt_tokens}+{answered.completion_tokens} tokens")
+        words.append(answered.model)
+    if answered.prompt_tokens:
+        words.append(f"{answered.prompt_tokens} + {answered.completion_tokens} tokens")
     if answered.dropped_messages:
         words.append(f"{answered.dropped_messages} messages dropped")
     return "  ".join([*words, *([answered.error] if answered.error else [])])

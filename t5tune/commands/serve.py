@@ -13,13 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
 from t5tune.checkpoints.base import find_model, read_config
 from t5tune.checkpoints.model_folder import is_converted
 from t5tune.commands.merge import merge
 from t5tune.compat.quiet import quiet_libraries
-from t5tune.errors import DependencyError, SettingsError
+from t5tune.errors import DependencyError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.formatting import format_count
@@ -123,12 +124,14 @@ def serve(settings: ServeSettings, report: Report = silent) -> Server:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         problem = f"serve: {package} isn't installed"
-        raise DependencyError(problem, hint=f"pip install 't5tune[serve]', or {PACKAGES}") from error
+        raise DependencyError(problem, hint=f"pip install {PACKAGES}") from error
     listener = bind(settings.host, settings.port)
     try:
         with quiet_libraries():
             loader = _Loader(settings, report)
-            models = {name: loader.load(name, model) for name, model in settings.named_models.items()}
+            # all are found before the first is converted, which may take minutes
+            found = {name: loader.find(name, model) for name, model in settings.named_models.items()}
+            models = {name: loader.load(name, files) for name, files in found.items()}
         metrics = Metrics()
         batcher = Batcher(
             max_batch_tokens=settings.max_batch_tokens,
@@ -148,6 +151,22 @@ def serve(settings: ServeSettings, report: Report = silent) -> Server:
     return Server(Address(url, engines, settings.api_key is not None), http, settings, report)
 
 
+@dataclass(frozen=True)
+class _FoundModel:
+    """A model that will be loaded.
+
+    Args:
+        base: the folder of its base, or of a model that was converted to CTranslate2.
+        settings: with the folders of base and adapter; None for a converted model.
+        reason: why CTranslate2 can't run it.
+    """
+
+    base: Path
+    settings: InferenceSettings | None
+    reason: str | None
+    with_ctranslate2: bool
+
+
 class _Loader:
     """Loads models, with transformers on the weights of bases that are loaded once."""
 
@@ -157,51 +176,78 @@ class _Loader:
         self._bases = SharedBases()
         self._device = choose_device(settings.use_cpu, name=settings.device)
 
-    def load(self, name: str, model: str) -> "ServedModel":
-        """Load a model, with CTranslate2 if that is possible or asked for, else with transformers."""
+    def find(self, name: str, model: str) -> "_FoundModel":
+        """Find the files of a model, and choose its engine.
+
+        Raises:
+            ModelError, CheckpointError: there is no such model.
+            SettingsError: the engine of the settings can't run it.
+        """
+        if is_converted(Path(model)):
+            self._check_converted(model)
+            return _FoundModel(Path(model), None, None, with_ctranslate2=True)
+        with naming_settings(model_name_or_path="models", adapter="models"):
+            settings = self._find_base_and_adapter(model, self._name_notes(name))
+        base = Path(settings.model_name_or_path)
+        engine = self._settings.engine
+        reason = None if engine == "transformers" else self._find_obstacle(base, settings.family)
+        if reason is not None and engine == "ctranslate2":
+            problem = f"engine: ctranslate2: {name}: {reason}"
+            raise SettingsError(problem, hint="leave out --engine, to use transformers")
+        return _FoundModel(base, settings, reason, with_ctranslate2=engine != "transformers" and reason is None)
+
+    def load(self, name: str, found: "_FoundModel") -> "ServedModel":
+        """Load a model that was found; for CTranslate2 it is converted first."""
+        report = self._name_notes(name)
+        if found.settings is None:
+            is_chosen = self._settings.quantization is not None or self._settings.bf16
+            # by default, that of its weights, as far as the device has it
+            compute_type = self._choose_compute_type() if is_chosen else "default"
+            return self._make_ctranslate2_model(name, found.base, compute_type, [], report)
+        if found.with_ctranslate2:
+            return self._load_with_ctranslate2(name, found.base, found.settings.adapter, report)
+        report(Note("with transformers" + (f": {found.reason}" if found.reason else "")))
+        return self._load_with_transformers(name, found.settings, report)
+
+    def _name_notes(self, name: str) -> Report:
+        """Return a report that says which model a note is about."""
 
         def report(event: Event) -> None:
             self._report(Note(f"{name}: {event.text}", event.warning) if isinstance(event, Note) else event)
 
-        if is_converted(Path(model)):
-            return self._use_converted(name, Path(model), report)
-        inference = self._make_inference_settings(model, report)
-        base, adapter = find_base_and_adapter(inference, report)
-        reason = None if self._settings.engine == "transformers" else self._find_obstacle(base)
-        if reason is not None and self._settings.engine == "ctranslate2":
-            raise SettingsError(
-                f"engine: ctranslate2: {name}: {reason}", hint="leave out --engine, to use transformers"
-            )
-        if self._settings.engine != "transformers" and reason is None:
-            return self._load_with_ctranslate2(name, inference, base, adapter, report)
-        report(Note("with transformers" + (f": {reason}" if reason else "")))
-        return self._load_with_transformers(name, inference, adapter, report)
+        return report
 
-    def _make_inference_settings(self, model: str, report: Report) -> InferenceSettings:
-        """Make the settings that load a model; those of a run that was stopped name its newest checkpoint."""
-        names = (InferenceSettings.model_fields.keys() & self._settings.model_fields_set) - {"model_name_or_path"}
-        common = {name: getattr(self._settings, name) for name in names}
-        revision = common.pop("revision", None)
-        found = replace_stopped_runs(InferenceSettings(model_name_or_path=model, **common), report)
-        if self._settings.model_name_or_path is None:
-            return found
-        folder = find_model(found, report=report)
-        if not is_adapter(folder):
-            return found
-        base = self._settings.model_name_or_path
-        return InferenceSettings(model_name_or_path=base, revision=revision, adapter=folder, **common)
+    def _check_converted(self, model: str) -> None:
+        """Refuse what a folder that `merge --to ctranslate2` wrote can't do."""
+        if self._settings.engine == "transformers" or self._settings.q_lora:
+            setting = "q_lora" if self._settings.q_lora else "engine: transformers"
+            problem = f"{setting}: {model} was converted to CTranslate2"
+            raise SettingsError(problem, hint="name the adapter or the merged checkpoint instead")
 
-    def _find_obstacle(self, base: Path) -> str | None:
+    def _find_base_and_adapter(self, model: str, report: Report) -> InferenceSettings:
+        """Return settings with the folders of a model's base and adapter; of a stopped run, its newest checkpoint's."""
+        given = {name: getattr(self._settings, name) for name in self._settings.model_fields_set}
+        common = {name: value for name, value in given.items() if name in InferenceSettings.model_fields}
+        base, revision = common.pop("model_name_or_path", None), common.pop("revision", None)
+        settings = replace_stopped_runs(InferenceSettings(model_name_or_path=model, **common), report)
+        if base is not None and is_adapter(folder := find_model(settings, report=report)):
+            settings = InferenceSettings(model_name_or_path=base, revision=revision, adapter=folder, **common)
+        found, adapter = find_base_and_adapter(settings, report)
+        family = settings.family or (read_base_metadata(adapter).get("family") if adapter else None)
+        changes = {"model_name_or_path": str(found), "adapter": adapter, "revision": None, "family": family}
+        return settings.model_copy(update=changes)
+
+    def _find_obstacle(self, base: Path, family_key: str | None) -> str | None:
         """Find why CTranslate2 can't run a model as the settings say; None if it can."""
         settings, device = self._settings, self._device
         try:
             import ctranslate2
         except ImportError as error:
             return f"CTranslate2 can't be imported: {error}"
-        family = find_family(read_config(base), base, settings.family)
+        family = find_family(read_config(base), base, family_key)
         if CTRANSLATE2 not in family.converters:
             return f"{family.name} can't be converted to CTranslate2"
-        if settings.family is not None:
+        if family_key is not None:
             return "a model type that --family gives can't be converted to CTranslate2"
         if settings.q_lora:
             return "q_lora: quantized by bitsandbytes"
@@ -232,24 +278,13 @@ class _Loader:
             raise SettingsError(problem, hint=f"choose one of {', '.join(sorted(supported))}")
         return chosen
 
-    def _use_converted(self, name: str, folder: Path, report: Report) -> "ServedModel":
-        """Use a folder that `merge --to ctranslate2` wrote, computing in the type of its weights by default."""
-        if self._settings.engine == "transformers" or self._settings.q_lora:
-            setting = "q_lora" if self._settings.q_lora else "engine: transformers"
-            problem = f"{setting}: {folder} was converted to CTranslate2"
-            raise SettingsError(problem, hint="name the adapter or the merged checkpoint instead")
-        is_chosen = self._settings.quantization is not None or self._settings.bf16
-        compute_type = self._choose_compute_type() if is_chosen else "default"
-        return self._make_ctranslate2_model(name, folder, compute_type, [], report)
-
-    def _load_with_ctranslate2(
-        self, name: str, inference: InferenceSettings, base: Path, adapter: Path | None, report: Report
-    ) -> "ServedModel":
+    def _load_with_ctranslate2(self, name: str, base: Path, adapter: Path | None, report: Report) -> "ServedModel":
         from t5tune.serving.converted import find_converted, get_default_folder
 
         compute_type, quantization = self._choose_compute_type(), self._settings.quantization
 
         def convert(folder: Path) -> None:
+            report(Note("converting to CTranslate2, once"))
             if adapter is not None:
                 merge(
                     MergeSettings(
@@ -271,11 +306,10 @@ class _Loader:
 
         folder = self._settings.converted_dir or get_default_folder()
         found = find_converted(folder.absolute(), name, base, adapter, quantization, convert, report)
-        listed = read_json_object(base, GENERATION_CONFIG_FILE) if has_file(base, GENERATION_CONFIG_FILE) else {}
-        ends = listed.get("eos_token_id") or []
-        return self._make_ctranslate2_model(
-            name, found, compute_type, ends if isinstance(ends, list) else [ends], report
-        )
+        config = read_json_object(base, GENERATION_CONFIG_FILE) if has_file(base, GENERATION_CONFIG_FILE) else {}
+        ends = config.get("eos_token_id") or []
+        ends = ends if isinstance(ends, list) else [ends]
+        return self._make_ctranslate2_model(name, found, compute_type, ends, report)
 
     def _make_ctranslate2_model(
         self, name: str, folder: Path, compute_type: str, other_ends: list[int], report: Report
@@ -290,15 +324,14 @@ class _Loader:
         report(Note(f"with CTranslate2, {engine.compute_type}"))
         return self._make_model(name, engine, files, report)
 
-    def _load_with_transformers(
-        self, name: str, inference: InferenceSettings, adapter: Path | None, report: Report
-    ) -> "ServedModel":
+    def _load_with_transformers(self, name: str, settings: InferenceSettings, report: Report) -> "ServedModel":
         from t5tune.serving.engines import TransformersEngine
 
         # PEFT subtracts some initializations from the base's weights
+        adapter = settings.adapter
         is_plain = adapter is None or read_adapter_config(adapter).get("init_lora_weights") in PLAIN_INITIALIZATIONS
         load = self._bases.load if is_plain else load_base
-        loaded = load_for_inference(inference, report, self._device, load_base=load)
+        loaded = load_for_inference(settings, report, self._device, load_base=load)
         tokenizer = loaded.tokenizer
         engine = TransformersEngine(loaded.model, tokenizer.eos_token_id, tokenizer.pad_token_id)
         return self._make_model(name, engine, loaded, report)

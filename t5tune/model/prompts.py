@@ -212,7 +212,7 @@ class ReplyText:
         """
         text = self._decode(ids)
         if any(stop in text for stop in self._stops):
-            # the first one that a client could have seen, however many ids have arrived at once
+            # as if the ids had come one by one
             for count in range(self._num_searched + 1, len(ids) + 1):
                 text = self._decode(ids[:count])
                 if places := [place for stop in self._stops if (place := text.find(stop)) >= 0]:

@@ -113,7 +113,7 @@ class Service:
             record.error = record.error or _describe_failure(error)
             if not is_complete:
                 raise
-        except asyncio.CancelledError:  # the server can't wait any longer
+        except asyncio.CancelledError:  # the time for stopping is over
             self.num_cut_off += sum(generation.ended is None for generation in record.generations)
             if status != CLIENT_GONE:
                 raise
@@ -314,7 +314,8 @@ async def _refuse_route(request: Request, error: HTTPException) -> Response:
     if error.status_code == 404:
         known = "/v1/chat/completions, /v1/completions, /v1/models, /health, /metrics and /"
         return await _refuse(request, ApiError(404, f"{path}: no such path; this server has {known}"))
-    problem = f"{request.method} {path}: {error.detail}".rstrip()
+    allowed = (error.headers or {}).get("Allow", "")
+    problem = f"{request.method} {path}: use {allowed.replace(', ', ' or ')}" if allowed else f"{path}: {error.detail}"
     return await _refuse(request, ApiError(error.status_code, problem, headers=error.headers))
 
 

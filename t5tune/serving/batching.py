@@ -44,7 +44,7 @@ class Batcher:
         on_batch: Callable[[Sequence[Generation]], None] = lambda batch: None,
     ) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._limits: dict[int, int] = {}
+        self._limits: dict[int, int] = {}  # id of an engine -> max_batch_tokens, where a batch didn't fit into memory
         self._max_delay = max_delay
         self.max_waiting = max_waiting
         self._on_batch = on_batch
@@ -151,6 +151,7 @@ class Batcher:
             generation.start()
         try:
             batch[0].engine.generate(batch)
+            # of replies that haven't ended nevertheless
             failure: T5TuneError | None = T5TuneError("the reply couldn't be computed: the engine gave none")
         except Exception as error:
             if len(batch) == 1:

@@ -7,6 +7,7 @@ complete, and no longer takes time if its client is gone.
 """
 
 import json
+import logging
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class TranslatorEngine:
         self._tokens: list[str] = json.loads((folder / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         self._marks = {config[name] for name in ("bos_token", "eos_token", "decoder_start_token") if name in config}
+        ctranslate2.set_log_level(logging.ERROR)  # it warns if the device computes in another type than the weights'
         try:
             self._translator = ctranslate2.Translator(
                 str(folder),
@@ -97,7 +99,7 @@ class TranslatorEngine:
         return str(self._translator.compute_type)
 
     def can_read(self, source: list[int]) -> bool:
-        # it decodes nothing for a source without other tokens
+        # CTranslate2 gives an empty reply to a source of special tokens only
         return any(self._tokens[index] not in self._marks for index in source)
 
     def get_group(self, options: DecodingOptions) -> Hashable:

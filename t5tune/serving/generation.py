@@ -87,7 +87,7 @@ class Generation:
         return self.options.temperature == 0 or self.engine.has_seeds
 
     def start(self) -> None:
-        """Begin, or begin again after the batch has failed: then the same tokens follow once more."""
+        """Begin, or begin again after the batch has failed: then the tokens that are in `ids` already are skipped."""
         self.started_at = self.started_at or time.monotonic()
         self._position = 0
 

@@ -66,7 +66,8 @@ class ServedModel:
         if isinstance(prompt, str):
             return self._check_prompt(self.prompts.encode_text(prompt), "prompt")
         size = len(self.prompts.tokenizer)
-        if unknown := next((index for index in prompt if not 0 <= index < size), None):
+        unknown = next((index for index in prompt if not 0 <= index < size), None)
+        if unknown is not None:
             raise ApiError(400, f"prompt: {unknown}: the tokenizer has no such id; it has {size:,} tokens", "prompt")
         return self._check_prompt(self.prompts.make_prompt(prompt), "prompt")
 
@@ -75,11 +76,7 @@ class ServedModel:
             problem = f"{param}: nothing to reply to: {self.engine.name} needs at least one token that isn't special"
             raise ApiError(400, problem, param)
         if prompt.is_cut:
-            what = "the system and the last message have" if param == "messages" else f"it has {len(prompt.ids):,},"
-            raise ApiError(
-                400,
-                f"{param}: too long: {what} more tokens than model_max_length, {self.prompts.max_length:,}",
-                param,
-                "context_length_exceeded",
-            )
+            limit = f"model_max_length is {self.prompts.max_length:,} tokens"
+            what = "the system and the last message don't fit" if param == "messages" else f"it has {len(prompt.ids):,}"
+            raise ApiError(400, f"{param}: too long: {what}; {limit}", param, "context_length_exceeded")
         return prompt

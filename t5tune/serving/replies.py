@@ -128,7 +128,7 @@ class Replies:
 
     def _update(self, index: int, generation: Generation, text: ReplyText) -> FinishReason | None:
         """Show new text of a reply. Return why it has ended; None if it hasn't."""
-        ended = generation.ended  # before its ids, which are complete then
+        ended = generation.ended  # read before the ids: once it is set, they are complete
         if isinstance(ended, T5TuneError):
             raise ApiError(500, str(ended), code=type(ended).__name__)
         if ended is None and not generation.follows:

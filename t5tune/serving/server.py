@@ -6,6 +6,7 @@ server.stop(timeout=30.0)
 """
 
 import asyncio
+import errno
 import socket
 import sys
 import threading
@@ -42,7 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind(address)
     except OSError as error:
         found.close()
-        setting = f"port: {port}" if isinstance(error, PermissionError) or error.errno == 98 else f"host: {host}"
+        setting = f"port: {port}" if error.errno in (errno.EADDRINUSE, errno.EACCES) else f"host: {host}"
         raise SettingsError(f"{setting}: {error.strerror}", hint="choose another, or --port 0 for any") from None
     return found
 

@@ -25,7 +25,7 @@ class ConversationSettings(Settings):
     conversation_template: Annotated[str | None, NoneIfUnset, PathAsText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Conversation template: a name under conversations/ in `t5tune templates`, a YAML file, or (chat, "
-        "evaluate) a dataset of training; default: the model's own, else plain for pairs, fastchat-t5 for turns.",
+        "serve, evaluate) a dataset of training; default: the model's own, else plain for pairs, else fastchat-t5.",
     )
     model_max_length: Annotated[int, Affects.EXAMPLES] = Field(
         default=2048,

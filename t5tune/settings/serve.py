@@ -44,9 +44,9 @@ class ServeSettings(ConversationSettings, DeviceSettings, QuantizationSettings, 
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address to listen on; 0.0.0.0 is all of this machine's, which other machines reach.",
+        description="Address to listen on; 0.0.0.0 is all addresses of this machine, which others reach.",
     )
-    port: int = Field(default=8000, ge=0, le=MAX_PORT, description="Port to listen on; 0 is any that is free.")
+    port: int = Field(default=8000, ge=0, le=MAX_PORT, description="Port to listen on; 0 takes any that is free.")
     api_key: Annotated[str | None, NoneIfUnset] = Field(
         default=None,
         repr=False,
@@ -72,7 +72,10 @@ class ServeSettings(ConversationSettings, DeviceSettings, QuantizationSettings, 
         "t5tune/converted in the user's cache folder.",
     )
     max_new_tokens: int = Field(
-        default=512, gt=0, description="Maximum length of a reply (tokens); a request may ask for less."
+        default=512,
+        gt=0,
+        description="Maximum length of the reply to a request that sets none (tokens); one may ask for up to "
+        "model_max_length.",
     )
     temperature: float = Field(
         default=0.0,

@@ -106,7 +106,7 @@ def test_a_signal_under_load_ends_with_whole_replies_and_code_0(
         assert server.process.wait(PATIENCE) == 0
         with pytest.raises(ConnectionRefusedError):
             connect(server.url)
-        assert "stopping: new requests are refused" in server.log.read_text()
+        assert "stopping: refusing new requests" in server.log.read_text()
         assert sum(line["status"] == 200 and line["path"] == CHAT for line in server.read_log()) == 15
         for connection in connections:
             connection.close()
@@ -250,7 +250,7 @@ def test_the_base_of_an_adapter_can_be_named(untied_base: Path, conversations: P
         (["pocket", "--engine", "ctranslate2", "--q-lora"], "q_lora: only with transformers"),
         (["pocket", "--port", "70000"], "port: '70000' (--port): must be at most 65535"),
         (["a=", "--port", "0"], "a=: expected MODEL or NAME=MODEL"),
-        (["nowhere", "--port", "0"], "model_name_or_path: nowhere: no such folder"),
+        (["nowhere", "--port", "0"], "models: nowhere: no such folder"),
         (["pocket", "--host", "no.such.host.invalid", "--api-key", "x"], "host: no.such.host.invalid: no such address"),
         (["pocket", "--api-key", "two words"], "api_key: … (--api-key): expected letters, digits and signs of ASCII"),
         (["pocket", "--quantization", "int8", "--revision", "main"], "revision: main: that of model_name_or_path"),
@@ -285,7 +285,7 @@ main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "error: serve: starlette isn't installed; pip install 't5tune[serve]', or starlette uvicorn prometheus-client"
+        "error: serve: starlette isn't installed; pip install starlette uvicorn prometheus-client"
     )
 
 

@@ -68,13 +68,13 @@ def test_the_settings_and_flags_of_the_page_exist(tmp_path: Path) -> None:
     section = TEXT[: TEXT.index("## Other tools")]
     flags = set(re.findall(r"`(--[a-z0-9-]+)", section))
     known = {ServeSettings.format_option(name) for name in ServeSettings.model_fields}
-    assert flags <= known | {"--json", "--quiet", "--config"}
+    assert flags <= known | {"--json", "--quiet", "--config", "--dtype"}  # the last one of merge
     timeout = int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0])
     assert timeout > ServeSettings(models="pocket").shutdown_timeout
 
 
 def test_the_lists_of_the_page_are_those_of_the_server() -> None:
-    (ignored,) = re.findall(r"^(`user`, .*?) have no effect", TEXT, re.MULTILINE)
+    (ignored,) = re.findall(r"^(`user`, .*?) are accepted and ignored", TEXT, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`(\w+)`", ignored)) == IGNORED_FIELDS
     rendered = Metrics().render().decode()
     exposed = set(re.findall(r"^# TYPE (t5tune_\w+) (?:counter|histogram|gauge)$", rendered, re.MULTILINE))

@@ -93,7 +93,7 @@ def test_ten_thousand_messages_get_a_reply_and_their_number_is_in_the_answer(ser
     ("method", "path", "headers", "status", "message"),
     [
         ("POST", "/v1/embeddings", {}, 404, "/v1/embeddings: no such path; this server has /v1/chat/completions"),
-        ("GET", CHAT, {}, 405, f"GET {CHAT}: Method Not Allowed"),
+        ("GET", CHAT, {}, 405, f"GET {CHAT}: use POST"),
         ("POST", CHAT, {"content_type": "text/plain"}, 415, "content-type: text/plain: expected"),
         ("POST", CHAT, {"host": "example.com"}, 403, "host: example.com: not a name of this machine"),
         ("POST", CHAT, {"host": "[::1"}, 403, "host: [::1: not a name of this machine"),
