@@ -197,7 +197,7 @@ def test_the_benchmark_writes_both_files_and_prints_what_is_missing(
 ) -> None:
     gpu = load("gpu")
     environment = load("gpu_runner").Measurement(
-        "environment", 5, partial(gpu.measure_environment, device="cpu", size=512)
+        "environment", 60, partial(gpu.measure_environment, device="cpu", size=512)
     )
     monkeypatch.setattr(gpu, "sees_gpu", lambda _: True)
     monkeypatch.setattr(gpu, "list_measurements", lambda: [environment, make_measurement(skip), make_measurement(fail)])
