@@ -111,7 +111,11 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(SECONDS_FOR_HEADERS, self._close_without_request)
+        self._deadline = self.loop.call_later(SECONDS_FOR_HEADERS, self._close_without_request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()  # which would keep this object, and what it has read
+        super().connection_lost(exc)
 
     def _close_without_request(self) -> None:
         if getattr(self, "cycle", None) is None:
