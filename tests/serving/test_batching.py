@@ -166,14 +166,14 @@ def test_a_stop_token_ends_a_reply_and_is_not_part_of_it(make: Callable[..., Bat
 def test_a_canceled_reply_leaves_the_queue_or_the_batch(make: Callable[..., Batcher]) -> None:
     engine, batcher = FakeEngine(), make()
     engine.gate.clear()
-    running, beside, waiting = Asked(engine, 10), Asked(engine, 20), Asked(engine, 30)
-    submit(batcher, running, beside)
+    running, neighbor, waiting = Asked(engine, 10), Asked(engine, 20), Asked(engine, 30)
+    submit(batcher, running, neighbor)
     assert engine.entered.acquire(timeout=LONG_WAIT)
     submit(batcher, waiting)
     batcher.cancel([running.generation, waiting.generation])
     assert batcher.num_waiting == 0
     engine.gate.set()
-    assert beside.wait() == [20, 21, 22, 23]
+    assert neighbor.wait() == [20, 21, 22, 23]
     batcher.close()
     assert engine.batches == [[10, 20]]
     assert running.generation.ids == waiting.generation.ids == []
