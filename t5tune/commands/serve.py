@@ -293,8 +293,9 @@ class _Loader:
                         output_dir=folder,
                         to="ctranslate2",
                         quantization=quantization,
-                        # rounded to the dtype of the base, the sums would give other replies than `chat`
-                        dtype=None if compute_type == "bfloat16" else "float32",
+                        # rounded to the dtype of the base, the sums would give other replies than `chat`; and a
+                        # conversion serves all compute types
+                        dtype="float32",
                     ),
                     report,
                 )
