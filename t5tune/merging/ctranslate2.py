@@ -8,7 +8,6 @@ the model from our own loader, with the flag set to what that model computes.
 """
 
 import json
-import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ctranslate2.converters import TransformersConverter
 
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
+from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import DependencyError, TrainingError
 from t5tune.file_names import (
@@ -31,7 +31,7 @@ from t5tune.file_names import (
     TEMPLATE_FILE,
     TRAINING_DATA_FILE,
 )
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 from t5tune.merging.verify import find_max_difference, read_example_ids
 from t5tune.model.device import choose_device
 from t5tune.model.generation import Decoding, generate
@@ -121,7 +121,7 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
     except Exception as error:  # a converter for other releases may raise anything
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, for example
             raise
-        reason = to_one_line(f"{type(error).__name__}: {error}")[:300]
+        reason = join_lines(f"{type(error).__name__}: {error}")[:300]
         releases = f"CTranslate2 {ctranslate2.__version__} can't convert this model with transformers"
         raise DependencyError(
             f"to: {releases} {transformers.__version__}: {reason}",
@@ -162,9 +162,7 @@ def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]]
     """
     ours = _generate_replies(checkpoint, sources)
     tokens = json.loads((converted / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
-    # no warnings about types that this CPU doesn't support, since the serving machine may
-    ctranslate2.set_log_level(logging.ERROR)
-    translator = ctranslate2.Translator(str(converted), device="cpu", compute_type="float32" if exact else "default")
+    translator = load_translator(converted, device="cpu", compute_type="float32" if exact else "default")
     source_tokens = [[tokens[index] for index in source] for source in sources]
     lengths = {"max_input_length": 0, "max_decoding_length": MAX_REPLY_TOKENS, "min_decoding_length": 0}
     replies = translator.translate_batch(source_tokens, beam_size=1, **lengths)

@@ -7,16 +7,16 @@ complete, and no longer takes time if its client is gone.
 """
 
 import json
-import logging
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.errors import ModelError
 from t5tune.file_names import CONFIG_FILE, CTRANSLATE2_VOCABULARY_FILE
 from t5tune.io.processes import count_cores
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 from t5tune.model.device import use_gpu_kernels
 from t5tune.model.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
 from t5tune.serving.generation import DecodingOptions, Generation
@@ -73,15 +73,12 @@ class TranslatorEngine:
     def __init__(
         self, folder: Path, device: Any, compute_type: str, stop_ids: frozenset[int], max_batches: int = 1
     ) -> None:
-        import ctranslate2
-
         self._tokens: list[str] = json.loads((folder / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         self._marks = {config[name] for name in ("bos_token", "eos_token", "decoder_start_token") if name in config}
-        ctranslate2.set_log_level(logging.ERROR)  # it warns if the device computes in another type than the weights'
         try:
-            self._translator = ctranslate2.Translator(
-                str(folder),
+            self._translator = load_translator(
+                folder,
                 device=device.type,
                 device_index=device.index or 0,
                 compute_type=compute_type,
@@ -89,7 +86,7 @@ class TranslatorEngine:
                 intra_threads=max(1, count_cores() // max_batches),
             )
         except RuntimeError as error:
-            problem = f"{folder}: CTranslate2 can't load this converted model: {to_one_line(error)[:300]}"
+            problem = f"{folder}: CTranslate2 can't load this converted model: {join_lines(error)[:300]}"
             raise ModelError(problem, hint="delete the folder, so that it is converted again") from error
         self.stop_ids = stop_ids
         self.max_batches = max_batches

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from t5tune.commands.serve import serve
 from t5tune.commands.train import train
@@ -163,6 +164,7 @@ def test_a_conversion_that_is_broken_is_named_and_a_folder_that_can_not_be_writt
     untied_base: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ctranslate2")
+    num_threads = torch.get_num_threads()
     values: dict[str, Any] = {"models": {"m": str(untied_base)}, "port": 0, "use_cpu": True}
     with serve(ServeSettings(**values, converted_dir=tmp_path / "made")):
         pass
@@ -173,6 +175,7 @@ def test_a_conversion_that_is_broken_is_named_and_a_folder_that_can_not_be_writt
         serve(ServeSettings(**values, converted_dir=tmp_path / "made"))
     assert caught.value.message.startswith(f"{made}: CTranslate2 can't load this converted model: ")
     assert caught.value.hint == "delete the folder, so that it is converted again"
+    assert torch.get_num_threads() == num_threads
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="converted_dir: .*file/made: Not a directory; name another folder"):
         serve(ServeSettings(**values, converted_dir=tmp_path / "file" / "made"))

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.commands.merge import MergeResult, merge
+from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.data.chat_template import build_chat_template, write_chat_template
 from t5tune.data.templates import load_template
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
@@ -188,7 +189,7 @@ def test_ctranslate2_gives_our_replies_from_a_folder_that_users_can_load(
     labels = expected[0, 1:]
     with torch.inference_mode():
         log_probs = model(torch.tensor([ids]), decoder_input_ids=expected[:, :-1]).logits[0].log_softmax(-1)
-    translator = ctranslate2.Translator(str(tmp_path / "converted"), compute_type="float32")
+    translator = load_translator(tmp_path / "converted", compute_type="float32")
     source = tokenizer.convert_ids_to_tokens(ids)
     (reply,) = translator.translate_batch([source], beam_size=1, max_decoding_length=8, max_input_length=0)
     assert tokenizer.convert_tokens_to_ids(reply.hypotheses[0]) == [i for i in labels.tolist() if i != 1]

@@ -14,6 +14,7 @@ from t5tune.commands.chat import Chatter
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.serve import Server
+from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.data.formats import Turn
 from t5tune.model.inference import load_for_inference
 from t5tune.model.prompts import ReplyText
@@ -248,7 +249,7 @@ def test_sampling_follows_the_seed_also_in_a_batch(client: openai.OpenAI, engine
 def test_a_converted_folder_is_served_and_int8_replies_are_those_that_merge_compared(
     chats: dict[str, Path], start: StartServer, tmp_path: Path
 ) -> None:
-    ctranslate2 = pytest.importorskip("ctranslate2")
+    pytest.importorskip("ctranslate2")
     folder = tmp_path / "int8"
     merge(
         MergeSettings(
@@ -261,7 +262,7 @@ def test_a_converted_folder_is_served_and_int8_replies_are_those_that_merge_comp
     assert server.address.models == {"whole": "ctranslate2", "run": "ctranslate2"}
     prompts = load_chatter(chats["run"]).prompts
     tokens = json.loads((folder / "shared_vocabulary.json").read_text())
-    translator = ctranslate2.Translator(str(folder), compute_type="int8")
+    translator = load_translator(folder, compute_type="int8")
     with connect(server) as client:
         for text in MESSAGES[:4]:
             source = [tokens[index] for index in prompts.encode([Turn("human", text)]).ids]
