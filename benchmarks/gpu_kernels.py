@@ -20,7 +20,7 @@ from t5tune.model.attention_check import AttentionShape
 from t5tune.model.flex_attention import Blocks, attend, compute_hash, count_kept_hashes, divide_rows, draw_seeds
 from t5tune.model.fused import use_fused_layers
 from t5tune.model.known_configs import KNOWN_CONFIGS
-from t5tune.model.loss import HeadWeights, compute_summed_cross_entropy
+from t5tune.model.loss import CrossEntropy, HeadWeights, compute_summed_loss
 from t5tune.model.segments import segment_attention
 
 Tensors = dict[str, torch.Tensor]
@@ -144,7 +144,7 @@ def check_loss(size: str, tokens: int, device: str, dtype: torch.dtype) -> dict[
         return functional.cross_entropy(logits_NV.to(wide), labels_N, reduction="sum")
 
     exact = compute(store_logits, torch.float64)
-    ways = {"t5tune": lambda hidden: compute_summed_cross_entropy(hidden, labels_N, HeadWeights(weight_VD))}
+    ways = {"t5tune": lambda hidden: compute_summed_loss(hidden, CrossEntropy(labels_N), HeadWeights(weight_VD))}
     ways["stock"] = store_logits
     results = {}
     for way, loss in ways.items():

@@ -25,10 +25,10 @@ def compute_whole_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
-    from t5tune.model.loss import HeadWeights, compute_summed_cross_entropy
+    from t5tune.model.loss import CrossEntropy, HeadWeights, compute_summed_loss
 
     def compute_chunked_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return compute_summed_cross_entropy(hidden, labels, HeadWeights(weight))
+        return compute_summed_loss(hidden, CrossEntropy(labels), HeadWeights(weight))
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 from t5tune.errors import SettingsError, suggest_name
-from t5tune.io.reasons import join_first, to_one_line
+from t5tune.io.reasons import join_first, join_lines
 from t5tune.metrics import METRICS
 
 Metric = Callable[[list[str], list[str]], dict[str, float]]
@@ -151,18 +151,18 @@ def _call_all(
 def _check_result(function: str, result: object, taken: dict[str, str]) -> None:
     """Check that the result is a dict of numbers. `taken`: the names of other functions' metrics -> the function."""
     if not isinstance(result, dict) or not result:
-        shown = "an empty dict" if result == {} else f"{to_one_line(repr(result))[:80]}"
+        shown = "an empty dict" if result == {} else f"{join_lines(repr(result))[:80]}"
         raise SettingsError(f"metric: {function}: returned {shown}", hint=EXPECTED)
     for name, value in result.items():
         problem = None
         if not isinstance(name, str) or not name.isidentifier():
-            problem = f"{to_one_line(repr(name))[:80]} can't be a metric's name: use letters, digits and _"
+            problem = f"{join_lines(repr(name))[:80]} can't be a metric's name: use letters, digits and _"
         elif name in RESERVED_NAMES or name.startswith("eval_"):
             problem = f"{name!r} is a name that t5tune uses; choose another"
         elif name in taken:
             problem = f"{name!r} is also a metric of {taken[name]}; rename one of them"
         elif not isinstance(value, Real):
-            problem = f"{name!r} is {to_one_line(repr(value))[:80]}; {EXPECTED}"
+            problem = f"{name!r} is {join_lines(repr(value))[:80]}; {EXPECTED}"
         elif _overflows(value):
             problem = f"{name!r} is a number that is too large; {EXPECTED}"
         if problem is not None:
@@ -183,7 +183,7 @@ def _explain_exception(function: str, file: str | None, what: str) -> Iterator[N
     try:
         yield
     except (Exception, SystemExit) as error:  # a script may call sys.exit when it is imported
-        reason = f"{type(error).__name__}: {to_one_line(error)}" if str(error) else type(error).__name__
+        reason = f"{type(error).__name__}: {join_lines(error)}" if str(error) else type(error).__name__
         raise SettingsError(
             f"metric: {function}: {what}: {reason} ({_locate(error, file)})",
             hint="fix the function and run the same command again",

@@ -25,7 +25,7 @@ MAX_MESSAGE_LENGTH = 1000  # characters
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def to_one_line(text: str) -> str:
+def make_printable(text: str) -> str:
     """Make a text printable on one line: escape control characters, and cut out the middle of a long text."""
     if len(text) > MAX_MESSAGE_LENGTH:
         text = f"{text[: MAX_MESSAGE_LENGTH * 2 // 3]} … {text[-MAX_MESSAGE_LENGTH // 3 :]}"
@@ -59,8 +59,8 @@ class T5TuneError(Exception):
     is_of_rank_0 = False
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        self.message = to_one_line(message)
-        self.hint = to_one_line(hint) if hint else None
+        self.message = make_printable(message)
+        self.hint = make_printable(hint) if hint else None
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -89,9 +89,9 @@ class SettingsError(T5TuneError):
     def __init__(
         self, *problems: str, hint: str | None = None, heading: str | None = None, choices: Iterable[str] = ()
     ) -> None:
-        self.problems = tuple(map(to_one_line, problems))
-        self.heading = heading and to_one_line(heading)
-        self.choices = tuple(map(to_one_line, choices))
+        self.problems = tuple(map(make_printable, problems))
+        self.heading = heading and make_printable(heading)
+        self.choices = tuple(map(make_printable, choices))
         super().__init__("", hint or "; ".join(self.choices))
         self.message = "\n".join([*([self.heading] if self.heading else []), *self.problems])
         self.args = (self.message,)

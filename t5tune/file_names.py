@@ -5,6 +5,7 @@ CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 MODEL_FILE = "model.safetensors"
 MODEL_BIN_FILE = "pytorch_model.bin"
+MODEL_SUFFIXES = {".safetensors", ".bin"}
 INDEX_SUFFIX = ".index.json"  # of the map from tensors to shards: model.safetensors.index.json
 MODEL_CARD_FILE = "README.md"
 
@@ -29,6 +30,11 @@ TEMPLATE_FILE = "template.yaml"
 TRAINING_DATA_FILE = "training_data.json"
 
 # a token cache, and a part of one
+TOKENS_FILE = "tokens.bin"
+CONVERSATIONS_FILE = "conversations.bin"
+EXAMPLES_FILE = "examples.bin"
+REJECTED_FILE = "rejected.jsonl"
+CACHE_TOKENIZER_FOLDER = "tokenizer"
 CACHE_MANIFEST_FILE = "manifest.json"
 PART_MANIFEST_FILE = "part.json"
 

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-SIZE_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
+GIB = 1 << 30  # bytes
+SIZE_UNITS = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
 METRIC_NAMES = {
     "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF",
     "valid_json": "valid JSON", "field_f1": "field F1",

@@ -34,6 +34,7 @@ from t5tune.file_names import (
     NON_LORA_FILE,
 )
 from t5tune.io.atomic import write_json
+from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import has_file, parse_json_object
 
 PEFT_PREFIX = "base_model.model."
@@ -246,20 +247,18 @@ def read_base_metadata(folder: Path) -> dict[str, Any]:
     """Read what an adapter's file says about the base that it was trained on; empty if t5tune didn't write the file.
 
     Raises:
-        CheckpointError: the file is broken.
+        CheckpointError: the file, or what it says about the base, is broken.
     """
-    if not has_file(folder, ADAPTER_WEIGHTS_FILE):
+    path = folder / ADAPTER_WEIGHTS_FILE
+    if not has_file(folder, ADAPTER_WEIGHTS_FILE) or (text := SafetensorsFile(path).metadata.get(BASE_KEY)) is None:
         return {}
     try:
-        file = SafetensorsFile(folder / ADAPTER_WEIGHTS_FILE)
-        base_metadata = parse_json_object(file.metadata.get(BASE_KEY, "{}").encode())
-    except ValueError:
-        return {}
+        base_metadata = parse_json_object(text.encode())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: metadata about its base: {describe_error(error)}") from error
     for name, value in base_metadata.items():
         if not isinstance(value, str | bool) or (name == "onto" and value not in QUANTIZATIONS):
-            raise CheckpointError(
-                f"{folder / ADAPTER_WEIGHTS_FILE}: metadata about its base: {name}: unexpected {str(value)[:100]!r}"
-            )
+            raise CheckpointError(f"{path}: metadata about its base: {name}: unexpected {str(value)[:100]!r}")
     return base_metadata
 
 

@@ -6,6 +6,7 @@ contents.adapter["base_model.model.….q.lora_A.weight"]
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class CheckpointContents:
     adapter: dict[str, Tensor]
     extra: dict[str, Tensor] = field(default_factory=dict)
     frozen: dict[str, PartitionedTensor] = field(default_factory=dict)
-    step: int = 0
+    step: int | None = None
     world_size: int = 1
     stage: int | None = None
     notes: tuple[str, ...] = ()
@@ -190,12 +191,13 @@ def _rename_to_base(frozen: Mapping[str, PartitionedTensor]) -> dict[str, Partit
     return result
 
 
-def _read_step_and_world_size(folder: Path) -> tuple[int, int]:
-    """Read (step, world size) from the checkpoint's manifest or Trainer's state file; (0, 1) if neither is readable."""
+def _read_step_and_world_size(folder: Path) -> tuple[int | None, int]:
+    """Read the step and the number of ranks from the checkpoint's manifest or Trainer's state file.
+
+    Without these files, as in an adapter's folder, or if they are broken, the step isn't known.
+    """
     for name, key in ((CHECKPOINT_MANIFEST_FILE, "step"), (TRAINER_STATE_FILE, "global_step")):
-        try:
+        with suppress(CheckpointError, OSError, ValueError, KeyError, TypeError, OverflowError):
             values = read_json_object(folder, name)
             return int(values[key]), int(values.get("world_size", 1))
-        except (CheckpointError, OSError, ValueError, KeyError, TypeError, OverflowError):
-            continue
-    return 0, 1
+    return None, 1

@@ -39,8 +39,8 @@ class DatasetTraining:
     source_column: str | None
     target_column: str | None
     source_prefix: str
-    objective: Objective = "sft"
-    denoisers: list[str] = field(default_factory=lambda: ["t5"])
+    objective: Objective
+    denoisers: list[str]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class TrainingData:
     source_column: str | None
     target_column: str | None
     source_prefix: str
-    objective: Objective = "sft"
-    denoisers: list[str] = field(default_factory=lambda: ["t5"])
+    objective: Objective
+    denoisers: list[str]
     datasets: list[DatasetTraining] = field(default_factory=list)
 
     def list_reading(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from t5tune.formatting import format_count, format_size
+from t5tune.formatting import GIB, format_count, format_size
 
 if TYPE_CHECKING:
     from t5tune.commands.doctor import Diagnosis
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from t5tune.commands.templates import Templates
     from t5tune.training.memory_estimate import StageMemory
 
-GIB = 1 << 30
 TEMPLATE_FLAGS = {"runs": "--config", "conversations": "--conversation-template", "deepspeed": "--deepspeed"}
 STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
 

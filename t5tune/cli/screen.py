@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Column, Table
 from rich.text import Text
 
-from t5tune.errors import to_one_line
+from t5tune.errors import make_printable
 from t5tune.formatting import format_metrics, format_number, format_size
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 
@@ -79,7 +79,7 @@ class Screen:
                 elif task in self._lines:
                     self._print_line(self._lines.pop(task).unprinted)
             case Note(text, is_warning):
-                text = ("warning: " if is_warning else "") + to_one_line(text)
+                text = ("warning: " if is_warning else "") + make_printable(text)
                 print_message(self.console, Text(text, "yellow" if is_warning else "dim"))
 
     def _update_bar(self, task: str, **changes: Any) -> bool:

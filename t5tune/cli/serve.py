@@ -14,7 +14,7 @@ from rich.text import Text
 
 from t5tune.cli.output import Output
 from t5tune.commands.serve import serve
-from t5tune.errors import to_one_line
+from t5tune.errors import make_printable
 from t5tune.progress import Answered, Event, Note
 from t5tune.settings import ServeSettings
 
@@ -50,7 +50,7 @@ def run(settings: ServeSettings, output: Output) -> None:
 
 def _format_line(answered: Answered) -> str:
     time = datetime.now().astimezone().strftime("%H:%M:%S")
-    what = f"{answered.method} {to_one_line(answered.path)} {answered.status} {answered.seconds:.3f} s"
+    what = f"{answered.method} {make_printable(answered.path)} {answered.status} {answered.seconds:.3f} s"
     words = [time, answered.client, what]
     if answered.model is not None:
         words.append(answered.model)

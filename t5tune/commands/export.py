@@ -69,7 +69,7 @@ class ExportResult:
     """
 
     adapter: Path
-    step: int
+    step: int | None
     zero_stage: int | None
     world_size: int
     lora_tensors: int
@@ -106,7 +106,8 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         size = sum(path.stat().st_size for path in staged.iterdir())
     lora = sum(map(_is_lora_name, trained.adapter))
     tensors, ranks = format_count(lora, "LoRA tensor"), format_count(trained.world_size, "rank")
-    report(Note(f"gathered {tensors} of step {trained.step} from {ranks}"))
+    step = "" if trained.step is None else f" of step {trained.step}"
+    report(Note(f"gathered {tensors}{step} from {ranks}"))
     return ExportResult(
         adapter=settings.output_dir,
         step=trained.step,

@@ -30,19 +30,14 @@ from t5tune.checkpoints.upload import open_repository, upload_result
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
 from t5tune.families import CTRANSLATE2, Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
-from t5tune.file_names import (
-    MODEL_CARD_FILE,
-    TEMPLATE_FILE,
-    TOKENIZER_CONFIG_FILE,
-    TRAINING_DATA_FILE,
-)
+from t5tune.file_names import MODEL_CARD_FILE, MODEL_SUFFIXES, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TRAINING_DATA_FILE
 from t5tune.hub.names import name_snapshot
 from t5tune.io.atomic import check_replaceable, make_scratch_folder, write_folder_atomically
 from t5tune.io.untrusted import has_file
 from t5tune.merging.deltas import Adapter, collect_deltas, read_adapters
 from t5tune.merging.fold import WeightDelta
 from t5tune.merging.shards import Shard, estimate_converted_size, plan_shards, write_shards
-from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase, check_base, list_quantized_weights
+from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase, list_quantized_weights, match_trained_base
 from t5tune.model.device import get_free_memory, keep_freed_memory
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
@@ -52,7 +47,6 @@ if TYPE_CHECKING:
     pass
 
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded
-WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
     base = open_base(base_folder, family_key)
     tied = base.is_tied()
-    trained = check_base(settings, base, adapters, report)
+    trained = match_trained_base(settings, base, adapters, report)
     family = find_family(read_config(base_folder), base_folder, family_key)
     if converts:
         _check_converter(family)
@@ -123,7 +117,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
             from t5tune.merging.ctranslate2 import convert_and_check
 
             agreement = convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
-        size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+        size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in MODEL_SUFFIXES)
     rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
     return MergeResult(
         checkpoint=output,

@@ -30,7 +30,15 @@ from t5tune.data.span_corruption import SpanCorruption
 from t5tune.data.templates import Template, parse_template
 from t5tune.data.tokenizer import SpecialIds
 from t5tune.errors import DataError
-from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
+from t5tune.file_names import (
+    CACHE_MANIFEST_FILE,
+    CONVERSATIONS_FILE,
+    EXAMPLES_FILE,
+    REJECTED_FILE,
+    TEMPLATE_FILE,
+    TOKENS_FILE,
+    TRAINING_DATA_FILE,
+)
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
 from t5tune.io.folder_kinds import describe_folder
@@ -41,7 +49,7 @@ from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.messages import describe_value_error
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 
-FORMAT_VERSION = 7
+CACHE_FORMAT = 1
 # the index of the first id in tokens.bin, and a hash that conversations with the same texts share
 CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
 # the number of the conversation, and a Span, whose positions count tokens from the start of that conversation
@@ -51,13 +59,14 @@ EXAMPLE_DTYPE = np.dtype([
     ("target_is_whole", "?"), ("rejected_start", "<u4"), ("rejected_end", "<u4"), ("rejected_answer_end", "<u4"),
     ("rejected_is_whole", "?"),
 ])  # fmt: skip
-TABLES = ("tokens.bin", "conversations.bin", "examples.bin")
+TABLES = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE)
 CACHE_CONTENTS = {
     *TABLES, "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE,
-    "rejected.jsonl", CACHE_MANIFEST_FILE,
+    REJECTED_FILE, CACHE_MANIFEST_FILE,
 }  # fmt: skip
 # the manifest keys that reading a cache needs, with the type of each value
 MANIFEST_TYPES: dict[str, Any] = {
+    "made_by": str,
     "dtype": Literal["<u2", "<i4"],
     "eos_token_id": int,
     "source_start_ids": list[int],
@@ -72,7 +81,8 @@ MANIFEST_TYPES: dict[str, Any] = {
     "rejected_by_reason": dict[str, int],
     **dict.fromkeys(
         ("conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
-         "truncated_targets", "unknown_tokens"), int,
+         "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix",
+         "examples_with_earlier_turns"), int,
     ),
 }  # fmt: skip
 PERCENTILES = (50, 90, 99, 100)
@@ -92,10 +102,10 @@ class Cache(Sequence[Example]):
         self.corruption = _read_corruption(folder, manifest)
         start, end = (tuple(manifest[f"source_{side}_ids"]) for side in ("start", "end"))
         self.special_ids = SpecialIds(start, end, manifest["eos_token_id"])
-        self._tokens = _map_file(folder / "tokens.bin", np.dtype(manifest["dtype"]))
-        self._conversations = _map_file(folder / "conversations.bin", CONVERSATION_DTYPE)
+        self._tokens = _map_file(folder / TOKENS_FILE, np.dtype(manifest["dtype"]))
+        self._conversations = _map_file(folder / CONVERSATIONS_FILE, CONVERSATION_DTYPE)
         self._starts = self._conversations["start"]
-        self._examples = _map_file(folder / "examples.bin", EXAMPLE_DTYPE)
+        self._examples = _map_file(folder / EXAMPLES_FILE, EXAMPLE_DTYPE)
         self._indices = np.arange(len(self._examples)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -312,7 +322,7 @@ def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 def is_cache(path: Path) -> bool:
     """Return whether a folder looks like a token cache."""
     # os.path, because pathlib raises if the folder can't be searched
-    return os.path.isfile(path / CACHE_MANIFEST_FILE) and os.path.isfile(path / "tokens.bin")
+    return os.path.isfile(path / CACHE_MANIFEST_FILE) and os.path.isfile(path / TOKENS_FILE)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -336,8 +346,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         why = "it has no format" if isinstance(error, KeyError) else describe_error(error)
         problem = f"{path}: not the manifest of a token cache ({why})"
         raise DataError(problem, hint="name a folder that t5tune prepare wrote") from error
-    if version != FORMAT_VERSION:
-        problem = f"{path}: format {version}; this version of t5tune reads format {FORMAT_VERSION}"
+    if version != CACHE_FORMAT:
+        problem = f"{path}: format {version}; this version of t5tune reads format {CACHE_FORMAT}"
         raise DataError(problem, hint="run t5tune prepare again")
     for name, kind in MANIFEST_TYPES.items():
         try:

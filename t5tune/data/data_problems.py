@@ -13,8 +13,8 @@ from t5tune.data.raw_records import KEYED_RECORDS
 from t5tune.data.records import LABELED_BAD, RecordLocation
 from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE, Template, load_template
 from t5tune.data.vocabulary import REPLACEMENT_CHARACTER
-from t5tune.data.writer import REJECTED_FILE
 from t5tune.errors import DataError
+from t5tune.file_names import REJECTED_FILE
 from t5tune.formatting import format_count
 from t5tune.io.reasons import MAX_NAMES, join_first
 from t5tune.progress import Note, Report

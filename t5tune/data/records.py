@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from t5tune.errors import to_one_line
+from t5tune.errors import make_printable
 from t5tune.io.reasons import describe_json_error
 
 INTEGER_RANGE = range(-(1 << 63), 1 << 64)
@@ -73,7 +73,7 @@ class RejectionError(Exception):
     """Raised for a record that can't be used, with its `rejection`."""
 
     def __init__(self, reason: str, message: str) -> None:
-        self.rejection = Rejection(reason, to_one_line(message))
+        self.rejection = Rejection(reason, make_printable(message))
         super().__init__(self.rejection.message)
 
 

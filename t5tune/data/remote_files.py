@@ -19,7 +19,7 @@ from t5tune.data.files import find_data_suffix
 from t5tune.errors import CheckpointError, DataError, DependencyError, T5TuneError
 from t5tune.hub.download import get_cache_root
 from t5tune.io.atomic import explain_write_errors, write_json
-from t5tune.io.reasons import hide_queries, join_first, to_one_line
+from t5tune.io.reasons import hide_queries, join_first, join_lines
 from t5tune.io.untrusted import read_json_object
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings.fields import Settings
@@ -224,4 +224,4 @@ def _explain(asked: str, error: Exception) -> DataError:
 
 
 def _describe(error: Exception) -> str:
-    return hide_queries(to_one_line(error))[:200] or type(error).__name__
+    return hide_queries(join_lines(error))[:200] or type(error).__name__

@@ -27,7 +27,7 @@ from t5tune.file_names import (
     TOKENIZER_FILE,
 )
 from t5tune.io.atomic import write_json
-from t5tune.io.reasons import describe_error, to_one_line
+from t5tune.io.reasons import describe_error, join_lines
 from t5tune.io.untrusted import parse_json_object
 
 BYTES_OFFSET = 3  # ByT5: ids 0 to 2 are pad, end and unknown, then come the 256 bytes (Xue et al. 2022)
@@ -218,7 +218,7 @@ def _load_backend(file: Path, config: dict[str, Any], names: dict[str, str]) -> 
     except BaseException as error:  # tokenizers raises Exception or its Rust PanicException, protobuf DecodeError
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{file}: can't be read: {to_one_line(error)[:300]}") from error
+        raise ModelError(f"{file}: can't be read: {join_lines(error)[:300]}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -303,7 +303,7 @@ def _read_sentencepiece(file: Path) -> Any:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except Exception as error:  # ImportError without protobuf, VersionError if protobuf is too old for sentencepiece
-        problem = f"{file}: reading a SentencePiece model needs protobuf, which failed: {to_one_line(error)}"
+        problem = f"{file}: reading a SentencePiece model needs protobuf, which failed: {join_lines(error)}"
         raise DependencyError(problem, hint="pip install --upgrade protobuf sentencepiece") from error
     return sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
 

@@ -16,8 +16,8 @@ from t5tune.data.pipeline import EncodedRecord
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.records import UNPARSED_REASONS, RecordLocation, Rejection, parse_json
 from t5tune.errors import DataError
+from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE, TOKENS_FILE
 
-REJECTED_FILE = "rejected.jsonl"
 MAX_TABLE_VALUE = np.iinfo(np.uint32).max  # in examples.bin
 
 
@@ -37,9 +37,9 @@ class CacheWriter:
         self.num_parts = 0  # conversations in the cache, where a split one counts several times
         self.rejected_bytes = 0  # of rejected.jsonl
         self._seen = _SeenKeys() if rejects_duplicates else None
-        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
-        self._conversations = open(folder / "conversations.bin", "wb")  # noqa: SIM115
-        self._examples = open(folder / "examples.bin", "wb")  # noqa: SIM115
+        self._tokens = open(folder / TOKENS_FILE, "wb")  # noqa: SIM115 (closed by __exit__)
+        self._conversations = open(folder / CONVERSATIONS_FILE, "wb")  # noqa: SIM115
+        self._examples = open(folder / EXAMPLES_FILE, "wb")  # noqa: SIM115
         self._rejected = open(folder / REJECTED_FILE, "w", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> Self:

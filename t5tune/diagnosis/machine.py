@@ -10,11 +10,10 @@ from pathlib import Path
 
 from t5tune.compat.requirements import is_older, make_upgrade_command, read_oldest_releases
 from t5tune.diagnosis import CheckResult, Finding
-from t5tune.io.reasons import to_one_line
+from t5tune.formatting import GIB
+from t5tune.io.reasons import join_lines
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import get_free_memory, read_nvidia_driver
-
-GIB = 1 << 30
 
 
 def inspect_machine() -> list[Finding]:
@@ -31,7 +30,7 @@ def inspect_machine() -> list[Finding]:
         try:
             findings.append(Finding(name, *check()))
         except Exception as error:
-            found = f"can't be checked: {type(error).__name__}: {to_one_line(error)[:200]}"
+            found = f"can't be checked: {type(error).__name__}: {join_lines(error)[:200]}"
             findings.append(Finding(name, "warning", found))
     return findings
 

@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from t5tune.distributed.world import RERUN_HINT, World
 from t5tune.errors import RankLost, T5TuneError, TrainingError
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 
 Value = TypeVar("Value")
 ANSWER_SECONDS = 1.0
@@ -153,7 +153,7 @@ def report_rendezvous_errors() -> Iterator[None]:
         if not _is_rank_loss(error):
             raise
         raise RankLost(
-            f"rank {os.environ.get('RANK', '?')}: can't connect to the other ranks: {to_one_line(error)}",
+            f"rank {os.environ.get('RANK', '?')}: can't connect to the other ranks: {join_lines(error)}",
             hint="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that connects the machines, "
             "such as eth0; NCCL_DEBUG=WARN says more about GPUs",
         ) from error

@@ -33,7 +33,7 @@ from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, RERUN_HINT, RESUME_
 from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores, die_with_parent, make_module_command
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 from t5tune.progress import Note, Report, silent
 
 POLL_SECONDS = 0.1
@@ -69,7 +69,7 @@ def write_error(error: Exception) -> None:
     """Write a worker's error to the file in which `launch` looks for it."""
     path = Path(os.environ[ERRORS_FOLDER_VARIABLE], f"rank-{World.from_environment().rank}.json")
     if not isinstance(error, T5TuneError):
-        error = T5TuneError(f"{type(error).__name__}: {to_one_line(error)}", hint="--debug shows where")
+        error = T5TuneError(f"{type(error).__name__}: {join_lines(error)}", hint="--debug shows where")
     problems: list[str] = [error.message]
     options: dict[str, Any] = {"hint": error.hint}
     if isinstance(error, SettingsError):

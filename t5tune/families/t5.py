@@ -154,6 +154,8 @@ class T5(Architecture):
         return self._scale(model, hidden_BTD)
 
     def _scale(self, model: Any, hidden_BTD: Any) -> Any:
+        if not self.scales_logits:
+            return hidden_BTD
         # in transformers 5.18, umT5's config has only tie_word_embeddings
         scales = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
         return hidden_BTD * model.model_dim**-0.5 if scales else hidden_BTD
@@ -165,9 +167,6 @@ class MT5(T5):
     model_type = "mt5"
     default_feed_forward = "gated-gelu"
     scales_logits = False
-
-    def _scale(self, model: Any, hidden_BTD: Any) -> Any:
-        return hidden_BTD
 
 
 class UMT5(T5):

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from t5tune.compat.hub_patches import limit_waiting_for_the_hub
 from t5tune.errors import CheckpointError, DataError, ModelError, T5TuneError, suggest_name
-from t5tune.io.reasons import hide_queries, to_one_line
-from t5tune.progress import Report, count_done, silent
+from t5tune.io.reasons import hide_queries, join_lines
+from t5tune.progress import Note, Report, count_done, silent
 
 Kind = Literal["model", "adapter", "dataset"]
 ERROR_CLASSES: dict[Kind, type[T5TuneError]] = {"model": ModelError, "adapter": CheckpointError, "dataset": DataError}
@@ -41,7 +41,7 @@ def get_status(error: BaseException | None) -> int | None:
 
 def describe(error: BaseException) -> str:
     """Describe an error of huggingface_hub in one line, without what may be a secret."""
-    return hide_queries(to_one_line(error))[:300]
+    return hide_queries(join_lines(error))[:300]
 
 
 def _is_lost_connection(error: Exception) -> bool:
@@ -127,7 +127,9 @@ class Repository:
         except Exception as error:  # OSError, ValueError, and exceptions of the HTTP library of huggingface_hub
             if _is_lost_connection(error):
                 with suppress(Exception):  # the cache lacks a file
-                    return Path(find(local_files_only=True))
+                    folder = Path(find(local_files_only=True))
+                    report(Note(f"{self.name}: the Hub can't be reached, so the copy in the cache is used"))
+                    return folder
             raise self.explain(error) from error
 
     def list_files(self, commit: str | None = None) -> list[str]:

@@ -1,7 +1,7 @@
 """Upload files to a repository on the Hugging Face Hub.
 
     name = create_repository("owner/name", is_private=False)
-    url = upload_files(name, {"README.md": folder / "README.md"}, "Upload an adapter", is_replaced=is_weight_file)
+    url = upload_files(name, {"README.md": folder / "README.md"}, "Upload an adapter", is_weight_file, report)
 
 What was uploaded before, also in an upload that was interrupted, isn't sent again. The token is that of `hf auth login`
 or of HF_TOKEN; it is written nowhere.
@@ -18,7 +18,7 @@ from t5tune.errors import SettingsError, UploadError
 from t5tune.hub.download import describe, get_status
 from t5tune.hub.names import is_published
 from t5tune.io.reasons import hide_queries, join_first
-from t5tune.progress import Note, Report, silent
+from t5tune.progress import Note, Report
 
 CARD_FILE, METADATA_MARK = "README.md", "---\n"
 CARD_PLACEHOLDER = "THIS_FOLDER"  # in the cards that t5tune writes
@@ -27,12 +27,11 @@ _BASE_LINE = re.compile(r"(?:base_model: |\s*- base_model:adapter:)(?P<base>.+)"
 SIGN_IN_HINT = "run `hf auth login` with a token that may write, or set HF_TOKEN"
 
 
-def create_repository(name: str, is_private: bool, setting: str = "hub_model_id") -> str:
+def create_repository(name: str, is_private: bool) -> str:
     """Create a repository for a model unless it exists, and return its full name.
 
     Args:
         name: `owner/name`, or `name` in one's own account.
-        setting: the setting that has the name, for messages.
 
     Raises:
         SettingsError: the Hub refuses the name, or doesn't let this user write there; or the repository is public and a
@@ -42,7 +41,7 @@ def create_repository(name: str, is_private: bool, setting: str = "hub_model_id"
     from huggingface_hub import HfApi
 
     limit_waiting_for_the_hub()
-    asked, api = f"{setting}: {name}", HfApi()
+    asked, api = f"hub_model_id: {name}", HfApi()
     try:
         with _allow_missing():
             api.whoami()  # creating a repository that exists asks for no token
@@ -77,8 +76,7 @@ def upload_files(
     files: Mapping[str, Path],
     message: str,
     is_replaced: Callable[[str], bool],
-    report: Report = silent,
-    setting: str = "hub_model_id",
+    report: Report,
 ) -> str:
     """Upload files as one commit, and return the repository's URL.
 
@@ -112,7 +110,7 @@ def upload_files(
         api.create_commit(name, [*map(CommitOperationDelete, stale), *additions], commit_message=message)
         return hide_queries(f"{api.endpoint}/{name}")
     except Exception as error:
-        raise _explain(f"{setting}: {name}", error) from error
+        raise _explain(f"hub_model_id: {name}", error) from error
 
 
 def _fill_in_card(card: Path, name: str) -> bytes:

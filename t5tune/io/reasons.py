@@ -49,10 +49,10 @@ def describe_error(error: BaseException) -> str:
         case RecursionError():
             return "nested too deeply"
         case _:
-            return to_one_line(error)
+            return join_lines(error)
 
 
-def to_one_line(text: object) -> str:
+def join_lines(text: object) -> str:
     """Join the lines of a text or of an error's message, without the next step of one of t5tune's own."""
     return " ".join(str(text.message if isinstance(text, T5TuneError) else text).split())
 

@@ -37,7 +37,9 @@ def list_quantized_weights(base: Checkpoint, quantization: QuantizationSettings)
     return [name for name in linear if base.architecture.is_quantizable(name, quantization.quantize_wo)]
 
 
-def check_base(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> TrainedBase:
+def match_trained_base(
+    settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report
+) -> TrainedBase:
     """Compare the base with the ones that the adapters were trained on. Return that of the first adapter.
 
     Raises:
@@ -49,7 +51,7 @@ def check_base(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter
         metadata = read_base_metadata(adapter.folder)
         if not metadata.get(key):
             unknown = f"records no {key}, so merge can't verify that this is the base it was trained on"
-            report(Note(f"{adapter.folder}: {unknown}"))
+            report(Note(f"{adapter.folder}: {unknown}", warning=bool(metadata)))
             continue
         if found is None:
             found = compute_full_hash(base) if settings.check == "full" else compute_fingerprint(base)
@@ -70,7 +72,7 @@ def _read_trained_base(metadata: Mapping[str, Any], settings: MergeSettings) -> 
     kind = metadata.get("onto", UNQUANTIZED) if settings.onto == UNQUANTIZED else settings.onto
     quantization = None
     if kind != UNQUANTIZED:
-        # adapters that were made before the last two were recorded don't say
+        # without them, the adapter was trained without quantization or by another tool
         flags = {name: metadata.get(name, True) is not False for name in ("double_quant", "quantize_wo")}
         quantization = QuantizationSettings.model_validate({"q_lora": True, "quant_type": kind, **flags})
     compute = "float32" if metadata.get("compute") == "float32" else "bfloat16"

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.nn.attention import flex_attention as torch_flex_attention
 
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import has_bf16
 from t5tune.model.flex_attention import (
@@ -98,7 +98,7 @@ def find_difference(shape: AttentionShape, device: torch.device, dtype: torch.dt
         try:
             return next(_find_differences(shape, device, dtype), None)
         except Exception as error:  # whatever compilers and kernels raise
-            return f"{type(error).__name__}: {to_one_line(error)[:200]}"
+            return f"{type(error).__name__}: {join_lines(error)[:200]}"
 
 
 def measure_implementations(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 from t5tune.model.build_tools import find_missing_compiler
 
 SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # 2k and c of GELU's tanh approximation
@@ -68,7 +68,7 @@ def find_kernel_problem(device: torch.device) -> str | None:
     try:
         differences = _compare_with_torch(device)
     except Exception as error:  # of Python's import, of Triton, of the C compiler that it starts, of the GPU's driver
-        return f"{type(error).__name__}: {to_one_line(error)[:200]}"
+        return f"{type(error).__name__}: {join_lines(error)[:200]}"
     # a NaN is not less than anything
     return (
         None if all(each < MAX_DIFFERENCE for each in differences) else f"its values differ by {max(differences):.1%}"

@@ -21,7 +21,7 @@ from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_architecture
 from t5tune.file_names import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.hub.names import name_snapshot, split_revision
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 from t5tune.model.device import check_bf16, choose_device, has_bf16
 from t5tune.model.load import load_base
 from t5tune.model.lora import replace_trainable_token_layers
@@ -194,8 +194,7 @@ def read_training_precision(adapter: Path) -> dict[str, Any]:
     quantization: dict[str, Any] = {
         name: metadata[name] for name in ("double_quant", "quantize_wo") if name in metadata
     }
-    in_bf16 = metadata.get("bf16", metadata.get("compute") != "float32")
-    return {"bf16": in_bf16, "q_lora": True, "quant_type": metadata["onto"], **quantization}
+    return {"bf16": metadata["bf16"], "q_lora": True, "quant_type": metadata["onto"], **quantization}
 
 
 def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:
@@ -245,7 +244,7 @@ def _explain_misfit(*folders: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        problem = f"adapter: {', '.join(map(str, folders))}: doesn't fit this base: {to_one_line(error)[:300]}"
+        problem = f"adapter: {', '.join(map(str, folders))}: doesn't fit this base: {join_lines(error)[:300]}"
         raise ModelError(problem, hint="give the base that it was trained on") from error
 
 

@@ -209,41 +209,25 @@ def _compute_adapted_losses(
     return torch.cat(losses)
 
 
-def compute_summed_cross_entropy(
-    hidden_ND: torch.Tensor,
-    labels_N: torch.Tensor,
-    head: HeadWeights,
-    label_smoothing: float = 0.0,
-    logit_cap: float | None = None,
-) -> torch.Tensor:
-    """Sum the cross-entropies of `hidden · weightᵀ` over the labels that aren't IGNORED_LABEL, in fp32.
-
-    Args:
-        label_smoothing: probability mass spread uniformly over the vocabulary (Szegedy et al. 2016).
-        logit_cap: logits are cap · tanh(logits / cap) (Gemma Team 2024, "Gemma 2"); None: not capped.
-    """
-    return compute_summed_loss(hidden_ND, CrossEntropy(labels_N, label_smoothing), head, logit_cap)
-
-
 def compute_summed_loss(
     hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
 ) -> torch.Tensor:
-    """Sum a criterion over all target tokens, in fp32."""
+    """Sum a criterion of the logits, `hidden · weightᵀ`, over all N target tokens, in fp32.
+
+    Args:
+        logit_cap: logits are cap · tanh(logits / cap) (Gemma Team 2024, "Gemma 2"); None: not capped.
+
+    Returns:
+        A scalar that has gradients for the hidden states and for those of the head's weights that are trained.
+    """
     total: torch.Tensor = _SummedLoss.apply(hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return total
-
-
-def compute_cross_entropies(
-    hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: HeadWeights, logit_cap: float | None = None
-) -> torch.Tensor:
-    """Compute the cross-entropy of each label in fp32; 0 for IGNORED_LABEL."""
-    return compute_token_losses(hidden_ND, CrossEntropy(labels_N), head, logit_cap)
 
 
 def compute_token_losses(
     hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
 ) -> torch.Tensor:
-    """Compute a criterion for each target token, in fp32."""
+    """Compute a criterion for each of N target tokens, in fp32, as `compute_summed_loss` does for their sum."""
     losses_N: torch.Tensor = _TokenLosses.apply(hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return losses_N
 

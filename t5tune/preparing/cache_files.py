@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.training_data import TrainingData, write_training_data
-from t5tune.data.cache import FORMAT_VERSION, Cache, hash_files
+from t5tune.data.cache import CACHE_FORMAT, Cache, hash_files
 from t5tune.data.chat_template import build_chat_template, write_chat_template
 from t5tune.data.counts import RecordCounts
 from t5tune.data.data_problems import check_any_used
@@ -25,7 +25,7 @@ from t5tune.data.worker import BYTES_PER_WORKER, encode_records
 from t5tune.data.writer import CacheWriter
 from t5tune.distributed.shard import count_rank_cores
 from t5tune.errors import ModelError
-from t5tune.file_names import CACHE_MANIFEST_FILE, TEMPLATE_FILE
+from t5tune.file_names import CACHE_MANIFEST_FILE, EXAMPLES_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
 from t5tune.io.yaml_file import to_yaml
@@ -107,7 +107,7 @@ def write_cache(
         files = find_files([path], is_text=source.corruption is not None)
         check_any_used(f"{source.setting}: {path}", list(map(str, files)), counts, source.checks.purpose)
     described = counts.describe(
-        choose_ids_dtype(source.num_rows), staged / "examples.bin", tokenizer.special_ids, source.corruption
+        choose_ids_dtype(source.num_rows), staged / EXAMPLES_FILE, tokenizer.special_ids, source.corruption
     )
     # how records were read, for adapters that are trained on this cache
     reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
@@ -184,7 +184,7 @@ def _describe_cache(
     sources = [origin for file in source.files if (origin := describe_origin(file)) is not None]
     data = [{**file, "sha256": file["sha256"] or source.stdin.value} for file in source.inputs["data"]]
     return {
-        "format": FORMAT_VERSION,
+        "format": CACHE_FORMAT,
         "made_by": MADE_BY,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

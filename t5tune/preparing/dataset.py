@@ -30,18 +30,17 @@ from t5tune.data.sources import bring_data
 from t5tune.data.templates import PAIR_TEMPLATE, Template, find_template, load_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.vocabulary import ExtendedTokenizer, extend_tokenizer
-from t5tune.data.writer import REJECTED_FILE
 from t5tune.distributed.shard import find_shard
 from t5tune.errors import DataError
 from t5tune.families import find_architecture
-from t5tune.file_names import TEMPLATE_FILE
+from t5tune.file_names import REJECTED_FILE, TEMPLATE_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically
 from t5tune.io.reasons import join_first
 from t5tune.preparing.cache_files import CacheSource, encode_cache, write_cache
+from t5tune.preparing.parts import find_parts, join_parts, prepare_part
 from t5tune.preparing.record_checks import RecordChecks
-from t5tune.preparing.sharded import find_parts, join_parts, prepare_part
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
@@ -214,7 +213,5 @@ def _describe_inputs(
         "data": [{"file": file.name, "sha256": hash_file(file) if file != STDIN else None} for file in files],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": template.hash,
-        # these three are in `chosen` too, and are first as in existing caches
-        **{name: chosen[name] for name in ("model_max_length", "num_data", "add_tokens")},
         **chosen,
     }

@@ -19,8 +19,9 @@ from t5tune.data.cache import CONVERSATION_DTYPE, EXAMPLE_DTYPE
 from t5tune.data.counts import MAX_REPAIR_KINDS, OTHER_FIELDS, RecordCounts
 from t5tune.data.data_problems import make_mixed_data_error
 from t5tune.data.records import LABELED_BAD
-from t5tune.data.writer import MAX_TABLE_VALUE, REJECTED_FILE, make_too_much_data_error
+from t5tune.data.writer import MAX_TABLE_VALUE, make_too_much_data_error
 from t5tune.errors import DataError
+from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE, TOKENS_FILE
 from t5tune.preparing.duplicates import DuplicateFinder
 from t5tune.preparing.part import REASONS, RECORD_DTYPE, PartReader
 from t5tune.preparing.placed_segments import Chunk, place_segments
@@ -83,14 +84,14 @@ class Join:
                 self._finder = stack.enter_context(DuplicateFinder(self._staged, self._num_records))
                 self._find_duplicates(self._finder)
             advance = stack.enter_context(count_done("join", report, self._num_records, "records"))
-            names = ("tokens.bin", "conversations.bin", "examples.bin", REJECTED_FILE)
+            names = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE)
             outputs = {name: stack.enter_context(open(self._staged / name, "wb")) for name in names}
             is_complete = self._write_chunks(outputs, advance)
             self._count_details(is_complete)
             self._checks.check_all(self.counts)
             num_data = self._checks.num_data
             if num_data is not None and num_data < self.counts.num_examples:
-                outputs["examples.bin"].truncate(num_data * EXAMPLE_DTYPE.itemsize)
+                outputs[EXAMPLES_FILE].truncate(num_data * EXAMPLE_DTYPE.itemsize)
                 self.counts.num_examples = num_data
         return is_complete
 
@@ -170,20 +171,20 @@ class Join:
             rows[name].astype(np.int64) for name in ("tokens", "conversations", "examples")
         )
         # each file's numbers count from the beginning of the next file in this order, so its position is needed before
-        moved = _compute_shifts(conversations, is_kept, part.tell("conversations.bin", CONVERSATION_DTYPE.itemsize))
-        spans = part.read_rows("examples.bin", EXAMPLE_DTYPE, int(examples.sum()))[np.repeat(is_kept, examples)]
+        moved = _compute_shifts(conversations, is_kept, part.tell(CONVERSATIONS_FILE, CONVERSATION_DTYPE.itemsize))
+        spans = part.read_rows(EXAMPLES_FILE, EXAMPLE_DTYPE, int(examples.sum()))[np.repeat(is_kept, examples)]
         numbers = spans["conversation"] + np.repeat((moved + self._num_parts)[is_kept], examples[is_kept])
         if len(numbers) and numbers.max() > MAX_TABLE_VALUE:
             raise make_too_much_data_error()
         spans["conversation"] = numbers
-        outputs["examples.bin"].write(spans.tobytes())
-        moved = _compute_shifts(tokens, is_kept, part.tell("tokens.bin", self._id_size))
-        starts = part.read_rows("conversations.bin", CONVERSATION_DTYPE, int(conversations.sum()))
+        outputs[EXAMPLES_FILE].write(spans.tobytes())
+        moved = _compute_shifts(tokens, is_kept, part.tell(TOKENS_FILE, self._id_size))
+        starts = part.read_rows(CONVERSATIONS_FILE, CONVERSATION_DTYPE, int(conversations.sum()))
         starts = starts[np.repeat(is_kept, conversations)]
         shifts = np.repeat((moved + self._num_tokens)[is_kept], conversations[is_kept])
         starts["start"] = starts["start"].astype(np.int64) + shifts
-        outputs["conversations.bin"].write(starts.tobytes())
-        _copy_runs(part, outputs["tokens.bin"], tokens * self._id_size, is_kept)
+        outputs[CONVERSATIONS_FILE].write(starts.tobytes())
+        _copy_runs(part, outputs[TOKENS_FILE], tokens * self._id_size, is_kept)
         self._num_tokens += int(tokens[is_kept].sum())
         self._num_parts += int(conversations[is_kept].sum())
 
@@ -268,7 +269,7 @@ def _copy_runs(
     starts = np.flatnonzero(np.concatenate([[True], is_kept[1:] != is_kept[:-1]]))
     for start, size in zip(starts.tolist(), np.add.reduceat(sizes, starts).tolist(), strict=True):
         if not is_kept[start]:
-            part.skip("tokens.bin", size)
+            part.skip(TOKENS_FILE, size)
             continue
         for begin in range(0, size, COPY_BYTES):
-            output.write(part.read("tokens.bin", min(COPY_BYTES, size - begin)))
+            output.write(part.read(TOKENS_FILE, min(COPY_BYTES, size - begin)))

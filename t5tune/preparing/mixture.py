@@ -38,7 +38,7 @@ from t5tune.io.atomic import write_file, write_json
 from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
 from t5tune.preparing.dataset import Origin, choose_vocabulary, prepare_dataset, read_sample
-from t5tune.preparing.sharded import find_joined
+from t5tune.preparing.parts import find_joined
 from t5tune.progress import Note, Report
 from t5tune.settings import PrepareSettings
 from t5tune.settings.datasets import DatasetSettings, complete_dataset, name_datasets

@@ -24,14 +24,14 @@ from t5tune.data.raw_records import RawRecord
 from t5tune.data.records import REJECTION_REASONS
 from t5tune.data.span_corruption import SpanCorruption
 from t5tune.data.tokenizer import SpecialIds
-from t5tune.data.writer import REJECTED_FILE, CacheWriter
+from t5tune.data.writer import CacheWriter
 from t5tune.errors import DataError
-from t5tune.file_names import PART_MANIFEST_FILE
+from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, PART_MANIFEST_FILE, REJECTED_FILE, TOKENS_FILE
 from t5tune.io.atomic import hash_file, write_json
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 
-PART_FORMAT_VERSION = 1
+PART_FORMAT = 1
 RECORD_DTYPE = np.dtype([
     ("key", "<u8", (2,)),  # hash of the texts
     ("line", "<u8"),  # within the segment, from 1
@@ -45,7 +45,7 @@ RECORD_DTYPE = np.dtype([
 REASONS = ("", *REJECTION_REASONS)
 _REASON_CODES = {reason: code for code, reason in enumerate(REASONS)}
 _ROW = struct.Struct("<16s9QB??")
-FILES = ("tokens.bin", "conversations.bin", "examples.bin", "rejected.bin", "records.bin", "details.bin")
+FILES = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE, "rejected.bin", "records.bin", "details.bin")
 
 
 class PartWriter(CacheWriter):
@@ -80,7 +80,7 @@ class PartWriter(CacheWriter):
     def finish_part(self) -> dict[str, Any]:
         """Return the counts for the part's manifest, with those that a cache's manifest doesn't have."""
         self.finish(None)
-        counts = self.counts.describe(self.dtype, self.folder / "examples.bin", self._special, self._corruption)
+        counts = self.counts.describe(self.dtype, self.folder / EXAMPLES_FILE, self._special, self._corruption)
         lost = {text: [count, targets] for text, count, targets in self.counts.lost.iterate_by_targets()}
         return {**counts, "records": self.counts.num_records, "lost": lost}
 
@@ -103,7 +103,7 @@ class PartWriter(CacheWriter):
 def write_part_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of a part, with its format and the hashes of its files, and return it."""
     (folder / REJECTED_FILE).rename(folder / "rejected.bin")
-    manifest = {"format": PART_FORMAT_VERSION, **manifest, "files": hash_files(folder)}
+    manifest = {"format": PART_FORMAT, **manifest, "files": hash_files(folder)}
     manifest["sha256"] = _hash_manifest(manifest)
     write_json(folder / PART_MANIFEST_FILE, manifest)
     return manifest
@@ -122,8 +122,8 @@ def read_part_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         why = "it has no format" if isinstance(error, KeyError) else describe_error(error)
         raise DataError(f"{path}: not the manifest of a part ({why})", hint=_suggest_deleting(folder)) from error
-    if version != PART_FORMAT_VERSION:
-        problem = f"{path}: format {version}; this version of t5tune reads format {PART_FORMAT_VERSION}"
+    if version != PART_FORMAT:
+        problem = f"{path}: format {version}; this version of t5tune reads format {PART_FORMAT}"
         raise DataError(problem, hint=_suggest_deleting(folder))
     if manifest.get("sha256") != _hash_manifest(manifest):
         raise DataError(f"{path}: differs from what prepare wrote", hint=_suggest_deleting(folder))

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.preparing.part import REASONS
-from t5tune.preparing.shards import Segment
+from t5tune.preparing.shard_reader import Segment
 
 _DUPLICATE = REASONS.index("duplicate")
 

@@ -16,7 +16,7 @@ from t5tune.data.records import LABELED_BAD, RecordLocation
 from t5tune.data.writer import format_rejected, make_duplicate_rejection
 from t5tune.preparing.part import REASONS, PartReader
 from t5tune.preparing.placed_segments import Chunk, PlacedSegment
-from t5tune.preparing.shards import find_line_end, read_line_at
+from t5tune.preparing.shard_reader import find_line_end, read_line_at
 
 _END_OF_NUMBERS = b', "offset": '
 

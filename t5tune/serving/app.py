@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from t5tune.errors import to_one_line
+from t5tune.errors import make_printable
 from t5tune.progress import Answered, Report
 from t5tune.serving.batching import Batcher
 from t5tune.serving.metrics import Metrics
@@ -324,4 +324,4 @@ async def _explain_failure(request: Request, error: Exception) -> Response:
 
 
 def _describe_failure(error: Exception) -> str:
-    return to_one_line(f"{type(error).__name__}: {error}")
+    return make_printable(f"{type(error).__name__}: {error}")

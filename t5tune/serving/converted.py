@@ -17,6 +17,7 @@ from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import compute_full_hash, load_hash, read_file_stats, store_hash
 from t5tune.checkpoints.model_folder import is_converted, is_trained_file
 from t5tune.errors import SettingsError, WriteError
+from t5tune.file_names import MODEL_SUFFIXES
 from t5tune.formatting import format_size
 from t5tune.io.atomic import hash_file, lock_file
 from t5tune.progress import Note, Report
@@ -24,7 +25,6 @@ from t5tune.progress import Note, Report
 CONVERSION_FORMAT = 1  # to be raised when conversions by older versions of t5tune mustn't be used any more
 HASHES_FOLDER = "hashes"
 SECONDS_TO_WAIT = 3600.0  # for another process that converts the same model
-WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 
 
 def get_default_folder() -> Path:
@@ -98,4 +98,4 @@ def _hash_inputs(hashes: Path, base: Path, adapter: Path | None, quantization: s
 
 def _hash_files(folder: Path, with_weights: bool) -> dict[str, str]:
     files = (file for file in folder.iterdir() if file.is_file() and is_trained_file(file.name))
-    return {file.name: hash_file(file) for file in files if with_weights or file.suffix not in WEIGHT_SUFFIXES}
+    return {file.name: hash_file(file) for file in files if with_weights or file.suffix not in MODEL_SUFFIXES}

@@ -73,7 +73,6 @@ class Generation:
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
-    ended_at: float | None = None
     _position: int = 0
 
     @property
@@ -113,6 +112,5 @@ class Generation:
 
     def end(self, reason: FinishReason | T5TuneError) -> None:
         if self.ended is None:
-            self.ended_at = time.monotonic()
             self.ended = reason
             self.notify()

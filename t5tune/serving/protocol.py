@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from t5tune.data.formats import Role, Turn
-from t5tune.errors import suggest_name, to_one_line
+from t5tune.errors import make_printable, suggest_name
 from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place
 
 MAX_STOPS = 16  # OpenAI allows 4, but some tools send more
@@ -104,8 +104,8 @@ class ApiError(Exception):
         summary: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, to_one_line(message), param, code
-        self.summary = self.message if summary is None else to_one_line(summary)
+        self.status, self.message, self.param, self.code = status, make_printable(message), param, code
+        self.summary = self.message if summary is None else make_printable(summary)
         self.headers = dict(headers or {})
 
     def to_body(self) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from t5tune.settings.messages import describe_python_errors, describe_unknown_na
 from t5tune.settings.synonyms import find_meant_setting
 
 NUMBER_TYPES = {int, float, int | None, float | None}
-SIZE_UNITS = {"B": 1}
-SIZE_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
-SIZE_UNITS |= {f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
+SIZE_SUFFIXES = {"B": 1}
+SIZE_SUFFIXES |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+SIZE_SUFFIXES |= {f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
 MIN_GPU_MEMORY = 1 << 20
 
 
@@ -264,9 +264,9 @@ def parse_gpu_memory(text: str) -> int:
 def _parse_size(text: str, default_unit: str, example: str) -> int:
     """Parse a size to bytes: `5GB` (powers of 1000), `5GiB` or `5G` (powers of 1024), in upper or lower case."""
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Z]*)", text.strip().upper())
-    if match is None or (unit := match[2] or default_unit) not in SIZE_UNITS:
+    if match is None or (unit := match[2] or default_unit) not in SIZE_SUFFIXES:
         raise ValueError(f"expected a size such as {example}")
-    size = float(match[1]) * SIZE_UNITS[unit]
+    size = float(match[1]) * SIZE_SUFFIXES[unit]
     if not math.isfinite(size):
         raise ValueError("the size is too large")
     return int(size)

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.settings.affects import Affects, select_settings
@@ -81,7 +81,7 @@ def make_training_arguments(
     try:
         return OneGpuArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
-        raise SettingsError(f"training settings: {to_one_line(error)}") from error
+        raise SettingsError(f"training settings: {join_lines(error)}") from error
 
 
 def _choose_memory_arguments(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> dict[str, Any]:

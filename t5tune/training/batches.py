@@ -179,7 +179,7 @@ def count_steps(num_batches: int, step_size: int, epochs: float) -> int:
     return math.ceil(-(-num_batches // step_size) * epochs)
 
 
-def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group_by_length: bool = True) -> StepSampler:
+def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group_by_length: bool) -> StepSampler:
     """Make the sampler of `make_count_batches`: a fixed number of examples per micro-batch."""
 
     def make_batches(epoch: int) -> list[Integers]:

@@ -87,12 +87,7 @@ def build_model(
         adapter = find_adapter(settings.adapter, settings.cache_dir)
         load_initial_adapter(model, adapter, examples.tokenizer_folder)
     is_packed = _enable_packing(settings, model, report)
-    if not settings.has_dropout:
-        switch_off_dropout(model)
-        if settings.dropout is None:
-            report(Note(f"objective {settings.objective}: dropout is off; --dropout turns it on"))
-    if not settings.has_attention_dropout:
-        switch_off_attention_dropout(model)
+    _switch_off_dropouts(settings, model, report)
     if settings.torch_compile:
         compile_layers(model)
         report(Note("norms and feed-forward layers are compiled; the first steps take seconds to minutes longer"))
@@ -107,6 +102,15 @@ def build_model(
         partitioner.partition_model(model)
     weights = _make_trained_weights(settings, base, base_metadata, examples, model, subtracted)
     return BuiltModel(model, is_packed, weights, trainable, total, partitioner)
+
+
+def _switch_off_dropouts(settings: TrainSettings, model: Any, report: Report) -> None:
+    if not settings.has_dropout:
+        switch_off_dropout(model)
+        if settings.dropout is None:
+            report(Note(f"objective {settings.objective}: dropout is off; --dropout turns it on"))
+    if not settings.has_attention_dropout:
+        switch_off_attention_dropout(model)
 
 
 def _enable_packing(settings: TrainSettings, model: Any, report: Report) -> bool:

@@ -18,7 +18,7 @@ from t5tune.io.untrusted import check_inside, resolve_inside
 from t5tune.progress import Note, Report
 from t5tune.settings.shared import InferenceSettings
 
-MANIFEST_FORMAT = 3
+CHECKPOINT_FORMAT = 1
 STAGING_PREFIX = ".saving-"
 Inference = TypeVar("Inference", bound=InferenceSettings)
 
@@ -40,7 +40,7 @@ def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     fsync_tree(folder)
-    manifest: dict[str, Any] = {"format": MANIFEST_FORMAT, "step": step, "world_size": world_size}
+    manifest: dict[str, Any] = {"format": CHECKPOINT_FORMAT, "step": step, "world_size": world_size}
     manifest |= {"made_of": run_identity, "files": files}
     write_json(folder / CHECKPOINT_MANIFEST_FILE, {**manifest, "sha256": _hash_manifest(manifest)})
 
@@ -93,8 +93,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: missing or broken") from error
-    if version != MANIFEST_FORMAT:
-        raise CheckpointError(f"{path}: format {version}; this version of t5tune reads format {MANIFEST_FORMAT}")
+    if version != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path}: format {version}; this version of t5tune reads format {CHECKPOINT_FORMAT}")
     if not is_as_written or _hash_manifest(manifest) != digest:
         raise CheckpointError(f"{path}: differs from what was written")
     return dict(manifest)

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.data.data_problems import make_mixed_data_error, report_default_template
-from t5tune.data.encoders import Encoder, make_encoder
+from t5tune.data.encoders import make_encoder
 from t5tune.data.encoding import Example, encode_batch, extract_example
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
@@ -34,6 +35,7 @@ from t5tune.data.templates import (
 from t5tune.data.tokenizer import Tokenizer, decode_reference, load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
+from t5tune.file_names import TOKENIZER_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.io.atomic import hash_file
@@ -128,6 +130,21 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
     )
 
 
+class _Answer(NamedTuple):
+    """An answer of a conversation, as an example.
+
+    Args:
+        target: as text.
+        is_pair: whether the conversation is a pair of source and target.
+    """
+
+    example: Example
+    target: str
+    prompt: Prompt
+    is_pair: bool
+    is_truncated: bool
+
+
 def _load_dataset(
     settings: EvaluateSettings, loaded: LoadedModel, report: Report, trained_template: Template | None = None
 ) -> EvaluationSet:
@@ -147,7 +164,6 @@ def _load_dataset(
     if settings.is_raw_text:
         return _load_raw_text(settings, loaded, report)
     tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
-    encoder = make_encoder(tokenizer)
     names = [str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path]
     choice = DatasetChoice(settings.data_subset, settings.data_split, EVALUATION_SPLITS)
     files = find_files(bring_data(names, choice, "data_path", settings.cache_dir, report))
@@ -159,37 +175,35 @@ def _load_dataset(
     if template is None:
         default_template = choose_default_template(sample, files, settings)
         template = load_template(default_template)
-    records = chain(drain(sample), records)
-    examples: list[Example] = []
-    targets: list[str] = []
-    prompts: list[Prompt] = []
+    answers: list[_Answer] = []
     rejected: list[tuple[RecordLocation, Rejection]] = []
-    num_pairs = num_truncated = 0
-    for location, outcome in _encode(records, settings, template, encoder, tokenizer):
+    for location, outcome in _encode(chain(drain(sample), records), settings, template, tokenizer):
         if isinstance(outcome, Rejection):
             rejected.append((location, outcome))
             continue
-        example, target, prompt, is_pair, is_truncated = outcome
-        if default_template == PAIR_TEMPLATE and not is_pair:
-            raise make_mixed_data_error(location, num_pairs)
-        examples.append(example)
-        targets.append(target)
-        prompts.append(prompt)
-        num_pairs += is_pair
-        num_truncated += is_truncated
-        if len(examples) == settings.num_data:
+        if default_template == PAIR_TEMPLATE and not outcome.is_pair:
+            raise make_mixed_data_error(location, sum(answer.is_pair for answer in answers))
+        answers.append(outcome)
+        if len(answers) == settings.num_data:
             break
     if default_template is not None:
+        num_pairs = sum(answer.is_pair for answer in answers)
         if num_pairs == 0:
             report(Note(f"the model has no conversation template of its own; using {default_template}"))
-        report_default_template(default_template, num_pairs, format_count(len(examples), "example"), report)
+        report_default_template(default_template, num_pairs, format_count(len(answers), "example"), report)
     _report_rejected(rejected, report)
-    if num_truncated:
+    if num_truncated := sum(answer.is_truncated for answer in answers):
         truncated = f"{format_count(num_truncated, 'example')} truncated to model_max_length"
         report(Note(f"{truncated} {settings.model_max_length}", True))
-    if not examples:
+    if not answers:
         raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
-    return EvaluationSet(examples, targets, tokenizer, [template.answer_suffix] * len(examples), prompts=prompts)
+    return EvaluationSet(
+        [answer.example for answer in answers],
+        [answer.target for answer in answers],
+        tokenizer,
+        [template.answer_suffix] * len(answers),
+        prompts=[answer.prompt for answer in answers],
+    )
 
 
 def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
@@ -208,13 +222,13 @@ def _encode(
     records: Iterator[RawRecord],
     settings: EvaluateSettings,
     template: Template,
-    encoder: Encoder,
     tokenizer: Tokenizer,
-) -> Iterator[tuple[RecordLocation, Rejection | tuple[Example, str, Prompt, bool, bool]]]:
-    """Yield a record's rejection, or for each of its targets (example, target as text, prompt, is pair, was truncated).
+) -> Iterator[tuple[RecordLocation, Rejection | _Answer]]:
+    """Yield a record's rejection, or its answers.
 
     They come in the order of the records, so that a caller that stops early has counted only what it used.
     """
+    encoder = make_encoder(tokenizer)
     while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
         read = [read_conversation(record, settings, encoder) for record in batch]
         pieces = [render_conversation(each, template) for each in read if isinstance(each, Conversation)]
@@ -231,10 +245,10 @@ def _encode(
                     text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
                 is_truncated = not (span.source_is_whole and span.target_is_whole)
                 prompt = _describe_prompt(conversation, span.turn, settings.source_prefix)
-                yield record.location, (example, text, prompt, conversation.is_pair, is_truncated)
+                yield record.location, _Answer(example, text, prompt, conversation.is_pair, is_truncated)
 
 
-def _describe_prompt(conversation: Conversation, turn: int, prefix: str) -> str | list[dict[str, str]]:
+def _describe_prompt(conversation: Conversation, turn: int, prefix: str) -> Prompt:
     """Return what an answer replies to, without template and prefix: a text, or messages if there are several."""
     system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
     roles = {"human": "user", "assistant": "assistant"}
@@ -256,7 +270,7 @@ def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: R
 def _load_cache_examples(
     examples: Examples, settings: EvaluateSettings, loaded: LoadedModel, report: Report
 ) -> EvaluationSet:
-    saved, made = loaded.tokenizer_folder / "tokenizer.json", examples.tokenizer_folder / "tokenizer.json"
+    saved, made = loaded.tokenizer_folder / TOKENIZER_FILE, examples.tokenizer_folder / TOKENIZER_FILE
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     same = saved.is_file() and made.is_file() and hash_file(saved) == hash_file(made)
     if not same and not _is_extension(tokenizer, loaded.tokenizer):

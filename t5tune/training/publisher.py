@@ -19,7 +19,7 @@ from t5tune.distributed.collectives import all_gather, broadcast_from_rank_0, ge
 from t5tune.errors import CheckpointError, T5TuneError, TrainingError, WriteError
 from t5tune.file_names import CHECKPOINT_MANIFEST_FILE
 from t5tune.io.atomic import fsync, hash_file, write_json
-from t5tune.io.reasons import to_one_line
+from t5tune.io.reasons import join_lines
 from t5tune.io.untrusted import resolve_inside
 from t5tune.progress import Note, Report
 from t5tune.training.checkpoint import STAGING_PREFIX, count_bytes, list_checkpoints, write_manifest
@@ -91,7 +91,7 @@ class CheckpointPublisher:
             manifest = hash_file(folder / CHECKPOINT_MANIFEST_FILE)
             write_json(folder / EVALUATION_FILE, {"manifest": manifest, "line": line})
         except (WriteError, OSError) as error:
-            self.report(Note(f"{to_one_line(error)}; a resumed run will repeat this evaluation", warning=True))
+            self.report(Note(f"{join_lines(error)}; a resumed run will repeat this evaluation", warning=True))
         self._rotate(best)
 
     def read_evaluation(self, step: int) -> dict[str, Any] | None:
@@ -120,7 +120,7 @@ class CheckpointPublisher:
                 staging.mkdir(exist_ok=True)
                 write()
         except OSError as error:
-            raise self._make_error(step, to_one_line(error)) from error
+            raise self._make_error(step, join_lines(error)) from error
         finally:
             self.staging = None
         return self._failures[0] if self._failures else None
@@ -147,7 +147,7 @@ class CheckpointPublisher:
 
     def _raise_if_any_rank_failed(self, failure: Exception | None, step: int) -> None:
         """Exchange errors with all ranks. If one rank has failed, all ranks raise a TrainingError."""
-        for rank, reason in enumerate(all_gather(None if failure is None else to_one_line(failure))):
+        for rank, reason in enumerate(all_gather(None if failure is None else join_lines(failure))):
             if reason is not None:
                 where = f"rank {rank}: " if self._num_ranks > 1 else ""
                 raise self._make_error(step, f"{where}{reason}") from failure

@@ -42,7 +42,7 @@ from t5tune.training.batches import PackedCollator, PaddedCollator, make_collato
 from t5tune.training.build_model import BuiltModel
 from t5tune.training.objectives import EvaluationOptions, Pairs, measure_pairs
 
-FORMAT = "1"
+REFERENCE_FORMAT = 1
 PAIRS_PER_SAVE = 1 << 10
 MODEL_FIELDS = ("base", "bf16", "family", *QuantizationSettings.model_fields)
 INITIAL_FIELDS = (*MODEL_FIELDS, "adapter", "seed", *LoraSettings.model_fields)
@@ -93,7 +93,7 @@ class ReferenceFile:
 
     @property
     def _metadata(self) -> dict[str, str]:
-        return {"format": FORMAT, "key": self.key}
+        return {"format": str(REFERENCE_FORMAT), "key": self.key}
 
 
 def make_reference_file(folder: Path, name: str, run_identity: dict[str, Any], examples: Examples) -> ReferenceFile:

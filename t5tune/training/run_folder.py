@@ -39,7 +39,7 @@ from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, remove_staged
 from t5tune.training.resume_guard import build_run_identity, check_run_identity, describe_other_ranks
 
-HASH_CACHE_FILE = "base.json"  # see checkpoints/fingerprint.py
+BASE_HASH_FILE = "base.json"  # see checkpoints/fingerprint.py
 MAX_LOCK_ATTEMPTS = 100
 CACHE_SETTINGS = {*select_settings(TrainSettings, Affects.CACHE)} - {*select_settings(TrainSettings, Affects.STEPS)}
 """What determines the examples in a token cache, without what train can also apply to them later, such as num_data."""
@@ -339,7 +339,7 @@ def start_or_resume_run(
         SettingsError: the run was started with a different configuration.
     """
     stats = read_file_stats(base)
-    base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / HASH_CACHE_FILE, stats))
+    base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / BASE_HASH_FILE, stats))
     run_identity = build_run_identity(pinned, examples, base_metadata["sha256"], teacher_hash, world.size)
     resume, damaged = find_newest(run.folder)
     for problem in damaged:
@@ -355,7 +355,7 @@ def start_or_resume_run(
             report(Note(other_ranks))
     remove_staged(run.folder)
     save_settings(settings, run)
-    store_hash(run.folder / HASH_CACHE_FILE, stats, base_metadata["sha256"])
+    store_hash(run.folder / BASE_HASH_FILE, stats, base_metadata["sha256"])
     return base_metadata, run_identity, resume
 
 

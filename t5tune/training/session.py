@@ -102,27 +102,7 @@ def run_training(session: Session) -> TrainResult:
     # a single process may exit at once while it loads; a rank must not leave the others waiting in a collective
     with session.stop.interruptible() if world.size == 1 else nullcontext():
         loaded = _load_data(session)
-        references = _measure_reference_adapter(session, loaded) if settings.reference_adapter is not None else None
-        set_seed(settings.seed)
-        with manage_memory_for_loading(session.device):
-            built = build_model(
-                loaded.pinned,
-                loaded.base,
-                loaded.base_metadata,
-                loaded.examples,
-                loaded.deepspeed,
-                session.device,
-                report,
-            )
-        _report_sizes(session, loaded, built)
-        for callback in session.callbacks:
-            callback.begin()
-        trainer = _make_trainer(session, loaded, built, references)
-        samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None
-        if samples is not None:
-            trainer.add_callback(samples)
-        for callback in session.callbacks:
-            callback.add_to(trainer)
+        built, trainer, samples = _load_model(session, loaded)
         saves = _count_saves(trainer.args, trainer.parts.sampler)
         run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable, saves))
     trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)
@@ -133,18 +113,24 @@ def run_training(session: Session) -> TrainResult:
         raise session.stop.make_error(saved, hint="run the same command to continue")
     if samples is not None:
         samples.finish(trainer.model, trainer.is_world_process_zero())
-    if trainer.early_stop is not None:
-        report(Note(f"stopped early {trainer.early_stop}"))
-    metric, value = choose_best_metric(settings), trainer.get_best_value()
-    best = trainer.state.best_global_step if metric else None
-    if metric and best is not None:
-        shown = "" if value is None else f": {format_held_out_metric(metric)} {format_number(value)}"
-        report(Note(f"the adapter is from the best step, {best}{shown}"))
+    best = _report_choice(settings, trainer, report)
     result = _make_result(session, loaded, built, trainer, training_seconds, best)
     last = best or result.steps
     run_on_rank_0(world, lambda: _finish_run(run, settings, loaded.examples, trainer.state, result, last))
     barrier()
     return result
+
+
+def _report_choice(settings: TrainSettings, trainer: T5Trainer, report: Report) -> int | None:
+    """Report why training ended early, and the best step. Return that step; None if the last one is kept."""
+    if trainer.early_stop is not None:
+        report(Note(f"stopped early {trainer.early_stop}"))
+    if (metric := choose_best_metric(settings)) is None or (best := trainer.state.best_global_step) is None:
+        return None
+    value = trainer.get_best_value()
+    shown = "" if value is None else f": {format_held_out_metric(metric)} {format_number(value)}"
+    report(Note(f"the adapter is from the best step, {best}{shown}"))
+    return int(best)
 
 
 @dataclass(frozen=True)
@@ -212,6 +198,33 @@ def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> N
     if isinstance(loaded.examples, Mixture):
         for note in describe_shares(loaded.examples):
             session.report(note)
+
+
+def _load_model(session: Session, loaded: _LoadedData) -> tuple[BuiltModel, T5Trainer, SamplePredictions | None]:
+    """Load and build the model, and make its trainer, with the callback for sample predictions if there is one."""
+    settings = session.settings
+    references = _measure_reference_adapter(session, loaded) if settings.reference_adapter is not None else None
+    set_seed(settings.seed)
+    with manage_memory_for_loading(session.device):
+        built = build_model(
+            loaded.pinned,
+            loaded.base,
+            loaded.base_metadata,
+            loaded.examples,
+            loaded.deepspeed,
+            session.device,
+            session.report,
+        )
+    _report_sizes(session, loaded, built)
+    for callback in session.callbacks:
+        callback.begin()
+    trainer = _make_trainer(session, loaded, built, references)
+    samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None
+    if samples is not None:
+        trainer.add_callback(samples)
+    for callback in session.callbacks:
+        callback.add_to(trainer)
+    return built, trainer, samples
 
 
 def _make_trainer(

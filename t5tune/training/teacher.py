@@ -35,7 +35,7 @@ from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.objectives import TargetObjective, widen_mask
 from t5tune.training.resume_guard import hash_adapter
 
-HASH_FILE = "teacher.json"
+TEACHER_HASH_FILE = "teacher.json"
 
 
 class TeacherFiles(NamedTuple):
@@ -58,8 +58,8 @@ def find_teacher(settings: TrainSettings, report: Report = silent) -> TeacherFil
 def hash_teacher(files: TeacherFiles, run_folder: Path) -> str:
     """Hash the weights of the teacher. The base's hash is kept in the run folder, as that of the run's own base is."""
     stats = read_file_stats(files.base)
-    base_hash = load_hash(run_folder / HASH_FILE, stats) or compute_full_hash(open_base(files.base))
-    store_hash(run_folder / HASH_FILE, stats, base_hash)
+    base_hash = load_hash(run_folder / TEACHER_HASH_FILE, stats) or compute_full_hash(open_base(files.base))
+    store_hash(run_folder / TEACHER_HASH_FILE, stats, base_hash)
     adapter_hash = "" if files.adapter is None else f", {hash_adapter(files.adapter)}"
     return f"sha256:{base_hash}{adapter_hash}"
 

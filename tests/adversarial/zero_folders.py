@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from t5tune.io.atomic import encode_json
-from t5tune.training.checkpoint import MANIFEST_FORMAT
+from t5tune.training.checkpoint import CHECKPOINT_FORMAT
 
 PREFIX = "base_model.model."
 MODULE = PREFIX + "encoder.block.0.layer.0.SelfAttention.q"
@@ -146,7 +146,7 @@ def linked(name: str) -> Spoil:
 
 def build_manifest(files: dict[str, Any]) -> str:
     """Build a manifest whose own checksum is correct."""
-    manifest = {"format": MANIFEST_FORMAT, "step": 4, "world_size": RANKS, "made_of": {}, "files": files}
+    manifest = {"format": CHECKPOINT_FORMAT, "step": 4, "world_size": RANKS, "made_of": {}, "files": files}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return encode_json({**manifest, "sha256": digest}).decode()
 

@@ -274,7 +274,7 @@ def test_adapters_trained_with_different_source_prefixes_get_no_chat_template(
         adapter = shutil.copytree(untied_adapter, tmp_path / name)
         save_tokenizer(tokenizer, adapter)
         write_chat_template(adapter, build_chat_template(load_template("plain"), tokenizer, prefix), tokenizer)
-        write_training_data(adapter, TrainingData(has_earlier_turns, "auto", None, None, prefix))
+        write_training_data(adapter, TrainingData(has_earlier_turns, "auto", None, None, prefix, "sft", ["t5"]))
     notes: list[str] = []
     for others in ("ab", "ac"):
         settings = MergeSettings(

@@ -25,7 +25,7 @@ def list_indices(sampler: StepSampler) -> list[int]:
 @pytest.mark.parametrize("count", [1, 7, 64, 1000, 4099])
 def test_every_example_is_used_once_per_epoch(count: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 500, count)
-    sampler = make_count_sampler(make_draws(lengths, seed=1), batch_size=4, step_size=4)
+    sampler = make_count_sampler(make_draws(lengths, seed=1), batch_size=4, step_size=4, group_by_length=True)
     batches = list(sampler)
     assert len(sampler) == len(batches) == -(-count // 16) * 4
     assert all(1 <= len(batch) <= 4 for batch in batches)
@@ -37,7 +37,9 @@ def test_a_step_has_the_same_examples_however_it_is_divided(count: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 500, count)
     steps = []
     for batch_size, step_size in ((8, 1), (4, 2), (1, 8)):
-        batches = list_batches(make_count_sampler(make_draws(lengths, seed=1), batch_size, step_size))
+        batches = list_batches(
+            make_count_sampler(make_draws(lengths, seed=1), batch_size, step_size, group_by_length=True)
+        )
         steps.append(
             [
                 [index for batch in batches[start : start + step_size] for index in batch]
@@ -51,7 +53,7 @@ def test_micro_batches_without_examples_are_empty_and_get_a_filler() -> None:
     lengths = np.arange(5, 16)
     batches = make_count_batches(lengths, batch_size=2, step_size=4, seed=1, epoch=0)
     assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1, 1, 1, 0]
-    sampled = list(make_count_sampler(make_draws(lengths, seed=1), batch_size=2, step_size=4))
+    sampled = list(make_count_sampler(make_draws(lengths, seed=1), batch_size=2, step_size=4, group_by_length=True))
     assert sampled[:7] == [[Draw(int(index), repeat=0) for index in batch] for batch in batches[:7]]
     assert sampled[7] == [Draw(int(batches[4][0]), repeat=0, is_filler=True)]  # of the first example of the step
 
@@ -60,7 +62,7 @@ def test_seed_and_epoch_determine_the_order() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 500)
     orders = {}
     for seed in (1, 2):
-        sampler = make_count_sampler(make_draws(lengths, seed), batch_size=8, step_size=1)
+        sampler = make_count_sampler(make_draws(lengths, seed), batch_size=8, step_size=1, group_by_length=True)
         for epoch in (0, 1, 0):
             sampler.set_epoch(epoch)
             order = list_indices(sampler)
@@ -70,7 +72,9 @@ def test_seed_and_epoch_determine_the_order() -> None:
 
 def test_a_step_has_examples_of_similar_length_and_steps_are_shuffled() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 4096)
-    order = np.array(list_indices(make_count_sampler(make_draws(lengths, seed=3), batch_size=32, step_size=1)))
+    order = np.array(
+        list_indices(make_count_sampler(make_draws(lengths, seed=3), batch_size=32, step_size=1, group_by_length=True))
+    )
     steps = lengths[order].reshape(-1, 32)
     useful = steps.sum() / (steps.max(1) * 32).sum()
     shuffled = lengths.reshape(-1, 32)

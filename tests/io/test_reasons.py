@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from t5tune.errors import SettingsError, WriteError
-from t5tune.io.reasons import describe_error, to_one_line
+from t5tune.io.reasons import describe_error, join_lines
 from t5tune.settings import MergeSettings, Settings, TrainSettings, load_settings
 from tests.support.command_line import t5tune_in_fork
 
@@ -33,8 +33,8 @@ VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
 
 
 def test_the_reason_that_an_error_gives_is_without_its_next_step() -> None:
-    assert to_one_line(WriteError("a.pt: no space", hint="free up space")) == "a.pt: no space"
-    assert to_one_line(OSError("two\nlines")) == "two lines"
+    assert join_lines(WriteError("a.pt: no space", hint="free up space")) == "a.pt: no space"
+    assert join_lines(OSError("two\nlines")) == "two lines"
 
 
 @pytest.mark.parametrize(("model", "name", "value", "reason"), VALUES.values(), ids=VALUES)

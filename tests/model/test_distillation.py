@@ -118,7 +118,7 @@ def test_the_teacher_of_itself_leaves_the_cross_entropy() -> None:
     for kl in ("forward", "reverse"):
         criterion = Distillation(CrossEntropy(labels), hidden, head, None, 0.25, 3.0, kl)  # type: ignore[arg-type]
         found = loss_module.compute_summed_loss(hidden.requires_grad_(), criterion, head)
-        expected = loss_module.compute_summed_cross_entropy(hidden, labels, head)
+        expected = loss_module.compute_summed_loss(hidden, loss_module.CrossEntropy(labels), head)
         assert found.item() == pytest.approx(0.75 * expected.item(), rel=1e-12)
         assert float(criterion.totals["kl"]) == pytest.approx(0, abs=1e-12)
         assert float(criterion.totals["nll"]) == pytest.approx(expected.item(), rel=1e-12)

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 from t5tune.model import loss as loss_module
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
-from t5tune.model.loss import IGNORED_LABEL, HeadWeights, compute_cross_entropies, compute_summed_cross_entropy
+from t5tune.model.loss import IGNORED_LABEL, CrossEntropy, HeadWeights, compute_summed_loss, compute_token_losses
 from t5tune.settings.lora import LoraSettings
 
 TOKENS, VOCABULARY, WIDTH = 300, 97, 16
@@ -56,10 +56,10 @@ def test_loss_and_gradients_equal_those_of_torch_in_fp64(
         assert plain.isfinite()
     expected = torch.autograd.grad(plain * 0.37, leaves)
     head = HeadWeights(weight, row_values, torch.tensor(ROWS)) if rows else HeadWeights(weight)
-    loss = compute_summed_cross_entropy(hidden, labels, head, smoothing, cap)
+    loss = compute_summed_loss(hidden, CrossEntropy(labels, smoothing), head, cap)
     found = torch.autograd.grad(loss * 0.37, leaves)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-13)
-    torch.testing.assert_close(compute_cross_entropies(hidden, labels, head, cap), each, rtol=0, atol=1e-12)
+    torch.testing.assert_close(compute_token_losses(hidden, CrossEntropy(labels), head, cap), each, rtol=0, atol=1e-12)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() < 1e-12 * b.abs().max()
 
@@ -70,7 +70,7 @@ def test_losses_of_bf16_logits_are_summed_in_fp32() -> None:
         hidden.double() @ weight.double().T, labels, ignore_index=IGNORED_LABEL, reduction="sum"
     )
     in_bf16 = functional.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    loss = compute_summed_cross_entropy(hidden, labels, HeadWeights(weight))
+    loss = compute_summed_loss(hidden, CrossEntropy(labels), HeadWeights(weight))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=2e-4)
     assert abs(in_bf16.item() - exact.item()) > 10 * abs(loss.item() - exact.item())
@@ -84,8 +84,8 @@ def test_autocast_affects_only_the_product_with_the_weight() -> None:
     for weight_VD in (weight, weight.float()):
         head = HeadWeights(weight_VD, rows_KD, ids_K)
         with torch.autocast("cpu", torch.bfloat16, enabled=weight_VD.dtype == torch.float32):
-            total = compute_summed_cross_entropy(hidden, labels, head)
-            losses = compute_cross_entropies(hidden, labels, head)
+            total = compute_summed_loss(hidden, CrossEntropy(labels), head)
+            losses = compute_token_losses(hidden, CrossEntropy(labels), head)
         results.append((total, losses, *torch.autograd.grad(total, (hidden, rows_KD))))
     for expected, found in zip(*results, strict=True):
         assert torch.equal(found, expected)

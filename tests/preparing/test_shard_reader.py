@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from t5tune.data.readers import read_records
 from t5tune.preparing.placed_segments import place_segments
-from t5tune.preparing.shards import ShardReader, find_line_start
+from t5tune.preparing.shard_reader import ShardReader, find_line_start
 from t5tune.settings.shard import Shard
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
 
@@ -39,7 +39,7 @@ def read_whole(files: list[Path], max_bytes: int = 1 << 20) -> list[tuple[str, i
 
 @pytest.mark.parametrize("count", [1, 3, 8, 40])
 def test_each_record_of_any_format_is_in_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("t5tune.preparing.shards.BLOCK_RECORDS", 7)
+    monkeypatch.setattr("t5tune.preparing.shard_reader.BLOCK_RECORDS", 7)
     files = sorted(write_corpus(tmp_path / "data").iterdir())
     expected = read_whole(files, MAX_RECORD_BYTES)
     assert len(expected) > 400

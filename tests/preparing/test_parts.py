@@ -16,8 +16,8 @@ from t5tune.data.worker import encode_records
 from t5tune.errors import DataError, SettingsError, T5TuneError
 from t5tune.io.atomic import hash_file, lock_file
 from t5tune.preparing.part import verify_part
+from t5tune.preparing.parts import _write_records
 from t5tune.preparing.parts_folder import LOCK_FILE, PartsFolder, _list_parts
-from t5tune.preparing.sharded import _write_records
 from t5tune.progress import Note
 from t5tune.settings import PrepareSettings
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
@@ -32,7 +32,7 @@ LABELED_BAD = {**PAIRS[0], "label": False}
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small data have several blocks, chunks, buckets, runs of copied bytes, and open parts."""
-    monkeypatch.setattr("t5tune.preparing.shards.BLOCK_RECORDS", 7)
+    monkeypatch.setattr("t5tune.preparing.shard_reader.BLOCK_RECORDS", 7)
     monkeypatch.setattr("t5tune.preparing.join.CHUNK_RECORDS", 5)
     monkeypatch.setattr("t5tune.preparing.join.COPY_BYTES", 100)
     monkeypatch.setattr("t5tune.preparing.join.MAX_OPEN_PARTS", 2)
@@ -201,7 +201,7 @@ def test_a_complete_part_is_not_encoded_again_and_a_damaged_one_is(
     assert (first.joined, first.shard) == (False, "1/2")
     part = tmp_path / "cache.parts" / "part-1-of-2"
     with monkeypatch.context() as patch:
-        patch.setattr("t5tune.preparing.sharded.encode_records", None)
+        patch.setattr("t5tune.preparing.parts.encode_records", None)
         assert prepare(settings).examples == first.examples > 20
     (part / "tokens.bin").write_bytes(b"\0\0")
     again = prepare(settings)
@@ -249,7 +249,7 @@ def test_parts_of_other_data_or_of_another_version_are_refused_by_name(
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     prepare(make_settings(data, tmp_path / "cache", shard="0/3"))
     with monkeypatch.context() as patch:
-        patch.setattr("t5tune.preparing.sharded.MADE_BY", "t5tune 99")
+        patch.setattr("t5tune.preparing.parts.MADE_BY", "t5tune 99")
         with pytest.raises(T5TuneError, match=r'made_by: "t5tune [\d.]+.*" before, "t5tune 99" now'):
             prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
     write_lines(data, PAIRS[1:])
@@ -344,7 +344,7 @@ def test_two_processes_on_the_same_part_do_not_mix(tmp_path: Path, monkeypatch: 
                     prepare(make_settings(data, cache, shard=shard))
                 return encode_records(*arguments)
 
-            patch.setattr("t5tune.preparing.sharded.encode_records", encode)
+            patch.setattr("t5tune.preparing.parts.encode_records", encode)
             first = prepare(make_settings(data, cache, shard="0/2"))
         assert first.joined == (name == "all")
         if name == "part":
@@ -368,7 +368,7 @@ def test_a_part_that_another_process_completes_before_its_tokenizer_is_loaded_is
         assert prepare(make_settings(data, tmp_path / "cache", shard="1/2")).joined
         _write_records(*arguments)
 
-    monkeypatch.setattr("t5tune.preparing.sharded._write_records", write)
+    monkeypatch.setattr("t5tune.preparing.parts._write_records", write)
     assert prepare(settings).joined
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl"]
 
@@ -404,7 +404,7 @@ def test_two_processes_that_join_at_the_same_time_leave_one_cache(
             second[0] = prepare(make_settings(data, tmp_path / "cache", join=True))
         verify_part(folder, manifest)
 
-    monkeypatch.setattr("t5tune.preparing.sharded.verify_part", verify)
+    monkeypatch.setattr("t5tune.preparing.parts.verify_part", verify)
     monkeypatch.setattr("t5tune.preparing.parts_folder.is_locked", lambda path: False)
     first = prepare(make_settings(data, tmp_path / "cache", shard="1/2"))
     assert (first.joined, second[0].joined) == (False, True)
@@ -424,13 +424,13 @@ def test_parts_that_are_started_again_while_they_are_joined_are_left_to_the_firs
 
     def verify(folder: Path, manifest: dict[str, Any]) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("t5tune.preparing.sharded.verify_part", verify_part)
+            patch.setattr("t5tune.preparing.parts.verify_part", verify_part)
             if not others:
                 for index in range(3):
                     others.append(prepare(make_settings(data, tmp_path / "cache", shard=f"{index}/3")))
         verify_part(folder, manifest)
 
-    monkeypatch.setattr("t5tune.preparing.sharded.verify_part", verify)
+    monkeypatch.setattr("t5tune.preparing.parts.verify_part", verify)
     assert prepare(make_settings(data, tmp_path / "cache", shard="2/3")).joined
     assert [(result.joined, result.up_to_date) for result in others] == [(False, False)] * 3
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
@@ -559,7 +559,7 @@ def test_a_part_is_complete_if_another_process_takes_the_parts_while_it_is_verif
         return hash_file(path)
 
     monkeypatch.setattr("t5tune.preparing.part.hash_file", hash_taken)
-    monkeypatch.setattr("t5tune.preparing.sharded.encode_records", None)
+    monkeypatch.setattr("t5tune.preparing.parts.encode_records", None)
     result = prepare(settings)
     assert (result.joined, result.examples > 20, taken.is_dir()) == (False, True, True)
 
@@ -577,7 +577,7 @@ def test_a_part_in_progress_is_kept_if_its_inputs_may_be_others(
         assert prepare(before).up_to_date
         return encode_records(*arguments)
 
-    monkeypatch.setattr("t5tune.preparing.sharded.encode_records", encode)
+    monkeypatch.setattr("t5tune.preparing.parts.encode_records", encode)
     assert prepare(make_settings(data, tmp_path / "cache", shard="0/2", dedupe="exact")).joined is False
     (part,) = (tmp_path / "cache.parts").iterdir()
     assert part.name == "part-0-of-2"

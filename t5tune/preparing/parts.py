@@ -19,7 +19,7 @@ from t5tune.preparing.cache_files import MADE_BY, CacheSource, choose_num_worker
 from t5tune.preparing.join import Join
 from t5tune.preparing.part import PartWriter, read_part_manifest, verify_part, write_part_manifest
 from t5tune.preparing.parts_folder import PartsFolder, PartsTakenError
-from t5tune.preparing.shards import ShardReader
+from t5tune.preparing.shard_reader import ShardReader
 from t5tune.progress import Note, Report, track
 from t5tune.settings.shard import Shard
 
