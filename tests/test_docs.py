@@ -338,6 +338,7 @@ def test_the_commands_of_the_getting_started_page_work(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_commands_of_the_preferences_page_work(tmp_path: Path) -> None:
     """Run the commands of docs/preferences.md on the built-in model unchanged; variables keep them short."""

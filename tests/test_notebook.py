@@ -52,11 +52,13 @@ def read_error(cell: Any) -> str:
     return "\n".join(error.traceback)
 
 
+@pytest.mark.long
 def test_nothing_is_shown_on_stderr(cells: list[Any]) -> None:
     """Jupyter shows it in red."""
     assert [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"] == []
 
 
+@pytest.mark.long
 def test_training_shows_bars_as_widgets_and_evaluations_as_lines(cells: list[Any]) -> None:
     outputs = find_cell(cells, "run = train(").outputs
     assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
@@ -64,6 +66,7 @@ def test_training_shows_bars_as_widgets_and_evaluations_as_lines(cells: list[Any
     assert re.findall(r"^step (\d+): held-out loss [\d.]+, perplexity [\d.]+", text, re.MULTILINE) == ["50", "100"]
 
 
+@pytest.mark.long
 def test_the_metrics_are_a_table_and_the_run_shows_its_report(cells: list[Any]) -> None:
     table = read_value(find_cell(cells, "run.metrics()"))
     assert re.search(r"^10 +100 +[\d.]+ +[\d.]+ ", table, re.MULTILINE)
@@ -72,6 +75,7 @@ def test_the_metrics_are_a_table_and_the_run_shows_its_report(cells: list[Any]) 
     assert report.data["text/plain"].startswith("TrainResult(run=")
 
 
+@pytest.mark.long
 def test_the_model_replies_and_a_data_frame_is_trained_on(cells: list[Any]) -> None:
     (reply,) = find_cell(cells, "chatter.reply").outputs
     assert reply.text.startswith("{\n")
@@ -80,6 +84,7 @@ def test_the_model_replies_and_a_data_frame_is_trained_on(cells: list[Any]) -> N
     assert read_value(find_cell(cells, "merged.checkpoint")) == "PosixPath('merged')"
 
 
+@pytest.mark.long
 def test_a_mistake_is_one_line(cells: list[Any]) -> None:
     typo = read_error(find_cell(cells, OTHER_LINES["a typo"]))
     assert typo == "SettingsError: learning_rat: unknown setting; did you mean learning_rate?"
@@ -87,6 +92,7 @@ def test_a_mistake_is_one_line(cells: list[Any]) -> None:
     assert path == "DataError: data_path: no.csv: no such file or folder; check the path's spelling"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("line", "value"), [("again", "100"), ("a list", "8"), ("a loss curve", "True"), ("the model", "1")]
 )
@@ -94,6 +100,7 @@ def test_other_lines_work_too(line: str, value: str, cells: list[Any]) -> None:
     assert read_value(find_cell(cells, OTHER_LINES[line])) == value
 
 
+@pytest.mark.long
 def test_the_settings_are_shown_with_their_types(cells: list[Any]) -> None:
     (shown,) = find_cell(cells, OTHER_LINES["help"]).outputs
     assert shown.text.startswith("(*, model_name_or_path: str, data_path: list[str] | str, output_dir: str | ")

@@ -41,6 +41,7 @@ def pretrain(output: Path, last: int = 0) -> int:
     return subprocess.run([sys.executable, "-c", SMALL_RUN, SCRIPTS, output, str(last)], check=False).returncode
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     is_older(importlib.metadata.version("sentencepiece"), "0.2.3"),
     reason="the packaged tokenizer was trained with sentencepiece 0.2.3; older releases choose other pieces",
@@ -97,6 +98,7 @@ def test_pocket_tokenizes_a_word_the_same_at_the_start_and_after_a_quote() -> No
         assert [marked[0].removeprefix("▁"), *marked[1:]] == quoted[2:]
 
 
+@pytest.mark.long
 def test_prepare_accepts_every_conversation_of_every_generator_task(tmp_path: Path) -> None:
     from t5tune.commands.prepare import prepare
     from t5tune.settings import PrepareSettings

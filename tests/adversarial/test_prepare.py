@@ -382,6 +382,7 @@ def test_a_path_without_conversations_is_refused_and_such_a_file_in_a_folder_is_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["str", "list", "nothing"])
+@pytest.mark.variants("str")
 def test_a_manifest_with_wrong_values_is_refused_with_the_key(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     assert prepare(tmp_path, "--data-path", tmp_path / "a.jsonl").code == 0

@@ -156,6 +156,7 @@ def test_a_run_uses_one_commit_though_the_branch_gets_others(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("is_named_with_its_base", [False, True])
+@pytest.mark.variants("True")
 def test_all_ranks_of_an_evaluation_load_one_commit_though_the_branch_gets_others(
     is_named_with_its_base: bool, hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
 ) -> None:

@@ -308,6 +308,7 @@ def test_a_saved_evaluation_without_a_metric_that_is_now_needed_is_repeated(
     assert [line["eval_x"] for line in state["log_history"] if "eval_loss" in line] == [1, 1]
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_ranks_agree_on_a_random_metric_and_all_end_if_it_fails(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]

@@ -126,6 +126,7 @@ def optimizer_shard(folder: Path, rank: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.variants("zero3x2", "zero1x2")
 def test_shards_give_the_fp32_weights_that_training_gathered(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
     kind, checkpoint = sharded
     live = read_adapter_tensors(checkpoint)

@@ -144,7 +144,7 @@ def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path)
         ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}),
     ],
 )
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 def test_memory_saving_settings_reduce_the_planned_memory(
     better: dict[str, Any], worse: dict[str, Any], untied_base: Path
 ) -> None:
@@ -226,7 +226,7 @@ def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[i
     [{"group_by_length": True}, {"group_by_length": False}, {"tokens_per_batch": 1024}],
     ids=["grouped", "random", "budget"],
 )
-@pytest.mark.variants("budget-auto", "budget-off", "grouped-auto")
+@pytest.mark.variants("budget-auto", "grouped-auto")
 def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str, uneven_cache: Path) -> None:
     from t5tune.data.cache import open_cache
     from t5tune.training.batches import EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
@@ -252,6 +252,7 @@ def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str,
     assert (result.source_length, result.target_length) == (sources[largest].max(), targets[largest].max())
 
 
+@pytest.mark.long
 def test_the_largest_packed_batch_has_the_most_tokens_not_the_longest_example(uneven_cache: Path) -> None:
     common: dict[str, Any] = {"data_path": str(uneven_cache), **NO_SUGGESTION}
     common |= {"per_device_train_batch_size": 18, "group_by_length": False}
@@ -427,6 +428,7 @@ def test_full_training_is_suggested_with_the_lowest_stage_that_fits(tmp_path: Pa
         assert load_train_settings(suggestion.flags).deepspeed == stage
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("memory", "expected"), [(80 << 30, "--no-bf16 --per"), (1100 << 20, "--no-bf16 --gradient-checkpointing --q-lora")]
 )

@@ -268,6 +268,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], *heav
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_input_and_torch_is_not_imported(many: Path, tmp_path: Path) -> None:
     lines = many.read_bytes()

@@ -147,6 +147,7 @@ def test_an_interrupted_push_continues_where_it_was(hub: Hub, finished_run: Path
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
+@pytest.mark.variants("every_save")
 def test_train_pushes_its_result_and_each_checkpoint_if_asked_to(strategy: str, hub: Hub, tmp_path: Path) -> None:
     output = tmp_path / "run"
     flags = ("--push-to-hub", "--hub-model-id", NAME, "--hub-strategy", strategy, "--max-steps", 3)
@@ -167,6 +168,7 @@ def test_train_pushes_its_result_and_each_checkpoint_if_asked_to(strategy: str, 
 @pytest.mark.parametrize(
     ("reason", "processes"), [("refused connection", ()), ("status 503", ()), ("status 503", ("--num-processes", 2))]
 )
+@pytest.mark.variants("status 503-processes1")
 def test_a_run_continues_if_the_hub_cannot_be_reached_and_is_pushed_later(
     reason: str, processes: tuple[object, ...], hub: Hub, tmp_path: Path
 ) -> None:
@@ -229,6 +231,7 @@ def test_a_signal_ends_an_upload_and_the_message_says_how_to_repeat_it(
     assert train(settings).pushed == f"{hub.url}/{NAME}"
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_does_not_wait_for_an_upload(
     hub: Hub, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -111,7 +111,12 @@ def test_a_dry_run_shows_the_settings_the_plan_and_the_command_and_writes_nothin
     assert settings.num_processes == 2
     wrong = t5tune_in_fork(*arguments, "--report-to", "nothing-such")
     assert wrong.code == 2
-    elsewhere = t5tune_in_fork(*arguments[:-2], "--num-gpus", "4")
+
+
+@pytest.mark.long
+def test_a_dry_run_is_for_any_machine(tmp_path: Path) -> None:
+    arguments = ["train", "--config", "pocket", "--output-dir", tmp_path / "run", "--dry-run", "--num-gpus", "4"]
+    elsewhere = t5tune_in_fork(*arguments)
     assert elsewhere.code == 0, elsewhere.stderr
     assert "warning: num_gpus: 4: this machine has " in elsewhere.stderr
     assert "torchrun --nproc-per-node 4" in elsewhere.stdout

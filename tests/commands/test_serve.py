@@ -88,6 +88,7 @@ def test_the_address_is_one_json_line_and_each_request_is_a_line_of_the_log(unti
 
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.variants("15")
 def test_a_signal_under_load_ends_with_whole_replies_and_code_0(
     stop_signal: signal.Signals, untied_base: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_replies_that_take_too_long_are_cut_off_and_counted(untied_base: Path, t
 
 
 @pytest.mark.parametrize("engine", ["transformers", "ctranslate2"])
+@pytest.mark.variants("ctranslate2")
 def test_a_second_signal_stops_at_once(engine: str, untied_base: Path, tmp_path: Path) -> None:
     """In an interpreter of its own, whose end could meet a thread that computes."""
     if engine == "ctranslate2":
@@ -280,14 +282,17 @@ def test_a_port_in_use_is_an_error_before_a_model_is_loaded(tmp_path: Path) -> N
 def test_without_the_packages_the_command_says_what_to_install(tmp_path: Path) -> None:
     code = """
 import sys
+for name in [name for name in sys.modules if name.startswith(("starlette", "t5tune.serving"))]:
+    del sys.modules[name]
 sys.modules["starlette"] = None
 sys.argv = ["t5tune", "serve", "pocket"]
 from t5tune.cli import main
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
+    log = tmp_path / "log"
+    log.touch()
+    assert get_fork_server().start(["-c", code], log, log, os.environ).wait(PATIENCE) == 1
+    assert log.read_text().splitlines()[-1] == (
         "error: serve: starlette isn't installed; pip install starlette uvicorn prometheus-client"
     )
 

@@ -724,6 +724,7 @@ def test_training_runs_under_other_launchers(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_error_in_all_workers_is_shown_once_with_its_exit_code(
     untied_base: Path, conversations: Path, tmp_path: Path
@@ -753,7 +754,7 @@ def test_an_error_in_all_workers_is_shown_once_with_its_exit_code(
         ("untied", None, ("--q-lora",)),
     ],
 )
-@pytest.mark.variants(2)
+@pytest.mark.variants("untied-zero3-more0")
 def test_the_live_base_equals_its_file_before_and_after_training(
     kind: str,
     stage: str | None,

@@ -901,6 +901,7 @@ def prepare(tmp_path: Path, *arguments: Any, stdin: bytes | None = None) -> subp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstd.compress])
+@pytest.mark.variants("compress0")
 def test_standard_input_is_read(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     done = prepare(tmp_path, "--data-path", "-", stdin=pack(LINES))
     assert done.returncode == 0, done.stderr

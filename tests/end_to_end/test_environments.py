@@ -68,7 +68,7 @@ def tokens(records: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     ],
     ids=["no home", "a home that can't be written", "windows-1252", "dumb", "narrow", "no columns"],
 )
-@pytest.mark.variants("no home", "windows-1252")
+@pytest.mark.variants("no home")
 def test_an_odd_environment_gives_the_same_cache_without_a_traceback(
     environment: dict[str, str | None], records: Path, tokens: bytes, tmp_path: Path
 ) -> None:

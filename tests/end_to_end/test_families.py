@@ -124,7 +124,7 @@ def made(
     return Made(bases[key], folder / "run", folder / "adapter", folder / "merged", q_lora)
 
 
-@pytest.mark.variants("flan-t5 lora", "t5 q_lora", "mt5 lora", "byt5 q_lora", "longt5 lora", "codet5 lora")
+@pytest.mark.variants("flan-t5 lora", "t5 q_lora", "mt5 lora", "longt5 lora")
 def test_each_family_trains_exports_merges_and_replies(made: Made) -> None:
     family = find_family(json.loads((made.base / "config.json").read_text()), made.base)
     cache = open_cache(made.run / "data")
@@ -157,6 +157,7 @@ def test_each_family_trains_exports_merges_and_replies(made: Made) -> None:
     assert ("llama.cpp" in (made.merged / "README.md").read_text()) == ("llama.cpp" in family.converters)
 
 
+@pytest.mark.variants("flan-t5 lora", "t5 q_lora", "mt5 lora", "longt5 lora")
 def test_ctranslate2_gives_the_replies_of_the_merged_model(made: Made, tmp_path: Path) -> None:
     pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install ctranslate2")
     family = find_family(json.loads((made.base / "config.json").read_text()), made.base)

@@ -46,6 +46,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_reused_without_new_page_faults() -> None:
@@ -62,6 +63,7 @@ def test_freed_memory_is_reused_without_new_page_faults() -> None:
     assert faults[True] < faults[False] / 10
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value", "spins"),
@@ -198,7 +200,7 @@ def test_batches_are_copied_to_a_gpu_without_waiting(tmp_path: Path, monkeypatch
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
     ],
 )
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 def test_gpu_memory_grows_unless_the_user_sets_the_allocator(variables: dict[str, str], expected: str | None) -> None:
     """The variable is set before torch is imported, and means nothing to torch without a GPU."""
     environment = {name: text for name, text in os.environ.items() if name not in ALLOCATOR_VARIABLES} | variables

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.variants("90")
 def test_all_kinds_of_attention_compile(capability: int) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.flex_compilation", str(capability)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

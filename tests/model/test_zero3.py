@@ -61,6 +61,7 @@ def save_adapter(folder: Path, base: Path, **ways: Any) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_each_rank_gets_its_partition_of_what_rank_0_reads_and_needs_memory_for_one_tensor_more(tmp_path: Path) -> None:
     tied, untied = make_base(tmp_path / "tied", tied=True), make_base(tmp_path / "untied", tied=False)
     large = make_large_base(tmp_path / "large")

@@ -41,7 +41,7 @@ def few_conversations(conversations: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS if LONG else ["one process"])
 @pytest.mark.timeout(14400)
-@pytest.mark.variants("one process-short", "one process-from then on")
+@pytest.mark.variants("one process-short")
 def test_a_run_survives_any_failed_file_operation(
     kind: str, way: str, fork_server: ForkServer, untied_base: Path, few_conversations: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def hosts() -> Iterator[Hosts]:
         yield made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.variants("ddp")
 def test_a_cut_cable_ends_both_ranks_in_time_and_the_run_resumes_to_the_same_bits(

@@ -16,7 +16,6 @@ from t5tune.training.callbacks import TRAIN_TASK
 from tests.support.command_line import t5tune_in_fork
 from tests.support.forks import ForkServer
 from tests.support.runs import (
-    LONG,
     list_complete_steps,
     make_arguments,
     make_settings,
@@ -46,11 +45,10 @@ PARTIAL_STEPS_WITH_EVALUATION = (
     "--eval-fraction=0.1", "--eval-steps=4", "--save-steps=1000", "--report-samples=0",
 )  # fmt: skip
 ALL = [(stage, method, data) for stage in STAGES for method in METHODS for data in DATA]
-CASES = ALL if LONG else [("alone", "q_lora", "tokens"), ("zero2", "bf16", "examples")]
 
 
-@pytest.mark.parametrize(("stage", "method", "data"), CASES)
-@pytest.mark.variants("alone-q_lora-tokens")
+@pytest.mark.long
+@pytest.mark.parametrize(("stage", "method", "data"), ALL)
 def test_a_stopped_run_ends_with_the_bits_of_an_uninterrupted_one(
     stage: str, method: str, data: str, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ if LONG:
 
 
 @pytest.mark.parametrize(("step", "number"), MOMENTS)
+@pytest.mark.variants("24-15")
 def test_a_signal_saves_the_step_and_the_run_resumes_to_the_same_bits(
     step: int, number: signal.Signals, untied_base: Path, conversations: Path, uninterrupted: bytes, tmp_path: Path
 ) -> None:
@@ -316,6 +317,7 @@ if LONG:
 
 
 @pytest.mark.parametrize(("library", "number"), IMPORTS)
+@pytest.mark.variants("torch-SIGINT")
 def test_a_signal_while_libraries_are_imported_stops_training_afterwards(
     library: str, number: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -380,6 +382,7 @@ def torchrun_forwards_chosen_signals() -> bool:
     return any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize(("script", "code"), [("srun", 143), ("torchrun", 1)])
 @pytest.mark.variants("srun-143")

@@ -31,6 +31,7 @@ def start_pocket(start: StartServer, engine: str) -> Server:
 
 
 @pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
+@pytest.mark.variants("ctranslate2")
 def test_sixty_four_clients_get_each_their_own_replies(engine: str, start: StartServer) -> None:
     server = start_pocket(start, engine)
     chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", max_new_tokens=LENGTH, use_cpu=True))

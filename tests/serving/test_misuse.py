@@ -157,6 +157,7 @@ def test_a_client_that_hangs_up_frees_its_place(chats: dict[str, Path], start: S
     assert last.completion_tokens == 3
 
 
+@pytest.mark.long
 def test_a_client_that_does_not_read_holds_up_no_one(chats: dict[str, Path], start: StartServer) -> None:
     server = start({"base": str(chats["base"])}, engine="transformers", max_new_tokens=400)
     with connect(server.url) as connection:

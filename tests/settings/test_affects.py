@@ -22,7 +22,7 @@ READING = [
     "merge_same_role", "clean", "max_record_bytes",
 ]  # fmt: skip
 SELECTION = ["train_on", "min_target_tokens", "dedupe", "split_long", "drop_truncated_targets"]
-CACHE = ["model_max_length", "num_data", "add_tokens", *READING, *SELECTION, "eval_fraction", "seed"]
+CACHE = ["model_max_length", *READING, "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed"]
 LORA = [
     "train_mode", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora",
     "init_lora_weights", "loraplus_lr_ratio", "modules_to_save", "train_token_rows",

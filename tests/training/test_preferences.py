@@ -130,7 +130,7 @@ def test_held_out_metrics_are_those_of_the_merged_model(run: Path, untied_base: 
                 ["--num-processes=2", "--deepspeed=zero3", "--gradient-checkpointing"]],
     ids=["padded", "two ranks", "zero2", "zero3"],
 )  # fmt: skip
-@pytest.mark.variants("two ranks-dpo", "zero3-dpo", "zero2-orpo", "padded-orpo")
+@pytest.mark.variants("zero3-dpo", "padded-orpo")
 def test_each_way_has_the_losses_of_one_process(
     options: list[str], objective: str, untied_base: Path, data: Path, tmp_path: Path,
     on_ranks: Callable[..., CommandResult],
@@ -163,6 +163,7 @@ def test_each_way_has_the_losses_of_one_process(
 @pytest.mark.parametrize(
     "options", [{}, {"packing": "off", "tokens_per_batch": 300}, {"q_lora": True, "dropout": True}]
 )
+@pytest.mark.variants("options2")
 def test_a_run_that_is_stopped_ends_with_the_same_bits(
     options: dict[str, Any], untied_base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -351,6 +352,7 @@ def test_a_student_comes_near_its_teacher(untied_base: Path, data: Path, teacher
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", [[], ["--deepspeed=zero3"]], ids=["ddp", "zero3"])
+@pytest.mark.variants("zero3")
 def test_two_ranks_distill_as_one_process(
     zero: list[str], base_without_dropout: Path, data: Path, teacher: Path, tmp_path: Path,
     on_ranks: Callable[..., CommandResult],
