@@ -70,12 +70,7 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
             raise DataError(f"{setting}: -: standard input is closed")
         return [path]
     if path.is_file():
-        if find_data_suffix(path, is_text) is None:
-            suffix = "".join(path.suffixes[-2:]) or "no suffix"
-            if find_data_suffix(path, is_text=True) is not None:
-                raise DataError(f"{setting}: {path}: {suffix}: raw text", hint=TEXT_HINT)
-            expected = f"expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
-            raise DataError(f"{setting}: {path}: {suffix}: {expected}")
+        _check_suffix(path, setting, is_text)
         return [path]
     if path.is_dir():
         found = sorted(
@@ -90,6 +85,24 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
         hint = "create the settings again: records last as long as the process that they were given in"
         problem = f"{setting}: {path}: no such file or folder"
         raise DataError(problem, hint=hint if is_stored(path) else "check the path's spelling")
+    files = _select_data_files(path, found, report, setting, is_text)
+    if not files:
+        raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file")
+    return files
+
+
+def _check_suffix(path: Path, setting: str, is_text: bool) -> None:
+    if find_data_suffix(path, is_text) is not None:
+        return
+    suffix = "".join(path.suffixes[-2:]) or "no suffix"
+    if find_data_suffix(path, is_text=True) is not None:
+        raise DataError(f"{setting}: {path}: {suffix}: raw text", hint=TEXT_HINT)
+    expected = f"expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
+    raise DataError(f"{setting}: {path}: {suffix}: {expected}")
+
+
+def _select_data_files(path: Path, found: list[Path], report: Report, setting: str, is_text: bool) -> list[Path]:
+    """Select the entries of a folder, or of a pattern, that are data, and report the others."""
     # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
     folders = {entry.parent for entry in found}
     caches = {folder for folder in folders if is_cache(folder) or is_cache(folder.parent) or _is_part(folder)}
@@ -100,8 +113,6 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
     files = [entry for entry, reason in reasons.items() if reason is None]
     if over := [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason is not None]:
         report(Note(f"{setting}: {path}: skipped: {join_first(over)}"))
-    if not files:
-        raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file")
     return files
 
 
