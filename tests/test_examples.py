@@ -45,8 +45,8 @@ def run(script: str, output: Path, *flags: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["summarize", "extract"])
-@pytest.mark.variants("extract")
 def test_an_example_trains_evaluates_and_merges(name: str, tmp_path: Path) -> None:
     run(name, tmp_path)
     assert (tmp_path / "merged" / "model.safetensors").is_file()

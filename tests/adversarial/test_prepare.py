@@ -293,6 +293,7 @@ HEAVY: dict[str, tuple[str, bytes]] = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] if name in ("lines", "words") else []) for name in HEAVY]
 )
+@pytest.mark.variants("cells", "commas")
 def test_no_input_needs_much_memory(tmp_path: Path, name: str) -> None:
     file, data = HEAVY[name]
     (tmp_path / file).write_bytes(data)

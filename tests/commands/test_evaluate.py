@@ -404,6 +404,7 @@ def test_held_out_examples_with_another_tokenizer_are_refused(untied_base: Path,
         train(chosen)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_ranks_of_zero3_evaluate_like_one_process(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
@@ -617,6 +618,7 @@ def test_generation_keeps_its_key_value_cache_within_the_budget(
     assert get_metrics(narrow) == pytest.approx(get_metrics(wide), rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_an_evaluation_of_two_ranks_continues_with_half_a_batch_if_memory_runs_out(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]

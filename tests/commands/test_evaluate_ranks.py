@@ -165,6 +165,7 @@ def start_workers(run: Path, data: Path, output: Path, *more: str, stderr: IO[by
     return Running([sys.executable, "-m", "t5tune", *arguments], output, stderr)
 
 
+@pytest.mark.long
 def test_the_command_starts_processes_and_rank_0_shows_the_result(
     run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:

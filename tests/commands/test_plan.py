@@ -226,7 +226,7 @@ def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[i
     [{"group_by_length": True}, {"group_by_length": False}, {"tokens_per_batch": 1024}],
     ids=["grouped", "random", "budget"],
 )
-@pytest.mark.variants("budget-auto", "grouped-auto")
+@pytest.mark.variants("grouped-auto")
 def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str, uneven_cache: Path) -> None:
     from t5tune.data.cache import open_cache
     from t5tune.training.batches import EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
@@ -432,7 +432,6 @@ def test_full_training_is_suggested_with_the_lowest_stage_that_fits(tmp_path: Pa
 @pytest.mark.parametrize(
     ("memory", "expected"), [(80 << 30, "--no-bf16 --per"), (1100 << 20, "--no-bf16 --gradient-checkpointing --q-lora")]
 )
-@pytest.mark.variants(1)
 def test_no_bf16_is_suggested_for_a_gpu_that_only_emulates_it(
     memory: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,6 +299,7 @@ def test_errors_are_printed_on_a_zero_width_terminal_and_with_a_closed_stdin() -
         ("peft", "ImportError('libsomething.so.12: cannot open shared object file')"),
     ],
 )
+@pytest.mark.variants(1)
 def test_a_missing_or_broken_library_is_named_with_the_fix(library: str, lack: str, tmp_path: Path) -> None:
     (tmp_path / f"{library}.py").write_text(f"raise {lack}")
     code, _, error = run([*TRAIN, "--output-dir", tmp_path / "run"], {"PYTHONPATH": str(tmp_path)})

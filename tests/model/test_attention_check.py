@@ -46,7 +46,6 @@ def choose(
 
 @pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.variants("0.1")
 def test_the_kernel_computes_what_the_loop_does(dropout: float) -> None:
     state = torch.get_rng_state()
     assert find_difference(SHAPE._replace(dropout=dropout), CPU, torch.float32) is None

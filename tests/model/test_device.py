@@ -69,7 +69,6 @@ def test_freed_memory_is_reused_without_new_page_faults() -> None:
     ("variable", "value", "spins"),
     [("", "", "3000"), ("OMP_WAIT_POLICY", "PASSIVE", "0"), ("GOMP_SPINCOUNT", "7", "7")],
 )
-@pytest.mark.variants(1)
 def test_openmp_threads_spin_briefly_unless_the_user_sets_it(variable: str, value: str, spins: str) -> None:
     """As GNU's OpenMP prints it when torch is imported."""
     environment = {name: text for name, text in os.environ.items() if name not in SPIN_VARIABLES}

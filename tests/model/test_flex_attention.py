@@ -283,7 +283,6 @@ def test_a_model_has_the_losses_and_gradients_of_the_loop(kind: str, has_pairs: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.variants(1)
 def test_checkpointing_recomputes_the_same_dropout(reentrant: bool) -> None:
     examples, found = make_examples(), []
     for checkpoints in (False, True):

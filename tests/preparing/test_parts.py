@@ -178,6 +178,7 @@ def test_the_error_is_that_of_one_process(
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("end", ["", ", {'a': 1}]"], ids=["no end", "broken"])
+@pytest.mark.variants("broken-1", "broken-2")
 def test_an_error_that_one_process_does_not_reach_is_not_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, num_workers: int
 ) -> None:

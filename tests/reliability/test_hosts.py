@@ -30,7 +30,6 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.variants("ddp")
 def test_a_cut_cable_ends_both_ranks_in_time_and_the_run_resumes_to_the_same_bits(
     method: str, hosts: Hosts, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -385,7 +385,6 @@ def torchrun_forwards_chosen_signals() -> bool:
 @pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize(("script", "code"), [("srun", 143), ("torchrun", 1)])
-@pytest.mark.variants("srun-143")
 def test_the_time_limit_of_a_slurm_job_saves_a_checkpoint_and_requeues_it(
     script: str, code: int, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield found
 
 
+@pytest.mark.variants("ctranslate2")
 def test_replies_to_many_clients_at_once_are_those_of_chat(
     client: openai.OpenAI, server: Server, chats: dict[str, Path]
 ) -> None:

@@ -68,8 +68,8 @@ def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
     assert sum(a != b for a, b in zip(first, second, strict=True)) > 0.9 * len(cache)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batching", [{"tokens_per_batch": 512}, {"packing": "off"}])
-@pytest.mark.variants("batching0")
 def test_a_run_that_is_stopped_in_a_later_epoch_ends_with_the_same_bits(
     batching: dict[str, Any], untied_base: Path, text: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:

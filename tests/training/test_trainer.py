@@ -62,10 +62,10 @@ def test_zero_3_gathers_the_head_for_the_loss_alone(
             assert gathered == (place == "loss"), lines
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("more", [(), ("--gradient-checkpointing", "--use-dora")], ids=["lora", "dora"])
-@pytest.mark.variants("dora")
 def test_zero_3_gathers_a_block_at_once_with_the_same_losses(
     more: tuple[str, ...],
     untied_base: Path,
