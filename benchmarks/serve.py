@@ -51,7 +51,25 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=".") as folder:
         base = write_base(Path(folder) / "base", json.loads(chosen.config.read_text()))
+        keep_tokens_with_text(base)
         compare(chosen, base, Path(folder))
+
+
+def keep_tokens_with_text(base: Path) -> None:
+    """Set the head's rows of tokens without a text to zero, so that a random model never chooses one.
+
+    Otherwise the first text of a reply would come long after its first token, and many replies would be empty.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    head = weights["lm_head.weight"]
+    for index in range(len(head)):
+        if not tokenizer.decode([index], skip_special_tokens=True).strip():
+            head[index] = 0
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
 
 
 def make_prompts(count: int) -> list[str]:
