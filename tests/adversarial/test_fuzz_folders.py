@@ -26,6 +26,8 @@ from t5tune.io.yaml_file import read_yaml
 from tests.adversarial.edits import apply_edits, edits, many
 from tests.adversarial.safetensors_files import with_header
 
+pytestmark = pytest.mark.slow
+
 MODULE = "encoder.block.0.layer.0.SelfAttention.q"
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -96,7 +98,6 @@ def size_of(file: SafetensorsFile) -> int:
     return sum(file.get_tensor(name).array.nbytes for name in file.entries)
 
 
-@pytest.mark.slow
 @many
 @given(
     st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "c"]), near_entries | json_values, max_size=4),

@@ -26,6 +26,8 @@ from tests.adversarial import zero_folders
 from tests.adversarial.edits import apply_edits, edits, many
 from tests.adversarial.zips import state_pickle, torch_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def good_folder() -> Iterator[Path]:
@@ -103,7 +105,6 @@ def replace_at(value: Any, path: list[int], leaf: Any) -> Any:
     return value
 
 
-@pytest.mark.slow
 @many
 @given(st.lists(st.integers(0, 20), min_size=0, max_size=5), leaves, st.sampled_from(["optim", "model"]))
 def test_a_state_with_any_value_replaced_gives_all_weights_or_an_error(

@@ -30,6 +30,8 @@ from tests.support.command_line import t5tune_in_fork
 from tests.support.other_python import ask_transformers_4, needs_transformers_4
 from tests.support.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 HARD_TEXTS = ["two words", "a\nline  and\ttabs {x}", "<extra_id_1> end", " begins with a space", "{\n    1\n}"]
 MESSAGES = [
     {"role": role, "content": text}

@@ -20,6 +20,8 @@ from t5tune.training.teacher import DistillationObjective, Teacher
 from tests.support.model_types import load_stock, make_checkpoint
 from tests.support.train_runs import make_settings
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LENGTHS = [(5, 3), (41, 12), (1, 29), (70, 7)]
 WAYS: dict[str, dict[str, Any]] = {

@@ -41,7 +41,10 @@ if not hasattr(torch_flex, "AuxRequest"):
     pytest.skip("attention in one kernel needs torch 2.9 or newer", allow_module_level=True)
 
 # torch itself hides it, but can't where warnings are errors
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 H, D = 4, 16
 SOURCES, TARGETS = (150, 7, 61, 1, 200), (40, 3, 90, 12, 1)
 LENGTHS = {"encoder": (SOURCES, SOURCES), "decoder": (TARGETS, TARGETS), "cross": (TARGETS, SOURCES)}

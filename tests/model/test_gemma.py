@@ -22,6 +22,8 @@ from t5tune.model.segments import Segments
 from tests.support.checkpointing import enable_checkpointing
 from tests.support.gemma_models import EOI, KINDS, WINDOW, make_gemma, make_gemma_config
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SOURCES, TARGETS = (13, 5, 61, 9, 1, 30), (7, 12, 3, 18, 2, 25)
 TEXT_TOKENS = range(3, 480)  # without that of the end of an image, which has an embedding of its own

@@ -27,6 +27,8 @@ from tests.support.bases import copy_pocket_tokenizer
 from tests.support.checkpointing import enable_checkpointing
 from tests.support.train_runs import make_settings, read_steps
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 KINDS = ("local", "transient-global")
 SHAPE = {
@@ -241,7 +243,6 @@ def test_sums_of_many_segments_are_not_compared_with_each_other(tmp_path: Path) 
     assert largest.size <= 3 * 6400 * (3 * 32 + 2 * 20)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["saved", "published", "own head"])
 @pytest.mark.variants("published-transient-global", "own head-local")
@@ -270,7 +271,6 @@ def test_a_merged_checkpoint_has_the_same_logits_in_stock_transformers(
         torch.testing.assert_close(compute_logits(ours, batch)[kept], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.variants("transient-global")
 def test_evaluate_and_chat_use_the_adapter(kind: str, conversations: Path, tmp_path: Path) -> None:
@@ -289,7 +289,6 @@ def test_evaluate_and_chat_use_the_adapter(kind: str, conversations: Path, tmp_p
     assert reply.reply_tokens > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.variants("transient-global")
 def test_a_padded_run_has_the_losses_of_a_packed_one(kind: str, conversations: Path, tmp_path: Path) -> None:

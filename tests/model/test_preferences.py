@@ -24,6 +24,8 @@ from tests.support.checkpointing import enable_checkpointing
 from tests.support.model_types import load_stock, make_checkpoint
 from tests.support.train_runs import make_settings
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LENGTHS = [(5, 3, 9), (41, 12, 1), (1, 29, 30), (70, 24, 7), (17, 50, 2)]
 KINDS = ("t5", "flan-t5", "umt5", "longt5", "t5gemma", "t5gemma2")

@@ -13,6 +13,8 @@ from t5tune.settings import TrainSettings
 from t5tune.settings.shared import InferenceSettings
 from tests.support.adapters import load_stock_base, make_rows_adapter, make_stock_adapter
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[40, 50, 60, 1], [70, 80, 1, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
 WAYS: list[dict[str, Any]] = [{}, {"q_lora": True}, {"q_lora": True, "quant_type": "int8"}, {"bf16": True}]

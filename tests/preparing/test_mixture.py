@@ -17,6 +17,8 @@ from t5tune.preparing.mixture import _remove_cache, _remove_old_caches
 from t5tune.progress import Report
 from t5tune.settings import PrepareSettings
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("a", "b", "c")
 
 

@@ -23,6 +23,8 @@ from t5tune.settings import PrepareSettings
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
 from tests.support.nfs import flock_on_nfs
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [{"source": f"q {number}", "target": f"a {number % 7}"} for number in range(60)]
 CONVERSATION = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
 UNUSABLE = {"text": 1}

@@ -24,6 +24,8 @@ from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.recording import read_recorded
 from tests.support.train_runs import read_metrics_lines
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"sums": 40, "notes": 12, "chats": 16}  # examples; a chat has two
 
 
@@ -94,7 +96,6 @@ def run_recorded(
     return read_recorded(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256, "per_device_train_batch_size": 1}])
 @pytest.mark.variants("batching0")
@@ -121,7 +122,6 @@ def test_the_shares_are_the_weights_on_any_number_of_ranks(
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_small_dataset_starts_over_and_one_of_weight_0_is_left_out(
     untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
@@ -135,7 +135,6 @@ def test_a_small_dataset_starts_over_and_one_of_weight_0_is_left_out(
     assert sorted(count for text, count in times.items() if text.startswith("notes")) == [1] * 3 + [2] * 9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256}])
 @pytest.mark.variants("batching1")
 def test_a_run_that_is_stopped_in_the_middle_of_a_mixture_ends_with_the_same_bits(

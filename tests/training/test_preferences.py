@@ -31,6 +31,8 @@ from tests.support.model_types import make_checkpoint
 from tests.support.train_runs import make_settings as make_run_settings
 from tests.support.train_runs import read_losses, read_metrics_lines, read_steps
 
+pytestmark = pytest.mark.slow
+
 LOG_2 = math.log(2)
 
 
@@ -123,7 +125,6 @@ def test_held_out_metrics_are_those_of_the_merged_model(run: Path, untied_base: 
     assert last["eval_logps/chosen"] == pytest.approx(float(after[indices, 0].mean()), abs=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
 @pytest.mark.parametrize(
     "options", [["--packing=off"], ["--num-processes=2"], ["--num-processes=2", "--deepspeed=zero2"],
@@ -159,7 +160,6 @@ def test_each_way_has_the_losses_of_one_process(
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"packing": "off", "tokens_per_batch": 300}, {"q_lora": True, "dropout": True}]
 )
@@ -180,7 +180,6 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
     assert (runs[1] / "reference-training.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
 def test_a_run_is_stopped_within_the_reference_and_continues_there(
     untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +219,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.variants("adapter", "pissa", "full")
 def test_the_reference_is_the_model_as_training_begins(
@@ -237,7 +235,6 @@ def test_the_reference_is_the_model_as_training_begins(
     assert differs == (variant in ("adapter", "loftq", "bf16"))
 
 
-@pytest.mark.slow
 def test_another_adapter_can_be_the_reference(run: Path, untied_base: Path, data: Path, tmp_path: Path) -> None:
     train(make_settings(untied_base, data, tmp_path / "same", adapter=run, reference_adapter=run))
     assert read_losses(tmp_path / "same")[0] == pytest.approx(LOG_2, abs=1e-6)
@@ -248,7 +245,6 @@ def test_another_adapter_can_be_the_reference(run: Path, untied_base: Path, data
     np.testing.assert_array_equal(found, continued)
 
 
-@pytest.mark.slow
 def test_a_reference_of_other_inputs_is_replaced(
     untied_base: Path, tied_base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -349,7 +345,6 @@ def test_a_student_comes_near_its_teacher(untied_base: Path, data: Path, teacher
     assert steps[0]["loss"] == pytest.approx(4 * steps[0]["kl"], rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", [[], ["--deepspeed=zero3"]], ids=["ddp", "zero3"])
 @pytest.mark.variants("zero3")
@@ -371,7 +366,6 @@ def test_two_ranks_distill_as_one_process(
     )
 
 
-@pytest.mark.slow
 def test_a_run_with_a_teacher_resumes_to_the_same_bits_and_refuses_another_one(
     untied_base: Path, data: Path, teacher: Path, tmp_path: Path
 ) -> None:
@@ -420,7 +414,6 @@ def test_predictions_can_be_the_targets_of_another_model(
         assert len(open_cache(tmp_path / f"{name}-pairs")) == len(wrong) > 10
 
 
-@pytest.mark.slow
 def test_caches_of_pairs_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
     """Their objective is that of the run, if none is given, and no other kind of objective is taken."""
     values: dict[str, Any] = {"model_name_or_path": str(untied_base), "num_workers": 1, "data_path": str(data)}
@@ -450,7 +443,6 @@ def test_a_reference_without_the_run_s_tokens_is_refused(untied_base: Path, data
         train(make_settings(untied_base, data, tmp_path / "run", reference_adapter=tmp_path / "plain"))
 
 
-@pytest.mark.slow
 def test_the_same_adapter_as_reference_gives_log_2_in_bf16(
     run: Path, untied_base: Path, data: Path, tmp_path: Path
 ) -> None:
