@@ -1,0 +1,33 @@
+"""What an adapter's file says about the base that it was trained on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from t5tune.checkpoints.adapter import read_base_metadata
+from t5tune.errors import CheckpointError
+
+
+def write(folder: Path, metadata: dict[str, str]) -> Path:
+    save_file({"lora_A": torch.ones(1)}, folder / "adapter_model.safetensors", metadata)
+    return folder
+
+
+def test_an_adapter_of_another_tool_says_nothing(tmp_path: Path) -> None:
+    assert read_base_metadata(tmp_path) == {}
+    assert read_base_metadata(write(tmp_path, {"format": "pt"})) == {}
+
+
+def test_what_t5tune_wrote_is_read(tmp_path: Path) -> None:
+    found = {"base": "google/flan-t5-base", "bf16": True, "onto": "nf4"}
+    text = '{"base": "google/flan-t5-base", "bf16": true, "onto": "nf4"}'
+    assert read_base_metadata(write(tmp_path, {"format": "pt", "t5tune": text})) == found
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"base": 1}', '{"onto": "nf5"}', '{"base": "a", "base": "b"}'])
+def test_a_broken_text_is_not_taken_for_that_of_another_tool(tmp_path: Path, text: str) -> None:
+    """The base would then be merged into without being compared with that of training."""
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: metadata about its base: "):
+        read_base_metadata(write(tmp_path, {"t5tune": text}))
