@@ -34,7 +34,6 @@ TOKENS_FILE = "tokens.bin"
 CONVERSATIONS_FILE = "conversations.bin"
 EXAMPLES_FILE = "examples.bin"
 REJECTED_FILE = "rejected.jsonl"
-CACHE_TOKENIZER_FOLDER = "tokenizer"
 CACHE_MANIFEST_FILE = "manifest.json"
 PART_MANIFEST_FILE = "part.json"
 

@@ -191,10 +191,9 @@ def read_training_precision(adapter: Path) -> dict[str, Any]:
     metadata = read_base_metadata(adapter)
     if "onto" not in metadata:
         return {"bf16": metadata["bf16"], "q_lora": False} if "bf16" in metadata else {}
-    quantization: dict[str, Any] = {
-        name: metadata[name] for name in ("double_quant", "quantize_wo") if name in metadata
-    }
-    return {"bf16": metadata["bf16"], "q_lora": True, "quant_type": metadata["onto"], **quantization}
+    values = metadata | {"q_lora": True, "quant_type": metadata["onto"]}
+    names = ("bf16", "q_lora", "quant_type", "double_quant", "quantize_wo")  # an edited file may lack some
+    return {name: values[name] for name in names if name in values}
 
 
 def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:

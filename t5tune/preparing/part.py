@@ -4,7 +4,7 @@
     rejected.bin   the part's rejected.jsonl; its line numbers count within the segment
     records.bin    a row per record, of RECORD_DTYPE
     details.bin    a line of JSON per record that has repairs, left out examples, lost characters or a key
-    part.json      format, inputs, segments (see shards.py), counts, and the SHA-256 of each file
+    part.json      format, inputs, segments (see shard_reader.py), counts, and the SHA-256 of each file
 
 The files' names have no suffix of data, and a folder with a part.json isn't searched for data.
 """

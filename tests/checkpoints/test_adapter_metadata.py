@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.errors import CheckpointError
+from t5tune.model.inference import read_training_precision
 
 
 def write(folder: Path, metadata: dict[str, str]) -> Path:
@@ -31,3 +32,8 @@ def test_a_broken_text_is_not_taken_for_that_of_another_tool(tmp_path: Path, tex
     """The base would then be merged into without being compared with that of training."""
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: metadata about its base: "):
         read_base_metadata(write(tmp_path, {"t5tune": text}))
+
+
+def test_the_precision_of_training_is_what_the_metadata_has_of_it(tmp_path: Path) -> None:
+    write(tmp_path, {"t5tune": '{"onto": "fp4", "double_quant": false}'})
+    assert read_training_precision(tmp_path) == {"q_lora": True, "quant_type": "fp4", "double_quant": False}
