@@ -6,21 +6,29 @@ With --json, the address and these lines are JSON. Notes are text.
 import dataclasses
 import json
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 from rich.text import Text
 
 from t5tune.cli.output import Output
 from t5tune.commands.serve import serve
+from t5tune.distributed.signals import SECONDS_BETWEEN_SIGNALS, pipe_signals
 from t5tune.errors import make_printable
 from t5tune.progress import Answered, Event, Note
 from t5tune.settings import ServeSettings
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDED = 0  # no signal: the server has ended
+
 
 def run(settings: ServeSettings, output: Output) -> None:
-    """Serve until a signal asks to stop. A second signal stops at once."""
+    """Serve until a signal asks to stop. A second one stops at once, if it arrives at least a second later."""
 
     def report(event: Event) -> None:
         if not isinstance(event, Answered):
@@ -28,30 +36,76 @@ def run(settings: ServeSettings, output: Output) -> None:
         elif not output.quiet:
             _log(_format_json(event) if output.json else _format_line(event))
 
-    server = serve(settings, report)
-    try:
+    with serve(settings, report) as server, _read_signals() as requests:
         address = server.address
         key = ", with the API key" if address.needs_key else ""
         models = ", ".join(f"{name} ({engine})" for name, engine in address.models.items())
         output.show(address, Text(f"{address.url}  {models}"))
         report(Note(f"chat at {address.url}/, clients of OpenAI's API at {address.url}/v1{key}; Ctrl-C stops"))
-        server.wait()
-    except KeyboardInterrupt:
+        requests.end_after(server.wait)
+        if requests.wait() == ENDED:
+            return
+        stopped_at = time.monotonic()
+        report(Note("stopping: refusing new requests, finishing replies; a second signal stops at once"))
+        requests.end_after(server.stop)
+        while (number := requests.wait()) != ENDED:
+            # `timeout` signals its child, and then the whole group with the child in it
+            if time.monotonic() - stopped_at > SECONDS_BETWEEN_SIGNALS:
+                code = output.fail(KeyboardInterrupt(number))
+                sys.stderr.flush()
+                os._exit(code)  # Python's own exit would abort in a thread that computes
+
+
+class _StopRequests:
+    """The numbers of the signals that ask to stop, as `pipe_signals` receives them.
+
+    Args:
+        pipe: its reading and its writing end.
+    """
+
+    def __init__(self, pipe: tuple[int, int]) -> None:
+        self._reader, self._writer = pipe
+
+    def end_after(self, work: Callable[[], None]) -> None:
+        """Do some work in another thread; after it, `wait` returns ENDED."""
+
+        writer = os.dup(self._writer)  # the thread may outlive this object
+
+        def end() -> None:
+            with suppress(BrokenPipeError), open(writer, "wb", buffering=0) as pipe:
+                try:
+                    work()
+                finally:
+                    pipe.write(bytes([ENDED]))
+
+        threading.Thread(target=end, daemon=True).start()
+
+    def wait(self) -> int:
+        """Wait for the next signal, and return its number; ENDED if the server has ended."""
+        return os.read(self._reader, 1)[0]
+
+
+@contextmanager
+def _read_signals() -> Iterator[_StopRequests]:
+    """Read signals from a pipe, since an exception from a handler may arrive in the midst of handling another one."""
+    # in a script's background job SIGINT is ignored, and SIGHUP under nohup
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    with pipe_signals() as pipe:
+        for number in handled:
+            signal.signal(number, lambda *_: None)
         try:
-            report(Note("stopping: refusing new requests, finishing replies; a second signal stops at once"))
-            server.stop()
-        except KeyboardInterrupt as again:
-            code = output.fail(again)
-            sys.stderr.flush()
-            os._exit(code)  # Python's own exit would abort in a thread that computes
-    finally:
-        server.stop()
+            yield _StopRequests(pipe)
+        finally:
+            for number in handled:
+                signal.signal(number, before[number])
+            os.close(pipe[0])
 
 
 def _format_line(answered: Answered) -> str:
-    time = datetime.now().astimezone().strftime("%H:%M:%S")
+    clock = datetime.now().astimezone().strftime("%H:%M:%S")
     what = f"{answered.method} {make_printable(answered.path)} {answered.status} {answered.seconds:.3f} s"
-    words = [time, answered.client, what]
+    words = [clock, answered.client, what]
     if answered.model is not None:
         words.append(answered.model)
     if answered.prompt_tokens:
@@ -62,8 +116,8 @@ def _format_line(answered: Answered) -> str:
 
 
 def _format_json(answered: Answered) -> str:
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return json.dumps({"time": time, **dataclasses.asdict(answered)}, ensure_ascii=False)
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": now, **dataclasses.asdict(answered)}, ensure_ascii=False)
 
 
 def _log(line: str) -> None:

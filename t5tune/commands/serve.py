@@ -10,6 +10,7 @@ are rounded coarsely, those of a batch may differ.
 
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ class Server:
         self._timeout = settings.shutdown_timeout
         self._report = report
         self._is_stopped = False
+        self._stopping = Lock()
 
     @property
     def url(self) -> str:
@@ -91,12 +93,13 @@ class Server:
 
     def stop(self) -> None:
         """Refuse new requests, finish the replies that are being computed, and free the address."""
-        if self._is_stopped:
-            return
-        self._is_stopped = True
-        if cut_off := self._http.stop(self._timeout):
-            replies = format_count(cut_off, "reply", "replies")
-            self._report(Note(f"{replies} cut off after {self._timeout:g} seconds", warning=True))
+        with self._stopping:
+            if self._is_stopped:
+                return
+            self._is_stopped = True
+            if cut_off := self._http.stop(self._timeout):
+                replies = format_count(cut_off, "reply", "replies")
+                self._report(Note(f"{replies} cut off after {self._timeout:g} seconds", warning=True))
 
     def __enter__(self) -> "Server":
         return self

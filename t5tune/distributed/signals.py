@@ -235,19 +235,31 @@ def handle_signals(
 
 
 @contextmanager
-def _watch_signals(stop: StopRequest) -> Iterator[None]:
-    """Start the thread that exits at a second signal while the main thread can't."""
+def pipe_signals() -> Iterator[tuple[int, int]]:
+    """Open a pipe to which Python's C code writes each handled signal's number at once, and yield its two ends.
+
+    Python's own handlers wait for the main thread, which may be in C++, or may sleep if the kernel gives the signal to
+    another thread. The reading end is for the caller to close.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # Python's C code writes each signal's number there at once
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=stop.exit_at_second_signal, args=(reader,), daemon=True).start()
     try:
-        yield
+        yield reader, writer
     finally:
         signal.set_wakeup_fd(before)
-        os.write(writer, b"\0")
         os.close(writer)
+
+
+@contextmanager
+def _watch_signals(stop: StopRequest) -> Iterator[None]:
+    """Start the thread that exits at a second signal while the main thread can't."""
+    with pipe_signals() as (reader, writer):
+        threading.Thread(target=stop.exit_at_second_signal, args=(reader,), daemon=True).start()
+        try:
+            yield
+        finally:
+            os.write(writer, b"\0")
 
 
 def ignore_signals(_worker: int) -> None:

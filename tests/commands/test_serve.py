@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,29 @@ def test_a_second_signal_stops_at_once(engine: str, untied_base: Path, tmp_path:
             process.send_signal(signal.SIGTERM)
             while "a second signal stops at once" not in process.stderr.readline():
                 assert process.poll() is None
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+            while process.poll() is None:  # those of the first second are ignored
+                process.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+            assert process.returncode == 128 + signal.SIGTERM
         assert "terminate called" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)])
+def test_signals_that_arrive_together_are_one(
+    signals: tuple[signal.Signals, ...], untied_base: Path, tmp_path: Path
+) -> None:
+    """GNU timeout signals its child, and then its whole group."""
+    with (
+        start(tmp_path, f"base={untied_base}", "--engine", "transformers") as server,
+        connect(server.url) as connection,
+    ):
+        connection.sendall(make_request(CHAT, make_chat(max_tokens=200)))
+        wait_until_running(server.url)
+        for number in signals:
+            server.process.send_signal(number)
+        assert read_answer(connection)[0] == 200
+        assert server.process.wait(PATIENCE) == 0
 
 
 def test_a_conversion_that_is_broken_is_named_and_a_folder_that_can_not_be_written_too(
