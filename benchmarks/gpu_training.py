@@ -20,7 +20,16 @@ from gpu_runner import Skipped
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sides import write_base
-from train import STOCK_WAYS, build_parser, make_config, make_settings, run_ours, run_stock, write_conversations
+from train import (
+    STOCK_WAYS,
+    add_share_of_peak,
+    build_parser,
+    make_config,
+    make_settings,
+    run_ours,
+    run_stock,
+    write_conversations,
+)
 
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
@@ -62,6 +71,7 @@ def measure_training(folder: Path, way: str, **values: Any) -> dict[str, Any]:
             measured = run_stock(changed, STOCK_WAYS[way], run_folder)
             batch = f"{changed.batch_size} examples"
         parameters = count_parameters(options.folder / "base")
+        measured = add_share_of_peak(measured, options)
         return {"batch": batch, **measured, **get_memory(options), **profiler.result, "parameters": parameters}
 
     return fit_in_memory(run, options)
@@ -76,7 +86,8 @@ def measure_variant(folder: Path, changes: dict[str, Any], package: str | None =
     if package is not None:
         check_package(package)
     options = set_up(folder, **values)
-    return {**run_ours(options, make_run_folder(options), "on", **changes), **get_memory(options)}
+    measured = run_ours(options, make_run_folder(options), "on", **changes)
+    return {**add_share_of_peak(measured, options), **get_memory(options)}
 
 
 def measure_resuming(

@@ -1,13 +1,17 @@
 """Helpers that the benchmarks share: run each side in its own process, measure time and memory, make random bases."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+TURN = "turn "  # and the progress: how a process says that it waits
 
 MEASURED = """
 import resource, sys
@@ -48,6 +52,66 @@ def run_script(body: str, arguments: list[Path], results_file: Path, **environme
 def run_self(*arguments: Any, **environment: str) -> dict[str, Any]:
     """Run this benchmark again in a new process with these arguments; return the JSON object of its last line."""
     return _run_json([sys.executable, sys.argv[0], *map(str, arguments)], environment)
+
+
+def run_in_turns(
+    arguments: dict[str, list[Any]], environment: dict[str, str], between: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Run this benchmark again in several processes, of which one at a time works: the one that has done the least.
+
+    Each calls `wait_for_turn` before it works, and after each of its steps.
+
+    Args:
+        arguments: name -> those of its process.
+        between: called before each turn, while no process works.
+
+    Returns:
+        Name -> the JSON object of its process's last line.
+    """
+    env = {**os.environ, **select_one_gpu(), **environment}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes, progress, last = dict[str, subprocess.Popen[str]](), dict[str, float](), dict[str, str]()
+    try:
+        for name, own in arguments.items():
+            processes[name] = subprocess.Popen([sys.executable, sys.argv[0], *map(str, own)], env=env, **pipes)
+        for name, process in processes.items():
+            progress[name], last[name] = _read_until_turn(process)
+        while (name := min(progress, key=progress.__getitem__)) and progress[name] < math.inf:
+            between()
+            print("go", file=processes[name].stdin, flush=True)
+            progress[name], last[name] = _read_until_turn(processes[name])
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {name: json.loads(line) for name, line in last.items()}
+
+
+def _read_until_turn(process: "subprocess.Popen[str]") -> tuple[float, str]:
+    """Read what a process prints until it waits for its turn, or until it has ended.
+
+    Returns:
+        Its progress, infinite at its end, and the last line that it printed.
+    """
+    assert process.stdout is not None
+    last = ""
+    for line in process.stdout:
+        if line.startswith(TURN):
+            return float(line.removeprefix(TURN)), ""
+        last = line
+    if process.wait():
+        sys.exit(f"{process.args}: exit code {process.returncode}")
+    return math.inf, last
+
+
+def wait_for_turn(progress: float) -> None:
+    """Wait until `run_in_turns` says that it is this process's turn.
+
+    Args:
+        progress: the share of its work that is done.
+    """
+    print(f"{TURN}{progress}", flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the process that started this one has ended")
 
 
 def t5tune(*arguments: Any) -> dict[str, Any]:

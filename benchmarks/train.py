@@ -5,10 +5,11 @@
     python benchmarks/train.py --data sharegpt.json
 
 Trains LoRA on a random T5 each way in its own process, on the same examples, with one thread and the same malloc
-settings, and prints one JSON line that starts with the ratios. Time is the process's CPU time, so that other processes
-on the machine matter less; a token is useful if it isn't padding. `of_peak` is the model FLOPs utilization: the
-operations that the useful tokens need with frozen weights (forward, and the gradients of activations) per second, as a
-share of the speed of a large matrix product. benchmarks/gpu.py does the same on a GPU.
+settings, and prints one JSON line that starts with the ratios. The processes take turns, a step at a time, so that a
+machine that becomes slower or faster, as virtual ones do, does so for all of them. Time is the process's CPU time; a
+token is useful if it isn't padding. `of_peak` is the model FLOPs utilization: the operations that the useful tokens
+need with frozen weights (forward, and the gradients of activations) per second, as a share of the speed of large matrix
+products, which are computed between the turns. benchmarks/gpu.py does the same on a GPU, one way after the other.
 
 The ways:
 
@@ -37,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sides import read_process_memory, run_self, t5tune, write_base
+from sides import read_process_memory, run_in_turns, t5tune, wait_for_turn, write_base
 
 from t5tune.model.known_configs import KNOWN_CONFIGS
 
@@ -94,15 +95,19 @@ def read_clock(on_gpu: bool) -> float:
 class Clock:
     """Measures the seconds of the steps between the warm-up and the end: CPU time, or wall time if training on a GPU.
 
-    On a GPU it waits only before and after all of these steps. `on_end` is called after the last of them, and once more
-    after each step that follows.
+    On a GPU it waits only before and after all of these steps.
+
+    Args:
+        options: `on_step` is called after each step with the share of the steps that are done, and `on_end` after the
+            last of them, and once more after each step that follows.
     """
 
-    def __init__(self, on_gpu: bool, warm_up: int, steps: int, on_end: Callable[[], None] | None = None) -> None:
-        self.on_gpu = on_gpu
-        self.warm_up = warm_up
+    def __init__(self, options: argparse.Namespace, steps: int) -> None:
+        self.on_gpu: bool = options.on_gpu
+        self.warm_up: int = options.warm_up
         self.steps = steps
-        self.on_end = on_end
+        self.on_step: Callable[[float], None] | None = options.on_step
+        self.on_end: Callable[[], None] | None = options.on_end
         self.done = 0
         self.begun = self.seconds = 0.0
 
@@ -112,6 +117,8 @@ class Clock:
             self.begun = read_clock(self.on_gpu)
         if self.done == self.steps:
             self.seconds = read_clock(self.on_gpu) - self.begun
+        if self.on_step is not None:
+            self.on_step(self.done / self.steps)
         if self.done >= self.steps and self.on_end is not None:
             self.on_end()
 
@@ -127,7 +134,7 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes:
     from t5tune.progress import Advanced, Event, Note
     from t5tune.training.batches import EpochDraws, make_budget_sampler
 
-    clock = Clock(options.on_gpu, options.warm_up, options.steps, options.on_end)
+    clock = Clock(options, options.steps)
 
     notes: list[str] = []
 
@@ -193,7 +200,7 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
         save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1000, remove_unused_columns=False,
         log_level="error",
     )  # fmt: skip
-    clock, seen = Clock(options.on_gpu, options.warm_up, steps, options.on_end), []
+    clock, seen = Clock(options, steps), []
 
     class SpreadTrainer(Trainer):
         """Trains on a selection of the batches of an epoch that Trainer's own sampler makes: see `spread_batches`."""
@@ -276,7 +283,7 @@ def count_padded_tokens(sources: Any, targets: Any) -> int:
 def compute_metrics(
     clock: Clock, sources: Any, targets: Any, batches: list[Any], packed: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Compute the useful tokens per second, the share of the peak speed, and the share of useful tokens."""
+    """Compute the useful tokens per second, their share of all tokens, and the operations that each of them needs."""
     peak_memory = torch.cuda.max_memory_allocated() if options.on_gpu else read_process_memory("VmHWM")
     lengths = [(sources[batch], targets[batch]) for batch in batches[options.warm_up :]]
     useful = sum(int(source.sum() + target.sum()) for source, target in lengths)
@@ -289,7 +296,6 @@ def compute_metrics(
         "useful_share": round(useful / computed, 3),
         "seconds": round(clock.seconds, 2),
         "tokens_per_second": round(useful / clock.seconds, 1),
-        "of_peak": round(operations / clock.seconds / measure_matrix_peak(options), 3),
         "operations_per_token": round(operations / useful),
         "peak_memory_mb": peak_memory // 10**6,
     }
@@ -311,17 +317,36 @@ def count_operations(sources: Any, targets: Any, shape: dict[str, Any]) -> float
     return float(4 * (source_weights * sources.sum() + target_weights * targets.sum()) + 12 * inner * pairs)
 
 
-def measure_matrix_peak(options: argparse.Namespace) -> float:
-    """Measure the operations per second of a large matrix product: the fastest of five, to exclude disturbances."""
-    size = 8192 if options.on_gpu else 2048
-    a = torch.randn(size, size, device="cuda" if options.on_gpu else "cpu").to(getattr(torch, options.dtype))
-    fastest = math.inf
-    a @ a
+class MatrixProduct:
+    """A large matrix product, to measure the operations per second that are possible."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.on_gpu: bool = options.on_gpu
+        size = 8192 if self.on_gpu else 2048
+        self.operations = 2 * size**3
+        self.factor = torch.randn(size, size, device="cuda" if self.on_gpu else "cpu")
+        self.factor = self.factor.to(getattr(torch, options.dtype))
+        self.seconds: list[float] = []
+        self.compute()  # the first one takes longer
+        self.seconds.clear()
+
+    def compute(self) -> None:
+        begun = read_clock(self.on_gpu)
+        self.factor @ self.factor
+        self.seconds.append(read_clock(self.on_gpu) - begun)
+
+    def compute_share(self, result: dict[str, Any], seconds: float) -> float:
+        """Compute the share of the peak that a way reached, if a product takes so many seconds."""
+        speed = result["tokens_per_second"] * result["operations_per_token"]
+        return round(speed * seconds / self.operations, 3)
+
+
+def add_share_of_peak(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Add the share of the peak that a way has reached; the fastest of five products excludes disturbances."""
+    product = MatrixProduct(options)
     for _ in range(5):
-        begun = read_clock(options.on_gpu)
-        a @ a
-        fastest = min(fastest, read_clock(options.on_gpu) - begun)
-    return 2 * size**3 / fastest
+        product.compute()
+    return {**result, "of_peak": product.compute_share(result, min(product.seconds))}
 
 
 def make_config(options: argparse.Namespace) -> dict[str, Any]:
@@ -333,11 +358,12 @@ def make_config(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
-    """Run each way in its own process. The result starts with the speedup of each of our ways over its peers."""
+    """Run all ways in turn. The result starts with the speedup of each of our ways over its peers."""
     names = ("size", "num_layers", "longest", "dtype", "dropout", "steps", "tokens", "batch_size")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings["data"] = options.data.name if options.data else "synthetic"
-    results: dict[str, dict[str, Any]] = {}
+    torch.set_num_threads(1)
+    product = MatrixProduct(options)
     with tempfile.TemporaryDirectory(prefix="t5tune-bench-") as name:
         folder = Path(name)
         base = write_base(folder / "base", make_config(options))
@@ -346,9 +372,10 @@ def compare(options: argparse.Namespace, environment: dict[str, str]) -> dict[st
             "prepare", "--model-name-or-path", base, "--data-path", data, "--output-dir", folder / "cache",
             "--model-max-length", options.longest,
         )  # fmt: skip
-        for way in options.ways:
-            results[way] = run_self(*sys.argv[1:], "--way", way, "--folder", folder, **environment)
-            print(way, results[way], file=sys.stderr)
+        arguments = {way: [*sys.argv[1:], "--way", way, "--folder", folder] for way in options.ways}
+        results = run_in_turns(arguments, environment, product.compute)
+    for result in results.values():
+        result["of_peak"] = product.compute_share(result, sum(product.seconds) / len(product.seconds))
     return {**compute_ratios(results), **settings, **results}
 
 
@@ -366,6 +393,8 @@ def compute_ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 def run_way(options: argparse.Namespace) -> dict[str, Any]:
     """Run one way; called in its own process."""
     torch.set_num_threads(1)
+    options.on_step = wait_for_turn
+    wait_for_turn(0.0)
     run = options.folder / options.way
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "budget": lambda: run_ours(options, run, "off"),
@@ -387,7 +416,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--num-layers", type=int, help="layers of encoder and of decoder; default: that of --size")
     parser.add_argument("--longest", type=int, default=512, help="maximum tokens of a source and of a target")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--steps", type=int, default=4, help="steps of our ways, with the warm-up")
+    parser.add_argument("--steps", type=int, default=9, help="steps of our ways, with the warm-up")
     parser.add_argument("--warm-up", type=int, default=1, help="steps that aren't timed, at the start of each way")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch of our ways")
     parser.add_argument("--batch-size", type=int, default=8, help="examples per batch of the stock ways")
@@ -396,7 +425,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.set_defaults(on_gpu=False, on_end=None)
+    parser.set_defaults(on_gpu=False, on_step=None, on_end=None)
     return parser
 
 
