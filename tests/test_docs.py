@@ -17,7 +17,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 import docs_site
-from t5tune.cli.arguments import parse_arguments, unwrap_type
+from t5tune.cli.arguments import has_extra, parse_arguments, unwrap_type
 from t5tune.cli.summaries import EXAMPLES, SUMMARIES
 from t5tune.errors import SettingsError
 from t5tune.families import FAMILIES, REFUSED_MODELS
@@ -106,6 +106,8 @@ def build_command_section(model: type[Settings], rows: list[SettingRow]) -> list
     lines = ["", f"## t5tune {model.command}", "", SUMMARIES[model.command]]
     if model.also_positional:
         lines += [f"The first word after `{model.command}` may be the `{model.also_positional}`, without its flag."]
+    if places := [f"`{name}`" for name, field in model.model_fields.items() if has_extra(field, "positional")]:
+        lines += [f"Given by their place, without a flag: {', '.join(places)}."]
     lines += ["", "```sh", *map(break_command, EXAMPLES[model.command]), "```"]
     own = {row.name: row for row in rows if model.command in row.commands}
     required = [name for name, field in model.model_fields.items() if field.is_required()]

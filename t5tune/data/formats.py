@@ -161,14 +161,8 @@ def _rename_preferences(value: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
     """Parse a record twice, once with each answer: both must be the last turns of the same conversation."""
-    chosen, rejected = reading.target_column or "chosen", reading.rejected_column or "rejected"
-    for name in (chosen, rejected):
-        if value.get(name) in EMPTY_VALUES:
-            found = ", ".join(sorted(map(str, value))[:6])
-            advice = suggest_name(name, map(str, value.keys() - {chosen, rejected}))
-            columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
-            problem = f"no {name} answer; the record has {found}{advice or f'; {columns}'}"
-            raise RejectionError("no_preference", problem)
+    chosen, rejected = names = reading.target_column or "chosen", reading.rejected_column or "rejected"
+    _check_has_both(value, names)
     # a record may have the chosen answer a second time, as a completion
     twice = {key for key in ("output", "completion") if chosen == "chosen" and value.get(key) not in EMPTY_VALUES}
     rest = {key: item for key, item in value.items() if key not in twice}
@@ -178,29 +172,44 @@ def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: 
     except RejectionError as error:
         reason, problem = error.rejection
         raise RejectionError(reason, f"{rejected}: {problem.removeprefix(f'{chosen}: ')}") from None
-    texts = []
-    for name, answered in zip((chosen, rejected), pair, strict=True):
-        last = answered.turns[-1]
-        if not last.text.strip():
-            raise RejectionError("no_preference", f"{name}: no text in its last turn")
-        if not last.learned:
-            raise RejectionError("zero_weight", f"{name}: its last turn has weight 0")
-        texts.append(last.text)
-    contexts = [(each.system, [(turn.role, turn.text) for turn in each.turns[:-1]]) for each in pair]
-    if contexts[0] != contexts[1]:
-        both = zip(*(each.turns for each in pair), strict=False)
-        place = next((number for number, (one, other) in enumerate(both) if one.text != other.text), None)
-        where = "" if place is None else f": they differ from turn {place} on"
-        raise RejectionError("other_question", f"{chosen} and {rejected} answer different questions{where}")
-    if texts[0] == texts[1]:
-        raise RejectionError("no_preference", f"{chosen} and {rejected} are the same")
+    _check_pair(pair, names)
     repairs = (
         Counter(pair[0].repairs) | Counter(pair[1].repairs) | Counter(_name_ignored("field", key) for key in twice)
     )
     del repairs[_name_ignored("field", rejected)]
     *context, answer = pair[0].turns
     turns = (*(replace(turn, learned=False) for turn in context), answer)
-    return replace(pair[0], turns=turns, repairs=dict(sorted(repairs.items())), rejected=texts[1])
+    return replace(pair[0], turns=turns, repairs=dict(sorted(repairs.items())), rejected=pair[1].turns[-1].text)
+
+
+def _check_has_both(value: dict[str, Any], names: tuple[str, str]) -> None:
+    """Check that a record has the better and the worse answer, whose keys are `names`."""
+    for name in names:
+        if value.get(name) in EMPTY_VALUES:
+            found = ", ".join(sorted(map(str, value))[:6])
+            advice = suggest_name(name, map(str, value.keys() - set(names)))
+            columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
+            problem = f"no {name} answer; the record has {found}{advice or f'; {columns}'}"
+            raise RejectionError("no_preference", problem)
+
+
+def _check_pair(pair: list[Conversation], names: tuple[str, str]) -> None:
+    """Check that two conversations differ in their last turns, and in nothing else."""
+    for name, answered in zip(names, pair, strict=True):
+        last = answered.turns[-1]
+        if not last.text.strip():
+            raise RejectionError("no_preference", f"{name}: no text in its last turn")
+        if not last.learned:
+            raise RejectionError("zero_weight", f"{name}: its last turn has weight 0")
+    chosen, rejected = names
+    contexts = [(each.system, [(turn.role, turn.text) for turn in each.turns[:-1]]) for each in pair]
+    if contexts[0] != contexts[1]:
+        both = zip(*(each.turns for each in pair), strict=False)
+        place = next((number for number, (one, other) in enumerate(both) if one.text != other.text), None)
+        where = "" if place is None else f": they differ from turn {place} on"
+        raise RejectionError("other_question", f"{chosen} and {rejected} answer different questions{where}")
+    if pair[0].turns[-1].text == pair[1].turns[-1].text:
+        raise RejectionError("no_preference", f"{chosen} and {rejected} are the same")
 
 
 def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
