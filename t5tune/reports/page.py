@@ -27,7 +27,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; background: var(--back); color: var(--text);
        max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
-.soft { color: var(--soft); margin: .2rem 0 1rem; }
+.soft { color: var(--soft); margin: .2rem 0 1rem; } .charts + .soft { margin-top: .7rem; }
 .cards { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; }
 .cards div, figure, article { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
                               padding: .6rem .8rem; }
