@@ -882,7 +882,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
                 indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.
             metric: Metrics of your own, in addition: functions (predictions, references) -> dict of numbers, as
                 module:function or path/to/file.py:function.
-            overwrite: Replace the output folder even if it contains other files.
+            overwrite: Replace the output folder (default: evaluation) even if it contains other files.
             num_beams: Number of beams for beam search; 1 decodes greedily.
             max_new_tokens: Maximum length of a prediction (tokens); default: the length of the longest target.
             per_device_eval_batch_size: Maximum batch size for the loss and for generation (examples); default: as many

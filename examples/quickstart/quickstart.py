@@ -43,7 +43,7 @@ def size(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--max-steps", type=int, help="train only this number of steps")
+    parser.add_argument("--max-steps", default="120", help="steps of each training; 120 show that it works")
     options = parser.parse_args()
     out = options.output_dir
     if (out / "after").exists():
@@ -55,11 +55,10 @@ def main() -> None:
     started = time.monotonic()
 
     base = ["--model-name-or-path", "pocket"]
-    held_out = ["--data-path", HERE / "heldout.jsonl"]
-    limit = ["--max-steps", str(options.max_steps)] if options.max_steps else []
+    held_out = ["--data-path", HERE / "heldout.jsonl", "--num-data", "200"]
     prepared = t5tune("prepare", *base, "--data-path", HERE / "train.jsonl", "--output-dir", cache)
     before = t5tune("evaluate", *base, *held_out, *into(out / "before"))
-    train = ["train", "--config", "pocket", "--data-path", cache, *limit]
+    train = ["train", "--config", "pocket", "--data-path", cache, "--max-steps", options.max_steps]
     plain = t5tune(*train, "--output-dir", lora)
     with_lora = t5tune("evaluate", "--model-name-or-path", lora, *held_out, *into(out / "after-lora"))
     trained = t5tune(*train, "--q-lora", "--output-dir", run)

@@ -262,6 +262,19 @@ def read_base_metadata(folder: Path) -> dict[str, Any]:
     return base_metadata
 
 
+def read_training_precision(adapter: Path) -> dict[str, Any]:
+    """Read how the base was loaded when an adapter was trained: `bf16`, `q_lora` and what belongs to it, as settings.
+
+    Empty if t5tune didn't train the adapter.
+    """
+    metadata = read_base_metadata(adapter)
+    if "onto" not in metadata:
+        return {"bf16": metadata["bf16"], "q_lora": False} if "bf16" in metadata else {}
+    values = metadata | {"q_lora": True, "quant_type": metadata["onto"]}
+    names = ("bf16", "q_lora", "quant_type", "double_quant", "quantize_wo")  # an edited file may lack some
+    return {name: values[name] for name in names if name in values}
+
+
 def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Map base weights' names to the tensors that replace them: the parameters of modules_to_save.
 

@@ -6,10 +6,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.adapter import read_training_precision
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import (
+    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     MergeSettings,
@@ -49,30 +51,27 @@ def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
 
 
 def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str]]:
-    yield ["inspect", str(cache)]
+    yield ["inspect", str(next(iter(_list_caches(cache))))]
     uses_pocket = settings.model_name_or_path == "pocket"
     base = ["--config", "pocket"] if uses_pocket else [*_repeat(settings, BASE_FLAGS), "--learning-rate", "3e-4"]
     yield ["train", *base, "--data-path", str(cache), "--output-dir", _name_output("run")]
 
 
 def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
-    as_trained = [*_repeat(settings, QUANTIZATION_FLAGS)] if settings.q_lora else []
-    if settings.q_lora and not settings.bf16:
-        as_trained.append("--no-bf16")
-    yield ["chat", str(result.run), *as_trained]
+    yield ["chat", str(result.run), *_repeat_quantization(settings)]
     held_out = settings.eval_data_path
     if held_out is None and result.eval and _is_cache(settings.data_path):
         held_out = settings.data_path  # evaluate takes the examples that prepare has held out
     yield ["evaluate", str(result.run), "--data-path", *_name_data(held_out)]
     if settings.train_mode == "lora":
-        onto = ["--onto", settings.quant_type] if settings.q_lora else []
-        base = [*_repeat(settings, ("cache_dir",)), *onto]
+        base = [*_repeat(settings, ("cache_dir",)), *_repeat_onto(settings)]
         yield ["merge", str(result.run), *base, "--output-dir", _name_output("merged")]
 
 
 def _follow_export(adapter: Path) -> Iterator[list[str]]:
-    yield ["chat", str(adapter)]
-    yield ["merge", str(adapter), "--output-dir", _name_output("merged")]
+    as_trained = _read_training(adapter)
+    yield ["chat", str(adapter), *_repeat_quantization(as_trained)]
+    yield ["merge", str(adapter), *_repeat_onto(as_trained), "--output-dir", _name_output("merged")]
 
 
 def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
@@ -83,17 +82,31 @@ def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
 def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
     model = settings.model_name_or_path
     yield ["chat", model, *_repeat(settings, MODEL_FLAGS)]
-    is_adapter = _contains_adapter(Path(model))
+    adapter = _find_adapter(Path(model))
     is_repeatable = not list_without_flags(settings)
-    if (is_adapter or settings.adapter is not None) and not settings.compare_base and is_repeatable:
+    if (adapter is not None or settings.adapter is not None) and not settings.compare_base and is_repeatable:
         again = settings.model_copy(update={"data_path": _name_data(settings.data_path)})
         names = tuple(name for name in EvaluateSettings.model_fields if name not in NOT_REPEATED)
         yield ["evaluate", model, *_repeat(again, names), "--compare-base"]
-    if is_adapter:
-        yield ["merge", model, *_repeat(settings, ("cache_dir",)), "--output-dir", _name_output("merged")]
+    if adapter is not None:
+        base = [*_repeat(settings, ("cache_dir",)), *_repeat_onto(_read_training(adapter))]
+        yield ["merge", model, *base, "--output-dir", _name_output("merged")]
     elif settings.adapter is not None:
-        adapter = ["--adapter", str(settings.adapter)]
-        yield ["merge", *_repeat(settings, BASE_FLAGS), *adapter, "--output-dir", _name_output("merged")]
+        base = [*_repeat(settings, BASE_FLAGS), "--adapter", str(settings.adapter)]
+        yield ["merge", *base, *_repeat_onto(_read_training(settings.adapter)), "--output-dir", _name_output("merged")]
+
+
+def _repeat_quantization(settings: ChatSettings | TrainSettings) -> list[str]:
+    """Return the flags by which another command quantizes the base in the same way; none if it isn't quantized."""
+    if not settings.q_lora:
+        return []
+    flags = [*_repeat(settings, QUANTIZATION_FLAGS)]
+    return flags if settings.bf16 or "--no-bf16" in flags else [*flags, "--no-bf16"]
+
+
+def _repeat_onto(settings: ChatSettings | TrainSettings) -> list[str]:
+    """Return the flag by which `merge` uses the base as it was quantized; none if it wasn't."""
+    return ["--onto", settings.quant_type] if settings.q_lora else []
 
 
 def _repeat(settings: Settings, names: tuple[str, ...]) -> Iterator[str]:
@@ -106,9 +119,20 @@ def _name_data(paths: list[str] | None) -> list[str]:
     return paths if paths and "-" not in paths else ["HELD_OUT.jsonl"]
 
 
-def _contains_adapter(folder: Path) -> bool:
-    """Whether a folder is an adapter, or a run that trained one; a run that was stopped has it in its checkpoints."""
-    return any((place / ADAPTER_CONFIG_FILE).is_file() for place in [folder, *list_checkpoints(folder)])
+def _find_adapter(folder: Path) -> Path | None:
+    """Find the adapter that a folder is, or that a run trained; a run that was stopped has it in its checkpoints."""
+    places = [folder, *list_checkpoints(folder)]
+    return next((place for place in places if (place / ADAPTER_CONFIG_FILE).is_file()), None)
+
+
+def _read_training(adapter: Path) -> ChatSettings:
+    """Read how the base was loaded when an adapter was trained."""
+    return ChatSettings(model_name_or_path=str(adapter), **read_training_precision(adapter))
+
+
+def _list_caches(folder: Path) -> list[Path]:
+    """List the token caches of a mixture, or the one that the folder is."""
+    return sorted(file.parent for file in folder.glob(f"*/{CACHE_MANIFEST_FILE}")) or [folder]
 
 
 def _is_cache(data: list[str]) -> bool:

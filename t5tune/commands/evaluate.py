@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.adapter import read_training_precision
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.encoding import Example
 from t5tune.data.remote_files import hide_data_queries
@@ -42,7 +43,6 @@ from t5tune.model.inference import (
     find_base_and_adapter,
     load_for_inference,
     pin_to_commits,
-    read_training_precision,
     select_base,
 )
 from t5tune.progress import Note, Report, silent, without_notes
@@ -197,7 +197,8 @@ def _prepare(
         The output folder; the settings with the model's folder, its precision and its quantization; the same with the
         commits of what is on the Hub, so that every rank loads the same.
     """
-    folder = settings.output_dir or find_unused_folder(Path("evaluation"))
+    default = Path("evaluation")
+    folder = settings.output_dir or (default if settings.overwrite else find_unused_folder(default))
     check_replaceable(folder, settings.overwrite)
     for function in settings.metric or []:
         load_custom_metric(function)
@@ -368,6 +369,6 @@ def _compute_custom_metrics(task: _Task, predictions: list[list[str]]) -> list[d
         return [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]
     except SettingsError as error:
         hint = f"{error.hint}; " if error.hint else ""
-        replace = " (--overwrite replaces them)" if task.folder == task.settings.output_dir else ""
+        replace = " (--overwrite replaces them)" if task.settings.output_dir or task.settings.overwrite else ""
         hint += f"the predictions are in {task.folder / PREDICTIONS_FILE}{replace}"
         raise SettingsError(*error.problems, hint=hint) from error

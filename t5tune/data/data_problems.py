@@ -197,7 +197,8 @@ def _report_rejections(manifest: dict[str, Any], folder: Path, report: Report) -
         report(Note(f"{left_out}: {folder / REJECTED_FILE}", True))
     if reasons:
         rejected = f"{format_count(reasons.total(), 'record')} rejected ({_format_counts(reasons)})"
-        report(Note(f"{rejected}: {folder / REJECTED_FILE}", True))
+        hint = "; save the data in the encoding UTF-8" if reasons["invalid_utf8"] else ""
+        report(Note(f"{rejected}: {folder / REJECTED_FILE}{hint}", True))
 
 
 def _report_repairs(repaired: Mapping[str, int], report: Report) -> None:

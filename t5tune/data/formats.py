@@ -464,7 +464,10 @@ def _parse_pair(
         if reading.source_prefix:
             raise RejectionError("not_text", f"{source}: a list of turns, to which source_prefix can't be prepended")
         return {source, target}, [*_parse_turns(source, value[source], repairs), answer]
-    return {source, target}, [_parse_text_turn("human", source, value[source], reading.source_prefix), answer]
+    question = _parse_text_turn("human", source, value[source], reading.source_prefix)
+    if not question.text.removeprefix(reading.source_prefix).strip():
+        raise RejectionError("no_source", f"{source}: no text to answer")
+    return {source, target}, [question, answer]
 
 
 def _has_turns(value: Any) -> bool:

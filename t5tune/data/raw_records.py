@@ -5,6 +5,7 @@ parse_record(record, ReadingSettings())
 # Conversation(location, None, (Turn("human", "Hi"), Turn("assistant", "Hello.")))
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,7 +84,8 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
             raise DataError(f"{location.file}:{location.line}: record {location.index}: {error}") from None
         # in a table, a lone surrogate represents an invalid byte
         if reason == "lone_surrogate" and not isinstance(data, bytes):
-            return Rejection("invalid_utf8", f"a cell with bytes that are not UTF-8 ({error})")
+            where = re.sub(r"U\+DC([89A-F][0-9A-F])", r"the byte 0x\1", str(error))
+            return Rejection("invalid_utf8", f"a cell with bytes that are not UTF-8 ({where})")
         return error.rejection
     if not record.repairs:
         return conversation

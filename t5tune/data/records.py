@@ -31,6 +31,7 @@ REJECTION_REASONS = {
     "lone_surrogate": "half of a surrogate pair",
     "misplaced_system": "a system turn that is not the first turn",
     "same_role_twice": "two consecutive turns of the same role",
+    "no_source": "a source/target pair whose source is empty",
     "no_answer": "no answer to learn",
     "zero_weight": "every assistant turn has weight 0",
     "no_preference": "a chosen or a rejected answer is missing, or both are the same",

@@ -161,6 +161,13 @@ class Repository:
         )
         return Path(found) if isinstance(found, str) else None
 
+    def _list_local_names(self) -> list[str]:
+        """List what a mistyped name may mean: what is in the folder where a path of this name would be, and pocket."""
+        names = ["pocket"] if self.kind == "model" else []
+        with suppress(OSError):
+            names += [str(path) for path in Path(self.name).parent.iterdir()]
+        return names
+
     def explain(self, error: Exception) -> T5TuneError:
         """Turn an error of huggingface_hub into one that says what to do about it."""
         from huggingface_hub import errors, get_token
@@ -178,6 +185,7 @@ class Repository:
                 hint = f"request access on the Hub page of {self.name}, then run `hf auth login`"
             case errors.RepositoryNotFoundError():
                 reason = f"{missing} on this machine, and no such {noun} on the Hub, or a private one"
+                reason += suggest_name(self.name, self._list_local_names())
                 hint = f"check the spelling; for a private {noun} run `hf auth login`"
             case errors.RevisionNotFoundError():
                 asked = f"revision: {self.revision}"
@@ -197,7 +205,7 @@ class Repository:
                 hint = f"unset HF_HUB_OFFLINE, or {instead}"
             case errors.LocalEntryNotFoundError():
                 reason = f"{missing}, the Hub can't be reached, and the {noun} isn't in the local cache"
-                reason += "" if self.kind == "adapter" else suggest_name(self.name, ["pocket"])
+                reason += suggest_name(self.name, self._list_local_names())
                 hint = f"check the network connection, or {instead}"
                 hint += "" if self.kind == "adapter" else f"; `pocket` is the built-in {noun}"
             case OSError() if error.errno is not None:

@@ -183,19 +183,6 @@ def pin_to_commits(settings: InferenceKind, base: Path, adapter: Path | None) ->
     return settings.model_copy(update=changes)
 
 
-def read_training_precision(adapter: Path) -> dict[str, Any]:
-    """Read how the base was loaded when an adapter was trained: `bf16`, `q_lora` and what belongs to it, as settings.
-
-    Empty if t5tune didn't train the adapter.
-    """
-    metadata = read_base_metadata(adapter)
-    if "onto" not in metadata:
-        return {"bf16": metadata["bf16"], "q_lora": False} if "bf16" in metadata else {}
-    values = metadata | {"q_lora": True, "quant_type": metadata["onto"]}
-    names = ("bf16", "q_lora", "quant_type", "double_quant", "quantize_wo")  # an edited file may lack some
-    return {name: values[name] for name in names if name in values}
-
-
 def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:
     """Return the settings that load only the base of a loaded adapter, as it was loaded there."""
     family = settings.family or (read_base_metadata(loaded.adapter).get("family") if loaded.adapter else None)

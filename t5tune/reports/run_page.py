@@ -28,6 +28,7 @@ from t5tune.settings.flags import list_flags, list_without_flags
 REPORT_FILE = "report.html"
 # evaluation metrics that are shown at the top, in addition to the table
 TILE_METRICS = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "exact_match", "rougeL", "field_f1")
+TEXT_SCORES = {"exact_match", "rougeL", "bleu", "chrf"}
 # what preference training and distillation also log: name -> title of the chart
 OBJECTIVE_CHARTS = {
     "rewards/accuracies": "Accuracy of the rewards",
@@ -57,7 +58,7 @@ def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str
         *_draw_training_charts(lines, result.get("datasets") or {}),
         "</div>",
         *_render_evaluation(lines, result.get("datasets") or {}),
-        *_render_samples(read_samples(run_folder)),
+        *_render_samples(read_samples(run_folder), "held-out" if result.get("eval") else "training"),
         "<h2>Training data</h2>",
         *_render_datasets(examples),
         *_render_left_out(examples.manifest["rejected_by_reason"]),
@@ -166,7 +167,11 @@ def _render_evaluation(lines: list[dict[str, Any]], datasets: dict[str, dict[str
     names = list(dict.fromkeys(name for _, values in found for name in values))
     rows = ([f"{step:,}", *(_format_optional(values.get(name)) for name in names)] for step, values in found)
     header = ["step", *map(format_metric_name, names)]
-    parts = ["<h2>Evaluation on held-out examples</h2>", f'<div class="scroll">{_render_table(rows, header)}</div>']
+    better = "Lower is better for loss and perplexity."
+    if TEXT_SCORES & set(names):
+        better += " Exact match, ROUGE, BLEU and chrF are from 0 to 100: higher is better."
+    parts = ["<h2>Evaluation on held-out examples</h2>", f'<p class="soft">{better}</p>']
+    parts.append(f'<div class="scroll">{_render_table(rows, header)}</div>')
     scores = {
         name: {key: value for key, value in values.items() if key not in DATASET_COUNTS}
         for name, values in datasets.items()
@@ -182,15 +187,16 @@ def _format_optional(value: float | None) -> str:
     return "–" if value is None else format_number(value)
 
 
-def _render_samples(samples: list[dict[str, Any]]) -> list[str]:
+def _render_samples(samples: list[dict[str, Any]], kind: str) -> list[str]:
+    """Render predictions for some of the examples that are `held-out`, or `training` examples if none are."""
     if not samples:
         return []
     worst = [sample for sample in samples if sample.get("worst_of")]
     others = [sample for sample in samples if sample not in worst]
     parts = [
         "<h2>Sample predictions before and after training</h2>",
-        '<p class="soft">Greedy predictions before the first step and after the last one; long ones are cut off. '
-        "Loss: the mean over the target's tokens, after training.</p>",
+        f'<p class="soft">Greedy predictions for {kind} examples before the first step and after the last one; long '
+        "ones are cut off. Loss: the mean over the target's tokens, after training.</p>",
         f"<h3>Evenly spaced examples</h3>{_render_sample_table(others)}",
     ]
     if worst:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
@@ -236,6 +236,13 @@ class ChatSettings(ConversationSettings, InferenceSettings):
         "Lines file, from which objective dpo and orpo learn.",
     )
 
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str | None) -> str | None:
+        if prompt is not None and not prompt.strip():
+            raise ValueError("no text to reply to")
+        return prompt
+
     @model_validator(mode="after")
     def _check_preferences(self) -> "ChatSettings":
         if self.save_preferences is None:
@@ -262,7 +269,9 @@ class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, Inferenc
         default=None,
         description="Folder for predictions.jsonl; default: a new one (evaluation, evaluation.1, …).",
     )
-    overwrite: bool = Field(default=False, description="Replace the output folder even if it contains other files.")
+    overwrite: bool = Field(
+        default=False, description="Replace the output folder (default: evaluation) even if it contains other files."
+    )
     compare_base: bool = Field(default=False, description="Also score the base alone, and the differences.")
     num_beams: int = Field(default=1, gt=0, description="Number of beams for beam search; 1 decodes greedily.")
     max_new_tokens: OptionalCount = Field(

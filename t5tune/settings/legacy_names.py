@@ -13,11 +13,18 @@ class LegacyName:
         new: today's name; None where there is nothing to set any more.
         why: the reason, shown in a note.
         convert: turns the value of the old name into one of the new name; None leaves the setting unset.
+        noted: the value, in lower case, for which a name without a new one is noted; None: any but false, -1 and "".
     """
 
     new: str | None
     why: str
     convert: Callable[[Any], Any] = lambda value: value
+    noted: str | None = None
+
+    def is_noted(self, value: Any) -> bool:
+        """Whether the value asks for something that isn't done, of a name without a new one."""
+        text = str(value).lower()
+        return text not in {"", "-1", "false"} if self.noted is None else text == self.noted
 
 
 def _convert_fsdp(value: Any) -> Any:
@@ -38,7 +45,7 @@ TRAIN: Mapping[str, LegacyName] = {
     "lazy_preprocess": LegacyName(None, "examples are always read from the cache on demand"),
     "lora_weight_path": LegacyName(None, "FastChat declared it and never read it"),
     "logging_dir": LegacyName(None, "logs are written to metrics.jsonl in the run folder"),
-    "save_safetensors": LegacyName(None, "weights are always written as safetensors"),
+    "save_safetensors": LegacyName(None, "weights are always written as safetensors", noted="false"),
     "local_rank": LegacyName(None, "it is read from the launcher's environment variables"),
     "remove_unused_columns": LegacyName(None, "examples contain only what the model reads"),
 }

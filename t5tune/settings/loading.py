@@ -140,7 +140,7 @@ def _resolve_names(
                 # if the same source also has today's name, that one wins, whichever comes first
                 known.setdefault(change.new, _Value(new, value.place))
                 notes.append(f"{value.place}: read as {change.new} {new} ({change.why})")
-            elif change.new is None and str(value.value).lower() not in {"", "-1", "false"}:
+            elif change.new is None and change.is_noted(value.value):
                 notes.append(f"{value.place}: ignored ({change.why})")
         # one file or environment may serve several commands, but a flag of another command is a mistake
         elif name in of_any_command and not value.place.startswith("--"):

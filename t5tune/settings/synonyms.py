@@ -13,7 +13,7 @@ from t5tune.errors import find_close_name
 
 NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "model_name_or_path": "base_model base_model_config model model_name model_path model_id checkpoint_path "
-    "pretrained_model_name_or_path base_model_name_or_path",
+    "pretrained_model_name_or_path base_model_name_or_path base_model_path",
     "revision": "model_revision revision_of_model",
     "conversation_template": "chat_template template prompt_template conv_template",
     # before model_max_length, which chat and evaluate have as well
@@ -78,7 +78,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "num_beams": "generation_num_beams beam_size",
     "system": "system_prompt system_message default_system",
     "seed": "random_seed",
-    "output_dir": "o output output_path out_dir save_dir export_dir",
+    "output_dir": "o output output_path out_dir save_dir export_dir target_model_path",
     "overwrite": "overwrite_output_dir force",
     "fresh": "overwrite_output_dir overwrite force",  # for train, which has no `overwrite`
 }

@@ -22,16 +22,12 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
     """Reports progress events, and writes heartbeats to metrics.jsonl while nothing else is logged.
 
     Args:
-        threshold: an evaluation is reported as the best if it gains more than this.
         datasets: the names of the datasets that are evaluated, if there are several.
     """
 
-    def __init__(
-        self, report: Report, metrics_log: MetricsLog | None, threshold: float, datasets: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, report: Report, metrics_log: MetricsLog | None, datasets: Sequence[str] = ()) -> None:
         self.report = report
         self.metrics_log = metrics_log
-        self.threshold = threshold
         self.datasets = datasets
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -53,7 +49,7 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         evaluations = [line for line in state.log_history if "eval_loss" in line]
-        is_best = find_gains(evaluations, args, self.threshold)[-1]
+        is_best = find_best(evaluations, args) == len(evaluations) - 1
         values = {
             name.removeprefix("eval_"): value
             for name, value in metrics.items()
@@ -86,6 +82,15 @@ def is_better(line: dict[str, float], other: dict[str, float] | None, args: Any)
         return value is not None
     sign = 1 if args.greater_is_better else -1
     return (sign * value, -line["eval_loss"]) > (sign * other_value, -other["eval_loss"])
+
+
+def find_best(evaluations: Sequence[dict[str, float]], args: Any) -> int | None:
+    """Find the index of the best evaluation; None if none has the metric for the best model."""
+    best: int | None = None
+    for number, line in enumerate(evaluations):
+        if is_better(line, None if best is None else evaluations[best], args):
+            best = number
+    return best
 
 
 def find_gains(evaluations: Iterable[dict[str, float]], args: Any, threshold: float) -> list[bool]:

@@ -133,7 +133,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.add_callback(TrainingFlow(self))
         metrics_log = self.metrics_log if self.is_world_process_zero() else None
         datasets = [] if parts.held_out is None else [name for name, _ in parts.held_out.list_datasets()]
-        self.add_callback(ReportProgress(parts.report, metrics_log, parts.threshold, datasets))
+        self.add_callback(ReportProgress(parts.report, metrics_log, datasets))
         self.add_callback(CatchUp(self))
 
     def get_train_dataloader(self) -> Any:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from t5tune.checkpoints.adapter import read_base_metadata
+from t5tune.checkpoints.adapter import read_base_metadata, read_training_precision
 from t5tune.errors import CheckpointError
-from t5tune.model.inference import read_training_precision
 
 
 def write(folder: Path, metadata: dict[str, str]) -> Path:

@@ -74,6 +74,9 @@ def test_an_unreachable_hub_is_reported_in_one_line(hub: dict[str, str], tmp_pat
     assert_one_error(
         prepare("some/other", nowhere, tmp_path / "cache"), ["some/other", "can't be reached", "check the network"]
     )
+    (tmp_path / "answers").mkdir()
+    done = t5tune_in_fork("chat", "answer", "--prompt", "Hi", env=nowhere, cwd=tmp_path)
+    assert_one_error(done, ["answer: no such folder", "did you mean answers?"])
     offline = nowhere | {"HF_HUB_OFFLINE": "1"}
     assert_one_error(prepare("some/other", offline, tmp_path / "cache"), ["some/other", "HF_HUB_OFFLINE"])
 

@@ -1,14 +1,16 @@
 """The commands that a command suggests when it ends; test_help.py has those that follow the examples in the help."""
 
+import json
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import save_file
 
 from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.next_steps import list_next_steps
-from t5tune.settings import EvaluateSettings, TrainSettings, load_settings
+from t5tune.settings import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.command_line import t5tune_in_fork
 
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
@@ -72,6 +74,28 @@ def test_a_quantized_run_in_fp32_is_followed_in_fp32() -> None:
     )
     [(_, chat), *_] = list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={}))
     assert chat == "t5tune chat run --q-lora --no-bf16"
+
+
+def test_a_quantized_adapter_is_followed_with_its_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    about = {"bf16": False, "onto": "fp4", "double_quant": False, "quantize_wo": False}
+    save_file({}, tmp_path / "adapter_model.safetensors", {"t5tune": json.dumps(about)})
+    (tmp_path / "adapter_config.json").write_text("{}")
+    chat = "t5tune chat . --q-lora --quant-type fp4 --no-quantize-wo --no-double-quant --no-bf16"
+    merge = "t5tune merge . --onto fp4 --output-dir merged"
+    exported = list_next_steps(ExportSettings(checkpoint="run", output_dir="exported"), SimpleNamespace(adapter=Path()))
+    assert [line for _, line in exported] == [chat, merge]
+    evaluated = list_next_steps(EvaluateSettings(model_name_or_path=".", data_path=["dev.csv"]), None)
+    assert evaluated[-1] == ("", merge)
+
+
+def test_of_a_mixture_the_first_token_cache_is_shown(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    settings = PrepareSettings(model_name_or_path="pocket", data_path=["pocket"], output_dir=tmp_path)
+    steps = list_next_steps(settings, SimpleNamespace(cache=tmp_path))
+    assert steps[0] == ("next", f"t5tune inspect {tmp_path}/a")
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])

@@ -350,6 +350,8 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
     full = t5tune_in_fork(*arguments, "--output-dir", "evaluation", cwd=tmp_path)
     assert full.code == 2
     assert "--overwrite" in full.errors[0]
+    again = t5tune_in_fork(*arguments, "--overwrite", cwd=tmp_path)
+    assert again.stdout.strip() == "evaluation/predictions.jsonl"
 
 
 # ---------------------------------------------------------------- evaluation during training

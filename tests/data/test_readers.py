@@ -113,6 +113,7 @@ UNUSABLE_RECORDS = {
     "a blank answer": (make_record("Hi", "  \\n"), "no_answer"),
     "only an answer": ('{"conversations": [{"from": "gpt", "value": "Hi"}]}', "no_answer"),
     "nothing": ('{"conversations": []}', "no_answer"),
+    "an empty source": ('{"source": " ", "target": "Yes"}', "no_source"),
 }
 
 
@@ -694,6 +695,8 @@ def test_columns_can_have_other_names_and_a_prefix(tmp_path: Path) -> None:
     assert list_turns(record) == [("human", "summarize: Hi"), ("assistant", "Yes")]
     (rejected,) = read_record(tmp_path, {"dialogue": "Hi"}, **named)
     assert (rejected.reason, "note" in rejected.message) == ("unknown_format", True)
+    (rejected,) = read_record(tmp_path, {"dialogue": "", "note": "Yes"}, **named)
+    assert rejected == Rejection("no_source", "dialogue: no text to answer")
 
 
 def test_a_mistyped_column_is_suggested(tmp_path: Path) -> None:

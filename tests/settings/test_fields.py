@@ -146,6 +146,10 @@ def test_an_unknown_name_is_reported_before_records_are_read() -> None:
         (TrainSettings, "overwrite", "did you mean fresh?"),
         (TrainSettings, "warmup_ratio", "did you mean warmup_steps?"),
         (MergeSettings, "overwrite_output_dir", "did you mean overwrite?"),
+        # of FastChat's apply_lora
+        (MergeSettings, "base_model_path", "did you mean model_name_or_path?"),
+        (MergeSettings, "target_model_path", "did you mean output_dir?"),
+        (MergeSettings, "lora_path", "did you mean adapter?"),
     ],
 )
 def test_a_name_of_another_command_says_where_it_belongs(model: type[Settings], name: str, advice: str) -> None:
@@ -153,6 +157,11 @@ def test_a_name_of_another_command_says_where_it_belongs(model: type[Settings], 
     with pytest.raises(SettingsError) as caught:
         model(**needed, **{name: True})
     assert str(caught.value) == f"{name}: unknown setting; {advice}"
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(SettingsError, match="prompt: ' ': no text to reply to"):
+        ChatSettings(model_name_or_path="pocket", prompt=" ")
 
 
 def test_a_list_of_records_where_only_paths_are_read_is_a_single_problem() -> None:

@@ -495,6 +495,14 @@ def test_fastchats_ddp_command_line_gives_its_settings(run_command_line: Callabl
     assert "deepspeed" not in stderr
 
 
+@pytest.mark.parametrize(("value", "is_noted"), [("False", True), ("True", False)])
+def test_only_a_request_for_pickled_weights_is_noted(
+    value: str, is_noted: bool, run_command_line: Callable[..., tuple[Any, str]]
+) -> None:
+    stderr = run_command_line("train", *NEEDED_FLAGS, "--save_safetensors", value)[1]
+    assert ("--save-safetensors: ignored (weights are always written as safetensors)" in stderr) == is_noted
+
+
 def test_an_empty_fsdp_shards_nothing(run_command_line: Callable[..., tuple[Any, str]]) -> None:
     assert run_command_line("train", *NEEDED_FLAGS, "--fsdp", "")[0].deepspeed is None
 
