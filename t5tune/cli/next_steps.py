@@ -51,7 +51,7 @@ def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
 
 
 def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str]]:
-    yield ["inspect", str(next(iter(_list_caches(cache))))]
+    yield ["inspect", str(_list_caches(cache)[0])]
     uses_pocket = settings.model_name_or_path == "pocket"
     base = ["--config", "pocket"] if uses_pocket else [*_repeat(settings, BASE_FLAGS), "--learning-rate", "3e-4"]
     yield ["train", *base, "--data-path", str(cache), "--output-dir", _name_output("run")]

@@ -68,7 +68,6 @@ class _StopRequests:
 
     def end_after(self, work: Callable[[], None]) -> None:
         """Do some work in another thread; after it, `wait` returns ENDED."""
-
         writer = os.dup(self._writer)  # the thread may outlive this object
 
         def end() -> None:

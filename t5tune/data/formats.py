@@ -146,6 +146,8 @@ def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: Rea
     has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
     counts = {kind: count for kind, count in sorted(repairs.items()) if count}
     is_pair = _is_pair(name, value) and len(merged_turns) == 2
+    if is_pair and not merged_turns[0].text.removeprefix(reading.source_prefix if has_prefix else "").strip():
+        raise RejectionError("no_source", f"no text to answer ({name})")
     return Conversation(location, system or None, merged_turns, counts, has_prefix, is_pair)
 
 
@@ -464,10 +466,7 @@ def _parse_pair(
         if reading.source_prefix:
             raise RejectionError("not_text", f"{source}: a list of turns, to which source_prefix can't be prepended")
         return {source, target}, [*_parse_turns(source, value[source], repairs), answer]
-    question = _parse_text_turn("human", source, value[source], reading.source_prefix)
-    if not question.text.removeprefix(reading.source_prefix).strip():
-        raise RejectionError("no_source", f"{source}: no text to answer")
-    return {source, target}, [question, answer]
+    return {source, target}, [_parse_text_turn("human", source, value[source], reading.source_prefix), answer]
 
 
 def _has_turns(value: Any) -> bool:

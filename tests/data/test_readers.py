@@ -114,6 +114,7 @@ UNUSABLE_RECORDS = {
     "only an answer": ('{"conversations": [{"from": "gpt", "value": "Hi"}]}', "no_answer"),
     "nothing": ('{"conversations": []}', "no_answer"),
     "an empty source": ('{"source": " ", "target": "Yes"}', "no_source"),
+    "an empty prompt": ('{"prompt": "", "completion": "Yes"}', "no_source"),
 }
 
 
@@ -696,7 +697,7 @@ def test_columns_can_have_other_names_and_a_prefix(tmp_path: Path) -> None:
     (rejected,) = read_record(tmp_path, {"dialogue": "Hi"}, **named)
     assert (rejected.reason, "note" in rejected.message) == ("unknown_format", True)
     (rejected,) = read_record(tmp_path, {"dialogue": "", "note": "Yes"}, **named)
-    assert rejected == Rejection("no_source", "dialogue: no text to answer")
+    assert rejected == Rejection("no_source", "no text to answer (columns)")
 
 
 def test_a_mistyped_column_is_suggested(tmp_path: Path) -> None:
