@@ -8,7 +8,6 @@ import os
 import sys
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,12 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
             return
         path = self._settings.output_dir / TRACKERS_FILE
         known: dict[str, Any] = {}
-        with suppress(OSError, ValueError, CheckpointError):
+        try:
             known = read_json_object(path.parent, path.name)
+        except FileNotFoundError:  # the run begins
+            pass
+        except CheckpointError as error:
+            self._report(Note(f"report_to: wandb: {error}; the run gets a new entry", warning=True))
         if not isinstance(known.get("wandb"), str):
             known["wandb"] = uuid.uuid4().hex[:8]
             write_json(path, known)

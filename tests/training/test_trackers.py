@@ -12,7 +12,7 @@ import pytest
 from t5tune.commands.train import train
 from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Note
-from t5tune.training.trackers import TRACKERS_FILE
+from t5tune.training.trackers import TRACKERS_FILE, TrackRun
 from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings
 from tests.support.web import serve_folder
@@ -102,6 +102,29 @@ def test_wandb_has_name_settings_curves_report_and_adapter(
     for text in (b"orders", b"t5tune", b"lora_r", b"train/loss", b"adapter_model.safetensors", b"report"):
         assert text in content, text
     assert list(runs[-1].rglob("report_*.html"))
+
+
+def test_a_broken_file_of_ids_gives_a_new_entry_with_a_warning(
+    untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    settings = run_with("wandb", untied_base, data, tmp_path / "orders")
+    settings.output_dir.mkdir()
+    (settings.output_dir / TRACKERS_FILE).write_text('{"wandb": "5c3')
+    notes: list[Any] = []
+    tracker = TrackRun(settings, ["wandb"], notes.append)
+    tracker.begin()
+    known = json.loads((settings.output_dir / TRACKERS_FILE).read_text())["wandb"]
+    assert os.environ["WANDB_RUN_ID"] == known
+    tracker.abandon()
+    (note,) = notes
+    assert note.warning
+    assert TRACKERS_FILE in note.text
+    assert "new entry" in note.text
+    tracker.begin()  # the next run continues it
+    tracker.abandon()
+    assert len(notes) == 1
+    assert json.loads((settings.output_dir / TRACKERS_FILE).read_text())["wandb"] == known
 
 
 @needs("mlflow")
