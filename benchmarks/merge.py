@@ -72,24 +72,25 @@ def write_random(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], sc
 
 def make_base(folder: Path, config: dict[str, Any]) -> int:
     """Write a random base of the config's shape; return its size in bytes."""
-    from t5tune.checkpoints.adapter_shapes import derive_base_shapes
+    from t5tune.families import find_architecture
 
     folder.mkdir()
     dtype = DTYPES[config.get("dtype") or config.get("torch_dtype") or "float32"]
-    shapes = {name: shape for name, shape in derive_base_shapes(config).items() if "embed_tokens" not in name}
-    write_random(folder / "model.safetensors", {name: (dtype, shape) for name, shape in shapes.items()}, 0.05)
+    shapes = find_architecture(config, folder).derive_shapes().items()
+    tensors = {name: (dtype, shape) for name, shape in shapes if "embed_tokens" not in name}
+    write_random(folder / "model.safetensors", tensors, 0.05)
     (folder / "config.json").write_text(json.dumps(config))
     return (folder / "model.safetensors").stat().st_size
 
 
 def make_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
-    from t5tune.checkpoints.adapter_shapes import derive_base_shapes
+    from t5tune.families import find_architecture
 
     folder.mkdir()
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (out, inner) in (
-        (n, s) for n, s in derive_base_shapes(config).items() if n.endswith((".q.weight", ".v.weight"))
-    ):
+    shapes = find_architecture(config, base).derive_shapes()
+    for name in (name for name in shapes if name.endswith((".q.weight", ".v.weight"))):
+        out, inner = shapes[name]
         module = "base_model.model." + name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = ("F32", (RANK, inner))
         tensors[f"{module}.lora_B.weight"] = ("F32", (out, RANK))

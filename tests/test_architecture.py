@@ -1,11 +1,15 @@
-"""The direction of imports: each package imports only from lower layers, and no module is in a cycle."""
+"""Imports: each package imports only from lower layers, no module is in a cycle, and scripts import what exists."""
 
 import ast
+import importlib.util
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "t5tune"
+from tests.support.paths import REPOSITORY
+
+PACKAGE = REPOSITORY / "t5tune"
 # from the lowest layer to the highest; packages of one layer may import each other, but not in a circle
 LAYERS = [
     {"errors", "file_names", "formatting", "progress", "progress_bar", "metrics", "custom_metrics", "io", "version"},
@@ -40,6 +44,29 @@ def imports_of(path: Path, modules: set[str]) -> Iterator[str]:
 def graph() -> dict[str, set[str]]:
     paths = {module_name(path): path for path in PACKAGE.rglob("*.py")}
     return {name: set(imports_of(path, set(paths))) - {name} for name, path in paths.items()}
+
+
+def test_scripts_import_what_the_package_has() -> None:
+    """Benchmarks and examples also import in functions, and in code that they give to other processes as a text."""
+    scripts = [path for folder in ("benchmarks", "examples") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+    imported = [
+        (path.name, module, name.split()[0])
+        for path in scripts
+        for module, several, one in re.findall(
+            r"from (t5tune[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))", path.read_text(encoding="utf-8")
+        )
+        for name in (several or one).split(",")
+        if name.strip()
+    ]
+    assert len(imported) > 50
+    assert [each for each in imported if not has_name(each[1], each[2])] == []
+
+
+def has_name(module: str, name: str) -> bool:
+    """Whether a module has a name, or a package a module of this name."""
+    found = importlib.import_module(module)
+    is_package = hasattr(found, "__path__")
+    return hasattr(found, name) or (is_package and importlib.util.find_spec(f"{module}.{name}") is not None)
 
 
 def test_packages_import_only_from_those_below() -> None:

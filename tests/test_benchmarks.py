@@ -191,6 +191,18 @@ def test_a_base_that_was_adapted_to_a_domain_has_a_lower_loss_there_and_tunes_be
         assert result["adapted"][loss] < 0.9 * result["base"][loss]
 
 
+def test_merge_and_peft_write_the_same_bits(tmp_path: Path) -> None:
+    shape = {"model_type": "t5", "vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_heads": 4, "tie_word_embeddings": False}))
+    command = [sys.executable, str(BENCHMARKS / "merge.py"), "--config", "config.json", "--runs", "1", "--folder", "."]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["same_bits"]
+    assert {"ours", "cp", "peft"} == result["sides"].keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 @pytest.mark.long
 def test_serve_prints_what_many_clients_get_and_loses_no_reply(tmp_path: Path) -> None:
     shape = {"model_type": "t5", "vocab_size": 1536, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
