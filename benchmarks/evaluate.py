@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,12 @@ def train_adapter(folder: Path) -> Path:
 
 def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure the time of generating predictions, in turns."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForSeq2SeqLM
 
     from t5tune.data.cache import open_cache
-    from t5tune.model.generation import Decoding, generate
+    from t5tune.model.generation import Decoding
     from t5tune.model.inference import load_for_inference
     from t5tune.settings import EvaluateSettings
     from t5tune.training.evaluation import find_max_target_length, generate_predictions
@@ -148,14 +151,20 @@ def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, An
     ours = load_for_inference(EvaluateSettings(model_name_or_path=str(run), data_path="unused", use_cpu=True))
     stock = AutoModelForSeq2SeqLM.from_pretrained(folder / "merged", dtype="float32").eval()
     examples = list(open_cache(folder / "cache"))
-    sources = [example.source_S.tolist() for example in examples]
+    sources = [torch.tensor(example.source_S.tolist()) for example in examples]
     max_new_tokens = chosen.max_new_tokens or find_max_target_length(examples)
     tokenizer = ours.tokenizer
     decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, chosen.num_beams)
 
     def generate_in_batches(size: int) -> list[list[int]]:
-        parts = [sources[start : start + size] for start in range(0, len(sources), size)]
-        return [ids for part in parts for ids in generate(stock, part, decoding)]
+        replies: list[list[int]] = []
+        for part in (sources[start : start + size] for start in range(0, len(sources), size)):
+            input_ids = pad_sequence(part, batch_first=True, padding_value=tokenizer.pad_token_id)
+            mask = pad_sequence([torch.ones_like(source) for source in part], batch_first=True)
+            limits = {"max_new_tokens": max_new_tokens, "num_beams": chosen.num_beams, "do_sample": False}
+            rows = stock.generate(input_ids=input_ids, attention_mask=mask, **limits)[:, 1:].tolist()
+            replies += [list(takewhile(lambda token: token != tokenizer.eos_token_id, row)) for row in rows]
+        return replies
 
     sides: dict[str, Callable[[], list[list[int]]]] = {
         "t5tune": lambda: generate_predictions(ours.model, examples, decoding, None),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from t5tune.checkpoints.pocket import pocket_folder
 from tests.support.command_line import t5tune
 from tests.support.paths import REPOSITORY
 
@@ -191,31 +192,104 @@ def test_a_base_that_was_adapted_to_a_domain_has_a_lower_loss_there_and_tunes_be
         assert result["adapted"][loss] < 0.9 * result["base"][loss]
 
 
-def test_merge_and_peft_write_the_same_bits(tmp_path: Path) -> None:
-    shape = {"model_type": "t5", "vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_heads": 4, "tie_word_embeddings": False}))
-    command = [sys.executable, str(BENCHMARKS / "merge.py"), "--config", "config.json", "--runs", "1", "--folder", "."]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with the config.json of a tiny T5."""
+    shape = {"model_type": "t5", "vocab_size": 1536, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
+    rest = {"num_heads": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(shape | rest))
+    return tmp_path
+
+
+def run_benchmark(folder: Path, script: str, *arguments: str | Path) -> dict[str, Any]:
+    """Run a script in a folder. Return its last line, after checking that it leaves nothing there."""
+    before = {path.name for path in folder.iterdir()}
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    left = {path.name for path in folder.iterdir()} - before
+    assert {name for name in left if not name.startswith("torch")} == set()  # torchinductor_… and torchelastic_…
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_merge_and_peft_write_the_same_bits(tiny: Path) -> None:
+    result = run_benchmark(tiny, "merge.py", "--config", "config.json", "--runs", "1")
     assert result["same_bits"]
     assert {"ours", "cp", "peft"} == result["sides"].keys()
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.long
-def test_serve_prints_what_many_clients_get_and_loses_no_reply(tmp_path: Path) -> None:
-    shape = {"model_type": "t5", "vocab_size": 1536, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_heads": 4, "feed_forward_proj": "gated-gelu"}))
+@pytest.mark.parametrize("compared", ["stock", "processes", "gathering"])
+def test_evaluations_that_are_compared_have_the_same_results(tiny: Path, conversations: Path, compared: str) -> None:
+    result = run_benchmark(
+        tiny, "evaluate.py", "--compare", compared, "--config", "config.json", "--data", conversations,
+        "--num-conversations", "6", "--max-new-tokens", "5", "--repeat", "1", "--batch-sizes", "2", "6",
+    )  # fmt: skip
+    assert result["same"]
+    assert result["examples"] == 6
+
+
+@pytest.mark.long
+def test_evaluate_prints_the_memory_of_train_and_of_evaluate(tiny: Path, conversations: Path) -> None:
+    result = run_benchmark(
+        tiny, "evaluate.py", "--config", "config.json", "--data", conversations, "--num-conversations", "6",
+        "--steps", "1", "--max-new-tokens", "5",
+    )  # fmt: skip
+    assert result["train_mb"] > 0
+    assert result["ratio"] == round(result["evaluate_mb"] / result["train_mb"], 3)
+
+
+@pytest.mark.long
+def test_prepare_has_the_same_number_of_examples_as_fastchat_and_the_same_cache_in_parts(
+    tmp_path: Path, conversations: Path
+) -> None:
+    given = ("--tokenizer", pocket_folder(), "--data", conversations)
+    sides = run_benchmark(tmp_path, "prepare.py", *given, "--runs", "1", "--sides", "tokenizer", "ours", "fastchat")
+    assert sides["sides"]["ours"]["count"] == sides["sides"]["fastchat"]["count"] == 200
+    parts = run_benchmark(tmp_path, "prepare.py", *given, "--repeat-to", "200000", "--parts", "2")
+    assert parts["same"]
+
+
+@pytest.mark.long
+def test_the_chunked_loss_has_the_same_gradient_in_less_memory(tmp_path: Path) -> None:
+    result = run_benchmark(tmp_path, "loss.py", "--tokens", "600", "--width", "64")
+    assert result["chunked"]["gradient_off"] < 1e-5
+    assert result["memory_share"] < 1
+
+
+@pytest.mark.long
+def test_a_step_on_pairs_takes_less_memory_than_two_passes(tmp_path: Path) -> None:
+    lengths = ("--source", "256", "--target", "16")
+    result = run_benchmark(tmp_path, "preference_steps.py", *lengths, "--steps", "1", "--rounds", "1")
+    assert [each["trained"] for each in result["results"]] == ["lora", "token rows", "full"]
+    for each in result["results"]:
+        assert each["peak_mb"]["shared"] < each["peak_mb"]["separate"]
+
+
+@pytest.mark.long
+def test_parity_scores_each_method(tmp_path: Path) -> None:
+    quickstart = REPOSITORY / "examples" / "quickstart"
+    result = run_benchmark(
+        tmp_path, "parity.py", "--train", quickstart / "train.jsonl", "--held-out", quickstart / "heldout.jsonl",
+        "--seeds", "0", "--epochs", "0.05", "--num-data", "4", "--methods", "full", "QLoRA nf4 + DQ q,v",
+        "LoRA q,v, no tokens added",
+    )  # fmt: skip
+    found = {name: each["trainable"] for name, (each,) in result["results"].items()}
+    assert found == {"full": 2165248, "QLoRA nf4 + DQ q,v": 50432, "LoRA q,v, no tokens added": 46080}
+
+
+@pytest.mark.long
+def test_serve_prints_what_many_clients_get_and_loses_no_reply(tiny: Path) -> None:
     command = [
         sys.executable, str(BENCHMARKS / "serve.py"), "--config", "config.json", "--clients", "1", "8",
         "--seconds", "2", "--prompts", "20", "--max-tokens", "6",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tiny, timeout=500)
     assert done.returncode == 0, done.stderr
     one, eight = map(json.loads, done.stdout.splitlines())
     assert (one["clients"], one["batch"], eight["clients"]) == (1, 1, 8)
     assert one["lost"] == one["different"] == eight["lost"] == eight["different"] == 0
     assert one["first_token_ms_p50"] <= one["reply_ms_p50"]
     assert {"requests_per_second", "reply_ms_p99", "times_one_at_a_time", "of_limit"} <= eight.keys()
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert [path.name for path in tiny.iterdir()] == ["config.json"]
