@@ -64,7 +64,8 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         except FileNotFoundError:  # the run begins
             pass
         except CheckpointError as error:
-            self._report(Note(f"report_to: wandb: {error}; the run gets a new entry", warning=True))
+            rest = "the run gets a new entry; to continue the old one, stop, and set WANDB_RUN_ID to its id"
+            self._report(Note(f"report_to: wandb: {error}; {rest}", warning=True))
         if not isinstance(known.get("wandb"), str):
             known["wandb"] = uuid.uuid4().hex[:8]
             write_json(path, known)
