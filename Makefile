@@ -72,7 +72,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
-	@echo "installing into .venv; this takes a minute or two"
+	@echo "installing into .venv; this takes a few minutes"
 	$(BIN)/pip install --disable-pip-version-check --quiet -e .
 	touch $@
 
