@@ -107,7 +107,12 @@ def _hash_manifest(manifest: dict[str, Any]) -> str:
 def list_checkpoints(run: Path) -> list[Path]:
     """List the checkpoint-N folders of a run, newest first."""
     found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return sorted(found, key=get_step, reverse=True)
+
+
+def get_step(checkpoint: Path) -> int:
+    """Get the step that a checkpoint-N folder is named for."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find_newest(run: Path) -> tuple[Path | None, list[str]]:

@@ -22,7 +22,7 @@ from t5tune.io.atomic import fsync, hash_file, write_json
 from t5tune.io.reasons import join_lines
 from t5tune.io.untrusted import resolve_inside
 from t5tune.progress import Note, Report
-from t5tune.training.checkpoint import STAGING_PREFIX, count_bytes, list_checkpoints, write_manifest
+from t5tune.training.checkpoint import STAGING_PREFIX, count_bytes, get_step, list_checkpoints, write_manifest
 
 EVALUATION_FILE = "t5tune_evaluation.json"
 
@@ -92,7 +92,7 @@ class CheckpointPublisher:
             write_json(folder / EVALUATION_FILE, {"manifest": manifest, "line": line})
         except (WriteError, OSError) as error:
             self.report(Note(f"{join_lines(error)}; a resumed run will repeat this evaluation", warning=True))
-        self._rotate(best)
+        self._rotate(step, best)
 
     def read_evaluation(self, step: int) -> dict[str, Any] | None:
         """Read the evaluation that was added to the checkpoint of a step. Call on every rank.
@@ -135,15 +135,29 @@ class CheckpointPublisher:
             staged.rename(final)
             fsync(self.run_folder)
             if self.rotates:
-                self._rotate(best)
+                self._rotate(step, best)
         except (OSError, CheckpointError, WriteError) as error:
             return error
         return None
 
-    def _rotate(self, best: int | None) -> None:
-        for old in list_checkpoints(self.run_folder)[self.keep :] if self.keep else []:
-            if old.name != f"checkpoint-{best}":
+    def _rotate(self, step: int, best: int | None) -> None:
+        """Delete all but the newest checkpoints up to this step, which was just saved, and the best one.
+
+        Damaged ones of later steps don't count, and go.
+        """
+        if self.keep is None:
+            return
+        kept = {*self._list_complete(step)[: self.keep], self.run_folder / f"checkpoint-{best}"}
+        for old in list_checkpoints(self.run_folder):
+            if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _list_complete(self, step: int) -> list[Path]:
+        """List the checkpoints up to the newest complete one, of this step, newest first.
+
+        Those of later steps are damaged: the run resumed from an earlier one.
+        """
+        return [path for path in list_checkpoints(self.run_folder) if get_step(path) <= step]
 
     def _raise_if_any_rank_failed(self, failure: Exception | None, step: int) -> None:
         """Exchange errors with all ranks. If one rank has failed, all ranks raise a TrainingError."""
@@ -153,7 +167,7 @@ class CheckpointPublisher:
                 raise self._make_error(step, f"{where}{reason}") from failure
 
     def _make_error(self, step: int, reason: str) -> TrainingError:
-        kept = list_checkpoints(self.run_folder)
+        kept = self._list_complete(self.last_step or 0)
         needed = f"; a checkpoint takes {count_bytes(kept[0]):,} bytes" if kept else ""
         space = f"{shutil.disk_usage(self.run_folder).free:,} bytes are free{needed}"
         return TrainingError(

@@ -219,6 +219,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             self._determine_best_metric(self._evaluate(None, None), None)
             if not self.is_stopped:
                 self._save_evaluation()
+        else:  # the previous process may have been killed after the evaluation that ended training
+            self._stop_early()
         self.control.should_save = False
         if self.is_stopped or step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -386,13 +388,18 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if is_best:
             self.state.best_metric = get_best_metric(metrics, self.args)
             self.state.best_global_step = self.state.global_step
+        is_over = self._stop_early()
+        self.control.should_save |= (is_best or is_over) and self.parts.publisher.last_step != self.state.global_step
+        return is_best
+
+    def _stop_early(self) -> bool:
+        """Request a stop if there was no improvement for too long. Return whether that is so."""
         since, patience = self._list_steps_without_gain(), self.parts.patience
         is_over = patience is not None and len(since) >= patience
         if is_over and self.state.global_step < self.state.max_steps:
             self.early_stop = self._describe_early_stop(since)
         self.control.should_training_stop |= is_over
-        self.control.should_save |= (is_best or is_over) and self.parts.publisher.last_step != self.state.global_step
-        return is_best
+        return is_over
 
     def _list_steps_without_gain(self) -> list[int]:
         """List the steps of the latest evaluations that haven't improved the metric by more than the threshold."""

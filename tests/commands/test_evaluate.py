@@ -460,14 +460,19 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     changes = {"learning_rate": 0, "eval_steps": 2, "max_steps": 20, "eval_fraction": 0.2}
-    result = train(
-        make_short_settings(untied_base, conversations, tmp_path / "run", early_stopping_patience=2, **changes)
-    )
+    settings = make_short_settings(untied_base, conversations, tmp_path / "run", early_stopping_patience=2, **changes)
+    result = train(settings)
     assert result.steps == 6  # evaluated at 2 (the best), 4 and 6
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 6]  # logging_steps is 10
     assert result.train_loss == pytest.approx((lines[0]["loss"] + 5 * lines[1]["loss"]) / 6, rel=1e-6)
+
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed before it was done
+    events: list[Event] = []
+    again = train(settings, events.append)
+    assert (again.resumed_from, again.steps) == (tmp_path / "run" / "checkpoint-6", 6)
+    assert any("stopped early" in event.text for event in events if isinstance(event, Note)), events
 
 
 def make_second_evaluation_fail(monkeypatch: pytest.MonkeyPatch) -> list[int]:

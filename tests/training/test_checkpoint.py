@@ -103,3 +103,23 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_without_a_complete_o
     with pytest.raises(CheckpointError, match=f"adapter: {run}: none of its checkpoints is complete"):
         merge(MergeSettings(adapter=run, output_dir=tmp_path / "merged-2", verify=False))
     assert not (tmp_path / "merged-2").exists()
+
+
+def test_a_damaged_checkpoint_doesnt_count_among_those_that_are_kept(
+    stopped: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "checkpoint-3").rename(run / "checkpoint-5")  # a later step than that of the next checkpoint
+    (run / "checkpoint-5" / "optimizer.pt").write_bytes(b"damaged")
+    settings = make_settings(untied_base, conversations, run, save_steps=3, save_total_limit=1, learning_rate=2e-2)
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        stop_at(Advanced("train", 3))(event)
+
+    with pytest.raises(Stopped):
+        train(settings, report)
+    assert len(select_notes(events, f"skipped a damaged checkpoint: {run / 'checkpoint-5'}")) == 1
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-4"]
+    assert train(settings).resumed_from == run / "checkpoint-4"
