@@ -276,17 +276,17 @@ def read_training_precision(adapter: Path) -> dict[str, Any]:
 
 
 def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map base weights' names to the tensors that replace them: the parameters of modules_to_save.
-
-    PEFT's rule: a module is one of them if its path ends with a listed name. It may contain other modules.
-    """
+    """Map base weights' names to the tensors that replace them: the parameters of modules_to_save."""
     listed = tuple(config.get("modules_to_save") or ())
     names = {name: name.removeprefix(PEFT_PREFIX) for name in state if not LORA_MATRIX_PATTERN.fullmatch(name)}
-    return {base: state[name] for name, base in names.items() if listed and _is_inside(base, listed)}
+    return {base: state[name] for name, base in names.items() if is_inside(base, listed)}
 
 
-def _is_inside(parameter: str, module_endings: tuple[str, ...]) -> bool:
-    """Whether a parameter is in a module whose path ends with one of these, or in a module below it."""
+def is_inside(parameter: str, module_endings: tuple[str, ...]) -> bool:
+    """Whether a parameter is in a module whose path ends with one of these, or in a module below it.
+
+    This is PEFT's rule for modules_to_save: `layer_norm` also names each `final_layer_norm`.
+    """
     path = parameter
     while path := path.rpartition(".")[0]:
         if path.endswith(module_endings):

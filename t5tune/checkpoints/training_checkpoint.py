@@ -16,6 +16,7 @@ from t5tune.checkpoints.adapter import (
     add_decoder_rows,
     convert_to_plain_lora,
     extract_initial_matrices,
+    is_inside,
     read_adapter,
     read_adapter_tensors,
     to_peft_name,
@@ -155,13 +156,13 @@ def _build_from_zero(folder: Path, zero: ZeroState, flags: LoraFlags) -> Checkpo
 
 def _select_adapter_names(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> set[str]:
     """Select the names that belong in PEFT's file."""
-    whole = tuple(f".{name}" for name in config.get("modules_to_save") or ())
+    saved_modules = tuple(config.get("modules_to_save") or ())
     return {
         name
         for name in state
         if ".lora_" in name
         or ".token_adapter." in name
-        or f".{name.removeprefix(PEFT_PREFIX)}".rpartition(".")[0].endswith(whole)
+        or (is_inside(name.removeprefix(PEFT_PREFIX), saved_modules) and ".original_module." not in name)
         or (config.get("bias", "none") != "none" and name.endswith(".bias"))
     }
 

@@ -286,6 +286,18 @@ def test_dora_magnitudes_are_lora_tensors_and_a_replaced_tensor_of_the_base_coun
     assert result.non_lora_tensors == len(state)
 
 
+@pytest.mark.parametrize("module", ["layer_norm", "DenseReluDense"])  # the first also names each final_layer_norm
+def test_every_module_that_peft_trains_for_a_name_is_exported(untied_base: Path, tmp_path: Path, module: str) -> None:
+    adapter = make_stock_adapter(untied_base, tmp_path / "stock", modules_to_save=[module])
+    run_export(adapter, tmp_path / "adapter", notes := [])
+    exported = read_adapter_tensors(tmp_path / "adapter")
+    assert_same(exported, read_adapter_tensors(adapter))
+    inside = {name for name in exported if "lora_" not in name}
+    base = load_file(untied_base / "model.safetensors")
+    assert inside == {f"base_model.model.{name}" for name in base if f"{module}." in name}
+    assert not [note for note in notes if "not part of the adapter" in note.text]
+
+
 @pytest.mark.distributed
 def test_non_lora_state_none_writes_no_such_file(zero3: Path, tmp_path: Path) -> None:
     result = run_export(zero3, tmp_path / "adapter", non_lora_state="none")
