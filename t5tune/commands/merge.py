@@ -27,6 +27,7 @@ from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
 from t5tune.checkpoints.tokenizer_files import remove_chat_template
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.checkpoints.upload import open_repository, upload_result
+from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
 from t5tune.families import CTRANSLATE2, Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
@@ -93,6 +94,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     base = open_base(base_folder, family_key)
     tied = base.is_tied()
     trained = match_trained_base(settings, base, adapters, report)
+    tokenizer_folder = _choose_tokenizer(adapters, base)
     family = find_family(read_config(base_folder), base_folder, family_key)
     if converts:
         _check_converter(family)
@@ -108,7 +110,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     with write_folder_atomically(output) as staged, scratch or nullcontext(staged) as checkpoint:
         _write_weights(base, shards, deltas, checkpoint, report)
         write_config(base.folder, checkpoint, tied, dtype, family_key)
-        _write_supporting_files(settings, base, adapters, family, checkpoint, report)
+        _write_supporting_files(settings, base, adapters, tokenizer_folder, family, checkpoint, report)
         if verify:
             from t5tune.merging.verify import verify_merge
 
@@ -256,12 +258,36 @@ def _write_weights(
             advance(written)
 
 
+def _choose_tokenizer(adapters: list[Adapter], base: Checkpoint) -> Path:
+    """Choose the folder of the merged checkpoint's tokenizer: that of the first adapter if it has one, else the base's.
+
+    Raises:
+        CheckpointError: another adapter has a token that this tokenizer lacks or has by another id.
+    """
+    folders = [each.folder if has_file(each.folder, TOKENIZER_CONFIG_FILE) else base.folder for each in adapters]
+    for folder in folders[1:]:
+        if folder != folders[0] and (found := find_other_token(load_tokenizer(folder), load_tokenizer(folders[0]))):
+            token, index = found
+            raise CheckpointError(
+                f"adapter: {folder}: token {index} of its tokenizer is {token!r}, which the tokenizer of the merged "
+                f"checkpoint ({folders[0]}) lacks or has by another id",
+                hint="give the adapter with the most tokens first; if each has tokens of its own, train them with the "
+                "same list of --add-tokens",
+            )
+    return folders[0]
+
+
 def _write_supporting_files(
-    settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], family: Family, staged: Path, report: Report
+    settings: MergeSettings,
+    base: Checkpoint,
+    adapters: list[Adapter],
+    tokenizer_folder: Path,
+    family: Family,
+    staged: Path,
+    report: Report,
 ) -> None:
     """Write the tokenizer, the conversation template, the model card and the settings."""
     adapter = adapters[0].folder
-    tokenizer_folder = adapter if has_file(adapter, TOKENIZER_CONFIG_FILE) else base.folder
     template_folder = adapter if has_file(adapter, TEMPLATE_FILE) else base.folder
     copy_supporting_files(base.folder, tokenizer_folder, template_folder / TEMPLATE_FILE, staged)
     made = [read_training_data(adapter.folder) for adapter in adapters]

@@ -243,6 +243,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / TOKENIZER_CONFIG_FILE, config)
 
 
+def find_other_token(tokenizer: Tokenizer, other: Tokenizer) -> tuple[str, int] | None:
+    """Find a token, and its id, that another tokenizer doesn't have by the same id; None if it has all of them.
+
+    Of several, it is the one with the highest id: tokens are added at the end of a vocabulary.
+    """
+    vocabulary = other.get_vocab()
+    others = ((token, index) for token, index in tokenizer.get_vocab().items() if vocabulary.get(token) != index)
+    return max(others, key=lambda item: item[1], default=None)
+
+
 def decode_prediction(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str) -> str:
     """Decode a model's output, without special tokens and without the template's answer suffix."""
     return tokenizer.decode(ids, skip_special_tokens=True).removesuffix(tokenizer.remove_special_tokens(answer_suffix))

@@ -40,7 +40,7 @@ def list_quantized_weights(base: Checkpoint, quantization: QuantizationSettings)
 def match_trained_base(
     settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report
 ) -> TrainedBase:
-    """Compare the base with the ones that the adapters were trained on. Return that of the first adapter.
+    """Compare the base, and its quantization, with those that the adapters were trained on. Return the first one's.
 
     Raises:
         CheckpointError: an adapter was trained on another base.
@@ -63,9 +63,9 @@ def match_trained_base(
             )
         if metadata[key] != found:
             report(Note(f"{base.folder}: not the base that {adapter.folder} was trained on", warning=True))
-    metadata = read_base_metadata(adapters[0].folder)
-    _compare_quantization(adapters[0], metadata, settings.onto, report)
-    return _read_trained_base(metadata, settings)
+    for adapter in adapters:
+        _compare_quantization(adapter, read_base_metadata(adapter.folder), settings.onto, report)
+    return _read_trained_base(read_base_metadata(adapters[0].folder), settings)
 
 
 def _read_trained_base(metadata: Mapping[str, Any], settings: MergeSettings) -> TrainedBase:

@@ -20,7 +20,7 @@ from t5tune.checkpoints.adapter import (
 )
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.file_names import TOKENIZER_CONFIG_FILE
 from t5tune.model.load import read_on_rank_0, to_torch
@@ -260,14 +260,13 @@ def check_same_tokens(folder: Path, tokenizer_folder: Path, setting: str = "adap
     Raises:
         CheckpointError: one is missing, or has another id.
     """
-    then, now = (load_tokenizer(path).get_vocab() for path in (folder, tokenizer_folder))
-    for token in sorted(then, key=lambda token: -then[token]):
-        if now.get(token) != then[token]:
-            raise CheckpointError(
-                f"{setting}: {folder}: its embedding row {then[token]} is that of {token!r}, which is missing from "
-                "this run's tokenizer or has a different id there",
-                hint=SAME_TOKENS_HINT,
-            )
+    if found := find_other_token(load_tokenizer(folder), load_tokenizer(tokenizer_folder)):
+        token, row = found
+        raise CheckpointError(
+            f"{setting}: {folder}: its embedding row {row} is that of {token!r}, which is missing from this run's "
+            "tokenizer or has a different id there",
+            hint=SAME_TOKENS_HINT,
+        )
 
 
 def _share_embedding_rows(peft_model: Any) -> None:

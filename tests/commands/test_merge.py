@@ -292,6 +292,37 @@ def test_adapters_trained_with_different_source_prefixes_get_no_chat_template(
     )
 
 
+def test_adapters_whose_tokens_have_other_ids_are_not_added_up(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(untied_base)
+    number = len(tokenizer.get_vocab())
+    added = {"one": ["中"], "other": ["ж"], "both": ["中", "ж"]}
+    for name, tokens in added.items():
+        adapter = shutil.copytree(untied_adapter, tmp_path / name)
+        tokenizer = load_tokenizer(untied_base)
+        tokenizer.backend.add_tokens(tokens)
+        save_tokenizer(tokenizer, adapter)
+
+    def add_up(*names: str) -> Path:
+        output = tmp_path / "-".join(names)
+        folders = [tmp_path / name for name in names]
+        weights = [0.5] * len(names)
+        base = str(untied_base)
+        merge(MergeSettings(model_name_or_path=base, adapter=folders, weights=weights, output_dir=output, verify=False))
+        return output
+
+    for names, token, index in (
+        (("one", "other"), "ж", number),
+        (("one", "both"), "ж", number + 1),
+        (("both", "one", "other"), "ж", number),
+    ):
+        expected = f"adapter: {tmp_path / names[-1]}: token {index} of its tokenizer is {token!r}, which .*lacks or has"
+        with pytest.raises(CheckpointError, match=expected):
+            add_up(*names)
+    assert load_tokenizer(add_up("both", "one")).get_vocab() == load_tokenizer(tmp_path / "both").get_vocab()
+
+
 def test_more_shards_can_be_written_than_open_files_are_allowed(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
@@ -792,6 +823,25 @@ def test_a_stock_adapter_without_base_facts_is_accepted_with_a_note(
 
 
 # merging onto the quantized weights of training
+
+
+def test_each_adapter_that_was_trained_on_another_quantization_is_named(untied_base: Path, tmp_path: Path) -> None:
+    plain, nf4 = (
+        add_base_metadata(untied_base, make_stock_adapter(untied_base, tmp_path / name), **more)
+        for name, more in (("plain", {}), ("nf4", {"onto": "nf4"}))
+    )
+    for first, second in ((plain, nf4), (nf4, plain)):
+        notes: list[str] = []
+        settings = MergeSettings(
+            model_name_or_path=str(untied_base),
+            adapter=[first, second],
+            weights=[0.5, 0.5],
+            output_dir=tmp_path / f"{first.name}-first",
+            verify=False,
+        )
+        merge(settings, lambda event, notes=notes: notes.append(event.text) if isinstance(event, Note) else None)
+        (said,) = [text for text in notes if "but merging into" in text]
+        assert said.startswith(f"{nf4}: trained on an nf4 base, but merging into the unquantized base; --onto nf4")
 
 
 @pytest.mark.slow
