@@ -9,10 +9,12 @@ Runs in the current process: as the only one, or as one rank under torchrun, the
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_folder import find_adapter
+from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.upload import (
     choose_repository,
     explain_uploading_later,
@@ -29,12 +31,12 @@ from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import copy_atomically, explain_write_errors
 from t5tune.io.records_in_memory import find_kept_path
 from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
-from t5tune.preparing.dataset import Origin
+from t5tune.preparing.dataset import Origin, take_vocabulary
 from t5tune.preparing.mixture import find_given_cache
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
 from t5tune.settings.datasets import PATHS_OF_DATASETS, name_datasets
-from t5tune.training.checkpoint import list_checkpoints
+from t5tune.training.checkpoint import find_newest, list_checkpoints
 from t5tune.training.resume_guard import check_finished_run
 from t5tune.training.run_folder import (
     Run,
@@ -320,13 +322,21 @@ def _create_run_folder(folder: Path, is_run: bool) -> None:
 
 def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
     """Prepare the token caches for training and evaluation, unless the settings name existing ones."""
-    in_use = bool(list_checkpoints(settings.output_dir)) and "data" not in settings.allow_change
+    checkpoints = list_checkpoints(settings.output_dir)
+    in_use = bool(checkpoints) and "data" not in settings.allow_change
+    vocabulary = None
+    if checkpoints and not in_use and settings.add_tokens == ["auto"]:
+        # with other data, a run keeps its tokens: their embedding rows are trained already
+        newest, _ = find_newest(settings.output_dir)
+        if newest is not None:
+            vocabulary = take_vocabulary(newest, find_base(settings, report=report))
+    common = Origin(in_use, keeps_template=bool(checkpoints), vocabulary=vocabulary, is_for_run=True)
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and cache != Path(data[0]):
             is_eval = cache == run.eval_cache
             source = run.cache if is_eval else _find_adapter_with_tokens(settings)
             setting = "eval_data_path" if is_eval else "data_path"
-            origin = Origin(in_use, source, setting=setting, is_for_run=True)
+            origin = replace(common, tokenizer_source=source, setting=setting)
             prepare(_make_prepare_settings(settings, cache, setting), report, origin)
     if run.eval_cache is not None:
         _check_same_tokenizer(run.cache, run.eval_cache)

@@ -52,14 +52,16 @@ class Origin:
 
     Args:
         in_use: a run was trained on the existing cache, so a cache of other inputs must not replace it.
+        keeps_template: the conversation template of the existing cache is used again, unless the settings name one.
         tokenizer_source: a cache, a mixture or an adapter whose tokenizer and conversation template replace the base's.
-        vocabulary: the tokenizer that all datasets of a mixture share.
+        vocabulary: the tokenizer that all datasets of a mixture, or of a run that gets other data, share.
         setting: the setting that the paths come from, for messages.
         is_for_run: whether train calls, which mixes datasets and holds out examples itself.
         before_replacing: called before a cache that isn't up to date is replaced, or a new one gets its place.
     """
 
     in_use: bool = False
+    keeps_template: bool = False
     tokenizer_source: Path | None = None
     vocabulary: ExtendedTokenizer | None = None
     setting: str = "data_path"
@@ -133,7 +135,7 @@ def _describe_source(
     if vocabulary is None:
         vocabulary = choose_vocabulary(settings, base, origin.tokenizer_source, parse_sample(sample, settings))
     # a run is resumed with the template that was the default when it was started
-    template_folders = (origin.tokenizer_source, base, settings.output_dir if origin.in_use else None)
+    template_folders = (origin.tokenizer_source, base, settings.output_dir if origin.keeps_template else None)
     saved_templates = [each / TEMPLATE_FILE for each in template_folders if each is not None]
     template = find_template(settings.conversation_template, saved_templates)
     default_template = None
@@ -189,7 +191,12 @@ def choose_vocabulary(
     if tokenizer_source is None:
         num_rows = count_rows(settings, base)
         return extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, sample)
-    tokenizer = load_tokenizer(find_tokenizer_folder(tokenizer_source))
+    return take_vocabulary(tokenizer_source, base)
+
+
+def take_vocabulary(source: Path, base: Path) -> ExtendedTokenizer:
+    """Take the tokenizer of a cache, a mixture, an adapter or a checkpoint, which extends the base's."""
+    tokenizer = load_tokenizer(find_tokenizer_folder(source))
     vocabulary = tokenizer.get_vocab()
     added = sorted(vocabulary.keys() - load_tokenizer(base).get_vocab().keys(), key=vocabulary.__getitem__)
     return ExtendedTokenizer(tokenizer, added, [])

@@ -254,6 +254,8 @@ def _choose_common_vocabulary(
             yield from read_sample(complete_dataset(settings, dataset), origin.setting)
 
     caches = [given for dataset in datasets if (given := find_given_cache(dataset)) is not None]
+    if origin.vocabulary is not None and not caches:
+        return origin.vocabulary
     source = next(iter(caches), origin.tokenizer_source)
     return choose_vocabulary(settings, find_base(settings), source, read_all())
 

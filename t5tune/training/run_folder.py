@@ -22,6 +22,7 @@ from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.mixing import choose_mixing
 from t5tune.data.mixture import Examples, Mixture, has_examples, open_examples, read_examples_manifest
 from t5tune.data.templates import Template, find_template
+from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, DataError, SettingsError, TrainingError
 from t5tune.file_names import EVAL_CACHE_FOLDER, RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
@@ -36,7 +37,7 @@ from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES, Objective
 from t5tune.settings.shared import InferenceSettings
-from t5tune.training.checkpoint import find_newest, remove_staged
+from t5tune.training.checkpoint import find_newest, read_run_identity, remove_staged
 from t5tune.training.resume_guard import build_run_identity, check_run_identity, describe_other_ranks
 
 BASE_HASH_FILE = "base.json"  # see checkpoints/fingerprint.py
@@ -350,6 +351,7 @@ def start_or_resume_run(
         steps = settings.gradient_accumulation_steps
         for change in check_run_identity(resume, run_identity, settings.allow_change, steps):
             report(Note(f"change allowed by --allow-change: {change}", warning=True))
+        _check_same_tokens(resume, examples, run_identity)
         report(Note(f"resuming from {resume}"))
         if (other_ranks := describe_other_ranks(resume, run_identity)) is not None:
             report(Note(other_ranks))
@@ -357,6 +359,24 @@ def start_or_resume_run(
     save_settings(settings, run)
     store_hash(run.folder / BASE_HASH_FILE, stats, base_metadata["sha256"])
     return base_metadata, run_identity, resume
+
+
+def _check_same_tokens(checkpoint: Path, examples: Examples, run_identity: dict[str, Any]) -> None:
+    """Check that each id means the same token to the examples as to the checkpoint, whose embedding rows are trained.
+
+    Raises:
+        CheckpointError: a token has another id, or only one of the two has it. --allow-change can't allow this.
+    """
+    if read_run_identity(checkpoint)["tokenizer"] == run_identity["tokenizer"]:
+        return
+    then, now = load_tokenizer(checkpoint), load_tokenizer(examples.tokenizer_folder)
+    if found := find_other_token(then, now) or find_other_token(now, then):
+        token, index = found
+        raise CheckpointError(
+            f"{checkpoint}: token {index}, {token!r}, isn't the same in its tokenizer and in that of the data, so "
+            "trained embedding rows would belong to other tokens",
+            hint="resume with the tokens of the run (the previous add_tokens), or start over with --fresh",
+        )
 
 
 def read_result(folder: Path | str) -> TrainResult:

@@ -122,9 +122,10 @@ def test_a_cache_in_use_keeps_the_template_that_was_the_default_before(untied_ba
     values["data_path"] = str(tmp_path / "data.jsonl")
     (tmp_path / "data.jsonl").write_text(json.dumps(PAIRS["source/target"]))
     prepare(PrepareSettings(**values, conversation_template="fastchat-t5"))
-    assert prepare(PrepareSettings(**values), origin=Origin(in_use=True)).up_to_date
+    used = Origin(in_use=True, keeps_template=True)
+    assert prepare(PrepareSettings(**values), origin=used).up_to_date
     with pytest.raises(SettingsError, match='template: ".*" before, ".*" now'):
-        prepare(PrepareSettings(**values, conversation_template="plain"), origin=Origin(in_use=True))
+        prepare(PrepareSettings(**values, conversation_template="plain"), origin=used)
     assert not prepare(PrepareSettings(**values)).up_to_date
     assert load_template(str(tmp_path / "cache" / "template.yaml")) == load_template("plain")
 

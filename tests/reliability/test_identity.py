@@ -15,6 +15,8 @@ from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_full_hash
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
+from t5tune.data.cache import open_cache
+from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError, Stopped
 from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Event, Note, Started
@@ -289,3 +291,34 @@ def test_a_note_says_what_another_number_of_ranks_means(
     monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: dict(zip(SHARDING_FIELDS, then, strict=True)))
     note = describe_other_ranks(Path("run/checkpoint-1"), dict(zip(SHARDING_FIELDS, now, strict=True)))
     assert note == (text and text + (" from the seed and the step" if "start" in text else ""))
+
+
+def test_other_data_of_a_run_keeps_the_tokens_whose_rows_are_trained(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run, lines = tmp_path / "run", conversations.read_text().splitlines()
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    for file, character in ((first, "中"), (second, "ж")):
+        values = [character + json.loads(line)["conversations"][1]["value"] for line in lines]
+        file.write_text("\n".join(json.dumps({"source": "Which one?", "target": value}) for value in values))
+    with pytest.raises(Stopped):
+        train(make_settings(untied_base, first, run, save_steps=1000), stop_at(Advanced("train", 2)))
+    tokens = load_tokenizer(run / "checkpoint-3").get_vocab()
+    assert "中" in tokens
+
+    changed = make_settings(untied_base, second, run, allow_change=["data"])
+    with pytest.raises(Stopped):
+        train(changed, stop_at(Advanced("train", 4)))
+    cache = open_cache(run / "data")
+    assert cache.manifest["inputs"]["data"][0]["file"] == second.name
+    assert load_tokenizer(cache.tokenizer_folder).get_vocab() == tokens
+    assert load_tokenizer(run / "checkpoint-5").get_vocab() == tokens
+
+    for added in (["{", "}", "\n", "ж"], ["none"]):  # others, and fewer
+        settings = make_settings(
+            untied_base, second, run, add_tokens=added, allow_change=["data", "tokenizer", "add_tokens"]
+        )
+        with pytest.raises(CheckpointError, match="checkpoint-5: token [0-9]+, '.+', isn't the same in"):
+            train(settings)
+    with pytest.raises(Stopped):
+        train(changed, stop_at(Advanced("train", 6)))  # back to the tokens of the run
