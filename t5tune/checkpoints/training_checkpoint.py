@@ -98,6 +98,12 @@ def read_training_checkpoint(folder: Path, flags: LoraFlags, with_frozen: bool =
     return replace(contents, frozen=frozen, step=zero.step, world_size=zero.world_size, stage=zero.stage, notes=notes)
 
 
+def find_checkpoint_of_shards(folder: Path) -> Path:
+    """Return the checkpoint that contains a folder of shards with an adapter; any other folder as it is."""
+    is_inside = folder.name.startswith("global_step") and (folder.parent / ADAPTER_WEIGHTS_FILE).is_file()
+    return folder.parent if is_inside else folder
+
+
 def _build_from_files(folder: Path, has_adapter: bool, model_file: str | None, flags: LoraFlags) -> CheckpointContents:
     """Read the files that Trainer wrote: those of an adapter, or of a whole model with an adapter in it."""
     if has_adapter:
@@ -146,9 +152,10 @@ def _build_from_zero(folder: Path, zero: ZeroState, flags: LoraFlags) -> Checkpo
     adapter_names = _select_adapter_names(state, config)
     extra = {name: value for name, value in gathered.items() if to_peft_name(name) not in adapter_names}
     state = add_decoder_rows({name: value for name, value in state.items() if name in adapter_names}, config)
-    if (folder / ADAPTER_WEIGHTS_FILE).is_file():
+    checkpoint = find_checkpoint_of_shards(folder)
+    if (checkpoint / ADAPTER_WEIGHTS_FILE).is_file():
         # the shards of PiSSA and OLoRA lack the subtracted initialization, which the saved adapter includes
-        state = convert_to_plain_lora(state, extract_initial_matrices(read_adapter(folder)[1], state))
+        state = convert_to_plain_lora(state, extract_initial_matrices(read_adapter(checkpoint)[1], state))
     return CheckpointContents(
         config, state, extra, _rename_to_base(frozen), zero.step, zero.world_size, zero.stage, notes
     )

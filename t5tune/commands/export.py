@@ -31,7 +31,12 @@ from t5tune.checkpoints.fastchat import LoraFlags, compute_mean_rows, read_added
 from t5tune.checkpoints.model_card import describe_run_data
 from t5tune.checkpoints.safetensors import write_safetensors
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, TORCH_NAMES, PartitionedTensor, Tensor, from_float32
-from t5tune.checkpoints.training_checkpoint import MODEL_FILES, CheckpointContents, read_training_checkpoint
+from t5tune.checkpoints.training_checkpoint import (
+    MODEL_FILES,
+    CheckpointContents,
+    find_checkpoint_of_shards,
+    read_training_checkpoint,
+)
 from t5tune.checkpoints.upload import open_repository, upload_result
 from t5tune.checkpoints.zero_shards import find_deepspeed_folder
 from t5tune.errors import CheckpointError
@@ -141,8 +146,9 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
         return of_run[0]
     if find_deepspeed_folder(path) == path and find_deepspeed_folder(path.parent) == path:
         path = path.parent  # `path` is the folder of the shards (global_stepN); manifest and config are in its parent
-    if (path / CHECKPOINT_MANIFEST_FILE).is_file():
-        if damage := verify(path):
+    checkpoint = find_checkpoint_of_shards(path)
+    if (checkpoint / CHECKPOINT_MANIFEST_FILE).is_file():
+        if damage := verify(checkpoint):
             raise CheckpointError(f"checkpoint: {damage}", hint="use an earlier checkpoint of the run")
         return path
     if not has_weights and not (path / ADAPTER_CONFIG_FILE).is_file():
@@ -183,10 +189,10 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
 
 
 def _make_adapter_metadata(folder: Path, config: dict[str, Any]) -> AdapterMetadata:
-    tokenizer = _find_tokenizer_folder(folder)
-    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    tokenizer, checkpoint = _find_tokenizer_folder(folder), find_checkpoint_of_shards(folder)
+    run = checkpoint.parent if checkpoint.name.startswith("checkpoint-") else checkpoint
     return AdapterMetadata(
-        config, tokenizer, tokenizer / TEMPLATE_FILE, read_base_metadata(folder), describe_run_data(run)
+        config, tokenizer, tokenizer / TEMPLATE_FILE, read_base_metadata(checkpoint), describe_run_data(run)
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
@@ -17,6 +18,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
 from t5tune.errors import CheckpointError, SettingsError
+from t5tune.io.atomic import hash_file
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.settings import (
@@ -328,6 +330,16 @@ def test_export_of_the_shards_of_two_ranks_equals_the_adapter_that_training_save
     assert done.json["eval"]["loss"] == pytest.approx(
         loss_of(tmp_path / "adapter", conversations, tmp_path / "out"), rel=1e-4
     )
+    # shards that `latest` doesn't name, such as older ones or DeepSpeed's universal ones
+    others = shutil.copytree(
+        tmp_path / "run" / "checkpoint-2" / "global_step2", tmp_path / "run" / "checkpoint-2" / "global_step1"
+    )
+    export(ExportSettings(checkpoint=others, output_dir=tmp_path / "others"))
+    files = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "template.yaml", "README.md")
+    assert [hash_file(tmp_path / "others" / file) for file in files] == [
+        hash_file(tmp_path / "adapter" / file) for file in files
+    ]
+    assert read_base_metadata(tmp_path / "others")["fingerprint"]
 
 
 # ---------------------------------------------------------------- full training
