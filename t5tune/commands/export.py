@@ -6,6 +6,7 @@
 Reads DeepSpeed's shards in one process, without importing DeepSpeed or torch and without unpickling.
 """
 
+import filecmp
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ from t5tune.file_names import (
 )
 from t5tune.formatting import format_count
 from t5tune.io.atomic import check_replaceable, write_folder_atomically
-from t5tune.io.untrusted import check_inside
+from t5tune.io.untrusted import check_inside, has_file
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import ExportSettings, write_settings
 from t5tune.settings.shared import BaseModelSettings
@@ -133,9 +134,13 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint: {path}: is a file; expected a run folder or a checkpoint-N in it")
     if has_complete_checkpoints(path):
-        found = find_complete_checkpoint(path, "checkpoint", report)
+        newest = find_complete_checkpoint(path, "checkpoint", report)
         if not (path / RESULT_FILE).is_file():
-            report(Note(f"{path}: this run hasn't finished; exporting its newest complete checkpoint, {found}"))
+            report(Note(f"{path}: this run hasn't finished; exporting its newest complete checkpoint, {newest}"))
+            return newest
+        found = _find_checkpoint_of_result(path) or newest
+        if found != newest:
+            report(Note(f"{path}: exporting {found}, the best checkpoint, which is the run's result"))
         return found
     of_run = list_checkpoints(path)
     has_weights = _has_trained_weights(path)
@@ -157,6 +162,19 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
             hint="give a run folder, a checkpoint-N in it, or a folder that DeepSpeed wrote",
         )
     return path
+
+
+def _find_checkpoint_of_result(run: Path) -> Path | None:
+    """Find the complete checkpoint whose adapter is that of the finished run: its best one, if it chose one."""
+    adapter = run / ADAPTER_WEIGHTS_FILE
+    for checkpoint in list_checkpoints(run):
+        saved = checkpoint / ADAPTER_WEIGHTS_FILE
+        is_same = (
+            has_file(run, adapter.name) and has_file(checkpoint, saved.name) and filecmp.cmp(adapter, saved, False)
+        )
+        if is_same and verify(checkpoint) is None:
+            return checkpoint
+    return None
 
 
 def _has_trained_weights(folder: Path) -> bool:

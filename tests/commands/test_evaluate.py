@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t5tune.commands.evaluate import EvaluateResult, evaluate
+from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
@@ -27,7 +28,7 @@ from t5tune.model.attention import use_packing
 from t5tune.model.inference import load_for_inference
 from t5tune.progress import Event, Note
 from t5tune.reports.metrics_log import read_metrics
-from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
+from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.training import evaluation, publisher
 from t5tune.training.batches import PackedCollator
 from t5tune.training.checkpoint import verify
@@ -454,6 +455,26 @@ def test_the_best_checkpoint_is_kept_and_its_adapter_is_the_result(
     assert any("from the best step, 1: held-out loss" in event.text for event in notes if isinstance(event, Note))
     a, b = (tmp_path / "run" / name / "adapter_model.safetensors" for name in ("checkpoint-1", ""))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_the_best_checkpoint_of_a_finished_run_is_exported(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    changes = {"learning_rate": 3.0, "eval_steps": 1, "save_steps": 1, "max_steps": 3, "eval_fraction": 0.2}
+    run, notes = tmp_path / "run", list[str]()
+    train(make_short_settings(untied_base, conversations, run, metric_for_best_model="loss", **changes))
+    best = json.loads((run / "trainer_state.json").read_text())["best_global_step"]
+    assert best < 3, "the rate is too high on purpose"
+    result = export(
+        ExportSettings(checkpoint=run, output_dir=tmp_path / "adapter"),
+        lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert result.step == best
+    assert f"{run}: exporting {run / f'checkpoint-{best}'}, the best checkpoint, which is the run's result" in notes
+    weights = [folder / "adapter_model.safetensors" for folder in (run, tmp_path / "adapter", run / "checkpoint-3")]
+    of_run, exported, newest = map(load_file, weights)
+    assert all(torch.equal(of_run[name], exported[name]) for name in of_run)
+    assert not all(torch.equal(newest[name], exported[name]) for name in of_run)
 
 
 def test_early_stopping_ends_a_run_that_no_longer_improves(
