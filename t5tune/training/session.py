@@ -25,7 +25,7 @@ from t5tune.distributed.collectives import barrier, run_on_rank_0
 from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.watch import RankWatch
 from t5tune.distributed.world import World
-from t5tune.errors import SettingsError, TrainingError, suggest_name
+from t5tune.errors import CheckpointError, SettingsError, TrainingError, suggest_name
 from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TRAINER_STATE_FILE
 from t5tune.formatting import format_count, format_held_out_metric, format_number, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
@@ -47,7 +47,7 @@ from t5tune.training.batches import (
     make_sampler,
 )
 from t5tune.training.build_model import BuiltModel, build_model
-from t5tune.training.checkpoint import count_bytes, read_run_identity
+from t5tune.training.checkpoint import count_bytes, read_run_identity, verify
 from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
@@ -471,8 +471,17 @@ def _finish_run(
     """Copy the adapter from the checkpoint of `step` to the run folder, write the report, and finally the result.
 
     The result file marks the run as finished, so it is written last.
+
+    Raises:
+        CheckpointError: the checkpoint is an earlier one, and was damaged or deleted since.
     """
     checkpoint = run.folder / f"checkpoint-{step}"
+    if step != state.global_step and (damage := verify(checkpoint)):
+        raise CheckpointError(
+            f"{checkpoint}: the best checkpoint, whose weights would be the result, is damaged: {damage}",
+            hint=f"restore it and repeat the command, or use another one, such as {run.folder}/"
+            f"checkpoint-{state.global_step}, as an adapter or a model",
+        )
     for file in sorted(checkpoint.iterdir()):
         if is_trained_file(file.name):
             copy_atomically(file, run.folder / file.name)

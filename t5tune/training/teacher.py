@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import compute_full_hash, load_hash, read_file_stats, store_hash
 from t5tune.data.templates import Template
@@ -58,7 +59,10 @@ def find_teacher(settings: TrainSettings, report: Report = silent) -> TeacherFil
 def hash_teacher(files: TeacherFiles, run_folder: Path) -> str:
     """Hash the weights of the teacher. The base's hash is kept in the run folder, as that of the run's own base is."""
     stats = read_file_stats(files.base)
-    base_hash = load_hash(run_folder / TEACHER_HASH_FILE, stats) or compute_full_hash(open_base(files.base))
+    base_hash = load_hash(run_folder / TEACHER_HASH_FILE, stats)
+    if base_hash is None:
+        family = None if files.adapter is None else read_base_metadata(files.adapter).get("family")
+        base_hash = compute_full_hash(open_base(files.base, family))
     store_hash(run_folder / TEACHER_HASH_FILE, stats, base_hash)
     adapter_hash = "" if files.adapter is None else f", {hash_adapter(files.adapter)}"
     return f"sha256:{base_hash}{adapter_hash}"

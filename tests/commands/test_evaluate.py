@@ -22,7 +22,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data import sample
 from t5tune.data.cache import open_cache
-from t5tune.errors import DataError, ModelError, OutOfMemory, SettingsError
+from t5tune.errors import CheckpointError, DataError, ModelError, OutOfMemory, SettingsError
 from t5tune.metrics import score
 from t5tune.model.attention import use_packing
 from t5tune.model.inference import load_for_inference
@@ -475,6 +475,11 @@ def test_the_best_checkpoint_of_a_finished_run_is_exported(
     of_run, exported, newest = map(load_file, weights)
     assert all(torch.equal(of_run[name], exported[name]) for name in of_run)
     assert not all(torch.equal(newest[name], exported[name]) for name in of_run)
+
+    (run / "result.json").unlink()
+    shutil.rmtree(run / f"checkpoint-{best}")
+    with pytest.raises(CheckpointError, match=f"checkpoint-{best}: the best checkpoint, .*checkpoint-3, as an adapter"):
+        train(make_short_settings(untied_base, conversations, run, metric_for_best_model="loss", **changes))
 
 
 def test_early_stopping_ends_a_run_that_no_longer_improves(

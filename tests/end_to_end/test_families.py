@@ -312,6 +312,8 @@ def test_an_unknown_encoder_decoder_can_be_trained_as_a_known_family(
     )
     assert json.loads((merged / "config.json").read_text())["model_type"] == "t5"
     assert type(AutoModelForSeq2SeqLM.from_pretrained(merged)).__name__ == "T5ForConditionalGeneration"
+    student = {"model_name_or_path": str(bases["flan-t5"]), "teacher_model_name_or_path": str(tmp_path / "tried")}
+    train(TrainSettings(output_dir=tmp_path / "student", report_samples=0, **student, **arguments))
     found = plan(PlanSettings(model_name_or_path=str(unknown_base), family="flan-t5"))
     assert found.total_parameters == plan(PlanSettings(model_name_or_path=str(bases["flan-t5"]))).total_parameters
 
