@@ -7,8 +7,10 @@ tensors are divided into files. The second hash, `sha256`, covers all of their b
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
@@ -32,6 +34,11 @@ hashed again.
 def describe_base(base: Checkpoint, name: str, sha256: str | None = None) -> dict[str, str]:
     """Describe a base for an adapter's file: its name and both hashes; `sha256` is the full one if already known."""
     return {"base": name, "fingerprint": compute_fingerprint(base), "sha256": sha256 or compute_full_hash(base)}
+
+
+def is_trained_base(metadata: Mapping[str, Any], base: Checkpoint) -> bool:
+    """Whether an adapter whose file has this metadata was trained on the base; true if the file doesn't say."""
+    return metadata.get("fingerprint") in (None, compute_fingerprint(base))
 
 
 def compute_fingerprint(base: Checkpoint) -> str:

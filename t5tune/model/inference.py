@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from t5tune.checkpoints.adapter import read_adapter, read_base_metadata
 from t5tune.checkpoints.adapter_folder import find_adapter, is_adapter
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
-from t5tune.checkpoints.base import check_base, find_base, find_model, read_base_of_adapter, read_config
+from t5tune.checkpoints.base import check_base, find_base, find_model, open_base, read_base_of_adapter, read_config
+from t5tune.checkpoints.fingerprint import is_trained_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data
 from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
@@ -115,7 +116,11 @@ def load_for_inference(
     family: str | None = settings.family
     if adapter is not None:
         config, state = read_adapter(adapter)
-        family = family or read_base_metadata(adapter).get("family")
+        metadata = read_base_metadata(adapter)
+        family = family or metadata.get("family")
+        if not is_trained_base(metadata, open_base(base, family)):
+            trained = f"trained on another base ({metadata.get('base')}) than {base}"
+            report(Note(f"{adapter}: {trained}, so its predictions may be wrong", warning=True))
         # PEFT only warns about tensors that have no place in the model, and ignores them
         check_adapter_shapes(state, config, find_architecture(read_config(base), base, family), adapter)
     device = device or choose_device(settings.use_cpu, name=settings.device)

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 
-from t5tune.checkpoints.adapter import AdapterMetadata, convert_config_to_plain_lora, write_adapter
+from t5tune.checkpoints.adapter import (
+    AdapterMetadata,
+    convert_config_to_plain_lora,
+    read_base_metadata,
+    write_adapter,
+)
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import open_base
+from t5tune.checkpoints.fingerprint import is_trained_base
 from t5tune.checkpoints.model_card import format_data_line, format_settings_line
 from t5tune.checkpoints.model_folder import write_model
 from t5tune.checkpoints.tensors import Tensor
@@ -86,6 +92,9 @@ def build_model(
     if settings.adapter is not None:
         adapter = find_adapter(settings.adapter, settings.cache_dir)
         load_initial_adapter(model, adapter, examples.tokenizer_folder)
+        metadata = read_base_metadata(adapter)
+        if not is_trained_base(metadata, open_base(base, settings.family)):
+            report(Note(f"adapter: {adapter}: trained on another base ({metadata.get('base')})", warning=True))
     is_packed = _enable_packing(settings, model, report)
     _switch_off_dropouts(settings, model, report)
     if settings.torch_compile:

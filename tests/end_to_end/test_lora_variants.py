@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints.adapter import read_base_metadata
+from t5tune.commands.chat import chat
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
@@ -21,7 +22,9 @@ from t5tune.errors import CheckpointError, SettingsError
 from t5tune.io.atomic import hash_file
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
+from t5tune.progress import Event, Note
 from t5tune.settings import (
+    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     MergeSettings,
@@ -479,6 +482,29 @@ def test_training_starts_from_the_exact_weights_of_an_adapter(
     assert first.keys() == same.keys() == more.keys()
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not any(torch.equal(first[name], more[name]) for name in first)
+
+
+def test_a_base_other_than_that_of_the_adapter_is_named(
+    first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(untied_base, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.1 * value for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    for base, count in ((untied_base, 0), (other, 1)):
+        notes: list[str] = []
+
+        def report(event: Event, notes: list[str] = notes) -> None:
+            if isinstance(event, Note) and event.warning:
+                notes.append(event.text)
+
+        run = tmp_path / f"from-{base.name}"
+        train(make_settings(base, conversations, run, adapter=first_adapter, max_steps=1, eval_data_path=None), report)
+        said = f"trained on another base ({untied_base})"
+        assert [text for text in notes if "another base" in text] == [f"adapter: {first_adapter}: {said}"] * count
+        notes.clear()
+        chat(ChatSettings(model_name_or_path=str(base), adapter=first_adapter, prompt="Hi", max_new_tokens=1), report)
+        said += f" than {base}, so its predictions may be wrong"
+        assert [text for text in notes if "another base" in text] == [f"{first_adapter}: {said}"] * count
 
 
 @pytest.mark.distributed
