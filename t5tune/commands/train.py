@@ -330,7 +330,7 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
         newest, _ = find_newest(settings.output_dir)
         if newest is not None:
             vocabulary = take_vocabulary(newest, find_base(settings, report=report))
-    common = Origin(in_use, keeps_template=bool(checkpoints), vocabulary=vocabulary, is_for_run=True)
+    common = Origin(in_use, keeps_template=bool(checkpoints), vocabulary=vocabulary, run=run.folder)
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and cache != Path(data[0]):
             is_eval = cache == run.eval_cache

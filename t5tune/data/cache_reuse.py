@@ -14,13 +14,13 @@ from t5tune.io.reasons import join_first
 
 
 def find_reusable_manifest(
-    folder: Path, inputs: dict[str, Any], in_use: bool, is_for_run: bool = False
+    folder: Path, inputs: dict[str, Any], in_use: bool, run: Path | None = None
 ) -> dict[str, Any] | None:
     """Return the manifest of the existing cache if it was made from these inputs; None: a new cache can be written.
 
     Args:
         in_use: a run was trained on the existing cache, so a cache of other inputs must not replace it.
-        is_for_run: it is the folder of a run, in which a start with several datasets may have left some of them.
+        run: the run folder that the cache is for. A start with several datasets may have left some of them in it.
 
     Raises:
         DataError: what is in the way isn't a token cache, or contains more than one.
@@ -30,9 +30,9 @@ def find_reusable_manifest(
         if folder.is_dir() and any(folder.iterdir()) and is_left_over(folder):
             if in_use:
                 raise make_resume_error(folder, {"data": "data: it was several datasets before, and is one now"})
-            if not is_for_run:
-                hint = "choose another output_dir, or delete it"
-                raise DataError(f"output_dir: {folder}: contains a mixture of several datasets", hint=hint)
+            if folder.parent != run:  # the user has named it, for example as preprocessed_path
+                hint = "choose another output_dir or preprocessed_path, or delete it"
+                raise DataError(f"{folder}: contains several token caches, and isn't one", hint=hint)
             shutil.rmtree(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"output_dir: {folder}: exists and isn't a token cache", hint="choose another output_dir")

@@ -56,7 +56,7 @@ class Origin:
         tokenizer_source: a cache, a mixture or an adapter whose tokenizer and conversation template replace the base's.
         vocabulary: the tokenizer that all datasets of a mixture, or of a run that gets other data, share.
         setting: the setting that the paths come from, for messages.
-        is_for_run: whether train calls, which mixes datasets and holds out examples itself.
+        run: the run folder that train prepares for; train mixes datasets and holds out examples itself.
         before_replacing: called before a cache that isn't up to date is replaced, or a new one gets its place.
     """
 
@@ -65,7 +65,7 @@ class Origin:
     tokenizer_source: Path | None = None
     vocabulary: ExtendedTokenizer | None = None
     setting: str = "data_path"
-    is_for_run: bool = False
+    run: Path | None = None
     before_replacing: Callable[[], None] = lambda: None
 
 
@@ -90,7 +90,7 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
     folder, data = settings.output_dir, source.checks.data
     _ = source.corruption  # raises if the tokenizer can't have it
     is_divided = shard is not None or settings.join
-    if manifest := find_reusable_manifest(folder, source.inputs, origin.in_use, origin.is_for_run):
+    if manifest := find_reusable_manifest(folder, source.inputs, origin.in_use, origin.run):
         rejected = Counter(manifest["rejected_by_reason"])
         num_records = manifest["conversations"] + rejected.total()
         check_rejected(rejected, num_records, settings.max_rejected_fraction, data, f"see {folder / REJECTED_FILE}")

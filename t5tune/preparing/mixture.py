@@ -33,7 +33,7 @@ from t5tune.data.mixture import (
 from t5tune.data.vocabulary import ExtendedTokenizer
 from t5tune.distributed.shard import find_shard
 from t5tune.errors import DataError
-from t5tune.file_names import MIXTURE_FILE, TEMPLATE_FILE
+from t5tune.file_names import CACHE_MANIFEST_FILE, MIXTURE_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_file, write_json
 from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
@@ -57,6 +57,7 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
     folder = settings.output_dir
     _check_folder(folder, list(datasets), origin)
     before = _read_manifest(folder)
+    _check_given_caches(folder, datasets)
     if not origin.in_use:
         origin = replace(origin, before_replacing=lambda: _set_aside(folder))
     caches, prepared = _prepare_caches(settings, datasets, report, origin)
@@ -66,7 +67,7 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
     parts = [Dataset(name, open_cache(caches[name]), dataset.weight) for name, dataset in datasets.items()]
     manifest, training = _write_mixture(Mixture(folder, parts, choose_mixing(settings) or Mixing()), origin, report)
     facts["up_to_date"] = facts["up_to_date"] and manifest == before
-    if not origin.is_for_run:
+    if origin.run is None:
         for note in describe_shares(training):
             report(note)
     return manifest, {**facts, "datasets": {part.name: len(part.cache) for part in parts}}
@@ -137,6 +138,7 @@ def _write_mixture(mixture: Mixture, origin: Origin, report: Report) -> tuple[di
     check_datasets(mixture.datasets, origin.setting)
     folder, (training, _) = mixture.folder, mixture.split_as_prepared()
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_cache(folder)  # if no dataset had to be prepared
     write_file(folder / TEMPLATE_FILE, to_yaml(dict(vars(mixture.main.cache.template))).encode())
     write_training_data(folder, _join_training_data(training))
     manifest = {**mixture.manifest, "datasets": training.manifest["datasets"]}
@@ -156,7 +158,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename mixture.json, because the folder is no mixture while only some of its caches are new."""
+    """Rename mixture.json, because the folder is no mixture while only some of its caches are new; remove a cache."""
+    _remove_cache(folder)
     with suppress(FileNotFoundError):  # there was none, or another process has renamed it
         (folder / MIXTURE_FILE).rename(folder / OLD_MIXTURE_FILE)
 
@@ -221,9 +224,9 @@ def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:
     if is_cache(folder):
         if origin.in_use:
             raise make_resume_error(folder, {"data": "data: it was one dataset before, and is several now"})
-        if not (foreign := sorted({path.name for path in folder.iterdir()} - CACHE_CONTENTS)):
-            _remove_cache(folder)  # as prepare replaces a cache of other inputs
-            return
+        found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if not (foreign := sorted(found - CACHE_CONTENTS - set(names))):
+            return  # it is replaced once a new one is complete, as prepare replaces a cache of other inputs
         problem = f"output_dir: {folder}: contains {join_first(foreign)} in addition to a token cache"
         raise DataError(problem, hint="move these files away, or choose another output_dir")
     if folder.exists() and not folder.is_dir():
@@ -233,15 +236,33 @@ def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:
         raise DataError(f"output_dir: {folder}: contains other files, so it isn't a mixture of datasets", hint=hint)
 
 
+def _check_given_caches(folder: Path, datasets: Mapping[str, DatasetSettings]) -> None:
+    """Check that what is written doesn't replace a token cache that is one of the datasets.
+
+    Raises:
+        DataError: it would.
+    """
+    given = {name: cache for name, dataset in datasets.items() if (cache := find_given_cache(dataset)) is not None}
+    written = {folder.resolve(): "the output folder"}
+    written |= {
+        (folder / name).resolve(): f"where dataset {name} is written" for name in datasets.keys() - given.keys()
+    }
+    for cache in given.values():
+        if (place := written.get(cache.resolve())) is not None:
+            problem = f"data: {cache}: one of the datasets, but also {place}"
+            raise DataError(problem, hint="choose another output folder, or give the datasets other names")
+
+
 def _remove_cache(folder: Path) -> None:
-    """Remove a token cache in place of which the mixture is written. Other processes may do so at the same time."""
-    old = folder.with_name(f".{folder.name}.old-{uuid.uuid4().hex[:8]}")
-    with suppress(FileNotFoundError):
-        folder.rename(old)
-        if is_cache(old):
-            shutil.rmtree(old, ignore_errors=True)
-        else:  # another process has removed the cache meanwhile, and has begun to prepare the mixture
-            old.rename(folder)
+    """Remove the token cache in place of which the mixture is written. Other processes may do so at the same time."""
+    if not is_cache(folder):
+        return
+    old = folder / f".old-{uuid.uuid4().hex[:8]}"
+    old.mkdir()
+    for name in (CACHE_MANIFEST_FILE, *sorted(CACHE_CONTENTS)):  # without the manifest it is no cache any more
+        with suppress(FileNotFoundError):
+            (folder / name).rename(old / name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _choose_common_vocabulary(

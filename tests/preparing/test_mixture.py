@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from t5tune.commands.prepare import PrepareResult, prepare
+from t5tune.commands.train import train
+from t5tune.data.cache import is_cache
 from t5tune.data.mixture import read_mixture_manifest
 from t5tune.errors import DataError
 from t5tune.io.atomic import write_json
 from t5tune.preparing.dataset import prepare_dataset
 from t5tune.preparing.mixture import _remove_cache, _remove_old_caches
 from t5tune.progress import Report
-from t5tune.settings import PrepareSettings
+from t5tune.settings import PrepareSettings, TrainSettings
 
 pytestmark = pytest.mark.slow
 
@@ -216,18 +218,75 @@ def test_a_cache_of_the_old_mixture_that_is_given_by_another_path_is_kept(
 def test_two_processes_replace_one_cache_by_a_mixture(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one removes the cache and prepares its parts when the first one has found the cache."""
+    """Both find the old cache when a dataset is ready, and remove it."""
     cache = tmp_path / "cache"
     prepare(make_settings(data, tmp_path / "one"))
     prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data / "a.jsonl"), output_dir=cache))
     first, second = (make_settings(data, cache, shard=f"{index}/2") for index in range(2))
+    assert not prepare(first).joined
+    assert is_cache(cache)
 
-    def wait_for_second(folder: Path) -> None:
+    def find_cache_and_remove_it_first(folder: Path) -> bool:
         monkeypatch.undo()
-        assert not prepare(second).joined
         _remove_cache(folder)
+        return True
 
-    monkeypatch.setattr("t5tune.preparing.mixture._remove_cache", wait_for_second)
-    assert prepare(first).joined
+    monkeypatch.setattr("t5tune.preparing.mixture.is_cache", find_cache_and_remove_it_first)
+    monkeypatch.setattr("t5tune.preparing.mixture._check_folder", lambda *_: None)  # is_cache's other callers
+    monkeypatch.setattr("t5tune.preparing.mixture.find_given_cache", lambda _: None)
+    assert prepare(second).joined
     assert bytes_of(cache) == bytes_of(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "one"]
+
+
+def test_a_token_cache_that_is_a_dataset_is_never_replaced(data: Path, tmp_path: Path) -> None:
+    mixture, single = tmp_path / "mixture", tmp_path / "single"
+    prepare(make_settings(data, mixture))
+    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data / "a.jsonl"), output_dir=single))
+    other = tmp_path / "other" / "a.jsonl"
+    other.parent.mkdir()
+    other.write_text("".join((data / "a.jsonl").read_text().splitlines(keepends=True)[:5]))
+    for folder, paths, place in (
+        (single, [single, data / "b.jsonl"], "the output folder"),
+        (mixture, [other, mixture / "a"], "where dataset a is written"),
+    ):
+        before = bytes_of(folder)
+        settings = make_settings(data, folder).replace(data=[{"path": str(path)} for path in paths])
+        with pytest.raises(DataError, match=f"data: .*: one of the datasets, but also {place}; choose another output"):
+            prepare(settings)
+        assert bytes_of(folder) == before
+
+
+def test_a_cache_is_replaced_by_a_mixture_only_once_a_dataset_is_ready(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data / "a.jsonl"), output_dir=cache))
+    before = bytes_of(cache)
+    (data / "bad.jsonl").write_text("no JSON\n")
+    settings = make_settings(data, cache).replace(
+        data=[{"path": str(data / name)} for name in ("bad.jsonl", "b.jsonl")]
+    )
+    with pytest.raises(DataError):
+        prepare(settings)
+    assert bytes_of(cache) == before
+    prepare(make_settings(data, cache))
+    prepare(make_settings(data, tmp_path / "one"))
+    assert bytes_of(cache) == bytes_of(tmp_path / "one")
+
+
+def test_a_folder_of_token_caches_is_never_deleted_for_a_run(data: Path, tmp_path: Path) -> None:
+    caches = tmp_path / "caches"
+    for name in ("a", "b"):
+        single = PrepareSettings(
+            model_name_or_path="pocket", data_path=str(data / f"{name}.jsonl"), output_dir=caches / name
+        )
+        prepare(single)
+    before = bytes_of(caches)
+    settings = TrainSettings(
+        model_name_or_path="pocket",
+        data_path=str(data / "a.jsonl"),
+        preprocessed_path=caches,
+        output_dir=tmp_path / "run",
+    )
+    with pytest.raises(DataError, match="caches: contains several token caches, and isn't one; choose another"):
+        train(settings)
+    assert bytes_of(caches) == before

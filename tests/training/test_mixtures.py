@@ -360,7 +360,7 @@ def test_a_folder_with_other_content_is_refused(untied_base: Path, data: Path, t
     single = make_prepare_settings(untied_base, data, tmp_path / "one", data_path=[data / "sums.jsonl"])
     prepare(single)
     assert prepare(make_prepare_settings(untied_base, data, tmp_path / "one")).datasets == SIZES  # replaces the cache
-    with pytest.raises(DataError, match="one: contains a mixture of several datasets; choose another output_dir"):
+    with pytest.raises(DataError, match="one: contains several token caches, and isn't one; choose another output_dir"):
         prepare(single)
 
 
