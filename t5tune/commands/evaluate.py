@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,11 @@ def _prepare(
         The output folder; the settings with the model's folder, its precision and its quantization; the same with the
         commits of what is on the Hub, so that every rank loads the same.
     """
-    default = Path("evaluation")
-    folder = settings.output_dir or (default if settings.overwrite else find_unused_folder(default))
-    check_replaceable(folder, settings.overwrite)
+    folder = _choose_folder(settings)
+    scripts = [function.rpartition(":")[0] for function in settings.metric or []]
+    adapters = [] if settings.adapter is None else [str(settings.adapter)]
+    read = [settings.model_name_or_path, *adapters, *settings.data_path, *scripts]
+    check_replaceable(folder, settings.overwrite, read)
     for function in settings.metric or []:
         load_custom_metric(function)
     settings = replace_stopped_runs(settings, report)
@@ -212,6 +214,11 @@ def _prepare(
         )
     settings = _inherit_precision(settings, base, adapter, device, report)
     return folder, settings, pin_to_commits(settings, base, adapter)
+
+
+def _choose_folder(settings: EvaluateSettings) -> Path:
+    default = Path("evaluation")
+    return settings.output_dir or (default if settings.overwrite else find_unused_folder(default))
 
 
 def _inherit_precision(
@@ -259,7 +266,8 @@ def _finish(task: _Task | None, tuned: _Outcome, base: _Outcome | None, started:
     assert task is not None, "only rank 0 finishes"
     outcomes = [tuned] if base is None else [tuned, base]
     predictions = [task.decode(outcome) for outcome in outcomes]
-    with write_folder_atomically(task.folder) as staged:
+    task = replace(task, folder=_choose_folder(task.settings))  # another evaluation may have taken the first one
+    with write_folder_atomically(task.folder, task.settings.overwrite) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, task, outcomes, predictions)
         write_settings(staged, hide_data_queries(task.settings))
     built_in = [_score(outcome, texts, task) for outcome, texts in zip(outcomes, predictions, strict=True)]

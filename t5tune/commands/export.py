@@ -94,12 +94,12 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         SettingsError: a LoRA flag that contradicts the checkpoint.
     """
     started = time.monotonic()
-    check_replaceable(settings.output_dir, settings.overwrite)
+    check_replaceable(settings.output_dir, settings.overwrite, [settings.checkpoint])
     folder = _find_checkpoint(find_adapter(settings.checkpoint, settings.cache_dir, "checkpoint", report), report)
     trained = _read_trained_tensors(settings, folder, report)
     others = _collect_non_lora_state(settings, trained)
     open_repository(settings, settings.output_dir, report)
-    with write_folder_atomically(settings.output_dir) as staged:
+    with write_folder_atomically(settings.output_dir, settings.overwrite) as staged:
         write_adapter(staged, trained.adapter, _make_adapter_metadata(folder, trained.config))
         if others is not None:
             size = sum(array.nbytes for value in others.values() for array in value.arrays)

@@ -87,7 +87,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     """
     started = time.monotonic()
     output, converts = settings.output_dir, settings.to == "ctranslate2"
-    check_replaceable(output, settings.overwrite)
+    check_replaceable(output, settings.overwrite, _list_inputs(settings))
     settings, base_folder = _find_inputs(settings, report)
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
@@ -107,7 +107,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     verify = _should_verify(settings, base, adapters, report)
     found = agreement = None
     scratch = make_scratch_folder(Path(os.path.realpath(output))) if converts else None
-    with write_folder_atomically(output) as staged, scratch or nullcontext(staged) as checkpoint:
+    with write_folder_atomically(output, settings.overwrite) as staged, scratch or nullcontext(staged) as checkpoint:
         _write_weights(base, shards, deltas, checkpoint, report)
         write_config(base.folder, checkpoint, tied, dtype, family_key)
         _write_supporting_files(settings, base, adapters, tokenizer_folder, family, checkpoint, report)
@@ -135,6 +135,13 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         pushed=upload_result(settings, output, report),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _list_inputs(settings: MergeSettings) -> list[Path | str]:
+    """List what mustn't be replaced. A base isn't among it that is merged in place."""
+    base = settings.model_name_or_path
+    is_in_place = base is None or os.path.realpath(base) == os.path.realpath(settings.output_dir)
+    return [*settings.adapter, *([] if base is None or is_in_place else [base])]
 
 
 def _check_converter(family: Family) -> None:

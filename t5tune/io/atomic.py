@@ -27,17 +27,36 @@ DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 DISK_ERRNOS = DISK_FULL_ERRNOS | {errno.EIO, errno.EROFS, errno.EFBIG}
 
 
-def check_replaceable(folder: Path, overwrite: bool) -> None:
+def check_replaceable(folder: Path, overwrite: bool, inputs: Iterable[Path | str] = ()) -> None:
     """Refuse an output folder that contains files, unless the user has asked to overwrite it.
 
+    Args:
+        inputs: paths that the command reads, and patterns of such; names that aren't on this machine don't count.
+
     Raises:
-        SettingsError: the folder isn't empty, or the path is a file.
+        SettingsError: the folder isn't empty, or the path is a file. Or the folder contains what must not be replaced:
+            an input, the checkpoints of a run, or the current folder.
     """
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"output_dir: {folder}: is a file, not a folder", hint="choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         hint = "choose another folder, or use --overwrite to replace it"
         raise SettingsError(f"output_dir: {folder}: already contains files", hint=hint)
+    if overwrite and (needed := _find_needed(folder, inputs)) is not None:
+        raise SettingsError(f"output_dir: {folder}: contains {needed}", hint="choose another folder")
+
+
+def _find_needed(folder: Path, inputs: Iterable[Path | str]) -> str | None:
+    """Describe something in a folder that must not be replaced along with it; None if there is nothing."""
+    place = Path(os.path.realpath(folder))
+    for path in inputs:
+        for found in glob.glob(str(path), recursive=True) or [str(path)]:
+            if os.path.exists(found) and Path(os.path.realpath(found)).is_relative_to(place):
+                return f"{found}, which this command reads"
+    if (current := Path(os.getcwd())).is_relative_to(place):
+        return f"the current folder, {current}"
+    checkpoints = (path for path in folder.glob("checkpoint-*") if path.is_dir())
+    return next((f"a checkpoint of a run, {path}" for path in checkpoints), None)
 
 
 def find_unused_folder(folder: Path) -> Path:
@@ -50,15 +69,19 @@ def find_unused_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def write_folder_atomically(target: Path) -> Iterator[Path]:
+def write_folder_atomically(target: Path, replaces: bool = True) -> Iterator[Path]:
     """Yield a new folder next to `target` that replaces it when the block ends without an error.
 
     An existing folder is replaced as a whole; if `target` is a link, the folder that it points to is replaced. If the
     process is killed at any moment, either the old folder or the new one is there, never a mixture. Where two folders
     can't be exchanged in one step (only Linux can), a kill between the two renames leaves no folder at `target`.
 
+    Args:
+        replaces: whether a folder with files is replaced. Otherwise `target` must be free or empty, and if it no longer
+            is at the end, the new folder gets an unused name, which the error says.
+
     Raises:
-        SettingsError: no folder can be created there.
+        SettingsError: no folder can be created there, or another process has filled it meanwhile.
         WriteError: the disk is full or broken.
     """
     target = Path(os.path.realpath(target))
@@ -67,8 +90,23 @@ def write_folder_atomically(target: Path) -> Iterator[Path]:
     with explain_write_errors(target), make_scratch_folder(target) as staged:
         yield staged
         fsync_tree(staged)
-        _replace_folder(staged, target)
+        if replaces:
+            _replace_folder(staged, target)
+        else:
+            _move_to_free_place(staged, target)
         fsync(target.parent)
+
+
+def _move_to_free_place(staged: Path, target: Path) -> None:
+    try:
+        staged.rename(target)  # fails if the folder there isn't empty
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+            raise
+        free = find_unused_folder(target)
+        staged.rename(free)
+        problem = f"output_dir: {target}: another process has written to it meanwhile"
+        raise SettingsError(problem, hint=f"the result of this command is in {free}") from error
 
 
 def _replace_folder(staged: Path, target: Path) -> None:

@@ -27,6 +27,8 @@ from t5tune.checkpoints.fingerprint import (
     describe_base,
 )
 from t5tune.checkpoints.training_data import TrainingData, write_training_data
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.export import export
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.data.chat_template import build_chat_template, write_chat_template
 from t5tune.data.templates import load_template
@@ -34,7 +36,7 @@ from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError, TrainingError
 from t5tune.model.load import load_base
 from t5tune.progress import Note
-from t5tune.settings import MergeSettings
+from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings
 from tests.support.adapters import (
     TEMPLATES,
     TOKEN_IDS,
@@ -510,6 +512,55 @@ def test_an_output_folder_with_files_is_only_replaced_with_overwrite(
     assert "model.safetensors" in list_folder(output)
     assert "mine.txt" not in list_folder(output)
     assert list_folder(tmp_path) == ["merged"]
+
+
+def test_overwrite_never_replaces_an_input_a_run_or_the_current_folder(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    base, adapter = shutil.copytree(untied_base, out / "base"), shutil.copytree(untied_adapter, out / "adapter")
+    run = tmp_path / "run"
+    (run / "checkpoint-7").mkdir(parents=True)
+    data = out / "data.jsonl"
+    data.write_text('{"source": "a", "target": "b"}')
+    before = list_folder(out)
+
+    def evaluate_into(folder: Path) -> None:
+        settings = {"model_name_or_path": str(untied_base), "data_path": f"{out}/*.jsonl", "use_cpu": True}
+        evaluate(EvaluateSettings(**settings, output_dir=folder, overwrite=True))
+
+    for what, command in {
+        "adapter, which this command reads": lambda: run_merge(untied_base, adapter, out, overwrite=True),
+        "base, which this command reads": lambda: run_merge(base, untied_adapter, out, overwrite=True),
+        "run/checkpoint-7": lambda: run_merge(untied_base, untied_adapter, run, overwrite=True),
+        "adapter, which this": lambda: export(ExportSettings(checkpoint=adapter, output_dir=adapter, overwrite=True)),
+        "data.jsonl, which this command reads": lambda: evaluate_into(out),
+    }.items():
+        with pytest.raises(SettingsError, match=f"output_dir: .*: contains .*{what}"):
+            command()
+    monkeypatch.chdir(out)
+    with pytest.raises(SettingsError, match="contains the current folder"):
+        run_merge(untied_base, untied_adapter, tmp_path / "out" / "..", overwrite=True)
+    assert list_folder(out) == before
+    assert (run / "checkpoint-7").is_dir()
+
+
+def test_a_result_isnt_lost_if_another_process_has_filled_the_folder_meanwhile(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "merged"
+
+    def fill(event: Any) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "theirs.txt").write_text("theirs")
+
+    with pytest.raises(SettingsError, match="merged: another process has written to it meanwhile") as caught:
+        run_merge(untied_base, untied_adapter, output, fill, verify=False)
+    assert str(tmp_path / "merged.1") in str(caught.value.hint)
+    assert list_folder(output) == ["theirs.txt"]
+    run_merge(untied_base, untied_adapter, tmp_path / "expected", verify=False)
+    weights = [tmp_path / name / "model.safetensors" for name in ("merged.1", "expected")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_a_base_is_only_merged_in_place_with_overwrite(untied_adapter: Path, tmp_path: Path) -> None:
