@@ -292,7 +292,8 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
     """Open the examples to train on, and the held-out ones if there are any.
 
     Raises:
-        SettingsError: the objective learns from preference pairs, and the examples are none, or the other way round.
+        SettingsError: the objective learns from preference pairs, and the examples are none, or the other way round;
+            or eval_fraction is another than that of prepare.
     """
     examples = open_examples(run.cache)
     if examples.has_preferences != settings.reads_preferences:
@@ -310,10 +311,28 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
             has, lacks = (run.eval_cache, run.cache) if held_out.has_preferences else (run.cache, run.eval_cache)
             problem = f"eval_data_path: {has} has preference pairs, and {lacks} has none"
             raise DataError(problem, hint="give the records in place of the cache")
-        return examples, held_out
+        return examples.split_as_prepared()[0], held_out
     if settings.eval_fraction > 0:
+        _check_split(settings, run.cache, examples)
         return examples.split(settings.eval_fraction, settings.seed)
     return examples.split_as_prepared()
+
+
+def _check_split(settings: TrainSettings, cache: Path, examples: Examples) -> None:
+    """Check that no example is trained on that prepare has held out: evaluate would score it as held out.
+
+    Raises:
+        SettingsError: eval_fraction or seed would hold out others.
+    """
+    caches = [each.cache for each in examples.datasets] if isinstance(examples, Mixture) else [examples]
+    for manifest in (each.manifest for each in caches):
+        fraction, seed = manifest["eval_fraction"], manifest["seed"]
+        if fraction and (fraction, seed) != (settings.eval_fraction, settings.seed):
+            now = f"{settings.eval_fraction:g} with seed {settings.seed}"
+            raise SettingsError(
+                f"eval_fraction: {now}, but prepare has held out {fraction:g} of {cache} with seed {seed}",
+                hint="leave out eval_fraction to hold out the same, or prepare the data again without it",
+            )
 
 
 def start_or_resume_run(

@@ -22,6 +22,7 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import set_up_run_folder, train
+from t5tune.data.cache import open_cache
 from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 from t5tune.settings import (
@@ -400,6 +401,25 @@ def test_a_run_resumes_with_a_cache_of_its_conversations_instead_of_the_file(
     result = train(make_settings(untied_base, tmp_path / "cache", run))
     assert result.resumed_from == run / "checkpoint-3"
     assert (run / "adapter_model.safetensors").read_bytes() == uninterrupted
+
+
+@pytest.mark.slow
+def test_what_prepare_has_held_out_is_never_trained_on(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": cache}
+    prepare(PrepareSettings(**values, eval_fraction=0.25, seed=3))
+    training, held_out = open_cache(cache).split_as_prepared()
+    assert held_out is not None
+    changes: dict[str, Any] = {"max_steps": 1}
+    for name, more in {
+        "as prepared": {},
+        "the same": {"eval_fraction": 0.25, "seed": 3},
+        "other data": {"eval_data_path": [str(conversations)]},
+    }.items():
+        result = train(make_settings(untied_base, cache, tmp_path / name, **changes, **more))
+        assert result.examples == len(training) < len(open_cache(cache))
+    with pytest.raises(SettingsError, match="eval_fraction: 0.1 with seed 3, but prepare has held out 0.25 of"):
+        train(make_settings(untied_base, cache, tmp_path / "run", **changes, eval_fraction=0.1, seed=3))
 
 
 @pytest.mark.slow
