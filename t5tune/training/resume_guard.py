@@ -31,6 +31,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 SHARDING_FIELDS = ("world_size", "deepspeed_stage")
 ZERO_STAGES = {1, 2, 3}  # those that divide the optimizer's state among the ranks
 PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
+EVALUATION_FIELDS = ("held_out", "best_metric")  # what evaluations measure: a run may resume with another
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
@@ -67,6 +68,19 @@ def build_run_identity(
     }
 
 
+def describe_evaluations(held_out: Examples | None, best_metric: str | None) -> dict[str, Any]:
+    """Describe what the evaluations of a run measure, as fields of its identity."""
+    examples = None if held_out is None else _hash_mapping(held_out.identify())
+    return dict(zip(EVALUATION_FIELDS, (examples, best_metric), strict=True))
+
+
+def has_other_evaluations(checkpoint: Path, now: dict[str, Any]) -> bool:
+    """Whether the evaluations before a checkpoint can't be compared with those of a run with this identity."""
+    then = read_run_identity(checkpoint)
+    had_some = then.get("held_out") is not None
+    return had_some and any(then[name] != now[name] for name in EVALUATION_FIELDS)
+
+
 def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str], accumulation_steps: int) -> list[str]:
     """Compare the configuration with the one in a checkpoint. Return a line for each difference that is allowed.
 
@@ -84,7 +98,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     different = {
         name: f"{name}: {_abbreviate(then.get(name))} before, {_abbreviate(now.get(name))} now"
         for name in now | then
-        if then.get(name) != now.get(name) and name not in (*SHARDING_FIELDS, PACKED_ATTENTION)
+        if then.get(name) != now.get(name) and name not in (*SHARDING_FIELDS, PACKED_ATTENTION, *EVALUATION_FIELDS)
     }
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
         different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"

@@ -38,7 +38,12 @@ from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES, Objective
 from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, read_run_identity, remove_staged
-from t5tune.training.resume_guard import build_run_identity, check_run_identity, describe_other_ranks
+from t5tune.training.resume_guard import (
+    build_run_identity,
+    check_run_identity,
+    describe_other_ranks,
+    has_other_evaluations,
+)
 
 BASE_HASH_FILE = "base.json"  # see checkpoints/fingerprint.py
 MAX_LOCK_ATTEMPTS = 100
@@ -339,6 +344,7 @@ def start_or_resume_run(
     settings: TrainSettings,
     run: Run,
     examples: Examples,
+    evaluations: dict[str, Any],
     base: Path,
     pinned: TrainSettings,
     teacher_hash: str | None,
@@ -348,6 +354,7 @@ def start_or_resume_run(
     """Prepare a new run, or an existing one for resuming.
 
     Args:
+        evaluations: what they measure, as fields of the run identity.
         pinned: the settings with the commits of adapters that are on the Hub.
         teacher_hash: hash of the teacher's weights, if there is a teacher.
 
@@ -361,6 +368,7 @@ def start_or_resume_run(
     stats = read_file_stats(base)
     base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / BASE_HASH_FILE, stats))
     run_identity = build_run_identity(pinned, examples, base_metadata["sha256"], teacher_hash, world.size)
+    run_identity |= evaluations
     resume, damaged = find_newest(run.folder)
     for problem in damaged:
         report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))
@@ -372,6 +380,9 @@ def start_or_resume_run(
             report(Note(f"change allowed by --allow-change: {change}", warning=True))
         _check_same_tokens(resume, examples, run_identity)
         report(Note(f"resuming from {resume}"))
+        if has_other_evaluations(resume, run_identity):
+            other = "the held-out examples or the metric for the best model have changed"
+            report(Note(f"{other}, so earlier evaluations don't count any more", warning=True))
         if (other_ranks := describe_other_ranks(resume, run_identity)) is not None:
             report(Note(other_ranks))
     remove_staged(run.folder)

@@ -60,7 +60,12 @@ from t5tune.training.objectives import (
 )
 from t5tune.training.publisher import CheckpointPublisher
 from t5tune.training.reference import PairMeter, complete_references, open_initial_model, open_reference_adapter
-from t5tune.training.resume_guard import PACKED_ATTENTION, needs_resharding
+from t5tune.training.resume_guard import (
+    PACKED_ATTENTION,
+    describe_evaluations,
+    has_other_evaluations,
+    needs_resharding,
+)
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
 from t5tune.training.sample_predictions import SamplePredictions
 from t5tune.training.teacher import (
@@ -170,7 +175,10 @@ def _load_data(session: Session) -> _LoadedData:
 
     def start_or_resume() -> tuple[dict[str, Any], dict[str, Any], Path | None]:
         teacher_hash = None if teacher is None else hash_teacher(teacher, run.folder)
-        return start_or_resume_run(settings, run, examples, base, pinned, teacher_hash, world, session.report)
+        evaluations = describe_evaluations(held_out, choose_best_metric(settings))
+        return start_or_resume_run(
+            settings, run, examples, evaluations, base, pinned, teacher_hash, world, session.report
+        )
 
     base_metadata, run_identity, resume = run_on_rank_0(world, start_or_resume)
     tokenizer = load_tokenizer(examples.tokenizer_folder)
@@ -257,6 +265,7 @@ def _make_trainer(
         weights=built.weights,
         publisher=CheckpointPublisher(folder, run_identity, settings.save_total_limit, report),
         reshards=loaded.resume is not None and needs_resharding(read_run_identity(loaded.resume), run_identity),
+        forgets_evaluations=loaded.resume is not None and has_other_evaluations(loaded.resume, run_identity),
         non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
         stop=session.stop,
         watch=session.watch,

@@ -65,6 +65,7 @@ class TrainerParts:
         weights: collects, writes and loads the trained tensors.
         publisher: saves checkpoints.
         reshards: whether the checkpoint to resume from has ZeRO's shards for another number of ranks or another stage.
+        forgets_evaluations: whether evaluations before the checkpoint to resume from can't be compared with later ones.
         non_finite: handles steps with a non-finite loss or gradient.
         stop: request to stop, set by a signal.
         watch: watches the other ranks, which need to know how far this one is.
@@ -86,6 +87,7 @@ class TrainerParts:
     weights: TrainedWeights
     publisher: CheckpointPublisher
     reshards: bool
+    forgets_evaluations: bool
     non_finite: NonFiniteGuard
     stop: StopRequest
     watch: RankWatch
@@ -211,10 +213,14 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         skip_module_walks(self.model, self.model_wrapped, self._trained)
         leave_empty_bias_without_gradient(self.model)
         self.totals.resume(self.state)
+        if self.parts.forgets_evaluations:
+            self.state.log_history = [line for line in self.state.log_history if "eval_loss" not in line]
+            self.state.best_metric = self.state.best_global_step = None
         if self.is_stop_requested():
             self._save_checkpoint(self.model, None)
         elif self._is_evaluation_due():
             found, names = self.parts.publisher.read_evaluation(step), self.parts.metric_names
+            found = None if self.parts.forgets_evaluations else found
             self._evaluation_to_reuse = found if found and all(f"eval_{name}" in found for name in names) else None
             self._determine_best_metric(self._evaluate(None, None), None)
             if not self.is_stopped:

@@ -22,11 +22,11 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data import sample
 from t5tune.data.cache import open_cache
-from t5tune.errors import CheckpointError, DataError, ModelError, OutOfMemory, SettingsError
+from t5tune.errors import CheckpointError, DataError, ModelError, OutOfMemory, SettingsError, Stopped
 from t5tune.metrics import score
 from t5tune.model.attention import use_packing
 from t5tune.model.inference import load_for_inference
-from t5tune.progress import Event, Note
+from t5tune.progress import Advanced, Event, Note
 from t5tune.reports.metrics_log import read_metrics
 from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.training import evaluation, publisher
@@ -36,6 +36,7 @@ from t5tune.training.evaluation import measure_losses
 from t5tune.training.validate import check_settings
 from tests.support import train_runs
 from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.runs import stop_at
 
 pytestmark = pytest.mark.slow
 
@@ -499,6 +500,29 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(
     again = train(settings, events.append)
     assert (again.resumed_from, again.steps) == (tmp_path / "run" / "checkpoint-6", 6)
     assert any("stopped early" in event.text for event in events if isinstance(event, Note)), events
+
+
+def test_evaluations_of_other_held_out_examples_dont_count_after_a_resume(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    lines = conversations.read_text().splitlines(keepends=True)
+    easy, other = tmp_path / "easy.jsonl", tmp_path / "other.jsonl"
+    easy.write_text("".join(lines[:4]))
+    other.write_text("".join(lines[4:8]))
+    run = tmp_path / "run"
+    changes = {"learning_rate": 0, "eval_steps": 1, "save_steps": 1, "max_steps": 6, "metric_for_best_model": "loss"}
+    settings = make_short_settings(untied_base, conversations, run, eval_data_path=[str(easy)], **changes)
+    with pytest.raises(Stopped):
+        train(settings, stop_at(Advanced("train", 2)))
+    newest = max(int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*"))
+    for file, count in ((easy, 0), (other, 1)):
+        notes: list[Event] = []
+        shutil.copytree(run, resumed := tmp_path / file.stem)
+        train(settings.replace(output_dir=resumed, eval_data_path=[str(file)], allow_change=["data"]), notes.append)
+        said = "earlier evaluations don't count"
+        assert sum(said in event.text for event in notes if isinstance(event, Note)) == count
+        best = json.loads((resumed / "trainer_state.json").read_text())["best_global_step"]
+        assert best == (newest if count else 1)  # with a rate of 0, the first evaluation that counts stays the best
 
 
 def make_second_evaluation_fail(monkeypatch: pytest.MonkeyPatch) -> list[int]:
