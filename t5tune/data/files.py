@@ -21,10 +21,18 @@ from typing import Any, BinaryIO, cast
 
 from t5tune.data.cache import is_cache
 from t5tune.errors import DataError
-from t5tune.file_names import JSON_SUFFIXES, PART_MANIFEST_FILE, TABLE_SUFFIXES, TEXT_SUFFIXES
+from t5tune.file_names import (
+    CHECKPOINT_MANIFEST_FILE,
+    JSON_SUFFIXES,
+    PART_MANIFEST_FILE,
+    SETTINGS_FILE,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+)
 from t5tune.io.reasons import join_first
 from t5tune.io.records_in_memory import is_stored
 from t5tune.progress import Note, Report, silent
+from t5tune.settings.loading import SETTINGS_HEADER
 
 STDIN = Path("-")
 TEXT_HINT = "--objective span-corruption trains on it, as in T5's pretraining"
@@ -106,14 +114,29 @@ def _select_data_files(path: Path, found: list[Path], report: Report, setting: s
     # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
     folders = {entry.parent for entry in found}
     caches = {folder for folder in folders if is_cache(folder) or is_cache(folder.parent) or _is_part(folder)}
+    # metrics, samples and predictions aren't data either, unless the user names such a file
+    outputs = {folder for folder in folders if _is_output(folder)}
     reasons = {
-        entry: "part of a token cache" if entry.parent in caches else _explain_skipping(entry, is_text)
+        entry: "part of a token cache"
+        if entry.parent in caches
+        else "t5tune wrote it"
+        if entry.parent in outputs
+        else _explain_skipping(entry, is_text)
         for entry in found
     }
     files = [entry for entry, reason in reasons.items() if reason is None]
     if over := [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason is not None]:
         report(Note(f"{setting}: {path}: skipped: {join_first(over)}"))
     return files
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether the folder is the output of a command, with the settings that made it, or a checkpoint."""
+    try:
+        header = (folder / SETTINGS_FILE).read_bytes()[: len(SETTINGS_HEADER)]
+    except OSError:
+        return (folder / CHECKPOINT_MANIFEST_FILE).is_file()
+    return header == SETTINGS_HEADER.encode()
 
 
 def _is_part(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_
 from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
 PREFIX = "T5TUNE_"
+SETTINGS_HEADER = "# to run this again: t5tune "  # by which a folder is recognized as an output of t5tune
 MAX_UNUSED_NAMES = 8  # of settings that a command doesn't use, in a note
 Model = TypeVar("Model", bound=Settings)
 
@@ -91,7 +92,7 @@ def dump_settings(settings: Settings, only_given: bool = False) -> str:
     from t5tune.io.yaml_file import to_yaml
 
     start_over = next((f" --{name}" for name in ("fresh", "overwrite") if name in type(settings).model_fields), "")
-    header = f"# to run this again: t5tune {settings.command} --config THIS_FILE{start_over}\n"
+    header = f"{SETTINGS_HEADER}{settings.command} --config THIS_FILE{start_over}\n"
     values = settings.model_dump(mode="json", exclude_unset=only_given)
     for data, paths in PATHS_OF_DATASETS.items():
         if values.get(data) is not None:  # the paths are those of the datasets

@@ -27,6 +27,7 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
+from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.reading import ReadingSettings
 from tests.support import runs
 from tests.support.command_line import CommandResult, t5tune
@@ -216,6 +217,14 @@ def test_skipped_files_of_a_folder_are_reported(tmp_path: Path) -> None:
     events.clear()
     assert len(find_files([f"{tmp_path}/**/*.json*"], events.append)) == 2
     assert "rejected.jsonl (part of a token cache)" in str(events)
+    output = tmp_path / "scores"
+    output.mkdir()
+    write_settings(output, EvaluateSettings(model_name_or_path="pocket", data_path="a.jsonl"))
+    (output / "predictions.jsonl").write_text('{"source": "a", "target": "b"}')
+    events.clear()
+    assert output / "predictions.jsonl" not in find_files([f"{tmp_path}/**/*.jsonl"], events.append)
+    assert "predictions.jsonl (t5tune wrote it)" in str(events)
+    assert find_files([str(output / "predictions.jsonl")]) == [output / "predictions.jsonl"]
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
     with pytest.raises(DataError, match=r"\.parquet\.gz: expected"):
         find_files([str(tmp_path / "a.parquet.gz")])
