@@ -31,7 +31,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 SHARDING_FIELDS = ("world_size", "deepspeed_stage")
 ZERO_STAGES = {1, 2, 3}  # those that divide the optimizer's state among the ranks
 PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
+STEPS_PER_EPOCH = "steps_per_epoch"  # recorded, too: where an epoch begins
 EVALUATION_FIELDS = ("held_out", "best_metric")  # what evaluations measure: a run may resume with another
+LATE_FIELDS = (PACKED_ATTENTION, STEPS_PER_EPOCH)  # known only once the model is built
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
@@ -98,7 +100,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     different = {
         name: f"{name}: {_abbreviate(then.get(name))} before, {_abbreviate(now.get(name))} now"
         for name in now | then
-        if then.get(name) != now.get(name) and name not in (*SHARDING_FIELDS, PACKED_ATTENTION, *EVALUATION_FIELDS)
+        if then.get(name) != now.get(name) and name not in (*SHARDING_FIELDS, *EVALUATION_FIELDS, *LATE_FIELDS)
     }
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
         different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"
@@ -108,6 +110,27 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
                 refused[name] += _suggest_equal_batch(then, now, accumulation_steps)
         raise make_resume_error(checkpoint, refused)
     return list(different.values())
+
+
+def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
+    """Check that epochs begin at the same steps, if nothing but the number of epochs or steps was changed.
+
+    With tokens_per_batch, all epochs of a mixture have as many steps as the longest of them.
+
+    Raises:
+        SettingsError: they don't, so examples would be repeated or skipped.
+    """
+    then = read_run_identity(checkpoint)
+    before, after = then.get(STEPS_PER_EPOCH), now[STEPS_PER_EPOCH]
+    lengths = [name for name in ("num_train_epochs", "max_steps") if then[name] != now[name]]
+    others = ("data", "mixing", "tokens_per_batch", "batch_tokens", "seed")
+    if lengths and before not in (None, after) and all(then.get(name) == now.get(name) for name in others):
+        problem = f"with this value an epoch has {after} steps, with the previous one {before}"
+        raise SettingsError(
+            f"{lengths[0]}: {problem}, so the run can't continue where it was stopped",
+            hint=f"resume with {lengths[0]} {then[lengths[0]]}, or continue from its weights with --adapter "
+            f"{checkpoint} and another output_dir",
+        )
 
 
 def needs_resharding(then: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -62,6 +62,8 @@ from t5tune.training.publisher import CheckpointPublisher
 from t5tune.training.reference import PairMeter, complete_references, open_initial_model, open_reference_adapter
 from t5tune.training.resume_guard import (
     PACKED_ATTENTION,
+    STEPS_PER_EPOCH,
+    check_steps_per_epoch,
     describe_evaluations,
     has_other_evaluations,
     needs_resharding,
@@ -254,13 +256,17 @@ def _make_trainer(
         )
     objective = _make_objective(session, loaded, collator, references or {})
     losses = objective.list_losses(loaded.held_out) if loaded.held_out is not None else []
+    sampler = make_sampler(settings, loaded.examples, built.is_packed, session.world.size)
+    run_identity = run_identity | {STEPS_PER_EPOCH: count_steps(len(sampler), sampler.step_size, 1)}
+    if loaded.resume is not None:
+        check_steps_per_epoch(loaded.resume, run_identity)
     args = make_training_arguments(settings, loaded.deepspeed, losses, session.world, session.device)
     count, skips = settings.eval_generate, settings.on_non_finite == "skip"
     scorer = _make_scorer(session, loaded, count) if count else None
     parts = TrainerParts(
         examples=loaded.examples,
         held_out=loaded.held_out,
-        sampler=make_sampler(settings, loaded.examples, built.is_packed, session.world.size),
+        sampler=sampler,
         collator=collator,
         weights=built.weights,
         publisher=CheckpointPublisher(folder, run_identity, settings.save_total_limit, report),

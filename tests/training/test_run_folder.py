@@ -9,7 +9,7 @@ import pytest
 from t5tune.errors import SettingsError
 from t5tune.progress import Event
 from t5tune.training import resume_guard
-from t5tune.training.resume_guard import check_run_identity
+from t5tune.training.resume_guard import check_run_identity, check_steps_per_epoch
 from t5tune.training.run_folder import lock_run_folder
 
 IDENTITY = {"seed": 1, "eval_fraction": 0.2, "lora_r": 8, "data": "sha256:1", "world_size": 1, "deepspeed_stage": None}
@@ -54,3 +54,19 @@ def test_other_held_out_examples_are_not_called_other_data(
     assert line in caught.value.problems
     assert len(caught.value.problems) == 1 + len(changes)
     assert check_run_identity(Path("run/checkpoint-1"), now, ["data", *changes], 1)
+
+
+def test_other_epochs_may_not_move_the_beginnings_of_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of mixtures with tokens_per_batch, whose epochs have as many steps as the longest of them."""
+    then = IDENTITY | {"num_train_epochs": 3, "max_steps": None, "mixing": {"a": 3}, "tokens_per_batch": 64}
+    then |= {"batch_tokens": 64, "steps_per_epoch": 10}
+    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: then)
+    checkpoint = Path("run/checkpoint-12")
+    check_steps_per_epoch(checkpoint, then | {"num_train_epochs": 6})
+    check_steps_per_epoch(checkpoint, then | {"num_train_epochs": 6, "steps_per_epoch": 5, "batch_tokens": 128})
+    with pytest.raises(SettingsError) as caught:
+        check_steps_per_epoch(checkpoint, then | {"num_train_epochs": 6, "steps_per_epoch": 11})
+    assert caught.value.problems == (
+        "num_train_epochs: with this value an epoch has 11 steps, with the previous one 10, so the run can't continue "
+        "where it was stopped",
+    )
