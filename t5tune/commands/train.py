@@ -37,7 +37,7 @@ from t5tune.progress import Note, Report, silent
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
 from t5tune.settings.datasets import PATHS_OF_DATASETS, name_datasets
 from t5tune.training.checkpoint import find_newest, list_checkpoints
-from t5tune.training.resume_guard import check_finished_run
+from t5tune.training.resume_guard import check_finished_run, check_settings_of_run
 from t5tune.training.run_folder import (
     Run,
     TrainResult,
@@ -324,11 +324,12 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
     """Prepare the token caches for training and evaluation, unless the settings name existing ones."""
     checkpoints = list_checkpoints(settings.output_dir)
     in_use = bool(checkpoints) and "data" not in settings.allow_change
+    newest, _ = find_newest(settings.output_dir) if checkpoints and not in_use else (None, [])
     vocabulary = None
-    if checkpoints and not in_use and settings.add_tokens == ["auto"]:
-        # with other data, a run keeps its tokens: their embedding rows are trained already
-        newest, _ = find_newest(settings.output_dir)
-        if newest is not None:
+    if newest is not None:
+        check_settings_of_run(newest, settings, settings.allow_change)
+        if settings.add_tokens == ["auto"]:
+            # with other data, a run keeps its tokens: their embedding rows are trained already
             vocabulary = take_vocabulary(newest, find_base(settings, report=report))
     common = Origin(in_use, keeps_template=bool(checkpoints), vocabulary=vocabulary, run=run.folder)
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):

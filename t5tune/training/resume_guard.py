@@ -34,6 +34,7 @@ PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: 
 STEPS_PER_EPOCH = "steps_per_epoch"  # recorded, too: where an epoch begins
 EVALUATION_FIELDS = ("held_out", "best_metric")  # what evaluations measure: a run may resume with another
 LATE_FIELDS = (PACKED_ATTENTION, STEPS_PER_EPOCH)  # known only once the model is built
+OF_EXAMPLES = ("eval_fraction", "num_data", "mixing", "mixing_temperature", "mixing_cap")  # depend on the data, too
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
@@ -93,8 +94,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
         SettingsError: fields differ; names each one with both values.
         CheckpointError: this number of ranks or this ZeRO stage can't resume from the checkpoint's state.
     """
-    if unknown := sorted(set(allowed) - now.keys()):
-        raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggest_name(unknown[0], now)}")
+    _check_allowed_names(allowed, now)
     then = read_run_identity(checkpoint)
     _check_shards(checkpoint, then, now)
     different = {
@@ -110,6 +110,29 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
                 refused[name] += _suggest_equal_batch(then, now, accumulation_steps)
         raise make_resume_error(checkpoint, refused)
     return list(different.values())
+
+
+def check_settings_of_run(checkpoint: Path, settings: TrainSettings, allowed: list[str]) -> None:
+    """Compare the settings alone with the configuration in a checkpoint, before other data replaces a cache.
+
+    Raises:
+        SettingsError: fields differ; names each one with both values.
+    """
+    then = read_run_identity(checkpoint)
+    _check_allowed_names(allowed, then)
+    values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
+    refused = {
+        name: f"{name}: {_abbreviate(then[name])} before, {_abbreviate(value)} now"
+        for name, value in values.items()
+        if name in then and then[name] != value and name not in (*OF_EXAMPLES, *allowed)
+    }
+    if refused:
+        raise make_resume_error(checkpoint, refused)
+
+
+def _check_allowed_names(allowed: list[str], run_identity: dict[str, Any]) -> None:
+    if unknown := sorted(set(allowed) - run_identity.keys()):
+        raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggest_name(unknown[0], run_identity)}")
 
 
 def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:

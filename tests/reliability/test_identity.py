@@ -314,6 +314,11 @@ def test_other_data_of_a_run_keeps_the_tokens_whose_rows_are_trained(
     assert load_tokenizer(cache.tokenizer_folder).get_vocab() == tokens
     assert load_tokenizer(run / "checkpoint-5").get_vocab() == tokens
 
+    before = hash_files(run / "data")
+    with pytest.raises(SettingsError, match="learning_rate: 0.01 before, 0.005 now"):
+        train(make_settings(untied_base, first, run, allow_change=["data"], learning_rate=5e-3))
+    assert hash_files(run / "data") == before
+
     for added in (["{", "}", "\n", "ж"], ["none"]):  # others, and fewer
         settings = make_settings(
             untied_base, second, run, add_tokens=added, allow_change=["data", "tokenizer", "add_tokens"]
