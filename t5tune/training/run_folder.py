@@ -7,6 +7,7 @@ read_result(run.folder).adapter     # of a finished run
 """
 
 import fcntl
+import hashlib
 import html
 import json
 import os
@@ -46,6 +47,7 @@ from t5tune.training.resume_guard import (
 )
 
 BASE_HASH_FILE = "base.json"  # see checkpoints/fingerprint.py
+PREPARED_FILE = "prepared.json"
 MAX_LOCK_ATTEMPTS = 100
 CACHE_SETTINGS = {*select_settings(TrainSettings, Affects.CACHE)} - {*select_settings(TrainSettings, Affects.STEPS)}
 """What determines the examples in a token cache, without what train can also apply to them later, such as num_data."""
@@ -293,6 +295,29 @@ def save_settings(settings: TrainSettings, run: Run) -> None:
     write_file(run.settings_path, dump_settings(again).encode())
 
 
+def record_prepared(run: Run) -> None:
+    """Record what the cache of a run contains, because other runs may replace one that is outside of the run folder."""
+    write_json(run.folder / PREPARED_FILE, {"cache": str(run.cache), "sha256": _hash_manifest(run.cache)})
+
+
+def _check_prepared(run: Run) -> None:
+    """Check that the run's cache is the one that was prepared for it.
+
+    Raises:
+        DataError: another process has replaced it.
+    """
+    if not (run.folder / PREPARED_FILE).is_file():
+        return
+    prepared = json.loads((run.folder / PREPARED_FILE).read_bytes())
+    if prepared["cache"] == str(run.cache) and prepared["sha256"] != _hash_manifest(run.cache):
+        problem = f"preprocessed_path: {run.cache}: another process has replaced it since it was prepared for this run"
+        raise DataError(problem, hint="give each run its own preprocessed_path, and run the same command again")
+
+
+def _hash_manifest(cache: Path) -> str:
+    return hashlib.sha256(json.dumps(read_examples_manifest(cache), sort_keys=True).encode()).hexdigest()
+
+
 def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | None]:
     """Open the examples to train on, and the held-out ones if there are any.
 
@@ -300,6 +325,7 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
         SettingsError: the objective learns from preference pairs, and the examples are none, or the other way round;
             or eval_fraction is another than that of prepare.
     """
+    _check_prepared(run)
     examples = open_examples(run.cache)
     if examples.has_preferences != settings.reads_preferences:
         what = "preference pairs" if examples.has_preferences else "no preference pairs"

@@ -34,6 +34,7 @@ from t5tune.settings import (
     load_settings,
 )
 from t5tune.training import sample_predictions
+from t5tune.training.run_folder import locate_run, open_data
 from t5tune.training.trainer import T5Trainer
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult, t5tune_in_fork
@@ -401,6 +402,25 @@ def test_a_run_resumes_with_a_cache_of_its_conversations_instead_of_the_file(
     result = train(make_settings(untied_base, tmp_path / "cache", run))
     assert result.resumed_from == run / "checkpoint-3"
     assert (run / "adapter_model.safetensors").read_bytes() == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_cache_that_another_run_replaces_before_it_is_opened_is_refused(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(conversations.read_text().splitlines(keepends=True)[:8]))
+    shared = {"preprocessed_path": tmp_path / "cache", "max_steps": 1}
+    first, second = (
+        make_settings(untied_base, data, tmp_path / data.stem, **shared) for data in (conversations, other)
+    )
+    with ExitStack() as stack:
+        for settings in (first, second):
+            run = set_up_run_folder(settings, stack)
+            assert open_data(settings, run)
+    with pytest.raises(DataError, match="preprocessed_path: .*cache: another process has replaced it since"):
+        open_data(first, locate_run(first))
+    assert train(first).steps == 1  # it is prepared again
 
 
 @pytest.mark.slow
