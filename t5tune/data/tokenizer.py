@@ -8,8 +8,9 @@ tokenizer.json. `save_tokenizer` therefore writes a generic tokenizer class, wit
 unchanged. So AutoTokenizer gives the same ids as training.
 """
 
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from t5tune.io.untrusted import parse_json_object
 
 BYTES_OFFSET = 3  # ByT5: ids 0 to 2 are pad, end and unknown, then come the 256 bytes (Xue et al. 2022)
 BYT5_EXTRA_IDS = 125
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of vocabularies with byte fallback
 DEFAULT_SPECIAL_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 OTHER_SPECIAL_TOKENS = ("bos_token", "cls_token", "sep_token", "mask_token")
 UNIGRAM = 1  # trainer_spec.model_type of a SentencePiece model
@@ -139,11 +141,25 @@ class Tokenizer:
             return self._decode_bytes([int(i) for i in ids], skip_special_tokens)
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
+    def count_settled(self, ids: Sequence[int]) -> int:
+        """Count the ids before the byte tokens at the end, whose text depends on the next token.
+
+        The tokens of a row of bytes are decoded together, even if there is a token without text among them.
+        """
+        count = len(ids)
+        while self.backend is not None and count and self._continues_bytes(int(ids[count - 1])):
+            count -= 1
+        return count
+
     def remove_special_tokens(self, text: str) -> str:
         """Remove the special tokens that a conversation template's text spells out."""
         for token in sorted(self.special_tokens, key=len, reverse=True):
             text = text.replace(token, "")
         return text
+
+    def _continues_bytes(self, index: int) -> bool:
+        token = self.backend.id_to_token(index)
+        return token is None or bool(BYTE_TOKEN.fullmatch(token)) or not self.decode([index], skip_special_tokens=True)
 
     def _find_id(self, token: str) -> int:
         if self.backend is not None:

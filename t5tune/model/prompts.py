@@ -189,7 +189,8 @@ class ReplyText:
     """The text of a reply whose ids arrive one by one, or several at a time.
 
     A character may consist of several tokens, and the template's text after an answer isn't part of the reply. Text
-    that may still become either, or the beginning of one of `stops`, is held back until more tokens decide.
+    that may still become either, or the beginning of one of `stops`, is held back until more tokens decide. So are
+    byte tokens until another token follows: one that isn't valid makes U+FFFD of each byte of their row.
 
     Args:
         stops: texts before which the reply ends.
@@ -201,7 +202,7 @@ class ReplyText:
         self._show = show
         self._stops = stops
         self._ends = [prompts.tokenizer.remove_special_tokens(prompts.template.answer_suffix), *stops]
-        self._shown = ""
+        self._num_shown = 0
         self._num_searched = 0
 
     def update(self, ids: list[int]) -> int | None:
@@ -211,14 +212,16 @@ class ReplyText:
             After how many of the ids one of `stops` is complete; None if none is. The text before it is all shown.
         """
         text = self._decode(ids)
-        if any(stop in text for stop in self._stops):
-            # as if the ids had come one by one
+        if self._stops and ("\ufffd" in text or any(stop in text for stop in self._stops)):
+            # as if the ids had come one by one; a later byte token may have made U+FFFD of a stop
             for count in range(self._num_searched + 1, len(ids) + 1):
                 text = self._decode(ids[:count])
                 if places := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
                     self._show_up_to(text[: min(places)])
                     return count
         self._num_searched = len(ids)
+        if (num_settled := self._prompts.tokenizer.count_settled(ids)) < len(ids):
+            text = self._decode(ids[:num_settled])
         certain = text.rstrip("\ufffd")
         held = max((_count_common_end(certain, end) for end in self._ends), default=0)
         self._show_up_to(certain[: len(certain) - held])
@@ -234,9 +237,9 @@ class ReplyText:
         return self._prompts.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _show_up_to(self, text: str) -> None:
-        if self._show is not None and len(text) > len(self._shown) and text.startswith(self._shown):
-            self._show(text[len(self._shown) :])
-            self._shown = text
+        if self._show is not None and len(text) > self._num_shown:
+            self._show(text[self._num_shown :])
+            self._num_shown = len(text)
 
 
 def _count_common_end(text: str, beginning: str) -> int:

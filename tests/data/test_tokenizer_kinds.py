@@ -20,11 +20,13 @@ from t5tune.data.templates import Piece, load_template, render_answer_prefix, re
 from t5tune.data.tokenizer import SpecialIds, Tokenizer, decode_prediction, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import ModelError
+from t5tune.model.prompts import Prompts, ReplyText
 from tests.support.tokenizer_kinds import (
     make_codet5_tokenizer,
     make_gemma_tokenizer,
     make_madlad_tokenizer,
     read_corpus,
+    write_config,
 )
 
 KINDS: dict[str, Callable[[Path], int]] = {
@@ -171,6 +173,42 @@ def test_apply_chat_template_gives_the_ids_of_training(kind: str, folders: dict[
         conversation = make_conversation(*texts, "Yes.")
         examples = encode(conversation, "gemma" if kind == "gemma" else "plain", make_encoder(tokenizer))
         assert examples[-1].source_S.tolist() == tokenizer.special_ids.surround_source(prompt)
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
+@pytest.mark.parametrize("kind", [*KINDS, "byt5"])
+def test_a_reply_is_shown_whole_even_if_its_bytes_are_no_text(
+    kind: str, folders: dict[str, Path], tmp_path: Path, data: st.DataObject
+) -> None:
+    if kind == "byt5":
+        write_config(tmp_path, tokenizer_class="ByT5Tokenizer")
+    prompts = Prompts(load_cached(folders.get(kind, tmp_path)), load_template("plain"), 2048)
+    parts = [prompts.encoder.encode([part])[0].tolist() for part in ("😀", "é", "two", " red", "\n")]
+    part = st.sampled_from([*parts, parts[0][:-1], parts[0][-1:], parts[1][-1:], [prompts.tokenizer.eos_token_id]])
+    ids = sum(data.draw(st.lists(part, max_size=8)), [])
+    step = data.draw(st.integers(1, 3))
+    for stops in ([], ["two\n"], ["😀"]):
+        shown: list[str] = []
+        text = ReplyText(prompts, shown.append, stops)
+        counts = (text.update(ids[:end]) for end in [*range(step, len(ids), step), len(ids)])
+        count = next((count for count in counts if count is not None), None)
+        if count is None:
+            assert text.finish(ids) == "".join(shown) == prompts.decode(ids)
+        else:
+            assert "".join(shown) + stops[0] == prompts.decode(ids[:count])
+        assert not any(stop in prompts.decode(ids[:number]) for stop in stops for number in range(count or len(ids)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_is_shown_as_soon_as_it_is_certain(kind: str, folders: dict[str, Path]) -> None:
+    """With byte fallback that is with the next token, since an invalid byte would make U+FFFD of all its bytes."""
+    prompts = Prompts(load_cached(folders[kind]), load_template("plain"), 2048)
+    emoji, word = (ids.tolist() for ids in prompts.encoder.encode(["😀", "two"]))
+    shown: list[str] = []
+    text = ReplyText(prompts, shown.append)
+    text.update([*emoji, *word])
+    assert "".join(shown) == prompts.decode([*emoji, *word])
 
 
 def test_a_piece_knows_its_message_after_text_was_put_before_it() -> None:
