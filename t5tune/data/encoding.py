@@ -232,7 +232,7 @@ class EncodedPrompt(NamedTuple):
 def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> EncodedPrompt:
     """Encode a conversation up to the assistant's prefix as a source, as in training."""
     # a dummy answer, so that a span (and its truncated source) is computed
-    whole = _shift_spaces([*pieces, Piece(" x", "answer", pieces[-1].turn)], encoder)
+    whole = _shift_spaces([*pieces, Piece(" x", "answer", pieces[-1].turn, (1, 2))], encoder)
     (ids_by_piece,) = encode_pieces([whole], encoder)
     encoded = _join_pieces(whole, ids_by_piece, max_length - encoder.special_ids.source_size, max_length - 1)
     span = encoded.spans[-1]
@@ -289,7 +289,7 @@ def _join_pieces(
         if piece.kind != "answer":
             # a gap separates a target from its source, and belongs to neither
             source_end = length if piece.kind != "gap" else source_end
-        elif piece.text.strip():
+        elif piece.text[slice(*piece.message)].strip():  # without the template's suffix
             whole = Span(turn, system_end, system_end, source_end, target_start, length, length, True, True)
             spans.append(_truncate(whole, turn_starts, source_room, target_room))
     return EncodedConversation(np.concatenate(ids_by_piece), spans)

@@ -449,14 +449,16 @@ def test_a_leading_assistant_turn_and_a_trailing_human_turn_are_left_out(
     assert cache.manifest["repaired"] == {"leading_assistant_turns": 1, "trailing_human_turns": 1}
 
 
+@pytest.mark.parametrize("suffix", ["\n", " <end>\n"])
 def test_a_blank_assistant_turn_is_context_but_not_a_target(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
+    suffix: str, prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
 ) -> None:
-    result, cache = prepared(record("Hi", " \n", "Well?", "Yes"))
+    template = yaml.safe_load((REPOSITORY / "templates" / "conversations" / "fastchat-t5.yaml").read_text())
+    (tmp_path / "own.yaml").write_text(json.dumps(template | {"assistant": "{text}" + suffix}))
+    result, cache = prepared(record("Hi", " \n", "Well?", "Yes"), conversation_template=str(tmp_path / "own.yaml"))
     assert result.examples == 1
-    assert (
-        decode(load_tokenizer_of(cache), cache[0].source_S) == fastchat_text(["Hi", " \n", "Well?"]) + "### Assistant:"
-    )
+    expected = fastchat_text(["Hi", " \n" + suffix.rstrip("\n"), "Well?"]) + "### Assistant:"
+    assert decode(load_tokenizer_of(cache), cache[0].source_S) == expected
 
 
 def test_carriage_returns_become_newlines(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
