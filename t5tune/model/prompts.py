@@ -80,7 +80,7 @@ class Prompts:
         _check_encodable(turns[-1].text, "message")
         _check_encodable(system or "", "system message")
         seen = [self._prepare_turn(turn) for turn in self.select_turns(turns)]
-        system = None if system is None else normalize_text(system, Counter())
+        system = normalize_text(system or "", Counter()) or None  # the template's own if empty, as in training
         conversation = Conversation(RecordLocation("chat", 1, 0, 0), system, tuple(seen))
         if rejection := find_long_word(conversation, self.encoder):
             raise SettingsError(f"message: {rejection.message}")

@@ -123,6 +123,13 @@ def test_a_message_is_normalized_as_in_training(made: dict[str, Path]) -> None:
     assert chatter.reply(typed).source_tokens == chatter.with_system("Be\nbrief.").reply(clean).source_tokens
 
 
+@pytest.mark.parametrize("empty", ["", "\u200b"])
+def test_an_empty_system_message_is_none_as_in_training(empty: str, made: dict[str, Path]) -> None:
+    prompts, turns = Chatter.load(settings(made["merged"])).prompts, [Turn("human", PROMPT)]
+    assert prompts.template.system_message
+    assert prompts.encode(turns, empty) == prompts.encode(turns)
+
+
 def test_sampling_follows_the_seed(made: dict[str, Path]) -> None:
     ask = {"prompt": PROMPT, "temperature": 1.5}
     first, again, other = (chat(settings(made["merged"], **ask, seed=seed)).reply for seed in (1, 1, 2))
