@@ -29,12 +29,14 @@ class DatasetTraining:
     Args:
         share: of the examples of an epoch, from 0 to 1.
         conversation_template: the fields of the template.
+        has_earlier_turns: whether at least one of its examples' sources includes earlier exchanges.
         objective, denoisers: as in the settings.
     """
 
     name: str
     share: float
     conversation_template: dict[str, str]
+    has_earlier_turns: bool
     data_format: DataFormat
     source_column: str | None
     target_column: str | None
@@ -49,10 +51,9 @@ class TrainingData:
 
     Args:
         has_earlier_turns: whether at least one example's source includes earlier exchanges of the conversation.
-        data_format, source_column, target_column, source_prefix: the settings that affect inference; of the first
-            dataset if there are several.
+        data_format, source_column, target_column, source_prefix: the settings that affect inference.
         objective, denoisers: as in the settings.
-        datasets: how those of each dataset were made; empty if there is only one.
+        datasets: how those of each dataset were made; empty if there is only one. The above is that of the main one.
     """
 
     has_earlier_turns: bool

@@ -144,12 +144,11 @@ def make_prompts(
     if template is None:
         report(Note(f"the model has no conversation template of its own; using {DEFAULT_TEMPLATE}"))
         template = load_template(DEFAULT_TEMPLATE)
-    trained_on = files.training_data
+    trained_on = files.find_dataset(conversation_template or "") or files.training_data
     if source_prefix is None:
-        chosen = files.find_dataset(conversation_template or "") or trained_on
-        source_prefix = chosen.source_prefix if chosen is not None else ""
+        source_prefix = trained_on.source_prefix if trained_on is not None else ""
         if conversation_template is None:
-            _report_datasets(trained_on, report)
+            _report_datasets(files.training_data, report)
         if source_prefix:
             report(Note(f"each message is prefixed with {source_prefix!r}, as in training"))
     keeps_history = trained_on is None or trained_on.has_earlier_turns
@@ -157,9 +156,9 @@ def make_prompts(
 
 
 def _report_datasets(trained_on: TrainingData | None, report: Report) -> None:
-    """Say which dataset's template and prefix are used, if the model was trained on several that differ in them."""
+    """Say as in which dataset messages are sent, if the model was trained on several that differ in it."""
     datasets = trained_on.datasets if trained_on is not None else []
-    ways = [(dataset.conversation_template, dataset.source_prefix) for dataset in datasets]
+    ways = [(dataset.conversation_template, dataset.source_prefix, dataset.has_earlier_turns) for dataset in datasets]
     if any(way != ways[0] for way in ways):
         first, *others = [dataset.name for dataset in datasets]
         choice = "--conversation-template NAME chooses another"

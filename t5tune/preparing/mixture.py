@@ -290,14 +290,19 @@ def _find_source(origin: Origin, name: str) -> Path | None:
 
 
 def _join_training_data(mixture: Mixture) -> TrainingData:
-    """Make the description of how the examples of all datasets were made; at its top level is the first dataset."""
+    """Make the description of how the examples of all datasets were made; at its top level is the main dataset."""
     made = [read_training_data(dataset.cache.folder) for dataset in mixture.datasets]
     datasets = [
-        DatasetTraining(dataset.name, round(share, 6), dict(vars(dataset.cache.template)), **own.list_reading())
+        DatasetTraining(
+            name=dataset.name,
+            share=round(share, 6),
+            conversation_template=dict(vars(dataset.cache.template)),
+            has_earlier_turns=own.has_earlier_turns,
+            **own.list_reading(),
+        )
         for dataset, own, share in zip(mixture.datasets, made, mixture.shares, strict=True)
         if own is not None
     ]
-    first = made[mixture.datasets.index(mixture.main)]
-    assert first is not None, "prepare has written it"
-    has_earlier_turns = any(each.has_earlier_turns for each in made if each is not None)
-    return replace(first, has_earlier_turns=has_earlier_turns, datasets=datasets)
+    main = made[mixture.datasets.index(mixture.main)]
+    assert main is not None, "prepare has written it"
+    return replace(main, datasets=datasets)

@@ -17,6 +17,8 @@ from t5tune.commands.train import train
 from t5tune.data.mixture import open_mixture
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
+from t5tune.model.inference import read_model_files
+from t5tune.model.prompts import make_prompts
 from t5tune.progress import Evaluated, Event, Note
 from t5tune.settings import EvaluateSettings, InspectSettings, PrepareSettings, TrainSettings, load_settings
 from t5tune.training.run_folder import TrainResult
@@ -267,7 +269,7 @@ def test_the_result_the_card_and_the_report_name_the_datasets(trained: tuple[Tra
 
 
 def test_the_adapter_records_how_each_dataset_was_read_and_chat_uses_the_first(
-    trained: tuple[TrainResult, list[Event]],
+    trained: tuple[TrainResult, list[Event]], untied_base: Path
 ) -> None:
     result, _ = trained
     made = read_training_data(result.adapter)
@@ -276,6 +278,10 @@ def test_the_adapter_records_how_each_dataset_was_read_and_chat_uses_the_first(
         ("sums", 0.5, ""), ("notes", 0.25, "summarize: "), ("chats", 0.25, ""),
     ]  # fmt: skip
     assert made.datasets[2].conversation_template["system_message"].startswith("A chat between")
+    assert [each.has_earlier_turns for each in made.datasets] == [False, False, True]
+    files = read_model_files(untied_base, result.adapter)
+    for dataset, keeps_history in ((None, False), ("sums", False), ("chats", True)):
+        assert make_prompts(files, dataset, None, 2048).keeps_history == keeps_history
     for flags, note in (
         ((), "messages are as in the dataset sums of training (notes, chats: --conversation-template NAME chooses"),
         (("--conversation-template", "notes"), "each message is prefixed with 'summarize: ', as in training"),
