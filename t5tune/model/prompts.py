@@ -200,7 +200,8 @@ class ReplyText:
         self._prompts = prompts
         self._show = show
         self._stops = stops
-        self._ends = [prompts.tokenizer.remove_special_tokens(prompts.template.answer_suffix), *stops]
+        self._suffix = prompts.tokenizer.remove_special_tokens(prompts.template.answer_suffix)
+        self._ends = [self._suffix, *stops, *(self._suffix + stop for stop in stops)]
         self._num_shown = 0
         self._num_searched = 0
 
@@ -216,7 +217,7 @@ class ReplyText:
             for count in range(self._num_searched + 1, len(ids) + 1):
                 text = self._decode(ids[:count])
                 if places := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
-                    self._show_up_to(text[: min(places)])
+                    self._show_up_to(text[: min(places)].removesuffix(self._suffix))
                     return count
         self._num_searched = len(ids)
         if (num_settled := self._prompts.tokenizer.count_settled(ids)) < len(ids):

@@ -211,6 +211,20 @@ def test_a_character_is_shown_as_soon_as_it_is_certain(kind: str, folders: dict[
     assert "".join(shown) == prompts.decode([*emoji, *word])
 
 
+@pytest.mark.parametrize("kind", ["gemma", "codet5"])
+@pytest.mark.parametrize("stop", ["red", "\nred", "two"])
+def test_the_suffix_of_the_template_before_a_stop_is_not_part_of_the_reply(
+    kind: str, stop: str, folders: dict[str, Path]
+) -> None:
+    prompts = Prompts(load_cached(folders[kind]), load_template("fastchat-t5"), 2048)
+    ids = prompts.encoder.encode([Beginning("hats\n\nred two")])[0].tolist()
+    for step in range(1, len(ids) + 1):
+        shown: list[str] = []
+        text = ReplyText(prompts, shown.append, [stop])
+        assert any(text.update(ids[:end]) for end in [*range(step, len(ids), step), len(ids)])
+        assert "".join(shown) == {"red": "hats\n", "\nred": "hats", "two": "hats\n\nred "}[stop]
+
+
 def test_a_piece_knows_its_message_after_text_was_put_before_it() -> None:
     piece = Piece(f"{START}{END}.", "human", 0, (len(START), len(START + END))).prepend(END)
     assert piece.text[slice(*piece.message)] == END
