@@ -32,7 +32,7 @@ from t5tune.data.templates import (
     load_template,
     render_conversation,
 )
-from t5tune.data.tokenizer import Tokenizer, decode_reference, load_tokenizer
+from t5tune.data.tokenizer import Tokenizer, decode_reference, find_other_token, load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.file_names import TOKENIZER_FILE
@@ -163,7 +163,7 @@ def _load_dataset(
         return _load_cache_examples(open_examples(path), settings, loaded, report)
     if settings.is_raw_text:
         return _load_raw_text(settings, loaded, report)
-    tokenizer, *_ = extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows)
+    tokenizer = _choose_tokenizer(settings, loaded)
     names = [str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path]
     choice = DatasetChoice(settings.data_subset, settings.data_split, EVALUATION_SPLITS)
     files = find_files(bring_data(names, choice, "data_path", settings.cache_dir, report))
@@ -204,6 +204,20 @@ def _load_dataset(
         [template.answer_suffix] * len(answers),
         prompts=[answer.prompt for answer in answers],
     )
+
+
+def _choose_tokenizer(settings: EvaluateSettings, loaded: LoadedModel) -> Tokenizer:
+    """Choose the tokenizer for conversations: that of training, as in chat, unless the user adds tokens to it.
+
+    A base that wasn't tuned gets the tokens that training would add.
+    """
+    if _is_tuned(loaded) and "add_tokens" not in settings.model_fields_set:
+        return loaded.tokenizer
+    return extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows).tokenizer
+
+
+def _is_tuned(loaded: LoadedModel) -> bool:
+    return loaded.adapter is not None or loaded.training_data is not None
 
 
 def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
@@ -278,6 +292,10 @@ def _load_cache_examples(
             f"data_path: {examples.folder}: made with another tokenizer than that of {loaded.tokenizer_folder}",
             hint="pass the conversation files instead of the cache",
         )
+    if not same and _is_tuned(loaded) and (other := find_other_token(tokenizer, loaded.tokenizer)) is not None:
+        number = format_count(len(tokenizer) - len(loaded.tokenizer), "token")
+        problem = f"{examples.folder}: has {number} that the model wasn't trained with, such as {other[0]!r}"
+        report(Note(f"{problem}; give the conversation files for its own tokenizer", warning=True))
     _, held_out = examples.split_as_prepared()
     if held_out is not None:
         report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))

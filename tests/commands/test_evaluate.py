@@ -174,6 +174,31 @@ def test_a_run_reads_the_columns_that_it_was_trained_on(untied_base: Path, tmp_p
         run_evaluate(tmp_path / "run", data, tmp_path / "c", source_column="question")
 
 
+def test_a_run_is_evaluated_with_the_tokens_of_training(untied_base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"source": f"count\n{n}", "target": f"{n}\nlamps"}) for n in range(6)))
+    result = train(make_short_settings(untied_base, data, tmp_path / "run", max_steps=1, add_tokens="none"))
+    merge(MergeSettings(model_name_or_path=str(untied_base), adapter=result.run, output_dir=tmp_path / "merged"))
+    trained = run_evaluate(result.run, result.run / "data", tmp_path / "of the cache")
+    for name in ("run", "merged"):
+        found = run_evaluate(tmp_path / name, data, tmp_path / f"of {name}")
+        assert found.loss == pytest.approx(trained.loss, abs=1e-5)
+        assert read_predictions(found)[0]["source"] == "count 0"
+    added = run_evaluate(result.run, data, tmp_path / "added", add_tokens="auto")
+    assert read_predictions(added)[0]["source"] == "count\n0"
+    of_base = run_evaluate(untied_base, data, tmp_path / "of the base")
+    assert read_predictions(of_base)[0]["source"] == "count\n0"
+
+    values = {"model_name_or_path": str(untied_base), "data_path": str(data)}
+    cache = prepare(PrepareSettings(**values, output_dir=tmp_path / "cache")).cache
+    for model, is_noted in ((result.run, True), (untied_base, False)):
+        notes: list[Event] = []
+        values = {"model_name_or_path": str(model), "data_path": str(cache), "max_new_tokens": 2, "use_cpu": True}
+        evaluate(EvaluateSettings(**values, output_dir=tmp_path / f"noted {is_noted}"), notes.append)
+        warnings = [event.text for event in notes if isinstance(event, Note) and event.warning]
+        assert sum(" tokens that the model wasn't trained with, such as " in each for each in warnings) == is_noted
+
+
 def test_each_line_has_its_own_scores_and_loss(run: Path, conversations: Path, tmp_path: Path) -> None:
     result = run_evaluate(run, conversations, tmp_path / "out", num_data=10)
     lines = read_predictions(result)
