@@ -48,6 +48,7 @@ from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.datasets import complete_dataset, name_datasets
 
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
+RAW_TEXT = "span-corruption"
 
 Prompt = str | list[dict[str, str]]
 """What an answer replies to: a text, or messages with `role` and `content`."""
@@ -74,28 +75,47 @@ class EvaluationSet:
 
 def inherit_data_settings(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluateSettings:
     """Return the settings with the data columns and the source prefix of training, unless the user set others."""
-    trained_on = loaded.find_dataset(settings.conversation_template or "") or loaded.training_data
-    if trained_on is None or settings.data is not None or has_examples(Path(settings.data_path[0])):
-        return settings
-    return _inherit_reading(settings, trained_on, report)
+    if settings.data is not None:
+        return settings  # each dataset gets its own
+    return _inherit_reading(settings, loaded, (settings.conversation_template,), report)
 
 
 def _inherit_reading(
-    settings: EvaluateSettings, trained_on: TrainingData | DatasetTraining, report: Report
+    settings: EvaluateSettings, loaded: LoadedModel, datasets: Sequence[str | None], report: Report
 ) -> EvaluateSettings:
-    names = select_settings(EvaluateSettings, Affects.INFERENCE)
-    given, columns = settings.model_fields_set, set(names) - {"source_prefix"}
+    """Return the settings of one dataset with those by which records were read in training, unless the user set others.
+
+    Args:
+        datasets: names that a dataset of training may have; if none has, the first one counts. Raw text is read like
+            raw text only, and other records like other records.
+    """
+    if has_examples(Path(settings.data_path[0])):
+        return settings
+    named = [each for name in datasets if (each := loaded.find_dataset(name or "")) is not None]
+    candidates: list[TrainingData | DatasetTraining] = [*named[:1]]
+    if not named and loaded.training_data is not None:
+        candidates = [loaded.training_data, *loaded.training_data.datasets]
+    is_raw_text = settings.is_raw_text
+    trained_on = next((each for each in candidates if (each.objective == RAW_TEXT) == is_raw_text), None)
+    if trained_on is None:
+        return settings
+    reading = select_settings(EvaluateSettings, Affects.INFERENCE)
+    given, columns = settings.model_fields_set, set(reading) - {"source_prefix"}
     if given & columns:  # a user who names one column describes the whole layout
         given = given | columns
     inherited = {
         name: getattr(trained_on, name)
-        for name in names
+        for name in (*reading, *(["denoisers"] if is_raw_text else []))
         if name not in given and getattr(trained_on, name) != getattr(settings, name)
     }
     if inherited:
-        values = ", ".join(f"{name} {value!r}" for name, value in inherited.items())
+        values = ", ".join(f"{name} {_format(value)}" for name, value in inherited.items())
         report(Note(f"as in training: {values}"))
     return settings.model_copy(update=inherited)
+
+
+def _format(value: str | list[str] | None) -> str:
+    return " ".join(value) if isinstance(value, list) else repr(value)
 
 
 def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
@@ -105,12 +125,12 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
     parts: dict[str, EvaluationSet] = {}
     for name, dataset in zip(name_datasets(settings.data), settings.data, strict=True):
         report(Note(f"dataset {name}: {join_first(dataset.path)}"))
-        own = complete_dataset(settings, dataset)
         trained_on = loaded.find_dataset(name)
+        if trained_on is not None and trained_on.objective == RAW_TEXT and "objective" not in dataset.model_fields_set:
+            dataset = dataset.model_copy(update={"objective": RAW_TEXT})
+        own = complete_dataset(settings, dataset)
         if trained_on is not None:
-            own = _inherit_reading(own, trained_on, report)
-            if trained_on.objective == "span-corruption" and "objective" not in dataset.model_fields_set:
-                own = own.model_copy(update={"objective": trained_on.objective, "denoisers": trained_on.denoisers})
+            own = _inherit_reading(own, loaded, (name,), report)
         template = None if trained_on is None else Template(**trained_on.conversation_template)
         parts[name] = _load_dataset(own, loaded, report, template)
     return _join(parts)

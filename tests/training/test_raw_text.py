@@ -11,6 +11,7 @@ import yaml
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
+from t5tune.progress import Note
 from t5tune.settings import EvaluateSettings, TrainSettings
 from tests.support.command_line import CommandResult
 from tests.support.prose import english_text
@@ -106,3 +107,31 @@ def test_a_mixture_can_have_raw_text_and_each_part_has_the_loss_of_a_separate_ev
         )  # fmt: skip
         assert result.datasets[name]["loss"] == pytest.approx(separate.loss, abs=1e-5)
         assert separate.examples == 20
+
+
+def test_raw_text_is_measured_with_the_masks_of_training_and_without_what_only_pairs_have(
+    untied_base: Path, text: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"dialogue": "Count to two.", "summary": "One, two."}))
+    columns = {"source_column": "dialogue", "target_column": "summary", "source_prefix": "summarize: "}
+    on_pairs = make_settings(untied_base, pairs, tmp_path / "pairs", objective="sft", max_steps=1, **columns)
+    on_text = make_settings(untied_base, text, tmp_path / "text", denoisers=["ul2-x"], max_steps=1)
+
+    def measure(run: Path, output: str, **changes: Any) -> tuple[float, list[str]]:
+        notes: list[str] = []
+        values = {"data_path": [text], "objective": "span-corruption", "model_max_length": 64, "max_new_tokens": 1}
+        settings = EvaluateSettings(
+            model_name_or_path=str(run), use_cpu=True, output_dir=tmp_path / output, **{**values, **changes}
+        )
+        result = evaluate(settings, lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+        return result.loss, [note for note in notes if note.startswith("as in training: ") and "bf16" not in note]
+
+    assert measure(train(on_pairs).run, "a")[1] == []
+    run = train(on_text).run
+    loss, notes = measure(run, "b")
+    assert notes == ["as in training: denoisers ul2-x"]
+    assert measure(run, "c", denoisers=["ul2-x"]) == (loss, [])
+    assert measure(run, "d", denoisers=["t5"])[0] != loss
+    changes = {"data_path": [pairs], "objective": "sft", "source_column": "dialogue", "target_column": "summary"}
+    assert measure(run, "e", **changes)[1] == []
