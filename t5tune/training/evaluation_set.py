@@ -129,8 +129,7 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
         if trained_on is not None and trained_on.objective == RAW_TEXT and "objective" not in dataset.model_fields_set:
             dataset = dataset.model_copy(update={"objective": RAW_TEXT})
         own = complete_dataset(settings, dataset)
-        if trained_on is not None:
-            own = _inherit_reading(own, loaded, (name,), report)
+        own = _inherit_reading(own, loaded, (name, own.conversation_template), report)
         template = None if trained_on is None else Template(**trained_on.conversation_template)
         parts[name] = _load_dataset(own, loaded, report, template)
     return _join(parts)
