@@ -142,11 +142,29 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
     return EvaluationSet(
         [example for part in parts.values() for example in part.examples],
         [target for part in parts.values() for target in part.targets],
-        next(iter(parts.values())).tokenizer,
+        _choose_common_tokenizer(parts),
         [end for part in parts.values() for end in part.answer_ends],
         [(name, range(start, end)) for name, start, end in zip(parts, starts, ends, strict=True)],
         [prompt for part in parts.values() for prompt in part.prompts or repeat(None, len(part.targets))],
     )
+
+
+def _choose_common_tokenizer(parts: Mapping[str, EvaluationSet]) -> Tokenizer:
+    """Choose the tokenizer that has the tokens of all datasets.
+
+    Raises:
+        DataError: none has them: the same id means different tokens.
+    """
+    most = max(parts, key=lambda name: len(parts[name].tokenizer))
+    tokenizer = parts[most].tokenizer
+    for name, part in parts.items():
+        if (other := find_other_token(part.tokenizer, tokenizer)) is not None:
+            token, index = other
+            raise DataError(
+                f"data_path: {name}: its tokenizer isn't that of {most}: {token!r} has id {index} only in {name}",
+                hint="give the conversation files of both in place of the token caches",
+            )
+    return tokenizer
 
 
 class _Answer(NamedTuple):

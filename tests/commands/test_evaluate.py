@@ -280,6 +280,30 @@ def test_a_cache_of_another_tokenizer_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_caches_with_different_tokens_are_refused_together(untied_base: Path, tmp_path: Path) -> None:
+    caches = []
+    for name, answer in (("first", "日本"), ("second", "月")):
+        data = write_answers(tmp_path / f"{name}.jsonl", answer)
+        values = {"model_name_or_path": str(untied_base), "data_path": str(data), "output_dir": tmp_path / name}
+        caches.append(f"{prepare(PrepareSettings(**values)).cache}:1")
+    refused = "data_path: second: its tokenizer isn't that of first: .* has id .* only in second"
+    values = {"model_name_or_path": str(untied_base), "use_cpu": True, "output_dir": tmp_path / "out"}
+    with pytest.raises(DataError, match=refused):
+        evaluate(EvaluateSettings(**values, data_path=caches))
+
+
+def test_several_datasets_are_decoded_with_the_tokens_of_all(untied_base: Path, tmp_path: Path) -> None:
+    """A base that wasn't tuned gets tokens for pairs, but none for raw text."""
+    (tmp_path / "text.txt").write_text("The sun is a star in the middle of the solar system. " * 4)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"source": "{a}\nb", "target": "b"}))
+    datasets = [
+        {"path": str(tmp_path / "text.txt"), "objective": "span-corruption"}, {"path": str(tmp_path / "pairs.jsonl")}
+    ]  # fmt: skip
+    values = {"model_name_or_path": str(untied_base), "max_new_tokens": 2, "use_cpu": True}
+    result = evaluate(EvaluateSettings(**values, data=datasets, output_dir=tmp_path / "out"))
+    assert read_predictions(result)[-1]["source"] == "{a}\nb"
+
+
 def test_a_damaged_model_is_refused(untied_base: Path, cache: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
