@@ -134,8 +134,12 @@ class _Task:
         return _Work(examples, decodings)
 
     def decode(self, outcome: _Outcome) -> list[str]:
-        pairs = zip(outcome.predicted_ids, self.chosen.answer_ends, strict=True)
-        return [decode_prediction(self.chosen.tokenizer, ids, end) for ids, end in pairs]
+        chosen = self.chosen
+        pairs = zip(outcome.predicted_ids, chosen.answer_ends, strict=True)
+        return [
+            decode_prediction(chosen.tokenizer, ids, end, index in chosen.raw_texts)
+            for index, (ids, end) in enumerate(pairs)
+        ]
 
 
 def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateResult:
@@ -326,7 +330,7 @@ def _write_predictions(path: Path, task: _Task, outcomes: list[_Outcome], predic
             loss, *loss_of_base = (outcome.losses.get_mean(index) for outcome in outcomes)
             line = {
                 **({"dataset": dataset} if (dataset := names.get(index)) is not None else {}),
-                "source": decode_reference(chosen.tokenizer, example.source_S, ""),
+                "source": decode_reference(chosen.tokenizer, example.source_S, "", index in chosen.raw_texts),
                 "target": target,
                 "prediction": prediction,
                 "loss": loss,

@@ -218,6 +218,10 @@ class Cache(Sequence[Example]):
         """Return the conversation template of an example."""
         return self.template
 
+    def is_raw_text(self, index: int) -> bool:
+        """Return whether spans of an example's text are masked."""
+        return self.corruption is not None
+
     def identify(self) -> dict[str, str]:
         """Return what is equal for the same examples: hashes of the files, and of the indices in the whole cache."""
         files = {name: self.manifest["files"][name] for name in TABLES}

@@ -97,6 +97,10 @@ class Mixture(Sequence[Example]):
         """Return the conversation template of an example's dataset."""
         return self._locate(index)[0].cache.template
 
+    def is_raw_text(self, index: int) -> bool:
+        """Return whether spans of an example's text are masked."""
+        return self._locate(index)[0].cache.corruption is not None
+
     def name_example(self, index: int) -> int | str:
         """Name an example as `t5tune inspect` counts it: by its dataset, and its index in that cache."""
         dataset, index_in_it = self._locate(index)

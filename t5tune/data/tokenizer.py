@@ -269,16 +269,34 @@ def find_other_token(tokenizer: Tokenizer, other: Tokenizer) -> tuple[str, int] 
     return max(others, key=lambda item: item[1], default=None)
 
 
-def decode_prediction(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str) -> str:
-    """Decode a model's output, without special tokens and without the template's answer suffix."""
+def decode_prediction(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str, is_raw_text: bool = False) -> str:
+    """Decode a model's output, without special tokens and without the template's answer suffix.
+
+    Args:
+        is_raw_text: whether spans of raw text were masked; then the sentinels, which say where they were, are kept.
+    """
+    if is_raw_text:
+        return _decode_with_sentinels(tokenizer, [int(i) for i in ids]).removesuffix(answer_suffix)
     return tokenizer.decode(ids, skip_special_tokens=True).removesuffix(tokenizer.remove_special_tokens(answer_suffix))
 
 
-def decode_reference(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str) -> str:
-    """Decode a target; an unknown token becomes \ufffd, so that no prediction can match it."""
+def _decode_with_sentinels(tokenizer: Tokenizer, ids: list[int]) -> str:
+    others = [token for token in tokenizer.special_tokens if not token.startswith("<extra_id_")]
+    left_out = set(tokenizer.convert_tokens_to_ids(others))
+    kept = [index for index in ids if index not in left_out]
+    if tokenizer.backend is not None:
+        return tokenizer.decode(kept)
+    # ByT5's sentinels are its last bytes, which are found where they aren't UTF-8
+    text = bytes(index - BYTES_OFFSET for index in kept if index < BYTES_OFFSET + 256).decode(errors="surrogateescape")
+    text = re.sub("[\udc9c-\udcff]", lambda found: f"<extra_id_{0xDCFF - ord(found[0])}>", text)
+    return re.sub("[\udc80-\udc9b]", "", text)
+
+
+def decode_reference(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str, is_raw_text: bool = False) -> str:
+    """Decode a target or a source; an unknown token becomes \ufffd, so that no prediction can match it."""
     kept = [int(i) for i in ids if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
     if tokenizer.unk_token_id not in kept:
-        return decode_prediction(tokenizer, kept, answer_suffix)
+        return decode_prediction(tokenizer, kept, answer_suffix, is_raw_text)
     return tokenizer.decode(kept).replace(tokenizer.unk_token, "\ufffd").removesuffix(answer_suffix)
 
 

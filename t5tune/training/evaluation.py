@@ -174,7 +174,8 @@ class GenerationScorer:
             decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
             generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped)
             suffixes = (examples.get_template(index).answer_suffix for index in indices)
-            predictions[name] = list(map(decode_prediction, repeat(self.tokenizer), generated, suffixes))
+            raw = map(examples.is_raw_text, indices)
+            predictions[name] = list(map(decode_prediction, repeat(self.tokenizer), generated, suffixes, raw))
 
         def compute() -> dict[str, float]:
             targets = {name: self._decode_targets(examples, indices) for name, indices in parts.items()}
@@ -203,7 +204,12 @@ class GenerationScorer:
 
     def _decode_targets(self, examples: Examples, indices: list[int]) -> list[str]:
         return [
-            decode_reference(self.tokenizer, examples[index].target_T, examples.get_template(index).answer_suffix)
+            decode_reference(
+                self.tokenizer,
+                examples[index].target_T,
+                examples.get_template(index).answer_suffix,
+                examples.is_raw_text(index),
+            )
             for index in indices
         ]
 

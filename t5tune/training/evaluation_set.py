@@ -63,6 +63,7 @@ class EvaluationSet:
         datasets: the name and the examples of each dataset, if there are several.
         prompts: for each example, what its target replies to, without template and prefix; None: not known, as for the
             examples of a token cache.
+        raw_texts: the examples with masked spans of raw text.
     """
 
     examples: Sequence[Example]
@@ -71,6 +72,7 @@ class EvaluationSet:
     answer_ends: list[str]
     datasets: list[tuple[str, range]] = field(default_factory=list)
     prompts: Sequence[Prompt | None] = ()
+    raw_texts: frozenset[int] = frozenset()
 
 
 def inherit_data_settings(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluateSettings:
@@ -146,6 +148,9 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
         [end for part in parts.values() for end in part.answer_ends],
         [(name, range(start, end)) for name, start, end in zip(parts, starts, ends, strict=True)],
         [prompt for part in parts.values() for prompt in part.prompts or repeat(None, len(part.targets))],
+        frozenset(
+            start + index for start, part in zip(starts, parts.values(), strict=True) for index in part.raw_texts
+        ),
     )
 
 
@@ -340,8 +345,12 @@ def _load_cache_examples(
     if settings.num_data is not None:
         examples = examples.take(settings.num_data)
     ends = [examples.get_template(index).answer_suffix for index in range(len(examples))]
-    targets = [decode_reference(tokenizer, example.target_T, end) for example, end in zip(examples, ends, strict=True)]
-    return EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets())
+    raw_texts = frozenset(filter(examples.is_raw_text, range(len(examples))))
+    targets = [
+        decode_reference(tokenizer, example.target_T, end, index in raw_texts)
+        for index, (example, end) in enumerate(zip(examples, ends, strict=True))
+    ]
+    return EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets(), raw_texts=raw_texts)
 
 
 def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:

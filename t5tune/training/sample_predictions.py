@@ -53,6 +53,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         chosen = select_evenly(len(examples), count * CANDIDATES_PER_SAMPLE)
         self.candidates = [examples[index] for index in chosen]
         self.suffixes = [examples.get_template(index).answer_suffix for index in chosen]
+        self.are_raw_texts = [examples.is_raw_text(index) for index in chosen]
         self.count = count
         self.tokenizer = tokenizer
         self.collator = collator
@@ -95,7 +96,9 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         example = self.candidates[index]
         return {
             "source": self.tokenizer.decode(self.tokenizer.special_ids.strip_source(example.source_S.tolist())),
-            "target": decode_reference(self.tokenizer, example.target_T, self.suffixes[index]),
+            "target": decode_reference(
+                self.tokenizer, example.target_T, self.suffixes[index], self.are_raw_texts[index]
+            ),
         }
 
     def _generate_predictions(self, model: Any, indices: list[int]) -> list[str]:
@@ -105,7 +108,8 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, max_tokens)
         predictions = generate_predictions(model, examples, decoding, self.batch_size)
         suffixes = (self.suffixes[index] for index in indices)
-        return list(map(decode_prediction, repeat(self.tokenizer), predictions, suffixes))
+        raw = (self.are_raw_texts[index] for index in indices)
+        return list(map(decode_prediction, repeat(self.tokenizer), predictions, suffixes, raw))
 
 
 def choose_samples(losses: Sequence[float], count: int) -> tuple[list[int], list[int]]:

@@ -1,6 +1,7 @@
 """Span corruption: the published counts, spans of the right lengths, and the text rebuilt from source and target."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.data.cache import Cache, open_cache
 from t5tune.data.raw_text import read_text
 from t5tune.data.span_corruption import SpanCorruption, cut_windows, find_sentinels
-from t5tune.data.tokenizer import Tokenizer, load_tokenizer
+from t5tune.data.tokenizer import Tokenizer, decode_reference, load_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.settings import PrepareSettings
 from t5tune.settings.denoisers import DENOISERS, Denoiser, find_denoisers
@@ -240,6 +241,12 @@ def test_a_cache_of_raw_text_has_all_of_it(base: str, denoisers: str, texts: Pat
         json.loads(line)["text"] for line in (texts / "notes.jsonl").read_text().splitlines()
     )
     assert "".join(text.split()) == "".join(whole.split())
+    for example in cache:
+        for ids in (example.source_S, example.target_T):
+            number = np.isin(ids, find_sentinels(tokenizer)).sum()
+            names = [f"<extra_id_{each}>" for each in range(number)]
+            assert re.findall("<extra_id_[0-9]+>", decode_reference(tokenizer, ids, "", is_raw_text=True)) == names
+            assert "<extra_id_" not in decode_reference(tokenizer, ids, "")
     assert cache.manifest["span_corruption"]["denoisers"] == [denoisers]
     assert cache.manifest["inputs"]["objective"] == "span-corruption"
 

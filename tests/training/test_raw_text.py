@@ -133,5 +133,8 @@ def test_raw_text_is_measured_with_the_masks_of_training_and_without_what_only_p
     assert notes == ["as in training: denoisers ul2-x"]
     assert measure(run, "c", denoisers=["ul2-x"]) == (loss, [])
     assert measure(run, "d", denoisers=["t5"])[0] != loss
+    lines = [json.loads(line) for line in (tmp_path / "b" / "predictions.jsonl").read_text().splitlines()]
+    assert all("<extra_id_0>" in line["source"] and line["target"].startswith("<extra_id_0>") for line in lines)
+    assert not any("</s>" in line["source"] + line["target"] for line in lines)
     changes = {"data_path": [pairs], "objective": "sft", "source_column": "dialogue", "target_column": "summary"}
     assert measure(run, "e", **changes)[1] == []
