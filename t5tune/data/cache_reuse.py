@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,26 @@ def _describe_files(before: Any, now: Any) -> str:
     return f"data: {join_first(names[0])} before, {join_first(names[1])} now"
 
 
-def make_resume_error(changed: Path, differences: dict[str, str]) -> SettingsError:
-    """Make the error of a run that can't be resumed because of these differences: name -> description."""
+def make_resume_error(changed: Path, differences: dict[str, str], fixed: Collection[str] = ()) -> SettingsError:
+    """Make the error of a run that can't be resumed because of these differences: name -> description.
+
+    Args:
+        fixed: those that --allow-change can't allow, since the checkpoint `changed` wouldn't fit.
+    """
+    if fixed:
+        advice = (
+            f"--allow-change can't allow {', '.join(fixed)}, with which the checkpoint doesn't fit; to continue from "
+            f"its weights, start a new run in another output_dir with --adapter {changed}, or on the base into which "
+            "you merge it (t5tune merge)"
+        )
+    else:
+        advice = f"to resume all the same, add --allow-change {' '.join(differences)}"
     return SettingsError(
         *differences.values(),
         heading=f"{changed}: the run can't be resumed with other settings or data:",
         choices=[
             "to resume, use the previous settings and data",
-            f"to resume all the same, add --allow-change {' '.join(differences)}",
+            advice,
             "to start over, add --fresh; the old run is kept under another name",
         ],
     )

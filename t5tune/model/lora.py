@@ -26,9 +26,8 @@ from t5tune.file_names import TOKENIZER_CONFIG_FILE
 from t5tune.model.load import read_on_rank_0, to_torch
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.lora import LoraSettings
+from t5tune.settings.lora import BASE_CHANGING_INITIALIZATIONS, LoraSettings
 
-BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora")  # they subtract each adapter's initial B·A from the base weight
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which have no forward
 SVD_OVERSAMPLING, SVD_ITERATIONS = 4, 8  # of LoftQ's randomized decomposition (Halko et al. 2011)
 SAME_TOKENS_HINT = (

@@ -11,6 +11,7 @@ from t5tune.settings.affects import Affects
 from t5tune.settings.fields import NoneIfUnset, Settings, WordList
 
 INITIALIZATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_N", "loftq")
+BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora")  # they subtract each adapter's initial B·A from the base weight
 
 
 class LoraSettings(Settings):

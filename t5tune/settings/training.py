@@ -301,8 +301,8 @@ class RunOutputSettings(OutputSettings):
     )
     allow_change: Annotated[WordList, Affects.THIS_CALL] = Field(
         default=[],
-        description="Resume even if these fields differ from those that the run was started with (lora_r, data, base, "
-        "…).",
+        description="Resume even if these fields differ from those that the run was started with (learning_rate, "
+        "data, batch, …). Those that decide the shape of the trained weights, such as lora_r, can't be allowed.",
     )
     dry_run: Annotated[bool, Affects.THIS_CALL] = Field(
         default=False,

@@ -25,6 +25,7 @@ from t5tune.io.atomic import hash_file
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.datasets import PATHS_OF_DATASETS
+from t5tune.settings.lora import BASE_CHANGING_INITIALIZATIONS
 from t5tune.training.checkpoint import read_run_identity
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
@@ -35,6 +36,24 @@ STEPS_PER_EPOCH = "steps_per_epoch"  # recorded, too: where an epoch begins
 EVALUATION_FIELDS = ("held_out", "best_metric")  # what evaluations measure: a run may resume with another
 LATE_FIELDS = (PACKED_ATTENTION, STEPS_PER_EPOCH)  # known only once the model is built
 OF_EXAMPLES = ("eval_fraction", "num_data", "mixing", "mixing_temperature", "mixing_cap")  # depend on the data, too
+FIXED_FIELDS = (
+    "family", "train_mode", "lora_r", "lora_target_modules", "lora_bias", "use_dora", "init_lora_weights",
+    "modules_to_save", "train_token_rows", "optim", "loraplus_lr_ratio",
+)  # fmt: skip
+"""What decides which tensors are trained, their shapes, and the optimizer's state: with another value, a checkpoint
+can't be loaded or means something else, so --allow-change can't allow it."""
+FIXED_IF_SUBTRACTED = (
+    "base",
+    "bf16",
+    "q_lora",
+    "quant_type",
+    "quantize_wo",
+    "double_quant",
+    "lora_alpha",
+    "use_rslora",
+)
+"""What PiSSA and OLoRA compute their initial matrices from. A resumed run computes them again, and subtracts them from
+the base's weights: with another value, it would subtract others than those the checkpoint was trained with."""
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
@@ -91,7 +110,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
         accumulation_steps: the setting gradient_accumulation_steps, of which another value may keep the batch equal.
 
     Raises:
-        SettingsError: fields differ; names each one with both values.
+        SettingsError: fields differ that aren't allowed to, or can't be; names each one with both values.
         CheckpointError: this number of ranks or this ZeRO stage can't resume from the checkpoint's state.
     """
     _check_allowed_names(allowed, now)
@@ -104,11 +123,12 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     }
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
         different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"
-    if refused := {name: line for name, line in different.items() if name not in allowed}:
+    fixed = [name for name in different if name in _list_fixed_fields(then)]
+    if refused := {name: line for name, line in different.items() if name not in allowed or name in fixed}:
         for name in ("batch", "batch_tokens"):
             if name in refused and then.get(name) and now.get(name):
                 refused[name] += _suggest_equal_batch(then, now, accumulation_steps)
-        raise make_resume_error(checkpoint, refused)
+        raise make_resume_error(checkpoint, refused, fixed)
     return list(different.values())
 
 
@@ -121,13 +141,14 @@ def check_settings_of_run(checkpoint: Path, settings: TrainSettings, allowed: li
     then = read_run_identity(checkpoint)
     _check_allowed_names(allowed, then)
     values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
-    refused = {
+    different = {
         name: f"{name}: {_abbreviate(then[name])} before, {_abbreviate(value)} now"
         for name, value in values.items()
-        if name in then and then[name] != value and name not in (*OF_EXAMPLES, *allowed)
+        if name in then and then[name] != value and name not in OF_EXAMPLES
     }
-    if refused:
-        raise make_resume_error(checkpoint, refused)
+    fixed = [name for name in different if name in _list_fixed_fields(then)]
+    if refused := {name: line for name, line in different.items() if name not in allowed or name in fixed}:
+        raise make_resume_error(checkpoint, refused, fixed)
 
 
 def _check_allowed_names(allowed: list[str], run_identity: dict[str, Any]) -> None:
@@ -154,6 +175,17 @@ def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
             hint=f"resume with {lengths[0]} {then[lengths[0]]}, or continue from its weights with --adapter "
             f"{checkpoint} and another output_dir",
         )
+
+
+def _list_fixed_fields(then: dict[str, Any]) -> list[str]:
+    """List the fields of which --allow-change can't allow another value than in this run identity."""
+    method = str(then.get("init_lora_weights"))
+    fixed = [*FIXED_FIELDS]
+    if method.startswith(BASE_CHANGING_INITIALIZATIONS):
+        fixed += FIXED_IF_SUBTRACTED
+    if method.startswith("pissa_niter"):  # its decomposition begins with random vectors
+        fixed.append("seed")
+    return fixed
 
 
 def needs_resharding(then: dict[str, Any], now: dict[str, Any]) -> bool:

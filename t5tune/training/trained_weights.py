@@ -12,6 +12,7 @@ from torch._utils import _unflatten_dense_tensors
 from t5tune.checkpoints.adapter import convert_to_plain_lora, to_peft_name
 from t5tune.checkpoints.safetensors import SafetensorsFile
 from t5tune.checkpoints.tensors import Tensor
+from t5tune.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,25 @@ class TrainedWeights:
         return state
 
     def load(self, folder: Path, model: Any) -> None:
-        """Set every trained parameter to its value in a checkpoint."""
+        """Set every trained parameter to its value in a checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor, or one of another shape.
+        """
         file = SafetensorsFile(folder / self.file)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 saved_name = self.file_names.get(name, to_peft_name(name))
-                values = torch.from_numpy(file.get_tensor(saved_name).to_float32().copy())
                 # with PiSSA and OLoRA, the saved matrices have the subtracted ones appended: take only the first part
+                shape = list(parameter.shape)
+                if saved_name in self.subtracted:
+                    shape[0 if ".lora_A." in saved_name else 1] *= 2
+                saved = list(file.entries[saved_name].shape) if saved_name in file.entries else None
+                if saved != shape:
+                    found = "isn't in it" if saved is None else f"shape {saved}, but {shape} in this run"
+                    hint = "resume with the base and the settings that the run was started with"
+                    raise CheckpointError(f"{folder / self.file}: {saved_name}: {found}", hint=hint)
+                values = torch.from_numpy(file.get_tensor(saved_name).to_float32().copy())
                 parameter.data.copy_(values[tuple(slice(size) for size in parameter.shape)])
 
 

@@ -24,6 +24,7 @@ from t5tune.settings import PrepareSettings
 from t5tune.training import resume_guard
 from t5tune.training.checkpoint import read_run_identity
 from t5tune.training.resume_guard import SHARDING_FIELDS, check_run_identity, describe_other_ranks
+from tests.support.bases import make_base
 from tests.support.runs import STEPS, make_settings, read_adapter, stop_at
 
 pytestmark = pytest.mark.slow
@@ -163,6 +164,26 @@ def test_an_allowed_change_is_reported_and_stored_in_the_next_checkpoint(
         )
     assert sum(text.startswith("change allowed by --allow-change: ") for text in message) == 3
     assert train(changed).resumed_from == run / "checkpoint-10"
+
+
+def test_a_checkpoint_whose_tensors_have_another_shape_is_refused_and_starts_a_new_run_as_an_adapter(
+    begun_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(begun_run, tmp_path / "run")
+    changed = make_settings(untied_base, conversations, run, lora_r=4, learning_rate=5e-3)
+    before = hash_files(run)
+    with pytest.raises(SettingsError, match=r"lora_r: 8 before, 4 now; .*can't allow lora_r, .* --adapter .*-7"):
+        train(changed.model_copy(update={"allow_change": ["lora_r", "learning_rate"]}))
+    assert hash_files(run) == before
+    new = make_settings(untied_base, conversations, tmp_path / "new", optim="adafactor", max_steps=1)
+    assert train(new.model_copy(update={"adapter": run / "checkpoint-7"})).steps == 1
+    # another base can be allowed, but it must fit
+    other = make_base(tmp_path / "base", tied=False, d_model=48)
+    allowed = make_settings(other, conversations, run, allow_change=["base"])
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-7/adapter_model.safetensors: .*: shape \[.*\], but \[.*\] in"
+    ):
+        train(allowed)
 
 
 def test_settings_that_do_not_affect_the_weights_may_change(

@@ -12,7 +12,14 @@ from t5tune.training import resume_guard
 from t5tune.training.resume_guard import check_run_identity, check_steps_per_epoch
 from t5tune.training.run_folder import lock_run_folder
 
-IDENTITY = {"seed": 1, "eval_fraction": 0.2, "lora_r": 8, "data": "sha256:1", "world_size": 1, "deepspeed_stage": None}
+IDENTITY = {
+    "seed": 1,
+    "eval_fraction": 0.2,
+    "lora_alpha": 8,
+    "data": "sha256:1",
+    "world_size": 1,
+    "deepspeed_stage": None,
+}
 
 
 def test_a_parent_that_another_run_removes_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +48,7 @@ def test_a_parent_that_another_run_removes_is_created_again(tmp_path: Path, monk
             {"seed": 2, "num_data": 9},
             "data: other examples of it to train on, because of num_data and seed",
         ),
-        ({"lora_r": 4}, 'data: "sha256:1" before, "sha256:2" now'),
+        ({"lora_alpha": 4}, 'data: "sha256:1" before, "sha256:2" now'),
     ],
 )
 def test_other_held_out_examples_are_not_called_other_data(
@@ -70,3 +77,40 @@ def test_other_epochs_may_not_move_the_beginnings_of_epochs(monkeypatch: pytest.
         "num_train_epochs: with this value an epoch has 11 steps, with the previous one 10, so the run can't continue "
         "where it was stopped",
     )
+
+
+@pytest.mark.parametrize(
+    ("then", "changes", "is_fixed"),
+    [
+        ({}, {"lora_r": 16}, True),
+        ({}, {"init_lora_weights": "pissa"}, True),
+        ({"init_lora_weights": "olora"}, {"init_lora_weights": "default"}, True),
+        ({}, {"optim": "adafactor"}, True),
+        ({}, {"loraplus_lr_ratio": 16.0}, True),
+        ({"init_lora_weights": "pissa"}, {"lora_alpha": 4}, True),
+        ({"init_lora_weights": "olora"}, {"base": "sha256:2"}, True),
+        ({"init_lora_weights": "pissa_niter_4"}, {"seed": 2}, True),
+        ({"init_lora_weights": "pissa"}, {"seed": 2}, False),
+        ({}, {"lora_alpha": 4, "seed": 2, "base": "sha256:2", "lora_dropout": 0.1, "batch": 4}, False),
+    ],
+)
+def test_what_decides_the_shape_or_the_meaning_of_trained_weights_cant_be_allowed_to_change(
+    monkeypatch: pytest.MonkeyPatch, then: dict[str, Any], changes: dict[str, Any], is_fixed: bool
+) -> None:
+    before = {**IDENTITY, "base": "sha256:1", "lora_r": 8, "init_lora_weights": "default", "optim": "adamw_torch"}
+    before |= {"loraplus_lr_ratio": None, "lora_dropout": 0.0, "batch": 8, **then}
+    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: before)
+    now, checkpoint = before | changes, Path("run/checkpoint-1")
+    if not is_fixed:
+        assert len(check_run_identity(checkpoint, now, [*changes], 1)) == len(changes)
+        return
+    for allowed in ([], [*changes]):
+        with pytest.raises(SettingsError) as caught:
+            check_run_identity(checkpoint, now, allowed, 1)
+        (line,) = caught.value.problems
+        name = next(iter(changes))
+        assert line.startswith(f"{name}: ")
+        assert line.endswith(" now")
+        assert f"--allow-change can't allow {name}, " in str(caught.value.hint)
+        assert "--adapter run/checkpoint-1" in str(caught.value.hint)
+        assert "add --allow-change" not in str(caught.value.hint)
