@@ -8,9 +8,9 @@ from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
 from t5tune.cli.workers import follow_launcher, run_in_workers
-from t5tune.commands.train import name_kept_records, send_result, set_up_run_folder, train
+from t5tune.commands.train import name_kept_records, resume_after_restart, send_result, set_up_run_folder, train
 from t5tune.distributed.signals import handle_signals
-from t5tune.distributed.world import World
+from t5tune.distributed.world import World, has_restarted
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.progress import Note
 from t5tune.settings import TrainSettings, dump_settings
@@ -35,6 +35,7 @@ def run(settings: TrainSettings, output: Output) -> None:
 
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
+    settings = resume_after_restart(settings, has_restarted(), output.report)
     with handle_signals(output.report, saves_checkpoints=True) as stop, ExitStack() as stack:
         with stop.interruptible():
             run = set_up_run_folder(settings, stack, output.report)

@@ -25,7 +25,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.data.mixture import find_tokenizer_folder
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.distributed.signals import StopRequest, handle_signals
-from t5tune.distributed.world import RESUME_HINT, World
+from t5tune.distributed.world import RESUME_HINT, World, has_restarted
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import copy_atomically, explain_write_errors
@@ -127,7 +127,7 @@ def _train(
 ) -> TrainResult:
     with ExitStack() as stack:
         # imports torch, which takes seconds, in which a signal may arrive
-        from t5tune.distributed.collectives import report_lost_ranks, run_on_rank_0
+        from t5tune.distributed.collectives import any_rank, report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
         from t5tune.distributed.watch import watch_ranks
 
@@ -136,6 +136,7 @@ def _train(
         stack.enter_context(report_lost_ranks(world, RESUME_HINT))
         if settings.bf16:
             check_bf16(device)
+        settings = resume_after_restart(settings, any_rank(has_restarted()), report)
         if not world.is_run_set_up:
 
             def set_up_interruptibly() -> None:
@@ -182,6 +183,15 @@ def _explain_out_of_memory(settings: TrainSettings) -> AbstractContextManager[No
         f"training with {batch} and model_max_length {settings.model_max_length}",
         f"{smaller}{checkpointing}; t5tune plan --config {settings.output_dir / SETTINGS_FILE} estimates what fits",
     )
+
+
+def resume_after_restart(settings: TrainSettings, is_restart: bool, report: Report) -> TrainSettings:
+    """Ignore --fresh where a launcher repeats the command: the run in the folder is the one that it has started."""
+    if not (settings.fresh and is_restart):
+        return settings
+    problem = "fresh: ignored, since torchrun or SLURM has restarted this command: it resumes the run in output_dir"
+    report(Note(f"{problem} ({settings.output_dir})", warning=True))
+    return settings.model_copy(update={"fresh": False})
 
 
 def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report = silent) -> Run:

@@ -7,6 +7,7 @@ from t5tune.errors import SettingsError
 
 ERRORS_FOLDER_VARIABLE = "_T5TUNE_ERRORS"
 """Environment variable: the folder to which workers that t5tune started write their errors."""
+RESTART_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 RERUN_HINT = "run the same command again"
 RESUME_HINT = f"{RERUN_HINT}; training resumes from the last checkpoint, if there is one"
 
@@ -56,6 +57,17 @@ class World:
             job = int(os.environ.get("SLURM_JOB_ID", "0"))
             found |= {"MASTER_ADDR": parse_first_host(nodes), "MASTER_PORT": str(20000 + job % 20000)}
         return {name: os.environ.get(name, value) for name, value in found.items()}
+
+
+def has_restarted() -> bool:
+    """Whether torchrun or SLURM says that it has started this command before, in a job that goes on or was requeued.
+
+    On each node, torchrun counts only those restarts that a rank of this node is the reason for.
+
+    Raises:
+        SettingsError: a variable isn't a whole number.
+    """
+    return any(_read_whole_number(name) > 0 for name in RESTART_VARIABLES)
 
 
 def _read_whole_number(name: str) -> int:

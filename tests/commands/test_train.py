@@ -519,6 +519,27 @@ def test_a_finished_run_is_not_repeated_and_fresh_renames_it(
     assert (run / "result.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_by_a_launcher_resumes_the_run_that_fresh_began(
+    variable: str, untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, notes = tmp_path / "run", list[Event]()
+    settings = make_settings(untied_base, conversations, run, max_steps=2, save_steps=1, fresh=True)
+    monkeypatch.setenv(variable, "0")
+    train(settings)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoint-2")
+    monkeypatch.setenv(variable, "1")
+    assert train(settings, notes.append).resumed_from == run / "checkpoint-1"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    texts = [note.text for note in notes if isinstance(note, Note) and note.warning]
+    assert any(text.startswith("fresh: ignored, since torchrun or SLURM has restarted") for text in texts)
+    monkeypatch.setenv(variable, "0")
+    assert train(settings).resumed_from is None
+    assert (tmp_path / "run.1" / "result.json").is_file()
+
+
 def test_the_output_of_another_command_is_not_taken_as_a_run(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
