@@ -42,6 +42,7 @@ from t5tune.training.run_folder import (
     Run,
     TrainResult,
     apply_cache_settings,
+    follow_link,
     locate_run,
     lock_run_folder,
     move_aside,
@@ -204,8 +205,8 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     check_machine(settings, report)
     open_repository(settings, settings.output_dir, report)
     stored, settings = settings, name_kept_records(apply_cache_settings(settings))
-    folder = settings.output_dir
-    locks.enter_context(lock_run_folder(folder, report))
+    locks.enter_context(lock_run_folder(settings.output_dir, report))
+    folder = follow_link(settings.output_dir)  # not the link is renamed: the new run belongs on the same disk
     if settings.fresh and (aside := move_aside(folder, report)) is not None:
         try:
             return _keep_records(stored, settings, report)
@@ -326,7 +327,7 @@ def _create_run_folder(folder: Path, is_run: bool) -> None:
         raise SettingsError(f"output_dir: {folder}: isn't empty and isn't a t5tune run", hint=hint)
     try:
         with explain_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            follow_link(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"output_dir: {folder}: can't be created: {error.strerror}", hint=hint) from error
 

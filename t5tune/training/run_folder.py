@@ -248,13 +248,33 @@ def read_saved_settings(folder: Path) -> TrainSettings | None:
     return load_settings(TrainSettings, str(path))[0]
 
 
+def follow_link(folder: Path) -> Path:
+    """Return the folder that a symbolic link points to, whether it exists or not; another path unchanged."""
+    return folder.resolve() if folder.is_symlink() else folder
+
+
 def move_aside(folder: Path, report: Report) -> Path | None:
-    """Rename a folder that isn't empty to the first unused name of folder.1, folder.2, …, and return that name."""
+    """Rename a folder that isn't empty to the first unused name of folder.1, folder.2, …, and return that name.
+
+    Raises:
+        SettingsError: it can't be renamed.
+    """
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
+    hint = "choose another output_dir"
+    if Path.cwd().is_relative_to(folder.resolve()):  # relative paths would then mean what is in the renamed folder
+        raise SettingsError(
+            f"output_dir: {folder}: --fresh can't rename the current folder or one that it is in", hint=hint
+        )
+    if os.path.ismount(folder):
+        raise SettingsError(f"output_dir: {folder}: is a mount point, which --fresh can't rename", hint=hint)
     aside = find_unused_folder(folder)
-    with explain_write_errors(aside):
-        folder.rename(aside)
+    try:
+        with explain_write_errors(aside):
+            folder.rename(aside)
+    except OSError as error:
+        problem = f"output_dir: {folder}: --fresh can't rename it to {aside}: {error.strerror}"
+        raise SettingsError(problem, hint=hint) from error
     report(Note(f"{folder}: moved to {aside}"))
     return aside
 

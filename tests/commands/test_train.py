@@ -34,7 +34,7 @@ from t5tune.settings import (
     load_settings,
 )
 from t5tune.training import sample_predictions
-from t5tune.training.run_folder import locate_run, open_data
+from t5tune.training.run_folder import locate_run, move_aside, open_data
 from t5tune.training.trainer import T5Trainer
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult, t5tune_in_fork
@@ -538,6 +538,42 @@ def test_a_restart_by_a_launcher_resumes_the_run_that_fresh_began(
     monkeypatch.setenv(variable, "0")
     assert train(settings).resumed_from is None
     assert (tmp_path / "run.1" / "result.json").is_file()
+
+
+def test_fresh_renames_the_folder_that_a_link_points_to_and_keeps_the_link(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    (disk / "run").mkdir(parents=True)
+    link.symlink_to(disk / "run")
+    settings = make_settings(untied_base, conversations, link)
+    with ExitStack() as locks:
+        set_up_run_folder(settings, locks)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": 1}\n')
+    with ExitStack() as locks, pytest.raises(DataError, match="no conversation to train on"):
+        set_up_run_folder(settings.replace(data_path=str(bad), fresh=True), locks)
+    (disk / "run" / "old").touch()  # the old run has been moved back
+    with ExitStack() as locks:
+        set_up_run_folder(settings.replace(fresh=True), locks)
+        with ExitStack() as more, pytest.raises(SettingsError, match="another run is using this folder"):
+            set_up_run_folder(settings, more)
+    assert link.is_symlink()
+    assert sorted(path.name for path in disk.iterdir()) == ["run", "run.1"]
+    assert sorted(path.name for path in link.iterdir()) == ["data", "settings.yaml"]
+    assert (disk / "run.1" / "old").is_file()
+
+
+def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    with pytest.raises(SettingsError, match=r"^output_dir: /proc: is a mount point, which --fresh can't rename"):
+        move_aside(Path("/proc"), print)
+    for folder in (tmp_path / "run", tmp_path / "run" / "data"):
+        monkeypatch.chdir(folder)
+        for path in (Path(os.path.relpath(tmp_path / "run")), tmp_path / "run"):
+            with pytest.raises(SettingsError, match=r"^output_dir: .*: --fresh can't rename the current folder or"):
+                move_aside(path, print)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_output_of_another_command_is_not_taken_as_a_run(
