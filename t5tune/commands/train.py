@@ -42,6 +42,7 @@ from t5tune.training.run_folder import (
     Run,
     TrainResult,
     apply_cache_settings,
+    check_inputs_stay,
     follow_link,
     locate_run,
     lock_run_folder,
@@ -203,6 +204,8 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     """
     check_settings(settings)
     check_machine(settings, report)
+    if settings.fresh:
+        check_inputs_stay(settings)
     open_repository(settings, settings.output_dir, report)
     stored, settings = settings, name_kept_records(apply_cache_settings(settings))
     locks.enter_context(lock_run_folder(settings.output_dir, report))

@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.datasets import DatasetSettings
+from t5tune.settings.fields import exists
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES, Objective
 from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, read_run_identity, remove_staged
@@ -48,6 +50,7 @@ from t5tune.training.resume_guard import (
 
 BASE_HASH_FILE = "base.json"  # see checkpoints/fingerprint.py
 PREPARED_FILE = "prepared.json"
+FILE_SETTINGS = (*select_settings(TrainSettings, Affects.INPUT_FILES), "conversation_template", "deepspeed")
 MAX_LOCK_ATTEMPTS = 100
 CACHE_SETTINGS = {*select_settings(TrainSettings, Affects.CACHE)} - {*select_settings(TrainSettings, Affects.STEPS)}
 """What determines the examples in a token cache, without what train can also apply to them later, such as num_data."""
@@ -246,6 +249,39 @@ def read_saved_settings(folder: Path) -> TrainSettings | None:
     if not path.is_file() or "learning_rate" not in read_yaml(path):
         return None
     return load_settings(TrainSettings, str(path))[0]
+
+
+def check_inputs_stay(settings: TrainSettings) -> None:
+    """Refuse inputs in the folder that --fresh is going to rename: the new run wouldn't find them.
+
+    preprocessed_path may be there: what is in it is made again.
+
+    Raises:
+        SettingsError: names each of them.
+    """
+    folder = settings.output_dir
+    problems = [
+        f"{name}: {path}: is in output_dir {folder}, which --fresh renames"
+        for name in FILE_SETTINGS
+        for path in _list_paths(getattr(settings, name))
+        if _is_within(path, folder)
+    ]
+    if problems:
+        raise SettingsError(*problems, hint="choose another output_dir")
+
+
+def _list_paths(value: Any) -> list[str]:
+    return [] if value is None else [str(path) for path in (value if isinstance(value, list) else [value])]
+
+
+def _is_within(path: str, folder: Path) -> bool:
+    """Whether what exists at a path, or where a pattern begins, is in the folder or found through it."""
+    if not exists(path) and (begin := re.split(r"[*?\[]", path)[0]) != path:
+        path = os.path.dirname(begin)
+    places = (os.path.realpath(path), os.path.abspath(path))
+    owners = (os.path.realpath(folder), os.path.abspath(folder))
+    within = [Path(place).is_relative_to(owner) for place, owner in zip(places, owners, strict=True)]
+    return exists(path) and any(within)
 
 
 def follow_link(folder: Path) -> Path:

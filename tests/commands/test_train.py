@@ -564,6 +564,41 @@ def test_fresh_renames_the_folder_that_a_link_points_to_and_keeps_the_link(
     assert (disk / "run.1" / "old").is_file()
 
 
+def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
+    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copy(conversations, run / "more.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(run / "more.jsonl")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(run.rglob("*"))
+    inputs: list[tuple[str, Any]] = [
+        ("adapter", "run"),
+        ("adapter", run / "checkpoint-3"),
+        ("data_path", "run/data"),
+        ("data_path", "run/*.jsonl"),
+        ("data_path", "link.jsonl"),
+        ("data_path", [f"{conversations}:1", "run/more.jsonl:2"]),
+        ("eval_data_path", "run/more.jsonl"),
+        ("teacher_model_name_or_path", "run"),
+        ("conversation_template", "run/template.yaml"),
+    ]
+    for name, value in inputs:
+        settings = make_settings(untied_base, conversations, Path("run"), **{"fresh": True, name: value})
+        with ExitStack() as locks, pytest.raises(SettingsError) as refused:
+            set_up_run_folder(settings, locks)
+        (problem,) = refused.value.problems
+        assert problem.startswith(f"{name}: ")
+        assert problem.endswith(": is in output_dir run, which --fresh renames")
+    assert sorted(run.rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.jsonl", "run"]
+    # the run's own token cache is made again
+    own = make_settings(untied_base, conversations, Path("run"), fresh=True, preprocessed_path=Path("run/data"))
+    with ExitStack() as locks:
+        set_up_run_folder(own, locks)
+    assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]
+
+
 def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / "data").mkdir(parents=True)
     with pytest.raises(SettingsError, match=r"^output_dir: /proc: is a mount point, which --fresh can't rename"):
