@@ -29,7 +29,15 @@ from t5tune.settings.training import RankSettings
 from t5tune.training.run_folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
-RESERVED_ARGUMENTS = {"disable_tqdm", "remove_unused_columns", "fsdp"}
+RESERVED_ARGUMENTS = {
+    "disable_tqdm", "remove_unused_columns", "fsdp", "fsdp_config", "parallelism_config", "local_rank",
+    "resume_from_checkpoint", "load_best_model_at_end",
+}  # fmt: skip
+UNRESUMABLE_ARGUMENTS = {
+    "save_only_model", "save_on_each_node", "enable_jit_checkpoint", "ignore_data_skip", "auto_find_batch_size",
+    "restore_callback_states_from_checkpoint",
+}  # fmt: skip
+"""Change what a checkpoint contains or who writes it, or which examples and how many of them the next step gets."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
 
 
@@ -122,6 +130,8 @@ def _find_argument_problem(name: str, fields: set[str]) -> str | None:
         return "secrets don't belong in settings; set HF_TOKEN instead"
     if name in RESERVED_ARGUMENTS:
         return "t5tune sets this itself"
+    if name in UNRESUMABLE_ARGUMENTS:
+        return "with it, a run couldn't resume exactly; leave it out"
     if name.startswith("torch_compile"):
         return "t5tune chooses what to compile; set torch_compile instead"
     return None if name in fields else f"no such field of TrainingArguments{suggest_name(name, fields)}"

@@ -23,3 +23,19 @@ def test_a_deepspeed_config_with_which_weights_would_be_saved_under_other_names_
     )
     with pytest.raises(SettingsError, match=r"config\.json: round_robin_gradients: DeepSpeed saves the weights under"):
         check_settings(settings)
+
+
+def test_arguments_of_the_trainer_with_which_a_run_could_not_resume_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir=run, use_cpu=True)
+    refused = {
+        "save_only_model": "with it, a run couldn't resume exactly; leave it out",
+        "ignore_data_skip": "with it, a run couldn't resume exactly; leave it out",
+        "auto_find_batch_size": "with it, a run couldn't resume exactly; leave it out",
+        "load_best_model_at_end": "t5tune sets this itself",
+        "resume_from_checkpoint": "t5tune sets this itself",
+    }
+    with pytest.raises(SettingsError) as caught:
+        check_settings(settings.replace(training_args=dict.fromkeys(refused, True)))
+    assert caught.value.problems == tuple(f"training_args.{name}: {problem}" for name, problem in refused.items())
+    check_settings(settings.replace(training_args={"full_determinism": True, "adam_beta2": 0.99}))
