@@ -79,16 +79,20 @@ def prefix_metric(dataset: str, name: str) -> str:
 def split_by_dataset(
     metrics: Mapping[str, float], datasets: Iterable[str]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Split metrics into those of all examples, and those of each dataset, which `prefix_metric` has named."""
+    """Split metrics into those of all examples, and those of each dataset, which `prefix_metric` has named.
+
+    Each metric of a dataset is also one of all examples: of the dataset valid there is no `json` in valid_json.
+    """
     by_length = sorted(datasets, key=len, reverse=True)  # of a and a_b, the latter has a_b_loss
     overall: dict[str, float] = {}
     found: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        dataset = next((each for each in by_length if name.startswith(prefix_metric(each, ""))), None)
+        own = ((each, name.removeprefix(prefix_metric(each, ""))) for each in by_length)
+        dataset, metric = next(((each, rest) for each, rest in own if rest != name and rest in metrics), (None, name))
         if dataset is None:
             overall[name] = value
         else:
-            found.setdefault(dataset, {})[name.removeprefix(prefix_metric(dataset, ""))] = value
+            found.setdefault(dataset, {})[metric] = value
     return overall, found
 
 

@@ -7,7 +7,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from t5tune.errors import SettingsError
-from t5tune.metrics import METRICS, choose_metrics, score, score_one
+from t5tune.metrics import METRICS, choose_metrics, prefix_metric, score, score_one, split_by_dataset
 
 REFERENCES = ["The cat sat on the mat.", "Send 3 cups to Riga!", "It's a_b 3.5, isn't it?"]
 PREDICTIONS = ["The cat sat on a mat.", "Send 3 cups to Riga!", "It's a_b 3.5"]
@@ -124,3 +124,11 @@ def test_only_the_chosen_metrics_are_computed() -> None:
     assert choose_metrics(["chrf", "exact_match"], ["{}"]) == ("exact_match", "chrf")
     with pytest.raises(SettingsError, match="metrics: field_f1: none of the 2 targets is a JSON object or array"):
         choose_metrics(["bleu", "field_f1"], ["a", "b"])
+
+
+@pytest.mark.parametrize("names", [("valid", "exact"), ("field", "a", "a_b"), ("chats", "own")])
+def test_metrics_are_split_by_dataset_even_if_one_is_named_as_a_metric_begins(names: tuple[str, ...]) -> None:
+    overall = {name: 1.0 for name in ("loss", *METRICS, "samples_per_second", "own_score")}
+    by_dataset = {name: {metric: 2.0 for metric in ("loss", *METRICS)} for name in names}
+    joined = {prefix_metric(name, metric): 2.0 for name in names for metric in by_dataset[name]}
+    assert split_by_dataset(overall | joined, names) == (overall, by_dataset)
