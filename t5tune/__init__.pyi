@@ -465,8 +465,8 @@ class TrainSettings(_settings.TrainSettings):
             hub_private_repo: Create a private repository. If it exists already, it must be private.
             hub_strategy: When to upload: the final weights, or also those of every checkpoint, while training goes on.
             fresh: Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …
-            allow_change: Resume even if these fields differ from those that the run was started with (lora_r, data,
-                base, …).
+            allow_change: Resume even if these fields differ from those that the run was started with (learning_rate,
+                data, batch, …). Those that decide the shape of the trained weights, such as lora_r, can't be allowed.
         """
 
 class ExportSettings(_settings.ExportSettings):
