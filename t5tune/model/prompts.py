@@ -160,9 +160,10 @@ def _report_datasets(trained_on: TrainingData | None, report: Report) -> None:
     datasets = trained_on.datasets if trained_on is not None else []
     ways = [(dataset.conversation_template, dataset.source_prefix, dataset.has_earlier_turns) for dataset in datasets]
     if any(way != ways[0] for way in ways):
-        first, *others = [dataset.name for dataset in datasets]
+        main = next((dataset for dataset in datasets if dataset.objective != "span-corruption"), datasets[0])
+        others = ", ".join(dataset.name for dataset in datasets if dataset is not main)
         choice = "--conversation-template NAME chooses another"
-        report(Note(f"messages are as in the dataset {first} of training ({', '.join(others)}: {choice})"))
+        report(Note(f"messages are as in the dataset {main.name} of training ({others}: {choice})"))
 
 
 def _check_turns(turns: object) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -517,6 +518,9 @@ def test_raw_text_first_leaves_the_template_to_the_next_dataset(untied_base: Pat
     assert [dataset.name for dataset in made.datasets] == ["book", "chats"]
     assert "A chat between" in (tmp_path / "mixture" / "template.yaml").read_text()
     assert made.has_earlier_turns
+    notes: list[Event] = []
+    make_prompts(replace(read_model_files(untied_base, None), training_data=made), None, None, 2048, notes.append)
+    assert any("as in the dataset chats of training (book:" in note.text for note in notes if isinstance(note, Note))
 
 
 def test_a_mixture_is_prepared_in_parts_as_by_one_process(untied_base: Path, data: Path, tmp_path: Path) -> None:
