@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from t5tune.cli.arguments import parse_arguments
@@ -14,6 +15,13 @@ from t5tune.compat.quiet import quiet_libraries
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, Stopped, T5TuneError
+from t5tune.file_names import (
+    CACHE_MANIFEST_FILE,
+    CHECKPOINT_MANIFEST_FILE,
+    RESULT_FILE,
+    RUN_CACHE_FOLDER,
+    SETTINGS_FILE,
+)
 from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 from t5tune.progress import Note
 from t5tune.settings import COMMANDS, EvaluateSettings, PrepareSettings, Settings, TrainSettings, load_settings
@@ -21,6 +29,11 @@ from t5tune.settings import COMMANDS, EvaluateSettings, PrepareSettings, Setting
 # Each of these has a module in this package with a function `run(settings, output)`. For the others, the function in
 # t5tune/commands is called and its result shown.
 COMMANDS_WITH_MODULE = {"prepare", "train", "chat", "serve", "evaluate", "inspect"}
+FILES_OF_A_RUN = (
+    RESULT_FILE,
+    f"checkpoint-*/{CHECKPOINT_MANIFEST_FILE}",
+    f"{RUN_CACHE_FOLDER}/**/{CACHE_MANIFEST_FILE}",
+)
 
 
 def run_command(command: str, arguments: list[str]) -> int:
@@ -39,6 +52,8 @@ def run_command(command: str, arguments: list[str]) -> int:
             )
             for note in notes:
                 output.report(Note(note))
+            if isinstance(settings, TrainSettings) and parsed.config is not None and "output_dir" not in parsed.values:
+                _warn_of_another_run(Path(parsed.config), settings.output_dir, output)
             if isinstance(settings, PrepareSettings) and settings.shard is not None:
                 output = Output(stream, parsed.json, parsed.quiet, parsed.debug)  # each rank has a part of its own
             # before the command is imported: that takes seconds, in which a signal may arrive
@@ -50,6 +65,18 @@ def run_command(command: str, arguments: list[str]) -> int:
             return _report_to_launcher(error) if world.is_run_set_up else _fail(error, world, output)
         finally:
             output.close_screen()
+
+
+def _warn_of_another_run(config: Path, output_dir: Path, output: Output) -> None:
+    """Warn if the config is in a run folder that was moved or copied: its output_dir is then another folder."""
+    folder = config.parent
+    if config.name != SETTINGS_FILE or os.path.realpath(folder) == os.path.realpath(output_dir):
+        return
+    if any(True for name in FILES_OF_A_RUN for _ in folder.glob(name)):
+        problem = (
+            f"{config}: is in the run folder {folder}, but its output_dir is {output_dir}, which this command uses"
+        )
+        output.report(Note(f"{problem}; add --output-dir {folder} to use that run instead", warning=True))
 
 
 def _configure_libraries(command: str, debug: bool) -> None:

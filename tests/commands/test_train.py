@@ -599,6 +599,32 @@ def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
     assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]
 
 
+def test_the_settings_of_a_copied_run_name_the_folder_that_they_use(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copytree(finished_run, tmp_path / "copy")
+    (copied / "result.json").unlink()
+    warning = (
+        f"warning: {copied / 'settings.yaml'}: is in the run folder {copied}, but its output_dir is {finished_run}, "
+        f"which this command uses; add --output-dir {copied} to use that run instead"
+    )
+
+    def run_config(config: Path, *more: Any) -> str:
+        done = t5tune_in_fork("train", "--config", config, *more)
+        assert done.code == 0, done.stderr
+        return done.stderr
+
+    lines = run_config(copied / "settings.yaml").splitlines()
+    assert warning in lines
+    assert any(f"{finished_run}: this run has already finished" in line for line in lines)
+    assert "is in the run folder" not in run_config(copied / "settings.yaml", "--output-dir", copied)
+    assert (copied / "result.json").is_file()
+    assert "is in the run folder" not in run_config(finished_run / "settings.yaml")
+    (tmp_path / "mine").mkdir()  # a file of the user's that has the same name
+    shutil.copy(copied / "settings.yaml", tmp_path / "mine")
+    assert "is in the run folder" not in run_config(tmp_path / "mine" / "settings.yaml")
+
+
 def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / "data").mkdir(parents=True)
     with pytest.raises(SettingsError, match=r"^output_dir: /proc: is a mount point, which --fresh can't rename"):
