@@ -36,7 +36,7 @@ from t5tune.preparing.mixture import find_given_cache
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
 from t5tune.settings.datasets import PATHS_OF_DATASETS, name_datasets
-from t5tune.training.checkpoint import find_newest, list_checkpoints
+from t5tune.training.checkpoint import find_newest, has_complete_checkpoints, list_checkpoints
 from t5tune.training.resume_guard import check_finished_run, check_settings_of_run
 from t5tune.training.run_folder import (
     Run,
@@ -271,7 +271,7 @@ def _set_up_locked(settings: TrainSettings, report: Report) -> Run:
     """Save the settings in the run folder, which is locked, and prepare the cache."""
     folder = settings.output_dir
     run = locate_run(settings)
-    saved_settings = read_saved_settings(folder)
+    saved_settings = _read_settings_of_run(run)
     if run.finished and saved_settings is not None:
         check_finished_run(folder, saved_settings, settings)
         report(Note(f"{folder}: this run has already finished; use --fresh to start over"))
@@ -290,6 +290,27 @@ def _set_up_locked(settings: TrainSettings, report: Report) -> Run:
             _remove_failed_start(run, is_new_folder)
         raise
     return run
+
+
+def _read_settings_of_run(run: Run) -> TrainSettings | None:
+    """Read the settings that a run was started with; None if there is no run in the folder.
+
+    Raises:
+        SettingsError: there are checkpoints of a run, but its settings can't be read.
+    """
+    hint = (
+        f"to resume, write it again: the same command with --dry-run >{run.settings_path}; to start over, use --fresh, "
+        "which keeps the checkpoints under another name"
+    )
+    try:
+        saved = read_saved_settings(run.folder)
+    except SettingsError as error:
+        if not has_complete_checkpoints(run.folder):
+            raise
+        raise SettingsError(*error.problems, hint=hint) from error
+    if saved is None and has_complete_checkpoints(run.folder):
+        raise SettingsError(f"{run.settings_path}: missing or broken: not the settings of a run", hint=hint)
+    return saved
 
 
 def _move_back(aside: Path, folder: Path, report: Report) -> None:

@@ -637,6 +637,28 @@ def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_run_whose_settings_are_broken_says_how_to_write_them_again(
+    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "result.json").unlink()
+    path, settings = run / "settings.yaml", make_settings(untied_base, conversations, run, eval_fraction=0.2)
+    command = make_command(untied_base, conversations, run, "--eval-fraction", "0.2", "--use-cpu", "--dry-run")
+    for content, problem in (
+        ("", "missing or broken: not the settings of a run"),
+        ("learning_rate: [", "the file ends inside brackets"),
+    ):
+        path.write_text(content)
+        with pytest.raises(SettingsError, match=re.escape(problem)) as refused:
+            train(settings)
+        assert str(path) in refused.value.message
+        assert f"--dry-run >{path}" in str(refused.value.hint)
+    done = t5tune_in_fork(*[word for word in command if word != "--json"])
+    assert done.code == 0, done.stderr
+    path.write_text(done.stdout)
+    assert train(settings).resumed_from == run / "checkpoint-6"
+
+
 def test_the_output_of_another_command_is_not_taken_as_a_run(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
