@@ -256,6 +256,7 @@ def _make_trainer(
         )
     objective = _make_objective(session, loaded, collator, references or {})
     losses = objective.list_losses(loaded.held_out) if loaded.held_out is not None else []
+    then = {} if loaded.resume is None else read_run_identity(loaded.resume)
     sampler = make_sampler(settings, loaded.examples, built.is_packed, session.world.size)
     run_identity = run_identity | {STEPS_PER_EPOCH: count_steps(len(sampler), sampler.step_size, 1)}
     if loaded.resume is not None:
@@ -271,6 +272,7 @@ def _make_trainer(
         weights=built.weights,
         publisher=CheckpointPublisher(folder, run_identity, settings.save_total_limit, report),
         reshards=loaded.resume is not None and needs_resharding(read_run_identity(loaded.resume), run_identity),
+        resumed_rates=(then.get("learning_rate"), then.get("weight_decay")),
         forgets_evaluations=loaded.resume is not None and has_other_evaluations(loaded.resume, run_identity),
         non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
         stop=session.stop,

@@ -65,6 +65,7 @@ class TrainerParts:
         weights: collects, writes and loads the trained tensors.
         publisher: saves checkpoints.
         reshards: whether the checkpoint to resume from has ZeRO's shards for another number of ranks or another stage.
+        resumed_rates: learning rate and weight decay of the checkpoint to resume from; None: there is none.
         forgets_evaluations: whether evaluations before the checkpoint to resume from can't be compared with later ones.
         non_finite: handles steps with a non-finite loss or gradient.
         stop: request to stop, set by a signal.
@@ -87,6 +88,7 @@ class TrainerParts:
     weights: TrainedWeights
     publisher: CheckpointPublisher
     reshards: bool
+    resumed_rates: tuple[float | None, float | None]
     forgets_evaluations: bool
     non_finite: NonFiniteGuard
     stop: StopRequest
@@ -449,6 +451,22 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         load_resharded(self.model_wrapped, Path(resume_from_checkpoint))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)  # with DeepSpeed, only the schedule
         return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load their states, which contain the learning rate and the weight decay: apply those that were changed."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        groups, (peak, decay) = self.optimizer.param_groups, self.parts.resumed_rates
+        if peak not in (None, self.args.learning_rate):
+            factor = self.args.learning_rate / peak  # LoRA+ has two rates
+            for name in ("base_lrs", "_last_lr"):
+                setattr(self.lr_scheduler, name, [rate * factor for rate in getattr(self.lr_scheduler, name)])
+            for group in groups:
+                group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+        for group in groups:
+            if decay is not None and group["weight_decay"] == decay:  # some groups have none
+                group["weight_decay"] = self.args.weight_decay
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load this rank's random state. A rank that the checkpoint has none of derives it from seed, step and rank."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError, Stopped
 from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Event, Note, Started
+from t5tune.reports.metrics_log import read_metrics
 from t5tune.settings import PrepareSettings
 from t5tune.training import resume_guard
 from t5tune.training.checkpoint import read_run_identity
 from t5tune.training.resume_guard import SHARDING_FIELDS, check_run_identity, describe_other_ranks
 from tests.support.bases import make_base
+from tests.support.command_line import CommandResult
 from tests.support.runs import STEPS, make_settings, read_adapter, stop_at
 
 pytestmark = pytest.mark.slow
@@ -184,6 +187,45 @@ def test_a_checkpoint_whose_tensors_have_another_shape_is_refused_and_starts_a_n
         CheckpointError, match=r"checkpoint-7/adapter_model.safetensors: .*: shape \[.*\], but \[.*\] in"
     ):
         train(allowed)
+
+
+@pytest.mark.parametrize("more", [{}, {"loraplus_lr_ratio": 4.0}], ids=str)
+def test_an_allowed_learning_rate_and_weight_decay_are_used(
+    more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run, changes = tmp_path / "run", {"lr_scheduler_type": "constant", "logging_steps": 1, "max_steps": 8, **more}
+    with pytest.raises(Stopped):
+        train(make_settings(untied_base, conversations, run, **changes), stop_at(Advanced("train", 2)))
+    adapters = []
+    for name, new in {"as before": {}, "rate": {"learning_rate": 2e-3}, "decay": {"weight_decay": 0.5}}.items():
+        shutil.copytree(run, tmp_path / name)
+        settings = make_settings(untied_base, conversations, tmp_path / name, **changes, **new, allow_change=[*new])
+        assert train(settings).resumed_from == tmp_path / name / "checkpoint-3"
+        rates = {line["step"]: line["learning_rate"] for line in read_metrics(tmp_path / name) if "loss" in line}
+        rate = settings.learning_rate
+        assert [rates[step] for step in (3, 4, 8)] == pytest.approx([1e-2, rate, rate])
+        adapters.append(read_adapter(tmp_path / name))
+    assert len(set(adapters)) == 3
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.variants("zero3")
+def test_an_allowed_learning_rate_is_used_under_deepspeed(
+    stage: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    run = tmp_path / "run"
+    command = ("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run)
+    command += ("--max-steps", "5", "--save-steps", "2", "--logging-steps", "1", "--lr-scheduler-type", "constant")
+    command += ("--deepspeed", stage, "--report-samples", "0", "--learning-rate")
+    assert on_ranks(2, *command, "0.01").code == 0
+    (run / "result.json").unlink()
+    for step in (4, 5):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    done = on_ranks(2, *command, "0.002", "--allow-change", "learning_rate")
+    assert done.code == 0, done.stderr
+    rates = {line["step"]: line["learning_rate"] for line in read_metrics(run) if "loss" in line}
+    assert [rates[step] for step in (2, 3, 5)] == pytest.approx([1e-2, 2e-3, 2e-3])
 
 
 def test_settings_that_do_not_affect_the_weights_may_change(

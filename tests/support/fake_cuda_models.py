@@ -141,6 +141,7 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         weights=SimpleNamespace(),
         publisher=SimpleNamespace(last_step=None),
         reshards=False,
+        resumed_rates=(None, None),
         forgets_evaluations=False,
         non_finite=NonFiniteGuard(Path(settings.output_dir), False, 0, silent),
         stop=SimpleNamespace(is_set=False),
