@@ -61,7 +61,8 @@ docs: .venv/installed
 # the picture in README.md: the report of a real run on the built-in model
 picture: .venv/installed
 	rm -rf build/run
-	$(BIN)/t5tune train --config pocket --output-dir build/run --eval-fraction 0.05 --eval-steps 50 --eval-generate 32
+	mkdir -p build
+	cd build && ../$(BIN)/t5tune train --config pocket --output-dir run --eval-fraction 0.05 --eval-steps 50 --eval-generate 32
 	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,850 --screenshot=docs/report.png build/run/report.html
 
 clean:

@@ -375,7 +375,7 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
             setting = "eval_data_path" if is_eval else "data_path"
             origin = replace(common, tokenizer_source=source, setting=setting)
             prepare(_make_prepare_settings(settings, cache, setting), report, origin)
-    if run.cache == settings.preprocessed_path:
+    if run.cache == settings.preprocessed_path and run.cache.parent != run.folder:
         record_prepared(run)
     if run.eval_cache is not None:
         _check_same_tokenizer(run.cache, run.eval_cache)
