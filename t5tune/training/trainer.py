@@ -493,6 +493,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 OVERRIDDEN_METHODS = (
     "get_batch_samples", "_run_epoch", "_clip_grad_norm", "_get_grad_norm", "_maybe_log_save_evaluate", "_evaluate",
     "_determine_best_metric", "_save_checkpoint", "_get_output_dir", "_load_from_checkpoint", "_prepare_for_training",
+    "_load_optimizer_and_scheduler",
     "_load_rng_state",
 )  # fmt: skip
 
