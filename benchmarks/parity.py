@@ -43,8 +43,8 @@ VARIANTS: dict[str, list[str]] = {
     "PiSSA q,v": [*Q_V, "--init-lora-weights", "pissa", *LOWER_LEARNING_RATE],
     "OLoRA q,v": [*Q_V, "--init-lora-weights", "olora", *LOWER_LEARNING_RATE],
     "LoRA+ q,v": [*Q_V, "--loraplus-lr-ratio", "4", "--learning-rate", "2e-3"],
-    "QLoRA q,v, LoftQ start": [*Q_LORA, *Q_V, "--init-lora-weights", "loftq"],
-    "LoRA q,v + norms whole": [*Q_V, "--modules-to-save", "layer_norm", "final_layer_norm"],
+    "QLoRA q,v, LoftQ": [*Q_LORA, *Q_V, "--init-lora-weights", "loftq"],
+    "LoRA q,v + layer norms in full": [*Q_V, "--modules-to-save", "layer_norm", "final_layer_norm"],
 }
 TOKENS: dict[str, list[str]] = {
     "LoRA q,v, no tokens added": [*Q_V, "--add-tokens", "none"],
