@@ -599,6 +599,7 @@ def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
     assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_copied_run_name_the_folder_that_they_use(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -637,6 +638,7 @@ def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_settings_are_broken_says_how_to_write_them_again(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
