@@ -42,6 +42,8 @@ FIXED_FIELDS = (
 )  # fmt: skip
 """What decides which tensors are trained, their shapes, and the optimizer's state: with another value, a checkpoint
 can't be loaded or means something else, so --allow-change can't allow it."""
+ARGUMENTS_OF_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+"""Those of training_args that the optimizer's state contains, so that a resumed run has the previous ones."""
 FIXED_IF_SUBTRACTED = (
     "base",
     "bf16",
@@ -113,7 +115,6 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
         SettingsError: fields differ that aren't allowed to, or can't be; names each one with both values.
         CheckpointError: this number of ranks or this ZeRO stage can't resume from the checkpoint's state.
     """
-    _check_allowed_names(allowed, now)
     then = read_run_identity(checkpoint)
     _check_shards(checkpoint, then, now)
     different = {
@@ -123,7 +124,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     }
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
         different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"
-    fixed = [name for name in different if name in _list_fixed_fields(then)]
+    fixed = [name for name in different if name in _list_fixed_fields(then, now)]
     if refused := {name: line for name, line in different.items() if name not in allowed or name in fixed}:
         for name in ("batch", "batch_tokens"):
             if name in refused and then.get(name) and now.get(name):
@@ -139,19 +140,24 @@ def check_settings_of_run(checkpoint: Path, settings: TrainSettings, allowed: li
         SettingsError: fields differ; names each one with both values.
     """
     then = read_run_identity(checkpoint)
-    _check_allowed_names(allowed, then)
+    check_allowed_names(allowed, then)
     values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
     different = {
         name: f"{name}: {_abbreviate(then[name])} before, {_abbreviate(value)} now"
         for name, value in values.items()
         if name in then and then[name] != value and name not in OF_EXAMPLES
     }
-    fixed = [name for name in different if name in _list_fixed_fields(then)]
+    fixed = [name for name in different if name in _list_fixed_fields(then, values)]
     if refused := {name: line for name, line in different.items() if name not in allowed or name in fixed}:
         raise make_resume_error(checkpoint, refused, fixed)
 
 
-def _check_allowed_names(allowed: list[str], run_identity: dict[str, Any]) -> None:
+def check_allowed_names(allowed: list[str], run_identity: dict[str, Any]) -> None:
+    """Check that --allow-change names only fields of the run identity.
+
+    Raises:
+        SettingsError: it names another one.
+    """
     if unknown := sorted(set(allowed) - run_identity.keys()):
         raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggest_name(unknown[0], run_identity)}")
 
@@ -177,7 +183,7 @@ def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
         )
 
 
-def _list_fixed_fields(then: dict[str, Any]) -> list[str]:
+def _list_fixed_fields(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the fields of which --allow-change can't allow another value than in this run identity."""
     method = str(then.get("init_lora_weights"))
     fixed = [*FIXED_FIELDS]
@@ -185,6 +191,8 @@ def _list_fixed_fields(then: dict[str, Any]) -> list[str]:
         fixed += FIXED_IF_SUBTRACTED
     if method.startswith("pissa_niter"):  # its decomposition begins with random vectors
         fixed.append("seed")
+    if any(then["training_args"].get(name) != now["training_args"].get(name) for name in ARGUMENTS_OF_OPTIMIZER):
+        fixed.append("training_args")
     return fixed
 
 

@@ -43,6 +43,7 @@ from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, read_run_identity, remove_staged
 from t5tune.training.resume_guard import (
     build_run_identity,
+    check_allowed_names,
     check_run_identity,
     describe_other_ranks,
     has_other_evaluations,
@@ -451,6 +452,7 @@ def start_or_resume_run(
     base_metadata = _collect_base_metadata(base, settings, load_hash(run.folder / BASE_HASH_FILE, stats))
     run_identity = build_run_identity(pinned, examples, base_metadata["sha256"], teacher_hash, world.size)
     run_identity |= evaluations
+    check_allowed_names(settings.allow_change, run_identity)
     resume, damaged = find_newest(run.folder)
     for problem in damaged:
         report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))

@@ -150,8 +150,9 @@ def test_an_allowed_change_is_reported_and_stored_in_the_next_checkpoint(
     run = tmp_path / "run"
     shutil.copytree(begun_run, run)
     changed = make_settings(untied_base, conversations, run, learning_rate=5e-3, model_max_length=64)
-    with pytest.raises(SettingsError, match="allow_change: learnin_rate: no such field.*learning_rate"):
-        train(changed.model_copy(update={"allow_change": ["data", "model_max_length", "learnin_rate"]}))
+    for folder in (run, tmp_path / "new"):
+        with pytest.raises(SettingsError, match="allow_change: learnin_rate: no such field.*learning_rate"):
+            train(changed.replace(output_dir=folder, allow_change=["data", "model_max_length", "learnin_rate"]))
     with pytest.raises(SettingsError, match=r"settings or data:\nlearning_rate: 0.01 before, 0.005 now; to resume"):
         train(changed.model_copy(update={"allow_change": ["data", "model_max_length"]}))
     message: list[str] = []
@@ -322,7 +323,7 @@ def test_other_ranks_refuse_an_optimizer_whose_state_depends_on_how_it_was_divid
 def test_another_batch_is_refused_with_the_setting_that_makes_it_equal(
     then: dict[str, Any], now: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = {"deepspeed_stage": None}
+    common = {"deepspeed_stage": None, "training_args": {}}
     monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: common | then)
     with pytest.raises(SettingsError) as refused:
         check_run_identity(Path("run/checkpoint-1"), common | now, [], 2)
@@ -330,7 +331,13 @@ def test_another_batch_is_refused_with_the_setting_that_makes_it_equal(
 
 
 def test_tokens_per_batch_may_not_change_since_a_step_would_get_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    then = {"world_size": 2, "deepspeed_stage": None, "tokens_per_batch": 600, "batch_tokens": 1200}
+    then = {
+        "world_size": 2,
+        "deepspeed_stage": None,
+        "training_args": {},
+        "tokens_per_batch": 600,
+        "batch_tokens": 1200,
+    }
     monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: then)
     with pytest.raises(SettingsError, match="tokens_per_batch: 600 before, 300 now"):
         check_run_identity(Path("run/checkpoint-1"), then | {"tokens_per_batch": 300, "world_size": 4}, [], 1)

@@ -19,6 +19,7 @@ IDENTITY = {
     "data": "sha256:1",
     "world_size": 1,
     "deepspeed_stage": None,
+    "training_args": {},
 }
 
 
@@ -87,10 +88,12 @@ def test_other_epochs_may_not_move_the_beginnings_of_epochs(monkeypatch: pytest.
         ({"init_lora_weights": "olora"}, {"init_lora_weights": "default"}, True),
         ({}, {"optim": "adafactor"}, True),
         ({}, {"loraplus_lr_ratio": 16.0}, True),
+        ({}, {"training_args": {"adam_beta2": 0.99}}, True),
         ({"init_lora_weights": "pissa"}, {"lora_alpha": 4}, True),
         ({"init_lora_weights": "olora"}, {"base": "sha256:2"}, True),
         ({"init_lora_weights": "pissa_niter_4"}, {"seed": 2}, True),
         ({"init_lora_weights": "pissa"}, {"seed": 2}, False),
+        ({"training_args": {"adam_beta2": 0.99}}, {"training_args": {"adam_beta2": 0.99, "max_grad_norm": 2}}, False),
         ({}, {"lora_alpha": 4, "seed": 2, "base": "sha256:2", "lora_dropout": 0.1, "batch": 4}, False),
     ],
 )
