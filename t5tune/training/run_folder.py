@@ -261,10 +261,12 @@ def check_inputs_stay(settings: TrainSettings) -> None:
         SettingsError: names each of them.
     """
     folder = settings.output_dir
+    files = {name: _list_paths(getattr(settings, name)) for name in FILE_SETTINGS}
+    files["metric"] = [function.rpartition(":")[0] for function in settings.metric or []]
     problems = [
         f"{name}: {path}: is in output_dir {folder}, which --fresh renames"
-        for name in FILE_SETTINGS
-        for path in _list_paths(getattr(settings, name))
+        for name, paths in files.items()
+        for path in paths
         if _is_within(path, folder)
     ]
     if problems:

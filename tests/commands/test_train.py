@@ -569,6 +569,7 @@ def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     shutil.copy(conversations, run / "more.jsonl")
+    (run / "metric.py").write_text("def count(predictions, references):\n    return {'count': len(predictions)}\n")
     (tmp_path / "link.jsonl").symlink_to(run / "more.jsonl")
     monkeypatch.chdir(tmp_path)
     before = sorted(run.rglob("*"))
@@ -582,9 +583,12 @@ def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
         ("eval_data_path", "run/more.jsonl"),
         ("teacher_model_name_or_path", "run"),
         ("conversation_template", "run/template.yaml"),
+        ("metric", "run/metric.py:count"),
     ]
     for name, value in inputs:
-        settings = make_settings(untied_base, conversations, Path("run"), **{"fresh": True, name: value})
+        changes = {"fresh": True, "eval_fraction": 0.2, "eval_generate": 1, name: value}
+        changes |= {"eval_fraction": 0} if name == "eval_data_path" else {}
+        settings = make_settings(untied_base, conversations, Path("run"), **changes)
         with ExitStack() as locks, pytest.raises(SettingsError) as refused:
             set_up_run_folder(settings, locks)
         (problem,) = refused.value.problems
