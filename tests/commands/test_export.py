@@ -87,7 +87,9 @@ def run_of(
     return train
 
 
-@pytest.fixture(params=SHARDED)
+@pytest.fixture(
+    params=["zero3x2", *(pytest.param(name, marks=pytest.mark.slow) for name in SHARDED if name != "zero3x2")]
+)
 def sharded(request: pytest.FixtureRequest, run_of: Callable[[str], Path]) -> tuple[Kind, Path]:
     return KINDS[request.param], run_of(request.param) / f"checkpoint-{STEPS}"
 
