@@ -136,6 +136,8 @@ class Cache(Sequence[Example]):
 
     def count_cut_tokens(self) -> npt.NDArray[np.int64]:
         """Count the tokens that model_max_length cut from each example's source and target."""
+        if self.corruption is not None:  # nothing of a raw text is cut; source_start is where a window begins in it
+            return np.zeros(len(self), int)
         pairs = ("source_start", "system_end"), ("answer_end", "target_end"), ("rejected_answer_end", "rejected_end")
         return sum(
             (self._read_column(one) - self._read_column(other) for one, other in pairs), np.zeros(len(self), int)

@@ -15,6 +15,7 @@ from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.data.cache import open_cache
 from t5tune.errors import DataError, SettingsError
+from t5tune.progress import Event, Note
 from t5tune.settings import InspectSettings, PrepareSettings, TrainSettings, write_settings
 from tests.support.command_line import t5tune_in_fork
 
@@ -124,6 +125,17 @@ def test_a_choice_without_a_matching_example_is_reported(tmp_path: Path) -> None
         assert done.code == 0
         assert f"none of its examples (1) {what}" in " ".join(done.stderr.split())
         assert t5tune_in_fork("inspect", whole, flag, "--json").stdout == ""
+
+
+def test_no_window_of_a_raw_text_is_shown_as_truncated(tmp_path: Path) -> None:
+    data, made = tmp_path / "data.txt", tmp_path / "cache"
+    data.write_text("lamp and table " * 200, encoding="utf-8")
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": made, "model_max_length": 64}
+    assert prepare(PrepareSettings(**values, objective="span-corruption")).examples > 1
+    events: list[Event] = []
+    assert not inspect(InspectSettings(cache=made, worst_cut=True), events.append).examples
+    (note,) = [event.text for event in events if isinstance(event, Note)]
+    assert note.startswith(f"{made}: none of its examples (")
 
 
 def test_the_histograms_count_every_example(cache: Path) -> None:
