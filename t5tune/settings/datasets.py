@@ -22,10 +22,11 @@ from t5tune.file_names import (
     TEXT_SUFFIXES,
     TRAINING_DATA_FILE,
 )
-from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, exists, read_data
+from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, exists, read_data
 from t5tune.settings.reading import (
     NOT_OF_PREFERENCES,
     NOT_OF_RAW_TEXT,
+    PAIR_FORMATS,
     PREFERENCE_OBJECTIVES,
     ConversationSettings,
     ReadingSettings,
@@ -39,7 +40,7 @@ NOT_OF_A_DATASET = {"data", "data_path", "mixing", "mixing_temperature", "mixing
 COLUMNS = {"source_column", "target_column", "rejected_column"}
 RESERVED_NAMES = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
 MAX_NAME_LENGTH = 64
-Model = TypeVar("Model", bound=Settings)
+Model = TypeVar("Model", bound=ReadingSettings)
 _WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
 _PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
 _STORED = re.compile(r"(^|\.)records-[0-9a-f]{12}$")  # see io/records_in_memory.py
@@ -97,22 +98,25 @@ def complete_dataset(settings: Model, dataset: DatasetSettings, **changes: Any) 
     """
     fields = type(settings).model_fields
     given = {name: value for name, value in dataset.list_given().items() if name in fields}
-    names = settings.model_fields_set - {*NOT_OF_A_DATASET, *_list_unsuitable(given)}
+    unsuitable = _list_unsuitable(given, settings.data_format)
+    names = settings.model_fields_set - {*NOT_OF_A_DATASET, *unsuitable}
     values = {name: getattr(settings, name) for name in names} | given
     return type(settings)(**{**values, "data_path": dataset.path, **changes})
 
 
-def _list_unsuitable(given: Mapping[str, Any]) -> set[str]:
-    """List the settings that a dataset's own ones rule out."""
+def _list_unsuitable(given: Mapping[str, Any], data_format: str) -> set[str]:
+    """List the settings that a dataset's own ones rule out; `data_format` is that of the whole command."""
     names = set[str]()
     if given.get("objective") == "span-corruption":
         names |= {"source_prefix", "target_column", "rejected_column", "data_format", *NOT_OF_RAW_TEXT}
     elif "objective" in given:
         names |= {"denoisers", *(NOT_OF_PREFERENCES if given["objective"] in PREFERENCE_OBJECTIVES else ())}
-    if given.get("data_format") not in (None, "auto", "source-target"):
+    if given.get("data_format") not in (None, *PAIR_FORMATS):
         names |= {"source_prefix", *COLUMNS}
     if COLUMNS & given.keys():  # who names one column describes the whole layout
         names |= {"data_format", *COLUMNS}
+    if given.get("source_prefix") and data_format not in PAIR_FORMATS:
+        names.add("data_format")
     return names - given.keys()
 
 

@@ -15,6 +15,8 @@ NOT_OF_PREFERENCES = {"train_on", "split_long"}
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
 """Settings that choose or cut answers, of which raw text has none."""
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
+PAIR_FORMATS = ("auto", "source-target")
+"""Values of data_format with which data can have named columns and a source_prefix."""
 
 
 class ConversationSettings(Settings):
@@ -127,7 +129,7 @@ class ReadingSettings(Settings):
         if not self.is_complete:
             return self
         for name in ("source_column", "target_column", "rejected_column", "source_prefix"):
-            if (value := getattr(self, name)) and self.data_format not in ("auto", "source-target"):
+            if (value := getattr(self, name)) and self.data_format not in PAIR_FORMATS:
                 raise ValueError(f"{name}: {value!r:.80}, but data_format {self.data_format} doesn't use it")
         return self
 

@@ -145,6 +145,15 @@ def test_settings_of_the_command_apply_to_a_dataset_unless_they_do_not_suit_it()
     assert [complete_dataset(raw, dataset).denoisers for dataset in raw.data] == [["ul2-s"], ["t5"]]
 
 
+@pytest.mark.parametrize(("given", "expected"), [("openai", "auto"), ("source-target", "source-target")])
+def test_the_prefix_of_a_dataset_rules_out_the_formats_that_take_none(given: str, expected: str) -> None:
+    prefixed, bare = {"path": "a", "source_prefix": "x: "}, {"path": "b", "source_prefix": ""}
+    settings = TrainSettings(**NEEDED, data_format=given, data=[prefixed, bare])
+    assert settings.data is not None
+    found = [complete_dataset(settings, dataset) for dataset in settings.data]
+    assert [(each.source_prefix, each.data_format) for each in found] == [("x: ", expected), ("", given)]
+
+
 def test_data_of_a_flag_takes_the_place_of_that_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model_name_or_path: pocket\noutput_dir: run\ndata: [a:2, b]\neval_data: [c]\n")
