@@ -212,9 +212,12 @@ def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
     none is both trained on and held out.
 
     Args:
-        prefix: what was prepended to the first one, and doesn't count.
+        prefix: what was prepended to the source, and doesn't count.
     """
-    turns = [(str(turn.role), turn.text.removeprefix(prefix)) for turn in conversation.turns]
+    turns = [
+        (str(turn.role), turn.text.removeprefix(prefix) if turn.role == "human" else turn.text)
+        for turn in conversation.turns
+    ]
     if conversation.rejected is None:
         return _hash_texts([conversation.system, *turns], 16)
     question = [conversation.system, *turns[:-1]]

@@ -99,6 +99,14 @@ def test_dedupe_rejects_conversations_with_the_same_texts(
     assert "data.jsonl:1" in line["message"]
 
 
+def test_an_answer_that_begins_with_the_prefix_is_no_duplicate_of_the_one_without_it(
+    prepared: Callable[..., tuple[PrepareResult, Cache]],
+) -> None:
+    records = [{"source": "a", "target": target} for target in ("Q: b", "b", "Q: b")]
+    result, cache = prepared(*records, dedupe="exact", source_prefix="Q: ")
+    assert (decode_targets(cache), result.rejected) == (["Q: b", "b"], 1)
+
+
 def test_split_long_splits_a_conversation_into_parts_that_fit(
     prepared: Callable[..., tuple[PrepareResult, Cache]],
 ) -> None:
