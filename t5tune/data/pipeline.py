@@ -47,7 +47,7 @@ class EncodedRecord:
 
     Args:
         parts: the conversation's ids and spans; more than one if it was split.
-        key: hash of the conversation's texts.
+        key: hash of the conversation's texts, and of what is learned of them.
         repairs: counts of what was repaired or left out, by kind.
         unknown: number of unknown tokens.
         dropped: counts of examples that were left out, by reason.
@@ -206,10 +206,10 @@ def read_conversation(record: RawRecord, reading: ReadingSettings, encoder: Enco
 
 
 def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
-    """Return 16 bytes that are equal for conversations with the same texts.
+    """Return 16 bytes that are equal for conversations with the same texts, of which the same turns are learned.
 
-    The first 8 decide whether a conversation is held out. Of preference pairs, they are those of the question, so that
-    none is both trained on and held out.
+    The first 8 decide whether a conversation is held out. They say nothing about what is learned, so that no text is
+    both trained on and held out. Of preference pairs, they are those of the question for the same reason.
 
     Args:
         prefix: what was prepended to the source, and doesn't count.
@@ -219,7 +219,10 @@ def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
         for turn in conversation.turns
     ]
     if conversation.rejected is None:
-        return _hash_texts([conversation.system, *turns], 16)
+        texts = [conversation.system, *turns]
+        key = _hash_texts(texts, 16)
+        unlearned = [number for number, turn in enumerate(conversation.turns) if not turn.learned]
+        return key[:8] + _hash_texts([*texts, *unlearned], 8) if unlearned else key
     question = [conversation.system, *turns[:-1]]
     return _hash_texts(question, 8) + _hash_texts([*question, turns[-1], ("rejected", conversation.rejected)], 8)
 

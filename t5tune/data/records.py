@@ -38,7 +38,7 @@ REJECTION_REASONS = {
     "other_question": "a chosen and a rejected answer to different questions",
     LABELED_BAD: "an answer labeled bad (label: false, kto_tag: false), which supervised training doesn't learn",
     "long_word": "more than 100,000 characters that the tokenizer can't divide",
-    "duplicate": "the same texts as an earlier conversation (dedupe)",
+    "duplicate": "the same texts as an earlier conversation, of which the same turns are learned (dedupe)",
 }
 DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse_json`

@@ -26,7 +26,7 @@ class CacheWriter:
 
     Args:
         num_rows: rows of the base's embedding; determines the width of an id.
-        rejects_duplicates: whether a conversation with the same texts as an earlier one is rejected.
+        rejects_duplicates: whether a conversation with the key of an earlier one is rejected.
     """
 
     def __init__(self, folder: Path, num_rows: int, rejects_duplicates: bool) -> None:

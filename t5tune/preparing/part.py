@@ -33,7 +33,7 @@ from t5tune.io.untrusted import parse_json_object
 
 PART_FORMAT = 1
 RECORD_DTYPE = np.dtype([
-    ("key", "<u8", (2,)),  # hash of the texts
+    ("key", "<u8", (2,)),  # hash of the texts, and of what is learned of them
     ("line", "<u8"),  # within the segment, from 1
     ("offset", "<u8"), ("size", "<u8"),  # in bytes; the offset is that in the file
     ("details", "<u8"),  # offset of its line in details.bin, plus 1; 0 if it has none

@@ -99,6 +99,26 @@ def test_dedupe_rejects_conversations_with_the_same_texts(
     assert "data.jsonl:1" in line["message"]
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_conversation_is_no_duplicate_of_one_whose_other_answers_are_learned(tmp_path: Path, shards: int) -> None:
+    def chat(*weights: int) -> dict[str, Any]:
+        one, two = ({"role": "assistant", "content": text, "weight": n} for text, n in zip("ab", weights, strict=True))
+        question = {"role": "user", "content": "Hi"}
+        return {"messages": [question, one, question, two]}
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, [chat(1, 0), chat(0, 1), chat(1, 0), chat(0, 1), record("Hi", "c")])))
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
+    for number in range(shards):
+        shard = {"shard": f"{number}/{shards}"} if shards > 1 else {}
+        prepare(PrepareSettings(**values, dedupe="exact", num_workers=1, **shard))
+    cache = open_cache(tmp_path / "cache")
+    assert decode_targets(cache) == ["a", "b", "c"]
+    assert cache.manifest["rejected_by_reason"] == {"duplicate": 2}
+    keys = cache.read_keys()  # which decide what is held out
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_an_answer_that_begins_with_the_prefix_is_no_duplicate_of_the_one_without_it(
     prepared: Callable[..., tuple[PrepareResult, Cache]],
 ) -> None:
