@@ -56,12 +56,18 @@ class Turn:
 
 
 class RecordTurn(NamedTuple):
-    """A turn as it is in the record, before turns are merged and checked. `place` names it in messages: `turn 2`."""
+    """A turn as it is in the record, before its text is repaired, and turns are merged and checked.
+
+    Args:
+        place: names it in messages: `turn 2`.
+        prefix: what is prepended to the text; it isn't cleaned.
+    """
 
     speaker: Speaker
     text: str
     place: str
     learned: bool = True
+    prefix: str = ""
 
 
 RecordTurns = list[RecordTurn]
@@ -251,10 +257,9 @@ def _merge_turns(
     system: str | None = None
     system_place: str | None = None
     turns: list[tuple[Role, list[str], set[bool]]] = []
-    for speaker, said, place, learned in entries:
-        text = normalize_text(said, repairs)
-        if reading.clean:
-            text = clean(text, repairs)
+    for entry in entries:
+        speaker, place = entry.speaker, entry.place
+        text = _repair_text(entry, reading, repairs)
         if speaker == "system":
             if system_place is not None:
                 problem = f"{place}: a second system message, after that of {system_place}"
@@ -268,14 +273,20 @@ def _merge_turns(
             if not reading.merge_same_role:
                 raise RejectionError("same_role_twice", f"{place}: two {speaker} turns in a row")
             turns[-1][1].append(text)
-            turns[-1][2].add(learned)
+            turns[-1][2].add(entry.learned)
             repairs["merged_same_role_turns"] += 1
         else:
-            turns.append((speaker, [text], {learned}))
+            turns.append((speaker, [text], {entry.learned}))
     if turns and turns[-1][0] == "human":
         repairs["trailing_human_turns"] += 1
         turns.pop()
     return system, turns
+
+
+def _repair_text(turn: RecordTurn, reading: ReadingSettings, repairs: Counter[str]) -> str:
+    """Repair a turn's text. Only what was said is cleaned: HTML is recognized by the tag that it begins with."""
+    prefix, said = normalize_text(turn.prefix, repairs), normalize_text(turn.text, repairs)
+    return prefix + (clean(said, repairs) if reading.clean else said)
 
 
 def _count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:
@@ -466,7 +477,8 @@ def _parse_pair(
         if reading.source_prefix:
             raise RejectionError("not_text", f"{source}: a list of turns, to which source_prefix can't be prepended")
         return {source, target}, [*_parse_turns(source, value[source], repairs), answer]
-    return {source, target}, [_parse_text_turn("human", source, value[source], reading.source_prefix), answer]
+    question = _parse_text_turn("human", source, value[source])
+    return {source, target}, [question._replace(prefix=reading.source_prefix), answer]
 
 
 def _has_turns(value: Any) -> bool:
@@ -492,8 +504,8 @@ def _has_parts(content: Any) -> bool:
     return isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
 
 
-def _parse_text_turn(role: Role, place: str, content: Any, prefix: str = "") -> RecordTurn:
-    return RecordTurn(role, prefix + _parse_text(place, content), place)
+def _parse_text_turn(role: Role, place: str, content: Any) -> RecordTurn:
+    return RecordTurn(role, _parse_text(place, content), place)
 
 
 def _parse_text(where: str, content: Any) -> str:

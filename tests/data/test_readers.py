@@ -799,6 +799,16 @@ def test_clean_removes_html_and_backslashes_but_keeps_code(tmp_path: Path) -> No
     assert record.repairs == {"html_turns": 1, "markdown_escapes": 1}
 
 
+@pytest.mark.parametrize("prefix", ["", "<b>&amp;: "])
+def test_clean_repairs_a_source_before_the_prefix_is_prepended(tmp_path: Path, prefix: str) -> None:
+    html = "<p>Hello <b>big</b> world</p><p>A &amp; B</p>"
+    value = {"source": html, "target": html}
+    record = read_conversation(tmp_path / "data.jsonl", value, clean=True, source_prefix=prefix)
+    text = "Hello **big** world\n\nA & B"
+    assert list_turns(record) == [("human", prefix + text), ("assistant", text)]
+    assert record.repairs == {"html_turns": 2}
+
+
 def test_text_with_angle_brackets_is_not_taken_as_html(tmp_path: Path) -> None:
     text = "if a < b and b > c: print(<x>) # std::vector<int> & more"
     record = read_conversation(tmp_path / "data.jsonl", {"source": text, "target": text}, clean=True)
