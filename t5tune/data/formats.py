@@ -28,10 +28,11 @@ from t5tune.settings.reading import ReadingSettings
 Role = Literal["human", "assistant"]
 Speaker = Literal["system", "human", "assistant"]
 
+CALLING_ROLE = "function_call"  # ShareGPT's, whose text is a tool call
 ROLES: dict[Speaker, tuple[str, ...]] = {
     "system": ("system", "developer"),
     "human": ("human", "user", "tool", "function", "observation"),
-    "assistant": ("gpt", "assistant", "model", "chatgpt", "bing", "bard", "function_call"),
+    "assistant": ("gpt", "assistant", "model", "chatgpt", "bing", "bard", CALLING_ROLE),
 }
 SPEAKERS = {role: speaker for speaker, roles in ROLES.items() for role in roles}
 TURN_KEYS = (("from", "value"), ("role", "content"))
@@ -61,6 +62,7 @@ class RecordTurn(NamedTuple):
     Args:
         place: names it in messages: `turn 2`.
         prefix: what is prepended to the text; it isn't cleaned.
+        calls: the tool calls that follow the text, as JSON; they aren't cleaned either.
     """
 
     speaker: Speaker
@@ -68,6 +70,7 @@ class RecordTurn(NamedTuple):
     place: str
     learned: bool = True
     prefix: str = ""
+    calls: str = ""
 
 
 RecordTurns = list[RecordTurn]
@@ -285,8 +288,10 @@ def _merge_turns(
 
 def _repair_text(turn: RecordTurn, reading: ReadingSettings, repairs: Counter[str]) -> str:
     """Repair a turn's text. Only what was said is cleaned: HTML is recognized by the tag that it begins with."""
-    prefix, said = normalize_text(turn.prefix, repairs), normalize_text(turn.text, repairs)
-    return prefix + (clean(said, repairs) if reading.clean else said)
+    prefix, said, calls = (normalize_text(text, repairs) for text in (turn.prefix, turn.text, turn.calls))
+    if reading.clean:
+        said = clean(said, repairs)
+    return prefix + "\n".join(filter(None, (said, calls)))
 
 
 def _count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:
@@ -354,7 +359,7 @@ def _parse_chosen(
     if not any(entry.speaker == "human" for entry in answer):
         return prompt_keys | {"chosen"}, question + answer
     # if the list contains the question, the record's own question was used too, not ignored
-    asked, answered = ({(turn.speaker, turn.text, turn.learned) for turn in turns} for turns in (question, answer))
+    asked, answered = ({turn._replace(place="") for turn in turns} for turns in (question, answer))
     return {"chosen"} | (prompt_keys if asked <= answered else set()), answer
 
 
@@ -391,11 +396,12 @@ def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
             used.add(weight[0])
     if len(item) > len(names):
         _count_ignored("turn_field", item, used, repairs)
-    texts = [] if calls and said in EMPTY_VALUES else [_parse_text(where, said)]
+    text = "" if calls and said in EMPTY_VALUES else _parse_text(where, said)
     if calls:
         repairs["tool_calls_as_text"] += 1
-        texts.append(join_tool_calls(calls))
-    return RecordTurn(role, "\n".join(texts), where, learned)
+    elif speaker.strip().lower() == CALLING_ROLE:  # its text is a call in the form that others are converted to
+        text, calls = "", [text]
+    return RecordTurn(role, text, where, learned, calls=join_tool_calls(calls) if calls else "")
 
 
 def _is_learned(where: str, key: str, weight: float, repairs: Counter[str]) -> bool:

@@ -809,6 +809,23 @@ def test_clean_repairs_a_source_before_the_prefix_is_prepended(tmp_path: Path, p
     assert record.repairs == {"html_turns": 2}
 
 
+def test_clean_repairs_what_was_said_and_not_the_tool_calls_after_it(tmp_path: Path) -> None:
+    arguments = {"body": "say &quot;hi&quot;  there", "x": "a <b>bold</b> \\_ end"}
+    call = json.dumps({"name": "send", "arguments": arguments})
+    calling = {"tool_calls": [{"function": {"name": "send", "arguments": arguments}}]}
+    part = {"type": "tool_call", "value": call}
+    messages: list[tuple[dict[str, Any], str]] = [
+        ({"role": "assistant", "content": None, **calling}, call),
+        ({"role": "assistant", "content": "<p>Let me &amp; see.</p>", **calling}, f"Let me & see.\n{call}"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "A &amp; B"}, part]}, f"A & B\n{call}"),
+        ({"role": "assistant", "content": "<p></p>", **calling}, call),
+        ({"from": "function_call", "value": call}, call),
+    ]
+    for message, target in messages:
+        record = read_conversation(tmp_path / "data.jsonl", {"messages": [HI, message]}, clean=True)
+        assert record.turns[1].text == target
+
+
 def test_text_with_angle_brackets_is_not_taken_as_html(tmp_path: Path) -> None:
     text = "if a < b and b > c: print(<x>) # std::vector<int> & more"
     record = read_conversation(tmp_path / "data.jsonl", {"source": text, "target": text}, clean=True)
