@@ -154,7 +154,7 @@ def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: Rea
         raise RejectionError("zero_weight", f"every assistant turn has weight 0, so there is nothing to learn ({name})")
     has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
     counts = {kind: count for kind, count in sorted(repairs.items()) if count}
-    is_pair = _is_pair(name, value) and len(merged_turns) == 2
+    is_pair = _is_pair(name, value, reading) and len(merged_turns) == 2
     if is_pair and not merged_turns[0].text.removeprefix(reading.source_prefix if has_prefix else "").strip():
         raise RejectionError("no_source", f"no text to answer ({name})")
     return Conversation(location, system or None, merged_turns, counts, has_prefix, is_pair)
@@ -241,10 +241,10 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
     return Conversation(location, None, (Turn("assistant", text),), counts, is_raw_text=True)
 
 
-def _is_pair(format_name: str, value: dict[str, Any]) -> bool:
+def _is_pair(format_name: str, value: dict[str, Any], reading: ReadingSettings) -> bool:
     """Whether a record of a format is a pair of texts: TRL's standard format, which no chat template is applied to."""
     if format_name in ("columns", "source-target"):
-        return True
+        return not _has_turns(value[reading.source_column or "source"])
     turns = (value.get(key) for key in ("conversations", "messages", "prompt", "completion", "chosen", "history"))
     return not any(isinstance(item, list | dict) and item for item in turns)
 

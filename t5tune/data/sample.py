@@ -81,8 +81,6 @@ def _has_only_pairs(sample: list[RawRecord], files: list[Path], settings: DataSe
     Raises:
         DataError: an array element is not valid JSON.
     """
-    if settings.source_column or settings.target_column:
-        return True  # records without these columns are rejected
     has_pairs = False
     firsts = chain.from_iterable(_parse_first(file, settings) for file in files if file != STDIN)
     for conversation in chain(_parse_usable(sample, settings), firsts):

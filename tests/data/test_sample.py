@@ -72,6 +72,9 @@ CONVERSATIONS: dict[str, Any] = {
     "alpaca with history": {"instruction": "Hi", "output": "Yes", "history": [["A", "B"]]},
     "prompt/completion of messages": {"prompt": [HI], "completion": [YES]},
     "a pair of conversations": {"chosen": [HI, YES], "rejected": [HI, YES]},
+    "source/target with turns": {"source": [HI, YES, HI], "target": "Yes"},
+    "columns with turns": {"q": [HI, YES, HI], "a": "Yes"},
+    "columns with a single turn": {"q": [HI], "a": "Yes"},
 }
 
 
@@ -100,7 +103,9 @@ def test_pairs_get_the_plain_template_with_a_note(untied_base: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_conversations_get_fastchats_template_without_a_note(untied_base: Path, tmp_path: Path, name: str) -> None:
-    assert prepare_template(untied_base, tmp_path, [CONVERSATIONS[name]]) == (load_template("fastchat-t5"), [])
+    columns = {"source_column": "q", "target_column": "a"} if name.startswith("columns") else {}
+    made = prepare_template(untied_base, tmp_path, [CONVERSATIONS[name]], **columns)
+    assert made == (load_template("fastchat-t5"), [])
 
 
 def test_a_given_template_and_that_of_the_base_are_used_for_pairs(untied_base: Path, tmp_path: Path) -> None:
