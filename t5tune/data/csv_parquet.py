@@ -102,7 +102,7 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
                 if size > max_bytes:
                     yield make_too_long_record(location, _read_beginning(row), size, max_bytes)
                 else:
-                    yield RawRecord(location, row, size)
+                    yield RawRecord(location, row, size, has_filled_keys=True)
     except DataError:
         raise
     except Exception as error:  # pyarrow raises its own exceptions and many of Python's

@@ -35,6 +35,7 @@ REPAIRS = {
     "last_answers_replaced_by_chosen": ("last answer replaced by chosen", "last answers replaced by chosen"),
     "split_conversations": ("conversation split", "conversations split"),
     "tool_calls_as_text": ("turn with tool calls as text", "turns with tool calls as text"),
+    "null_arguments_left_out": ("null argument of tool calls left out", "null arguments of tool calls left out"),
     "weights_taken_as_1": ("weight taken as 1", "weights taken as 1"),
     "html_turns": ("turn converted from HTML", "turns converted from HTML"),
     "html_turns_left_alone": ("turn of HTML that can't be converted", "turns of HTML that can't be converted"),

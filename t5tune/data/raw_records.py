@@ -19,6 +19,7 @@ from t5tune.data.records import (
     check_characters,
     parse_json,
 )
+from t5tune.data.tool_calls import drop_null_arguments
 from t5tune.data.wrapped_records import suggest_unwrapping_text
 from t5tune.errors import DataError
 from t5tune.settings.reading import ReadingSettings
@@ -37,6 +38,7 @@ class RawRecord:
             empty if `parsed` takes its place.
         size: approximate size in bytes; 0 if the record is too long.
         is_enclosed: whether it is an element of a JSON array, or a value of a JSON object of records.
+        has_filled_keys: whether it is of a table (Parquet, Arrow) that gives each object the keys of all others.
         repairs: (kind, count) of what the reader repaired.
         parsed: the record's conversation or its rejection; None if it isn't parsed yet.
     """
@@ -45,6 +47,7 @@ class RawRecord:
     data: bytes | str | dict[str, Any] | list[str]
     size: int
     is_enclosed: bool = False
+    has_filled_keys: bool = False
     repairs: tuple[tuple[str, int], ...] = ()
     parsed: Conversation | Rejection | None = None
 
@@ -70,13 +73,15 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
     """
     if record.parsed is not None:
         return record.parsed
-    data, location = record.data, record.location
+    data, location, repairs = record.data, record.location, Counter(dict(record.repairs))
     try:
         value = parse_json(data) if isinstance(data, bytes) else data
         if location.key is not None and isinstance(value, dict):
             value = {"id": location.key, **value}
         if not isinstance(data, bytes) or location.key is not None or can_contain_forbidden(data):
             check_characters(value)
+        if record.has_filled_keys:
+            value = drop_null_arguments(value, repairs)
         conversation = parse_conversation(value, location, reading)
     except RejectionError as error:
         reason = error.rejection.reason
@@ -87,6 +92,6 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
             where = re.sub(r"U\+DC([89A-F][0-9A-F])", r"the byte 0x\1", str(error))
             return Rejection("invalid_utf8", f"a cell with bytes that are not UTF-8 ({where})")
         return error.rejection
-    if not record.repairs:
+    if not repairs:
         return conversation
-    return replace(conversation, repairs=Counter(conversation.repairs) + Counter(dict(record.repairs)))
+    return replace(conversation, repairs=Counter(conversation.repairs) + repairs)

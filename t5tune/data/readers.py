@@ -21,6 +21,7 @@ from t5tune.data.raw_text import read_text
 from t5tune.data.records import DEPTH_STEPS, RecordLocation, RejectionError, iterate_depths, parse_json
 from t5tune.errors import DataError
 from t5tune.file_names import JSON_SUFFIXES, TEXT_SUFFIXES
+from t5tune.io.records_in_memory import is_stored_table
 
 Form = Literal["array", "object", "lines", "values"]
 
@@ -73,6 +74,7 @@ class JsonReader:
         self.in_string = False
         self.closing = b""  # the bracket that ends the array or the object of records; empty if there is none
         self.repairs: tuple[tuple[str, int], ...] = ()
+        self.has_filled_keys = is_stored_table(path)
 
     def iterate_records(self) -> Iterator[RawRecord]:
         """Yield the file's records."""
@@ -242,7 +244,7 @@ class JsonReader:
             data, repairs = data[len(BOM) :], (("byte_order_mark", 1),)
         if key is not None:
             repairs += ((KEYED_RECORDS, 1),)
-        return RawRecord(location, data, size, bool(self.closing), repairs)
+        return RawRecord(location, data, size, bool(self.closing), self.has_filled_keys, repairs)
 
     def _consume(self) -> bytes:
         """Return the bytes from `start` to `scan`, and continue after them."""

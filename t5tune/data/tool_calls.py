@@ -7,6 +7,7 @@ read_tool_call_part({"type": "tool_call", "value": '{"name": "add", "arguments":
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 from t5tune.data.records import RejectionError, parse_json
@@ -39,6 +40,31 @@ def read_tool_call_part(part: dict[str, Any], where: str) -> list[str]:
             problem = f"{where}: a content part of type {part['type']!r} whose value is not JSON"
             raise RejectionError("bad_turn", problem) from None
     return _format_calls(given, where)
+
+
+def drop_null_arguments(value: Any, repairs: Counter[str]) -> Any:
+    """Return a record of a table without the null arguments of its tool calls, and count these.
+
+    The table gives a call the arguments of all other calls. A null that the call had itself can't be told from them.
+    """
+    if isinstance(value, list):
+        return [drop_null_arguments(item, repairs) for item in value]
+    if not isinstance(value, dict):
+        return value
+    is_call = "name" in value and isinstance(value.get("arguments"), dict)
+    drop = {"arguments": _drop_nulls} if is_call else {}
+    return {key: drop.get(key, drop_null_arguments)(item, repairs) for key, item in value.items()}
+
+
+def _drop_nulls(value: Any, repairs: Counter[str]) -> Any:
+    if isinstance(value, list):
+        return [_drop_nulls(item, repairs) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _drop_nulls(item, repairs) for key, item in value.items() if item is not None}
+    if num_nulls := len(value) - len(kept):
+        repairs["null_arguments_left_out"] += num_nulls
+    return kept
 
 
 def join_tool_calls(calls: list[str]) -> str:

@@ -4,6 +4,9 @@
 
 All code reads data from files, which messages can name with a line. So the records are written to one, whose name is
 the hash of its content: the same records are the same file, by which a run that is resumed recognizes its data.
+
+An Arrow table gives each object the keys of all others, with null for what it doesn't have. Where tool calls have such
+arguments, the file is called records-….table.jsonl, so that its reader can leave these nulls out, and count them.
 """
 
 import atexit
@@ -29,7 +32,9 @@ FOLDER_PREFIX = "t5tune-records-"
 HASH_CHARACTERS = 12
 ROWS_AT_ONCE = 1000
 EXPECTED = "expected a path, or records: a list of dicts, a DataFrame or a datasets.Dataset"
-_STORED = re.compile(rf"{FOLDER_PREFIX}\w+/records-[0-9a-f]{{{HASH_CHARACTERS}}}\.jsonl")
+TABLE_MARK = ".table"
+_STORED = re.compile(rf"{FOLDER_PREFIX}\w+/records-[0-9a-f]{{{HASH_CHARACTERS}}}(?:\{TABLE_MARK})?\.jsonl")
+_STORED_TABLE = re.compile(rf"(?:.+\.)?records-[0-9a-f]{{{HASH_CHARACTERS}}}\{TABLE_MARK}\.jsonl", re.DOTALL)
 
 
 class CallerError(Exception):
@@ -54,16 +59,18 @@ def store_records(data: Any) -> Path:
         CallerError: the iterator that yields the records failed.
         WriteError: the file can't be written.
     """
+    rows, has_filled_keys = _open_rows(data)
     folder = _find_folder()
     written = folder / f"{uuid.uuid4().hex}.jsonl"
     digest = hashlib.sha256()
     try:
         with explain_write_errors(written), open(written, "wb") as file:
-            for number, record in enumerate(_iterate_records(data)):
+            for number, record in enumerate(_iterate_records(data, rows)):
                 line = _write_line(record, number)
                 digest.update(line)
                 file.write(line)
-        return written.replace(folder / f"records-{digest.hexdigest()[:HASH_CHARACTERS]}.jsonl")
+        mark = TABLE_MARK if has_filled_keys else ""
+        return written.replace(folder / f"records-{digest.hexdigest()[:HASH_CHARACTERS]}{mark}.jsonl")
     finally:
         written.unlink(missing_ok=True)
 
@@ -71,6 +78,11 @@ def store_records(data: Any) -> Path:
 def is_stored(path: Path) -> bool:
     """Whether `store_records` wrote this file, in this process or in another one; it need not exist anymore."""
     return _STORED.fullmatch("/".join(path.parts[-2:])) is not None
+
+
+def is_stored_table(path: Path) -> bool:
+    """Whether `store_records` wrote this file, or the one that it is kept as, and tool calls have filled-in nulls."""
+    return _STORED_TABLE.fullmatch(path.name) is not None
 
 
 def find_kept_path(path: str, folder: Path) -> Path | None:
@@ -106,14 +118,9 @@ def _make_folder() -> Path:
     return folder
 
 
-def _iterate_records(data: Any) -> Iterator[Mapping[str, Any]]:
-    if isinstance(data, Mapping):
-        raise ValueError(f"a {type(data).__name__}; {EXPECTED}; {_suggest_records(data)}")
-    if not isinstance(data, Iterable) and not hasattr(data, "__arrow_c_stream__"):
-        collect = "; call its collect() first" if hasattr(data, "collect") else ""
-        raise ValueError(f"of type {type(data).__name__}; {EXPECTED}{collect}")
+def _iterate_records(data: Any, rows: Iterator[Any]) -> Iterator[Mapping[str, Any]]:
     number = -1
-    for number, item in enumerate(_pass_errors(_iterate_rows(data))):
+    for number, item in enumerate(_pass_errors(rows)):
         record = dataclasses.asdict(item) if dataclasses.is_dataclass(item) and not isinstance(item, type) else item
         record = record.model_dump() if hasattr(record, "model_dump") else record  # pydantic
         if not isinstance(record, Mapping):
@@ -138,16 +145,27 @@ def _pass_errors(rows: Iterator[Any]) -> Iterator[Any]:
         raise CallerError from error
 
 
-def _iterate_rows(data: Any) -> Iterator[Any]:
+def _open_rows(data: Any) -> tuple[Iterator[Any], bool]:
+    """Return the rows, and whether they are of an Arrow table that has the arguments of tool calls as objects.
+
+    Raises:
+        ValueError: the data isn't records.
+    """
+    if isinstance(data, Mapping):
+        raise ValueError(f"a {type(data).__name__}; {EXPECTED}; {_suggest_records(data)}")
+    if not isinstance(data, Iterable) and not hasattr(data, "__arrow_c_stream__"):
+        collect = "; call its collect() first" if hasattr(data, "collect") else ""
+        raise ValueError(f"of type {type(data).__name__}; {EXPECTED}{collect}")
     is_pandas = type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns")
     if not is_pandas and not hasattr(data, "__arrow_c_stream__"):
-        return iter(data)
+        schema = getattr(getattr(data, "features", None), "arrow_schema", None)  # of a datasets.Dataset
+        return iter(data), schema is not None and _has_call_arguments(schema)
     if is_pandas:
         _check_column_names([*data.columns])
         parts = (data.iloc[start : start + ROWS_AT_ONCE] for start in range(0, len(data), ROWS_AT_ONCE))
         # a missing value is NaN, NaT or NA, which only columns of objects can replace
         tables = (part.astype(object).where(part.notna(), None).to_dict("records") for part in parts)
-        return (row for table in tables for row in table)
+        return (row for table in tables for row in table), False
     import pyarrow  # which takes time to import
 
     try:
@@ -156,7 +174,11 @@ def _iterate_rows(data: Any) -> Iterator[Any]:
         raise ValueError(f"of type {type(data).__name__}; {EXPECTED}") from None
     _check_column_names(batches.schema.names)
     slices = (batch.slice(start, ROWS_AT_ONCE) for batch in batches for start in range(0, len(batch), ROWS_AT_ONCE))
-    return (row for part in slices for row in part.to_pylist())
+    return (row for part in slices for row in part.to_pylist()), _has_call_arguments(batches.schema)
+
+
+def _has_call_arguments(schema: Any) -> bool:
+    return any("arguments: struct<" in str(kind) for kind in schema.types)
 
 
 def _check_column_names(names: list[Any]) -> None:

@@ -43,7 +43,7 @@ MAX_NAME_LENGTH = 64
 Model = TypeVar("Model", bound=ReadingSettings)
 _WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
 _PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
-_STORED = re.compile(r"(^|\.)records-[0-9a-f]{12}$")  # see io/records_in_memory.py
+_STORED = re.compile(r"(^|\.)records-[0-9a-f]{12}(\.table)?$")  # see io/records_in_memory.py
 _NOT_IN_NAME = re.compile("[^A-Za-z0-9._-]+")
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 

@@ -7,12 +7,15 @@ import gzip
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from hypothesis import given, settings
@@ -32,6 +35,7 @@ from t5tune.data.records import (
     parse_json,
 )
 from t5tune.errors import DataError
+from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.reading import ReadingSettings
 
 if sys.version_info >= (3, 14):
@@ -688,6 +692,57 @@ def test_openai_tool_calls_become_the_json_of_function_call_turns(tmp_path: Path
             tmp_path, {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": nothing}]}
         )
         assert rejected.reason == "not_text"
+
+
+CALL_ARGUMENTS: list[Any] = [
+    {"a": 1},
+    {"to": "x", "near": {"city": "Bonn"}},
+    {},
+    {"near": {"zip": 5}, "stops": [{"m": 1}, {"n": 2}]},
+]
+
+
+def make_call(arguments: Any) -> dict[str, Any]:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{**HI, "tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+
+def store_parquet(records: list[Any], folder: Path) -> str:
+    parquet.write_table(pyarrow.Table.from_pylist(records), folder / "calls.parquet")
+    return str(folder / "calls.parquet")
+
+
+TABLES: dict[str, Callable[[list[Any], Path], Any]] = {
+    "Parquet": store_parquet,
+    "Arrow table": lambda records, folder: pyarrow.Table.from_pylist(records),
+    "Dataset": lambda records, folder: datasets.Dataset.from_list(records),
+    "streamed Dataset": lambda records, folder: datasets.Dataset.from_list(records).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_tool_calls_of_a_table_do_not_get_each_others_arguments(tmp_path: Path, kind: str) -> None:
+    data = TABLES[kind]([make_call(arguments) for arguments in CALL_ARGUMENTS], tmp_path)
+    (path,) = DatasetSettings(path=data).path
+    records = [record for record in read(Path(path)) if isinstance(record, Conversation)]
+    assert [json.loads(record.turns[1].text)["arguments"] for record in records] == CALL_ARGUMENTS
+    # each of a, to, near, stops that a call lacks, and one of the two keys of near, m, n
+    left_out = [record.repairs["null_arguments_left_out"] for record in records]
+    assert left_out == [3, 3, 4, 5]
+    kept = tmp_path / f"run.{Path(path).name}"  # where train keeps records that were in memory
+    shutil.copy(path, kept)
+    assert read(kept) == [replace(record, location=replace(record.location, file=str(kept))) for record in records]
+
+
+def test_null_arguments_that_are_not_of_a_table_are_learned(tmp_path: Path) -> None:
+    records = [make_call({"a": None}), make_call('{"a": null, "b":  1}')]
+    (path,) = DatasetSettings(path=records).path
+    (tmp_path / "calls.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for file in (Path(path), tmp_path / "calls.jsonl", Path(store_parquet(records[1:], tmp_path))):
+        found = [record for record in read(file) if isinstance(record, Conversation)]
+        texts = ['{"name": "f", "arguments": {"a": null}}', '{"name": "f", "arguments": {"a": null, "b":  1}}']
+        assert [record.turns[1].text for record in found] == texts[-len(found) :]
+        assert [record.repairs for record in found] == [{"tool_calls_as_text": 1}] * len(found)
 
 
 def test_columns_can_have_other_names_and_a_prefix(tmp_path: Path) -> None:

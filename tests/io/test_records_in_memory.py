@@ -19,7 +19,8 @@ import pydantic
 import pytest
 
 from t5tune.io import records_in_memory
-from t5tune.io.records_in_memory import CallerError, find_kept_path, is_in_memory, store_records
+from t5tune.io.records_in_memory import CallerError, find_kept_path, is_in_memory, is_stored_table, store_records
+from t5tune.settings.datasets import DatasetSettings, name_datasets
 
 
 @dataclasses.dataclass
@@ -82,6 +83,18 @@ def test_nested_values_survive() -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     for data in ([{"conversations": turns}], pd.DataFrame([{"conversations": turns}])):
         assert read_lines(store_records(data)) == [{"conversations": turns}]
+
+
+def test_a_table_with_the_arguments_of_tool_calls_is_recognized_by_the_name_of_its_file(tmp_path: Path) -> None:
+    calls = [{"call": [{"name": "f", "arguments": {"a": 1}}]}]
+    plain, stored = store_records(calls), store_records(pyarrow.Table.from_pylist(calls))
+    assert plain.read_bytes() == stored.read_bytes()
+    assert (is_stored_table(plain), is_stored_table(stored)) == (False, True)
+    kept = find_kept_path(str(stored), tmp_path / "run")
+    assert kept == tmp_path / f"run.{stored.name}"
+    assert is_stored_table(kept)
+    datasets_of = [DatasetSettings(path=[str(path)]) for path in (stored, kept)]
+    assert name_datasets(datasets_of) == ["records", "records-2"]
 
 
 def test_a_value_that_json_lacks_does_not_become_a_text() -> None:
