@@ -13,13 +13,24 @@ from typing import Any
 from t5tune.checkpoints.training_data import read_training_data, write_training_data
 from t5tune.data.templates import parse_template
 from t5tune.errors import CheckpointError
-from t5tune.file_names import ADDED_TOKENS_FILE, BPE_FILES, SENTENCEPIECE_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from t5tune.file_names import (
+    ADDED_TOKENS_FILE,
+    BPE_FILES,
+    SENTENCEPIECE_FILES,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import check_inside, has_file, read_json_object, resolve_inside
 from t5tune.io.yaml_file import read_yaml
 
 CHAT_TEMPLATE_FILE, CHAT_TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_FILE_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "spiece", *BPE_FILES, CHAT_TEMPLATE_FILE)
+TOKENIZER_FILES = {
+    TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE,
+    *SENTENCEPIECE_FILES, *BPE_FILES,
+}  # fmt: skip
 MAX_TOKENIZER_FILE_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
 MAX_SCANNED_BYTES = 4 << 20  # a thousand added tokens need 200 KB
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
-from t5tune.checkpoints.model_folder import is_trained_file
-from t5tune.checkpoints.tokenizer_files import CHAT_TEMPLATES_FOLDER
+from t5tune.checkpoints.model_folder import PROCESSOR_FILES, TRAINED_FILES, is_trained_file
+from t5tune.checkpoints.tokenizer_files import CHAT_TEMPLATES_FOLDER, TOKENIZER_FILES
 from t5tune.errors import CheckpointError, SettingsError, UploadError
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, MODEL_CARD_FILE
 from t5tune.formatting import format_count, format_size
 from t5tune.hub.names import is_published
 from t5tune.hub.upload import create_repository, upload_files
@@ -31,7 +31,10 @@ WEIGHT_PATTERNS = (
     "adapter_model.*", "non_lora_state.safetensors",
     "model.bin",  # CTranslate2's
 )  # fmt: skip
-VOCABULARY_PATTERNS = ("*vocabulary*.json", "*vocabulary*.txt")  # CTranslate2's
+# CTranslate2's
+VOCABULARY_FILES = {f"{kind}_vocabulary.{end}" for kind in ("shared", "source", "target") for end in ("json", "txt")}
+# not the card, which no program reads
+LOADED_FILES = (TRAINED_FILES - {MODEL_CARD_FILE}).union(TOKENIZER_FILES, PROCESSOR_FILES, VOCABULARY_FILES)
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,25 @@ def upload_folder(folder: Path, name: str, is_private: bool, report: Report, mes
     name = create_repository(name, is_private)
     report(Note(f"uploading {format_count(len(files), 'file')} ({format_size(size)}) to {name}"))
     _report_local_base(folder, report)
-    # with the config of a model, an adapter would not be taken for one
-    configs = {ADAPTER_CONFIG_FILE, CONFIG_FILE}
-    url = upload_files(name, files, message, lambda path: is_weight_file(path) or path in configs, report)
+    url = upload_files(name, files, message, is_loaded_file, report)
     return Uploaded(url, len(files), size)
 
 
 def is_weight_file(name: str) -> bool:
     """Whether a file of this name contains weights, or lists the files that do."""
     return any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def is_loaded_file(path: str) -> bool:
+    """Whether t5tune or another program that loads a model reads a repository's file of this path.
+
+    An old one would be used with a new model that has none. The prefixes of uploaded files aren't asked here: a file
+    such as tokenizer_notes.txt may be the user's own.
+    """
+    folder, _, name = path.rpartition("/")
+    if folder:
+        return folder == CHAT_TEMPLATES_FOLDER and name.endswith(".jinja")
+    return name in LOADED_FILES or is_weight_file(name)
 
 
 def list_uploaded_files(folder: Path) -> Mapping[str, Path]:
@@ -137,8 +150,7 @@ def list_uploaded_files(folder: Path) -> Mapping[str, Path]:
 
 
 def _is_uploaded(name: str) -> bool:
-    is_vocabulary = any(fnmatch(name, pattern) for pattern in VOCABULARY_PATTERNS)
-    return is_trained_file(name) or is_weight_file(name) or is_vocabulary
+    return is_trained_file(name) or is_weight_file(name) or name in VOCABULARY_FILES
 
 
 def _report_local_base(folder: Path, report: Report) -> None:

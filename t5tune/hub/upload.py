@@ -1,7 +1,7 @@
 """Upload files to a repository on the Hugging Face Hub.
 
     name = create_repository("owner/name", is_private=False)
-    url = upload_files(name, {"README.md": folder / "README.md"}, "Upload an adapter", is_weight_file, report)
+    url = upload_files(name, {"README.md": folder / "README.md"}, "Upload an adapter", is_loaded_file, report)
 
 What was uploaded before, also in an upload that was interrupted, isn't sent again. The token is that of `hf auth login`
 or of HF_TOKEN; it is written nowhere.
@@ -12,16 +12,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from t5tune.compat.hub_patches import limit_waiting_for_the_hub
 from t5tune.errors import SettingsError, UploadError
 from t5tune.hub.download import describe, get_status
 from t5tune.hub.names import is_published
-from t5tune.io.reasons import hide_queries, join_first
+from t5tune.io.reasons import hide_queries
 from t5tune.progress import Note, Report
 
 CARD_FILE, METADATA_MARK = "README.md", "---\n"
 CARD_PLACEHOLDER = "THIS_FOLDER"  # in the cards that t5tune writes
+CARD_TAGS = "tags: [t5tune"  # the same
 # base_model: google/flan-t5-base, or as a tag - base_model:adapter:google/flan-t5-base
 _BASE_LINE = re.compile(r"(?:base_model: |\s*- base_model:adapter:)(?P<base>.+)")
 SIGN_IN_HINT = "run `hf auth login` with a token that may write, or set HF_TOKEN"
@@ -83,8 +85,8 @@ def upload_files(
     Args:
         files: path in the repository -> file.
         message: of the commit.
-        is_replaced: whether a file at the repository's root that isn't among these is deleted: old weights, which would
-            be loaded in place of the new ones.
+        is_replaced: whether a file of the repository that isn't among these is deleted: one that would be loaded with
+            the new ones, or in place of them. So is a card that t5tune has written for another model.
 
     Raises:
         SettingsError: the Hub doesn't accept the files, or doesn't let this user write there.
@@ -95,8 +97,8 @@ def upload_files(
     limit_waiting_for_the_hub()
     api = HfApi()
     try:
-        at_root = [path for path in api.list_repo_files(name) if "/" not in path]
-        stale = [path for path in at_root if path not in files and is_replaced(path)]
+        others = [path for path in api.list_repo_files(name) if path not in files]
+        stale = [path for path in others if is_replaced(path) or (path == CARD_FILE and _has_own_card(api, name))]
         additions = [
             CommitOperationAdd(path, _fill_in_card(file, name) if path == CARD_FILE else str(file))
             for path, file in files.items()
@@ -105,12 +107,17 @@ def upload_files(
         for addition in additions:
             api.preupload_lfs_files(name, [addition])
         if stale:
-            text = f"{name}: deleting what the upload replaces: {join_first(stale)}; earlier commits keep it"
+            text = f"{name}: deleting what the upload replaces: {', '.join(stale)}; earlier commits keep it"
             report(Note(text, warning=True))
         api.create_commit(name, [*map(CommitOperationDelete, stale), *additions], commit_message=message)
         return hide_queries(f"{api.endpoint}/{name}")
     except Exception as error:
         raise _explain(f"hub_model_id: {name}", error) from error
+
+
+def _has_own_card(api: Any, name: str) -> bool:
+    """Whether t5tune has written a repository's card."""
+    return CARD_TAGS in Path(api.hf_hub_download(name, CARD_FILE)).read_text("utf-8", errors="replace")
 
 
 def _fill_in_card(card: Path, name: str) -> bytes:
