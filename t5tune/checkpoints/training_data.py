@@ -7,7 +7,8 @@ merge into the checkpoint. `chat` and `evaluate` read it.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from t5tune.errors import CheckpointError
 from t5tune.file_names import TRAINING_DATA_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, read_json_object
-from t5tune.settings.reading import DataFormat, Objective
+from t5tune.settings.reading import DataFormat, Objective, ReadingSettings
 
 TRAINING_DATA_FORMAT = 1
+# settings that describe a dataset only together
+READING_GROUPS = (
+    ("data_format", "source_column", "target_column"), ("source_prefix",), ("objective",), ("denoisers",),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,32 @@ class TrainingData:
         """Return the settings by which the records were read."""
         names = ("data_format", "source_column", "target_column", "source_prefix", "objective", "denoisers")
         return {name: getattr(self, name) for name in names}
+
+
+def list_differences(made: Sequence[TrainingData]) -> list[str]:
+    """List the fields in which the examples of several adapters differ."""
+    return [each.name for each in fields(TrainingData) if not _agree(made, each.name)]
+
+
+def join_training_data(made: Sequence[TrainingData]) -> TrainingData:
+    """Describe the examples of several adapters that are added up: by what they agree on, else by the defaults.
+
+    Together they have earlier turns if those of one adapter have: the sum has learned to read them.
+    """
+    defaults = ReadingSettings()
+    return TrainingData(
+        has_earlier_turns=any(data.has_earlier_turns for data in made),
+        **{
+            name: getattr(made[0] if _agree(made, *group) else defaults, name)
+            for group in READING_GROUPS
+            for name in group
+        },
+        datasets=made[0].datasets if _agree(made, "datasets") else [],
+    )
+
+
+def _agree(made: Sequence[TrainingData], *names: str) -> bool:
+    return all(getattr(data, name) == getattr(made[0], name) for data in made for name in names)
 
 
 def write_training_data(folder: Path, data: TrainingData) -> None:

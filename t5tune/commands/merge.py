@@ -25,7 +25,13 @@ from t5tune.checkpoints.model_card import build_merged_card, describe_run_traini
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
 from t5tune.checkpoints.tokenizer_files import remove_chat_template
-from t5tune.checkpoints.training_data import read_training_data
+from t5tune.checkpoints.training_data import (
+    TrainingData,
+    join_training_data,
+    list_differences,
+    read_training_data,
+    write_training_data,
+)
 from t5tune.checkpoints.upload import open_repository, upload_result
 from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
@@ -299,8 +305,7 @@ def _write_supporting_files(
     copy_supporting_files(base.folder, tokenizer_folder, template_folder / TEMPLATE_FILE, staged)
     made = [read_training_data(adapter.folder) for adapter in adapters]
     if any(other != made[0] for other in made[1:]):
-        (staged / TRAINING_DATA_FILE).unlink(missing_ok=True)
-        report(Note(f"{TRAINING_DATA_FILE} is left out: the adapters were trained on different kinds of data"))
+        _write_joined_training_data(made, staged, report)
     if len({data.source_prefix if data else "" for data in made}) > 1:
         remove_chat_template(staged)
         report(Note("the tokenizer gets no chat template: the adapters were trained with different source prefixes"))
@@ -311,6 +316,18 @@ def _write_supporting_files(
     (staged / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
     named = [Path(name_snapshot(folder)) for folder in settings.adapter]
     write_settings(staged, settings.model_copy(update={"adapter": named}))
+
+
+def _write_joined_training_data(made: list[TrainingData | None], staged: Path, report: Report) -> None:
+    """Write what the adapters' training data has in common, if it is known of all of them."""
+    known = [data for data in made if data is not None]
+    if len(known) < len(made):
+        (staged / TRAINING_DATA_FILE).unlink(missing_ok=True)
+        report(Note(f"{TRAINING_DATA_FILE} is left out: {len(made) - len(known)} of {len(made)} adapters have none"))
+        return
+    write_training_data(staged, join_training_data(known))
+    differences = ", ".join(list_differences(known))
+    report(Note(f"{TRAINING_DATA_FILE} has what the adapters have in common; they differ in {differences}"))
 
 
 def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> bool:

@@ -26,7 +26,8 @@ from t5tune.checkpoints.fingerprint import (
     compute_full_hash,
     describe_base,
 )
-from t5tune.checkpoints.training_data import TrainingData, write_training_data
+from t5tune.checkpoints.training_data import TrainingData, read_training_data, write_training_data
+from t5tune.commands.chat import Chatter
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import MergeResult, merge
@@ -36,7 +37,7 @@ from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError, TrainingError
 from t5tune.model.load import load_base
 from t5tune.progress import Note
-from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings
+from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings
 from tests.support.adapters import (
     TEMPLATES,
     TOKEN_IDS,
@@ -268,30 +269,50 @@ def test_the_conversation_template_of_the_base_is_the_fallback(untied_adapter: P
     assert (tmp_path / "merged" / "template.yaml").read_text() == (TEMPLATES / "turns.yaml").read_text()
 
 
-def test_adapters_trained_with_different_source_prefixes_get_no_chat_template(
+def test_a_sum_keeps_what_its_adapters_were_trained_with_in_common(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
+    """With other source prefixes it has neither a prefix nor a chat template."""
     tokenizer = load_tokenizer(untied_base)
-    for name, prefix, has_earlier_turns in (("a", "sum: ", False), ("b", "sum: ", True), ("c", "fix: ", False)):
+    made = {
+        "a": TrainingData(False, "auto", "text", "short", "sum: ", "sft", ["t5"]),
+        "b": TrainingData(True, "auto", "text", "title", "sum: ", "dpo", ["t5"]),
+        "c": TrainingData(False, "auto", "text", "short", "fix: ", "sft", ["t5"]),
+        "d": None,
+    }
+    for name, data in made.items():
         adapter = shutil.copytree(untied_adapter, tmp_path / name)
         save_tokenizer(tokenizer, adapter)
-        write_chat_template(adapter, build_chat_template(load_template("plain"), tokenizer, prefix), tokenizer)
-        write_training_data(adapter, TrainingData(has_earlier_turns, "auto", None, None, prefix, "sft", ["t5"]))
-    notes: list[str] = []
-    for others in ("ab", "ac"):
+        if data is not None:
+            template = build_chat_template(load_template("plain"), tokenizer, data.source_prefix)
+            write_chat_template(adapter, template, tokenizer)
+            write_training_data(adapter, data)
+
+    def add_up(names: str) -> tuple[TrainingData | None, bool, list[str]]:
+        """Return the sum's training data, whether it has a chat template, and the notes about both."""
         settings = MergeSettings(
             model_name_or_path=str(untied_base),
-            adapter=[tmp_path / name for name in others],
+            adapter=[tmp_path / name for name in names],
             weights=[0.5, 0.5],
-            output_dir=tmp_path / others,
+            output_dir=tmp_path / names,
             verify=False,
         )
+        notes: list[str] = []
         merge(settings, lambda event: notes.append(event.text) if isinstance(event, Note) else None)
-    assert "sum: " in json.loads((tmp_path / "ab" / "tokenizer_config.json").read_text())["chat_template"]
-    assert "chat_template" not in json.loads((tmp_path / "ac" / "tokenizer_config.json").read_text())
-    assert (
-        sum("gets no chat template: the adapters were trained with different source prefixes" in n for n in notes) == 1
-    )
+        has_template = "chat_template" in json.loads((tmp_path / names / "tokenizer_config.json").read_text())
+        about = [note for note in notes if "training_data" in note or "chat template" in note]
+        return read_training_data(tmp_path / names), has_template, about
+
+    no_template = "the tokenizer gets no chat template: the adapters were trained with different source prefixes"
+    common = "training_data.json has what the adapters have in common; they differ in"
+    joined = TrainingData(True, "auto", None, None, "sum: ", "sft", ["t5"])
+    assert add_up("ab") == (joined, True, [f"{common} has_earlier_turns, target_column, objective"])
+    joined = TrainingData(False, "auto", "text", "short", "", "sft", ["t5"])
+    assert add_up("ac") == (joined, False, [f"{common} source_prefix", no_template])
+    left_out = "training_data.json is left out: 1 of 2 adapters have none"
+    assert add_up("ad") == (None, False, [left_out, no_template])
+    prompts = Chatter.load(ChatSettings(model_name_or_path=str(tmp_path / "ab"), use_cpu=True)).prompts
+    assert (prompts.source_prefix, prompts.keeps_history) == ("sum: ", True)
 
 
 def test_adapters_whose_tokens_have_other_ids_are_not_added_up(
