@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.formats import Turn
 from t5tune.data.templates import load_template
@@ -93,9 +94,12 @@ class Chatter:
     def with_adapter(self, adapter: Path | None, report: Report = silent) -> "Chatter":
         """Load another adapter onto the same base, with that adapter's tokenizer and conversation template.
 
-        None loads the base alone.
+        None loads the base alone, as a model of the family that the adapter was trained as.
         """
-        return Chatter.load(self.settings.model_copy(update={"adapter": adapter}), report)
+        changes: dict[str, Any] = {"adapter": adapter}
+        if adapter is None and self.settings.adapter is not None:
+            changes["family"] = self.settings.family or read_base_metadata(self.settings.adapter).get("family")
+        return Chatter.load(self.settings.model_copy(update=changes), report)
 
     def reply(self, message: str | list[Turn], show: Callable[[str], None] | None = None) -> Reply:
         """Reply to a message, or to a conversation that ends with one (to that one alone if history isn't kept).

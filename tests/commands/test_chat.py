@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from t5tune.cli.chat import _ChatSession
 from t5tune.cli.output import Output
@@ -32,6 +33,7 @@ from t5tune.data.formats import Turn
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
+from tests.support.adapters import make_stock_adapter
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.forks import ForkedProcess, get_fork_server
@@ -442,6 +444,22 @@ def test_an_adapter_of_another_base_is_refused(
     with pytest.raises(CheckpointError, match=said or "doesn't exist in the base") as refused:
         Chatter.load(settings(other, adapter=made["adapter"]))
     assert str(made["adapter"]) in refused.value.message
+
+
+def test_without_its_adapter_a_base_is_still_of_the_family_of_training(untied_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(untied_base, tmp_path / "base")
+    adapter = make_stock_adapter(base, tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    metadata = {"format": "pt", "t5tune": json.dumps({"family": "flan-t5"})}  # of train --family flan-t5
+    save_file(weights, adapter / "adapter_model.safetensors", metadata)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "strange_t5"}))
+    session = _ChatSession(Chatter.load(settings(adapter)), Output(io.StringIO()), interactive=False)
+    session.run_command("adapter", "none")
+    assert session.chatter.reply(PROMPT).reply == chat(settings(untied_base, prompt=PROMPT)).reply
+    session.run_command("adapter", "none")
+    session.run_command("adapter", str(adapter))
+    assert session.chatter.reply(PROMPT).reply == chat(settings(adapter, prompt=PROMPT)).reply
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta device"])
