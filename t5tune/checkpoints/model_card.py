@@ -167,16 +167,21 @@ print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
 }
 
 
-def build_merged_card(base: str, adapter: str, kind: str, converters: Sequence[str], training: str = "") -> str:
+def build_merged_card(
+    base: str, adapters: Sequence[tuple[str, float]], kind: str, converters: Sequence[str], training: str = ""
+) -> str:
     """Build the README.md of a merged checkpoint, or of a model converted from one.
 
     Args:
+        adapters: their names and weights.
         kind: the format, as in merge's --to.
         converters: other tools that read a checkpoint of this model type.
     """
     others = (
         f"\nThese tools can also read it: {', '.join(converters)}.\n" if kind == "checkpoint" and converters else ""
     )
+    is_plain = [weight for _, weight in adapters] == [1]
+    names = ", ".join(f"`{name}`" if is_plain else f"`{name}` (weight {weight:g})" for name, weight in adapters)
     return f"""---
 {_format_base_line(base)}library_name: {"transformers" if kind == "checkpoint" else kind}
 tags: [t5tune]
@@ -184,5 +189,5 @@ tags: [t5tune]
 
 # {base} with a merged LoRA adapter
 
-Created by `t5tune merge` from the adapter `{adapter}`.
+Created by `t5tune merge` from the adapter{"s" if len(adapters) > 1 else ""} {names}.
 {training}{LOADING_SECTIONS[kind]}{others}"""

@@ -309,10 +309,11 @@ def _write_supporting_files(
     if len({data.source_prefix if data else "" for data in made}) > 1:
         remove_chat_template(staged)
         report(Note("the tokenizer gets no chat template: the adapters were trained with different source prefixes"))
-    names = ", ".join(name_snapshot(adapter.folder) for adapter in adapters)
-    training = describe_run_training(adapter) if len(adapters) == 1 else ""
+    weighted = [(name_snapshot(each.folder), each.weight) for each in adapters]
+    # a run's metrics are those of its adapter alone, in full strength
+    training = describe_run_training(adapter) if [each.weight for each in adapters] == [1] else ""
     assert settings.model_name_or_path is not None  # see _find_inputs
-    card = build_merged_card(settings.model_name_or_path, names, settings.to, family.converters, training)
+    card = build_merged_card(settings.model_name_or_path, weighted, settings.to, family.converters, training)
     (staged / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
     named = [Path(name_snapshot(folder)) for folder in settings.adapter]
     write_settings(staged, settings.model_copy(update={"adapter": named}))

@@ -97,6 +97,22 @@ def test_model_cards_report_data_settings_and_held_out_metrics(
     card = (tmp_path / "merged" / "README.md").read_text()
     assert data in card
     assert metrics in card
+    assert f"from the adapter `{finished_run}`." in card
+    for number, (adapters, weights, named) in enumerate(
+        (
+            ([finished_run], [0.5], f"from the adapter `{finished_run}` (weight 0.5)."),
+            (
+                [finished_run, tmp_path / "exported"],
+                [1, 0.25],
+                f"from the adapters `{finished_run}` (weight 1), `{tmp_path}/exported` (weight 0.25).",
+            ),
+        )
+    ):
+        other = {"adapter": adapters, "weights": weights, "output_dir": tmp_path / f"sum{number}"}
+        merge(MergeSettings.model_validate(values | other | {"verify": False}))
+        card = (tmp_path / f"sum{number}" / "README.md").read_text()
+        assert named in card
+        assert "held-out data" not in card  # of another model
 
 
 def test_a_loaded_base_equals_its_file_bit_by_bit(base: Path) -> None:
