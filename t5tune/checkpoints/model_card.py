@@ -1,7 +1,7 @@
 """Model cards (README.md): what a model was made from, how it was trained, and how to load it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from t5tune.hub.names import is_published
 from t5tune.io.reasons import join_first
 from t5tune.io.untrusted import read_json_object
 
+PLACEHOLDER, METADATA_MARK = "THIS_FOLDER", "---\n"
+# base_model: google/flan-t5-base, or as a tag - base_model:adapter:google/flan-t5-base
+_BASE_LINE = re.compile(r"(?:base_model: |\s*- base_model:adapter:)(?P<base>.+)")
 _NAME = re.compile(r"[\w.-]+")  # of a dataset; a foreign file must not format the card
 DATASET_COUNTS = {"examples", "share", "examples_per_epoch"}  # in a result, besides a dataset's metrics
 LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
@@ -191,3 +194,31 @@ tags: [t5tune]
 
 Created by `t5tune merge` from the adapter{"s" if len(adapters) > 1 else ""} {names}.
 {training}{LOADING_SECTIONS[kind]}{others}"""
+
+
+def fill_in_card(content: bytes, repository: str, folders: Collection[str]) -> bytes:
+    """Write a repository's name where a card says how to load the model, and only the own names of folders.
+
+    A base that is a folder of this machine, which PEFT writes too, is left out of the metadata, where the Hub refuses
+    it.
+
+    Args:
+        folders: paths on this machine that the card may contain.
+    """
+    try:
+        text = content.decode().replace(PLACEHOLDER, repository)
+        _, metadata, rest = text.split(METADATA_MARK, 2) if text.startswith(METADATA_MARK) else ("", "", text)
+    except ValueError:  # not UTF-8, or metadata without an end: another author's card, which the Hub judges
+        return content
+    kept, hidden = "", {*folders}
+    for line in metadata.splitlines(keepends=True):
+        found = _BASE_LINE.match(line)
+        base = found["base"].strip("'\"") if found else ""
+        if found and not is_published(base):
+            hidden.add(base)
+        else:
+            kept += line
+    for folder in sorted(hidden, key=len, reverse=True):  # first a folder in another one
+        if "/" in folder:
+            rest = Path(folder).name.join(re.split(rf"(?<![\w./~-]){re.escape(folder)}(?![\w-])", rest))
+    return METADATA_MARK.join(["", kept, rest]).encode() if metadata else rest.encode()

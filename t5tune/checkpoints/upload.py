@@ -4,7 +4,8 @@
     url = upload_result(settings, folder, report)  # after it; None: nothing is to be uploaded, or it failed
 
 A run folder's data, settings, metrics and report stay here: they may contain private texts and names of folders. So do
-files that t5tune doesn't know.
+files that t5tune doesn't know. The model card gets only the last part of a path; a base's path in the config and the
+weights of an adapter, without which merge can't find it, is uploaded with a warning.
 """
 
 import shlex
@@ -15,14 +16,16 @@ from pathlib import Path
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
+from t5tune.checkpoints.model_card import fill_in_card
 from t5tune.checkpoints.model_folder import PROCESSOR_FILES, TRAINED_FILES, is_trained_file
 from t5tune.checkpoints.tokenizer_files import CHAT_TEMPLATES_FOLDER, TOKENIZER_FILES
 from t5tune.errors import CheckpointError, SettingsError, UploadError
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, MODEL_CARD_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, MODEL_CARD_FILE, SETTINGS_FILE
 from t5tune.formatting import format_count, format_size
 from t5tune.hub.names import is_published
 from t5tune.hub.upload import create_repository, upload_files
 from t5tune.io.untrusted import resolve_inside
+from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Note, Report
 from t5tune.settings.hub import HubSettings
 
@@ -111,10 +114,16 @@ def upload_folder(folder: Path, name: str, is_private: bool, report: Report, mes
         hint = "give a run folder, or one that t5tune export or t5tune merge wrote"
         raise CheckpointError(f"folder: {folder}: contains no adapter and no model", hint=hint)
     size = sum(file.stat().st_size for file in files.values())
+    # read before the Hub is asked: a copy of a checkpoint may be deleted meanwhile
+    card = files[MODEL_CARD_FILE].read_bytes() if MODEL_CARD_FILE in files else None
+    local = _list_local_folders(folder)
     name = create_repository(name, is_private)
     report(Note(f"uploading {format_count(len(files), 'file')} ({format_size(size)}) to {name}"))
     _report_local_base(folder, report)
-    url = upload_files(name, files, message, is_loaded_file, report)
+    contents: dict[str, Path | bytes] = {**files}
+    if card is not None:
+        contents[MODEL_CARD_FILE] = fill_in_card(card, name, local)
+    url = upload_files(name, contents, message, is_loaded_file, report)
     return Uploaded(url, len(files), size)
 
 
@@ -153,10 +162,23 @@ def _is_uploaded(name: str) -> bool:
     return is_trained_file(name) or is_weight_file(name) or name in VOCABULARY_FILES
 
 
+def _list_local_folders(folder: Path) -> list[str]:
+    """List the folders of this machine that a result's card may name: its base, and the adapters merged into it.
+
+    Raises:
+        SettingsError: settings.yaml can't be read.
+    """
+    saved = read_yaml(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
+    base = read_adapter_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
+    adapters = saved.get("adapter")
+    names = [base, saved.get("model_name_or_path"), *(adapters if isinstance(adapters, list) else [adapters])]
+    return [name for name in names if isinstance(name, str) and not is_published(name)]
+
+
 def _report_local_base(folder: Path, report: Report) -> None:
     """Say that others won't find an adapter's base, if it is a folder of this machine."""
     if is_adapter(folder):
         base = read_adapter_config(folder).get("base_model_name_or_path")
         if base and base != "pocket" and not is_published(base):
-            words = f"{ADAPTER_CONFIG_FILE} names the base as {base}, a folder that others don't have"
+            words = f"the adapter's files name the base as {base}, a folder that others don't have"
             report(Note(f"{words}: tell them which model it is", warning=True))

@@ -8,7 +8,6 @@ or of HF_TOKEN; it is written nowhere.
 """
 
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +15,12 @@ from typing import Any
 
 from t5tune.compat.hub_patches import limit_waiting_for_the_hub
 from t5tune.errors import SettingsError, UploadError
+from t5tune.file_names import MODEL_CARD_FILE
 from t5tune.hub.download import describe, get_status
-from t5tune.hub.names import is_published
 from t5tune.io.reasons import hide_queries
 from t5tune.progress import Note, Report
 
-CARD_FILE, METADATA_MARK = "README.md", "---\n"
-CARD_PLACEHOLDER = "THIS_FOLDER"  # in the cards that t5tune writes
-CARD_TAGS = "tags: [t5tune"  # the same
-# base_model: google/flan-t5-base, or as a tag - base_model:adapter:google/flan-t5-base
-_BASE_LINE = re.compile(r"(?:base_model: |\s*- base_model:adapter:)(?P<base>.+)")
+CARD_TAGS = "tags: [t5tune"  # in the cards that t5tune writes
 SIGN_IN_HINT = "run `hf auth login` with a token that may write, or set HF_TOKEN"
 
 
@@ -75,7 +70,7 @@ def _allow_missing() -> Iterator[None]:
 
 def upload_files(
     name: str,
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | bytes],
     message: str,
     is_replaced: Callable[[str], bool],
     report: Report,
@@ -83,7 +78,7 @@ def upload_files(
     """Upload files as one commit, and return the repository's URL.
 
     Args:
-        files: path in the repository -> file.
+        files: path in the repository -> file, or its content.
         message: of the commit.
         is_replaced: whether a file of the repository that isn't among these is deleted: one that would be loaded with
             the new ones, or in place of them. So is a card that t5tune has written for another model.
@@ -98,10 +93,9 @@ def upload_files(
     api = HfApi()
     try:
         others = [path for path in api.list_repo_files(name) if path not in files]
-        stale = [path for path in others if is_replaced(path) or (path == CARD_FILE and _has_own_card(api, name))]
+        stale = [path for path in others if is_replaced(path) or (path == MODEL_CARD_FILE and _has_own_card(api, name))]
         additions = [
-            CommitOperationAdd(path, _fill_in_card(file, name) if path == CARD_FILE else str(file))
-            for path, file in files.items()
+            CommitOperationAdd(path, file if isinstance(file, bytes) else str(file)) for path, file in files.items()
         ]
         # one by one: for several files huggingface_hub starts threads, for which a process that is stopped would wait
         for addition in additions:
@@ -117,30 +111,7 @@ def upload_files(
 
 def _has_own_card(api: Any, name: str) -> bool:
     """Whether t5tune has written a repository's card."""
-    return CARD_TAGS in Path(api.hf_hub_download(name, CARD_FILE)).read_text("utf-8", errors="replace")
-
-
-def _fill_in_card(card: Path, name: str) -> bytes:
-    """Write the repository's name where a card that t5tune has written says how to load the model.
-
-    A base that is a folder of this machine, which PEFT writes too, is left out of the metadata, where the Hub refuses
-    it, and has only its own name in the text.
-    """
-    content = card.read_bytes()
-    try:
-        text = content.decode().replace(CARD_PLACEHOLDER, name)
-        _, metadata, rest = text.split(METADATA_MARK, 2) if text.startswith(METADATA_MARK) else ("", "", text)
-    except ValueError:  # not UTF-8, or metadata without an end: another author's card, which the Hub judges
-        return content
-    kept = ""
-    for line in metadata.splitlines(keepends=True):
-        found = _BASE_LINE.match(line)
-        base = found["base"].strip("'\"") if found else ""
-        if found and not is_published(base):
-            rest = rest.replace(base, Path(base).name)
-        else:
-            kept += line
-    return METADATA_MARK.join(["", kept, rest]).encode() if metadata else rest.encode()
+    return CARD_TAGS in Path(api.hf_hub_download(name, MODEL_CARD_FILE)).read_text("utf-8", errors="replace")
 
 
 def _explain(asked: str, error: Exception) -> SettingsError | UploadError:
@@ -166,5 +137,7 @@ def _explain(asked: str, error: Exception) -> SettingsError | UploadError:
         case _ if status is not None and 400 <= status < 500 and status not in (408, 429):
             return SettingsError(f"{asked}: the Hub refuses this: {reason}", hint="see the repository's page")
         case ValueError() if "metadata" in reason.lower():  # the Hub's check of the model card
-            return SettingsError(f"{asked}: the Hub refuses the model card: {reason}", hint=f"correct its {CARD_FILE}")
+            return SettingsError(
+                f"{asked}: the Hub refuses the model card: {reason}", hint=f"correct its {MODEL_CARD_FILE}"
+            )
     return UploadError(f"{asked}: the upload failed: {reason}", hint="check the network connection, and try again")

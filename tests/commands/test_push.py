@@ -360,7 +360,28 @@ def test_a_base_that_others_do_not_have_is_mentioned(hub: Hub, untied_base: Path
     adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
     done = run(hub, "push", adapter, NAME)
     assert done.code == 0, done.stderr
-    assert f"names the base as {untied_base}, a folder that others don't have" in done.stderr
+    assert f"the adapter's files name the base as {untied_base}, a folder that others don't have" in done.stderr
+
+
+def test_a_card_has_no_path_of_this_machine(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
+    run_folder, merged = tmp_path / "client" / "run", tmp_path / "client" / "merged"
+    flags = ("--model-name-or-path", untied_base, "--output-dir", run_folder)
+    assert t5tune_in_fork(*TRAIN, *flags).code == 0
+    assert t5tune_in_fork("merge", run_folder, "--output-dir", merged, "--no-verify").code == 0
+    for folder, titles in (
+        (
+            run_folder,
+            ["# LoRA adapter for untied\n", "t5tune chat --model-name-or-path untied --adapter tester/model`"],
+        ),
+        (merged, ["# untied with a merged LoRA adapter\n", "from the adapter `run`.\n"]),
+    ):
+        written = (folder / "README.md").read_text()
+        assert str(untied_base) in written  # whose commands work here
+        done = run(hub, "push", folder, NAME)
+        assert done.code == 0, done.stderr
+        card = hub.repos["model", NAME].files["README.md"].decode()
+        assert not [path for path in (untied_base.parent, tmp_path) if str(path) in card]
+        assert [title for title in titles if title not in card] == []
 
 
 def test_only_files_of_a_model_are_uploaded(tmp_path: Path) -> None:
