@@ -142,6 +142,18 @@ def _read_optional(folder: Path, name: str) -> dict[str, Any]:
         return {}
 
 
+TRANSLATOR_LINES = """from ctranslate2 import Translator
+from transformers import AutoTokenizer
+
+translator = Translator("THIS_FOLDER")
+"""
+# of a repository: CTranslate2 takes folders only
+DOWNLOADED_TRANSLATOR_LINES = """from ctranslate2 import Translator
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer
+
+translator = Translator(snapshot_download("THIS_FOLDER"))
+"""
 LOADING_SECTIONS = {
     "checkpoint": """
 Load it without PEFT:
@@ -153,15 +165,11 @@ model = AutoModelForSeq2SeqLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 """,
-    "ctranslate2": """
+    "ctranslate2": f"""
 The model is in CTranslate2 format:
 
 ```python
-from ctranslate2 import Translator
-from transformers import AutoTokenizer
-
-translator = Translator("THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+{TRANSLATOR_LINES}tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 source = tokenizer.convert_ids_to_tokens(tokenizer.encode("Hello"))
 (result,) = translator.translate_batch([source], beam_size=1, max_input_length=0)
 print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
@@ -206,7 +214,7 @@ def fill_in_card(content: bytes, repository: str, folders: Collection[str]) -> b
         folders: paths on this machine that the card may contain.
     """
     try:
-        text = content.decode().replace(PLACEHOLDER, repository)
+        text = content.decode().replace(TRANSLATOR_LINES, DOWNLOADED_TRANSLATOR_LINES).replace(PLACEHOLDER, repository)
         _, metadata, rest = text.split(METADATA_MARK, 2) if text.startswith(METADATA_MARK) else ("", "", text)
     except ValueError:  # not UTF-8, or metadata without an end: another author's card, which the Hub judges
         return content

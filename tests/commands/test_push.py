@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -354,6 +355,24 @@ def test_only_a_folder_with_a_model_is_pushed(hub: Hub, tmp_path: Path) -> None:
         assert done.code == 2
         assert expected in done.errors[0]
     assert not hub.repos
+
+
+def test_the_code_in_the_card_of_a_converted_model_runs(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+    """CTranslate2 loads only folders."""
+    pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install ctranslate2")
+    converted = tmp_path / "converted"
+    merged = t5tune_in_fork("merge", finished_run, "--to", "ctranslate2", "--output-dir", converted, "--no-verify")
+    assert merged.code == 0, merged.stderr
+    assert run(hub, "push", converted, NAME).code == 0
+    card = hub.repos["model", NAME].files["README.md"].decode()
+    printed = []
+    for text, folder in (((converted / "README.md").read_text(), converted), (card, tmp_path)):
+        code = text.split("```python\n")[1].partition("```")[0].replace("THIS_FOLDER", str(folder))
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=os.environ | hub.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0] == printed[1]
 
 
 def test_a_base_that_others_do_not_have_is_mentioned(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
