@@ -948,6 +948,11 @@ class PlanSettings(_settings.PlanSettings):
             "t5gemma2",
         ]
         | None = None,
+        eval_fraction: float = 0.0,
+        seed: int = 42,
+        mixing: Literal["weights", "proportional", "concatenate"] | None = None,
+        mixing_temperature: float | None = None,
+        mixing_cap: int | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | str = ["q", "v"],
@@ -990,7 +995,6 @@ class PlanSettings(_settings.PlanSettings):
         deepspeed: str | PathLike[str] | None = None,
         max_restarts: int = 0,
         num_data: int | None = None,
-        seed: int = 42,
     ) -> None:
         """Settings of plan: Estimate a training run's memory and steps before you start it.
 
@@ -1001,8 +1005,8 @@ class PlanSettings(_settings.PlanSettings):
             lora_r: LoRA rank: the size of the adapter.
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
             bf16: Compute in bfloat16, and keep the base in bfloat16.
-            data_path: Token cache to take example lengths from; default: assume source_length and target_length for
-                every example.
+            data_path: Token cache or mixture to take example lengths from; default: assume source_length and
+                target_length for every example.
             source_length: Length of each source if no cache is given (tokens).
             target_length: Length of each target if no cache is given (tokens).
             per_device_train_batch_size: Batch size per GPU or process (examples).
@@ -1012,6 +1016,15 @@ class PlanSettings(_settings.PlanSettings):
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
+            eval_fraction: Fraction of the data to hold out for evaluation, if there is no eval_data_path.
+            seed: Random seed for the held-out split, adapter initialization, dropout and data order.
+            mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
+                mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
+                (concatenate); default: by weights if any is given, otherwise concatenate.
+            mixing_temperature: Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the
+                larger, the more equal; default: 1.
+            mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
+                none.
             lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
                 (use_rslora: lora_alpha / √lora_r).
             lora_dropout: Dropout probability on the input of the LoRA matrices.
@@ -1070,8 +1083,7 @@ class PlanSettings(_settings.PlanSettings):
             deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
             max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
                 checkpoint, up to this many times.
-            num_data: Plan for the first N examples of the cache; default: all.
-            seed: Random seed for the order of the cache's examples.
+            num_data: Plan for the first N examples of the cache, of a mixture for those of each dataset; default: all.
         """
 
 class PushSettings(_settings.PushSettings):

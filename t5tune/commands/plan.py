@@ -20,14 +20,17 @@ from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.data.batching import Integers, estimate_cost, make_count_batches
-from t5tune.data.mixture import has_examples, open_examples
+from t5tune.data.mixing import choose_mixing
+from t5tune.data.mixture import Examples, Mixture, has_examples, open_examples
 from t5tune.errors import SettingsError
 from t5tune.families import find_family
+from t5tune.io.reasons import join_first
 from t5tune.model.device import has_bf16
 from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.model.memory import BatchLengths
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import PlanSettings, TrainSettings
+from t5tune.settings.datasets import split_weight
 from t5tune.settings.fields import parse_gpu_memory
 from t5tune.training.batches import EpochDraws, count_steps, make_budget_sampler
 from t5tune.training.evaluation import MAX_TOKENS_PER_BATCH, make_loss_batches
@@ -173,19 +176,19 @@ def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str
 
 
 def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
-    folder = Path(settings.data_path[0]) if settings.data_path else None
-    if folder is not None and has_examples(folder):
-        examples, _ = open_examples(folder).split_as_prepared()
-        if settings.num_data is not None:
-            examples = examples.take(settings.num_data)
+    paths = settings.data_path or []
+    if len(paths) == 1 and has_examples(Path(paths[0])):
+        examples = _choose_examples(settings, open_examples(Path(paths[0])))
         indices, _ = examples.draw_epoch(settings.seed, 0)
         sources, targets = examples.read_lengths()
         if examples.has_preferences and settings.packing == "off":  # both targets are padded to the longest
             targets = 2 * examples.read_longest_targets()
         return _Data(sources[indices], targets[indices], len(examples.added_tokens), is_real=True)
-    if folder is not None:
+    if paths:
         lengths = f"{settings.source_length} + {settings.target_length}"
-        report(Note(f"{folder}: not a token cache, so the plan assumes examples of {lengths} tokens"))
+        has_weights = any(split_weight(path)[1] is not None for path in paths)
+        what = "datasets with weights" if has_weights else "not a token cache"
+        report(Note(f"{join_first(paths)}: {what}, so the plan assumes examples of {lengths} tokens"))
     tokens = settings.source_length + settings.target_length
     count = settings.tokens_per_batch // tokens if settings.tokens_per_batch else settings.per_device_train_batch_size
     if count == 0:
@@ -193,6 +196,21 @@ def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
             f"tokens_per_batch: {settings.tokens_per_batch}: smaller than one example ({tokens} tokens)"
         )
     return _Data(np.full(count, settings.source_length), np.full(count, settings.target_length))
+
+
+def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
+    """Choose the examples of a cache that train would train on: the first ones, without those that it would hold out.
+
+    Raises:
+        DataError: there are too few to hold any out.
+    """
+    if isinstance(examples, Mixture) and (mixing := choose_mixing(settings)) is not None:
+        examples = examples.mix(mixing)
+    if settings.num_data is not None:
+        examples = examples.take(settings.num_data)
+    if settings.eval_fraction > 0:
+        return examples.split(settings.eval_fraction, settings.seed)[0]
+    return examples.split_as_prepared()[0]
 
 
 def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
@@ -351,6 +369,8 @@ def to_plan_settings(settings: TrainSettings) -> PlanSettings:
     """Convert the settings of a training run to those of `t5tune plan` for that run."""
     values = {name: getattr(settings, name) for name in PlanSettings.model_fields if hasattr(settings, name)}
     values["dropout"] = settings.has_dropout
+    if settings.data is not None:
+        values["data_path"] = [f"{path}:{each.weight:g}" for each in settings.data for path in each.path]
     if settings.reads_preferences:  # two targets for each source
         values["target_length"] = 2 * PlanSettings.model_fields["target_length"].default
     return PlanSettings(**values)

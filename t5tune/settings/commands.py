@@ -338,7 +338,15 @@ class InspectSettings(Settings):
     )
 
 
-class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, LoraSettings, BaseModelSettings):
+class PlanSettings(
+    ProcessSettings,
+    TrainingSettings,
+    QuantizationSettings,
+    LoraSettings,
+    MixingSettings,
+    SplitSettings,
+    BaseModelSettings,
+):
     command: ClassVar[str] = "plan"
     also_positional: ClassVar[str | None] = "config"
     essential: ClassVar[tuple[str, ...]] = (
@@ -351,12 +359,13 @@ class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, Lora
 
     data_path: Annotated[PathList | None, NoneIfUnset] = Field(
         default=None,
-        description="Token cache to take example lengths from; default: assume source_length and target_length for "
-        "every example.",
+        description="Token cache or mixture to take example lengths from; default: assume source_length and "
+        "target_length for every example.",
         json_schema_extra={"metavar": "PATH…"},
     )
     num_data: OptionalCount = Field(
-        default=None, description="Plan for the first N examples of the cache; default: all."
+        default=None,
+        description="Plan for the first N examples of the cache, of a mixture for those of each dataset; default: all.",
     )
     source_length: int = Field(default=512, gt=0, description="Length of each source if no cache is given (tokens).")
     target_length: int = Field(default=128, gt=0, description="Length of each target if no cache is given (tokens).")
@@ -366,7 +375,6 @@ class PlanSettings(ProcessSettings, TrainingSettings, QuantizationSettings, Lora
         "machine's GPUs.",
         json_schema_extra={"metavar": "SIZE"},
     )
-    seed: int = Field(default=42, ge=0, description="Random seed for the order of the cache's examples.")
 
 
 class PushSettings(Settings):

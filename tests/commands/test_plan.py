@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from t5tune.checkpoints.base import read_config
-from t5tune.commands.plan import Plan, _find_largest_batch_size, plan
+from t5tune.commands.plan import Plan, _find_largest_batch_size, plan, to_plan_settings
 from t5tune.commands.prepare import prepare
 from t5tune.data.batching import epoch_order
 from t5tune.errors import ModelError, SettingsError
@@ -27,6 +27,7 @@ from t5tune.model.memory import (
     count_weight_bytes,
     measure_step,
 )
+from t5tune.progress import Note
 from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings
 from t5tune.settings.fields import parse_gpu_memory
 from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine
@@ -191,6 +192,74 @@ def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp
     assert (result.source_length, result.target_length) <= (sources.max(), targets.max())
     assert result.padding is not None
     assert 0 < result.padding < 0.5
+
+
+@pytest.fixture(scope="module")
+def data_of_runs(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A cache, one of which prepare has held out half, and a mixture of a smaller and a larger dataset."""
+    folder = tmp_path_factory.mktemp("data")
+    common: dict[str, Any] = {"model_name_or_path": "pocket"}
+    lines = conversations.read_text().splitlines()
+    (folder / "some.jsonl").write_text("\n".join(lines[:8]))
+    datasets = [{"path": str(folder / "some.jsonl")}, {"path": str(conversations)}]
+    for name, changes in (
+        ("cache", {"data_path": str(conversations)}),
+        ("halved", {"data_path": str(conversations), "eval_fraction": 0.5}),
+        ("mixture", {"data": datasets}),
+    ):
+        prepare(PrepareSettings(**common, **changes, output_dir=folder / name))
+    return {name: folder / name for name in ("cache", "halved", "mixture")}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("halved", {"num_data": 10}),
+        ("cache", {"eval_fraction": 0.5}),
+        ("mixture", {"mixing": "proportional", "mixing_cap": 6, "num_data": 9, "eval_fraction": 0.25}),
+    ],
+)
+def test_the_plan_of_a_run_is_of_the_examples_that_it_trains_on(
+    name: str, changes: dict[str, Any], data_of_runs: dict[str, Path], tmp_path: Path
+) -> None:
+    from t5tune.commands.train import train
+
+    settings = TrainSettings(
+        model_name_or_path="pocket", data_path=str(data_of_runs[name]), output_dir=tmp_path / "run", use_cpu=True,
+        num_train_epochs=1, per_device_train_batch_size=1, report_samples=0, eval_strategy="no", **changes,
+    )  # fmt: skip
+    planned = plan(to_plan_settings(settings).model_copy(update=NO_SUGGESTION))
+    trained = train(settings)
+    assert (planned.examples, planned.steps) == (trained.examples, trained.steps)
+
+
+def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> None:
+    """With a cap of 1, half of an epoch are examples of the smaller dataset."""
+    from t5tune.data.mixing import Mixing
+    from t5tune.data.mixture import open_mixture
+
+    mixture = open_mixture(data_of_runs["mixture"]).mix(Mixing("proportional", cap=1))
+    drawn, _ = mixture.draw_epoch(42, 0)
+    sources, targets = (lengths[drawn] for lengths in mixture.read_lengths())
+    result = make_plan(
+        "pocket", data_path=str(data_of_runs["mixture"]), mixing_cap=1, **NO_SUGGESTION, packing="off",
+        per_device_train_batch_size=len(drawn),
+    )  # fmt: skip
+    padded = len(drawn) * (sources.max() + targets.max())
+    assert result.padding == round(1 - (sources.sum() + targets.sum()) / padded, 4)
+
+
+@pytest.mark.parametrize("names", [["halved"], ["cache", "halved"]])
+def test_lengths_of_weighted_datasets_are_assumed_with_a_note(
+    names: list[str], data_of_runs: dict[str, Path], tmp_path: Path
+) -> None:
+    paths = [f"{data_of_runs[name]}:1" for name in names]
+    run = TrainSettings(model_name_or_path="pocket", data_path=paths, output_dir=tmp_path, use_cpu=True)
+    notes: list[Any] = []
+    planned = plan(to_plan_settings(run).model_copy(update=NO_SUGGESTION), notes.append)
+    assert (planned.examples, planned.source_length) == (None, 512)
+    expected = f"{', '.join(paths)}: datasets with weights, so the plan assumes examples of 512 + 128 tokens"
+    assert Note(expected) in notes
 
 
 @pytest.fixture(scope="module")
