@@ -66,6 +66,14 @@ class SpecialIds:
         """Remove the special tokens from the ids of a source."""
         return ids[len(self.source_start) : len(ids) - len(self.source_end)]
 
+    def strip_if_present(self, ids: list[int]) -> list[int]:
+        """Remove the special tokens from ids that a chat template or another tokenizer may have put around a source."""
+        if tuple(ids[: len(self.source_start)]) == self.source_start:
+            ids = ids[len(self.source_start) :]
+        if self.source_end and tuple(ids[-len(self.source_end) :]) == self.source_end:
+            ids = ids[: -len(self.source_end)]
+        return ids
+
 
 @dataclass(frozen=True)
 class Tokenizer:

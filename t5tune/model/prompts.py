@@ -108,7 +108,8 @@ class Prompts:
         return self.make_prompt(ids.tolist())
 
     def make_prompt(self, ids: list[int]) -> Prompt:
-        """Make the prompt of ids without special tokens. It isn't shortened."""
+        """Make the prompt of ids, with or without the special tokens around a source. It isn't shortened."""
+        ids = self.encoder.special_ids.strip_if_present(ids)
         whole = self.encoder.special_ids.surround_source(ids)
         return Prompt(whole, len(ids), dropped_turns=0, is_cut=len(whole) > self.max_length)
 

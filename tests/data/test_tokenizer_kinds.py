@@ -122,6 +122,20 @@ def test_texts_decode_to_themselves_and_never_become_special_tokens(
     assert special.isdisjoint(example.target_T.tolist()[:-1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_gets_only_the_special_tokens_that_it_lacks(kind: str, folders: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(folders[kind])
+    prompts = Prompts(tokenizer, load_template("plain"), 1000)
+    around = tokenizer.special_ids
+    bare = tokenizer.encode("Two red hats")
+    whole = around.surround_source(bare)
+    for ids in (bare, whole, [*around.source_start, *bare], [*bare, *around.source_end]):
+        prompt = prompts.make_prompt(ids)
+        assert (prompt.ids, prompt.num_tokens) == (whole, len(bare))
+    assert prompts.make_prompt(around.surround_source(whole)).ids == around.surround_source(whole)
+    assert prompts.make_prompt(around.surround_source([])).num_tokens == 0
+
+
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁\0")))
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("kind", ["gemma", "codet5"])

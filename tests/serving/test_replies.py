@@ -207,6 +207,23 @@ def test_completions_take_the_text_or_the_ids_that_the_encoder_reads(
     assert [choice.text for choice in twice.choices] == [expected[0]] * 2 + [expected[1]] * 2
 
 
+def test_a_prompt_from_the_chat_template_has_the_reply_of_the_chat(
+    client: openai.OpenAI, chats: dict[str, Path]
+) -> None:
+    """It has the EOS token already, which isn't added again."""
+    from transformers import AutoTokenizer
+
+    stock = AutoTokenizer.from_pretrained(chats["run"])
+    chat = ask(client, "run", MESSAGES[0])
+    messages = [{"role": "user", "content": MESSAGES[0]}]
+    for tokenize in (False, True):
+        prompt = stock.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False)
+        assert prompt[-1] == stock.eos_token_id if tokenize else prompt.endswith(stock.eos_token)
+        found = client.completions.create(model="run", prompt=prompt)
+        assert found.usage == chat.usage
+        assert found.choices[0].text == chat.choices[0].message.content
+
+
 def test_the_predictions_of_evaluate_are_the_replies(
     client: openai.OpenAI, pairs: dict[str, Path], tmp_path: Path
 ) -> None:
