@@ -270,13 +270,18 @@ def _drop_neutral(
     kept = {name: value for name, value in values.items() if value is not None and name not in IGNORED_FIELDS}
     for name in kept.keys() & neutral.keys():
         value = kept[name]
-        if value in neutral[name]:
+        if any(_is_same(value, other) for other in neutral[name]):
             del kept[name]
         elif name not in kind.model_fields:
             problem = f"{place}{name}: not supported; leave it out"
             shown = f"{place}{name}: {_show(value)}: not supported; leave it out"
             raise ApiError(400, shown, place + name, "unsupported", summary=problem)
     return kept
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether JSON values are the same: 0 and 0.0, but not 0 and false."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
 def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:

@@ -95,6 +95,16 @@ def test_a_prompt_that_is_neither_text_nor_ids_is_refused(prompt: Any, message: 
     assert (caught.value.message, caught.value.param) == (message, "prompt")
 
 
+@pytest.mark.parametrize(("field", "value"), [("logprobs", 0), ("logprobs", 5), ("best_of", True), ("echo", 1)])
+def test_a_completion_that_asks_for_more_than_nothing_is_refused_though_0_is_false(field: str, value: Any) -> None:
+    """`logprobs: 0` asks for the log-probabilities of the chosen tokens."""
+    assert parse_completion(logprobs=False, best_of=1, echo=False) == parse_completion()
+    with pytest.raises(ApiError) as caught:
+        parse_completion(**{field: value})
+    shown = json.dumps(value)
+    assert (caught.value.message, caught.value.param) == (f"{field}: {shown}: not supported; leave it out", field)
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b'{"model":', b"\xff\xfe", b'{"model": "\\ud800"}', b'{"model": NaN}', b"[" * 100_000, b"null", b"[1]"],
