@@ -169,7 +169,7 @@ class Batcher:
                 generation.end(failure)
             return
         for generation in unfinished:
-            if generation.ids and not generation.is_repeatable:
+            if generation.follows and generation.ids and not generation.is_repeatable:
                 generation.end(T5TuneError("the reply couldn't be computed: its batch failed"))
         rest = [generation for generation in unfinished if generation.ended is None]
         middle = (len(rest) + 1) // 2

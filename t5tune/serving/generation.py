@@ -86,20 +86,27 @@ class Generation:
         return self.options.temperature == 0 or self.engine.has_seeds
 
     def start(self) -> None:
-        """Begin, or begin again after the batch has failed: then the tokens that are in `ids` already are skipped."""
+        """Begin, or begin again after the batch has failed: then the tokens that may have been sent come once more."""
         self.started_at = self.started_at or time.monotonic()
         self._position = 0
+        if not self.follows:
+            self.ids.clear()
 
     def add(self, token: int) -> bool:
         """Add the next token. Return whether the reply ends with it, or is to end."""
         if self.is_canceled or self.ended is not None:
             return True
+        if self._position < len(self.ids):  # of the batch that has failed
+            # in bf16, a smaller batch may have other tokens, which can't continue the ones that were sent
+            if token != self.ids[self._position]:
+                self.end(T5TuneError("the reply couldn't be computed: its batch failed, and a smaller one differs"))
+                return True
+            self._position += 1
+            return False
         if token in self.engine.stop_ids:
             self.end("stop")
             return True
         self._position += 1
-        if self._position <= len(self.ids):
-            return False
         self.ids.append(token)
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()

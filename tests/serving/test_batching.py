@@ -38,6 +38,7 @@ class FakeEngine:
         self.gate.set()
         self.fits = 1000
         self.fail_after: int | None = None
+        self.halves_differ = False  # whether a batch that fits has other tokens than one that doesn't
 
     def get_group(self, options: DecodingOptions) -> Hashable:
         return options.temperature
@@ -52,7 +53,8 @@ class FakeEngine:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
             if self.fail_after == step:
                 raise ValueError("broken")
-            going = [generation for generation in going if not generation.add(generation.source[0] + step)]
+            other = 500 if self.halves_differ and len(generations) <= self.fits else 0
+            going = [generation for generation in going if not generation.add(generation.source[0] + step + other)]
             if not going:
                 break
 
@@ -60,11 +62,13 @@ class FakeEngine:
 class Asked:
     """A reply that was asked for, and an event that is set when it has ended."""
 
-    def __init__(self, engine: FakeEngine, first: int, length: int = 4, size: int = 3, **options: float) -> None:
+    def __init__(
+        self, engine: FakeEngine, first: int, length: int = 4, size: int = 3, follows: bool = True, **options: float
+    ) -> None:
         self.done = threading.Event()
         self.lengths: list[int] = []
         self.generation = Generation(
-            engine, [first] * size, DecodingOptions(max_new_tokens=length, **options), self.note, follows=True
+            engine, [first] * size, DecodingOptions(max_new_tokens=length, **options), self.note, follows
         )
 
     def note(self) -> None:
@@ -238,6 +242,21 @@ def test_a_sampled_reply_that_was_begun_is_not_continued_by_another_run(make: Ca
     engine.has_seeds = True
     submit(batcher, *(again := [Asked(engine, 10 * number, temperature=1.0) for number in (1, 2)]))
     assert [one.wait() for one in again] == [[10, 11, 12, 13], [20, 21, 22, 23]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_reply_is_never_spliced_from_batches_that_differ(temperature: float, make: Callable[..., Batcher]) -> None:
+    """What isn't sent token by token is computed again from its beginning; what was sent can only end."""
+    engine, batcher = FakeEngine(), make()
+    engine.fits, engine.halves_differ = 1, True
+    whole = Asked(engine, 10, follows=False, temperature=temperature)
+    sent = Asked(engine, 20, temperature=temperature)
+    submit(batcher, whole, sent)
+    assert whole.wait() == [510, 511, 512, 513]
+    assert whole.generation.ended == "length"
+    assert sent.wait() == [20, 21]
+    assert isinstance(sent.generation.ended, T5TuneError)
+    assert "the reply couldn't be computed: its batch failed" in sent.generation.ended.message
 
 
 def test_engines_compute_as_many_batches_at_the_same_time_as_they_can(make: Callable[..., Batcher]) -> None:
