@@ -87,8 +87,8 @@ def test_the_address_is_one_json_line_and_each_request_is_a_line_of_the_log(unti
         assert found["id"] != refused["id"]
 
 
-@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.variants("15")
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.variants("15", "1")
 def test_a_signal_under_load_ends_with_whole_replies_and_code_0(
     stop_signal: signal.Signals, untied_base: Path, tmp_path: Path
 ) -> None:
