@@ -71,6 +71,11 @@ def test_the_settings_and_flags_of_the_page_exist(tmp_path: Path) -> None:
     assert flags <= known | {"--json", "--quiet", "--config", "--dtype"}  # the last one of merge
     timeout = int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0])
     assert timeout > ServeSettings(models="pocket").shutdown_timeout
+    # the user of the service may create folders only in the one that systemd makes
+    (made,), (cache,) = (
+        re.findall(rf"^{name}=(.*)$", unit, re.M) for name in ("CacheDirectory", r"\w+=XDG_CACHE_HOME")
+    )
+    assert cache == f"/var/cache/{made}"
 
 
 def test_the_lists_of_the_page_are_those_of_the_server() -> None:
