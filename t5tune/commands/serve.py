@@ -46,6 +46,11 @@ if TYPE_CHECKING:
     from t5tune.serving.server import HttpServer
 
 CORES_PER_BATCH = 4  # CTranslate2's own default: with more, a batch isn't much faster
+OF_WEIGHTS = "default"  # CTranslate2's compute type of a converted model's weights, as far as the device has it
+# compute types of weights in 16 bits -> the same without rounding, as --no-bf16 asks for
+WITH_FLOAT32 = {
+    "bfloat16": "float32", "float16": "float32", "int8_bfloat16": "int8_float32", "int8_float16": "int8_float32",
+}  # fmt: skip
 PACKAGES = "starlette uvicorn prometheus-client"
 # what generation_config.json may set without an effect on replies with our settings: ids that the model has anyway,
 # limits and kinds of decoding, for which requests and ours have values, and what `generate` returns
@@ -204,8 +209,7 @@ class _Loader:
         report = self._name_notes(name)
         if found.settings is None:
             is_chosen = self._settings.quantization is not None or self._settings.bf16
-            # by default, that of its weights, as far as the device has it
-            compute_type = self._choose_compute_type() if is_chosen else "default"
+            compute_type = self._choose_compute_type() if is_chosen else OF_WEIGHTS
             return self._make_ctranslate2_model(name, found.base, compute_type, [], report)
         if found.with_ctranslate2:
             return self._load_with_ctranslate2(name, found.base, found.settings.adapter, report)
@@ -325,6 +329,10 @@ class _Loader:
         on_cpu = self._device.type == "cpu"
         batches = self._settings.parallel_batches or (max(1, count_cores() // CORES_PER_BATCH) if on_cpu else 1)
         engine = TranslatorEngine(folder, self._device, compute_type, stop_ids, batches)
+        if compute_type == OF_WEIGHTS and self._settings.bf16 is False and engine.compute_type in WITH_FLOAT32:
+            compute_type = WITH_FLOAT32[engine.compute_type]
+            del engine  # first: both may not fit into memory
+            engine = TranslatorEngine(folder, self._device, compute_type, stop_ids, batches)
         report(Note(f"with CTranslate2, {engine.compute_type}"))
         return self._make_model(name, engine, files, report)
 

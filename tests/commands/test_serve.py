@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 
 from t5tune.commands.serve import serve
 from t5tune.commands.train import train
+from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import ModelError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ServeSettings, TrainSettings
@@ -201,6 +203,41 @@ def test_a_conversion_that_is_broken_is_named_and_a_folder_that_can_not_be_writt
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="converted_dir: .*file/made: Not a directory; name another folder"):
         serve(ServeSettings(**values, converted_dir=tmp_path / "file" / "made"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "bf16", "expected"),
+    [
+        ("bfloat16", None, "bfloat16"),
+        ("bfloat16", False, "float32"),
+        ("float16", False, "float32"),
+        ("int8_bfloat16", False, "int8_float32"),
+        ("int8_float32", False, "int8_float32"),
+    ],
+)
+def test_the_folder_of_merge_is_computed_as_its_weights_are_but_in_fp32_with_no_bf16(
+    weights: str, bf16: bool | None, expected: str, untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU with bf16. This CPU has no such types, so a translator of it says which one was asked for."""
+    pytest.importorskip("ctranslate2")
+    from t5tune.merging.ctranslate2 import convert
+    from t5tune.serving import engines
+
+    convert(untied_base, tmp_path / "served", weights)
+    save_tokenizer(load_tokenizer(untied_base), tmp_path / "served")
+    load = engines.load_translator
+
+    def load_as_on_gpu(folder: Path, compute_type: str, **options: Any) -> Any:
+        found = load(folder, compute_type="float32", **options)
+        named = weights if compute_type == "default" else compute_type
+        return SimpleNamespace(compute_type=named, translate_batch=found.translate_batch)
+
+    monkeypatch.setattr(engines, "load_translator", load_as_on_gpu)
+    notes: list[str] = []
+    settings = ServeSettings(models=str(tmp_path / "served"), port=0, use_cpu=True, bf16=bf16)
+    with serve(settings, lambda event: notes.append(event.text) if isinstance(event, Note) else None) as server:
+        assert send(server.url, body=make_chat(model="served", max_tokens=4))[0] == 200
+    assert f"served: with CTranslate2, {expected}" in notes
 
 
 def test_a_model_is_converted_once_and_again_after_it_was_trained_again(
