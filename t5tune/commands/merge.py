@@ -37,7 +37,14 @@ from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
 from t5tune.families import CTRANSLATE2, Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
-from t5tune.file_names import MODEL_CARD_FILE, MODEL_SUFFIXES, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TRAINING_DATA_FILE
+from t5tune.file_names import (
+    MODEL_CARD_FILE,
+    MODEL_SUFFIXES,
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TRAINING_DATA_FILE,
+)
 from t5tune.hub.names import name_snapshot
 from t5tune.io.atomic import check_replaceable, make_scratch_folder, write_folder_atomically
 from t5tune.io.untrusted import has_file
@@ -125,6 +132,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
             from t5tune.merging.ctranslate2 import convert_and_check
 
             agreement = convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
+            shutil.copyfile(checkpoint / SETTINGS_FILE, staged / SETTINGS_FILE)
         size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in MODEL_SUFFIXES)
     rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
     return MergeResult(

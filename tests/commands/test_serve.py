@@ -284,6 +284,25 @@ def test_a_model_is_converted_once_and_again_after_it_was_trained_again(
     assert all(name.startswith("tuned-exact-") for name in folders)
 
 
+def test_the_conversion_of_a_whole_run_has_its_tokenizer_but_not_its_settings(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """A URL among the settings may have a secret, which is kept in the run folder only."""
+    pytest.importorskip("ctranslate2")
+    train(
+        TrainSettings(
+            model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=tmp_path / "run",
+            train_mode="full", max_steps=1, use_cpu=True, report_samples=0,
+        )
+    )  # fmt: skip
+    models = {"tuned": str(tmp_path / "run")}
+    with serve(ServeSettings(models=models, port=0, use_cpu=True, converted_dir=tmp_path / "made")) as server:
+        assert server.address.models == {"tuned": "ctranslate2"}
+    (made,) = (tmp_path / "made").glob("tuned-*")
+    assert {file.name for file in made.iterdir()} >= {"tokenizer.json", "template.yaml", "training_data.json"}
+    assert not (made / "settings.yaml").exists()
+
+
 def test_the_base_of_an_adapter_can_be_named(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     train(
         TrainSettings(

@@ -181,6 +181,7 @@ def test_ctranslate2_gives_our_replies_from_a_folder_that_users_can_load(
     assert (merged.same_replies, merged.replies) == (4, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "converted", "merged"]
     assert merged.bytes == (tmp_path / "converted" / "model.bin").stat().st_size
+    assert "to: ctranslate2\n" in (tmp_path / "converted" / "settings.yaml").read_text()
 
     # follow the model card by hand: the tokens and the scale of the logits are those of transformers
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted")
