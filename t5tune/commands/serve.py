@@ -192,7 +192,7 @@ class _Loader:
             SettingsError: the engine of the settings can't run it.
         """
         if is_converted(Path(model)):
-            self._check_converted(model)
+            self._check_converted(name, model)
             return _FoundModel(Path(model), None, None, with_ctranslate2=True)
         with naming_settings(model_name_or_path="models", adapter="models"):
             settings = self._find_base_and_adapter(model, self._name_notes(name))
@@ -210,7 +210,7 @@ class _Loader:
         if found.settings is None:
             is_chosen = self._settings.quantization is not None or self._settings.bf16
             compute_type = self._choose_compute_type() if is_chosen else OF_WEIGHTS
-            return self._make_ctranslate2_model(name, found.base, compute_type, [], report)
+            return self._make_ctranslate2_model(name, found.base, compute_type, report)
         if found.with_ctranslate2:
             return self._load_with_ctranslate2(name, found.base, found.settings.adapter, report)
         report(Note("with transformers" + (f": {found.reason}" if found.reason else "")))
@@ -224,12 +224,15 @@ class _Loader:
 
         return report
 
-    def _check_converted(self, model: str) -> None:
+    def _check_converted(self, name: str, model: str) -> None:
         """Refuse what a folder that `merge --to ctranslate2` wrote can't do."""
+        hint = "name the adapter or the merged checkpoint instead"
         if self._settings.engine == "transformers" or self._settings.q_lora:
             setting = "q_lora" if self._settings.q_lora else "engine: transformers"
             problem = f"{setting}: {model} was converted to CTranslate2"
-            raise SettingsError(problem, hint="name the adapter or the merged checkpoint instead")
+            raise SettingsError(problem, hint=hint)
+        if unused := _find_unused_setting(Path(model)):
+            raise SettingsError(f"models: {name}: {unused}", hint=f"{hint}, or remove the key to do without it")
 
     def _find_base_and_adapter(self, model: str, report: Report) -> InferenceSettings:
         """Return settings with the folders of a model's base and adapter; of a stopped run, its newest checkpoint's."""
@@ -260,12 +263,7 @@ class _Loader:
             return "q_lora: quantized by bitsandbytes"
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not ctranslate2.get_cuda_device_count()):
             return f"CTranslate2 can't use the device {device}"
-        if has_file(base, GENERATION_CONFIG_FILE):
-            given = read_json_object(base, GENERATION_CONFIG_FILE)
-            others = [name for name, value in given.items() if value is not None and not name.startswith("_")]
-            if unused := [name for name in others if name not in WITHOUT_EFFECT]:
-                return f"{GENERATION_CONFIG_FILE} sets {unused[0]}, which CTranslate2 would ignore"
-        return None
+        return _find_unused_setting(base)
 
     def _choose_compute_type(self) -> str:
         """Choose CTranslate2's compute type: the quantization, else bf16 or fp32 as `chat` does.
@@ -314,17 +312,14 @@ class _Loader:
 
         folder = self._settings.converted_dir or get_default_folder()
         found = find_converted(folder.absolute(), name, base, adapter, quantization, convert, report)
-        config = read_json_object(base, GENERATION_CONFIG_FILE) if has_file(base, GENERATION_CONFIG_FILE) else {}
-        ends = config.get("eos_token_id") or []
-        ends = ends if isinstance(ends, list) else [ends]
-        return self._make_ctranslate2_model(name, found, compute_type, ends, report)
+        return self._make_ctranslate2_model(name, found, compute_type, report)
 
-    def _make_ctranslate2_model(
-        self, name: str, folder: Path, compute_type: str, other_ends: list[int], report: Report
-    ) -> "ServedModel":
+    def _make_ctranslate2_model(self, name: str, folder: Path, compute_type: str, report: Report) -> "ServedModel":
         from t5tune.serving.engines import TranslatorEngine
 
         files = read_model_files(folder, None)
+        other_ends = _read_generation_config(folder).get("eos_token_id") or []
+        other_ends = other_ends if isinstance(other_ends, list) else [other_ends]
         stop_ids = frozenset([files.tokenizer.eos_token_id, *other_ends])
         on_cpu = self._device.type == "cpu"
         batches = self._settings.parallel_batches or (max(1, count_cores() // CORES_PER_BATCH) if on_cpu else 1)
@@ -362,3 +357,15 @@ class _Loader:
         # a model has learned to write targets of at most model_max_length
         longest = max(settings.max_new_tokens, settings.model_max_length)
         return ServedModel(name, engine, prompts, defaults, longest)
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    return read_json_object(folder, GENERATION_CONFIG_FILE) if has_file(folder, GENERATION_CONFIG_FILE) else {}
+
+
+def _find_unused_setting(folder: Path) -> str | None:
+    """Find what a model's generation_config.json sets and CTranslate2 has no such setting for; None if there's none."""
+    given = _read_generation_config(folder)
+    others = [name for name, value in given.items() if value is not None and not name.startswith("_")]
+    unused = next((name for name in others if name not in WITHOUT_EFFECT), None)
+    return unused and f"{GENERATION_CONFIG_FILE} sets {unused}, which CTranslate2 would ignore"

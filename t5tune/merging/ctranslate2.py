@@ -26,6 +26,7 @@ from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import DependencyError, TrainingError
 from t5tune.file_names import (
     CTRANSLATE2_VOCABULARY_FILE,
+    GENERATION_CONFIG_FILE,
     MODEL_CARD_FILE,
     TEMPLATE_FILE,
     TRAINING_DATA_FILE,
@@ -40,7 +41,13 @@ from t5tune.progress import Note, Report
 MAX_REPLY_TOKENS = 32
 LOG_PROBABILITY_TOLERANCE = 1e-3  # both models compute in fp32, but sum in a different order
 # what is copied next to the converted weights; not settings.yaml, since a run's may have a secret in a URL
-DESCRIBING_FILES = (*TOKENIZER_FILE_PREFIXES, TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE)
+DESCRIBING_FILES = (
+    *TOKENIZER_FILE_PREFIXES,
+    TEMPLATE_FILE,
+    TRAINING_DATA_FILE,
+    GENERATION_CONFIG_FILE,
+    MODEL_CARD_FILE,
+)
 
 
 @dataclass(frozen=True)

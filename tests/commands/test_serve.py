@@ -18,13 +18,15 @@ from typing import Any
 import pytest
 import torch
 
+from t5tune.commands.merge import merge
 from t5tune.commands.serve import serve
 from t5tune.commands.train import train
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import ModelError, SettingsError
 from t5tune.progress import Event, Note
-from t5tune.settings import ServeSettings, TrainSettings
+from t5tune.settings import MergeSettings, ServeSettings, TrainSettings
 from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send
+from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import t5tune_in_fork
 from tests.support.forks import ForkedProcess, get_fork_server
 
@@ -388,3 +390,33 @@ def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: 
     assert any(
         "with transformers: generation_config.json sets" in note.text for note in notes if isinstance(note, Note)
     )
+
+
+def test_the_folder_of_merge_has_the_ends_of_replies_and_the_penalties_of_its_base(
+    untied_base: Path, tmp_path: Path
+) -> None:
+    """A penalty is refused as for other checkpoints, but transformers can't take over."""
+    pytest.importorskip("ctranslate2")
+    base = shutil.copytree(untied_base, tmp_path / "base")
+    adapter = make_stock_adapter(base, tmp_path / "adapter")
+
+    def serve_merged(name: str, **generation: Any) -> list[int]:
+        """Return the numbers of tokens of the replies of the adapter and of the folder that merge made of it."""
+        (base / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, **generation}))
+        merge(MergeSettings(
+            model_name_or_path=str(base), adapter=adapter, output_dir=tmp_path / name, to="ctranslate2", verify=False,
+        ))  # fmt: skip
+        models = {"adapter": str(adapter), "folder": str(tmp_path / name)}
+        settings = ServeSettings(
+            models=models, model_name_or_path=str(base), port=0, use_cpu=True, converted_dir=tmp_path / "made"
+        )
+        with serve(settings) as server:
+            assert set(server.address.models.values()) == {"ctranslate2"}
+            answers = [send(server.url, body=make_chat(model=model, max_tokens=20))[1] for model in models]
+        return [answer["usage"]["completion_tokens"] for answer in answers]
+
+    assert serve_merged("plain", eos_token_id=1) == [20, 20]
+    every_token = list(range(1, json.loads((base / "config.json").read_text())["vocab_size"]))
+    assert serve_merged("ending", eos_token_id=every_token) == [0, 0]
+    with pytest.raises(SettingsError, match="folder: generation_config.json sets repetition_penalty, .*; name the ada"):
+        serve_merged("penalized", repetition_penalty=1.5)
