@@ -199,9 +199,8 @@ class _Loader:
         base = Path(settings.model_name_or_path)
         engine = self._settings.engine
         reason = None if engine == "transformers" else self._find_obstacle(base, settings.family)
-        if reason is not None and engine == "ctranslate2":
-            problem = f"engine: ctranslate2: {name}: {reason}"
-            raise SettingsError(problem, hint="leave out --engine, to use transformers")
+        if reason is not None:
+            self._check_fallback(name, reason)
         return _FoundModel(base, settings, reason, with_ctranslate2=engine != "transformers" and reason is None)
 
     def load(self, name: str, found: "_FoundModel") -> "ServedModel":
@@ -264,6 +263,22 @@ class _Loader:
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not ctranslate2.get_cuda_device_count()):
             return f"CTranslate2 can't use the device {device}"
         return _find_unused_setting(base)
+
+    def _check_fallback(self, name: str, reason: str) -> None:
+        """Check that transformers may take the place of CTranslate2.
+
+        Raises:
+            SettingsError: the settings ask for CTranslate2, or for a quantization that only it has.
+        """
+        settings = self._settings
+        if settings.engine == "ctranslate2":
+            also = "" if settings.quantization is None else " and --quantization"
+            problem = f"engine: ctranslate2: {name}: {reason}"
+            raise SettingsError(problem, hint=f"leave out --engine{also}, to use transformers")
+        if settings.quantization is not None:
+            problem = f"quantization: {settings.quantization}: only with CTranslate2, but {name}: {reason}"
+            hint = "leave out --quantization; transformers quantizes with --q-lora --quant-type int8"
+            raise SettingsError(problem, hint=hint)
 
     def _choose_compute_type(self) -> str:
         """Choose CTranslate2's compute type: the quantization, else bf16 or fp32 as `chat` does.

@@ -390,6 +390,14 @@ def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: 
     assert any(
         "with transformers: generation_config.json sets" in note.text for note in notes if isinstance(note, Note)
     )
+    with pytest.raises(SettingsError) as caught:  # transformers would ignore it
+        serve(ServeSettings(**penalized, quantization="int8"))
+    problem = "quantization: int8: only with CTranslate2, but m: generation_config.json sets repetition_penalty, which"
+    assert caught.value.message.startswith(problem)
+    assert caught.value.hint == ("leave out --quantization; transformers quantizes with --q-lora --quant-type int8")
+    with serve(ServeSettings(**penalized, q_lora=True, quant_type="int8")) as server:
+        assert server.address.models == {"m": "transformers"}
+        assert send(server.url, body=make_chat(model="m", max_tokens=4))[0] == 200
 
 
 def test_the_folder_of_merge_has_the_ends_of_replies_and_the_penalties_of_its_base(
