@@ -14,14 +14,14 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from t5tune.checkpoints.adapter import read_base_metadata
+from t5tune.checkpoints.adapter import check_adapter, read_adapter, read_base_metadata
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
 from t5tune.checkpoints.base import find_model, read_config
 from t5tune.checkpoints.model_folder import is_converted
 from t5tune.commands.merge import merge
 from t5tune.compat.quiet import quiet_libraries
-from t5tune.errors import DependencyError, SettingsError, naming_settings
+from t5tune.errors import CheckpointError, DependencyError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.formatting import format_count
@@ -175,6 +175,10 @@ class _FoundModel:
     with_ctranslate2: bool
 
 
+class _NotMerged(CheckpointError):
+    """`merge` refuses an adapter. What it advises to do isn't for users of `serve`, so it is left out."""
+
+
 class _Loader:
     """Loads models, with transformers on the weights of bases that are loaded once."""
 
@@ -210,9 +214,14 @@ class _Loader:
             is_chosen = self._settings.quantization is not None or self._settings.bf16
             compute_type = self._choose_compute_type() if is_chosen else OF_WEIGHTS
             return self._make_ctranslate2_model(name, found.base, compute_type, report)
+        reason = found.reason
         if found.with_ctranslate2:
-            return self._load_with_ctranslate2(name, found.base, found.settings.adapter, report)
-        report(Note("with transformers" + (f": {found.reason}" if found.reason else "")))
+            try:
+                return self._load_with_ctranslate2(name, found.base, found.settings.adapter, report)
+            except _NotMerged as refused:
+                reason = f"its adapter can't be merged for CTranslate2: {refused.message}"
+                self._check_fallback(name, reason)
+        report(Note("with transformers" + (f": {reason}" if reason else "")))
         return self._load_with_transformers(name, found.settings, report)
 
     def _name_notes(self, name: str) -> Report:
@@ -306,19 +315,22 @@ class _Loader:
         def convert(folder: Path) -> None:
             report(Note("converting to CTranslate2, once"))
             if adapter is not None:
-                merge(
-                    MergeSettings(
-                        model_name_or_path=str(base),
-                        adapter=[adapter],
-                        output_dir=folder,
-                        to="ctranslate2",
-                        quantization=quantization,
-                        # rounded to the dtype of the base, the sums would give other replies than `chat`; and a
-                        # conversion serves all compute types
-                        dtype="float32",
-                    ),
-                    report,
+                settings = MergeSettings(
+                    model_name_or_path=str(base),
+                    adapter=[adapter],
+                    output_dir=folder,
+                    to="ctranslate2",
+                    quantization=quantization,
+                    # rounded to the dtype of the base, the sums would give other replies than `chat`; and a
+                    # conversion serves all compute types
+                    dtype="float32",
                 )
+                try:
+                    merge(settings, report)
+                except CheckpointError as error:
+                    config, state = read_adapter(adapter)
+                    check_adapter(state, config, adapter, must_be_trained=False)  # a broken one isn't served at all
+                    raise _NotMerged(error.message) from error
                 return
             from t5tune.merging.ctranslate2 import convert_and_check
 

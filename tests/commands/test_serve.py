@@ -17,14 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from t5tune.commands.chat import chat
 from t5tune.commands.merge import merge
 from t5tune.commands.serve import serve
 from t5tune.commands.train import train
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
-from t5tune.errors import ModelError, SettingsError
+from t5tune.errors import CheckpointError, ModelError, SettingsError
 from t5tune.progress import Event, Note
-from t5tune.settings import MergeSettings, ServeSettings, TrainSettings
+from t5tune.settings import ChatSettings, MergeSettings, ServeSettings, TrainSettings
 from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import t5tune_in_fork
@@ -428,3 +430,52 @@ def test_the_folder_of_merge_has_the_ends_of_replies_and_the_penalties_of_its_ba
     assert serve_merged("ending", eos_token_id=every_token) == [0, 0]
     with pytest.raises(SettingsError, match="folder: generation_config.json sets repetition_penalty, .*; name the ada"):
         serve_merged("penalized", repetition_penalty=1.5)
+
+
+@pytest.mark.parametrize(
+    ("reason", "warning"),
+    [("not the base that", "trained on another base"), ("the base's layer has no bias to add it to", None)],
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")  # of PEFT
+def test_an_adapter_that_merge_refuses_is_served_with_the_reply_of_chat(
+    reason: str, warning: str | None, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ctranslate2")
+    base, adapter = shutil.copytree(untied_base, tmp_path / "base"), tmp_path / "run"
+    if warning is None:
+        make_stock_adapter(base, adapter, lora_bias=True)
+    else:
+        train(
+            TrainSettings(
+                model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=adapter, max_steps=3,
+                learning_rate=2e-2, use_cpu=True, report_samples=0,
+            )
+        )  # fmt: skip
+        weights = load_file(base / "model.safetensors")
+        save_file({name: 1.1 * value for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    used = {"model_name_or_path": str(base), "use_cpu": True, "max_new_tokens": 8}
+    served = {**used, "models": {"tuned": str(adapter)}, "port": 0, "converted_dir": tmp_path / "made"}
+    notes: list[Note] = []
+    with serve(
+        ServeSettings(**served), lambda event: notes.append(event) if isinstance(event, Note) else None
+    ) as server:
+        assert server.address.models == {"tuned": "transformers"}
+        answer = send(server.url, body=make_chat("Hello", "tuned"))[1]
+    assert (
+        answer["choices"][0]["message"]["content"] == chat(ChatSettings(**used, adapter=adapter, prompt="Hello")).reply
+    )
+    (said,) = (note.text for note in notes if "with transformers" in note.text)
+    assert said.startswith("tuned: with transformers: its adapter can't be merged for CTranslate2: ")
+    assert reason in said
+    assert warning is None or any(note.warning and warning in note.text for note in notes)
+    for changes, hint in (
+        ({"engine": "ctranslate2"}, "leave out --engine, to use transformers"),
+        ({"quantization": "int8"}, "leave out --quantization; transformers quantizes with --q-lora --quant-type int8"),
+    ):
+        with pytest.raises(SettingsError, match=reason) as caught:
+            serve(ServeSettings(**served, **changes))
+        assert caught.value.hint == hint
+    state = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: value * torch.nan for name, value in state.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="contains NaN or infinity"):
+        serve(ServeSettings(**served))
