@@ -8,6 +8,7 @@ tokenizer.json. `save_tokenizer` therefore writes a generic tokenizer class, wit
 unchanged. So AutoTokenizer gives the same ids as training.
 """
 
+import codecs
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ BYTES_OFFSET = 3  # ByT5: ids 0 to 2 are pad, end and unknown, then come the 256
 BYT5_EXTRA_IDS = 125
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of vocabularies with byte fallback
 DEFAULT_SPECIAL_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+SENTINEL_PREFIX = "<extra_id_"
 OTHER_SPECIAL_TOKENS = ("bos_token", "cls_token", "sep_token", "mask_token")
 UNIGRAM = 1  # trainer_spec.model_type of a SentencePiece model
 USER_DEFINED_PIECE = 4  # type of a SentencePiece piece that any text becomes
@@ -284,20 +286,34 @@ def decode_prediction(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: s
         is_raw_text: whether spans of raw text were masked; then the sentinels, which say where they were, are kept.
     """
     if is_raw_text:
-        return _decode_with_sentinels(tokenizer, [int(i) for i in ids]).removesuffix(answer_suffix)
+        return decode_with_sentinels(tokenizer, ids).removesuffix(answer_suffix)
     return tokenizer.decode(ids, skip_special_tokens=True).removesuffix(tokenizer.remove_special_tokens(answer_suffix))
 
 
-def _decode_with_sentinels(tokenizer: Tokenizer, ids: list[int]) -> str:
-    others = [token for token in tokenizer.special_tokens if not token.startswith("<extra_id_")]
+def decode_with_sentinels(tokenizer: Tokenizer, ids: Iterable[int], is_complete: bool = True) -> str:
+    """Decode ids without special tokens other than sentinels.
+
+    Args:
+        is_complete: whether no ids follow; otherwise bytes at the end that may begin a character are left out.
+    """
+    others = [token for token in tokenizer.special_tokens if not token.startswith(SENTINEL_PREFIX)]
     left_out = set(tokenizer.convert_tokens_to_ids(others))
-    kept = [index for index in ids if index not in left_out]
+    kept = [int(index) for index in ids if index not in left_out]
     if tokenizer.backend is not None:
         return tokenizer.decode(kept)
     # ByT5's sentinels are its last bytes, which are found where they aren't UTF-8
-    text = bytes(index - BYTES_OFFSET for index in kept if index < BYTES_OFFSET + 256).decode(errors="surrogateescape")
+    data = bytes(index - BYTES_OFFSET for index in kept if index < BYTES_OFFSET + 256)
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data, final=is_complete)
     text = re.sub("[\udc9c-\udcff]", lambda found: f"<extra_id_{0xDCFF - ord(found[0])}>", text)
     return re.sub("[\udc80-\udc9b]", "", text)
+
+
+def has_sentinels(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether sentinels are among the ids; with ByT5, bytes that aren't UTF-8."""
+    if tokenizer.backend is None:
+        return decode_with_sentinels(tokenizer, ids) != tokenizer.decode(ids, skip_special_tokens=True)
+    sentinels = [token for token in tokenizer.special_tokens if token.startswith(SENTINEL_PREFIX)]
+    return not set(tokenizer.convert_tokens_to_ids(sentinels)).isdisjoint(ids)
 
 
 def decode_reference(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str, is_raw_text: bool = False) -> str:

@@ -24,7 +24,7 @@ from t5tune.data.templates import (
     render_answer_prefix,
     render_conversation,
 )
-from t5tune.data.tokenizer import Tokenizer, decode_prediction
+from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_with_sentinels, has_sentinels
 from t5tune.errors import SettingsError
 from t5tune.model.inference import ModelFiles
 from t5tune.progress import Note, Report, silent
@@ -41,12 +41,14 @@ class Prompt:
         dropped_turns: how many of the oldest turns were left out: by `max_length`, or because the model was trained
             on single exchanges.
         is_cut: whether tokens of the system message or of the last message were cut off, too.
+        has_gaps: whether it has sentinels, so that those of the reply say which gap a text is for.
     """
 
     ids: list[int]
     num_tokens: int
     dropped_turns: int
     is_cut: bool
+    has_gaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,20 @@ class Prompts:
         """Make the prompt of ids, with or without the special tokens around a source. It isn't shortened."""
         ids = self.encoder.special_ids.strip_if_present(ids)
         whole = self.encoder.special_ids.surround_source(ids)
-        return Prompt(whole, len(ids), dropped_turns=0, is_cut=len(whole) > self.max_length)
+        has_gaps = has_sentinels(self.tokenizer, ids)
+        return Prompt(whole, len(ids), dropped_turns=0, is_cut=len(whole) > self.max_length, has_gaps=has_gaps)
 
     def select_turns(self, turns: list[Turn]) -> list[Turn]:
         """Return the turns that the model sees: without history, only the last one."""
         return turns if self.keeps_history else turns[-1:]
 
-    def decode(self, ids: list[int]) -> str:
-        """Decode the ids of a reply, without the text that the template puts after an answer."""
-        return decode_prediction(self.tokenizer, ids, self.template.answer_suffix)
+    def decode(self, ids: list[int], fills_gaps: bool = False) -> str:
+        """Decode the ids of a reply, without the text that the template puts after an answer.
+
+        Args:
+            fills_gaps: whether the prompt has gaps; then the reply's sentinels are kept.
+        """
+        return decode_prediction(self.tokenizer, ids, self.template.answer_suffix, fills_gaps)
 
     def _prepare_turn(self, turn: Turn) -> Turn:
         """Add the prefix to a message that doesn't begin with it, and normalize the text as `prepare` does."""
@@ -196,10 +203,18 @@ class ReplyText:
     Args:
         stops: texts before which the reply ends.
         show: called with each piece as soon as it is final; joined, the pieces are the reply.
+        fills_gaps: see `Prompts.decode`.
     """
 
-    def __init__(self, prompts: Prompts, show: Callable[[str], None] | None = None, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        prompts: Prompts,
+        show: Callable[[str], None] | None = None,
+        stops: Sequence[str] = (),
+        fills_gaps: bool = False,
+    ) -> None:
         self._prompts = prompts
+        self._fills_gaps = fills_gaps
         self._show = show
         self._stops = stops
         self._suffix = prompts.tokenizer.remove_special_tokens(prompts.template.answer_suffix)
@@ -231,11 +246,13 @@ class ReplyText:
 
     def finish(self, ids: list[int]) -> str:
         """Show the rest of a reply that has ended by itself. Return the whole text."""
-        text = self._prompts.decode(ids)
+        text = self._prompts.decode(ids, self._fills_gaps)
         self._show_up_to(text)
         return text
 
     def _decode(self, ids: list[int]) -> str:
+        if self._fills_gaps:
+            return decode_with_sentinels(self._prompts.tokenizer, ids, is_complete=False)
         return self._prompts.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _show_up_to(self, text: str) -> None:

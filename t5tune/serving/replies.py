@@ -111,9 +111,13 @@ class Replies:
         Raises:
             ApiError: a reply couldn't be computed.
         """
-        prompts, stops = self._order.model.prompts, self._order.request.stop
+        order = self._order
+        gaps = [prompt.has_gaps for prompt in order.prompts for _ in range(order.request.n)]
         pieces: list[list[str]] = [[] for _ in self._generations]
-        texts = [ReplyText(prompts, show.append, stops) for show in pieces]
+        texts = [
+            ReplyText(order.model.prompts, show.append, order.request.stop, fills_gaps)
+            for show, fills_gaps in zip(pieces, gaps, strict=True)
+        ]
         unfinished = dict(enumerate(self._generations))
         while unfinished:
             await self._news.wait()

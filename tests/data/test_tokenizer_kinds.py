@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +17,7 @@ from t5tune.data.encoders import Beginning, Encoder, Markers, make_encoder
 from t5tune.data.encoding import Example, encode_batch, encode_prompt, extract_example
 from t5tune.data.formats import Conversation, Turn
 from t5tune.data.records import RecordLocation
+from t5tune.data.span_corruption import find_sentinels
 from t5tune.data.templates import Piece, load_template, render_answer_prefix, render_conversation
 from t5tune.data.tokenizer import SpecialIds, Tokenizer, decode_prediction, load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
@@ -199,19 +201,23 @@ def test_a_reply_is_shown_whole_even_if_its_bytes_are_no_text(
         write_config(tmp_path, tokenizer_class="ByT5Tokenizer")
     prompts = Prompts(load_cached(folders.get(kind, tmp_path)), load_template("plain"), 2048)
     parts = [prompts.encoder.encode([part])[0].tolist() for part in ("😀", "é", "two", " red", "\n")]
-    part = st.sampled_from([*parts, parts[0][:-1], parts[0][-1:], parts[1][-1:], [prompts.tokenizer.eos_token_id]])
-    ids = sum(data.draw(st.lists(part, max_size=8)), [])
+    sentinels = [[index] for index in find_sentinels(prompts.tokenizer)[:2]]
+    pieces = [parts[0][:-1], parts[0][-1:], parts[1][-1:], [prompts.tokenizer.eos_token_id]]
+    ids = sum(data.draw(st.lists(st.sampled_from([*parts, *pieces, *sentinels]), max_size=8)), [])
     step = data.draw(st.integers(1, 3))
-    for stops in ([], ["two\n"], ["😀"]):
+    fills_gaps = data.draw(st.booleans())
+    decode = partial(prompts.decode, fills_gaps=fills_gaps)
+    assert ("<extra_id_0>" in decode(ids)) == (fills_gaps and sentinels[:1] != [] and sentinels[0][0] in ids)
+    for stops in ([], ["two\n"], ["😀"], ["<extra_id_0>"]):
         shown: list[str] = []
-        text = ReplyText(prompts, shown.append, stops)
+        text = ReplyText(prompts, shown.append, stops, fills_gaps)
         counts = (text.update(ids[:end]) for end in [*range(step, len(ids), step), len(ids)])
         count = next((count for count in counts if count is not None), None)
         if count is None:
-            assert text.finish(ids) == "".join(shown) == prompts.decode(ids)
+            assert text.finish(ids) == "".join(shown) == decode(ids)
         else:
-            assert "".join(shown) + stops[0] == prompts.decode(ids[:count])
-        assert not any(stop in prompts.decode(ids[:number]) for stop in stops for number in range(count or len(ids)))
+            assert "".join(shown) + stops[0] == decode(ids[:count])
+        assert not any(stop in decode(ids[:number]) for stop in stops for number in range(count or len(ids)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,14 +1,17 @@
 """Replies over HTTP, to the openai client, are those of chat and evaluate for the same model, settings and prompt."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from t5tune.commands.chat import Chatter
 from t5tune.commands.evaluate import evaluate
@@ -16,6 +19,8 @@ from t5tune.commands.merge import merge
 from t5tune.commands.serve import Server
 from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.data.formats import Turn
+from t5tune.data.tokenizer import decode_prediction, load_tokenizer
+from t5tune.model.generation import Decoding, generate
 from t5tune.model.inference import load_for_inference
 from t5tune.model.prompts import ReplyText
 from t5tune.progress import Note
@@ -205,6 +210,40 @@ def test_completions_take_the_text_or_the_ids_that_the_encoder_reads(
     assert streamed == expected
     twice = client.completions.create(model="base", prompt=texts, n=2)
     assert [choice.text for choice in twice.choices] == [expected[0]] * 2 + [expected[1]] * 2
+
+
+def test_a_completion_of_a_text_with_gaps_says_which_gap_each_text_is_for(
+    engine: str, untied_base: Path, start: StartServer, tmp_path: Path
+) -> None:
+    """As the predictions of evaluate for raw text; other completions have no sentinels."""
+    folder = shutil.copytree(untied_base, tmp_path / "gaps")
+    weights = load_file(folder / "model.safetensors")
+    tokenizer = load_tokenizer(folder)
+    first, second = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
+    weights["lm_head.weight"][[first, second]] *= 2  # so that they are sometimes the likeliest
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    loaded = load_for_inference(InferenceSettings(model_name_or_path=str(folder), use_cpu=True))
+    decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, LENGTH)
+    with_gaps, without = "Two <extra_id_0> hats <extra_id_1> hat", "Two red hats"
+    sources = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in (with_gaps, without)]
+    ids = generate(loaded.model, sources, decoding)
+    assert all({first, second} & set(reply) for reply in ids)
+    expected = [decode_prediction(tokenizer, ids[0], "", is_raw_text=True), decode_prediction(tokenizer, ids[1], "")]
+    with connect(start({"gaps": str(folder)}, engine=engine, converted_dir=tmp_path / "made")) as client:
+        ask_for = partial(client.completions.create, model="gaps", max_tokens=LENGTH)
+        prompt: list[Any]
+        for prompt in ([with_gaps, without], [source[:-1] for source in sources]):
+            whole = ask_for(prompt=prompt)
+            assert [choice.text for choice in whole.choices] == expected
+            streamed = ["", ""]
+            for event in ask_for(prompt=prompt, stream=True):
+                streamed[event.choices[0].index] += event.choices[0].text
+            assert streamed == expected
+        sentinel = next(text for text in ("<extra_id_0>", "<extra_id_1>") if text in expected[0])
+        for prompt, reply in zip((with_gaps, without), expected, strict=True):
+            found = ask_for(prompt=prompt, stop=sentinel).choices[0]
+            assert found.text == reply.partition(sentinel)[0]
+            assert (found.finish_reason == "stop") == (sentinel in reply)
 
 
 def test_a_prompt_from_the_chat_template_has_the_reply_of_the_chat(
