@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from t5tune.errors import CheckpointError
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CHECKPOINT_MANIFEST_FILE, CONFIG_FILE
+from t5tune.file_names import (
+    ADAPTER_CONFIG_FILE,
+    CHECKPOINT_MANIFEST_FILE,
+    CONFIG_FILE,
+    RESULT_FILE,
+    SETTINGS_FILE,
+)
 from t5tune.io.atomic import encode_json, fsync_tree, hash_file, write_json
 from t5tune.io.untrusted import check_inside, resolve_inside
 from t5tune.progress import Note, Report
@@ -155,8 +161,10 @@ def find_trained_folder(path: Path, setting: str, report: Report) -> Path:
     Raises:
         CheckpointError: the run was stopped, and none of its checkpoints is complete.
     """
-    has_result = any((path / name).is_file() for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
-    if has_result or not has_complete_checkpoints(path):
+    # a run that was killed while its result was copied, file by file, has only some of these files; result.json is last
+    is_unfinished_run = (path / SETTINGS_FILE).is_file() and not (path / RESULT_FILE).is_file()
+    has_model = any((path / name).is_file() for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
+    if (has_model and not is_unfinished_run) or not has_complete_checkpoints(path):
         return path
     checkpoint = find_complete_checkpoint(path, setting, report)
     report(Note(f"{path}: this run hasn't finished; using its newest complete checkpoint, {checkpoint}"))

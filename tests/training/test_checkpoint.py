@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from safetensors.torch import load_file
 
+from t5tune.checkpoints.model_folder import is_trained_file
 from t5tune.commands.chat import chat
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
@@ -88,6 +90,37 @@ def test_merge_merges_the_newest_checkpoint_into_the_base_that_it_names(
     assert (tmp_path / "a" / "settings.yaml").read_text() == (tmp_path / "b" / "settings.yaml").read_text().replace(
         str(tmp_path / "b"), str(tmp_path / "a")
     )
+
+
+@pytest.mark.parametrize("train_mode", ["lora", "full"])
+def test_a_run_that_was_killed_while_its_result_was_copied_is_used_as_a_stopped_one(
+    train_mode: Literal["lora", "full"], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(make_settings(untied_base, conversations, run, learning_rate=2e-2, train_mode=train_mode))
+
+    def reply(model: Path) -> tuple[str, list[str]]:
+        events: list[Event] = []
+        settings = ChatSettings(model_name_or_path=str(model), prompt=PROMPT, max_new_tokens=12, use_cpu=True)
+        return chat(settings, events.append).reply, select_notes(events, "hasn't finished")
+
+    finished, notes = reply(run)
+    assert notes == []
+    (newest, *_) = list_checkpoints(run)
+    copied = sorted(file.name for file in run.iterdir() if is_trained_file(file.name))
+    first = "adapter_config.json" if train_mode == "lora" else "config.json"
+    assert {first, "template.yaml", "tokenizer.json"} < set(copied)
+    (run / "result.json").unlink()
+    for name in reversed(copied):  # each may have been the last one
+        assert reply(run) == (
+            finished,
+            [f"{run}: this run hasn't finished; using its newest complete checkpoint, {newest}"],
+        )
+        (run / name).unlink()
+        if name == "adapter_model.safetensors":
+            merge(MergeSettings(adapter=run, output_dir=tmp_path / "merged", verify=False))
+            assert reply(tmp_path / "merged")[0] == finished
+    assert reply(run)[0] == finished
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_without_a_complete_one_the_run_is_refused(
