@@ -22,7 +22,7 @@ from t5tune.formatting import format_size
 from t5tune.io.atomic import hash_file, lock_file
 from t5tune.progress import Note, Report
 
-CONVERSION_FORMAT = 2  # to be raised when conversions by older versions of t5tune mustn't be used any more
+CONVERSION_FORMAT = 1  # to be raised when conversions by older versions of t5tune mustn't be used any more
 HASHES_FOLDER = "hashes"
 SECONDS_TO_WAIT = 3600.0  # for another process that converts the same model
 
