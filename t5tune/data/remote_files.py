@@ -22,6 +22,7 @@ from t5tune.io.atomic import explain_write_errors, write_json
 from t5tune.io.reasons import hide_queries, join_first, join_lines
 from t5tune.io.untrusted import read_json_object
 from t5tune.progress import Note, Report, count_done, silent
+from t5tune.settings.datasets import PATHS_OF_DATASETS
 from t5tune.settings.fields import Settings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -55,8 +56,13 @@ def hide_query(name: str) -> str:
 
 def hide_data_queries(settings: AnySettings) -> AnySettings:
     """Return the settings without the queries of the data's URLs, for what others may see."""
-    paths = {name: getattr(settings, name, None) for name in ("data_path", "eval_data_path")}
-    return settings.model_copy(update={name: [*map(hide_query, each)] for name, each in paths.items() if each})
+    hidden: dict[str, list[Any]] = {}
+    for data, paths in PATHS_OF_DATASETS.items():
+        if names := getattr(settings, paths, None):
+            hidden[paths] = [*map(hide_query, names)]
+        if datasets := getattr(settings, data, None):
+            hidden[data] = [each.model_copy(update={"path": [*map(hide_query, each.path)]}) for each in datasets]
+    return settings.model_copy(update=hidden)
 
 
 def fetch_remote(

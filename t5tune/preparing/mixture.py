@@ -30,6 +30,7 @@ from t5tune.data.mixture import (
     list_caches,
     read_mixture_manifest,
 )
+from t5tune.data.remote_files import hide_query
 from t5tune.data.vocabulary import ExtendedTokenizer
 from t5tune.distributed.shard import find_shard
 from t5tune.errors import DataError
@@ -94,7 +95,7 @@ def _prepare_caches(
             caches[name] = given
             continue
         caches[name] = settings.output_dir / name
-        report(Note(f"dataset {name}: {join_first(dataset.path)}"))
+        report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
         own = replace(origin, tokenizer_source=_find_source(origin, name), vocabulary=vocabulary)
         settings_of_it = complete_dataset(settings, dataset, output_dir=caches[name])
         prepared.append(_Prepared(caches[name], *prepare_dataset(settings_of_it, report, own)))

@@ -43,6 +43,7 @@ MAX_NAME_LENGTH = 64
 Model = TypeVar("Model", bound=ReadingSettings)
 _WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
 _PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
+_USER = re.compile("://[^/]*@")
 _STORED = re.compile(r"(^|\.)records-[0-9a-f]{12}(\.table)?$")  # see io/records_in_memory.py
 _NOT_IN_NAME = re.compile("[^A-Za-z0-9._-]+")
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
@@ -205,7 +206,8 @@ def name_datasets(datasets: Sequence[DatasetSettings]) -> list[str]:
 
 
 def _find_stem(path: str) -> str:
-    path = path.partition("?")[0] if "://" in path else path
+    if "://" in path:  # without what may be secret: the query and the password
+        path = _USER.sub("://", re.split("[?#]", path)[0])
     parts = [part for part in path.partition("@")[0].split("/") if part and "*" not in part]
     last = parts[-1] if parts else ""
     for ends in (COMPRESSED_SUFFIXES, JSON_SUFFIXES | TABLE_SUFFIXES | TEXT_SUFFIXES):

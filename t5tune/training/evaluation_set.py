@@ -24,6 +24,7 @@ from t5tune.data.pipeline import read_conversation
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
+from t5tune.data.remote_files import hide_query
 from t5tune.data.sample import choose_default_template, drain, take_sample
 from t5tune.data.sources import bring_data
 from t5tune.data.templates import (
@@ -126,7 +127,7 @@ def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report:
         return _load_dataset(settings, loaded, report)
     parts: dict[str, EvaluationSet] = {}
     for name, dataset in zip(name_datasets(settings.data), settings.data, strict=True):
-        report(Note(f"dataset {name}: {join_first(dataset.path)}"))
+        report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
         trained_on = loaded.find_dataset(name)
         if trained_on is not None and trained_on.objective == RAW_TEXT and "objective" not in dataset.model_fields_set:
             dataset = dataset.model_copy(update={"objective": RAW_TEXT})

@@ -343,12 +343,13 @@ def test_a_file_at_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, 
     assert gone.code == 2, gone.stderr
 
 
+@pytest.mark.parametrize("weight", ["", ":2"])  # with one, the datasets are settings of their own
 def test_the_secret_of_a_url_is_only_in_the_settings_that_continue_the_run(
-    web: tuple[str, Path], untied_base: Path, tmp_path: Path
+    weight: str, web: tuple[str, Path], untied_base: Path, tmp_path: Path
 ) -> None:
     url, folder = web
     (folder / "chats.jsonl").write_bytes(to_jsonl(*range(8)))
-    data = f"{url}/chats.jsonl?signature=SeCrEt"
+    data = f"{url.replace('://', '://me:SeCrEt@')}/chats.jsonl?signature=SeCrEt{weight}"
     run, out = tmp_path / "run", tmp_path / "out"
     environment = {"HF_HOME": str(tmp_path / "home")}
     flags = ("--max-steps", 1, "--use-cpu", "--report-samples", 0, "--model-name-or-path", untied_base)
@@ -362,7 +363,9 @@ def test_the_secret_of_a_url_is_only_in_the_settings_that_continue_the_run(
     assert evaluated.code == 0, evaluated.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file() and b"SeCrEt" in path.read_bytes()]
     assert files == [run / "settings.yaml"]
-    assert f"--data-path {url}/chats.jsonl " in (run / "report.html").read_text()
+    lines = (done.stderr + evaluated.stderr).splitlines()
+    assert not [line for line in lines if line.startswith("dataset") and "SeCrEt" in line]
+    assert f"--data-path {url}/chats.jsonl{weight} " in (run / "report.html").read_text()
     assert f"- {url}/chats.jsonl\n" in (out / "settings.yaml").read_text()
 
 

@@ -109,10 +109,10 @@ def test_what_is_wrong_with_a_dataset_is_said_by_its_place(text: str, problem: s
 def test_datasets_are_named_after_their_files() -> None:
     paths = [
         "data/chats.jsonl.gz", "hf://datasets/owner/chats@main", "owner/name", "https://host/b.CSV?key=1", "dir/*.json",
-        "ünï.json", "pocket", "/",
+        "ünï.json", "pocket", "/", "https://me:secret@host/c.csv#key",
     ]  # fmt: skip
     names = name_datasets([DatasetSettings(path=path) for path in paths] + [DatasetSettings(path="x", name="chats-2")])
-    assert names == ["chats", "chats-3", "name", "b", "dir", "n", "pocket", "data", "chats-2"]
+    assert names == ["chats", "chats-3", "name", "b", "dir", "n", "pocket", "data", "c", "chats-2"]
 
 
 def test_records_in_memory_can_be_one_of_several_datasets() -> None:
