@@ -373,7 +373,7 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
             is_eval = cache == run.eval_cache
             source = run.cache if is_eval else _find_adapter_with_tokens(settings)
             setting = "eval_data_path" if is_eval else "data_path"
-            origin = replace(common, tokenizer_source=source, setting=setting)
+            origin = replace(common, tokenizer_source=source, setting=setting, is_evaluation=is_eval)
             prepare(_make_prepare_settings(settings, cache, setting), report, origin)
     if run.cache == settings.preprocessed_path and run.cache.parent != run.folder:
         record_prepared(run)

@@ -56,6 +56,7 @@ class Origin:
         tokenizer_source: a cache, a mixture or an adapter whose tokenizer and conversation template replace the base's.
         vocabulary: the tokenizer that all datasets of a mixture, or of a run that gets other data, share.
         setting: the setting that the paths come from, for messages.
+        is_evaluation: the examples are to evaluate on, so other splits of a dataset on the Hub are the default.
         run: the run folder that train prepares for; train mixes datasets and holds out examples itself.
         before_replacing: called before a cache that isn't up to date is replaced, or a new one gets its place.
     """
@@ -65,6 +66,7 @@ class Origin:
     tokenizer_source: Path | None = None
     vocabulary: ExtendedTokenizer | None = None
     setting: str = "data_path"
+    is_evaluation: bool = False
     run: Path | None = None
     before_replacing: Callable[[], None] = lambda: None
 
@@ -80,7 +82,7 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
     """
     shard = find_shard(settings.shard) if settings.shard is not None else None
     facts: dict[str, Any] = {"up_to_date": False, "shard": None if shard is None else str(shard), "joined": None}
-    paths = _bring_data(settings, report, origin.setting)
+    paths = _bring_data(settings, report, origin)
     files = find_files(paths, report, origin.setting, is_text=settings.is_raw_text)
     stdin = Digest()
     records = read_records(files, settings.max_record_bytes, stdin)
@@ -147,7 +149,7 @@ def _describe_source(
     inputs = _describe_inputs(settings, files, vocabulary.tokenizer, template)
     checks = RecordChecks(
         data=f"{origin.setting}: {join_first(files)}",
-        purpose="evaluate on" if origin.setting == "eval_data_path" else "train on",
+        purpose="evaluate on" if origin.is_evaluation else "train on",
         takes_only_pairs=default_template == PAIR_TEMPLATE,
         max_rejected_fraction=settings.max_rejected_fraction,
         num_data=settings.num_data,
@@ -165,18 +167,20 @@ def _report_template(source: CacheSource, manifest: dict[str, Any], report: Repo
         report_models_template(source.template, report)
 
 
-def _bring_data(settings: PrepareSettings, report: Report, setting: str) -> list[str]:
+def _bring_data(settings: PrepareSettings, report: Report, origin: Origin) -> list[str]:
     """Replace the names of what isn't on this machine by paths; token caches are refused."""
     for path in settings.data_path:
         if has_examples(Path(path)):
-            problem = f"{setting}: {path}: is already a token cache"
+            problem = f"{origin.setting}: {path}: is already a token cache"
             raise DataError(problem, hint="prepare reads conversations; give the cache to train")
     names = [str(find_conversations_file()) if path == "pocket" else path for path in settings.data_path]
     choice = DatasetChoice(settings.data_subset, settings.data_split)
-    if setting == "eval_data_path":
-        choice = replace(choice, defaults=EVALUATION_SPLITS, setting="eval_data_split")
+    if origin.is_evaluation:
+        choice = replace(choice, defaults=EVALUATION_SPLITS)
+    if origin.setting == "eval_data_path":
+        choice = replace(choice, setting="eval_data_split")
     is_text = settings.is_raw_text
-    return bring_data(names, choice, setting, settings.cache_dir, report, is_text)
+    return bring_data(names, choice, origin.setting, settings.cache_dir, report, is_text)
 
 
 def count_rows(settings: PrepareSettings, base: Path) -> int:
@@ -202,10 +206,10 @@ def take_vocabulary(source: Path, base: Path) -> ExtendedTokenizer:
     return ExtendedTokenizer(tokenizer, added, [])
 
 
-def read_sample(settings: PrepareSettings, setting: str) -> Iterator[Conversation]:
+def read_sample(settings: PrepareSettings, origin: Origin) -> Iterator[Conversation]:
     """Read the conversations by which prepare chooses the tokens to add."""
     is_text = settings.is_raw_text
-    files = find_files(_bring_data(settings, silent, setting), silent, setting, is_text)
+    files = find_files(_bring_data(settings, silent, origin), silent, origin.setting, is_text)
     yield from parse_sample(take_sample(read_records(files, settings.max_record_bytes)), settings)
 
 

@@ -273,7 +273,7 @@ def _choose_common_vocabulary(
 
     def read_all() -> Iterator[Conversation]:
         for dataset in datasets:
-            yield from read_sample(complete_dataset(settings, dataset), origin.setting)
+            yield from read_sample(complete_dataset(settings, dataset), origin)
 
     caches = [given for dataset in datasets if (given := find_given_cache(dataset)) is not None]
     if origin.vocabulary is not None and not caches:

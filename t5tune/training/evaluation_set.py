@@ -270,7 +270,8 @@ def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Repo
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder, "cache")
         values |= {"model_name_or_path": str(loaded.base), "output_dir": cache}
-        prepare_dataset(PrepareSettings(**values), report, Origin(tokenizer_source=loaded.tokenizer_folder))
+        origin = Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True)
+        prepare_dataset(PrepareSettings(**values), report, origin)
         chosen = _load_cache_examples(open_examples(cache), settings, loaded, report)
         return replace(chosen, examples=list(chosen.examples))
 

@@ -611,12 +611,13 @@ def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, unti
         str(tmp_path / "empty"): "contains no .*file",
         str(bad): "(contains )?no conversation to evaluate on",
     }
+    origin = Origin(setting="eval_data_path", is_evaluation=True)
     for path, message in cases.items():
         values = {"model_name_or_path": str(untied_base), "data_path": [path], "output_dir": tmp_path / "cache"}
         with pytest.raises(DataError, match=rf"^eval_data_path: .*{message}|^eval_data_path: {message}"):
-            prepare(PrepareSettings(**values), origin=Origin(setting="eval_data_path"))
+            prepare(PrepareSettings(**values), origin=origin)
     with pytest.raises(DataError, match=r"^eval_data_path: .*2 of 2 records rejected"):
-        prepare(PrepareSettings(**values, max_rejected_fraction=0.5), origin=Origin(setting="eval_data_path"))
+        prepare(PrepareSettings(**values, max_rejected_fraction=0.5), origin=origin)
 
 
 def test_a_failed_prepare_does_not_change_the_old_cache(

@@ -295,11 +295,14 @@ def test_a_run_trains_on_one_split_and_evaluates_on_another(hub: Hub, untied_bas
         assert read_sources(run / "eval-data") == expected
         card = (run / "README.md").read_text()
         assert f"from hf://datasets/{NAME}@{repo.head}/train.jsonl" in card
-    evaluated = t5tune_in_fork(
-        *("evaluate", run, "--data-path", NAME, "--output-dir", tmp_path / "out", "--use-cpu", "--json"),
-        env=hub.environment,
-    )
-    assert evaluated.json["examples"] == 1, evaluated.stderr
+    raw_text = ("--objective", "span-corruption", "--source-column", "source")
+    for flags, count in (((), 1), (raw_text, 1), ((*raw_text, "--data-split", "test"), 2)):
+        evaluated = t5tune_in_fork(
+            *("evaluate", run, "--data-path", NAME, *flags, "--overwrite", "--output-dir", tmp_path / "out"),
+            *("--use-cpu", "--json"),
+            env=hub.environment,
+        )
+        assert evaluated.json["examples"] == count, evaluated.stderr
 
 
 def test_a_name_is_one_on_the_hub_only_if_it_names_nothing_here(
