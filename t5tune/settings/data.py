@@ -195,3 +195,9 @@ class TrainingDataSettings(MixingSettings, SplitSettings, SelectionSettings, Dat
     @classmethod
     def _read_evaluation_datasets(cls, values: Any) -> Any:
         return combine_datasets(values, "eval_data", "eval_data_path") if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _check_evaluation_split(self) -> Self:
+        if self.eval_data is not None and self.eval_data_split is not None:
+            raise ValueError(f"eval_data_split: {self.eval_data_split}: give it as data_split in the dataset it is for")
+        return self

@@ -81,6 +81,7 @@ def test_saved_settings_and_flags_read_back_as_the_same(tmp_path: Path) -> None:
         ("data: [{path: a, name: x}, {path: b, name: X}]", "data: name: x: two datasets have it"),
         ("data: [{path: a, name: mixture.json}]", "data[0].name: 'mixture.json' (FILE: data): a file in the folder of"),
         ("data: [a, b]\ndata_split: dev", "data_split: dev: give it in the dataset that it is for"),
+        ("data_path: a\neval_data: [a, b]\neval_data_split: dev", "eval_data_split: dev: give it as data_split in"),
         (
             "data: [{path: a, name: x, target_column: y}]\nobjective: span-corruption",
             "data: x: target_column: 'y', but",
