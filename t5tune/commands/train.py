@@ -416,6 +416,8 @@ def _make_prepare_settings(settings: TrainSettings, cache: Path, setting: str) -
         paths, datasets = settings.eval_data_path, _inherit_reading(settings)
         nothing_mixed = dict.fromkeys(("mixing", "mixing_temperature", "mixing_cap"))
         values |= {"data_path": paths, "data": datasets, "data_split": settings.eval_data_split, **nothing_mixed}
+        if datasets is not None:
+            values["data_subset"] = None  # each dataset has its own
     # train holds out examples itself, so that a change of eval_fraction or seed doesn't need another cache; but of raw
     # text, the seed determines how many tokens are masked
     is_masked = settings.is_raw_text or any(each.is_raw_text for each in values["data"] or [])
@@ -428,9 +430,13 @@ def _inherit_reading(settings: TrainSettings) -> list[DatasetSettings] | None:
     if settings.eval_data is None:
         return None
     trained = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
+    # as for eval_data_path, the subset of the training data is that of the other splits, too
+    common = {} if settings.data_subset is None else {"data_subset": settings.data_subset}
     datasets = []
     for name, dataset in zip(name_datasets(settings.eval_data), settings.eval_data, strict=True):
-        values = trained[name].list_given() if name in trained and find_given_cache(dataset) is None else {}
+        values: dict[str, Any] = {}
+        if find_given_cache(dataset) is None:
+            values = trained[name].list_given() if name in trained else common
         values = {key: value for key, value in values.items() if key not in ("num_data", "data_split")}
         datasets.append(DatasetSettings(**{**values, **dataset.list_given(), "path": dataset.path, "name": name}))
     return datasets

@@ -305,6 +305,25 @@ def test_a_run_trains_on_one_split_and_evaluates_on_another(hub: Hub, untied_bas
         assert evaluated.json["examples"] == count, evaluated.stderr
 
 
+def test_the_subset_that_is_trained_on_is_that_of_several_datasets_to_evaluate_on(
+    hub: Hub, untied_base: Path, tmp_path: Path
+) -> None:
+    hub.add("dataset", NAME, FILES)
+    (tmp_path / "own.jsonl").write_bytes(to_jsonl(9))
+    config = tmp_path / "run.yaml"
+    evaluated = [{"path": NAME}, {"path": str(tmp_path / "own.jsonl")}, {"path": NAME, "data_subset": None}]
+    config.write_text(json.dumps({"data_path": NAME, "data_subset": "large", "eval_data": evaluated}))
+    done = t5tune_in_fork(
+        *("train", "--config", config, "--model-name-or-path", untied_base, "--output-dir", tmp_path / "run"),
+        *("--max-steps", 1, "--use-cpu", "--report-samples", 0),
+        env=hub.environment,
+    )
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "run" / "data") == expect(5)
+    found = {name: read_sources(tmp_path / "run" / "eval-data" / name) for name in ("chats", "own", "chats-2")}
+    assert found == {"chats": expect(6), "own": expect(9), "chats-2": expect(4)}
+
+
 def test_a_name_is_one_on_the_hub_only_if_it_names_nothing_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
