@@ -352,8 +352,8 @@ class TrainSettings(_settings.TrainSettings):
             mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
                 none.
             preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
-            eval_data_path: Conversations or a token cache to evaluate on; they are encoded with the added tokens and
-                the conversation template of data_path.
+            eval_data_path: Conversations or a token cache to evaluate on, all of it whatever num_data is; they are
+                encoded with the added tokens and the conversation template of data_path.
             eval_data_split: Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation,
                 otherwise test.
             eval_data: Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like

@@ -416,6 +416,7 @@ def _make_prepare_settings(settings: TrainSettings, cache: Path, setting: str) -
         paths, datasets = settings.eval_data_path, _inherit_reading(settings)
         nothing_mixed = dict.fromkeys(("mixing", "mixing_temperature", "mixing_cap"))
         values |= {"data_path": paths, "data": datasets, "data_split": settings.eval_data_split, **nothing_mixed}
+        values["num_data"] = None  # it is how many are trained on
         if datasets is not None:
             values["data_subset"] = None  # each dataset has its own
     # train holds out examples itself, so that a change of eval_fraction or seed doesn't need another cache; but of raw

@@ -174,8 +174,8 @@ class TrainingDataSettings(MixingSettings, SplitSettings, SelectionSettings, Dat
     )
     eval_data_path: Annotated[DataList | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
-        description="Conversations or a token cache to evaluate on; they are encoded with the added tokens and the "
-        "conversation template of data_path.",
+        description="Conversations or a token cache to evaluate on, all of it whatever num_data is; they are encoded "
+        "with the added tokens and the conversation template of data_path.",
         json_schema_extra={"metavar": "PATH…"},
     )
     eval_data_split: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(

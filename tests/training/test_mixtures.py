@@ -15,7 +15,7 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.mixture import open_mixture
+from t5tune.data.mixture import open_examples, open_mixture
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.model.inference import read_model_files
@@ -418,6 +418,17 @@ def test_each_dataset_has_its_own_number_of_examples(untied_base: Path, data: Pa
     result = train(settings)
     assert result.datasets is not None
     assert {name: facts["examples"] for name, facts in result.datasets.items()} == {"sums": 30, "talk": 7}
+
+
+@pytest.mark.parametrize(("paths", "sizes"), [(["sums.jsonl"], (3, 40)), (["sums.jsonl:1", "talk.json:1"], (6, 56))])
+def test_num_data_does_not_limit_what_is_evaluated_on(
+    paths: list[str], sizes: tuple[int, int], untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    found = [str(data / path) for path in paths]
+    settings = make_settings(
+        untied_base, data, tmp_path / "run", data_path=found, eval_data_path=found, num_data=3, max_steps=1
+    )
+    assert (train(settings).examples, len(open_examples(tmp_path / "run" / "eval-data"))) == sizes
 
 
 def test_what_is_given_next_to_a_token_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
