@@ -22,7 +22,8 @@ from t5tune.checkpoints.upload import (
     upload_result,
 )
 from t5tune.commands.prepare import prepare
-from t5tune.data.mixture import find_tokenizer_folder
+from t5tune.data.cache import read_manifest
+from t5tune.data.mixture import find_tokenizer_folder, is_mixture, list_caches
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.distributed.signals import StopRequest, handle_signals
 from t5tune.distributed.world import RESUME_HINT, World, has_restarted
@@ -43,6 +44,7 @@ from t5tune.training.run_folder import (
     TrainResult,
     apply_cache_settings,
     check_inputs_stay,
+    find_given_examples,
     follow_link,
     locate_run,
     lock_run_folder,
@@ -430,14 +432,34 @@ def _inherit_reading(settings: TrainSettings) -> list[DatasetSettings] | None:
     """Return the datasets to evaluate on, each read like the dataset of the same name that is trained on."""
     if settings.eval_data is None:
         return None
-    trained = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
+    trained = _list_reading(settings)
     # as for eval_data_path, the subset of the training data is that of the other splits, too
     common = {} if settings.data_subset is None else {"data_subset": settings.data_subset}
     datasets = []
     for name, dataset in zip(name_datasets(settings.eval_data), settings.eval_data, strict=True):
         values: dict[str, Any] = {}
         if find_given_cache(dataset) is None:
-            values = trained[name].list_given() if name in trained else common
+            values = trained.get(name, common)
         values = {key: value for key, value in values.items() if key not in ("num_data", "data_split")}
         datasets.append(DatasetSettings(**{**values, **dataset.list_given(), "path": dataset.path, "name": name}))
     return datasets
+
+
+def _list_reading(settings: TrainSettings) -> dict[str, dict[str, Any]]:
+    """List how each of several datasets to train on is read: what is given for it, or how its cache was made."""
+    datasets = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
+    caches = {name: cache for name, dataset in datasets.items() if (cache := find_given_cache(dataset)) is not None}
+    mixture = find_given_examples(settings.data_path, settings.data)
+    if mixture is not None and is_mixture(mixture):
+        caches = list_caches(mixture)
+    given = {name: dataset.list_given() for name, dataset in datasets.items()}
+    return given | {name: _read_reading(cache, settings) for name, cache in caches.items()}
+
+
+def _read_reading(cache: Path, settings: TrainSettings) -> dict[str, Any]:
+    """Read by which settings the records of a token cache were read."""
+    inputs = read_manifest(cache)["inputs"]
+    reading = {name: inputs[name] for name in DatasetSettings.model_fields if name in inputs}
+    if settings.reads_preferences:  # all objectives that learn from pairs read the same
+        reading.pop("objective", None)
+    return {**reading, "conversation_template": None}  # that of the cache, which `prepare` finds by the name

@@ -223,6 +223,30 @@ def test_each_dataset_has_the_metrics_of_a_separate_evaluation(
     assert not any(name.endswith("_loss") for name in result.eval)
 
 
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_data_with_the_name_of_a_token_cache_is_evaluated_as_that_one_was_read(
+    is_prepared: bool, untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    common = {"model_name_or_path": str(untied_base), "add_tokens": ["none"]}
+    reading = {"source_prefix": "sum: ", "model_max_length": 64, "train_on": "last", "conversation_template": "plain"}
+    notes = {"path": str(data / "notes.csv"), "source_column": "text", "target_column": "summary"}
+    own = {"path": str(data / "sums.jsonl"), "name": "sums", **reading}
+    if is_prepared:
+        prepare(PrepareSettings(**common, data=[notes, own], output_dir=tmp_path / "mixture"))
+        cache, trained = tmp_path / "mixture" / "sums", {"data_path": [tmp_path / "mixture"]}
+    else:
+        prepare(PrepareSettings(**common, data_path=own["path"], **reading, output_dir=tmp_path / "sums"))
+        cache, trained = tmp_path / "sums", {"data": [notes, str(tmp_path / "sums")]}
+    evaluated = [{"name": "sums", "path": str(data / "sums.jsonl")}, {"path": str(data / "talk.json")}]
+    train(TrainSettings(**common, **trained, eval_data=evaluated, output_dir=tmp_path / "run", max_steps=1))
+    folders = (cache, tmp_path / "run" / "eval-data" / "sums")
+    made, measured = (json.loads((folder / "manifest.json").read_text())["inputs"] for folder in folders)
+    assert made["source_prefix"] == "sum: "
+    assert measured == {**made, "seed": measured["seed"]}
+    other = open_mixture(tmp_path / "run" / "eval-data").datasets[1].cache.manifest["inputs"]
+    assert (other["source_prefix"], other["model_max_length"], other["train_on"]) == ("", 2048, "all")
+
+
 def test_evaluate_scores_each_of_several_datasets(
     trained: tuple[TrainResult, list[Event]], data: Path, tmp_path: Path
 ) -> None:
