@@ -19,6 +19,7 @@ from t5tune.families import find_family
 from t5tune.metrics import PREFERENCE_METRICS
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
+from t5tune.preparing.mixture import find_given_cache
 from t5tune.progress import Report, silent
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
@@ -317,8 +318,8 @@ def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
     """List the settings of evaluation that are set although no examples are held out."""
     if settings.eval_fraction > 0 or settings.eval_data_path is not None:
         return []
-    cache = find_given_examples(settings.data_path, settings.data)
-    if cache is not None and read_examples_manifest(cache)["eval_fraction"] != 0:
+    given = [find_given_cache(each) for each in settings.data or []] or [find_given_examples(settings.data_path, None)]
+    if any(read_examples_manifest(cache)["eval_fraction"] != 0 for cache in given if cache is not None):
         return []
     return [
         f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"

@@ -410,6 +410,23 @@ def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data
         train(other.replace(output_dir=tmp_path / "other"))
 
 
+def test_what_token_caches_hold_out_is_evaluated(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    for name, file in (("sums", "sums.jsonl"), ("talk", "talk.json")):
+        single = make_prepare_settings(untied_base, data, tmp_path / name, data_path=[data / file], add_tokens="none")
+        prepare(single.replace(eval_fraction=0.25 if name == "sums" else 0.0))
+    paths = [f"{tmp_path / 'talk'}:1", f"{tmp_path / 'sums'}:1"]
+    settings = make_settings(
+        untied_base, data, tmp_path / "run", data_path=paths, eval_strategy="steps", eval_steps=1, max_steps=1
+    )
+    result = train(settings)
+    assert result.examples == SIZES["chats"] + 30
+    assert result.datasets is not None
+    assert ["loss" in result.datasets[name] for name in ("talk", "sums")] == [False, True]
+    without = settings.replace(data_path=paths[:1], output_dir=tmp_path / "other")
+    with pytest.raises(SettingsError, match="eval_steps: 1: there are no held-out examples to evaluate on"):
+        train(without)
+
+
 def test_a_text_that_is_held_out_in_one_dataset_is_held_out_in_all(
     untied_base: Path, data: Path, tmp_path: Path
 ) -> None:
