@@ -13,8 +13,8 @@ from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World, has_restarted
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.progress import Note
-from t5tune.settings import TrainSettings, dump_settings
-from t5tune.training.run_folder import TrainResult, apply_cache_settings, read_result
+from t5tune.settings import TrainSettings
+from t5tune.training.run_folder import TrainResult, apply_cache_settings, dump_run_settings, read_result
 from t5tune.training.validate import check_settings, find_missing_gpus, suggest_learning_rate
 
 
@@ -62,7 +62,7 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     text = io.StringIO()
     Output(text, quiet=True).show(planned, render_result("plan", planned))
     comments = f"{text.getvalue()}launch command, once the settings are written: {' '.join(command)}"
-    yaml = dump_settings(settings.model_copy(update={"dry_run": False}))
+    yaml = dump_run_settings(settings.model_copy(update={"dry_run": False}))
     output.show(
         {"settings": settings.model_dump(mode="json"), "plan": planned, "command": command},
         "\n".join([yaml, *(f"# {line}".rstrip() for line in comments.splitlines())]),

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from t5tune.data.batching import Integers
 from t5tune.data.cache import Cache, find_held_out_keys, is_cache, open_cache, read_manifest
@@ -52,11 +52,30 @@ class Dataset:
 
     Args:
         weight: how many of its examples an epoch has, relative to those of the others, if they are mixed by weights.
+        num_data: only so many examples of its cache are used; None: all.
     """
 
     name: str
     cache: Cache
     weight: float = 1.0
+    num_data: int | None = None
+
+    def count(self) -> dict[str, int]:
+        """Return the counts of the cache, but of the examples only those that are used."""
+        counts = {name: int(self.cache.manifest[name]) for name in SUMMED}
+        if self.num_data is not None:
+            counts["examples"] = min(counts["examples"], self.num_data)
+        return counts
+
+
+def open_dataset(name: str, folder: Path, weight: float, num_data: int | None) -> Dataset:
+    """Open the token cache of a dataset.
+
+    Raises:
+        DataError: a file is missing or has changed since prepare wrote it.
+    """
+    cache = open_cache(folder)
+    return Dataset(name, cache if num_data is None else cache.take(num_data), weight, num_data)
 
 
 class Mixture(Sequence[Example]):
@@ -217,6 +236,7 @@ Examples = Cache | Mixture
 def describe_mixture(mixture: Mixture) -> dict[str, Any]:
     """Describe what the caches of a mixture contain together, for mixture.json."""
     manifests = {dataset.name: dataset.cache.manifest for dataset in mixture.datasets}
+    counts = {dataset.name: dataset.count() for dataset in mixture.datasets}
     first = next(iter(manifests.values()))
     rejected = Counter[str]()
     for manifest in manifests.values():
@@ -225,7 +245,7 @@ def describe_mixture(mixture: Mixture) -> dict[str, Any]:
     return {
         "format": MIXTURE_FORMAT,
         "made_by": first["made_by"],
-        **{name: sum(manifest[name] for manifest in manifests.values()) for name in SUMMED},
+        **{name: sum(each[name] for each in counts.values()) for name in SUMMED},
         "rejected_by_reason": dict(sorted(rejected.items())),
         "added_tokens": first["added_tokens"],
         "added_token_ids": first["added_token_ids"],
@@ -239,9 +259,10 @@ def describe_mixture(mixture: Mixture) -> dict[str, Any]:
                 "name": dataset.name,
                 "cache": _write_place(dataset.cache.folder, mixture.folder),
                 "weight": dataset.weight,
+                **({} if dataset.num_data is None else {"num_data": dataset.num_data}),
                 "share": round(share, 6),
                 "examples_per_epoch": count,
-                **{name: manifests[dataset.name][name] for name in SUMMED},
+                **counts[dataset.name],
             }
             for dataset, share, count in zip(mixture.datasets, mixture.shares, mixture.counts, strict=True)
         ],
@@ -300,6 +321,7 @@ class _SavedDataset:
     name: str
     cache: str
     weight: float
+    num_data: Annotated[int, Field(gt=0)] | None = None
 
 
 def read_mixture_manifest(folder: Path, name: str = MIXTURE_FILE) -> dict[str, Any]:
@@ -343,7 +365,7 @@ def open_mixture(folder: Path) -> Mixture:
     """
     saved = _read_datasets(folder)
     mixing: Mixing = _read_strictly(Mixing, read_mixture_manifest(folder).get("mixing"), folder, "mixing")
-    datasets = [Dataset(each.name, open_cache(folder / each.cache), each.weight) for each in saved]
+    datasets = [open_dataset(each.name, folder / each.cache, each.weight, each.num_data) for each in saved]
     check_datasets(datasets, str(folder))
     return Mixture(folder, datasets, mixing)
 

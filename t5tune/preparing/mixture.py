@@ -6,7 +6,7 @@ manifest, facts = prepare_mixture(settings, report, Origin())
 import glob
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,26 +14,27 @@ from typing import Any
 
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
-from t5tune.data.cache import CACHE_CONTENTS, is_cache, open_cache
+from t5tune.data.cache import CACHE_CONTENTS, is_cache, read_manifest
 from t5tune.data.cache_reuse import make_resume_error
 from t5tune.data.formats import Conversation
 from t5tune.data.mixing import Mixing, choose_mixing
 from t5tune.data.mixture import (
     OLD_MIXTURE_FILE,
     SUMMED,
-    Dataset,
     Mixture,
     check_datasets,
     describe_shares,
     is_left_over,
     is_mixture,
     list_caches,
+    open_dataset,
     read_mixture_manifest,
 )
 from t5tune.data.remote_files import hide_query
+from t5tune.data.templates import load_template
 from t5tune.data.vocabulary import ExtendedTokenizer
 from t5tune.distributed.shard import find_shard
-from t5tune.errors import DataError
+from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import CACHE_MANIFEST_FILE, MIXTURE_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_file, write_json
 from t5tune.io.reasons import join_first
@@ -42,7 +43,10 @@ from t5tune.preparing.dataset import Origin, choose_vocabulary, prepare_dataset,
 from t5tune.preparing.parts import find_joined
 from t5tune.progress import Note, Report
 from t5tune.settings import PrepareSettings
+from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.data import DataSettings
 from t5tune.settings.datasets import DatasetSettings, complete_dataset, name_datasets
+from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 
 
 def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,13 +63,19 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
     _check_folder(folder, list(datasets), origin)
     before = _read_manifest(folder)
     _check_given_caches(folder, datasets)
+    if origin.run is None:
+        _check_settings_of_caches(settings)
     if not origin.in_use:
         origin = replace(origin, before_replacing=lambda: _set_aside(folder))
     caches, prepared = _prepare_caches(settings, datasets, report, origin)
     facts = _join_facts(settings, prepared)
     if facts["joined"] is False:  # other parts are still missing
         return _add_counts(prepared), facts
-    parts = [Dataset(name, open_cache(caches[name]), dataset.weight) for name, dataset in datasets.items()]
+    parts = [
+        # a cache that was written here has num_data already
+        open_dataset(name, caches[name], dataset.weight, settings.num_data if find_given_cache(dataset) else None)
+        for name, dataset in datasets.items()
+    ]
     manifest, training = _write_mixture(Mixture(folder, parts, choose_mixing(settings) or Mixing()), origin, report)
     facts["up_to_date"] = facts["up_to_date"] and manifest == before
     if origin.run is None:
@@ -208,6 +218,49 @@ def find_given_cache(dataset: DatasetSettings) -> Path | None:
         problem = f"data: {path}: is a token cache, whose examples are complete, but {extra[0]} is given, too"
         raise DataError(problem, hint="leave it out, or give the data in place of the cache")
     return path
+
+
+def list_given_caches(datasets: Sequence[DatasetSettings]) -> list[Path]:
+    """List the token caches that the datasets are; none if one of them isn't a cache, to which settings still apply.
+
+    Raises:
+        DataError: one is a mixture, or more is given than a cache.
+    """
+    caches = [cache for dataset in datasets if (cache := find_given_cache(dataset)) is not None]
+    return caches if len(caches) == len(datasets) else []
+
+
+def find_cache_conflicts(settings: DataSettings, caches: Sequence[Path], names: Collection[str]) -> list[str]:
+    """Describe which of the given settings differ from those that one of the token caches was made with.
+
+    Args:
+        names: the settings to compare.
+    """
+    problems: dict[str, str] = {}
+    step = "leave it out, or use the original conversations as data_path"
+    for cache in caches:
+        inputs = read_manifest(cache)["inputs"]
+        given = settings.model_fields_set & {*names} & inputs.keys()
+        if settings.reads_preferences and inputs.get("objective") in PREFERENCE_OBJECTIVES:  # which read the same
+            given = given - {"objective"}
+        for name in sorted(name for name in given if getattr(settings, name) != inputs[name]):
+            values = f"{getattr(settings, name)!r:.80} here, {inputs[name]!r:.80} in the cache {cache}"
+            problems.setdefault(name, f"{name}: {values}; {step}")
+        if (template := settings.conversation_template) and load_template(template).hash != inputs.get("template"):
+            problem = f"conversation_template: {template}: the cache {cache} was made with another one; {step}"
+            problems.setdefault("conversation_template", problem)
+    return list(problems.values())
+
+
+def _check_settings_of_caches(settings: PrepareSettings) -> None:
+    """Check that no setting is given that would have no effect, because all datasets are token caches.
+
+    Raises:
+        SettingsError: one is.
+    """
+    names = {*select_settings(PrepareSettings, Affects.CACHE)} - {"num_data"}
+    if problems := find_cache_conflicts(settings, list_given_caches(settings.data or []), names):
+        raise SettingsError(*problems)
 
 
 def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:

@@ -1,6 +1,6 @@
 """Combine a YAML file, environment variables and flags into one validated settings model, or report all problems."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,17 +83,18 @@ def load_settings(
     return settings, notes
 
 
-def dump_settings(settings: Settings, only_given: bool = False) -> str:
+def dump_settings(settings: Settings, only_given: bool = False, leave_out: Collection[str] = ()) -> str:
     """Write the settings as YAML; `--config` reads it back to an equal model.
 
     Args:
         only_given: leave out those that weren't set, which the command may then choose.
+        leave_out: names of others to leave out.
     """
     from t5tune.io.yaml_file import to_yaml
 
     start_over = next((f" --{name}" for name in ("fresh", "overwrite") if name in type(settings).model_fields), "")
     header = f"{SETTINGS_HEADER}{settings.command} --config THIS_FILE{start_over}\n"
-    values = settings.model_dump(mode="json", exclude_unset=only_given)
+    values = settings.model_dump(mode="json", exclude_unset=only_given, exclude={*leave_out})
     for data, paths in PATHS_OF_DATASETS.items():
         if values.get(data) is not None:  # the paths are those of the datasets
             del values[paths]

@@ -22,7 +22,15 @@ from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import describe_base, load_hash, read_file_stats, store_hash
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.mixing import choose_mixing
-from t5tune.data.mixture import Examples, Mixture, has_examples, open_examples, read_examples_manifest
+from t5tune.data.mixture import (
+    Examples,
+    Mixture,
+    has_examples,
+    is_mixture,
+    list_caches,
+    open_examples,
+    read_examples_manifest,
+)
 from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.distributed.world import World
@@ -31,6 +39,7 @@ from t5tune.file_names import EVAL_CACHE_FOLDER, RESULT_FILE, RUN_CACHE_FOLDER, 
 from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_file, write_json
 from t5tune.io.reasons import describe_error
 from t5tune.io.yaml_file import read_yaml
+from t5tune.preparing.mixture import list_given_caches
 from t5tune.progress import Note, Report
 from t5tune.reports.metrics_log import read_metrics
 from t5tune.reports.run_page import REPORT_FILE
@@ -318,21 +327,42 @@ def move_aside(folder: Path, report: Report) -> Path | None:
     return aside
 
 
-def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
-    """Replace the settings that determine the examples with those of the token cache, if data_path is one.
+def list_all_caches(settings: TrainSettings) -> list[Path]:
+    """List the token caches that all of the training data is in, also those of a mixture; none if some of it isn't.
 
-    Of a mixture, only with those that are the same for all of its datasets. A cache of preference pairs is for all
-    objectives that read them, so the given one is kept.
+    Raises:
+        DataError: the paths name more than token caches and data, or mixture.json is broken.
     """
-    if settings.data is not None and "objective" not in settings.model_fields_set:
-        return settings.model_copy(update={"objective": _find_objective_of_caches(settings)})
-    if (cache := find_given_examples(settings.data_path, settings.data)) is None:
-        return settings
-    inputs = read_examples_manifest(cache)["inputs"]
-    names = CACHE_SETTINGS if "objective" in settings.model_fields_set else {*CACHE_SETTINGS, "objective"}
-    return settings.model_copy(
-        update={name: inputs[name] for name in names if not isinstance(inputs.get(name, {}), dict)}
-    )
+    if settings.data is not None:
+        return list_given_caches(settings.data)
+    given = find_given_examples(settings.data_path, None)
+    if given is None:
+        return []
+    return list(list_caches(given).values()) if is_mixture(given) else [given]
+
+
+def _divide_cache_settings(settings: TrainSettings) -> tuple[dict[str, Any], set[str]]:
+    """Return the settings that are the same for all token caches, with their values, and the names of the others."""
+    inputs = [read_examples_manifest(cache)["inputs"] for cache in list_all_caches(settings)]
+    if not inputs:
+        return {}, set()
+    names = {*CACHE_SETTINGS, "objective"} & inputs[0].keys()
+    same = {name: inputs[0][name] for name in names if all(each.get(name) == inputs[0][name] for each in inputs)}
+    return same, names - same.keys()
+
+
+def apply_cache_settings(settings: TrainSettings) -> TrainSettings:
+    """Replace the settings that determine the examples with those of the token caches, if all data is in some.
+
+    Of several caches, only with those that are the same for all. Caches of preference pairs are for all objectives that
+    read them, so the given one is kept.
+    """
+    same, _ = _divide_cache_settings(settings)
+    if "objective" in settings.model_fields_set:
+        same.pop("objective", None)
+    elif settings.data is not None:
+        same["objective"] = same.get("objective", _find_objective_of_caches(settings))
+    return settings.model_copy(update=same)
 
 
 def _find_objective_of_caches(settings: TrainSettings) -> Objective:
@@ -345,13 +375,24 @@ def _find_objective_of_caches(settings: TrainSettings) -> Objective:
     return settings.objective
 
 
+def dump_run_settings(settings: TrainSettings) -> str:
+    """Write the settings of a run as YAML, without those in which its token caches differ.
+
+    With one value for all caches they would be refused, since they are given in a file.
+    """
+    _, different = _divide_cache_settings(settings)
+    if settings.reads_preferences:
+        different.discard("objective")
+    return dump_settings(settings, leave_out=different)
+
+
 def save_settings(settings: TrainSettings, run: Run) -> None:
     """Save the settings for resuming, without those that apply to this call only, such as --fresh."""
     defaults = {
         name: TrainSettings.model_fields[name].default for name in select_settings(TrainSettings, Affects.THIS_CALL)
     }
     again = apply_cache_settings(settings).model_copy(update=defaults)
-    write_file(run.settings_path, dump_settings(again).encode())
+    write_file(run.settings_path, dump_run_settings(again).encode())
 
 
 def record_prepared(run: Run) -> None:

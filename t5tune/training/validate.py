@@ -19,7 +19,7 @@ from t5tune.families import find_family
 from t5tune.metrics import PREFERENCE_METRICS
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
-from t5tune.preparing.mixture import find_given_cache
+from t5tune.preparing.mixture import find_cache_conflicts, find_given_cache
 from t5tune.progress import Report, silent
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
@@ -27,7 +27,7 @@ from t5tune.settings.distillation import TEACHER
 from t5tune.settings.preferences import DPO_SETTINGS, ORPO_SETTINGS
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 from t5tune.settings.training import RankSettings
-from t5tune.training.run_folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples
+from t5tune.training.run_folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
 RESERVED_ARGUMENTS = {
@@ -251,22 +251,8 @@ def _find_useless_mixing(settings: TrainSettings) -> list[str]:
 
 
 def _find_cache_conflicts(settings: TrainSettings) -> list[str]:
-    """List the given settings of examples that differ from those the token cache was made with."""
-    if (cache := find_given_examples(settings.data_path, settings.data)) is None:
-        return []
-    inputs = read_examples_manifest(cache)["inputs"]
-    step = "leave it out, or use the original conversations as data_path"
-    names = CACHE_SETTINGS
-    if not (settings.reads_preferences and inputs["objective"] in PREFERENCE_OBJECTIVES):  # which read the same
-        names = {*names, "objective"}
-    problems = [
-        f"{name}: {getattr(settings, name)!r:.80} here, {inputs[name]!r:.80} in the cache {cache}; {step}"
-        for name in sorted(names & settings.model_fields_set & inputs.keys())
-        if getattr(settings, name) != inputs[name]
-    ]
-    if (template := settings.conversation_template) and load_template(template).hash != inputs.get("template"):
-        problems.append(f"conversation_template: {template}: the cache {cache} was made with another one; {step}")
-    return problems
+    """List the given settings of examples that differ from those that the token caches were made with."""
+    return find_cache_conflicts(settings, list_all_caches(settings), {*CACHE_SETTINGS, "objective"})
 
 
 def _find_settings_of_other_objectives(settings: TrainSettings) -> list[str]:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from t5tune.model.inference import read_model_files
 from t5tune.model.prompts import make_prompts
 from t5tune.progress import Evaluated, Event, Note
 from t5tune.settings import EvaluateSettings, InspectSettings, PrepareSettings, TrainSettings, load_settings
-from t5tune.training.run_folder import TrainResult
+from t5tune.training.run_folder import TrainResult, read_result
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.recording import read_recorded
 from tests.support.train_runs import read_metrics_lines
@@ -522,6 +523,61 @@ def test_records_in_memory_are_kept_and_resumed(untied_base: Path, data: Path, t
     assert list(result.datasets) == ["records", "sums"]
     again, _ = load_settings(TrainSettings, str(tmp_path / "run" / "settings.yaml"))
     assert train(again) == result
+
+
+def test_settings_of_examples_apply_to_token_caches_or_are_refused(
+    untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, length in (("sums", 64), ("talk", 128)):
+        file = data / ("talk.json" if name == "talk" else "sums.jsonl")
+        single = make_prepare_settings(untied_base, data, tmp_path / name, data_path=[file], add_tokens="none")
+        prepare(single.replace(model_max_length=length))
+    caches = ["sums:1", "talk:1"]
+    mixed = make_prepare_settings(untied_base, data, tmp_path / "mixed", data_path=caches, num_data=4)
+    made = prepare(mixed)
+    assert (made.examples, made.datasets) == (8, {"sums": 4, "talk": 4})
+    assert prepare(mixed).up_to_date
+    for paths, num_data, counts in (
+        (["mixed"], None, [4, 4]),
+        (["mixed"], 3, [3, 3]),
+        (caches, 3, [3, 3]),
+        ([*caches, f"{data / 'sums.jsonl'}:1"], 3, [3, 3, 3]),
+    ):
+        settings = make_settings(untied_base, data, tmp_path / "run", data_path=paths, max_steps=1, num_data=num_data)
+        result = train(settings.replace(fresh=True))
+        assert result.datasets is not None
+        assert [facts["examples"] for facts in result.datasets.values()] == counts
+    given = {"model_max_length": 64, "train_on": "last", "conversation_template": "fastchat-t5"}
+    run = tmp_path / "a"
+    trained = [make_settings(untied_base, data, run, data_path=paths, **given) for paths in (caches, ["mixed"])]
+    prepared = make_prepare_settings(untied_base, data, tmp_path / "b", data_path=caches, **given)
+    for command in (*(partial(train, each) for each in trained), partial(prepare, prepared)):
+        with pytest.raises(SettingsError) as refused:
+            command()
+        assert {problem.rpartition(";")[0].replace(f"{tmp_path}/", "") for problem in refused.value.problems} == {
+            "train_on: 'last' here, 'all' in the cache sums",
+            "conversation_template: fastchat-t5: the cache sums was made with another one",
+            "model_max_length: 64 here, 128 in the cache talk",
+        }
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_a_run_on_token_caches_that_differ_is_repeated_with_its_saved_settings(
+    is_prepared: bool, untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", model_max_length=64))
+    caches = [str(tmp_path / "mixture" / name) for name in SIZES]
+    given = {"data_path": [tmp_path / "mixture"]} if is_prepared else {"data": caches}
+    settings = make_settings(untied_base, data, tmp_path / "run", conversation_template=None, max_steps=1, **given)
+    first = train(settings)
+    again, _ = load_settings(TrainSettings, str(tmp_path / "run" / "settings.yaml"))
+    assert again.model_max_length == 64
+    assert train(again) == first
+    assert train(again.replace(fresh=True)).train_loss == first.train_loss
+    shown = t5tune_in_fork("train", "--config", tmp_path / "run" / "settings.yaml", "--dry-run")
+    (tmp_path / "shown.yaml").write_text(shown.stdout)
+    assert train(load_settings(TrainSettings, str(tmp_path / "shown.yaml"))[0]) == read_result(tmp_path / "run")
 
 
 def test_data_next_to_a_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:

@@ -425,7 +425,7 @@ def test_caches_of_pairs_can_be_mixed(untied_base: Path, data: Path, tmp_path: P
     train(TrainSettings(**unset | given))
     assert read_losses(tmp_path / "dpo")[0] == pytest.approx(LOG_2, abs=1e-6)
     assert "objective: dpo" in (tmp_path / "dpo" / "settings.yaml").read_text()
-    with pytest.raises(SettingsError, match="objective: dpo: the examples in .* are no preference pairs"):
+    with pytest.raises(SettingsError, match="objective: 'dpo' here, 'sft' in the cache .*plain; leave it out"):
         train(
             TrainSettings(
                 **unset
