@@ -224,10 +224,12 @@ class Cache(Sequence[Example]):
         """Return whether spans of an example's text are masked."""
         return self.corruption is not None
 
-    def identify(self) -> dict[str, str]:
+    def identify(self) -> dict[str, Any]:
         """Return what is equal for the same examples: hashes of the files, and of the indices in the whole cache."""
         files = {name: self.manifest["files"][name] for name in TABLES}
-        return {**files, "examples": hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()}
+        # of raw text, the files have the windows, and the seed determines which spans are masked
+        seed = {} if self.corruption is None else {"seed": self.manifest["seed"]}
+        return {**files, **seed, "examples": hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()}
 
     def take(self, count: int) -> "Cache":
         """Return the first `count` examples."""

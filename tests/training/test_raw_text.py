@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from t5tune.commands.evaluate import evaluate
+from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
+from t5tune.errors import SettingsError
 from t5tune.progress import Note
-from t5tune.settings import EvaluateSettings, TrainSettings
+from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from tests.support.command_line import CommandResult
 from tests.support.prose import english_text
 from tests.support.recording import read_recorded
@@ -138,3 +140,23 @@ def test_raw_text_is_measured_with_the_masks_of_training_and_without_what_only_p
     assert not any("</s>" in line["source"] + line["target"] for line in lines)
     changes = {"data_path": [pairs], "objective": "sft", "source_column": "dialogue", "target_column": "summary"}
     assert measure(run, "e", **changes)[1] == []
+
+
+def test_a_cache_with_other_masks_is_refused_when_a_run_is_resumed(
+    untied_base: Path, text: Path, tmp_path: Path
+) -> None:
+    values = {"model_name_or_path": str(untied_base), "objective": "span-corruption", "model_max_length": 64}
+    prepared = PrepareSettings(**values, data_path=[text], output_dir=tmp_path / "cache", seed=1)
+    prepare(prepared)
+    settings = TrainSettings(
+        model_name_or_path=str(untied_base), data_path=[tmp_path / "cache"], output_dir=tmp_path / "run", use_cpu=True,
+        max_steps=1, report_samples=0,
+    )  # fmt: skip
+    train(settings)
+    (tmp_path / "run" / "result.json").unlink()
+    longer = settings.replace(max_steps=2, allow_change=["max_steps"])
+    prepare(prepared.replace(seed=2))
+    with pytest.raises(SettingsError, match="data: .* before, .* now"):
+        train(longer)
+    prepare(prepared)
+    assert train(longer).steps == 2
