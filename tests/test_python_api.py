@@ -326,6 +326,19 @@ def test_the_same_records_resume_a_run_and_others_are_refused(run: Any, folder: 
     assert len([*folder.glob("run.records-*.jsonl")]) == 1
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_the_same_records_resume_a_run_that_was_moved(is_finished: bool, tmp_path: Path) -> None:
+    first = train(make_settings(tmp_path))
+    (tmp_path / "run").rename(tmp_path / "run-2")
+    if not is_finished:
+        (tmp_path / "run-2" / "result.json").unlink()
+    moved = train(make_settings(tmp_path, output_dir=tmp_path / "run-2"))
+    assert (moved.run, moved.train_loss) == (tmp_path / "run-2", first.train_loss)
+    assert moved.resumed_from == (None if is_finished else tmp_path / "run-2" / "checkpoint-2")
+    with pytest.raises(SettingsError, match=r"data.*: \S+\.jsonl before, \S+\.jsonl now"):
+        train(make_settings(tmp_path, output_dir=tmp_path / "run-2", data_path=PAIRS[:-1]))
+
+
 def test_evaluate_and_prepare_take_records(run: Any, folder: Path, tmp_path: Path) -> None:
     scores = evaluate(
         EvaluateSettings(model_name_or_path=str(run.run), data_path=PAIRS[:3], output_dir=tmp_path / "scores")

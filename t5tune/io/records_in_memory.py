@@ -33,7 +33,9 @@ HASH_CHARACTERS = 12
 ROWS_AT_ONCE = 1000
 EXPECTED = "expected a path, or records: a list of dicts, a DataFrame or a datasets.Dataset"
 TABLE_MARK = ".table"
-_STORED = re.compile(rf"{FOLDER_PREFIX}\w+/records-[0-9a-f]{{{HASH_CHARACTERS}}}(?:\{TABLE_MARK})?\.jsonl")
+_NAME = rf"records-[0-9a-f]{{{HASH_CHARACTERS}}}(?:\{TABLE_MARK})?\.jsonl"
+_STORED = re.compile(rf"{FOLDER_PREFIX}\w+/{_NAME}")
+_KEPT = re.compile(rf".+\.({_NAME})", re.DOTALL)
 _STORED_TABLE = re.compile(rf"(?:.+\.)?records-[0-9a-f]{{{HASH_CHARACTERS}}}\{TABLE_MARK}\.jsonl", re.DOTALL)
 
 
@@ -91,6 +93,15 @@ def find_kept_path(path: str, folder: Path) -> Path | None:
     folder = folder.resolve() if folder.name in ("", "..") else folder  # the current folder has no name, but is in one
     kept = folder.parent / f"{folder.name}.{stored.name}"
     return kept if is_stored(stored) and (stored.is_file() or kept.is_file()) else None
+
+
+def find_records_name(file: str) -> str | None:
+    """Return the name `records-HASH.jsonl` of a file of records that is kept for a run, which may be moved.
+
+    None for the names of other files.
+    """
+    kept = _KEPT.fullmatch(file)
+    return None if kept is None else kept[1]
 
 
 def _find_folder() -> Path:

@@ -38,6 +38,7 @@ from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically
 from t5tune.io.reasons import join_first
+from t5tune.io.records_in_memory import find_records_name
 from t5tune.preparing.cache_files import CacheSource, encode_cache, write_cache
 from t5tune.preparing.parts import find_parts, join_parts, prepare_part
 from t5tune.preparing.record_checks import RecordChecks
@@ -221,7 +222,13 @@ def _describe_inputs(
     chosen = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.CACHE)}
     return {
         # standard input can't be hashed before it is read, so a cache of it is never up to date
-        "data": [{"file": file.name, "sha256": hash_file(file) if file != STDIN else None} for file in files],
+        "data": [
+            {
+                "file": find_records_name(file.name) or file.name,
+                "sha256": hash_file(file) if file != STDIN else None,
+            }
+            for file in files
+        ],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": template.hash,
         **chosen,

@@ -22,6 +22,7 @@ from t5tune.data.mixture import Examples, Mixture
 from t5tune.errors import CheckpointError, SettingsError, suggest_name
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
+from t5tune.io.records_in_memory import find_records_name
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.datasets import PATHS_OF_DATASETS
@@ -255,8 +256,12 @@ def _format_in_full(value: Any) -> str:
 
 
 def _resolve_paths(value: Any) -> list[str]:
-    """Resolve one or more paths, so that two spellings of the same path are equal."""
-    return [str(Path(path).resolve()) for path in (value if isinstance(value, list) else [value]) if path is not None]
+    """Resolve one or more paths, so that two spellings of the same path are equal.
+
+    Of records in memory, what counts is the hash in their file's name, which is kept next to a run that may be moved.
+    """
+    paths = [Path(path).resolve() for path in (value if isinstance(value, list) else [value]) if path is not None]
+    return [find_records_name(path.name) or str(path) for path in paths]
 
 
 def _describe_datasets(name: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
