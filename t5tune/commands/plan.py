@@ -207,7 +207,7 @@ def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
     if isinstance(examples, Mixture) and (mixing := choose_mixing(settings)) is not None:
         examples = examples.mix(mixing)
     if settings.num_data is not None:
-        examples = examples.take(settings.num_data)
+        examples = examples.limit_training(settings.num_data)
     if settings.eval_fraction > 0:
         return examples.split(settings.eval_fraction, settings.seed)[0]
     return examples.split_as_prepared()[0]

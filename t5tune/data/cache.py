@@ -235,6 +235,19 @@ class Cache(Sequence[Example]):
         """Return the first `count` examples."""
         return self._select(self._indices[:count])
 
+    def limit_training(self, count: int) -> "Cache":
+        """Return the first `count` of the examples to train on, and all that prepare has held out."""
+        _, held_out = self.split_as_prepared()
+        if held_out is None:
+            return self.take(count)
+        is_held_out = np.isin(self._indices, held_out._indices)
+        return self._select(self._indices[is_held_out | (np.cumsum(~is_held_out) <= count)])
+
+    @property
+    def whole(self) -> "Cache":
+        """All examples of the folder."""
+        return Cache(self.folder, self.manifest)
+
     def _select(self, indices: npt.NDArray[np.int64]) -> "Cache":
         return Cache(self.folder, self.manifest, indices)
 
@@ -267,10 +280,13 @@ class Cache(Sequence[Example]):
 def find_held_out_keys(cache: Cache, held_out: float, seed: int) -> npt.NDArray[np.uint64]:
     """Choose the conversations that `Cache.split` holds out.
 
+    Of a cache that prepare has split, it chooses among all of its conversations, as prepare did, so that another number
+    of examples to train on doesn't change which ones are held out.
+
     Raises:
         DataError: there are too few conversations to hold one out.
     """
-    unique = np.unique(cache.read_keys())
+    unique = np.unique((cache.whole if cache.manifest["eval_fraction"] else cache).read_keys())
     count = max(1, round(held_out * len(unique)))
     if count >= len(unique):
         kind = "conversation" if cache.corruption is None else "text"

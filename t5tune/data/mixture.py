@@ -64,7 +64,7 @@ class Dataset:
         """Return the counts of the cache, but of the examples only those that are used."""
         counts = {name: int(self.cache.manifest[name]) for name in SUMMED}
         if self.num_data is not None:
-            counts["examples"] = min(counts["examples"], self.num_data)
+            counts["examples"] = len(self.cache.whole.limit_training(self.num_data))
         return counts
 
 
@@ -75,7 +75,7 @@ def open_dataset(name: str, folder: Path, weight: float, num_data: int | None) -
         DataError: a file is missing or has changed since prepare wrote it.
     """
     cache = open_cache(folder)
-    return Dataset(name, cache if num_data is None else cache.take(num_data), weight, num_data)
+    return Dataset(name, cache if num_data is None else cache.limit_training(num_data), weight, num_data)
 
 
 class Mixture(Sequence[Example]):
@@ -185,6 +185,10 @@ class Mixture(Sequence[Example]):
     def take(self, count: int) -> "Mixture":
         """Return the first `count` examples of each dataset."""
         return self._replace_caches([dataset.cache.take(count) for dataset in self.datasets])
+
+    def limit_training(self, count: int) -> "Mixture":
+        """Return the first `count` of each dataset's examples to train on, and all that prepare has held out."""
+        return self._replace_caches([dataset.cache.limit_training(count) for dataset in self.datasets])
 
     def split(self, held_out: float, seed: int) -> tuple["Mixture", "Mixture"]:
         """Return (training, held out): hold out the fraction `held_out` of each dataset's conversations.

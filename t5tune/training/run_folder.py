@@ -435,7 +435,7 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
         examples = examples.mix(mixing)
     # of data that prepare has read for this run, it has taken num_data already
     if settings.num_data is not None and find_given_examples(settings.data_path, settings.data) is not None:
-        examples = examples.take(settings.num_data)
+        examples = examples.limit_training(settings.num_data)
     if run.eval_cache is not None:
         held_out = open_examples(run.eval_cache)
         if held_out.has_preferences != examples.has_preferences:

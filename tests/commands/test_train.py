@@ -451,9 +451,16 @@ def test_what_prepare_has_held_out_is_never_trained_on(untied_base: Path, conver
         "as prepared": {},
         "the same": {"eval_fraction": 0.25, "seed": 3},
         "other data": {"eval_data_path": [str(conversations)]},
+        "the first ones": {"num_data": 10},
+        "two caches": {"data_path": [f"{cache}:1", f"{shutil.copytree(cache, tmp_path / 'other')}:1"], "num_data": 10},
     }.items():
-        result = train(make_settings(untied_base, cache, tmp_path / name, **changes, **more))
-        assert result.examples == len(training) < len(open_cache(cache))
+        result = train(make_settings(untied_base, cache, tmp_path / name, **{**changes, **more}))
+        expected = 10 * len(more.get("data_path", [cache])) if "num_data" in more else len(training)
+        assert result.examples == expected < len(open_cache(cache))
+    chosen, still_held_out = open_cache(cache).limit_training(10).split_as_prepared()
+    assert still_held_out is not None
+    for part, whole in ((chosen, training.take(10)), (still_held_out, held_out)):
+        assert part.identify() == whole.identify()
     with pytest.raises(SettingsError, match="eval_fraction: 0.1 with seed 3, but prepare has held out 0.25 of"):
         train(make_settings(untied_base, cache, tmp_path / "run", **changes, eval_fraction=0.1, seed=3))
 
