@@ -14,21 +14,7 @@ from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.packaged_templates import get_zero_stage
-from t5tune.training.validate import choose_trackers
-
-FIXED_ARGUMENTS = {
-    "save_total_limit": None,  # we rotate checkpoints ourselves, once a new one is complete: see checkpoint.py
-    "ddp_find_unused_parameters": False,
-    "disable_tqdm": True,
-    "remove_unused_columns": False,
-    "label_names": ["labels"],
-    "logging_first_step": True,
-    "logging_nan_inf_filter": False,
-    "average_tokens_across_devices": True,
-    "prediction_loss_only": True,
-    "log_level": "error",
-    "log_level_replica": "error",
-}
+from t5tune.training.validate import FIXED_ARGUMENTS, choose_trackers
 
 
 class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
@@ -50,7 +36,7 @@ def make_training_arguments(
     world: World,
     device: torch.device,
 ) -> OneGpuArguments:
-    """Make the Trainer's arguments. The settings' own `training_args` override all others.
+    """Make the Trainer's arguments. The settings' own `training_args` override all that `validate` lets them set.
 
     Args:
         losses: the metrics of evaluations that are better the lower they are; empty: there are no evaluations.

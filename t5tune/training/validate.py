@@ -30,9 +30,23 @@ from t5tune.settings.training import RankSettings
 from t5tune.training.run_folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
+FIXED_ARGUMENTS = {
+    "save_total_limit": None,  # we rotate checkpoints ourselves, once a new one is complete: see checkpoint.py
+    "ddp_find_unused_parameters": False,
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,
+    "average_tokens_across_devices": True,  # else the loss would be multiplied by the number of ranks
+    "prediction_loss_only": True,
+    "log_level": "error",
+    "log_level_replica": "error",
+}
+"""The Trainer's arguments that t5tune's own trainer relies on."""
 RESERVED_ARGUMENTS = {
-    "disable_tqdm", "remove_unused_columns", "fsdp", "fsdp_config", "parallelism_config", "local_rank",
-    "resume_from_checkpoint", "load_best_model_at_end",
+    *FIXED_ARGUMENTS, "fsdp", "fsdp_config", "parallelism_config", "local_rank", "resume_from_checkpoint",
+    "load_best_model_at_end",
 }  # fmt: skip
 UNRESUMABLE_ARGUMENTS = {
     "save_only_model", "save_on_each_node", "enable_jit_checkpoint", "ignore_data_skip", "auto_find_batch_size",
