@@ -4,6 +4,7 @@ import ast
 import html
 import inspect
 import json
+import os
 import pickle
 import re
 import shutil
@@ -420,6 +421,20 @@ def test_nothing_is_printed_and_no_file_is_left(tmp_path: Path) -> None:
         done = run_python(code, tmp_path / "work")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list((tmp_path / "temporary").glob("t5tune-*"))
+
+
+def test_a_run_ignores_the_variables_of_accelerate_and_leaves_them_to_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_settings(tmp_path / "without"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    events: list[Event] = []
+    train(make_settings(tmp_path / "with"), events.append)
+    note = "ACCELERATE_MIXED_PRECISION=bf16 in the environment is ignored: t5tune uses its own settings"
+    assert note in [event.text for event in events if isinstance(event, Note)]
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    without, bf16 = (tmp_path / name / "run" / "adapter_model.safetensors" for name in ("without", "with"))
+    assert bf16.read_bytes() == without.read_bytes()
 
 
 def test_a_progress_bar_shows_steps_losses_evaluations_and_notes(

@@ -1,7 +1,6 @@
 """`t5tune train` on the terminal: train in this process, start workers, or with --dry-run show what a run would do."""
 
 import io
-import os
 from contextlib import ExitStack
 
 from t5tune.cli.next_steps import list_next_steps
@@ -24,9 +23,6 @@ def run(settings: TrainSettings, output: Output) -> None:
         _show_dry_run(settings, output)
         return
     world = World.from_environment()
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        value = os.environ.pop(name)
-        output.report(Note(f"{name}={value} in the environment is ignored: t5tune uses its own settings"))
     if follow_launcher(world) or settings.process_count == 1:
         result = train(settings, output.report)
     else:

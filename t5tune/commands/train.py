@@ -6,6 +6,7 @@
 Runs in the current process: as the only one, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -22,6 +23,7 @@ from t5tune.checkpoints.upload import (
     upload_result,
 )
 from t5tune.commands.prepare import prepare
+from t5tune.compat.python_patches import restore_environment
 from t5tune.data.cache import read_manifest
 from t5tune.data.mixture import find_tokenizer_folder, is_mixture, list_caches
 from t5tune.data.tokenizer import load_tokenizer
@@ -130,6 +132,8 @@ def _train(
     settings: TrainSettings, world: World, report: Report, stop: StopRequest, callbacks: list[Any]
 ) -> TrainResult:
     with ExitStack() as stack:
+        stack.enter_context(restore_environment())
+        _remove_accelerate_variables(report)
         # imports torch, which takes seconds, in which a signal may arrive
         from t5tune.distributed.collectives import any_rank, report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
@@ -166,6 +170,13 @@ def _train(
         stack.enter_context(use_gpu_kernels(device, choose_tf32(settings, device, report)))
         with _explain_out_of_memory(settings):
             return run_training(Session(settings, run, world, device, stop, watch, report, callbacks))
+
+
+def _remove_accelerate_variables(report: Report) -> None:
+    """Remove the variables in which accelerate takes precision and more: the run would differ from its settings."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        value = os.environ.pop(name)
+        report(Note(f"{name}={value} in the environment is ignored: t5tune uses its own settings"))
 
 
 def _check_call(settings: TrainSettings, world: World) -> None:
