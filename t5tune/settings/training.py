@@ -12,6 +12,8 @@ from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, Setti
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 from t5tune.settings.shared import MetricSettings, OutputSettings
 
+SCHEDULES_BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # the learning rate depends on metric_for_best_model
+
 
 def _strip_eval_prefix(value: Any) -> Any:
     """Accept Hugging Face's metric names: `eval_loss` is `loss`."""

@@ -14,6 +14,7 @@ from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.packaged_templates import get_zero_stage
+from t5tune.settings.training import SCHEDULES_BY_METRIC
 from t5tune.training.validate import FIXED_ARGUMENTS, choose_trackers
 
 
@@ -65,9 +66,13 @@ def make_training_arguments(
     }
     values |= {**_choose_memory_arguments(settings, deepspeed), **FIXED_ARGUMENTS, **settings.training_args}
     try:
-        return OneGpuArguments(**values)
+        arguments = OneGpuArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"training settings: {join_lines(error)}") from error
+    if arguments.lr_scheduler_type in SCHEDULES_BY_METRIC:  # they would take a low value for a better one
+        mode = "max" if arguments.greater_is_better else "min"
+        arguments.lr_scheduler_kwargs = {"mode": mode, **(arguments.lr_scheduler_kwargs or {})}
+    return arguments
 
 
 def _choose_memory_arguments(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from t5tune.formatting import format_count, format_held_out_metric, format_numbe
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
 from t5tune.reports.metrics_log import MetricsLog
+from t5tune.settings.training import SCHEDULES_BY_METRIC
 from t5tune.training.batches import ExampleDataset, PackedCollator, PaddedCollator, StepSampler
 from t5tune.training.callbacks import (
     CatchUp,
@@ -49,8 +50,6 @@ from t5tune.training.publisher import CheckpointPublisher
 from t5tune.training.reshard import load_resharded
 from t5tune.training.totals import NUM_PAIRS, NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
-
-SCHEDULES_BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # the learning rate depends on metric_for_best_model
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,24 @@ def test_a_metric_that_is_not_finite_is_left_out_of_its_evaluation(
     assert result.eval["x"] == 5
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize(("values", "gets_better"), [([1, 2, 3, 4], True), ([4, 3, 2, 1], False)])
+def test_a_schedule_lowers_the_learning_rate_if_a_custom_metric_falls_not_if_it_rises(
+    untied_base: Path, conversations: Path, tmp_path: Path, schedule: str, values: list[int], gets_better: bool
+) -> None:
+    code = f"C = []\ndef f(p, r):\n    C.append(1)\n    return {{'x': {[0, *values]}[len(C) - 1]}}"
+    function = write_function(tmp_path / "steady.py", code)
+    options = {"patience": 0, "factor": 0.5} | ({"min_lr": 1e-6, "reset_start": 0} if schedule == "greedy" else {})
+    changes: dict[str, Any] = {
+        "metric": f"{function}:f", "metric_for_best_model": "x", "eval_steps": 1, "eval_fraction": 0.2,
+        "eval_generate": 3, "lr_scheduler_type": schedule, "training_args": {"lr_scheduler_kwargs": options},
+    }  # fmt: skip
+    run = tmp_path / "run"
+    train(make_short_settings(untied_base, conversations, run, **changes))
+    rates = [line["learning_rate"] for line in read_metrics(run) if "loss" in line]
+    assert (rates[-1] >= rates[0]) == gets_better, rates
+
+
 @pytest.mark.parametrize(
     ("second", "changes", "message"),
     [
