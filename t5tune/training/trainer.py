@@ -129,6 +129,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.is_stopped = False
         self.early_stop: str | None = None
         self._steps_per_epoch = 1
+        self._weight_decays: list[float] | None = None  # of the optimizer's groups; None: DeepSpeed's config has it
         self._evaluation_to_reuse: dict[str, Any] | None = None
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.register_state_dict_post_hook(drop_frozen)
@@ -185,17 +186,29 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         The magnitudes are in that group in PEFT too.
         """
         if self.parts.loraplus_lr_ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        slow: dict[str, Any] = {"params": [], "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-        fast = slow | {"params": [], "lr": self.args.learning_rate * self.parts.loraplus_lr_ratio}
+            super().create_optimizer(model)
+        else:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer: Any = optimizer_class(self._make_loraplus_groups(self.parts.loraplus_lr_ratio), **options)
+        # empty groups are left out, since DeepSpeed removes them
+        self._weight_decays = [group["weight_decay"] for group in self.optimizer.param_groups if group["params"]]
+        return self.optimizer
+
+    def _make_loraplus_groups(self, ratio: float) -> list[dict[str, Any]]:
+        rates = {False: self.args.learning_rate, True: self.args.learning_rate * ratio}
+        decays = {True: self.args.weight_decay, False: 0.0}  # norms and biases have none
+        groups: dict[tuple[bool, bool], dict[str, Any]] = {
+            (is_fast, has_decay): {"params": [], "lr": rate, "weight_decay": decay}
+            for is_fast, rate in rates.items()
+            for has_decay, decay in decays.items()
+        }
+        decayed = set(self.get_decay_parameter_names(self.model))
         for name, value in self.model.named_parameters():
             if value.requires_grad:
                 # ZeRO-3 replaces each parameter with a one-dimensional placeholder; `ds_shape` has its shape
                 is_fast = ".lora_B." in name or len(getattr(value, "ds_shape", value.shape)) == 1
-                (fast if is_fast else slow)["params"].append(value)
-        self.optimizer: Any = optimizer_class([slow, fast], **options)
-        return self.optimizer
+                groups[is_fast, name in decayed]["params"].append(value)
+        return [group for group in groups.values() if group["params"]]
 
     def is_stop_requested(self) -> bool:
         """Whether any rank has received a signal. A collective, so that all ranks stop after the same step."""
@@ -463,9 +476,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
                 setattr(self.lr_scheduler, name, [rate * factor for rate in getattr(self.lr_scheduler, name)])
             for group in groups:
                 group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-        for group in groups:
-            if decay is not None and group["weight_decay"] == decay:  # some groups have none
-                group["weight_decay"] = self.args.weight_decay
+        if decay not in (None, self.args.weight_decay):
+            groups = groups if self.is_deepspeed_enabled else [group for group in groups if group["params"]]
+            decays = self._weight_decays or [self.args.weight_decay] * len(groups)
+            for group, value in zip(groups, decays, strict=True):
+                group["weight_decay"] = value
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load this rank's random state. A rank that the checkpoint has none of derives it from seed, step and rank."""

@@ -206,6 +206,30 @@ def test_loraplus_gives_b_its_own_learning_rate(untied_base: Path, conversations
     assert moved[moved > 0].median() == pytest.approx(16e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("loraplus", [{}, {"loraplus_lr_ratio": 4.0}], ids=str)
+def test_layer_norms_have_no_weight_decay(
+    loraplus: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    changes = {"max_steps": 2, "modules_to_save": ["final_layer_norm"], "save_steps": 1, **loraplus}
+    without, first, allowed = (tmp_path / name for name in ("without", "first", "allowed"))
+    train(make_settings(untied_base, conversations, without, **changes))
+    train(make_settings(untied_base, conversations, first, **changes, weight_decay=0.5))
+    shutil.copytree(without, allowed)
+    (allowed / "result.json").unlink()
+    shutil.rmtree(allowed / "checkpoint-2")
+    train(
+        make_settings(untied_base, conversations, allowed, **changes, weight_decay=0.5, allow_change=["weight_decay"])
+    )
+    expected = trained_adapter(without)
+    for decayed, step in ((trained_adapter(first / "checkpoint-1"), 1), (trained_adapter(allowed), 2)):
+        plain = trained_adapter(without / f"checkpoint-{step}")
+        equal = {name for name, value in plain.items() if value.equal(decayed[name])}
+        norms = {name for name in expected if "final_layer_norm" in name}
+        assert norms
+        assert norms <= equal
+        assert not any("lora_A" in name for name in equal)
+
+
 @pytest.fixture(scope="module")
 def loraplus_start(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter with token rows and nonzero B matrices, on a base without dropout."""

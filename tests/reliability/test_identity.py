@@ -212,7 +212,7 @@ def test_an_allowed_learning_rate_and_weight_decay_are_used(
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.variants("zero3")
-def test_an_allowed_learning_rate_is_used_under_deepspeed(
+def test_an_allowed_learning_rate_and_weight_decay_are_used_under_deepspeed(
     stage: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     run = tmp_path / "run"
@@ -223,7 +223,7 @@ def test_an_allowed_learning_rate_is_used_under_deepspeed(
     (run / "result.json").unlink()
     for step in (4, 5):
         shutil.rmtree(run / f"checkpoint-{step}")
-    done = on_ranks(2, *command, "0.002", "--allow-change", "learning_rate")
+    done = on_ranks(2, *command, "0.002", "--weight-decay", "0.1", "--allow-change", "learning_rate,weight_decay")
     assert done.code == 0, done.stderr
     rates = {line["step"]: line["learning_rate"] for line in read_metrics(run) if "loss" in line}
     assert [rates[step] for step in (2, 3, 5)] == pytest.approx([1e-2, 2e-3, 2e-3])
