@@ -223,6 +223,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self._steps_per_epoch = steps_per_epoch
         step = self.state.global_step
         self.parts.publisher.last_step = step or None  # the checkpoint of that step already exists
+        self.args.eval_on_start &= step == 0  # the Trainer does so at the start of a resumed run, too
         self.parts.non_finite.watch(self.model_wrapped if self.is_deepspeed_enabled else None)
         skip_module_walks(self.model, self.model_wrapped, self._trained)
         leave_empty_bias_without_gradient(self.model)
@@ -250,7 +251,10 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         step, strategy = self.state.global_step, self.args.eval_strategy
         if step == 0 or strategy == "no" or step in self.list_evaluations():
             return False
-        interval = self.state.eval_steps if strategy == "steps" else self._steps_per_epoch
+        in_steps = strategy == "steps"
+        if self.args.eval_delay > (step if in_steps else step / self._steps_per_epoch):
+            return False
+        interval = self.state.eval_steps if in_steps else self._steps_per_epoch
         return bool(step >= self.state.max_steps or step % interval == 0)
 
     def list_evaluations(self) -> dict[int, dict[str, Any]]:

@@ -663,6 +663,33 @@ def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again
     assert [line["step"] for line in state["log_history"] if "eval_loss" in line] == [2, 4, 6]
 
 
+@pytest.mark.parametrize(
+    ("changes", "evaluated"),
+    [
+        ({"training_args": {"eval_delay": 3}, "eval_steps": 1}, [3, 4]),
+        ({"training_args": {"eval_delay": 2}, "eval_strategy": "epoch", "max_steps": None, "num_train_epochs": 2}, [4]),
+        ({"training_args": {"eval_on_start": True}, "eval_steps": 3}, [0, 3, 4]),
+    ],
+    ids=["delay", "delay in epochs", "on start"],
+)
+def test_a_resumed_run_evaluates_at_the_steps_of_an_uninterrupted_one(
+    changes: dict[str, Any], evaluated: list[int], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    changes = {"max_steps": 4, "save_steps": 2, "num_data": 12, "eval_fraction": 0.3, **changes}
+    settings = make_short_settings(untied_base, conversations, tmp_path / "run", **changes)
+    assert train(settings).steps == 4
+
+    def list_evaluated() -> list[int]:
+        state = json.loads((settings.output_dir / "trainer_state.json").read_text())
+        return [line["step"] for line in state["log_history"] if "eval_loss" in line]
+
+    assert list_evaluated() == evaluated
+    (settings.output_dir / "result.json").unlink()
+    shutil.rmtree(settings.output_dir / "checkpoint-4")
+    assert train(settings).resumed_from == settings.output_dir / "checkpoint-2"
+    assert list_evaluated() == evaluated
+
+
 class Shapes(TorchDispatchMode):
     """Records the shapes of all tensors that are created in the block."""
 
