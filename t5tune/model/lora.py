@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.nn import functional
 
@@ -58,7 +59,7 @@ def add_lora(
 
     Raises:
         SettingsError: lora_target_modules or modules_to_save contain a name that the model doesn't have, or there are
-            added tokens whose rows it can't train.
+            added tokens whose rows it can't train, or the initialization can't make matrices of lora_r.
     """
     targets = _select_target_modules(model, settings.lora_target_modules)
     method = settings.init_lora_weights
@@ -83,6 +84,12 @@ def add_lora(
         task_type=TaskType.SEQ_2_SEQ_LM,
         trainable_token_indices=token_indices,
     )
+    adapted = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
+    }
+    _check_rank(adapted, method, settings.lora_r)
     with nullcontext() if partitioner is None else partitioner.prepare_peft():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     replace_trainable_token_layers(peft_model)
@@ -120,6 +127,26 @@ def _select_target_modules(model: Any, names: list[str]) -> list[str] | str:
         )
     layers = [name for name in architecture.expand_target_modules(names) if name in linear]
     return architecture.restrict_target_modules(layers)  # type: ignore[no-any-return]
+
+
+def _check_rank(adapted: dict[str, nn.Linear], method: str, rank: int) -> None:
+    """Check that an initialization that decomposes weights can make matrices of this rank.
+
+    PEFT makes smaller ones without saying so, which don't have the shapes that adapter_config.json says.
+
+    Raises:
+        SettingsError: a layer is too small.
+    """
+    if not method.startswith((*BASE_CHANGING_INITIALIZATIONS, "loftq")):
+        return
+    sizes = {name: min(layer.in_features, layer.out_features) for name, layer in adapted.items()}
+    smallest = min(sizes, key=lambda name: sizes[name])
+    if sizes[smallest] < rank:
+        limit = f"whose rank is at most its smaller side: {sizes[smallest]} for {smallest}"
+        raise SettingsError(
+            f"lora_r: {rank}: init_lora_weights {method} decomposes each weight, {limit}",
+            hint=f"use lora_r {sizes[smallest]} or less, or init_lora_weights default",
+        )
 
 
 def _select_modules_to_save(model: Any, base: Path, settings: LoraSettings) -> list[str] | None:

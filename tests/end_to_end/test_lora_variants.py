@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modules to save": {"modules_to_save": NORMS},
 }
 KINDS = ("untied", "tied")
+NF4: dict[str, Any] = {"q_lora": True, "bf16": False}
 # each variant with one of the bases; LONG_TESTS=1: with both
 CASES = [(name, kind) for number, name in enumerate(VARIANTS) for kind in (KINDS if LONG else (KINDS[number % 2],))]
 QUANTIZED: dict[str, dict[str, Any]] = {
@@ -446,6 +447,23 @@ def test_options_that_cannot_work_together_are_refused_with_the_reason(
     needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
     with pytest.raises(SettingsError, match=message):
         load_settings(TrainSettings, flags={**needed, **changes})
+
+
+@pytest.mark.parametrize(
+    "method", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq", **NF4}]
+)
+def test_a_rank_that_an_initialization_can_not_make_is_refused_with_the_largest_one(
+    method: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    changes = {"lora_target_modules": ["all-linear"], "max_steps": 1, **method}
+    with pytest.raises(
+        SettingsError, match=r"lora_r: 40: .* smaller side: 32 for encoder\.block\.0\..*; use lora_r 32"
+    ):
+        train(make_settings(untied_base, conversations, tmp_path / "a", lora_r=40, **changes))
+    train(make_settings(untied_base, conversations, tmp_path / "b", lora_r=32, **changes))
+    saved = trained_adapter(tmp_path / "b")
+    # PiSSA and OLoRA are saved as plain LoRA, of twice the rank
+    assert {value.shape[0] for name, value in saved.items() if "lora_A" in name} <= {32, 64}
 
 
 def test_modules_to_save_that_are_missing_or_quantized_are_refused(
