@@ -39,7 +39,7 @@ SAME_TOKENS_HINT = (
 
 def add_lora(
     model: Any,
-    base: Path,
+    base: Path | None,
     settings: LoraSettings,
     token_ids: list[int],
     adapter_dtype: torch.dtype,
@@ -48,7 +48,7 @@ def add_lora(
     """Wrap a frozen base with adapters. Only the adapters and the rows of added tokens are trainable.
 
     Args:
-        base: folder that the model was loaded from.
+        base: folder that the model was loaded from; None: it has no weights.
         token_ids: rows of the embedding and the head to train.
         adapter_dtype: dtype of the trained tensors.
         partitioner: the one that has partitioned the base. The adapters aren't partitioned yet.
@@ -95,6 +95,7 @@ def add_lora(
     replace_trainable_token_layers(peft_model)
     _share_embedding_rows(peft_model)
     if method == "loftq":
+        assert base is not None  # plan replaces initializations that need weights
         _initialize_from_quantization_error(peft_model, base, partitioner)
     subtracted = _copy_lora_matrices(peft_model) if method.startswith(BASE_CHANGING_INITIALIZATIONS) else {}
     for parameter in peft_model.parameters():
@@ -149,7 +150,7 @@ def _check_rank(adapted: dict[str, nn.Linear], method: str, rank: int) -> None:
         )
 
 
-def _select_modules_to_save(model: Any, base: Path, settings: LoraSettings) -> list[str] | None:
+def _select_modules_to_save(model: Any, base: Path | None, settings: LoraSettings) -> list[str] | None:
     """Check the modules to train in full, and return them as PEFT's modules_to_save.
 
     Raises:
@@ -159,7 +160,8 @@ def _select_modules_to_save(model: Any, base: Path, settings: LoraSettings) -> l
     if not settings.modules_to_save:
         return None
     shared = model.architecture.list_shared(tied=True)
-    skipped = list(filter(model.architecture.is_skipped, Checkpoint(base, model.architecture).list_names()))
+    names = [] if base is None else Checkpoint(base, model.architecture).list_names()
+    skipped = list(filter(model.architecture.is_skipped, names))
     for name in settings.modules_to_save:
         if also := next((path for path in skipped if path.rpartition(".")[0].endswith(name)), None):
             problem = f"modules_to_save: {name}: also the name of {also.rpartition('.')[0]}, which isn't trained"

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def build_empty_training_model(architecture: Architecture, settings: Any, num_to
             lora_settings = settings.model_copy(update={"init_lora_weights": "default"})
             last = architecture.dimensions.num_rows - 1
             rows = list(range(last - num_token_rows, last)) if architecture.token_row_modules else []
-            model, _ = add_lora(model, Path(), lora_settings, rows, adapter_dtype)
+            model, _ = add_lora(model, None, lora_settings, rows, adapter_dtype)
     if settings.packing != "off" and can_pack(model):
         use_packing(model)
     if not settings.has_dropout:

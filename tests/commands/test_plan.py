@@ -163,6 +163,14 @@ def test_memory_saving_settings_reduce_the_planned_memory(
     assert weights + activations < more_weights + more_activations
 
 
+def test_modules_to_save_are_counted_as_trainable() -> None:
+    def count(**changes: Any) -> int:
+        return plan(PlanSettings(model_name_or_path="pocket", use_cpu=True, **changes)).trainable_parameters
+
+    width, num_stacks = 128, 2
+    assert count(modules_to_save=["final_layer_norm"]) == count() + width * num_stacks
+
+
 @pytest.fixture(scope="module")
 def cache(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("caches") / "cache"

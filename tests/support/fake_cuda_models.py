@@ -55,7 +55,7 @@ def build_empty_model(shape: dict[str, Any], settings: TrainSettings, deepspeed:
         if settings.q_lora:
             load._replace_linears_with_quantized(model, dtype, settings)
         if not is_full:
-            model, _ = add_lora(model, Path(), settings, list(ADDED_TOKENS), trained_dtype)
+            model, _ = add_lora(model, None, settings, list(ADDED_TOKENS), trained_dtype)
     return model
 
 
