@@ -53,6 +53,10 @@ UNRESUMABLE_ARGUMENTS = {
     "restore_callback_states_from_checkpoint",
 }  # fmt: skip
 """Change what a checkpoint contains or who writes it, or which examples and how many of them the next step gets."""
+ARGUMENTS_WITHOUT_EFFECT = {
+    # transformers adds its noise to the output of `shared`, but T5 calls encoder.embed_tokens
+    "neftune_noise_alpha": "transformers adds no noise to the embeddings of T5; leave it out",
+}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
 
 
@@ -147,6 +151,8 @@ def _find_argument_problem(name: str, fields: set[str]) -> str | None:
         return "t5tune sets this itself"
     if name in UNRESUMABLE_ARGUMENTS:
         return "with it, a run couldn't resume exactly; leave it out"
+    if name in ARGUMENTS_WITHOUT_EFFECT:
+        return ARGUMENTS_WITHOUT_EFFECT[name]
     if name.startswith("torch_compile"):
         return "t5tune chooses what to compile; set torch_compile instead"
     return None if name in fields else f"no such field of TrainingArguments{suggest_name(name, fields)}"

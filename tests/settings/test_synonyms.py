@@ -127,6 +127,7 @@ def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
         ("save_only_model", "save_total_limit keeps fewer"),
         ("eval_table_size", "use report_samples"),
         ("adam_beta2", "under training_args"),
+        ("neftune_noise_alpha", "NEFTune isn't supported"),
     ],
 )
 def test_a_name_without_an_equivalent_gets_the_sentence_that_helps(name: str, advice: str, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_arguments_of_the_trainer_that_would_break_a_run_or_its_resuming_are_ref
         "label_names": "t5tune sets this itself",
         "logging_nan_inf_filter": "t5tune sets this itself",
         "log_level": "t5tune sets this itself",
+        "neftune_noise_alpha": "transformers adds no noise to the embeddings of T5; leave it out",
     }
     with pytest.raises(SettingsError) as caught:
         check_settings(settings.replace(training_args=dict.fromkeys(refused, True)))
