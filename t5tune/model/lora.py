@@ -204,6 +204,8 @@ def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner
         if not (hasattr(module, "lora_A") and "default" in module.lora_A):
             continue
         quantized = module.base_layer.weight
+        if getattr(quantized, "quant_state", None) is None:  # `wo` without quantize_wo: it has no error to correct
+            continue
         with nullcontext() if partitioner is None else partitioner.gather([quantized]):
             quantized_OI = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state).float()
         error_OI = read_on_rank_0(

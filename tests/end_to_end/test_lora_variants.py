@@ -449,6 +449,15 @@ def test_options_that_cannot_work_together_are_refused_with_the_reason(
         load_settings(TrainSettings, flags={**needed, **changes})
 
 
+def test_loftq_leaves_an_adapter_of_a_layer_that_is_not_quantized_at_zero(untied_base: Path) -> None:
+    settings = LoraSettings(init_lora_weights="loftq", lora_target_modules=["all-linear"])
+    quantization = QuantizationSettings(q_lora=True, quantize_wo=False)
+    model = load_base(untied_base, torch.float32, torch.device("cpu"), quantization)
+    model, _ = add_lora(model, untied_base, settings, [], torch.float32)
+    b = {name: parameter for name, parameter in model.named_parameters() if ".lora_B." in name}
+    assert {name for name, parameter in b.items() if not parameter.any()} == {name for name in b if ".wo." in name}
+
+
 @pytest.mark.parametrize(
     "method", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq", **NF4}]
 )
