@@ -127,6 +127,11 @@ class TrainSettings(
                 f"init_lora_weights: {self.init_lora_weights} conflicts with adapter, which also sets the initial "
                 "adapter weights; give only one of them"
             )
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            raise ValueError(
+                f"lora_r: {self.lora_r}: init_lora_weights orthogonal needs an even rank, half of it for each matrix; "
+                f"use {self.lora_r + 1}"
+            )
         if self.init_lora_weights == "loftq" and not (self.q_lora and self.quant_type != "int8"):
             raise ValueError(
                 "init_lora_weights: loftq corrects the error of 4-bit quantization; it needs q_lora with quant_type "

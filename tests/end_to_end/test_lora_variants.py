@@ -432,6 +432,7 @@ def test_export_and_merge_refuse_a_run_of_full_training(untied_base: Path, conve
         ({"init_lora_weights": "pissa_niter_N"}, "expected one of default"),
         ({"init_lora_weights": "eva"}, "gradients or activations"),
         ({"init_lora_weights": "loftq"}, "it needs q_lora with quant_type"),
+        ({"init_lora_weights": "orthogonal", "lora_r": 5}, "lora_r: 5: .* orthogonal needs an even rank.*; use 6"),
         ({"init_lora_weights": "pissa", "q_lora": True}, "which q_lora quantizes; use loftq"),
         ({"init_lora_weights": "olora", "use_dora": True}, "can't be combined with use_dora"),
         ({"modules_to_save": "lm_head"}, "lm_head: PEFT's copy"),
