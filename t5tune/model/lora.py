@@ -59,7 +59,8 @@ def add_lora(
 
     Raises:
         SettingsError: lora_target_modules or modules_to_save contain a name that the model doesn't have, or there are
-            added tokens whose rows it can't train, or the initialization can't make matrices of lora_r.
+            added tokens whose rows it can't train, or a layer would be both adapted and trained in full, or the
+            initialization can't make matrices of lora_r.
     """
     targets = _select_target_modules(model, settings.lora_target_modules)
     method = settings.init_lora_weights
@@ -89,6 +90,7 @@ def add_lora(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
     }
+    _check_overlap(adapted, settings)
     _check_rank(adapted, method, settings.lora_r)
     with nullcontext() if partitioner is None else partitioner.prepare_peft():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -128,6 +130,32 @@ def _select_target_modules(model: Any, names: list[str]) -> list[str] | str:
         )
     layers = [name for name in architecture.expand_target_modules(names) if name in linear]
     return architecture.restrict_target_modules(layers)  # type: ignore[no-any-return]
+
+
+def _check_overlap(adapted: dict[str, nn.Linear], settings: LoraSettings) -> None:
+    """Check that PEFT adapts a layer, and none that modules_to_save trains in full.
+
+    PEFT adapts no layer whose own name, or that of a module around it, is in modules_to_save. But it trains all modules
+    in full whose path ends in such a name: `o` is also the end of `wo`.
+
+    Raises:
+        SettingsError: there is no layer to adapt, or one that is trained in full.
+    """
+    if not adapted:
+        targets, saved = ", ".join(settings.lora_target_modules), ", ".join(settings.modules_to_save or [])
+        problem = (
+            f"lora_target_modules: {targets}: no layer is left to adapt, since modules_to_save trains {saved} in full"
+        )
+        raise SettingsError(problem, hint="name other layers in one of them")
+    for name in settings.modules_to_save or []:
+        for path in adapted:
+            if f"{name}." in f"{path}.":
+                own = path.rpartition(".")[2]
+                problem = f"modules_to_save: {name}: PEFT also finds {path}, which lora_target_modules adapts"
+                hint = (
+                    f"PEFT takes all modules whose path ends in the name; write more of its path, or don't adapt {own}"
+                )
+                raise SettingsError(problem, hint=hint)
 
 
 def _check_rank(adapted: dict[str, nn.Linear], method: str, rank: int) -> None:

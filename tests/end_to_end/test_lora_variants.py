@@ -487,6 +487,37 @@ def test_modules_to_save_that_are_missing_or_quantized_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("saved", "targets", "problem"),
+    [
+        (
+            "o",
+            "all-linear",
+            r"modules_to_save: o: PEFT also finds .*\.wo, which lora_target_modules adapts; .* adapt wo$",
+        ),
+        ("ReluDense", "wo", r"modules_to_save: ReluDense: PEFT also finds .*\.wo, which lora_target_modules adapts"),
+        ("wo", "wo", "lora_target_modules: wo: no layer is left to adapt, since modules_to_save trains wo in full"),
+        ("SelfAttention.o", "all-linear", None),
+        ("wo", "all-linear", None),
+        ("DenseReluDense", "all-linear", None),
+    ],
+)
+def test_a_layer_is_either_adapted_or_trained_in_full(
+    saved: str, targets: str, problem: str | None, untied_base: Path
+) -> None:
+    model = load_base(untied_base, torch.float32, torch.device("cpu"))
+    settings = LoraSettings(modules_to_save=[saved], lora_target_modules=[targets])
+    if problem is not None:
+        with pytest.raises(SettingsError, match=problem):
+            add_lora(model, untied_base, settings, [], torch.float32)
+        return
+    model, _ = add_lora(model, untied_base, settings, [], torch.float32)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any(f"{saved}.modules_to_save." in name for name in trained)
+    assert any(".lora_A." in name for name in trained)
+    assert not any(".lora_A." in name and ".modules_to_save." in name for name in trained)
+
+
+@pytest.mark.parametrize(
     ("name", "problem"),
     [
         (
