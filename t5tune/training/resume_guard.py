@@ -27,6 +27,7 @@ from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.datasets import PATHS_OF_DATASETS
 from t5tune.settings.lora import BASE_CHANGING_INITIALIZATIONS
+from t5tune.settings.training import SCHEDULES_BY_METRIC
 from t5tune.training.checkpoint import read_run_identity
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
@@ -192,6 +193,9 @@ def _list_fixed_fields(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         fixed += FIXED_IF_SUBTRACTED
     if method.startswith("pissa_niter"):  # its decomposition begins with random vectors
         fixed.append("seed")
+    schedules = {run_identity.get("lr_scheduler_type") for run_identity in (then, now)}
+    if len(schedules) == 2 and schedules & SCHEDULES_BY_METRIC:  # their states differ
+        fixed.append("lr_scheduler_type")
     if any(then["training_args"].get(name) != now["training_args"].get(name) for name in ARGUMENTS_OF_OPTIMIZER):
         fixed.append("training_args")
     return fixed

@@ -476,8 +476,9 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         groups, (peak, decay) = self.optimizer.param_groups, self.parts.resumed_rates
         if peak not in (None, self.args.learning_rate):
             factor = self.args.learning_rate / peak  # LoRA+ has two rates
-            for name in ("base_lrs", "_last_lr"):
-                setattr(self.lr_scheduler, name, [rate * factor for rate in getattr(self.lr_scheduler, name)])
+            for name in ("base_lrs", "_init_lrs", "_last_lr"):  # schedules by metric have no first one
+                if hasattr(self.lr_scheduler, name):
+                    setattr(self.lr_scheduler, name, [rate * factor for rate in getattr(self.lr_scheduler, name)])
             for group in groups:
                 group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
         if decay not in (None, self.args.weight_decay):

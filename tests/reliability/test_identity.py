@@ -209,6 +209,23 @@ def test_an_allowed_learning_rate_and_weight_decay_are_used(
     assert len(set(adapters)) == 3
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_by_metric_may_get_another_learning_rate_but_not_be_replaced(
+    schedule: str, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"lr_scheduler_type": schedule, "max_steps": 4, "eval_fraction": 0.2, "eval_steps": 4}
+    settings = make_settings(untied_base, conversations, tmp_path / "run", **changes, logging_steps=1)
+    with pytest.raises(Stopped):
+        train(settings, stop_at(Advanced("train", 2)))
+    for name in ("linear", "greedy" if schedule != "greedy" else "reduce_lr_on_plateau"):
+        other = settings.replace(lr_scheduler_type=name, allow_change=["lr_scheduler_type"])
+        with pytest.raises(SettingsError, match=f'"{schedule}" before, "{name}" now.* can\'t allow lr_scheduler_type'):
+            train(other)
+    train(settings.replace(learning_rate=2e-3, allow_change=["learning_rate"]))
+    rates = {line["step"]: line["learning_rate"] for line in read_metrics(tmp_path / "run") if "loss" in line}
+    assert [rates[step] for step in (2, 3, 4)] == pytest.approx([1e-2, 1e-2, 2e-3])
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.variants("zero3")
