@@ -7,7 +7,8 @@ It finishes the current step and saves a checkpoint on a signal, and handles ste
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ from t5tune.distributed.signals import StopRequest, ignore_signals
 from t5tune.distributed.watch import RankWatch
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.formatting import format_count, format_held_out_metric, format_number
+from t5tune.io.reasons import join_lines
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
 from t5tune.reports.metrics_log import MetricsLog
@@ -185,11 +187,13 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
         The magnitudes are in that group in PEFT too.
         """
-        if self.parts.loraplus_lr_ratio is None or self.optimizer is not None:
-            super().create_optimizer(model)
-        else:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer: Any = optimizer_class(self._make_loraplus_groups(self.parts.loraplus_lr_ratio), **options)
+        with _name_setting_in_errors("optim", self.args.optim.value):
+            if self.parts.loraplus_lr_ratio is None or self.optimizer is not None:
+                super().create_optimizer(model)
+            else:
+                groups = self._make_loraplus_groups(self.parts.loraplus_lr_ratio)
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer: Any = optimizer_class(groups, **options)
         # empty groups are left out, since DeepSpeed removes them
         self._weight_decays = [group["weight_decay"] for group in self.optimizer.param_groups if group["params"]]
         return self.optimizer
@@ -209,6 +213,10 @@ class T5Trainer(Trainer):  # type: ignore[misc]
                 is_fast = ".lora_B." in name or len(getattr(value, "ds_shape", value.shape)) == 1
                 groups[is_fast, name in decayed]["params"].append(value)
         return [group for group in groups.values() if group["params"]]
+
+    def create_scheduler(self, *arguments: Any, **options: Any) -> Any:
+        with _name_setting_in_errors("lr_scheduler_type", self.args.lr_scheduler_type.value):
+            return super().create_scheduler(*arguments, **options)
 
     def is_stop_requested(self) -> bool:
         """Whether any rank has received a signal. A collective, so that all ranks stop after the same step."""
@@ -507,6 +515,19 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             dist.all_reduce(not_logged)
             not_logged /= dist.get_world_size()
         return float(self.totals.before["loss"] + self._total_loss_scalar + float(not_logged))
+
+
+@contextmanager
+def _name_setting_in_errors(setting: str, value: str) -> Iterator[None]:
+    """Name the setting in an error of this block: transformers misses a package or an argument.
+
+    Raises:
+        SettingsError: there was one.
+    """
+    try:
+        yield
+    except (ImportError, TypeError, ValueError) as error:
+        raise SettingsError(f"{setting}: {value}: {join_lines(error)}") from error
 
 
 OVERRIDDEN_METHODS = (

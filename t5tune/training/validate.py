@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.distributed.world import World
 from t5tune.errors import DependencyError, SettingsError, naming_settings, suggest_name
 from t5tune.families import find_family
+from t5tune.io.reasons import join_lines
 from t5tune.metrics import PREFERENCE_METRICS
 from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
@@ -81,6 +83,7 @@ def check_settings(settings: TrainSettings) -> None:
     if settings.conversation_template is not None:
         load_template(settings.conversation_template)
     problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
+    problems += _find_unusable_schedule(settings)
     problems += _find_unusable_arguments(settings.training_args) + _find_missing_functions(settings)
     problems += _find_useless_mixing(settings) + _find_settings_of_other_objectives(settings)
     if settings.deepspeed is not None:
@@ -312,6 +315,26 @@ def _find_unknown_names(settings: TrainSettings) -> list[str]:
         for setting in known
         if (value := getattr(settings, setting)) not in names[setting]
     ]
+
+
+def _find_unusable_schedule(settings: TrainSettings) -> list[str]:
+    """List what is wrong with the arguments of the learning-rate schedule: some schedules need one."""
+    name, given = settings.lr_scheduler_type, settings.training_args.get("lr_scheduler_kwargs") or {}
+    # of a text, TrainingArguments reads JSON; a list has a value for each of the optimizer's groups, known only later
+    if not isinstance(given, dict) or any(isinstance(value, list) for value in given.values()):
+        return []
+    import torch
+    from transformers import SchedulerType, get_scheduler
+
+    if name not in [kind.value for kind in SchedulerType]:
+        return []
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            get_scheduler(name, optimizer, 0, 1, dict(given))
+    except (TypeError, ValueError) as error:
+        return [f"lr_scheduler_type: {name}: {join_lines(error)}; set lr_scheduler_kwargs under training_args"]
+    return []
 
 
 def _trains_on_cpu(settings: TrainSettings) -> bool:

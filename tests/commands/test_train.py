@@ -36,6 +36,7 @@ from t5tune.settings import (
 from t5tune.training import sample_predictions
 from t5tune.training.run_folder import locate_run, move_aside, open_data
 from t5tune.training.trainer import T5Trainer
+from t5tune.training.validate import check_settings
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
@@ -877,6 +878,38 @@ def test_errors_name_unknown_optimizers_and_schedules_and_the_eval_data(
     (tmp_path / "dev.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(DataError, match=r"^eval_data_path: .*dev\.jsonl: no conversation"):
         train(make_settings(untied_base, conversations, run, eval_data_path=str(tmp_path / "dev.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "problem"),
+    [
+        ("cosine_with_min_lr", {}, "One of min_lr or min_lr_rate should be set"),
+        ("cosine_warmup_with_min_lr", {}, "min_lr"),
+        ("warmup_stable_decay", {}, "num_decay_steps"),
+        ("linear", {"min_lr": 1e-5}, "unexpected keyword argument 'min_lr'"),
+        ("cosine_with_min_lr", {"min_lr": 1e-5}, None),
+        ("warmup_stable_decay", {"num_decay_steps": 2, "num_stable_steps": 1}, None),
+    ],
+)
+def test_a_schedule_that_lacks_an_argument_is_refused_before_anything_is_written(
+    schedule: str, options: dict[str, Any], problem: str | None, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"lr_scheduler_type": schedule, "training_args": {"lr_scheduler_kwargs": options}}
+    settings = make_settings(Path("pocket"), Path("pocket"), tmp_path / "run", **changes)
+    if problem is None:
+        check_settings(settings)
+        return
+    with pytest.raises(SettingsError, match=f"lr_scheduler_type: {schedule}: .*{problem}.*; set lr_scheduler_kwargs"):
+        train(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_whose_package_or_argument_is_missing_is_named(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    for optim, problem in (("lomo", "lomo"), ("galore_adamw", "galore|optim_target_modules")):
+        with pytest.raises(SettingsError, match=f"^optim: {optim}: .*({problem})"):
+            train(make_settings(untied_base, conversations, tmp_path / optim, optim=optim))
 
 
 @pytest.mark.slow
