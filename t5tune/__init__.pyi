@@ -377,7 +377,8 @@ class TrainSettings(_settings.TrainSettings):
                 folder, or owner/name[@revision] on the Hub; shapes must match. The optimizer and the learning-rate
                 schedule start over.
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
+                third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             teacher_model_name_or_path: Teacher: a base, a merged checkpoint, a run or an adapter, as for chat; its
                 tokenizer must be the same. The model then also learns the teacher's probabilities of each token;
@@ -651,7 +652,8 @@ class ChatSettings(_settings.ChatSettings):
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
+                third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             use_cpu: Run on the CPU even if there is a GPU.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
@@ -736,7 +738,8 @@ class ServeSettings(_settings.ServeSettings):
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
             q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
+                third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             bf16: Compute in bfloat16; default: on GPUs that can.
             use_cpu: Run on the CPU even if there is a GPU.
@@ -848,7 +851,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
             q_lora: Quantize the base to 4 bits or int8; default: as in training, like its options.
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
+                third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             use_cpu: Run on the CPU even if there is a GPU.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
@@ -1041,7 +1045,8 @@ class PlanSettings(_settings.PlanSettings):
             modules_to_save: Modules of the base to train in full in addition to the adapter, such as final_layer_norm.
             train_token_rows: Train the added tokens' rows of the embedding and the language-model head.
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
+                third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             num_train_epochs: Training epochs (passes over the data).
             max_steps: Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs.

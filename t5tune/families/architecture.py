@@ -145,7 +145,10 @@ class Architecture(ABC):
 
     @abstractmethod
     def is_quantizable(self, name: str, quantize_wo: bool) -> bool:
-        """Whether q_lora quantizes a linear layer of this name: those of the blocks, `wo` only with quantize_wo."""
+        """Whether q_lora quantizes a linear layer of this name: those of the blocks, `wo` only with quantize_wo.
+
+        An architecture whose feed-forward output projection has another name takes that for `wo`.
+        """
 
     @abstractmethod
     def classify(self, name: str) -> str:

@@ -19,7 +19,8 @@ from t5tune.families.architecture import (
 )
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+FEED_FORWARD_OUTPUT = "down_proj"  # T5's `wo`
+FEED_FORWARD = ("gate_proj", "up_proj", FEED_FORWARD_OUTPUT)
 MOVING_ROPES = ("dynamic", "longrope")  # their frequencies follow the longest text of a call
 SOFT_CAPPED_ATTENTION = "t5tune_soft_capped"  # see model/gemma_attention.py: transformers' sdpa has no soft cap
 
@@ -165,7 +166,8 @@ class T5Gemma(Architecture):
         }
 
     def is_quantizable(self, name: str, quantize_wo: bool) -> bool:
-        is_linear = get_layer_name(name) in (*ATTENTION, *FEED_FORWARD)
+        layer = get_layer_name(name)
+        is_linear = layer in ATTENTION or (layer in FEED_FORWARD and (quantize_wo or layer != FEED_FORWARD_OUTPUT))
         in_text = any(f"{stack}.layers." in name for stack in (self.encoder, self.decoder))
         return is_linear and in_text
 

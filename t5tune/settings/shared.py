@@ -74,7 +74,8 @@ class QuantizationSettings(Settings):
     )
     quantize_wo: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True,
-        description="Also quantize the feed-forward output projection `wo`, which is a third as large as the rest.",
+        description="Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a "
+        "third as large as the rest.",
     )
     double_quant: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True, description="Double quantization: also quantize the scales of the 4-bit blocks."

@@ -185,6 +185,22 @@ def test_only_the_layers_of_the_text_are_quantized(made: Made) -> None:
     assert not any(part in name for name, _ in model.named_modules() for part in SKIPPED)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_feed_forward_output_is_quantized_only_with_quantize_wo(kind: str, bases: dict[str, Path]) -> None:
+    quantized = {
+        with_wo: {
+            name.rpartition(".")[2]
+            for name, module in load_base(
+                bases[kind], torch.float32, CPU, QuantizationSettings(q_lora=True, quantize_wo=with_wo)
+            ).named_modules()
+            if type(module).__name__ == "Linear4bit"
+        }
+        for with_wo in (True, False)
+    }
+    assert quantized[True] - quantized[False] == {"down_proj"}
+    assert "up_proj" in quantized[False]
+
+
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
 def test_chat_and_evaluate_reply_like_stock_transformers(made: Made, data: Path, tmp_path: Path) -> None:
     stock = load_stock(made.merged)
