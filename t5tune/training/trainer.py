@@ -151,6 +151,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             collate_fn=TokenCountingCollator(self.data_collator),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=ignore_signals,
         )
         return self.accelerator.prepare(loader)

@@ -56,6 +56,9 @@ UNRESUMABLE_ARGUMENTS = {
 }  # fmt: skip
 """Change what a checkpoint contains or who writes it, or which examples and how many of them the next step gets."""
 ARGUMENTS_WITHOUT_EFFECT = {
+    "data_seed": "seed determines the order of the examples; set that",
+    # at exit, Python would wait for such workers, which ignore the signal that is to end them
+    "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
     # transformers adds its noise to the output of `shared`, but T5 calls encoder.embed_tokens
     "neftune_noise_alpha": "transformers adds no noise to the embeddings of T5; leave it out",
 }

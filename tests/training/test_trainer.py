@@ -36,6 +36,22 @@ def test_a_release_of_transformers_that_renames_an_overridden_method_is_refused_
         check_overridden_methods(renamed)
 
 
+def test_a_worker_prepares_as_many_batches_ahead_as_it_is_told(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaders: list[Any] = []
+    get_loader = T5Trainer.get_train_dataloader
+
+    def record_loader(trainer: T5Trainer) -> Any:
+        loaders.append(get_loader(trainer))
+        return loaders[-1]
+
+    monkeypatch.setattr(T5Trainer, "get_train_dataloader", record_loader)
+    changes: dict[str, Any] = {"dataloader_num_workers": 1, "training_args": {"dataloader_prefetch_factor": 3}}
+    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=1, **changes))
+    assert [loader.prefetch_factor for loader in loaders] == [3]
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_zero_3_gathers_the_head_for_the_loss_alone(

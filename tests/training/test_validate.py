@@ -25,7 +25,7 @@ def test_a_deepspeed_config_with_which_weights_would_be_saved_under_other_names_
         check_settings(settings)
 
 
-def test_arguments_of_the_trainer_that_would_break_a_run_or_its_resuming_are_refused(tmp_path: Path) -> None:
+def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir=run, use_cpu=True)
     refused = {
@@ -39,6 +39,8 @@ def test_arguments_of_the_trainer_that_would_break_a_run_or_its_resuming_are_ref
         "logging_nan_inf_filter": "t5tune sets this itself",
         "log_level": "t5tune sets this itself",
         "neftune_noise_alpha": "transformers adds no noise to the embeddings of T5; leave it out",
+        "data_seed": "seed determines the order of the examples; set that",
+        "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
     }
     with pytest.raises(SettingsError) as caught:
         check_settings(settings.replace(training_args=dict.fromkeys(refused, True)))
