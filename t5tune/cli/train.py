@@ -52,6 +52,9 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
         output.report(Note(problem, warning=True))
     if (suggestion := suggest_learning_rate(settings)) is not None:
         output.report(Note(suggestion))
+    if settings.teacher_model_name_or_path is not None:
+        teacher = f"teacher_model_name_or_path: {settings.teacher_model_name_or_path}"
+        output.report(Note(f"{teacher}: the plan leaves out the teacher's memory", warning=True))
     settings = apply_cache_settings(settings)
     planned = plan(to_plan_settings(settings), output.report)
     command = _make_launch_command(settings)

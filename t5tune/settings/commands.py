@@ -10,7 +10,7 @@ from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.data import DataSettings, MixingSettings, SplitSettings, TrainingDataSettings
-from t5tune.settings.distillation import DistillationSettings
+from t5tune.settings.distillation import TEACHER, DistillationSettings
 from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathAsText, PathList, Settings, WordList
 from t5tune.settings.hub import HubSettings, HubStrategySettings
 from t5tune.settings.lora import InitialAdapterSettings, LoraSettings
@@ -359,8 +359,8 @@ class PlanSettings(
         "per_device_train_batch_size", "num_gpus", "gpu_memory",
     )  # fmt: skip
     panel: ClassVar[str] = "Plan"
-    # a plan can't use the lengths of several datasets, which is noted
-    unused_quietly: ClassVar[frozenset[str]] = frozenset(TrainSettings.model_fields.keys() - {"data"})
+    # a plan leaves out the lengths of several datasets and the memory of a teacher, which is noted
+    unused_quietly: ClassVar[frozenset[str]] = frozenset(TrainSettings.model_fields.keys() - {"data", TEACHER})
 
     data_path: Annotated[PathList | None, NoneIfUnset] = Field(
         default=None,

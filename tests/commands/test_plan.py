@@ -568,6 +568,18 @@ def test_settings_that_train_refuses_are_refused(given: dict[str, Any], reason: 
         make_plan("google/flan-t5-small", **given)
 
 
+def test_a_plan_says_that_it_leaves_out_the_teacher(tmp_path: Path) -> None:
+    keys = "model_name_or_path: pocket\ndata_path: pocket\noutput_dir: run\nteacher_model_name_or_path: pocket\n"
+    (tmp_path / "run.yaml").write_text(keys)
+    for arguments, note in (
+        (("train", "--dry-run"), "teacher_model_name_or_path: pocket: the plan leaves out the teacher's memory"),
+        (("plan",), "plan does not use teacher_model_name_or_path"),
+    ):
+        done = t5tune_in_fork(*arguments, "--config", tmp_path / "run.yaml", "--use-cpu")
+        assert done.code == 0, done.stderr
+        assert note in done.stderr
+
+
 def test_the_command_accepts_a_run_config_and_refuses_other_models(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model_name_or_path: google/flan-t5-small\ndata_path: x.jsonl\noutput_dir: y\n")
     done = t5tune_in_fork("plan", "--config", tmp_path / "run.yaml", "--gpu-memory", "16GiB")
