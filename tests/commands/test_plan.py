@@ -165,7 +165,7 @@ def test_memory_saving_settings_reduce_the_planned_memory(
 
 def test_modules_to_save_are_counted_as_trainable() -> None:
     def count(**changes: Any) -> int:
-        return plan(PlanSettings(model_name_or_path="pocket", use_cpu=True, **changes)).trainable_parameters
+        return make_plan("pocket", **NO_SUGGESTION, **changes).trainable_parameters
 
     width, num_stacks = 128, 2
     assert count(modules_to_save=["final_layer_norm"]) == count() + width * num_stacks
@@ -573,7 +573,7 @@ def test_a_plan_says_that_it_leaves_out_the_teacher(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(keys)
     for arguments, note in (
         (("train", "--dry-run"), "teacher_model_name_or_path: pocket: the plan leaves out the teacher's memory"),
-        (("plan",), "plan does not use teacher_model_name_or_path"),
+        (("plan", "--gpu-memory", "1MiB"), "plan does not use teacher_model_name_or_path"),
     ):
         done = t5tune_in_fork(*arguments, "--config", tmp_path / "run.yaml", "--use-cpu")
         assert done.code == 0, done.stderr
