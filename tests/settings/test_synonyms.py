@@ -162,6 +162,8 @@ def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is(
         (TrainSettings, "--wandb-project=x", "use --report-to wandb, and the variable WANDB_PROJECT"),
         (TrainSettings, "--num-beams=3", "--eval-generate are greedy"),
         (TrainSettings, "--device=cpu", "--use-cpu none"),
+        (TrainSettings, "--stage=dpo", "use --objective: sft (the default), dpo, orpo or span-corruption"),
+        (TrainSettings, "--max-eval-samples=9", "all of --eval-data-path is evaluated"),
         (TrainSettings, "-o=x", "did you mean --output-dir?"),
         (TrainSettings, "--overwrite", "did you mean --fresh?"),
         (TrainSettings, "--force", "did you mean --fresh?"),
