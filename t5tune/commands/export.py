@@ -134,14 +134,18 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint: {path}: is a file; expected a run folder or a checkpoint-N in it")
     if has_complete_checkpoints(path):
+        has_finished = (path / RESULT_FILE).is_file()
+        if has_finished and has_file(path, ADAPTER_WEIGHTS_FILE):
+            found = _find_checkpoint_of_result(path)
+            if found is None:
+                report(Note(f"{path}: exporting its adapter, of which it has no complete checkpoint any more"))
+            elif found != list_checkpoints(path)[0]:
+                report(Note(f"{path}: exporting {found}, the best checkpoint, which is the run's result"))
+            return found or path
         newest = find_complete_checkpoint(path, "checkpoint", report)
-        if not (path / RESULT_FILE).is_file():
+        if not has_finished:
             report(Note(f"{path}: this run hasn't finished; exporting its newest complete checkpoint, {newest}"))
-            return newest
-        found = _find_checkpoint_of_result(path) or newest
-        if found != newest:
-            report(Note(f"{path}: exporting {found}, the best checkpoint, which is the run's result"))
-        return found
+        return newest
     of_run = list_checkpoints(path)
     has_weights = _has_trained_weights(path)
     if of_run and not has_weights:

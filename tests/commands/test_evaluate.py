@@ -531,6 +531,12 @@ def test_the_best_checkpoint_of_a_finished_run_is_exported(
     assert all(torch.equal(of_run[name], exported[name]) for name in of_run)
     assert not all(torch.equal(newest[name], exported[name]) for name in of_run)
 
+    # without that checkpoint, the adapter of the run is still its result, and not that of another one
+    (run / f"checkpoint-{best}" / "optimizer.pt").unlink()
+    export(ExportSettings(checkpoint=run, output_dir=tmp_path / "again"))
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(of_run[name], again[name]) for name in of_run)
+
     (run / "result.json").unlink()
     shutil.rmtree(run / f"checkpoint-{best}")
     with pytest.raises(CheckpointError, match=f"checkpoint-{best}: the best checkpoint, .*checkpoint-3, as an adapter"):
