@@ -263,7 +263,7 @@ class RankSettings(Settings):
 
     @model_validator(mode="after")
     def _check_number_of_processes(self) -> Self:
-        if self.num_gpus and self.num_processes and self.num_gpus != self.num_processes:
+        if self.num_gpus and self.num_processes:
             raise ValueError(
                 f"num_gpus: {self.num_gpus} conflicts with num_processes: {self.num_processes}; give only one of them"
             )
