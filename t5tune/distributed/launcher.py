@@ -188,7 +188,9 @@ def _watch(workers: list[subprocess.Popen[bytes]], received: _ReceivedSignals) -
     failed_at: float | None = None
     while None in (ended := [worker.poll() for worker in workers]):  # polls every worker: a later one may have failed
         now = time.monotonic()
-        if failed_at is None and any(ended):
+        # a rank that was asked to stop doesn't fail by that, and rank 0 may have more to do, such as closing trackers
+        stopped = None if received.first is None else get_exit_code(received.first.name)
+        if failed_at is None and any(code not in (None, 0, stopped) for code in ended):
             failed_at = now
         if (failed_at is not None and now - failed_at > SECONDS_TO_REPORT) or received.is_second:
             return

@@ -50,6 +50,27 @@ def test_where_nccl_aborts_the_ranks_that_wait_the_one_that_hangs_is_named(monke
     assert error.message == "rank 0 was killed by SIGABRT"
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_rank_that_was_asked_to_stop_may_take_longer_than_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "SECONDS_TO_REPORT", 0.2)
+    done = tmp_path / "done"
+    stop = f"""
+import os, signal, sys, time
+signal.sigwait([signal.{launcher.FORWARDED_SIGNAL.name}])
+if os.environ["RANK"] == "0":
+    time.sleep(1)
+    open({str(done)!r}, "w").close()
+sys.exit(143)
+"""
+    received = _ReceivedSignals(signal.SIGTERM)
+    error = launcher._run([sys.executable, "-c", stop], 2, received, saves_checkpoints=True)
+    assert error is not None
+    assert error.exit_code == 143
+    assert done.exists()
+
+
 def test_only_a_command_that_saves_checkpoints_says_that_one_is_kept(tmp_path: Path) -> None:
     received = _ReceivedSignals(signal.SIGTERM, is_second=True)
     for saves_checkpoints, hint in ((True, "the last complete checkpoint is kept"), (False, None)):
