@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -62,7 +63,8 @@ def run_command(command: str, arguments: list[str]) -> int:
         except KeyboardInterrupt as interrupt:
             return output.fail(interrupt)
         except Exception as error:
-            return _report_to_launcher(error) if world.is_run_set_up else _fail(error, world, output)
+            is_worker = world.is_run_set_up
+            return _report_to_launcher(error, output.debug) if is_worker else _fail(error, world, output)
         finally:
             output.close_screen()
 
@@ -146,10 +148,12 @@ def _fail(error: Exception, world: World, output: Output) -> int:
     return output.fail(error)
 
 
-def _report_to_launcher(error: Exception) -> int:
+def _report_to_launcher(error: Exception, debug: bool) -> int:
     """Pass the error of a worker that `--num-processes` started to the launching process, which shows it."""
     from t5tune.distributed.launcher import write_error
 
+    if debug:  # the launching process can't show where in this one it was
+        traceback.print_exception(error)
     known = to_t5tune_error(error)
     write_error(error if isinstance(known, Unexpected) else known)
     return known.exit_code

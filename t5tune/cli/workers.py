@@ -22,7 +22,7 @@ def run_in_workers(
     settings: TrainSettings | EvaluateSettings, output: Output, max_restarts: int = 0, rank_0_shows_result: bool = False
 ) -> None:
     """Run the command of the settings in the processes of num_gpus or num_processes, and wait for them."""
-    flags = ["--quiet"] if output.quiet else []
+    flags = [f"--{name}" for name in ("quiet", "debug") if getattr(output, name)]
     if rank_0_shows_result and output.json:
         flags.append("--json")
     # while a command runs, what is printed to this process's stdout goes to stderr

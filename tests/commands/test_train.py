@@ -971,16 +971,14 @@ def test_training_runs_under_other_launchers(
 def test_an_error_in_all_workers_is_shown_once_with_its_exit_code(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    done = t5tune_in_fork(
-        *make_command(
-            untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query", "--max-steps", "1"
-        )
-    )
+    command = make_command(untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query")
+    done = t5tune_in_fork(*command, "--max-steps", "1")
     assert done.code == 2
     assert len(done.errors) == 1, done.stderr
     assert "lora_target_modules: query" in done.errors[0]
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout)["error"]["kind"] == "SettingsError"
+    assert "in add_lora" in t5tune_in_fork(*command, "--max-steps", "1", "--debug").stderr  # where in the worker
 
 
 @pytest.mark.slow
