@@ -28,7 +28,7 @@ def run_in_workers(
     # while a command runs, what is printed to this process's stdout goes to stderr
     stdout = output.stream if rank_0_shows_result else None
     with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
-        # evaluate takes what isn't given from the model
-        path = write_settings(Path(folder), settings, only_given=isinstance(settings, EvaluateSettings))
+        # what isn't given, the commands take from the model or the token cache
+        path = write_settings(Path(folder), settings, only_given=True)
         arguments = [settings.command, "--config", str(path), *flags]
         launch(arguments, settings.process_count, max_restarts, output.report, stdout)

@@ -31,6 +31,7 @@ from t5tune.model.attention_check import (
 )
 from t5tune.model.device import read_nvidia_driver
 from t5tune.model.gated_gelu import find_kernel_problem
+from t5tune.settings.loading import VARIABLE_PREFIX
 
 BASE_SHAPE = AttentionShape(num_heads=12, head_width=64, max_distance=128, dropout=0.1)  # of Flan-T5-base
 SLOW_BF16 = 3.0  # bf16 time / fp32 time of a matrix product above which a CPU has no useful bf16 arithmetic
@@ -125,7 +126,7 @@ def _train_one_step(*flags: str) -> float:
     """Train the built-in model with LoRA for one step, in a temporary folder. Return the seconds it took."""
     started = time.monotonic()
     # the user's own settings say nothing about the machine
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("T5TUNE_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLE_PREFIX)}
     with tempfile.TemporaryDirectory(prefix="t5tune-doctor-") as folder:
         command = make_module_command("t5tune", *TRAIN_ONE_STEP.split(), str(Path(folder, "run")), *flags)
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

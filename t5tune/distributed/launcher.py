@@ -35,6 +35,7 @@ from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores, die_with_parent, make_module_command
 from t5tune.io.reasons import join_lines
 from t5tune.progress import Note, Report, silent
+from t5tune.settings.loading import VARIABLE_PREFIX
 
 POLL_SECONDS = 0.1
 SECONDS_TO_REPORT = 2.0  # how long the other ranks have to report their own errors after the first one has failed
@@ -159,7 +160,9 @@ def _start(command: list[str], count: int, folder: str, stdout: IO[str] | None) 
         "MASTER_PORT": str(find_free_port()),
         ERRORS_FOLDER_VARIABLE: folder,
     }
-    environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // count)), **os.environ, **common}
+    # the settings have these variables already, and flags that override them
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLE_PREFIX)}
+    environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // count)), **inherited, **common}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, FORWARDED_SIGNAL))
     try:
         return [

@@ -18,7 +18,7 @@ from t5tune.settings.legacy_names import LEGACY_NAMES
 from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, shorten_value
 from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
-PREFIX = "T5TUNE_"
+VARIABLE_PREFIX = "T5TUNE_"
 SETTINGS_HEADER = "# to run this again: t5tune "  # by which a folder is recognized as an output of t5tune
 MAX_UNUSED_NAMES = 8  # of settings that a command doesn't use, in a note
 Model = TypeVar("Model", bound=Settings)
@@ -116,8 +116,8 @@ def _read_file(file: str) -> dict[str, _Value]:
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
-    prefixed = {key: value for key, value in environment.items() if key.startswith(PREFIX)}
-    return {key.removeprefix(PREFIX).lower(): _Value(value, key) for key, value in prefixed.items()}
+    prefixed = {key: value for key, value in environment.items() if key.startswith(VARIABLE_PREFIX)}
+    return {key.removeprefix(VARIABLE_PREFIX).lower(): _Value(value, key) for key, value in prefixed.items()}
 
 
 def _resolve_names(

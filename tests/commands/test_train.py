@@ -24,6 +24,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import set_up_run_folder, train
 from t5tune.data.cache import open_cache
 from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
+from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 from t5tune.settings import (
     ExportSettings,
@@ -943,6 +944,27 @@ def test_a_finished_run_of_two_processes_is_not_repeated(
     again = t5tune_in_fork(*command, *TWO)
     assert first.code == again.code == 0, first.stderr + again.stderr
     assert first.json == again.json
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_several_processes_have_the_settings_of_the_command_and_of_the_cache(untied_base: Path, tmp_path: Path) -> None:
+    """A flag overrides a variable in each of them, and what isn't given is that of the token cache."""
+    pairs, cache, run = tmp_path / "pairs.jsonl", tmp_path / "cache", tmp_path / "run"
+    records = [{"prompt": f"Say {word}.", "chosen": word, "rejected": "No."} for word in ("one", "two", "three", "four")]
+    pairs.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    prepare(
+        PrepareSettings(model_name_or_path=str(untied_base), data_path=str(pairs), output_dir=cache, objective="dpo")
+    )
+    command = make_command(untied_base, cache, run, "--max-steps", "1", "--use-cpu")
+    environment = {"T5TUNE_LEARNING_RATE": "0.5", "T5TUNE_OUTPUT_DIR": str(tmp_path / "other")}
+    done = t5tune_in_fork(*command, *TWO, env=environment)
+    assert done.code == 0, done.stderr
+    assert done.json["world_size"] == 2
+    saved = read_yaml(run / "settings.yaml")
+    assert (saved["learning_rate"], saved["objective"]) == (0.01, "dpo")
+    assert not (tmp_path / "other").exists()
+    assert t5tune_in_fork(*command).json == done.json  # the same run with one process: it has finished
 
 
 @pytest.mark.slow
