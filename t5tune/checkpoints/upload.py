@@ -25,7 +25,7 @@ from t5tune.formatting import format_count, format_size
 from t5tune.hub.names import is_published
 from t5tune.hub.upload import create_repository, upload_files
 from t5tune.io.untrusted import resolve_inside
-from t5tune.io.yaml_file import read_yaml
+from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.progress import Note, Report
 from t5tune.settings.hub import HubSettings
 
@@ -168,7 +168,8 @@ def _list_local_folders(folder: Path) -> list[str]:
     Raises:
         SettingsError: settings.yaml can't be read.
     """
-    saved = read_yaml(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
+    path = folder / SETTINGS_FILE
+    saved = read_yaml(path, MAX_SETTINGS_BYTES) if path.is_file() else {}
     base = read_adapter_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
     adapters = saved.get("adapter")
     names = [base, saved.get("model_name_or_path"), *(adapters if isinstance(adapters, list) else [adapters])]

@@ -12,6 +12,7 @@ from t5tune.io.reasons import shorten
 from t5tune.io.yaml_errors import InvalidYAML, describe_yaml_error
 
 MAX_YAML_BYTES = 1 << 18
+MAX_SETTINGS_BYTES = 16 << 20  # the settings of a run list all of its files
 MAX_SHOWN_CHARACTERS = 40  # of a value in a message
 
 
@@ -74,15 +75,15 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
     """Read a YAML file that contains a mapping of names to values.
 
     Raises:
         SettingsError: the file can't be read, isn't valid YAML, or isn't such a mapping.
     """
     try:
-        if (size := path.stat().st_size) > MAX_YAML_BYTES:
-            raise SettingsError(f"{path}: can't be read: it has {size} bytes; the limit is {MAX_YAML_BYTES} bytes")
+        if (size := path.stat().st_size) > max_bytes:
+            raise SettingsError(f"{path}: can't be read: it has {size} bytes; the limit is {max_bytes} bytes")
         data = path.read_bytes()
     except OSError as error:
         raise SettingsError(f"{path}: can't be read: {error.strerror or error}") from error

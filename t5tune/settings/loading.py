@@ -109,10 +109,11 @@ def write_settings(folder: Path, settings: Settings, only_given: bool = False) -
 
 
 def _read_file(file: str) -> dict[str, _Value]:
-    from t5tune.io.yaml_file import read_yaml
+    from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 
     path = packaged_templates.find_run_config(file)
-    return {name: _Value(value, f"{path}: {name}") for name, value in read_yaml(path).items()}
+    values = read_yaml(path, MAX_SETTINGS_BYTES)
+    return {name: _Value(value, f"{path}: {name}") for name, value in values.items()}
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, _Value]:

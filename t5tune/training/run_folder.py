@@ -38,7 +38,7 @@ from t5tune.errors import CheckpointError, DataError, SettingsError, TrainingErr
 from t5tune.file_names import EVAL_CACHE_FOLDER, RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
 from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_file, write_json
 from t5tune.io.reasons import describe_error
-from t5tune.io.yaml_file import read_yaml
+from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.preparing.mixture import list_given_caches
 from t5tune.progress import Note, Report
 from t5tune.reports.metrics_log import read_metrics
@@ -256,7 +256,7 @@ def read_saved_settings(folder: Path) -> TrainSettings | None:
         SettingsError: the file can't be read as settings of train.
     """
     path = folder / SETTINGS_FILE
-    if not path.is_file() or "learning_rate" not in read_yaml(path):
+    if not path.is_file() or "learning_rate" not in read_yaml(path, MAX_SETTINGS_BYTES):
         return None
     return load_settings(TrainSettings, str(path))[0]
 

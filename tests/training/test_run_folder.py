@@ -8,9 +8,10 @@ import pytest
 
 from t5tune.errors import SettingsError
 from t5tune.progress import Event
+from t5tune.settings import TrainSettings, write_settings
 from t5tune.training import resume_guard
 from t5tune.training.resume_guard import check_run_identity, check_steps_per_epoch
-from t5tune.training.run_folder import lock_run_folder
+from t5tune.training.run_folder import lock_run_folder, read_saved_settings
 
 IDENTITY = {
     "seed": 1,
@@ -117,3 +118,11 @@ def test_what_decides_the_shape_or_the_meaning_of_trained_weights_cant_be_allowe
         assert f"--allow-change can't allow {name}, " in str(caught.value.hint)
         assert "--adapter run/checkpoint-1" in str(caught.value.hint)
         assert "add --allow-change" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("weight", ["", ":2"])
+def test_settings_with_thousands_of_files_are_read_back(tmp_path: Path, weight: str) -> None:
+    paths = [f"/corpus/shards/part-{number:05}-of-05000.{'x' * 30}.jsonl{weight}" for number in range(5000)]
+    settings = TrainSettings(model_name_or_path="pocket", data_path=paths, output_dir=tmp_path)
+    assert write_settings(tmp_path, settings).stat().st_size > 300_000
+    assert read_saved_settings(tmp_path) == settings
