@@ -94,7 +94,11 @@ def dump_settings(settings: Settings, only_given: bool = False, leave_out: Colle
 
     start_over = next((f" --{name}" for name in ("fresh", "overwrite") if name in type(settings).model_fields), "")
     header = f"{SETTINGS_HEADER}{settings.command} --config THIS_FILE{start_over}\n"
-    values = settings.model_dump(mode="json", exclude_unset=only_given, exclude={*leave_out})
+    # what validation may turn on because of others isn't written as if it were given: bf16, which q_lora turns on
+    unset = settings.notes_on_implied.keys() - settings.model_fields_set
+    fields = type(settings).model_fields
+    implied = {name for name in unset if getattr(settings, name) == fields[name].default}
+    values = settings.model_dump(mode="json", exclude_unset=only_given, exclude={*leave_out, *implied})
     for data, paths in PATHS_OF_DATASETS.items():
         if values.get(data) is not None:  # the paths are those of the datasets
             del values[paths]
