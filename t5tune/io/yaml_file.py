@@ -1,4 +1,4 @@
-"""Read YAML the way a user means it: 1e-4 is a number, `no` is a word, and a duplicate key is an error."""
+"""Read YAML the way a user means it: 1e-4 and 010 are numbers, `no` is a word, and a duplicate key is an error."""
 
 import re
 from collections.abc import Hashable
@@ -17,11 +17,12 @@ MAX_SHOWN_CHARACTERS = 40  # of a value in a message
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases, in which only true and false are booleans, and 1e-4 is a number."""
+    """SafeLoader without aliases, in which only true and false are booleans, 1e-4 is a number, and 010 is 10."""
 
-    # PyYAML follows YAML 1.1: it reads `no` as false and `1e-4` as text. The resolvers added below replace these two.
+    # PyYAML follows YAML 1.1: it reads `no` as false, `1e-4` as text, `010` as 8 and `1:40` as 100. The resolvers added
+    # below replace these three.
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -56,6 +57,19 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
     list("-+.0123456789"),
 )
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    list("-+0123456789"),
+)
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    digits = str(loader.construct_scalar(node)).replace("_", "")
+    return int(digits, 0 if digits.lstrip("+-").startswith(("0x", "0b")) else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

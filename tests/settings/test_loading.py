@@ -224,6 +224,26 @@ def test_numbers_in_scientific_notation_are_numbers(yaml_file: Callable[[str], s
     assert settings.training_args == {"adam_epsilon": 1e-6}
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("010", 10), ("008", 8), ("+7", 7), ("1_000", 1000), ("0", 0), ("00", 0), ("0x1F", 31), ("0b11", 3)],
+)
+def test_whole_numbers_in_yaml_are_decimal_as_in_flags(yaml_file: Callable[[str], str], text: str, number: int) -> None:
+    file = yaml_file(f"seed: {text}\ntraining_args: {{seeds: [{text}, -{text.lstrip('+')}]}}\n")
+    settings, _ = load_settings(TrainSettings, file, {}, NEEDED)
+    assert (settings.seed, settings.training_args) == (number, {"seeds": [number, -number]})
+    if text[1:2] not in ("x", "b"):
+        assert load_settings(TrainSettings, None, {}, {**NEEDED, "seed": text})[0].seed == number
+
+
+def test_a_time_is_no_number(yaml_file: Callable[[str], str]) -> None:
+    file = yaml_file("max_steps: 1:40\nwarmup_steps: 1:40.5\n")
+    assert problems_of(file=file, **NEEDED) == [
+        f"max_steps: '1:40' ({file}: max_steps): expected a whole number",
+        f"warmup_steps: '1:40.5' ({file}: warmup_steps): expected a number",
+    ]
+
+
 @pytest.mark.parametrize("word", ["no", "'no'"])
 def test_no_is_a_word_where_a_word_is_expected(yaml_file: Callable[[str], str], word: str) -> None:
     settings, _ = load_settings(TrainSettings, yaml_file(f"eval_strategy: {word}\nsave_strategy: {word}"), {}, NEEDED)
@@ -539,7 +559,9 @@ def test_dumped_settings_read_back_as_equal_settings(yaml_file: Callable[[str], 
     assert load_settings(type(settings), file, {}, {}) == (settings, [])
 
 
-@pytest.mark.parametrize("name", ["1e-4", "1e3", "1.5e3", "no", "True", "12", "2026-11-24", "~", "0x1f", "a: b", "ü"])
+@pytest.mark.parametrize(
+    "name", ["1e-4", "1e3", "008", "1_0", "no", "True", "12", "2026-11-24", "~", "0x1f", "a: b", "ü"]
+)
 def test_dumped_names_that_look_like_numbers_read_back_as_names(yaml_file: Callable[[str], str], name: str) -> None:
     settings = PrepareSettings(model_name_or_path=name, data_path=[name], output_dir=name)
     file = yaml_file(dump_settings(settings))
