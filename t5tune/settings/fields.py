@@ -222,6 +222,11 @@ def _split_items(value: Any) -> Any:
     return value
 
 
+def _split_numbers(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return _split_items([value] if is_number else value)
+
+
 def _read_path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -297,8 +302,8 @@ OptionalCount = Annotated[int | None, Field(gt=0), NoneIfUnset]
 WordList = Annotated[list[str], BeforeValidator(_split_items, json_schema_input_type=list[str] | str)]
 """A list that can be written as `q v`, `q,v` or a YAML list."""
 
-NumberList = Annotated[list[float], BeforeValidator(_split_items, json_schema_input_type=list[float] | float | str)]
-"""A list of numbers that can be written as `0.7 0.3`, `0.7,0.3` or a YAML list."""
+NumberList = Annotated[list[float], BeforeValidator(_split_numbers, json_schema_input_type=list[float] | float | str)]
+"""A list of numbers that can be written as `0.7 0.3`, `0.7,0.3` or a YAML list; a single one needs no list."""
 
 ByteSize = Annotated[int, BeforeValidator(_read_byte_size, json_schema_input_type=int | str)]
 """A number of bytes that can be written with a unit: `5GB`, `500MiB`."""

@@ -32,7 +32,8 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
         description="Adapter to merge: a folder, a run folder, or owner/name[@revision] on the Hub; several are "
         "summed, each multiplied by its weight.",
     )
-    weights: Annotated[NumberList | None, NoneIfUnset] = Field(
+    # not NoneIfUnset: -1 is a weight, which would become the default of 1
+    weights: NumberList | None = Field(
         default=None, description="Weight of each adapter; default: 1 for a single adapter."
     )
     to: Literal["checkpoint", "ctranslate2"] = Field(

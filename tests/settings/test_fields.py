@@ -87,6 +87,19 @@ def test_memory_that_no_gpu_has_is_refused(value: Any) -> None:
         load_gpu_memory(value)
 
 
+@pytest.mark.parametrize("value", [0.5, 1, -1, "-1", "0.5", [0.5], "0.5,0.25", [0.5, "0.25"]])
+def test_a_single_number_needs_no_list(value: Any) -> None:
+    needed: dict[str, Any] = {"model_name_or_path": "base", "output_dir": "merged"}
+    wanted = [float(text) for text in str(value).strip("[]").replace("'", "").split(",")]
+    settings = MergeSettings(**needed, adapter=["adapter"] * len(wanted), weights=value)
+    assert settings.weights == wanted
+
+
+def test_a_boolean_is_no_list_of_numbers() -> None:
+    with pytest.raises(SettingsError, match="weights: True: expected a list"):
+        MergeSettings(adapter="adapter", output_dir="merged", weights=True)
+
+
 def test_a_gpu_s_memory_is_read_back_from_the_written_settings(tmp_path: Path) -> None:
     settings = PlanSettings(model_name_or_path="base", gpu_memory="24")
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
