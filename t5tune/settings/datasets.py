@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field, field_validator, model_serializer
+from pydantic import Field, GetJsonSchemaHandler, field_validator, model_serializer
+from pydantic_core import CoreSchema
 
 from t5tune.file_names import (
     COMPRESSED_SUFFIXES,
@@ -72,6 +73,11 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
         if value is not None and not _NAME.fullmatch(value):
             raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Allow a path alone, which `combine_datasets` reads."""
+        return {"anyOf": [{"type": "string"}, {**handler.resolve_ref_schema(handler(schema))}]}
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialize: Any) -> dict[str, Any]:

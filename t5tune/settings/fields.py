@@ -17,8 +17,17 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticUndefined
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema, PydanticUndefined
 
 from t5tune.errors import SettingsError
 from t5tune.io.records_in_memory import CallerError, is_in_memory, store_records
@@ -30,6 +39,7 @@ SIZE_SUFFIXES = {"B": 1}
 SIZE_SUFFIXES |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 SIZE_SUFFIXES |= {f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
 MIN_GPU_MEMORY = 1 << 20
+UNSET_IN_SCHEMA = ["none", "None", -1]
 
 
 class _Signature:
@@ -209,6 +219,14 @@ def _list_commands(model: type[Settings] = Settings) -> Iterator[type[Settings]]
         yield from _list_commands(subclass)
 
 
+class _UnsetReader(BeforeValidator):
+    """Also adds to the JSON schema, which would otherwise allow only the type and null, what reads as None."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        described = handler(schema)
+        return {**described, "anyOf": [*described["anyOf"], {"enum": UNSET_IN_SCHEMA}]}
+
+
 def _parse_unset(value: Any) -> Any:
     return None if isinstance(value, str | int) and str(value).lower() in {"", "none", "null", "-1"} else value
 
@@ -290,7 +308,7 @@ def _check_gpu_memory(value: Any) -> Any:
     return value
 
 
-NoneIfUnset = BeforeValidator(_parse_unset)
+NoneIfUnset = _UnsetReader(_parse_unset)
 """Reads `none`, `null`, an empty string and -1, which FastChat and Hugging Face use for "not set", as None."""
 
 PathAsText = BeforeValidator(_read_path)

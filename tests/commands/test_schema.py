@@ -16,12 +16,15 @@ from t5tune.commands.templates import templates
 from t5tune.errors import SettingsError
 from t5tune.settings import (
     COMMANDS,
+    DatasetSettings,
     SchemaSettings,
+    Settings,
     TemplatesSettings,
     TrainSettings,
     load_settings,
     packaged_templates,
 )
+from t5tune.settings.fields import NoneIfUnset
 
 SCHEMA = Path(__file__).parents[2] / "templates" / "schemas" / "train.json"
 
@@ -51,6 +54,22 @@ def test_a_schema_contains_choices_ranges_and_lists_written_as_text() -> None:
     assert properties["quant_type"]["enum"] == ["nf4", "fp4", "int8"]
     assert properties["lora_r"]["exclusiveMinimum"] == 0
     assert {choice["type"] for choice in properties["lora_target_modules"]["anyOf"]} == {"array", "string"}
+
+
+@pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
+def test_a_schema_allows_the_words_that_mean_unset(model: type[Settings]) -> None:
+    properties = schema(SchemaSettings(of=model.command))["properties"]
+    for name, field in model.model_fields.items():
+        if NoneIfUnset in field.metadata:
+            assert {"enum": ["none", "None", -1]} in properties[name]["anyOf"], name
+
+
+def test_a_schema_allows_a_path_as_a_dataset() -> None:
+    described = schema(SchemaSettings(of="train"))
+    assert described["properties"]["data"]["anyOf"][0]["items"] == {"$ref": "#/$defs/DatasetSettings"}
+    text, names = described["$defs"]["DatasetSettings"]["anyOf"]
+    assert text == {"type": "string"}
+    assert names["properties"].keys() == DatasetSettings.model_fields.keys()
 
 
 @pytest.mark.parametrize("name", packaged_templates.list_names("runs"))

@@ -65,7 +65,7 @@ def test_a_shard_s_size_is_a_size_with_a_unit_or_a_number_of_bytes(value: Any, s
     assert load_shard_size(value) == size
 
 
-@pytest.mark.parametrize("value", ["none", "", "-1", -1, None])
+@pytest.mark.parametrize("value", ["none", "None", "", "-1", -1, None])
 def test_a_size_can_be_unset(value: Any) -> None:
     assert load_gpu_memory(value) is None
     assert load_shard_size(value) is None
