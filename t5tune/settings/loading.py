@@ -26,10 +26,14 @@ Model = TypeVar("Model", bound=Settings)
 
 @dataclass(frozen=True)
 class _Value:
-    """A value and the place where the user wrote it, such as `--lora-r` or `run.yaml: lora_r`."""
+    """A value and the place where the user wrote it, such as `--lora-r` or `run.yaml: lora_r`.
+
+    The note is for the user, unless another source overrides the value.
+    """
 
     value: Any
     place: str
+    note: str | None = None
 
 
 def load_settings(
@@ -67,6 +71,7 @@ def load_settings(
                 values.pop(data, None)
                 values.pop(paths, None)
         values.update(given)
+    notes += [value.note for value in values.values() if value.note is not None]
     settings = None
     try:
         settings = model.model_validate({name: value.value for name, value in values.items()})
@@ -143,10 +148,11 @@ def _resolve_names(
         elif name in legacy:
             change = legacy[name]
             new = change.convert(value.value) if change.new else None
-            if change.new and new is not None:
-                # if the same source also has today's name, that one wins, whichever comes first
-                known.setdefault(change.new, _Value(new, value.place))
-                notes.append(f"{value.place}: read as {change.new} {new} ({change.why})")
+            if new is not None and change.new in source:  # today's name wins, whichever comes first
+                notes.append(f"{value.place}: ignored ({change.new} is given too)")
+            elif change.new is not None and new is not None:
+                note = f"{value.place}: read as {change.new} {new} ({change.why})"
+                known[change.new] = _Value(new, value.place, note)
             elif change.new is None and change.is_noted(value.value):
                 notes.append(f"{value.place}: ignored ({change.why})")
         # one file or environment may serve several commands, but a flag of another command is a mistake

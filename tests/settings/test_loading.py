@@ -431,9 +431,24 @@ def test_the_new_name_wins_over_the_legacy_name_on_a_command_line(
     assert settings.warmup_steps == 5
 
 
-@pytest.mark.parametrize("text", ["warmup_steps: 5\nwarmup_ratio: 0.1", "warmup_ratio: 0.1\nwarmup_steps: 5"])
-def test_the_new_name_wins_over_the_legacy_name_in_a_file(yaml_file: Callable[[str], str], text: str) -> None:
-    assert load_settings(TrainSettings, yaml_file(text), {}, NEEDED)[0].warmup_steps == 5
+@pytest.mark.parametrize("steps", [5, 0])
+@pytest.mark.parametrize("text", ["warmup_steps: {}\nwarmup_ratio: 0.1", "warmup_ratio: 0.1\nwarmup_steps: {}"])
+def test_the_new_name_wins_over_the_legacy_name_in_a_file(
+    yaml_file: Callable[[str], str], text: str, steps: int
+) -> None:
+    file = yaml_file(text.format(steps))
+    settings, notes = load_settings(TrainSettings, file, {}, NEEDED)
+    assert settings.warmup_steps == steps
+    assert notes == [f"{file}: warmup_ratio: ignored (warmup_steps is given too)"]
+
+
+def test_a_legacy_name_that_a_flag_overrides_is_not_noted(yaml_file: Callable[[str], str]) -> None:
+    file = yaml_file("warmup_ratio: 0.1\n")
+    for environment, flags in (({}, {"warmup_steps": "5"}), ({"T5TUNE_WARMUP_STEPS": "5"}, {})):
+        settings, notes = load_settings(TrainSettings, file, environment, {**NEEDED, **flags})
+        assert (settings.warmup_steps, notes) == (5, [])
+    _, notes = load_settings(TrainSettings, file, {}, {**NEEDED, "warmup_ratio": "0.2"})
+    assert notes == ["--warmup-ratio: read as warmup_steps 0.2 (a value below 1 is a fraction of all steps)"]
 
 
 def test_legacy_names_in_a_file_are_read_with_a_note(yaml_file: Callable[[str], str]) -> None:
