@@ -85,7 +85,8 @@ class _Parser:
         self._has_positional = bool(positional)
         self._unfilled = deque(positional or filter(None, [model.also_positional]))
         kinds = {name: classify_field(field) for name, field in fields.items() if name not in positional}
-        legacy = dict.fromkeys(LEGACY_NAMES.get(model.command, {}), "legacy")
+        # a config may serve several commands; command lines with these names are those of training
+        legacy = dict.fromkeys(LEGACY_NAMES, "legacy") if model.command == "train" else {}
         self._suggestions = [name for name in model.list_suggestions() if name in kinds] + ["config", *SWITCHES]
         self._kinds = {**legacy, **kinds, "config": "one", **dict.fromkeys(SWITCHES, "switch")}
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from t5tune.settings.fields import Settings
+
 
 @dataclass(frozen=True)
 class LegacyName:
@@ -31,7 +33,7 @@ def _convert_fsdp(value: Any) -> Any:
     return "zero3" if "full_shard" in str(value) else None
 
 
-TRAIN: Mapping[str, LegacyName] = {
+LEGACY_NAMES: Mapping[str, LegacyName] = {
     "evaluation_strategy": LegacyName("eval_strategy", "renamed by transformers"),
     "warmup_ratio": LegacyName("warmup_steps", "a value below 1 is a fraction of all steps"),
     "overwrite_output_dir": LegacyName("fresh", "an existing run is renamed, never overwritten"),
@@ -50,4 +52,11 @@ TRAIN: Mapping[str, LegacyName] = {
     "remove_unused_columns": LegacyName(None, "examples contain only what the model reads"),
 }
 
-LEGACY_NAMES: Mapping[str, Mapping[str, LegacyName]] = {"train": TRAIN}
+
+def select_legacy_names(model: type[Settings]) -> dict[str, LegacyName]:
+    """Select the legacy names that a command reads: those of its settings, and for train those without a new name."""
+    return {
+        name: change
+        for name, change in LEGACY_NAMES.items()
+        if (model.command == "train" if change.new is None else change.new in model.model_fields)
+    }

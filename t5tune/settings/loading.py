@@ -14,7 +14,7 @@ from t5tune.settings import packaged_templates
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fields import Settings
-from t5tune.settings.legacy_names import LEGACY_NAMES
+from t5tune.settings.legacy_names import LEGACY_NAMES, select_legacy_names
 from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, shorten_value
 from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
@@ -137,9 +137,8 @@ def _resolve_names(
 
     Adds to `problems` and `notes`, and to `meant` what the unknown ones mean.
     """
-    of_any_command = {name for other in COMMANDS for name in other.model_fields}
-    of_any_command |= {name for names in LEGACY_NAMES.values() for name in names}
-    legacy = LEGACY_NAMES.get(model.command, {})
+    of_any_command = {*LEGACY_NAMES, *(name for other in COMMANDS for name in other.model_fields)}
+    legacy = select_legacy_names(model)
     known: dict[str, _Value] = {}
     unused: list[str] = []
     for name, value in source.items():
@@ -157,7 +156,8 @@ def _resolve_names(
                 notes.append(f"{value.place}: ignored ({change.why})")
         # one file or environment may serve several commands, but a flag of another command is a mistake
         elif name in of_any_command and not value.place.startswith("--"):
-            if value.value is not None and name not in model.unused_quietly:
+            today = LEGACY_NAMES[name].new if name in LEGACY_NAMES else name
+            if value.value is not None and today not in model.unused_quietly:
                 unused.append(name)
         else:
             others = {other_name for other in COMMANDS for other_name in other.list_suggestions()}

@@ -460,6 +460,25 @@ def test_legacy_names_in_a_file_are_read_with_a_note(yaml_file: Callable[[str], 
     assert [note for note in notes if "local_rank: ignored" in note]
 
 
+def test_legacy_names_in_a_file_are_read_by_every_command_that_has_their_setting(
+    yaml_file: Callable[[str], str],
+) -> None:
+    text = "load_in_4bit: true\nper_gpu_train_batch_size: 1\nmax_seq_length: 512\nevaluation_strategy: epoch\n"
+    file = yaml_file(f"{text}model_name_or_path: pocket\n")
+    planned, notes = load_settings(PlanSettings, file)
+    assert (planned.q_lora, planned.bf16, planned.per_device_train_batch_size) == (True, True, 1)
+    assert notes == [
+        f"{file}: load_in_4bit: read as q_lora True (NF4 with double quantization)",
+        f"{file}: per_gpu_train_batch_size: read as per_device_train_batch_size 1 (renamed by transformers)",
+    ]
+    prepared, notes = load_settings(PrepareSettings, file, {}, NEEDED)
+    assert prepared.model_max_length == 512
+    assert notes == [
+        "prepare does not use load_in_4bit, per_gpu_train_batch_size, evaluation_strategy",
+        f"{file}: max_seq_length: read as model_max_length 512 (the same thing)",
+    ]
+
+
 # -- precision
 
 

@@ -18,7 +18,7 @@ from t5tune.settings import (
     TrainSettings,
     load_settings,
 )
-from t5tune.settings.legacy_names import TRAIN
+from t5tune.settings.legacy_names import LEGACY_NAMES
 from t5tune.settings.synonyms import ADVICE, NAMES_IN_OTHER_TOOLS, suggest_setting
 
 ALL_SETTINGS = {name for model in COMMANDS for name in model.list_suggestions()}
@@ -28,7 +28,7 @@ def test_every_suggested_name_is_a_setting_that_is_neither_hidden_nor_a_legacy_n
     mentioned = {name for text in ADVICE.values() for name in re.findall(r"\{(\w+)\}", text)}
     assert not mentioned - ALL_SETTINGS
     assert not set(NAMES_IN_OTHER_TOOLS) - ALL_SETTINGS
-    assert not ALL_SETTINGS & ({*TRAIN, "fp16"})
+    assert not ALL_SETTINGS & ({*LEGACY_NAMES, "fp16"})
 
 
 def test_no_name_of_another_tool_is_a_setting_of_the_command_that_would_suggest_another() -> None:
@@ -182,7 +182,7 @@ def test_the_advice_is_that_for_the_command_and_has_flags_as_they_are_typed(
 
 
 def test_a_mistyped_legacy_or_hidden_name_never_suggests_itself() -> None:
-    for name in (*TRAIN, "fp16"):
+    for name in (*LEGACY_NAMES, "fp16"):
         assert f"did you mean {name}?" not in suggest_setting(name[:-1], TrainSettings.list_suggestions())
         flag = f"--{name[:-1].replace('_', '-')}"
         (problem,) = parse_arguments([flag], TrainSettings).problems
