@@ -1,6 +1,7 @@
 """`t5tune train` on the terminal: train in this process, start workers, or with --dry-run show what a run would do."""
 
 import io
+import shlex
 from contextlib import ExitStack
 
 from t5tune.cli.next_steps import list_next_steps
@@ -60,7 +61,7 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     command = _make_launch_command(settings)
     text = io.StringIO()
     Output(text, quiet=True).show(planned, render_result("plan", planned))
-    comments = f"{text.getvalue()}launch command, once the settings are written: {' '.join(command)}"
+    comments = f"{text.getvalue()}launch command, once the settings are written: {shlex.join(command)}"
     yaml = dump_run_settings(settings.model_copy(update={"dry_run": False}))
     output.show(
         {"settings": settings.model_dump(mode="json"), "plan": planned, "command": command},

@@ -116,15 +116,16 @@ def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_pa
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_dry_run_shows_the_settings_the_plan_and_the_command_and_writes_nothing(tmp_path: Path) -> None:
-    arguments = ["train", "--config", "pocket", "--output-dir", tmp_path / "run", "--dry-run", "--num-processes", "2"]
+    run = tmp_path / "my run"
+    arguments = ["train", "--config", "pocket", "--output-dir", run, "--dry-run", "--num-processes", "2"]
     done = t5tune_in_fork(*arguments)
     assert done.code == 0, done.stderr
     assert "lora_r: 8" in done.stdout
     assert "no DeepSpeed *" in done.stdout
-    command = f"torchrun --nproc-per-node 2 -m t5tune train --config {tmp_path / 'run' / 'settings.yaml'}"
+    command = f"torchrun --nproc-per-node 2 -m t5tune train --config '{run / 'settings.yaml'}'"
     assert done.stdout.splitlines()[-1] == f"# launch command, once the settings are written: {command}"
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if "zero" in line)
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()
     (tmp_path / "mine.yaml").write_text(done.stdout)
     settings, _ = load_settings(TrainSettings, file=str(tmp_path / "mine.yaml"))
     assert not settings.dry_run
