@@ -951,7 +951,7 @@ def test_a_finished_run_of_two_processes_is_not_repeated(
 def test_several_processes_have_the_settings_of_the_command_and_of_the_cache(untied_base: Path, tmp_path: Path) -> None:
     """A flag overrides a variable in each of them, and what isn't given is that of the token cache."""
     pairs, cache, run = tmp_path / "pairs.jsonl", tmp_path / "cache", tmp_path / "run"
-    records = [{"prompt": f"Say {word}.", "chosen": word, "rejected": "No."} for word in ("one", "two", "three", "four")]
+    records = [{"prompt": f"Say {word}.", "chosen": word, "rejected": "No."} for word in ("one", "two", "six", "ten")]
     pairs.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     prepare(
         PrepareSettings(model_name_or_path=str(untied_base), data_path=str(pairs), output_dir=cache, objective="dpo")
