@@ -43,6 +43,7 @@ from t5tune.model.inference import (
     find_base_and_adapter,
     load_for_inference,
     pin_to_commits,
+    read_model_files,
     select_base,
 )
 from t5tune.progress import Note, Report, silent, without_notes
@@ -51,7 +52,14 @@ from t5tune.settings.packaged_templates import read_zero3_config
 from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.checkpoint import replace_stopped_runs
 from t5tune.training.evaluation import Losses, find_max_target_length, generate_predictions, measure_losses
-from t5tune.training.evaluation_set import EvaluationSet, inherit_data_settings, load_evaluation_set
+from t5tune.training.evaluation_set import (
+    EXAMPLE_SETTINGS,
+    EvaluationSet,
+    check_settings_of_caches,
+    inherit_data_settings,
+    is_all_prepared,
+    load_evaluation_set,
+)
 from t5tune.training.run_folder import read_saved_settings
 from t5tune.training.validate import check_starts_no_processes
 
@@ -216,6 +224,7 @@ def _prepare(
             "compare it with",
             hint="give the run or the adapter that it was merged from, or evaluate its base with a command of its own",
         )
+    check_settings_of_caches(settings, lambda name: read_model_files(base, adapter).find_template(name))
     settings = _inherit_precision(settings, base, adapter, device, report)
     return folder, settings, pin_to_commits(settings, base, adapter)
 
@@ -273,7 +282,12 @@ def _finish(task: _Task | None, tuned: _Outcome, base: _Outcome | None, started:
     task = replace(task, folder=_choose_folder(task.settings))  # another evaluation may have taken the first one
     with write_folder_atomically(task.folder, task.settings.overwrite) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, task, outcomes, predictions)
-        write_settings(staged, hide_data_queries(task.settings))
+        write_settings(
+            staged,
+            hide_data_queries(task.settings),
+            # token caches have their own values; the defaults would be refused when the file is used again
+            leave_out=EXAMPLE_SETTINGS if is_all_prepared(task.settings) else (),
+        )
     built_in = [_score(outcome, texts, task) for outcome, texts in zip(outcomes, predictions, strict=True)]
     custom = _compute_custom_metrics(task, predictions)
     return EvaluateResult(

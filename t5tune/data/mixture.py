@@ -355,6 +355,15 @@ def list_caches(folder: Path, file: str = MIXTURE_FILE) -> dict[str, Path]:
     return {each.name: folder / each.cache for each in _read_datasets(folder, file)}
 
 
+def find_caches(folder: Path) -> list[Path]:
+    """Find the token caches of a mixture, or the one that the folder is.
+
+    Raises:
+        DataError: mixture.json is broken, or of another format version.
+    """
+    return list(list_caches(folder).values()) if is_mixture(folder) else [folder]
+
+
 def find_tokenizer_folder(source: Path) -> Path:
     """Find the folder of the tokenizer of a token cache, a mixture, an adapter or a model."""
     cache = next(iter(list_caches(source).values())) if is_mixture(source) else source

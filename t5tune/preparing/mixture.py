@@ -6,7 +6,7 @@ manifest, facts = prepare_mixture(settings, report, Origin())
 import glob
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from t5tune.data.mixture import (
     read_mixture_manifest,
 )
 from t5tune.data.remote_files import hide_query
-from t5tune.data.templates import load_template
+from t5tune.data.templates import Template, load_template
 from t5tune.data.vocabulary import ExtendedTokenizer
 from t5tune.distributed.shard import find_shard
 from t5tune.errors import DataError, SettingsError
@@ -230,13 +230,21 @@ def list_given_caches(datasets: Sequence[DatasetSettings]) -> list[Path]:
     return caches if len(caches) == len(datasets) else []
 
 
-def find_cache_conflicts(settings: DataSettings, caches: Sequence[Path], names: Collection[str]) -> list[str]:
+def find_cache_conflicts(
+    settings: DataSettings,
+    caches: Sequence[Path],
+    names: Collection[str],
+    find_template: Callable[[str], Template | None] = load_template,
+) -> list[str]:
     """Describe which of the given settings differ from those that one of the token caches was made with.
 
     Args:
         names: the settings to compare.
+        find_template: finds the conversation template that a value of the setting means.
     """
     problems: dict[str, str] = {}
+    template = settings.conversation_template if "conversation_template" in names else None
+    given_template = None if template is None else find_template(template)
     step = "leave it out, or use the original conversations as data_path"
     for cache in caches:
         inputs = read_manifest(cache)["inputs"]
@@ -246,7 +254,7 @@ def find_cache_conflicts(settings: DataSettings, caches: Sequence[Path], names: 
         for name in sorted(name for name in given if getattr(settings, name) != inputs[name]):
             values = f"{getattr(settings, name)!r:.80} here, {inputs[name]!r:.80} in the cache {cache}"
             problems.setdefault(name, f"{name}: {values}; {step}")
-        if (template := settings.conversation_template) and load_template(template).hash != inputs.get("template"):
+        if given_template is not None and given_template.hash != inputs.get("template"):
             problem = f"conversation_template: {template}: the cache {cache} was made with another one; {step}"
             problems.setdefault("conversation_template", problem)
     return list(problems.values())
@@ -258,7 +266,7 @@ def _check_settings_of_caches(settings: PrepareSettings) -> None:
     Raises:
         SettingsError: one is.
     """
-    names = {*select_settings(PrepareSettings, Affects.CACHE)} - {"num_data"}
+    names = {*select_settings(PrepareSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
     if problems := find_cache_conflicts(settings, list_given_caches(settings.data or []), names):
         raise SettingsError(*problems)
 

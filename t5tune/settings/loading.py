@@ -110,10 +110,10 @@ def dump_settings(settings: Settings, only_given: bool = False, leave_out: Colle
     return header + to_yaml(values)
 
 
-def write_settings(folder: Path, settings: Settings, only_given: bool = False) -> Path:
+def write_settings(folder: Path, settings: Settings, only_given: bool = False, leave_out: Collection[str] = ()) -> Path:
     """Write settings.yaml to a folder, as `dump_settings` does, and return its path."""
     path = folder / SETTINGS_FILE
-    path.write_text(dump_settings(settings, only_given), encoding="utf-8")
+    path.write_text(dump_settings(settings, only_given, leave_out), encoding="utf-8")
     return path
 
 

@@ -6,7 +6,7 @@ chosen.examples, chosen.targets
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
@@ -19,7 +19,7 @@ from t5tune.data.encoders import make_encoder
 from t5tune.data.encoding import Example, encode_batch, extract_example
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
-from t5tune.data.mixture import Examples, has_examples, open_examples
+from t5tune.data.mixture import Examples, find_caches, has_examples, open_examples
 from t5tune.data.pipeline import read_conversation
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
@@ -35,7 +35,7 @@ from t5tune.data.templates import (
 )
 from t5tune.data.tokenizer import Tokenizer, decode_reference, find_other_token, load_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
-from t5tune.errors import DataError
+from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import TOKENIZER_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
@@ -43,6 +43,7 @@ from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import join_first
 from t5tune.model.inference import LoadedModel
 from t5tune.preparing.dataset import Origin, prepare_dataset
+from t5tune.preparing.mixture import find_cache_conflicts
 from t5tune.progress import Note, Report
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
@@ -50,6 +51,8 @@ from t5tune.settings.datasets import complete_dataset, name_datasets
 
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
 RAW_TEXT = "span-corruption"
+EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
+"""What determines the examples in a token cache, without what evaluate can also apply to them."""
 
 Prompt = str | list[dict[str, str]]
 """What an answer replies to: a text, or messages with `role` and `content`."""
@@ -74,6 +77,40 @@ class EvaluationSet:
     datasets: list[tuple[str, range]] = field(default_factory=list)
     prompts: Sequence[Prompt | None] = ()
     raw_texts: frozenset[int] = frozenset()
+
+
+def check_settings_of_caches(settings: EvaluateSettings, find_template: Callable[[str], Template | None]) -> None:
+    """Check that no setting is given that would have no effect, because the examples of a token cache are complete.
+
+    As in training, settings of the whole command are for the datasets that aren't token caches, if there is one.
+
+    Args:
+        find_template: finds the conversation template that a value of the setting means.
+
+    Raises:
+        SettingsError: one is.
+    """
+    of_command = settings.model_fields_set if is_all_prepared(settings) else set[str]()
+    datasets = [(complete_dataset(settings, each), {*each.list_given()}) for each in settings.data or []]
+    problems: list[str] = []
+    for dataset, own in datasets or [(settings, set[str]())]:
+        if not has_examples(path := Path(dataset.data_path[0])):
+            continue
+        names = (of_command | own) & EXAMPLE_SETTINGS
+        problems += find_cache_conflicts(dataset, find_caches(path), names, find_template)
+        problems += [
+            f"{name}: {value}: only for a whole dataset on the Hub, but {path} is a token cache; leave it out"
+            for name in ("data_subset", "data_split")
+            if (value := getattr(dataset, name)) is not None
+        ]
+    if problems:
+        raise SettingsError(*dict.fromkeys(problems))
+
+
+def is_all_prepared(settings: EvaluateSettings) -> bool:
+    """Whether all data is in token caches."""
+    paths = [each.path[0] for each in settings.data or []] or settings.data_path[:1]
+    return all(has_examples(Path(path)) for path in paths)
 
 
 def inherit_data_settings(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluateSettings:

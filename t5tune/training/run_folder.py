@@ -25,9 +25,8 @@ from t5tune.data.mixing import choose_mixing
 from t5tune.data.mixture import (
     Examples,
     Mixture,
+    find_caches,
     has_examples,
-    is_mixture,
-    list_caches,
     open_examples,
     read_examples_manifest,
 )
@@ -336,9 +335,7 @@ def list_all_caches(settings: TrainSettings) -> list[Path]:
     if settings.data is not None:
         return list_given_caches(settings.data)
     given = find_given_examples(settings.data_path, None)
-    if given is None:
-        return []
-    return list(list_caches(given).values()) if is_mixture(given) else [given]
+    return [] if given is None else find_caches(given)
 
 
 def _divide_cache_settings(settings: TrainSettings) -> tuple[dict[str, Any], set[str]]:

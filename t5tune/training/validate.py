@@ -278,7 +278,8 @@ def _find_useless_mixing(settings: TrainSettings) -> list[str]:
 
 def _find_cache_conflicts(settings: TrainSettings) -> list[str]:
     """List the given settings of examples that differ from those that the token caches were made with."""
-    return find_cache_conflicts(settings, list_all_caches(settings), {*CACHE_SETTINGS, "objective"})
+    names = {*CACHE_SETTINGS, "objective", "conversation_template"}
+    return find_cache_conflicts(settings, list_all_caches(settings), names)
 
 
 def _find_settings_of_other_objectives(settings: TrainSettings) -> list[str]:

@@ -28,7 +28,14 @@ from t5tune.model.attention import use_packing
 from t5tune.model.inference import load_for_inference
 from t5tune.progress import Advanced, Event, Note
 from t5tune.reports.metrics_log import read_metrics
-from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
+from t5tune.settings import (
+    EvaluateSettings,
+    ExportSettings,
+    MergeSettings,
+    PrepareSettings,
+    TrainSettings,
+    load_settings,
+)
 from t5tune.training import evaluation, publisher
 from t5tune.training.batches import PackedCollator
 from t5tune.training.checkpoint import verify
@@ -43,7 +50,7 @@ pytestmark = pytest.mark.slow
 METRICS = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
 
 
-def run_evaluate(model: Path, data: Path, output: Path, **changes: Any) -> EvaluateResult:
+def run_evaluate(model: Path, data: Path, output: Path, /, **changes: Any) -> EvaluateResult:
     values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
     return evaluate(EvaluateSettings(**{**values, "max_new_tokens": 12, **changes}))
 
@@ -278,6 +285,39 @@ def test_a_cache_of_another_tokenizer_is_refused(
     with pytest.raises(DataError, match="made with another tokenizer"):
         run_evaluate(run, tmp_path / "other", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_would_not_change_a_token_cache_are_refused(
+    run: Path, cache: Path, conversations: Path, tmp_path: Path
+) -> None:
+    given = {"source_prefix": "x: ", "model_max_length": 128, "conversation_template": "plain"}
+    with pytest.raises(SettingsError) as refused:
+        run_evaluate(run, cache, tmp_path / "out", **given)
+    step = "leave it out, or use the original conversations as data_path"
+    assert set(refused.value.problems) == {
+        f"source_prefix: 'x: ' here, '' in the cache {cache}; {step}",
+        f"model_max_length: 128 here, 2048 in the cache {cache}; {step}",
+        f"conversation_template: plain: the cache {cache} was made with another one; {step}",
+    }
+    for own in ({"source_prefix": "x: "}, {"data_split": "x: "}):
+        datasets = [{"path": str(cache), **own}, {"path": str(conversations), "num_data": 1}]
+        with pytest.raises(SettingsError, match=f"{next(iter(own))}: .*x: .* cache"):
+            run_evaluate(run, cache, tmp_path / "out", data_path=None, data=datasets)
+    # settings of the whole command are for the dataset that isn't a cache
+    datasets = [{"path": str(cache), "num_data": 1}, {"path": str(conversations), "num_data": 1}]
+    assert run_evaluate(run, cache, tmp_path / "out", data_path=None, data=datasets, **given).examples == 2
+
+
+def test_an_evaluation_of_a_token_cache_is_repeated_with_its_saved_settings(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    made = {"model_max_length": 64, "conversation_template": "plain"}
+    values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), **made}
+    prepare(PrepareSettings(**values, output_dir=tmp_path / "cache"))
+    same = run_evaluate(untied_base, tmp_path / "cache", tmp_path / "same", num_data=2, **made)
+    run_evaluate(untied_base, tmp_path / "cache", tmp_path / "out", num_data=2)
+    again, _ = load_settings(EvaluateSettings, str(tmp_path / "out" / "settings.yaml"))
+    assert get_metrics(evaluate(again.replace(overwrite=True))) == get_metrics(same)
 
 
 def test_caches_with_different_tokens_are_refused_together(untied_base: Path, tmp_path: Path) -> None:
