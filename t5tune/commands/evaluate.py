@@ -11,8 +11,8 @@ import gc
 import json
 import math
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
             gc.collect()
             loaded = _load_model(base_settings, device, report)
             base = _run_model(base_settings, loaded.model, work, report)
-        return run_on_rank_0(world, lambda: _finish(task, tuned, base, started))
+        return run_on_rank_0(world, lambda: _finish(task, tuned, base, started, report))
 
 
 def _explain_out_of_memory(settings: EvaluateSettings) -> AbstractContextManager[None]:
@@ -274,7 +274,9 @@ def _read_task(settings: EvaluateSettings, folder: Path, loaded: LoadedModel, re
     return _Task(settings, folder, chosen, list(names))
 
 
-def _finish(task: _Task | None, tuned: _Outcome, base: _Outcome | None, started: float) -> EvaluateResult:
+def _finish(
+    task: _Task | None, tuned: _Outcome, base: _Outcome | None, started: float, report: Report
+) -> EvaluateResult:
     """Write the output folder, and compute the metrics."""
     assert task is not None, "only rank 0 finishes"
     outcomes = [tuned] if base is None else [tuned, base]
@@ -297,7 +299,7 @@ def _finish(task: _Task | None, tuned: _Outcome, base: _Outcome | None, started:
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
-        datasets=_score_datasets(task, outcomes, predictions),
+        datasets=_score_datasets(task, outcomes, predictions, report),
     )
 
 
@@ -367,9 +369,16 @@ def _compute_losses(losses: Losses) -> dict[str, float]:
 
 
 def _score_datasets(
-    task: _Task, outcomes: list[_Outcome], predictions: list[list[str]]
+    task: _Task, outcomes: list[_Outcome], predictions: list[list[str]], report: Report
 ) -> dict[str, dict[str, float]] | None:
-    """Return the metrics of each dataset, if there are several: those that fit its targets."""
+    """Return the metrics of each dataset, if there are several: those that fit its targets.
+
+    Custom metrics that aren't finite are left out: the examples of one dataset may be too few, or too much alike.
+
+    Raises:
+        SettingsError: the function of a custom metric fails on a dataset.
+    """
+    functions = task.settings.metric or []
     found: dict[str, dict[str, float]] = {}
     for name, indices in task.chosen.datasets:
         targets = [task.chosen.targets[index] for index in indices]
@@ -378,7 +387,12 @@ def _score_datasets(
         for prefix, outcome, texts in zip(("", "base_"), outcomes, predictions, strict=False):
             own = [texts[index] for index in indices]
             scores = _compute_losses(outcome.losses.select(indices)) | score(own, targets, fitting)
-            scores |= compute_custom_metrics(task.settings.metric or [], own, targets)
+            with _explain_failures(task, f"dataset {name}: "):
+                custom = compute_custom_metrics(functions, own, targets, allow_non_finite=True)
+            for metric in (metric for metric, value in custom.items() if not math.isfinite(value)):
+                left_out = f"the scores of dataset {name} leave {prefix}{metric} out"
+                report(Note(f"metric: {left_out}, which is {custom[metric]}", warning=True))
+            scores |= {metric: value for metric, value in custom.items() if math.isfinite(value)}
             values |= {prefix + metric: value for metric, value in scores.items()}
         found[name] = values
     return found or None
@@ -388,13 +402,24 @@ def _compute_custom_metrics(task: _Task, predictions: list[list[str]]) -> list[d
     """Compute the custom metrics of each model.
 
     Raises:
-        SettingsError: a function fails; says that the predictions are in the folder.
+        SettingsError: a function fails, or a value isn't finite.
     """
     functions = task.settings.metric or []
-    try:
+    with _explain_failures(task):
         return [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]
+
+
+@contextmanager
+def _explain_failures(task: _Task, where: str = "") -> Iterator[None]:
+    """Say in the errors of custom metrics that the predictions are in the folder.
+
+    Args:
+        where: what the errors begin with.
+    """
+    try:
+        yield
     except SettingsError as error:
         hint = f"{error.hint}; " if error.hint else ""
         replace = " (--overwrite replaces them)" if task.settings.output_dir or task.settings.overwrite else ""
         hint += f"the predictions are in {task.folder / PREDICTIONS_FILE}{replace}"
-        raise SettingsError(*error.problems, hint=hint) from error
+        raise SettingsError(*(f"{where}{problem}" for problem in error.problems), hint=hint) from error

@@ -147,6 +147,27 @@ def test_a_custom_metric_that_fails_on_predictions_does_not_lose_them(
     assert fixed.custom_metrics == {"x": 1}
 
 
+def test_a_custom_metric_that_one_of_several_datasets_cannot_have_is_named_with_it(
+    untied_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "alike.jsonl").write_text("\n".join([json.dumps({"source": "a", "target": "lamps"})] * 2))
+    datasets = [{"path": str(pairs), "num_data": 2}, {"path": str(tmp_path / "alike.jsonl")}]
+    write_function(tmp_path / "a.py", "def f(p, r): return {'corr': 1 if len({*r}) > 1 else float('nan')}")
+    write_function(tmp_path / "b.py", "def f(p, r): return {'ratio': 1 / (len({*r}) - 1)}")
+    values = {"model_name_or_path": str(untied_base), "data": datasets, "use_cpu": True, "max_new_tokens": 4}
+    notes: list[Event] = []
+    settings = EvaluateSettings(**values, metric=f"{tmp_path / 'a.py'}:f", output_dir=tmp_path / "a")
+    result = evaluate(settings, notes.append)
+    assert result.custom_metrics == {"corr": 1}
+    assert result.datasets is not None
+    assert [scores.get("corr") for scores in result.datasets.values()] == [1, None]
+    assert Note("metric: the scores of dataset alike leave corr out, which is nan", warning=True) in notes
+    settings = EvaluateSettings(**values, metric=f"{tmp_path / 'b.py'}:f", output_dir=tmp_path / "b")
+    with pytest.raises(SettingsError, match="dataset alike: metric: .* failed on 2 predictions .*Zero") as caught:
+        evaluate(settings)
+    assert f"the predictions are in {tmp_path / 'b' / 'predictions.jsonl'}" in str(caught.value.hint)
+
+
 def test_json_targets_are_scored_as_json(untied_base: Path, pairs: Path, tmp_path: Path) -> None:
     records = [{"source": "a", "target": '{"a": [1, 2]}'}, {"source": "b", "target": "no json"}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
