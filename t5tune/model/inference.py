@@ -190,9 +190,14 @@ def pin_to_commits(settings: InferenceKind, base: Path, adapter: Path | None) ->
 
 def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:
     """Return the settings that load only the base of a loaded adapter, as it was loaded there."""
-    family = settings.family or (read_base_metadata(loaded.adapter).get("family") if loaded.adapter else None)
+    family = choose_family(settings, loaded.adapter)
     base = {"model_name_or_path": str(loaded.base), "adapter": None, "revision": None, "family": family}
     return settings.model_copy(update=base)
+
+
+def choose_family(settings: InferenceSettings, adapter: Path | None) -> str | None:
+    """Choose the model type of a base: the given one, else that of the adapter's training; None: that of its config."""
+    return settings.family or (read_base_metadata(adapter).get("family") if adapter is not None else None)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -41,7 +41,7 @@ from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import join_first
-from t5tune.model.inference import LoadedModel
+from t5tune.model.inference import LoadedModel, choose_family
 from t5tune.preparing.dataset import Origin, prepare_dataset
 from t5tune.preparing.mixture import find_cache_conflicts
 from t5tune.progress import Note, Report
@@ -307,6 +307,7 @@ def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Repo
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder, "cache")
         values |= {"model_name_or_path": str(loaded.base), "output_dir": cache}
+        values |= {"family": choose_family(settings, loaded.adapter)}
         origin = Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True)
         prepare_dataset(PrepareSettings(**values), report, origin)
         chosen = _load_cache_examples(open_examples(cache), settings, loaded, report)

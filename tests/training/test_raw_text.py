@@ -1,6 +1,7 @@
 """Training on raw text: other spans are masked in each epoch, exactly resumed, and scored as by evaluate."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,20 @@ def test_raw_text_is_measured_with_the_masks_of_training_and_without_what_only_p
     assert not any("</s>" in line["source"] + line["target"] for line in lines)
     changes = {"data_path": [pairs], "objective": "sft", "source_column": "dialogue", "target_column": "summary"}
     assert measure(run, "e", **changes)[1] == []
+
+
+def test_raw_text_is_measured_on_a_base_of_the_family_of_training(
+    untied_base: Path, text: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(untied_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "strange_t5"}))
+    run = train(make_settings(base, text, tmp_path / "run", family="t5", max_steps=1)).run
+    settings = EvaluateSettings(
+        model_name_or_path=str(run), data_path=[text], objective="span-corruption", num_data=2, max_new_tokens=1,
+        use_cpu=True, output_dir=tmp_path / "scores",
+    )  # fmt: skip
+    assert evaluate(settings).examples == 2
 
 
 def test_a_cache_with_other_masks_is_refused_when_a_run_is_resumed(
