@@ -391,11 +391,12 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             self._save_evaluation()
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Evaluate; return no metrics if a signal interrupts it. A resumed run will then repeat the evaluation.
+        """Evaluate. If a signal interrupts it, save the step, return no metrics, and let a resumed run repeat it.
 
         Raises:
             SettingsError: a metric can't be computed, on every rank; the step is saved.
         """
+        failure: SettingsError | None = None
         with self.totals.exclude_time():
             try:
                 metrics: dict[str, float] = super()._evaluate(*arguments, **options)
@@ -403,10 +404,11 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             except EvaluationStopped:
                 self.is_stopped = True
                 self.control.should_save = self.control.should_training_stop = True
-                return {}
             except SettingsError as error:
                 failure = error
-        self._save_checkpoint(self.model, None)
+        self._save_checkpoint(self.model, None)  # not later: after `eval_on_start`, the Trainer doesn't save
+        if failure is None:
+            return {}
         folder = self.parts.publisher.run_folder / f"checkpoint-{self.state.global_step}"
         hint = f"{failure.hint}; " if failure.hint else ""
         saved = f"the step is saved in {folder}, from which the same command resumes"

@@ -20,7 +20,8 @@ from torch.distributed.run import get_args_parser
 from t5tune.commands.train import train
 from t5tune.distributed.signals import FORWARDED_SIGNAL, SECONDS_BETWEEN_SIGNALS, handle_signals
 from t5tune.errors import Stopped
-from t5tune.progress import Advanced, Started
+from t5tune.progress import Advanced, Event, Started
+from t5tune.training.evaluation import LOSSES_TASK
 from tests.support.forks import ForkServer
 from tests.support.paths import REPOSITORY
 from tests.support.runs import (
@@ -103,6 +104,23 @@ def test_a_signal_interrupts_an_evaluation_which_is_repeated_after_resuming(
     assert train(settings).eval["loss"] == expected
     assert read_evaluations(tmp_path / "stopped") == evaluated
     assert read_adapter(tmp_path / "uninterrupted") == read_adapter(tmp_path / "stopped")
+
+
+def test_a_signal_interrupts_the_evaluation_before_the_first_step(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    more = {"eval_fraction": 0.3, "max_steps": 3, "training_args": {"eval_on_start": True}}
+    settings = make_settings(untied_base, conversations, tmp_path / "run", **more)
+
+    def stop_in_evaluation(event: Event) -> None:
+        if isinstance(event, Started) and event.task == LOSSES_TASK:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=f"after step 0 of 3; saved in {tmp_path}/run/checkpoint-0"):
+        train(settings, stop_in_evaluation)
+    assert list_complete_steps(tmp_path / "run") == [0]
+    assert train(settings).resumed_from == tmp_path / "run" / "checkpoint-0"
+    assert list(read_evaluations(tmp_path / "run")) == [0, 3]
 
 
 def read_evaluations(run: Path) -> dict[int, float]:
