@@ -269,7 +269,7 @@ def _list_rows(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif isinstance(value, dict):  # of metrics; some names may be the user's own, and mean nothing to us
             metrics = {key: item for key, item in value.items() if not is_timing(key)}
             for key, item in metrics.items():
-                text = item if isinstance(item, str) else format_number(item)
+                text = item if isinstance(item, str) else _format_optional(item)
                 yield f"{label} {format_metric_name(key)}".strip(), text
         elif value is not None and value is not False and (name, value) != ("world_size", 1):
             yield label, _format_value(name, value)
@@ -282,8 +282,8 @@ def _format_dataset(items: Any) -> str:
     return ", ".join(f"{format_metric_name(name)} {_format_share(name, value)}" for name, value in items.items())
 
 
-def _format_share(name: str, value: float) -> str:
-    return f"{value:.1%}" if name == "share" else format_number(value)
+def _format_share(name: str, value: float | None) -> str:
+    return f"{value:.1%}" if name == "share" and value is not None else _format_optional(value)
 
 
 def _format_value(name: str, value: Any) -> str:

@@ -16,6 +16,7 @@ null for evenly spaced ones:
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,7 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append a line with the metrics and the current time in UTC."""
         self._written_at = time.monotonic()
-        # JSON has no NaN and no infinity
-        finite = {name: None if _is_non_finite(value) else value for name, value in metrics.items()}
-        line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **finite}
+        line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **drop_non_finite(metrics)}
         self._waiting.append(json.dumps(line, allow_nan=False))
         try:
             append_line(self.path, "\n".join(self._waiting))
@@ -92,6 +91,9 @@ def read_samples(run_folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _is_non_finite(value: Any) -> bool:
-    """Whether the value is a float that is NaN or infinite."""
-    return isinstance(value, float) and not math.isfinite(value)
+def drop_non_finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace NaN and infinity by None: JSON has neither."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }

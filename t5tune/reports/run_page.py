@@ -99,13 +99,12 @@ def format_command(settings: TrainSettings) -> str:
 
 
 def _render_tiles(result: dict[str, Any]) -> list[str]:
-    loss = result["train_loss"]
     tiles = [
         ("steps", f"{result['steps']:,}"),
         ("epochs", f"{result['epochs']:.3g}"),
-        ("mean training loss", "–" if loss is None else format_number(loss)),
+        ("mean training loss", _format_optional(result["train_loss"])),
         *(
-            (f"held-out {format_metric_name(name)}", format_number(result["eval"][name]))
+            (f"held-out {format_metric_name(name)}", _format_optional(result["eval"][name]))
             for name in TILE_METRICS
             if name in result["eval"]
         ),
@@ -155,7 +154,7 @@ def _draw_losses(of: Callable[[str], list[tuple[float, float]]]) -> list[str]:
     ]
 
 
-def _render_evaluation(lines: list[dict[str, Any]], datasets: dict[str, dict[str, float]]) -> list[str]:
+def _render_evaluation(lines: list[dict[str, Any]], datasets: dict[str, dict[str, float | None]]) -> list[str]:
     """Render the metrics of all evaluations, and those of each dataset that the result has."""
     found = []
     for line in (line for line in lines if "eval_loss" in line):

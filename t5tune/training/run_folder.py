@@ -82,7 +82,7 @@ class TrainResult:
     excludes the time of evaluations and saves. `stopped_early` says when and why early stopping ended the run.
     `peak_reserved_bytes` is what torch had reserved on a GPU, of which `peak_memory_bytes` was in use; None on a CPU.
     `pushed` is the URL of the repository that the result was uploaded to. `datasets` has the examples and the metrics
-    of each dataset, if there are several.
+    of each dataset, if there are several. A metric that isn't finite is None.
     """
 
     run: Path
@@ -90,7 +90,7 @@ class TrainResult:
     steps: int
     epochs: float
     train_loss: float | None
-    eval: dict[str, float]
+    eval: dict[str, float | None]
     examples: int
     tokens: int
     tokens_per_second: float
@@ -103,7 +103,7 @@ class TrainResult:
     stopped_early: str | None = None
     peak_reserved_bytes: int | None = None
     pushed: str | None = None
-    datasets: dict[str, dict[str, float]] | None = None
+    datasets: dict[str, dict[str, float | None]] | None = None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the logged metrics: a dict for each logged step, with "step", "loss", "learning_rate", "eval_loss", …"""
@@ -541,7 +541,8 @@ def read_result(folder: Path | str) -> TrainResult:
     """
     path = Path(folder, RESULT_FILE)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        # earlier releases wrote NaN and infinity, which --json couldn't print
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
         written = Path(values["run"])  # the folder may have been moved since
         for name in ("run", "adapter", "resumed_from"):
             if values[name] is not None:

@@ -34,6 +34,7 @@ from t5tune.model.attention_check import PackedAttention, read_attention_shape
 from t5tune.model.device import get_peak_memory, get_reserved_memory, manage_memory_for_loading
 from t5tune.model.t5_attention import trains_position_bias
 from t5tune.progress import Note, Report
+from t5tune.reports.metrics_log import drop_non_finite
 from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
@@ -447,18 +448,24 @@ def _make_result(
 
 def _get_evaluation_metrics(
     loaded: _LoadedData, evaluations: dict[int, dict[str, Any]], step: int | None
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return the metrics of a step's evaluation (None: the last one): of all examples, and of each dataset."""
+) -> tuple[dict[str, float | None], dict[str, dict[str, float | None]]]:
+    """Return the metrics of a step's evaluation (None: the last one): of all examples, and of each dataset.
+
+    Those that aren't finite are None.
+    """
     line = evaluations.get(step or max(evaluations, default=0), {})
     metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-    return split_by_dataset(metrics, loaded.list_evaluated_datasets())
+    overall, by_dataset = split_by_dataset(metrics, loaded.list_evaluated_datasets())
+    return drop_non_finite(overall), {name: drop_non_finite(values) for name, values in by_dataset.items()}
 
 
-def _describe_datasets(examples: Examples, metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]] | None:
+def _describe_datasets(
+    examples: Examples, metrics: dict[str, dict[str, float | None]]
+) -> dict[str, dict[str, float | None]] | None:
     """Describe what was trained on of each dataset, and its metrics if it was evaluated, if there are several."""
     if not isinstance(examples, Mixture) and not metrics:
         return None
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     if isinstance(examples, Mixture):
         for dataset, share, count in zip(examples.datasets, examples.shares, examples.counts, strict=True):
             found[dataset.name] = {

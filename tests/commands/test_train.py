@@ -35,7 +35,7 @@ from t5tune.settings import (
     load_settings,
 )
 from t5tune.training import sample_predictions
-from t5tune.training.run_folder import locate_run, move_aside, open_data
+from t5tune.training.run_folder import locate_run, move_aside, open_data, read_result
 from t5tune.training.trainer import T5Trainer
 from t5tune.training.validate import check_settings
 from tests.support.bases import make_base
@@ -713,6 +713,37 @@ def test_non_finite_loss_stops_before_the_update(untied_base: Path, conversation
     with pytest.raises(TrainingError, match="step 1: the loss is nan; no update was made; .*no checkpoint yet"):
         train(make_settings(broken, conversations, tmp_path / "run"))
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_is_null_in_the_result(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    base, run = make_base(tmp_path / "base", tied=False), tmp_path / "run"
+    texts = {"train": "Two teas, please.", "held-out": "Two cakes, please."}
+    encode = AutoTokenizer.from_pretrained(base).encode
+    trained, held_out = ({*encode(text)} for text in texts.values())
+    weights = load_file(base / "model.safetensors")
+    weights["shared.weight"][sorted(held_out - trained)] = float("nan")  # as if they had overflowed
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for name, text in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'source': text, 'target': 'Yes.'})}\n" * 4)
+    command = (
+        "train", "--model-name-or-path", base, "--data-path", tmp_path / "train.jsonl", "--eval-data-path",
+        tmp_path / "held-out.jsonl", "--output-dir", run, "--max-steps", 1, "--report-samples", 0, "--use-cpu",
+    )  # fmt: skip
+    done = t5tune_in_fork(*command, "--json")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert (result["eval"]["loss"], result["eval"]["perplexity"]) == (None, None)
+    assert result["train_loss"] > 0
+    assert json.loads((run / "result.json").read_text(), parse_constant=pytest.fail) == result
+    assert "<div><b>–</b><span>held-out loss</span></div>" in (run / "report.html").read_text()
+    assert "nan" not in (run / "README.md").read_text()
+    table = t5tune_in_fork(*command).stderr  # of the finished run
+    assert re.search(r"^held-out loss +–$", table, re.MULTILINE), table
+    (run / "result.json").write_text((run / "result.json").read_text().replace('"loss": null', '"loss": NaN'))
+    assert read_result(run).eval["loss"] is None
 
 
 def test_wrong_names_are_refused_before_anything_is_written(
