@@ -98,10 +98,7 @@ def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
 
 def _repeat_quantization(settings: ChatSettings | TrainSettings) -> list[str]:
     """Return the flags by which another command quantizes the base in the same way; none if it isn't quantized."""
-    if not settings.q_lora:
-        return []
-    flags = [*_repeat(settings, QUANTIZATION_FLAGS)]
-    return flags if settings.bf16 or "--no-bf16" in flags else [*flags, "--no-bf16"]
+    return [*_repeat(settings, QUANTIZATION_FLAGS)] if settings.q_lora else []
 
 
 def _repeat_onto(settings: ChatSettings | TrainSettings) -> list[str]:

@@ -13,7 +13,10 @@ from t5tune.settings.fields import Settings
 
 
 def list_flags(settings: Settings, names: Iterable[str]) -> Iterator[list[str]]:
-    """List the words of each of these settings that differs from its default, without those that have no flag."""
+    """List the words of each of these settings that differs from its default, without those that have no flag.
+
+    bf16 that is off is listed with q_lora, too, which would turn it on.
+    """
     values, fields = settings.model_dump(mode="json"), type(settings).model_fields
     without = list_without_flags(settings)
     for data, paths in PATHS_OF_DATASETS.items():
@@ -25,7 +28,9 @@ def list_flags(settings: Settings, names: Iterable[str]) -> Iterator[list[str]]:
         is_in_datasets = any(data in without for data, paths in PATHS_OF_DATASETS.items() if paths == name)
         if is_in_datasets or (isinstance(extra, dict) and extra.get("yaml_only")):
             continue
-        if value == fields[name].get_default():
+        # q_lora turns bf16 on where it isn't set
+        is_off = name == "bf16" and value is False and values.get("q_lora", False)
+        if value == fields[name].get_default() and not is_off:
             continue
         if isinstance(value, bool):
             yield [flag if value else f"--no-{flag.removeprefix('--')}"]

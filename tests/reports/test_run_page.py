@@ -317,6 +317,8 @@ def test_the_command_gives_the_settings_of_the_run(run: Path) -> None:
     assert parse(unusual) == unusual
     empty = unusual.model_copy(update={"report_to": [], "metric": [], "add_tokens": []})
     assert parse(empty) == empty
+    in_fp32 = unusual.model_copy(update={"q_lora": True, "bf16": False})  # q_lora alone would turn bf16 on
+    assert parse(in_fp32) == in_fp32
     in_yaml = unusual.model_copy(update={"training_args": {"adam_beta2": 0.99}})
     assert parse(in_yaml) == unusual
     assert format_command(in_yaml).endswith('\n# and in YAML, given with --config: training_args: {"adam_beta2": 0.99}')
