@@ -87,7 +87,9 @@ def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
     if (adapter is not None or settings.adapter is not None) and not settings.compare_base and is_repeatable:
         again = settings.model_copy(update={"data_path": _name_data(settings.data_path)})
         names = tuple(name for name in EvaluateSettings.model_fields if name not in NOT_REPEATED)
-        yield ["evaluate", model, *_repeat(again, names), "--compare-base"]
+        # what was given may be a default that isn't that of training: --no-q-lora
+        flags = chain.from_iterable(list_flags(again, names, again.model_fields_set))
+        yield ["evaluate", model, *flags, "--compare-base"]
     if adapter is not None:
         base = [*_repeat(settings, ("cache_dir",)), *_repeat_onto(_read_training(adapter))]
         yield ["merge", model, *base, "--output-dir", _name_output("merged")]

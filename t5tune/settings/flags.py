@@ -5,17 +5,20 @@ list_flags(settings, ["bf16", "q_lora", "lora_r"])    # [["--no-bf16"], ["--q-lo
 Some have no flag, and are only for YAML: `list_without_flags` lists these.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fields import Settings
 
 
-def list_flags(settings: Settings, names: Iterable[str]) -> Iterator[list[str]]:
+def list_flags(settings: Settings, names: Iterable[str], given: Collection[str] = ()) -> Iterator[list[str]]:
     """List the words of each of these settings that differs from its default, without those that have no flag.
 
     bf16 that is off is listed with q_lora, too, which would turn it on.
+
+    Args:
+        given: settings to list even if they have their defaults.
     """
     values, fields = settings.model_dump(mode="json"), type(settings).model_fields
     without = list_without_flags(settings)
@@ -30,7 +33,7 @@ def list_flags(settings: Settings, names: Iterable[str]) -> Iterator[list[str]]:
             continue
         # q_lora turns bf16 on where it isn't set
         is_off = name == "bf16" and value is False and values.get("q_lora", False)
-        if value == fields[name].get_default() and not is_off:
+        if value == fields[name].get_default() and name not in given and not is_off:
             continue
         if isinstance(value, bool):
             yield [flag if value else f"--no-{flag.removeprefix('--')}"]

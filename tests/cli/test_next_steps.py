@@ -45,6 +45,24 @@ def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: 
     assert load_settings(EvaluateSettings, flags=again.values)[0] == expected
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--no-q-lora", "--quant-type nf4", "--source-prefix ''", "--data-format auto", "--source-column none",
+        "--add-tokens auto",
+    ],
+)  # fmt: skip
+def test_the_comparison_repeats_a_default_that_was_given_to_override_training(words: str) -> None:
+    arguments = ["run", "--adapter", "tuned", "--data-path", "dev.csv", *shlex.split(words)]
+    settings, _ = load_settings(EvaluateSettings, flags=parse_arguments(arguments, EvaluateSettings).values)
+    [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
+    assert f" {words} " in line
+    again = parse_arguments(shlex.split(line)[2:], EvaluateSettings)
+    assert again.problems == []
+    repeated, _ = load_settings(EvaluateSettings, flags=again.values)
+    assert repeated.model_fields_set == settings.model_fields_set | {"compare_base"}
+
+
 def test_data_from_standard_input_is_not_repeated() -> None:
     settings = EvaluateSettings(model_name_or_path="base", adapter=Path("tuned"), data_path=["-"])
     assert (
