@@ -1,6 +1,6 @@
 """report.html: the report of a training run, one HTML file that needs no network.
 
-    write_run_report(run_folder, settings, result, examples)
+    write_run_report(run_folder, settings, result, examples, has_held_out=True)
 
 It is made from metrics.jsonl and samples.json in the run folder, and the token cache that the run was trained on.
 """
@@ -39,12 +39,15 @@ OBJECTIVE_CHARTS = {
 NOT_REPEATED = {"fresh", "allow_change", "dry_run"}
 
 
-def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str, Any], examples: Examples) -> Path:
+def write_run_report(
+    run_folder: Path, settings: TrainSettings, result: dict[str, Any], examples: Examples, has_held_out: bool
+) -> Path:
     """Write report.html to the run folder.
 
     Args:
         result: the fields of the result of `train`.
         examples: the examples that were trained on.
+        has_held_out: whether there are held-out examples, of which the samples then are; some runs don't evaluate them.
     """
     settings = hide_data_queries(settings)
     lines = read_metrics(run_folder)
@@ -58,7 +61,7 @@ def write_run_report(run_folder: Path, settings: TrainSettings, result: dict[str
         *_draw_training_charts(lines, result.get("datasets") or {}),
         "</div>",
         *_render_evaluation(lines, result.get("datasets") or {}),
-        *_render_samples(read_samples(run_folder), "held-out" if result.get("eval") else "training"),
+        *_render_samples(read_samples(run_folder), "held-out" if has_held_out else "training"),
         "<h2>Training data</h2>",
         *_render_datasets(examples),
         *_render_left_out(examples.manifest["rejected_by_reason"]),

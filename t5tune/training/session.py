@@ -124,7 +124,7 @@ def run_training(session: Session) -> TrainResult:
     best = _report_choice(settings, trainer, report)
     result = _make_result(session, loaded, built, trainer, training_seconds, best)
     last = best or result.steps
-    run_on_rank_0(world, lambda: _finish_run(run, settings, loaded.examples, trainer.state, result, last))
+    run_on_rank_0(world, lambda: _finish_run(run, settings, loaded, trainer.state, result, last))
     barrier()
     return result
 
@@ -490,7 +490,7 @@ def _make_sample_callback(session: Session, loaded: _LoadedData, parts: TrainerP
 
 
 def _finish_run(
-    run: Run, settings: TrainSettings, examples: Examples, state: Any, result: TrainResult, step: int
+    run: Run, settings: TrainSettings, loaded: _LoadedData, state: Any, result: TrainResult, step: int
 ) -> None:
     """Copy the adapter from the checkpoint of `step` to the run folder, write the report, and finally the result.
 
@@ -513,7 +513,7 @@ def _finish_run(
     with explain_write_errors(history):
         state.save_to_json(str(history))
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(result).items()}
-    write_run_report(run.folder, settings, values, examples)
+    write_run_report(run.folder, settings, values, loaded.examples, has_held_out=bool(loaded.held_out))
     # the card was copied from the checkpoint, when the final metrics weren't known
     if (card := run.folder / MODEL_CARD_FILE).is_file():
         about, code, how = card.read_text(encoding="utf-8").partition("\n```python\n")

@@ -141,6 +141,16 @@ def test_sample_predictions_are_those_of_the_base_and_of_the_trained_model(run: 
             assert sample[name] in cells
 
 
+@pytest.mark.parametrize(("fraction", "kind"), [(0.2, "held-out"), (0.0, "training")])
+def test_the_page_says_which_examples_its_samples_are(
+    fraction: float, kind: str, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """Held-out examples are sampled even if the run doesn't evaluate them."""
+    chosen = {"eval_fraction": fraction, "eval_strategy": "no", "max_steps": 1, "report_samples": 2}
+    train(make_settings(untied_base, conversations, tmp_path / "run", **chosen))
+    assert f"Greedy predictions for {kind} examples" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_sample_predictions_do_not_change_training(
     run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -347,7 +357,7 @@ def test_the_evaluations_have_a_column_for_each_metric_that_any_of_them_has(run:
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings, result = read_saved_settings(copy), json.loads((copy / "result.json").read_text())
     assert settings is not None
-    write_run_report(copy, settings, result, open_cache(copy / "data"))
+    write_run_report(copy, settings, result, open_cache(copy / "data"), has_held_out=True)
     cells = Page((copy / "report.html").read_text()).cells
     start = cells.index("step")
     rows = [cells[start + 4 * number : start + 4 * (number + 1)] for number in range(3)]
@@ -368,7 +378,9 @@ def test_what_the_data_contains_is_shown_as_text(run: Path, tmp_path: Path) -> N
     settings = read_saved_settings(copy)
     assert settings is not None
     result = json.loads((copy / "result.json").read_text())
-    write_run_report(copy, settings, result | {"eval": {"<i>": 1.0, **result["eval"]}}, open_cache(copy / "data"))
+    write_run_report(
+        copy, settings, result | {"eval": {"<i>": 1.0, **result["eval"]}}, open_cache(copy / "data"), has_held_out=True
+    )
     text = (copy / "report.html").read_text()
     page = Page(text)
     assert not page.names & {"script", "img", "i"}
