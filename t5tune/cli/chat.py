@@ -41,7 +41,13 @@ def _run_session(settings: ChatSettings, output: Output) -> None:
     """Read messages and reply to each until the user quits; if input is piped, reply to each line in turn."""
     if sys.stdin is None:
         raise SettingsError("standard input is closed", hint="use --prompt to pass a message")
-    session = _ChatSession(Chatter.load(settings, output.report), output, interactive=sys.stdin.isatty())
+    is_terminal = sys.stdin.isatty()
+    if output.json and is_terminal:
+        raise SettingsError(
+            "--json: an interactive chat prints text",
+            hint="use --prompt to pass a message, or pipe messages to standard input, one per line",
+        )
+    session = _ChatSession(Chatter.load(settings, output.report), output, interactive=is_terminal)
     if session.interactive:
         session.say("Type a message; /help lists the commands, /quit or Ctrl-D quits.")
     while not session.is_over:
@@ -110,10 +116,13 @@ class _ChatSession:
         self.turns = [*turns, Turn("assistant", reply)]
 
     def _reply(self, turns: list[Turn], name: str) -> str:
-        """Print a reply and return it."""
+        """Print a reply, with --json as the object that --prompt prints, and return it."""
         if not self.interactive:
             result: Reply = self.chatter.reply(turns)
-            self.output.print(result.reply)
+            if self.output.json:
+                self.output.print_json(result)
+            else:
+                self.output.print(result.reply)
             return result.reply
         self.console.print(f"[bold cyan]{name}:[/] ", end="")
         result = self.chatter.reply(turns, self._print_chunk)

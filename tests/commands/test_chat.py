@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t5tune.cli.chat import _ChatSession
+from t5tune.cli.chat import _ChatSession, run
 from t5tune.cli.output import Output
 from t5tune.commands.chat import Chatter, chat, save_conversation, save_preference
 from t5tune.commands.export import export
@@ -178,6 +178,13 @@ def test_a_quantized_base_replies(made: dict[str, Path], untied_base: Path) -> N
     assert chat(settings(untied_base, adapter=made["run"], prompt=PROMPT, q_lora=True)).reply_tokens > 0
 
 
+class Typed(io.StringIO):
+    """What is typed on a terminal: nothing, and the end of input."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def chat_in_fork(model: Path, *flags: object, stdin: str) -> CommandResult:
     return t5tune_in_fork("chat", "--model-name-or-path", model, *flags, stdin=stdin.encode())
 
@@ -189,6 +196,22 @@ def test_a_pipe_gets_one_reply_per_line_on_stdout(made: dict[str, Path]) -> None
     expected = chat(settings(made["merged"], prompt=PROMPT).model_copy(update={"max_new_tokens": 3})).reply
     assert done.stdout == f"{expected}\n" * 2
     assert "/reset             clear the conversation" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_pipe_gets_one_object_per_line_with_json(made: dict[str, Path]) -> None:
+    flags = ("--max-new-tokens", 3, "--use-cpu", "--json")
+    done = chat_in_fork(made["merged"], *flags, stdin=f"{PROMPT}\n/reset\n{PROMPT}\n")
+    assert done.code == 0, done.stderr
+    with_prompt = chat_in_fork(made["merged"], *flags, "--prompt", PROMPT, stdin="").json
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [{**reply, "seconds": 0} for reply in replies] == [{**with_prompt, "seconds": 0}] * 2
+
+
+def test_json_is_refused_on_a_terminal(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Typed())
+    with pytest.raises(SettingsError, match="^--json: an interactive chat prints text; use --prompt"):
+        run(settings(made["merged"]), Output(io.StringIO(), json=True, quiet=True))
 
 
 @pytest.mark.slow
