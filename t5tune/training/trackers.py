@@ -241,7 +241,8 @@ def _send_trackio_settings(values: dict[str, Any]) -> None:
 def _send_tensorboard_settings(values: dict[str, Any], run: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or run / "runs")
+    given = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    folder = Path(os.path.expanduser(given)) if given else run / "runs"  # where transformers' callback writes
     text = "".join(f"    {line}\n" for line in to_yaml(values).splitlines())  # Markdown for code
     with SummaryWriter(str(folder / CONFIG_KEY)) as writer:
         writer.add_text(CONFIG_KEY, text)

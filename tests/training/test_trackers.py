@@ -67,13 +67,20 @@ def use_folder(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs("tensorboard")
-def test_tensorboard_has_curves_and_settings(untied_base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variable", "place"), [("", "run/runs"), ("~/logs", "home/logs")])
+def test_tensorboard_has_curves_and_settings(
+    variable: str, place: str, untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.chdir(tmp_path)
+    if variable:
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", variable)
     train(run_with("tensorboard", untied_base, data, tmp_path / "run", lora_r=3))
     scalars: dict[str, list[int]] = {}
     texts: dict[str, str] = {}
-    for folder in {file.parent for file in (tmp_path / "run" / "runs").rglob("events*")}:
+    for folder in {file.parent for file in (tmp_path / place).rglob("events*")}:
         events = EventAccumulator(str(folder))
         events.Reload()
         scalars |= {name: [each.step for each in events.Scalars(name)] for name in events.Tags()["scalars"]}
@@ -82,6 +89,7 @@ def test_tensorboard_has_curves_and_settings(untied_base: Path, data: Path, tmp_
     assert scalars["train/loss"] == [1, 2]
     assert scalars["eval/loss"][-1] == 2
     assert "    lora_r: 3\n" in texts["t5tune/text_summary"]
+    assert not (tmp_path / "~").exists()
 
 
 @needs("wandb")
