@@ -238,6 +238,17 @@ def test_a_terminal_has_editing_keys_and_input_history(made: dict[str, Path], tm
     assert [entry["value"] for entry in record["conversations"][::2]] == [PROMPT, PROMPT]
 
 
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_color_leaves_the_prompt_without_color(no_color: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "NO_COLOR": no_color}.items():
+        monkeypatch.setenv(name, value)
+    prompts: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or "")
+    session = _ChatSession(None, Output(io.StringIO()), interactive=True)  # type: ignore[arg-type]
+    session.read_line()
+    assert prompts == ["you: " if no_color else "\001\033[1;32m\002you:\001\033[0m\002 "]
+
+
 @contextlib.contextmanager
 def chat_on_a_terminal(model: Path) -> Iterator[tuple[ForkedProcess, int, int]]:
     """A chat whose replies hardly end. Yields its process and both ends of its terminal, the user's first."""
