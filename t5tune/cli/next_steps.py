@@ -26,6 +26,7 @@ from t5tune.training.checkpoint import list_checkpoints
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
 QUANTIZATION_FLAGS = ("q_lora", *(name for name in QuantizationSettings.model_fields if name != "q_lora"), "bf16")
+READING_FLAGS = ("objective", "data_subset", "model_max_length", "merge_same_role", "clean", "max_record_bytes")
 MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", *QUANTIZATION_FLAGS, "use_cpu", "device")
 
 
@@ -59,10 +60,8 @@ def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str
 
 def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
     yield ["chat", str(result.run), *_repeat_quantization(settings)]
-    held_out = settings.eval_data_path
-    if held_out is None and result.eval and _is_cache(settings.data_path):
-        held_out = settings.data_path  # evaluate takes the examples that prepare has held out
-    yield ["evaluate", str(result.run), "--data-path", *_name_data(held_out)]
+    if (data := _repeat_held_out(settings, has_evaluated=bool(result.eval))) is not None:
+        yield ["evaluate", str(result.run), *data]
     if settings.train_mode == "lora":
         base = [*_repeat(settings, ("cache_dir",)), *_repeat_onto(settings)]
         yield ["merge", str(result.run), *base, "--output-dir", _name_output("merged")]
@@ -96,6 +95,30 @@ def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
     elif settings.adapter is not None:
         base = [*_repeat(settings, BASE_FLAGS), "--adapter", str(settings.adapter)]
         yield ["merge", *base, *_repeat_onto(_read_training(settings.adapter)), "--output-dir", _name_output("merged")]
+
+
+def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] | None:
+    """Return the flags by which `evaluate` reads the held-out data of a run as training did; None if there are none.
+
+    evaluate takes the columns, the format and the prefix from the run.
+    """
+    paths = settings.eval_data_path
+    if paths is None and has_evaluated and _is_cache(settings.data_path):
+        paths = settings.data_path  # evaluate takes the examples that prepare has held out
+    if paths is None or "-" in paths or _is_cache(paths):
+        return ["--data-path", *_name_data(paths)]
+    # train reads the subset of the training data from each dataset; a flag can't say that of several
+    if "eval_data" in list_without_flags(settings) or (settings.eval_data and settings.data_subset is not None):
+        return None
+    names = READING_FLAGS if settings.is_raw_text else READING_FLAGS[1:]
+    read = EvaluateSettings(
+        model_name_or_path=settings.model_name_or_path,
+        data_path=paths,
+        data=settings.eval_data,
+        data_split=settings.eval_data_split,
+        **{name: getattr(settings, name) for name in names},
+    )
+    return [*_repeat(read, ("data_path", "data_split", *names))]
 
 
 def _repeat_quantization(settings: ChatSettings | TrainSettings) -> list[str]:

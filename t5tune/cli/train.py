@@ -28,7 +28,8 @@ def run(settings: TrainSettings, output: Output) -> None:
         result = train(settings, output.report)
     else:
         result = _train_in_workers(settings, output)
-    output.show(result, next_steps=list_next_steps(settings, result))
+    # the settings of token caches: other held-out data was read with them, too
+    output.show(result, next_steps=list_next_steps(apply_cache_settings(settings), result))
 
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:

@@ -85,6 +85,55 @@ def test_a_quantized_run_is_followed_with_its_quantization(tmp_path: Path, monke
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--eval-data-path owner/name --eval-data-split dev --data-subset en --model-max-length 99 --clean",
+            "--data-path owner/name --data-split dev --data-subset en --model-max-length 99 --clean",
+        ),
+        ("--eval-data-path a.csv --source-column question --target-column answer", "--data-path a.csv"),
+        ("--eval-data-path a.jsonl:1 b.jsonl:1", "--data-path a.jsonl:1 b.jsonl:1"),
+        ("--eval-data-path a.jsonl:1 b.jsonl:1 --data-subset en", None),
+        ("--eval-data-path a.txt --objective span-corruption", "--data-path a.txt --objective span-corruption"),
+        ("--eval-data-path a.jsonl --objective orpo", "--data-path a.jsonl"),
+        ("--data-subset en --clean", "--data-path HELD_OUT.jsonl"),
+    ],
+)
+def test_the_held_out_data_is_evaluated_as_it_was_read_in_training(words: str, expected: str | None) -> None:
+    arguments = ["--model-name-or-path", "base", "--data-path", "owner/name", "--output-dir", "run", *words.split()]
+    settings, _ = load_settings(TrainSettings, flags=parse_arguments(arguments, TrainSettings).values)
+    steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
+    found = [line.removeprefix("t5tune evaluate run ") for line in steps if line.startswith("t5tune evaluate")]
+    assert found == ([] if expected is None else [expected])
+
+
+@pytest.mark.slow
+def test_held_out_data_is_evaluated_with_the_settings_of_the_cache_that_was_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("source,target\n" + "".join(f"Two teas {i},Yes\n" for i in range(8)))
+    (tmp_path / "dev.csv").write_text("source,target\nTwo teas,Yes\n")
+    base = ("--model-name-or-path", "pocket", "--data-path")
+    prepared = t5tune_in_fork(
+        "prepare", *base, "pairs.csv", "--model-max-length", 64, "--output-dir", "cache", cwd=tmp_path
+    )
+    assert prepared.code == 0, prepared.stderr
+    trained = t5tune_in_fork(
+        "train", *base, "cache", "--eval-data-path", "dev.csv", "--output-dir", "run", "--max-steps", 1, "--use-cpu",
+        "--report-samples", 0, cwd=tmp_path,
+    )  # fmt: skip
+    assert trained.code == 0, trained.stderr
+    assert "        t5tune evaluate run --data-path dev.csv --model-max-length 64\n" in trained.stderr
+
+
+def test_held_out_datasets_with_options_of_their_own_are_not_evaluated_without_them() -> None:
+    settings = TrainSettings(
+        model_name_or_path="base", data_path=["a.csv"], output_dir=Path("run"),
+        eval_data=[{"path": "b.csv", "source_prefix": "fix: "}],
+    )  # fmt: skip
+    steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
+    assert [line.split()[1] for line in steps] == ["chat", "merge"]
+
+
 def test_a_quantized_run_in_fp32_is_followed_in_fp32() -> None:
     """On GPUs, chat would take bf16 by default."""
     settings = TrainSettings(
