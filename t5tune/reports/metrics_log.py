@@ -1,9 +1,11 @@
 """The files that a run's report is made from: metrics.jsonl and samples.json.
 
-metrics.jsonl has a line of metrics every few steps, and a heartbeat if nothing was logged for a while:
+metrics.jsonl has a line of metrics every few steps, and a heartbeat if nothing was logged for a while. A run that is
+resumed with other held-out examples says so, since its evaluations can't be compared with those before that line:
 
     {"step": 10, "time": "2026-01-31T12:00:00Z", "loss": 1.25, "learning_rate": 0.0001, ...}
     {"step": 10, "time": "2026-01-31T12:01:00Z", "heartbeat": true}
+    {"step": 10, "time": "2026-01-31T13:00:00Z", "new_held_out": true}
 
 NaN and infinity are written as null. The file of a resumed run may contain a step twice: the later line counts.
 samples.json has the model's predictions for a few examples, before and after training. `loss` is the mean over the
@@ -25,6 +27,7 @@ from t5tune.io.atomic import append_line
 from t5tune.progress import Note, Report, silent
 
 METRICS_FILE = "metrics.jsonl"
+NEW_HELD_OUT = "new_held_out"
 SAMPLES_FILE = "samples.json"
 SECONDS_BETWEEN_HEARTBEATS = 60.0
 
@@ -63,7 +66,8 @@ class MetricsLog:
 def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
     """Read the metrics of each step, merged from all of its lines, in step order, without heartbeats.
 
-    Lines that a kill has truncated are skipped.
+    Evaluations on held-out examples that the run no longer has are left out. Lines that a kill has truncated are
+    skipped.
 
     Raises:
         SettingsError: there is no such folder.
@@ -78,9 +82,17 @@ def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
             step = int(line["step"])
         except (ValueError, KeyError, TypeError):
             continue
-        if "heartbeat" not in line:
+        if NEW_HELD_OUT in line:
+            steps = {number: kept for number, values in steps.items() if (kept := _drop_evaluation(values))}
+        elif "heartbeat" not in line:
             steps[step] = steps.get(step, {}) | line
     return [steps[step] for step in sorted(steps)]
+
+
+def _drop_evaluation(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Drop the metrics of an evaluation; nothing is left of a step without others."""
+    kept = {name: value for name, value in metrics.items() if not name.startswith("eval_")}
+    return kept if kept.keys() - {"step", "time", "epoch"} else {}
 
 
 def read_samples(run_folder: Path) -> list[dict[str, Any]]:

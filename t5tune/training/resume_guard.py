@@ -107,6 +107,11 @@ def has_other_evaluations(checkpoint: Path, now: dict[str, Any]) -> bool:
     return had_some and any(then[name] != now[name] for name in EVALUATION_FIELDS)
 
 
+def has_other_held_out(checkpoint: Path, now: dict[str, Any]) -> bool:
+    """Whether the evaluations before a checkpoint were on other examples than those of a run with this identity."""
+    return read_run_identity(checkpoint).get("held_out") not in (None, now["held_out"])
+
+
 def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str], accumulation_steps: int) -> list[str]:
     """Compare the configuration with the one in a checkpoint. Return a line for each difference that is allowed.
 

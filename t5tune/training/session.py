@@ -67,6 +67,7 @@ from t5tune.training.resume_guard import (
     check_steps_per_epoch,
     describe_evaluations,
     has_other_evaluations,
+    has_other_held_out,
     needs_resharding,
 )
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
@@ -275,6 +276,7 @@ def _make_trainer(
         reshards=loaded.resume is not None and needs_resharding(read_run_identity(loaded.resume), run_identity),
         resumed_rates=(then.get("learning_rate"), then.get("weight_decay")),
         forgets_evaluations=loaded.resume is not None and has_other_evaluations(loaded.resume, run_identity),
+        has_new_held_out=loaded.resume is not None and has_other_held_out(loaded.resume, run_identity),
         non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
         stop=session.stop,
         watch=session.watch,

@@ -32,7 +32,7 @@ from t5tune.formatting import format_count, format_held_out_metric, format_numbe
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
-from t5tune.reports.metrics_log import MetricsLog
+from t5tune.reports.metrics_log import NEW_HELD_OUT, MetricsLog
 from t5tune.settings.training import SCHEDULES_BY_METRIC
 from t5tune.training.batches import ExampleDataset, PackedCollator, PaddedCollator, StepSampler
 from t5tune.training.callbacks import (
@@ -68,6 +68,7 @@ class TrainerParts:
         reshards: whether the checkpoint to resume from has ZeRO's shards for another number of ranks or another stage.
         resumed_rates: learning rate and weight decay of the checkpoint to resume from; None: there is none.
         forgets_evaluations: whether evaluations before the checkpoint to resume from can't be compared with later ones.
+        has_new_held_out: whether those evaluations were on other examples.
         non_finite: handles steps with a non-finite loss or gradient.
         stop: request to stop, set by a signal.
         watch: watches the other ranks, which need to know how far this one is.
@@ -91,6 +92,7 @@ class TrainerParts:
     reshards: bool
     resumed_rates: tuple[float | None, float | None]
     forgets_evaluations: bool
+    has_new_held_out: bool
     non_finite: NonFiniteGuard
     stop: StopRequest
     watch: RankWatch
@@ -240,6 +242,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if self.parts.forgets_evaluations:
             self.state.log_history = [line for line in self.state.log_history if "eval_loss" not in line]
             self.state.best_metric = self.state.best_global_step = None
+        if self.parts.has_new_held_out and self.is_world_process_zero():
+            self.metrics_log.write(step, {NEW_HELD_OUT: True})
         if self.is_stop_requested():
             self._save_checkpoint(self.model, None)
         elif self._is_evaluation_due():

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from t5tune.cli.arguments import parse_arguments
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
-from t5tune.errors import DependencyError, SettingsError
+from t5tune.errors import DependencyError, SettingsError, Stopped
 from t5tune.formatting import format_size
-from t5tune.progress import silent
+from t5tune.progress import Advanced, silent
 from t5tune.reports.metrics_log import MetricsLog, read_metrics
 from t5tune.reports.page import STYLE
 from t5tune.reports.run_page import format_command, write_run_report
@@ -29,6 +29,7 @@ from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings, load_settings
 from t5tune.training.run_folder import read_saved_settings
 from tests.support.command_line import t5tune_in_fork
+from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
 CANARY = "hf_canary0123456789"
@@ -364,6 +365,29 @@ def test_the_evaluations_have_a_column_for_each_metric_that_any_of_them_has(run:
     assert rows == [
         ["step", "loss", "first score", "words per second"], ["3", "1", "31", "–"], ["6", "1", "–", "41"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "evaluated"), [("eval_data_path", [3, 4, 5, 6]), ("metric_for_best_model", [1, 2, 3, 4, 5, 6])]
+)
+def test_evaluations_on_other_held_out_examples_are_not_in_one_curve(
+    change: str, evaluated: list[int], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """Another metric for the best model is measured on the same examples."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(conversations.read_text().splitlines(keepends=True)[:6]))
+    folder = tmp_path / "run"
+    first = make_settings(untied_base, conversations, folder, eval_data_path=[str(conversations)], eval_steps=1)
+    with pytest.raises(Stopped):
+        train(first, stop_at(Advanced("train", 3)))
+    values = {"eval_data_path": [str(few)], "metric_for_best_model": "loss"}
+    result = train(first.replace(**{change: values[change]}, allow_change=["data"]))
+    assert result.resumed_from == folder / "checkpoint-3"
+    lines = result.metrics()
+    assert [line["step"] for line in lines if "eval_loss" in line] == evaluated
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    page = Page((folder / "report.html").read_text())
+    assert [len(line) for line in page.charts["Loss"]["lines"]] == [6, len(evaluated)]
 
 
 def test_what_the_data_contains_is_shown_as_text(run: Path, tmp_path: Path) -> None:

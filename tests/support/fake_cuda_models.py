@@ -143,6 +143,7 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         reshards=False,
         resumed_rates=(None, None),
         forgets_evaluations=False,
+        has_new_held_out=False,
         non_finite=NonFiniteGuard(Path(settings.output_dir), False, 0, silent),
         stop=SimpleNamespace(is_set=False),
         watch=SimpleNamespace(count_batch=lambda: None),
