@@ -248,20 +248,6 @@ def test_a_missing_tracker_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-@pytest.mark.filterwarnings("ignore")
-def test_tensorboard_gets_the_metrics(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(make_settings(untied_base, conversations, tmp_path / "run", report_to=["tensorboard"]))
-    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
-    accumulator = EventAccumulator(str(events.parent))
-    accumulator.Reload()
-    assert [event.step for event in accumulator.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    logged = [event.value for event in accumulator.Scalars("train/loss")]
-    assert logged == pytest.approx(read_losses(tmp_path / "run"), rel=1e-5)
-
-
 def test_charts_omit_values_that_are_not_finite_and_thin_out_long_series() -> None:
     long = [(float(step), 2.0) for step in range(10_000)]
     assert len(re.findall(r"[\d.]+,[\d.]+", draw_line_chart("A", [Series("a", long)]))) <= 301
