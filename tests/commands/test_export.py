@@ -334,6 +334,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_exports_the_previous_one_with_
     plain: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(plain, tmp_path / "run")
+    (run / "result.json").unlink()  # a finished run has its adapter in its folder
     flip_last_byte(run / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     notes: list[Note] = []
     assert run_export(run, tmp_path / "adapter", notes).step == STEPS - 1
@@ -522,6 +523,7 @@ def test_an_adapters_config_that_is_not_an_object_is_refused(zero3: Path, tmp_pa
 @pytest.mark.distributed
 def test_a_run_without_a_complete_checkpoint_is_refused_with_the_reason(plain: Path, tmp_path: Path) -> None:
     run = shutil.copytree(plain, tmp_path / "run")
+    (run / "result.json").unlink()
     for checkpoint in run.glob("checkpoint-*"):
         (checkpoint / "adapter_model.safetensors").unlink()
     refused(

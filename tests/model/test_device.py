@@ -182,7 +182,12 @@ def test_the_trainer_leaves_tf32_to_us(
 def test_batches_are_copied_to_a_gpu_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_settings(tmp_path, tmp_path, tmp_path / "run", use_cpu=False, optim="adamw_torch")
     chosen: dict[str, Any] = {}
-    monkeypatch.setattr("t5tune.training.arguments.OneGpuArguments", lambda **values: chosen.update(values))
+
+    def make_arguments(**values: Any) -> SimpleNamespace:
+        chosen.update(values)
+        return SimpleNamespace(**values)
+
+    monkeypatch.setattr("t5tune.training.arguments.OneGpuArguments", make_arguments)
     make_training_arguments(settings, None, (), World(), CUDA)
     assert chosen["dataloader_pin_memory"]
     assert chosen["accelerator_config"] == {"non_blocking": True}
