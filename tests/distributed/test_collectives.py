@@ -122,6 +122,7 @@ collectives.barrier()
 print(store.check(["first"]))
 group = dist.new_group()
 print(distributed_c10d.get_backend_config(group), sorted(device.type for device in group._device_types))
+collectives.barrier()  # rank 0 has the store that rank 1 needs for the group
 """
     ranks = start_two_ranks(code, tmp_path)
     with ranks[0], ranks[1]:
