@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter import read_training_precision
+from t5tune.data.mixture import has_examples
+from t5tune.data.sources import is_dataset_name
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.reports.run_page import REPORT_FILE
@@ -20,6 +22,7 @@ from t5tune.settings import (
     Settings,
     TrainSettings,
 )
+from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.flags import list_flags, list_without_flags
 from t5tune.training.checkpoint import list_checkpoints
 
@@ -105,12 +108,17 @@ def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] 
     paths = settings.eval_data_path
     if paths is None and has_evaluated and _is_cache(settings.data_path):
         paths = settings.data_path  # evaluate takes the examples that prepare has held out
-    if paths is None or "-" in paths or _is_cache(paths):
+    if paths is None or "-" in paths:
         return ["--data-path", *_name_data(paths)]
+    are_caches = _are_caches(None if paths is settings.data_path else settings.eval_data, paths)
     # train reads the subset of the training data from each dataset; a flag can't say that of several
     if "eval_data" in list_without_flags(settings) or (settings.eval_data and settings.data_subset is not None):
         return None
-    names = READING_FLAGS if settings.is_raw_text else READING_FLAGS[1:]
+    names = tuple(name for name in READING_FLAGS if name != "objective" or settings.is_raw_text)
+    if are_caches:
+        names = ()
+    elif not any(map(is_dataset_name, paths)):
+        names = tuple(name for name in names if name != "data_subset")  # which is only for the training data
     read = EvaluateSettings(
         model_name_or_path=settings.model_name_or_path,
         data_path=paths,
@@ -159,6 +167,12 @@ def _list_caches(folder: Path) -> list[Path]:
 
 def _is_cache(data: list[str]) -> bool:
     return len(data) == 1 and (Path(data[0]) / CACHE_MANIFEST_FILE).is_file()
+
+
+def _are_caches(datasets: list[DatasetSettings] | None, paths: list[str]) -> bool:
+    """Whether all data is tokenized, as it stays, however it would be read."""
+    names = paths if datasets is None else [path for dataset in datasets for path in dataset.path]
+    return all(has_examples(Path(name)) for name in names)
 
 
 def _name_output(name: str) -> str:

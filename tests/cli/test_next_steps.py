@@ -95,6 +95,7 @@ def test_a_quantized_run_is_followed_with_its_quantization(tmp_path: Path, monke
         ("--eval-data-path a.csv --source-column question --target-column answer", "--data-path a.csv"),
         ("--eval-data-path a.jsonl:1 b.jsonl:1", "--data-path a.jsonl:1 b.jsonl:1"),
         ("--eval-data-path a.jsonl:1 b.jsonl:1 --data-subset en", None),
+        ("--eval-data-path a.jsonl --data-subset en", "--data-path a.jsonl"),
         ("--eval-data-path a.txt --objective span-corruption", "--data-path a.txt --objective span-corruption"),
         ("--eval-data-path a.jsonl --objective orpo", "--data-path a.jsonl"),
         ("--data-subset en --clean", "--data-path HELD_OUT.jsonl"),
@@ -106,6 +107,21 @@ def test_the_held_out_data_is_evaluated_as_it_was_read_in_training(words: str, e
     steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
     found = [line.removeprefix("t5tune evaluate run ") for line in steps if line.startswith("t5tune evaluate")]
     assert found == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize("names", ["dev", "dev:1 other:1"])
+def test_held_out_data_that_is_tokenized_is_evaluated_as_it_is(
+    names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("dev", "other"):
+        Path(name).mkdir()
+        Path(name, "manifest.json").write_text("{}")
+        Path(name, "tokens.bin").touch()
+    arguments = f"--model-name-or-path base --data-path a.csv --output-dir run --clean --eval-data-path {names}".split()
+    settings, _ = load_settings(TrainSettings, flags=parse_arguments(arguments, TrainSettings).values)
+    steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
+    assert f"t5tune evaluate run --data-path {names}" in steps
 
 
 @pytest.mark.slow
