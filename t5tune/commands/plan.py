@@ -369,6 +369,8 @@ def to_plan_settings(settings: TrainSettings) -> PlanSettings:
     """Convert the settings of a training run to those of `t5tune plan` for that run."""
     values = {name: getattr(settings, name) for name in PlanSettings.model_fields if hasattr(settings, name)}
     values["dropout"] = settings.has_dropout
+    if settings.eval_data_path is not None:  # then train holds out nothing
+        values["eval_fraction"] = 0.0
     if settings.data is not None:
         values["data_path"] = [f"{path}:{each.weight:g}" for each in settings.data for path in each.path]
     if settings.reads_preferences:  # two targets for each source

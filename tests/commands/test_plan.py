@@ -224,6 +224,7 @@ def data_of_runs(conversations: Path, tmp_path_factory: pytest.TempPathFactory) 
     [
         ("halved", {"num_data": 10}),
         ("cache", {"eval_fraction": 0.5}),
+        ("cache", {"eval_fraction": 0.5, "eval_data_path": "halved"}),
         ("mixture", {"mixing": "proportional", "mixing_cap": 6, "num_data": 9, "eval_fraction": 0.25}),
     ],
 )
@@ -232,6 +233,8 @@ def test_the_plan_of_a_run_is_of_the_examples_that_it_trains_on(
 ) -> None:
     from t5tune.commands.train import train
 
+    if "eval_data_path" in changes:  # with which nothing is held out
+        changes = changes | {"eval_data_path": str(data_of_runs[changes["eval_data_path"]])}
     settings = TrainSettings(
         model_name_or_path="pocket", data_path=str(data_of_runs[name]), output_dir=tmp_path / "run", use_cpu=True,
         num_train_epochs=1, per_device_train_batch_size=1, report_samples=0, eval_strategy="no", **changes,
