@@ -247,8 +247,11 @@ def find_cache_conflicts(
     given_template = None if template is None else find_template(template)
     step = "leave it out, or use the original conversations as data_path"
     for cache in caches:
-        inputs = read_manifest(cache)["inputs"]
+        manifest = read_manifest(cache)
+        inputs = manifest["inputs"]
         given = settings.model_fields_set & {*names} & inputs.keys()
+        if not (manifest["eval_fraction"] or inputs.get("objective") == "span-corruption"):
+            given = given - {"seed"}  # it determines nothing of this cache
         if settings.reads_preferences and inputs.get("objective") in PREFERENCE_OBJECTIVES:  # which read the same
             given = given - {"objective"}
         for name in sorted(name for name in given if getattr(settings, name) != inputs[name]):

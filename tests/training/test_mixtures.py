@@ -538,6 +538,7 @@ def test_settings_of_examples_apply_to_token_caches_or_are_refused(
     made = prepare(mixed)
     assert (made.examples, made.datasets) == (8, {"sums": 4, "talk": 4})
     assert prepare(mixed).up_to_date
+    prepare(mixed.replace(output_dir=tmp_path / "seeded", seed=7))  # it determines nothing of these caches
     for paths, num_data, counts in (
         (["mixed"], None, [4, 4]),
         (["mixed"], 3, [3, 3]),
