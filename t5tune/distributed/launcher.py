@@ -38,6 +38,7 @@ from t5tune.progress import Note, Report, silent
 from t5tune.settings.loading import VARIABLE_PREFIX
 
 POLL_SECONDS = 0.1
+SECONDS_TO_STOP = 60.0  # how long the other ranks may take after the first one has stopped as it was asked to
 SECONDS_TO_REPORT = 2.0  # how long the other ranks have to report their own errors after the first one has failed
 
 
@@ -191,11 +192,12 @@ def _watch(workers: list[subprocess.Popen[bytes]], received: _ReceivedSignals) -
     failed_at: float | None = None
     while None in (ended := [worker.poll() for worker in workers]):  # polls every worker: a later one may have failed
         now = time.monotonic()
-        # a rank that was asked to stop doesn't fail by that, and rank 0 may have more to do, such as closing trackers
-        stopped = None if received.first is None else get_exit_code(received.first.name)
-        if failed_at is None and any(code not in (None, 0, stopped) for code in ended):
+        if failed_at is None and any(ended):
             failed_at = now
-        if (failed_at is not None and now - failed_at > SECONDS_TO_REPORT) or received.is_second:
+        # a rank that was asked to stop doesn't fail by that, and rank 0 may have more to do, such as closing trackers
+        stopped = () if received.first is None else (Stopped.exit_code, get_exit_code(received.first.name))
+        seconds = SECONDS_TO_STOP if all(code in (None, 0, *stopped) for code in ended) else SECONDS_TO_REPORT
+        if (failed_at is not None and now - failed_at > seconds) or received.is_second:
             return
         if received.first is not None and not is_forwarded:
             is_forwarded = True

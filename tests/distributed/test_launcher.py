@@ -51,9 +51,11 @@ def test_where_nccl_aborts_the_ranks_that_wait_the_one_that_hangs_is_named(monke
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_rank_that_was_asked_to_stop_may_take_longer_than_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A rank that only the launching process has asked ends as after SIGTERM."""
     monkeypatch.setattr(launcher, "SECONDS_TO_REPORT", 0.2)
     done = tmp_path / "done"
     stop = f"""
@@ -64,7 +66,7 @@ if os.environ["RANK"] == "0":
     open({str(done)!r}, "w").close()
 sys.exit(143)
 """
-    received = _ReceivedSignals(signal.SIGTERM)
+    received = _ReceivedSignals(number)
     error = launcher._run([sys.executable, "-c", stop], 2, received, saves_checkpoints=True)
     assert error is not None
     assert error.exit_code == 143
