@@ -168,7 +168,10 @@ def test_a_type_checker_accepts_the_documentation_and_flags_mistakes(
         ({"data_path": []}, "data_path: []: must not be empty"),
         ({"output_dir": ""}, "output_dir: '': the path is empty; use `.` for the current folder"),
         ({"lora_target_modules": "q\0"}, "contains a NUL character"),
-        ({"num_gpus": 2, "num_processes": 2}, "num_gpus: 2 conflicts with num_processes: 2; give only one of them"),
+        (
+            {"num_gpus": 2, "num_processes": 2},
+            "num_gpus: 2 conflicts with num_processes: 2; leave one of them out, or give it as none",
+        ),
     ],
 )
 def test_a_mistake_is_explained_as_on_the_command_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -265,7 +265,8 @@ class RankSettings(Settings):
     def _check_number_of_processes(self) -> Self:
         if self.num_gpus and self.num_processes:
             raise ValueError(
-                f"num_gpus: {self.num_gpus} conflicts with num_processes: {self.num_processes}; give only one of them"
+                f"num_gpus: {self.num_gpus} conflicts with num_processes: {self.num_processes}; "
+                "leave one of them out, or give it as none"
             )
         return self
 
