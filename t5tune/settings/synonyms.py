@@ -121,7 +121,7 @@ ADVICE: Mapping[str, str] = {
     "trust_remote_code": "leave it out: code from a model's repository is never run",
     "plot_loss": "leave it out: report.html in the run folder shows the curves",
     "adam_beta1 adam_beta2 adam_epsilon optim_args lr_scheduler_kwargs": "set it under training_args in a YAML file",
-    "neftune_noise_alpha": "leave it out: NEFTune isn't supported, since transformers adds no noise to T5's embeddings",
+    "neftune_noise_alpha": "leave it out: NEFTune isn't supported",
 }
 """Names in other tools -> what to do instead of a setting of the same meaning.
 

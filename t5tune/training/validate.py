@@ -59,8 +59,9 @@ ARGUMENTS_WITHOUT_EFFECT = {
     "data_seed": "seed determines the order of the examples; set that",
     # at exit, Python would wait for such workers, which ignore the signal that is to end them
     "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
-    # transformers adds its noise to the output of `shared`, but T5 calls encoder.embed_tokens
-    "neftune_noise_alpha": "transformers adds no noise to the embeddings of T5; leave it out",
+    # transformers adds its noise to the output of `shared`, but T5 calls encoder.embed_tokens; T5Gemma's noise would
+    # depend on the other examples of a packed row
+    "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
 
@@ -132,8 +133,12 @@ def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
         return []
     from transformers import TrainingArguments
 
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    problems = {name: _find_argument_problem(name, fields) for name in training_args}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    # a value that t5tune has anyway changes nothing
+    same = {name for name, value in (defaults | FIXED_ARGUMENTS).items() if training_args.get(name, ...) == value}
+    harmless = same & {*RESERVED_ARGUMENTS, *UNRESUMABLE_ARGUMENTS, *ARGUMENTS_WITHOUT_EFFECT}
+    given = [name for name in training_args if name not in harmless or name in TrainSettings.model_fields]
+    problems = {name: _find_argument_problem(name, {*defaults}) for name in given}
     return [f"training_args.{name}: {problem}" for name, problem in problems.items() if problem is not None]
 
 

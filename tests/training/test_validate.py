@@ -38,11 +38,16 @@ def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_r
         "label_names": "t5tune sets this itself",
         "logging_nan_inf_filter": "t5tune sets this itself",
         "log_level": "t5tune sets this itself",
-        "neftune_noise_alpha": "transformers adds no noise to the embeddings of T5; leave it out",
+        "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
         "data_seed": "seed determines the order of the examples; set that",
         "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
     }
     with pytest.raises(SettingsError) as caught:
-        check_settings(settings.replace(training_args=dict.fromkeys(refused, True)))
+        given = dict.fromkeys(refused, True) | {"average_tokens_across_devices": False}
+        check_settings(settings.replace(training_args=given))
     assert caught.value.problems == tuple(f"training_args.{name}: {problem}" for name, problem in refused.items())
     check_settings(settings.replace(training_args={"full_determinism": True, "adam_beta2": 0.99}))
+    same = {"dataloader_persistent_workers": False, "neftune_noise_alpha": None, "logging_nan_inf_filter": False}
+    check_settings(settings.replace(training_args=same))
+    with pytest.raises(SettingsError, match="set learning_rate directly"):  # though it is the Trainer's default
+        check_settings(settings.replace(training_args={"learning_rate": 5e-5}))
