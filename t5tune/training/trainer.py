@@ -198,7 +198,9 @@ class T5Trainer(Trainer):  # type: ignore[misc]
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 self.optimizer: Any = optimizer_class(groups, **options)
         # empty groups are left out, since DeepSpeed removes them
-        self._weight_decays = [group["weight_decay"] for group in self.optimizer.param_groups if group["params"]]
+        self._weight_decays = [
+            group.get("weight_decay", 0.0) for group in self.optimizer.param_groups if group["params"]
+        ]
         return self.optimizer
 
     def _make_loraplus_groups(self, ratio: float) -> list[dict[str, Any]]:
@@ -264,11 +266,13 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         step, strategy = self.state.global_step, self.args.eval_strategy
         if step == 0 or strategy == "no" or step in self.list_evaluations():
             return False
+        if step >= self.state.max_steps:  # the last step is evaluated whatever the delay is
+            return True
         in_steps = strategy == "steps"
         if self.args.eval_delay > (step if in_steps else step / self._steps_per_epoch):
             return False
         interval = self.state.eval_steps if in_steps else self._steps_per_epoch
-        return bool(step >= self.state.max_steps or step % interval == 0)
+        return bool(step % interval == 0)
 
     def list_evaluations(self) -> dict[int, dict[str, Any]]:
         """Return the evaluations of the run so far, in order: step -> its entry in the Trainer's log history."""
