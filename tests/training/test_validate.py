@@ -42,8 +42,8 @@ def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_r
         "data_seed": "seed determines the order of the examples; set that",
         "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
     }
+    given = dict.fromkeys(refused, True) | {"average_tokens_across_devices": False}
     with pytest.raises(SettingsError) as caught:
-        given = dict.fromkeys(refused, True) | {"average_tokens_across_devices": False}
         check_settings(settings.replace(training_args=given))
     assert caught.value.problems == tuple(f"training_args.{name}: {problem}" for name, problem in refused.items())
     check_settings(settings.replace(training_args={"full_determinism": True, "adam_beta2": 0.99}))
