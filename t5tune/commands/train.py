@@ -38,7 +38,7 @@ from t5tune.preparing.dataset import Origin, take_vocabulary
 from t5tune.preparing.mixture import find_given_cache
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
-from t5tune.settings.datasets import PATHS_OF_DATASETS, name_datasets
+from t5tune.settings.datasets import PATHS_OF_DATASETS, list_unsuitable, name_datasets
 from t5tune.training.checkpoint import find_newest, has_complete_checkpoints, list_checkpoints
 from t5tune.training.resume_guard import check_finished_run, check_settings_of_run
 from t5tune.training.run_folder import (
@@ -451,8 +451,10 @@ def _inherit_reading(settings: TrainSettings) -> list[DatasetSettings] | None:
         values: dict[str, Any] = {}
         if find_given_cache(dataset) is None:
             values = trained.get(name, common)
-        values = {key: value for key, value in values.items() if key not in ("num_data", "data_split")}
-        datasets.append(DatasetSettings(**{**values, **dataset.list_given(), "path": dataset.path, "name": name}))
+        given = dataset.list_given()
+        left_out = {"num_data", "data_split", *list_unsuitable(given, values.get("data_format") or "auto")}
+        values = {key: value for key, value in values.items() if key not in left_out}
+        datasets.append(DatasetSettings(**{**values, **given, "path": dataset.path, "name": name}))
     return datasets
 
 

@@ -105,13 +105,13 @@ def complete_dataset(settings: Model, dataset: DatasetSettings, **changes: Any) 
     """
     fields = type(settings).model_fields
     given = {name: value for name, value in dataset.list_given().items() if name in fields}
-    unsuitable = _list_unsuitable(given, settings.data_format)
+    unsuitable = list_unsuitable(given, settings.data_format)
     names = settings.model_fields_set - {*NOT_OF_A_DATASET, *unsuitable}
     values = {name: getattr(settings, name) for name in names} | given
     return type(settings)(**{**values, "data_path": dataset.path, **changes})
 
 
-def _list_unsuitable(given: Mapping[str, Any], data_format: str) -> set[str]:
+def list_unsuitable(given: Mapping[str, Any], data_format: str) -> set[str]:
     """List the settings that a dataset's own ones rule out; `data_format` is that of the whole command."""
     names = set[str]()
     if given.get("objective") == "span-corruption":

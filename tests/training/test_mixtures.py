@@ -248,6 +248,25 @@ def test_data_with_the_name_of_a_token_cache_is_evaluated_as_that_one_was_read(
     assert (other["source_prefix"], other["model_max_length"], other["train_on"]) == ("", 2048, "all")
 
 
+def test_data_with_the_name_of_a_token_cache_may_have_another_layout(
+    untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    common = {"model_name_or_path": str(untied_base), "add_tokens": ["none"]}
+    columns = {"source_column": "text", "target_column": "summary", "source_prefix": "sum: ", "model_max_length": 64}
+    prepare(PrepareSettings(**common, data_path=str(data / "notes.csv"), **columns, output_dir=tmp_path / "notes"))
+    (tmp_path / "other.csv").write_text("text,target\nA long text,Short\n")
+    trained = [str(tmp_path / "notes"), str(data / "talk.json")]
+    evaluated = [
+        {"name": "notes", "path": str(tmp_path / "other.csv"), "source_column": "text"},
+        {"name": "talk", "path": str(data / "talk.json")},
+    ]
+    train(TrainSettings(**common, data=trained, eval_data=evaluated, output_dir=tmp_path / "run", max_steps=1))
+    cache = open_mixture(tmp_path / "run" / "eval-data").datasets[0].cache
+    assert len(cache) == 1
+    names = ("source_column", "target_column", "source_prefix", "model_max_length")
+    assert [cache.manifest["inputs"][name] for name in names] == ["text", None, "sum: ", 64]
+
+
 def test_evaluate_scores_each_of_several_datasets(
     trained: tuple[TrainResult, list[Event]], data: Path, tmp_path: Path
 ) -> None:
