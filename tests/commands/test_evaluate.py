@@ -686,6 +686,21 @@ def test_a_resumed_run_catches_up_on_the_last_evaluation_even_if_no_step_is_left
     assert result.train_loss == pytest.approx(uninterrupted.train_loss, rel=1e-6)
 
 
+def test_a_resumed_run_evaluates_its_last_step_whatever_the_delay_is(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delay = {"eval_delay": 100, "eval_on_start": True}
+    changes = {"max_steps": 2, "save_steps": 2, "eval_steps": 1, "eval_fraction": 0.2, "training_args": delay}
+    settings = make_short_settings(untied_base, conversations, tmp_path / "run", **changes)
+    make_second_evaluation_fail(monkeypatch)
+    with pytest.raises(OutOfMemory):
+        train(settings)
+    result = train(settings)
+    assert result.resumed_from == tmp_path / "run" / "checkpoint-2"
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "eval_loss" in line] == [0, 2]
+
+
 def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
