@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from t5tune.compat.hub_patches import limit_waiting_for_the_hub
 from t5tune.errors import SettingsError, UploadError
@@ -20,7 +19,6 @@ from t5tune.hub.download import describe, get_status
 from t5tune.io.reasons import hide_queries
 from t5tune.progress import Note, Report
 
-CARD_TAGS = "tags: [t5tune"  # in the cards that t5tune writes
 SIGN_IN_HINT = "run `hf auth login` with a token that may write, or set HF_TOKEN"
 
 
@@ -81,7 +79,7 @@ def upload_files(
         files: path in the repository -> file, or its content.
         message: of the commit.
         is_replaced: whether a file of the repository that isn't among these is deleted: one that would be loaded with
-            the new ones, or in place of them. So is a card that t5tune has written for another model.
+            the new ones, or in place of them.
 
     Raises:
         SettingsError: the Hub doesn't accept the files, or doesn't let this user write there.
@@ -93,7 +91,7 @@ def upload_files(
     api = HfApi()
     try:
         others = [path for path in api.list_repo_files(name) if path not in files]
-        stale = [path for path in others if is_replaced(path) or (path == MODEL_CARD_FILE and _has_own_card(api, name))]
+        stale = [path for path in others if is_replaced(path)]
         additions = [
             CommitOperationAdd(path, file if isinstance(file, bytes) else str(file)) for path, file in files.items()
         ]
@@ -103,15 +101,12 @@ def upload_files(
         if stale:
             text = f"{name}: deleting what the upload replaces: {', '.join(stale)}; earlier commits keep it"
             report(Note(text, warning=True))
+        if MODEL_CARD_FILE in others:
+            report(Note(f"{name}: its model card ({MODEL_CARD_FILE}) is kept, since the upload has none"))
         api.create_commit(name, [*map(CommitOperationDelete, stale), *additions], commit_message=message)
         return hide_queries(f"{api.endpoint}/{name}")
     except Exception as error:
         raise _explain(f"hub_model_id: {name}", error) from error
-
-
-def _has_own_card(api: Any, name: str) -> bool:
-    """Whether t5tune has written a repository's card."""
-    return CARD_TAGS in Path(api.hf_hub_download(name, MODEL_CARD_FILE)).read_text("utf-8", errors="replace")
 
 
 def _explain(asked: str, error: Exception) -> SettingsError | UploadError:

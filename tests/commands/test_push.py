@@ -455,9 +455,9 @@ def test_old_weights_and_an_old_adapter_are_replaced(hub: Hub, finished_run: Pat
 
 
 def test_no_file_of_an_older_upload_is_used_with_the_new_model(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
-    """The new one has no prefix of messages, tokenizer.json, penalties, template and card."""
+    """The new one has no prefix of messages, tokenizer.json, penalties and template."""
     assert run(hub, "push", finished_run, NAME).code == 0
-    read = {"training_data.json", "tokenizer.json", "tokenizer_config.json", "template.yaml", "README.md"}
+    read = {"training_data.json", "tokenizer.json", "tokenizer_config.json", "template.yaml"}
     assert read <= hub.repos["model", NAME].files.keys()
     more = {"generation_config.json", "spiece.model", "shared_vocabulary.json", "additional_chat_templates/rag.jinja"}
     own = ("LICENSE", "NOTICE.txt", "tokenizer_notes.txt", "my_vocabulary.txt", "notes/x.jinja")
@@ -469,17 +469,21 @@ def test_no_file_of_an_older_upload_is_used_with_the_new_model(hub: Hub, finishe
     done = run(hub, "push", tmp_path / "model", NAME)
     assert done.code == 0, done.stderr
     files = hub.repos["model", NAME].files
-    assert files.keys() == {".gitattributes", "config.json", "model.safetensors", *kept}
+    assert files.keys() == {".gitattributes", "README.md", "config.json", "model.safetensors", *kept}
     assert not [name for name in (*read, *more) if name not in " ".join(done.stderr.split())]
 
 
-def test_a_card_of_the_users_own_is_kept(hub: Hub, tmp_path: Path) -> None:
-    hub.add("model", NAME, {"README.md": b"---\ntags: [t5]\n---\nWrites notes."})
+@pytest.mark.parametrize("tags", ["[t5]", "[t5tune, lora]"])
+def test_an_upload_without_a_card_keeps_the_repositorys(tags: str, hub: Hub, tmp_path: Path) -> None:
+    """One that t5tune wrote may have been edited."""
+    card = f"---\ntags: {tags}\n---\nWrites notes.".encode()
+    hub.add("model", NAME, {"README.md": card})
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     done = run(hub, "push", tmp_path, NAME)
     assert (done.code, "deleting" in done.stderr) == (0, False)
-    assert hub.repos["model", NAME].files["README.md"].endswith(b"Writes notes.")
+    assert f"{NAME}: its model card (README.md) is kept, since the upload has none" in done.stderr
+    assert hub.repos["model", NAME].files["README.md"] == card
 
 
 def test_a_password_of_the_endpoint_is_written_nowhere(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
