@@ -21,6 +21,7 @@ from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base, find_local_base, open_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.generation_config import describe_lost_settings
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
@@ -111,6 +112,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     family = find_family(read_config(base_folder), base_folder, family_key)
     if converts:
         _check_converter(family)
+        _warn_of_lost_settings(base_folder, report)
     deltas = _collect_deltas(settings, base, adapters, tied, trained)
     _warn_if_zero(deltas, report)
     dtype = DTYPES_BY_TORCH_NAME[settings.dtype] if settings.dtype else None
@@ -168,6 +170,13 @@ def _check_converter(family: Family) -> None:
     except ImportError as error:
         problem = f"to: ctranslate2 can't be imported: {error}"
         raise DependencyError(problem, hint="pip install ctranslate2") from error
+
+
+def _warn_of_lost_settings(base: Path, report: Report) -> None:
+    """Warn of penalties and the like in the base's generation_config.json, which a converted model ignores."""
+    if lost := describe_lost_settings(base):
+        hint = "serve the adapter or a merged checkpoint, or remove that from the file"
+        report(Note(f"to: ctranslate2: {lost}, so `serve` refuses the converted model; {hint}", warning=True))
 
 
 def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings, Path]:

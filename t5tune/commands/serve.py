@@ -18,16 +18,15 @@ from t5tune.checkpoints.adapter import check_adapter, read_adapter, read_base_me
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
 from t5tune.checkpoints.base import find_model, read_config
+from t5tune.checkpoints.generation_config import describe_lost_settings, read_generation_config
 from t5tune.checkpoints.model_folder import is_converted
 from t5tune.commands.merge import merge
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.errors import CheckpointError, DependencyError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
-from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.formatting import format_count
 from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.processes import count_cores
-from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.merging.deltas import PLAIN_INITIALIZATIONS
 from t5tune.model.device import choose_device, has_bf16
 from t5tune.model.inference import find_base_and_adapter, load_for_inference, read_model_files
@@ -52,14 +51,6 @@ WITH_FLOAT32 = {
     "bfloat16": "float32", "float16": "float32", "int8_bfloat16": "int8_float32", "int8_float16": "int8_float32",
 }  # fmt: skip
 PACKAGES = "starlette uvicorn prometheus-client"
-# what generation_config.json may set without an effect on replies with our settings: ids that the model has anyway,
-# limits and kinds of decoding, for which requests and ours have values, and what `generate` returns
-WITHOUT_EFFECT = {
-    "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens",
-    "num_beams", "num_beam_groups", "num_return_sequences", "do_sample", "temperature", "top_k", "top_p",
-    "length_penalty", "early_stopping", "use_cache", "cache_implementation", "return_dict_in_generate", "output_scores",
-    "output_logits", "output_attentions", "output_hidden_states", "transformers_version",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,8 +230,8 @@ class _Loader:
             setting = "q_lora" if self._settings.q_lora else "engine: transformers"
             problem = f"{setting}: {model} was converted to CTranslate2"
             raise SettingsError(problem, hint=hint)
-        if unused := _find_unused_setting(Path(model)):
-            raise SettingsError(f"models: {name}: {unused}", hint=f"{hint}, or remove the key to do without it")
+        if lost := describe_lost_settings(Path(model)):
+            raise SettingsError(f"models: {name}: {lost}", hint=f"{hint}, or remove that from the file")
 
     def _find_base_and_adapter(self, model: str, report: Report) -> InferenceSettings:
         """Return settings with the folders of a model's base and adapter; of a stopped run, its newest checkpoint's."""
@@ -271,7 +262,7 @@ class _Loader:
             return "q_lora: quantized by bitsandbytes"
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not ctranslate2.get_cuda_device_count()):
             return f"CTranslate2 can't use the device {device}"
-        return _find_unused_setting(base)
+        return describe_lost_settings(base)
 
     def _check_fallback(self, name: str, reason: str) -> None:
         """Check that transformers may take the place of CTranslate2.
@@ -345,7 +336,7 @@ class _Loader:
         from t5tune.serving.engines import TranslatorEngine
 
         files = read_model_files(folder, None)
-        other_ends = _read_generation_config(folder).get("eos_token_id") or []
+        other_ends = read_generation_config(folder).get("eos_token_id") or []
         other_ends = other_ends if isinstance(other_ends, list) else [other_ends]
         stop_ids = frozenset([files.tokenizer.eos_token_id, *other_ends])
         on_cpu = self._device.type == "cpu"
@@ -384,15 +375,3 @@ class _Loader:
         # a model has learned to write targets of at most model_max_length
         longest = max(settings.max_new_tokens, settings.model_max_length)
         return ServedModel(name, engine, prompts, defaults, longest)
-
-
-def _read_generation_config(folder: Path) -> dict[str, Any]:
-    return read_json_object(folder, GENERATION_CONFIG_FILE) if has_file(folder, GENERATION_CONFIG_FILE) else {}
-
-
-def _find_unused_setting(folder: Path) -> str | None:
-    """Find what a model's generation_config.json sets and CTranslate2 has no such setting for; None if there's none."""
-    given = _read_generation_config(folder)
-    others = [name for name, value in given.items() if value is not None and not name.startswith("_")]
-    unused = next((name for name in others if name not in WITHOUT_EFFECT), None)
-    return unused and f"{GENERATION_CONFIG_FILE} sets {unused}, which CTranslate2 would ignore"

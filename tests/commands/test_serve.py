@@ -405,17 +405,17 @@ def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: 
 def test_the_folder_of_merge_has_the_ends_of_replies_and_the_penalties_of_its_base(
     untied_base: Path, tmp_path: Path
 ) -> None:
-    """A penalty is refused as for other checkpoints, but transformers can't take over."""
+    """Penalties are refused as for other checkpoints, but transformers can't take over. merge says so."""
     pytest.importorskip("ctranslate2")
     base = shutil.copytree(untied_base, tmp_path / "base")
+    notes: list[Any] = []
     adapter = make_stock_adapter(base, tmp_path / "adapter")
 
     def serve_merged(name: str, **generation: Any) -> list[int]:
         """Return the numbers of tokens of the replies of the adapter and of the folder that merge made of it."""
         (base / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, **generation}))
-        merge(MergeSettings(
-            model_name_or_path=str(base), adapter=adapter, output_dir=tmp_path / name, to="ctranslate2", verify=False,
-        ))  # fmt: skip
+        values = {"model_name_or_path": str(base), "adapter": adapter, "output_dir": tmp_path / name}
+        merge(MergeSettings(**values, to="ctranslate2", verify=False), notes.append)
         models = {"adapter": str(adapter), "folder": str(tmp_path / name)}
         settings = ServeSettings(
             models=models, model_name_or_path=str(base), port=0, use_cpu=True, converted_dir=tmp_path / "made"
@@ -428,8 +428,13 @@ def test_the_folder_of_merge_has_the_ends_of_replies_and_the_penalties_of_its_ba
     assert serve_merged("plain", eos_token_id=1) == [20, 20]
     every_token = list(range(1, json.loads((base / "config.json").read_text())["vocab_size"]))
     assert serve_merged("ending", eos_token_id=every_token) == [0, 0]
-    with pytest.raises(SettingsError, match="folder: generation_config.json sets repetition_penalty, .*; name the ada"):
-        serve_merged("penalized", repetition_penalty=1.5)
+    assert not [note for note in notes if isinstance(note, Note) and "generation_config" in note.text]
+    lost = "generation_config.json sets repetition_penalty, no_repeat_ngram_size, which CTranslate2 would ignore"
+    with pytest.raises(SettingsError, match=f"folder: {lost}; name the ada"):
+        serve_merged("penalized", repetition_penalty=1.5, no_repeat_ngram_size=2)
+    (warned,) = [note for note in notes if isinstance(note, Note) and "generation_config" in note.text]
+    assert warned.text.startswith(f"to: ctranslate2: {lost}, so `serve` refuses the converted model; serve the adapter")
+    assert warned.warning
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""Read generation_config.json: how the author of a model wants its replies to be generated."""
+
+from pathlib import Path
+from typing import Any
+
+from t5tune.file_names import GENERATION_CONFIG_FILE
+from t5tune.io.untrusted import has_file, read_json_object
+
+# what it may set without an effect on replies with our settings: ids that the model has anyway, limits and kinds of
+# decoding, for which requests and ours have values, and what `generate` returns
+WITHOUT_EFFECT = {
+    "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens",
+    "num_beams", "num_beam_groups", "num_return_sequences", "do_sample", "temperature", "top_k", "top_p",
+    "length_penalty", "early_stopping", "use_cache", "cache_implementation", "return_dict_in_generate", "output_scores",
+    "output_logits", "output_attentions", "output_hidden_states", "transformers_version",
+}  # fmt: skip
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Read a model's generation_config.json; empty if it has none."""
+    return read_json_object(folder, GENERATION_CONFIG_FILE) if has_file(folder, GENERATION_CONFIG_FILE) else {}
+
+
+def describe_lost_settings(folder: Path) -> str | None:
+    """Say what a model's generation_config.json sets and a converted model would ignore; None if there is nothing."""
+    given = read_generation_config(folder)
+    others = [name for name, value in given.items() if value is not None and not name.startswith("_")]
+    lost = ", ".join(name for name in others if name not in WITHOUT_EFFECT)
+    return f"{GENERATION_CONFIG_FILE} sets {lost}, which CTranslate2 would ignore" if lost else None
