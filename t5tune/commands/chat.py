@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.formats import Turn
 from t5tune.data.templates import load_template
 from t5tune.errors import SettingsError
 from t5tune.model.device import use_gpu_kernels
 from t5tune.model.generation import Decoding, Sampling, generate, make_random_generator
-from t5tune.model.inference import load_for_inference
+from t5tune.model.inference import choose_family, load_for_inference
 from t5tune.model.prompts import Prompts, ReplyText, make_prompts
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import ChatSettings
@@ -97,8 +96,8 @@ class Chatter:
         None loads the base alone, as a model of the family that the adapter was trained as.
         """
         changes: dict[str, Any] = {"adapter": adapter}
-        if adapter is None and self.settings.adapter is not None:
-            changes["family"] = self.settings.family or read_base_metadata(self.settings.adapter).get("family")
+        if adapter is None:
+            changes["family"] = choose_family(self.settings, self.settings.adapter)
         return Chatter.load(self.settings.model_copy(update=changes), report)
 
     def reply(self, message: str | list[Turn], show: Callable[[str], None] | None = None) -> Reply:

@@ -14,7 +14,7 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from t5tune.checkpoints.adapter import check_adapter, read_adapter, read_base_metadata
+from t5tune.checkpoints.adapter import check_adapter, read_adapter
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
 from t5tune.checkpoints.base import find_model, read_config
@@ -29,7 +29,7 @@ from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.processes import count_cores
 from t5tune.merging.deltas import PLAIN_INITIALIZATIONS
 from t5tune.model.device import choose_device, has_bf16
-from t5tune.model.inference import find_base_and_adapter, load_for_inference, read_model_files
+from t5tune.model.inference import choose_family, find_base_and_adapter, load_for_inference, read_model_files
 from t5tune.model.load import load_base
 from t5tune.model.prompts import make_prompts
 from t5tune.model.shared_bases import SharedBases
@@ -242,7 +242,7 @@ class _Loader:
         if base is not None and is_adapter(folder := find_model(settings, report=report)):
             settings = InferenceSettings(model_name_or_path=base, revision=revision, adapter=folder, **common)
         found, adapter = find_base_and_adapter(settings, report)
-        family = settings.family or (read_base_metadata(adapter).get("family") if adapter else None)
+        family = choose_family(settings, adapter)
         changes = {"model_name_or_path": str(found), "adapter": adapter, "revision": None, "family": family}
         return settings.model_copy(update=changes)
 
