@@ -6,7 +6,7 @@ Some have no flag, and are only for YAML: `list_without_flags` lists these.
 """
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fields import Settings
@@ -18,7 +18,7 @@ def list_flags(settings: Settings, names: Iterable[str], given: Collection[str] 
     bf16 that is off is listed with q_lora, too, which would turn it on.
 
     Args:
-        given: settings to list even if they have their defaults.
+        given: settings to list even if they have their defaults; not booleans that are None, which no flag can say.
     """
     values, fields = settings.model_dump(mode="json"), type(settings).model_fields
     without = list_without_flags(settings)
@@ -35,6 +35,8 @@ def list_flags(settings: Settings, names: Iterable[str], given: Collection[str] 
         is_off = name == "bf16" and value is False and values.get("q_lora", False)
         if value == fields[name].get_default() and name not in given and not is_off:
             continue
+        if value is None and bool in get_args(fields[name].annotation):
+            continue  # a flag such as --bf16 takes no value
         if isinstance(value, bool):
             yield [flag if value else f"--no-{flag.removeprefix('--')}"]
             continue

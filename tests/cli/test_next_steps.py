@@ -63,6 +63,15 @@ def test_the_comparison_repeats_a_default_that_was_given_to_override_training(wo
     assert repeated.model_fields_set == settings.model_fields_set | {"compare_base"}
 
 
+def test_the_comparison_does_not_repeat_a_precision_that_is_unset(tmp_path: Path) -> None:
+    """No flag can say it, and `--bf16 none` would name a model."""
+    config = tmp_path / "evaluate.yaml"
+    config.write_text("model_name_or_path: base\nadapter: tuned\ndata_path: dev.csv\nbf16: null\ncache_dir: null\n")
+    settings, _ = load_settings(EvaluateSettings, str(config))
+    words = "t5tune evaluate base --cache-dir none --adapter tuned --data-path dev.csv --compare-base"
+    assert ("", words) in list_next_steps(settings, None)
+
+
 def test_data_from_standard_input_is_not_repeated() -> None:
     settings = EvaluateSettings(model_name_or_path="base", adapter=Path("tuned"), data_path=["-"])
     assert (
