@@ -239,7 +239,8 @@ def _inherit_precision(
 ) -> EvaluateSettings:
     """Return the settings with the precision and the quantization of training, unless the user set others."""
     trained = _read_full_training(base) if adapter is None else read_training_precision(adapter)
-    inherited = {name: value for name, value in trained.items() if name not in settings.model_fields_set}
+    chosen = {name for name in settings.model_fields_set if getattr(settings, name) is not None}  # null: as in training
+    inherited = {name: value for name, value in trained.items() if name not in chosen}
     if not inherited.get("q_lora", settings.q_lora):
         inherited = {name: value for name, value in inherited.items() if name == "bf16"}
     otherwise = settings.model_dump() | {"bf16": has_bf16(device)}

@@ -272,6 +272,7 @@ def test_the_precision_and_the_quantization_are_those_of_training_unless_they_ar
     assert list_inherited(untied_base, conversations, tmp_path / "d") == []
     assert list_inherited(run, conversations, tmp_path / "e") == ["as in training: bf16 on"]
     assert list_inherited(run, conversations, tmp_path / "f", bf16=False) == []
+    assert list_inherited(run, conversations, tmp_path / "g", bf16=None) == ["as in training: bf16 on"]
     losses = {
         name: [json.loads(line)["loss"] for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
         for name in "abcef"
