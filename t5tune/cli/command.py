@@ -51,8 +51,9 @@ def run_command(command: str, arguments: list[str]) -> int:
             settings, notes = load_settings(
                 model, parsed.config, os.environ, parsed.values, parsed.problems, parsed.meant
             )
-            for note in notes:
-                output.report(Note(note))
+            if not world.is_run_set_up:  # the process that started this one has shown them
+                for note in notes:
+                    output.report(Note(note))
             if isinstance(settings, TrainSettings) and parsed.config is not None and "output_dir" not in parsed.values:
                 _warn_of_another_run(Path(parsed.config), settings.output_dir, output)
             if isinstance(settings, PrepareSettings) and settings.shard is not None:

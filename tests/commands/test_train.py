@@ -987,11 +987,12 @@ def test_several_processes_have_the_settings_of_the_command_and_of_the_cache(unt
     prepare(
         PrepareSettings(model_name_or_path=str(untied_base), data_path=str(pairs), output_dir=cache, objective="dpo")
     )
-    command = make_command(untied_base, cache, run, "--max-steps", "1", "--use-cpu")
+    command = make_command(untied_base, cache, run, "--max-steps", "1", "--use-cpu", "--q-lora")
     environment = {"T5TUNE_LEARNING_RATE": "0.5", "T5TUNE_OUTPUT_DIR": str(tmp_path / "other")}
     done = t5tune_in_fork(*command, *TWO, env=environment)
     assert done.code == 0, done.stderr
     assert done.json["world_size"] == 2
+    assert done.stderr.count("q_lora turns bf16 on") == 1
     saved = read_yaml(run / "settings.yaml")
     assert (saved["learning_rate"], saved["objective"]) == (0.01, "dpo")
     assert not (tmp_path / "other").exists()
