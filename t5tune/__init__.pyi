@@ -70,7 +70,12 @@ class PrepareSettings(_settings.PrepareSettings):
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
-        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]] | None = None,
+        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]]
+        | DatasetSettings
+        | dict[str, Any]
+        | str
+        | PathLike[str]
+        | None = None,
         data_subset: str | None = None,
         data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
@@ -193,7 +198,12 @@ class TrainSettings(_settings.TrainSettings):
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
-        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]] | None = None,
+        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]]
+        | DatasetSettings
+        | dict[str, Any]
+        | str
+        | PathLike[str]
+        | None = None,
         data_subset: str | None = None,
         data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
@@ -212,7 +222,12 @@ class TrainSettings(_settings.TrainSettings):
         preprocessed_path: str | PathLike[str] | None = None,
         eval_data_path: _Data | None = None,
         eval_data_split: str | None = None,
-        eval_data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]] | None = None,
+        eval_data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]]
+        | DatasetSettings
+        | dict[str, Any]
+        | str
+        | PathLike[str]
+        | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | str = ["q", "v"],
@@ -817,7 +832,12 @@ class EvaluateSettings(_settings.EvaluateSettings):
         merge_same_role: bool = False,
         clean: bool = False,
         max_record_bytes: int = 4194304,
-        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]] | None = None,
+        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]]
+        | DatasetSettings
+        | dict[str, Any]
+        | str
+        | PathLike[str]
+        | None = None,
         data_subset: str | None = None,
         data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],

@@ -10,6 +10,7 @@ from t5tune.errors import SettingsError
 from t5tune.settings.affects import Affects
 from t5tune.settings.datasets import (
     PATHS_OF_DATASETS,
+    DatasetList,
     DatasetSettings,
     combine_datasets,
     complete_dataset,
@@ -33,7 +34,7 @@ class DataSettings(ReadingSettings, ConversationSettings):
         "datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes two.",
         json_schema_extra={"metavar": "PATH…"},
     )
-    data: Annotated[list[DatasetSettings] | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+    data: Annotated[DatasetList | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         min_length=1,
         description="Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in "
@@ -183,7 +184,7 @@ class TrainingDataSettings(MixingSettings, SplitSettings, SelectionSettings, Dat
         description="Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation, "
         "otherwise test.",
     )
-    eval_data: Annotated[list[DatasetSettings] | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+    eval_data: Annotated[DatasetList | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         min_length=1,
         description="Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like "

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field, GetJsonSchemaHandler, field_validator, model_serializer
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, field_validator, model_serializer
 from pydantic_core import CoreSchema
 
 from t5tune.file_names import (
@@ -23,7 +23,7 @@ from t5tune.file_names import (
     TEXT_SUFFIXES,
     TRAINING_DATA_FILE,
 )
-from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, exists, read_data
+from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, exists, parse_unset, read_data
 from t5tune.settings.reading import (
     NOT_OF_PREFERENCES,
     NOT_OF_RAW_TEXT,
@@ -66,8 +66,6 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str | None) -> str | None:
-        if value is not None and is_reserved(value):
-            raise ValueError("a file in the folder of the datasets has this name")
         if value is not None and is_reserved(value):
             raise ValueError("a file in the folder of the datasets has this name")
         if value is not None and not _NAME.fullmatch(value):
@@ -142,7 +140,7 @@ def combine_datasets(values: Mapping[str, Any], data: str, data_path: str) -> Ma
     Raises:
         ValueError: both are given, and have different paths.
     """
-    given, paths = values.get(data), values.get(data_path)
+    given, paths = parse_unset(values.get(data)), values.get(data_path)
     if given is None:
         found = [split_weight(path) if isinstance(path, str) else (path, None) for path in _list_items(paths)]
         if all(weight is None for _, weight in found):
@@ -160,6 +158,13 @@ def combine_datasets(values: Mapping[str, Any], data: str, data_path: str) -> Ma
 
 def _list_items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+DatasetList = Annotated[
+    list[DatasetSettings],
+    BeforeValidator(_list_items, json_schema_input_type=list[DatasetSettings] | DatasetSettings),
+]
+"""A list of datasets; a single one needs no list. What is in it is read by `combine_datasets`."""
 
 
 def _read_dataset(item: Any) -> Any:

@@ -227,7 +227,8 @@ class _UnsetReader(BeforeValidator):
         return {**described, "anyOf": [*described["anyOf"], {"enum": UNSET_IN_SCHEMA}]}
 
 
-def _parse_unset(value: Any) -> Any:
+def parse_unset(value: Any) -> Any:
+    """Read the values that mean "not set" as None."""
     return None if isinstance(value, str | int) and str(value).lower() in {"", "none", "null", "-1"} else value
 
 
@@ -308,7 +309,7 @@ def _check_gpu_memory(value: Any) -> Any:
     return value
 
 
-NoneIfUnset = _UnsetReader(_parse_unset)
+NoneIfUnset = _UnsetReader(parse_unset)
 """Reads `none`, `null`, an empty string and -1, which FastChat and Hugging Face use for "not set", as None."""
 
 PathAsText = BeforeValidator(_read_path)

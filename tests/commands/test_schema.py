@@ -64,12 +64,29 @@ def test_a_schema_allows_the_words_that_mean_unset(model: type[Settings]) -> Non
             assert {"enum": ["none", "None", -1]} in properties[name]["anyOf"], name
 
 
-def test_a_schema_allows_a_path_as_a_dataset() -> None:
+@pytest.mark.parametrize("name", ["data", "eval_data"])
+def test_a_schema_allows_what_is_read_as_datasets(name: str, tmp_path: Path) -> None:
+    """A dataset or its path, a list of these, and the words that mean unset."""
     described = schema(SchemaSettings(of="train"))
-    assert described["properties"]["data"]["anyOf"][0]["items"] == {"$ref": "#/$defs/DatasetSettings"}
+    datasets, *unset = described["properties"][name]["anyOf"]
+    dataset = {"$ref": "#/$defs/DatasetSettings"}
+    assert datasets == {"anyOf": [{"type": "array", "items": dataset}, dataset], "minItems": 1}
+    assert unset == [{"type": "null"}, {"enum": ["none", "None", -1]}]
     text, names = described["$defs"]["DatasetSettings"]["anyOf"]
     assert text == {"type": "string"}
     assert names["properties"].keys() == DatasetSettings.model_fields.keys()
+
+    def read(value: str) -> object:
+        (tmp_path / "run.yaml").write_text(f"{name}: {value}\n{paths}")
+        flags = {"model_name_or_path": "pocket", "output_dir": "run"}
+        return getattr(load_settings(TrainSettings, str(tmp_path / "run.yaml"), {}, flags)[0], name)
+
+    paths = "data_path: b.jsonl\n" if name == "eval_data" else ""
+    for value in ("a.jsonl", "{path: a.jsonl}", "[a.jsonl]", "[{path: a.jsonl}]"):
+        assert read(value) == [DatasetSettings(path=["a.jsonl"])]
+    paths = "data_path: b.jsonl\n"
+    for value in ("none", "null", "-1"):
+        assert read(value) is None
 
 
 @pytest.mark.parametrize("name", packaged_templates.list_names("runs"))

@@ -22,6 +22,7 @@ from pydantic_core import PydanticUndefined
 import t5tune
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.settings import COMMANDS, Settings
+from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.fields import DataList, PathAsText, PathList
 from t5tune.settings.shared import DeviceAsText
 
@@ -103,10 +104,10 @@ def _list_types(kind: Any, metadata: Iterable[Any] = ()) -> Iterator[str]:
             yield from _list_types(argument)
     elif origin is Literal:
         yield f"Literal[{', '.join(map(repr, arguments))}]"
-    elif origin is list and issubclass(arguments[0], Settings):
-        yield f"Sequence[{arguments[0].__name__} | dict[str, Any] | {' | '.join(PATH)}]"
     elif origin is list:
         yield f"Sequence[{' | '.join(_list_types(arguments[0]))}]"
+    elif kind is DatasetSettings:
+        yield from (kind.__name__, "dict[str, Any]", *PATH)
     elif kind is Path:
         yield from PATH
     elif kind is types.NoneType:
