@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from t5tune.distributed import launcher
@@ -71,6 +72,33 @@ sys.exit(143)
     assert error is not None
     assert error.exit_code == 143
     assert done.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_rank_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "SECONDS_TO_STOP", 1.0)
+    ignoring, ended = tmp_path / "ignoring", tmp_path / "ended"
+    stop_or_hang = f"""
+import os, pathlib, signal, sys, time
+number, ignoring = signal.{launcher.FORWARDED_SIGNAL.name}, pathlib.Path({str(ignoring)!r})
+if os.environ["RANK"] == "0":
+    signal.sigwait([number])
+    while not ignoring.exists():
+        time.sleep(0.01)
+    sys.exit(143)
+for each in (number, signal.SIGTERM, signal.SIGINT):
+    signal.signal(each, signal.SIG_IGN)
+ignoring.write_text(str(os.getpid()))
+time.sleep(20)
+pathlib.Path({str(ended)!r}).touch()
+"""
+    error = launcher._run(
+        [sys.executable, "-c", stop_or_hang], 2, _ReceivedSignals(signal.SIGINT), saves_checkpoints=True
+    )
+    assert error is not None
+    assert error.exit_code == 143
+    assert not ended.exists()
+    assert not psutil.pid_exists(int(ignoring.read_text()))
 
 
 def test_only_a_command_that_saves_checkpoints_says_that_one_is_kept(tmp_path: Path) -> None:
