@@ -167,13 +167,13 @@ NEXT_STEPS = {
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_commands_in_the_help_work_one_after_the_other_and_suggest_each_other(tmp_path: Path) -> None:
-    """All but doctor's and those that need the Hub, in an empty folder; variables keep the training short."""
+    """All but doctor's, serve's and those that need the Hub, in an empty folder; variables keep the training short."""
     (tmp_path / "dev.csv").write_text("question,answer\nHello?,Hi.\n", encoding="utf-8")
     short = {"MAX_STEPS": "2", "MAX_NEW_TOKENS": "4", "REPORT_SAMPLES": "0", "VERIFY": "no"}
     environment = {f"T5TUNE_{name}": value for name, value in short.items()}
     next_steps = {}
     for line in EXAMPLE_LINES:
-        if any(part in line for part in ("google/flan-t5", "owner/name", "t5tune doctor")):
+        if any(part in line for part in ("google/flan-t5", "owner/name", "t5tune doctor", "t5tune serve")):
             continue
         done = t5tune_in_fork(*shlex.split(line.partition(" > ")[0])[1:], cwd=tmp_path, env=environment)
         assert (done.code, done.errors) == (0, []), line
