@@ -20,6 +20,7 @@ from typing import Any
 from t5tune.checkpoints.adapter import read_training_precision
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.encoding import Example
+from t5tune.data.mixture import find_caches, is_mixture
 from t5tune.data.remote_files import hide_data_queries
 from t5tune.data.tokenizer import decode_prediction, decode_reference
 from t5tune.distributed.collectives import (
@@ -33,7 +34,7 @@ from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.watch import watch_ranks
 from t5tune.distributed.world import World
 from t5tune.errors import ModelError, SettingsError
-from t5tune.io.atomic import check_replaceable, find_unused_folder, write_folder_atomically
+from t5tune.io.atomic import check_overwrite, check_replaceable, find_unused_folder, write_folder_atomically
 from t5tune.metrics import METRICS, choose_metrics, score, score_one
 from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.device import explain_out_of_memory, has_bf16, manage_memory_for_loading, use_gpu_kernels
@@ -218,6 +219,9 @@ def _prepare(
         load_custom_metric(function)
     settings = replace_stopped_runs(settings, report)
     base, adapter = find_base_and_adapter(settings, without_notes(report))  # it is loaded, with its notes, later
+    if settings.overwrite:
+        caches = [cache for path in map(Path, settings.data_path) if is_mixture(path) for cache in find_caches(path)]
+        check_overwrite(folder, [base, *caches] if adapter is None else [base, adapter, *caches])
     if settings.compare_base and adapter is None:
         raise SettingsError(
             f"compare_base: {settings.model_name_or_path} is a whole model, not an adapter, so there is no base to "

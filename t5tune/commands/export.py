@@ -54,7 +54,7 @@ from t5tune.file_names import (
     TOKENIZER_CONFIG_FILE,
 )
 from t5tune.formatting import format_count
-from t5tune.io.atomic import check_replaceable, write_folder_atomically
+from t5tune.io.atomic import check_overwrite, check_replaceable, write_folder_atomically
 from t5tune.io.untrusted import check_inside, has_file
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import ExportSettings, write_settings
@@ -97,6 +97,9 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     check_replaceable(settings.output_dir, settings.overwrite, [settings.checkpoint])
     folder = _find_checkpoint(find_adapter(settings.checkpoint, settings.cache_dir, "checkpoint", report), report)
     trained = _read_trained_tensors(settings, folder, report)
+    if settings.overwrite:
+        base = _find_local_base(settings, trained)
+        check_overwrite(settings.output_dir, [folder] if base is None else [folder, base])
     others = _collect_non_lora_state(settings, trained)
     open_repository(settings, settings.output_dir, report)
     with write_folder_atomically(settings.output_dir, settings.overwrite) as staged:
@@ -231,15 +234,12 @@ def _find_tokenizer_folder(folder: Path) -> Path:
 def _find_base_architecture(
     settings: ExportSettings, trained: CheckpointContents, report: Report
 ) -> Architecture | None:
-    """Find the architecture and the sizes of the base if it is on this machine.
-
-    The base's name may come from an untrusted checkpoint, so nothing is downloaded.
-    """
-    name = settings.model_name_or_path or trained.config.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
+    """Find the architecture and the sizes of the base if it is on this machine."""
+    name = _get_base_name(settings, trained)
+    if name is None:
         report(Note("the base is unknown; give --model-name-or-path to check the adapter's shapes against it"))
         return None
-    folder = find_local_base(_make_base_settings(settings, name))
+    folder = _find_local_base(settings, trained)
     if folder is None:
         report(Note(f"{name}: not on this machine, so the adapter's shapes aren't checked against it"))
         return None
@@ -249,6 +249,21 @@ def _find_base_architecture(
         report(Note(f"{name}: model_type {model_type!r}: the adapter's shapes aren't checked against it"))
         return None
     return find_architecture(config, folder)
+
+
+def _find_local_base(settings: ExportSettings, trained: CheckpointContents) -> Path | None:
+    """Find the folder of the base if it is on this machine.
+
+    Its name may come from an untrusted checkpoint, so nothing is downloaded.
+    """
+    name = _get_base_name(settings, trained)
+    return None if name is None else find_local_base(_make_base_settings(settings, name))
+
+
+def _get_base_name(settings: ExportSettings, trained: CheckpointContents) -> str | None:
+    """Get the base that is given, or that the checkpoint names; None if neither is."""
+    name = settings.model_name_or_path or trained.config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def _add_fastchat_rows(
@@ -322,8 +337,8 @@ def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents)
     """
     if trained.frozen and not _is_quantized(trained):
         return dict(trained.frozen)
-    base_name = settings.model_name_or_path or trained.config.get("base_model_name_or_path")
-    if not base_name:
+    base_name = _get_base_name(settings, trained)
+    if base_name is None:
         raise CheckpointError(
             f"{settings.checkpoint}: contains no unquantized base weights and doesn't name the base of training",
             hint="give --model-name-or-path",

@@ -47,7 +47,7 @@ from t5tune.file_names import (
     TRAINING_DATA_FILE,
 )
 from t5tune.hub.names import name_snapshot
-from t5tune.io.atomic import check_replaceable, make_scratch_folder, write_folder_atomically
+from t5tune.io.atomic import check_overwrite, check_replaceable, make_scratch_folder, write_folder_atomically
 from t5tune.io.untrusted import has_file
 from t5tune.merging.deltas import Adapter, collect_deltas, read_adapters
 from t5tune.merging.fold import WeightDelta
@@ -101,8 +101,10 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     """
     started = time.monotonic()
     output, converts = settings.output_dir, settings.to == "ctranslate2"
-    check_replaceable(output, settings.overwrite, _list_inputs(settings))
+    check_replaceable(output, settings.overwrite, _list_inputs(settings, settings.model_name_or_path))
     settings, base_folder = _find_inputs(settings, report)
+    if settings.overwrite:
+        check_overwrite(output, _list_inputs(settings, base_folder))
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
     base = open_base(base_folder, family_key)
@@ -153,9 +155,8 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     )
 
 
-def _list_inputs(settings: MergeSettings) -> list[Path | str]:
+def _list_inputs(settings: MergeSettings, base: Path | str | None) -> list[Path | str]:
     """List what mustn't be replaced. A base isn't among it that is merged in place."""
-    base = settings.model_name_or_path
     is_in_place = base is None or os.path.realpath(base) == os.path.realpath(settings.output_dir)
     return [*settings.adapter, *([] if base is None or is_in_place else [base])]
 

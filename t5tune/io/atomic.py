@@ -34,15 +34,27 @@ def check_replaceable(folder: Path, overwrite: bool, inputs: Iterable[Path | str
         inputs: paths that the command reads, and patterns of such; names that aren't on this machine don't count.
 
     Raises:
-        SettingsError: the folder isn't empty, or the path is a file. Or the folder contains what must not be replaced:
-            an input, the checkpoints of a run, or the current folder.
+        SettingsError: the folder isn't empty, or the path is a file, or `check_overwrite` refuses it.
     """
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"output_dir: {folder}: is a file, not a folder", hint="choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         hint = "choose another folder, or use --overwrite to replace it"
         raise SettingsError(f"output_dir: {folder}: already contains files", hint=hint)
-    if overwrite and (needed := _find_needed(folder, inputs)) is not None:
+    if overwrite:
+        check_overwrite(folder, inputs)
+
+
+def check_overwrite(folder: Path, inputs: Iterable[Path | str]) -> None:
+    """Refuse an output folder that contains what must not be replaced, although the user has asked to overwrite it.
+
+    Args:
+        inputs: see `check_replaceable`. A command calls this again when it knows the folders that its inputs mean.
+
+    Raises:
+        SettingsError: the folder contains an input, the checkpoints of a run, or the current folder.
+    """
+    if (needed := _find_needed(folder, inputs)) is not None:
         raise SettingsError(f"output_dir: {folder}: contains {needed}", hint="choose another folder")
 
 

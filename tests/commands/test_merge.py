@@ -31,13 +31,14 @@ from t5tune.commands.chat import Chatter
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import MergeResult, merge
+from t5tune.commands.prepare import prepare
 from t5tune.data.chat_template import build_chat_template, write_chat_template
 from t5tune.data.templates import load_template
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError, TrainingError
 from t5tune.model.load import load_base
 from t5tune.progress import Note
-from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings
+from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings
 from tests.support.adapters import (
     TEMPLATES,
     TOKEN_IDS,
@@ -564,6 +565,37 @@ def test_overwrite_never_replaces_an_input_a_run_or_the_current_folder(
         run_merge(untied_base, untied_adapter, tmp_path / "out" / "..", overwrite=True)
     assert list_folder(out) == before
     assert (run / "checkpoint-7").is_dir()
+
+
+def test_overwrite_never_replaces_the_base_that_only_an_adapter_names_or_a_cache_of_a_mixture(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path
+) -> None:
+    models, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
+    base, adapter = shutil.copytree(untied_base, models / "base"), shutil.copytree(untied_adapter, tmp_path / "adapter")
+    change_config(base_model_name_or_path=str(base))(adapter)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"source": "a", "target": "b"}')
+    settings = {"model_name_or_path": str(base), "add_tokens": ["none"]}
+    for folder, paths in ((models / "cache", [data]), (elsewhere, [f"{models / 'cache'}:1", f"{data}:1"])):
+        prepare(PrepareSettings(**settings, data_path=[str(path) for path in paths], output_dir=folder))
+    before = sorted(models.rglob("*"))
+    common: dict[str, Any] = {"output_dir": models, "overwrite": True}
+
+    def evaluate_on(path: Path, model: Path) -> None:
+        evaluate(EvaluateSettings(**common, model_name_or_path=str(model), data_path=[str(path)], use_cpu=True))
+
+    given = ExportSettings(**common, checkpoint=untied_adapter, model_name_or_path=str(base))
+    commands: list[tuple[str, Callable[[], Any]]] = [
+        ("base", lambda: merge(MergeSettings(**common, adapter=[adapter]))),
+        ("base", lambda: evaluate_on(data, adapter)),
+        ("base", lambda: export(ExportSettings(**common, checkpoint=adapter))),
+        ("base", lambda: export(given)),
+        ("cache", lambda: evaluate_on(elsewhere, untied_base)),
+    ]
+    for what, command in commands:
+        with pytest.raises(SettingsError, match=f"output_dir: .*models: contains .*models/{what}, which this command"):
+            command()
+    assert sorted(models.rglob("*")) == before
 
 
 def test_a_result_isnt_lost_if_another_process_has_filled_the_folder_meanwhile(
