@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import SettingsError, WriteError
+from t5tune.file_names import CHECKPOINT_MANIFEST_FILE
 
 CHUNK_BYTES = 1 << 20
 LOCK_TIMEOUT_SECONDS = 2.0  # generous: t5tune holds these locks for milliseconds
@@ -52,7 +53,8 @@ def check_overwrite(folder: Path, inputs: Iterable[Path | str]) -> None:
         inputs: see `check_replaceable`. A command calls this again when it knows the folders that its inputs mean.
 
     Raises:
-        SettingsError: the folder contains an input, the checkpoints of a run, or the current folder.
+        SettingsError: the folder contains an input, a checkpoint of a run at any depth, or the current folder; or it is
+            a checkpoint itself.
     """
     if (needed := _find_needed(folder, inputs)) is not None:
         raise SettingsError(f"output_dir: {folder}: contains {needed}", hint="choose another folder")
@@ -67,8 +69,13 @@ def _find_needed(folder: Path, inputs: Iterable[Path | str]) -> str | None:
                 return f"{found}, which this command reads"
     if (current := Path(os.getcwd())).is_relative_to(place):
         return f"the current folder, {current}"
-    checkpoints = (path for path in folder.glob("checkpoint-*") if path.is_dir())
-    return next((f"a checkpoint of a run, {path}" for path in checkpoints), None)
+    for root, folders, files in os.walk(folder):  # which doesn't follow links: only they would be deleted
+        if CHECKPOINT_MANIFEST_FILE in files:
+            return f"a checkpoint of a run, {root}"
+        for name in folders:
+            if name.startswith("checkpoint-"):
+                return f"a checkpoint of a run, {Path(root, name)}"
+    return None
 
 
 def find_unused_folder(folder: Path) -> Path:

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from t5tune.checkpoints.model_folder import is_trained_file
 from t5tune.commands.chat import chat
 from t5tune.commands.evaluate import evaluate
+from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.train import train
-from t5tune.errors import CheckpointError, Stopped
+from t5tune.errors import CheckpointError, SettingsError, Stopped
 from t5tune.progress import Advanced, Event, Note
-from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings
+from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings
 from t5tune.training.checkpoint import list_checkpoints
 from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings
@@ -156,3 +157,32 @@ def test_a_damaged_checkpoint_doesnt_count_among_those_that_are_kept(
     assert len(select_notes(events, f"skipped a damaged checkpoint: {run / 'checkpoint-5'}")) == 1
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-4"]
     assert train(settings).resumed_from == run / "checkpoint-4"
+
+
+def test_overwrite_replaces_an_earlier_output_in_a_run_but_never_a_checkpoint(stopped: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(stopped, tmp_path / "runs" / "one" / "run")
+    (tmp_path / "runs" / "links").mkdir()
+    (tmp_path / "runs" / "links" / "run").symlink_to(run)
+
+    def export_into(folder: Path) -> None:
+        export(ExportSettings(checkpoint=run, output_dir=folder, overwrite=True))
+
+    def merge_into(folder: Path) -> None:
+        merge(MergeSettings(adapter=[stopped], output_dir=folder, verify=False, overwrite=True))
+
+    before = sorted(run.rglob("*"))
+    newest, older = run / "checkpoint-3", run / "checkpoint-2"
+    for folder in (newest, older, run, tmp_path / "runs"):
+        for command in (export_into, merge_into):
+            with pytest.raises(SettingsError, match=f"output_dir: {folder}: contains .*{run}"):
+                command(folder)
+    renamed = older.rename(run / "older")  # its files say what it is
+    with pytest.raises(SettingsError, match=f"contains a checkpoint of a run, {renamed}"):
+        merge_into(renamed)
+    renamed.rename(older)
+    assert sorted(run.rglob("*")) == before
+    for folder in (run / "adapter", run.parent / "merged", tmp_path / "runs" / "links"):
+        for command in (export_into, merge_into, export_into):
+            command(folder)
+        assert (folder / "adapter_config.json").is_file()
+    assert set(before) < set(run.rglob("*"))
