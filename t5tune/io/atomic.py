@@ -7,6 +7,7 @@ with write_folder_atomically(Path("cache")) as folder:
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import glob
 import hashlib
 import json
@@ -53,8 +54,8 @@ def check_overwrite(folder: Path, inputs: Iterable[Path | str]) -> None:
         inputs: see `check_replaceable`. A command calls this again when it knows the folders that its inputs mean.
 
     Raises:
-        SettingsError: the folder contains an input, a checkpoint of a run at any depth, or the current folder; or it is
-            a checkpoint itself.
+        SettingsError: the folder contains an input, a checkpoint of a run or a run in progress at any depth, or the
+            current folder; or it is one of these itself.
     """
     if (needed := _find_needed(folder, inputs)) is not None:
         raise SettingsError(f"output_dir: {folder}: contains {needed}", hint="choose another folder")
@@ -69,13 +70,34 @@ def _find_needed(folder: Path, inputs: Iterable[Path | str]) -> str | None:
                 return f"{found}, which this command reads"
     if (current := Path(os.getcwd())).is_relative_to(place):
         return f"the current folder, {current}"
+    if is_locked(get_lock_path(place)):
+        return f"a run in progress, {folder}"
     for root, folders, files in os.walk(folder):  # which doesn't follow links: only they would be deleted
+        if (used := _find_used_folder(root, files)) is not None:
+            return f"a run in progress, {used}"
         if CHECKPOINT_MANIFEST_FILE in files:
             return f"a checkpoint of a run, {root}"
         for name in folders:
             if name.startswith("checkpoint-"):
                 return f"a checkpoint of a run, {Path(root, name)}"
     return None
+
+
+def find_used_folder(folder: Path) -> Path | None:
+    """Find a folder that a run is using, at any depth below `folder`; links aren't followed."""
+    found = (_find_used_folder(root, files) for root, _, files in os.walk(folder))
+    return next((used for used in found if used is not None), None)
+
+
+def _find_used_folder(parent: str, files: list[str]) -> Path | None:
+    """Find the folder of a run by the lock next to it, among the files of its parent."""
+    locks = (Path(parent, name) for name in fnmatch.filter(files, ".*.lock"))
+    return next((lock.with_name(lock.stem.removeprefix(".")) for lock in locks if is_locked(lock)), None)
+
+
+def get_lock_path(folder: Path) -> Path:
+    """Get the path of the file that a run keeps locked while it uses a folder."""
+    return folder.parent / f".{folder.name}.lock"
 
 
 def find_unused_folder(folder: Path) -> Path:

@@ -35,7 +35,14 @@ from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, DataError, SettingsError, TrainingError
 from t5tune.file_names import EVAL_CACHE_FOLDER, RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
-from t5tune.io.atomic import explain_write_errors, find_unused_folder, write_file, write_json
+from t5tune.io.atomic import (
+    explain_write_errors,
+    find_unused_folder,
+    find_used_folder,
+    get_lock_path,
+    write_file,
+    write_json,
+)
 from t5tune.io.reasons import describe_error
 from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.preparing.mixture import list_given_caches
@@ -48,7 +55,7 @@ from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.fields import exists
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES, Objective
 from t5tune.settings.shared import InferenceSettings
-from t5tune.training.checkpoint import find_newest, read_run_identity, remove_staged
+from t5tune.training.checkpoint import find_newest, list_checkpoints, read_run_identity, remove_staged
 from t5tune.training.resume_guard import (
     build_run_identity,
     check_allowed_names,
@@ -191,7 +198,7 @@ def lock_run_folder(folder: Path, report: Report) -> Iterator[None]:
         SettingsError: another run holds the lock.
     """
     folder = folder.resolve()
-    path = folder.parent / f".{folder.name}.lock"
+    path = get_lock_path(folder)
     descriptor = None
     created = [parent for parent in path.parents if not parent.exists()]
     try:
@@ -301,10 +308,12 @@ def follow_link(folder: Path) -> Path:
 
 
 def move_aside(folder: Path, report: Report) -> Path | None:
-    """Rename a folder that isn't empty to the first unused name of folder.1, folder.2, …, and return that name.
+    """Rename the folder of a run to the first unused name of folder.1, folder.2, …, and return that name.
+
+    A folder that isn't empty and isn't that of a run stays where it is, so that `train` refuses it.
 
     Raises:
-        SettingsError: it can't be renamed.
+        SettingsError: it can't be renamed, or a run in it is in progress.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
@@ -315,6 +324,11 @@ def move_aside(folder: Path, report: Report) -> Path | None:
         )
     if os.path.ismount(folder):
         raise SettingsError(f"output_dir: {folder}: is a mount point, which --fresh can't rename", hint=hint)
+    if not _is_run(folder):
+        return None
+    if (used := find_used_folder(folder)) is not None:
+        problem = f"output_dir: {folder}: --fresh can't rename it while another run is using {used}"
+        raise SettingsError(problem, hint=f"wait until it ends, or {hint}")
     aside = find_unused_folder(folder)
     try:
         with explain_write_errors(aside):
@@ -324,6 +338,14 @@ def move_aside(folder: Path, report: Report) -> Path | None:
         raise SettingsError(problem, hint=hint) from error
     report(Note(f"{folder}: moved to {aside}"))
     return aside
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, also if its settings or its checkpoints can't be used any more."""
+    try:
+        return bool(list_checkpoints(folder)) or read_saved_settings(folder) is not None
+    except SettingsError:
+        return True
 
 
 def list_all_caches(settings: TrainSettings) -> list[Path]:

@@ -35,7 +35,7 @@ from t5tune.settings import (
     load_settings,
 )
 from t5tune.training import sample_predictions
-from t5tune.training.run_folder import locate_run, move_aside, open_data, read_result
+from t5tune.training.run_folder import locate_run, lock_run_folder, move_aside, open_data, read_result
 from t5tune.training.trainer import T5Trainer
 from t5tune.training.validate import check_settings
 from tests.support.bases import make_base
@@ -653,6 +653,28 @@ def test_the_settings_of_a_copied_run_name_the_folder_that_they_use(
     (tmp_path / "mine").mkdir()  # a file of the user's that has the same name
     shutil.copy(copied / "settings.yaml", tmp_path / "mine")
     assert "is in the run folder" not in run_config(tmp_path / "mine" / "settings.yaml")
+
+
+def test_fresh_renames_nothing_but_a_run_that_contains_no_run_in_progress(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "experiments"
+    (folder / "run" / "data").mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    settings = make_settings(untied_base, conversations, folder, fresh=True)
+    before = sorted(tmp_path.rglob("*"))
+    with ExitStack() as locks, pytest.raises(SettingsError, match=r"experiments: isn't empty and isn't a t5tune run; "):
+        set_up_run_folder(settings, locks)
+    assert sorted(tmp_path.rglob("*")) == before
+    (folder / "settings.yaml").write_text("learning_rate: [")  # of a run, although it is broken
+    with lock_run_folder(folder / "run", print):
+        problem = rf"{folder}: --fresh can't rename it while another run is using {folder}/run; wait until it ends"
+        with ExitStack() as locks, pytest.raises(SettingsError, match=problem):
+            set_up_run_folder(settings, locks)
+    with ExitStack() as locks:
+        set_up_run_folder(settings, locks)
+    assert (tmp_path / "experiments.1" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "settings.yaml"]
 
 
 def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
