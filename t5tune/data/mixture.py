@@ -326,6 +326,7 @@ class _SavedDataset:
     cache: str
     weight: float
     num_data: Annotated[int, Field(gt=0)] | None = None
+    written: bool = False
 
 
 def read_mixture_manifest(folder: Path, name: str = MIXTURE_FILE) -> dict[str, Any]:
@@ -346,13 +347,25 @@ def read_mixture_manifest(folder: Path, name: str = MIXTURE_FILE) -> dict[str, A
     return manifest
 
 
-def list_caches(folder: Path, file: str = MIXTURE_FILE) -> dict[str, Path]:
+def list_caches(folder: Path) -> dict[str, Path]:
     """List the token caches of a mixture, by the names of the datasets.
 
     Raises:
         DataError: mixture.json is broken, or of another format version.
     """
-    return {each.name: folder / each.cache for each in _read_datasets(folder, file)}
+    return {each.name: folder / each.cache for each in _read_datasets(folder)}
+
+
+def list_written_caches(folder: Path, file: str) -> list[Path]:
+    """List the token caches that the preparing of a mixture has written; the others were given.
+
+    Args:
+        file: mixture.json, or another file like it.
+
+    Raises:
+        DataError: it is broken, or of another format version.
+    """
+    return [folder / each.cache for each in _read_datasets(folder, file) if each.written]
 
 
 def find_caches(folder: Path) -> list[Path]:

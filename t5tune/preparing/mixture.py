@@ -27,6 +27,7 @@ from t5tune.data.mixture import (
     is_left_over,
     is_mixture,
     list_caches,
+    list_written_caches,
     open_dataset,
     read_mixture_manifest,
 )
@@ -76,7 +77,8 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
         open_dataset(name, caches[name], dataset.weight, settings.num_data if find_given_cache(dataset) else None)
         for name, dataset in datasets.items()
     ]
-    manifest, training = _write_mixture(Mixture(folder, parts, choose_mixing(settings) or Mixing()), origin, report)
+    mixture = Mixture(folder, parts, choose_mixing(settings) or Mixing())
+    manifest, training = _write_mixture(mixture, [each.cache for each in prepared], origin, report)
     facts["up_to_date"] = facts["up_to_date"] and manifest == before
     if origin.run is None:
         for note in describe_shares(training):
@@ -140,8 +142,13 @@ def _add_counts(prepared: Sequence[_Prepared]) -> dict[str, Any]:
     return {**prepared[0].manifest, **counts}
 
 
-def _write_mixture(mixture: Mixture, origin: Origin, report: Report) -> tuple[dict[str, Any], Mixture]:
+def _write_mixture(
+    mixture: Mixture, written: Collection[Path], origin: Origin, report: Report
+) -> tuple[dict[str, Any], Mixture]:
     """Write the files of a mixture besides its caches, and remove the caches of datasets that it doesn't have any more.
+
+    Args:
+        written: the caches that were written for it: only these may be removed once it doesn't have them any more.
 
     Returns:
         The manifest of the mixture, and what is left to train on.
@@ -152,7 +159,11 @@ def _write_mixture(mixture: Mixture, origin: Origin, report: Report) -> tuple[di
     _remove_cache(folder)  # if no dataset had to be prepared
     write_file(folder / TEMPLATE_FILE, to_yaml(dict(vars(mixture.main.cache.template))).encode())
     write_training_data(folder, _join_training_data(training))
-    manifest = {**mixture.manifest, "datasets": training.manifest["datasets"]}
+    datasets = [
+        {**facts, "written": dataset.cache.folder in written}
+        for dataset, facts in zip(training.datasets, training.manifest["datasets"], strict=True)
+    ]
+    manifest = {**mixture.manifest, "datasets": datasets}
     # first the old caches, since the new mixture.json doesn't list them: if a kill comes between, the next one does it
     kept = {dataset.cache.folder.resolve() for dataset in mixture.datasets}
     _remove_old_caches(folder, [cache for cache in _list_old_caches(folder) if cache.resolve() not in kept], report)
@@ -176,11 +187,11 @@ def _set_aside(folder: Path) -> None:
 
 
 def _list_old_caches(folder: Path) -> list[Path]:
-    """List the caches of the mixture that the folder contained."""
+    """List the caches that were written for the mixture that the folder contained, not those that were given for it."""
     caches: list[Path] = []
     for file in (OLD_MIXTURE_FILE, MIXTURE_FILE):
         with suppress(DataError):  # there is no such file, or it is broken
-            caches += list_caches(folder, file).values()
+            caches += list_written_caches(folder, file)
     return list(dict.fromkeys(caches))
 
 

@@ -16,6 +16,7 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
+from t5tune.data.cache import is_cache
 from t5tune.data.mixture import open_examples, open_mixture
 from t5tune.data.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
@@ -625,6 +626,27 @@ def test_nothing_of_the_user_is_removed_with_an_old_dataset(untied_base: Path, d
     assert (tmp_path / "mixture" / "chats" / "mine.txt").read_text() == "text"
     assert any("chats: no longer among the data, but kept" in note.text for note in notes if isinstance(note, Note))
     assert [dataset.name for dataset in open_mixture(tmp_path / "mixture").datasets] == ["sums", "moved"]
+
+
+def test_a_given_token_cache_in_the_folder_of_a_mixture_is_never_removed(
+    untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    folder, file = tmp_path / "caches", data / "sums.jsonl"
+    for name in ("a", "b"):
+        prepare(make_prepare_settings(untied_base, data, folder / name, data_path=[file], add_tokens=["none"]))
+
+    def mix(*paths: Path) -> list[str]:
+        prepare(make_prepare_settings(untied_base, data, folder, data_path=[f"{path}:1" for path in paths]))
+        return sorted(path.name for path in folder.iterdir() if is_cache(path))
+
+    assert mix(folder / "a", folder / "b") == ["a", "b"]
+    assert mix(folder / "a", file) == ["a", "b", "sums"]
+    assert mix(folder / "a") == ["a", "b"]  # prepare has written the other one for the mixture
+    assert mix(file) == ["a", "b", "sums"]
+    manifest = json.loads((folder / "mixture.json").read_text())
+    del manifest["datasets"][0]["written"]  # nothing says that it may be removed
+    (folder / "mixture.json").write_text(json.dumps(manifest))
+    assert mix(folder / "a") == ["a", "b", "sums"]
 
 
 def test_a_start_that_failed_leaves_no_folder_in_the_way(untied_base: Path, data: Path, tmp_path: Path) -> None:
