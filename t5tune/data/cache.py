@@ -237,10 +237,13 @@ class Cache(Sequence[Example]):
 
     def limit_training(self, count: int) -> "Cache":
         """Return the first `count` of the examples to train on, and all that prepare has held out."""
-        _, held_out = self.split_as_prepared()
-        if held_out is None:
-            return self.take(count)
-        is_held_out = np.isin(self._indices, held_out._indices)
+        fraction, seed = self.prepared_split
+        keys = find_held_out_keys(self, fraction, seed) if fraction else np.zeros(0, np.uint64)
+        return self.limit_others(count, keys)
+
+    def limit_others(self, count: int, held_out: npt.NDArray[np.uint64]) -> "Cache":
+        """Return the first `count` examples of other conversations than those with these keys, and all of these."""
+        is_held_out = np.isin(self.read_keys(), held_out)
         return self._select(self._indices[is_held_out | (np.cumsum(~is_held_out) <= count)])
 
     @property
@@ -253,8 +256,13 @@ class Cache(Sequence[Example]):
 
     def split_as_prepared(self) -> tuple["Cache", "Cache | None"]:
         """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
-        fraction = float(self.manifest["eval_fraction"])
-        return self.split(fraction, int(self.manifest["seed"])) if fraction else (self, None)
+        fraction, seed = self.prepared_split
+        return self.split(fraction, seed) if fraction else (self, None)
+
+    @property
+    def prepared_split(self) -> tuple[float, int]:
+        """The eval_fraction and the seed that prepare has held out examples with; a fraction of 0 holds out none."""
+        return float(self.manifest["eval_fraction"]), int(self.manifest["seed"])
 
     def split(self, held_out: float, seed: int) -> tuple["Cache", "Cache"]:
         """Return (training, held out): hold out the fraction `held_out` of the conversations, at least one.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
 from t5tune.data.batching import Integers
@@ -60,22 +61,16 @@ class Dataset:
     weight: float = 1.0
     num_data: int | None = None
 
-    def count(self) -> dict[str, int]:
-        """Return the counts of the cache, but of the examples only those that are used."""
+    def count(self, held_out: npt.NDArray[np.uint64]) -> dict[str, int]:
+        """Return the counts of the cache, but of the examples only those that are used.
+
+        Args:
+            held_out: the keys of the conversations that prepare has held out in any dataset.
+        """
         counts = {name: int(self.cache.manifest[name]) for name in SUMMED}
         if self.num_data is not None:
-            counts["examples"] = len(self.cache.whole.limit_training(self.num_data))
+            counts["examples"] = len(self.cache.whole.limit_others(self.num_data, held_out))
         return counts
-
-
-def open_dataset(name: str, folder: Path, weight: float, num_data: int | None) -> Dataset:
-    """Open the token cache of a dataset.
-
-    Raises:
-        DataError: a file is missing or has changed since prepare wrote it.
-    """
-    cache = open_cache(folder)
-    return Dataset(name, cache if num_data is None else cache.limit_training(num_data), weight, num_data)
 
 
 class Mixture(Sequence[Example]):
@@ -188,7 +183,20 @@ class Mixture(Sequence[Example]):
 
     def limit_training(self, count: int) -> "Mixture":
         """Return the first `count` of each dataset's examples to train on, and all that prepare has held out."""
-        return self._replace_caches([dataset.cache.limit_training(count) for dataset in self.datasets])
+        return self._limit_training([count] * len(self.datasets))
+
+    def apply_num_data(self) -> "Mixture":
+        """Return the examples of whole caches that are used according to the datasets' `num_data`."""
+        return self._limit_training([dataset.num_data for dataset in self.datasets])
+
+    def _limit_training(self, counts: Sequence[int | None]) -> "Mixture":
+        # a text that one dataset holds out isn't trained on in the others, so it doesn't count there, either
+        keys = self.find_prepared_keys()
+        caches = [dataset.cache for dataset in self.datasets]
+        pairs = zip(caches, counts, strict=True)
+        return self._replace_caches(
+            [cache if count is None else cache.limit_others(count, keys) for cache, count in pairs]
+        )
 
     def split(self, held_out: float, seed: int) -> tuple["Mixture", "Mixture"]:
         """Return (training, held out): hold out the fraction `held_out` of each dataset's conversations.
@@ -202,19 +210,26 @@ class Mixture(Sequence[Example]):
 
     def split_as_prepared(self) -> tuple["Mixture", "Mixture | None"]:
         """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
-        manifests = [dataset.cache.manifest for dataset in self.datasets]
-        wanted = [(float(manifest["eval_fraction"]), int(manifest["seed"])) for manifest in manifests]
+        wanted = [dataset.cache.prepared_split for dataset in self.datasets]
         return self._split(wanted) if any(fraction for fraction, _ in wanted) else (self, None)
 
-    def _split(self, wanted: Sequence[tuple[float, int]]) -> tuple["Mixture", "Mixture"]:
-        keys = []
+    def find_prepared_keys(self) -> npt.NDArray[np.uint64]:
+        """Find the keys of the conversations that prepare has held out in any dataset."""
+        return self._find_held_out_keys([dataset.cache.prepared_split for dataset in self.datasets])
+
+    def _find_held_out_keys(self, wanted: Sequence[tuple[float, int]]) -> npt.NDArray[np.uint64]:
+        keys = [np.zeros(0, np.uint64)]
         for dataset, (fraction, seed) in zip(self.datasets, wanted, strict=True):
             if fraction:
                 try:
                     keys.append(find_held_out_keys(dataset.cache, fraction, seed))
                 except DataError as error:
                     raise DataError(f"{dataset.name}: {error.message}", hint=error.hint) from None
-        parts = [dataset.cache.split_by_keys(np.unique(np.concatenate(keys))) for dataset in self.datasets]
+        return np.unique(np.concatenate(keys))
+
+    def _split(self, wanted: Sequence[tuple[float, int]]) -> tuple["Mixture", "Mixture"]:
+        keys = self._find_held_out_keys(wanted)
+        parts = [dataset.cache.split_by_keys(keys) for dataset in self.datasets]
         for dataset, (kept, _) in zip(self.datasets, parts, strict=True):
             if not len(kept):
                 problem = f"{dataset.name}: all of its texts are also in other datasets, which hold them out"
@@ -240,7 +255,8 @@ Examples = Cache | Mixture
 def describe_mixture(mixture: Mixture) -> dict[str, Any]:
     """Describe what the caches of a mixture contain together, for mixture.json."""
     manifests = {dataset.name: dataset.cache.manifest for dataset in mixture.datasets}
-    counts = {dataset.name: dataset.count() for dataset in mixture.datasets}
+    held_out = mixture.find_prepared_keys()
+    counts = {dataset.name: dataset.count(held_out) for dataset in mixture.datasets}
     first = next(iter(manifests.values()))
     rejected = Counter[str]()
     for manifest in manifests.values():
@@ -391,9 +407,9 @@ def open_mixture(folder: Path) -> Mixture:
     """
     saved = _read_datasets(folder)
     mixing: Mixing = _read_strictly(Mixing, read_mixture_manifest(folder).get("mixing"), folder, "mixing")
-    datasets = [open_dataset(each.name, folder / each.cache, each.weight, each.num_data) for each in saved]
+    datasets = [Dataset(each.name, open_cache(folder / each.cache), each.weight, each.num_data) for each in saved]
     check_datasets(datasets, str(folder))
-    return Mixture(folder, datasets, mixing)
+    return Mixture(folder, datasets, mixing).apply_num_data()
 
 
 def check_datasets(datasets: Sequence[Dataset], place: str) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
-from t5tune.data.cache import CACHE_CONTENTS, is_cache, read_manifest
+from t5tune.data.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
 from t5tune.data.cache_reuse import make_resume_error
 from t5tune.data.formats import Conversation
 from t5tune.data.mixing import Mixing, choose_mixing
 from t5tune.data.mixture import (
     OLD_MIXTURE_FILE,
     SUMMED,
+    Dataset,
     Mixture,
     check_datasets,
     describe_shares,
@@ -28,7 +29,6 @@ from t5tune.data.mixture import (
     is_mixture,
     list_caches,
     list_written_caches,
-    open_dataset,
     read_mixture_manifest,
 )
 from t5tune.data.remote_files import hide_query
@@ -74,16 +74,18 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
         return _add_counts(prepared), facts
     parts = [
         # a cache that was written here has num_data already
-        open_dataset(name, caches[name], dataset.weight, settings.num_data if find_given_cache(dataset) else None)
+        Dataset(
+            name, open_cache(caches[name]), dataset.weight, settings.num_data if find_given_cache(dataset) else None
+        )
         for name, dataset in datasets.items()
     ]
-    mixture = Mixture(folder, parts, choose_mixing(settings) or Mixing())
+    mixture = Mixture(folder, parts, choose_mixing(settings) or Mixing()).apply_num_data()
     manifest, training = _write_mixture(mixture, [each.cache for each in prepared], origin, report)
     facts["up_to_date"] = facts["up_to_date"] and manifest == before
     if origin.run is None:
         for note in describe_shares(training):
             report(note)
-    return manifest, {**facts, "datasets": {part.name: len(part.cache) for part in parts}}
+    return manifest, {**facts, "datasets": {part.name: len(part.cache) for part in mixture.datasets}}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from t5tune.model.inference import read_model_files
 from t5tune.model.prompts import make_prompts
 from t5tune.progress import Evaluated, Event, Note
 from t5tune.settings import EvaluateSettings, InspectSettings, PrepareSettings, TrainSettings, load_settings
-from t5tune.training.run_folder import TrainResult, read_result
+from t5tune.training.run_folder import TrainResult, locate_run, open_data, read_result
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.recording import read_recorded
 from tests.support.train_runs import read_metrics_lines
@@ -491,6 +491,29 @@ def test_num_data_does_not_limit_what_is_evaluated_on(
         untied_base, data, tmp_path / "run", data_path=found, eval_data_path=found, num_data=3, max_steps=1
     )
     assert (train(settings).examples, len(open_examples(tmp_path / "run" / "eval-data"))) == sizes
+
+
+def test_num_data_counts_what_no_dataset_holds_out(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    """One cache holds out half of its texts; the other has half of the same texts, and holds out nothing itself."""
+    (tmp_path / "part.jsonl").write_text("\n".join((data / "sums.jsonl").read_text().splitlines()[10:30]))
+    for name, file in (("sums", data / "sums.jsonl"), ("part", tmp_path / "part.jsonl")):
+        single = make_prepare_settings(untied_base, data, tmp_path / name, data_path=[file], add_tokens="none")
+        prepare(single.replace(eval_fraction=0.5 if name == "sums" else 0.0))
+    caches = [f"{tmp_path / name}:1" for name in ("sums", "part")]
+    for name, num_data in (("whole", None), ("limited", 8)):
+        prepare(make_prepare_settings(untied_base, data, tmp_path / name, data_path=caches, num_data=num_data))
+    _, expected = open_mixture(tmp_path / "whole").split_as_prepared()
+    assert expected is not None
+    for run, paths, num_data in (
+        ("caches", caches, 8), ("mixture", [tmp_path / "whole"], 8), ("prepared", [tmp_path / "limited"], None),
+    ):  # fmt: skip
+        settings = make_settings(untied_base, data, tmp_path / run, data_path=paths, num_data=num_data, max_steps=1)
+        result = train(settings)
+        assert result.datasets is not None
+        assert {name: facts["examples"] for name, facts in result.datasets.items()} == {"sums": 8, "part": 8}
+        _, held_out = open_data(settings, locate_run(settings))
+        assert held_out is not None
+        assert held_out.identify() == expected.identify()
 
 
 def test_what_is_given_next_to_a_token_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
