@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +28,7 @@ from t5tune.settings.shared import (
     ReplaceableOutputSettings,
 )
 from t5tune.settings.training import (
+    SCHEDULES_BY_METRIC,
     EvaluationSettings,
     PartitionSettings,
     ProcessSettings,
@@ -71,10 +72,17 @@ class TrainSettings(
         "bf16": "q_lora turns bf16 on: the quantized base computes in bfloat16"
     }
 
+    def list_needing_evaluation(self) -> dict[str, Any]:
+        """Return the given settings that can't be followed without evaluations."""
+        values = {name: getattr(self, name) for name in select_settings(TrainSettings, Affects.EVALUATION)}
+        if self.lr_scheduler_type in SCHEDULES_BY_METRIC:
+            values["lr_scheduler_type"] = self.lr_scheduler_type
+        return {name: value for name, value in values.items() if value not in (None, "no")}
+
     @model_validator(mode="after")
     def _check_evaluation_options(self) -> "TrainSettings":
-        for name in select_settings(TrainSettings, Affects.EVALUATION):
-            if (value := getattr(self, name)) not in (None, "no") and self.eval_strategy == "no":
+        for name, value in self.list_needing_evaluation().items():
+            if self.eval_strategy == "no":
                 raise ValueError(f"{name}: {value}, but eval_strategy is no")
         if self.eval_steps is not None and self.eval_strategy == "epoch":
             raise ValueError(f"eval_steps: {self.eval_steps}, but eval_strategy is epoch")

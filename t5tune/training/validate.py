@@ -24,7 +24,6 @@ from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.preparing.mixture import find_cache_conflicts, find_given_cache
 from t5tune.progress import Report, silent
 from t5tune.settings import TrainSettings, packaged_templates
-from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.distillation import TEACHER
 from t5tune.settings.preferences import DPO_SETTINGS, ORPO_SETTINGS
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES
@@ -353,7 +352,7 @@ def _trains_on_cpu(settings: TrainSettings) -> bool:
 
 
 def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
-    """List the settings of evaluation that are set although no examples are held out."""
+    """List the settings that need evaluations although no examples are held out."""
     if settings.eval_fraction > 0 or settings.eval_data_path is not None:
         return []
     given = [find_given_cache(each) for each in settings.data or []] or [find_given_examples(settings.data_path, None)]
@@ -361,6 +360,5 @@ def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
         return []
     return [
         f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"
-        for name in select_settings(TrainSettings, Affects.EVALUATION)
-        if (value := getattr(settings, name)) not in (None, "no")
+        for name, value in settings.list_needing_evaluation().items()
     ]

@@ -855,6 +855,14 @@ def test_the_last_step_is_evaluated_once(untied_base: Path, conversations: Path,
     [
         ({"eval_generate": 4}, "eval_generate: 4: there are no held-out examples to evaluate on"),
         ({"early_stopping_patience": 2}, "early_stopping_patience: 2: there are no held-out examples"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "lr_scheduler_type: reduce_lr_on_plateau: there are no held-out",
+        ),
+        (
+            {"eval_fraction": 0.1, "eval_strategy": "no", "lr_scheduler_type": "reduce_lr_on_plateau"},
+            "lr_scheduler_type: reduce_lr_on_plateau, but eval_strategy is no",
+        ),
         ({"eval_fraction": 0.1, "metric_for_best_model": "rougeL"}, "set eval_generate"),
         ({"eval_fraction": 0.1, "eval_strategy": "no", "eval_steps": 3}, "eval_steps: 3, but eval_strategy is no"),
         ({"eval_fraction": 0.1, "eval_strategy": "epoch", "eval_steps": 3}, "eval_strategy is epoch"),
