@@ -219,15 +219,15 @@ class TrainSettings(_settings.TrainSettings):
         mixing: Literal["weights", "proportional", "concatenate"] | None = None,
         mixing_temperature: float | None = None,
         mixing_cap: int | None = None,
-        preprocessed_path: str | PathLike[str] | None = None,
         eval_data_path: _Data | None = None,
-        eval_data_split: str | None = None,
         eval_data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]]
         | DatasetSettings
         | dict[str, Any]
         | str
         | PathLike[str]
         | None = None,
+        preprocessed_path: str | PathLike[str] | None = None,
+        eval_data_split: str | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | str = ["q", "v"],
@@ -366,13 +366,13 @@ class TrainSettings(_settings.TrainSettings):
                 larger, the more equal; default: 1.
             mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
                 none.
-            preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
             eval_data_path: Conversations or a token cache to evaluate on, all of it whatever num_data is; they are
                 encoded with the added tokens and the conversation template of data_path.
-            eval_data_split: Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation,
-                otherwise test.
             eval_data: Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like
                 it; YAML only, in place of eval_data_path.
+            preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
+            eval_data_split: Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation,
+                otherwise test.
             lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
                 (use_rslora: lora_alpha / √lora_r).
             lora_dropout: Dropout probability on the input of the LoRA matrices.
@@ -977,6 +977,13 @@ class PlanSettings(_settings.PlanSettings):
         mixing: Literal["weights", "proportional", "concatenate"] | None = None,
         mixing_temperature: float | None = None,
         mixing_cap: int | None = None,
+        eval_data_path: _Data | None = None,
+        eval_data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]]
+        | DatasetSettings
+        | dict[str, Any]
+        | str
+        | PathLike[str]
+        | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | str = ["q", "v"],
@@ -1049,6 +1056,10 @@ class PlanSettings(_settings.PlanSettings):
                 larger, the more equal; default: 1.
             mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
                 none.
+            eval_data_path: Conversations or a token cache to evaluate on, all of it whatever num_data is; they are
+                encoded with the added tokens and the conversation template of data_path.
+            eval_data: Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like
+                it; YAML only, in place of eval_data_path.
             lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
                 (use_rslora: lora_alpha / √lora_r).
             lora_dropout: Dropout probability on the input of the LoRA matrices.

@@ -208,7 +208,7 @@ def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
         examples = examples.mix(mixing)
     if settings.num_data is not None:
         examples = examples.limit_training(settings.num_data)
-    if settings.eval_fraction > 0:
+    if settings.eval_fraction > 0 and settings.eval_data_path is None:
         return examples.split(settings.eval_fraction, settings.seed)[0]
     return examples.split_as_prepared()[0]
 
@@ -369,8 +369,6 @@ def to_plan_settings(settings: TrainSettings) -> PlanSettings:
     """Convert the settings of a training run to those of `t5tune plan` for that run."""
     values = {name: getattr(settings, name) for name in PlanSettings.model_fields if hasattr(settings, name)}
     values["dropout"] = settings.has_dropout
-    if settings.eval_data_path is not None:  # then train holds out nothing
-        values["eval_fraction"] = 0.0
     if settings.data is not None:
         values["data_path"] = [f"{path}:{each.weight:g}" for each in settings.data for path in each.path]
     if settings.reads_preferences:  # two targets for each source

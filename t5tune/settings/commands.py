@@ -9,7 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.data import DataSettings, MixingSettings, SplitSettings, TrainingDataSettings
+from t5tune.settings.data import (
+    DataSettings,
+    EvaluationDataSettings,
+    MixingSettings,
+    SplitSettings,
+    TrainingDataSettings,
+)
 from t5tune.settings.distillation import TEACHER, DistillationSettings
 from t5tune.settings.fields import GpuMemory, NoneIfUnset, OptionalCount, PathAsText, PathList, Settings, WordList
 from t5tune.settings.hub import HubSettings, HubStrategySettings
@@ -356,6 +362,7 @@ class PlanSettings(
     TrainingSettings,
     QuantizationSettings,
     LoraSettings,
+    EvaluationDataSettings,
     MixingSettings,
     SplitSettings,
     BaseModelSettings,

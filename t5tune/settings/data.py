@@ -168,21 +168,16 @@ class MixingSettings(Settings):
         return self
 
 
-class TrainingDataSettings(MixingSettings, SplitSettings, SelectionSettings, DataSettings):
-    preprocessed_path: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
-        default=None,
-        description="Folder for the token cache that train writes; default: `data` in the run folder.",
-    )
+class EvaluationDataSettings(Settings):
+    """Which other data than the training data is evaluated on."""
+
+    panel: ClassVar[str] = "Data"
+
     eval_data_path: Annotated[DataList | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
         description="Conversations or a token cache to evaluate on, all of it whatever num_data is; they are encoded "
         "with the added tokens and the conversation template of data_path.",
         json_schema_extra={"metavar": "PATH…"},
-    )
-    eval_data_split: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
-        default=None,
-        description="Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation, "
-        "otherwise test.",
     )
     eval_data: Annotated[DatasetList | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
@@ -196,6 +191,18 @@ class TrainingDataSettings(MixingSettings, SplitSettings, SelectionSettings, Dat
     @classmethod
     def _read_evaluation_datasets(cls, values: Any) -> Any:
         return combine_datasets(values, "eval_data", "eval_data_path") if isinstance(values, Mapping) else values
+
+
+class TrainingDataSettings(EvaluationDataSettings, MixingSettings, SplitSettings, SelectionSettings, DataSettings):
+    preprocessed_path: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
+        default=None,
+        description="Folder for the token cache that train writes; default: `data` in the run folder.",
+    )
+    eval_data_split: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+        default=None,
+        description="Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation, "
+        "otherwise test.",
+    )
 
     @model_validator(mode="after")
     def _check_evaluation_split(self) -> Self:

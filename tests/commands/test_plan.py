@@ -28,8 +28,9 @@ from t5tune.model.memory import (
     measure_step,
 )
 from t5tune.progress import Note
-from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings
+from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings, load_settings
 from t5tune.settings.fields import parse_gpu_memory
+from t5tune.settings.loading import dump_settings
 from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine
 from tests.support.bases import make_base
 from tests.support.command_line import t5tune_in_fork
@@ -239,9 +240,12 @@ def test_the_plan_of_a_run_is_of_the_examples_that_it_trains_on(
         model_name_or_path="pocket", data_path=str(data_of_runs[name]), output_dir=tmp_path / "run", use_cpu=True,
         num_train_epochs=1, per_device_train_batch_size=1, report_samples=0, eval_strategy="no", **changes,
     )  # fmt: skip
-    planned = plan(to_plan_settings(settings).model_copy(update=NO_SUGGESTION))
+    (tmp_path / "run.yaml").write_text(dump_settings(settings))
+    read, _ = load_settings(PlanSettings, str(tmp_path / "run.yaml"))
     trained = train(settings)
-    assert (planned.examples, planned.steps) == (trained.examples, trained.steps)
+    for converted in (to_plan_settings(settings), read):
+        planned = plan(converted.model_copy(update=NO_SUGGESTION))
+        assert (planned.examples, planned.steps) == (trained.examples, trained.steps)
 
 
 def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> None:
@@ -430,7 +434,6 @@ def write_short_model(folder: Path, **changes: Any) -> Path:
 def load_train_settings(flags: str, **given: Any) -> TrainSettings:
     """Load train's settings from suggested flags, which take precedence over those that the user has given."""
     from t5tune.cli.arguments import parse_arguments
-    from t5tune.settings import load_settings
 
     parsed = parse_arguments(flags.split(), TrainSettings)
     assert not parsed.problems

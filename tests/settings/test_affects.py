@@ -40,7 +40,7 @@ RUN = [*LORA, *QUANTIZATION, *DISTILLATION, *PREFERENCES, *TRAINING]
 FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
     "data", "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed", *MIXING,
-    "eval_data_path", "eval_data_split", "eval_data", *LORA, "adapter", *QUANTIZATION, "teacher_model_name_or_path",
+    "eval_data_path", "eval_data", "eval_data_split", *LORA, "adapter", *QUANTIZATION, "teacher_model_name_or_path",
     "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter", "orpo_lambda", *TRAINING[:-1],
     "training_args", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
 ]  # fmt: skip

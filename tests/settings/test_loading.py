@@ -300,6 +300,10 @@ def test_plan_reads_the_config_of_a_run_without_notes_on_what_only_train_uses(
 ) -> None:
     file = yaml_file(dump_settings(load_settings(TrainSettings, None, {}, NEEDED)[0]))
     assert load_settings(PlanSettings, file, {})[1] == []
+    planned, notes = load_settings(
+        PlanSettings, yaml_file("model_name_or_path: pocket\neval_data: [{path: a.jsonl}]\n")
+    )
+    assert (planned.eval_data_path, notes) == (["a.jsonl"], [])
     file = yaml_file("model_name_or_path: pocket\noutput_dir: run\nmax_shard_size: 1GB\ndata: [{path: a.jsonl}]\n")
     assert load_settings(PlanSettings, file, {})[1] == ["plan does not use max_shard_size, data"]
     assert problems_of(PlanSettings, yaml_file("model_name_or_path: pocket\noutput_dirr: run\n"), {}) == [
