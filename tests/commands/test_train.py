@@ -966,6 +966,18 @@ def test_an_optimizer_whose_package_or_argument_is_missing_is_named(
             train(make_settings(untied_base, conversations, tmp_path / optim, optim=optim))
 
 
+def test_an_optimizer_without_weight_decay_trains(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LOMO's and those of layer-wise GaLore, whose packages the tests don't have, the groups of Rprop have none."""
+
+    def choose(_args: Any, model: torch.nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        return torch.optim.Rprop, {"params": [value for value in model.parameters() if value.requires_grad]}
+
+    monkeypatch.setattr(T5Trainer, "get_optimizer_cls_and_kwargs", staticmethod(choose))
+    assert train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=2)).steps == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), TWO])
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(
