@@ -606,6 +606,21 @@ def test_settings_of_examples_apply_to_token_caches_or_are_refused(
         }
 
 
+@pytest.mark.parametrize("made", [{"eval_fraction": 0.25}, {"objective": "span-corruption"}], ids=str)
+def test_another_seed_is_refused_if_it_determined_what_a_token_cache_holds_out_or_masks(
+    made: dict[str, Any], untied_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Day {day}: the ship sails on." for day in range(24)))
+    (tmp_path / "pairs.csv").write_text("source,target\n" + "".join(f"{day},day {day}\n" for day in range(24)))
+    file = tmp_path / ("book.txt" if "objective" in made else "pairs.csv")
+    cache = make_prepare_settings(untied_base, tmp_path, tmp_path / "cache", data_path=[file], **made)
+    prepare(cache)
+    mixed = make_prepare_settings(untied_base, tmp_path, tmp_path / "mixed", data_path=[f"{tmp_path / 'cache'}:1"])
+    with pytest.raises(SettingsError, match="^seed: 7 here, 42 in the cache .*; leave it out, or use the original"):
+        prepare(mixed.replace(seed=7))
+    assert prepare(mixed.replace(seed=42)).datasets
+
+
 @pytest.mark.parametrize("is_prepared", [False, True])
 def test_a_run_on_token_caches_that_differ_is_repeated_with_its_saved_settings(
     is_prepared: bool, untied_base: Path, data: Path, tmp_path: Path
