@@ -135,8 +135,7 @@ def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     # a value that t5tune has anyway changes nothing
     same = {name for name, value in (defaults | FIXED_ARGUMENTS).items() if training_args.get(name, ...) == value}
-    harmless = same & {*RESERVED_ARGUMENTS, *UNRESUMABLE_ARGUMENTS, *ARGUMENTS_WITHOUT_EFFECT}
-    given = [name for name in training_args if name not in harmless or name in TrainSettings.model_fields]
+    given = [name for name in training_args if name not in same or name in TrainSettings.model_fields]
     problems = {name: _find_argument_problem(name, {*defaults}) for name in given}
     return [f"training_args.{name}: {problem}" for name, problem in problems.items() if problem is not None]
 
