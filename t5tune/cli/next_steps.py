@@ -22,7 +22,6 @@ from t5tune.settings import (
     Settings,
     TrainSettings,
 )
-from t5tune.settings.datasets import DatasetSettings
 from t5tune.settings.flags import list_flags, list_without_flags
 from t5tune.training.checkpoint import list_checkpoints
 
@@ -110,12 +109,11 @@ def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] 
         paths = settings.data_path  # evaluate takes the examples that prepare has held out
     if paths is None or "-" in paths:
         return ["--data-path", *_name_data(paths)]
-    are_caches = _are_caches(None if paths is settings.data_path else settings.eval_data, paths)
     # train reads the subset of the training data from each dataset; a flag can't say that of several
     if "eval_data" in list_without_flags(settings) or (settings.eval_data and settings.data_subset is not None):
         return None
     names = tuple(name for name in READING_FLAGS if name != "objective" or settings.is_raw_text)
-    if are_caches:
+    if all(has_examples(Path(path)) for path in paths):  # tokenized data stays as it is, however it would be read
         names = ()
     elif not any(map(is_dataset_name, paths)):
         names = tuple(name for name in names if name != "data_subset")  # which is only for the training data
@@ -167,12 +165,6 @@ def _list_caches(folder: Path) -> list[Path]:
 
 def _is_cache(data: list[str]) -> bool:
     return len(data) == 1 and (Path(data[0]) / CACHE_MANIFEST_FILE).is_file()
-
-
-def _are_caches(datasets: list[DatasetSettings] | None, paths: list[str]) -> bool:
-    """Whether all data is tokenized, as it stays, however it would be read."""
-    names = paths if datasets is None else [path for dataset in datasets for path in dataset.path]
-    return all(has_examples(Path(name)) for name in names)
 
 
 def _name_output(name: str) -> str:

@@ -118,9 +118,9 @@ def test_the_held_out_data_is_evaluated_as_it_was_read_in_training(words: str, e
     assert found == ([] if expected is None else [expected])
 
 
-@pytest.mark.parametrize("names", ["dev", "dev:1 other:1"])
+@pytest.mark.parametrize(("names", "flags"), [("dev", ""), ("dev:1 other:1", ""), ("dev:1 a.jsonl:1", " --clean")])
 def test_held_out_data_that_is_tokenized_is_evaluated_as_it_is(
-    names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: str, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("dev", "other"):
@@ -130,7 +130,7 @@ def test_held_out_data_that_is_tokenized_is_evaluated_as_it_is(
     arguments = f"--model-name-or-path base --data-path a.csv --output-dir run --clean --eval-data-path {names}".split()
     settings, _ = load_settings(TrainSettings, flags=parse_arguments(arguments, TrainSettings).values)
     steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
-    assert f"t5tune evaluate run --data-path {names}" in steps
+    assert f"t5tune evaluate run --data-path {names}{flags}" in steps
 
 
 @pytest.mark.slow
