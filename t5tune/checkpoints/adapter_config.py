@@ -28,6 +28,8 @@ UNSUPPORTED_KEYS = (
     "fan_in_fan_out", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config",
     "kasa_config", "layer_replication", "target_parameters", "auto_map", "megatron_config",
 )  # fmt: skip
+# Values of PEFT's init_lora_weights with which the trained weight is W + scale · B·A. The others changed W first.
+PLAIN_INITIALIZATIONS = {None, True, False, "true", "gaussian", "orthogonal", "eva"}
 MAX_PATTERN_LENGTH = 200
 MAX_PATTERNS = 4096
 MAX_EXPRESSIONS = 4  # each may take some milliseconds per module

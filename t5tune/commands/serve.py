@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from t5tune.checkpoints.adapter import check_adapter, read_adapter
-from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS, read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
 from t5tune.checkpoints.base import find_model, read_config
 from t5tune.checkpoints.generation_config import describe_lost_settings, read_generation_config
@@ -27,7 +27,6 @@ from t5tune.families import CTRANSLATE2, find_family
 from t5tune.formatting import format_count
 from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.processes import count_cores
-from t5tune.merging.deltas import PLAIN_INITIALIZATIONS
 from t5tune.model.device import choose_device, has_bf16
 from t5tune.model.inference import choose_family, find_base_and_adapter, load_for_inference, read_model_files
 from t5tune.model.load import load_base

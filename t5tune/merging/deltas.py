@@ -17,7 +17,7 @@ from t5tune.checkpoints.adapter import (
     collect_modules_to_save,
     read_adapter,
 )
-from t5tune.checkpoints.adapter_config import resolve_pattern
+from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS, resolve_pattern
 from t5tune.checkpoints.checkpoint import Checkpoint, are_equal
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.errors import CheckpointError
@@ -25,9 +25,8 @@ from t5tune.families.architecture import Architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE
 from t5tune.merging.fold import OTHER_BASE_HINT, LowRankUpdate, TrainedRows, WeightDelta
 
-# Values of PEFT's init_lora_weights. With a plain initialization, the trained weight is W + scale · B·A. A reproducible
-# one was subtracted from W, and can be computed again from W alone (see merging/pissa.py).
-PLAIN_INITIALIZATIONS = {None, True, False, "true", "gaussian", "orthogonal", "eva"}
+# Values of PEFT's init_lora_weights: these were subtracted from W, and can be computed again from W alone (see
+# merging/pissa.py).
 REPRODUCIBLE_INITIALIZATIONS = {"pissa", "olora"}
 
 

@@ -19,11 +19,12 @@ from t5tune.checkpoints.adapter import (
     read_adapter,
     to_peft_name,
 )
+from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.file_names import TOKENIZER_CONFIG_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.model.load import read_on_rank_0, to_torch
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings.affects import Affects, select_settings
@@ -261,11 +262,13 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
         tokenizer_folder: folder of the tokenizer that the training data uses.
 
     Raises:
-        CheckpointError: the saved adapter has another shape, scale or kind, or rows of other tokens.
+        CheckpointError: the saved adapter has another shape, scale or kind, or rows of other tokens, or its
+            initialization changed the base.
     """
     config, state = read_adapter(folder)
     current = peft_model.peft_config["default"].to_dict()
     _check_same_scale(config, current, folder)
+    _check_plain_initialization(config, folder)
     copies = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in peft_model.architecture.token_row_modules[1:]]
     parameters = {to_peft_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
     tensors = {name: tensor for name, tensor in state.items() if name in parameters or name not in copies}
@@ -295,6 +298,17 @@ def _check_same_scale(config: dict[str, Any], current: dict[str, Any], folder: P
             )
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise CheckpointError(f"adapter: {folder}: some layers have their own rank or alpha, which t5tune can't train")
+
+
+def _check_plain_initialization(config: dict[str, Any], folder: Path) -> None:
+    """Check that the saved adapter belongs to the base as it is: this run doesn't change the base as PEFT did."""
+    if (initialization := config.get("init_lora_weights")) not in PLAIN_INITIALIZATIONS:
+        raise CheckpointError(
+            f"adapter: {folder / ADAPTER_CONFIG_FILE}: init_lora_weights: {initialization}: this initialization "
+            "changed the base's weights, and training would start from the unchanged ones",
+            hint="save it with PEFT's path_initial_model_for_weight_conversion, or set init_lora_weights: true and "
+            "train it on the base that was saved along with it",
+        )
 
 
 def _check_same_names(parameters: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:

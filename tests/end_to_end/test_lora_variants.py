@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints.adapter import read_base_metadata
@@ -36,6 +37,7 @@ from t5tune.settings.loading import load_settings
 from t5tune.settings.lora import LoraSettings
 from t5tune.training.run_folder import TrainResult
 from tests.support import train_runs
+from tests.support.adapters import compute_logits, load_stock_base
 from tests.support.command_line import CommandResult
 from tests.support.runs import LONG
 
@@ -646,6 +648,32 @@ def test_training_refuses_to_start_from_an_adapter_of_another_shape(
     with pytest.raises(CheckpointError, match=f"adapter: {first_adapter}: .*{said.partition(';')[0]}") as refused:
         train(make_settings(untied_base, conversations, tmp_path / "run", adapter=first_adapter, **changes))
     assert refused.value.hint
+
+
+@pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
+@pytest.mark.parametrize("initialization", ["pissa", "olora", "pissa_niter_4"])
+def test_training_starts_from_a_pissa_or_olora_adapter_only_if_peft_converted_it(
+    initialization: str, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    options = {"lora_alpha": 8, "target_modules": ["q", "v"], "init_lora_weights": initialization}
+    model = get_peft_model(load_stock_base(untied_base), LoraConfig(**{"r": 4, **options}, task_type="SEQ_2_SEQ_LM"))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initialization")
+    model.peft_config["default"].init_lora_weights = initialization
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+        parameter.data += 0.1
+    expected = compute_logits(model.eval())
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initialization")
+    model.save_pretrained(tmp_path / "adapter")
+    changes = {"lora_r": 8, "lora_alpha": 16, "add_tokens": "none", "max_steps": 1, "learning_rate": 0}
+    changes |= {"bf16": False, "eval_data_path": None}
+    train(make_settings(untied_base, conversations, tmp_path / "run", adapter=tmp_path / "plain", **changes))
+    trained = PeftModel.from_pretrained(load_stock_base(untied_base), tmp_path / "run").eval()
+    assert torch.allclose(compute_logits(trained), expected, atol=1e-4)
+    changes |= {"lora_r": 4, "lora_alpha": 8, "adapter": tmp_path / "adapter"}
+    with pytest.raises(CheckpointError, match=f"adapter: .*: init_lora_weights: {initialization}: ") as refused:
+        train(make_settings(untied_base, conversations, tmp_path / "refused", **changes))
+    assert "path_initial_model_for_weight_conversion" in (refused.value.hint or "")
 
 
 def test_training_refuses_to_start_from_a_folder_without_an_adapter(
