@@ -63,12 +63,12 @@ def write_model(
     """Write the checkpoint of a fully trained model, with the tensors of the base's modules that aren't loaded.
 
     Args:
-        state: the trained tensors, by their names in the base's files.
+        state: the trained tensors in fp32, by their names in the base's files.
     """
     skipped = filter(base.architecture.is_skipped, base.list_names())
     copied = {base.get_file_name(name): base.get_tensor(name) for name in skipped}
     write_safetensors(folder / MODEL_FILE, {**state, **copied}, {"format": "pt"})
-    write_config(base.folder, folder, tied, family=family)
+    write_config(base.folder, folder, tied, "F32", family)
     copy_supporting_files(base.folder, metadata.tokenizer_folder, metadata.template_file, folder)
 
 
@@ -76,7 +76,7 @@ def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None,
     """Write config.json with the actual `tie_word_embeddings`.
 
     Args:
-        dtype: the dtype that the weights were rounded to; None: they have the base's.
+        dtype: the dtype of the weights, in which from_pretrained loads them; None: they have the base's.
         family: a key of the table of families, for a model_type that isn't in it; the file gets that model's type.
     """
     config = read_config(base)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
 
 from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.commands.chat import chat
@@ -37,7 +38,8 @@ from t5tune.settings.loading import load_settings
 from t5tune.settings.lora import LoraSettings
 from t5tune.training.run_folder import TrainResult
 from tests.support import train_runs
-from tests.support.adapters import compute_logits, load_stock_base
+from tests.support.adapters import compute_logits, load_stock_base, make_stock_adapter
+from tests.support.bases import make_base
 from tests.support.command_line import CommandResult
 from tests.support.runs import LONG
 
@@ -382,8 +384,6 @@ def full(base: Path, data: Path, run: Path, **changes: Any) -> TrainResult:
 def test_full_training_writes_a_checkpoint_that_stock_transformers_loads(
     base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForSeq2SeqLM
-
     before = load_file(base / "model.safetensors")
     result = full(base, conversations, tmp_path / "run", report_samples=2)
     after = load_file(tmp_path / "run" / "model.safetensors")
@@ -395,6 +395,24 @@ def test_full_training_writes_a_checkpoint_that_stock_transformers_loads(
     assert all(torch.equal(stock[name], value) for name, value in after.items())
     tied = json.loads((tmp_path / "run" / "config.json").read_text())["tie_word_embeddings"]
     assert tied is ("lm_head.weight" not in before)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_stock_transformers_loads_a_fully_trained_bf16_base_without_rounding_it(
+    merged: bool, conversations: Path, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", tied=True, dtype=torch.bfloat16)
+    full(base, conversations, model := tmp_path / "run", max_steps=1, eval_data_path=None)
+    expected = load_file(model / "model.safetensors")
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in expected.values())
+    if merged:
+        adapter = make_stock_adapter(model, tmp_path / "adapter")
+        expected = PeftModel.from_pretrained(load_stock_base(model), adapter).merge_and_unload().state_dict()
+        model = tmp_path / "merged"
+        merge(MergeSettings(model_name_or_path=str(tmp_path / "run"), adapter=adapter, output_dir=model, verify=False))
+    stock = AutoModelForSeq2SeqLM.from_pretrained(model).state_dict()
+    names = load_file(model / "model.safetensors").keys()
+    assert all(torch.equal(stock[name], expected[name]) for name in names)
 
 
 @pytest.mark.distributed
