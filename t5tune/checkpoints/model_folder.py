@@ -17,6 +17,7 @@ from t5tune.checkpoints.tokenizer_files import (
 )
 from t5tune.families import find_family
 from t5tune.file_names import (
+    ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
@@ -36,8 +37,8 @@ from t5tune.io.untrusted import has_file, read_json_object
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # of T5Gemma 2's images
 LICENSE_PREFIXES = ("LICENSE", "NOTICE")
 TRAINED_FILES = {
-    ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, NON_LORA_FILE, MODEL_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE,
-    TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE,
+    ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, ADAPTER_BIN_FILE, NON_LORA_FILE, MODEL_FILE, CONFIG_FILE,
+    GENERATION_CONFIG_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE,
 }  # fmt: skip
 
 

@@ -4,11 +4,11 @@ from t5tune.checkpoints.model_folder import is_trained_file
 
 
 def test_the_files_of_an_adapter_and_of_a_model_are_distinguished_from_those_for_resuming() -> None:
-    adapter = ["adapter_config.json", "adapter_model.safetensors", "non_lora_state.safetensors", "README.md"]
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_state.safetensors"]
     model = ["model.safetensors", "config.json", "generation_config.json"]
     both = [
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
-        "template.yaml", "training_data.json",
+        "template.yaml", "training_data.json", "README.md",
     ]  # fmt: skip
     resuming = [
         "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "trainer_state.json", "latest",

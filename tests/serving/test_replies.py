@@ -303,6 +303,24 @@ def test_sampling_follows_the_seed_also_in_a_batch(client: openai.OpenAI, engine
     assert len(free) > 1
 
 
+def test_adapters_that_differ_only_in_an_adapter_model_bin_have_replies_of_their_own(
+    chats: dict[str, Path], start: StartServer, tmp_path: Path
+) -> None:
+    pytest.importorskip("ctranslate2")
+    state = load_file(chats["adapter"] / "adapter_model.safetensors")
+    expected = {}
+    for name, factor in (("half", 0.5), ("reverse", -3.0)):
+        folder = shutil.copytree(chats["adapter"], tmp_path / name)
+        (folder / "adapter_model.safetensors").unlink()
+        changed = {key: factor * value if "lora_B" in key else value for key, value in state.items()}
+        torch.save(changed, folder / "adapter_model.bin")
+        expected[name] = [load_chatter(folder).reply(text).reply for text in MESSAGES[:3]]
+        with connect(start({name: str(folder)}, engine="ctranslate2", converted_dir=tmp_path / "made")) as client:
+            found = [ask(client, name, text).choices[0].message.content for text in MESSAGES[:3]]
+        assert found == expected[name]
+    assert expected["half"] != expected["reverse"]
+
+
 def test_a_converted_folder_is_served_and_int8_replies_are_those_that_merge_compared(
     chats: dict[str, Path], start: StartServer, tmp_path: Path
 ) -> None:
