@@ -81,7 +81,8 @@ def _check_all_adapted(
     restricted = any(config.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
     if not restricted and isinstance(config.get("target_modules"), list):
         linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
-        missing = [name for name in linear if _is_target(name, config) and name not in modules]
+        wanted = [name for name in linear if _is_target(name, config) and not _is_trained_in_full(name, config)]
+        missing = [name for name in wanted if name not in modules]
         if missing:
             raise CheckpointError(
                 f"{source}: {missing[0]}: has no LoRA matrices, "
@@ -135,3 +136,8 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
         return any(module == target or module.endswith(f".{target}") for target in targets)
     # matching an untrusted regular expression could take forever, so leave that check to PEFT
     return True
+
+
+def _is_trained_in_full(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT adapts no such module, because modules_to_save contains its name or that of a module around it."""
+    return any(f".{name}." in f".{module}." for name in config.get("modules_to_save") or ())

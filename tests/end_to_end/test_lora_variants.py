@@ -22,6 +22,7 @@ from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.io.atomic import hash_file
+from t5tune.model.inference import load_for_inference
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.progress import Event, Note
@@ -36,6 +37,7 @@ from t5tune.settings import (
 )
 from t5tune.settings.loading import load_settings
 from t5tune.settings.lora import LoraSettings
+from t5tune.settings.shared import InferenceSettings
 from t5tune.training.run_folder import TrainResult
 from tests.support import train_runs
 from tests.support.adapters import compute_logits, load_stock_base, make_stock_adapter
@@ -553,6 +555,34 @@ def test_modules_to_save_that_peft_can_not_train_are_refused(name: str, problem:
     model = load_base(untied_base, torch.float32, torch.device("cpu"))
     with pytest.raises(SettingsError, match=f"modules_to_save: {name}: {problem}"):
         add_lora(model, untied_base, LoraSettings(modules_to_save=[name]), [], torch.float32)
+
+
+@pytest.mark.parametrize(("saved", "targets"), [("wo", ["all-linear"]), ("SelfAttention", ["q", "v"])])
+@pytest.mark.parametrize("trained_by", ["t5tune", "PEFT"])
+def test_an_adapter_without_the_layers_that_modules_to_save_trains_is_that_of_peft(
+    trained_by: str, saved: str, targets: list[str], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "run"
+    if trained_by == "t5tune":
+        changes = {"lora_target_modules": targets, "modules_to_save": [saved], "bf16": False, "eval_data_path": None}
+        train(make_settings(untied_base, conversations, adapter, **changes, max_steps=2))
+    else:
+        layers = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"] if targets == ["all-linear"] else targets
+        make_stock_adapter(untied_base, adapter, target_modules=layers, modules_to_save=[saved])
+    names = [name.removeprefix("base_model.model.") for name in trained_adapter(adapter)]
+    assert {".lora_" in name for name in names if f".{saved}." in name} == {False}
+    expected = compute_logits(PeftModel.from_pretrained(load_stock_base(untied_base), adapter).eval())
+    assert not torch.allclose(expected, compute_logits(load_stock_base(untied_base)), atol=1e-2)
+    values = {"model_name_or_path": str(untied_base), "adapter": adapter, "use_cpu": True, "bf16": False}
+    loaded = load_for_inference(InferenceSettings(**values))
+    assert torch.allclose(compute_logits(loaded.model), expected, atol=1e-4)
+    export(ExportSettings(checkpoint=adapter, output_dir=tmp_path / "exported"))
+    live, exported = trained_adapter(adapter), trained_adapter(tmp_path / "exported")
+    assert live.keys() == exported.keys()
+    assert all(torch.equal(live[name], exported[name]) for name in live)
+    merged = {"model_name_or_path": str(untied_base), "adapter": adapter, "output_dir": tmp_path / "merged"}
+    merge(MergeSettings(**merged, verify=False))
+    assert torch.allclose(compute_logits(load_stock_base(tmp_path / "merged")), expected, atol=1e-4)
 
 
 def test_int8_under_deepspeed_is_refused(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
