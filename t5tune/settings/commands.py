@@ -78,6 +78,11 @@ class TrainSettings(
         "bf16": "q_lora turns bf16 on: the quantized base computes in bfloat16"
     }
 
+    @property
+    def uses_autocast(self) -> bool:
+        """Whether training computes in mixed precision. Under DeepSpeed all weights are bf16, and it doesn't."""
+        return self.bf16 and self.deepspeed is None
+
     def list_needing_evaluation(self) -> dict[str, Any]:
         """Return the given settings that can't be followed without evaluations."""
         values = {name: getattr(self, name) for name in select_settings(TrainSettings, Affects.EVALUATION)}

@@ -130,6 +130,7 @@ class GenerationScorer:
         names: the built-in metrics to compute; None: all that fit the targets.
         functions: the custom metrics, as in the setting `metric`. Only rank 0 imports and calls them: some aren't
             deterministic, and all ranks must agree on the best step.
+        autocast: whether the model generates in mixed precision; see `generate_predictions`.
     """
 
     tokenizer: Tokenizer
@@ -137,6 +138,7 @@ class GenerationScorer:
     names: Sequence[str] | None
     functions: Sequence[str]
     world: World
+    autocast: bool
 
     def list_metrics(self, examples: Examples) -> list[str]:
         """List the metrics of an evaluation, after trying whether they can be computed. Call on every rank.
@@ -172,7 +174,7 @@ class GenerationScorer:
             chosen = [examples[index] for index in indices]
             longest = find_max_target_length(chosen)
             decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
-            generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped)
+            generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped, self.autocast)
             suffixes = (examples.get_template(index).answer_suffix for index in indices)
             raw = map(examples.is_raw_text, indices)
             predictions[name] = list(map(decode_prediction, repeat(self.tokenizer), generated, suffixes, raw))
@@ -221,12 +223,15 @@ def generate_predictions(
     batch_size: int | None,
     report: Report = silent,
     is_stopped: Callable[[], bool] = never_stopped,
+    autocast: bool = False,
 ) -> list[list[int]]:
     """Generate a prediction for each example's source; its ids without the EOS token. Call on every rank.
 
     Args:
         batch_size: maximum number of examples per batch; a large key-value cache makes smaller batches.
         is_stopped: whether this rank has been asked to stop; asked after each batch.
+        autocast: whether to compute in mixed precision, as training does without DeepSpeed: its fp32 modules in a bf16
+            base need it. Trainer's own autocast includes the model's forward, but not `generate`.
 
     Raises:
         OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
@@ -237,7 +242,8 @@ def generate_predictions(
 
     def predict(indices: list[int]) -> dict[int, list[int]]:
         sources = [examples[i].source_S.tolist() for i in indices]
-        ids = generate(model, sources, decoding, synced_gpus=sharded)
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=autocast):
+            ids = generate(model, sources, decoding, synced_gpus=sharded)
         return dict(zip(indices, ids, strict=True))
 
     def count_bytes(count: int, source: int, _target: int) -> int:

@@ -152,9 +152,8 @@ def open_initial_model(
     """Measure with the model that is about to be trained."""
     engine = None if built.partitioner is None else built.partitioner.set_up_inference(built.model)
     try:
-        autocast = settings.bf16 and settings.deepspeed is None
         options = EvaluationOptions(collator, settings.per_device_eval_batch_size, report, is_stopped)
-        yield PairMeter(built.model, options, autocast)
+        yield PairMeter(built.model, options, settings.uses_autocast)
     finally:
         if engine is not None:  # the Trainer sets up one of its own
             engine.destroy()

@@ -1,6 +1,6 @@
 """The sample predictions of report.html: what the model predicts for some examples before and after training.
 
-    samples = SamplePredictions(run_folder, examples, count, tokenizer, collator, 8)
+    samples = SamplePredictions(run_folder, examples, count, tokenizer, collator, 8, autocast=True)
     trainer.add_callback(samples)
     trainer.train()
     samples.finish(trainer.model, trainer.is_world_process_zero())
@@ -38,6 +38,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
     Args:
         count: how many examples are shown, of more evenly spaced candidates: half of them the worst after training.
         collator: makes the batches for the loss.
+        autocast: whether the model generates in mixed precision; see `generate_predictions`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         tokenizer: Tokenizer,
         collator: PaddedCollator | PackedCollator,
         batch_size: int | None,
+        autocast: bool,
     ) -> None:
         self.path = run_folder / SAMPLES_FILE
         chosen = select_evenly(len(examples), count * CANDIDATES_PER_SAMPLE)
@@ -58,6 +60,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         self.tokenizer = tokenizer
         self.collator = collator
         self.batch_size = batch_size
+        self.autocast = autocast
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step > 0:
@@ -106,7 +109,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         examples = [self.candidates[index] for index in indices]
         max_tokens = min(find_max_target_length(examples), MAX_PREDICTED_TOKENS)
         decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, max_tokens)
-        predictions = generate_predictions(model, examples, decoding, self.batch_size)
+        predictions = generate_predictions(model, examples, decoding, self.batch_size, autocast=self.autocast)
         suffixes = (self.suffixes[index] for index in indices)
         raw = (self.are_raw_texts[index] for index in indices)
         return list(map(decode_prediction, repeat(self.tokenizer), predictions, suffixes, raw))

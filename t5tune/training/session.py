@@ -365,7 +365,7 @@ def _choose_packed_attention(session: Session, loaded: _LoadedData, built: Built
 
 def _make_scorer(session: Session, loaded: _LoadedData, count: int) -> GenerationScorer:
     names, functions = session.settings.metrics, session.settings.metric or []
-    return GenerationScorer(loaded.tokenizer, count, names, functions, session.world)
+    return GenerationScorer(loaded.tokenizer, count, names, functions, session.world, session.settings.uses_autocast)
 
 
 def _list_metrics(
@@ -488,6 +488,7 @@ def _make_sample_callback(session: Session, loaded: _LoadedData, parts: TrainerP
         loaded.tokenizer,
         parts.collator,
         settings.per_device_eval_batch_size,
+        settings.uses_autocast,
     )
 
 
