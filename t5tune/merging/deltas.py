@@ -148,37 +148,56 @@ def _collect_low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Ten
 def _collect_token_rows(
     config: Mapping[str, Any], state: Mapping[str, Tensor], architecture: Architecture, tied: bool
 ) -> dict[str, TrainedRows]:
-    """Map the names of the embedding and of the head to their trained rows."""
+    """Map the names of the embedding and of the head to their trained rows.
+
+    Raises:
+        CheckpointError: rows are missing, or would be lost, or can't be merged at all.
+    """
     indices = config.get("trainable_token_indices") or {}
+    if indices and not architecture.token_row_modules:
+        problem = (
+            f"trainable_token_indices: trained embedding rows of {architecture.model_type} can't be merged: PEFT "
+            "trains them without the head, which shares its weight with the decoder's embedding"
+        )
+        raise CheckpointError(problem, hint="use the adapter unmerged")
     rows: dict[str, TrainedRows] = {}
     embedding, head = architecture.tied_to, architecture.head
     embedding_module = embedding.removesuffix(".weight")
     for module, ids in indices.items() if isinstance(indices, dict) else [(embedding_module, indices)]:
         is_head = module.endswith(head) and not tied
         weight = architecture.head_weight if is_head else embedding
-        rows_of = architecture.token_row_modules[:1]
-        modules = [head] if is_head else [*rows_of, embedding_module, *(path.rpartition(".")[2] for path in rows_of)]
+        encoder = architecture.token_row_modules[0]
+        modules = [head] if is_head else [encoder, embedding_module, encoder.rpartition(".")[2]]
         names = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in modules]
         found = next((state[name] for name in names if name in state), None)
         if found is None:
             problem = f"the adapter's config lists trained rows of {weight}, but the adapter contains none"
             raise CheckpointError(problem, hint="t5tune can't merge trained rows of another embedding")
-        if not is_head:
-            _check_same_rows(found, state, architecture)
         rows.setdefault(weight, TrainedRows({row: index for index, row in enumerate(ids)}, found))
+    _check_other_rows(rows, state, architecture.list_shared(tied))
     return rows
 
 
-def _check_same_rows(rows: Tensor, state: Mapping[str, Tensor], architecture: Architecture) -> None:
-    """Check that the decoder's rows, if there are any, are those of the encoder: the merged model has one embedding.
+def _check_other_rows(rows: Mapping[str, TrainedRows], state: Mapping[str, Tensor], shared: Mapping[str, str]) -> None:
+    """Check that the adapter has no other trained rows: those of parameters that share a weight must be equal.
+
+    Args:
+        rows: those to merge, by the name of the weight.
+        shared: parameters that share another one: name -> that one's name.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: rows would be lost.
     """
-    for module in architecture.token_row_modules[1:]:
-        other = state.get(f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}")
-        if other is not None and not are_equal(rows, other):
-            problem = f"{module}: its trained rows differ from the encoder's, but the two share an embedding"
+    for name, other in state.items():
+        if not name.endswith(TOKEN_ROWS_SUFFIX) or any(other is each.trained_KD for each in rows.values()):
+            continue
+        module = name.removeprefix(PEFT_PREFIX).removesuffix(TOKEN_ROWS_SUFFIX)
+        weight = shared.get(f"{module}.weight", f"{module}.weight")
+        if weight not in rows:
+            problem = f"{module}: t5tune can't merge its trained rows, only those of {' and '.join(rows)}"
+            raise CheckpointError(problem, hint="use the adapter unmerged")
+        if not are_equal(rows[weight].trained_KD, other):
+            problem = f"{module}: its trained rows differ from those of another module, but both share {weight}"
             raise CheckpointError(problem, hint="use the adapter unmerged")
 
 

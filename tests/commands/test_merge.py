@@ -253,13 +253,21 @@ def test_modules_to_save_may_contain_other_modules(untied_base: Path, tmp_path: 
     assert any("DenseReluDense" in name for name in merged if not before[name].equal(merged[name]))
 
 
-def test_different_rows_of_encoder_and_decoder_are_refused(untied_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("decoder.embed_tokens", "its trained rows differ from those of another module, but both share shared.weight"),
+        ("shared", "its trained rows differ from those of another module, but both share shared.weight"),
+        ("encoder.other", "t5tune can't merge its trained rows, only those of shared.weight and lm_head.weight"),
+    ],
+)
+def test_trained_rows_that_would_be_lost_are_refused(module: str, said: str, untied_base: Path, tmp_path: Path) -> None:
     adapter, _ = make_rows_adapter(untied_base, tmp_path / "adapter")
     state = load_file(adapter / "adapter_model.safetensors")
-    (name,) = (name for name in state if "decoder.embed_tokens" in name)
-    state[name] = state[name] + 1
+    name = "base_model.model.{}.token_adapter.trainable_tokens_delta"
+    state[name.format(module)] = state[name.format("encoder.embed_tokens")] + 1
     save_file(state, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="decoder.embed_tokens: its trained rows differ from the encoder's"):
+    with pytest.raises(CheckpointError, match=f"{module}: {said}"):
         run_merge(untied_base, adapter, tmp_path / "merged", verify=False)
 
 

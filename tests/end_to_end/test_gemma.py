@@ -31,6 +31,7 @@ from t5tune.model.lora import add_lora
 from t5tune.progress import Advanced
 from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings, QuantizationSettings
 from t5tune.settings.lora import LoraSettings
+from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult
 from tests.support.gemma_models import EOI, WINDOW
 from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors
@@ -324,6 +325,20 @@ def test_unknown_layers_and_added_tokens_are_refused(kind: str, bases: dict[str,
         add_lora(load_base(base, torch.float32, CPU), base, copied, [], torch.float32)
     with pytest.raises(SettingsError, match="train_token_rows: .*t5gemma.* can't get rows"):
         add_lora(load_base(base, torch.float32, CPU), base, make_lora(["q"]), [EOI - 1], torch.float32)
+
+
+@pytest.mark.parametrize("module", ["decoder.embed_tokens", "embed_tokens", "encoder.embed_tokens"])
+def test_token_rows_that_peft_trained_are_refused(module: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT trains rows of one embedding or of both, but not those of the head, which merge would change with them."""
+    base, adapter = bases["t5gemma"], tmp_path / "adapter"
+    make_stock_adapter(base, adapter, target_modules=["q_proj"], trainable_token_indices={module: [7, 5]})
+    with pytest.raises(CheckpointError, match="embedding rows of t5gemma can't be merged: PEFT trains them without"):
+        merge(
+            MergeSettings(
+                model_name_or_path=str(base), adapter=adapter, output_dir=tmp_path / "merged", verify=False
+            )
+        )  # fmt: skip
+    assert not (tmp_path / "merged").exists()
 
 
 def make_lora(names: list[str]) -> LoraSettings:
