@@ -21,7 +21,7 @@ from t5tune.checkpoints.adapter_config import check_foldable, read_adapter_confi
 from t5tune.checkpoints.model_card import build_adapter_card
 from t5tune.checkpoints.safetensors import SafetensorsFile, write_safetensors
 from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
-from t5tune.checkpoints.tokenizer_files import copy_template, copy_tokenizer
+from t5tune.checkpoints.tokenizer_files import write_supporting_files
 from t5tune.checkpoints.torch_format.file import read_state_dict
 from t5tune.errors import CheckpointError
 from t5tune.families import EMBEDDINGS_AND_HEADS
@@ -54,8 +54,8 @@ class AdapterMetadata:
     """What `write_adapter` writes next to the tensors."""
 
     config: Mapping[str, Any]
-    tokenizer_folder: Path
-    template_file: Path
+    files: Mapping[str, bytes]
+    """The tokenizer, the template and what belongs to it: name -> content; see checkpoints.tokenizer_files."""
     base: Mapping[str, Any] = field(default_factory=dict)
     training: str = ""
     """The model card's lines about data and settings."""
@@ -208,8 +208,7 @@ def write_adapter(
         others = {n.removeprefix(PEFT_PREFIX): value for n, value in state.items() if ".lora_" not in n}
         write_safetensors(folder / NON_LORA_FILE, others, {"format": "pt"})
     write_json(folder / ADAPTER_CONFIG_FILE, dict(metadata.config))
-    copy_tokenizer(metadata.tokenizer_folder, folder)
-    copy_template(metadata.template_file, folder)
+    write_supporting_files(folder, metadata.files)
     (folder / MODEL_CARD_FILE).write_text(build_adapter_card(metadata.config, metadata.training), encoding="utf-8")
 
 

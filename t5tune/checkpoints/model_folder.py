@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from t5tune.checkpoints.adapter import AdapterMetadata
 from t5tune.checkpoints.base import read_config
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.safetensors import write_safetensors
@@ -11,9 +10,8 @@ from t5tune.checkpoints.tensors import TORCH_NAMES, Tensor
 from t5tune.checkpoints.tokenizer_files import (
     TOKENIZER_FILE_PREFIXES,
     copy_sentencepiece,
-    copy_template,
-    copy_tokenizer,
     copy_untrusted_file,
+    write_supporting_files,
 )
 from t5tune.families import find_family
 from t5tune.file_names import (
@@ -58,19 +56,20 @@ def write_model(
     state: Mapping[str, Tensor],
     base: Checkpoint,
     tied: bool,
-    metadata: AdapterMetadata,
+    files: Mapping[str, bytes],
     family: str | None,
 ) -> None:
     """Write the checkpoint of a fully trained model, with the tensors of the base's modules that aren't loaded.
 
     Args:
         state: the trained tensors in fp32, by their names in the base's files.
+        files: the tokenizer and the template: name -> content.
     """
     skipped = filter(base.architecture.is_skipped, base.list_names())
     copied = {base.get_file_name(name): base.get_tensor(name) for name in skipped}
     write_safetensors(folder / MODEL_FILE, {**state, **copied}, {"format": "pt"})
     write_config(base.folder, folder, tied, "F32", family)
-    copy_supporting_files(base.folder, metadata.tokenizer_folder, metadata.template_file, folder)
+    copy_supporting_files(base.folder, files, folder)
 
 
 def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None, family: str | None = None) -> None:
@@ -92,8 +91,11 @@ def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None,
     write_json(folder / CONFIG_FILE, config)
 
 
-def copy_supporting_files(base: Path, tokenizer_folder: Path, template_file: Path, folder: Path) -> None:
-    """Copy the base's generation config, processors and license, and the tokenizer and template used in training.
+def copy_supporting_files(base: Path, files: Mapping[str, bytes], folder: Path) -> None:
+    """Copy the base's generation config, processors and license, and write the tokenizer and template of training.
+
+    Args:
+        files: the tokenizer and the template: name -> content.
 
     Raises:
         CheckpointError: one of the files can't be trusted; see tokenizer_files.
@@ -104,12 +106,10 @@ def copy_supporting_files(base: Path, tokenizer_folder: Path, template_file: Pat
     for file in sorted(base.iterdir()):
         if file.name in PROCESSOR_FILES or file.name.startswith(LICENSE_PREFIXES):
             copy_untrusted_file(base, file.name, folder)
-    copy_tokenizer(tokenizer_folder, folder)
-    if tokenizer_folder != base:
-        copy_sentencepiece(base, folder)
+    write_supporting_files(folder, files)
+    copy_sentencepiece(base, folder)
     if has_file(folder, TOKENIZER_CONFIG_FILE):
         _rename_special_tokens_key(folder)
-    copy_template(template_file, folder)
 
 
 def _rename_special_tokens_key(folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""Copy the files that accompany weights: the tokenizer and the conversation template.
+"""Read and write the files that accompany weights: the tokenizer and the conversation template.
+
+    files = read_supporting_files(tokenizer_folder, template_file)      # name -> content
+    write_supporting_files(folder, files)
 
 The files are untrusted: each must be inside its folder, be a regular file of a plausible size, and require no custom
 code.
@@ -7,10 +10,11 @@ code.
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.training_data import read_training_data, write_training_data
+from t5tune.checkpoints.training_data import encode_training_data, read_training_data
 from t5tune.data.templates import parse_template
 from t5tune.errors import CheckpointError
 from t5tune.file_names import (
@@ -20,8 +24,9 @@ from t5tune.file_names import (
     SPECIAL_TOKENS_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    TRAINING_DATA_FILE,
 )
-from t5tune.io.atomic import write_json
+from t5tune.io.atomic import write_file, write_json
 from t5tune.io.untrusted import check_inside, has_file, read_json_object, resolve_inside
 from t5tune.io.yaml_file import read_yaml
 
@@ -35,26 +40,58 @@ MAX_TOKENIZER_FILE_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
 MAX_SCANNED_BYTES = 4 << 20  # a thousand added tokens need 200 KB
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files.
+def read_supporting_files(tokenizer_folder: Path, template_file: Path) -> dict[str, bytes]:
+    """Read a tokenizer's files, and the conversation template with the training_data.json next to it, if there are any.
+
+    Returns:
+        The content of each file, by its name in the folder that `write_supporting_files` writes.
 
     Raises:
-        CheckpointError: a file is a link out of its folder, isn't a regular file or is too large, or the tokenizer
-            requires custom code.
+        CheckpointError: a file is a link out of its folder, isn't a regular file or is too large; the tokenizer
+            requires custom code; or training_data.json is broken.
+        SettingsError: the file isn't a valid conversation template.
     """
-    for file in sorted(source.iterdir()):
-        if file.name.startswith(TOKENIZER_FILE_PREFIXES) and has_file(source, file.name):
-            copy_untrusted_file(source, file.name, folder)
+    return _read_tokenizer(tokenizer_folder) | _read_template(template_file)
+
+
+def write_supporting_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write what `read_supporting_files` has read.
+
+    Raises:
+        WriteError: a file can't be written.
+    """
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_file(folder / name, content)
+
+
+def _read_tokenizer(source: Path) -> dict[str, bytes]:
+    files = {
+        file.name: _find_untrusted_file(source, file.name).read_bytes()
+        for file in sorted(source.iterdir())
+        if file.name.startswith(TOKENIZER_FILE_PREFIXES) and has_file(source, file.name)
+    }
     if (source / CHAT_TEMPLATES_FOLDER).is_dir():
         check_inside(source, source / CHAT_TEMPLATES_FOLDER)
-        (folder / CHAT_TEMPLATES_FOLDER).mkdir()
         for file in sorted((source / CHAT_TEMPLATES_FOLDER).glob("*.jinja")):
-            copy_untrusted_file(file.parent, file.name, folder / CHAT_TEMPLATES_FOLDER)
+            files[f"{CHAT_TEMPLATES_FOLDER}/{file.name}"] = _find_untrusted_file(file.parent, file.name).read_bytes()
     if has_file(source, TOKENIZER_CONFIG_FILE) and read_json_object(source, TOKENIZER_CONFIG_FILE).get("auto_map"):
         raise CheckpointError(
             f"{source / TOKENIZER_CONFIG_FILE}: auto_map: requires custom code from the tokenizer's repository, "
             "which t5tune doesn't run"
         )
+    return files
+
+
+def _read_template(file: Path) -> dict[str, bytes]:
+    files = {}
+    if has_file(file.parent, file.name):
+        # refuse a template here that chat and evaluate couldn't parse later
+        parse_template(read_yaml(file), file)
+        files[file.name] = file.read_bytes()
+    if (data := read_training_data(file.parent)) is not None:
+        files[TRAINING_DATA_FILE] = encode_training_data(data)
+    return files
 
 
 def remove_chat_template(folder: Path) -> None:
@@ -114,28 +151,17 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, dict) and type(value.get("id")) is int and isinstance(value.get("content"), str)
 
 
-def copy_template(file: Path, folder: Path) -> None:
-    """Copy the conversation template, if there is one, and the training_data.json next to it.
-
-    Raises:
-        CheckpointError: see `copy_tokenizer`; or training_data.json is broken.
-        SettingsError: the file isn't a valid conversation template.
-    """
-    if has_file(file.parent, file.name):
-        # refuse a template here that chat and evaluate couldn't parse later
-        parse_template(read_yaml(file), file)
-        shutil.copyfile(file, folder / file.name)
-    if (data := read_training_data(file.parent)) is not None:
-        write_training_data(folder, data)
-
-
 def copy_untrusted_file(source: Path, name: str, folder: Path) -> None:
     """Copy one untrusted file.
 
     Raises:
         CheckpointError: it is a link out of its folder, isn't a regular file, or is too large.
     """
+    shutil.copyfile(_find_untrusted_file(source, name), folder / name)
+
+
+def _find_untrusted_file(source: Path, name: str) -> Path:
     path = resolve_inside(source, name)
     if (size := path.stat().st_size) > MAX_TOKENIZER_FILE_BYTES:
         raise CheckpointError(f"{path}: {size} bytes; {MAX_TOKENIZER_FILE_BYTES} is the maximum for such a file")
-    shutil.copyfile(path, folder / name)
+    return path

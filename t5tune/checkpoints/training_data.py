@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from t5tune.errors import CheckpointError
 from t5tune.file_names import TRAINING_DATA_FILE
-from t5tune.io.atomic import write_json
+from t5tune.io.atomic import encode_json, write_file
 from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.settings.reading import DataFormat, Objective, ReadingSettings
 
@@ -108,8 +108,13 @@ def write_training_data(folder: Path, data: TrainingData) -> None:
     Raises:
         WriteError: the file can't be written.
     """
+    write_file(folder / TRAINING_DATA_FILE, encode_training_data(data))
+
+
+def encode_training_data(data: TrainingData) -> bytes:
+    """Encode what `write_training_data` writes."""
     values = {name: value for name, value in asdict(data).items() if name != "datasets" or value}
-    write_json(folder / TRAINING_DATA_FILE, {"format": TRAINING_DATA_FORMAT, **values})
+    return encode_json({"format": TRAINING_DATA_FORMAT, **values})
 
 
 def read_training_data(folder: Path) -> TrainingData | None:

@@ -32,6 +32,7 @@ from t5tune.checkpoints.fastchat import LoraFlags, compute_mean_rows, read_added
 from t5tune.checkpoints.model_card import describe_run_data
 from t5tune.checkpoints.safetensors import write_safetensors
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, TORCH_NAMES, PartitionedTensor, Tensor, from_float32
+from t5tune.checkpoints.tokenizer_files import read_supporting_files
 from t5tune.checkpoints.training_checkpoint import (
     MODEL_FILES,
     CheckpointContents,
@@ -216,9 +217,8 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
 def _make_adapter_metadata(folder: Path, config: dict[str, Any]) -> AdapterMetadata:
     tokenizer, checkpoint = _find_tokenizer_folder(folder), find_checkpoint_of_shards(folder)
     run = checkpoint.parent if checkpoint.name.startswith("checkpoint-") else checkpoint
-    return AdapterMetadata(
-        config, tokenizer, tokenizer / TEMPLATE_FILE, read_base_metadata(checkpoint), describe_run_data(run)
-    )
+    files = read_supporting_files(tokenizer, tokenizer / TEMPLATE_FILE)
+    return AdapterMetadata(config, files, read_base_metadata(checkpoint), describe_run_data(run))
 
 
 def _find_tokenizer_folder(folder: Path) -> Path:

@@ -25,7 +25,7 @@ from t5tune.checkpoints.generation_config import describe_lost_settings
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
 from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
-from t5tune.checkpoints.tokenizer_files import remove_chat_template
+from t5tune.checkpoints.tokenizer_files import read_supporting_files, remove_chat_template
 from t5tune.checkpoints.training_data import (
     TrainingData,
     join_training_data,
@@ -320,7 +320,8 @@ def _write_supporting_files(
     """Write the tokenizer, the conversation template, the model card and the settings."""
     adapter = adapters[0].folder
     template_folder = adapter if has_file(adapter, TEMPLATE_FILE) else base.folder
-    copy_supporting_files(base.folder, tokenizer_folder, template_folder / TEMPLATE_FILE, staged)
+    files = read_supporting_files(tokenizer_folder, template_folder / TEMPLATE_FILE)
+    copy_supporting_files(base.folder, files, staged)
     made = [read_training_data(adapter.folder) for adapter in adapters]
     if any(other != made[0] for other in made[1:]):
         _write_joined_training_data(made, staged, report)

@@ -1,10 +1,11 @@
 """Build the model to train (adapters, packing, ZeRO-3 sharding) and the function that saves it.
 
-built = build_model(settings, base, base_metadata, examples, deepspeed, device, report)
+built = build_model(settings, base, base_metadata, examples, files, deepspeed, device, report)
 built.weights.write(folder, trained_tensors)    # the files of an adapter, or with train_mode full of a checkpoint
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from t5tune.checkpoints.model_folder import write_model
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.data.mixture import Examples
 from t5tune.errors import SettingsError
-from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE, TEMPLATE_FILE
+from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE
 from t5tune.model.attention import can_pack, switch_off_attention_dropout, switch_off_dropout, use_packing
 from t5tune.model.fused import compile_layers, use_fused_layers
 from t5tune.model.load import count_parameters, load_base
@@ -63,6 +64,7 @@ def build_model(
     base: Path,
     base_metadata: dict[str, Any],
     examples: Examples,
+    files: Mapping[str, bytes],
     deepspeed: dict[str, Any] | None,
     device: torch.device,
     report: Report,
@@ -71,6 +73,7 @@ def build_model(
 
     Args:
         base_metadata: what identifies the base, for the adapter's metadata.
+        files: the tokenizer and the template, to be saved with the weights: name -> content.
 
     Raises:
         ModelError: the base is broken, or can't be trained with these settings.
@@ -109,7 +112,7 @@ def build_model(
         model.enable_input_require_grads()
     if partitioner is not None:
         partitioner.partition_model(model)
-    weights = _make_trained_weights(settings, base, base_metadata, examples, model, subtracted)
+    weights = _make_trained_weights(settings, base, base_metadata, examples, files, model, subtracted)
     return BuiltModel(model, is_packed, weights, trainable, total, partitioner)
 
 
@@ -145,22 +148,21 @@ def _make_trained_weights(
     base: Path,
     base_metadata: dict[str, Any],
     examples: Examples,
+    files: Mapping[str, bytes],
     model: Any,
     subtracted: dict[str, Tensor],
 ) -> TrainedWeights:
-    files = examples.tokenizer_folder, examples.folder / TEMPLATE_FILE
     if settings.train_mode == "full":
         tied = bool(model.config.tie_word_embeddings)
         checkpoint = open_base(base, settings.family)
         names = {
             name: file_name for name in checkpoint.list_names() if (file_name := checkpoint.get_file_name(name)) != name
         }
-        metadata = AdapterMetadata({}, *files)
-        write = partial(write_model, base=checkpoint, tied=tied, metadata=metadata, family=settings.family)
+        write = partial(write_model, base=checkpoint, tied=tied, files=files, family=settings.family)
         return TrainedWeights(MODEL_FILE, write, subtracted, names)
     config = _make_adapter_config(model, settings, bool(subtracted))
     training = format_data_line(examples.manifest) + format_settings_line(settings.model_dump())
-    metadata = AdapterMetadata(config, *files, base_metadata, training)
+    metadata = AdapterMetadata(config, files, base_metadata, training)
     write = partial(write_adapter, metadata=metadata, with_non_lora_state=True)
     return TrainedWeights(ADAPTER_WEIGHTS_FILE, write, subtracted)
 

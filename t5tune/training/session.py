@@ -19,6 +19,7 @@ from t5tune.checkpoints.adapter_folder import pin_adapter
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.model_card import format_outcome_lines
 from t5tune.checkpoints.model_folder import is_trained_file
+from t5tune.checkpoints.tokenizer_files import read_supporting_files
 from t5tune.data.mixture import Examples, Mixture, describe_shares
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.distributed.collectives import barrier, run_on_rank_0
@@ -26,7 +27,7 @@ from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.watch import RankWatch
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError, suggest_name
-from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TRAINER_STATE_FILE
+from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAINER_STATE_FILE
 from t5tune.formatting import format_count, format_held_out_metric, format_number, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.metrics import split_by_dataset
@@ -48,7 +49,7 @@ from t5tune.training.batches import (
     make_sampler,
 )
 from t5tune.training.build_model import BuiltModel, build_model
-from t5tune.training.checkpoint import count_bytes, read_run_identity, verify
+from t5tune.training.checkpoint import read_run_identity, verify
 from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
@@ -147,6 +148,7 @@ class _LoadedData:
     """What a run is made from, and the checkpoint `resume` that it continues from, if there is one.
 
     Args:
+        files: the tokenizer and the template, for the checkpoints: name -> content.
         pinned: the settings with the commits of adapters that are on the Hub.
         teacher: the files of the teacher, if there is one.
         base_metadata: what identifies the base.
@@ -156,6 +158,7 @@ class _LoadedData:
 
     examples: Examples
     held_out: Examples | None
+    files: dict[str, bytes]
     tokenizer: Tokenizer
     base: Path
     pinned: TrainSettings
@@ -173,6 +176,9 @@ class _LoadedData:
 def _load_data(session: Session) -> _LoadedData:
     settings, run, world = session.settings, session.run, session.world
     examples, held_out = open_data(settings, run)
+    # now, because prepare may replace a cache outside of the run folder while the run goes on
+    files = read_supporting_files(examples.tokenizer_folder, examples.folder / TEMPLATE_FILE)
+    tokenizer = load_tokenizer(examples.tokenizer_folder)
     base = find_base(settings, report=session.report)
     pinned = _pin_adapters(settings, world)
     teacher = find_teacher(pinned, session.report) if settings.teacher_model_name_or_path is not None else None
@@ -185,10 +191,9 @@ def _load_data(session: Session) -> _LoadedData:
         )
 
     base_metadata, run_identity, resume = run_on_rank_0(world, start_or_resume)
-    tokenizer = load_tokenizer(examples.tokenizer_folder)
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
     return _LoadedData(
-        examples, held_out, tokenizer, base, pinned, teacher, base_metadata, run_identity, deepspeed, resume
+        examples, held_out, files, tokenizer, base, pinned, teacher, base_metadata, run_identity, deepspeed, resume
     )
 
 
@@ -223,6 +228,7 @@ def _load_model(session: Session, loaded: _LoadedData) -> tuple[BuiltModel, T5Tr
             loaded.base,
             loaded.base_metadata,
             loaded.examples,
+            loaded.files,
             loaded.deepspeed,
             session.device,
             session.report,
@@ -403,7 +409,7 @@ def _check_disk_space(session: Session, loaded: _LoadedData, trainable: int, sav
     folder, limit = session.run.folder, session.settings.save_total_limit
     count = min(saves, limit or saves)
     per_parameter = BYTES_PER_PARAMETER + (EXTRA_BYTES_WITH_DEEPSPEED if loaded.deepspeed is not None else 0)
-    size = trainable * per_parameter + count_bytes(loaded.examples.tokenizer_folder) + OVERHEAD_BYTES
+    size = trainable * per_parameter + sum(map(len, loaded.files.values())) + OVERHEAD_BYTES
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
         raise TrainingError(

@@ -442,6 +442,33 @@ def test_a_cache_that_another_run_replaces_before_it_is_opened_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_deleted", [False, True], ids=["replaced", "deleted"])
+@pytest.mark.parametrize("train_mode", ["lora", "full"])
+def test_checkpoints_have_the_tokenizer_of_the_cache_that_the_run_was_started_with(
+    train_mode: str, is_deleted: bool, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    given = PrepareSettings(model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=cache)
+    prepare(given)
+    names = ("tokenizer/tokenizer.json", "template.yaml", "training_data.json")
+    before = {Path(name).name: (cache / name).read_bytes() for name in names}
+
+    def replace_cache(event: Event) -> None:
+        if not isinstance(event, Measured) or event.step != 2:
+            return
+        if is_deleted:
+            shutil.rmtree(cache)
+            return
+        prepare(given.model_copy(update={"add_tokens": ["<A>"], "conversation_template": "plain"}))
+
+    settings = make_settings(untied_base, cache, run, max_steps=4, save_steps=1, logging_steps=1, train_mode=train_mode)
+    train(settings, replace_cache)
+    assert is_deleted or (cache / "template.yaml").read_bytes() != before["template.yaml"]
+    for folder in (run / "checkpoint-1", run / "checkpoint-4", run):
+        assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.slow
 def test_what_prepare_has_held_out_is_never_trained_on(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": cache}

@@ -166,8 +166,8 @@ def test_attention_dropout_can_be_switched_off_and_the_rest_stays(
     is_on: bool, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     settings = make_settings(untied_base, conversations, tmp_path, attention_dropout=is_on, lora_dropout=0.2)
-    cache: Any = SimpleNamespace(manifest={"added_token_ids": [1500]}, tokenizer_folder=untied_base, folder=tmp_path)
-    model = build_model(settings, untied_base, {}, cache, None, torch.device("cpu"), silent).model
+    cache: Any = SimpleNamespace(manifest={"added_token_ids": [1500]})
+    model = build_model(settings, untied_base, {}, cache, {}, None, torch.device("cpu"), silent).model
     layers = [module for module in model.modules() if type(module).__name__ == "T5Attention"]
     assert [layer.dropout for layer in layers] == [0.1 if is_on else 0.0] * 6
     others = {module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}

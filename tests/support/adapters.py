@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from t5tune.checkpoints.adapter import AdapterMetadata, to_peft_name, write_adapter
 from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.tokenizer_files import read_supporting_files
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.settings.lora import LoraSettings
@@ -51,7 +52,9 @@ def make_rows_adapter(base: Path, folder: Path) -> tuple[Path, torch.Tensor]:
     template.parent.mkdir()
     shutil.copy(TEMPLATES / "plain.yaml", template)
     folder.mkdir()
-    write_adapter(folder, state, AdapterMetadata(plain, base, template), with_non_lora_state=True)
+    write_adapter(
+        folder, state, AdapterMetadata(plain, read_supporting_files(base, template)), with_non_lora_state=True
+    )
     return folder, compute_logits(peft_model.eval())
 
 
