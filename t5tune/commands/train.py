@@ -48,6 +48,7 @@ from t5tune.training.run_folder import (
     check_inputs_stay,
     find_given_examples,
     follow_link,
+    has_trained_caches,
     locate_run,
     lock_run_folder,
     move_aside,
@@ -372,15 +373,15 @@ def _create_run_folder(folder: Path, is_run: bool) -> None:
 def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
     """Prepare the token caches for training and evaluation, unless the settings name existing ones."""
     checkpoints = list_checkpoints(settings.output_dir)
-    in_use = bool(checkpoints) and "data" not in settings.allow_change
+    in_use = bool(checkpoints) and "data" not in settings.allow_change and has_trained_caches(run)
     newest, _ = find_newest(settings.output_dir) if checkpoints and not in_use else (None, [])
     vocabulary = None
     if newest is not None:
         check_settings_of_run(newest, settings, settings.allow_change)
         if settings.add_tokens == ["auto"]:
-            # with other data, a run keeps its tokens: their embedding rows are trained already
+            # a run keeps its tokens, since their embedding rows are trained already
             vocabulary = take_vocabulary(newest, find_base(settings, report=report))
-    common = Origin(in_use, keeps_template=bool(checkpoints), vocabulary=vocabulary, run=run.folder)
+    common = Origin(in_use, keeps_template=bool(checkpoints), vocabulary=vocabulary, run=run.folder, checkpoint=newest)
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and cache != Path(data[0]):
             is_eval = cache == run.eval_cache

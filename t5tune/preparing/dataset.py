@@ -54,6 +54,7 @@ class Origin:
     Args:
         in_use: a run was trained on the existing cache, so a cache of other inputs must not replace it.
         keeps_template: the conversation template of the existing cache is used again, unless the settings name one.
+        checkpoint: has that template, if the existing cache may be of other data.
         tokenizer_source: a cache, a mixture or an adapter whose tokenizer and conversation template replace the base's.
         vocabulary: the tokenizer that all datasets of a mixture, or of a run that gets other data, share.
         setting: the setting that the paths come from, for messages.
@@ -64,6 +65,7 @@ class Origin:
 
     in_use: bool = False
     keeps_template: bool = False
+    checkpoint: Path | None = None
     tokenizer_source: Path | None = None
     vocabulary: ExtendedTokenizer | None = None
     setting: str = "data_path"
@@ -138,7 +140,8 @@ def _describe_source(
     if vocabulary is None:
         vocabulary = choose_vocabulary(settings, base, origin.tokenizer_source, parse_sample(sample, settings))
     # a run is resumed with the template that was the default when it was started
-    template_folders = (origin.tokenizer_source, base, settings.output_dir if origin.keeps_template else None)
+    started_with = (origin.checkpoint or settings.output_dir) if origin.keeps_template else None
+    template_folders = (origin.tokenizer_source, base, started_with)
     saved_templates = [each / TEMPLATE_FILE for each in template_folders if each is not None]
     template = find_template(settings.conversation_template, saved_templates)
     default_template = None

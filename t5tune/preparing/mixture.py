@@ -110,7 +110,8 @@ def _prepare_caches(
             continue
         caches[name] = settings.output_dir / name
         report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
-        own = replace(origin, tokenizer_source=_find_source(origin, name), vocabulary=vocabulary)
+        # a checkpoint has only the template of the main dataset
+        own = replace(origin, tokenizer_source=_find_source(origin, name), vocabulary=vocabulary, checkpoint=None)
         settings_of_it = complete_dataset(settings, dataset, output_dir=caches[name])
         prepared.append(_Prepared(caches[name], *prepare_dataset(settings_of_it, report, own)))
     return caches, [_look_again(each) for each in prepared]

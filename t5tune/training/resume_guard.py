@@ -36,7 +36,8 @@ ZERO_STAGES = {1, 2, 3}  # those that divide the optimizer's state among the ran
 PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
 STEPS_PER_EPOCH = "steps_per_epoch"  # recorded, too: where an epoch begins
 EVALUATION_FIELDS = ("held_out", "best_metric")  # what evaluations measure: a run may resume with another
-LATE_FIELDS = (PACKED_ATTENTION, STEPS_PER_EPOCH)  # known only once the model is built
+CACHE_INPUTS = "cache_inputs"  # recorded, too: hashes of what the token caches were made from
+LATE_FIELDS = (PACKED_ATTENTION, STEPS_PER_EPOCH, CACHE_INPUTS)  # added once the others have been compared
 OF_EXAMPLES = ("eval_fraction", "num_data", "mixing", "mixing_temperature", "mixing_cap")  # depend on the data, too
 FIXED_FIELDS = (
     "family", "train_mode", "lora_r", "lora_target_modules", "lora_bias", "use_dora", "init_lora_weights",

@@ -57,6 +57,7 @@ from t5tune.settings.reading import PREFERENCE_OBJECTIVES, Objective
 from t5tune.settings.shared import InferenceSettings
 from t5tune.training.checkpoint import find_newest, list_checkpoints, read_run_identity, remove_staged
 from t5tune.training.resume_guard import (
+    CACHE_INPUTS,
     build_run_identity,
     check_allowed_names,
     check_run_identity,
@@ -433,8 +434,36 @@ def _check_prepared(run: Run) -> None:
         raise DataError(problem, hint="give each run its own preprocessed_path, and run the same command again")
 
 
+def has_trained_caches(run: Run) -> bool:
+    """Whether the caches of a run with checkpoints are those that the newest one was trained on.
+
+    Another run, or a start of this one with other data that was refused or failed, may have replaced them.
+    """
+    now = _hash_cache_inputs(run)
+    for checkpoint in list_checkpoints(run.folder):
+        with suppress(CheckpointError):  # its manifest is damaged
+            then = read_run_identity(checkpoint).get(CACHE_INPUTS, {})  # earlier releases didn't record it
+            return all(then.get(name, digest) == digest for name, digest in now.items())
+    return True
+
+
+def _hash_cache_inputs(run: Run) -> dict[str, str | None]:
+    """Hash what the caches to train and to evaluate on were made from; None if there is no readable one."""
+    caches = {"data": run.cache} if run.eval_cache is None else {"data": run.cache, "eval_data": run.eval_cache}
+    hashes: dict[str, str | None] = dict.fromkeys(caches)
+    for name, cache in caches.items():
+        if has_examples(cache):
+            with suppress(DataError):
+                hashes[name] = _hash_json(read_examples_manifest(cache)["inputs"])
+    return hashes
+
+
 def _hash_manifest(cache: Path) -> str:
-    return hashlib.sha256(json.dumps(read_examples_manifest(cache), sort_keys=True).encode()).hexdigest()
+    return _hash_json(read_examples_manifest(cache))
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | None]:
@@ -534,7 +563,7 @@ def start_or_resume_run(
     remove_staged(run.folder)
     save_settings(settings, run)
     store_hash(run.folder / BASE_HASH_FILE, stats, base_metadata["sha256"])
-    return base_metadata, run_identity, resume
+    return base_metadata, run_identity | {CACHE_INPUTS: _hash_cache_inputs(run)}, resume
 
 
 def _check_same_tokens(checkpoint: Path, examples: Examples, run_identity: dict[str, Any]) -> None:

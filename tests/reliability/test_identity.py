@@ -17,8 +17,9 @@ from t5tune.checkpoints.fingerprint import compute_full_hash
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
+from t5tune.data.mixture import read_examples_manifest
 from t5tune.data.tokenizer import load_tokenizer
-from t5tune.errors import CheckpointError, SettingsError, Stopped
+from t5tune.errors import CheckpointError, SettingsError, Stopped, T5TuneError
 from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Event, Note, Started
 from t5tune.reports.metrics_log import read_metrics
@@ -414,3 +415,35 @@ def test_other_data_of_a_run_keeps_the_tokens_whose_rows_are_trained(
             train(settings)
     with pytest.raises(Stopped):
         train(changed, stop_at(Advanced("train", 6)))  # back to the tokens of the run
+
+
+@pytest.mark.parametrize("is_fresh", [False, True], ids=["refused", "fresh"])
+@pytest.mark.parametrize("weight", ["", ":1"], ids=["one dataset", "a mixture"])
+def test_a_run_resumes_with_its_data_after_another_start_has_replaced_its_cache(
+    weight: str, is_fresh: bool, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    pairs, broken = tmp_path / "pairs.jsonl", tmp_path / "broken.jsonl"
+    pairs.write_text("".join(json.dumps({"source": f"Name {n}", "target": f"ж{n}"}) + "\n" for n in range(20)))
+    broken.write_text('{"text": 1}\n')
+    data, other = f"{conversations}{weight}", f"{pairs}{weight}"
+    shared: dict[str, Any] = {"preprocessed_path": cache, "save_steps": 1000}
+    settings = make_settings(untied_base, Path(data), run, **shared)
+    with pytest.raises(Stopped):
+        train(settings, stop_at(Advanced("train", 2)))
+    before = read_examples_manifest(cache)
+
+    if is_fresh:
+        changes, error = {"fresh": True, "eval_data_path": [str(broken)]}, "no conversation to evaluate on"
+    else:
+        changes, error = {"allow_change": ["data"], "per_device_train_batch_size": 4}, "batch: 2 before, 4 now"
+    with pytest.raises(T5TuneError, match=error):
+        train(make_settings(untied_base, Path(other), run, **shared, **changes))
+    assert read_examples_manifest(cache)["inputs"] != before["inputs"]
+
+    with pytest.raises(Stopped):
+        train(settings, stop_at(Advanced("train", 4)))
+    assert (run / "checkpoint-5").is_dir()
+    assert read_examples_manifest(cache)["inputs"] == before["inputs"]
+    with pytest.raises(SettingsError, match=r"data: .*conversations.* before, .*pairs.* now"):
+        train(make_settings(untied_base, Path(other), run, **shared))
