@@ -14,7 +14,13 @@ from t5tune.distributed.world import World, has_restarted
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.progress import Note
 from t5tune.settings import TrainSettings
-from t5tune.training.run_folder import TrainResult, apply_cache_settings, dump_run_settings, read_result
+from t5tune.training.run_folder import (
+    TrainResult,
+    apply_cache_settings,
+    dump_run_settings,
+    has_other_launch,
+    read_result,
+)
 from t5tune.training.validate import check_settings, find_missing_gpus, suggest_learning_rate
 
 
@@ -33,7 +39,8 @@ def run(settings: TrainSettings, output: Output) -> None:
 
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
-    settings = resume_after_restart(settings, has_restarted(), output.report)
+    if has_restarted() and settings.fresh:
+        settings = resume_after_restart(settings, not has_other_launch(settings.output_dir), output.report)
     with handle_signals(output.report, saves_checkpoints=True) as stop, ExitStack() as stack:
         with stop.interruptible():
             run = set_up_run_folder(settings, stack, output.report)

@@ -42,18 +42,21 @@ from t5tune.settings.datasets import PATHS_OF_DATASETS, list_unsuitable, name_da
 from t5tune.training.checkpoint import find_newest, has_complete_checkpoints, list_checkpoints
 from t5tune.training.resume_guard import check_finished_run, check_settings_of_run
 from t5tune.training.run_folder import (
+    LAUNCH_FILE,
     Run,
     TrainResult,
     apply_cache_settings,
     check_inputs_stay,
     find_given_examples,
     follow_link,
+    has_other_launch,
     has_trained_caches,
     locate_run,
     lock_run_folder,
     move_aside,
     read_result,
     read_saved_settings,
+    record_launch,
     record_prepared,
     save_pushed,
     save_settings,
@@ -145,7 +148,9 @@ def _train(
         stack.enter_context(report_lost_ranks(world, RESUME_HINT))
         if settings.bf16:
             check_bf16(device)
-        settings = resume_after_restart(settings, any_rank(has_restarted()), report)
+        if any_rank(has_restarted()) and settings.fresh:
+            has_other = run_on_rank_0(world, lambda: has_other_launch(settings.output_dir))
+            settings = resume_after_restart(settings, not has_other, report)
         if not world.is_run_set_up:
 
             def set_up_interruptibly() -> None:
@@ -201,9 +206,9 @@ def _explain_out_of_memory(settings: TrainSettings) -> AbstractContextManager[No
     )
 
 
-def resume_after_restart(settings: TrainSettings, is_restart: bool, report: Report) -> TrainSettings:
-    """Ignore --fresh where a launcher repeats the command: the run in the folder is the one that it has started."""
-    if not (settings.fresh and is_restart):
+def resume_after_restart(settings: TrainSettings, has_begun: bool, report: Report) -> TrainSettings:
+    """Ignore --fresh where a launcher repeats the command, if it has begun the run in the folder."""
+    if not has_begun:
         return settings
     problem = "fresh: ignored, since torchrun or SLURM has restarted this command: it resumes the run in output_dir"
     report(Note(f"{problem} ({settings.output_dir})", warning=True))
@@ -297,6 +302,8 @@ def _set_up_locked(settings: TrainSettings, report: Report) -> Run:
         if (suggestion := suggest_learning_rate(settings)) is not None:
             report(Note(suggestion))
         save_settings(settings, run)
+        if settings.fresh:
+            record_launch(run)
     try:
         _prepare_caches(settings, run, report)
     except BaseException:
@@ -338,8 +345,10 @@ def _move_back(aside: Path, folder: Path, report: Report) -> None:
 def _remove_failed_start(run: Run, is_new_folder: bool) -> None:
     """Remove the settings and the folder of a run whose data couldn't be prepared, unless one of its caches exists."""
     with suppress(OSError):  # the error that led here must be reported
-        if [path.name for path in run.folder.iterdir()] == [run.settings_path.name]:
-            run.settings_path.unlink()
+        begun = {run.settings_path, run.folder / LAUNCH_FILE}
+        if begun.issuperset(run.folder.iterdir()):
+            for path in begun:
+                path.unlink(missing_ok=True)
             if is_new_folder:
                 run.folder.rmdir()
 

@@ -8,6 +8,9 @@ from t5tune.errors import SettingsError
 ERRORS_FOLDER_VARIABLE = "_T5TUNE_ERRORS"
 """Environment variable: the folder to which workers that t5tune started write their errors."""
 RESTART_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+LAUNCH_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+"""Environment variables that identify what has started this command. A restart has the same value of the first one
+that there is: a job that is requeued may call torchrun with another id."""
 RERUN_HINT = "run the same command again"
 RESUME_HINT = f"{RERUN_HINT}; training resumes from the last checkpoint, if there is one"
 
@@ -68,6 +71,11 @@ def has_restarted() -> bool:
         SettingsError: a variable isn't a whole number.
     """
     return any(_read_whole_number(name) > 0 for name in RESTART_VARIABLES)
+
+
+def identify_launch() -> str | None:
+    """Identify the job of SLURM, or else the call of torchrun, that this process is part of; None without either."""
+    return next((f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ), None)
 
 
 def _read_whole_number(name: str) -> int:

@@ -32,7 +32,7 @@ from t5tune.data.mixture import (
 )
 from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import find_other_token, load_tokenizer
-from t5tune.distributed.world import World
+from t5tune.distributed.world import World, identify_launch
 from t5tune.errors import CheckpointError, DataError, SettingsError, TrainingError
 from t5tune.file_names import EVAL_CACHE_FOLDER, RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
 from t5tune.io.atomic import (
@@ -44,6 +44,7 @@ from t5tune.io.atomic import (
     write_json,
 )
 from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import read_json_object
 from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.preparing.mixture import list_given_caches
 from t5tune.progress import Note, Report
@@ -67,6 +68,7 @@ from t5tune.training.resume_guard import (
 
 BASE_HASH_FILE = "base.json"  # see checkpoints/fingerprint.py
 PREPARED_FILE = "prepared.json"
+LAUNCH_FILE = "launch.json"
 FILE_SETTINGS = (*select_settings(TrainSettings, Affects.INPUT_FILES), "conversation_template", "deepspeed")
 MAX_LOCK_ATTEMPTS = 100
 CACHE_SETTINGS = {*select_settings(TrainSettings, Affects.CACHE)} - {*select_settings(TrainSettings, Affects.STEPS)}
@@ -413,6 +415,23 @@ def save_settings(settings: TrainSettings, run: Run) -> None:
     }
     again = apply_cache_settings(settings).model_copy(update=defaults)
     write_file(run.settings_path, dump_run_settings(again).encode())
+
+
+def record_launch(run: Run) -> None:
+    """Record which launch has begun a run with --fresh, because a restart of that launch must not begin it again."""
+    if (launch := identify_launch()) is not None:
+        write_json(run.folder / LAUNCH_FILE, {"launch": launch})
+
+
+def has_other_launch(folder: Path) -> bool:
+    """Whether the run in a folder wasn't begun with --fresh by the launch that this process is part of.
+
+    False if nothing identifies this launch.
+    """
+    launch, before = identify_launch(), None
+    with suppress(FileNotFoundError):
+        before = read_json_object(folder, LAUNCH_FILE).get("launch")
+    return launch is not None and launch != before
 
 
 def record_prepared(run: Run) -> None:

@@ -572,13 +572,27 @@ def test_a_finished_run_is_not_repeated_and_fresh_renames_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize(
+    ("variable", "job"),
+    [
+        ("TORCHELASTIC_RESTART_COUNT", None),
+        ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"),
+        ("SLURM_RESTART_COUNT", "SLURM_JOB_ID"),
+    ],
+)
 def test_a_restart_by_a_launcher_resumes_the_run_that_fresh_began(
-    variable: str, untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variable: str,
+    job: str | None,
+    untied_base: Path,
+    conversations: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, notes = tmp_path / "run", list[Event]()
     settings = make_settings(untied_base, conversations, run, max_steps=2, save_steps=1, fresh=True)
     monkeypatch.setenv(variable, "0")
+    if job is not None:
+        monkeypatch.setenv(job, "7")
     train(settings)
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoint-2")
@@ -590,6 +604,13 @@ def test_a_restart_by_a_launcher_resumes_the_run_that_fresh_began(
     monkeypatch.setenv(variable, "0")
     assert train(settings).resumed_from is None
     assert (tmp_path / "run.1" / "result.json").is_file()
+    if job is not None:  # another job, which was restarted before it came to begin the run
+        monkeypatch.setenv(variable, "1")
+        monkeypatch.setenv(job, "8")
+        assert train(settings).resumed_from is None
+        assert (tmp_path / "run.2" / "result.json").is_file()
+        assert train(settings).resumed_from is None
+        assert not (tmp_path / "run.3").exists()
 
 
 def test_fresh_renames_the_folder_that_a_link_points_to_and_keeps_the_link(
