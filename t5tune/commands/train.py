@@ -386,7 +386,9 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
     newest, _ = find_newest(settings.output_dir) if checkpoints and not in_use else (None, [])
     vocabulary = None
     if newest is not None:
-        check_settings_of_run(newest, settings, settings.allow_change)
+        world = World.from_environment()
+        num_ranks = world.size if world.launched else settings.process_count
+        check_settings_of_run(newest, settings, settings.allow_change, num_ranks)
         if settings.add_tokens == ["auto"]:
             # a run keeps its tokens, since their embedding rows are trained already
             vocabulary = take_vocabulary(newest, find_base(settings, report=report))

@@ -75,15 +75,10 @@ def build_run_identity(
     adapter, reference = (
         path and find_adapter(path, settings.cache_dir) for path in (settings.adapter, settings.reference_adapter)
     )
-    tokens, num_batches = settings.tokens_per_batch, settings.gradient_accumulation_steps * world_size
-    if tokens is None:
-        batch = {"batch": settings.per_device_train_batch_size * num_batches}
-    else:
-        batch = {"tokens_per_batch": tokens, "batch_tokens": tokens * num_batches}
     return {
         **inputs,
         **{name: values[name] for name in sorted(values)},
-        **batch,
+        **_describe_batch(settings, world_size),
         **_describe_mixing(examples),
         "data": _hash_mapping(examples.identify()),
         "base": f"sha256:{base_hash}",
@@ -93,6 +88,13 @@ def build_run_identity(
         "world_size": world_size,
         "deepspeed_stage": deepspeed and packaged_templates.get_zero_stage(deepspeed),
     }
+
+
+def _describe_batch(settings: TrainSettings, world_size: int) -> dict[str, int]:
+    tokens, num_batches = settings.tokens_per_batch, settings.gradient_accumulation_steps * world_size
+    if tokens is None:
+        return {"batch": settings.per_device_train_batch_size * num_batches}
+    return {"tokens_per_batch": tokens, "batch_tokens": tokens * num_batches}
 
 
 def describe_evaluations(held_out: Examples | None, best_metric: str | None) -> dict[str, Any]:
@@ -132,16 +134,11 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     }
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
         different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"
-    fixed = [name for name in different if name in _list_fixed_fields(then, now)]
-    if refused := {name: line for name, line in different.items() if name not in allowed or name in fixed}:
-        for name in ("batch", "batch_tokens"):
-            if name in refused and then.get(name) and now.get(name):
-                refused[name] += _suggest_equal_batch(then, now, accumulation_steps)
-        raise make_resume_error(checkpoint, refused, fixed)
+    _refuse(checkpoint, then, now, different, allowed, accumulation_steps)
     return list(different.values())
 
 
-def check_settings_of_run(checkpoint: Path, settings: TrainSettings, allowed: list[str]) -> None:
+def check_settings_of_run(checkpoint: Path, settings: TrainSettings, allowed: list[str], world_size: int) -> None:
     """Compare the settings alone with the configuration in a checkpoint, before other data replaces a cache.
 
     Raises:
@@ -150,13 +147,33 @@ def check_settings_of_run(checkpoint: Path, settings: TrainSettings, allowed: li
     then = read_run_identity(checkpoint)
     check_allowed_names(allowed, then)
     values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
+    values |= {"world_size": world_size, **_describe_batch(settings, world_size)}
     different = {
         name: f"{name}: {_abbreviate(then[name])} before, {_abbreviate(value)} now"
         for name, value in values.items()
-        if name in then and then[name] != value and name not in OF_EXAMPLES
+        if name in then and then[name] != value and name not in (*OF_EXAMPLES, *SHARDING_FIELDS)
     }
-    fixed = [name for name in different if name in _list_fixed_fields(then, values)]
+    _refuse(checkpoint, then, values, different, allowed, settings.gradient_accumulation_steps)
+
+
+def _refuse(
+    checkpoint: Path,
+    then: dict[str, Any],
+    now: dict[str, Any],
+    different: dict[str, str],
+    allowed: list[str],
+    accumulation_steps: int,
+) -> None:
+    """Refuse the differences that aren't allowed: field -> description.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    fixed = [name for name in different if name in _list_fixed_fields(then, now)]
     if refused := {name: line for name, line in different.items() if name not in allowed or name in fixed}:
+        for name in ("batch", "batch_tokens"):
+            if name in refused and then.get(name) and now.get(name):
+                refused[name] += _suggest_equal_batch(then, now, accumulation_steps)
         raise make_resume_error(checkpoint, refused, fixed)
 
 

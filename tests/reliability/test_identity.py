@@ -19,7 +19,7 @@ from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
 from t5tune.data.mixture import read_examples_manifest
 from t5tune.data.tokenizer import load_tokenizer
-from t5tune.errors import CheckpointError, SettingsError, Stopped, T5TuneError
+from t5tune.errors import CheckpointError, DataError, SettingsError, Stopped
 from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Event, Note, Started
 from t5tune.reports.metrics_log import read_metrics
@@ -403,9 +403,14 @@ def test_other_data_of_a_run_keeps_the_tokens_whose_rows_are_trained(
     assert load_tokenizer(run / "checkpoint-5").get_vocab() == tokens
 
     before = hash_files(run / "data")
-    with pytest.raises(SettingsError, match="learning_rate: 0.01 before, 0.005 now"):
-        train(make_settings(untied_base, first, run, allow_change=["data"], learning_rate=5e-3))
-    assert hash_files(run / "data") == before
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"learning_rate": 5e-3}, "learning_rate: 0.01 before, 0.005 now"),
+        CHANGES["batch"],
+    ]
+    for changes, line in refused:
+        with pytest.raises(SettingsError, match=line):
+            train(make_settings(untied_base, first, run, allow_change=["data"], **changes))
+        assert hash_files(run / "data") == before
 
     for added in (["{", "}", "\n", "ж"], ["none"]):  # others, and fewer
         settings = make_settings(
@@ -417,10 +422,10 @@ def test_other_data_of_a_run_keeps_the_tokens_whose_rows_are_trained(
         train(changed, stop_at(Advanced("train", 6)))  # back to the tokens of the run
 
 
-@pytest.mark.parametrize("is_fresh", [False, True], ids=["refused", "fresh"])
+@pytest.mark.parametrize("changes", [{"allow_change": ["data"]}, {"fresh": True}], ids=["other data", "fresh"])
 @pytest.mark.parametrize("weight", ["", ":1"], ids=["one dataset", "a mixture"])
 def test_a_run_resumes_with_its_data_after_another_start_has_replaced_its_cache(
-    weight: str, is_fresh: bool, untied_base: Path, conversations: Path, tmp_path: Path
+    weight: str, changes: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run, cache = tmp_path / "run", tmp_path / "cache"
     pairs, broken = tmp_path / "pairs.jsonl", tmp_path / "broken.jsonl"
@@ -433,12 +438,8 @@ def test_a_run_resumes_with_its_data_after_another_start_has_replaced_its_cache(
         train(settings, stop_at(Advanced("train", 2)))
     before = read_examples_manifest(cache)
 
-    if is_fresh:
-        changes, error = {"fresh": True, "eval_data_path": [str(broken)]}, "no conversation to evaluate on"
-    else:
-        changes, error = {"allow_change": ["data"], "per_device_train_batch_size": 4}, "batch: 2 before, 4 now"
-    with pytest.raises(T5TuneError, match=error):
-        train(make_settings(untied_base, Path(other), run, **shared, **changes))
+    with pytest.raises(DataError, match="no conversation to evaluate on"):
+        train(make_settings(untied_base, Path(other), run, eval_data_path=str(broken), **shared, **changes))
     assert read_examples_manifest(cache)["inputs"] != before["inputs"]
 
     with pytest.raises(Stopped):
