@@ -101,10 +101,12 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     """
     started = time.monotonic()
     output, converts = settings.output_dir, settings.to == "ctranslate2"
-    check_replaceable(output, settings.overwrite, _list_inputs(settings, settings.model_name_or_path))
+    in_place = _is_in_place(settings)
+    named = [] if in_place or settings.model_name_or_path is None else [settings.model_name_or_path]
+    check_replaceable(output, settings.overwrite, [*settings.adapter, *named])
     settings, base_folder = _find_inputs(settings, report)
     if settings.overwrite:
-        check_overwrite(output, _list_inputs(settings, base_folder))
+        check_overwrite(output, settings.adapter if in_place else [*settings.adapter, base_folder])
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
     family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
     base = open_base(base_folder, family_key)
@@ -155,10 +157,11 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     )
 
 
-def _list_inputs(settings: MergeSettings, base: Path | str | None) -> list[Path | str]:
-    """List what mustn't be replaced. A base isn't among it that is merged in place."""
-    is_in_place = base is None or os.path.realpath(base) == os.path.realpath(settings.output_dir)
-    return [*settings.adapter, *([] if base is None or is_in_place else [base])]
+def _is_in_place(settings: MergeSettings) -> bool:
+    """Whether the merged model replaces the base because the user named it for both."""
+    base = settings.model_name_or_path
+    is_checkpoint = settings.to != "ctranslate2"  # which can't be the base of an adapter any more
+    return base is not None and is_checkpoint and os.path.realpath(base) == os.path.realpath(settings.output_dir)
 
 
 def _check_converter(family: Family) -> None:

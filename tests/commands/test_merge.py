@@ -593,15 +593,19 @@ def test_overwrite_never_replaces_the_base_that_only_an_adapter_names_or_a_cache
         evaluate(EvaluateSettings(**common, model_name_or_path=str(model), data_path=[str(path)], use_cpu=True))
 
     given = ExportSettings(**common, checkpoint=untied_adapter, model_name_or_path=str(base))
+    onto_base: dict[str, Any] = {**common, "output_dir": base, "adapter": [adapter]}
+    converted: dict[str, Any] = {**onto_base, "model_name_or_path": str(base), "to": "ctranslate2"}
     commands: list[tuple[str, Callable[[], Any]]] = [
         ("base", lambda: merge(MergeSettings(**common, adapter=[adapter]))),
+        ("base", lambda: merge(MergeSettings(**onto_base))),
+        ("base", lambda: merge(MergeSettings(**converted))),
         ("base", lambda: evaluate_on(data, adapter)),
         ("base", lambda: export(ExportSettings(**common, checkpoint=adapter))),
         ("base", lambda: export(given)),
         ("cache", lambda: evaluate_on(elsewhere, untied_base)),
     ]
     for what, command in commands:
-        with pytest.raises(SettingsError, match=f"output_dir: .*models: contains .*models/{what}, which this command"):
+        with pytest.raises(SettingsError, match=f"output_dir: .*models.*: contains .*models/{what}, which this command"):
             command()
     assert sorted(models.rglob("*")) == before
 
