@@ -182,7 +182,7 @@ def test_the_command_starts_processes_and_rank_0_shows_the_result(
 @pytest.mark.long
 def test_a_killed_process_ends_the_command_and_leaves_none(run: Path, data: Path, tmp_path: Path) -> None:
     with start_workers(run, data, tmp_path / "scores", "--max-new-tokens", "2000") as running:
-        running.wait_until(lambda: "predictions" in running.log.read_text())
+        running.wait_until(lambda: "records rejected" in running.log.read_text())  # then it generates
         workers = running.find_workers()
         send_signal(workers[1], signal.SIGKILL)
         assert running.wait() == 1
@@ -197,7 +197,7 @@ def test_a_signal_to_the_command_stops_its_processes(
     number: signal.Signals, code: int, run: Path, data: Path, tmp_path: Path
 ) -> None:
     with start_workers(run, data, tmp_path / "scores", "--max-new-tokens", "2000") as running:
-        running.wait_until(lambda: "predictions" in running.log.read_text())
+        running.wait_until(lambda: "records rejected" in running.log.read_text())  # then it generates
         workers = running.find_workers()
         send_signal(running.process.pid, number)
         assert running.wait() == code

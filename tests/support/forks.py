@@ -126,7 +126,8 @@ class ForkServer:
         block.write_bytes(bytes(ctypes.sizeof(Control)))
         with open(block, "r+b") as file:
             self._control = Control.from_buffer(mmap.mmap(file.fileno(), 0))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # torch reads the level when it is imported, so a fork's own has no effect; t5tune sets it before
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         library = _compile_library(folder)
         self.can_inject_faults = library is not None
         if library is not None:

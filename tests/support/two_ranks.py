@@ -9,8 +9,8 @@ from tests.support.runs import Running
 
 def start_two_ranks(code: str, folder: Path) -> list[Running]:
     """Start the code as ranks 0 and 1 of a launcher that isn't t5tune's. Their output is in their logs."""
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    common |= {"MASTER_PORT": str(find_free_port()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
     return [
         Running([sys.executable, "-c", code], folder / f"rank-{rank}", **common, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(2)
