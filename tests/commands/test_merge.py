@@ -605,7 +605,7 @@ def test_overwrite_never_replaces_the_base_that_only_an_adapter_names_or_a_cache
         ("cache", lambda: evaluate_on(elsewhere, untied_base)),
     ]
     for what, command in commands:
-        with pytest.raises(SettingsError, match=f"output_dir: .*models.*: contains .*models/{what}, which this command"):
+        with pytest.raises(SettingsError, match=f"output_dir: .*models.*: contains .*models/{what}, which this"):
             command()
     assert sorted(models.rglob("*")) == before
 
