@@ -8,6 +8,7 @@ one's own, see custom_metrics.py.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ PREFERENCE_METRICS = (
 """What is measured of held-out preference pairs, by TRL's names."""
 NOT_BEST = ("rewards/rejected", "logps/rejected")
 """Those of which neither a high nor a low value is better."""
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+"""A character of Thai, Lao, Burmese or Khmer."""
+EMOJI_STYLE = "\ufe0f"  # also a combining mark; without it, the digit of a keycap emoji is the digit in other text
 
 
 def score(predictions: Sequence[str], references: Sequence[str], names: Iterable[str] = METRICS) -> dict[str, float]:
@@ -114,10 +118,26 @@ def choose_metrics(names: Sequence[str] | None, references: Sequence[str]) -> tu
 
 
 class _UnicodeTokenizer:
-    """Word tokenizer for rouge-score that supports every script; its default one drops all non-ASCII characters."""
+    """Word tokenizer for rouge-score that supports every script; its default one drops all non-ASCII characters.
+
+    A word consists of letters, digits and the combining marks after them, such as the vowel signs of Hindi. In scripts
+    that put no spaces between words and write vowels as marks (see `UNSPACED`), each letter with its marks counts as a
+    word: otherwise a phrase would be one word, which is either all right or all wrong.
+    """
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        text = unicodedata.normalize("NFC", text.lower()).replace(EMOJI_STYLE, "")
+        words = [""]
+        for character in text:
+            if words[-1] and unicodedata.category(character) in ("Mn", "Mc"):
+                words[-1] += character
+            elif not character.isalnum():
+                words.append("")
+            elif UNSPACED.search(words[-1][:1] + character):
+                words.append(character)
+            else:
+                words[-1] += character
+        return [word for word in words if word]
 
 
 @dataclass(frozen=True)

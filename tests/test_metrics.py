@@ -43,6 +43,25 @@ def test_rouge_works_for_non_latin_scripts() -> None:
     assert 0 < score_one("мама мыла окно", "мама мыла раму")["rougeL"] < 100
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "rouge1"),
+    [
+        ("मैं दान में आती हूँ", "मैं दिन में आता हूँ", 60),  # two of five words differ, in vowel signs alone
+        ("தமிழ் படி", "தமிழ் பாட", 50),
+        ("মেয়ে আছে", "ময় আছে", 50),
+        ("cafe\u0301", "caf\u00e9", 100),  # é as a letter and an accent, or as one character
+        ("กิน", "กาน", 40),  # Thai: กิ, น and ก, า, น
+        ("ฉันกินข้าวเช้า", "ฉันกินข้าวเย็น", 80),  # 8 of 10 letters
+        ("ใช้iPhone", "ใช้ iPhone", 100),
+        ("我今天吃饭。", "我昨天吃饭。", 0),  # one word
+        ("1\ufe0f\u20e3 Open \u2764\ufe0f it", "1. open it", 100),  # emoji: a keycap 1 and a heart
+    ],
+)
+def test_marks_belong_to_the_words_that_rouge_compares(prediction: str, reference: str, rouge1: float) -> None:
+    assert score_one(reference, reference, ["rouge1"])["rouge1"] == 100
+    assert score_one(prediction, reference, ["rouge1"])["rouge1"] == pytest.approx(rouge1, abs=1e-3)
+
+
 def test_an_empty_prediction_scores_zero_without_an_error() -> None:
     scores = score(["", "a"], ["b", "a"])
     assert scores["exact_match"] == 50
