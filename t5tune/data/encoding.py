@@ -231,8 +231,10 @@ class EncodedPrompt(NamedTuple):
 
 def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> EncodedPrompt:
     """Encode a conversation up to the assistant's prefix as a source, as in training."""
-    # a dummy answer, so that a span (and its truncated source) is computed
-    whole = _shift_spaces([*pieces, Piece(" x", "answer", pieces[-1].turn, (1, 2))], encoder)
+    # a dummy answer, so that a span (and its truncated source) is computed; its template may have no assistant prefix,
+    # and then the last piece belongs to the human turn
+    answer_turn = 1 + max(piece.turn for piece in pieces if piece.kind == "human")
+    whole = _shift_spaces([*pieces, Piece(" x", "answer", answer_turn, (1, 2))], encoder)
     (ids_by_piece,) = encode_pieces([whole], encoder)
     encoded = _join_pieces(whole, ids_by_piece, max_length - encoder.special_ids.source_size, max_length - 1)
     span = encoded.spans[-1]

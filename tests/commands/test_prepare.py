@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.cache import Cache, open_cache
 from t5tune.data.encoders import make_encoder
-from t5tune.data.encoding import encode_batch, encode_prompt
+from t5tune.data.encoding import encode_batch, encode_prompt, extract_example
 from t5tune.data.formats import Conversation, Turn
 from t5tune.data.records import RecordLocation
-from t5tune.data.templates import load_template, render_answer_prefix, render_conversation
+from t5tune.data.templates import Template, load_template, render_answer_prefix, render_conversation
 from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
@@ -303,6 +303,25 @@ def test_a_prompt_has_the_same_ids_as_the_source_in_training(name: str, tokenize
         [*render_conversation(make_conversation(["Hi"]), template), *render_answer_prefix(template, 1)], encoder, 4096
     )
     assert prompt.ids == encode(tokenizer, fastchat_text(["Hi"]) + "### Assistant:")
+
+
+@pytest.mark.parametrize(("prefix", "assistant"), [("A:", " {text}"), ("", "{text}"), ("", " {text}")])
+def test_a_prompt_that_is_too_long_is_shortened_as_the_source_in_training(
+    prefix: str, assistant: str, tokenizer_folder: Path
+) -> None:
+    encoder, _ = tokenizers("pocket", "none", tokenizer_folder)
+    template = Template("", "{text} ", "Q: {text} ", prefix, assistant, " ")
+    texts = ["Hello there.", "Good day, what may I bring you?", "Bring two teas to Aida please."]
+    asked, answered = (render_conversation(make_conversation(turns), template) for turns in (texts, [*texts, "Yes."]))
+    dropped = []
+    for length in range(4, 60):
+        (encoded,) = encode_batch([answered], encoder, length)
+        source = extract_example(encoded.ids, encoded.spans[-1], encoder.special_ids).source_S.tolist()
+        prompt = encode_prompt([*asked, *render_answer_prefix(template, 3)], encoder, length)
+        assert encoder.special_ids.surround_source(prompt.ids) == source
+        dropped.append((prompt.dropped_turns, prompt.is_cut))
+    # in this order: the last message is cut, then it is left alone, and so on
+    assert list(dict.fromkeys(dropped)) == [(2, True), (2, False), (1, False), (0, False)]
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
