@@ -123,10 +123,11 @@ class _ChatSession:
                 self.output.print_json(result)
             else:
                 self.output.print(result.reply)
-            return result.reply
-        self.console.print(f"[bold cyan]{name}:[/] ", end="")
-        result = self.chatter.reply(turns, self._print_chunk)
-        self.output.print("")
+        else:
+            self.console.print(f"[bold cyan]{name}:[/] ", end="")
+            result = self.chatter.reply(turns, self._print_chunk)
+            self.output.print("")
+        self.chatter.report_cuts(result, self.output.report)
         return result.reply
 
     def _compare_replies(self, turns: list[Turn], file: Path) -> str:

@@ -15,6 +15,7 @@ from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.formats import Turn
 from t5tune.data.templates import load_template
 from t5tune.errors import SettingsError
+from t5tune.formatting import format_count
 from t5tune.model.device import use_gpu_kernels
 from t5tune.model.generation import Decoding, Sampling, generate, make_random_generator
 from t5tune.model.inference import choose_family, load_for_inference
@@ -27,12 +28,19 @@ from t5tune.training.checkpoint import replace_stopped_runs
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply. Lengths are in tokens; `source_tokens` doesn't count the end-of-sequence token."""
+    """One reply. Lengths are in tokens; `source_tokens` doesn't count the end-of-sequence token.
+
+    Args:
+        dropped_turns: how many of the oldest turns the model didn't see.
+        cut_tokens: how many tokens of the last message and of the system message it didn't see.
+    """
 
     reply: str
     source_tokens: int
     reply_tokens: int
     seconds: float
+    dropped_turns: int
+    cut_tokens: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,18 @@ class Chatter:
             source_tokens=prompt.num_tokens,
             reply_tokens=len(ids),
             seconds=round(time.monotonic() - started, 3),
+            dropped_turns=prompt.dropped_turns,
+            cut_tokens=prompt.cut_tokens,
         )
+
+    def report_cuts(self, reply: Reply, report: Report) -> None:
+        """Report what the model didn't see because of model_max_length."""
+        problem = f"too long for model_max_length {self.prompts.max_length}: the model didn't see"
+        if reply.cut_tokens:
+            cut = f"{format_count(reply.cut_tokens, 'token')} of it or of the system message"
+            report(Note(f"the message is {problem} {cut}; shorten it, or raise model_max_length", warning=True))
+        if reply.dropped_turns and self.prompts.keeps_history:  # `load` has reported the other case
+            report(Note(f"the conversation is {problem} the oldest {format_count(reply.dropped_turns, 'turn')}"))
 
     def _generate(self, source: list[int], show: Callable[[list[int]], object] | None) -> list[int]:
         """Generate a reply. `show` is called after each token with all ids so far."""
@@ -191,4 +210,7 @@ def chat(settings: ChatSettings, report: Report = silent) -> Reply:
     """
     if settings.prompt is None:
         raise SettingsError("prompt: missing", hint="set it, or use Chatter.load(…) for a conversation")
-    return Chatter.load(settings, report).reply(settings.prompt)
+    chatter = Chatter.load(settings, report)
+    reply = chatter.reply(settings.prompt)
+    chatter.report_cuts(reply, report)
+    return reply

@@ -221,12 +221,12 @@ class EncodedPrompt(NamedTuple):
     Args:
         ids: without special tokens.
         dropped_turns: how many of the oldest turns were left out.
-        is_cut: whether tokens of the system line or of the first turn that is left were cut off.
+        cut_tokens: how many tokens of the system line and of the first turn that is left were cut off.
     """
 
     ids: list[int]
     dropped_turns: int
-    is_cut: bool
+    cut_tokens: int
 
 
 def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> EncodedPrompt:
@@ -238,19 +238,19 @@ def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> Enc
     (ids_by_piece,) = encode_pieces([whole], encoder)
     encoded = _join_pieces(whole, ids_by_piece, max_length - encoder.special_ids.source_size, max_length - 1)
     span = encoded.spans[-1]
-    starts: dict[int, int] = {}
+    turn_starts: dict[int, int] = {}
     length = system_end = 0
     for piece, piece_ids in zip(whole, ids_by_piece, strict=True):
         if piece.kind == "system":
             system_end = len(piece_ids)
-        else:
-            starts.setdefault(piece.turn, length)
+        elif piece.turn < answer_turn:
+            turn_starts.setdefault(piece.turn, length)
         length += len(piece_ids)
-    is_turn_cut = span.source_start not in starts.values()
+    first_kept = max(start for start in turn_starts.values() if start <= span.source_start)
     return EncodedPrompt(
         ids=[*encoded.ids[: span.system_end].tolist(), *encoded.ids[span.source_start : span.source_end].tolist()],
-        dropped_turns=sum(start < span.source_start for start in starts.values()) - is_turn_cut,
-        is_cut=is_turn_cut or span.system_end < system_end,
+        dropped_turns=sum(start < first_kept for start in turn_starts.values()),
+        cut_tokens=system_end - span.system_end + span.source_start - first_kept,
     )
 
 

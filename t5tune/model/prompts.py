@@ -40,14 +40,15 @@ class Prompt:
         num_tokens: of these, without the special ones.
         dropped_turns: how many of the oldest turns were left out: by `max_length`, or because the model was trained
             on single exchanges.
-        is_cut: whether tokens of the system message or of the last message were cut off, too.
+        cut_tokens: how many tokens of the system message and of the last message were cut off, too; of a text or ids,
+            how many are too many.
         has_gaps: whether it has sentinels, so that those of the reply say which gap a text is for.
     """
 
     ids: list[int]
     num_tokens: int
     dropped_turns: int
-    is_cut: bool
+    cut_tokens: int
     has_gaps: bool = False
 
 
@@ -92,7 +93,7 @@ class Prompts:
             ids=self.encoder.special_ids.surround_source(encoded.ids),
             num_tokens=len(encoded.ids),
             dropped_turns=len(turns) - len(seen) + encoded.dropped_turns,
-            is_cut=encoded.is_cut,
+            cut_tokens=encoded.cut_tokens,
         )
 
     def encode_text(self, text: str) -> Prompt:
@@ -114,7 +115,8 @@ class Prompts:
         ids = self.encoder.special_ids.strip_if_present(ids)
         whole = self.encoder.special_ids.surround_source(ids)
         has_gaps = has_sentinels(self.tokenizer, ids)
-        return Prompt(whole, len(ids), dropped_turns=0, is_cut=len(whole) > self.max_length, has_gaps=has_gaps)
+        excess = max(0, len(whole) - self.max_length)
+        return Prompt(whole, len(ids), dropped_turns=0, cut_tokens=excess, has_gaps=has_gaps)
 
     def select_turns(self, turns: list[Turn]) -> list[Turn]:
         """Return the turns that the model sees: without history, only the last one."""

@@ -75,7 +75,7 @@ class ServedModel:
         if not self.engine.can_read(prompt.ids):
             problem = f"{param}: nothing to reply to: {self.engine.name} needs at least one token that isn't special"
             raise ApiError(400, problem, param)
-        if prompt.is_cut:
+        if prompt.cut_tokens:
             limit = f"model_max_length is {self.prompts.max_length:,} tokens"
             what = "the system and the last message don't fit" if param == "messages" else f"it has {len(prompt.ids):,}"
             raise ApiError(400, f"{param}: too long: {what}; {limit}", param, "context_length_exceeded")

@@ -543,6 +543,34 @@ def test_without_history_three_messages_in_one_chat_get_the_replies_of_three_cha
     assert "each message is prefixed with 'shorten: ', as in training" in done.stderr
 
 
+def test_what_the_model_does_not_see_of_a_conversation_is_reported(
+    untied_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    plain = settings(untied_base, model_max_length=16, conversation_template="plain")
+    reply = chat(plain.model_copy(update={"prompt": PROMPT * 9}), events.append)
+    whole = chat(plain.model_copy(update={"prompt": PROMPT * 9, "model_max_length": 4096}), events.append)
+    assert (reply.source_tokens, reply.cut_tokens) == (15, whole.source_tokens - 15)
+    assert (reply.dropped_turns, whole.cut_tokens, whole.dropped_turns) == (0, 0, 0)
+    problem = "too long for model_max_length 16: the model didn't see"
+    advice = "shorten it, or raise model_max_length"
+    too_long = f"the message is {problem} {reply.cut_tokens} tokens of it or of the system message; {advice}"
+    assert [event for event in events if isinstance(event, Note) and "see" in event.text] == [Note(too_long, True)]
+
+    shown = io.StringIO()
+    output = Output(shown, json=True)
+    monkeypatch.setattr(output, "report", events.append)
+    session = _ChatSession(Chatter.load(plain), output, interactive=False)
+    session.turns = [Turn("human", PROMPT), Turn("assistant", PROMPT)]
+    session.ask("Tea?")
+    assert events[-1] == Note(f"the conversation is {problem} the oldest 2 turns")
+    assert (json.loads(shown.getvalue())["dropped_turns"], json.loads(shown.getvalue())["cut_tokens"]) == (2, 0)
+    session.run_command("history", "off")  # without history nothing is expected of earlier turns
+    seen = list(events)
+    session.ask("Tea?")
+    assert events == seen
+
+
 def test_history_is_kept_after_training_on_conversations_and_can_be_switched(
     made: dict[str, Path], pair_run: dict[str, Path]
 ) -> None:

@@ -313,15 +313,18 @@ def test_a_prompt_that_is_too_long_is_shortened_as_the_source_in_training(
     template = Template("", "{text} ", "Q: {text} ", prefix, assistant, " ")
     texts = ["Hello there.", "Good day, what may I bring you?", "Bring two teas to Aida please."]
     asked, answered = (render_conversation(make_conversation(turns), template) for turns in (texts, [*texts, "Yes."]))
-    dropped = []
+    dropped, last_turn = [], set()
     for length in range(4, 60):
         (encoded,) = encode_batch([answered], encoder, length)
         source = extract_example(encoded.ids, encoded.spans[-1], encoder.special_ids).source_S.tolist()
         prompt = encode_prompt([*asked, *render_answer_prefix(template, 3)], encoder, length)
         assert encoder.special_ids.surround_source(prompt.ids) == source
-        dropped.append((prompt.dropped_turns, prompt.is_cut))
+        dropped.append((prompt.dropped_turns, prompt.cut_tokens > 0))
+        if prompt.dropped_turns == 2:
+            last_turn.add(len(prompt.ids) + prompt.cut_tokens)
     # in this order: the last message is cut, then it is left alone, and so on
     assert list(dict.fromkeys(dropped)) == [(2, True), (2, False), (1, False), (0, False)]
+    assert len(last_turn) == 1  # whatever was cut off from it is counted
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
