@@ -82,6 +82,8 @@ def generate(
             synced_gpus=synced_gpus,
             logits_processor=[_RowSampler(samplings)] if any(samplings) else None,
             stopping_criteria=[follower] if follower else None,
+            # one reply to each source, as ids, whatever generation_config.json asks for
+            num_return_sequences=1,
             return_dict_in_generate=False,
             # a reply that isn't greedy is sampled by _RowSampler
             do_sample=False,

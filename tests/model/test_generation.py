@@ -100,12 +100,24 @@ def test_a_start_token_that_differs_from_that_of_training_is_said(tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("setting", ["return_dict_in_generate", "output_scores"])
-def test_settings_that_only_change_the_form_of_the_output_change_nothing(setting: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"return_dict_in_generate": True},
+        {"output_scores": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+    ids=repr,
+)
+def test_settings_that_only_change_the_form_of_the_output_change_nothing(
+    config: dict[str, int], num_beams: int, tmp_path: Path
+) -> None:
     folder = make_base(tmp_path, tied=False)
-    expected = generate(load_base(folder, torch.float32, torch.device("cpu")), [[40, 1]], Decoding(1, 0, 4))
-    (folder / "generation_config.json").write_text(json.dumps({setting: True}))
-    assert generate(load_base(folder, torch.float32, torch.device("cpu")), [[40, 1]], Decoding(1, 0, 4)) == expected
+    sources, decoding = [[40, 1], [50, 41, 1]], Decoding(1, 0, 4, num_beams)
+    expected = generate(load_base(folder, torch.float32, torch.device("cpu")), sources, decoding)
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    assert generate(load_base(folder, torch.float32, torch.device("cpu")), sources, decoding) == expected
 
 
 @pytest.mark.parametrize("content", ['{"stop_strings": ["x"]}', '{"num_return_sequences": 2}', "[1]", "{"])
