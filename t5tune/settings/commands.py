@@ -253,7 +253,7 @@ class ChatSettings(ConversationSettings, InferenceSettings):
         le=1,
         description="Nucleus sampling (top-p): sample from the smallest set of tokens with this total probability.",
     )
-    seed: int = Field(default=42, ge=0, description="Random seed for sampling.")
+    seed: int = Field(default=42, ge=0, lt=1 << 63, description="Random seed for sampling.")
     save_preferences: Annotated[Path | None, NoneIfUnset] = Field(
         default=None,
         description="Sample two replies to each message, ask which one is better, and append the pair to this JSON "

@@ -177,6 +177,14 @@ def test_an_empty_prompt_is_refused() -> None:
         ChatSettings(model_name_or_path="pocket", prompt=" ")
 
 
+@pytest.mark.parametrize("seed", [1 << 63, 10**20])
+def test_a_seed_that_is_too_large_is_refused(seed: int) -> None:
+    largest = ChatSettings(model_name_or_path="pocket", seed=(1 << 63) - 1).seed
+    assert torch.Generator().manual_seed(largest).initial_seed() == largest
+    with pytest.raises(SettingsError, match=f"^seed: {seed}: must be less than {largest + 1}$"):
+        ChatSettings(model_name_or_path="pocket", seed=seed)
+
+
 def test_a_list_of_records_where_only_paths_are_read_is_a_single_problem() -> None:
     for data in ([{"source": "a"}] * 3, pd.DataFrame({"source": ["a"]})):
         with pytest.raises(SettingsError) as caught:
