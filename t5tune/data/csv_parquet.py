@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,35 @@ CSV_REASONS = {  # part of the csv module's message: our message
 ROWS_PER_BATCH = 16  # rows of a Parquet file that are read at once, at most
 BYTES_PER_BATCH = 1 << 21  # about the most bytes of such a batch
 TEXT_TYPES = {"string", "large_string"}  # of Arrow
-_CELL_TEXT = re.compile(rb'[^",;\t\r\n]+')
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # their names in messages
+DETECTED_DELIMITERS = ",;\t"  # without a line that names the delimiter
+SAMPLE_LINES = 100  # to find the delimiter by, at most
+SAMPLE_BYTES = 1 << 20  # about the most bytes of them
+_DELIMITER_LINE = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)  # Excel's first line
+_CELL_TEXT = re.compile(rb'[^",;\t|\r\n]+')
 
 
 def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawRecord]:
-    """Read a CSV file: a header with the column names, then rows.
+    """Read a CSV file: a header with the column names, then rows. A first line `sep=;` names the delimiter.
 
     Args:
-        delimiter: if None, the most frequent one of comma, semicolon and tab in the header.
+        delimiter: if None, it is detected, unless the file names it.
         max_bytes: longer rows are rejected.
 
     Raises:
-        DataError: the file is not valid CSV, or its header is too long.
+        DataError: the file is not valid CSV, its header is too long, or it isn't clear which delimiter it has.
     """
     lines = _LineReader(path, max_bytes)
     texts = iter(lines)
     csv.field_size_limit(max_bytes)
-    header_line = next((line for line in texts if line.strip()), None)
+    header_line = next(dropwhile(str.isspace, texts), None)
+    if header_line is not None and (named := _DELIMITER_LINE.fullmatch(header_line)):
+        delimiter = named[1]
+        lines.begin_row()
+        header_line = next(dropwhile(str.isspace, texts), None)
     if header_line is None:
         return
-    delimiter = delimiter or max(",;\t", key=header_line.count)
+    delimiter = delimiter or _detect_delimiter(path, max_bytes)
     reader = csv.reader(chain([header_line], texts), delimiter=delimiter, strict=True)
     try:
         header = next(reader)
@@ -65,15 +74,65 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawR
             if lines.size > max_bytes:
                 yield make_too_long_record(location, lines.beginning, lines.size, max_bytes)
             elif len(cells) != len(header):
-                rejection = Rejection(
-                    "bad_row", f"{format_count(len(cells), 'cell')} in a row, {len(header)} in the header"
-                )
+                problem = f"{format_count(len(cells), 'cell')} in a row, {len(header)} in the header"
+                rejection = Rejection("bad_row", f"{problem}, divided at {DELIMITERS[delimiter]}")
                 yield RawRecord(location, cells, size, parsed=rejection)
             else:
                 yield RawRecord(location, dict(zip(header, cells, strict=True)), size)
     except csv.Error as error:
         reason = next((ours for theirs, ours in CSV_REASONS.items() if theirs in str(error)), str(error))
-        raise DataError(f"{path}:{lines.number}: not valid CSV: {reason}") from error
+        problem = f"{path}:{lines.number}: not valid CSV: {reason}, divided at {DELIMITERS[delimiter]}"
+        raise DataError(problem) from error
+
+
+def _detect_delimiter(path: Path, max_bytes: int) -> str:
+    """Find the delimiter that divides the most of the first rows into as many cells as the header, at least two.
+
+    If none divides a row so, the one that divides the header into the most cells.
+
+    Raises:
+        DataError: commas and semicolons divide the rows equally well.
+    """
+    lines = _LineReader(path, max_bytes)
+    sample: list[str] = []
+    for line in dropwhile(str.isspace, lines):
+        sample.append(line)
+        if len(sample) == SAMPLE_LINES or lines.size > SAMPLE_BYTES:
+            break
+    num_cells, shares = {}, {}
+    for delimiter in DETECTED_DELIMITERS:
+        num_cells[delimiter], shares[delimiter] = _divide_rows(sample, delimiter)
+    best = [delimiter for delimiter, share in shares.items() if share == max(shares.values())]
+    if shares[best[0]] == 0:
+        return max(best, key=lambda delimiter: (num_cells[delimiter], sample[0].count(delimiter)))
+    if "\t" in best:  # texts hardly contain tabs
+        return "\t"
+    if len(best) > 1:
+        names = " and ".join(DELIMITERS[delimiter] for delimiter in best)
+        problem = f"{path}: not clear where the cells end: {names} divide its rows equally well"
+        choices = " or ".join(f"sep={delimiter}" for delimiter in best)
+        raise DataError(problem, hint=f"name the right one in a line above the header: {choices}")
+    return best[0]
+
+
+def _divide_rows(lines: list[str], delimiter: str) -> tuple[int, float]:
+    """Divide the first lines of a file at a delimiter.
+
+    Returns:
+        The number of cells in the header, and the share of the rows that have as many; 0 if these are less than two.
+    """
+    rows: list[list[str]] = []
+    num_broken = 0
+    try:
+        for row in csv.reader(lines, delimiter=delimiter, strict=True):
+            rows.append(row)
+    except csv.Error as error:
+        num_broken = int("unexpected end of data" not in str(error))  # the lines may end inside a row
+    if not rows:
+        return 0, 0
+    header, *others = filter(None, rows)
+    num_equal = sum(len(row) == len(header) for row in others)
+    return len(header), num_equal / max(1, len(others) + num_broken) if len(header) > 1 else 0
 
 
 def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:

@@ -899,6 +899,58 @@ def test_rows_of_a_csv_file_are_records(outcomes: Callable[..., tuple[list[str],
     assert outcomes(b"q,a\nx,y\n", "data.csv", source_column="q", target_column="a") == (["x"], [])
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "columns"),
+    [
+        (
+            "question;answer (short, one word, lowercase)",
+            "Who?;me",
+            ["question", "answer (short, one word, lowercase)"],
+        ),
+        ('"Frage, deutsch";"Antwort, Korpus, engl."', "Wer?;me", ["Frage, deutsch", "Antwort, Korpus, engl."]),
+        ("Satz (dt., kurz);Übersetzung", "Wort, ja, bitte;word", ["Satz (dt., kurz)", "Übersetzung"]),
+        ("question,answer (a; b; or c)", "Who?,a", ["question", "answer (a; b; or c)"]),
+        ("source\ttarget, short", "Wort, bitte\tword", ["source", "target, short"]),
+        ("sep=;\nfrage,de;antwort", "1,5;2,5", ["frage,de", "antwort"]),
+        ('"SEP=|"\nfrage,de|antwort', "1,5|2;5", ["frage,de", "antwort"]),
+        ("\ufeffsep=,\nfrage;de,antwort", "1;5,2;5", ["frage;de", "antwort"]),
+    ],
+)
+def test_the_delimiter_of_a_csv_file_is_the_one_that_divides_header_and_rows_alike(
+    tmp_path: Path, header: str, row: str, columns: list[str]
+) -> None:
+    (tmp_path / "data.csv").write_text(f"{header}\n{row}\n{row}\n")
+    records = [record.data for record in read_raw(tmp_path / "data.csv")]
+    assert [[*record] for record in records if isinstance(record, dict)] == [columns, columns]
+
+
+def test_a_csv_file_whose_delimiter_is_not_clear_is_refused_until_it_is_named(tmp_path: Path) -> None:
+    text = "Satz (dt., kurz);Übersetzung\nWort 1, bitte;word 1 please\n"
+    (tmp_path / "data.csv").write_text(text)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "data.csv")
+    assert str(caught.value) == (
+        f"{tmp_path / 'data.csv'}: not clear where the cells end: commas and semicolons divide its rows equally well; "
+        "name the right one in a line above the header: sep=, or sep=;"
+    )
+    (tmp_path / "data.csv").write_text("sep=;\n" + text)
+    (record,) = read_raw(tmp_path / "data.csv")
+    assert record.data == {"Satz (dt., kurz)": "Wort 1, bitte", "Übersetzung": "word 1 please"}
+    assert (record.location.line, record.location.index) == (3, 0)
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(",", "commas"), (";", "semicolons")])
+def test_messages_of_a_csv_file_name_its_delimiter(tmp_path: Path, delimiter: str, name: str) -> None:
+    text = "source,target\na,b\nonly one\n".replace(",", delimiter)
+    (tmp_path / "data.csv").write_text(text)
+    assert read(tmp_path / "data.csv")[1] == Rejection(
+        "bad_row", f"1 cell in a row, 2 in the header, divided at {name}"
+    )
+    (tmp_path / "data.csv").write_text(text + '"a"b')
+    with pytest.raises(DataError, match=f":4: not valid CSV: there is text after a closing quote, divided at {name}"):
+        read(tmp_path / "data.csv")
+
+
 def test_malformed_rows_are_rejected_without_affecting_others(
     outcomes: Callable[..., tuple[list[str], list[str]]],
 ) -> None:
