@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, dropwhile
@@ -14,6 +15,7 @@ from t5tune.data.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_rec
 from t5tune.data.records import RecordLocation, Rejection
 from t5tune.errors import DataError, DependencyError
 from t5tune.formatting import format_count
+from t5tune.io.reasons import join_first
 
 CELL_OVERHEAD_BYTES = 128  # memory of a cell in addition to its text
 CSV_REASONS = {  # part of the csv module's message: our message
@@ -59,7 +61,8 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawR
         header = next(reader)
         if lines.size > max_bytes:
             raise DataError(f"{path}:{lines.number}: the header is longer than max_record_bytes {max_bytes}")
-        _check_column_names(header, f"{path}:{lines.number}")
+        names = [name if name.strip() else f"unnamed {number}" for number, name in enumerate(header, start=1)]
+        _check_column_names(names, f"{path}:{lines.number}")
         index = 0
         while True:
             location = RecordLocation(str(path), lines.number + 1, index, lines.offset)
@@ -78,7 +81,9 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawR
                 rejection = Rejection("bad_row", f"{problem}, divided at {DELIMITERS[delimiter]}")
                 yield RawRecord(location, cells, size, parsed=rejection)
             else:
-                yield RawRecord(location, dict(zip(header, cells, strict=True)), size)
+                # a spreadsheet may have empty columns without a name
+                row = {name: cell for name, cell, given in zip(names, cells, header, strict=True) if cell or given}
+                yield RawRecord(location, row, size)
     except csv.Error as error:
         reason = next((ours for theirs, ours in CSV_REASONS.items() if theirs in str(error)), str(error))
         problem = f"{path}:{lines.number}: not valid CSV: {reason}, divided at {DELIMITERS[delimiter]}"
@@ -172,8 +177,8 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
 
 
 def _check_column_names(names: list[str], place: str) -> None:
-    if len(set(names)) < len(names):
-        raise DataError(f"{place}: duplicate column name: {', '.join(names)}")
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{place}: duplicate column name: {join_first(duplicates)}", hint="rename all but one of them")
 
 
 def _read_batches(file: Any) -> Iterator[Any]:

@@ -951,6 +951,16 @@ def test_messages_of_a_csv_file_name_its_delimiter(tmp_path: Path, delimiter: st
         read(tmp_path / "data.csv")
 
 
+def test_columns_without_a_name_are_unused_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("question,answer,,\nWho?,me,,\nWhy?,so,,yes\n")
+    records = read(tmp_path / "data.csv", source_column="question", target_column="answer")
+    repairs = [record.repairs for record in records if isinstance(record, Conversation)]
+    assert repairs == [{}, {"ignored_field_unnamed 4": 1}]
+    (rejected, _) = read(tmp_path / "data.csv")
+    assert isinstance(rejected, Rejection)
+    assert "add --source-column question --target-column answer" in rejected.message
+
+
 def test_malformed_rows_are_rejected_without_affecting_others(
     outcomes: Callable[..., tuple[list[str], list[str]]],
 ) -> None:
@@ -965,7 +975,7 @@ def test_malformed_rows_are_rejected_without_affecting_others(
     ("data", "message"),
     [
         (b'source,target\na,"b\n', r":\d+: not valid CSV"),
-        (b"source,source\na,b\n", "duplicate column name: source"),
+        (b"id,source,target,source\n1,a,b,c\n", ":1: duplicate column name: source; rename all but one of them"),
         (b"source," + b"a" * LIMIT + b"\na,b\n", ":1: the header is longer than"),
         ("source,target\na,b\n".encode("utf-16"), "UTF-16"),
     ],
