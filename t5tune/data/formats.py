@@ -23,6 +23,7 @@ from t5tune.data.records import LABELED_BAD, RecordLocation, RejectionError
 from t5tune.data.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
 from t5tune.data.wrapped_records import suggest_unwrapping
 from t5tune.errors import suggest_name
+from t5tune.io.reasons import join_first
 from t5tune.settings.reading import ReadingSettings
 
 Role = Literal["human", "assistant"]
@@ -197,7 +198,7 @@ def _check_has_both(value: dict[str, Any], names: tuple[str, str]) -> None:
     """Check that a record has the better and the worse answer, whose keys are `names`."""
     for name in names:
         if value.get(name) in EMPTY_VALUES:
-            found = ", ".join(sorted(map(str, value))[:6])
+            found = join_first([*value])
             advice = suggest_name(name, map(str, value.keys() - set(names)))
             columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
             problem = f"no {name} answer; the record has {found}{advice or f'; {columns}'}"
@@ -229,7 +230,7 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
     if column not in value and ".txt" in map(str.lower, Path(location.file).suffixes):
         column = "text"  # in which the whole file is
     if column not in value:
-        found = ", ".join(sorted(map(str, value))[:6])
+        found = join_first([*value])
         advice = suggest_name(column, map(str, value)) or "; name the text's key with --source-column"
         raise RejectionError("unknown_format", f"no key {column}, which raw text has; its keys are {found}{advice}")
     text = normalize_text(_parse_text(column, value[column]), repairs)
@@ -315,7 +316,7 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
         for name, (alternatives, parser) in formats.items():
             if any(keys <= given for keys in alternatives):
                 return name, parser
-    found = ", ".join(sorted(value)[:6])
+    found = join_first([*value])
     if unwrapping := suggest_unwrapping(value):
         raise RejectionError("unknown_format", f"its keys are {found}{unwrapping}")
     if set(value) - COMMON_KEYS == {"text"}:
@@ -472,7 +473,7 @@ def _parse_pair(
 ) -> ParsedTurns:
     """Parse the columns `source` and `target`. The source may be a list of turns."""
     if missing := [name for name in (source, target) if name not in value]:
-        found = ", ".join(sorted(map(str, value))[:6])
+        found = join_first([*value])
         advice = suggest_unwrapping(value) or suggest_name(missing[0], map(str, value.keys() - {source, target}))
         if not advice and missing[0] == source and reading.source_column is None:
             advice = "; name the source's with --source-column"

@@ -8,8 +8,10 @@ parse_record(record, ReadingSettings())
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from t5tune.data.files import find_data_suffix
 from t5tune.data.formats import Conversation, parse_conversation
 from t5tune.data.records import (
     RecordLocation,
@@ -91,6 +93,9 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         if reason == "lone_surrogate" and not isinstance(data, bytes):
             where = re.sub(r"U\+DC([89A-F][0-9A-F])", r"the byte 0x\1", str(error))
             return Rejection("invalid_utf8", f"a cell with bytes that are not UTF-8 ({where})")
+        if reason == "unknown_format" and find_data_suffix(Path(location.file)) in (".csv", ".tsv"):
+            advice = "if the first line of the file is data, write a line with the names of the columns above it"
+            return Rejection(reason, f"{error}; {advice}")
         return error.rejection
     if not repairs:
         return conversation

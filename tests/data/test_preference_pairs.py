@@ -48,7 +48,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "an empty answer": ({"prompt": "Hi", "chosen": "", "rejected": "No"}, "no_preference", "no chosen answer; "),
     "a misspelled key": (
         {"prompt": "Hi", "chosen": "Yes", "rejectd": "No"}, "no_preference",
-        "no rejected answer; the record has chosen, prompt, rejectd; did you mean rejectd?"),
+        "no rejected answer; the record has prompt, chosen, rejectd; did you mean rejectd?"),
     "a blank answer": (
         {"prompt": [HI, YES, AND], "chosen": "Yes", "rejected": " "}, "no_preference", "rejected: no text"),
     "the same answer": (

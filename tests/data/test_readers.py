@@ -767,17 +767,45 @@ def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
     (rejected,) = read(tmp_path / "pairs.csv")
     assert isinstance(rejected, Rejection)
     assert rejected.message == (
-        "its keys are disfluent, id, its original; add --source-column disfluent --target-column 'its original', "
-        "or the other way round"
+        "its keys are id, disfluent, its original; add --source-column disfluent --target-column 'its original', "
+        "or the other way round; if the first line of the file is data, write a line with the names of the columns "
+        "above it"
     )
     expected = (
         "expected conversations, or messages, or instruction + output, or completion + prompt, or source + target"
     )
     (rejected,) = read_record(tmp_path, {"text": "a", "number": 1})
-    assert rejected.message == f"its keys are number, text; {expected}"
-    (rejected,) = read_record(tmp_path, {"a": "a", "b": "b", "c": "c"})
+    assert rejected.message == f"its keys are text, number; {expected}"
+    (rejected,) = read_record(tmp_path, {"c": "a", "b": "b", "a": "c"})
     named = "or name two columns with --source-column and --target-column"
-    assert rejected.message == f"its keys are a, b, c; {expected}; {named}"
+    assert rejected.message == f"its keys are c, b, a; {expected}; {named}"
+    (rejected,) = read_record(tmp_path, dict.fromkeys("hgfedcba", 1))
+    assert rejected.message == f"its keys are h, g, f, e, d and 3 more; {expected}"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {},
+            "its keys are what was w 0, it was v 0; add --source-column 'what was w 0' --target-column 'it was v 0', ",
+        ),
+        ({"source_column": "q", "target_column": "a"}, "no column q, a; the record has what was w 0, it was v 0; "),
+        ({"objective": "span-corruption"}, "no key text, which raw text has; its keys are what was w 0, it was v 0; "),
+    ],
+)
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv"])
+def test_a_message_about_a_table_without_a_header_says_to_write_one(
+    tmp_path: Path, name: str, columns: dict[str, Any], message: str
+) -> None:
+    text = "what was w 0,it was v 0\nwhat was w 1,it was v 1\n"
+    (tmp_path / name).write_text(text.replace(",", "\t") if name == "data.tsv" else text)
+    (rejected,) = read(tmp_path / name, **columns)
+    assert isinstance(rejected, Rejection)
+    assert rejected.message.startswith(message)
+    assert rejected.message.endswith(
+        "; if the first line of the file is data, write a line with the names of the columns above it"
+    )
 
 
 def read_record(folder: Path, value: Any, **reading: Any) -> list[Any]:
