@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from t5tune.data.counts import OTHER_FIELDS, RecordCounts
 from t5tune.data.raw_records import KEYED_RECORDS
-from t5tune.data.records import LABELED_BAD, RecordLocation
+from t5tune.data.records import LABELED_BAD, UTF8_HINT, RecordLocation
 from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE, Template, load_template
 from t5tune.data.vocabulary import REPLACEMENT_CHARACTER
 from t5tune.errors import DataError
@@ -198,7 +198,7 @@ def _report_rejections(manifest: dict[str, Any], folder: Path, report: Report) -
         report(Note(f"{left_out}: {folder / REJECTED_FILE}", True))
     if reasons:
         rejected = f"{format_count(reasons.total(), 'record')} rejected ({_format_counts(reasons)})"
-        hint = "; save the data in the encoding UTF-8" if reasons["invalid_utf8"] else ""
+        hint = f"; {UTF8_HINT}" if reasons["invalid_utf8"] else ""
         report(Note(f"{rejected}: {folder / REJECTED_FILE}{hint}", True))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from t5tune.data.files import find_data_suffix
 from t5tune.data.formats import Conversation, parse_conversation
 from t5tune.data.records import (
+    UTF8_HINT,
     RecordLocation,
     Rejection,
     RejectionError,
@@ -92,7 +93,7 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         # in a table, a lone surrogate represents an invalid byte
         if reason == "lone_surrogate" and not isinstance(data, bytes):
             where = re.sub(r"U\+DC([89A-F][0-9A-F])", r"the byte 0x\1", str(error))
-            return Rejection("invalid_utf8", f"a cell with bytes that are not UTF-8 ({where})")
+            return Rejection("invalid_utf8", f"bytes that are not UTF-8 ({where}); {UTF8_HINT}")
         if reason == "unknown_format" and find_data_suffix(Path(location.file)) in (".csv", ".tsv"):
             advice = "if the first line of the file is data, write a line with the names of the columns above it"
             return Rejection(reason, f"{error}; {advice}")

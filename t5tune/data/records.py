@@ -40,6 +40,7 @@ REJECTION_REASONS = {
     "long_word": "more than 100,000 characters that the tokenizer can't divide",
     "duplicate": "the same texts as an earlier conversation, of which the same turns are learned (dedupe)",
 }
+UTF8_HINT = "save the file as UTF-8"
 DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse_json`
 
@@ -87,7 +88,7 @@ def parse_json(data: bytes) -> Any:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise RejectionError("invalid_utf8", f"byte {error.start} of the record is not UTF-8") from None
+        raise RejectionError("invalid_utf8", f"byte {error.start} of the record is not UTF-8; {UTF8_HINT}") from None
     if _is_too_deep(data):
         raise RejectionError("too_deep", f"more than {MAX_JSON_DEPTH} nested objects or lists")
     try:

@@ -1000,6 +1000,21 @@ def test_malformed_rows_are_rejected_without_affecting_others(
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("data.csv", "Frage,Übersetzung\na,b\n", "bytes that are not UTF-8 (a key: the byte 0xDC at character 0)"),
+        ("data.csv", "source,target\nna,schön\n", "bytes that are not UTF-8 (target: the byte 0xF6 at character 3)"),
+        ("data.jsonl", '{"source": "schön"}\n', "byte 15 of the record is not UTF-8"),
+    ],
+)
+def test_a_file_in_latin_1_is_to_be_saved_as_utf_8(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    done = prepare(tmp_path, "--data-path", tmp_path / name)
+    assert done.returncode == 2
+    assert f"{message}; save the file as UTF-8" in done.stderr.decode()
+
+
+@pytest.mark.parametrize(
     ("data", "message"),
     [
         (b'source,target\na,"b\n', r":\d+: not valid CSV"),
