@@ -11,7 +11,7 @@ RejectionError. What is left out or repaired is counted.
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from t5tune.data.record_labels import find_labels, find_weight
 from t5tune.data.records import LABELED_BAD, RecordLocation, RejectionError
 from t5tune.data.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
 from t5tune.data.wrapped_records import suggest_unwrapping
-from t5tune.errors import suggest_name
+from t5tune.errors import find_close_name
 from t5tune.io.reasons import join_first
 from t5tune.settings.reading import ReadingSettings
 
@@ -198,8 +198,8 @@ def _check_has_both(value: dict[str, Any], names: tuple[str, str]) -> None:
     """Check that a record has the better and the worse answer, whose keys are `names`."""
     for name in names:
         if value.get(name) in EMPTY_VALUES:
-            found = join_first([*value])
-            advice = suggest_name(name, map(str, value.keys() - set(names)))
+            found = _list_keys(value)
+            advice = _suggest_key(name, value.keys() - set(names))
             columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
             problem = f"no {name} answer; the record has {found}{advice or f'; {columns}'}"
             raise RejectionError("no_preference", problem)
@@ -230,8 +230,8 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
     if column not in value and ".txt" in map(str.lower, Path(location.file).suffixes):
         column = "text"  # in which the whole file is
     if column not in value:
-        found = join_first([*value])
-        advice = suggest_name(column, map(str, value)) or "; name the text's key with --source-column"
+        found = _list_keys(value)
+        advice = _suggest_key(column, value.keys()) or "; name the text's key with --source-column"
         raise RejectionError("unknown_format", f"no key {column}, which raw text has; its keys are {found}{advice}")
     text = normalize_text(_parse_text(column, value[column]), repairs)
     text = clean(text, repairs) if reading.clean else text
@@ -316,7 +316,7 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
         for name, (alternatives, parser) in formats.items():
             if any(keys <= given for keys in alternatives):
                 return name, parser
-    found = join_first([*value])
+    found = _list_keys(value)
     if unwrapping := suggest_unwrapping(value):
         raise RejectionError("unknown_format", f"its keys are {found}{unwrapping}")
     if set(value) - COMMON_KEYS == {"text"}:
@@ -329,6 +329,17 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
     elif len(texts) > 2:
         advice += "; or name two columns with --source-column and --target-column"
     raise RejectionError("unknown_format", f"its keys are {found or 'none'}; {advice}")
+
+
+def _list_keys(value: dict[str, Any]) -> str:
+    """List the first keys of a record, for a message; one that begins or ends with a space is quoted."""
+    return join_first([key if key == key.strip() else repr(key) for key in value])
+
+
+def _suggest_key(name: str, keys: Iterable[str]) -> str:
+    """Return `; did you mean question?`, quoted as for a shell, or an empty string if no key is close."""
+    close = find_close_name(name, keys)
+    return f"; did you mean {shlex.quote(close)}?" if close else ""
 
 
 Parser = Callable[[dict[str, Any], ReadingSettings, Counter[str]], ParsedTurns]
@@ -473,8 +484,8 @@ def _parse_pair(
 ) -> ParsedTurns:
     """Parse the columns `source` and `target`. The source may be a list of turns."""
     if missing := [name for name in (source, target) if name not in value]:
-        found = join_first([*value])
-        advice = suggest_unwrapping(value) or suggest_name(missing[0], map(str, value.keys() - {source, target}))
+        found = _list_keys(value)
+        advice = suggest_unwrapping(value) or _suggest_key(missing[0], value.keys() - {source, target})
         if not advice and missing[0] == source and reading.source_column is None:
             advice = "; name the source's with --source-column"
         problem = f"no column {', '.join(missing)}; the record has {found}{advice}"

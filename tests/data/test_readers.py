@@ -760,6 +760,10 @@ def test_a_mistyped_column_is_suggested(tmp_path: Path) -> None:
     (rejected,) = read_record(tmp_path, value, source_column="disfluent", target_column="orignal")
     message = "no column orignal; the record has disfluent, original; did you mean original?"
     assert rejected.message == message
+    value = {" disfluent ": "a, no, b", "its original": "b"}
+    (rejected,) = read_record(tmp_path, value, source_column="disfluent", target_column="its original")
+    message = "no column disfluent; the record has ' disfluent ', its original; did you mean ' disfluent '?"
+    assert rejected.message == message
 
 
 def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
