@@ -94,7 +94,9 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         if reason == "lone_surrogate" and not isinstance(data, bytes):
             where = re.sub(r"U\+DC([89A-F][0-9A-F])", r"the byte 0x\1", str(error))
             return Rejection("invalid_utf8", f"bytes that are not UTF-8 ({where}); {UTF8_HINT}")
-        if reason == "unknown_format" and find_data_suffix(Path(location.file)) in (".csv", ".tsv"):
+        is_text_table = find_data_suffix(Path(location.file)) in (".csv", ".tsv")
+        # a question suggests one of the keys, which shows that the first line has names
+        if reason == "unknown_format" and is_text_table and not str(error).endswith("?"):
             advice = "if the first line of the file is data, write a line with the names of the columns above it"
             return Rejection(reason, f"{error}; {advice}")
         return error.rejection

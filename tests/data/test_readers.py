@@ -764,6 +764,9 @@ def test_a_mistyped_column_is_suggested(tmp_path: Path) -> None:
     (rejected,) = read_record(tmp_path, value, source_column="disfluent", target_column="its original")
     message = "no column disfluent; the record has ' disfluent ', its original; did you mean ' disfluent '?"
     assert rejected.message == message
+    (tmp_path / "data.csv").write_text(" disfluent ,its original\na uh b,a b\n")
+    (rejected,) = read(tmp_path / "data.csv", source_column="disfluent", target_column="its original")
+    assert rejected == Rejection("unknown_format", message)
 
 
 def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
