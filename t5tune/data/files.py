@@ -36,6 +36,7 @@ from t5tune.settings.loading import SETTINGS_HEADER
 
 STDIN = Path("-")
 TEXT_HINT = "--objective span-corruption trains on it, as in T5's pretraining"
+SPREADSHEET_SUFFIXES = {".xlsx", ".xlsm", ".xls", ".ods", ".numbers"}
 KNOWN_SUFFIXES = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
 # patterns of the first bytes; zstd's second alternative is a skippable frame, which may come first
 COMPRESSION_MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
@@ -95,7 +96,7 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
         raise DataError(problem, hint=hint if is_stored(path) else "check the path's spelling")
     files = _select_data_files(path, found, report, setting, is_text)
     if not files:
-        raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file")
+        raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file", hint=_suggest_export(found))
     return files
 
 
@@ -106,7 +107,13 @@ def _check_suffix(path: Path, setting: str, is_text: bool) -> None:
     if find_data_suffix(path, is_text=True) is not None:
         raise DataError(f"{setting}: {path}: {suffix}: raw text", hint=TEXT_HINT)
     expected = f"expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
-    raise DataError(f"{setting}: {path}: {suffix}: {expected}")
+    raise DataError(f"{setting}: {path}: {suffix}: {expected}", hint=_suggest_export([path]))
+
+
+def _suggest_export(paths: list[Path]) -> str | None:
+    """Return the next step if one of the files is a spreadsheet, or None."""
+    spreadsheet = next((path for path in paths if path.suffix.lower() in SPREADSHEET_SUFFIXES), None)
+    return f"export {spreadsheet.name} as CSV in UTF-8" if spreadsheet else None
 
 
 def _select_data_files(path: Path, found: list[Path], report: Report, setting: str, is_text: bool) -> list[Path]:

@@ -1081,6 +1081,18 @@ def test_files_of_folders_and_patterns_are_found_in_order(tmp_path: Path, monkey
         find_files(["-", "-"])
 
 
+def test_a_spreadsheet_is_to_be_exported_as_csv(tmp_path: Path) -> None:
+    (tmp_path / "pairs.XLSX").write_bytes(b"PK")
+    for path in (tmp_path / "pairs.XLSX", tmp_path):
+        with pytest.raises(DataError, match=re.escape(f"{path}: ")) as caught:
+            find_files([str(path)])
+        assert caught.value.hint == "export pairs.XLSX as CSV in UTF-8"
+    (tmp_path / "pairs.xml").write_text("")
+    with pytest.raises(DataError, match="xml: expected one of") as caught:
+        find_files([str(tmp_path / "pairs.xml")])
+    assert caught.value.hint is None
+
+
 def test_a_file_name_with_pattern_characters_is_taken_literally(tmp_path: Path) -> None:
     path = tmp_path / "chats[1].jsonl"
     path.write_text(GOOD)
