@@ -332,8 +332,8 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
 
 
 def _list_keys(value: dict[str, Any]) -> str:
-    """List the first keys of a record, for a message; one that begins or ends with a space is quoted."""
-    return join_first([key if key == key.strip() else repr(key) for key in value])
+    """List the first keys of a record, for a message; one with a comma, or a space at an end, is quoted."""
+    return join_first([repr(key) if "," in key or key != key.strip() else key for key in value])
 
 
 def _suggest_key(name: str, keys: Iterable[str]) -> str:

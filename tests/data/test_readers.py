@@ -786,8 +786,8 @@ def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
     (rejected,) = read_record(tmp_path, {"c": "a", "b": "b", "a": "c"})
     named = "or name two columns with --source-column and --target-column"
     assert rejected.message == f"its keys are c, b, a; {expected}; {named}"
-    (rejected,) = read_record(tmp_path, dict.fromkeys("hgfedcba", 1))
-    assert rejected.message == f"its keys are h, g, f, e, d and 3 more; {expected}"
+    (rejected,) = read_record(tmp_path, dict.fromkeys(("a, b", *"hgfedcb"), 1))
+    assert rejected.message == f"its keys are 'a, b', h, g, f, e and 3 more; {expected}"
 
 
 @pytest.mark.parametrize(
