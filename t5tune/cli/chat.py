@@ -14,6 +14,7 @@ from t5tune.commands.chat import Chatter, Reply, chat, save_conversation, save_p
 from t5tune.data.formats import Turn
 from t5tune.errors import SettingsError, T5TuneError, WriteError
 from t5tune.settings import ChatSettings, packaged_templates
+from t5tune.settings.fields import read_path
 
 QUIT = ("/quit", "/exit")
 HELP = """\
@@ -193,7 +194,8 @@ class _ChatSession:
     def _set_adapter(self, folder: str) -> None:
         if not folder:
             raise SettingsError("/adapter: expected a folder", hint="/adapter none removes the adapter")
-        self.chatter = self.chatter.with_adapter(None if folder == "none" else Path(folder), self.output.report)
+        adapter = None if folder == "none" else Path(read_path(folder))
+        self.chatter = self.chatter.with_adapter(adapter, self.output.report)
         if self.keeps_history is not None:
             self.chatter = self.chatter.with_history(self.keeps_history)
         self.say(f"adapter: {folder}")
@@ -203,7 +205,7 @@ class _ChatSession:
             raise SettingsError("/save: expected a file", hint="such as /save conversations.jsonl")
         if not self.turns:
             raise SettingsError("/save: the conversation is empty")
-        save_conversation(Path(file), self.turns, self.chatter.settings.system)
+        save_conversation(Path(read_path(file)), self.turns, self.chatter.settings.system)
         self.say(f"appended to {file}")
 
     def say(self, text: str) -> None:

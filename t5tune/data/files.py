@@ -91,13 +91,23 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
     elif glob.has_magic(name):
         found = sorted(set(map(Path, _expand_pattern(name))))
     else:
-        hint = "create the settings again: records last as long as the process that they were given in"
         problem = f"{setting}: {path}: no such file or folder"
-        raise DataError(problem, hint=hint if is_stored(path) else "check the path's spelling")
+        if is_stored(path):
+            hint = "create the settings again: records last as long as the process that they were given in"
+            raise DataError(problem, hint=hint)
+        raise DataError(problem, hint=_explain_variables(name, setting) or "check the path's spelling")
     files = _select_data_files(path, found, report, setting, is_text)
     if not files:
-        raise DataError(f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file", hint=_suggest_export(found))
+        problem = f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file"
+        raise DataError(problem, hint=_suggest_export(found) or _explain_variables(name, setting))
     return files
+
+
+def _explain_variables(name: str, setting: str) -> str | None:
+    """Return what to do instead of a variable in a path that leads to nothing; None if there is none."""
+    if "$" not in name:
+        return None
+    return f"only a shell expands variables, so use --{setting.replace('_', '-')} or T5TUNE_{setting.upper()}"
 
 
 def _check_suffix(path: Path, setting: str, is_text: bool) -> None:

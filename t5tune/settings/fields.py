@@ -35,6 +35,7 @@ from t5tune.settings.messages import describe_python_errors, describe_unknown_na
 from t5tune.settings.synonyms import find_meant_setting
 
 NUMBER_TYPES = {int, float, int | None, float | None}
+PATH_TYPES = {Path, Path | None}
 SIZE_SUFFIXES = {"B": 1}
 SIZE_SUFFIXES |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 SIZE_SUFFIXES |= {f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
@@ -151,8 +152,11 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _reject_unintended_value(cls, value: Any, field: ValidationInfo) -> Any:
-        """Reject what pydantic would accept in another sense: "" as the current folder, and `lora_r: true` as 1."""
+    def _check_value(cls, value: Any, field: ValidationInfo) -> Any:
+        """Reject what pydantic would accept in another sense: "" as the current folder, and `lora_r: true` as 1.
+
+        Otherwise return the value, with the home folder in place of a path's `~`.
+        """
         kind = cls.model_fields[field.field_name or ""].annotation
         if isinstance(value, bool) and kind in NUMBER_TYPES:
             raise ValueError("expected a number, not true or false")
@@ -163,7 +167,7 @@ class Settings(BaseModel):
             kind == list[Path] and "" in (value if isinstance(value, list) else [value])
         ):
             raise ValueError("the path is empty; use `.` for the current folder")
-        return value
+        return read_path(value) if kind in PATH_TYPES else value
 
     @classmethod
     def _refuse_unknown_names(cls, given: Iterable[str], required: Collection[str] = ()) -> None:
@@ -246,8 +250,11 @@ def _split_numbers(value: Any) -> Any:
     return _split_items([value] if is_number else value)
 
 
-def _read_path(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def read_path(value: Any) -> Any:
+    """Read a path as text, with the home folder in place of `~`, which no shell expands in a file."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    is_at_home = isinstance(path, str) and (path == "~" or path.startswith("~/"))
+    return os.path.expanduser(path) if is_at_home else path
 
 
 def read_paths(value: Any) -> Any:
@@ -258,7 +265,7 @@ def read_paths(value: Any) -> Any:
         return []
     if isinstance(value, str | os.PathLike):
         value = [value]
-    return value and [_read_path(item) for item in value]
+    return value and [read_path(item) for item in value]
 
 
 def read_data(value: Any) -> Any:
@@ -269,7 +276,7 @@ def read_data(value: Any) -> Any:
 def exists(path: str) -> bool:
     """Whether there is a file or folder of this name; a text that is too long for a path isn't one."""
     with suppress(OSError):
-        return Path(path).exists()
+        return Path(read_path(path)).exists()
     return False
 
 
@@ -312,8 +319,8 @@ def _check_gpu_memory(value: Any) -> Any:
 NoneIfUnset = _UnsetReader(parse_unset)
 """Reads `none`, `null`, an empty string and -1, which FastChat and Hugging Face use for "not set", as None."""
 
-PathAsText = BeforeValidator(_read_path)
-"""Reads a Path as the text of it, where a setting is a path or a name."""
+PathAsText = BeforeValidator(read_path)
+"""Reads a path as the text of it, where a setting is a path or a name."""
 
 OptionalCount = Annotated[int | None, Field(gt=0), NoneIfUnset]
 """A positive whole number, or None if it isn't set."""

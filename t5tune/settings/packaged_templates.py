@@ -8,6 +8,7 @@ from t5tune.errors import SettingsError, suggest_name
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
+from t5tune.settings.fields import read_path
 
 DESCRIPTION = re.compile(r"^# (?!yaml-language-server)(.*)", re.MULTILINE)
 DEEPSPEED_CONFIGS = {  # JSON has no comments
@@ -80,7 +81,7 @@ def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
 
 
 def _find_template(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:
-    path = Path(name_or_path)
+    path = Path(read_path(name_or_path))
     # a run config is read once, so it may be a pipe; the other files are read more than once
     if path.is_file() or (setting == "config" and path.exists() and not path.is_dir()):
         return path

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, exists, read_paths
+from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, exists, read_path, read_paths
 from t5tune.settings.merge import Quantization
 from t5tune.settings.reading import ConversationSettings
 from t5tune.settings.shared import BaseModelSettings, DeviceSettings, QuantizationSettings
@@ -183,5 +183,5 @@ def split_model_name(text: str) -> tuple[str, str]:
     """Split NAME=MODEL; a model without a name gets that of its folder, or on the Hub its whole name."""
     name, equals, model = text.partition("=")
     if equals and not exists(text):
-        return name, model
+        return name, read_path(model)
     return (os.path.basename(os.path.abspath(text)) if exists(text) else text), text

@@ -190,6 +190,10 @@ def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache"]
     done = t5tune_in_fork("prepare", *arguments, "--data-path", "nowhere.jsonl")
     assert_refused(done, "data_path: nowhere.jsonl", "check the path's spelling")
+    hint = "; only a shell expands variables, so use --data-path or T5TUNE_DATA_PATH"
+    for name in ("$DATA/chats.jsonl", "$DATA/*.jsonl"):
+        done = t5tune_in_fork("prepare", *arguments, "--data-path", name)
+        assert_refused(done, f"data_path: {name}: ", hint)
     done = t5tune_in_fork("prepare", *arguments, "--data-path", "tatsu-lab/alpaca")
     said = "no such file or folder, HF_HUB_OFFLINE disables downloads, and the dataset isn't all in the local cache"
     assert_refused(done, f"data_path: tatsu-lab/alpaca: {said}; unset HF_HUB_OFFLINE, or give a file or a folder")

@@ -15,6 +15,7 @@ from t5tune.settings import (
     MergeSettings,
     PlanSettings,
     PrepareSettings,
+    ServeSettings,
     Settings,
     TrainSettings,
     dump_settings,
@@ -205,6 +206,33 @@ def test_a_path_object_is_as_good_as_its_text() -> None:
     assert ChatSettings(model_name_or_path=run, conversation_template=template).conversation_template == str(template)
     assert TrainSettings(**NEEDED, deepspeed=Path("zero.json")).deepspeed == "zero.json"
     assert PlanSettings(model_name_or_path=run, data_path=[run, "b"]).data_path == ["a/run", "b"]
+
+
+def test_the_home_folder_of_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = str(tmp_path)
+    settings = TrainSettings(
+        model_name_or_path="~/base@v2",
+        data=[{"path": "~/a.jsonl", "weight": 2}, "~/b.jsonl:3"],
+        eval_data_path=["~/c.jsonl", "hf://datasets/owner/~name", "a~"],
+        output_dir="~/run",
+        preprocessed_path=Path("~"),
+        deepspeed="~/zero.json",
+    )
+    assert settings.model_name_or_path == f"{home}/base@v2"
+    assert settings.data_path == [f"{home}/a.jsonl", f"{home}/b.jsonl"]
+    assert settings.eval_data_path == [f"{home}/c.jsonl", "hf://datasets/owner/~name", "a~"]
+    assert (settings.output_dir, settings.preprocessed_path) == (tmp_path / "run", tmp_path)
+    (tmp_path / "settings.yaml").write_text(dump_settings(settings))
+    assert "~/" not in (tmp_path / "settings.yaml").read_text()
+    assert load_settings(TrainSettings, "~/settings.yaml")[0] == settings
+    merged = MergeSettings(adapter=["~/one", "two"], weights=[1, 1], output_dir="~")
+    assert merged.adapter == [tmp_path / "one", Path("two")]
+    served = {"a": f"{home}/run", "b": f"{home}/other"}
+    assert ServeSettings(models=["a=~/run", "b=~/other"]).named_models == served
+    assert ServeSettings(models={"a": "~/run", "b": "~/other"}).named_models == served
+    (tmp_path / "chats.jsonl:2").touch()  # not a weight
+    assert PrepareSettings(**NEEDED | {"data_path": "~/chats.jsonl:2"}).data_path == [f"{home}/chats.jsonl:2"]
 
 
 def test_a_device_of_torch_is_as_good_as_its_name() -> None:
