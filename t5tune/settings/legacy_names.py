@@ -1,5 +1,6 @@
 """Option names of FastChat and of older transformers releases, and what they are called in t5tune."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ class LegacyName:
     Attributes:
         new: today's name; None where there is nothing to set any more.
         why: the reason, shown in a note.
-        convert: turns the value of the old name into one of the new name; None leaves the setting unset.
-        noted: the value, in lower case, for which a name without a new one is noted; None: any but false, -1 and "".
+        convert: turns the value of the old name into one of the new name; None if there is none.
+        noted: the value, in lower case, whose loss is noted; None: any but false and those that mean "not set".
     """
 
     new: str | None
@@ -24,13 +25,17 @@ class LegacyName:
     noted: str | None = None
 
     def is_noted(self, value: Any) -> bool:
-        """Whether the value asks for something that isn't done, of a name without a new one."""
+        """Whether a value without a new one asks for something that isn't done."""
         text = str(value).lower()
-        return text not in {"", "-1", "false"} if self.noted is None else text == self.noted
+        return text not in {"", "[]", "-1", "none", "false"} if self.noted is None else text == self.noted
 
 
 def _convert_fsdp(value: Any) -> Any:
-    return "zero3" if "full_shard" in str(value) else None
+    """Convert FSDP's options, a text or a list, to the DeepSpeed config that shards the same; None if there is none."""
+    options = re.findall(r"\w+", str(value).lower())
+    shards = {"full_shard": "zero3", "true": "zero3", "shard_grad_op": "zero2"}
+    config = next((shards[option] for option in options if option in shards), None)
+    return f"{config}-offload" if config and "offload" in options else config
 
 
 LEGACY_NAMES: Mapping[str, LegacyName] = {
@@ -42,7 +47,7 @@ LEGACY_NAMES: Mapping[str, LegacyName] = {
     "per_gpu_train_batch_size": LegacyName("per_device_train_batch_size", "renamed by transformers"),
     "per_gpu_eval_batch_size": LegacyName("per_device_eval_batch_size", "renamed by transformers"),
     "max_seq_length": LegacyName("model_max_length", "the same thing"),
-    "fsdp": LegacyName("deepspeed", "t5tune shards parameters with DeepSpeed ZeRO-3", _convert_fsdp),
+    "fsdp": LegacyName("deepspeed", "t5tune shards with DeepSpeed ZeRO", _convert_fsdp),
     "fsdp_transformer_layer_cls_to_wrap": LegacyName(None, "ZeRO-3 needs no list of layers"),
     "lazy_preprocess": LegacyName(None, "examples are always read from the cache on demand"),
     "lora_weight_path": LegacyName(None, "FastChat declared it and never read it"),

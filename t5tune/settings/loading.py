@@ -152,8 +152,9 @@ def _resolve_names(
             elif change.new is not None and new is not None:
                 note = f"{value.place}: read as {change.new} {new} ({change.why})"
                 known[change.new] = _Value(new, value.place, note)
-            elif change.new is None and change.is_noted(value.value):
-                notes.append(f"{value.place}: ignored ({change.why})")
+            elif new is None and change.is_noted(value.value):
+                instead = f"; set {change.new} instead" if change.new else ""
+                notes.append(f"{value.place}: ignored ({change.why}{instead})")
         # one file or environment may serve several commands, but a flag of another command is a mistake
         elif name in of_any_command and not value.place.startswith("--"):
             today = LEGACY_NAMES[name].new if name in LEGACY_NAMES else name

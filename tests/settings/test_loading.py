@@ -572,8 +572,30 @@ def test_only_a_request_for_pickled_weights_is_noted(
     assert ("--save-safetensors: ignored (weights are always written as safetensors)" in stderr) == is_noted
 
 
-def test_an_empty_fsdp_shards_nothing(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    assert run_command_line("train", *NEEDED_FLAGS, "--fsdp", "")[0].deepspeed is None
+@pytest.mark.parametrize(
+    ("value", "config"),
+    [
+        ("full_shard auto_wrap offload", "zero3-offload"),
+        ("shard_grad_op auto_wrap", "zero2"),
+        ("shard_grad_op offload", "zero2-offload"),
+        ("true", "zero3"),
+        ("[full_shard, auto_wrap]", "zero3"),
+        ("hybrid_shard", None),
+        ("no_shard", None),
+    ],
+)
+def test_what_fsdp_asks_for_is_done_or_noted(value: str, config: str | None, yaml_file: Callable[[str], str]) -> None:
+    settings, notes = load_settings(TrainSettings, yaml_file(f"fsdp: {value}\n"), {}, NEEDED)
+    assert settings.deepspeed == config
+    said = f"read as deepspeed {config} (" if config else "ignored (t5tune shards with DeepSpeed ZeRO; set deepspeed"
+    (note,) = notes
+    assert f"fsdp: {said}" in note
+
+
+@pytest.mark.parametrize("value", ['""', "false", "null", "[]"])
+def test_an_empty_fsdp_shards_nothing(value: str, yaml_file: Callable[[str], str]) -> None:
+    settings, notes = load_settings(TrainSettings, yaml_file(f"fsdp: {value}\n"), {}, NEEDED)
+    assert (settings.deepspeed, notes) == (None, [])
 
 
 # -- dumped settings
