@@ -16,7 +16,7 @@ from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fields import Settings
 from t5tune.settings.legacy_names import LEGACY_NAMES, select_legacy_names
 from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, shorten_value
-from t5tune.settings.synonyms import find_meant_setting, suggest_setting
+from t5tune.settings.synonyms import find_meant_setting, find_nested_setting, suggest_setting
 
 VARIABLE_PREFIX = "T5TUNE_"
 SETTINGS_HEADER = "# to run this again: t5tune "  # by which a folder is recognized as an output of t5tune
@@ -163,8 +163,16 @@ def _resolve_names(
         else:
             others = {other_name for other in COMMANDS for other_name in other.list_suggestions()}
             own = model.list_suggestions()
-            problems.append(f"{value.place}: unknown setting{suggest_setting(name, own, others)}")
-            meant |= {setting for setting in [find_meant_setting(name, own, others)] if setting is not None}
+            nested = list(value.value) if isinstance(value.value, Mapping) else []
+            inner = list(filter(None, (find_nested_setting(name, str(key), own) for key in nested)))
+            advice = suggest_setting(name, own, others)
+            if inner or (nested and not advice):
+                advice = "; settings aren't nested: write its keys at the top level"
+                advice += f", as {', '.join(dict.fromkeys(inner))}" if inner else ""
+                meant.update(inner)
+            elif (setting := find_meant_setting(name, own, others)) is not None:
+                meant.add(setting)
+            problems.append(f"{value.place}: unknown setting{advice}")
     if len(unused) > MAX_UNUSED_NAMES:
         notes.append(f"{len(unused)} settings of other commands that {model.command} doesn't need are ignored")
     elif unused:

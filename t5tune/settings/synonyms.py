@@ -168,6 +168,16 @@ def find_meant_setting(name: str, own: Collection[str], others: Collection[str] 
     return ours or find_close_name(_normalize(name), own)
 
 
+def find_nested_setting(outer: str, inner: str, own: Collection[str]) -> str | None:
+    """Find the setting that a key under another one means, as in `lora: {r: 8}`: lora_r."""
+    joined = f"{outer}_{inner}"
+    for name in (joined, inner):
+        if name in own:
+            return name
+    known = [name for name in (joined, f"{outer}.{inner}", inner) if is_name_elsewhere(name)]
+    return next(filter(None, (find_meant_setting(name, own) for name in known)), None)
+
+
 def is_name_elsewhere(name: str) -> bool:
     """Whether a name is one that other tools use."""
     return _normalize(name) in _SETTINGS_BY_NAME or _normalize(name) in _ADVICE_BY_NAME

@@ -318,6 +318,34 @@ def test_a_setting_that_a_problem_suggests_is_not_reported_as_missing_too(yaml_f
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("model: {name_or_path: pocket, revision: main}", "its keys at the top level, as model_name_or_path, revision"),
+        ("training: {lr: 1e-3, num_train_epochs: 2}", "its keys at the top level, as learning_rate, num_train_epochs"),
+        ("lora: {r: 8, alpha: 16, rank: 8}", "its keys at the top level, as lora_r, lora_alpha"),
+        ("optimizer: {_component_: torch.optim.AdamW, lr: 1e-3}", "its keys at the top level, as learning_rate"),
+        ("zzz: {yyy: 1}", "its keys at the top level"),
+        # whose keys aren't settings
+        ("special_tokens: {pad_token: <pad>}", "leave it out: the tokenizer's own are used"),
+        ("datasets: {path: a.jsonl}", "did you mean data_path?"),
+        ("lora: {}", "did you mean lora_r?"),
+    ],
+)
+def test_nested_settings_are_named_as_they_are_at_the_top_level(
+    text: str, advice: str, yaml_file: Callable[[str], str]
+) -> None:
+    (problem,) = problems_of(file=yaml_file(text), **NEEDED)
+    written = "settings aren't nested: write " if advice.startswith("its keys") else ""
+    assert problem.endswith(f": {text.partition(':')[0]}: unknown setting; {written}{advice}")
+
+
+def test_a_nested_setting_is_not_reported_as_missing_too(yaml_file: Callable[[str], str]) -> None:
+    file = yaml_file("model: {name_or_path: pocket}\ndata_path: pocket\noutput_dir: run\n")
+    (problem,) = problems_of(file=file)
+    assert problem.startswith(f"{file}: model: unknown setting; settings aren't nested")
+
+
 def test_words_of_other_tools_for_a_value_are_read_or_explained() -> None:
     for value, read in [(True, "on"), ("true", "on"), ("False", "off"), ("auto", "auto")]:
         assert load_settings(TrainSettings, None, {}, {**NEEDED, "packing": value})[0].packing == read
