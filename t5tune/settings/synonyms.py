@@ -13,7 +13,7 @@ from t5tune.errors import find_close_name
 
 NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "model_name_or_path": "base_model base_model_config model model_name model_path model_id checkpoint_path "
-    "pretrained_model_name_or_path base_model_name_or_path base_model_path",
+    "pretrained_model_name_or_path base_model_name_or_path base_model_path base",
     "revision": "model_revision revision_of_model",
     "conversation_template": "chat_template template prompt_template conv_template",
     # before model_max_length, which chat and evaluate have as well
@@ -25,7 +25,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "mixing": "mix_strategy dataset_mixing",
     "eval_data_path": "eval_dataset eval_file test_datasets validation_file validation_data",
     "source_column": "text_column input_column prompt_column",
-    "target_column": "summary_column output_column response_column label_column",
+    "target_column": "summary_column output_column response_column label_column target",
     "source_prefix": "prefix task_prefix",
     "num_data": "max_samples max_train_samples num_samples limit num",
     "example": "index idx",
@@ -37,14 +37,14 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "num_workers": "preprocessing_num_workers dataset_num_proc dataset_processes num_proc",
     "add_tokens": "tokens add_special_tokens new_special_tokens additional_special_tokens",
     "train_mode": "finetuning_type",
-    "lora_r": "lora_rank rank r",
+    "lora_r": "lora_rank rank r lora",
     "lora_alpha": "alpha",
     "lora_target_modules": "lora_target target_modules",
     "modules_to_save": "lora_modules_to_save additional_target",
     "use_dora": "peft_use_dora",
     "use_rslora": "peft_use_rslora",
     "init_lora_weights": "peft_init_lora_weights",
-    "adapter": "lora_model_dir adapter_name_or_path adapter_path lora_path lora_weights peft_model peft_model_id",
+    "adapter": "lora_model_dir adapter_name_or_path adapter_path lora_path lora_weights lora peft_model peft_model_id",
     "q_lora": "qlora use_qlora load_in_4bit load_4bit",
     "quant_type": "bnb_4bit_quant_type quantization_type",
     "double_quant": "use_bnb_nested_quant bnb_4bit_use_double_quant double_quantization",
@@ -78,7 +78,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "num_beams": "generation_num_beams beam_size",
     "system": "system_prompt system_message default_system",
     "seed": "random_seed",
-    "output_dir": "o output output_path out_dir save_dir export_dir target_model_path",
+    "output_dir": "o output output_path out_dir save_dir export_dir target_model_path target",
     "overwrite": "overwrite_output_dir force",
     "fresh": "overwrite_output_dir overwrite force",  # for train, which has no `overwrite`
 }

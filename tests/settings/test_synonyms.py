@@ -181,6 +181,19 @@ def test_the_advice_is_that_for_the_command_and_has_flags_as_they_are_typed(
     assert advice in problem
 
 
+def test_the_short_flags_of_fastchats_apply_lora_suggest_ours() -> None:
+    words = ["--base", "pocket", "--target", "merged", "--lora", "run"]
+    assert parse_arguments(words, MergeSettings).problems == [
+        "--base: unknown flag; did you mean --model-name-or-path?",
+        "--target: unknown flag; did you mean --output-dir?",
+        "--lora: unknown flag; did you mean --adapter?",
+    ]
+    assert parse_arguments(words, TrainSettings).problems[1:] == [
+        "--target: unknown flag; did you mean --target-column?",
+        "--lora: unknown flag; did you mean --lora-r?",
+    ]
+
+
 def test_a_mistyped_legacy_or_hidden_name_never_suggests_itself() -> None:
     for name in (*LEGACY_NAMES, "fp16"):
         assert f"did you mean {name}?" not in suggest_setting(name[:-1], TrainSettings.list_suggestions())
