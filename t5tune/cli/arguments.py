@@ -100,7 +100,8 @@ class _Parser:
             self._arguments[self._unfilled.popleft()] = word
         elif self._arguments:
             *_, (name, taken) = self._arguments.items()
-            self.problems.append(f"{word or repr(word)}: unexpected argument; {taken} is the {name} already")
+            advice = "; a message follows --prompt, in quotes" if "prompt" in self._kinds else ""
+            self.problems.append(f"{word or repr(word)}: unexpected argument; {taken} is the {name} already{advice}")
         else:
             self.problems.append(f"{word or repr(word)}: unexpected argument, with no flag before it")
 

@@ -85,7 +85,14 @@ def test_values_are_the_text_that_was_typed(model: type[Settings], line: str, va
                 (EvaluateSettings, "run d.jsonl.gz"),
             ]
         ),
-        (ChatSettings, "run other", ["other: unexpected argument; run is the model_name_or_path already"]),
+        (
+            ChatSettings,
+            "run hello",
+            [
+                "hello: unexpected argument; run is the model_name_or_path already; a message follows --prompt, in "
+                "quotes"
+            ],
+        ),
         (ChatSettings, "run --lr 3", ["--lr: unknown flag"]),
         (
             TrainSettings,
