@@ -13,8 +13,11 @@ from t5tune.cli.screen import StderrConsole
 from t5tune.commands.chat import Chatter, Reply, chat, save_conversation, save_preference
 from t5tune.data.formats import Turn
 from t5tune.errors import SettingsError, T5TuneError, WriteError
+from t5tune.formatting import format_count
+from t5tune.progress import Note
 from t5tune.settings import ChatSettings, packaged_templates
 from t5tune.settings.fields import read_path
+from t5tune.settings.messages import shorten_value
 
 QUIT = ("/quit", "/exit")
 HELP = """\
@@ -39,7 +42,7 @@ def run(settings: ChatSettings, output: Output) -> None:
 
 
 def _run_session(settings: ChatSettings, output: Output) -> None:
-    """Read messages and reply to each until the user quits; if input is piped, reply to each line in turn."""
+    """Read messages and reply to each until the user quits; if input is piped, until it ends."""
     if sys.stdin is None:
         raise SettingsError("standard input is closed", hint="use --prompt to pass a message")
     is_terminal = sys.stdin.isatty()
@@ -49,8 +52,12 @@ def _run_session(settings: ChatSettings, output: Output) -> None:
             hint="use --prompt to pass a message, or pipe messages to standard input, one per line",
         )
     session = _ChatSession(Chatter.load(settings, output.report), output, interactive=is_terminal)
-    if session.interactive:
-        session.say("Type a message; /help lists the commands, /quit or Ctrl-D quits.")
+    if not is_terminal:
+        _reply_to_lines(session)
+        return
+    session.say("Type a message; /help lists the commands, /quit or Ctrl-D quits.")
+    if not session.chatter.prompts.keeps_history:
+        session.say("/history on includes earlier messages")
     while not session.is_over:
         text = session.read_line()
         if text is None or text.strip() in QUIT:
@@ -61,9 +68,21 @@ def _run_session(settings: ChatSettings, output: Output) -> None:
             elif text.strip():
                 session.ask(text.removeprefix("/") if text.startswith("//") else text)
         except T5TuneError as error:
-            if not session.interactive or isinstance(error, WriteError):  # a reply that can't be printed ends the chat
+            if isinstance(error, WriteError):  # a reply that can't be printed ends the chat
                 raise
             print_error(error)
+
+
+def _reply_to_lines(session: "_ChatSession") -> None:
+    """Reply to each line of piped input. No line is a command: data may contain any text."""
+    num_empty = 0
+    while (text := session.read_line()) is not None:
+        if text.strip():
+            session.ask(text)
+        else:
+            num_empty += 1
+    if num_empty:
+        session.output.report(Note(f"skipped {format_count(num_empty, 'empty line')} of standard input"))
 
 
 @dataclass
@@ -139,6 +158,9 @@ class _ChatSession:
             return replies[0]
         self.say("which one is better? 1 or 2; Enter if you can't tell")
         while (choice := (self.read_line("better: ") or "").strip()) not in ("1", "2", "", *QUIT):
+            if not self.interactive:
+                hint = "after each message, write a line with 1 or 2, or an empty one"
+                raise SettingsError(f"better: {shorten_value(choice)}: expected 1, 2 or nothing", hint=hint)
             self.say(f"{choice}: expected 1, 2 or nothing")
         self.is_over = choice in QUIT
         if choice not in ("1", "2"):

@@ -71,12 +71,7 @@ class Chatter:
         template, prefix = settings.conversation_template, settings.source_prefix
         prompts = make_prompts(loaded, template, prefix, settings.model_max_length, report)
         if not prompts.keeps_history and settings.prompt is None:
-            report(
-                Note(
-                    "earlier messages are ignored: this model was trained on single exchanges "
-                    "(/history on includes them)"
-                )
-            )
+            report(Note("earlier messages are ignored: this model was trained on single exchanges"))
         # model_name_or_path may have named an adapter or a run: store base and adapter apart, so that /adapter can
         # replace or remove the adapter
         settings = settings.model_copy(update={"model_name_or_path": str(loaded.base), "adapter": loaded.adapter})
