@@ -197,10 +197,12 @@ class T5Trainer(Trainer):  # type: ignore[misc]
                 groups = self._make_loraplus_groups(self.parts.loraplus_lr_ratio)
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 self.optimizer: Any = optimizer_class(groups, **options)
-        # empty groups are left out, since DeepSpeed removes them
-        self._weight_decays = [
-            group.get("weight_decay", 0.0) for group in self.optimizer.param_groups if group["params"]
-        ]
+        # if DeepSpeed's config has an optimizer, this is a placeholder without groups until DeepSpeed creates that one
+        if hasattr(self.optimizer, "param_groups"):
+            # empty groups are left out, since DeepSpeed removes them
+            self._weight_decays = [
+                group.get("weight_decay", 0.0) for group in self.optimizer.param_groups if group["params"]
+            ]
         return self.optimizer
 
     def _make_loraplus_groups(self, ratio: float) -> list[dict[str, Any]]:

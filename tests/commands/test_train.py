@@ -33,6 +33,7 @@ from t5tune.settings import (
     QuantizationSettings,
     TrainSettings,
     load_settings,
+    packaged_templates,
 )
 from t5tune.training import sample_predictions
 from t5tune.training.run_folder import locate_run, lock_run_folder, move_aside, open_data, read_result
@@ -942,6 +943,30 @@ def test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters(
     assert read_losses(tmp_path / "run")[-1] < read_losses(tmp_path / "run")[0]
     values = torch.cat([v.flatten() for v in load_file(tmp_path / "run" / "adapter_model.safetensors").values()])
     assert not torch.equal(values, values.bfloat16().float())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_optimizer_and_the_schedule_of_a_deepspeed_config_train(
+    base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+    warmup = {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto", "warmup_type": "linear"}
+    own = {"optimizer": {"optimizer": optimizer}}
+    own["both"] = own["optimizer"] | {"scheduler": {"type": "WarmupLR", "params": warmup}}
+    found = {}
+    for name, sections in {"none": {}, **own}.items():
+        config = packaged_templates.read_deepspeed_config("zero2") | sections
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        command = make_command(base_without_dropout, conversations, tmp_path / name, "--max-steps", "4", "--use-cpu")
+        warmup_steps = "2" if name == "both" else "0"
+        done = on_ranks(1, *command, "--deepspeed", str(tmp_path / f"{name}.json"), "--warmup-steps", warmup_steps)
+        assert done.code == 0, done.stderr
+        found[name] = read_losses(tmp_path / name)
+    assert found["optimizer"] == pytest.approx(found["none"], rel=1e-5)
+    rates = [line["learning_rate"] for line in read_metrics_lines(tmp_path / "both") if "loss" in line]
+    assert rates == pytest.approx([0, 5e-3, 1e-2, 1e-2])
+    assert found["both"][-1] < found["both"][0]
 
 
 def test_settings_of_examples_that_differ_from_those_of_the_cache_are_refused(
