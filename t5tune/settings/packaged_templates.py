@@ -20,6 +20,10 @@ DEEPSPEED_CONFIGS = {  # JSON has no comments
     "zero3-offload": "zero3 with the weights and the optimizer's state in host memory.",
 }
 
+# without this key, DeepSpeed clips nothing, and the Trainer leaves clipping to it
+KEYS_FROM_SETTINGS = ("gradient_clipping",)
+"""Keys of a DeepSpeed config that transformers sets from the settings if their value is "auto"."""
+
 
 def find_templates_folder() -> Path:
     """Find the folder templates/: inside the installed package, or next to the package in a source checkout."""
@@ -52,12 +56,16 @@ def find_conversation_template(name_or_path: str) -> Path:
 
 
 def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
-    """Read the DeepSpeed config of `--deepspeed`: the path of a JSON file, or a name under templates/deepspeed."""
+    """Read the DeepSpeed config of `--deepspeed`: the path of a JSON file, or a name under templates/deepspeed.
+
+    What it leaves out of KEYS_FROM_SETTINGS is "auto".
+    """
     path = _find_template("deepspeed", "deepspeed", name_or_path, ".json")
     try:
-        return parse_json_object(path.read_bytes())
+        config = parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise SettingsError(f"deepspeed: {path}: can't be read: {describe_error(error)}") from error
+    return dict.fromkeys(KEYS_FROM_SETTINGS, "auto") | config
 
 
 def read_zero3_config(deepspeed: str) -> dict[str, Any]:

@@ -969,6 +969,27 @@ def test_the_optimizer_and_the_schedule_of_a_deepspeed_config_train(
     assert found["both"][-1] < found["both"][0]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_deepspeed_config_gets_what_it_leaves_out_from_the_settings(
+    base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    whole = packaged_templates.read_deepspeed_config("zero2")
+    missing: dict[str, set[str]] = {
+        "nothing": set(),
+        "clipping": {"gradient_clipping"},
+    }
+    found = {}
+    for name, keys in missing.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({key: whole[key] for key in whole.keys() - keys}))
+        command = make_command(base_without_dropout, conversations, tmp_path / name, "--max-steps", "2", "--use-cpu")
+        command += ["--optim", "sgd", "--max-grad-norm", "0.1", "--gradient-accumulation-steps", "2"]
+        done = on_ranks(1, *command, "--deepspeed", str(tmp_path / f"{name}.json"))
+        assert done.code == 0, done.stderr
+        found[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+    assert len({*found.values()}) == 1, [*found]
+
+
 def test_settings_of_examples_that_differ_from_those_of_the_cache_are_refused(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
