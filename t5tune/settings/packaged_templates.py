@@ -20,8 +20,11 @@ DEEPSPEED_CONFIGS = {  # JSON has no comments
     "zero3-offload": "zero3 with the weights and the optimizer's state in host memory.",
 }
 
-# without this key, DeepSpeed clips nothing, and the Trainer leaves clipping to it
-KEYS_FROM_SETTINGS = ("gradient_clipping",)
+# DeepSpeed fails without the batch size; without gradient_clipping nothing is clipped, since the Trainer leaves it to
+# DeepSpeed
+KEYS_FROM_SETTINGS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+)  # fmt: skip
 """Keys of a DeepSpeed config that transformers sets from the settings if their value is "auto"."""
 
 

@@ -978,6 +978,8 @@ def test_a_deepspeed_config_gets_what_it_leaves_out_from_the_settings(
     missing: dict[str, set[str]] = {
         "nothing": set(),
         "clipping": {"gradient_clipping"},
+        "accumulation": {"gradient_accumulation_steps"},
+        "batch": {"gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"},
     }
     found = {}
     for name, keys in missing.items():
