@@ -21,7 +21,7 @@ from t5tune.training.run_folder import (
     has_other_launch,
     read_result,
 )
-from t5tune.training.validate import check_settings, find_missing_gpus, suggest_learning_rate
+from t5tune.training.validate import check_settings, find_missing_gpus, list_notes
 
 
 def run(settings: TrainSettings, output: Output) -> None:
@@ -59,8 +59,8 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     check_settings(settings)
     if (problem := find_missing_gpus(settings)) is not None:
         output.report(Note(problem, warning=True))
-    if (suggestion := suggest_learning_rate(settings)) is not None:
-        output.report(Note(suggestion))
+    for note in list_notes(settings):
+        output.report(Note(note))
     if settings.teacher_model_name_or_path is not None:
         teacher = f"teacher_model_name_or_path: {settings.teacher_model_name_or_path}"
         output.report(Note(f"{teacher}: the plan leaves out the teacher's memory", warning=True))

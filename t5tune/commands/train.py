@@ -66,7 +66,7 @@ from t5tune.training.validate import (
     check_settings,
     check_starts_no_processes,
     choose_trackers,
-    suggest_learning_rate,
+    list_notes,
 )
 
 
@@ -299,8 +299,8 @@ def _set_up_locked(settings: TrainSettings, report: Report) -> Run:
     is_new_folder = not folder.is_dir()
     _create_run_folder(folder, is_run=saved_settings is not None)
     if saved_settings is None:  # the saved settings mark the folder as a run
-        if (suggestion := suggest_learning_rate(settings)) is not None:
-            report(Note(suggestion))
+        for note in list_notes(settings):
+            report(Note(note))
         save_settings(settings, run)
         if settings.fresh:
             record_launch(run)

@@ -26,6 +26,8 @@ KEYS_FROM_SETTINGS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
 )  # fmt: skip
 """Keys of a DeepSpeed config that transformers sets from the settings if their value is "auto"."""
+WITHOUT_WEIGHT_DECAY = {"LBFGS", "Rprop", "SparseAdam"}
+"""The optimizers of torch, which a DeepSpeed config can name, that take no weight_decay."""
 
 
 def find_templates_folder() -> Path:
@@ -61,13 +63,21 @@ def find_conversation_template(name_or_path: str) -> Path:
 def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
     """Read the DeepSpeed config of `--deepspeed`: the path of a JSON file, or a name under templates/deepspeed.
 
-    What it leaves out of KEYS_FROM_SETTINGS is "auto".
+    What it leaves out of KEYS_FROM_SETTINGS is "auto", and so are the learning rate and the weight decay of its own
+    optimizer.
     """
     path = _find_template("deepspeed", "deepspeed", name_or_path, ".json")
     try:
         config = parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise SettingsError(f"deepspeed: {path}: can't be read: {describe_error(error)}") from error
+    for section in ("optimizer", "scheduler"):
+        if not isinstance(config.get(section, {}), dict):
+            raise SettingsError(f"deepspeed: {path}: {section}: expected an object with type and params")
+    if "optimizer" in config:
+        names = ("lr",) if config["optimizer"].get("type") in WITHOUT_WEIGHT_DECAY else ("lr", "weight_decay")
+        params = dict.fromkeys(names, "auto") | (config["optimizer"].get("params") or {})
+        config["optimizer"] = config["optimizer"] | {"params": params}
     return dict.fromkeys(KEYS_FROM_SETTINGS, "auto") | config
 
 

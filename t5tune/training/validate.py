@@ -62,6 +62,8 @@ ARGUMENTS_WITHOUT_EFFECT = {
     # depend on the other examples of a packed row
     "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
 }
+REPLACED_BY_DEEPSPEED = {"optimizer": "optim", "scheduler": "lr_scheduler_type"}
+"""Section of a DeepSpeed config -> the setting that has no effect with it."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
 
 
@@ -191,7 +193,28 @@ def _find_deepspeed_conflicts(settings: TrainSettings, configuration: dict[str, 
     if settings.loraplus_lr_ratio is not None and "optimizer" in configuration:
         problem = f"{settings.deepspeed} defines its own optimizer, with a single learning rate"
         problems.append(f"loraplus_lr_ratio: {problem}; remove `optimizer` from it")
+    for section, name in REPLACED_BY_DEEPSPEED.items():
+        if section in configuration and (given := _list_changed(settings, [name])):
+            problem = f"{settings.deepspeed} defines its own {section}"
+            problems.append(f"{name}: {given[name]}: {problem}; leave out {name}, or remove `{section}` from it")
+    if settings.warmup_steps and "scheduler" in configuration:
+        schedule = configuration["scheduler"]
+        if "warmup_num_steps" not in (schedule.get("params") or {}):
+            problem = f"the scheduler of {settings.deepspeed}, {schedule.get('type')}, has no warmup_num_steps"
+            fix = 'set it to "auto"' if str(schedule.get("type")).startswith("Warmup") else "leave out warmup_steps"
+            problems.append(f"warmup_steps: {settings.warmup_steps:g}: {problem}; {fix}")
     return problems
+
+
+def list_notes(settings: TrainSettings) -> list[str]:
+    """List what the user should know about settings that were left at their defaults."""
+    notes = [suggestion] if (suggestion := _suggest_learning_rate(settings)) else []
+    configuration = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else {}
+    return notes + [
+        f"{name}: {settings.deepspeed} has its own {section}, {configuration[section].get('type')}, in its place"
+        for section, name in REPLACED_BY_DEEPSPEED.items()
+        if section in configuration
+    ]
 
 
 def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> None:
@@ -255,7 +278,7 @@ def check_starts_no_processes(settings: RankSettings, world: World) -> None:
             )
 
 
-def suggest_learning_rate(settings: TrainSettings) -> str | None:
+def _suggest_learning_rate(settings: TrainSettings) -> str | None:
     """Say which learning rate suits LoRA, if the user has left it at the default, which suits full training."""
     if settings.train_mode == "full" or "learning_rate" in settings.model_fields_set:
         return None

@@ -950,7 +950,7 @@ def test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters(
 def test_the_optimizer_and_the_schedule_of_a_deepspeed_config_train(
     base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
-    optimizer = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True}}  # learning rate and weight decay from the settings
     warmup = {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto", "warmup_type": "linear"}
     own = {"optimizer": {"optimizer": optimizer}}
     own["both"] = own["optimizer"] | {"scheduler": {"type": "WarmupLR", "params": warmup}}
@@ -959,8 +959,8 @@ def test_the_optimizer_and_the_schedule_of_a_deepspeed_config_train(
         config = packaged_templates.read_deepspeed_config("zero2") | sections
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
         command = make_command(base_without_dropout, conversations, tmp_path / name, "--max-steps", "4", "--use-cpu")
-        warmup_steps = "2" if name == "both" else "0"
-        done = on_ranks(1, *command, "--deepspeed", str(tmp_path / f"{name}.json"), "--warmup-steps", warmup_steps)
+        command += ["--weight-decay", "0.5", "--warmup-steps", "2" if name == "both" else "0"]
+        done = on_ranks(1, *command, "--deepspeed", str(tmp_path / f"{name}.json"))
         assert done.code == 0, done.stderr
         found[name] = read_losses(tmp_path / name)
     assert found["optimizer"] == pytest.approx(found["none"], rel=1e-5)

@@ -7,7 +7,7 @@ import pytest
 
 from t5tune.errors import SettingsError
 from t5tune.settings import TrainSettings
-from t5tune.training.validate import check_settings
+from t5tune.training.validate import check_settings, list_notes
 
 
 def test_a_deepspeed_config_with_which_weights_would_be_saved_under_other_names_is_refused(tmp_path: Path) -> None:
@@ -22,6 +22,33 @@ def test_a_deepspeed_config_with_which_weights_would_be_saved_under_other_names_
         use_cpu=True,
     )
     with pytest.raises(SettingsError, match=r"config\.json: round_robin_gradients: DeepSpeed saves the weights under"):
+        check_settings(settings)
+
+
+def test_settings_that_a_deepspeed_config_replaces_are_refused_or_noted(tmp_path: Path) -> None:
+    config = tmp_path / "own.json"
+    config.write_text(json.dumps({"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}))
+    settings = TrainSettings(
+        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", use_cpu=True,
+        deepspeed=str(config), learning_rate=1e-3,
+    )  # fmt: skip
+    check_settings(settings)
+    assert list_notes(settings) == [
+        f"optim: {config} has its own optimizer, AdamW, in its place",
+        f"lr_scheduler_type: {config} has its own scheduler, WarmupLR, in its place",
+    ]
+    with pytest.raises(SettingsError) as caught:
+        check_settings(settings.replace(optim="sgd", lr_scheduler_type="cosine", warmup_steps=0.1))
+    assert caught.value.problems == (
+        f"optim: sgd: {config} defines its own optimizer; leave out optim, or remove `optimizer` from it",
+        f"lr_scheduler_type: cosine: {config} defines its own scheduler; leave out lr_scheduler_type, or remove "
+        "`scheduler` from it",
+        f'warmup_steps: 0.1: the scheduler of {config}, WarmupLR, has no warmup_num_steps; set it to "auto"',
+    )
+    config.write_text(json.dumps({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}))
+    check_settings(settings.replace(optim="sgd", warmup_steps=0.1))
+    config.write_text(json.dumps({"scheduler": "WarmupLR"}))
+    with pytest.raises(SettingsError, match=r"own\.json: scheduler: expected an object with type and params"):
         check_settings(settings)
 
 
