@@ -27,7 +27,7 @@ from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.distillation import TEACHER
 from t5tune.settings.preferences import DPO_SETTINGS, ORPO_SETTINGS
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES
-from t5tune.settings.training import RankSettings
+from t5tune.settings.training import SCHEDULES_BY_METRIC, RankSettings
 from t5tune.training.run_folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
@@ -62,6 +62,7 @@ ARGUMENTS_WITHOUT_EFFECT = {
     # depend on the other examples of a packed row
     "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
 }
+WITHOUT_WARMUP = {"constant", *SCHEDULES_BY_METRIC}
 REPLACED_BY_DEEPSPEED = {"optimizer": "optim", "scheduler": "lr_scheduler_type"}
 """Section of a DeepSpeed config -> the setting that has no effect with it."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
@@ -348,8 +349,11 @@ def _find_unknown_names(settings: TrainSettings) -> list[str]:
 
 
 def _find_unusable_schedule(settings: TrainSettings) -> list[str]:
-    """List what is wrong with the arguments of the learning-rate schedule: some schedules need one."""
+    """List what is wrong with the learning-rate schedule: some need an argument, others have no warmup."""
     name, given = settings.lr_scheduler_type, settings.training_args.get("lr_scheduler_kwargs") or {}
+    if settings.warmup_steps and name in WITHOUT_WARMUP:
+        fix = "use constant_with_warmup, or leave out warmup_steps" if name == "constant" else "leave out warmup_steps"
+        return [f"warmup_steps: {settings.warmup_steps:g}: lr_scheduler_type {name} has no warmup; {fix}"]
     # of a text, TrainingArguments reads JSON; a list has a value for each of the optimizer's groups, known only later
     if not isinstance(given, dict) or any(isinstance(value, list) for value in given.values()):
         return []

@@ -25,6 +25,19 @@ def test_a_deepspeed_config_with_which_weights_would_be_saved_under_other_names_
         check_settings(settings)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "reduce_lr_on_plateau", "greedy"])
+def test_warmup_is_refused_with_a_schedule_that_has_none(schedule: str, tmp_path: Path) -> None:
+    settings = TrainSettings(
+        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", use_cpu=True,
+        lr_scheduler_type=schedule, eval_fraction=0.1,
+    )  # fmt: skip
+    check_settings(settings)
+    with pytest.raises(SettingsError, match=f"0.05: lr_scheduler_type {schedule} has no warmup") as refused:
+        check_settings(settings.replace(warmup_steps=0.05))
+    assert ("constant_with_warmup" in refused.value.message) == (schedule == "constant")
+    check_settings(settings.replace(warmup_steps=0.05, lr_scheduler_type="constant_with_warmup"))
+
+
 def test_settings_that_a_deepspeed_config_replaces_are_refused_or_noted(tmp_path: Path) -> None:
     config = tmp_path / "own.json"
     config.write_text(json.dumps({"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}))
