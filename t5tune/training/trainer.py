@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers import __version__ as transformers_version
@@ -490,18 +491,26 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their states, which contain the learning rate and the weight decay: apply those that were changed."""
+        """Load their states, and apply the learning rate, weight decay and schedule that were changed."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         groups, (peak, decay) = self.optimizer.param_groups, self.parts.resumed_rates
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps DeepSpeed's
         if peak not in (None, self.args.learning_rate):
             factor = self.args.learning_rate / peak  # LoRA+ has two rates
             for name in ("base_lrs", "_init_lrs", "_last_lr"):  # schedules by metric have no first one
-                if hasattr(self.lr_scheduler, name):
-                    setattr(self.lr_scheduler, name, [rate * factor for rate in getattr(self.lr_scheduler, name)])
+                if hasattr(schedule, name):
+                    setattr(schedule, name, [rate * factor for rate in getattr(schedule, name)])
             for group in groups:
                 group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+        if isinstance(schedule, LambdaLR):  # the states have the rate of the previous schedule for the next step
+            schedule._last_lr = [
+                rate * compute_factor(schedule.last_epoch)
+                for rate, compute_factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
         if decay not in (None, self.args.weight_decay):
             groups = groups if self.is_deepspeed_enabled else [group for group in groups if group["params"]]
             decays = self._weight_decays or [self.args.weight_decay] * len(groups)

@@ -1,6 +1,7 @@
 """A run resumes with the configuration it was started with, or the error says what differs."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -210,6 +211,32 @@ def test_an_allowed_learning_rate_and_weight_decay_are_used(
     assert len(set(adapters)) == 3
 
 
+COSINE = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("new", "shares"),
+    [
+        ({"max_steps": 12}, [1 - step / 12 for step in range(12)]),
+        ({"warmup_steps": 6.0}, [*(step / 6 for step in range(6)), 1, 1 / 2]),
+        ({"lr_scheduler_type": "cosine"}, COSINE),
+        ({"lr_scheduler_type": "cosine", "learning_rate": 2e-3}, COSINE),
+    ],
+    ids=["length", "warmup", "shape", "shape and peak"],
+)
+def test_all_steps_after_resuming_follow_an_allowed_change_of_the_schedule(
+    new: dict[str, Any], shares: list[float], untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    settings = make_settings(untied_base, conversations, tmp_path / "run", logging_steps=1, max_steps=8)
+    with pytest.raises(Stopped):
+        train(settings, stop_at(Advanced("train", 2)))
+    changed = settings.replace(**new, allow_change=[*new])
+    assert train(changed).resumed_from == tmp_path / "run" / "checkpoint-3"
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert rates[:3] == pytest.approx([1e-2 * (1 - step / 8) for step in range(3)])
+    assert rates[3:] == pytest.approx([changed.learning_rate * share for share in shares[3:]])
+
+
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 def test_a_schedule_by_metric_may_get_another_learning_rate_but_not_be_replaced(
     schedule: str, untied_base: Path, conversations: Path, tmp_path: Path
@@ -228,23 +255,28 @@ def test_a_schedule_by_metric_may_get_another_learning_rate_but_not_be_replaced(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-@pytest.mark.variants("zero3")
-def test_an_allowed_learning_rate_and_weight_decay_are_used_under_deepspeed(
+@pytest.mark.parametrize("stage", ["zero2", "zero3", "own"])
+@pytest.mark.variants("zero3", "own")
+def test_an_allowed_learning_rate_schedule_and_weight_decay_are_used_under_deepspeed(
     stage: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
-    run = tmp_path / "run"
+    run, config = tmp_path / "run", tmp_path / "own.json"
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
+    config.write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": optimizer}))
     command = ("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run)
-    command += ("--max-steps", "5", "--save-steps", "2", "--logging-steps", "1", "--lr-scheduler-type", "constant")
-    command += ("--deepspeed", stage, "--report-samples", "0", "--learning-rate")
-    assert on_ranks(2, *command, "0.01").code == 0
+    command += ("--max-steps", "5", "--save-steps", "2", "--logging-steps", "1", "--report-samples", "0")
+    command += ("--deepspeed", config if stage == "own" else stage, "--lr-scheduler-type")
+    done = on_ranks(2, *command, "constant_with_warmup" if stage == "own" else "constant", "--learning-rate", "0.01")
+    assert done.code == 0, done.stderr
     (run / "result.json").unlink()
     for step in (4, 5):
         shutil.rmtree(run / f"checkpoint-{step}")
-    done = on_ranks(2, *command, "0.002", "--weight-decay", "0.1", "--allow-change", "learning_rate,weight_decay")
+    allowed = ("--allow-change", "learning_rate,weight_decay,lr_scheduler_type")
+    done = on_ranks(2, *command, "linear", "--learning-rate", "0.002", "--weight-decay", "0.1", *allowed)
     assert done.code == 0, done.stderr
     rates = {line["step"]: line["learning_rate"] for line in read_metrics(run) if "loss" in line}
-    assert [rates[step] for step in (2, 3, 5)] == pytest.approx([1e-2, 2e-3, 2e-3])
+    shares = (2 / 5, 0) if stage == "own" else (3 / 5, 1 / 5)  # DeepSpeed has its own set to the next step's already
+    assert [rates[step] for step in (2, 3, 5)] == pytest.approx([1e-2, *(2e-3 * share for share in shares)])
 
 
 def test_settings_that_do_not_affect_the_weights_may_change(
