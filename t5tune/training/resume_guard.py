@@ -219,6 +219,8 @@ def _list_fixed_fields(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     schedules = {run_identity.get("lr_scheduler_type") for run_identity in (then, now)}
     if len(schedules) == 2 and schedules & SCHEDULES_BY_METRIC:  # their states differ
         fixed.append("lr_scheduler_type")
+    if then.get("learning_rate") == 0:  # a resumed run multiplies the rates in the state by new / previous
+        fixed.append("learning_rate")
     if any(then["training_args"].get(name) != now["training_args"].get(name) for name in ARGUMENTS_OF_OPTIMIZER):
         fixed.append("training_args")
     return fixed

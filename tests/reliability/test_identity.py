@@ -211,6 +211,18 @@ def test_an_allowed_learning_rate_and_weight_decay_are_used(
     assert len(set(adapters)) == 3
 
 
+def test_a_run_with_learning_rate_0_does_not_resume_with_another_one(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    settings = make_settings(untied_base, conversations, tmp_path / "run", learning_rate=0.0)
+    with pytest.raises(Stopped):
+        train(settings, stop_at(Advanced("train", 2)))
+    changed = settings.replace(learning_rate=1e-3, allow_change=["learning_rate"])
+    with pytest.raises(SettingsError, match=r"learning_rate: 0\.0 before, 0\.001 now.* can't allow learning_rate"):
+        train(changed)
+    assert train(settings.replace(max_steps=4, allow_change=["max_steps"])).steps == 4
+
+
 COSINE = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
 
 
