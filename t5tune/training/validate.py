@@ -61,7 +61,23 @@ ARGUMENTS_WITHOUT_EFFECT = {
     # transformers adds its noise to the output of `shared`, but T5 calls encoder.embed_tokens; T5Gemma's noise would
     # depend on the other examples of a packed row
     "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
-}
+    "train_sampling_strategy": "group_by_length determines the order of the examples; set that",
+    "length_column_name": "the lengths are in the token cache; leave it out",
+    "bf16_full_eval": "evaluations compute as training does; set bf16",
+    "fp16_full_eval": "evaluations compute as training does, and T5's feed-forward layers overflow in fp16; use bf16",
+    **dict.fromkeys(
+        ("dataloader_drop_last", "dataloader_multiprocessing_context", "dataloader_in_order"),
+        "t5tune makes its own batches; leave it out",
+    ),
+    **dict.fromkeys(
+        (
+            "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics",
+            "include_for_metrics",
+        ),
+        "t5tune has its own evaluation loop; leave it out",
+    ),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), "t5tune uploads the run itself; leave it out"),
+}  # fmt: skip
 WITHOUT_WARMUP = {"constant", *SCHEDULES_BY_METRIC}
 REPLACED_BY_DEEPSPEED = {"optimizer": "optim", "scheduler": "lr_scheduler_type"}
 """Section of a DeepSpeed config -> the setting that has no effect with it."""

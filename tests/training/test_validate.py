@@ -81,12 +81,22 @@ def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_r
         "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
         "data_seed": "seed determines the order of the examples; set that",
         "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
+        "train_sampling_strategy": "group_by_length determines the order of the examples; set that",
+        "length_column_name": "the lengths are in the token cache; leave it out",
+        "bf16_full_eval": "evaluations compute as training does; set bf16",
+        "dataloader_drop_last": "t5tune makes its own batches; leave it out",
+        "dataloader_in_order": "t5tune makes its own batches; leave it out",
+        "eval_accumulation_steps": "t5tune has its own evaluation loop; leave it out",
+        "include_for_metrics": "t5tune has its own evaluation loop; leave it out",
+        "hub_revision": "t5tune uploads the run itself; leave it out",
     }
-    given = dict.fromkeys(refused, True) | {"average_tokens_across_devices": False}
+    given = dict.fromkeys(refused, True) | {"average_tokens_across_devices": False, "dataloader_in_order": False}
     with pytest.raises(SettingsError) as caught:
         check_settings(settings.replace(training_args=given))
     assert caught.value.problems == tuple(f"training_args.{name}: {problem}" for name, problem in refused.items())
     check_settings(settings.replace(training_args={"full_determinism": True, "adam_beta2": 0.99}))
+    same = {"dataloader_drop_last": False, "train_sampling_strategy": "random", "hub_revision": None}
+    check_settings(settings.replace(training_args=same))
     same = {"dataloader_persistent_workers": False, "neftune_noise_alpha": None, "logging_nan_inf_filter": False}
     check_settings(settings.replace(training_args=same))
     with pytest.raises(SettingsError, match="set learning_rate directly"):  # though it is the Trainer's default
