@@ -142,10 +142,12 @@ def _train(
         from t5tune.distributed.collectives import any_rank, report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
         from t5tune.distributed.watch import watch_ranks
+        from t5tune.training.same_ranks import check_same_settings
 
         device = stack.enter_context(join_process_group(world, settings, report, stop))
         watch = stack.enter_context(watch_ranks(world, settings.process_group_timeout, RESUME_HINT))
         stack.enter_context(report_lost_ranks(world, RESUME_HINT))
+        check_same_settings(settings, world)
         if settings.bf16:
             check_bf16(device)
         if any_rank(has_restarted()) and settings.fresh:

@@ -68,7 +68,7 @@ def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[st
     return {
         name: _describe_files(before.get(name), value)
         if name == "data"
-        else f"{name}: {_abbreviate(before.get(name))} before, {_abbreviate(value)} now"
+        else f"{name}: {abbreviate_value(before.get(name))} before, {abbreviate_value(value)} now"
         for name, value in now.items()
         if before.get(name) != value
     }
@@ -108,6 +108,7 @@ def make_resume_error(changed: Path, differences: dict[str, str], fixed: Collect
     )
 
 
-def _abbreviate(value: Any) -> str:
+def abbreviate_value(value: Any) -> str:
+    """Write a value as JSON; a long one in part, with a hash of all of it."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:60]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"

@@ -48,6 +48,10 @@ class Affects(Flag):
     TRAINER = auto()
     """The argument of the same name of Hugging Face's Trainer (training/arguments.py)."""
 
+    ALL_RANKS = auto()
+    """What each rank does, in addition to STEPS and EVALUATION: another value on another rank is refused
+    (training/same_ranks.py)."""
+
     INFERENCE = auto()
     """How the model is used: the value is stored in training_data.json, and evaluate and chat take it from there
     (checkpoints/training_data.py)."""

@@ -38,15 +38,15 @@ class TrainingSettings(Settings):
     max_steps: Annotated[OptionalCount, Affects.WEIGHTS] = Field(
         default=None, description="Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs."
     )
-    per_device_train_batch_size: Annotated[int, Affects.TRAINER] = Field(
+    per_device_train_batch_size: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
         default=8, gt=0, description="Batch size per GPU or process (examples)."
     )
-    tokens_per_batch: Annotated[OptionalCount, Affects.NOTHING] = Field(
+    tokens_per_batch: Annotated[OptionalCount, Affects.ALL_RANKS] = Field(
         default=None,
         description="Fill each micro-batch up to this many tokens (source + target, including padding) instead of "
         "using per_device_train_batch_size.",
     )
-    gradient_accumulation_steps: Annotated[int, Affects.TRAINER] = Field(
+    gradient_accumulation_steps: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
         default=1, gt=0, description="Micro-batches to accumulate per optimizer step."
     )
     group_by_length: Annotated[bool, Affects.WEIGHTS] = Field(
@@ -59,7 +59,7 @@ class TrainingSettings(Settings):
         description="Pack the examples of a batch into one row without padding, without changing the results; auto "
         "packs if the model supports it.",
     )
-    packed_attention: Annotated[Literal["auto", "flex", "loop"], Affects.NOTHING] = Field(
+    packed_attention: Annotated[Literal["auto", "flex", "loop"], Affects.ALL_RANKS] = Field(
         default="auto",
         description="How attention over packed rows is computed: in one compiled kernel per layer (flex), or in a loop "
         "over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.",
@@ -111,7 +111,7 @@ class TrainingSettings(Settings):
         default=None,
         description="Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.",
     )
-    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = Field(
+    gradient_checkpointing: Annotated[bool, Affects.ALL_RANKS] = Field(
         default=False,
         description="Recompute activations in the backward pass instead of storing them: less memory, about a third "
         "slower.",
@@ -135,7 +135,7 @@ class TrainingSettings(Settings):
     dataloader_num_workers: Annotated[int, Affects.TRAINER] = Field(
         default=0, ge=0, description="Data-loading processes per rank."
     )
-    use_cpu: Annotated[bool, Affects.NOTHING] = Field(
+    use_cpu: Annotated[bool, Affects.ALL_RANKS] = Field(
         default=False, description="Train on the CPU even if there is a GPU."
     )
     training_args: Annotated[dict[str, Any], Affects.WEIGHTS] = Field(
@@ -211,15 +211,15 @@ class EvaluationSettings(MetricSettings):
         description="Early stopping: count an evaluation as better only if the metric improves by more than this; "
         "default: by any amount.",
     )
-    per_device_eval_batch_size: Annotated[OptionalCount, Affects.NOTHING] = Field(
+    per_device_eval_batch_size: Annotated[OptionalCount, Affects.ALL_RANKS] = Field(
         default=None,
         description="Maximum batch size of evaluations per process (examples); default: as many as fit a budget of "
         "tokens.",
     )
-    save_strategy: Annotated[Literal["no", "steps", "epoch"], Affects.TRAINER] = Field(
+    save_strategy: Annotated[Literal["no", "steps", "epoch"], Affects.TRAINER | Affects.ALL_RANKS] = Field(
         default="steps", description="When to save a checkpoint; the last step always saves one."
     )
-    save_steps: Annotated[int, Affects.TRAINER] = Field(
+    save_steps: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
         default=500, gt=0, description="Save a checkpoint every N steps."
     )
     save_total_limit: Annotated[OptionalCount, Affects.NOTHING] = Field(
@@ -227,7 +227,7 @@ class EvaluationSettings(MetricSettings):
         description="Keep only the newest N checkpoints, and the best one if metric_for_best_model is set; default: "
         "all.",
     )
-    logging_steps: Annotated[int, Affects.TRAINER] = Field(
+    logging_steps: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
         default=10, gt=0, description="Log metrics to metrics.jsonl every N steps."
     )
     report_to: Annotated[WordList, Affects.NOTHING] = Field(
@@ -236,7 +236,7 @@ class EvaluationSettings(MetricSettings):
     run_name: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None, description="Name of the run in experiment trackers; default: the name of the run folder."
     )
-    report_samples: Annotated[int, Affects.NOTHING] = Field(
+    report_samples: Annotated[int, Affects.ALL_RANKS] = Field(
         default=10,
         ge=0,
         description="Number of examples for which report.html shows predictions from before and after training (up to "
@@ -298,7 +298,7 @@ class ProcessSettings(RankSettings):
 
 
 class RunOutputSettings(OutputSettings):
-    fresh: Annotated[bool, Affects.THIS_CALL] = Field(
+    fresh: Annotated[bool, Affects.THIS_CALL | Affects.ALL_RANKS] = Field(
         default=False,
         description="Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …",
     )

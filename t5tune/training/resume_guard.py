@@ -80,7 +80,7 @@ def build_run_identity(
         **{name: values[name] for name in sorted(values)},
         **_describe_batch(settings, world_size),
         **_describe_mixing(examples),
-        "data": _hash_mapping(examples.identify()),
+        "data": hash_examples(examples),
         "base": f"sha256:{base_hash}",
         "teacher": teacher_hash,
         "adapter": adapter and hash_adapter(adapter),
@@ -99,7 +99,7 @@ def _describe_batch(settings: TrainSettings, world_size: int) -> dict[str, int]:
 
 def describe_evaluations(held_out: Examples | None, best_metric: str | None) -> dict[str, Any]:
     """Describe what the evaluations of a run measure, as fields of its identity."""
-    examples = None if held_out is None else _hash_mapping(held_out.identify())
+    examples = None if held_out is None else hash_examples(held_out)
     return dict(zip(EVALUATION_FIELDS, (examples, best_metric), strict=True))
 
 
@@ -351,6 +351,11 @@ def _describe_sharding(run_identity: dict[str, Any]) -> str:
     ranks = format_count(run_identity["world_size"], "process", "processes")
     stage = run_identity["deepspeed_stage"]
     return f"{ranks} without DeepSpeed" if stage is None else f"{ranks} with ZeRO-{stage}"
+
+
+def hash_examples(examples: Examples) -> str:
+    """Hash what is equal for the same examples."""
+    return _hash_mapping(examples.identify())
 
 
 def hash_adapter(folder: Path) -> str:

@@ -72,6 +72,7 @@ from t5tune.training.resume_guard import (
     needs_resharding,
 )
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
+from t5tune.training.same_ranks import check_same_inputs
 from t5tune.training.sample_predictions import SamplePredictions
 from t5tune.training.teacher import (
     DistillationObjective,
@@ -190,6 +191,7 @@ def _load_data(session: Session) -> _LoadedData:
             settings, run, examples, evaluations, base, pinned, teacher_hash, world, session.report
         )
 
+    check_same_inputs(settings, base, examples, held_out, world)
     base_metadata, run_identity, resume = run_on_rank_0(world, start_or_resume)
     deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
     return _LoadedData(

@@ -115,6 +115,11 @@ MARKED = {
         "metrics", "metric", "eval_strategy", "eval_steps", "eval_generate", "metric_for_best_model",
         "early_stopping_patience", "early_stopping_threshold",
     ],
+    Affects.ALL_RANKS: [
+        "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps", "packed_attention",
+        "gradient_checkpointing", "use_cpu", "per_device_eval_batch_size", "save_strategy", "save_steps",
+        "logging_steps", "report_samples", "fresh",
+    ],
     Affects.INFERENCE: ["data_format", "source_column", "target_column", "source_prefix"],
     Affects.INPUT_FILES: [
         "model_name_or_path", "data_path", "eval_data_path", "adapter", "teacher_model_name_or_path", "teacher_adapter",

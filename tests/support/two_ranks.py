@@ -1,5 +1,6 @@
 """Two processes that run a piece of code as the ranks of a group."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,3 +21,9 @@ def start_two_ranks(code: str, folder: Path) -> list[Running]:
 def read_lines(rank: Running) -> list[str]:
     """Read a rank's output, without the lines that gloo prints in torch 2.8."""
     return [line for line in rank.log.read_text().splitlines() if not line.startswith("[Gloo]")]
+
+
+def set_on_rank_1(name: str, value: str) -> None:
+    """Set an environment variable, if this process is rank 1."""
+    if os.environ["RANK"] == "1":
+        os.environ[name] = value
