@@ -23,7 +23,7 @@ When a run ends, `train` shows the peak memory per process; it is also in `repor
 `peak_memory_bytes`.
 
 `t5tune plan` estimates the rest for your batch size, lengths and machine: gradients, optimizer state and activations,
-by ZeRO stage.
+by ZeRO stage, and the machine's memory while the base is loaded and while a checkpoint is saved.
 
 ```sh
 t5tune plan --model-name-or-path google/flan-t5-xxl --q-lora \\

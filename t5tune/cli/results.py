@@ -49,6 +49,7 @@ def _render_plan(result: "Plan") -> Iterator[RenderableType]:
     chosen = next(stage for stage in result.stages if stage.stage == result.chosen)
     loading = f"{format_size(chosen.loading)} per device, {format_size(chosen.loading_host)} of the machine's memory"
     yield Text(f"* while the base is loaded: {loading}")
+    yield Text(f"* while a checkpoint is saved: {format_size(chosen.saving_host)} of the machine's memory")
     yield Text(f"* during an evaluation: {format_size(result.evaluation[result.chosen])} per device")
     if result.suggestion is not None:
         best = result.suggestion

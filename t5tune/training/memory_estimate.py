@@ -43,6 +43,7 @@ class StageMemory:
         host: bytes offloaded to the machine's memory, summed over all processes.
         loading: bytes per device while the base is loaded, at their peak.
         loading_host: the same of the machine's memory, summed over all processes, with Python's libraries.
+        saving_host: bytes of the machine's memory while rank 0 collects the trained weights for a checkpoint, likewise.
     """
 
     stage: str
@@ -55,6 +56,7 @@ class StageMemory:
     host: int
     loading: int
     loading_host: int
+    saving_host: int
     fits: bool | None
 
 
@@ -150,11 +152,27 @@ class MemoryEstimator:
         in_bf16 = self.settings.bf16 and (under_deepspeed or self.settings.train_mode == "lora")
         largest = self.most_elements * (2 if in_bf16 else 4)
         loading, loading_host = self._estimate_loading(largest, level == 3, held, offloaded, runtime)
+        # rank 0 collects all trained weights in fp32; on a CPU, those that no other rank has a part of aren't copied
+        collected = 4 * trainable if self.machine.on_gpu or level >= 1 else 0
+        each = psutil.Process().memory_info().rss if self.machine.on_gpu else held + optimizer + runtime
+        saving_host = each * count + host + collected
+        needed = max(total, loading) if self.machine.on_gpu else max(total, loading, saving_host // count)
         memory = self.machine.memory
         usable = None if memory is None else memory * (USABLE_GPU_SHARE if self.machine.on_gpu else 1.0)
-        fits = None if usable is None else max(total, loading) <= usable
+        fits = None if usable is None else needed <= usable
         return StageMemory(
-            stage, held, gradients, optimizer, activations, runtime, total, host, loading, loading_host, fits
+            stage,
+            held,
+            gradients,
+            optimizer,
+            activations,
+            runtime,
+            total,
+            host,
+            loading,
+            loading_host,
+            saving_host,
+            fits,
         )
 
     def _estimate_loading(

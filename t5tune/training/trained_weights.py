@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch._utils import _unflatten_dense_tensors
 
@@ -37,20 +36,24 @@ class TrainedWeights:
         tensors = convert_to_plain_lora(state, self.subtracted)
         self.write_files(folder, {self.file_names.get(name, name): tensor for name, tensor in tensors.items()})
 
-    def collect(self, model: Any, engine: Any) -> dict[str, Tensor]:
+    def collect(self, model: Any, engine: Any, keeps: bool) -> dict[str, Tensor]:
         """Collect every trained tensor by its saved name, in fp32: under DeepSpeed, the optimizer's master copies.
 
-        Call on every rank, because ZeRO gathers them from all.
+        Call on every rank, because ZeRO gathers them from all. Those that are in the machine's memory aren't copied,
+        so write them before the next step.
 
         Args:
             engine: DeepSpeed's engine, or without DeepSpeed whatever wraps the model.
+            keeps: whether this rank writes the tensors. Otherwise each is dropped once it is gathered, since the
+                copies of all ranks of a machine may not fit into its memory.
         """
         masters = _map_stage_0_masters(engine)
         state = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                values = masters.get(id(parameter), _gather_fp32_master(parameter)).detach().float().cpu().numpy()
-                state[to_peft_name(name)] = Tensor("F32", np.array(values))
+                values = masters.get(id(parameter), _gather_fp32_master(parameter))
+                if keeps:
+                    state[to_peft_name(name)] = Tensor("F32", values.detach().float().cpu().contiguous().numpy())
         return state
 
     def load(self, folder: Path, model: Any) -> None:

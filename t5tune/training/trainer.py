@@ -352,7 +352,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained tensors in fp32: under DeepSpeed, the optimizer's master copies."""
-        state = self.parts.weights.collect(self.model, self.model_wrapped)
+        state = self.parts.weights.collect(self.model, self.model_wrapped, keeps=self.args.should_save)
         if self.args.should_save:
             with self.parts.publisher.collect_error():
                 self.parts.weights.write(Path(output_dir or self.args.output_dir), state)

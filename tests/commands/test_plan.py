@@ -19,7 +19,7 @@ from t5tune.data.batching import epoch_order
 from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_architecture
 from t5tune.model.known_configs import KNOWN_CONFIGS
-from t5tune.model.load import count_parameters, load_base
+from t5tune.model.load import LOAD_CHUNK_BYTES, count_parameters, load_base
 from t5tune.model.memory import (
     BatchLengths,
     build_empty_training_model,
@@ -363,6 +363,22 @@ def test_each_zero_stage_partitions_what_it_should(tmp_path: Path) -> None:
     assert stages["zero3"].weights == pytest.approx(stages["zero2"].weights / 4, rel=0.01)
     assert stages["zero3-offload"].weights == stages["zero3-offload"].optimizer == 0
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
+
+
+def test_saving_takes_the_trained_weights_in_the_machines_memory(tmp_path: Path) -> None:
+    model = write_short_model(tmp_path)
+    common = {"train_mode": "full", "bf16": True, "source_length": 16, "target_length": 16}
+    result = make_plan(model, num_gpus=4, **common)
+    stages, weights = {stage.stage: stage for stage in result.stages}, 4 * result.trainable_parameters
+    for name in ("none", "zero2"):
+        libraries = stages[name].loading_host - 4 * LOAD_CHUNK_BYTES
+        assert stages[name].saving_host == pytest.approx(libraries + weights, rel=0.02)
+    offloaded = stages["zero3-offload"].saving_host - stages["zero3"].saving_host
+    assert offloaded == pytest.approx(stages["zero3-offload"].host, rel=0.02)
+    on_cpu = {stage.stage: stage for stage in make_plan(model, num_processes=2, **common).stages}
+    assert on_cpu["none"].saving_host < 2 * on_cpu["none"].total  # they are written from where they are
+    held = 2 * (on_cpu["zero2"].weights + on_cpu["zero2"].optimizer + on_cpu["zero2"].runtime)
+    assert on_cpu["zero2"].saving_host == held + weights
 
 
 @pytest.mark.long
