@@ -495,6 +495,9 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        # the state of ZeRO-1 and 2 also contains max_grad_norm
+        if self.is_deepspeed_enabled and hasattr(self.model_wrapped.optimizer, "clip_grad"):
+            self.model_wrapped.optimizer.clip_grad = self.model_wrapped.gradient_clipping()
         groups, (peak, decay) = self.optimizer.param_groups, self.parts.resumed_rates
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps DeepSpeed's
         if peak not in (None, self.args.learning_rate):

@@ -291,6 +291,34 @@ def test_an_allowed_learning_rate_schedule_and_weight_decay_are_used_under_deeps
     assert [rates[step] for step in (2, 3, 5)] == pytest.approx([1e-2, *(2e-3 * share for share in shares)])
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "flags", [("zero2",), ("zero1", "--bf16"), ("zero0", "--bf16"), ("zero3",)], ids=lambda flags: flags[0]
+)
+@pytest.mark.variants("zero2")
+def test_an_allowed_max_grad_norm_is_used_under_deepspeed(
+    flags: tuple[str, ...],
+    untied_base: Path,
+    conversations: Path,
+    tmp_path: Path,
+    on_ranks: Callable[..., CommandResult],
+) -> None:
+    run = tmp_path / "run"
+    command = ("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run)
+    command += ("--max-steps", "4", "--save-steps", "2", "--optim", "sgd", "--lr-scheduler-type", "constant")
+    command += ("--learning-rate", "1", "--report-samples", "0", "--deepspeed", *flags)
+    assert on_ranks(2, *command).code == 0
+    before = load_file(run / "checkpoint-2" / "adapter_model.safetensors")
+    last = load_file(run / "adapter_model.safetensors")
+    assert not all(torch.allclose(value, last[name]) for name, value in before.items())
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoint-4")
+    done = on_ranks(2, *command, "--max-grad-norm", "1e-30", "--allow-change", "max_grad_norm")
+    assert done.code == 0, done.stderr
+    clipped = load_file(run / "adapter_model.safetensors")
+    torch.testing.assert_close(clipped, before, rtol=0, atol=1e-20)
+
+
 def test_settings_that_do_not_affect_the_weights_may_change(
     begun_run: Path, untied_base: Path, conversations: Path, uninterrupted: bytes
 ) -> None:
