@@ -17,7 +17,8 @@ class Affects(Flag):
     """
 
     NOTHING = 0
-    """Nothing below. (The batch, the ranks and the ZeRO stage are compared as computed by training/resume_guard.py.)"""
+    """Nothing below. (The batch, the ranks and the DeepSpeed config are compared as computed by
+    training/resume_guard.py.)"""
 
     CACHE = auto()
     """The token cache: prepare makes another one (commands/prepare.py). train takes the value from an existing cache

@@ -41,10 +41,10 @@ LATE_FIELDS = (PACKED_ATTENTION, STEPS_PER_EPOCH, CACHE_INPUTS)  # added once th
 OF_EXAMPLES = ("eval_fraction", "num_data", "mixing", "mixing_temperature", "mixing_cap")  # depend on the data, too
 FIXED_FIELDS = (
     "family", "train_mode", "lora_r", "lora_target_modules", "lora_bias", "use_dora", "init_lora_weights",
-    "modules_to_save", "train_token_rows", "optim", "loraplus_lr_ratio",
+    "modules_to_save", "train_token_rows", "optim", "loraplus_lr_ratio", "deepspeed_optimizer", "deepspeed_scheduler",
 )  # fmt: skip
-"""What decides which tensors are trained, their shapes, and the optimizer's state: with another value, a checkpoint
-can't be loaded or means something else, so --allow-change can't allow it."""
+"""What decides which tensors are trained, their shapes, and the states of optimizer and schedule: with another value, a
+checkpoint can't be loaded or means something else, so --allow-change can't allow it."""
 ARGUMENTS_OF_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
 """Those of training_args that the optimizer's state contains, so that a resumed run has the previous ones."""
 FIXED_IF_SUBTRACTED = (
@@ -59,6 +59,12 @@ FIXED_IF_SUBTRACTED = (
 )
 """What PiSSA and OLoRA compute their initial matrices from. A resumed run computes them again, and subtracts them from
 the base's weights: with another value, it would subtract others than those the checkpoint was trained with."""
+DEEPSPEED_SECTIONS = ("optimizer", "scheduler")
+"""Sections of a DeepSpeed config that replace the optimizer and the schedule of the settings."""
+PARAMETERS_FROM_SETTINGS = (
+    "lr", "betas", "eps", "weight_decay", "warmup_max_lr", "warmup_num_steps", "total_num_steps",
+)  # fmt: skip
+"""Their parameters of which transformers refuses other values than those of the settings, which are compared."""
 SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
 
 
@@ -87,7 +93,17 @@ def build_run_identity(
         "reference_adapter": reference and hash_adapter(reference),
         "world_size": world_size,
         "deepspeed_stage": deepspeed and packaged_templates.get_zero_stage(deepspeed),
+        **{f"deepspeed_{name}": _describe_section((deepspeed or {}).get(name)) for name in DEEPSPEED_SECTIONS},
     }
+
+
+def _describe_section(section: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Describe a section of a DeepSpeed config, without the parameters that the settings decide."""
+    if section is None:
+        return None
+    given = {name: value for name, value in (section.get("params") or {}).items() if value != "auto"}
+    own = {name: value for name, value in given.items() if name not in PARAMETERS_FROM_SETTINGS}
+    return {**section, "params": own}
 
 
 def _describe_batch(settings: TrainSettings, world_size: int) -> dict[str, int]:

@@ -25,12 +25,14 @@ from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Event, Note, Started
 from t5tune.reports.metrics_log import read_metrics
 from t5tune.settings import PrepareSettings
+from t5tune.settings.packaged_templates import read_deepspeed_config
 from t5tune.training import resume_guard
 from t5tune.training.checkpoint import read_run_identity
-from t5tune.training.resume_guard import SHARDING_FIELDS, check_run_identity, describe_other_ranks
+from t5tune.training.resume_guard import SHARDING_FIELDS, build_run_identity, check_run_identity, describe_other_ranks
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult
-from tests.support.runs import STEPS, make_settings, read_adapter, stop_at
+from tests.support.forks import ForkServer
+from tests.support.runs import STEPS, make_arguments, make_settings, read_adapter, stop_at
 
 pytestmark = pytest.mark.slow
 
@@ -341,6 +343,52 @@ def test_shards_are_refused_without_zero_with_the_command_that_helps(
     assert refused.value.exit_code == 2
     assert f"t5tune export {run / f'checkpoint-{STEPS}'}" in (refused.value.hint or "")
     assert json.loads((run / f"checkpoint-{STEPS}" / "t5tune_manifest.json").read_text())["made_of"]["batch"] == 4
+
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.variants("scheduler")
+def test_another_optimizer_or_schedule_in_the_deepspeed_config_is_refused(
+    section: str, fork_server: ForkServer, zero3_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", tmp_path / "config.json"
+    shutil.copytree(zero3_run, run)
+    (run / "result.json").unlink()
+    values = read_deepspeed_config("zero3")
+    config.write_text(json.dumps({**values, section: SECTIONS[section]}))
+    command = make_arguments(untied_base, conversations, run, f"--deepspeed={config}")
+    for allowed in ([], [f"--allow-change=deepspeed_{section}"]):
+        done = fork_server.run([*command, *allowed], 2)
+        assert done.codes == [2, 2], done.log
+        assert f"deepspeed_{section}: null before, " in done.log
+        assert f"--allow-change can't allow deepspeed_{section}" in done.log
+    config.write_text(json.dumps({**values, "steps_per_print": 1000}))  # of the same stage, without such a section
+    done = fork_server.run(command, 2)
+    assert done.codes == [0, 0], done.log
+
+
+def test_what_a_section_of_the_deepspeed_config_takes_from_the_settings_is_compared_there(
+    conversations: Path, tmp_path: Path
+) -> None:
+    cache, config = tmp_path / "cache", tmp_path / "config.json"
+    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(conversations), output_dir=cache))
+    settings = make_settings(Path("pocket"), cache, tmp_path / "run", deepspeed=str(config))
+
+    def identify(sections: dict[str, Any]) -> dict[str, Any]:
+        config.write_text(json.dumps(read_deepspeed_config("zero2") | sections))
+        return build_run_identity(settings, open_cache(cache), "0", None, world_size=1)
+
+    optimizer = identify(SECTIONS)["deepspeed_optimizer"]
+    assert optimizer == {"type": "AdamW", "params": {"torch_adam": True}}
+    params = {"lr": settings.learning_rate, "weight_decay": 0.0, "torch_adam": True}
+    assert identify(SECTIONS | {"optimizer": {"type": "AdamW", "params": params}}) == identify(SECTIONS)
+    assert identify({}) == {**identify(SECTIONS), "deepspeed_optimizer": None, "deepspeed_scheduler": None}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def test_a_run_is_made_of_these_fields_in_this_order(cache: Path, batch: str) ->
     identity = build_run_identity(settings, open_cache(cache), "0", None, world_size=3)
     own = sorted([*RUN, *MIXING, "family"])
     batches = ["batch"] if tokens is None else ["tokens_per_batch", "batch_tokens"]
-    computed = [*batches, "data", "base", "teacher", "adapter", "reference_adapter", "world_size", "deepspeed_stage"]
+    computed = [*batches, "data", "base", "teacher", "adapter", "reference_adapter", "world_size"]
+    computed += ["deepspeed_stage", "deepspeed_optimizer", "deepspeed_scheduler"]
     assert list(identity) == ["tokenizer", "template", *CACHE, *own, *computed]
     assert (identity["seed"], identity["num_data"], identity["source_prefix"]) == (5, 9, "q: ")
     assert identity[batch] == 3 * (tokens or 8)
