@@ -55,10 +55,11 @@ def check_same_inputs(
     """
     if world.size == 1:
         return
-    found = {"data": hash_examples(examples), "held_out": held_out and hash_examples(held_out)}
-    # usually all ranks read one folder: then under ZeRO-3 only rank 0 reads the base
-    if len(set(all_gather(str(base.resolve())))) > 1:
-        found["base"] = compute_fingerprint(open_base(base, settings.family))
+    found = {
+        "data": hash_examples(examples),
+        "held_out": held_out and hash_examples(held_out),
+        "base": compute_fingerprint(open_base(base, settings.family)),
+    }
     _refuse_differences(world, found, "let the paths that the ranks are given lead to the same files on all of them")
 
 
@@ -68,7 +69,11 @@ def _collect_settings(settings: TrainSettings) -> dict[str, Any]:
     found = dict(_flatten({name: value for name, value in values.items() if name in names}))
     found |= {name: None if values[name] is None else "given" for name in COMPARED_IF_GIVEN}
     if settings.deepspeed is not None:
-        found |= _flatten({"deepspeed": packaged_templates.read_deepspeed_config(settings.deepspeed)})
+        try:
+            config: Any = packaged_templates.read_deepspeed_config(settings.deepspeed)
+        except SettingsError as error:  # if all ranks have the same, rank 0 reports it when it checks its settings
+            config = str(error)
+        found |= _flatten({"deepspeed": config})
     # builds of the same release for other GPUs have other parts after the +
     versions = {name: metadata.version(name).partition("+")[0] for name in COMPARED_PACKAGES} | {"t5tune": __version__}
     return found | {f"version of {name}": version for name, version in versions.items()}
