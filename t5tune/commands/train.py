@@ -49,6 +49,7 @@ from t5tune.training.run_folder import (
     check_inputs_stay,
     find_given_examples,
     follow_link,
+    forget_launch,
     has_other_launch,
     has_trained_caches,
     locate_run,
@@ -231,6 +232,8 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     stored, settings = settings, name_kept_records(apply_cache_settings(settings))
     locks.enter_context(lock_run_folder(settings.output_dir, report))
     folder = follow_link(settings.output_dir)  # not the link is renamed: the new run belongs on the same disk
+    if settings.fresh:
+        forget_launch(folder)
     if settings.fresh and (aside := move_aside(folder, report)) is not None:
         try:
             return _keep_records(stored, settings, report)

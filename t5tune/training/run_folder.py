@@ -423,6 +423,14 @@ def record_launch(run: Run) -> None:
         write_json(run.folder / LAUNCH_FILE, {"launch": launch})
 
 
+def forget_launch(folder: Path) -> None:
+    """Forget which launch has begun the run in a folder that another one replaces: it isn't to be taken for that one's.
+
+    A call of torchrun may have the same id as an earlier one, and a job of SLURM may contain several.
+    """
+    (folder / LAUNCH_FILE).unlink(missing_ok=True)
+
+
 def has_other_launch(folder: Path) -> bool:
     """Whether the run in a folder wasn't begun with --fresh by the launch that this process is part of.
 

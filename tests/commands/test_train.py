@@ -612,6 +612,13 @@ def test_a_restart_by_a_launcher_resumes_the_run_that_fresh_began(
         assert (tmp_path / "run.2" / "result.json").is_file()
         assert train(settings).resumed_from is None
         assert not (tmp_path / "run.3").exists()
+        # another call in the same job, whose first start fails, so that the old run is moved back
+        monkeypatch.setenv(variable, "0")
+        with pytest.raises(DataError):
+            train(settings.replace(eval_data_path=str(tmp_path / "none.jsonl")))
+        monkeypatch.setenv(variable, "1")
+        assert train(settings).resumed_from is None
+        assert (tmp_path / "run.3" / "result.json").is_file()
 
 
 def test_fresh_renames_the_folder_that_a_link_points_to_and_keeps_the_link(
