@@ -83,6 +83,8 @@ def _reply_to_lines(session: "_ChatSession") -> None:
             num_empty += 1
     if num_empty:
         session.output.report(Note(f"skipped {format_count(num_empty, 'empty line')} of standard input"))
+    if num_unsaved := session.num_unsaved:
+        session.output.report(Note(f"{format_count(num_unsaved, 'choice')} not saved: both replies were the same"))
 
 
 @dataclass
@@ -95,6 +97,7 @@ class _ChatSession:
     turns: list[Turn] = field(default_factory=list)
     keeps_history: bool | None = None  # set by /history; None: as the model was trained
     is_over: bool = False
+    num_unsaved: int = 0  # choices of a pipe between two equal replies
     console: Console = field(default_factory=StderrConsole)
 
     def read_line(self, prompt: str = "you: ") -> str | None:
@@ -155,13 +158,11 @@ class _ChatSession:
         replies = [self._reply(turns, f"reply {number}") for number in (1, 2)]
         if replies[0] == replies[1]:
             self.say("both replies are the same: nothing to save")
+            if not self.interactive and self._read_choice():  # a pipe has a line for it after each message
+                self.num_unsaved += 1
             return replies[0]
         self.say("which one is better? 1 or 2; Enter if you can't tell")
-        while (choice := (self.read_line("better: ") or "").strip()) not in ("1", "2", "", *QUIT):
-            if not self.interactive:
-                hint = "after each message, write a line with 1 or 2, or an empty one"
-                raise SettingsError(f"better: {shorten_value(choice)}: expected 1, 2 or nothing", hint=hint)
-            self.say(f"{choice}: expected 1, 2 or nothing")
+        choice = self._read_choice()
         self.is_over = choice in QUIT
         if choice not in ("1", "2"):
             self.say("not saved; the chat goes on with reply 1")
@@ -170,6 +171,16 @@ class _ChatSession:
         save_preference(file, self.chatter, turns, chosen, rejected)
         self.say(f"appended to {file}")
         return chosen
+
+    def _read_choice(self) -> str:
+        """Read which reply is better: 1, 2 or nothing. On a terminal, it may also be a command that quits."""
+        choices = ("1", "2", "", *QUIT) if self.interactive else ("1", "2", "")
+        while (choice := (self.read_line("better: ") or "").strip()) not in choices:
+            if not self.interactive:
+                hint = "after each message, write a line with 1 or 2, or an empty one"
+                raise SettingsError(f"better: {shorten_value(choice)}: expected 1, 2 or nothing", hint=hint)
+            self.say(f"{choice}: expected 1, 2 or nothing")
+        return choice
 
     def run_command(self, name: str = "", value: str = "") -> None:
         """Run a slash command, and say what it did."""

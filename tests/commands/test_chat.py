@@ -660,11 +660,33 @@ class TestPreferences:
         prepare(PrepareSettings(**settings, objective="dpo"))
         assert len(open_cache(cache)) == 2
 
-    def test_a_piped_line_that_is_no_choice_is_refused(self, made: dict[str, Path], tmp_path: Path) -> None:
-        done = self.run(made, tmp_path / "pairs.jsonl", [PROMPT, PROMPT, "1"])
+    def test_a_pipe_has_a_choice_after_each_message_even_if_both_replies_are_the_same(
+        self, made: dict[str, Path], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "pairs.jsonl"
+        greedy = "--top-p=0.000001"  # keeps the likeliest token only
+        done = self.run(made, file, [PROMPT, "1", PROMPT, "", PROMPT, "2"], greedy)
+        assert done.code == 0, done.stderr
+        chatter, turns, shown = Chatter.load(settings(made["run"])), list[Turn](), list[str]()
+        for _ in range(3):
+            turns.append(Turn("human", PROMPT))
+            turns.append(Turn("assistant", chatter.reply(turns).reply))
+            shown += [turns[-1].text] * 2
+        assert done.stdout.splitlines() == shown
+        assert done.stderr.endswith("\n2 choices not saved: both replies were the same\n")
+        assert "skipped" not in done.stderr
+        assert not file.exists()
+
+        done = self.run(made, file, [PROMPT, PROMPT], greedy)
+        assert done.code == 2
+        assert f"better: {PROMPT!r}: expected 1, 2 or nothing" in done.stderr
+
+    @pytest.mark.parametrize("line", [PROMPT, "/quit"])
+    def test_a_piped_line_that_is_no_choice_is_refused(self, line: str, made: dict[str, Path], tmp_path: Path) -> None:
+        done = self.run(made, tmp_path / "pairs.jsonl", [PROMPT, line, "1"])
         assert done.code == 2
         hint = "after each message, write a line with 1 or 2, or an empty one"
-        assert done.errors == [f"error: better: {PROMPT!r}: expected 1, 2 or nothing; {hint}"]
+        assert done.errors == [f"error: better: {line!r}: expected 1, 2 or nothing; {hint}"]
 
     def test_what_the_model_has_seen_is_saved(self, made: dict[str, Path], tmp_path: Path) -> None:
         chatter = Chatter.load(settings(made["run"], system="Be brief.", source_prefix="not saved: "))
