@@ -128,7 +128,7 @@ class _ChatSession:
         turns = [*self.turns, Turn("human", text)]
         file = self.chatter.settings.save_preferences
         try:
-            reply = self._reply(turns, "model") if file is None else self._compare_replies(turns, file)
+            reply = self._reply(turns, "model")[0] if file is None else self._compare_replies(turns, file)
         except KeyboardInterrupt as interrupt:
             with suppress(WriteError):  # the terminal may be closed
                 self.output.print("")
@@ -138,10 +138,16 @@ class _ChatSession:
             return
         self.turns = [*turns, Turn("assistant", reply)]
 
-    def _reply(self, turns: list[Turn], name: str) -> str:
+    def _reply(self, turns: list[Turn], *names: str) -> list[str]:
+        """Print a reply under each name, and return the replies."""
+        results = [self._print_reply(turns, name) for name in names]
+        self.chatter.report_cuts(results[0], self.output.report)  # the same for all: the model saw one prompt
+        return [result.reply for result in results]
+
+    def _print_reply(self, turns: list[Turn], name: str) -> Reply:
         """Print a reply, with --json as the object that --prompt prints, and return it."""
         if not self.interactive:
-            result: Reply = self.chatter.reply(turns)
+            result = self.chatter.reply(turns)
             if self.output.json:
                 self.output.print_json(result)
             else:
@@ -150,12 +156,11 @@ class _ChatSession:
             self.console.print(f"[bold cyan]{name}:[/] ", end="")
             result = self.chatter.reply(turns, self._print_chunk)
             self.output.print("")
-        self.chatter.report_cuts(result, self.output.report)
-        return result.reply
+        return result
 
     def _compare_replies(self, turns: list[Turn], file: Path) -> str:
         """Print two replies, ask which one is better, and save the pair. Return the reply to go on with."""
-        replies = [self._reply(turns, f"reply {number}") for number in (1, 2)]
+        replies = self._reply(turns, "reply 1", "reply 2")
         if replies[0] == replies[1]:
             self.say("both replies are the same: nothing to save")
             if not self.interactive and self._read_choice():  # a pipe has a line for it after each message

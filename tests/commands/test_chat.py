@@ -688,6 +688,14 @@ class TestPreferences:
         hint = "after each message, write a line with 1 or 2, or an empty one"
         assert done.errors == [f"error: better: {line!r}: expected 1, 2 or nothing; {hint}"]
 
+    def test_what_was_cut_off_is_reported_once_for_both_replies(self, made: dict[str, Path], tmp_path: Path) -> None:
+        lines = [PROMPT * 9, "1", PROMPT * 9, "2"]
+        done = self.run(made, tmp_path / "pairs.jsonl", lines, "--model-max-length=64")
+        assert done.code == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 4
+        assert done.stderr.count("the message is too long for model_max_length 64") == 2
+        assert done.stderr.count("the conversation is too long for model_max_length 64") == 1
+
     def test_what_the_model_has_seen_is_saved(self, made: dict[str, Path], tmp_path: Path) -> None:
         chatter = Chatter.load(settings(made["run"], system="Be brief.", source_prefix="not saved: "))
         turns = [Turn("human", "Hi"), Turn("assistant", "Hello"), Turn("human", "And?")]
