@@ -213,12 +213,15 @@ def _find_deepspeed_conflicts(settings: TrainSettings, configuration: dict[str, 
     for section, name in REPLACED_BY_DEEPSPEED.items():
         if section in configuration and (given := _list_changed(settings, [name])):
             problem = f"{settings.deepspeed} defines its own {section}"
-            problems.append(f"{name}: {given[name]}: {problem}; leave out {name}, or remove `{section}` from it")
+            # "leave it out" wouldn't help: the value may come from a packaged run config
+            default = TrainSettings.model_fields[name].default
+            fix = f"remove `{section}` from it, or set {name} to its default, {default}"
+            problems.append(f"{name}: {given[name]}: {problem}; {fix}")
     if settings.warmup_steps and "scheduler" in configuration:
         schedule = configuration["scheduler"]
         if "warmup_num_steps" not in (schedule.get("params") or {}):
             problem = f"the scheduler of {settings.deepspeed}, {schedule.get('type')}, has no warmup_num_steps"
-            fix = 'set it to "auto"' if str(schedule.get("type")).startswith("Warmup") else "leave out warmup_steps"
+            fix = 'set it to "auto"' if str(schedule.get("type")).startswith("Warmup") else "set warmup_steps to 0"
             problems.append(f"warmup_steps: {settings.warmup_steps:g}: {problem}; {fix}")
     return problems
 

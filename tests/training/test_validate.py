@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from t5tune.errors import SettingsError
-from t5tune.settings import TrainSettings
+from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings.loading import load_settings
 from t5tune.training.validate import check_settings, list_notes
 
 
@@ -53,16 +55,41 @@ def test_settings_that_a_deepspeed_config_replaces_are_refused_or_noted(tmp_path
     with pytest.raises(SettingsError) as caught:
         check_settings(settings.replace(optim="sgd", lr_scheduler_type="cosine", warmup_steps=0.1))
     assert caught.value.problems == (
-        f"optim: sgd: {config} defines its own optimizer; leave out optim, or remove `optimizer` from it",
-        f"lr_scheduler_type: cosine: {config} defines its own scheduler; leave out lr_scheduler_type, or remove "
-        "`scheduler` from it",
+        f"optim: sgd: {config} defines its own optimizer; remove `optimizer` from it, or set optim to its default, "
+        "adamw_torch",
+        f"lr_scheduler_type: cosine: {config} defines its own scheduler; remove `scheduler` from it, or set "
+        "lr_scheduler_type to its default, linear",
         f'warmup_steps: 0.1: the scheduler of {config}, WarmupLR, has no warmup_num_steps; set it to "auto"',
     )
     config.write_text(json.dumps({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}))
     check_settings(settings.replace(optim="sgd", warmup_steps=0.1))
+    config.write_text(json.dumps({"scheduler": {"type": "OneCycle"}}))
+    with pytest.raises(SettingsError, match="OneCycle, has no warmup_num_steps; set warmup_steps to 0$"):
+        check_settings(settings.replace(warmup_steps=0.1))
+    check_settings(settings.replace(warmup_steps=0))
     config.write_text(json.dumps({"scheduler": "WarmupLR"}))
     with pytest.raises(SettingsError, match=r"own\.json: scheduler: expected an object with type and params"):
         check_settings(settings)
+
+
+@pytest.mark.parametrize("name", sorted({*packaged_templates.list_names("runs")} - {"pocket"}))
+def test_the_advice_of_a_refused_deepspeed_config_helps_with_a_packaged_run_config(name: str, tmp_path: Path) -> None:
+    config = tmp_path / "hf.json"
+    optimizer = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
+    warmup = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")
+    sections = {"optimizer": optimizer, "scheduler": {"type": "WarmupLR", "params": warmup}}
+    config.write_text(json.dumps(sections))
+    flags = {"data_path": "pocket", "output_dir": tmp_path / "run", "deepspeed": config}
+    settings, _ = load_settings(TrainSettings, name, flags={key: str(value) for key, value in flags.items()})
+    with pytest.raises(SettingsError) as caught:
+        check_settings(settings)
+    removed = {section for section in sections if f"remove `{section}` from it" in caught.value.message}
+    assert "scheduler" in removed
+    assert "leave out" not in caught.value.message
+    config.write_text(json.dumps({section: sections[section] for section in sections.keys() - removed}))
+    if name == "qlora-paper" and not torch.cuda.is_available():  # whose optimizer needs a GPU
+        settings = settings.replace(optim="adamw_torch")
+    check_settings(settings)
 
 
 def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_refused(tmp_path: Path) -> None:
