@@ -50,6 +50,7 @@ from t5tune.training.batches import (
 )
 from t5tune.training.build_model import BuiltModel, build_model
 from t5tune.training.checkpoint import read_run_identity, verify
+from t5tune.training.deepspeed_values import find_mismatches
 from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
@@ -272,6 +273,7 @@ def _make_trainer(
     if loaded.resume is not None:
         check_steps_per_epoch(loaded.resume, run_identity)
     args = make_training_arguments(settings, loaded.deepspeed, losses, session.world, session.device)
+    _check_deepspeed_values(session, loaded, _count_all_steps(args, sampler))
     count, skips = settings.eval_generate, settings.on_non_finite == "skip"
     scorer = _make_scorer(session, loaded, count) if count else None
     parts = TrainerParts(
@@ -299,6 +301,18 @@ def _make_trainer(
         report=report,
     )
     return T5Trainer(built.model, args, parts)
+
+
+def _check_deepspeed_values(session: Session, loaded: _LoadedData, num_steps: int) -> None:
+    """Compare the DeepSpeed config with the settings once more: the number of steps may not have been known before.
+
+    Raises:
+        SettingsError: they differ.
+    """
+    if loaded.deepspeed is None:
+        return
+    if problems := find_mismatches(session.settings, loaded.deepspeed, session.world.size, num_steps):
+        raise SettingsError(*problems)
 
 
 def _measure_reference_adapter(session: Session, loaded: _LoadedData) -> dict[str, Pairs]:
@@ -397,9 +411,16 @@ def _count_saves(args: Any, sampler: StepSampler) -> int:
     """Count the checkpoints that a run saves."""
     if args.save_strategy == "no":  # the last step saves one all the same
         return 1
-    num_batches, step_size = len(sampler), sampler.step_size
-    steps = args.max_steps if args.max_steps > 0 else count_steps(num_batches, step_size, args.num_train_epochs)
-    return -(-steps // (count_steps(num_batches, step_size, 1) if args.save_strategy == "epoch" else args.save_steps))
+    steps_per_epoch = count_steps(len(sampler), sampler.step_size, 1)
+    steps_per_save = steps_per_epoch if args.save_strategy == "epoch" else args.save_steps
+    return -(-_count_all_steps(args, sampler) // steps_per_save)
+
+
+def _count_all_steps(args: Any, sampler: StepSampler) -> int:
+    """Count the steps of a run."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    return count_steps(len(sampler), sampler.step_size, args.num_train_epochs)
 
 
 def _check_disk_space(session: Session, loaded: _LoadedData, trainable: int, saves: int) -> None:

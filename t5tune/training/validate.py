@@ -28,6 +28,7 @@ from t5tune.settings.distillation import TEACHER
 from t5tune.settings.preferences import DPO_SETTINGS, ORPO_SETTINGS
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 from t5tune.settings.training import SCHEDULES_BY_METRIC, RankSettings
+from t5tune.training.deepspeed_values import find_mismatches
 from t5tune.training.run_folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
@@ -223,7 +224,9 @@ def _find_deepspeed_conflicts(settings: TrainSettings, configuration: dict[str, 
             problem = f"the scheduler of {settings.deepspeed}, {schedule.get('type')}, has no warmup_num_steps"
             fix = 'set it to "auto"' if str(schedule.get("type")).startswith("Warmup") else "set warmup_steps to 0"
             problems.append(f"warmup_steps: {settings.warmup_steps:g}: {problem}; {fix}")
-    return problems
+    world = World.from_environment()
+    ranks = world.size if world.launched else settings.process_count
+    return problems + find_mismatches(settings, configuration, ranks, settings.max_steps)
 
 
 def list_notes(settings: TrainSettings) -> list[str]:

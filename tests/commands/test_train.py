@@ -978,6 +978,33 @@ def test_the_optimizer_and_the_schedule_of_a_deepspeed_config_train(
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_the_numbers_of_steps_in_a_deepspeed_config_are_compared_once_they_are_known(
+    base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    config, run = tmp_path / "own.json", tmp_path / "run"
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-2, "weight_decay": 0, "eps": 1e-8}}
+    own = packaged_templates.read_deepspeed_config("zero2") | {"optimizer": optimizer, "train_batch_size": 4}
+    command = make_command(base_without_dropout, conversations, run, "--num-data", "16", "--num-train-epochs", "2")
+    command += ["--per-device-train-batch-size", "4", "--warmup-steps", "0.25", "--use-cpu", "--deepspeed", str(config)]
+
+    def write_config(warmup: int, total: int) -> None:
+        params = {"warmup_max_lr": 1e-2, "warmup_num_steps": warmup, "total_num_steps": total}
+        config.write_text(json.dumps(own | {"scheduler": {"type": "WarmupDecayLR", "params": params}}))
+
+    write_config(3, 99)
+    done = on_ranks(1, *command)
+    assert done.code == 2, done.stderr
+    problem = f"num_train_epochs: 2: {config} has scheduler.params.total_num_steps 99, but the settings make it 8"
+    assert f'{problem}; set "auto" there' in done.stderr
+    problem = f"warmup_steps: 0.25: {config} has scheduler.params.warmup_num_steps 3, but the settings make it 2"
+    assert f'{problem}; set "auto" there' in done.stderr
+    write_config(2, 8)
+    done = on_ranks(1, *command)
+    assert done.code == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_deepspeed_config_gets_what_it_leaves_out_from_the_settings(
     base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,82 @@ def test_settings_that_a_deepspeed_config_replaces_are_refused_or_noted(tmp_path
     config.write_text(json.dumps({"scheduler": "WarmupLR"}))
     with pytest.raises(SettingsError, match=r"own\.json: scheduler: expected an object with type and params"):
         check_settings(settings)
+
+
+MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "lr": ({"optimizer": {"params": {"lr": 1e-3}}}, "learning_rate: 5e-05: {} has optimizer.params.lr 0.001"),
+    "decay": (
+        {"optimizer": {"params": {"weight_decay": 0.01}}}, "weight_decay: 0: {} has optimizer.params.weight_decay 0.01"
+    ),
+    "betas": (
+        {"optimizer": {"params": {"betas": [0.9, 0.95]}}},
+        "training_args.adam_beta1 and adam_beta2: [0.9, 0.999]: {} has optimizer.params.betas [0.9, 0.95]",
+    ),
+    "eps": (
+        {"optimizer": {"params": {"eps": 1e-6}}}, "training_args.adam_epsilon: 1e-08: {} has optimizer.params.eps 1e-06"
+    ),
+    "max_lr": (
+        {"scheduler": {"params": {"warmup_max_lr": 1e-3}}},
+        "learning_rate: 5e-05: {} has scheduler.params.warmup_max_lr 0.001",
+    ),
+    "warmup": (
+        {"scheduler": {"params": {"warmup_num_steps": 2}}},
+        "warmup_steps: 0: {} has scheduler.params.warmup_num_steps 2",
+    ),
+    "total": (
+        {"scheduler": {"params": {"total_num_steps": 9}}}, "max_steps: 4: {} has scheduler.params.total_num_steps 9"
+    ),
+    "micro": (
+        {"train_micro_batch_size_per_gpu": 4},
+        "per_device_train_batch_size: 8: {} has train_micro_batch_size_per_gpu 4",
+    ),
+    "accumulation": (
+        {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1: {} has gradient_accumulation_steps 2"
+    ),
+    "clipping": ({"gradient_clipping": 0.5}, "max_grad_norm: 1: {} has gradient_clipping 0.5"),
+    "bf16": ({"bf16": {"enabled": True}}, "bf16: false: {} has bf16.enabled true"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_other_values_in_a_deepspeed_config_than_the_settings_are_refused(name: str, tmp_path: Path) -> None:
+    config, (sections, problem) = tmp_path / "own.json", MISMATCHES[name]
+    settings = TrainSettings(
+        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", use_cpu=True, max_steps=4,
+        deepspeed=str(config),
+    )  # fmt: skip
+    config.write_text(json.dumps(sections))
+    with pytest.raises(SettingsError) as caught:
+        check_settings(settings)
+    assert caught.value.problems == (f'{problem.format(config)}; set "auto" there, or the same value here',)
+
+
+def test_the_values_of_a_deepspeed_config_that_follow_from_several_settings_are_compared(tmp_path: Path) -> None:
+    config = tmp_path / "own.json"
+    schedule = {"warmup_max_lr": 1e-3, "warmup_num_steps": 5, "total_num_steps": 100}
+    optimizer = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0}
+    sections = {"optimizer": {"params": optimizer}, "scheduler": {"params": schedule}, "bf16": {"enabled": True}}
+    config.write_text(json.dumps({"train_batch_size": 32, **sections}))
+    settings = TrainSettings(
+        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", deepspeed=str(config),
+        learning_rate=1e-3, warmup_steps=0.05, max_steps=100, gradient_accumulation_steps=2, num_processes=2, bf16=True,
+        training_args={"adam_beta2": 0.95},
+    )  # fmt: skip
+    check_settings(settings)
+    check_settings(settings.replace(max_steps=None))  # the steps of three epochs aren't known yet
+    with pytest.raises(SettingsError) as caught:
+        check_settings(settings.replace(num_processes=4, warmup_steps=0.1))
+    assert caught.value.problems == (
+        f"per_device_train_batch_size: 8: {config} has train_batch_size 32, but the settings make it 64; set "
+        '"auto" there',
+        f"warmup_steps: 0.1: {config} has scheduler.params.warmup_num_steps 5, but the settings make it 10; set "
+        '"auto" there',
+    )
+    config.write_text(json.dumps({"scheduler": {"params": {"warmup_num_steps": 1}}}))
+    check_settings(settings.replace(warmup_steps=0))  # as transformers fills it in
+    config.write_text(json.dumps({"scheduler": {"params": {"warmup_num_steps": 0}}}))
+    with pytest.raises(SettingsError, match='warmup_num_steps: 0: DeepSpeed needs at least 1; set "auto" there'):
+        check_settings(settings.replace(warmup_steps=0))
 
 
 @pytest.mark.parametrize("name", sorted({*packaged_templates.list_names("runs")} - {"pocket"}))
