@@ -374,7 +374,7 @@ def _find_unusable_schedule(settings: TrainSettings) -> list[str]:
     """List what is wrong with the learning-rate schedule: some need an argument, others have no warmup."""
     name, given = settings.lr_scheduler_type, settings.training_args.get("lr_scheduler_kwargs") or {}
     if settings.warmup_steps and name in WITHOUT_WARMUP:
-        fix = "use constant_with_warmup, or leave out warmup_steps" if name == "constant" else "leave out warmup_steps"
+        fix = "use constant_with_warmup, or set warmup_steps to 0" if name == "constant" else "set warmup_steps to 0"
         return [f"warmup_steps: {settings.warmup_steps:g}: lr_scheduler_type {name} has no warmup; {fix}"]
     # of a text, TrainingArguments reads JSON; a list has a value for each of the optimizer's groups, known only later
     if not isinstance(given, dict) or any(isinstance(value, list) for value in given.values()):
