@@ -3,6 +3,7 @@
 import functools
 import re
 import shlex
+import warnings
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -157,6 +158,8 @@ def _check_patterns(patterns: Collection[str], source: str) -> None:
                 hint="list the modules by name",
             )
         try:
-            re.compile(pattern)
-        except (re.error, OverflowError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # another Python may read `[[` otherwise
+                re.compile(pattern)
+        except (re.error, OverflowError, FutureWarning) as error:
             raise CheckpointError(f"{source}: {shorten(repr(pattern))} isn't a regular expression: {error}") from error

@@ -199,6 +199,7 @@ FOLDERS: dict[str, tuple[Break, str]] = {
     "alternatives that take forever": (pattern("(.|.)" * 35 + "x"), ADAPTER_CONFIG),
     "stars that take forever": (pattern(".*" * 4 + "x"), ADAPTER_CONFIG),
     "expression with a backreference": (pattern(r"(.*)\1\1x"), ADAPTER_CONFIG),
+    "expression with a set in a set": (pattern("[[q]"), ADAPTER_CONFIG),
     "ten thousand patterns": (change_json(True, rank_pattern={f"x{i}.*y": 4 for i in range(10_000)}), ADAPTER_CONFIG),
     "module without a name": (change_json(True, modules_to_save=[""]), ADAPTER_CONFIG),
     "base with a line of code": (
