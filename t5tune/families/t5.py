@@ -156,7 +156,7 @@ class T5(Architecture):
     def _scale(self, model: Any, hidden_BTD: Any) -> Any:
         if not self.scales_logits:
             return hidden_BTD
-        # in transformers 5.18, umT5's config has only tie_word_embeddings
+        # up to transformers 5.23, umT5's config has only tie_word_embeddings
         scales = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
         return hidden_BTD * model.model_dim**-0.5 if scales else hidden_BTD
 

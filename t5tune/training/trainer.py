@@ -573,5 +573,5 @@ def check_overridden_methods(trainer_class: Any) -> None:
         if not callable(getattr(trainer_class, name, None)):
             raise DependencyError(
                 f"transformers {transformers_version}: Trainer has no method {name}, which t5tune replaces",
-                hint="install a release that t5tune knows: pip install 'transformers>=5.18,<=5.24'",
+                hint="install a release that t5tune knows: pip install 'transformers>=5.21,<=5.24'",
             )

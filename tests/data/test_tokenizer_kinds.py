@@ -139,7 +139,7 @@ def test_a_prompt_gets_only_the_special_tokens_that_it_lacks(kind: str, folders:
 
 
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁\0")))
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("kind", ["gemma", "codet5"])
 def test_any_text_decodes_to_itself(kind: str, folders: dict[str, Path], text: str) -> None:
     tokenizer = load_cached(folders[kind])

@@ -86,7 +86,7 @@ def test_nested_values_survive() -> None:
 
 
 def test_a_table_with_the_arguments_of_tool_calls_is_recognized_by_the_name_of_its_file(tmp_path: Path) -> None:
-    calls = [{"call": [{"name": "f", "arguments": {"a": 1}}]}]
+    calls = [{"call": [{"arguments": {"a": 1}, "name": "f"}]}]  # pyarrow 17 sorts the names
     plain, stored = store_records(calls), store_records(pyarrow.Table.from_pylist(calls))
     assert plain.read_bytes() == stored.read_bytes()
     assert (is_stored_table(plain), is_stored_table(stored)) == (False, True)

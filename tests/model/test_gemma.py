@@ -82,8 +82,7 @@ def compute_gradients(model: Any, inputs: dict[str, Any]) -> tuple[float, dict[s
 
 
 def list_losses(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        losses_BT = model(**inputs, reduction="none")
+    losses_BT = model(**inputs, reduction="none").detach()
     return losses_BT[inputs["labels"] != IGNORED_LABEL]
 
 

@@ -13,6 +13,7 @@ from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import IGNORED_LABEL, CrossEntropy, HeadWeights, compute_summed_loss, compute_token_losses
 from t5tune.settings.lora import LoraSettings
+from tests.support.model_types import load_stock
 
 TOKENS, VOCABULARY, WIDTH = 300, 97, 16
 ROWS = [5, 90, 17]
@@ -154,6 +155,6 @@ def test_the_loss_is_that_of_stock_logits_whether_or_not_the_head_is_tied(
     model = load_base(tmp_path, torch.float32, torch.device("cpu"))
     assert (model.lm_head.weight is model.shared.weight) == tied
     with torch.no_grad():
-        logits = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()(**inputs).logits
+        logits = load_stock(tmp_path)(**inputs).logits
         found = model(**inputs, labels=labels, reduction="none")
     torch.testing.assert_close(found[0], functional.cross_entropy(logits[0], labels[0], reduction="none"))
