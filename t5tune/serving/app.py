@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from t5tune.errors import make_printable
@@ -71,7 +71,7 @@ class Service:
         self._api_key = api_key
         self._is_local = is_local
         self._report = report
-        routes = [
+        self._routes = [
             Route("/", self._show_page),
             Route("/health", self._show_health),
             Route("/metrics", self._show_metrics),
@@ -86,7 +86,7 @@ class Service:
             ClientDisconnect: _note_disconnect,
             Exception: _explain_failure,
         }
-        self._router = Starlette(routes=routes, exception_handlers=handlers)
+        self._router = Starlette(routes=self._routes, exception_handlers=handlers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request as an ASGI application: check it, pass it to its route, count and report it."""
@@ -154,7 +154,8 @@ class Service:
                 raise ApiError(401, problem, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     def _note_answer(self, scope: Scope, record: Record, request_id: str, status: int, started: float) -> None:
-        route = scope.get("route")
+        # older releases of Starlette don't say which route answered
+        paths = [route.path for route in self._routes if route.matches(scope)[0] is not Match.NONE]
         begun = [generation.started_at for generation in record.generations if generation.started_at is not None]
         first = [item.first_token_at for item in record.generations if item.first_token_at is not None]
         answered = Answered(
@@ -172,7 +173,7 @@ class Service:
             dropped_messages=record.dropped_messages,
             error=record.error,
         )
-        self._metrics.count_answer(answered, route.path if isinstance(route, Route) else "other")
+        self._metrics.count_answer(answered, paths[0] if paths else "other")
         self._report(answered)
 
     async def _show_page(self, request: Request) -> Response:
