@@ -159,7 +159,11 @@ def _check_patterns(patterns: Collection[str], source: str) -> None:
             )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", FutureWarning)  # another Python may read `[[` otherwise
+                warnings.simplefilter("error", FutureWarning)  # later releases of Python may read `[[` otherwise
                 re.compile(pattern)
         except (re.error, OverflowError, FutureWarning) as error:
-            raise CheckpointError(f"{source}: {shorten(repr(pattern))} isn't a regular expression: {error}") from error
+            problem = "is ambiguous" if isinstance(error, FutureWarning) else "isn't a regular expression"
+            raise CheckpointError(
+                f"{source}: {shorten(repr(pattern))} {problem}: {error}",
+                hint="list the modules by name",
+            ) from error
