@@ -19,7 +19,7 @@ SUMMARIES = {
 
 # purpose: command; all of them work as typed, the last one once the file exists
 FIRST_STEPS = {
-    "Train the built-in model (three minutes; nothing to download):": "t5tune train --config pocket --output-dir run",
+    "Train the built-in model (1 to 3 minutes; nothing to download):": "t5tune train --config pocket --output-dir run",
     "Chat with it:": "t5tune chat run",
     "Train a published model on your own data, here chats.jsonl:": "t5tune train --model-name-or-path "
     "google/flan-t5-base --data-path chats.jsonl --learning-rate 3e-4 --output-dir tuned",

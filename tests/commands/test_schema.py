@@ -111,7 +111,7 @@ def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_pa
     listed = t5tune_in_fork("templates")
     assert listed.code == 0
     lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines() if line.startswith("  ")]
-    about_pocket = "The built-in model on the packaged conversations: about three minutes on two cores."
+    about_pocket = "The built-in model on the packaged conversations: one to three minutes on two cores."
     assert dict(lines)["pocket"] == about_pocket
     assert {"flan-t5-xxl-qlora", "plain", "zero3"} <= dict(lines).keys()
     assert all(text.endswith(".") for _, text in lines), "each is a sentence"
