@@ -67,7 +67,7 @@ def score(run: Path, asked: Path, orders: list[Order], folder: Path) -> dict[str
     return {"preferred_style": 100 * in_style / len(pairs), "right_content": 100 * is_right / len(pairs)}
 
 
-def run(seed: int, folder: Path) -> dict[str, Any]:
+def run(seed: int, dpo_learning_rate: float, folder: Path) -> dict[str, Any]:
     """Tune with one seed: supervised, then with DPO, and with ORPO."""
     orders, held_out = make_orders(seed)
     styles = random.Random(seed)
@@ -90,7 +90,7 @@ def run(seed: int, folder: Path) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"seed": seed, "sft": score(tuned.run, asked, held_out, folder / "sft-replies")}
     ways = {
-        "dpo": {"objective": "dpo", "adapter": tuned.run, "num_train_epochs": 1, "learning_rate": 2e-4},
+        "dpo": {"objective": "dpo", "adapter": tuned.run, "num_train_epochs": 1, "learning_rate": dpo_learning_rate},
         "orpo": {"objective": "orpo", "num_train_epochs": 8, "learning_rate": 3e-3},
     }
     for name, options in ways.items():
@@ -103,12 +103,13 @@ def run(seed: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--dpo-learning-rate", type=float, default=2e-4)
     options = parser.parse_args()
     results = []
     for seed in options.seeds:
         folder = Path(tempfile.mkdtemp(prefix="t5tune-preferences-"))
         try:
-            results.append(run(seed, folder))
+            results.append(run(seed, options.dpo_learning_rate, folder))
         finally:
             shutil.rmtree(folder)
     print(json.dumps({"results": results}))
